@@ -1,0 +1,1 @@
+"""Backbones (f_θ): thin adapters round `transformers` vision models."""

@@ -1,0 +1,352 @@
+"""The typed run file: what is trained, on which data, for how long, on which engine.
+
+A run file is YAML. It may extend another one (`extends: m3i` for a built-in recipe, or a path); every field can be
+overridden on the command line as `section.key=value`. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from m3i_scale.errors import ConfigError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def resource_folder(name: Literal["recipes", "ds_configs"]) -> Path:
+    """The folder of built-in files: beside the package in a checkout, inside it when installed as a wheel."""
+    beside = _PACKAGE.parent / name
+    return beside if beside.is_dir() else _PACKAGE / f"_{name}"
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class BackboneConfig(Section):
+    """The model that is being pre-trained (f_θ)."""
+
+    preset: str = "vit-b/16"
+    """A size by name; `config` overrides single fields."""
+    from_pretrained: str | None = None
+    """Start from a local `transformers` folder or a Hub id instead of random weights."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
+    attention: Literal["own", "mixed"] = "own"
+    """In mixed inputs, tokens attend within their own image (own) or across both images (mixed)."""
+    activation_checkpointing: str = "none"
+    """none | full | every_N: which Transformer layers recompute their activations in the backward pass."""
+
+
+class TextConfig(Section):
+    """The text target encoder, trained jointly. Only built when the recipe has a text target."""
+
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
+    tokenizer: str | None = None
+    """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""
+    max_tokens: int = Field(default=64, ge=4)
+    """Captions are cut to this many tokens."""
+
+
+class SourceConfig(Section):
+    """One source of samples."""
+
+    shards: str
+    """A folder of .tar shards, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one shard."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of samples, relative to the weights of the other sources."""
+    label_set: str | None = None
+    """Name of the label set of `.cls` members. Default: the source's own name. None of the source's samples need labels."""
+
+
+class AugmentConfig(Section):
+    """Views of an image. A list holds one value per view; the last one serves all further views."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Width : height of a random crop."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip (before the crop)."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation, hue."""
+    color_jitter_p: float = Field(default=0.8, ge=0, le=1)
+    """Probability of colour jitter."""
+    grayscale: float = Field(default=0.2, ge=0, le=1)
+    """Probability of a grey image."""
+    blur: list[float] = Field(default=[1.0, 0.1], min_length=1)
+    """Probability of Gaussian blur, per view."""
+    solarize: list[float] = Field(default=[0.0, 0.2], min_length=1)
+    """Probability of solarisation, per view."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means that the model's input is normalised with; written into the export."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations that the model's input is normalised with; written into the export."""
+
+
+class DataConfig(Section):
+    """Where samples come from and how they become inputs."""
+
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Training sources by name."""
+    validation: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Sources that the evaluation hook measures losses on."""
+    streams: int = Field(default=8, ge=1)
+    """Number of virtual streams that shards are dealt to. Ranks × workers share them out; the order of samples depends on
+    this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes per rank; 0 loads in the training process."""
+    shuffle_shards: int = Field(default=4, ge=1)
+    """Samples are shuffled across this many shards of a stream at a time."""
+    max_image_pixels: int = Field(default=89_478_485, ge=1)
+    """Images with more pixels are quarantined instead of decoded."""
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    """The run stops when more than this share of the samples read so far (after the first 100) is bad."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+
+class OptimConfig(Section):
+    """Optimisation: AdamW, warm-up, cosine."""
+
+    batch_size: int = Field(default=4096, ge=1)
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int = Field(default=32, ge=1)
+    """Samples per rank in one forward pass. batch_size = micro_batch_size × accumulation × ranks."""
+    steps: int = Field(default=100_000, ge=1)
+    """Optimizer steps."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate, as is (no scaling rule is applied)."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the last step."""
+    warmup_steps: int = Field(default=2_500, ge=0)
+    """Linear warm-up."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decoupled decay of matrices; biases, norms and other vectors have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad_norm: float = Field(default=1.0, ge=0)
+    """Global gradient-norm limit; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
+        return self
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every_steps: int = Field(default=1_000, ge=1)
+    """A checkpoint is committed after every so many steps, and at the end."""
+    keep_latest: int = Field(default=2, ge=1)
+    """Older checkpoints are removed once a newer one has been committed."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint of output_dir, start anew where there is none;
+    never: refuse to run where there is one; or the path of a checkpoint."""
+
+
+class LogConfig(Section):
+    """What is written while the run goes on. metrics.jsonl is always written."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Metrics are reduced over the ranks and written after every so many steps."""
+    progress: bool = True
+    """A progress bar on rank 0 (plain lines where the output is no terminal)."""
+    tensorboard: bool = False
+    """Event files in output_dir/tensorboard (needs the `tensorboard` package)."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases (needs the `wandb` package)."""
+
+
+class EvaluationConfig(Section):
+    """The evaluation hook: losses on data.validation while training."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """0 switches the hook off."""
+    batches: int = Field(default=8, ge=1)
+    """Micro-batches per rank, the same ones every time."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run."""
+    output_dir: Path = Path("runs/run")
+    """Everything the run writes lies here."""
+    seed: int = 0
+    recipe: dict[str, Any]
+    """Inputs × targets (docs/recipes.md)."""
+    backbone: BackboneConfig = BackboneConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    deepspeed: str = "zero3_bf16"
+    """A DeepSpeed JSON: a name from ds_configs/, or a path."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def known_recipes() -> dict[str, Path]:
+    """Built-in run files by name."""
+    return {path.stem: path for path in sorted(resource_folder("recipes").glob("*.yaml"))}
+
+
+def find_run_file(name_or_path: str) -> Path:
+    """A built-in name (`m3i`) or a path.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    built_in = known_recipes()
+    if name_or_path in built_in:
+        return built_in[name_or_path]
+    raise ConfigError(
+        f"no run file '{name_or_path}'",
+        where=str(path.absolute()),
+        fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+    )
+
+
+def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file, follow `extends`, apply `key=value` overrides, check everything.
+
+    Raises:
+        ConfigError: unreadable YAML, an unknown key, a value of the wrong type, or a cycle of `extends`.
+    """
+    path = find_run_file(name_or_path)
+    values = _read_with_base(path, ())
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_section(RunConfig, values, where=str(path))
+
+
+def parse_section(kind: type[SectionT], values: Any, *, where: str) -> SectionT:
+    """`values` as a `kind`; the first fault becomes a ConfigError that names the key and the nearest known one."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(kind, error, where) from None
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError("run files extend each other in a circle", where=" → ".join(map(str, [*seen, path])))
+    values = read_yaml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    beside = path.parent / str(base)
+    base_path = beside if beside.is_file() else find_run_file(str(base))
+    return _merge(_read_with_base(base_path, (*seen, path)), values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the run file: {error}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
+    return values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{override}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
+    if isinstance(value, str) and _is_number(value):
+        value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that
+    *parents, last = key.split(".")
+    node: Any = values
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"'{key}' goes below a single value")
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"'{key}' goes below a single value")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"'{part}' in '{key}' is no index of a list of {len(node)}")
+    return int(part)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return any(character.isdigit() for character in text)
+
+
+def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigError:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        hint = did_you_mean(str(fault["loc"][-1]), _fields_at(kind, fault["loc"][:-1]))
+        return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
+    if fault["type"] == "missing":
+        return ConfigError(f"'{key}' is missing", where=where)
+    return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where)
+
+
+def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that `path` leads to; the whole of `kind` where the path leaves typed sections."""
+    here: type[BaseModel] = kind
+    for part in path:
+        field = here.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if sections:
+            here = sections[0]
+    return list(here.model_fields)

@@ -1,0 +1,1 @@
+"""WebDataset streams: making shards, a fixed order of samples, decoding, views, tokens."""

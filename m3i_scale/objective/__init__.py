@@ -1,0 +1,1 @@
+"""The paper, equation by equation. Single-process PyTorch: nothing here knows of DeepSpeed or of a cluster."""

@@ -1,0 +1,1 @@
+"""DeepSpeed: engine, configuration, partitioned parameters, checkpoints. Serves any `nn.Module`."""

@@ -1,0 +1,1 @@
+"""Checkpoints that commit: written under a temporary name, checked, renamed."""
