@@ -1,0 +1,166 @@
+"""From a run file to the modules of its recipe, and their first weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import BertConfig, PreTrainedModel, ViTConfig
+
+from m3i_scale.backbones.vit import Backbone, vit_config
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.objective.decoders import AttentionPool, MeanPool, TransformerDecoder
+from m3i_scale.objective.information import Objective
+from m3i_scale.objective.ranks import Ranks, SingleProcess
+from m3i_scale.objective.recipe import DecoderSpec, Recipe, TargetSpec, parse_recipe
+from m3i_scale.objective.targets import CategoryHead, DenseHead, MomentumTarget, Projector, TextHead, TextTower
+
+
+def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int) -> BertConfig:
+    """The BERT-Base shape of the paper, with single fields overridden.
+
+    Raises:
+        ConfigError: unknown field, or more tokens than positions.
+    """
+    config = BertConfig(vocab_size=vocab_size, pad_token_id=0)
+    known = [key for key in config.to_dict() if not key.startswith("_")]
+    for key, value in fields.items():
+        if key not in known or key == "vocab_size":
+            hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, known)
+            raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
+        setattr(config, key, value)
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"
+        )
+    if max_tokens > config.max_position_embeddings:
+        raise ConfigError(
+            f"text.max_tokens {max_tokens} is above the tower's {config.max_position_embeddings} positions",
+            fix="text.config.max_position_embeddings",
+        )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def build_objective(
+    run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None, ranks: Ranks | None = None
+) -> Objective:
+    """All modules of a run's recipe, not yet initialised (see `initialize_module`).
+
+    Args:
+        run: the run file.
+        label_sets: class names by label set, in the order of `Batch.label_sets_B`.
+        vocab_size: of the tokenizer; only read when the recipe has a text target.
+        ranks: other ranks for losses over the global batch; default: none.
+
+    Raises:
+        ConfigError: the recipe, the backbone and the data do not fit together.
+    """
+    recipe = parse_recipe(run.recipe)
+    config = vit_config(run.backbone)
+    _check_fit(run, recipe, config, label_sets, vocab_size)
+    student = Backbone(config)
+    decoders = nn.ModuleDict({name: _decoder(name, spec, config) for name, spec in recipe.decoders.items()})
+    heads = nn.ModuleDict()
+    for target in recipe.targets:
+        heads[target.name] = _head(target, decoders[target.decoder].width, config, label_sets)
+    momentum = projector = text = None
+    if recipe.momentum is not None:
+        momentum = MomentumTarget(config, recipe.momentum.projector_depth)
+        if recipe.momentum.projector_depth:
+            projector = Projector(config.hidden_size, recipe.momentum.projector_depth)
+    if recipe.uses_text and vocab_size is not None:
+        width = next(target.width for target in recipe.targets if target.modality == "text")
+        text = TextTower(text_config(run.text.config, vocab_size, run.text.max_tokens), width)
+    return Objective(
+        recipe,
+        student,
+        decoders,
+        heads,
+        mean=run.data.augment.mean,
+        std=run.data.augment.std,
+        mixed_attention=run.backbone.attention == "mixed",
+        ranks=ranks or SingleProcess(),
+        projector=projector,
+        momentum=momentum,
+        text=text,
+    )
+
+
+def _check_fit(
+    run: RunConfig, recipe: Recipe, config: ViTConfig, label_sets: dict[str, list[str]], vocab_size: int | None
+) -> None:
+    if run.backbone.attention == "mixed" and recipe.mix is None:
+        raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
+    if recipe.uses_categories and not label_sets:
+        raise ConfigError(
+            "the recipe has a category target, and no source has labels",
+            fix="give labels to `shards make`, or take a recipe without a category target",
+        )
+    if recipe.uses_text and vocab_size is None:
+        raise ConfigError("the recipe has a text target, and there is no tokenizer", fix="text.tokenizer=/path/to/folder")
+    if recipe.mix is not None and run.optim.micro_batch_size < len(recipe.mix.inputs):
+        raise ConfigError(
+            f"a mix of {len(recipe.mix.inputs)} images needs a micro-batch of at least as many",
+            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
+        )
+    widths = {target.width for target in recipe.targets if target.modality == "text"}
+    if len(widths) > 1:
+        raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
+    patches = (config.image_size // config.patch_size) ** 2
+    if recipe.mix is not None and patches < len(recipe.mix.inputs):
+        raise ConfigError(f"{patches} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config")
+
+
+def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
+    width = spec.width or config.hidden_size
+    inner = width if spec.kind == "transformer" else config.hidden_size
+    heads = spec.heads or max(inner // 64, 1)
+    if inner % heads or width % 4:
+        raise ConfigError(
+            f"decoder '{name}': width {inner} must be a multiple of 4 and of its {heads} heads", where="recipe.decoders"
+        )
+    if spec.kind == "transformer":
+        return TransformerDecoder(config.hidden_size, width, spec.depth, heads, spec.position)
+    if spec.kind == "attention_pool":
+        return AttentionPool(config.hidden_size, width, heads)
+    return MeanPool(config.hidden_size)
+
+
+def _head(target: TargetSpec, width: int, config: ViTConfig, label_sets: dict[str, list[str]]) -> nn.Module:
+    if target.modality == "text":
+        return TextHead(width, target.width, target.temperature)
+    if target.modality == "category":
+        return CategoryHead(width, [len(names) for names in label_sets.values()])
+    if target.modality == "pixels":
+        return DenseHead(width, config.patch_size**2 * config.num_channels)
+    return DenseHead(width, config.hidden_size)
+
+
+def initialize_module(owner: nn.Module, module: nn.Module) -> None:
+    """Give `module`'s own parameters their first values.
+
+    Args:
+        owner: the nearest `transformers` model above `module` (which knows its initialisation), or `module` itself.
+        module: one module; its parameters are whole while this is called.
+    """
+    if isinstance(owner, PreTrainedModel):
+        owner._init_weights(module)
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+
+
+def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
+    """(online, averaged) names of all parameters that the momentum target follows."""
+    if objective.momentum is None:
+        return []
+    pairs = []
+    for name, _ in objective.momentum.named_parameters():
+        online = name.replace("backbone.", "student.", 1) if name.startswith("backbone.") else name
+        pairs.append((online, f"momentum.{name}"))
+    return pairs

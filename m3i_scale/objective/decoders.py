@@ -1,0 +1,122 @@
+"""f_ψ: predictions ẑ_y from the dense representation of the input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ViTConfig
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from m3i_scale.objective.inputs import gather_tokens
+from m3i_scale.objective.positions import grid_position
+
+
+class TransformerDecoder(nn.Module):
+    """[class token | visible tokens | mask tokens] through a few layers; read at the mask tokens.
+
+    Mask tokens carry the position of the target patch: relative to the input view (paper), or on a fixed grid (MAE).
+    Visible tokens carry their own position in the same code.
+    """
+
+    def __init__(self, input_width: int, width: int, depth: int, heads: int, position: str) -> None:
+        super().__init__()
+        self.width, self.position = width, position
+        self.embed = nn.Linear(input_width, width)
+        self.position_embed = nn.Linear(2 * width, width) if position == "relative" else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        config = ViTConfig(
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            layer_norm_eps=1e-6,
+            attn_implementation="sdpa",
+        )
+        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def reset_parameters(self) -> None:
+        """First value of the mask token; layers are initialised by themselves."""
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        cls_B1D: Tensor,
+        tokens_BLD: Tensor,
+        visible_BL: Tensor,
+        query_BQ: Tensor,
+        grid: tuple[int, int],
+        own_position_BNP: Tensor | None,
+        query_position_BNP: Tensor | None,
+    ) -> Tensor:
+        """Predict at the patches `query_BQ` of the target view: (B, Q, width).
+
+        Args:
+            cls_B1D: class token of the encoded input.
+            tokens_BLD: visible tokens of the encoded input.
+            visible_BL: which patches of the input view those are.
+            query_BQ: which patches of the target view are asked for.
+            grid: rows and columns of patches.
+            own_position_BNP: features of the input view's patches relative to itself (relative position only).
+            query_position_BNP: features of the target view's patches relative to the input view.
+        """
+        x_BLD = self.embed(torch.cat([cls_B1D, tokens_BLD], dim=1))
+        index_BS = torch.cat([visible_BL, query_BQ], dim=1)
+        if self.position_embed is None:
+            table_NP = grid_position(grid, self.width, x_BLD.device).to(x_BLD.dtype)
+            position_BSD = table_NP[index_BS]
+        else:
+            if own_position_BNP is None or query_position_BNP is None:
+                raise ValueError("a relative decoder needs the positions of the input's and the target's patches")
+            features_BSP = torch.cat(
+                [gather_tokens(own_position_BNP, visible_BL), gather_tokens(query_position_BNP, query_BQ)], dim=1
+            )
+            position_BSD = self.position_embed(features_BSP.to(x_BLD.dtype))
+        masks_BQD = self.mask_token.to(x_BLD.dtype).expand(len(x_BLD), query_BQ.shape[1], -1)
+        body_BSD = torch.cat([x_BLD[:, 1:], masks_BQD], dim=1) + position_BSD
+        sequence_BSD = torch.cat([x_BLD[:, :1], body_BSD], dim=1)
+        for layer in self.layers:
+            sequence_BSD = layer(sequence_BSD)
+        output_BQD: Tensor = self.norm(sequence_BSD[:, -query_BQ.shape[1] :])
+        return output_BQD
+
+
+class AttentionPool(nn.Module):
+    """One query, the mean token, attends to all tokens; LayerNorm on q, k and v (head of InternImage-H)."""
+
+    def __init__(self, input_width: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.norm_q = nn.LayerNorm(input_width, eps=1e-6)
+        self.norm_k = nn.LayerNorm(input_width, eps=1e-6)
+        self.norm_v = nn.LayerNorm(input_width, eps=1e-6)
+        self.query = nn.Linear(input_width, input_width)
+        self.key = nn.Linear(input_width, input_width)
+        self.value = nn.Linear(input_width, input_width)
+        self.output = nn.Linear(input_width, width)
+
+    def forward(self, tokens_BLD: Tensor) -> Tensor:
+        """Visible tokens (B, L, D) → (B, width)."""
+        query_BHID = self._heads(self.query(self.norm_q(tokens_BLD.mean(dim=1, keepdim=True))))
+        key_BHLD = self._heads(self.key(self.norm_k(tokens_BLD)))
+        value_BHLD = self._heads(self.value(self.norm_v(tokens_BLD)))
+        pooled_BHID = F.scaled_dot_product_attention(query_BHID, key_BHLD, value_BHLD)
+        pooled_BD: Tensor = self.output(pooled_BHID.transpose(1, 2).flatten(2).squeeze(1))
+        return pooled_BD
+
+    def _heads(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class MeanPool(nn.Module):
+    """The mean token, normalised: the plainest global prediction."""
+
+    def __init__(self, input_width: int) -> None:
+        super().__init__()
+        self.width = input_width
+        self.norm = nn.LayerNorm(input_width, eps=1e-6)
+
+    def forward(self, tokens_BLD: Tensor) -> Tensor:
+        """Visible tokens (B, L, D) → (B, D)."""
+        pooled_BD: Tensor = self.norm(tokens_BLD.mean(dim=1))
+        return pooled_BD

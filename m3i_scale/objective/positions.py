@@ -1,0 +1,67 @@
+"""Where target patches lie relative to the input view (method of SIM), and on a fixed grid (MAE)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def frequencies(count: int, device: torch.device) -> Tensor:
+    """ω_k = 10000^(−k/count), k = 0 … count−1, fp32."""
+    return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(10000.0) / count))
+
+
+def _waves(x: Tensor, omega_F: Tensor) -> list[Tensor]:
+    angle = x[..., None] * omega_F
+    return [angle.sin(), angle.cos()]
+
+
+def relative_position(
+    input_crop_B4: Tensor,
+    target_crop_B4: Tensor,
+    input_flip_B: Tensor,
+    target_flip_B: Tensor,
+    image_width_B: Tensor,
+    grid: tuple[int, int],
+    width: int,
+) -> Tensor:
+    """Sine-cosine features of every target patch relative to the input view: fp32 (B, N, 2·width).
+
+    With crops (top, left, height, width) taken after the flip, and target patch (r, c), in units of the input grid:
+
+        u = δ_h (r+½) + g Δ_i − ½
+        v = δ_w (c+½) + g Δ_j − ½                      same flip
+        v = −δ_w (c+½) + g (W − j₁ − j₂)/w₁ − ½        opposite flip
+
+    where δ = target size / input size and Δ = offset / input size. Features: u, v, 10·ln δ_h, 10·ln δ_w, each at
+    width/4 frequencies.
+    """
+    rows, columns = grid
+    top1, left1, height1, width1 = input_crop_B4.float().unbind(dim=1)
+    top2, left2, height2, width2 = target_crop_B4.float().unbind(dim=1)
+    delta_h, delta_w = height2 / height1, width2 / width1
+    row_R = torch.arange(rows, device=top1.device, dtype=torch.float32) + 0.5
+    column_C = torch.arange(columns, device=top1.device, dtype=torch.float32) + 0.5
+    u_BR = delta_h[:, None] * row_R + rows * ((top2 - top1) / height1)[:, None] - 0.5
+    same_BC = delta_w[:, None] * column_C + columns * ((left2 - left1) / width1)[:, None] - 0.5
+    mirrored = columns * (image_width_B.float() - left1 - left2) / width1
+    opposite_BC = mirrored[:, None] - delta_w[:, None] * column_C - 0.5
+    v_BC = torch.where((input_flip_B == target_flip_B)[:, None], same_BC, opposite_BC)
+    omega_F = frequencies(width // 4, top1.device)
+    batch = len(top1)
+    blocks = [wave[:, :, None].expand(batch, rows, columns, -1) for wave in _waves(u_BR, omega_F)]
+    blocks += [wave[:, None].expand(batch, rows, columns, -1) for wave in _waves(v_BC, omega_F)]
+    for scale_B in (delta_h, delta_w):
+        blocks += [wave[:, None, None].expand(batch, rows, columns, -1) for wave in _waves(10 * scale_B.log(), omega_F)]
+    return torch.cat(blocks, dim=-1).flatten(1, 2)
+
+
+def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """The fixed table of MAE, column first: fp32 (N, width) of [sin x, cos x, sin y, cos y] at width/4 frequencies."""
+    rows, columns = grid
+    omega_F = frequencies(width // 4, device)
+    row_N = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
+    column_N = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
+    return torch.cat(_waves(column_N, omega_F) + _waves(row_N, omega_F), dim=-1)

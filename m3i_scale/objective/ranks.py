@@ -1,0 +1,48 @@
+"""What the formula needs to know of other ranks: a sum and a gather. The default is a world of one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Ranks(Protocol):
+    """Other ranks, as far as a loss over the global batch needs them.
+
+    Gradients are averaged over ranks afterwards (as DDP and ZeRO do), so a local loss that is a share of a global mean
+    is multiplied by `world_size`.
+    """
+
+    rank: int
+    world_size: int
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """(B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank that gave the rows."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, without gradient."""
+
+
+class SingleProcess:
+    """A world of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """The input."""
+        return x_B
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The input, detached."""
+        return x.detach()
+
+
+def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks) -> Tensor:
+    """Mean of the valid values of all ranks, scaled so that the average over ranks has the right value and gradient.
+
+    A global batch without a valid value gives 0 (with a zero gradient), because every rank still runs every module.
+    """
+    count = ranks.sum(valid_B.sum().to(values_B.dtype)).clamp(min=1)
+    return (values_B * valid_B).sum() * ranks.world_size / count

@@ -1,0 +1,126 @@
+"""f_φ: what is predicted (category, text, pixels, momentum image) and the small heads that go with it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, ViTConfig
+from transformers.initialization import no_init_weights
+
+from m3i_scale.backbones.vit import Backbone
+
+
+class TextTower(nn.Module):
+    """A BERT-shaped Transformer, trained jointly; z_y is the projected first token, on the unit sphere."""
+
+    def __init__(self, config: BertConfig, width: int) -> None:
+        super().__init__()
+        with no_init_weights():
+            self.model = BertModel(config, add_pooling_layer=False)
+        self.projection = nn.Linear(config.hidden_size, width, bias=False)
+
+    def forward(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
+        """Tokens (B, T) and their mask → unit vectors, fp32 (B, E)."""
+        hidden_BTD = self.model(input_ids=text_ids_BT, attention_mask=text_mask_BT.long()).last_hidden_state
+        return F.normalize(self.projection(hidden_BTD[:, 0]).float(), dim=-1)
+
+
+class TextHead(nn.Module):
+    """ẑ_y of a text target: a projection onto the unit sphere, and the temperature of its softmax."""
+
+    max_scale = 100.0
+
+    def __init__(self, input_width: int, width: int, temperature: float) -> None:
+        super().__init__()
+        self.projection = nn.Linear(input_width, width, bias=False)
+        self.first_temperature = temperature
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        """First temperature."""
+        nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
+
+    def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) → unit vectors fp32 (B, E), and 1/τ (1), at most 100."""
+        prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
+        return prediction_BE, self.log_scale.float().clamp(max=math.log(self.max_scale)).exp()
+
+
+class CategoryHead(nn.Module):
+    """Logits over each label set: ẑ_y against the category embeddings, which are the rows of a linear classifier."""
+
+    def __init__(self, input_width: int, classes: list[int]) -> None:
+        super().__init__()
+        self.sets = nn.ModuleList([nn.Linear(input_width, count) for count in classes])
+
+    def forward(self, pooled_BD: Tensor) -> list[Tensor]:
+        """(B, D) → for every label set, logits (B, K)."""
+        return [classifier(pooled_BD) for classifier in self.sets]
+
+
+class DenseHead(nn.Module):
+    """ẑ_y of a dense target: one linear map per token."""
+
+    def __init__(self, input_width: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(input_width, width)
+
+    def forward(self, tokens_BQD: Tensor) -> Tensor:
+        """(B, Q, D) → (B, Q, width)."""
+        prediction_BQD: Tensor = self.projection(tokens_BQD)
+        return prediction_BQD
+
+
+class Projector(nn.Module):
+    """Residual MLP blocks between the backbone and a dense target, so that the backbone need not be its own target."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+                for _ in range(depth)
+            ]
+        )
+
+    def forward(self, tokens_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        for block in self.blocks:
+            tokens_BLD = tokens_BLD + block(tokens_BLD)
+        return tokens_BLD
+
+
+class MomentumTarget(nn.Module):
+    """The averaged copy of backbone and projector. Never trained; whoever owns the parameters moves them."""
+
+    def __init__(self, config: ViTConfig, projector_depth: int) -> None:
+        super().__init__()
+        self.backbone = Backbone(config)
+        self.projector = Projector(self.backbone.width, projector_depth)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Normalised images → all patch tokens (B, N, D) of the whole view."""
+        cls_B1D, tokens_BND = self.backbone.embed(images_BCHW)
+        encoded_BSD = self.backbone.encode(torch.cat([cls_B1D, tokens_BND], dim=1))
+        tokens: Tensor = self.projector(encoded_BSD[:, 1:])
+        return tokens
+
+
+def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
+    """Pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
+
+    With `standardize`, each patch has mean 0 and (unbiased) variance 1.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    rows, columns = height // patch, width // patch
+    blocks = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
+    pixels_BNP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+    if standardize:
+        mean_BN1 = pixels_BNP.mean(dim=-1, keepdim=True)
+        pixels_BNP = (pixels_BNP - mean_BN1) / (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return pixels_BNP
