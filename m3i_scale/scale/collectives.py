@@ -1,0 +1,127 @@
+"""Other ranks, for losses over the global batch: a gather with gradient, and sums."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from m3i_scale.errors import UserError
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class _GatherRows(torch.autograd.Function):
+    """All rows of all ranks; the gradient of a row is summed over the ranks that used it, and goes to its owner."""
+
+    @staticmethod
+    def forward(ctx: Any, x_B: Tensor) -> Tensor:
+        ctx.rows = len(x_B)
+        parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x_B.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient_G = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient_G)
+        start = dist.get_rank() * ctx.rows
+        return gradient_G[start : start + ctx.rows]
+
+
+class ProcessGroupRanks:
+    """`objective.ranks.Ranks` over torch.distributed. Every rank must hold the same number of rows."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """(B, …) of every rank, by rank; booleans travel as bytes."""
+        if self.world_size == 1:
+            return x_B
+        if x_B.dtype == torch.bool:
+            return self.gather(x_B.to(torch.uint8)).to(torch.bool)
+        gathered: Tensor = _GatherRows.apply(x_B)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, without gradient."""
+        total = x.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+
+def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
+    """Join the process group that the launcher describes in RANK, WORLD_SIZE, …; a world of one without a launcher.
+
+    Raises:
+        UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
+    """
+    missing = [name for name in _RANK_VARIABLES if name not in os.environ]
+    if missing and len(missing) < len(_RANK_VARIABLES) and "RANK" in os.environ:
+        raise UserError(
+            f"the launcher set RANK, but not {', '.join(missing)}",
+            fix="start with `deepspeed`, `torchrun` or another launcher that sets all of them",
+        )
+    if missing:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+    return ProcessGroupRanks()
+
+
+def stop_ranks() -> None:
+    """Leave the process group and remove what DeepSpeed's shared-memory collectives leave behind on a CPU.
+
+    The library never unlinks its 69 MB per rank and port, and they count as memory.
+    """
+    port = os.environ.get("MASTER_PORT", "")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sweep_shared_memory(port)
+
+
+def sweep_shared_memory(port: str) -> None:
+    """Unlink the shared-memory files of the (ended) job at `port` on this host."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        path.unlink(missing_ok=True)
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def agree(flag: bool) -> bool:
+    """Whether any rank says so; all ranks get the same answer."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    vote = torch.tensor(int(flag), device=get_accelerator().current_device_name())
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean of every value; all ranks give the same keys."""
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(values)
+    vector = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
+    if get_accelerator().device_name() != "cpu":
+        vector = vector.to(torch.float32).to(get_accelerator().current_device_name())
+    dist.all_reduce(vector)
+    return dict(zip(sorted(values), (vector / dist.get_world_size()).tolist(), strict=True))

@@ -1,0 +1,54 @@
+"""The DeepSpeed engine: build partitioned, initialise, hand over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+from m3i_scale.scale.partition import construct, full_shape
+
+
+def quiet_deepspeed() -> None:
+    """Leave warnings and errors; the toolkit prints its own account of the configuration."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases, norms and other vectors (by their full shape) without."""
+    matrices, vectors = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            shape = full_shape(parameter)
+            # A (1, 1, D) token or a (1, N, D) position table is a matrix by rank and a set of vectors by use.
+            is_matrix = len(shape) > 1 and shape[0] > 1
+            (matrices if is_matrix else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(
+    build: Callable[[], nn.Module],
+    initialize: Callable[[nn.Module], None],
+    ds_config: dict[str, Any],
+    *,
+    weight_decay: float,
+) -> Any:
+    """Construct the module (partitioned under ZeRO-3), give it its first weights and start the engine.
+
+    Args:
+        build: makes the module; called once, on every rank.
+        initialize: fills the weights of the built module, before the optimizer copies them.
+        ds_config: resolved DeepSpeed configuration.
+        weight_decay: of matrices.
+    """
+    quiet_deepspeed()
+    module = construct(build, ds_config)
+    initialize(module)
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, model_parameters=parameter_groups(module, weight_decay), config=ds_config
+    )
+    return engine
