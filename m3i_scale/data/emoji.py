@@ -1,0 +1,326 @@
+"""The built-in emoji set: 1,914 concepts in four art styles, with captions and nine categories.
+
+Three styles are for training; the fourth (Noto) is held out, and so are whole families of concepts, so that a probe can
+ask for what was learnt rather than what was seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from PIL import Image
+
+from m3i_scale.data.packages import (
+    FLUENT,
+    NOTO_LICENSE,
+    NOTO_PACKAGE,
+    OPENMOJI,
+    TWEMOJI,
+    NpmPackage,
+    fetch_noto,
+    fetch_npm,
+    read_archive,
+)
+from m3i_scale.data.records import Record, to_png
+from m3i_scale.errors import DataError
+
+GROUPS = [
+    "smileys-emotion",
+    "people-body",
+    "animals-nature",
+    "food-drink",
+    "travel-places",
+    "activities",
+    "objects",
+    "symbols",
+    "flags",
+]
+"""The label set. Flags tell little about pictures; leave them out by `group` in the JSON member where that matters."""
+
+HELD_OUT_SHARE = 0.15
+"""Share of each group's concepts in families that no training split has."""
+
+HELD_OUT_STYLE = "noto"
+
+Background = Literal["white", "plain"]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji, whatever its style."""
+
+    code: str
+    """Code points, lower case, without the presentation selector: 1f468-200d-1f373."""
+    name: str
+    tags: str
+    group: str
+    subgroup: str
+    family: str
+
+    @property
+    def caption(self) -> str:
+        """Name and tags."""
+        return f"{self.name}: {self.tags}" if self.tags else self.name
+
+
+@dataclass(frozen=True)
+class Style:
+    """The pictures of one art style."""
+
+    name: str
+    kind: Literal["svg", "bitmap"]
+    source: str
+    license: str
+    art: dict[str, bytes]
+    """Pictures by code."""
+
+
+@dataclass(frozen=True)
+class Art:
+    """A picture with transparency, drawn or bitmap, that becomes a square PNG."""
+
+    data: bytes
+    kind: Literal["svg", "bitmap"]
+    size: int
+    background: tuple[int, int, int]
+
+    def encoded(self) -> tuple[bytes, str]:
+        """See `ImageSource`."""
+        canvas = Image.new("RGBA", (self.size, self.size), (*self.background, 255))
+        with Image.open(io.BytesIO(self._bitmap())) as picture:
+            rgba = picture.convert("RGBA")
+        scale = self.size / max(rgba.size)
+        width, height = (max(1, round(side * scale)) for side in rgba.size)
+        rgba = rgba.resize((width, height), Image.Resampling.LANCZOS)
+        canvas.alpha_composite(rgba, ((self.size - width) // 2, (self.size - height) // 2))
+        return to_png(canvas), "png"
+
+    def _bitmap(self) -> bytes:
+        if self.kind == "bitmap":
+            return self.data
+        import resvg_py
+
+        drawn: bytes = bytes(
+            resvg_py.svg_to_bytes(
+                svg_string=self.data.decode("utf-8"), width=self.size, height=self.size, skip_system_fonts=True
+            )
+        )
+        return drawn
+
+
+def emoji_records(
+    cache_dir: Path,
+    *,
+    image_size: int = 128,
+    background: Background = "white",
+    noto_font: Path | None = None,
+    limit: int | None = None,
+) -> list[Record]:
+    """Records of the set, downloading the art into `cache_dir`. Splits: train, val, style, style_val.
+
+    Args:
+        cache_dir: keeps the packages between calls.
+        image_size: side of the pictures in pixels.
+        background: white, or one plain colour per picture drawn from its name.
+        noto_font: the bitmap font; None fetches Debian's.
+        limit: only so many concepts, spread over the groups.
+
+    Raises:
+        DataError: a package or an extra is missing; the message says how to get it.
+    """
+    _require_extra()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    table = read_archive(fetch_npm(OPENMOJI, cache_dir), "package/data", ".csv")["openmoji"]
+    concepts = read_concepts(table.decode("utf-8"), limit)
+    held_out = held_out_families(concepts)
+    sets = [
+        Style("openmoji", "svg", OPENMOJI.spec, OPENMOJI.license, _npm_art(OPENMOJI, cache_dir, "color/svg", ".svg")),
+        Style("twemoji", "svg", TWEMOJI.spec, TWEMOJI.license, _npm_art(TWEMOJI, cache_dir, ".", ".svg")),
+        Style("fluent", "bitmap", FLUENT.spec, FLUENT.license, _npm_art(FLUENT, cache_dir, "assets", ".webp")),
+        Style("noto", "bitmap", NOTO_PACKAGE, NOTO_LICENSE, noto_art(noto_font or fetch_noto(cache_dir), concepts)),
+    ]
+    return [
+        _record(style, concept, concept.family in held_out, image_size, background)
+        for style in sets
+        for concept in concepts
+        if concept.code in style.art
+    ]
+
+
+def _record(style: Style, concept: Concept, held_out: bool, image_size: int, background: Background) -> Record:
+    key = f"{style.name}-{concept.code}"
+    train, val = ("style", "style_val") if style.name == HELD_OUT_STYLE else ("train", "val")
+    return Record(
+        key=key,
+        image=Art(style.art[concept.code], style.kind, image_size, _colour(background, key)),
+        caption=concept.caption,
+        label=GROUPS.index(concept.group),
+        meta={
+            "concept": concept.name,
+            "family": concept.family,
+            "style": style.name,
+            "group": concept.group,
+            "subgroup": concept.subgroup,
+            "source": style.source,
+            "license": style.license,
+        },
+        split=val if held_out else train,
+        size_hint=image_size * image_size // 3,
+    )
+
+
+def read_concepts(table: str, limit: int | None = None) -> list[Concept]:
+    """Concepts of OpenMoji's CSV without skin tones, components and its own extras."""
+    concepts = [
+        Concept(
+            code=code_of(row["hexcode"]),
+            name=row["annotation"],
+            tags=row["tags"],
+            group=row["group"],
+            subgroup=row["subgroups"],
+            family=family_of(row["annotation"], row["subgroups"]),
+        )
+        for row in csv.DictReader(io.StringIO(table))
+        if not row["skintone"] and row["group"] in GROUPS
+    ]
+    if limit is None or limit >= len(concepts):
+        return concepts
+    step = len(concepts) / limit  # the table is ordered by group, so even steps keep the shares of the groups
+    return [concepts[int(number * step)] for number in range(limit)]
+
+
+def code_of(name: str) -> str:
+    """One spelling of code points for all packages, which differ in case, leading zeros and FE0F."""
+    return "-".join(part.lstrip("0") for part in name.lower().split("-") if part != "fe0f")
+
+
+_TWINS = [
+    (r"o’clock|-thirty", "clock face"),
+    (r"^keycap", "keycap"),
+    (r"^family\b", "family"),
+    (r"^kiss(:|$)|^couple with heart|holding hands", "couple"),
+    (r"\bmoon\b(?! cake)", "moon"),
+    (r"\bmailbox\b", "mailbox"),
+    (r"\bhourglass\b", "hourglass"),
+    (r"^Japanese “.*button$", "japanese button"),
+    (r"blood type", "blood type button"),
+    (r"^input ", "input"),
+    (r"\bclaus$", "claus"),
+    (r"^mer(man|maid|person)$", "merperson"),
+    (r"^(prince|princess|person with crown)$", "crown"),
+    (r"^(child|boy|girl)$", "child"),
+    (r"^(old|older) (man|woman|person)$", "older person"),
+    (r"^(baby|man|woman|person) feeding|^(woman|man|person) feeding baby|^breast-feeding", "feeding baby"),
+    (r"^(man|woman|person)(: .*)?$", "person"),
+    (r"^pregnant", "pregnant"),
+    (r"^sun behind|^cloud\b", "cloud"),
+]
+_VARIANTS = re.compile(
+    r"\b(man|woman|men|women|person|people|male|female|"
+    r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|grey|pink|"
+    r"large|medium|medium-small|small|left|right|up|down|leftwards|rightwards|"
+    r"left-facing|right-facing|facing right|oncoming)\b"
+)
+_WHOLE_SUBGROUPS = {"arrow", "geometric", "skin-tone"}
+
+
+def family_of(name: str, subgroup: str) -> str:
+    """Concepts that look alike but for gender, colour, direction or count share a family."""
+    if subgroup in _WHOLE_SUBGROUPS:
+        return subgroup
+    for pattern, family in _TWINS:
+        if re.search(pattern, name, re.IGNORECASE) and subgroup not in ("country-flag", "cat-face"):
+            return family
+    if subgroup == "country-flag":
+        return name
+    plain = re.sub(r"[^a-z0-9 ]+", " ", _VARIANTS.sub(" ", name.lower()))
+    words = " ".join(plain.split())
+    return words or name
+
+
+def held_out_families(concepts: list[Concept]) -> set[str]:
+    """Families of the validation splits: about `HELD_OUT_SHARE` of every group, chosen by hash."""
+    sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    groups_of: dict[str, set[str]] = defaultdict(set)
+    for concept in concepts:
+        sizes[concept.group][concept.family] += 1
+        groups_of[concept.family].add(concept.group)
+    chosen: set[str] = set()
+    for group, families in sizes.items():
+        wanted = math.ceil(HELD_OUT_SHARE * sum(families.values()))
+        taken = 0
+        for family in sorted(families, key=lambda name: hashlib.sha256(name.encode()).digest()):
+            if len(groups_of[family]) == 1 and families[family] <= wanted - taken:
+                chosen.add(family)
+                taken += families[family]
+        if not taken and len(families) > 1:
+            raise DataError(f"no family of group '{group}' is small enough to hold out", fix="raise --limit")
+    return chosen
+
+
+def noto_art(font_path: Path, concepts: list[Concept]) -> dict[str, bytes]:
+    """Bitmaps (PNG bytes) of the concepts by code, out of a CBDT font.
+
+    Raises:
+        DataError: no font, or one without bitmaps.
+    """
+    from fontTools.ttLib import TTFont, TTLibError
+
+    try:
+        font = TTFont(font_path)
+    except (OSError, TTLibError) as error:
+        raise DataError(f"cannot read the font: {error}", where=str(font_path)) from None
+    if "CBDT" not in font:
+        raise DataError(
+            "the font holds no bitmaps",
+            where=str(font_path),
+            fix=f"take the font of Debian's {NOTO_PACKAGE} (CBDT table)",
+        )
+    bitmaps = font["CBDT"].strikeData[0]
+    characters = font.getBestCmap()
+    ligatures = _ligatures(font)
+    art = {}
+    for concept in concepts:
+        glyphs = tuple(characters.get(int(part, 16)) for part in concept.code.split("-"))
+        glyph = glyphs[0] if len(glyphs) == 1 else ligatures.get(glyphs)
+        if glyph in bitmaps:
+            art[concept.code] = bytes(bitmaps[glyph].imageData)
+    return art
+
+
+def _ligatures(font: object) -> dict[tuple[str | None, ...], str]:
+    found: dict[tuple[str | None, ...], str] = {}
+    for lookup in font["GSUB"].table.LookupList.Lookup:  # type: ignore[index]
+        for wrapped in lookup.SubTable:
+            table = getattr(wrapped, "ExtSubTable", wrapped)
+            for first, entries in getattr(table, "ligatures", {}).items():
+                found.update({(first, *entry.Component): entry.LigGlyph for entry in entries})
+    return found
+
+
+def _npm_art(package: NpmPackage, cache_dir: Path, folder: str, suffix: str) -> dict[str, bytes]:
+    files = read_archive(fetch_npm(package, cache_dir), str(PurePosixPath("package") / folder), suffix)
+    return {code_of(stem): data for stem, data in files.items()}
+
+
+def _colour(background: Background, key: str) -> tuple[int, int, int]:
+    if background == "white":
+        return 255, 255, 255
+    red, green, blue = hashlib.sha256(key.encode()).digest()[:3]
+    return 128 + red // 2, 128 + green // 2, 128 + blue // 2
+
+
+def _require_extra() -> None:
+    try:
+        import fontTools  # noqa: F401
+        import resvg_py  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"the emoji set needs '{error.name}'", fix="pip install 'm3i-scale[emoji]'") from None

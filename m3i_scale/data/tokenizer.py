@@ -1,0 +1,101 @@
+"""The caption tokenizer: trained by `shards make`, found again by training and export."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from m3i_scale.config import SourceConfig
+from m3i_scale.data.shards import shard_folder
+from m3i_scale.errors import ConfigError
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+"""In order of their ids: padding is 0."""
+
+MAX_ALPHABET = 1_000
+
+
+def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
+    """Train a lower-casing WordPiece tokenizer and save it in the layout that `AutoTokenizer` loads.
+
+    Args:
+        captions: texts to learn from.
+        folder: where to save.
+        vocabulary: number of tokens at most, special tokens included.
+    """
+    captions = sorted(captions)
+    learner = _pieces(models.WordPiece(unk_token="[UNK]"))
+    # The trainer numbers inner characters in the order of a hash map, and ties between merges go by number. Naming them
+    # beforehand makes the same captions give the same vocabulary.
+    fixed = SPECIAL_TOKENS + [f"##{character}" for character in _alphabet(captions, learner)]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=fixed, show_progress=False)
+    learner.train_from_iterator(captions, trainer)
+    tokenizer = _pieces(models.WordPiece(vocab=learner.get_vocab(), unk_token="[UNK]"))
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    fast.save_pretrained(folder)
+
+
+def _pieces(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
+    """The most frequent characters of the captions, as many as the trainer keeps."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(tokenizer.normalizer.normalize_str(caption).replace(" ", ""))
+    return sorted(sorted(counts, key=lambda character: (-counts[character], character))[:MAX_ALPHABET])
+
+
+def find_tokenizer(sources: dict[str, SourceConfig], configured: str | None) -> PreTrainedTokenizerBase:
+    """The configured tokenizer, or the one beside the shards of the first source that has one.
+
+    Args:
+        sources: training sources; `tokenizer/` is looked for in the shard folder and in its parent.
+        configured: a folder or a Hub id (`text.tokenizer`), or None.
+
+    Raises:
+        ConfigError: there is none, it cannot be loaded, or it has no padding token.
+    """
+    if configured is not None:
+        return _load(configured, "text.tokenizer")
+    places = []
+    for name, source in sources.items():
+        folder = shard_folder(source.shards)
+        for place in (folder / "tokenizer", folder.parent / "tokenizer"):
+            if place.is_dir():
+                return _load(str(place), f"data.sources.{name}")
+            places.append(str(place))
+    raise ConfigError(
+        "the recipe has a text target, but there is no tokenizer",
+        where="text.tokenizer; looked in " + ", ".join(places or ["no source"]),
+        fix="make the shards with `m3i-scale shards make`, which trains one, or set text.tokenizer",
+    )
+
+
+def _load(name: str, where: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer '{name}': {error}", where=where) from None
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer '{name}' has no padding token", where=where, fix="set pad_token in its files")
+    return tokenizer
