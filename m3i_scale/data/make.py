@@ -206,7 +206,7 @@ def _write_split(
     with _encoder(options.workers) as encode:
         for number, members in enumerate(_cut(records, options)):
             path = folder / f"{name}-{number:06d}.tar"
-            with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0.0) as tar:
+            with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
                 samples = 0
                 for record, outcome in zip(members, encode(members), strict=True):
                     written += 1

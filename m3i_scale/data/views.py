@@ -1,0 +1,165 @@
+"""Augmented views of an image, with the geometry that the position embedding of targets needs.
+
+Order: flip, crop and resize (one step from the decoded image to the view), colour jitter, grey, blur, solarise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from m3i_scale.config import AugmentConfig
+from m3i_scale.data.samples import decoding
+
+CROP_ATTEMPTS = 10
+BLUR_SIGMA = (0.1, 2.0)
+"""Standard deviation of the blur in pixels of a 224-pixel view; in proportion for other sizes."""
+BLUR_REFERENCE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle in pixels of the (already flipped) source image."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Views:
+    """V views of one image."""
+
+    pixels_VCHW: NDArray[np.uint8]
+    crops: list[Crop]
+    size: tuple[int, int]
+    """Height and width of the source image in pixels."""
+
+
+class ViewMaker:
+    """Make views of images.
+
+    Args:
+        config: kinds and strengths of augmentation.
+        views: V, number of views per image.
+        image_size: side of a view in pixels.
+        augment: False gives the largest centre square, V times, with nothing random.
+    """
+
+    def __init__(self, config: AugmentConfig, *, views: int, image_size: int, augment: bool) -> None:
+        self._config = config
+        self._views = views
+        self._size = image_size
+        self._augment = augment
+
+    def __call__(self, image: Image.Image, seed: int) -> Views:
+        """Views of an opened image; the same for the same seed.
+
+        Raises:
+            BadSampleError: the image does not decode.
+        """
+        width, height = image.size
+        rng = random.Random(seed)
+        crops = [self._crop(height, width, rng) for _ in range(self._views)]
+        smallest = min(min(crop.height, crop.width) for crop in crops)
+        with decoding():
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what the smallest crop needs.
+            shrink = max((factor for factor in (1, 2, 4, 8) if smallest >= factor * self._size), default=1)
+            image.draft("RGB", (max(1, width // shrink), max(1, height // shrink)))
+            rgb = image.convert("RGB")
+        pixels = np.empty((self._views, 3, self._size, self._size), dtype=np.uint8)
+        for view, crop in enumerate(crops):
+            cut = self._cut(rgb, crop, (height, width))
+            cut = self._recolour(cut, view, rng) if self._augment else cut
+            pixels[view] = np.asarray(cut).transpose(2, 0, 1)
+        return Views(pixels, crops, (height, width))
+
+    def _crop(self, height: int, width: int, rng: random.Random) -> Crop:
+        if not self._augment:
+            side = min(height, width)
+            return Crop((height - side) / 2, (width - side) / 2, side, side, False)
+        flip = rng.random() < self._config.flip
+        return Crop(*random_crop(height, width, self._config.crop_scale, self._config.crop_ratio, rng), flip)
+
+    def _cut(self, image: Image.Image, crop: Crop, source: tuple[int, int]) -> Image.Image:
+        """Crop and resize in one step. Flipping the small view instead of the large image gives the same pixels."""
+        height, width = source
+        left = width - crop.left - crop.width if crop.flip else crop.left
+        x, y = image.width / width, image.height / height
+        box = (left * x, crop.top * y, (left + crop.width) * x, (crop.top + crop.height) * y)
+        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+        view = image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        return ImageOps.mirror(view) if crop.flip else view
+
+    def _recolour(self, image: Image.Image, view: int, rng: random.Random) -> Image.Image:
+        config = self._config
+        if rng.random() < config.color_jitter_p:
+            image = jitter(image, config.color_jitter, rng)
+        if rng.random() < config.grayscale:
+            image = image.convert("L").convert("RGB")
+        if rng.random() < per_view(config.blur, view):
+            sigma = _uniform(*BLUR_SIGMA, rng) * self._size / BLUR_REFERENCE_SIZE
+            image = image.filter(ImageFilter.GaussianBlur(sigma))
+        if rng.random() < per_view(config.solarize, view):
+            image = ImageOps.solarize(image, 128)
+        return image
+
+
+def per_view(values: Sequence[float], view: int) -> float:
+    """The view's value of a list whose last value serves all further views."""
+    return values[min(view, len(values) - 1)]
+
+
+def random_crop(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
+) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a crop with a random share of the area and a random shape.
+
+    Where no draw fits the image, the largest centred crop of an allowed shape.
+    """
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * _uniform(*scale, rng)
+        shape = math.exp(_uniform(math.log(ratio[0]), math.log(ratio[1]), rng))
+        crop_width, crop_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.random() * (height - crop_height + 1))
+            left = int(rng.random() * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width = min(width, max(1, round(height * ratio[1])))
+    crop_height = min(height, max(1, round(width / ratio[0])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def jitter(image: Image.Image, strength: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
+    """Change brightness, contrast, saturation and hue, in random order."""
+    order = sorted(range(4), key=lambda _: rng.random())
+    for which in order:
+        amount = strength[which]
+        if not amount:
+            continue
+        if which == 3:
+            image = shift_hue(image, _uniform(-amount, amount, rng))
+            continue
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[which]
+        image = enhance(image).enhance(_uniform(max(0.0, 1 - amount), 1 + amount, rng))
+    return image
+
+
+def shift_hue(image: Image.Image, turns: float) -> Image.Image:
+    """Turn all hues by a share of the colour circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    steps = round(turns * 256)
+    turned = hue.point([(level + steps) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
+def _uniform(low: float, high: float, rng: random.Random) -> float:
+    return low + (high - low) * rng.random()
