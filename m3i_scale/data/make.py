@@ -6,13 +6,10 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from webdataset.writer import TarWriter
 
+from m3i_scale.data.encode import Outcome, encoder
 from m3i_scale.data.index import build_index
 from m3i_scale.data.records import Record
 from m3i_scale.data.tokenizer import train_tokenizer
@@ -30,6 +28,8 @@ Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
 MANIFEST_FORMAT = 1
+FACTS = ("samples", "with_label", "with_caption", "bytes")
+"""What the manifest counts per shard."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def make_shards(
             shards = _write_split(members, folder / split, labels, name, info or {}, options, skipped, tell)
             summary["splits"][split] = {
                 "shards": len(shards),
-                "samples": sum(shard["samples"] for shard in shards.values()),
-                "bytes": sum(shard["bytes"] for shard in shards.values()),
+                **{fact: sum(shard[fact] for shard in shards.values()) for fact in FACTS},
             }
             done += len(members)
         captions = _training_captions(by_split)
@@ -151,7 +150,9 @@ def _check(records: Sequence[Record], output: Path, labels: Sequence[str], name:
 def _split(records: Sequence[Record], splits: dict[str, float] | None) -> dict[str, list[Record]]:
     by_split: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: _hash("order", record.key)):
-        by_split.setdefault(record.split or _draw_split(record.key, splits or {"train": 1.0}), []).append(record)
+        by_split.setdefault(
+            record.split or _draw_split(record.split_by or record.key, splits or {"train": 1.0}), []
+        ).append(record)
     return dict(sorted(by_split.items()))
 
 
@@ -186,6 +187,8 @@ def _made_whole(output: Path) -> Iterator[Path]:
                 folder.rename(output)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
     except Timeout:
         raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
 
@@ -203,23 +206,20 @@ def _write_split(
     folder.mkdir()
     shards: dict[str, dict[str, Any]] = {}
     written = 0
-    with _encoder(options.workers) as encode:
+    with encoder(options.workers) as encode:
         for number, members in enumerate(_cut(records, options)):
             path = folder / f"{name}-{number:06d}.tar"
-            with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
-                samples = 0
-                for record, outcome in zip(members, encode(members), strict=True):
-                    written += 1
-                    if isinstance(outcome, DataError):
-                        if not options.skip_bad:
-                            raise outcome
-                        skipped[outcome.what.partition(":")[0]] += 1
-                        continue
-                    tar.write(_members(record, *outcome))
-                    samples += 1
-                    tell(written)
-            if samples:
-                shards[path.name] = {"samples": samples, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+            kept = _write_shard(path, zip(members, encode(members), strict=True), options, skipped)
+            written += len(members)
+            tell(written)
+            if kept:
+                shards[path.name] = {
+                    "samples": len(kept),
+                    "with_label": sum(record.label is not None for record in kept),
+                    "with_caption": sum(record.caption is not None for record in kept),
+                    "bytes": path.stat().st_size,
+                    "sha256": _sha256(path),
+                }
             else:
                 path.unlink()
     if not shards:
@@ -230,6 +230,23 @@ def _write_split(
     _write_json(folder / "manifest.json", manifest)
     build_index([folder / shard for shard in shards], folder / "index")
     return shards
+
+
+def _write_shard(
+    path: Path, outcomes: Iterable[tuple[Record, Outcome]], options: ShardOptions, skipped: Counter[str]
+) -> list[Record]:
+    """Write one tar; returns the records that are in it."""
+    kept = []
+    with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
+        for record, outcome in outcomes:
+            if not isinstance(outcome, DataError):
+                tar.write(_members(record, *outcome))
+                kept.append(record)
+            elif options.skip_bad:
+                skipped[outcome.what.partition(":")[0]] += 1
+            else:
+                raise outcome
+    return kept
 
 
 def _cut(records: list[Record], options: ShardOptions) -> Iterator[list[Record]]:
@@ -249,31 +266,6 @@ def _members(record: Record, image: bytes, extension: str) -> dict[str, Any]:
         sample["cls"] = str(record.label).encode("ascii")
     sample["json"] = json.dumps(record.meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
     return sample
-
-
-Outcome = tuple[bytes, str] | DataError
-
-
-def _encode(record: Record) -> Outcome:
-    """A fault is a value here: the caller decides whether it stops the run."""
-    try:
-        return record.image.encoded()
-    except DataError as error:
-        return error
-
-
-@contextmanager
-def _encoder(workers: int) -> Iterator[Callable[[list[Record]], Iterator[Outcome]]]:
-    if workers == 1:
-        yield functools.partial(map, _encode)
-        return
-    # spawn: the caller may run threads (progress bar), which a forked child would inherit half-locked.
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            yield lambda members: pool.map(_encode, members, chunksize=16)
-    except BrokenProcessPool:
-        raise DataError("a process that encodes images died", fix="is memory short? try --workers 1") from None
 
 
 def _training_captions(by_split: dict[str, list[Record]]) -> list[str]:

@@ -14,6 +14,9 @@ from m3i_scale.errors import DataError
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes go into the shard as they are, and the extension of their member."""
 
+READ_FORMATS = (*KEPT_FORMATS, "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may try: some of its other readers start programs."""
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Members of a shard that are images."""
 
@@ -46,6 +49,8 @@ class Record:
     """The JSON member."""
     split: str | None = None
     """Folder the sample goes to; None leaves it to the split rule."""
+    split_by: str | None = None
+    """What the split rule hashes, so that samples that belong together stay together; None: the key."""
     size_hint: int = 16_384
     """Bytes of the image, roughly, for planning the number of shards."""
 
@@ -60,8 +65,11 @@ class FileImage:
         """See `ImageSource`."""
         try:
             data = self.path.read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                kind = image.format
+        except OSError as error:
+            raise DataError(f"cannot read the image: {error.strerror}", where=str(self.path)) from None
+        try:
+            with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+                kind = str(image.format)
                 image.load()
                 return (data, KEPT_FORMATS[kind]) if kind in KEPT_FORMATS else (to_png(image), "png")
         except DECODE_FAULTS as error:
@@ -70,6 +78,17 @@ class FileImage:
                 where=str(self.path),
                 fix="mend or remove the file, or leave such files out with --skip-bad",
             ) from None
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Stands for an image where the record is at fault: `--skip-bad` then treats all faults alike."""
+
+    error: DataError
+
+    def encoded(self) -> tuple[bytes, str]:
+        """Raises the fault."""
+        raise self.error
 
 
 def to_png(image: Image.Image) -> bytes:

@@ -79,6 +79,8 @@ class Objective(nn.Module):
         self.ranks = ranks
         self.measure_health = False
         """Set on steps that are logged: the effective rank costs an eigenvalue decomposition."""
+        self.token_count = 0
+        """Visible patch tokens of the last forward pass."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
         """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
 
@@ -88,6 +90,7 @@ class Objective(nn.Module):
         The mean over ranks of the loss, and of each figure, is that of the global batch.
         """
         context = self._encode(batch)
+        self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
         total = torch.zeros((), device=batch.seeds_B.device)
         figures: dict[str, Tensor] = {}

@@ -82,14 +82,15 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
     return ProcessGroupRanks()
 
 
-def stop_ranks() -> None:
-    """Leave the process group and remove what DeepSpeed's shared-memory collectives leave behind on a CPU.
+def stop_ranks(*, wait: bool) -> None:
+    """Leave the process group (after all others are done too, with `wait`) and remove what DeepSpeed's shared-memory collectives leave behind on a CPU.
 
     The library never unlinks its 69 MB per rank and port, and they count as memory.
     """
     port = os.environ.get("MASTER_PORT", "")
     if dist.is_initialized():
-        dist.barrier()
+        if wait:
+            dist.barrier()
         dist.destroy_process_group()
     sweep_shared_memory(port)
 
@@ -107,13 +108,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def agree(flag: bool) -> bool:
-    """Whether any rank says so; all ranks get the same answer."""
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """For every flag, whether any rank raises it; all ranks get the same answer, in one collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    vote = torch.tensor(int(flag), device=get_accelerator().current_device_name())
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+        return flags
+    votes = torch.tensor([int(flag) for flag in flags], device=get_accelerator().current_device_name())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return tuple(bool(vote) for vote in votes.tolist())
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
@@ -125,3 +126,12 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
         vector = vector.to(torch.float32).to(get_accelerator().current_device_name())
     dist.all_reduce(vector)
     return dict(zip(sorted(values), (vector / dist.get_world_size()).tolist(), strict=True))
+
+
+def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The maximum of every value; all ranks give the same keys."""
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(values)
+    vector = torch.tensor([values[key] for key in sorted(values)], device=get_accelerator().current_device_name())
+    dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+    return dict(zip(sorted(values), vector.tolist(), strict=True))

@@ -1,0 +1,266 @@
+"""Records out of what people have: folders of images by class, and tables of paths, captions and labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+
+from m3i_scale.data.records import FileImage, ImageSource, Record, Unusable
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
+
+FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+Captions = Literal["auto", "none", "optional", "required"]
+"""auto: all images of a folder have a caption file or none has."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names of a manifest. Only `path` must exist; the others must exist if they are not the default name."""
+
+    path: str = "path"
+    caption: str = "caption"
+    label: str = "label"
+    split: str = "split"
+
+
+def imagefolder_records(folder: Path, captions: Captions = "auto") -> tuple[list[Record], list[str]]:
+    """Images below `folder`; the first folder on the way is the class, `NAME.txt` beside an image its caption.
+
+    Returns:
+        Records (unusable ones included, see `Unusable`) and the class names in order of their index.
+
+    Raises:
+        DataError: no such folder, or no images.
+    """
+    if not folder.is_dir():
+        raise DataError("there is no such folder", where=str(folder))
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FILE_EXTENSIONS and path.is_file())
+    if not images:
+        raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+    classes = sorted({path.relative_to(folder).parts[0] for path in images if path.parent != folder})
+    if captions == "auto":
+        captions = "required" if any(path.with_suffix(".txt").is_file() for path in images) else "none"
+    return [_folder_record(path, folder, classes, captions) for path in images], classes
+
+
+def _folder_record(path: Path, folder: Path, classes: Sequence[str], captions: Captions) -> Record:
+    relative = path.relative_to(folder)
+    label = classes.index(relative.parts[0]) if len(relative.parts) > 1 else None
+    image: ImageSource = FileImage(path)
+    caption = None
+    try:
+        caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
+    except DataError as error:
+        image = Unusable(error)
+    meta = {"path": relative.as_posix()}
+    return Record(key_of(relative), image, caption, label, meta, size_hint=path.stat().st_size)
+
+
+def read_caption(path: Path, captions: Captions) -> str | None:
+    """The caption file's text; None where it is empty, or missing and optional.
+
+    Raises:
+        DataError: missing though required, or not UTF-8.
+    """
+    if not path.is_file():
+        if captions == "optional":
+            return None
+        raise DataError(
+            "the caption file is missing",
+            where=str(path),
+            fix="write it, or allow images without caption (--captions optional), or leave them out (--skip-bad)",
+        )
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the caption file cannot be read: {error}", where=str(path), fix="save it as UTF-8") from None
+
+
+def manifest_records(
+    manifest: Path,
+    *,
+    columns: Columns | None = None,
+    root: Path | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[list[Record], list[str]]:
+    """Rows of a CSV, TSV, Parquet or JSON-lines file.
+
+    Args:
+        manifest: the file; its ending tells the format.
+        columns: names of the columns.
+        root: relative paths start here; default: the manifest's folder.
+        labels: class names. Default: the names that occur, sorted; for numbers, 0 … the largest.
+
+    Returns:
+        Records (unusable ones included) and the class names in order of their index.
+
+    Raises:
+        DataError: the file cannot be read, a column is missing.
+    """
+    columns = columns or Columns()
+    rows = read_table(manifest)
+    _check_columns(rows, columns, manifest)
+    known = list(labels) if labels is not None else _labels_of(row.get(columns.label) for row in rows)
+    numbers = {label: number for number, label in enumerate(known)}
+    root = manifest.parent if root is None else root
+    return [_row_record(number, row, columns, root, numbers, manifest) for number, row in enumerate(rows)], known
+
+
+def _row_record(
+    number: int, row: dict[str, Any], columns: Columns, root: Path, numbers: dict[str, int], manifest: Path
+) -> Record:
+    where = f"{manifest}, row {number + 1}"
+    name = row.get(columns.path)
+    if not name:
+        fault = DataError("the path is missing", where=where)
+        return Record(f"{number:09d}", Unusable(fault), split=row.get(columns.split))
+    path = root / str(name)
+    image: ImageSource = FileImage(path)
+    label = None
+    try:
+        label = _label_number(row.get(columns.label), numbers, where)
+    except DataError as error:
+        image = Unusable(error)
+    caption = row.get(columns.caption)
+    return Record(
+        key=f"{number:09d}",
+        image=image,
+        caption=None if caption is None else str(caption).strip() or None,
+        label=label,
+        meta={"path": str(name)},
+        split=_split_name(row.get(columns.split), where),
+        split_by=str(name),  # several captions of one image stay on one side
+        size_hint=path.stat().st_size if path.is_file() else 0,
+    )
+
+
+def _split_name(value: Any, where: str) -> str | None:
+    if not value:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
+        raise DataError(f"'{value}' is no name for a split", where=where, fix="letters, digits, - and _ only")
+    return str(value)
+
+
+def _label_number(value: Any, numbers: dict[str, int], where: str) -> int | None:
+    if value is None or value == "":
+        return None
+    text = str(value)
+    if text in numbers:
+        return numbers[text]
+    if _is_integer(text):
+        if 0 <= int(text) < len(numbers):
+            return int(text)
+        raise DataError(f"the label is out of range: {text}, there are {len(numbers)} labels", where=where)
+    raise DataError(f"the label is unknown: '{text}'", where=where, fix=did_you_mean(text, numbers))
+
+
+def _labels_of(values: Iterable[Any]) -> list[str]:
+    present = {str(value) for value in values if value is not None and value != ""}
+    if present and all(_is_integer(value) for value in present):
+        return [str(number) for number in range(max(map(int, present)) + 1)]
+    return sorted(present)
+
+
+def _is_integer(text: str) -> bool:
+    return re.fullmatch(r"-?[0-9]{1,9}", text) is not None
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV are None.
+
+    Raises:
+        DataError: cannot be read, or an unknown ending.
+    """
+    readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        ".csv": lambda: list(_read_csv(path, ",")),
+        ".tsv": lambda: list(_read_csv(path, "\t")),
+        ".parquet": lambda: _read_parquet(path),
+        ".jsonl": lambda: list(_read_jsonl(path)),
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"a manifest ends on one of {', '.join(readers)}", where=str(path))
+    try:
+        rows = reader()
+    except (OSError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read the manifest: {error}", where=str(path)) from None
+    if not rows:
+        raise DataError("the manifest has no rows", where=str(path))
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    read: Any = pyarrow.parquet.read_table
+    rows: list[dict[str, Any]] = read(path).to_pylist()
+    return rows
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        for row in csv.DictReader(stream, delimiter=delimiter, restkey=""):
+            if "" in row:
+                raise DataError("a row has more cells than the header", where=f"{path}, line {stream_line(row)}")
+            yield {name: value or None for name, value in row.items()}
+
+
+def stream_line(row: dict[str, Any]) -> str:
+    """How an error points at a row of a CSV file: by its first cell."""
+    return repr(next(iter(row.values())))
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"not JSON: {error}", where=f"{path}, line {number}") from None
+            if not isinstance(row, dict):
+                raise DataError("every line must be a JSON object", where=f"{path}, line {number}")
+            yield row
+
+
+def _check_columns(rows: Sequence[dict[str, Any]], columns: Columns, manifest: Path) -> None:
+    present = set().union(*(row.keys() for row in rows))
+    default = Columns()
+    for role in ("path", "caption", "label", "split"):
+        name = getattr(columns, role)
+        if name not in present and (role == "path" or name != getattr(default, role)):
+            raise DataError(
+                f"the manifest has no column '{name}'", where=str(manifest), fix=did_you_mean(name, map(str, present))
+            )
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class names: a JSON list, or a text file with one a line.
+
+    Raises:
+        ConfigError: cannot be read, or a name twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the labels: {error}", where=str(path)) from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ConfigError("the labels are no list of names", where=str(path))
+    if len(set(labels)) < len(labels):
+        raise ConfigError("a label stands twice", where=str(path))
+    return labels
+
+
+def key_of(relative: Path) -> str:
+    """A sample's key: dots end a key in a shard, and a leading __ marks what webdataset skips."""
+    return re.sub(r"[^\w-]+", "-", relative.with_suffix("").as_posix().replace("/", "_")).lstrip("_-") or "image"

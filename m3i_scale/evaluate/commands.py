@@ -1,0 +1,253 @@
+"""`m3i-scale evaluate`: a model folder and shards in, figures with intervals out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.evaluate import measures as measure
+from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
+from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
+from m3i_scale.evaluate.measures import NotMeasuredError, Side
+from m3i_scale.evaluate.samples import Table, open_table
+from m3i_scale.evaluate.towers import Towers, load_towers, why_no_towers
+from m3i_scale.evaluate.zero_shot import TEMPLATES
+
+MEASURES = ("knn", "linear", "zero_shot", "retrieval")
+Baseline = Literal["none", "pixels"]
+Progress = Callable[[str, int], None]
+"""Called with what is read ("data", "train data") and the number of samples so far."""
+
+
+@dataclass
+class _Job:
+    """Both sides, and what encoded them."""
+
+    train: Side | None
+    test: Side
+    clusters: Clusters
+    towers: Towers | None
+    no_towers: str | None
+    templates: tuple[str, ...]
+
+
+def evaluate(
+    model_dir: Path | str,
+    data: str,
+    *,
+    train_data: str | None = None,
+    measures: tuple[str, ...] = MEASURES,
+    pool: Pool = "mean",
+    baseline: Baseline = "none",
+    exclude_groups: tuple[str, ...] = (),
+    templates: tuple[str, ...] = TEMPLATES,
+    batch_size: int = 64,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what the frozen features of a model are worth. Changes nothing on disk; the same call, the same figures.
+
+    Args:
+        model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
+        data: shards to test on: a folder, a brace pattern or one .tar.
+        train_data: shards that the probes learn from; kNN and the linear probe need it.
+        measures: which of `MEASURES`.
+        pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
+        baseline: `pixels` also probes the raw 32 × 32 image.
+        exclude_groups: leave out samples whose json member has one of these as `group`.
+        templates: prompts of zero-shot, `{}` stands for the class name.
+        batch_size: images in one forward pass.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
+        progress: told about samples read.
+
+    Returns:
+        One JSON-able document: model, data, measures, not_measured (with the reason), warnings.
+
+    Raises:
+        ExportError: the model folder does not load.
+        DataError: the shards cannot be read, training and test data are the same, or nothing can be measured.
+        ConfigError: an unknown measure, pool, baseline or device, or a broken template.
+    """
+    _check(measures, pool, baseline, batch_size)
+    where, folder = _device(device), Path(model_dir)
+    test_table = open_table(data, "--data")
+    train_table = open_table(train_data, "--train-data") if train_data is not None else None
+    _refuse_same_shards(test_table, train_table)
+    vision = load_vision(folder, pool, where)
+    wants_text = bool({"zero_shot", "retrieval"} & set(measures))
+    no_towers = why_no_towers(folder)
+    towers = load_towers(folder, where) if wants_text and no_towers is None else None
+    encoders = _encoders(vision, towers, baseline)
+    read = _Reader(vision.size, batch_size, exclude_groups, progress)
+    test = read(test_table, encoders, "data")
+    if not len(test.table):
+        raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
+    train = None
+    if train_table is not None and {"knn", "linear"} & set(measures):
+        train = read(train_table, {name: encode for name, encode in encoders.items() if name != "joint"}, "train data")
+    _refuse_unknown_groups(exclude_groups, [test_table, *([train.table] if train else [])])
+    job = _Job(train, test, clusters_of(test_table), towers, no_towers, templates)
+    found, absent = _measure(measures, "model", job)
+    if not found:
+        raise DataError(
+            "nothing can be measured",
+            where=data,
+            why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
+            fix="give --train-data with labels for the probes, or an export with a text target",
+        )
+    result = _document(folder, vision, job, data, train_data)
+    result |= {"measures": found, "not_measured": absent}
+    if baseline == "pixels":
+        probes, why_not = _measure(tuple(name for name in measures if name in ("knn", "linear")), "pixels", job)
+        result["baseline"] = {"kind": "pixels", "measures": probes, "not_measured": why_not}
+    result["warnings"] = _warnings(job, result)
+    return result
+
+
+@dataclass
+class _Reader:
+    size: int
+    batch_size: int
+    exclude_groups: tuple[str, ...]
+    progress: Progress | None
+
+    def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
+        tell = self.progress
+        features = extract(
+            table,
+            encoders,
+            self.size,
+            batch_size=self.batch_size,
+            exclude_groups=self.exclude_groups,
+            progress=None if tell is None else lambda done: tell(what, done),
+        )
+        return Side(table, features)
+
+
+def _encoders(vision: VisionModel, towers: Towers | None, baseline: Baseline) -> dict[str, Encoder]:
+    encoders: dict[str, Encoder] = {"model": vision}
+    if towers is not None:
+        encoders["joint"] = towers.images
+    if baseline == "pixels":
+        encoders["pixels"] = pixel_features
+    return encoders
+
+
+def _measure(names: tuple[str, ...], encoder: str, job: _Job) -> tuple[dict[str, Any], dict[str, str]]:
+    found: dict[str, Any] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = _one(name, encoder, job)
+        except NotMeasuredError as reason:
+            absent[name] = str(reason)
+    return found, absent
+
+
+def _one(name: str, encoder: str, job: _Job) -> dict[str, Any]:
+    if name == "knn":
+        return measure.measure_knn(encoder, job.train, job.test, job.clusters)
+    if name == "linear":
+        return measure.measure_linear(encoder, job.train, job.test, job.clusters)
+    if job.towers is None:
+        raise NotMeasuredError(job.no_towers or "no text tower")
+    images_NE = job.test.features["joint"]
+    if name == "zero_shot":
+        return measure.measure_zero_shot(images_NE, job.towers.texts, job.templates, job.test, job.clusters)
+    return measure.measure_retrieval(images_NE, job.towers.texts, job.test, job.clusters)
+
+
+def _document(folder: Path, vision: VisionModel, job: _Job, data: str, train_data: str | None) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": folder.resolve().name,
+            "path": str(folder),
+            "type": vision.model.config.model_type,
+            "image_size": vision.size,
+            "pool": vision.pool,
+            "feature_width": int(job.test.features["model"].shape[1]),
+        },
+        "data": _describe(job.test.table, data)
+        | {"cluster_unit": job.clusters.unit, "clusters": len(np.unique(job.clusters.of))},
+        "train_data": None if job.train is None or train_data is None else _describe(job.train.table, train_data),
+        "level": LEVEL,
+        "bootstrap": {"resamples": RESAMPLES, "seed": SEED},
+    }
+
+
+def _describe(table: Table, shards: str) -> dict[str, Any]:
+    return {
+        "shards": shards,
+        "samples": len(table),
+        "labelled": int((table.label_array >= 0).sum()),
+        "captioned": sum(caption is not None for caption in table.captions),
+        "left_out": dict(table.left_out),
+    }
+
+
+def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
+    found = [job.clusters.warning] if job.clusters.warning else []
+    for block in (result["measures"], result.get("baseline", {}).get("measures", {})):
+        found += block.get("linear", {}).pop("notes", [])
+    if job.train is not None:
+        for name in ("family", "concept"):
+            fitted, asked = job.train.table.column(name), job.test.table.column(name)
+            shared = set(fitted or []) & set(asked or [])
+            if shared:
+                found.append(
+                    f"{len(shared)} of {len(set(asked or []))} test values of `{name}` are in the training data too:"
+                    " probes see the same things again"
+                )
+                break
+    return list(dict.fromkeys(found))
+
+
+def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int) -> None:
+    for value, known, what in (
+        *((name, MEASURES, "measure") for name in measures),
+        (pool, ("mean", "cls", "mean_cls"), "pool"),
+        (baseline, ("none", "pixels"), "baseline"),
+    ):
+        if value not in known:
+            raise ConfigError(f"no {what} '{value}'", fix=did_you_mean(value, known))
+    if not measures:
+        raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(MEASURES)}")
+    if batch_size < 1:
+        raise ConfigError(f"batch size {batch_size} is below 1")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"no device '{name}': {str(error).splitlines()[0]}", fix="--device cpu") from None
+    return device
+
+
+def _refuse_unknown_groups(names: tuple[str, ...], tables: list[Table]) -> None:
+    known = {group for table in tables for group in table.groups if group}
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "no sample has a `group` in its json member"
+            raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
+
+
+def _refuse_same_shards(test: Table, train: Table | None) -> None:
+    if train is None:
+        return
+    shared = {path.resolve() for path in test.shards} & {path.resolve() for path in train.shards}
+    if shared:
+        raise DataError(
+            f"{len(shared)} shards are both training and test data",
+            where=str(min(shared)),
+            why="a probe that is tested on what it learnt says nothing about the features",
+        )

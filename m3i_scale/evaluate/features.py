@@ -1,0 +1,163 @@
+"""Frozen features: one pass over the samples, everything that the measures need."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.samples import Sample, Table, read_samples
+
+Pool = Literal["mean", "cls", "mean_cls"]
+Encoder = Callable[[Tensor], Tensor]
+"""uint8 images (B, 3, H, W) → features (B, D)."""
+
+PIXEL_SIDE = 32
+"""The raw-pixel baseline sees images at this size."""
+
+
+@dataclass
+class VisionModel:
+    """A stock vision model with the normalisation and the input size of its image processor."""
+
+    model: Any
+    processor: Any
+    size: int
+    """Side of the input in pixels."""
+    pool: Pool
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) at `size` → pooled features, fp32 (B, D)."""
+        inputs = self.processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
+        output = self.model(pixel_values=inputs["pixel_values"].to(self.device))
+        return pool_tokens(output.last_hidden_state, self._patches(), self.pool)
+
+    def _patches(self) -> int | None:
+        patch = getattr(self.model.config, "patch_size", None)
+        return (self.size // patch) ** 2 if isinstance(patch, int) else None
+
+
+def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
+    """One vector an image out of a model's last hidden state.
+
+    Args:
+        hidden: (B, L, D) tokens, of which the last `patches` are patch tokens and the first of the others, if any, is
+            the class token; or a map (B, D, H, W).
+        patches: number of patch tokens; None where the model has no plain grid (then all tokens count as patches).
+        pool: mean of the patch tokens, class token, or both side by side.
+
+    Raises:
+        ExportError: a class token is asked for and there is none.
+    """
+    tokens_BLD = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+    prefix = 0 if patches is None or hidden.ndim == 4 else max(tokens_BLD.shape[1] - patches, 0)
+    mean_BD = tokens_BLD[:, prefix:].float().mean(dim=1)
+    if pool == "mean":
+        return mean_BD
+    if prefix == 0:
+        raise ExportError("the model has no class token", where=f"--pool {pool}", fix="--pool mean")
+    cls_BD = tokens_BLD[:, 0].float()
+    return cls_BD if pool == "cls" else torch.cat([mean_BD, cls_BD], dim=1)
+
+
+def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
+    """A vision model from any Hub folder, in fp32.
+
+    Raises:
+        ExportError: not such a folder, or weights that do not fill the model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ExportError("no config.json in the model folder", where=str(folder), fix="give the folder of an export")
+    if not (folder / "preprocessor_config.json").is_file():
+        raise ExportError(
+            "no preprocessor_config.json in the model folder",
+            where=str(folder),
+            why="without it nobody knows the size and the normalisation that the model was trained with",
+        )
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"the model does not load: {str(error).splitlines()[0]}", where=str(folder)) from None
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing or info["mismatched_keys"]:
+        raise ExportError(
+            f"{len(missing)} tensors are missing and {len(info['mismatched_keys'])} have another shape, e.g."
+            f" {(missing or sorted(info['mismatched_keys']))[0]}",
+            where=str(folder),
+            why="they would be random numbers, and so would the measures",
+        )
+    if getattr(model.config, "text_config", None) is not None:
+        raise ExportError(f"a {model.config.model_type} is no plain vision model", where=str(folder))
+    return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
+
+
+def _input_size(processor: Any, folder: Path) -> int:
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = dict(crop or processor.size)
+    if size.get("shortest_edge"):
+        return int(size["shortest_edge"])
+    if size.get("height") and size.get("height") == size.get("width"):
+        return int(size["height"])
+    raise ExportError(
+        f"the image processor has no square input size: {size}", where=str(folder / "preprocessor_config.json")
+    )
+
+
+def pixel_features(images_BCHW: Tensor) -> Tensor:
+    """The raw-pixel baseline: the image itself at 32 × 32, values in 0…1, flattened (B, 3072)."""
+    small = nn.functional.interpolate(
+        images_BCHW.float(), size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True, align_corners=False
+    )
+    return (small / 255).flatten(1)
+
+
+def extract(
+    table: Table,
+    encoders: dict[str, Encoder],
+    size: int,
+    *,
+    batch_size: int,
+    exclude_groups: tuple[str, ...] = (),
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Read all samples once and encode their centre crops; fills the table.
+
+    Returns:
+        By encoder, (N, D) in the order of the table. Without a usable sample, (0, 0).
+    """
+    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
+    for batch in _batches(read_samples(table, size, exclude_groups=exclude_groups), batch_size):
+        images_BCHW = torch.from_numpy(np.stack([sample.pixels_CHW for sample in batch]))
+        for name, encode in encoders.items():
+            parts[name].append(encode(images_BCHW).float().cpu().numpy())
+        if progress is not None:
+            progress(len(table))
+    return {
+        name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
+    }
+
+
+def _batches(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:
+    iterator = iter(samples)
+    while batch := list(itertools.islice(iterator, count)):
+        yield batch
+
+
+def unit_rows(features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows at length one; a row of zeros stays."""
+    norms = np.linalg.norm(features_ND, axis=1, keepdims=True)
+    return cast(NDArray[np.float32], features_ND / np.maximum(norms, np.finfo(np.float32).tiny))

@@ -1,0 +1,98 @@
+"""Confidence intervals by cluster bootstrap: what belongs together is drawn together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.evaluate.samples import Table
+
+LEVEL = 0.95
+RESAMPLES = 2_000
+SEED = 20_221
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which samples were drawn together when the data set came to be."""
+
+    unit: str
+    """concept, family, or sample where the data name neither."""
+    of: NDArray[np.int64]
+    """Cluster number of every sample: (N)."""
+    warning: str | None = None
+
+    def take(self, index: NDArray[np.int64]) -> Clusters:
+        """The same clusters for some of the samples."""
+        return Clusters(self.unit, self.of[index], self.warning)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    unit: str
+    """What the bootstrap drew."""
+    clusters: int
+    samples: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "family")) -> Clusters:
+    """Clusters by the first of the `preferred` json fields that all samples have; else by sample, with a warning."""
+    for name in preferred:
+        column = table.column(name)
+        if column is not None:
+            return Clusters(name, np.unique(column, return_inverse=True)[1].astype(np.int64))
+    warning = (
+        f"the json members of {table.shards[0].parent} do not all name a {' or a '.join(preferred)}: samples count as"
+        " independent, so intervals are too narrow (and a split of the training data may share concepts) where several"
+        " samples show one thing"
+    )
+    return Clusters("sample", np.arange(len(table), dtype=np.int64), warning)
+
+
+def mean_interval(
+    values_N: NDArray[np.floating[Any]] | NDArray[np.bool_],
+    clusters: Clusters,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Estimate:
+    """Mean of `values_N` and its percentile interval; whole clusters are drawn with replacement.
+
+    Args:
+        values_N: one figure a sample, e.g. whether it was right.
+        clusters: of the same samples.
+        level: share of intervals that should hold the true mean.
+        resamples: bootstrap draws.
+        seed: of the draws; the same call gives the same interval.
+
+    Raises:
+        ValueError: no values, or clusters of other samples.
+    """
+    if len(values_N) != len(clusters.of) or not len(values_N):
+        raise ValueError(f"{len(values_N)} values for {len(clusters.of)} clustered samples")
+    numbers = np.unique(clusters.of, return_inverse=True)[1]
+    sums_C = np.bincount(numbers, weights=np.asarray(values_N, dtype=np.float64))
+    counts_C = np.bincount(numbers)
+    count = len(counts_C)
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for number in range(resamples):  # one draw at a time: all at once would hold resamples × clusters numbers
+        drawn_C = generator.integers(0, count, count)
+        means[number] = sums_C[drawn_C].sum() / counts_C[drawn_C].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    value = float(np.mean(np.asarray(values_N, dtype=np.float64)))
+    return Estimate(value, float(low), float(high), level, clusters.unit, count, len(values_N))

@@ -1,0 +1,53 @@
+"""k nearest neighbours in cosine distance: what the features know without any training."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from m3i_scale.evaluate.features import unit_rows
+
+TEMPERATURE = 0.07
+_CHUNK = 1_024
+
+
+def knn_predict(
+    train_ND: NDArray[np.float32],
+    train_labels_N: NDArray[np.int64],
+    test_MD: NDArray[np.float32],
+    *,
+    neighbours: tuple[int, ...],
+    classes: int,
+    temperature: float = TEMPERATURE,
+) -> dict[int, NDArray[np.int64]]:
+    """Predicted classes for several numbers of neighbours; each neighbour votes with exp(cosine / temperature).
+
+    Args:
+        train_ND: features of the labelled samples.
+        train_labels_N: their classes.
+        test_MD: features of the samples to classify.
+        neighbours: values of k.
+        classes: number of classes.
+        temperature: how fast votes fade with distance.
+
+    Returns:
+        By k, (M) classes.
+
+    Raises:
+        ValueError: fewer training samples than neighbours.
+    """
+    if len(train_ND) < max(neighbours):
+        raise ValueError(f"{len(train_ND)} training samples for {max(neighbours)} neighbours")
+    train = torch.from_numpy(unit_rows(train_ND))
+    labels = torch.from_numpy(train_labels_N)
+    test = torch.from_numpy(unit_rows(test_MD))
+    found: dict[int, list[NDArray[np.int64]]] = {k: [] for k in neighbours}
+    for part in torch.split(test, _CHUNK):
+        cosine, index = (part @ train.T).topk(max(neighbours), dim=1)
+        # cosine − 1 ≤ 0 keeps exp in range and scales all votes alike
+        weights = ((cosine - 1) / temperature).exp()
+        for k in neighbours:
+            votes = torch.zeros(len(part), classes).scatter_add_(1, labels[index[:, :k]], weights[:, :k])
+            found[k].append(votes.argmax(dim=1).numpy())
+    return {k: np.concatenate(parts) for k, parts in found.items()}

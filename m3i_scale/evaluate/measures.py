@@ -1,0 +1,169 @@
+"""Each measure on features that have been extracted: figures with intervals, and what blind guessing would reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.evaluate.features import unit_rows
+from m3i_scale.evaluate.intervals import Clusters, clusters_of, mean_interval
+from m3i_scale.evaluate.knn import knn_predict
+from m3i_scale.evaluate.linear import linear_probe
+from m3i_scale.evaluate.retrieval import DEPTHS, distinct_captions, rank
+from m3i_scale.evaluate.samples import Table
+from m3i_scale.evaluate.zero_shot import TextEncoder, class_embeddings, zero_shot_predict
+
+NEIGHBOURS = (10, 20)
+
+
+class NotMeasuredError(Exception):
+    """A measure lacks something; the message is the reason that is reported."""
+
+
+@dataclass
+class Side:
+    """Features of one set of samples, with what the samples say about themselves."""
+
+    table: Table
+    features: dict[str, NDArray[np.float32]]
+    """By encoder."""
+
+    def labelled(self) -> NDArray[np.int64]:
+        """Indices of the samples that have a class."""
+        return np.flatnonzero(self.table.label_array >= 0).astype(np.int64)
+
+
+def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
+    """Indices of the labelled training and test samples.
+
+    Raises:
+        NotMeasuredError: there are none, or the sides have different classes.
+    """
+    if train is None:
+        raise NotMeasuredError("no training data (--train-data)")
+    fit, asked = train.labelled(), test.labelled()
+    if not len(fit) or not len(asked):
+        raise NotMeasuredError(
+            f"no labels in the {'training' if not len(fit) else 'test'} data (.cls members and labels.json)"
+        )
+    if train.table.classes != test.table.classes:
+        raise NotMeasuredError("labels.json of training and test data differ")
+    return fit, asked, train
+
+
+def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> dict[str, Any]:
+    """k-nearest-neighbour accuracy for every k that there are samples for.
+
+    Raises:
+        NotMeasuredError: see `probe_sides`; fewer training samples than neighbours.
+    """
+    fit, asked, side = probe_sides(train, test)
+    if len(fit) < max(NEIGHBOURS):
+        raise NotMeasuredError(f"{len(fit)} labelled training samples for {max(NEIGHBOURS)} neighbours")
+    predicted = knn_predict(
+        side.features[encoder][fit],
+        side.table.label_array[fit],
+        test.features[encoder][asked],
+        neighbours=NEIGHBOURS,
+        classes=len(test.table.classes),
+    )
+    truth = test.table.label_array[asked]
+    return {
+        f"k={k}": mean_interval(predicted[k] == truth, clusters.take(asked)).as_dict() for k in NEIGHBOURS
+    } | guessing(side.table.label_array[fit], truth)
+
+
+def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> dict[str, Any]:
+    """Linear-probe accuracy, and how C was chosen.
+
+    Raises:
+        NotMeasuredError: see `probe_sides`; too few classes or families to choose C.
+    """
+    fit, asked, side = probe_sides(train, test)
+    families = clusters_of(side.table, preferred=("family", "concept"))
+    try:
+        probe = linear_probe(
+            side.features[encoder][fit],
+            side.table.label_array[fit],
+            families.of[fit],
+            test.features[encoder][asked],
+        )
+    except ValueError as error:
+        raise NotMeasuredError(str(error)) from None
+    truth = test.table.label_array[asked]
+    notes = [families.warning] if families.warning else []
+    if probe.at_edge:
+        notes.append(f"C = {probe.strength:g} is at the edge of the values tried")
+    if not probe.converged:
+        notes.append("the last fit stopped before it had converged")
+    return {
+        "accuracy": mean_interval(probe.predicted == truth, clusters.take(asked)).as_dict(),
+        **guessing(side.table.label_array[fit], truth),
+        "C": probe.strength,
+        "C_selection": {f"{strength:g}": value for strength, value in probe.selection.items()},
+        "C_selected_by": families.unit,
+        "notes": notes,
+    }
+
+
+def measure_zero_shot(
+    images_NE: NDArray[np.float32], encode: TextEncoder, templates: tuple[str, ...], test: Side, clusters: Clusters
+) -> dict[str, Any]:
+    """Accuracy of the nearest class name, among the classes that the test data have.
+
+    Raises:
+        NotMeasuredError: no labels, or a single class.
+    """
+    asked = test.labelled()
+    if not len(asked):
+        raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
+    present, truth = np.unique(test.table.label_array[asked], return_inverse=True)
+    if len(present) < 2:
+        raise NotMeasuredError("the test data have a single class")
+    names = [test.table.classes[number] for number in present]
+    predicted = zero_shot_predict(images_NE[asked], class_embeddings(names, encode, templates))
+    return {
+        "accuracy": mean_interval(predicted == truth, clusters.take(asked)).as_dict(),
+        "chance": 1 / len(present),
+        "majority": float(np.bincount(truth).max() / len(truth)),
+        "classes": names,
+        "templates": list(templates),
+    }
+
+
+def measure_retrieval(
+    images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
+) -> dict[str, Any]:
+    """Recall at 1, 5, 10 in both directions; the intervals of text → image draw by the cluster of the caption.
+
+    Raises:
+        NotMeasuredError: fewer than two distinct captions.
+    """
+    asked = np.asarray([n for n, caption in enumerate(test.table.captions) if caption], dtype=np.int64)
+    captions, caption_of_N = distinct_captions([test.table.captions[n] or "" for n in asked])
+    if len(captions) < 2:
+        raise NotMeasuredError("fewer than two distinct captions in the test data (.txt members)")
+    found = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
+    of_images = clusters.take(asked)
+    first_image_U = np.unique(caption_of_N, return_index=True)[1]
+    of_captions = of_images.take(first_image_U)
+    result: dict[str, Any] = {"images": len(asked), "distinct_captions": len(captions)}
+    for direction, ranks, drawn in (
+        ("image_to_text", found.image_to_text, of_images),
+        ("text_to_image", found.text_to_image, of_captions),
+    ):
+        result[direction] = {}
+        for depth in DEPTHS:
+            estimate, chance = mean_interval(ranks < depth, drawn), found.chance(direction, depth)
+            result[direction][f"R@{depth}"] = {**estimate.as_dict(), "chance": chance, "ratio": estimate.value / chance}
+    return result
+
+
+def guessing(train_labels_N: NDArray[np.int64], truth_M: NDArray[np.int64]) -> dict[str, float]:
+    """What no features at all reach: one class in K, and always the training data's commonest class."""
+    classes = np.union1d(train_labels_N, truth_M)
+    commonest = np.bincount(train_labels_N).argmax()
+    return {"chance": 1 / len(classes), "majority": float((truth_M == commonest).mean())}

@@ -1,0 +1,61 @@
+"""An evaluation for people: one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_NAMES = {"knn": "kNN", "linear": "linear probe", "zero_shot": "zero-shot", "retrieval": "retrieval"}
+_ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+
+
+def render(result: dict[str, Any]) -> RenderableType:
+    """The result of `evaluate` as a table, followed by what was not measured and what to beware of."""
+    table = Table(title=f"{result['model']['name']}  ·  {result['data']['samples']} samples", title_justify="left")
+    for name, justify in (("measure", "left"), ("value", "right"), ("interval", "right"), ("by guessing", "right")):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    for row in rows(result):
+        table.add_row(*row)
+    lines = [Text(line) for line in _lines(result)]
+    return Group(table, *lines)
+
+
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Measure, value, interval, what blind guessing reaches."""
+    for block, measures in (("", result["measures"]), ("pixels: ", result.get("baseline", {}).get("measures", {}))):
+        for name, figures in measures.items():
+            yield from _rows(block + _NAMES[name], name, figures)
+
+
+def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    if name == "retrieval":
+        for direction, arrow in _ARROWS.items():
+            for depth, figure in figures[direction].items():
+                guess = f"{figure['chance']:.4f} (× {figure['ratio']:.1f})"
+                yield f"{title} {arrow} {depth}", f"{figure['value']:.3f}", _interval(figure), guess
+        return
+    guess = f"{figures['chance']:.3f}, majority {figures['majority']:.3f}"
+    for key, figure in figures.items():
+        if isinstance(figure, dict) and "low" in figure:
+            label = title if key == "accuracy" else f"{title} {key}"
+            yield label, f"{figure['value']:.3f}", _interval(figure), guess
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    return f"{figure['low']:.3f} … {figure['high']:.3f}"
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    data = result["data"]
+    yield f"{result['level']:.0%} intervals by bootstrap over {data['clusters']} × {data['cluster_unit']}"
+    for name, reason in result["not_measured"].items():
+        yield f"not measured: {_NAMES[name]}: {reason}"
+    for side in ("data", "train_data"):
+        for reason, count in (result.get(side) or {}).get("left_out", {}).items():
+            yield f"left out of {side.replace('_', ' ')}: {count} × {reason}"
+    for warning in result["warnings"]:
+        yield f"warning: {warning}"

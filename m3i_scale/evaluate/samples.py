@@ -1,0 +1,134 @@
+"""Samples of an evaluation: read from shards in order, as training reads them but without augmentation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
+from m3i_scale.data.index import load_index
+from m3i_scale.data.reader import BadSampleError, ShardReader
+from m3i_scale.data.samples import open_image, read_annotations
+from m3i_scale.data.shards import expand_shards, read_label_sets
+from m3i_scale.data.views import ViewMaker
+
+_MAX_PIXELS = DataConfig().max_image_pixels
+
+
+@dataclass
+class Sample:
+    """One sample, its image cut to the largest centre square and resized."""
+
+    key: str
+    pixels_CHW: NDArray[np.uint8]
+    caption: str | None
+    label: int
+    """Index of the class, −1 without one."""
+    meta: dict[str, Any]
+    """The json member; empty without one."""
+
+
+@dataclass
+class Table:
+    """What a set of samples says about itself, without the images. All lists have one entry a sample."""
+
+    shards: list[Path]
+    classes: list[str]
+    """Class names from labels.json, empty without one."""
+    keys: list[str] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    meta: list[dict[str, Any]] = field(default_factory=list)
+    groups: Counter[str] = field(default_factory=Counter)
+    """Samples by the `group` of their json member, the excluded ones too."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Samples that do not count, by reason."""
+
+    def __len__(self) -> int:
+        """Samples that have passed."""
+        return len(self.keys)
+
+    @property
+    def label_array(self) -> NDArray[np.int64]:
+        """Class index of every sample, −1 without one: (N)."""
+        return np.asarray(self.labels, dtype=np.int64)
+
+    def add(self, sample: Sample) -> None:
+        """Note a sample."""
+        self.keys.append(sample.key)
+        self.captions.append(sample.caption)
+        self.labels.append(sample.label)
+        self.meta.append(sample.meta)
+
+    def column(self, name: str) -> list[str] | None:
+        """A field of the json members as text; None when any sample lacks it."""
+        values = [meta.get(name) for meta in self.meta]
+        return None if not values or any(value is None for value in values) else [str(value) for value in values]
+
+
+def open_table(shards: str, where: str) -> Table:
+    """The (still empty) table of a set of shards.
+
+    Raises:
+        DataError: shards are missing, or labels.json is broken.
+    """
+    paths = expand_shards(shards, where)
+    sets = read_label_sets({"data": SourceConfig(shards=shards)})
+    return Table(paths, next(iter(sets.values()), []))
+
+
+def read_samples(table: Table, image_size: int, *, exclude_groups: tuple[str, ...] = ()) -> Iterator[Sample]:
+    """Samples of the table's shards in order, noted in the table as they pass.
+
+    What cannot be used is counted in `table.left_out` by reason.
+
+    Raises:
+        DataError: a damaged or hostile shard.
+    """
+    view = ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
+    for place, members in _members(table):
+        meta = _meta(members)
+        group = str(meta.get("group", ""))
+        table.groups[group] += 1
+        if group in exclude_groups:
+            table.left_out[f"group '{group}' excluded"] += 1
+            continue
+        try:
+            annotations = read_annotations(members, len(table.classes) or None)
+            pixels_CHW = view(open_image(members, _MAX_PIXELS), 0).pixels_VCHW[0]
+        except BadSampleError as bad:
+            table.left_out[bad.reason] += 1
+            continue
+        label = -1 if annotations.label is None else annotations.label
+        sample = Sample(place, pixels_CHW, annotations.caption, label, meta)
+        table.add(sample)
+        yield sample
+
+
+def _members(table: Table) -> Iterator[tuple[str, dict[str, bytes]]]:
+    with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader()) as reader:
+        for index in load_index(table.shards, Path(cache)):
+            for number in range(len(index)):
+                try:
+                    members = reader.members(index, number)
+                except BadSampleError as bad:
+                    table.left_out[bad.reason] += 1
+                    continue
+                yield f"{index.path.name}/{members['__key__']!s}", members
+
+
+def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        meta = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError):  # no group and no concept is known of it, which the intervals then report
+        return {}
+    return meta if isinstance(meta, dict) else {}

@@ -1,0 +1,111 @@
+"""The joint space of images and texts, put together again from an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from m3i_scale.config import RunConfig, parse_section
+from m3i_scale.errors import ExportError
+from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.information import Objective
+
+_TEXT_BATCH = 256
+
+
+@dataclass
+class Towers:
+    """Both encoders of an export, in fp32."""
+
+    objective: Objective
+    tokenizer: PreTrainedTokenizerBase
+    target: str
+    """Name of the recipe's (first) text target."""
+    max_tokens: int
+    device: torch.device
+
+    def images(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) at the model's size → unit vectors (B, E)."""
+        return self.objective.embed_images(images_BCHW.to(self.device), self.target)
+
+    def texts(self, captions: list[str]) -> NDArray[np.float32]:
+        """Captions → unit vectors (B, E)."""
+        parts = [self._texts(captions[start : start + _TEXT_BATCH]) for start in range(0, len(captions), _TEXT_BATCH)]
+        return np.concatenate(parts)
+
+    def _texts(self, captions: list[str]) -> NDArray[np.float32]:
+        tokens = self.tokenizer(
+            captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        embedded = self.objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
+        return np.asarray(embedded.cpu().numpy(), dtype=np.float32)
+
+
+def why_no_towers(folder: Path) -> str | None:
+    """Why a model folder has no joint space; None where it has one."""
+    absent = [name for name in ("text/model.safetensors", "heads/objective.json") if not _has(folder, name)]
+    return f"the model folder has no {' and no '.join(absent)}: it is no export with a text target" if absent else None
+
+
+def load_towers(folder: Path, device: torch.device) -> Towers:
+    """The image and the text encoder of an export whose recipe has a text target.
+
+    Raises:
+        ExportError: heads/objective.json is broken, or weights and recipe do not fit together.
+    """
+    values = _read(folder / "heads" / "objective.json")
+    run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"))
+    try:
+        # The momentum copy is not exported; its parameters stay empty and are never used.
+        with init_empty_weights(include_buffers=False):
+            objective = build_objective(run, values["label_sets"], values["vocab_size"])
+        weights = dict(_weights(folder))
+        missing, unexpected = objective.load_state_dict(weights, strict=False, assign=True)
+    except (KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ExportError(f"the heads do not fit the model: {error}", where=str(folder / "heads")) from None
+    missing = [name for name in missing if not name.startswith("momentum.")]
+    if missing or unexpected:
+        raise ExportError(
+            f"{len(missing)} parameters are missing and {len(unexpected)} are not known, e.g."
+            f" {[*missing, *unexpected][0]}",
+            where=str(folder),
+            fix="export the checkpoint anew",
+        )
+    objective.momentum = None
+    target = next(item.name for item in objective.recipe.targets if item.modality == "text")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True)
+    return Towers(objective.to(device).eval(), tokenizer, target, run.text.max_tokens, device)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read the heads' description: {error}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise ExportError("the heads' description is no JSON object", where=str(path))
+    return values
+
+
+def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for place, prefix in ((folder, "student.model."), (folder / "text", "text.model."), (folder / "heads", "")):
+        for path in sorted(place.glob("*.safetensors")):
+            for name, tensor in load_file(path).items():
+                yield prefix + name, tensor.float()
+
+
+def _has(folder: Path, name: str) -> bool:
+    """A weight file counts when it is there whole or in shards."""
+    path = folder / name
+    return path.is_file() or path.with_name(path.name + ".index.json").is_file()

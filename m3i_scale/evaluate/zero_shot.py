@@ -1,0 +1,42 @@
+"""Zero-shot classification: class names become captions, the nearest caption is the class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.features import unit_rows
+
+TEMPLATES = ("{}", "a picture of {}", "an image showing {}")
+"""Default prompts; the embeddings of a class's prompts are averaged."""
+
+TextEncoder = Callable[[list[str]], NDArray[np.float32]]
+"""Captions → unit vectors (B, E)."""
+
+
+def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
+    """Prompts of a class, its name in plain words.
+
+    Raises:
+        ConfigError: a template without `{}`.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ConfigError(f"'{template}' is no prompt template", fix="write the place of the class name as {}")
+    plain = " ".join(name.replace("_", " ").replace("-", " ").split())
+    return [template.replace("{}", plain) for template in templates]
+
+
+def class_embeddings(
+    classes: list[str], encode: TextEncoder, templates: tuple[str, ...] = TEMPLATES
+) -> NDArray[np.float32]:
+    """One unit vector a class (K, E): the normalised mean of its prompts' embeddings."""
+    return unit_rows(np.stack([encode(prompts_of(name, templates)).mean(axis=0) for name in classes]))
+
+
+def zero_shot_predict(images_NE: NDArray[np.float32], classes_KE: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The class whose embedding is nearest in angle: (N)."""
+    return np.asarray((unit_rows(images_NE) @ classes_KE.T).argmax(axis=1), dtype=np.int64)

@@ -1,0 +1,210 @@
+"""What a callback is, what it is told, and how several are called."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from m3i_scale.errors import ConfigError
+
+HIDDEN = "[hidden]"
+"""Stands where a secret was."""
+
+_SECRET_WORDS = {"token", "secret", "password", "passwd", "credential", "credentials", "apikey", "auth"}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+_OPTION = re.compile(r"(?i)\b(authorization:\s*(?:\w+\s+)?|(?:api[_-]?key|token|password|secret)[=:]\s*)[^\s'\"&]+")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The run, told once before the first step."""
+
+    name: str
+    output_dir: Path
+    total_steps: int
+    start_step: int
+    """Step of the checkpoint that the run goes on from; 0 for a new run."""
+    world_size: int
+    config: dict[str, Any]
+    """The run file as plain values."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One logged step. Means over the ranks and over the steps since the last record, unless said otherwise."""
+
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    samples: int
+    """Samples seen since the run was first started, over all ranks."""
+    loss: float
+    """Weighted sum over the groups of targets, nats."""
+    lr: float
+    """Learning rate of this step."""
+    grad_norm: float | None
+    """Global gradient norm before clipping; None where the engine does not report it."""
+    groups: dict[str, dict[str, float]]
+    """Per group of targets: loss, weight, grad_norm, nats, count."""
+    health: dict[str, float]
+    """Spread and effective rank of features, by name, with or without a leading `health/`."""
+    momentum: float | None
+    """Momentum of the target network in this step; None where there is none."""
+    step_s: float
+    """Wall-clock seconds per optimizer step, the wait for data included."""
+    data_wait_s: float
+    """Of these, seconds that the slowest rank waited for data."""
+    samples_per_s: float
+    """Over all ranks."""
+    tokens_per_s: float
+    """Visible patch tokens through the backbone per second, over all ranks."""
+    quarantined: int
+    """Samples put aside so far, over all ranks."""
+    memory_gib: float
+    """Peak memory of the rank that used most."""
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the step that was spent waiting for data, 0 to 1."""
+        return self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
+
+    def scalars(self) -> dict[str, float]:
+        """Every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
+        optional = {"grad_norm": self.grad_norm, "momentum": self.momentum}
+        values: dict[str, float] = {
+            "loss": self.loss,
+            "lr": self.lr,
+            "samples": self.samples,
+            "quarantined": self.quarantined,
+            "speed/step_s": self.step_s,
+            "speed/data_wait_s": self.data_wait_s,
+            "speed/data_wait_share": self.data_wait_share,
+            "speed/samples_per_s": self.samples_per_s,
+            "speed/tokens_per_s": self.tokens_per_s,
+            "memory_gib": self.memory_gib,
+        }
+        values |= {name: value for name, value in optional.items() if value is not None}
+        values |= flatten(self.groups, "group")
+        values |= {f"health/{name.removeprefix('health/')}": value for name, value in self.health.items()}
+        return values
+
+
+class Callback:
+    """Something that happens beside the training step, on rank 0. Every method may be left out.
+
+    A UserError raised by a callback ends the run with its explanation.
+    """
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Before the first step."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """On every logged step, with values that are reduced over the ranks."""
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """After an evaluation; `values` are numbers by name, and may be nested."""
+
+    def on_end(self, status: str) -> None:
+        """Once, however the run ends: `finished`, `preempted` or `failed`."""
+
+
+class CallbackList(Callback):
+    """Several callbacks as one, called in order; ended in reverse order."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = list(callbacks)
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            callback.on_start(run_info)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            callback.on_step(record)
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            callback.on_evaluation(step, values)
+
+    def on_end(self, status: str) -> None:
+        """Tell every callback, also when one of them raises; the error is raised after the last one."""
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.on_end, status)
+
+
+def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Nested numbers under names with `/`.
+
+    Raises:
+        TypeError: something that is not a number.
+    """
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        key = f"{prefix}/{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, key)
+        elif isinstance(value, (int, float)):
+            flat[key] = value
+        else:
+            raise TypeError(f"'{key}' is no number but {type(value).__name__}")
+    return flat
+
+
+def require(package: str, *, extra: str, setting: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        package: module to import.
+        extra: the extra of this package that installs it.
+        setting: the key of the run file that asked for it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the package '{error.name}' is not installed",
+            where=setting,
+            fix=f"pip install 'm3i-scale[{extra}]', or switch {setting} off",
+        ) from None
+
+
+def hide_secrets(value: Any) -> Any:
+    """The same plain values for a log: no passwords, no user names and no signatures in addresses."""
+    if isinstance(value, Mapping):
+        return {key: HIDDEN if _is_secret(str(key)) else hide_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hide_secrets(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        return _OPTION.sub(lambda match: match.group(1) + HIDDEN, _URL.sub(_bare_address, value))
+    return value
+
+
+def _is_secret(key: str) -> bool:
+    words = re.split(r"[^a-z0-9]+", key.lower())
+    return not _SECRET_WORDS.isdisjoint(words) or "key" in words[1:] or words[-1].endswith("password")
+
+
+def _bare_address(match: re.Match[str]) -> str:
+    try:
+        parts = urlsplit(match.group())
+    except ValueError:  # braces of a shard pattern may look like a broken IPv6 host
+        return HIDDEN
+    host = parts.netloc.rpartition("@")[2]
+    # Signed addresses carry their secret in the query.
+    return urlunsplit((parts.scheme, host, parts.path, HIDDEN if parts.query else "", ""))

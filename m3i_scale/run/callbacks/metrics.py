@@ -1,0 +1,158 @@
+"""metrics.jsonl: one line a record, always written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TextIO
+
+from m3i_scale.errors import UserError
+from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten
+
+METRICS = "metrics.jsonl"
+REPLACED = "metrics.replaced.jsonl"
+"""Lines of a killed run that a resumed one has done over: kept here, out of the way of plots."""
+
+
+class MetricsWriter(Callback):
+    """Appends to `output_dir/metrics.jsonl`; every line is flushed, so that kill -9 loses none that was written.
+
+    On a resume at step s, lines of steps after s move to `metrics.replaced.jsonl`: those steps are about to be run
+    again, and no step stands in the file twice.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._path = Path()
+        self._step = 0
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Cut the file back to the step that the run goes on from, and write a `run` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._path = run_info.output_dir / METRICS
+        self._step = run_info.start_step
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            cut_back(self._path, run_info.start_step)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _refused(self._path, error) from None
+        facts = {"name": run_info.name, "total_steps": run_info.total_steps, "world_size": run_info.world_size}
+        self._write("run", run_info.start_step, facts)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Write a `train` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._write("train", record.step, record.scalars())
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Write an `evaluation` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._write("evaluation", step, flatten(values, "evaluation"))
+
+    def on_end(self, status: str) -> None:
+        """Write an `end` line and close the file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if self._file is None:  # the run ended before it began
+            return
+        try:
+            self._write("end", self._step, {"status": status})
+        finally:
+            file, self._file = self._file, None
+            file.close()
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._file is None:
+            raise RuntimeError("on_start has not been called")
+        self._step = max(self._step, step)
+        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = to_line({"kind": kind, "step": step, "time": time, **values})
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise _refused(self._path, error) from None
+
+
+def to_line(values: dict[str, Any]) -> str:
+    """One line of valid JSON: NaN and the infinities, which JSON has not, become "nan", "inf" and "-inf".
+
+    `float()` reads all three back.
+    """
+    plain = {key: _plain(value) for key, value in values.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Move lines of steps after `step`, and lines that a kill has torn, from `path` to the file of replaced lines.
+
+    From step 0 the run starts anew, so all lines go. The file is replaced atomically; killed in between, the moved
+    lines are found twice in the file of replaced lines, and none is lost.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    moved: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            at = _step_of(line)
+            if at is None:
+                moved.append(to_line({"kind": "torn", "text": line.rstrip("\n")}))
+            else:
+                (kept if step > 0 and at <= step else moved).append(line)
+    if not moved:
+        return
+    with path.with_name(REPLACED).open("a", encoding="utf-8") as file:
+        _write_through(file, moved)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        _write_through(file, kept)
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a whole line; None for a torn one (also one that only lacks its end)."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int and line.endswith("\n") else None
+
+
+def _write_through(file: TextIO, lines: list[str]) -> None:
+    file.writelines(lines)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the metrics: {error.strerror}",
+        where=str(path),
+        why="the run would go on unobserved",
+        fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint",
+    )

@@ -1,0 +1,87 @@
+"""What a person sees while the run goes on: a bar on a terminal, plain lines elsewhere. On stderr."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten
+
+_SMOOTHING = 0.3  # weight of the newest step time in the ETA
+
+
+class ProgressDisplay(Callback):
+    """Step, loss by group, learning rate, throughput, share of time spent waiting for data, time left."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Show on `console`, by default stderr: stdout belongs to `--json`."""
+        self.console = console or Console(stderr=True, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._step_s: float | None = None
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Show where the run starts."""
+        start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
+        ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
+        self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self.console,
+            redirect_stdout=False,  # what is printed on stdout must stay there
+        )
+        self._task = self._bar.add_task("", total=run_info.total_steps, completed=run_info.start_step)
+        self._bar.start()
+
+    def on_step(self, record: StepRecord) -> None:
+        """Move the bar, or write a line."""
+        self._step_s = smooth(self._step_s, record.step_s)
+        text = summary(record, self._step_s)
+        if self._bar is None:
+            self._print(f"step {record.step:,}/{record.total_steps:,}  {text}")
+        else:
+            self._bar.update(self._task, completed=record.step, description=text)
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Write a line, above the bar."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in flatten(values, "evaluation").items())
+        self._print(f"step {step:,}  {shown}")
+
+    def on_end(self, status: str) -> None:
+        """Leave the bar as it is and say how the run ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._print(f"run {status}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(Text(text))  # a Text is shown as it is: names in brackets are no markup
+
+
+def smooth(mean_s: float | None, newest_s: float) -> float:
+    """A running mean of step times that follows a change within a few records."""
+    return newest_s if mean_s is None else mean_s + _SMOOTHING * (newest_s - mean_s)
+
+
+def summary(record: StepRecord, step_s: float) -> str:
+    """One line about a step; `step_s` is the step time that the time left is reckoned with."""
+    losses = ", ".join(f"{name} {figures['loss']:.4g}" for name, figures in record.groups.items() if "loss" in figures)
+    left = timedelta(seconds=round((record.total_steps - record.step) * step_s))
+    parts = [
+        f"loss {record.loss:.4g}" + (f" ({losses})" if losses else ""),
+        f"lr {record.lr:.2e}",
+        f"{record.samples_per_s:,.1f} samples/s",
+        f"{record.tokens_per_s:,.0f} tokens/s",
+        f"data wait {record.data_wait_share:.0%}",
+    ]
+    if record.quarantined:
+        parts.append(f"quarantined {record.quarantined:,}")
+    return "  ".join([*parts, f"ETA {left}"])

@@ -1,0 +1,57 @@
+"""Event files for TensorBoard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, hide_secrets, require
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+
+
+class TensorBoardWriter(Callback):
+    """Writes to `output_dir/tensorboard`. A resumed run hides the points that it is about to write again."""
+
+    def __init__(self) -> None:
+        """Check that the package is there, long before the first step.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        require("tensorboard", extra="tensorboard", setting="log.tensorboard")
+        self._writer: SummaryWriter | None = None
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Open an event file and store the run file in it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = run_info.start_step + 1 if run_info.start_step else 0
+        self._writer = SummaryWriter(str(run_info.output_dir / FOLDER), purge_step=purge)
+        config = yaml.safe_dump(hide_secrets(run_info.config), sort_keys=False)
+        self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
+
+    def on_step(self, record: StepRecord) -> None:
+        """One point per figure."""
+        self._add(record.step, record.scalars())
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """One point per figure, under `evaluation/`."""
+        self._add(step, flatten(values, "evaluation"))
+
+    def on_end(self, status: str) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is None:
+            raise RuntimeError("on_start has not been called")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()

@@ -1,0 +1,96 @@
+"""Weights & Biases, online or offline."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, hide_secrets, require
+
+FOLDER = "wandb"
+PROJECT = "m3i-scale"
+_RUN_ID = "wandb-run-id"
+
+
+class WandbWriter(Callback):
+    """Sends figures and the run file; nothing else: no console output, source code, command line or environment.
+
+    A resumed run goes on under the same run id, kept in `output_dir/wandb-run-id`. Entity, project and server come
+    from the package's own variables (`WANDB_ENTITY`, `WANDB_PROJECT`, `WANDB_BASE_URL`), the key from `wandb login`.
+    """
+
+    def __init__(self, mode: Literal["offline", "online"]) -> None:
+        """Check that the package is there, long before the first step.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        self._wandb: Any = require("wandb", extra="wandb", setting="log.wandb")
+        self._mode = mode
+        self._run: Any = None
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Open the run.
+
+        Raises:
+            ConfigError: not logged in, or the server cannot be reached.
+        """
+        settings = self._wandb.Settings(
+            mode=self._mode,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            x_disable_meta=True,
+            silent=True,
+        )
+        try:
+            # Asking for the key on a terminal would leave the other ranks waiting.
+            if self._mode == "online" and not self._wandb.login(prompt=False, verify=False):
+                raise self._refused("no API key")
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=run_info.name,
+                id=_run_id(run_info.output_dir),
+                resume="allow" if self._mode == "online" else None,
+                dir=str(run_info.output_dir),
+                config=hide_secrets(run_info.config),
+                settings=settings,
+            )
+        except self._wandb.Error as error:
+            raise self._refused(str(error)) from None
+        # The package's own step may not go back, which a resumed run does; ours is the x axis.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def on_step(self, record: StepRecord) -> None:
+        """One point per figure."""
+        self._run.log({"step": record.step, **record.scalars()})
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """One point per figure, under `evaluation/`."""
+        self._run.log({"step": step, **flatten(values, "evaluation")})
+
+    def on_end(self, status: str) -> None:
+        """Close the run; one that failed is marked so."""
+        if self._run is not None:
+            self._run.finish(exit_code=0 if status == "finished" else 1)
+            self._run = None
+
+    def _refused(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"Weights & Biases cannot be used: {reason}",
+            where="log.wandb",
+            fix="run `wandb login` or set WANDB_API_KEY; or set log.wandb=offline and run `wandb sync` later",
+        )
+
+
+def _run_id(output_dir: Path) -> str:
+    """The id of this output directory's run; made on first use."""
+    path = output_dir / _RUN_ID
+    if not path.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

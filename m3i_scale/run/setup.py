@@ -1,0 +1,210 @@
+"""Everything that can be checked before step 1, checked before step 1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ViTModel
+
+from m3i_scale.backbones.vit import pretrained_folder, vit_config
+from m3i_scale.config import BackboneConfig, RunConfig
+from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.scale.activations import apply_activation_checkpointing, checkpointed_layers
+from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config, resolve
+from m3i_scale.scale.ds_effective import check_effective
+from m3i_scale.scale.engine import build_engine
+from m3i_scale.scale.partition import ShardedMomentum, copy_into, initialize_sharded
+
+
+@dataclass
+class Plan:
+    """A run that holds together: recipe, data, engine configuration."""
+
+    run: RunConfig
+    recipe: Recipe
+    label_sets: dict[str, list[str]]
+    tokenizer: PreTrainedTokenizerBase | None
+    deepspeed: Resolved
+    image_size: int
+    accumulation: int
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of the tokenizer; None without a text target."""
+        return len(self.tokenizer) if self.tokenizer is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run that goes on from it: the shape of the model and what it learns."""
+        run = self.run
+        return {
+            "recipe": run.recipe,
+            "backbone": vit_config(run.backbone).to_diff_dict(),
+            "attention": run.backbone.attention,
+            "text": run.text.config if self.recipe.uses_text else None,
+            "label_sets": self.label_sets if self.recipe.uses_categories else None,
+            "vocab_size": self.vocab_size,
+        }
+
+
+def make_plan(run: RunConfig, world_size: int) -> Plan:
+    """Check a run file against its data, its engine configuration and the number of ranks.
+
+    Raises:
+        ConfigError, DataError: what does not hold together.
+    """
+    recipe = parse_recipe(run.recipe)
+    if not run.data.sources:
+        raise ConfigError("the run has no data", where="data.sources", fix="data.sources.main.shards=/data/shards/train")
+    model = vit_config(run.backbone)
+    checkpointed_layers(run.backbone.activation_checkpointing, model.num_hidden_layers)
+    sources = run.data.sources | run.data.validation
+    label_sets = read_label_sets(sources) if recipe.uses_categories else {}
+    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer) if recipe.uses_text else None
+    if not recipe.uses_text and "text" in run.model_fields_set:
+        raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
+    if run.evaluation.every_steps and not run.data.validation:
+        raise ConfigError("evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val")
+    raw = load_ds_config(run.deepspeed)
+    optim = run.optim
+    resolved = resolve(
+        raw,
+        world_size=world_size,
+        batch_size=optim.batch_size,
+        micro_batch_size=optim.micro_batch_size,
+        clip_grad_norm=optim.clip_grad_norm,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        hidden_size=model.hidden_size,
+        where=run.deepspeed,
+    )
+    check_accelerator(resolved)
+    accumulation = optim.batch_size // (optim.micro_batch_size * world_size)
+    return Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
+
+
+def open_stream(plan: Plan, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:
+    """This rank's stream of micro-batches; for validation without augmentation, and always from the start."""
+    run = plan.run
+    output_dir = run.output_dir
+    return TrainStream(
+        run.data,
+        run.data.validation if validation else run.data.sources,
+        views=plan.recipe.views,
+        image_size=plan.image_size,
+        micro_batch_size=run.optim.micro_batch_size,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        seed=run.seed,
+        tokenizer=plan.tokenizer,
+        max_tokens=run.text.max_tokens,
+        label_sets=plan.label_sets,
+        cache_dir=output_dir / "index",
+        augment=not validation,
+        quarantine_path=output_dir / ("quarantine_validation.jsonl" if validation else "quarantine.jsonl"),
+    )
+
+
+def start_engine(plan: Plan, ranks: ProcessGroupRanks) -> tuple[Any, ShardedMomentum | None]:
+    """Build the partitioned modules, give them their first weights, start DeepSpeed and the momentum target."""
+    run = plan.run
+    engine = build_engine(
+        lambda: build_objective(run, plan.label_sets, plan.vocab_size, ranks),
+        lambda module: _first_weights(module, run, ranks),
+        plan.deepspeed.config,
+        weight_decay=run.optim.weight_decay,
+    )
+    check_effective(engine, plan.deepspeed)
+    apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)
+    pairs = momentum_pairs(engine.module)
+    return engine, ShardedMomentum(engine, pairs) if pairs else None
+
+
+def _first_weights(module: nn.Module, run: RunConfig, ranks: ProcessGroupRanks) -> None:
+    initialize_sharded(module, initialize_module, seed=run.seed, skip="momentum.")
+    if run.backbone.from_pretrained is None:
+        return
+    # Rank 0 reads the checkpoint; parameters are handed over one at a time.
+    values = _pretrained_weights(run.backbone) if ranks.rank == 0 else None
+    copy_into(module, "student.model.", values)
+
+
+def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Any]:
+    source = backbone.from_pretrained or ""
+    try:
+        model, report = ViTModel.from_pretrained(
+            pretrained_folder(source),
+            config=vit_config(backbone),
+            add_pooling_layer=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot start from '{source}': {str(error).splitlines()[0]}", where="backbone.from_pretrained"
+        ) from None
+    bad = [name for key in ("missing_keys", "mismatched_keys") for name in report.get(key, [])]
+    if bad:
+        raise ConfigError(
+            f"{len(bad)} weights are missing in '{source}' or have another shape, e.g. {bad[0]}",
+            where="backbone.from_pretrained",
+            fix="leave image_size, patch_size and widths as the checkpoint has them",
+        )
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def check_resume(plan: Plan, checkpoint: Path) -> None:
+    """Refuse a checkpoint of another model or recipe.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    saved = read_meta(checkpoint)["identity"]
+    now = json.loads(json.dumps(plan.identity()))
+    different = [key for key in now if saved.get(key) != now[key]]
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"the checkpoint is of another run: {', '.join(different)} differ",
+            where=str(checkpoint),
+            why=f"{key} was {_short(saved.get(key))}, and is {_short(now[key])}",
+            fix="take the same run file, or another output_dir for the new run",
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) < 300 else text[:300] + " …"
+
+
+def meta_of(plan: Plan, *, step: int, world_size: int, zero_stage: int) -> dict[str, Any]:
+    """What meta.json and the manifest say about a checkpoint."""
+    text = run_yaml(plan.run)
+    return {
+        "step": step,
+        "samples": step * plan.run.optim.batch_size,
+        "world_size": world_size,
+        "zero_stage": zero_stage,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "identity": plan.identity(),
+        "label_sets": plan.label_sets,
+        "vocab_size": plan.vocab_size,
+        "tokenizer": getattr(plan.tokenizer, "name_or_path", None),
+    }
+
+
+def run_yaml(run: RunConfig) -> str:
+    """The complete run file, defaults included."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,64 @@
+"""Put a run together for this process: ranks, callbacks, what is printed first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from m3i_scale.config import RunConfig
+from m3i_scale.run.callbacks.base import Callback
+from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.setup import Plan
+from m3i_scale.run.trainer import Status, train
+from m3i_scale.scale.collectives import start_ranks, stop_ranks
+from m3i_scale.scale.ds_config import explain_table
+
+_CONSOLE = Console(stderr=True, soft_wrap=True)
+
+
+def make_callbacks(run: RunConfig) -> list[Callback]:
+    """What the run file asks for; metrics.jsonl always."""
+    callbacks: list[Callback] = [MetricsWriter()]
+    if run.log.progress:
+        from m3i_scale.run.callbacks.progress import ProgressDisplay
+
+        callbacks.append(ProgressDisplay(_CONSOLE))
+    if run.log.tensorboard:
+        from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
+
+        callbacks.append(TensorBoardWriter())
+    if run.log.wandb != "off":
+        from m3i_scale.run.callbacks.wandb import WandbWriter
+
+        callbacks.append(WandbWriter(run.log.wandb))
+    return callbacks
+
+
+def start(run: RunConfig) -> Status:
+    """Join the other ranks and train."""
+    torch.manual_seed(run.seed)
+    callbacks = make_callbacks(run)
+    ranks = start_ranks()
+    clean = False
+    try:
+        status = train(run, ranks, callbacks, announce)
+        clean = True
+    finally:
+        stop_ranks(wait=clean)
+    return status
+
+
+def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:
+    """What will run, before it runs."""
+    run = plan.run
+    _CONSOLE.print(explain_table(plan.deepspeed))
+    for note in notes:
+        _CONSOLE.print(f"[yellow]{note}[/]")
+    origin = f"from {resume_from}" if resume_from else "from step 0"
+    _CONSOLE.print(
+        f"[bold]{run.name}[/]: recipe {plan.recipe.name}, {run.optim.steps} steps of {run.optim.batch_size} samples "
+        f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, into {run.output_dir}"
+    )

@@ -1,0 +1,219 @@
+"""The manifest of a directory: which files belong to it, how long they are, what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from m3i_scale.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+"""Written last; a folder without it is not a checkpoint."""
+
+FORMAT = 1
+_BLOCK_BYTES = 1 << 20
+_THREADS = 4  # hashing releases the interpreter lock; more threads than this only make a disk seek
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is in one file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+
+
+class Manifest(BaseModel):
+    """The contents of `manifest.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    """Version of this layout."""
+    extra: dict[str, Any]
+    """What the writer says about the directory: step, world size, configuration hash, …"""
+    files: dict[str, Digest]
+    """By path below the folder, with `/`; the manifest itself is not among them."""
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, have reached the disk.
+
+    Raises:
+        OSError: the disk is full or broken (some file systems only say so here).
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
+    """Bring files of `folder` to the disk and hash them.
+
+    At scale every rank calls this on the files that it wrote itself (its node still holds their pages), and rank 0
+    hands the merged result to `commit`, which then reads none of them again.
+
+    Args:
+        folder: the folder that will be committed.
+        names: paths below it, with `/`.
+
+    Raises:
+        OSError: a file cannot be read, or cannot be brought to the disk.
+    """
+
+    def one(name: str) -> tuple[str, Digest]:
+        path = folder / name
+        sync(path)
+        return name, Digest(path.stat().st_size, hash_file(path))
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
+        return dict(pool.map(one, sorted(names)))
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below `folder` as a path with `/`, sorted; without the manifest of the folder itself.
+
+    Raises:
+        OSError: a directory cannot be read.
+        CheckpointError: a link or a special file, whose contents a manifest could not vouch for.
+    """
+    names = []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"'{name}' is neither a file nor a directory", where=str(path), fix="remove it")
+        if name != MANIFEST:
+            names.append(name)
+    return sorted(names)
+
+
+def list_directories(folder: Path) -> list[Path]:
+    """`folder` and all directories below it, the deepest first."""
+    return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
+
+
+def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str, Any]) -> None:
+    """Write `manifest.json` and bring it to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+        TypeError, ValueError: `extra` is not JSON (NaN is not).
+    """
+    text = _render(Manifest(format=FORMAT, extra=dict(extra), files=dict(files)))
+    path = folder / MANIFEST
+    try:
+        path.write_bytes(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    sync(path)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed folder. The files that it names are not looked at.
+
+    Raises:
+        CheckpointError: there is none, it is torn or changed, or another version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError("no manifest: the folder was never committed", where=str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"the manifest cannot be read: {error.strerror}", where=str(path)) from None
+    try:
+        values = json.loads(raw)
+        written = values.pop("format")
+        if written != FORMAT:
+            raise CheckpointError(f"the manifest has format {written}, this version reads {FORMAT}", where=str(path))
+        values.pop("sha256")
+        manifest = Manifest.model_validate({**values, "format": written})
+        rendered = _render(manifest)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, ValidationError):
+        raise CheckpointError("the manifest is torn or changed", where=str(path)) from None
+    # Rendering is deterministic, so this compares every byte of the file, and the checksum with them.
+    if raw != rendered:
+        raise CheckpointError("the manifest is torn or changed", where=str(path))
+    return manifest
+
+
+def verify(path: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with a committed folder, one line a fault; [] when it is good.
+
+    Args:
+        path: the folder.
+        contents: read and hash every file. False compares names and sizes only, which a flipped bit passes.
+    """
+    try:
+        manifest = read_manifest(path)
+        present = set(list_files(path))
+    except CheckpointError as error:
+        return [error.what]
+    except OSError as error:
+        return [f"the folder cannot be read: {error.strerror}"]
+    faults = [f"{name}: missing" for name in sorted(manifest.files.keys() - present)]
+    faults += [f"{name}: not in the manifest" for name in sorted(present - manifest.files.keys())]
+    known = sorted(present & manifest.files.keys())
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
+        found = pool.map(lambda name: _fault(path / name, name, manifest.files[name], contents), known)
+        return faults + [fault for fault in found if fault]
+
+
+def _fault(path: Path, name: str, wanted: Digest, contents: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != wanted.size:
+            return f"{name}: {size:,} bytes, the manifest says {wanted.size:,}"
+        if contents and hash_file(path) != wanted.sha256:
+            return f"{name}: the contents have changed (SHA-256 differs)"
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror}"
+    return None
+
+
+def _render(manifest: Manifest) -> bytes:
+    body = manifest.model_dump()
+    bare = json.dumps(body, sort_keys=True, allow_nan=False)
+    body["sha256"] = hashlib.sha256(bare.encode()).hexdigest()
+    return (json.dumps(body, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    for here, folders, files in os.walk(folder, onerror=_raise):
+        for name in files:
+            yield Path(here, name)
+        # os.walk does not follow links to directories, but lists them as directories
+        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
+
+
+def _raise(error: OSError) -> None:
+    raise error
