@@ -187,10 +187,10 @@ def _made_whole(output: Path) -> Iterator[Path]:
                 folder.rename(output)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
     except Timeout:
         raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
+    except OSError as error:
+        raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
 
 
 def _write_split(
