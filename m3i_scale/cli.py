@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from m3i_scale.config import known_recipes, load_run, read_yaml
+from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_PREEMPTED, UserError
 
 app = typer.Typer(
@@ -80,13 +81,63 @@ def train(
 
 @app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")
 def evaluate(
-    model_dir: Annotated[Path, typer.Argument(help="An exported folder.")],
+    model_dir: Annotated[Path, typer.Argument(help="An exported folder, or any Hub folder of a vision model.")],
     data: Annotated[str, typer.Option(help="Shards to measure on.")],
     train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probe learn from.")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="knn, linear, zero_shot, retrieval. Default: all.")] = None,
+    pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
+    baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
+    exclude_group: Annotated[list[str] | None, typer.Option(help="Leave out samples of a group.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """What frozen features are worth: kNN, linear probe, zero-shot, retrieval, with intervals."""
-    raise NotImplementedError
+    """What frozen features are worth: kNN, linear probe, zero-shot, retrieval, with intervals by concept."""
+    from m3i_scale.evaluate.commands import MEASURES
+    from m3i_scale.evaluate.commands import evaluate as run_evaluation
+    from m3i_scale.evaluate.report import render
+
+    result = run_evaluation(
+        model_dir,
+        data,
+        train_data=train_data,
+        measures=tuple(measure or MEASURES),
+        pool=cast(Any, pool),
+        baseline=cast(Any, baseline),
+        exclude_groups=tuple(exclude_group or ()),
+        batch_size=batch_size,
+        device=device,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        Console().print(render(result))
+
+
+@app.command(epilog="Example: m3i-scale export /data/runs/first --to /data/export --weights momentum")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's output_dir (its newest good checkpoint), or one checkpoint.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face folder that stock AutoModel loads, proven in a fresh process."""
+    from m3i_scale.hub.export import export as run_export
+
+    result = run_export(run, to, weights=cast(Any, weights), dtype=cast(Any, dtype), overwrite=overwrite)
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("", "")
+    for key, value in result.items():
+        if isinstance(value, str | int | float):
+            table.add_row(key, str(value))
+    Console().print(table)
+
+
+app.add_typer(shards_app, name="shards")
 
 
 def _print_json(value: Any) -> None:
