@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from m3i_scale.config import known_recipes, load_run, read_yaml
 from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_PREEMPTED, UserError
+from m3i_scale.output import print_json, reserve_stdout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,26 +32,20 @@ def recipes(as_json: Json = False) -> None:
     """The paper's table, read from the built-in recipes: what predicts what, and how."""
     from m3i_scale.objective.recipe import describe, parse_recipe
 
-    rows = [
-        describe(parse_recipe(read_yaml(path)["recipe"], where=str(path)))
-        for path in known_recipes().values()
-    ]
+    rows = [describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in known_recipes().values()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    table = Table("recipe", "family", "input x", "target y", "f_φ", "f_ψ", "P̂", "regulariser", "w")
+    table = Table("recipe", "input x", "target y", "f_φ → f_ψ", "P̂, regulariser", "w", expand=False)
     for row in rows:
         for number, target in enumerate(row["targets"]):
-            first = number == 0
+            view = f" (view {target['view']})" if target["view"] else ""
             table.add_row(
-                row["name"] if first else "",
-                row["family"] if first else "",
+                f"[bold]{row['name']}[/]\n{row['family']}" if number == 0 else "",
                 "\n".join(_input_text(x) for x in row["inputs"] if x["name"] in target["inputs"]),
-                target["modality"] + (f", view {target['view']}" if target["view"] else ""),
-                target["encoder"],
-                target["decoder"],
-                target["distribution"],
-                target["regularizer"],
+                target["modality"] + view,
+                f"{target['encoder']}\n{target['decoder']}",
+                f"{target['distribution']}\n{target['regularizer']}",
                 f"{target['weight']:g}",
             )
         table.add_section()
@@ -59,8 +53,9 @@ def recipes(as_json: Json = False) -> None:
 
 
 def _input_text(described: dict[str, Any]) -> str:
-    mask = f", {described['mask']}" if described["mask"] else ""
-    return f"view {described['view']}{mask}" + (", mixed" if described["mixed"] else "")
+    if described["mixed"]:
+        return f"view {described['view']} of a mix"
+    return f"view {described['view']}" + (f", {described['mask']} hidden" if described["mask"] else "")
 
 
 @app.command(
@@ -109,7 +104,7 @@ def evaluate(
         device=device,
     )
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         Console().print(render(result))
 
@@ -128,7 +123,7 @@ def export(
 
     result = run_export(run, to, weights=cast(Any, weights), dtype=cast(Any, dtype), overwrite=overwrite)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     table = Table("", "")
     for key, value in result.items():
@@ -140,10 +135,6 @@ def export(
 app.add_typer(shards_app, name="shards")
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
 def _without_local_rank(arguments: list[str]) -> list[str]:
     """The `deepspeed` launcher puts --local_rank=N first; LOCAL_RANK says the same."""
     return [item for item in arguments if not item.startswith("--local_rank=")]
@@ -152,6 +143,8 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Run the command line; a UserError becomes its message and its exit code."""
     sys.argv[1:] = _without_local_rank(sys.argv[1:])
+    if "--json" in sys.argv:
+        reserve_stdout()
     try:
         app()
     except UserError as error:

@@ -67,7 +67,7 @@ class SourceConfig(Section):
     weight: float = Field(default=1.0, gt=0)
     """Share of samples, relative to the weights of the other sources."""
     label_set: str | None = None
-    """Name of the label set of `.cls` members. Default: the source's own name. None of the source's samples need labels."""
+    """Name of the label set of `.cls` members. Default: the source's own name. Samples need no label."""
 
 
 class AugmentConfig(Section):
@@ -103,8 +103,8 @@ class DataConfig(Section):
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
     """Sources that the evaluation hook measures losses on."""
     streams: int = Field(default=8, ge=1)
-    """Number of virtual streams that shards are dealt to. Ranks × workers share them out; the order of samples depends on
-    this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
+    """Number of virtual streams that shards are dealt to. Ranks × workers share them out; the order of samples depends
+    on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
     workers: int = Field(default=0, ge=0)
     """Loader processes per rank; 0 loads in the training process."""
     shuffle_shards: int = Field(default=4, ge=1)
@@ -114,7 +114,6 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of the samples read so far (after the first 100) is bad."""
     augment: AugmentConfig = AugmentConfig()
-
 
 
 class OptimConfig(Section):

@@ -36,9 +36,7 @@ _SIZES = {
     "G": (1664, 48, 16, 8192),
 }
 
-PRESETS = {
-    f"vit-{size}/{patch}": Preset(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
-}
+PRESETS = {f"vit-{size}/{patch}": Preset(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)}
 """ViT Ti to G (22M to 1.8B parameters) at patch sizes 14, 16 and 32."""
 
 
@@ -160,7 +158,8 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Compute type of the parameters."""
-        return next(self.model.parameters()).dtype
+        first: nn.Parameter = next(self.model.parameters())
+        return first.dtype
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images → class token (B, 1, D) and patch tokens (B, N, D), positions added."""

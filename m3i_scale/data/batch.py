@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,9 @@ class Batch:
         if len(parts) == 1:
             return parts[0]
         width = max(part.text_ids_BT.shape[1] for part in parts)
-        joined = {}
+        joined: dict[str, Any] = {}
         for field in fields(Batch):
-            values = [getattr(part, field.name) for part in parts]
+            values: list[Any] = [getattr(part, field.name) for part in parts]
             if field.name == "keys":
                 joined["keys"] = [key for part in values for key in part]
                 continue

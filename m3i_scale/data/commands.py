@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from m3i_scale.data.records import Record
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.sources import Captions, Columns, imagefolder_records, manifest_records, read_labels
 from m3i_scale.errors import ConfigError
+from m3i_scale.output import print_json
 
 EMOJI_SAMPLES_PER_SHARD = 160
 
@@ -188,7 +188,10 @@ def _progress(quiet: bool) -> Iterator[Tell | None]:
 
 
 def _print(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    sys.stdout.write((json.dumps(summary, ensure_ascii=False) if as_json else text) + "\n")
+    if as_json:
+        print_json(summary)
+    else:
+        sys.stdout.write(text + "\n")
 
 
 def _choice(option: str, value: str, kind: Any) -> Any:

@@ -211,7 +211,7 @@ def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
 def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int) -> None:
     for value, known, what in (
         *((name, MEASURES, "measure") for name in measures),
-        (pool, ("mean", "cls", "mean_cls"), "pool"),
+        (pool, ("mean", "cls", "both"), "pool"),
         (baseline, ("none", "pixels"), "baseline"),
     ):
         if value not in known:

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
 
-Pool = Literal["mean", "cls", "mean_cls"]
+Pool = Literal["mean", "cls", "both"]
 Encoder = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) → features (B, D)."""
 
@@ -141,7 +141,7 @@ def extract(
     """
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
     for batch in _batches(read_samples(table, size, exclude_groups=exclude_groups), batch_size):
-        images_BCHW = torch.from_numpy(np.stack([sample.pixels_CHW for sample in batch]))
+        images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
         for name, encode in encoders.items():
             parts[name].append(encode(images_BCHW).float().cpu().numpy())
         if progress is not None:

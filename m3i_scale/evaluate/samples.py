@@ -29,7 +29,8 @@ class Sample:
     """One sample, its image cut to the largest centre square and resized."""
 
     key: str
-    pixels_CHW: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
+    """(3, S, S)."""
     caption: str | None
     label: int
     """Index of the class, −1 without one."""
@@ -104,12 +105,12 @@ def read_samples(table: Table, image_size: int, *, exclude_groups: tuple[str, ..
             continue
         try:
             annotations = read_annotations(members, len(table.classes) or None)
-            pixels_CHW = view(open_image(members, _MAX_PIXELS), 0).pixels_VCHW[0]
+            pixels = view(open_image(members, _MAX_PIXELS), 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
             continue
         label = -1 if annotations.label is None else annotations.label
-        sample = Sample(place, pixels_CHW, annotations.caption, label, meta)
+        sample = Sample(place, pixels, annotations.caption, label, meta)
         table.add(sample)
         yield sample
 

@@ -64,7 +64,7 @@ def build_objective(
     decoders = nn.ModuleDict({name: _decoder(name, spec, config) for name, spec in recipe.decoders.items()})
     heads = nn.ModuleDict()
     for target in recipe.targets:
-        heads[target.name] = _head(target, decoders[target.decoder].width, config, label_sets)
+        heads[target.name] = _head(target, _decoder_width(decoders[target.decoder]), config, label_sets)
     momentum = projector = text = None
     if recipe.momentum is not None:
         momentum = MomentumTarget(config, recipe.momentum.projector_depth)
@@ -99,7 +99,9 @@ def _check_fit(
             fix="give labels to `shards make`, or take a recipe without a category target",
         )
     if recipe.uses_text and vocab_size is None:
-        raise ConfigError("the recipe has a text target, and there is no tokenizer", fix="text.tokenizer=/path/to/folder")
+        raise ConfigError(
+            "the recipe has a text target, and there is no tokenizer", fix="text.tokenizer=/path/to/folder"
+        )
     if recipe.mix is not None and run.optim.micro_batch_size < len(recipe.mix.inputs):
         raise ConfigError(
             f"a mix of {len(recipe.mix.inputs)} images needs a micro-batch of at least as many",
@@ -110,7 +112,9 @@ def _check_fit(
         raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
     patches = (config.image_size // config.patch_size) ** 2
     if recipe.mix is not None and patches < len(recipe.mix.inputs):
-        raise ConfigError(f"{patches} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config")
+        raise ConfigError(
+            f"{patches} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
+        )
 
 
 def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
@@ -126,6 +130,13 @@ def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
     if spec.kind == "attention_pool":
         return AttentionPool(config.hidden_size, width, heads)
     return MeanPool(config.hidden_size)
+
+
+def _decoder_width(decoder: nn.Module) -> int:
+    width = decoder.width
+    if not isinstance(width, int):
+        raise TypeError(f"{type(decoder).__name__} does not tell its width")
+    return width
 
 
 def _head(target: TargetSpec, width: int, config: ViTConfig, label_sets: dict[str, list[str]]) -> nn.Module:

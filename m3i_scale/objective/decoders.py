@@ -105,7 +105,8 @@ class AttentionPool(nn.Module):
         return pooled_BD
 
     def _heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads_BHLD: Tensor = x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads_BHLD
 
 
 class MeanPool(nn.Module):

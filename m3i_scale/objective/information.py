@@ -108,7 +108,9 @@ class Objective(nn.Module):
     # ---------------------------------------------------------------- inputs
 
     def _encode(self, batch: Batch) -> Context:
-        used = sorted({spec.view - 1 for spec in self.recipe.inputs} | {t.view - 1 for t in self.recipe.targets if t.view})
+        used = sorted(
+            {spec.view - 1 for spec in self.recipe.inputs} | {t.view - 1 for t in self.recipe.targets if t.view}
+        )
         views = {view: normalize(batch.images_VBCHW[view], self.mean, self.std) for view in used}
         where = build_inputs(self.recipe, batch.seeds_B, self.student.grid)
         inputs = self._encode_mixed(where, views) if self._is_mixed else self._encode_own(where, views)

@@ -103,7 +103,9 @@ def build_inputs(recipe: Recipe, seeds_B: Tensor, grid: tuple[int, int]) -> list
     """
     patches = grid[0] * grid[1]
     if recipe.mix is None:
-        return [_single(spec.name, spec.view - 1, spec.mask, seeds_B, grid, 16 * k) for k, spec in enumerate(recipe.inputs)]
+        return [
+            _single(spec.name, spec.view - 1, spec.mask, seeds_B, grid, 16 * k) for k, spec in enumerate(recipe.inputs)
+        ]
     places = len(recipe.mix.inputs)
     if len(seeds_B) < places:
         raise ValueError(f"a mix of {places} images needs a micro-batch of at least {places}, got {len(seeds_B)}")

@@ -209,7 +209,8 @@ class Recipe(Section):
         if target.distribution != _DISTRIBUTIONS[modality]:
             yield f"a {modality} target has a {_DISTRIBUTIONS[modality]} distribution"
         elif kind not in _DECODERS[target.distribution]:
-            yield f"a {target.distribution} target is decoded by {' or '.join(_DECODERS[target.distribution])}, not {kind}"
+            valid = " or ".join(_DECODERS[target.distribution])
+            yield f"a {target.distribution} target is decoded by {valid}, not {kind}"
         if target.regularizer not in _REGULARIZERS[modality]:
             yield (
                 f"regularizer '{target.regularizer}' does not keep a {modality} target from collapsing or has no effect"

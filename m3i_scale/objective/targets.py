@@ -81,7 +81,9 @@ class Projector(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             [
-                nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+                nn.Sequential(
+                    nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)
+                )
                 for _ in range(depth)
             ]
         )

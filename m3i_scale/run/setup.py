@@ -65,7 +65,9 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     """
     recipe = parse_recipe(run.recipe)
     if not run.data.sources:
-        raise ConfigError("the run has no data", where="data.sources", fix="data.sources.main.shards=/data/shards/train")
+        raise ConfigError(
+            "the run has no data", where="data.sources", fix="data.sources.main.shards=/data/shards/train"
+        )
     model = vit_config(run.backbone)
     checkpointed_layers(run.backbone.activation_checkpointing, model.num_hidden_layers)
     sources = run.data.sources | run.data.validation
@@ -74,7 +76,9 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     if not recipe.uses_text and "text" in run.model_fields_set:
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
     if run.evaluation.every_steps and not run.data.validation:
-        raise ConfigError("evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val")
+        raise ConfigError(
+            "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
+        )
     raw = load_ds_config(run.deepspeed)
     optim = run.optim
     resolved = resolve(

@@ -60,5 +60,6 @@ def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:
     origin = f"from {resume_from}" if resume_from else "from step 0"
     _CONSOLE.print(
         f"[bold]{run.name}[/]: recipe {plan.recipe.name}, {run.optim.steps} steps of {run.optim.batch_size} samples "
-        f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, into {run.output_dir}"
+        f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, "
+        f"into {run.output_dir}"
     )

@@ -30,7 +30,9 @@ Status = Literal["finished", "preempted"]
 class Trainer:
     """One run on one rank, from the newest good checkpoint to the last step or to a signal."""
 
-    def __init__(self, plan: Plan, ranks: ProcessGroupRanks, callbacks: list[Callback], resume_from: Path | None) -> None:
+    def __init__(
+        self, plan: Plan, ranks: ProcessGroupRanks, callbacks: list[Callback], resume_from: Path | None
+    ) -> None:
         self.plan, self.run, self.ranks = plan, plan.run, ranks
         self.callbacks = CallbackList(callbacks if ranks.rank == 0 else [])
         self.resume_from = resume_from
@@ -198,7 +200,9 @@ def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
         )
     if newest is None and passed:
         raise CheckpointError(
-            "there are checkpoints, and none of them is good", where="; ".join(notes), fix="move them away to start anew"
+            "there are checkpoints, and none of them is good",
+            where="; ".join(notes),
+            fix="move them away to start anew",
         )
     return newest, notes
 

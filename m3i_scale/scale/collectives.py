@@ -74,7 +74,9 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
             fix="start with `deepspeed`, `torchrun` or another launcher that sets all of them",
         )
     if missing:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -83,9 +85,12 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
 
 
 def stop_ranks(*, wait: bool) -> None:
-    """Leave the process group (after all others are done too, with `wait`) and remove what DeepSpeed's shared-memory collectives leave behind on a CPU.
+    """Leave the process group, and remove what DeepSpeed's shared-memory collectives leave behind on a CPU.
 
     The library never unlinks its 69 MB per rank and port, and they count as memory.
+
+    Args:
+        wait: leave only when all ranks do.
     """
     port = os.environ.get("MASTER_PORT", "")
     if dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,14 @@ from m3i_scale.scale.partition import construct, full_shape
 def quiet_deepspeed() -> None:
     """Leave warnings and errors; the toolkit prints its own account of the configuration."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases, norms and other vectors (by their full shape) without."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             shape = full_shape(parameter)

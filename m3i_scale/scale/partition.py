@@ -27,7 +27,8 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of the whole parameter, partitioned or not."""
-    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return torch.Size(shape)
 
 
 def full_numel(module: nn.Module, *, trainable_only: bool = False) -> int:
@@ -142,8 +143,9 @@ class ShardedMomentum:
         zero = engine._config.zero_config
         if zero.zero_hpz_partition_size > 1 and self._target:
             raise ConfigError(
-                "zero_hpz_partition_size > 1 keeps second copies of the shards, which a momentum target would leave stale",
+                "zero_hpz_partition_size > 1 keeps second copies of the shards, which would go stale",
                 where="zero_optimization",
+                why="the momentum target is moved on its shards",
                 fix="leave it at 1 for recipes with a momentum target",
             )
         for name, target in self._target.items():

@@ -1,11 +1,11 @@
 """What a checkpoint holds, written by all ranks: engine shards, momentum shards, random states, data position.
 
-    step-00000100/
-      deepspeed/   ZeRO shards of weights and optimizer, as DeepSpeed writes them
-      momentum/    rank-00000.safetensors …  fp32 shards of the averaged weights; shapes.json
-      random/      rank-00000.safetensors …  random states of the host and of the accelerator
-      data/        rank-00000.json …         position of the stream
-      run.yaml, meta.json, manifest.json
+step-00000100/
+  deepspeed/   ZeRO shards of weights and optimizer, as DeepSpeed writes them
+  momentum/    rank-00000.safetensors …  fp32 shards of the averaged weights; shapes.json
+  random/      rank-00000.safetensors …  random states of the host and of the accelerator
+  data/        rank-00000.json …         position of the stream
+  run.yaml, meta.json, manifest.json
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""The model card: what the model is, what it saw, how it was trained, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from m3i_scale import __version__
+from m3i_scale.hub.source import Source
+from m3i_scale.objective.recipe import describe
+
+_HIDDEN_FIGURES = ("kind", "time", "step")
+
+
+def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
+    """README.md of an export.
+
+    Args:
+        source: the checkpoint.
+        provenance: what export.json says.
+        config: config.json of the vision model.
+    """
+    # No HTML escaping: this is Markdown; text of others goes through `cell`.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters["cell"] = cell
+    evaluation = provenance["evaluation"]
+    return environment.get_template("card.md.j2").render(
+        name=source.run.name,
+        version=__version__,
+        license=provenance["license"],
+        config=config,
+        patches=(config["image_size"] // config["patch_size"]) ** 2,
+        labels=len(config.get("id2label", {})) if source.label_sets else 0,
+        text=source.recipe.uses_text,
+        max_tokens=source.run.text.max_tokens,
+        vocab_size=source.vocab_size,
+        recipe=describe(source.recipe),
+        optim=source.run.optim.model_dump(mode="json"),
+        datasets=json.dumps(sorted({str(item.get("dataset", item["name"])) for item in provenance["data"]})),
+        figures={key: value for key, value in provenance["figures"].items() if key not in _HIDDEN_FIGURES},
+        figures_step=provenance["figures"].get("step"),
+        evaluation=evaluation,
+        evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],
+        difference=max(provenance["verified"]["largest_output_difference"].values()),
+        **{key: provenance[key] for key in ("data", "files", "weights", "step", "samples", "dtype", "parameters")},
+    )
+
+
+def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str, str]]:
+    """Measure, value, interval and what guessing reaches, for every estimate in an evaluation's `measures`."""
+    for key, value in measures.items() if isinstance(measures, dict) else ():
+        if not isinstance(value, dict):
+            continue
+        here = (*path, str(key))
+        if {"value", "low", "high"} <= value.keys():
+            chance = value.get("chance", measures.get("chance"))
+            guess = "" if chance is None else f"{chance:.3g}"
+            majority = measures.get("majority")
+            guess += "" if majority is None else f", majority {majority:.3g}"
+            yield (
+                " ".join(here).replace("_", " "),
+                f"{value['value']:.3f}",
+                f"{value['low']:.3f} … {value['high']:.3f}",
+                guess,
+            )
+        else:
+            yield from evaluation_rows(value, here)
+
+
+def cell(value: Any) -> str:
+    """A value as the text of one table cell: nothing in it can end the cell, the row or the table."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{cell(key)}: {cell(item)}" for key, item in value.items())
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,125 @@
+"""Run in a fresh, isolated Python: load an export with stock classes alone and write down what came of it.
+
+    python -I fresh.py EXPORT WORK
+
+Read: `WORK/inputs.safetensors` (pixel values), `WORK/captions.json`, `WORK/*.png`.
+Written: `WORK/outputs.safetensors`, `WORK/report.json`.
+
+This file is run by its path, imports nothing of the package, and makes sure that nothing it loads does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class Blocker(importlib.abc.MetaPathFinder):
+    """Makes the training package look as if it were not installed."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        """See `importlib`."""
+        if fullname.partition(".")[0] in ("m3i_scale", "deepspeed"):
+            raise ImportError(f"{fullname} is blocked: an export must load without it")
+
+
+def fingerprint(tensor: Any) -> str:
+    """SHA-256 over type, shape and bytes of a tensor."""
+    import torch
+
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def inspect_files(folder: Path) -> dict[str, Any]:
+    """Types and fingerprints of all tensors in the folder's safetensors, and those that no training leaves behind."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensor = file.get_tensor(name)
+                found["fingerprints"][name] = fingerprint(tensor)
+                found["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
+                if tensor.numel() == 0:
+                    found["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
+                elif not torch.isfinite(tensor).all():
+                    found["faults"].append(f"{name}: values that are not finite")
+                elif sum(side > 1 for side in tensor.shape) > 1 and (tensor == tensor.reshape(-1)[0]).all():
+                    found["faults"].append(
+                        f"{name}: all values are {tensor.reshape(-1)[0].item():g}, never initialised"
+                    )
+    found["dtypes"] = sorted(found["dtypes"])
+    return found
+
+
+def load(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
+    """A model by `AutoModel` and what its loading reported."""
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype="auto", **kwargs
+    )
+    return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
+
+
+def examine(folder: Path, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Load one model twice: as anyone would, and without the pooling layer, which no pre-training trains."""
+    import torch
+
+    report = inspect_files(folder)
+    report["config_dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
+    if report["faults"]:
+        return report, None
+    _, report["plain"] = load(folder)
+    model, report["strict"] = load(folder, add_pooling_layer=False)
+    report["class"] = type(model).__name__
+    report["loaded_dtype"] = str(model.dtype).removeprefix("torch.")
+    report["loaded"] = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        hidden = model.float()(**inputs).last_hidden_state
+    return report, hidden.contiguous()
+
+
+def main(export: Path, work: Path) -> None:
+    """See the module."""
+    from PIL import Image
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    outputs = {}
+    processor = AutoImageProcessor.from_pretrained(export, local_files_only=True)
+    for path in sorted(work.glob("*.png")):
+        with Image.open(path) as image:
+            outputs[f"pixels.{path.stem}"] = processor(image, return_tensors="pt")["pixel_values"].contiguous()
+    report: dict[str, Any] = {"processor": type(processor).__name__, "models": {}}
+    report["models"]["vision"], hidden = examine(export, load_file(work / "inputs.safetensors"))
+    if hidden is not None:
+        outputs["hidden.vision"] = hidden
+    if (export / "text").is_dir():
+        captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(export / "text", local_files_only=True)
+        tokens = dict(tokenizer(captions, padding=True, truncation=True, return_tensors="pt"))
+        outputs["tokens"] = tokens["input_ids"].contiguous()
+        wanted = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+        report["models"]["text"], hidden = examine(export / "text", wanted)
+        if hidden is not None:
+            outputs["hidden.text"] = hidden
+    report["heads"] = inspect_files(export / "heads")
+    report["package_loaded"] = "m3i_scale" in sys.modules
+    save_file(outputs, work / "outputs.safetensors")
+    (work / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Blocker())
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

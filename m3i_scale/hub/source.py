@@ -1,0 +1,185 @@
+"""What is exported: a good checkpoint, and everything that is known about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from m3i_scale.config import RunConfig, parse_section, read_yaml
+from m3i_scale.data.shards import shard_folder
+from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.errors import CheckpointError, ConfigError, ExportError
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.scale.checkpoint.locate import newest_good, step_of
+from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file, verify
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that verifies."""
+
+    checkpoint: Path
+    run: RunConfig
+    recipe: Recipe
+    step: int
+    meta: dict[str, Any]
+    passed_over: list[tuple[Path, str]]
+    """Newer checkpoints that do not verify, with the reason."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's output folder, two levels above its checkpoints."""
+        return self.checkpoint.parent.parent
+
+    @property
+    def label_sets(self) -> dict[str, list[str]]:
+        """Class names by label set, in the order of the category heads; none without a category target."""
+        sets: dict[str, list[str]] = self.meta.get("label_sets") or {}
+        return sets if self.recipe.uses_categories else {}
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of the text tower's vocabulary; None without a text target."""
+        return self.meta.get("vocab_size") if self.recipe.uses_text else None
+
+
+def find_source(path: Path) -> Source:
+    """The newest good checkpoint of a run folder, or the given checkpoint.
+
+    Raises:
+        CheckpointError: nothing there, or nothing that verifies.
+    """
+    checkpoint, passed_over = _resolve(path)
+    try:
+        run = parse_section(RunConfig, read_yaml(checkpoint / "run.yaml"), where=str(checkpoint / "run.yaml"))
+        meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+        step = int(meta["step"])
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the checkpoint's run file does not hold together: {error.what}", where=error.where
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint's facts: {error}", where=str(checkpoint)) from None
+    return Source(checkpoint, run, parse_recipe(run.recipe), step, meta, passed_over)
+
+
+def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    if step_of(path) is not None or (path / MANIFEST).is_file():
+        faults = verify(path) if path.is_dir() else ["there is no such folder"]
+        if faults:
+            raise CheckpointError(
+                f"the checkpoint does not verify: {faults[0]}",
+                where=str(path),
+                why=f"{len(faults)} faults; an export would hold damaged weights",
+                fix="export the run folder instead: its newest good checkpoint is taken",
+            )
+        return path, []
+    root = path if path.name == "checkpoints" else path / "checkpoints"
+    found, passed_over = newest_good(root)
+    if found is None:
+        reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in passed_over)
+        raise CheckpointError(
+            "no checkpoint that verifies", where=str(root), why=reasons or None, fix="give a run's output_dir"
+        )
+    return found, passed_over
+
+
+def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that the text tower was trained with.
+
+    Raises:
+        ExportError: it is gone, or another one lies in its place.
+    """
+    configured = source.run.text.tokenizer or source.meta.get("tokenizer")
+    try:
+        tokenizer = find_tokenizer(source.run.data.sources, configured)
+    except ConfigError as error:
+        raise ExportError(
+            f"the tokenizer of the run is gone: {error.what}",
+            where=error.where,
+            why="without it nobody can use the text tower",
+            fix="bring the tokenizer folder back to its place",
+        ) from None
+    if len(tokenizer) != source.vocab_size:
+        raise ExportError(
+            f"the tokenizer has {len(tokenizer)} tokens, the text tower was trained with {source.vocab_size}",
+            where=str(tokenizer.name_or_path),
+            fix="bring back the tokenizer that the run used",
+        )
+    return tokenizer
+
+
+def describe_data(source: Source) -> list[dict[str, Any]]:
+    """What the shards beside every training source say about themselves, with a hash that names them exactly.
+
+    Paths stay out: they are of no use elsewhere. A source whose manifest cannot be read says so.
+    """
+    described = []
+    for name, config in source.run.data.sources.items():
+        facts: dict[str, Any] = {"name": name, "weight": config.weight, "manifest_sha256": None, "samples": None}
+        path = shard_folder(config.shards) / MANIFEST
+        try:
+            raw = path.read_bytes()
+            manifest = json.loads(raw)
+            shards = manifest["shards"]
+            facts |= {
+                "manifest_sha256": hashlib.sha256(raw).hexdigest(),
+                "shards": len(shards),
+                "samples": sum(shard["samples"] for shard in shards.values()),
+                **{key: manifest[key] for key in ("split", "source", "licenses") if key in manifest},
+                "dataset": manifest.get("name", name),
+            }
+        except FileNotFoundError:
+            facts["note"] = "no manifest beside the shards at the time of export"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            facts["note"] = f"the manifest cannot be read: {type(error).__name__}"
+        described.append(facts)
+    return described
+
+
+def last_figures(source: Source) -> dict[str, Any]:
+    """The last train record at or before the checkpoint's step in metrics.jsonl; empty where there is none."""
+    path = source.run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    last: dict[str, Any] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:  # a line torn by a kill
+                continue
+            if isinstance(record, dict) and record.get("kind") == "train" and record.get("step", 0) <= source.step:
+                last = record
+    return last
+
+
+def evaluation_of(source: Source) -> dict[str, Any] | None:
+    """The run folder's evaluation.json (`m3i-scale evaluate --json`), where there is one.
+
+    Raises:
+        ExportError: it is there and not what `evaluate` writes.
+    """
+    path = source.run_dir / "evaluation.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"cannot read the evaluation: {error}", where=str(path), fix="write it anew, or remove it"
+        ) from None
+    if not isinstance(values, dict) or not isinstance(values.get("measures"), dict):
+        raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
+    return values
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by path with `/`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
