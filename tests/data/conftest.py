@@ -1,0 +1,92 @@
+"""Small shards, and loaders over them."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.data.loader import TrainStream, read_label_sets
+
+
+def encode(seed=0, size=(20, 16), kind="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    """members: (name, bytes) pairs, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_folder(folder, sizes, labels=("a", "b", "c"), change=lambda number, members: members):
+    """Shards with the given numbers of samples; sample n has label n % 3 and the caption "sample n"."""
+    number = 0
+    for shard, size in enumerate(sizes):
+        members = []
+        for _ in range(size):
+            sample = {"png": encode(number), "cls": str(number % 3).encode(), "txt": f"sample {number}".encode()}
+            members += [(f"k{number:04d}.{kind}", data) for kind, data in change(number, sample).items()]
+            number += 1
+        write_tar(folder / f"s-{shard:03d}.tar", members)
+    (folder / "labels.json").write_text(json.dumps(list(labels)))
+    return folder
+
+
+def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, quarantine=None, views=2, **data):
+    weights = data.pop("weights", {})
+    image_size, augment = data.pop("image_size", 8), data.pop("augment", True)
+    sources = {
+        name: SourceConfig(shards=str(folder), weight=weights.get(name, 1.0)) for name, folder in folders.items()
+    }
+    return TrainStream(
+        DataConfig(sources=sources, **data),
+        sources,
+        views=views,
+        image_size=image_size,
+        micro_batch_size=micro,
+        world_size=world,
+        rank=rank,
+        seed=3,
+        tokenizer=tokenizer,
+        max_tokens=16,
+        label_sets=read_label_sets(sources),
+        cache_dir=Path(cache),
+        augment=augment,
+        quarantine_path=quarantine,
+    )
+
+
+class Tools:
+    encode = staticmethod(encode)
+    write_tar = staticmethod(write_tar)
+    write_folder = staticmethod(write_folder)
+    make_loader = staticmethod(make_loader)
+
+
+@pytest.fixture(scope="session")
+def tools():
+    return Tools
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Ten shards of uneven sizes, 61 samples."""
+    return write_folder(tmp_path_factory.mktemp("shards"), [9, 4, 7, 5, 6, 8, 3, 7, 5, 7])
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")

@@ -1,0 +1,173 @@
+"""Indices of shards, and tars that must be refused."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from m3i_scale.config import SourceConfig
+from m3i_scale.data.index import build_index, load_index, scan_shard
+from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
+from m3i_scale.data.shards import expand_shards, read_label_sets
+from m3i_scale.errors import DataError
+
+
+def test_ranges_hold_whole_samples(tools, tmp_path):
+    path = tools.write_tar(
+        tmp_path / "s.tar",
+        [("a.png", b"1" * 600), ("a.txt", b"one"), ("__meta__.json", b"{}"), ("b.png", b"2"), ("dir/c.png", b"3")],
+    )
+    index, reader = scan_shard(path), ShardReader()
+    assert len(index) == 3
+    assert reader.members(index, 0) == {"__key__": "a", "__url__": str(path), "png": b"1" * 600, "txt": b"one"}
+    assert reader.members(index, 2)["__key__"] == "dir/c"
+    reader.close()
+
+
+def test_long_names_are_kept(tools, tmp_path):
+    key = "x" * 300
+    index = scan_shard(tools.write_tar(tmp_path / "s.tar", [("a.png", b"1"), (f"{key}.png", b"2")]))
+    assert ShardReader().members(index, 1)["__key__"] == key
+
+
+@pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a/../../x.png"])
+def test_paths_that_leave_the_folder_are_refused(tools, tmp_path, name):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1"), (name, b"2")])
+    with pytest.raises(DataError, match="leaves the folder"):
+        scan_shard(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
+    with pytest.raises(DataError, match="a link or a device"):
+        scan_shard(path)
+
+
+def test_sparse_members_are_refused(tmp_path):
+    path = tmp_path / "s.tar"
+    member = tarfile.TarInfo("a.png")
+    member.size = 512
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000000000000"}
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(member, io.BytesIO(b"1\n0\n1\n".ljust(512, b"\0")))
+    with pytest.raises(DataError):
+        scan_shard(path)
+
+
+@pytest.mark.parametrize("cut", [100, 700, 1024, 1500])
+def test_cut_off_tars_are_refused(tools, tmp_path, cut):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1" * 400), ("b.png", b"2" * 400)])
+    data = path.read_bytes()
+    path.write_bytes(data[:cut])
+    with pytest.raises(DataError, match=r"cut off|cannot read"):
+        scan_shard(path)
+
+
+def test_not_a_tar_an_empty_one_and_a_scattered_sample_are_refused(tools, tmp_path):
+    (tmp_path / "text.tar").write_text("hello" * 300)
+    with pytest.raises(DataError, match="cannot read the shard"):
+        scan_shard(tmp_path / "text.tar")
+    with pytest.raises(DataError, match="holds no samples"):
+        scan_shard(tools.write_tar(tmp_path / "empty.tar", []))
+    scattered = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"3")])
+    with pytest.raises(DataError, match="do not lie together"):
+        scan_shard(scattered)
+
+
+def test_a_compressed_piece_is_not_unpacked(tools, tmp_path):
+    piece = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")]).read_bytes()
+    assert parse_members(piece, "s.tar")["png"] == b"1"
+    for module in (gzip, bz2, lzma):
+        with pytest.raises(BadSampleError, match="not a tar member"):
+            parse_members(module.compress(piece), "s.tar")
+
+
+def test_index_lies_beside_the_shards_or_in_the_cache(tools, tmp_path):
+    path = tools.write_tar(tmp_path / "data" / "s.tar", [("a.png", b"1")])
+    (built,) = load_index([path], tmp_path / "cache")
+    assert not (tmp_path / "data" / "index").exists()
+    assert np.array_equal(
+        built.ranges_N2, load_index([path], tmp_path / "cache", rank=1, wait_timeout_s=0)[0].ranges_N2
+    )
+    build_index([path], tmp_path / "data" / "index")
+    assert len(load_index([path], tmp_path / "other")[0]) == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_stale_index_is_built_anew(tools, tmp_path):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
+    build_index([path], tmp_path / "index")
+    tools.write_tar(path, [(f"{number}.png", b"1") for number in range(30)])
+    assert len(load_index([path], tmp_path / "cache")[0]) == 30
+
+
+def test_a_damaged_index_is_named(tools, tmp_path):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "s.tar.npz").write_bytes(b"junk")
+    with pytest.raises(DataError, match="cannot read the index"):
+        load_index([path], tmp_path / "cache")
+
+
+def test_other_ranks_wait_for_rank_zero(tools, tmp_path):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
+    found = []
+    waiting = threading.Thread(target=lambda: found.extend(load_index([path], tmp_path / "cache", rank=1)))
+    waiting.start()
+    load_index([path], tmp_path / "cache", rank=0)
+    waiting.join(timeout=20)
+    assert [len(index) for index in found] == [1]
+    with pytest.raises(DataError, match="did not index"):
+        load_index([path], tmp_path / "nowhere", rank=1, wait_timeout_s=0)
+
+
+def test_shards_by_folder_pattern_and_path(folder):
+    assert len(expand_shards(str(folder))) == 10
+    assert [path.name for path in expand_shards(f"{folder}/s-{{000..002}}.tar")] == [
+        "s-000.tar",
+        "s-001.tar",
+        "s-002.tar",
+    ]
+    assert len(expand_shards(f"{folder}/s-003.tar")) == 1
+
+
+def test_shards_that_are_not_there(folder, tmp_path):
+    with pytest.raises(DataError, match="2 of 12 shards are missing"):
+        expand_shards(f"{folder}/s-{{000..011}}.tar")
+    with pytest.raises(DataError, match="twice"):
+        expand_shards(f"{folder}/s-{{000,000}}.tar")
+    with pytest.raises(DataError, match="brace"):
+        expand_shards(f"{folder}/s-{{000..")
+    with pytest.raises(DataError, match=r"no \.tar shards") as caught:
+        expand_shards(str(folder.parent))
+    assert folder.name in str(caught.value)
+    with pytest.raises(DataError, match=r"no \.tar shards"):
+        expand_shards(str(tmp_path))
+
+
+def test_label_sets(folder, tools, tmp_path):
+    other = tools.write_folder(tmp_path / "other", [1], labels=["x"])
+    bare = tools.write_folder(tmp_path / "bare", [1])
+    (bare / "labels.json").unlink()
+    sources = {
+        "a": SourceConfig(shards=str(folder)),
+        "b": SourceConfig(shards=str(other)),
+        "c": SourceConfig(shards=str(bare)),
+    }
+    assert read_label_sets(sources) == {"a": ["a", "b", "c"], "b": ["x"]}
+    clash = {name: SourceConfig(shards=str(path), label_set="same") for name, path in (("a", folder), ("b", other))}
+    with pytest.raises(DataError, match="two different label lists"):
+        read_label_sets(clash)
+    (other / "labels.json").write_text("{}")
+    with pytest.raises(DataError, match="list of names"):
+        read_label_sets(sources)

@@ -1,0 +1,240 @@
+"""The same global batches whatever the ranks and workers, and exact resume."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from m3i_scale.config import SourceConfig
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.loader import merge_states
+from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
+from m3i_scale.errors import ConfigError, DataError
+
+STREAMS, GLOBAL = 4, 16
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def global_batches(tools, sources, cache, count, *, world=1, workers=0, states=None, **kw):
+    """Global batches of `count` steps, and the states of all ranks after them."""
+    per_rank, after = [], []
+    for rank in range(world):
+        loader = tools.make_loader(
+            sources, cache, world=world, rank=rank, micro=GLOBAL // world, workers=workers, streams=STREAMS, **kw
+        )
+        if states is not None:
+            loader.load_state_dict(json.loads(json.dumps(merge_states(states))))
+        per_rank.append(take(loader, count))
+        after.append(loader.state_dict())
+    return [Batch.cat(list(parts)) for parts in zip(*per_rank, strict=True)], after
+
+
+def same(first, second):
+    assert first.keys == second.keys
+    for name, value in vars(first).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(second, name)), name
+
+
+@pytest.fixture(scope="module")
+def mixed(tools, tmp_path_factory):
+    """Labelled and captioned samples, bare ones and some bad ones, in two sources."""
+    root = tmp_path_factory.mktemp("mixed")
+
+    def drop(number, members):
+        if number % 10 == 4:
+            return {**members, "png": members["png"][:60]}
+        if number % 3 == 1:
+            return {"png": members["png"]}
+        return {"png": members["png"], "txt": members["txt"]} if number % 3 == 2 else members
+
+    return {
+        "plain": tools.write_folder(root / "plain", [5, 6, 7, 5, 4, 6]),
+        "holes": tools.write_folder(root / "holes", [8, 7, 9, 8], change=drop),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tools, mixed, cache):
+    return global_batches(tools, mixed, cache, 9, max_bad_fraction=0.5)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_ranks_and_a_stop_anywhere_give_the_same_batches(tools, mixed, cache, expected, data):
+    before, after = (data.draw(st.sampled_from([1, 2, 4])) for _ in range(2))
+    stop = data.draw(st.integers(1, 8))
+    first, states = global_batches(tools, mixed, cache, stop, world=before, max_bad_fraction=0.5)
+    second, ends = global_batches(tools, mixed, cache, 9 - stop, world=after, states=states, max_bad_fraction=0.5)
+    for got, want in zip(first + second, expected[0], strict=True):
+        same(got, want)
+    assert merge_states(ends) == merge_states(expected[1])
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 2), (1, 4)])
+def test_workers_change_nothing(tools, mixed, cache, expected, world, workers):
+    first, states = global_batches(tools, mixed, cache, 4, world=world, workers=workers, max_bad_fraction=0.5)
+    second, _ = global_batches(tools, mixed, cache, 5, workers=1, states=states, max_bad_fraction=0.5)
+    for got, want in zip(first + second, expected[0], strict=True):
+        same(got, want)
+
+
+def test_the_state_is_that_of_the_batch_handed_out_last(tools, folder, cache):
+    loader = tools.make_loader({"s": folder}, cache, micro=8, streams=4, workers=2)
+    assert loader.state_dict()["streams"]["0"]["positions"] == {"s": 0}
+    for number, _ in zip(range(1, 4), loader, strict=False):
+        assert [state["positions"]["s"] for state in loader.state_dict()["streams"].values()] == [2 * number] * 4
+
+
+def test_no_sample_is_lost_or_repeated_in_an_epoch(tools, tmp_path, cache):
+    folder = tools.write_folder(tmp_path / "even", [6] * 8)
+    batches = take(tools.make_loader({"s": folder}, cache, micro=16, streams=4), 6)
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(set(keys[:48])) == 48
+    assert set(keys[:48]) == set(keys[48:])
+    assert keys[:48] != keys[48:]
+
+
+def test_another_epoch_has_other_views_and_seeds(tools, tmp_path, cache):
+    folder = tools.write_folder(tmp_path / "even", [4] * 4)
+    first, second = take(tools.make_loader({"s": folder}, cache, micro=16, streams=4), 2)
+    one, two = first.keys.index("s/s-000/k0000"), second.keys.index("s/s-000/k0000")
+    assert first.seeds_B[one] != second.seeds_B[two]
+    assert not torch.equal(first.images_VBCHW[:, one], second.images_VBCHW[:, two])
+    assert not torch.equal(first.images_VBCHW[0, one], first.images_VBCHW[1, one])
+
+
+def test_shares_of_sources(tools, mixed, cache):
+    batches = take(tools.make_loader(mixed, cache, streams=4, weights={"plain": 3.0}, max_bad_fraction=0.5), 20)
+    keys = [key for batch in batches for key in batch.keys]
+    assert sum(key.startswith("plain/") for key in keys) == 120
+
+
+def test_what_a_sample_lacks_is_marked(tools, mixed, cache, tmp_path):
+    train_tokenizer([f"sample {number}" for number in range(40)], tmp_path / "tokenizer", 100)
+    tokenizer = find_tokenizer({}, str(tmp_path / "tokenizer"))
+    loader = tools.make_loader({"holes": mixed["holes"]}, cache, streams=4, tokenizer=tokenizer, max_bad_fraction=0.5)
+    batch = Batch.cat(take(loader, 4))
+    numbers = torch.tensor([int(key[-4:]) for key in batch.keys])
+    assert {int(kind) for kind in numbers % 3} == {0, 1, 2}
+    assert torch.equal(batch.labels_B, torch.where(numbers % 3 == 0, numbers % 3, -1))
+    assert torch.equal(batch.label_sets_B, torch.where(numbers % 3 == 0, 0, -1))
+    assert torch.equal(batch.has_text_B, numbers % 3 != 1)
+    assert torch.equal(batch.captions_B != 0, batch.has_text_B)
+    bare = ~batch.has_text_B
+    assert torch.equal(batch.text_mask_BT[bare].sum(1), torch.ones(int(bare.sum()), dtype=torch.int64))
+    assert not batch.text_ids_BT[bare].any()
+    row = int(batch.has_text_B.nonzero()[0])
+    text = tokenizer.decode(batch.text_ids_BT[row][batch.text_mask_BT[row]], skip_special_tokens=True)
+    assert text == f"sample {numbers[row]}"
+
+
+def test_shapes_and_types(tools, folder, cache):
+    batch = next(iter(tools.make_loader({"s": folder}, cache, micro=8, streams=4, views=3)))
+    assert batch.images_VBCHW.shape == (3, 8, 3, 8, 8)
+    assert batch.images_VBCHW.dtype == torch.uint8
+    assert batch.crops_VB4.shape == (3, 8, 4)
+    assert batch.flips_VB.shape == (3, 8)
+    assert batch.sizes_B2.tolist() == [[16.0, 20.0]] * 8
+    assert batch.labels_B.dtype == batch.seeds_B.dtype == batch.captions_B.dtype == torch.int64
+    assert batch.text_ids_BT.shape == (8, 1)
+    assert not batch.has_text_B.any()
+
+
+def test_bad_samples_are_replaced_counted_and_written_down(tools, mixed, cache, tmp_path):
+    path = tmp_path / "log" / "quarantine.jsonl"
+    loader = tools.make_loader(
+        {"holes": mixed["holes"]}, cache, streams=4, quarantine=path, max_bad_fraction=0.5, workers=2
+    )
+    assert [len(batch) for batch in take(loader, 8)] == [8] * 8
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert loader.quarantined == {"image does not decode": len(entries)}
+    assert {entry["key"] for entry in entries} == {"k0004", "k0014", "k0024"}
+    assert set(entries[0]) == {"source", "url", "key", "offset", "reason", "detail"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(tools, tmp_path, cache, workers):
+    folder = tools.write_folder(
+        tmp_path / "bad",
+        [10] * 4,
+        change=lambda number, members: {**members, "cls": b"7"} if number % 4 == 0 else members,
+    )
+    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_bad_fraction=0.1)
+    with pytest.raises(DataError, match=r"more than data\.max_bad_fraction = 0\.1") as caught:
+        take(loader, 40)
+    assert "label out of range" in caught.value.why
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_bad_samples_ends_and_keeps_its_message(tools, tmp_path, cache, workers):
+    folder = tools.write_folder(tmp_path / "bad", [3] * 4, change=lambda number, members: {"txt": b"no picture"})
+    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_bad_fraction=1.0)
+    with pytest.raises(DataError) as caught:
+        take(loader, 1)
+    assert "3 × no image" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_shard_that_vanishes_is_named(tools, tmp_path, cache):
+    folder = tools.write_folder(tmp_path / "gone", [3] * 4)
+    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=2)
+    (folder / "s-001.tar").unlink()
+    with pytest.raises(DataError, match="cannot read the shard"):
+        take(loader, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "match", "fix"),
+    [
+        ({"world": 3, "micro": 4}, "4 streams cannot be shared out evenly over 3 ranks", "6"),
+        ({"micro": 6}, "micro-batch of 6", "8"),
+        ({"workers": 3}, "over 3 workers", "1, 2, 4"),
+    ],
+)
+def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, match, fix):
+    with pytest.raises(ConfigError, match=match) as caught:
+        tools.make_loader({"s": folder}, cache, streams=4, **options)
+    assert fix in caught.value.fix
+
+
+def test_fewer_shards_than_streams_and_no_source(tools, folder, cache):
+    with pytest.raises(DataError, match="10 shards cannot be dealt to 16 streams"):
+        tools.make_loader({"s": folder}, cache, streams=16, micro=16)
+    with pytest.raises(ConfigError, match="no source"):
+        tools.make_loader({}, cache)
+
+
+def test_states_of_changed_data_are_refused(tools, folder, cache, tmp_path):
+    state = tools.make_loader({"s": folder}, cache, streams=4).state_dict()
+    other = tools.write_folder(tmp_path / "other", [9, 4, 7, 5, 6, 8, 3, 7, 5, 8])
+    with pytest.raises(DataError, match="the data changed since the checkpoint: s was"):
+        tools.make_loader({"s": other}, cache, streams=4).load_state_dict(state)
+    with pytest.raises(DataError, match="streams was 4, is 2"):
+        tools.make_loader({"s": folder}, cache, streams=2).load_state_dict(state)
+    half = tools.make_loader({"s": folder}, cache, streams=4, world=2, rank=1).state_dict()
+    with pytest.raises(DataError, match=r"lacks streams \[0, 1\]"):
+        tools.make_loader({"s": folder}, cache, streams=4).load_state_dict(half)
+    with pytest.raises(DataError, match="unknown format"):
+        tools.make_loader({"s": folder}, cache, streams=4).load_state_dict({})
+
+
+def test_the_loader_leaves_the_global_generator_alone(tools, folder, cache):
+    torch.manual_seed(0)
+    take(tools.make_loader({"s": folder}, cache, streams=4, workers=1), 1)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
+    with pytest.raises(ConfigError, match="there is no tokenizer"):
+        find_tokenizer({"s": SourceConfig(shards=str(folder))}, None)
+    with pytest.raises(ConfigError, match="cannot load the tokenizer"):
+        find_tokenizer({}, str(tmp_path))

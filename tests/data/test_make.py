@@ -1,0 +1,249 @@
+"""Making shards: round trips, the same bytes twice, nothing half-made."""
+
+import csv
+import hashlib
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+from filelock import FileLock
+from PIL import Image
+from typer.testing import CliRunner
+
+from m3i_scale.config import SourceConfig
+from m3i_scale.data.commands import shards_app
+from m3i_scale.data.loader import find_tokenizer
+from m3i_scale.data.make import ShardOptions, make_shards, parse_splits
+from m3i_scale.data.records import Record, Unusable
+from m3i_scale.data.sources import Columns, imagefolder_records, key_of, manifest_records
+from m3i_scale.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def photos(tools, tmp_path):
+    root = tmp_path / "photos"
+    for number in range(20):
+        folder = root / ["cats", "dogs"][number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        extension, kind = [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("bmp", "BMP")][number % 4]
+        (folder / f"p{number}.{extension}").write_bytes(tools.encode(number, kind=kind))
+        (folder / f"p{number}.txt").write_text(f"photo number {number}")
+    return root
+
+
+def read(folder):
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    return {item["__key__"]: item for item in webdataset.WebDataset(urls, shardshuffle=False)}
+
+
+def test_an_image_folder_comes_back_out(photos, tmp_path):
+    records, labels = imagefolder_records(photos)
+    summary = make_shards(records, tmp_path / "out", labels=labels, name="pets", info={"source": "here"})
+    samples = read(tmp_path / "out" / "train")
+    assert labels == ["cats", "dogs"]
+    assert len(samples) == 20
+    kept, encoded = samples["cats_p0"], samples["dogs_p3"]
+    assert kept["jpg"] == (photos / "cats/p0.jpg").read_bytes()
+    assert (kept["cls"], kept["txt"], json.loads(kept["json"])) == (b"0", b"photo number 0", {"path": "cats/p0.jpg"})
+    assert "png" in encoded
+    assert encoded["cls"] == b"1"
+    train = tmp_path / "out" / "train"
+    assert json.loads((train / "labels.json").read_text()) == ["cats", "dogs"]
+    assert sum(json.loads((train / "sizes.json").read_text()).values()) == 20
+    manifest = json.loads((train / "manifest.json").read_text())
+    for name, facts in manifest["shards"].items():
+        assert facts["sha256"] == hashlib.sha256((train / name).read_bytes()).hexdigest()
+    assert manifest["source"] == "here"
+    assert summary["splits"]["train"]["with_caption"] == 20
+    assert len(manifest["shards"]) == 8
+    tokenizer = find_tokenizer({"s": SourceConfig(shards=str(train))}, None)
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.decode(tokenizer("Photo number 7")["input_ids"], skip_special_tokens=True) == "photo number 7"
+
+
+def test_the_same_input_gives_the_same_bytes(photos, tmp_path):
+    for name in ("one", "two"):
+        records, labels = imagefolder_records(photos)
+        make_shards(list(reversed(records)) if name == "two" else records, tmp_path / name, labels=labels, name="p")
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl"])
+def test_manifests_come_back_out(photos, tmp_path, kind):
+    rows = [
+        {"file": "cats/p0.jpg", "text": "a cat, grey", "kind": "cat"},
+        {"file": "dogs/p1.png", "text": None, "kind": "dog"},
+        {"file": "dogs/p1.png", "text": "the same dog", "kind": None},
+    ]
+    path = photos / f"list.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    records, labels = manifest_records(path, columns=Columns("file", "text", "kind"))
+    make_shards(records, tmp_path / "out", labels=labels, name="m")
+    samples = read(tmp_path / "out" / "train")
+    assert labels == ["cat", "dog"]
+    assert [samples[f"{number:09d}"].get("txt") for number in range(3)] == [b"a cat, grey", None, b"the same dog"]
+    assert [samples[f"{number:09d}"].get("cls") for number in range(3)] == [b"0", b"1", None]
+
+
+def manifest(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_labels_by_number(photos):
+    path = manifest(photos / "m.csv", "path,label\ncats/p0.jpg,2\ndogs/p1.png,0\n")
+    records, labels = manifest_records(path)
+    assert (labels, [record.label for record in records]) == (["0", "1", "2"], [2, 0])
+    records, _ = manifest_records(path, labels=["x", "y"])
+    with pytest.raises(DataError, match="out of range: 2, there are 2 labels"):
+        records[0].image.encoded()
+    records, _ = manifest_records(manifest(path, "path,label\ncats/p0.jpg,yy\n"), labels=["x", "y"])
+    with pytest.raises(DataError, match="unknown: 'yy'"):
+        records[0].image.encoded()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("m.csv", "file,label\na.jpg,1\n", "no column 'path'"),
+        ("m.csv", "path\n", "no rows"),
+        ("m.csv", "path,label\na.jpg,1,2\n", "more cells than the header"),
+        ("m.jsonl", "{\n", "not JSON"),
+        ("m.jsonl", "[]\n", "JSON object"),
+        ("m.parquet", "hello", "cannot read the manifest"),
+        ("m.xlsx", "hello", "a manifest ends on"),
+    ],
+)
+def test_broken_manifests(tmp_path, name, text, match):
+    with pytest.raises(DataError, match=match):
+        manifest_records(manifest(tmp_path / name, text))
+
+
+def test_a_split_column_that_leaves_the_output_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no name for a split"):
+        manifest_records(manifest(tmp_path / "m.csv", "path,split\na.jpg,../evil\n"))
+
+
+def test_splits_by_hash_keep_captions_of_an_image_together(photos, tmp_path):
+    lines = [f"cats/p0.jpg,caption {number}" for number in range(20)]
+    lines += [f"{path.relative_to(photos)},other" for path in sorted(photos.rglob("*.png"))]
+    records, labels = manifest_records(manifest(photos / "m.csv", "path,caption\n" + "\n".join(lines)))
+    splits = parse_splits("train=0.5,val=0.5")
+    make_shards(records, tmp_path / "out", labels=labels, name="m", splits=splits)
+    train, val = (set(read(tmp_path / "out" / split)) for split in ("train", "val"))
+    together = {f"{number:09d}" for number in range(20)}
+    assert len(train | val) == len(records)
+    assert together <= train or together <= val
+
+
+@pytest.mark.parametrize("text", ["train", "train=1,val=1", "train=x,val=0.5", "../a=1", "a=2,b=-1"])
+def test_bad_splits(text):
+    with pytest.raises(ConfigError):
+        parse_splits(text)
+
+
+def test_missing_captions_and_damaged_images(photos, tmp_path):
+    (photos / "cats/p0.txt").unlink()
+    (photos / "dogs/p1.png").write_bytes(b"junk")
+    (photos / "dogs/p3.txt").write_bytes(b"\xff")
+    records, labels = imagefolder_records(photos)
+    with pytest.raises(DataError):
+        make_shards(records, tmp_path / "out", labels=labels, name="p")
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or path.name == "out"] == []
+    summary = make_shards(records, tmp_path / "out", labels=labels, name="p", options=ShardOptions(skip_bad=True))
+    assert sum(summary["skipped"].values()) == 3
+    assert summary["splits"]["train"]["samples"] == 17
+    assert "the caption file is missing" in summary["skipped"]
+    optional, _ = imagefolder_records(photos, "optional")
+    assert next(record for record in optional if record.key == "cats_p0").caption is None
+
+
+def test_a_folder_without_captions_trains_no_tokenizer(photos, tmp_path):
+    records, labels = imagefolder_records(photos, "none")
+    make_shards(records, tmp_path / "out", labels=labels, name="p")
+    assert not (tmp_path / "out" / "tokenizer").exists()
+
+
+def test_what_cannot_be_made(photos, tmp_path):
+    records, labels = imagefolder_records(photos)
+    with pytest.raises(DataError, match="the output exists"):
+        make_shards(records, photos, labels=labels, name="p")
+    with pytest.raises(DataError, match="stand for several samples"):
+        make_shards([*records, records[0]], tmp_path / "out", labels=labels, name="p")
+    with pytest.raises(DataError, match="no samples"):
+        make_shards([], tmp_path / "out", labels=labels, name="p")
+    with pytest.raises(ConfigError, match="no name for shards"):
+        make_shards(records, tmp_path / "out", labels=labels, name="../p")
+    with pytest.raises(DataError, match="out of range"):
+        make_shards([Record("k", records[0].image, label=5)], tmp_path / "out", labels=labels, name="p")
+    (photos / "none").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        imagefolder_records(photos / "none")
+    bad = [Record("k", Unusable(DataError("broken")))]
+    with pytest.raises(DataError, match="can be used"):
+        make_shards(bad, tmp_path / "out", labels=[], name="p", options=ShardOptions(skip_bad=True))
+
+
+def test_shards_are_even(photos, tmp_path):
+    records, labels = imagefolder_records(photos)
+    make_shards(
+        records, tmp_path / "out", labels=labels, name="p", options=ShardOptions(samples_per_shard=6, multiple_of=1)
+    )
+    assert list(json.loads((tmp_path / "out/train/sizes.json").read_text()).values()) == [5, 5, 5, 5]
+
+
+def test_processes_change_nothing(photos, tmp_path):
+    records, labels = imagefolder_records(photos)
+    for workers in (1, 2):
+        make_shards(records, tmp_path / str(workers), labels=labels, name="p", options=ShardOptions(workers=workers))
+    one, two = (sorted((tmp_path / name / "train").glob("*.tar")) for name in "12")
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_keys(tmp_path):
+    assert str(key_of(tmp_path.relative_to(tmp_path) / "a b/c.d.jpg")) == "a-b_c-d"
+    assert key_of(tmp_path.relative_to(tmp_path) / "__x.jpg") == "x"
+
+
+def test_what_a_killed_run_left_is_cleared_away(photos, tmp_path):
+    (tmp_path / ".out.partial" / "train").mkdir(parents=True)
+    records, labels = imagefolder_records(photos)
+    make_shards(records, tmp_path / "out", labels=labels, name="p")
+    assert not (tmp_path / ".out.partial").exists()
+    assert len(read(tmp_path / "out" / "train")) == 20
+
+
+def test_two_at_once_are_kept_apart(photos, tmp_path):
+    records, labels = imagefolder_records(photos)
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(DataError, match="another process"):
+        make_shards(records, tmp_path / "out", labels=labels, name="p")
+
+
+def test_the_command_prints_one_json_document(photos, tmp_path):
+    arguments = ["make", "imagefolder", "--input", str(photos), "--output", str(tmp_path / "out"), "--workers", "1"]
+    result = CliRunner().invoke(shards_app, [*arguments, "--split", "train=0.5,val=0.5", "--json"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["splits"]) == {"train", "val"}
+    result = CliRunner().invoke(shards_app, ["index", str(tmp_path / "out" / "train"), "--json"])
+    assert json.loads(result.stdout)["samples"] == len(read(tmp_path / "out" / "train"))
+
+
+def test_images_in_odd_modes_become_pngs(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("1", (9, 9)).save(tmp_path / "in" / "a.tif")
+    records, _ = imagefolder_records(tmp_path / "in")
+    data, extension = records[0].image.encoded()
+    assert (extension, data[:4]) == ("png", b"\x89PNG")

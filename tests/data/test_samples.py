@@ -1,0 +1,93 @@
+"""Members of a sample are hostile until checked."""
+
+import io
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.samples import open_image, read_annotations
+
+LIMIT = 1_000_000
+
+
+def huge_png(side):
+    """A PNG whose header claims side × side pixels: a few bytes that would unpack to gigabytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_bomb_is_refused_before_decoding():
+    with pytest.raises(BadSampleError, match="image too large") as caught:
+        open_image({"png": huge_png(60_000)}, LIMIT)
+    assert "60000 × 60000" in caught.value.detail
+
+
+def test_pillows_own_limit_does_not_get_in_the_way():
+    before = Image.MAX_IMAGE_PIXELS
+    assert open_image({"png": huge_png(60_000)}, 60_000**2).size == (60_000, 60_000)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"])
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(BadSampleError, match="does not decode"):
+        open_image({"jpg": data}, LIMIT)
+
+
+def test_formats_beyond_jpeg_png_webp_are_refused(tools):
+    with pytest.raises(BadSampleError, match="does not decode"):
+        open_image({"png": tools.encode(kind="TIFF")}, LIMIT)
+
+
+def test_a_sample_without_image():
+    with pytest.raises(BadSampleError, match="no image"):
+        open_image({"__key__": b"k", "txt": b"hello"}, LIMIT)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp"])
+def test_images_by_extension(tools, extension):
+    kind = {"jpg": "JPEG"}.get(extension, extension.upper())
+    with open_image({extension: tools.encode(kind=kind)}, LIMIT) as image:
+        assert image.convert("RGB").size == (20, 16)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"x", "not an integer"),
+        (b"1.5", "not an integer"),
+        (b"", "not an integer"),
+        (b"--1", "not an integer"),
+        (b"9" * 5000, "not an integer"),
+        (b"3", "out of range"),
+        (b"-1", "out of range"),
+    ],
+)
+def test_bad_labels(data, reason):
+    with pytest.raises(BadSampleError, match=reason):
+        read_annotations({"cls": data}, 3)
+
+
+def test_labels_and_captions():
+    assert read_annotations({"cls": b" 2\n", "txt": "é ".encode()}, 3) == type(read_annotations({}, 3))(2, "é")
+    assert read_annotations({"cls": b"junk"}, None).label is None
+    assert read_annotations({"txt": b" \n"}, 3).caption is None
+    with pytest.raises(BadSampleError, match="UTF-8"):
+        read_annotations({"txt": b"\xff\xfe"}, 3)
+
+
+def test_open_image_reads_the_header_only(tools):
+    data = tools.encode(size=(64, 64))
+    image = open_image({"png": data[: len(data) // 2]}, LIMIT)
+    assert image.size == (64, 64)
+    with pytest.raises(OSError, match="truncated"):
+        Image.open(io.BytesIO(data[: len(data) // 2])).load()

@@ -1,0 +1,105 @@
+"""Augmented views and their recorded geometry."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from m3i_scale.config import AugmentConfig
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.views import ViewMaker, per_view, random_crop, shift_hue
+
+PLAIN = AugmentConfig(color_jitter_p=0, grayscale=0, blur=[0], solarize=[0])
+
+
+def gradient(height=60, width=90):
+    """Red is the row, green the column, both in pixels × 2."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([rows * 2, columns * 2, rows * 0], axis=-1).astype(np.uint8))
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**62))
+def test_recorded_geometry_is_where_the_pixels_come_from(seed):
+    image = gradient()
+    views = ViewMaker(PLAIN, views=2, image_size=24, augment=True)(image, seed)
+    for pixels, crop in zip(views.pixels_VCHW.astype(float) / 2, views.crops, strict=True):
+        step_y, step_x = crop.height / 24, crop.width / 24
+        row = crop.top + (12 + 0.5) * step_y - 0.5
+        column = crop.left + (8 + 0.5) * step_x - 0.5
+        if crop.flip:
+            column = (
+                89 - column
+            )  # the crop is given in the flipped image, whose column c is column 89 − c of the source
+        assert pixels[0, 12, 8] == pytest.approx(row, abs=1.5)
+        assert pixels[1, 12, 8] == pytest.approx(column, abs=1.5)
+    assert views.size == (60, 90)
+
+
+@given(height=st.integers(1, 200), width=st.integers(1, 200), seed=st.integers(0, 2**30))
+def test_crops_lie_inside_the_image(height, width, seed):
+    top, left, crop_height, crop_width = random_crop(height, width, (0.08, 1), (0.75, 4 / 3), random.Random(seed))
+    assert 0 <= top <= top + crop_height <= height
+    assert 0 <= left <= left + crop_width <= width
+    assert min(crop_height, crop_width) >= 1
+
+
+def test_the_seed_decides():
+    maker = ViewMaker(AugmentConfig(), views=2, image_size=16, augment=True)
+    first, again, other = (maker(gradient(), seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.pixels_VCHW, again.pixels_VCHW)
+    assert first.crops == again.crops
+    assert not np.array_equal(first.pixels_VCHW, other.pixels_VCHW)
+
+
+def test_without_augmentation_the_centre_square():
+    views = ViewMaker(AugmentConfig(), views=2, image_size=60, augment=False)(gradient(), 5)
+    crop = views.crops[0]
+    assert (crop.top, crop.left, crop.height, crop.width, crop.flip) == (0, 15, 60, 60, False)
+    assert np.array_equal(views.pixels_VCHW[0].transpose(1, 2, 0), np.asarray(gradient())[:, 15:75])
+    assert np.array_equal(views.pixels_VCHW[0], views.pixels_VCHW[1])
+
+
+def test_a_large_jpeg_decoded_small_keeps_its_geometry():
+    buffer = io.BytesIO()
+    gradient(100, 120).resize((960, 800)).save(buffer, "JPEG", quality=95)
+    data = buffer.getvalue()
+    small = ViewMaker(PLAIN, views=1, image_size=32, augment=False)(Image.open(io.BytesIO(data)), 0)
+    exact = Image.open(io.BytesIO(data)).crop((80, 0, 880, 800)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert small.size == (800, 960)
+    assert np.abs(small.pixels_VCHW[0].transpose(1, 2, 0).astype(int) - np.asarray(exact)).max() <= 4
+
+
+def test_grey_and_solarise_and_values_per_view():
+    config = AugmentConfig(color_jitter_p=0, grayscale=1, blur=[0], solarize=[0, 1])
+    pixels = ViewMaker(config, views=3, image_size=16, augment=True)(
+        Image.new("RGB", (30, 30), (200, 10, 10)), 0
+    ).pixels_VCHW
+    assert np.array_equal(pixels[:, 0], pixels[:, 1])
+    bright = Image.new("RGB", (30, 30), (250, 250, 250))
+    pixels = ViewMaker(config, views=3, image_size=16, augment=True)(bright, 0).pixels_VCHW
+    assert [int(view.mean()) for view in pixels] == [250, 5, 5]
+    assert [per_view([1.0, 0.1], view) for view in range(3)] == [1.0, 0.1, 0.1]
+
+
+def test_hue_turns_the_colour_circle():
+    turned = shift_hue(Image.new("RGB", (2, 2), (255, 0, 0)), 1 / 3).getpixel((0, 0))
+    assert turned[1] > 240
+    assert turned[0] < 15
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_every_mode_becomes_rgb(mode):
+    views = ViewMaker(AugmentConfig(), views=1, image_size=8, augment=True)(gradient().convert(mode), 0)
+    assert views.pixels_VCHW.shape == (1, 3, 8, 8)
+
+
+def test_a_truncated_image_is_bad(tools):
+    data = tools.encode(size=(64, 64), kind="JPEG")
+    image = Image.open(io.BytesIO(data[: len(data) // 2]))
+    with pytest.raises(BadSampleError, match="does not decode"):
+        ViewMaker(AugmentConfig(), views=1, image_size=8, augment=True)(image, 0)
