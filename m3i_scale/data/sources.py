@@ -122,7 +122,7 @@ def _row_record(
     name = row.get(columns.path)
     if not name:
         fault = DataError("the path is missing", where=where)
-        return Record(f"{number:09d}", Unusable(fault), split=row.get(columns.split))
+        return Record(f"{number:09d}", Unusable(fault), split=_split_name(row.get(columns.split), where))
     path = root / str(name)
     image: ImageSource = FileImage(path)
     label = None
@@ -209,11 +209,11 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         for row in csv.DictReader(stream, delimiter=delimiter, restkey=""):
             if "" in row:
-                raise DataError("a row has more cells than the header", where=f"{path}, line {stream_line(row)}")
+                raise DataError("a row has more cells than the header", where=f"{path}, line {_row_name(row)}")
             yield {name: value or None for name, value in row.items()}
 
 
-def stream_line(row: dict[str, Any]) -> str:
+def _row_name(row: dict[str, Any]) -> str:
     """How an error points at a row of a CSV file: by its first cell."""
     return repr(next(iter(row.values())))
 

@@ -135,6 +135,8 @@ def test_broken_manifests(tmp_path, name, text, match):
 def test_a_split_column_that_leaves_the_output_is_refused(tmp_path):
     with pytest.raises(DataError, match="no name for a split"):
         manifest_records(manifest(tmp_path / "m.csv", "path,split\na.jpg,../evil\n"))
+    with pytest.raises(DataError, match="no name for a split"):
+        manifest_records(manifest(tmp_path / "m.csv", "path,split\n,/evil\n"))
 
 
 def test_splits_by_hash_keep_captions_of_an_image_together(photos, tmp_path):
