@@ -19,7 +19,8 @@ HIDDEN = "[hidden]"
 
 _SECRET_WORDS = {"token", "secret", "password", "passwd", "credential", "credentials", "apikey", "auth"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
-_OPTION = re.compile(r"(?i)\b(authorization:\s*(?:\w+\s+)?|(?:api[_-]?key|token|password|secret)[=:]\s*)[^\s'\"&]+")
+_OPTION = re.compile(r"(?i)((?:api[_-]?key|token|password|secret)(?:=|:\s*|\s+))[^\s'\"&]+")
+_HEADER = re.compile(r"(?i)\b(authorization:\s*)[^'\"]+")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,9 @@ def hide_secrets(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str):
-        return _OPTION.sub(lambda match: match.group(1) + HIDDEN, _URL.sub(_bare_address, value))
+        for pattern in (_HEADER, _OPTION):
+            value = pattern.sub(rf"\1{HIDDEN}", value)
+        return _URL.sub(_bare_address, value)
     return value
 
 

@@ -74,7 +74,10 @@ class MetricsWriter(Callback):
             self._write("end", self._step, {"status": status})
         finally:
             file, self._file = self._file, None
-            file.close()
+            try:
+                file.close()  # tries once more to write what did not fit
+            except OSError as error:
+                raise _refused(self._path, error) from None
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._file is None:

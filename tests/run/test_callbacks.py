@@ -1,0 +1,408 @@
+"""What is written beside the training step, read back from where it was written."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StepRecord, flatten, hide_secrets
+from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.callbacks.progress import ProgressDisplay, smooth, summary
+from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
+from m3i_scale.run.callbacks.wandb import WandbWriter
+
+CONFIG = {"name": "demo", "data": {"sources": {"a": {"shards": "https://me:hunter2@host/x.tar?signature=abc"}}}}
+
+
+def info(output_dir: Path, start_step: int = 0, total_steps: int = 100) -> RunInfo:
+    return RunInfo("demo", output_dir, total_steps, start_step, 2, CONFIG)
+
+
+def record(step: int, **changes: Any) -> StepRecord:
+    made = StepRecord(
+        step=step,
+        total_steps=100,
+        samples=step * 64,
+        loss=3.5,
+        lr=1e-3,
+        grad_norm=0.9,
+        groups={"text": {"loss": 1.5, "nats": 2.0}, "intra": {"loss": 2.0}},
+        health={"dense_std": 0.5, "health/pooled_rank": 12.0},
+        momentum=0.996,
+        step_s=2.0,
+        data_wait_s=0.5,
+        samples_per_s=32.0,
+        tokens_per_s=3136.0,
+        quarantined=0,
+        memory_gib=1.25,
+    )
+    return replace(made, **changes)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
+
+
+def train(output_dir: Path, start: int, stop: int, status: str | None = "finished") -> None:
+    writer = MetricsWriter()
+    writer.on_start(info(output_dir, start))
+    for step in range(start + 1, stop + 1):
+        writer.on_step(record(step))
+    if status:
+        writer.on_end(status)
+
+
+# ------------------------------------------------------------------ base
+
+
+def test_a_record_has_one_name_for_every_figure() -> None:
+    assert record(10).scalars() == {
+        "loss": 3.5,
+        "lr": 1e-3,
+        "grad_norm": 0.9,
+        "momentum": 0.996,
+        "samples": 640,
+        "quarantined": 0,
+        "group/text/loss": 1.5,
+        "group/text/nats": 2.0,
+        "group/intra/loss": 2.0,
+        "health/dense_std": 0.5,
+        "health/pooled_rank": 12.0,
+        "speed/step_s": 2.0,
+        "speed/data_wait_s": 0.5,
+        "speed/data_wait_share": 0.25,
+        "speed/samples_per_s": 32.0,
+        "speed/tokens_per_s": 3136.0,
+        "memory_gib": 1.25,
+    }
+    without = record(10, grad_norm=None, momentum=None).scalars()
+    assert without.keys().isdisjoint({"grad_norm", "momentum"})
+
+
+def test_every_figure_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name in record(10).scalars():
+        documented = name.replace("group/text/", "group/<group>/").replace("group/intra/", "group/<group>/")
+        assert f"`{documented}`" in page, name
+
+
+class Recorder(Callback):
+    def __init__(self, name: str, log: list[str], fails: bool = False) -> None:
+        self.name, self.log, self.fails = name, log, fails
+
+    def on_end(self, status: str) -> None:
+        self.log.append(f"{self.name} {status}")
+        if self.fails:
+            raise UserError(f"{self.name} failed")
+
+
+def test_all_callbacks_are_ended_although_one_raises() -> None:
+    log: list[str] = []
+    callbacks = CallbackList([Recorder("a", log), Recorder("b", log, fails=True), Recorder("c", log)])
+    callbacks.on_step(record(1))  # methods may be left out
+    with pytest.raises(UserError, match="b failed"):
+        callbacks.on_end("preempted")
+    assert log == ["c preempted", "b preempted", "a preempted"]
+
+
+def test_callbacks_hear_of_everything_in_order(tmp_path: Path) -> None:
+    heard: list[tuple[Any, ...]] = []
+
+    class Listener(Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_start(self, run_info: RunInfo) -> None:
+            heard.append((self.name, run_info))
+
+        def on_step(self, record: StepRecord) -> None:
+            heard.append((self.name, record))
+
+        def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+            heard.append((self.name, step, values))
+
+    both = CallbackList([Listener("a"), Listener("b")])
+    both.on_start(info(tmp_path))
+    both.on_step(record(1))
+    both.on_evaluation(1, {"loss": 2.0})
+    events = [(info(tmp_path),), (record(1),), (1, {"loss": 2.0})]
+    assert heard == [(name, *event) for event in events for name in "ab"]
+
+
+def test_flatten_refuses_what_is_no_number() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": 2.5}}}, "evaluation") == {"evaluation/a/b": 1, "evaluation/a/c/d": 2.5}
+    with pytest.raises(TypeError, match="'evaluation/a' is no number but str"):
+        flatten({"a": "x"}, "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("value", "hidden"),
+    [
+        ("https://me:hunter2@host:80/a.tar", "https://host:80/a.tar"),
+        ("https://host/{00..09}.tar?X-Signature=abc", "https://host/{00..09}.tar?[hidden]"),
+        (
+            "pipe:curl -H 'Authorization: Bearer abc' https://host/a",
+            "pipe:curl -H 'Authorization: [hidden]' https://host/a",
+        ),
+        ("pipe:aws --token=abc s3://bucket/a", "pipe:aws --token=[hidden] s3://bucket/a"),
+        ("pipe:tool --api-key abc s3://bucket/a", "pipe:tool --api-key [hidden] s3://bucket/a"),
+        ("the tokens of a batch", "the tokens of a batch"),
+        ("/data/cc12m/{00000..01242}.tar", "/data/cc12m/{00000..01242}.tar"),
+        (
+            {"api_key": "abc", "hf_token": "x", "password": "y"},
+            dict.fromkeys(("api_key", "hf_token", "password"), "[hidden]"),
+        ),
+        (
+            {"tokens": "masked", "max_tokens": 64, "tokenizer": "t"},
+            {"tokens": "masked", "max_tokens": 64, "tokenizer": "t"},
+        ),
+        ([Path("/data/x"), ("s3://k:s@b/x", 1)], ["/data/x", ["s3://b/x", 1]]),
+    ],
+)
+def test_secrets_are_hidden(value: Any, hidden: Any) -> None:
+    assert hide_secrets(value) == hidden
+
+
+# ------------------------------------------------------------------ metrics.jsonl
+
+
+def test_metrics_are_one_line_a_record(tmp_path: Path) -> None:
+    writer = MetricsWriter()
+    writer.on_start(info(tmp_path))
+    writer.on_step(record(10))
+    writer.on_evaluation(10, {"text": {"loss": 1.25}})
+    assert len(lines(tmp_path / "metrics.jsonl")) == 3  # flushed, not only when closed
+    writer.on_end("finished")
+    start, step, evaluation, end = lines(tmp_path / "metrics.jsonl")
+    assert (start["kind"], start["step"], start["name"], start["world_size"]) == ("run", 0, "demo", 2)
+    assert (step["kind"], step["step"]) == ("train", 10)
+    assert {name: step[name] for name in record(10).scalars()} == record(10).scalars()
+    assert (evaluation["kind"], evaluation["step"], evaluation["evaluation/text/loss"]) == ("evaluation", 10, 1.25)
+    assert (end["kind"], end["step"], end["status"]) == ("end", 10, "finished")
+
+
+def test_numbers_that_json_has_not_are_words(tmp_path: Path) -> None:
+    writer = MetricsWriter()
+    writer.on_start(info(tmp_path))
+    writer.on_step(record(1, loss=math.nan, grad_norm=math.inf, groups={"text": {"loss": -math.inf}}))
+    writer.on_end("failed")
+    step = lines(tmp_path / "metrics.jsonl")[1]
+    assert (step["loss"], step["grad_norm"], step["group/text/loss"]) == ("nan", "inf", "-inf")
+    assert math.isnan(float(step["loss"]))
+    assert float(step["group/text/loss"]) == -math.inf
+
+
+def test_a_resumed_run_writes_no_step_twice_and_keeps_what_it_replaces(tmp_path: Path) -> None:
+    train(tmp_path, 0, 25, status=None)  # killed
+    train(tmp_path, 20, 30)
+    kept, replaced = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "metrics.replaced.jsonl")
+    assert [line["step"] for line in kept if line["kind"] == "train"] == list(range(1, 31))
+    assert [line["step"] for line in kept if line["kind"] == "run"] == [0, 20]
+    assert [line["step"] for line in replaced] == [21, 22, 23, 24, 25]
+
+
+def test_a_run_that_starts_anew_begins_an_empty_file(tmp_path: Path) -> None:
+    train(tmp_path, 0, 3)
+    train(tmp_path, 0, 2)
+    assert [line["kind"] for line in lines(tmp_path / "metrics.jsonl")] == ["run", "train", "train", "end"]
+    assert [line["kind"] for line in lines(tmp_path / "metrics.replaced.jsonl")] == ["run", *["train"] * 3, "end"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_file_torn_anywhere_is_mended_on_resume(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        train(Path(folder), 0, 6, status=None)
+        whole = path.read_bytes()
+        cut = data.draw(st.integers(0, len(whole)))
+        path.write_bytes(whole[:cut])
+        complete = whole[:cut].count(b"\n") - 1  # train lines before the tear
+        start = data.draw(st.integers(1, 6))
+        train(Path(folder), start, 8)
+        steps = [line["step"] for line in lines(path) if line["kind"] == "train"]
+        assert steps == [*range(1, min(max(complete, 0), start) + 1), *range(start + 1, 9)]
+        if (Path(folder) / "metrics.replaced.jsonl").exists():
+            replaced = lines(Path(folder) / "metrics.replaced.jsonl")
+            torn = [line["text"] for line in replaced if line["kind"] == "torn"]
+            assert torn == [text.decode() for text in [whole[:cut].rpartition(b"\n")[2]] if text]
+
+
+def test_kill_9_loses_no_line(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from pathlib import Path
+from test_callbacks import MetricsWriter, info, record
+writer = MetricsWriter()
+writer.on_start(info(Path({str(tmp_path)!r})))
+for step in (1, 2, 3):
+    writer.on_step(record(step))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    writer = MetricsWriter()
+    writer.on_start(info(tmp_path))
+    writer._file = Path("/dev/full").open("w")  # noqa: SIM115 (the writer closes it)
+    for attempt in (lambda: writer.on_step(record(1)), lambda: writer.on_end("failed")):
+        with pytest.raises(UserError, match="cannot write the metrics: No space left"):
+            attempt()
+    (tmp_path / "sub").write_text("a file")
+    with pytest.raises(UserError, match="cannot write the metrics"):
+        MetricsWriter().on_start(info(tmp_path / "sub"))
+
+
+def test_an_end_before_the_start_is_no_fault(tmp_path: Path) -> None:
+    MetricsWriter().on_end("failed")
+    with pytest.raises(RuntimeError, match="on_start"):
+        MetricsWriter().on_step(record(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ progress
+
+
+def show(terminal: bool) -> tuple[ProgressDisplay, io.StringIO]:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=200, soft_wrap=True)
+    return ProgressDisplay(console), stream
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    display, stream = show(terminal=False)
+    display.on_start(info(tmp_path, start_step=10))
+    display.on_step(record(20, quarantined=3, groups={"[odd]": {"loss": 1.5}, "intra": {"loss": 2.0}}))
+    display.on_evaluation(20, {"text": {"loss": 1.25}})
+    display.on_end("finished")
+    assert stream.getvalue().splitlines() == [
+        f"demo resumes after step 10, 100 steps on 2 ranks, in {tmp_path}",
+        "step 20/100  loss 3.5 ([odd] 1.5, intra 2)  lr 1.00e-03  32.0 samples/s  3,136 tokens/s  data wait 25%  "
+        "quarantined 3  ETA 0:02:40",
+        "step 20  evaluation/text/loss 1.25",
+        "run finished",
+    ]
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    display, stream = show(terminal=True)
+    display.on_start(info(tmp_path))
+    display.on_step(record(40))
+    display.on_end("preempted")
+    shown = stream.getvalue()
+    assert " 40/100" in shown
+    assert "text 1.5, intra 2" in shown
+    assert "ETA 0:02:00" in shown
+    assert shown.rstrip().endswith("run preempted")
+
+
+def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    display = ProgressDisplay()
+    display.on_start(info(tmp_path))
+    display.on_step(record(1))
+    print('{"one": "document"}')
+    display.on_end("finished")
+    captured = capsys.readouterr()
+    assert captured.out == '{"one": "document"}\n'
+    assert "run finished" in captured.err
+
+
+def test_time_left_follows_the_step_time() -> None:
+    assert smooth(None, 4.0) == 4.0
+    assert smooth(4.0, 2.0) == pytest.approx(3.4)
+    assert summary(record(100), 2.0).endswith("ETA 0:00:00")
+    assert "data wait 0%" in summary(record(1, step_s=0.0, data_wait_s=0.0), 0.0)
+
+
+# ------------------------------------------------------------------ TensorBoard
+
+
+def test_tensorboard_is_read_back_and_a_resume_hides_what_is_written_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, stop, loss in ((0, 5, 1.0), (3, 6, 2.0)):
+        writer = TensorBoardWriter()
+        writer.on_start(info(tmp_path, start))
+        for step in range(start + 1, stop + 1):
+            writer.on_step(record(step, loss=loss))
+        writer.on_evaluation(stop, {"text": {"loss": 0.5}})
+        writer.on_end("finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {*record(1).scalars(), "evaluation/text/loss"}
+    points = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert [event.value for event in events.Scalars("group/text/nats")][-1] == 2.0
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"https://host/x.tar" in everything
+    assert b"hunter2" not in everything
+    assert b"abc" not in everything
+
+
+@pytest.mark.parametrize(
+    ("package", "make", "setting"),
+    [
+        ("tensorboard", TensorBoardWriter, "log.tensorboard"),
+        ("wandb", lambda: WandbWriter("offline"), "log.wandb"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, make: Any, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # the import system's own word for "not there"
+    with pytest.raises(ConfigError, match=f"'{package}' is not installed") as caught:
+        make()
+    assert f"pip install 'm3i-scale[{package}]'" in str(caught.value)
+    assert caught.value.where == setting
+
+
+# ------------------------------------------------------------------ Weights & Biases
+
+
+def test_wandb_offline_writes_a_run_without_secrets(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="the optional package wandb is not installed")
+    for start in (0, 3):
+        writer = WandbWriter("offline")
+        writer.on_start(info(tmp_path, start))
+        for step in range(start + 1, start + 4):
+            writer.on_step(record(step))
+        writer.on_evaluation(start + 3, {"text": {"loss": 0.5}})
+        writer.on_end("finished")
+    run_id = (tmp_path / "wandb-run-id").read_text().strip()
+    runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert runs
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert b"group/text/nats" in everything
+    assert b"https://host/x.tar" in everything
+    assert b"hunter2" not in everything
+    assert b"signature=abc" not in everything
+
+
+def test_wandb_online_without_a_key_is_a_configuration_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the optional package wandb is not installed")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no API key") as caught:
+        WandbWriter("online").on_start(info(tmp_path))
+    assert "log.wandb=offline" in str(caught.value)
