@@ -14,7 +14,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
@@ -99,10 +99,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for place, prefix in ((folder, "student.model."), (folder / "text", "text.model."), (folder / "heads", "")):
-        for path in sorted(place.glob("*.safetensors")):
-            for name, tensor in load_file(path).items():
-                yield prefix + name, tensor.float()
+    """By full name. The models are read by their stock classes: names in the files may be those of older versions."""
+    for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
+        model, info = AutoModel.from_pretrained(
+            place, add_pooling_layer=False, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        faulty = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        if faulty:
+            raise ExportError(f"{len(faulty)} tensors do not fit the model, e.g. {faulty[0]}", where=str(place))
+        for name, tensor in model.state_dict().items():
+            yield prefix + name, tensor
+    for path in sorted((folder / "heads").glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            yield name, tensor.float()
 
 
 def _has(folder: Path, name: str) -> bool:

@@ -25,7 +25,7 @@ class Blocker(importlib.abc.MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         """See `importlib`."""
-        if fullname.partition(".")[0] in ("m3i_scale", "deepspeed"):
+        if fullname.partition(".")[0] == "m3i_scale":
             raise ImportError(f"{fullname} is blocked: an export must load without it")
 
 

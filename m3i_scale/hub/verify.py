@@ -185,7 +185,6 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
 
 def _model_faults(facts: dict[str, Any], reference: Reference, name: str) -> Iterator[str]:
     yield from facts["faults"]
-    yield from _differing(facts["fingerprints"], reference.fingerprints[name])
     if facts["dtypes"] != [reference.dtype] or facts["config_dtype"] != reference.dtype:
         yield (
             f"tensors are {'/'.join(facts['dtypes'])} and config.json says {facts['config_dtype']}, where"
