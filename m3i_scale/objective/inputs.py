@@ -23,7 +23,8 @@ def hash_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:
     The mixing is that of SplitMix64, in wrapping int64 arithmetic, which every device computes alike.
     """
     index_N = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64)
-    state_BN = seeds_B[:, None] + index_N * -7046029254386353131 + stream * 2685821657736338717
+    offset = (stream * 2685821657736338717 + 2**63) % 2**64 - 2**63  # wrapped here: Python integers do not
+    state_BN = seeds_B[:, None] + index_N * -7046029254386353131 + offset
     state_BN = (state_BN ^ _shift(state_BN, 30)) * -4658895280553007687
     state_BN = (state_BN ^ _shift(state_BN, 27)) * -7723592293110705685
     state_BN = state_BN ^ _shift(state_BN, 31)
