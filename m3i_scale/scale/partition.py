@@ -50,12 +50,8 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         return build()
-    dtype = torch.float32
-    if ds_config.get("bf16", {}).get("enabled", False):
-        dtype = torch.bfloat16
-    elif ds_config.get("fp16", {}).get("enabled", False):
-        dtype = torch.float16
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype):
+    # The type is left to the configuration: DeepSpeed ignores an explicit float32 here and takes bf16 or fp16.
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build()
 
 

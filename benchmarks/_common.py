@@ -1,0 +1,54 @@
+"""What every benchmark shares: one JSON document, the machine named, pairs measured in turn."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def machine() -> dict[str, object]:
+    """The machine that the figures hold for."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}
+
+
+def in_turn(sides: dict[str, Callable[[], None]], *, repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds per call of every side, called in turn so that a drifting machine hits all alike."""
+    for _ in range(warmup):
+        for call in sides.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        order = list(sides) if repeat % 2 == 0 else list(reversed(sides))
+        for name in order:
+            started = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(document: dict[str, object]) -> None:
+    """The one JSON document."""
+    from m3i_scale.output import print_json
+
+    print_json(document)
+
+
+

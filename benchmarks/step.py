@@ -1,0 +1,188 @@
+"""One training step of ours against its published peer: same sizes, batch, dtype and threads, measured in turn.
+
+`clip` against open_clip's own model, loss and step; `mae` against `transformers` ViTMAEForPreTraining. Our side is the
+whole engine step (DeepSpeed, gradient clipping off as in the peers), on one rank.
+
+    python benchmarks/step.py --json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import typer
+from _common import emit, in_turn, machine, say
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.config import RunConfig, load_run
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.build import build_objective, initialize_module
+from m3i_scale.output import reserve_stdout
+from m3i_scale.scale.collectives import start_ranks, stop_ranks
+from m3i_scale.scale.ds_config import load_ds_config, resolve
+from m3i_scale.scale.ds_effective import check_effective
+from m3i_scale.scale.engine import build_engine
+from m3i_scale.scale.partition import initialize_sharded
+
+CONTEXT, VOCABULARY = 77, 49408
+CLIP = {"image": 224, "patch": 32, "width": 384, "depth": 12, "heads": 6, "batch": 16}
+MAE = {"image": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6, "batch": 8}
+DECODER = {"width": 512, "depth": 8, "heads": 16}
+LR, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.05, (0.9, 0.95), 1e-8
+
+
+def main(
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
+    repeats: int = 9,
+    threads: int = 0,
+    deepspeed: str = "zero3_cpu_fp32",
+) -> None:
+    """Print {clip: {ours, peer, ratio}, mae: {…}, machine}; ours and peer in images per second."""
+    reserve_stdout()
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    ranks = start_ranks()
+    document: dict[str, object] = {}
+    for name, sizes, ours, peer in (("clip", CLIP, _our_clip, _open_clip), ("mae", MAE, _our_mae, _vit_mae)):
+        sides = {"ours": ours(deepspeed), "peer": peer()}
+        seconds = in_turn(sides, repeats=repeats)
+        speed = {side: sizes["batch"] / value for side, value in seconds.items()}
+        ratio = speed["ours"] / speed["peer"]
+        document[name] = {**speed, "ratio": ratio, "sizes": sizes}
+        say(f"{name}: ours {speed['ours']:.2f}, peer {speed['peer']:.2f} images/s, ratio {ratio:.3f}")
+    document |= {"dtype": "float32", "threads": torch.get_num_threads(), "deepspeed": deepspeed, "machine": machine()}
+    stop_ranks(wait=True)
+    emit(document)
+
+
+def _batch(sizes: dict[str, int], *, text: bool) -> Batch:
+    count, side = sizes["batch"], sizes["image"]
+    tokens = torch.randint(3, VOCABULARY, (count, CONTEXT if text else 1))
+    return Batch(
+        images_VBCHW=torch.randint(0, 256, (1, count, 3, side, side), dtype=torch.uint8),
+        crops_VB4=torch.tensor([0.0, 0.0, side, side]).expand(1, count, 4),
+        flips_VB=torch.zeros(1, count, dtype=torch.bool),
+        sizes_B2=torch.full((count, 2), float(side)),
+        labels_B=torch.full((count,), -1),
+        label_sets_B=torch.full((count,), -1),
+        text_ids_BT=tokens,
+        text_mask_BT=torch.ones_like(tokens, dtype=torch.bool),
+        has_text_B=torch.ones(count, dtype=torch.bool),
+        captions_B=torch.arange(1, count + 1),
+        seeds_B=torch.randint(0, 2**62, (count,)),
+        keys=[str(index) for index in range(count)],
+    )
+
+
+def _our_step(run: RunConfig, deepspeed: str, batch: Batch, vocabulary: int | None) -> Callable[[], None]:
+    resolved = resolve(
+        load_ds_config(deepspeed),
+        world_size=1,
+        batch_size=len(batch),
+        micro_batch_size=len(batch),
+        clip_grad_norm=0.0,
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
+        hidden_size=384,
+        where=deepspeed,
+    )
+    engine = build_engine(
+        lambda: build_objective(run, {}, vocabulary),
+        lambda module: initialize_sharded(module, initialize_module, seed=0),
+        resolved.config,
+        weight_decay=WEIGHT_DECAY,
+    )
+    check_effective(engine, resolved)
+    on_device = batch.to(get_accelerator().current_device_name())
+
+    def step() -> None:
+        loss, _ = engine(on_device)
+        engine.backward(loss)
+        engine.step()
+
+    return step
+
+
+def _backbone(sizes: dict[str, int]) -> str:
+    fields = (
+        f"image_size: {sizes['image']}, patch_size: {sizes['patch']}, hidden_size: {sizes['width']}, "
+        f"num_hidden_layers: {sizes['depth']}, num_attention_heads: {sizes['heads']}, "
+        f"intermediate_size: {4 * sizes['width']}"
+    )
+    return f"backbone.config={{{fields}}}"
+
+
+def _our_clip(deepspeed: str) -> Callable[[], None]:
+    width, depth, heads = CLIP["width"], CLIP["depth"], CLIP["heads"]
+    text = (
+        f"text.config={{hidden_size: {width}, num_hidden_layers: {depth}, num_attention_heads: {heads}, "
+        f"intermediate_size: {4 * width}, hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}}"
+    )
+    overrides = [_backbone(CLIP), text, f"text.max_tokens={CONTEXT}", f"recipe.targets.0.width={width}"]
+    return _our_step(load_run("clip", overrides), deepspeed, _batch(CLIP, text=True), VOCABULARY)
+
+
+def _our_mae(deepspeed: str) -> Callable[[], None]:
+    run = load_run("mae", [_backbone(MAE)])
+    return _our_step(run, deepspeed, _batch(MAE, text=False), None)
+
+
+def _peer_step(model: torch.nn.Module, forward: Callable[[], Any]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    return step
+
+
+def _open_clip() -> Callable[[], None]:
+    import open_clip
+
+    vision = {"image_size": CLIP["image"], "layers": CLIP["depth"], "width": CLIP["width"], "patch_size": CLIP["patch"]}
+    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": CLIP["width"], "heads": CLIP["heads"]}
+    device = get_accelerator().current_device_name()
+    model = open_clip.CLIP(CLIP["width"], vision, text | {"layers": CLIP["depth"]}).to(device).train()
+    loss = open_clip.ClipLoss()
+    images = torch.randn(CLIP["batch"], 3, CLIP["image"], CLIP["image"], device=device)
+    tokens = torch.randint(3, VOCABULARY, (CLIP["batch"], CONTEXT), device=device)
+
+    def forward() -> Any:
+        image_features, text_features, scale = model(images, tokens)
+        return loss(image_features, text_features, scale)
+
+    return _peer_step(model, forward)
+
+
+def _vit_mae() -> Callable[[], None]:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    config = ViTMAEConfig(
+        hidden_size=MAE["width"],
+        num_hidden_layers=MAE["depth"],
+        num_attention_heads=MAE["heads"],
+        intermediate_size=4 * MAE["width"],
+        image_size=MAE["image"],
+        patch_size=MAE["patch"],
+        decoder_hidden_size=DECODER["width"],
+        decoder_num_hidden_layers=DECODER["depth"],
+        decoder_num_attention_heads=DECODER["heads"],
+        decoder_intermediate_size=4 * DECODER["width"],
+        norm_pix_loss=True,
+        mask_ratio=0.75,
+    )
+    device = get_accelerator().current_device_name()
+    model = ViTMAEForPreTraining(config).to(device).train()
+    images = torch.randn(MAE["batch"], 3, MAE["image"], MAE["image"], device=device)
+    return _peer_step(model, lambda: model(pixel_values=images).loss)
+
+
+if __name__ == "__main__":
+    typer.run(main)
