@@ -20,10 +20,14 @@ from m3i_scale.objective.targets import CategoryHead, DenseHead, MomentumTarget,
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int) -> BertConfig:
     """The BERT-Base shape of the paper, with single fields overridden.
 
+    Without dropout: its random numbers would make the loss depend on the number of ranks.
+
     Raises:
         ConfigError: unknown field, or more tokens than positions.
     """
-    config = BertConfig(vocab_size=vocab_size, pad_token_id=0)
+    config = BertConfig(
+        vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     known = [key for key in config.to_dict() if not key.startswith("_")]
     for key, value in fields.items():
         if key not in known or key == "vocab_size":
