@@ -1,0 +1,122 @@
+"""From run files to modules, and their first weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objective, tiny_run
+from torch import nn
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs, text_config
+from m3i_scale.scale.partition import initialize_sharded
+
+
+def build(recipe: str, *overrides: str, labels: bool = True, vocabulary: int | None = VOCABULARY) -> nn.Module:
+    return build_objective(tiny_run(recipe, *overrides), LABEL_SETS if labels else {}, vocabulary)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None:
+    objective = build(recipe)
+    spec = objective.recipe
+    assert (objective.text is not None) == spec.uses_text
+    assert (objective.momentum is not None) == (objective.projector is not None) == spec.uses_momentum
+    assert set(objective.heads) == {target.name for target in spec.targets}
+    assert set(objective.decoders) == set(spec.decoders)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_trained_parameter_gets_a_gradient_and_no_other(recipe: str) -> None:
+    objective = tiny_objective(recipe)
+    loss, _ = objective(random_batch(6))
+    loss.backward()
+    for name, parameter in objective.named_parameters():
+        if name.startswith("momentum."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, name
+
+
+def test_momentum_pairs_name_equal_shapes() -> None:
+    objective = build("m3i")
+    named = dict(objective.named_parameters())
+    pairs = momentum_pairs(objective)
+    assert {target for _, target in pairs} == {name for name in named if name.startswith("momentum.")}
+    assert all(named[online].shape == named[target].shape for online, target in pairs)
+    assert ("student.model.embeddings.cls_token", "momentum.backbone.model.embeddings.cls_token") in pairs
+    assert any(online.startswith("projector.") for online, _ in pairs)
+    assert momentum_pairs(build("mae")) == []
+
+
+def test_projector_depth_zero_means_none() -> None:
+    objective = tiny_objective("sim", "recipe.momentum.projector_depth=0")
+    assert objective.projector is None
+    assert not any(online.startswith("projector.") for online, _ in momentum_pairs(objective))
+    assert torch.isfinite(objective(random_batch(4))[0])
+
+
+FAULTS = {
+    "attention without a mix": (("mae", "backbone.attention=mixed"), {}, "has no effect: the recipe mixes no images"),
+    "no labels": (("supervised",), {"labels": False}, "no source has labels"),
+    "no tokenizer": (("clip",), {"vocabulary": None}, "there is no tokenizer"),
+    "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),
+    "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "1 patches cannot be dealt to 2 images"),
+    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "width 32 must be a multiple of 4 and of its 3"),
+    "pool heads": (("m3i", "recipe.decoders.pool.heads=5"), {}, "decoder 'pool'"),
+    "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "BERT has no field 'hiden_size'"),
+    "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "no field 'vocab_size' to set"),
+    "text heads": (("clip", "text.config.num_attention_heads=3"), {}, "width 64 is no multiple of 3 heads"),
+    "too many tokens": (("clip", "text.max_tokens=600"), {}, "above the tower's 512 positions"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_refused(fault: str) -> None:
+    arguments, keywords, message = FAULTS[fault]
+    with pytest.raises(ConfigError, match=message):
+        build(*arguments, **keywords)
+
+
+def test_text_targets_share_one_width() -> None:
+    second = (
+        "recipe.targets=[{name: t1, inputs: [x], modality: text, encoder: text_tower, decoder: pool, distribution: "
+        "boltzmann, regularizer: negatives, width: 32}, {name: t2, inputs: [x], modality: text, encoder: text_tower, "
+        "decoder: pool, distribution: boltzmann, regularizer: negatives, width: 16}]"
+    )
+    with pytest.raises(ConfigError, match=r"need one width; got \[16, 32\]"):
+        build("clip", second)
+
+
+def test_the_text_tower_is_bert_base_unless_told_otherwise() -> None:
+    config = text_config({}, 100, 64)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (12, 768, 100)
+    assert text_config({"num_hidden_layers": 3}, 100, 64).num_hidden_layers == 3
+
+
+@torch.no_grad()
+def test_first_weights_are_those_of_the_stock_models() -> None:
+    objective = tiny_objective("m3i")
+    layer = objective.student.layers[0]
+    assert 0.015 < float(layer.mlp.fc1.weight.std()) < 0.025
+    assert not layer.mlp.fc1.bias.any()
+    assert torch.equal(layer.layernorm_before.weight, torch.ones(64))
+    assert 0.015 < float(objective.student.model.embeddings.position_embeddings.std()) < 0.025
+    assert 0.01 < float(objective.decoders["dense"].mask_token.std()) < 0.03
+    assert float(objective.heads["text"].log_scale.exp()) == pytest.approx(1 / 0.07, rel=1e-5)
+    assert 0.015 < float(objective.text.model.embeddings.word_embeddings.weight.std()) < 0.025
+    assert not objective.text.model.embeddings.word_embeddings.weight[0].any()  # padding
+
+
+def test_no_parameter_is_left_without_a_first_value() -> None:
+    """Whatever memory holds before, the values afterwards are those of the seed."""
+    weights = []
+    for filler in (7.0, float("nan")):
+        objective = build("m3i")
+        with torch.no_grad():
+            for parameter in objective.parameters():
+                parameter.fill_(filler)
+        initialize_sharded(objective, initialize_module, seed=3, skip="momentum.")
+        weights.append({n: p for n, p in objective.named_parameters() if not n.startswith("momentum.")})
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name

@@ -1,0 +1,136 @@
+"""The two likelihoods against their textbook formulas and against open_clip."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from open_clip.loss import ClipLoss
+
+from m3i_scale.objective.distributions import boltzmann_classes, boltzmann_pairs, gaussian
+from m3i_scale.objective.ranks import SingleProcess, global_mean
+
+ALONE = SingleProcess()
+
+
+def unit(seed: int, rows: int = 6, width: int = 8) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def pairs(
+    prediction: torch.Tensor, target: torch.Tensor, items: list[int], valid: list[bool], scale: float = 9.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return boltzmann_pairs(prediction, target, torch.tensor([scale]), torch.tensor(items), torch.tensor(valid), ALONE)
+
+
+# ---------------------------------------------------------------- Gaussian
+
+
+def test_half_a_variance_is_the_mean_squared_error() -> None:
+    prediction, target = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    torch.testing.assert_close(gaussian(prediction, target, 0.5, ALONE), F.mse_loss(prediction, target))
+
+
+def test_gaussian_is_the_log_likelihood_without_its_constant() -> None:
+    prediction, target, sigma2 = torch.randn(2, 3, 4), torch.randn(2, 3, 4), 1.7
+    distribution = torch.distributions.Normal(prediction, math.sqrt(sigma2))
+    constant = 0.5 * math.log(2 * math.pi * sigma2)
+    wanted = -distribution.log_prob(target).mean() - constant
+    torch.testing.assert_close(gaussian(prediction, target, sigma2, ALONE), wanted)
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_classes_are_cross_entropy_over_the_labelled() -> None:
+    logits = torch.randn(5, 7)
+    labels, valid = torch.tensor([0, 6, -1, 3, -1]), torch.tensor([True, True, False, True, False])
+    loss, nats = boltzmann_classes(logits, labels, valid, 0.0, ALONE)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[valid], labels[valid]))
+    torch.testing.assert_close(nats, math.log(7) - loss)
+
+
+def test_label_smoothing_is_in_the_loss_and_not_in_the_nats() -> None:
+    logits, labels, valid = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.ones(4, dtype=torch.bool)
+    loss, nats = boltzmann_classes(logits, labels, valid, 0.1, ALONE)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(nats, math.log(3) - F.cross_entropy(logits, labels))
+
+
+def test_a_perfect_classifier_knows_log_k_nats() -> None:
+    labels = torch.arange(5)
+    _, nats = boltzmann_classes(torch.eye(5) * 100, labels, torch.ones(5, dtype=torch.bool), 0.0, ALONE)
+    torch.testing.assert_close(nats, torch.tensor(math.log(5)))
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_pairs_are_the_loss_of_open_clip() -> None:
+    image, text = unit(1), unit(2)
+    loss, nats = pairs(image, text, list(range(6)), [True] * 6)
+    torch.testing.assert_close(loss, ClipLoss()(image, text, torch.tensor(9.0)))
+    torch.testing.assert_close(nats, math.log(6) - loss)
+
+
+def test_samples_without_target_leave_the_loss_of_the_others_alone() -> None:
+    image, text = unit(1).requires_grad_(), unit(2).requires_grad_()
+    valid = [True, False, True, True, False, True]
+    loss, nats = pairs(image, text, [1, 0, 2, 3, 0, 4], valid)
+    kept = torch.tensor(valid)
+    torch.testing.assert_close(loss, ClipLoss()(image[kept], text[kept], torch.tensor(9.0)))
+    torch.testing.assert_close(nats, math.log(4) - loss.detach())
+    loss.backward()
+    assert not image.grad[~kept].any()
+    assert not text.grad[~kept].any()
+    assert image.grad[kept].abs().sum() > 0
+
+
+def test_equal_captions_are_no_negatives_of_each_other() -> None:
+    image, text = unit(1, rows=4), unit(2, rows=4)
+    text[2] = text[0]
+    loss, nats = pairs(image, text, [5, 6, 5, 7], [True] * 4)
+    wanted, bound = [], []
+    out = {0: 2, 2: 0}
+    for row in range(4):
+        keep = [column for column in range(4) if column != out.get(row)]
+        place = torch.tensor(keep.index(row))
+        i2t, t2i = 9.0 * image[row] @ text[keep].T, 9.0 * text[row] @ image[keep].T
+        wanted.append((F.cross_entropy(i2t, place) + F.cross_entropy(t2i, place)) / 2)
+        bound.append(math.log(len(keep)) - wanted[-1])
+    torch.testing.assert_close(loss, torch.stack(wanted).mean())
+    torch.testing.assert_close(nats, torch.stack(bound).mean())
+    plain = ClipLoss()(image, text, torch.tensor(9.0))
+    assert loss < plain
+
+
+@pytest.mark.parametrize("valid", [[False] * 6, [False] * 5 + [True]])
+def test_nobody_or_one_alone_gives_zero_with_zero_gradient(valid: list[bool]) -> None:
+    image, text = unit(1).requires_grad_(), unit(2).requires_grad_()
+    loss, nats = pairs(image, text, [0] * 5 + [3], valid)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert float(nats) == 0
+    assert not image.grad.any()
+    assert not text.grad.any()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(0, 3))
+def test_global_mean_is_the_mean_of_the_valid(valid: list[bool], seed: int) -> None:
+    values = torch.randn(len(valid), generator=torch.Generator().manual_seed(seed))
+    kept = values[torch.tensor(valid)]
+    wanted = kept.mean() if len(kept) else torch.tensor(0.0)
+    torch.testing.assert_close(global_mean(values, torch.tensor(valid), ALONE), wanted)
+
+
+def test_low_precision_inputs_are_computed_in_fp32() -> None:
+    prediction, target = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 4).bfloat16()
+    assert gaussian(prediction, target, 0.5, ALONE).dtype == torch.float32
+    loss, _ = boltzmann_classes(
+        torch.randn(2, 3).bfloat16(), torch.tensor([0, 1]), torch.tensor([True, True]), 0.0, ALONE
+    )
+    assert loss.dtype == torch.float32

@@ -1,0 +1,255 @@
+"""The weighted sum of −log P̂: what it depends on, what it leaves out, and what it reports."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import RECIPES, part, random_batch, tiny_objective
+
+from m3i_scale.objective.information import Context, Objective
+from m3i_scale.objective.inputs import normalize
+
+
+def encode(objective: Objective, batch) -> Context:
+    return objective._encode(batch)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_loss_is_the_weighted_sum_of_its_groups(recipe: str) -> None:
+    objective = tiny_objective(recipe, "recipe.targets.0.weight=0.25")
+    loss, figures = objective(random_batch(6))
+    wanted = sum(target.weight * figures[f"{target.name}/loss"] for target in objective.recipe.targets)
+    torch.testing.assert_close(loss.detach(), wanted)
+    assert not any(value.requires_grad for value in figures.values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_same_batch_gives_the_same_loss(recipe: str) -> None:
+    objective, batch = tiny_objective(recipe), random_batch(6)
+    assert torch.equal(objective(batch)[0], objective(batch)[0])
+
+
+# ---------------------------------------------------------------- attention between the images of a mix
+
+
+def test_own_attention_does_not_leak_the_other_image() -> None:
+    objective, batch = tiny_objective("m3i"), random_batch(4)
+    before = encode(objective, batch).inputs
+    batch.images_VBCHW[:, 1] = 255 - batch.images_VBCHW[:, 1]
+    after = encode(objective, batch).inputs
+    for name in ("a", "b"):
+        assert not torch.allclose(after[name].tokens_BLD[1], before[name].tokens_BLD[1], atol=1e-3)
+        for image in (0, 2, 3):
+            torch.testing.assert_close(after[name].tokens_BLD[image], before[name].tokens_BLD[image])
+            torch.testing.assert_close(after[name].cls_B1D[image], before[name].cls_B1D[image])
+
+
+def test_mixed_attention_sees_the_partner_and_only_the_partner() -> None:
+    objective, batch = tiny_objective("m3i", "backbone.attention=mixed"), random_batch(4)
+    own = tiny_objective("m3i")
+    before = encode(objective, batch).inputs
+    for name in ("a", "b"):
+        assert before[name].tokens_BLD.shape == encode(own, batch).inputs[name].tokens_BLD.shape
+        assert not torch.allclose(before[name].tokens_BLD, encode(own, batch).inputs[name].tokens_BLD, atol=1e-3)
+    batch.images_VBCHW[:, 1] = 255 - batch.images_VBCHW[:, 1]
+    after = encode(objective, batch).inputs
+    for name in ("a", "b"):
+        assert not torch.allclose(after[name].tokens_BLD[0], before[name].tokens_BLD[0], atol=1e-5)  # 1 mixes with 0
+        for image in (2, 3):
+            torch.testing.assert_close(after[name].tokens_BLD[image], before[name].tokens_BLD[image])
+
+
+def test_a_mixed_row_is_one_sequence_through_the_backbone() -> None:
+    """Row i of the mix, put together by hand, and read back by image."""
+    objective, batch = tiny_objective("m3i", "backbone.attention=mixed"), random_batch(2)
+    context = encode(objective, batch)
+    a, b = context.inputs["a"], context.inputs["b"]
+    cls1, tokens1 = objective.student.embed(context.views[0])
+    _, tokens2 = objective.student.embed(context.views[1])
+    for row in range(2):
+        image_a, image_b = int(a.where.image_of_row_B[row]), int(b.where.image_of_row_B[row])
+        assert {image_a, image_b} == {0, 1}
+        shown_a = tokens1[image_a, a.where.visible_BL[image_a]]
+        shown_b = tokens2[image_b, b.where.visible_BL[image_b]]
+        sequence = torch.cat([cls1[row], shown_a, shown_b])[None]
+        encoded = objective.student.encode(sequence)[0]
+        torch.testing.assert_close(a.tokens_BLD[image_a], encoded[1 : 1 + len(shown_a)], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(b.tokens_BLD[image_b], encoded[1 + len(shown_a) :], atol=1e-5, rtol=1e-5)
+
+
+def test_own_attention_is_the_backbone_on_the_visible_tokens_of_each_image() -> None:
+    objective, batch = tiny_objective("m3i"), random_batch(3)
+    context = encode(objective, batch)
+    for name, view in (("a", 0), ("b", 1)):
+        cls, tokens = objective.student.embed(context.views[view])
+        found = context.inputs[name]
+        for image in range(3):
+            shown = tokens[image, found.where.visible_BL[image]]
+            encoded = objective.student.encode(torch.cat([cls[image], shown])[None])[0]
+            torch.testing.assert_close(found.tokens_BLD[image], encoded[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_token_count_is_what_the_backbone_sees() -> None:
+    for recipe, tokens in (("m3i", 16), ("mae", 4), ("clip", 16), ("sim", 16 - 10)):
+        objective = tiny_objective(recipe)
+        objective(random_batch(4))
+        assert objective.token_count == 4 * tokens
+
+
+# ---------------------------------------------------------------- samples that lack a target
+
+
+@pytest.mark.parametrize(("group", "lacks"), [("text", {"text": False}), ("category", {"labels": False})])
+def test_a_batch_in_which_nobody_has_a_target_gives_zero_and_zero_gradients(group: str, lacks: dict[str, bool]) -> None:
+    objective = tiny_objective("m3i")
+    loss, figures = objective(random_batch(4, **lacks))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert float(figures[f"{group}/loss"]) == float(figures[f"{group}/nats"]) == 0
+    assert sum(float(value) for value in objective.squared_grad_norms[group]) == 0
+    modules = [objective.heads[group]] + ([objective.text] if group == "text" else [])
+    for module in modules:
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
+    other = "category" if group == "text" else "text"
+    assert any(parameter.grad.any() for parameter in objective.heads[other].parameters())
+
+
+def test_a_category_loss_is_the_mean_over_the_labelled_of_all_label_sets() -> None:
+    objective, batch = tiny_objective("supervised", "recipe.targets.0.label_smoothing=0"), random_batch(8, views=1)
+    loss, figures = objective(batch)
+    logits = objective.embed_images(batch.images_VBCHW[0], "category").split([3, 2], dim=1)
+    losses, nats = [], []
+    for sample in range(8):
+        chosen = int(batch.label_sets_B[sample])
+        if chosen < 0:
+            continue
+        losses.append(F.cross_entropy(logits[chosen][sample], batch.labels_B[sample]))
+        nats.append(math.log((3, 2)[chosen]) - losses[-1])
+    assert len(losses) == 6
+    torch.testing.assert_close(loss.detach(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(figures["category/nats"], torch.stack(nats).mean(), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- dense targets
+
+
+def dense_by_hand(objective: Objective, batch, name: str) -> torch.Tensor:
+    """‖ẑ − z̄‖² over the asked patches plus λ ẑᵀ C ẑ / D, target by the stock model."""
+    target = next(item for item in objective.recipe.targets if item.name == name)
+    predictions = []
+    hook = objective.heads[name].register_forward_hook(lambda module, inputs, output: predictions.append(output))
+    objective(batch)
+    hook.remove()
+    view = target.view - 1
+    pixels = normalize(batch.images_VBCHW[view], objective.mean, objective.std)
+    hidden = objective.momentum.backbone.model(pixel_values=pixels).last_hidden_state[:, 1:]
+    z = F.layer_norm(objective.momentum.projector(hidden), (64,), eps=1e-5)
+    where = encode(objective, batch).inputs[target.inputs[0]].where
+    asked = z if target.tokens == "all" else torch.stack([z[i, where.hidden_BM[i]] for i in range(len(batch))])
+    error = (predictions[0] - asked).square().mean()
+    flat = z.flatten(0, 1)
+    p = predictions[0].flatten(0, 1)
+    matrix = p @ (flat.T @ flat / len(flat)) @ p.T
+    return error + 0.02 * matrix.diagonal().mean() / 64
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("sim", "inter"), ("m3i", "intra"), ("m3i", "inter")])
+def test_dense_groups_are_the_published_loss(recipe: str, name: str) -> None:
+    objective, batch = tiny_objective(recipe).eval(), random_batch(4)
+    _, figures = objective(batch)
+    wanted = dense_by_hand(objective, batch, name)
+    torch.testing.assert_close(figures[f"{name}/loss"], wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_intra_reads_view_1_and_inter_reads_both_views() -> None:
+    objective, batch = tiny_objective("m3i"), random_batch(4)
+    _, before = objective(batch)
+    batch.images_VBCHW[1] = 255 - batch.images_VBCHW[1]
+    _, after = objective(batch)
+    torch.testing.assert_close(after["intra/loss"], before["intra/loss"])
+    assert not torch.allclose(after["inter/loss"], before["inter/loss"], atol=1e-5)
+
+
+def test_the_geometry_matters_between_views_and_not_within_one() -> None:
+    objective, batch = tiny_objective("m3i"), random_batch(4)
+    _, before = objective(batch)
+    batch.crops_VB4[0, :, :2] += 5.0
+    _, after = objective(batch)
+    torch.testing.assert_close(after["intra/loss"], before["intra/loss"])
+    assert not torch.equal(after["inter/loss"], before["inter/loss"])
+
+
+# ---------------------------------------------------------------- what is watched
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_group_gradient_norms_are_those_of_autograd(recipe: str) -> None:
+    objective, batch = tiny_objective(recipe, "recipe.targets.0.weight=2.5"), random_batch(6)
+    kept = []
+    real = objective._encode
+    objective._encode = lambda given: kept.append(real(given)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
+    loss, _ = objective(batch)
+    context = kept[0]
+    loss.backward()
+    found = {name: torch.stack(values).sum().sqrt() for name, values in objective.squared_grad_norms.items()}
+
+    context = real(batch)
+    for target in objective.recipe.targets:
+        group = target.weight * torch.stack([objective._group(target, context, n)[0] for n in target.inputs]).mean()
+        tokens = [context.inputs[name].tokens_BLD for name in target.inputs]
+        gradients = torch.autograd.grad(group, tokens, retain_graph=True)
+        wanted = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        torch.testing.assert_close(found[target.name], wanted, rtol=1e-4, atol=1e-7)
+        assert float(wanted) > 0
+
+
+def test_boltzmann_groups_report_log_k_minus_loss() -> None:
+    objective, batch = tiny_objective("m3i"), random_batch(6)
+    _, figures = objective(batch)
+    assert int(batch.has_text_B.sum()) == 4
+    torch.testing.assert_close(figures["text/nats"], math.log(4) - figures["text/loss"])
+    assert "intra/nats" not in figures
+
+
+def test_health_is_measured_on_request() -> None:
+    objective, batch = tiny_objective("m3i"), random_batch(4)
+    assert not any(name.startswith("health/") for name in objective(batch)[1])
+    objective.measure_health = True
+    figures = objective(batch)[1]
+    watched = {name for name in figures if name.startswith("health/")}
+    assert watched == {
+        f"health/{what}_{figure}" for what in ("dense", "pooled", "target_view1") for figure in ("std", "rank")
+    }
+    assert all(math.isfinite(float(figures[name])) for name in watched)
+
+
+# ---------------------------------------------------------------- inference
+
+
+def test_embeddings_are_those_that_training_compares() -> None:
+    objective, batch = tiny_objective("clip"), random_batch(4, views=1)
+    batch.has_text_B[:] = True
+    batch.captions_B = torch.arange(1, 5)
+    image = objective.embed_images(batch.images_VBCHW[0], "text")
+    text = objective.embed_text(batch.text_ids_BT, batch.text_mask_BT)
+    logits = objective.heads["text"].log_scale.exp() * image @ text.T
+    labels = torch.arange(4)
+    wanted = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(objective(batch)[0], wanted)
+
+
+def test_images_of_a_category_target_give_the_logits_of_all_sets() -> None:
+    logits = tiny_objective("m3i").embed_images(random_batch(3).images_VBCHW[0], "category")
+    assert logits.shape == (3, 5)
+    assert not logits.requires_grad
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_except_as_negatives() -> None:
+    objective, batch = tiny_objective("mae"), random_batch(6, views=1)
+    losses = [objective(part(batch, i, i + 1))[0].detach() for i in range(6)]
+    torch.testing.assert_close(objective(batch)[0].detach(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)

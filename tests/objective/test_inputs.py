@@ -1,0 +1,206 @@
+"""Masks, mixes and the random numbers behind them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tiny import tiny_run
+
+from m3i_scale.objective.inputs import (
+    build_inputs,
+    gather_tokens,
+    hash_uniform,
+    mix_partners,
+    normalize,
+    patch_order,
+)
+from m3i_scale.objective.recipe import Recipe
+
+SEEDS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=8, unique=True).map(torch.tensor)
+FORMS = st.sampled_from(["random", "block"])
+
+
+def mixed_recipe(count: int, form: str = "random") -> Recipe:
+    names = [f"x{number}" for number in range(count)]
+    return Recipe.model_validate(
+        {
+            "name": "mix",
+            "family": "test",
+            "inputs": [{"name": name, "view": 1} for name in names],
+            "mix": {"inputs": names, "form": form},
+            "decoders": {"pool": {"kind": "mean_pool"}},
+            "targets": [
+                {
+                    "name": "category",
+                    "inputs": names,
+                    "modality": "category",
+                    "encoder": "embedding",
+                    "decoder": "pool",
+                    "distribution": "boltzmann",
+                    "regularizer": "negatives",
+                }
+            ],
+        }
+    )
+
+
+def masked_recipe(ratio: float, form: str, inputs: int = 1) -> Recipe:
+    recipe = mixed_recipe(max(inputs, 2)).model_dump()
+    recipe["mix"] = None
+    names = [f"x{number}" for number in range(inputs)]
+    recipe["inputs"] = [{"name": name, "view": 1, "mask": {"form": form, "ratio": ratio}} for name in names]
+    recipe["targets"][0]["inputs"] = names
+    for idle in ("width", "temperature", "normalize_pixels", "sigma2", "unigrad_lambda"):
+        del recipe["targets"][0][idle]
+    return Recipe.model_validate(recipe)
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_hash_numbers_are_uniform_over_seeds_and_over_places() -> None:
+    numbers = hash_uniform(torch.arange(300), 200, 0)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert stats.kstest(numbers.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(numbers[:, 0].numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(numbers[0].numpy(), "uniform").pvalue > 1e-3
+    neighbours = torch.corrcoef(torch.stack([numbers[:-1].flatten(), numbers[1:].flatten()]))[0, 1]
+    assert abs(float(neighbours)) < 0.02
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(0, 100))
+def test_hash_numbers_depend_on_seed_stream_and_place_alone(seeds: torch.Tensor, count: int, stream: int) -> None:
+    whole = hash_uniform(seeds, count + 7, stream)
+    assert torch.equal(whole[:, :count], hash_uniform(seeds, count, stream))
+    assert torch.equal(whole[-1:], hash_uniform(seeds[-1:], count + 7, stream))
+    assert not torch.equal(whole, hash_uniform(seeds, count + 7, stream + 1))
+
+
+def test_hash_numbers_match_splitmix64_in_plain_integers() -> None:
+    def reference(seed: int, index: int, stream: int) -> float:
+        full = (1 << 64) - 1
+        state = (seed + index * 0x9E3779B97F4A7C15 + stream * 2685821657736338717) & full
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & full
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & full
+        return ((state ^ (state >> 31)) >> 40) / 2**24
+
+    seeds = [0, 1, 12345, 2**62 + 17, 2**63 - 1]
+    for stream in (0, 1, 5, 16, 33):
+        wanted = [[reference(seed, index, stream) for index in (1, 2, 3)] for seed in seeds]
+        assert torch.equal(hash_uniform(torch.tensor(seeds), 3, stream), torch.tensor(wanted))
+
+
+# ---------------------------------------------------------------- masks
+
+
+@given(SEEDS, st.sampled_from([(2, 2), (4, 4), (3, 5), (14, 14)]), FORMS)
+def test_a_patch_order_is_a_permutation(seeds: torch.Tensor, grid: tuple[int, int], form: str) -> None:
+    order = patch_order(seeds, grid, form, 0)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(grid[0] * grid[1]).expand(len(seeds), -1))
+
+
+@settings(max_examples=40)
+@given(SEEDS, st.floats(0.01, 0.99), FORMS)
+def test_masks_hide_the_rounded_count_and_split_the_patches(seeds: torch.Tensor, ratio: float, form: str) -> None:
+    (spec,) = build_inputs(masked_recipe(ratio, form), seeds, (6, 6))
+    hidden = min(max(round(ratio * 36), 1), 35)
+    assert spec.hidden_BM.shape == (len(seeds), hidden)
+    both = torch.cat([spec.visible_BL, spec.hidden_BM], dim=1).sort(dim=1).values
+    assert torch.equal(both, torch.arange(36).expand(len(seeds), -1))
+    for part in (spec.visible_BL, spec.hidden_BM):
+        assert torch.equal(part, part.sort(dim=1).values)
+
+
+def test_the_published_ratios_give_the_published_counts() -> None:
+    (sim,) = build_inputs(masked_recipe(0.602, "block"), torch.arange(2), (14, 14))
+    (mae,) = build_inputs(masked_recipe(0.75, "random"), torch.arange(2), (14, 14))
+    assert sim.hidden_BM.shape[1] == 118
+    assert mae.visible_BL.shape[1] == 49
+
+
+def test_inputs_of_one_recipe_have_masks_of_their_own() -> None:
+    first, second, third = build_inputs(masked_recipe(0.5, "random", inputs=3), torch.arange(4), (6, 6))
+    assert not torch.equal(first.hidden_BM, second.hidden_BM)
+    assert not torch.equal(second.hidden_BM, third.hidden_BM)
+
+
+def test_block_masks_cluster_and_random_masks_do_not() -> None:
+    def clustering(form: str) -> float:
+        """How often the right-hand neighbour of a hidden patch is hidden."""
+        (spec,) = build_inputs(masked_recipe(0.5, form), torch.arange(200), (14, 14))
+        hidden = torch.zeros(200, 196).scatter_(1, spec.hidden_BM, 1.0).view(200, 14, 14)
+        return float((hidden[:, :, 1:] * hidden[:, :, :-1]).sum() / hidden[:, :, :-1].sum())
+
+    assert abs(clustering("random") - 0.5) < 0.02
+    assert clustering("block") > 0.75
+
+
+def test_without_a_mask_every_patch_is_visible() -> None:
+    recipe = masked_recipe(0.5, "random").model_dump(exclude_unset=True)
+    recipe["inputs"][0]["mask"] = None
+    (spec,) = build_inputs(Recipe.model_validate(recipe), torch.arange(3), (4, 4))
+    assert torch.equal(spec.visible_BL, torch.arange(16).expand(3, -1))
+    assert spec.hidden_BM.shape == (3, 0)
+
+
+# ---------------------------------------------------------------- mixes
+
+
+@given(st.integers(2, 17), st.integers(2, 4))
+def test_partners_never_meet_themselves_and_serve_once_in_every_place(batch: int, images: int) -> None:
+    if batch < images:
+        with pytest.raises(ValueError, match="needs a micro-batch of at least"):
+            build_inputs(mixed_recipe(images), torch.arange(batch), (4, 4))
+        return
+    places = torch.stack(mix_partners(batch, images, torch.device("cpu")))
+    for place in places:
+        assert torch.equal(place.sort().values, torch.arange(batch))
+    assert all(len(set(row)) == images for row in places.T.tolist())
+
+
+@given(st.integers(2, 17), st.integers(2, 4))
+def test_a_whole_batch_mixes_like_its_parts(groups: int, images: int) -> None:
+    """Rows of 2B samples on one rank are those of B samples on each of two ranks, where B is a multiple of the mix."""
+    half = groups * images
+    whole = torch.stack(mix_partners(2 * half, images, torch.device("cpu")))
+    own = torch.stack(mix_partners(half, images, torch.device("cpu")))
+    assert torch.equal(whole, torch.cat([own, own + half], dim=1))
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 17), st.integers(2, 4), FORMS, st.sampled_from([(4, 4), (3, 3), (6, 5)]))
+def test_masks_of_a_mix_cover_every_patch_exactly_once(
+    batch: int, images: int, form: str, grid: tuple[int, int]
+) -> None:
+    images = min(images, batch)
+    patches = grid[0] * grid[1]
+    inputs = build_inputs(mixed_recipe(images, form), torch.arange(batch) * 31, grid)
+    for row in range(batch):
+        shown = torch.cat([spec.visible_BL[spec.image_of_row_B[row]] for spec in inputs])
+        assert torch.equal(shown.sort().values, torch.arange(patches))
+    for spec in inputs:
+        assert abs(spec.visible_BL.shape[1] - patches / images) < 1
+        assert torch.equal(spec.row_of_image_B[spec.image_of_row_B], torch.arange(batch))
+        both = torch.cat([spec.visible_BL, spec.hidden_BM], dim=1).sort(dim=1).values
+        assert torch.equal(both, torch.arange(patches).expand(batch, -1))
+
+
+# ---------------------------------------------------------------- small ones
+
+
+def test_normalize_is_the_usual_one() -> None:
+    run = tiny_run("mae")
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    mean, std = run.data.augment.mean, run.data.augment.std
+    wanted = [(value / 255 - m) / s for value, m, s in zip((0, 128, 255), mean, std, strict=True)]
+    torch.testing.assert_close(normalize(images, mean, std).flatten(), torch.tensor(wanted))
+
+
+def test_gather_tokens_picks_rows_per_sample() -> None:
+    tokens = torch.arange(24.0).view(2, 4, 3)
+    picked = gather_tokens(tokens, torch.tensor([[3, 0], [1, 1]]))
+    assert torch.equal(picked, torch.stack([tokens[0, [3, 0]], tokens[1, [1, 1]]]))

@@ -1,0 +1,146 @@
+"""Recipes: the built-in ones hold together, and every fault is refused with its reason."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from m3i_scale.config import known_recipes, load_run
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.recipe import describe, parse_recipe
+
+
+def values(name: str = "m3i") -> dict[str, Any]:
+    return copy.deepcopy(load_run(name).recipe)
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_built_in_recipes_hold_together_and_describe_themselves(name: str) -> None:
+    recipe = parse_recipe(values(name))
+    told = describe(recipe)
+    assert told["name"] == name
+    assert [target["name"] for target in told["targets"]] == [target.name for target in recipe.targets]
+    assert all(entry["mixed"] == (recipe.mix is not None) for entry in told["inputs"])
+
+
+def test_the_all_in_one_recipe_is_that_of_the_paper() -> None:
+    recipe = parse_recipe(values())
+    assert (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.uses_momentum) == (2, True, True, True)
+    intra, inter, text, category = recipe.targets
+    assert recipe.input(intra.inputs[0]).view == intra.view  # the same view
+    assert recipe.input(inter.inputs[0]).view != inter.view  # a different view
+    assert text.inputs == category.inputs == ["a", "b"]
+    assert describe(recipe)["inputs"][0]["mask"] == "random, complementary"
+
+
+def test_what_the_other_recipes_need() -> None:
+    needs = {
+        name: (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.uses_momentum)
+        for name in ("clip", "mae", "sim", "supervised")
+        for recipe in [parse_recipe(values(name))]
+    }
+    assert needs == {
+        "clip": (1, True, False, False),
+        "mae": (1, False, False, False),
+        "sim": (2, False, False, True),
+        "supervised": (1, False, True, False),
+    }
+
+
+def target(number: int, **fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda recipe: recipe["targets"][number].update(fields)
+
+
+def section(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda recipe: recipe[name].update(fields)
+
+
+def drop(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda recipe: recipe.pop(name)
+
+
+def unread_input(recipe: dict[str, Any]) -> None:
+    recipe["inputs"].append({"name": "c", "view": 1})
+    recipe["mix"]["inputs"].append("c")
+
+
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "unknown key": ("m3i", section("mix", fom="block"), "unknown key 'mix.fom'.*did you mean 'form'"),
+    "unknown key of a target": ("m3i", target(0, wieght=2), r"unknown key 'targets.0.wieght'.*did you mean 'weight'"),
+    "unknown top key": ("m3i", lambda r: r.update(decoder={}), "unknown key 'decoder'.*did you mean 'decoders'"),
+    "missing key": ("m3i", drop("inputs"), "'inputs' is missing"),
+    "no target": ("m3i", lambda r: r.update(targets=[]), "targets"),
+    "zero ratio": ("mae", lambda r: r["inputs"][0]["mask"].update(ratio=0), "ratio"),
+    "whole ratio": ("mae", lambda r: r["inputs"][0]["mask"].update(ratio=1), "ratio"),
+    "view zero": ("m3i", lambda r: r["inputs"][0].update(view=0), "view"),
+    "weight zero": ("m3i", target(0, weight=0), "weight"),
+    "unknown input": ("m3i", target(0, inputs=["aa"]), "target 'intra': no input 'aa'.*did you mean|known"),
+    "unknown decoder": ("m3i", target(0, decoder="dens"), "no decoder 'dens'; did you mean 'dense'"),
+    "unread input": ("m3i", unread_input, "no target is predicted from input 'c'"),
+    "idle decoder": ("m3i", section("decoders", extra={"kind": "mean_pool"}), "no target uses decoder 'extra'"),
+    "same input twice": ("mae", lambda r: r["inputs"].append(r["inputs"][0]), "two inputs are called 'x'"),
+    "same target twice": ("m3i", lambda r: r["targets"].append(r["targets"][0]), "two targets are called 'intra'"),
+    "mix lacks an input": ("m3i", section("mix", inputs=["a", "a"]), "must name every input once"),
+    "mix of one": ("m3i", section("mix", inputs=["a"]), "mix.inputs"),
+    "mask inside a mix": ("m3i", lambda r: r["inputs"][0].update(mask={"ratio": 0.5}), "have no mask of their own"),
+    "gap in the views": ("m3i", lambda r: r["inputs"][1].update(view=3), "without gaps"),
+    "idle momentum": ("mae", lambda r: r.update(momentum={}), "`momentum` has no effect"),
+    "missing momentum": ("sim", drop("momentum"), "needs a `momentum` section"),
+    "wrong encoder": (
+        "m3i",
+        target(2, encoder="embedding"),
+        "a text target is encoded by text_tower, not by embedding",
+    ),
+    "wrong distribution": ("m3i", target(0, distribution="boltzmann"), "an? image target has a gaussian distribution"),
+    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer, not attention_pool"),
+    "dense decoder for text": ("m3i", target(2, decoder="dense"), "decoded by attention_pool or mean_pool"),
+    "no collapse control": ("m3i", target(0, regularizer="none"), "does not keep a image target|valid: stop_gradient"),
+    "idle regularizer": ("mae", target(0, regularizer="unigrad"), "valid: none"),
+    "view on text": ("m3i", target(2, view=1), "`view` and `tokens` have no effect on a text target"),
+    "dense without view": ("m3i", lambda r: r["targets"][0].pop("view"), "needs `view` and `tokens`"),
+    "masked between views": ("m3i", target(1, tokens="masked"), "use `all` between views"),
+    "masked without mask": ("mae", lambda r: r["inputs"][0].pop("mask"), "the input hides no patch"),
+    "absolute between views": ("sim", lambda r: r["decoders"]["dense"].update(position="absolute"), "relative"),
+    "idle width": ("m3i", target(3, width=64), "`width` has no effect on a category target"),
+    "idle temperature": ("m3i", target(0, temperature=0.1), "`temperature` has no effect on a image target"),
+    "idle smoothing": ("m3i", target(2, label_smoothing=0.1), "`label_smoothing` has no effect on a text target"),
+    "idle normalisation": ("m3i", target(0, normalize_pixels=True), "`normalize_pixels` has no effect on a image"),
+    "idle variance": ("m3i", target(2, sigma2=1.0), "`sigma2` has no effect on a text target"),
+    "idle lambda": (
+        "m3i",
+        target(0, regularizer="stop_gradient", unigrad_lambda=0.1),
+        "without `regularizer: unigrad`",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_refused_with_their_reason(fault: str) -> None:
+    name, break_it, message = FAULTS[fault]
+    recipe = values(name)
+    parse_recipe(recipe)
+    break_it(recipe)
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(recipe)
+    text = str(caught.value).replace("\n", " ")
+    assert re.search(message, text), text
+
+
+def test_an_empty_recipe_points_at_the_built_in_ones() -> None:
+    with pytest.raises(ConfigError, match="no recipe") as caught:
+        parse_recipe({})
+    assert "extends: m3i" in str(caught.value)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    recipe = values()
+    recipe["targets"][0]["decoder"] = "nope"
+    recipe["targets"][2]["encoder"] = "embedding"
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(recipe)
+    assert "no decoder 'nope'" in str(caught.value)
+    assert "encoded by text_tower" in str(caught.value)

@@ -1,0 +1,79 @@
+"""Target representations and the heads beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import random_batch, tiny_objective
+
+from m3i_scale.objective.targets import CategoryHead, DenseHead, Projector, TextHead, patchify
+
+
+def test_patches_are_row_major_and_channel_last() -> None:
+    image = torch.arange(3 * 4 * 6.0).view(1, 3, 4, 6)
+    patches = patchify(image, 2, standardize=False)
+    assert patches.shape == (1, 6, 12)
+    for patch in range(6):
+        row, column = divmod(patch, 3)
+        block = image[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.equal(patches[0, patch], block.permute(1, 2, 0).flatten())
+
+
+def test_standardised_patches_have_mean_zero_and_unbiased_variance_one() -> None:
+    patches = patchify(torch.randn(2, 3, 16, 16) * 4 + 1, 8, standardize=True)
+    torch.testing.assert_close(patches.mean(dim=-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(patches.var(dim=-1), torch.ones(2, 4), atol=1e-4, rtol=0)
+    assert torch.isfinite(patchify(torch.ones(1, 3, 8, 8), 8, standardize=True)).all()
+
+
+def test_text_is_on_the_sphere_and_padding_does_not_count() -> None:
+    objective = tiny_objective("clip")
+    batch = random_batch(4)
+    text = objective.embed_text(batch.text_ids_BT, batch.text_mask_BT)
+    torch.testing.assert_close(text.norm(dim=-1), torch.ones(4))
+    padded = F.pad(batch.text_ids_BT, (0, 5), value=7), F.pad(batch.text_mask_BT, (0, 5))
+    torch.testing.assert_close(objective.embed_text(*padded), text, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no text target"):
+        tiny_objective("mae").embed_text(batch.text_ids_BT, batch.text_mask_BT)
+
+
+def test_text_head_learns_its_temperature_up_to_a_limit() -> None:
+    head = TextHead(8, 4, 0.07)
+    head.reset_parameters()
+    prediction, scale = head(torch.randn(3, 8))
+    torch.testing.assert_close(prediction.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(scale, torch.tensor([1 / 0.07]))
+    scale.sum().backward()
+    assert head.log_scale.grad.abs() > 0
+    torch.nn.init.constant_(head.log_scale, math.log(1e4))
+    assert float(head(torch.randn(3, 8))[1].detach()) == pytest.approx(100.0, rel=1e-5)
+
+
+def test_category_head_has_logits_per_label_set() -> None:
+    shapes = [logits.shape for logits in CategoryHead(8, [3, 5])(torch.randn(2, 8))]
+    assert shapes == [(2, 3), (2, 5)]
+
+
+def test_dense_head_and_projector_keep_the_tokens() -> None:
+    assert DenseHead(8, 12)(torch.randn(2, 5, 8)).shape == (2, 5, 12)
+    tokens = torch.randn(2, 5, 8)
+    assert torch.equal(Projector(8, 0)(tokens), tokens)
+    projector = Projector(8, 2)
+    wanted = tokens
+    for block in projector.blocks:
+        wanted = wanted + block(wanted)
+    assert torch.equal(projector(tokens), wanted)
+
+
+def test_the_momentum_target_sees_the_whole_view_and_is_never_trained() -> None:
+    objective = tiny_objective("sim")
+    assert not any(parameter.requires_grad for parameter in objective.momentum.parameters())
+    images = torch.randn(2, 3, 32, 32)
+    tokens = objective.momentum(images)
+    assert tokens.shape == (2, 16, 64)
+    assert not tokens.requires_grad
+    stock = objective.student.model(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(tokens, objective.projector(stock[:, 1:]), atol=1e-5, rtol=1e-5)
