@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
 
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
@@ -87,7 +88,12 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
         )
     try:
         model, info = AutoModel.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+            folder,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            **_no_pooling_layer(folder),
         )
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
@@ -103,6 +109,14 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
     if getattr(model.config, "text_config", None) is not None:
         raise ExportError(f"a {model.config.model_type} is no plain vision model", where=str(folder))
     return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
+
+
+def _no_pooling_layer(folder: Path) -> dict[str, bool]:
+    """Pooling layers are not used here, and a folder without one would make transformers add random numbers."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = MODEL_MAPPING.get(type(config), None)
+    known = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": False} if known else {}
 
 
 def _input_size(processor: Any, folder: Path) -> int:

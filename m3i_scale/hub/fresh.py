@@ -11,22 +11,19 @@ This file is run by its path, imports nothing of the package, and makes sure tha
 from __future__ import annotations
 
 import hashlib
-import importlib.abc
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+BLOCKED = ("m3i_scale", "deepspeed")
+"""What the training side has installed and a user of the export need not have."""
 
-class Blocker(importlib.abc.MetaPathFinder):
-    """Makes the training package look as if it were not installed."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        """See `importlib`."""
-        if fullname.partition(".")[0] == "m3i_scale":
-            raise ImportError(f"{fullname} is blocked: an export must load without it")
+def block() -> None:
+    """Let the training side's packages look as if they were not installed; an import of them fails from here on."""
+    for name in BLOCKED:
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def fingerprint(tensor: Any) -> str:
@@ -115,11 +112,11 @@ def main(export: Path, work: Path) -> None:
         if hidden is not None:
             outputs["hidden.text"] = hidden
     report["heads"] = inspect_files(export / "heads")
-    report["package_loaded"] = "m3i_scale" in sys.modules
+    report["needed"] = [name for name in BLOCKED if sys.modules.get(name) is not None]
     save_file(outputs, work / "outputs.safetensors")
     (work / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, Blocker())
+    block()
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -162,10 +162,11 @@ def _run(folder: Path, work: Path) -> dict[str, Any]:
 
 
 def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Reference) -> Iterator[str]:
-    if report["package_loaded"]:
-        yield "it needs the training package to load"
+    yield from (f"it needs {name} to load" for name in report["needed"])
     for name in sorted(reference.hidden.keys() ^ report["models"].keys()):
         yield f"the {name} model is {'missing' if name in reference.hidden else 'unexpected'}"
+    if "tokens" in outputs and reference.tokens is not None and not torch.equal(outputs["tokens"], reference.tokens):
+        yield "the tokenizer cuts captions into other tokens"
     for name in sorted(reference.hidden.keys() & report["models"].keys()):
         for fault in _model_faults(report["models"][name], reference, name):
             yield f"{name} model: {fault}"
@@ -175,8 +176,6 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
     heads = report["heads"]
     yield from (f"heads: {fault}" for fault in heads["faults"])
     yield from (f"heads: {fault}" for fault in _differing(heads["fingerprints"], reference.fingerprints["heads"]))
-    if reference.tokens is not None and not torch.equal(outputs["tokens"], reference.tokens):
-        yield "the tokenizer cuts captions into other tokens"
     for name, wanted in reference.trained_on.items():
         levels = _difference(outputs[f"pixels.{name}"], wanted) * 255 * max(reference.std)
         if levels > (0.01 if name == "square" else LEVELS_TOLERANCE):

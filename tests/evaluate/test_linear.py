@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from m3i_scale.evaluate.linear import STRENGTHS, linear_probe, selection_split
+
+
+def blobs(seed, count=120, noise=1.0):
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    features = 2 * np.eye(3)[labels] @ generator.normal(size=(3, 6)) + noise * generator.normal(size=(count, 6))
+    return features.astype(np.float32), labels
+
+
+def test_equals_sklearn_at_the_chosen_strength():
+    features, labels = blobs(0)
+    probe = linear_probe(features[:90], labels[:90], np.arange(90), features[90:])
+    scaler = StandardScaler().fit(features[:90])
+    wanted = LogisticRegression(C=probe.strength, max_iter=1_000).fit(scaler.transform(features[:90]), labels[:90])
+    assert (probe.predicted == wanted.predict(scaler.transform(features[90:]))).all()
+    assert probe.converged
+    assert probe.selection[probe.strength] == max(probe.selection.values())
+    assert set(probe.selection) == set(STRENGTHS)
+
+
+def test_the_choice_of_strength_does_not_see_the_test_data():
+    features, labels = blobs(1)
+    first = linear_probe(features[:90], labels[:90], np.arange(90), features[90:])
+    second = linear_probe(features[:90], labels[:90], np.arange(90), features[90:] * 100 - 7)
+    assert first.selection == second.selection
+    assert first.strength == second.strength
+
+
+@given(seed=st.integers(0, 1_000), groups=st.integers(2, 30))
+def test_groups_stay_whole(seed, groups):
+    generator = np.random.default_rng(seed)
+    of = np.concatenate([np.arange(groups), generator.integers(0, groups, 60)])
+    labels = np.concatenate([np.arange(groups) % 3, generator.integers(0, 3, 60)])
+    try:
+        fit, held_out = selection_split(labels, of)
+    except ValueError:
+        # only when no group alone holds two classes on the fitted side
+        assert groups <= 3
+        return
+    assert not set(of[fit]) & set(of[held_out])
+    assert sorted([*fit, *held_out]) == list(range(len(of)))
+    assert len(np.unique(labels[fit])) > 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "message"),
+    [([1, 1, 1, 1], [0, 1, 2, 3], "fewer than two classes"), ([0, 1, 0, 1], [0, 0, 0, 0], "one family")],
+)
+def test_says_why_it_cannot_choose(labels, groups, message):
+    features = np.zeros((4, 2), dtype=np.float32)
+    with pytest.raises(ValueError, match=message):
+        linear_probe(features, np.array(labels), np.array(groups), features)

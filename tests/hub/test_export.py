@@ -1,0 +1,202 @@
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTModel
+
+from m3i_scale.errors import CheckpointError, ExportError
+from m3i_scale.hub import export as export_module
+from m3i_scale.hub.card import cell
+from m3i_scale.hub.export import export
+from m3i_scale.hub.source import hash_folder
+from m3i_scale.objective.inputs import normalize
+
+
+def left_behind(target):
+    return [path.name for path in target.parent.iterdir()]
+
+
+def test_stock_classes_give_the_trained_outputs(exported, run_dir):
+    folder, _ = exported
+    objective = run_dir[1]
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder / "text")(
+        ["thing number 3", "cold"], padding=True, return_tensors="pt"
+    )
+    text = AutoModel.from_pretrained(folder / "text", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        pixels = normalize(images, objective.mean, objective.std)
+        wanted = objective.student.encode(torch.cat(objective.student.embed(pixels), dim=1))
+        found = model(**processor(list(images), return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(found, wanted)
+        wanted = objective.text.model(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state
+        torch.testing.assert_close(text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state, wanted)
+
+
+def test_folder_and_provenance(exported, run_dir):
+    folder, result = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["dtype"], config["image_size"]) == (["ViTModel"], "float32", 32)
+    assert config["id2label"] == {"0": "warm-things", "1": "cold-things", "2": "green-things"}
+    provenance = json.loads((folder / "export.json").read_text())
+    files = hash_folder(folder)
+    del files["export.json"]
+    assert provenance["files"] == files == result["files"]
+    assert (provenance["step"], provenance["weights"], provenance["samples"]) == (10, "student", 40_960)
+    # the record of step 20 is of a later model than the checkpoint of step 10
+    assert provenance["figures"]["loss"] == 1.25
+    assert provenance["data"][0]["samples"] == 54
+    assert result["warning"] is None
+    for path in folder.rglob("*"):
+        # nothing of the training machine goes with the weights
+        assert path.is_dir() or str(run_dir[0]).encode() not in path.read_bytes(), path
+
+
+def test_card(exported):
+    text = (exported[0] / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "image-feature-extraction"
+    assert front["datasets"] == ["things"]
+    assert "intra" in body
+    assert exported[1]["data"][0]["manifest_sha256"] in body
+    assert exported[1]["files"]["model.safetensors"] in body
+    assert "had not been evaluated" in body
+
+
+def test_a_cell_cannot_break_the_table():
+    assert cell("a | b\n\n# <script>") == "a \\| b # &lt;script>"
+    assert cell({"x": 0.123456789}) == "x: 0.123457"
+
+
+def test_momentum_weights_in_bfloat16(run_dir, tmp_path, same_process):
+    result = export(run_dir[0], tmp_path / "ema", weights="momentum", dtype="bfloat16", license_id="cc-by-4.0")
+    model = AutoModel.from_pretrained(tmp_path / "ema", add_pooling_layer=False)
+    averaged = run_dir[1].momentum.backbone.model.state_dict()
+    assert model.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, averaged[name].bfloat16()), name
+    assert result["dtype"] == "bfloat16"
+    assert yaml.safe_load((tmp_path / "ema" / "README.md").read_text().split("---\n")[1])["license"] == "cc-by-4.0"
+    with safe_open(tmp_path / "ema" / "heads" / "heads.safetensors", framework="pt") as heads:
+        assert not any(name.startswith(("momentum.", "student.", "text.model.")) for name in heads.keys())  # noqa: SIM118
+
+
+def test_newest_good_checkpoint_is_taken_and_the_torn_one_named(make_run, tmp_path, same_process):
+    folder, _ = make_run(tmp_path / "run", steps=(10, 20))
+    with (folder / "checkpoints" / "step-00000020" / "meta.json").open("a") as file:
+        file.write(" ")
+    result = export(folder, tmp_path / "out")
+    assert result["step"] == 10
+    assert "step-00000020" in result["warning"]
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["passed_over"][0]["checkpoint"] == "step-00000020"
+    with pytest.raises(CheckpointError, match="does not verify"):
+        export(folder / "checkpoints" / "step-00000020", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-00000010"])
+def test_nothing_to_export(tmp_path, name):
+    with pytest.raises(CheckpointError):
+        export(tmp_path / name, tmp_path / "out")
+    assert left_behind(tmp_path / "out") == []
+
+
+def test_taken_target(run_dir, exported, tmp_path, same_process):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ExportError, match="has something in it"):
+        export(run_dir[0], tmp_path / "mine")
+    with pytest.raises(ExportError, match="is no export"):
+        export(run_dir[0], tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+    shutil.copytree(exported[0], tmp_path / "old")
+    (tmp_path / "old" / "stale.txt").write_text("x")
+    export(run_dir[0], tmp_path / "old", overwrite=True)
+    assert not (tmp_path / "old" / "stale.txt").exists()
+    assert sorted(left_behind(tmp_path / "old")) == ["mine", "old"]
+
+
+def test_a_failed_overwrite_keeps_the_old_export(run_dir, exported, tmp_path, monkeypatch):
+    shutil.copytree(exported[0], tmp_path / "old")
+    before = hash_folder(tmp_path / "old")
+    write = export_module.write_folder
+
+    def torn(folder, *args):
+        write(folder, *args)
+        (folder / "config.json").unlink()
+
+    monkeypatch.setattr(export_module, "write_folder", torn)
+    with pytest.raises(ExportError, match="cannot load the export"):
+        export(run_dir[0], tmp_path / "old", overwrite=True)
+    assert hash_folder(tmp_path / "old") == before
+    assert left_behind(tmp_path / "old") == ["old"]
+
+
+@pytest.mark.parametrize("wrong", [{"weights": "teacher"}, {"dtype": "float16"}])
+def test_wrong_options(run_dir, tmp_path, wrong):
+    with pytest.raises(ExportError, match=r"teacher|float16"):
+        export(run_dir[0], tmp_path / "out", **wrong)
+
+
+def test_another_tokenizer_is_refused(make_run, shards, tmp_path):
+    folder, _ = make_run(tmp_path / "run", vocab_size=500)
+    tokens = len(PreTrainedTokenizerFast.from_pretrained(shards / "tokenizer"))
+    with pytest.raises(ExportError, match=f"has {tokens} tokens, the text tower was trained with 500"):
+        export(folder, tmp_path / "out")
+
+
+def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):
+    load = export_module.load_weights
+
+    def emptied(*args):
+        weights = load(*args)
+        weights["student.model.layernorm.weight"] = torch.zeros(0)
+        return weights
+
+    monkeypatch.setattr(export_module, "load_weights", emptied)
+    with pytest.raises(ExportError, match="no elements") as caught:
+        export(run_dir[0], tmp_path / "out")
+    assert caught.value.where == "student.model.layernorm.weight"
+    assert left_behind(tmp_path / "out") == []
+
+
+def test_weights_of_one_flat_buffer_are_all_written(run_dir, tmp_path, monkeypatch, same_process):
+    """Consolidation may hand out views of one buffer, which safetensors would take for tied weights."""
+    load = export_module.load_weights
+
+    def views(*args):
+        weights = load(*args)
+        flat = torch.cat([tensor.flatten() for tensor in weights.values()])
+        parts = flat.split([tensor.numel() for tensor in weights.values()])
+        return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
+
+    monkeypatch.setattr(export_module, "load_weights", views)
+    export(run_dir[0], tmp_path / "out")
+    wanted = len(ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).state_dict())
+    assert len(load_file(tmp_path / "out" / "model.safetensors")) == wanted
+
+
+def test_evaluation_goes_into_the_card(make_run, tmp_path, same_process):
+    folder, _ = make_run(tmp_path / "run")
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.625}
+    measures = {
+        "linear": {"accuracy": estimate, "chance": 0.125, "majority": 0.25},
+        "retrieval": {"image_to_text": {"R@1": {**estimate, "chance": 0.01}}},
+    }
+    evaluation = {"measures": measures, "data": {"samples": 80, "cluster_unit": "concept"}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    export(folder, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| linear accuracy | 0.500 | 0.400 … 0.625 | 0.125, majority 0.25 |" in text
+    assert "| retrieval image to text R@1 | 0.500 | 0.400 … 0.625 | 0.01 |" in text
+    (folder / "evaluation.json").write_text("[]")
+    with pytest.raises(ExportError, match="not an evaluation"):
+        export(folder, tmp_path / "other")

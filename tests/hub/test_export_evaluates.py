@@ -1,0 +1,46 @@
+"""An export goes into `evaluate` with its text tower and its heads."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.evaluate.towers import load_towers
+
+
+def test_towers_are_the_trained_ones(exported, run_dir):
+    folder, objective = exported[0], run_dir[1]
+    towers = load_towers(folder, torch.device("cpu"))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(towers.images(images), objective.embed_images(images, "text"))
+    captions = ["thing number 3", "cold things of a kind that is cut after some tokens and more"]
+    tokens = AutoTokenizer.from_pretrained(folder / "text")(
+        captions, padding=True, truncation=True, max_length=12, return_tensors="pt"
+    )
+    wanted = objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
+    np.testing.assert_allclose(towers.texts(captions), wanted.numpy(), atol=1e-6)
+
+
+def test_all_measures_of_an_export(exported, shards):
+    found = evaluate(exported[0], str(shards / "val"), train_data=str(shards / "train"))
+    assert found["not_measured"] == {}
+    retrieval = found["measures"]["retrieval"]
+    # three pictures stand under every caption
+    assert (retrieval["images"], retrieval["distinct_captions"]) == (18, 6)
+    assert retrieval["image_to_text"]["R@1"]["chance"] == pytest.approx(1 / 6)
+    assert retrieval["text_to_image"]["R@1"]["chance"] == pytest.approx(1 / 6)
+    assert retrieval["text_to_image"]["R@1"]["clusters"] == 6
+    zero_shot = found["measures"]["zero_shot"]
+    assert zero_shot["classes"] == ["warm-things", "cold-things", "green-things"]
+    assert zero_shot["majority"] == pytest.approx(1 / 3)
+
+
+def test_an_export_that_lost_its_heads(exported, shards, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    (folder / "heads" / "heads.safetensors").unlink()
+    with pytest.raises(ExportError, match="parameters are missing"):
+        evaluate(folder, str(shards / "val"))
