@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.state import TAG, read_meta, tensors_only
+from m3i_scale.scale.checkpoint.state import TAG, tensors_only
 
 
 def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> dict[str, Tensor]:
@@ -27,11 +27,9 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
         CheckpointError: momentum weights of a run without a momentum target, or a tensor that came out empty.
     """
     with tensors_only():
-        if read_meta(checkpoint)["zero_stage"] == 0:
-            file = checkpoint / TAG / "mp_rank_00_model_states.pt"
-            trained = torch.load(file, map_location="cpu", weights_only=True)["module"]
-        else:
-            trained = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+        trained = _bf16_optimizer(checkpoint / TAG) or get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint), tag=TAG
+        )
     full = {name: tensor.float().clone() for name, tensor in trained.items() if not name.startswith("momentum.")}
     averaged = _momentum(checkpoint)
     if weights == "momentum":
@@ -45,6 +43,31 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
     empty = [name for name, tensor in full.items() if tensor.numel() == 0]
     if empty:
         raise CheckpointError(f"{len(empty)} tensors came out empty, e.g. '{empty[0]}'", where=str(checkpoint))
+    return full
+
+
+def _bf16_optimizer(folder: Path) -> dict[str, Tensor]:
+    """fp32 weights out of the files of DeepSpeed's BF16_Optimizer (stage 1 with bf16), which its own consolidation
+    refuses; {} where another optimizer wrote the files.
+
+    Every parameter group is one flat tensor, cut evenly over the ranks, padded at the end.
+    """
+    count = len(list(folder.glob("*_optim_states.pt")))
+    files = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(count)]
+    if not files or not all(file.exists() for file in files):
+        return {}
+    states = [
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"] for file in files
+    ]
+    if "zero_stage" in states[0]:
+        return {}
+    model = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=True)
+    full: dict[str, Tensor] = {}
+    for number, shapes in enumerate(model["param_shapes"]):
+        flat = torch.cat([state["single_partition_of_fp32_groups"][number] for state in states])
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        parts = flat[: sum(sizes)].split(sizes)
+        full |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     return full
 
 
