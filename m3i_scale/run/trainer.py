@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.loader import merge_states
 from m3i_scale.errors import CheckpointError, UserError
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo
 from m3i_scale.run.meter import Meter, bad_groups
@@ -171,8 +172,8 @@ class Trainer:
     def _resume(self) -> None:
         if self.resume_from is None:
             return
-        state = load_checkpoint(self.resume_from, self.engine, self.momentum)
-        self.stream.load_state_dict(state)
+        states = load_checkpoint(self.resume_from, self.engine, self.momentum)
+        self.stream.load_state_dict(merge_states(states))
         self.step = self.saved_step = int(read_meta(self.resume_from)["step"])
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from m3i_scale.errors import CheckpointError, UserError
-from m3i_scale.scale.checkpoint.commit import begin, commit, digest_files, write_guard
+from m3i_scale.scale.checkpoint.commit import begin, commit, digest_files, ensure_space, write_guard
 from m3i_scale.scale.checkpoint.manifest import Digest, list_files
-from m3i_scale.scale.partition import ShardedMomentum
+from m3i_scale.scale.partition import ShardedMomentum, full_numel
 
 TAG = "deepspeed"
 
@@ -44,10 +46,23 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk refused; what was committed before is untouched.
     """
+    wanted = bytes_wanted(engine.module)
+    from_rank_0(lambda: ensure_space(final.parent, wanted))
     temporary = Path(from_rank_0(lambda: str(begin(final))))
-    _together(lambda: _write(temporary, engine, momentum, data_state, meta, run_yaml))
-    digests = _digests(temporary)
+    try:
+        _together(lambda: _write(temporary, engine, momentum, data_state, meta, run_yaml))
+        digests = _digests(temporary)
+    except CheckpointError:
+        # Only now, when no rank is writing any more: a folder that vanishes early would hide the first cause.
+        from_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        raise
     from_rank_0(lambda: commit(final, temporary, meta, digests=digests))
+
+
+def bytes_wanted(module: nn.Module) -> int:
+    """Size of a checkpoint: fp32 weights and two moments and a 16-bit copy of what is trained, fp32 averages."""
+    trained = full_numel(module, trainable_only=True)
+    return 14 * trained + 4 * (full_numel(module) - trained)
 
 
 def _write(
@@ -59,9 +74,10 @@ def _write(
     run_yaml: str,
 ) -> None:
     rank = dist.get_rank()
-    with write_guard(folder.parent, folder):
-        # The averaged weights are saved below in fp32; DeepSpeed's copy of them would be the rounded one.
-        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    with write_guard(folder.parent, folder, remove_folder=False):
+        with _errors_after(engine.checkpoint_engine):
+            # The averaged weights are saved below in fp32; DeepSpeed's copy of them would be the rounded one.
+            engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         for name in ("momentum", "random", "data"):
             (folder / name).mkdir(exist_ok=True)
         if momentum is not None:
@@ -76,8 +92,30 @@ def _write(
             _write_text(folder / "run.yaml", run_yaml)
 
 
-def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> dict[str, Any]:
-    """Bring engine, momentum target and random states to a verified checkpoint; returns this rank's data state.
+@contextlib.contextmanager
+def _errors_after(checkpoint_engine: Any) -> Iterator[None]:
+    """Hold back a failed write until DeepSpeed's last barrier: a rank that left early would hang the others in it."""
+    faults: list[Exception] = []
+    write = checkpoint_engine.save
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        try:
+            return write(*arguments, **options)
+        except (OSError, RuntimeError) as error:
+            faults.append(error)
+            return None
+
+    checkpoint_engine.save = save
+    try:
+        yield
+    finally:
+        checkpoint_engine.save = write
+    if faults:
+        raise faults[0]
+
+
+def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> list[dict[str, Any]]:
+    """Bring engine, momentum target and random states to a verified checkpoint; returns the data states of all ranks.
 
     Raises:
         CheckpointError: written by another number of ranks, or another ZeRO stage.
@@ -98,8 +136,8 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
     if momentum is not None:
         momentum.load(load_file(_rank_file(folder / "momentum", rank)))
     _restore_random_states(load_file(_rank_file(folder / "random", rank)))
-    state: dict[str, Any] = json.loads((folder / "data" / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
-    return state
+    files = sorted((folder / "data").glob("rank-*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -144,10 +182,15 @@ def _restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def _digests(folder: Path) -> dict[str, Digest]:
     """Checksums of all files, the work shared out over the ranks, complete on every rank."""
     names = from_rank_0(lambda: list_files(folder))
-    mine = _together(lambda: digest_files(folder, names[dist.get_rank() :: dist.get_world_size()]))
+    mine = _together(lambda: _digest_guarded(folder, names[dist.get_rank() :: dist.get_world_size()]))
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _digest_guarded(folder: Path, names: list[str]) -> dict[str, Digest]:
+    with write_guard(folder.parent, folder, remove_folder=False):
+        return digest_files(folder, names)
 
 
 def _together(work: Any) -> Any:
