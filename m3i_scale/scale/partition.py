@@ -75,7 +75,8 @@ def initialize_sharded(
             continue
         above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
         with whole(own, write=True), torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+            # One number of 32 bits: torch's generator on the host drops the upper half of a seed.
+            torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             initialize(above[-1] if above else child, child)
 
 
