@@ -186,7 +186,8 @@ class RunConfig(Section):
     """Name of the run."""
     output_dir: Path = Path("runs/run")
     """Everything the run writes lies here."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of first weights, of the order of samples and of their views and masks."""
     recipe: dict[str, Any]
     """Inputs × targets (docs/recipes.md)."""
     backbone: BackboneConfig = BackboneConfig()
