@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Install what the tests need, then lint, check types and run every test. Arguments go to pytest.
+#
+#   bash launchers/test.sh [pytest argument …]
+#
+# Exit code: pytest's; 1 where all tests pass but lint or types do not. PYTHON: the Python to make .venv with.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launchers/_environment.sh
+
+# On a build machine (root, CI=true) missing system packages are installed; elsewhere they are only named.
+install_system_packages() {
+  command -v "${CXX:-g++}" >/dev/null 2>&1 && return 0
+  apt-get update -qq >&2
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ >&2
+}
+
+if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ]; then install_system_packages; fi
+find_python
+check_venv
+check_compiler
+if [ -x .venv/bin/pytest ]; then check_disk 1; else check_disk 6; fi
+report_faults
+install_into_venv test -e '.[emoji,tensorboard,test]'
+
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+passed=()
+failed=()
+check() {
+  local name=$1
+  shift
+  echo "== $name: $*" >&2
+  if "$@"; then passed+=("$name"); else failed+=("$name"); fi
+}
+check lint ruff check .
+check format ruff format --check .
+check types mypy
+
+echo "== tests: pytest $*" >&2
+results=$(mktemp)
+trap 'rm -f "$results"' EXIT
+code=0
+pytest --junitxml="$results" "$@" || code=$?
+
+echo "passed checks: ${passed[*]:-none}; failed checks: ${failed[*]:-none}"
+python launchers/_count.py "$results"
+if [ "$code" -eq 0 ] && [ ${#failed[@]} -gt 0 ]; then code=1; fi
+exit "$code"

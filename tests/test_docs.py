@@ -1,0 +1,188 @@
+"""The commands of the README and of docs/*.md run, their run files are valid, their links lead somewhere.
+
+The convention, page by page:
+
+- ```bash blocks run, in order, one folder a page. `/data/` is a folder made for the page; it holds what `a_data_folder`
+  puts there, and what earlier commands of the page left.
+- A command that trains runs at the size of a test: two ranks here, whatever number of GPUs the page says, and
+  `AT_TEST_SIZE` after the page's own overrides. Nothing else of a command is changed.
+- ```console blocks are for commands that a test cannot run (other machines, minutes, the tests themselves). Files that
+  they name by a path in this repository must exist.
+- ```yaml blocks are run files, or parts of one (then of the `m3i` recipe).
+"""
+
+import csv
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+from m3i_scale.config import load_run
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.scale.collectives import free_port, sweep_shared_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+AT_TEST_SIZE = [
+    "backbone.config={image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 128}",
+    "optim.batch_size=16",
+    "optim.steps=4",
+    "optim.warmup_steps=1",
+    "checkpoint.every_steps=2",
+    "evaluation.batches=1",
+]
+TEXT_AT_TEST_SIZE = (
+    "text.config={hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 128}"
+)
+BLOCK_TIMEOUT_S = 300
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The blocks of a page in one of `languages`, in order."""
+    return [text for language, text in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+def at_test_size(line: str, port: int) -> str:
+    """A command as the test runs it; only commands that train are changed."""
+    words = shlex.split(line, comments=True)
+    if "train" not in words:
+        return line
+    run = words[words.index("train") + 1]
+    line, launches = re.subn(r"--(num_gpus|num_accelerators|nproc_per_node) \d+", r"--\1 2", line)
+    if words[0] == "deepspeed":
+        line = line.replace("deepspeed ", f"deepspeed --master_port {port} ", 1)
+    small = [*AT_TEST_SIZE, f"optim.micro_batch_size={8 if launches else 16}"]
+    if parse_recipe(load_run(run).recipe).uses_text:
+        small.append(TEXT_AT_TEST_SIZE)
+    if not torch.cuda.is_available():
+        small.append("deepspeed=zero3_cpu")
+        line = line.replace("--num_gpus", "--num_accelerators")
+    return f"{line} {shlex.join(small)}"
+
+
+def script_of(block: str, data: Path, port: int) -> str:
+    """A block as a shell script."""
+    joined = re.sub(r"\\\n\s*", "", block)
+    lines = [at_test_size(line, port) for line in joined.splitlines()]
+    return "\n".join(lines).replace("/data/", f"{data}/")
+
+
+def a_data_folder(folder: Path) -> None:
+    """Pictures of three shapes: with captions, without, and listed in a table."""
+    draw_one = random.Random(0)
+    shapes = {"disc": "ellipse", "box": "rectangle", "star": "polygon"}
+    rows = []
+    for root, captioned in (("photos", True), ("birds", False)):
+        for label, kind in shapes.items():
+            (folder / root / label).mkdir(parents=True)
+            for number in range(40):
+                path = folder / root / label / f"{number:02d}.png"
+                colour = draw_one.choice(["red", "green", "blue", "orange"])
+                image = Image.new("RGB", (40, 40), "white")
+                edge = draw_one.randint(2, 12)
+                points = [(edge, edge), (40 - edge, 40 - edge)]
+                if kind == "polygon":
+                    points = [(20, edge), (40 - edge, 30), (edge, 30)]
+                getattr(ImageDraw.Draw(image), kind)(points, fill=colour)
+                image.save(path)
+                if captioned:
+                    path.with_suffix(".txt").write_text(f"a {colour} {label}", encoding="utf-8")
+                    rows.append({"path": path, "title": f"a {colour} {label}", "label": label})
+    with (folder / "photos.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["path", "title", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name_of)
+def test_commands_run(page, tmp_path):
+    data, port = tmp_path / "data", free_port()
+    a_data_folder(data)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    try:
+        for block in blocks(page, "bash"):
+            script = script_of(block, data, port)
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", script],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=BLOCK_TIMEOUT_S,
+                check=False,
+            )
+            assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    finally:
+        sweep_shared_memory(str(port))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_of_commands_that_are_not_run_exist(page):
+    for block in blocks(page, "console"):
+        for word in shlex.split(block, comments=True):
+            if re.match(r"(launchers|benchmarks|ds_configs|recipes|tests)/\w", word):
+                assert (ROOT / word).exists(), f"{name_of(page)}: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_run_files_are_valid(page, tmp_path):
+    for block in blocks(page, "yaml"):
+        values = yaml.safe_load(block)
+        run_file = tmp_path / "run.yaml"
+        run_file.write_text(yaml.safe_dump(({} if "recipe" in values else {"extends": "m3i"}) | values))
+        parse_recipe(load_run(str(run_file)).recipe)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in LINK.findall(BLOCK.sub("", text)):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name_of(page)}: {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_every_page_is_listed():
+    listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} == listed
+
+
+def test_every_recipe_and_deepspeed_file_stands_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "ds_configs").glob("*.json")]:
+        assert f"| `{path.stem}` |" in text, path.name
+
+
+def test_only_training_is_made_small():
+    assert at_test_size("m3i-scale recipes --json", 1) == "m3i-scale recipes --json"
+    small = at_test_size("deepspeed --num_gpus 8 --module m3i_scale train clip optim.lr=3e-4", 4321)
+    assert "--master_port 4321" in small
+    assert "optim.lr=3e-4" in small
+    assert "text.config" in small
+    assert "8 --module" not in small
+    assert "text.config" not in at_test_size("m3i-scale train mae", 1)

@@ -1,0 +1,119 @@
+"""Imports run downwards: cli > run > {evaluate, hub} > scale > objective > backbones > data > ground."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
+
+LEVELS = {
+    "errors": 0,
+    "output": 0,
+    "config": 1,
+    "data": 2,
+    "backbones": 3,
+    "objective": 4,
+    "scale": 5,
+    "evaluate": 6,
+    "hub": 6,
+    "run": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+PARTITION_INTERNALS = {"ds_tensor", "ds_status", "ds_persist", "ds_param_type", "ds_active_sub_modules"}
+
+
+def room_of(path: Path) -> str:
+    """`data/loader.py` → data, `config.py` → config."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, full module name), at any depth of the file."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.lineno, f"{'.' * node.level}{node.module or ''}.{alias.name}") for alias in node.names]
+    return found
+
+
+def faults_of(room: str, source: str) -> list[str]:
+    """What a file of `room` imports and must not."""
+    faults = []
+    for line, name in imports_of(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        if name.startswith("."):
+            faults.append(f"line {line}: relative import {name}")
+        elif top in ("tests", "benchmarks", "launchers"):
+            faults.append(f"line {line}: the package imports {top}")
+        elif top == "deepspeed" and LEVELS[room] < LEVELS["scale"]:
+            faults.append(f"line {line}: {room} imports deepspeed")
+        elif top == "m3i_scale":
+            other = rest.split(".")[0]
+            if other in LEVELS and other != room and LEVELS[other] >= LEVELS[room]:
+                faults.append(f"line {line}: {room} imports {other}")
+            elif other not in LEVELS and other != "__version__":
+                faults.append(f"line {line}: {name} is in no known room")
+    return faults
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_run_downwards(path):
+    assert room_of(path) in LEVELS, "a new room needs its level"
+    assert faults_of(room_of(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("data", "from m3i_scale.objective.build import build_objective"),
+        ("objective", "def f():\n    import deepspeed"),
+        ("objective", "from m3i_scale.scale import engine"),
+        ("hub", "from m3i_scale.evaluate.commands import evaluate"),
+        ("evaluate", "import m3i_scale.run.trainer"),
+        ("errors", "from m3i_scale.config import RunConfig"),
+        ("run", "from .trainer import Trainer"),
+        ("scale", "from m3i_scale.misc import f"),
+        ("run", "from m3i_scale import cli"),
+    ],
+)
+def test_an_upward_import_is_found(room, source):
+    assert len(faults_of(room, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        (
+            "run",
+            "from m3i_scale.scale.engine import build_engine\nfrom m3i_scale.run.meter import Meter\nimport deepspeed",
+        ),
+        ("hub", "from m3i_scale import __version__"),
+        ("data", "import torch\nfrom m3i_scale.errors import DataError"),
+    ],
+)
+def test_a_downward_import_is_fine(room, source):
+    assert faults_of(room, source) == []
+
+
+def internals_in(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return PARTITION_INTERNALS & (names | texts)
+
+
+def test_one_file_touches_the_internals_of_the_partition():
+    users = {path.relative_to(PACKAGE).as_posix() for path in FILES if internals_in(path)}
+    assert users == {"scale/partition.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
