@@ -169,12 +169,14 @@ def evaluation_of(source: Source) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(
             f"cannot read the evaluation: {error}", where=str(path), fix="write it anew, or remove it"
         ) from None
-    if not isinstance(values, dict) or not isinstance(values.get("measures"), dict):
+    data = values.get("data") if isinstance(values, dict) else None
+    named = isinstance(data, dict) and {"samples", "cluster_unit"} <= data.keys()
+    if not isinstance(values, dict) or not named or not isinstance(values.get("measures"), dict):
         raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
     return values
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    ConvNextModel,
+    Dinov2WithRegistersModel,
+    SwinModel,
+    ViTImageProcessor,
+)
 
 from m3i_scale.errors import DataError, ExportError
 from m3i_scale.evaluate.features import extract, load_vision, pixel_features, pool_tokens
@@ -48,6 +55,28 @@ def test_features_are_those_of_the_stock_classes(vit_folder, shards):
             hidden = model(**processor(image, return_tensors="pt")).last_hidden_state
         np.testing.assert_allclose(found["model"][number], hidden[0, 1:].mean(dim=0).numpy(), atol=1e-5)
         np.testing.assert_allclose(found["pixels"][number], samples[number].pixels.reshape(-1) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "width"),
+    [
+        (Dinov2WithRegistersModel, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}, 16),
+        (ConvNextModel, {"hidden_sizes": [4, 4, 8, 8], "depths": [1, 1, 1, 1]}, 8),
+        (SwinModel, {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}, 16),
+    ],
+)
+def test_other_stock_models(tmp_path, kind, config, width):
+    kind(kind.config_class(image_size=32, patch_size=4, **config)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    vision = load_vision(tmp_path, "mean", CPU)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = vision(images)
+    assert features.shape == (2, width)
+    pixels = vision.processor(list(images), return_tensors="pt")["pixel_values"]
+    hidden = vision.model(pixel_values=pixels).last_hidden_state
+    # DINOv2 has a class token and registers before its 64 patches; the others have patches only
+    patches = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden[:, -64:]
+    torch.testing.assert_close(features, patches.mean(dim=1).detach())
 
 
 def test_missing_tensors_are_refused(vit_folder, tmp_path):

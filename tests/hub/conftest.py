@@ -1,4 +1,4 @@
-"""A tiny run with every kind of target, and a committed checkpoint of it as a ZeRO-0 run on one rank writes it."""
+"""A tiny run with every kind of target, and a committed checkpoint of it as a ZeRO-2 run on two ranks writes it."""
 
 import io
 import json
@@ -121,8 +121,8 @@ def first_weights(objective):
 def write_checkpoint(final, run, objective, step, vocab_size, tokenizer):
     meta = {
         "step": step,
-        "zero_stage": 0,
-        "world_size": 1,
+        "zero_stage": 2,
+        "world_size": 2,
         "label_sets": {"things": LABELS},
         "vocab_size": vocab_size,
         "tokenizer": str(tokenizer),
@@ -131,8 +131,7 @@ def write_checkpoint(final, run, objective, step, vocab_size, tokenizer):
     for name in (TAG, "momentum"):
         (folder / name).mkdir()
     state = objective.state_dict()
-    trained = {name: tensor for name, tensor in state.items() if not name.startswith("momentum.")}
-    torch.save({"module": trained}, folder / TAG / "mp_rank_00_model_states.pt")
+    write_zero2(folder / TAG, {name: tensor for name, tensor in state.items() if not name.startswith("momentum.")})
     averaged = {name: tensor.flatten() for name, tensor in state.items() if name.startswith("momentum.")}
     save_file(averaged, folder / "momentum" / "rank-00000.safetensors")
     shapes = {name: list(state[name].shape) for name in averaged}
@@ -140,6 +139,24 @@ def write_checkpoint(final, run, objective, step, vocab_size, tokenizer):
     (folder / "run.yaml").write_text(run_yaml(run))
     (folder / "meta.json").write_text(json.dumps(meta))
     commit(final, folder, meta)
+
+
+def write_zero2(folder, weights):
+    """The files of DeepSpeed's ZeRO-2 on two ranks: one flat fp32 group, padded, cut in halves."""
+    flat = torch.cat([tensor.float().flatten() for tensor in weights.values()])
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 4))
+    model = {
+        "module": {},
+        "buffer_names": [],
+        "param_shapes": [{name: tensor.shape for name, tensor in weights.items()}],
+        "shared_params": {},
+        "ds_version": "0.18",
+    }
+    torch.save(model, folder / "mp_rank_00_model_states.pt")
+    for rank, half in enumerate(flat.chunk(2)):
+        optimizer = {"zero_stage": 2, "partition_count": 2, "single_partition_of_fp32_groups": [half.clone()]}
+        file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": optimizer}, file)
 
 
 @pytest.fixture(scope="session")

@@ -197,6 +197,7 @@ def test_evaluation_goes_into_the_card(make_run, tmp_path, same_process):
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| linear accuracy | 0.500 | 0.400 … 0.625 | 0.125, majority 0.25 |" in text
     assert "| retrieval image to text R@1 | 0.500 | 0.400 … 0.625 | 0.01 |" in text
-    (folder / "evaluation.json").write_text("[]")
-    with pytest.raises(ExportError, match="not an evaluation"):
-        export(folder, tmp_path / "other")
+    for wrong in ([], {"measures": measures}, {"data": evaluation["data"]}):
+        (folder / "evaluation.json").write_text(json.dumps(wrong))
+        with pytest.raises(ExportError, match="not an evaluation"):
+            export(folder, tmp_path / "other")
