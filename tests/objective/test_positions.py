@@ -30,7 +30,7 @@ def features(
 
 
 def encode(u: float, v: float, delta_h: float, delta_w: float) -> np.ndarray:
-    """PE = [sin uω, cos uω, sin vω, cos vω, sin(10 ln δ_h)ω, cos(·), sin(10 ln δ_w)ω, cos(·)], ω_k = 10000^(−k/(D/4))"""
+    """[sin uω, cos uω, sin vω, cos vω, sin(10 ln δ_h)ω, cos(·), sin(10 ln δ_w)ω, cos(·)]; ω_k = 10000^(−k/(D/4))"""
     omega = np.array([10000.0 ** (-k / (WIDTH / 4)) for k in range(WIDTH // 4)])
     values = [u, v, 10 * np.log(delta_h), 10 * np.log(delta_w)]
     return np.concatenate([f(value * omega) for value in values for f in (np.sin, np.cos)])

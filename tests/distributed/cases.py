@@ -1,0 +1,384 @@
+"""What one rank does in the distributed tests: all cases in one process group, results written to files.
+
+Run by `conftest.py` with one and with two ranks: `python cases.py OUT`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from tiny import LABEL_SETS, VOCABULARY, part, random_batch, tiny_run
+from torch import Tensor, nn
+from transformers import ViTModel
+
+from m3i_scale.backbones.vit import vit_config
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.setup import Plan, start_engine
+from m3i_scale.scale.checkpoint.consolidate import load_weights
+from m3i_scale.scale.checkpoint.state import load_checkpoint, save_checkpoint
+from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, start_ranks, stop_ranks
+from m3i_scale.scale.ds_config import load_ds_config, resolve
+from m3i_scale.scale.engine import parameter_groups
+from m3i_scale.scale.partition import (
+    construct,
+    copy_into,
+    full_numel,
+    full_shape,
+    initialize_sharded,
+    is_partitioned,
+    whole,
+)
+
+GLOBAL_BATCH = 8
+STEPS = 30
+RECIPES = {
+    "clip": ("clip",),
+    "mae": ("mae",),
+    "sim": ("sim",),
+    "m3i": ("m3i",),
+    "m3i_mixed": ("m3i", "backbone.attention=mixed"),
+}
+
+
+class Vocabulary:
+    """Stands for a tokenizer where only its size is asked for."""
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+
+class Cases:
+    """One method per case; each returns what the tests compare."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.ranks = start_ranks(timeout_s=120)
+        self.rank, self.world = self.ranks.rank, self.ranks.world_size
+
+    def run_all(self) -> None:
+        cases: dict[str, Callable[[], Any]] = {
+            "collectives": self.collectives,
+            "construction": self.construction,
+            "first_weights_plain": self.plain_first_weights,
+            "first_weights_zero1": lambda: self.first_weights("zero1_bf16"),
+            "first_weights_zero3": lambda: self.first_weights("zero3_cpu_fp32"),
+            "from_pretrained": self.from_pretrained,
+        }
+        for name, arguments in RECIPES.items():
+            cases[f"plain_{name}"] = lambda arguments=arguments: self.plain_gradients(*arguments)
+            cases[f"zero3_{name}"] = lambda arguments=arguments: self.engine_gradients(*arguments)
+        cases["zero3_m3i_recomputed"] = lambda: self.engine_gradients("m3i", "backbone.activation_checkpointing=full")
+        for name, stage in (("zero1_bf16", 1), ("zero2_bf16", 2), ("zero3_cpu", 3), ("zero3_cpu_fp32", 3)):
+            cases[f"momentum_{name}"] = lambda name=name, stage=stage: self.momentum(name, stage)
+        for name, case in cases.items():
+            try:
+                result = case()
+            except BaseException:
+                (self.out / f"failed-rank{self.rank}.txt").write_text(f"case {name}\n{traceback.format_exc()}")
+                raise
+            torch.save(result, self.out / f"{name}-rank{self.rank}.pt")
+            gc.collect()
+
+    # ------------------------------------------------------------ parts
+
+    def plan(self, ds_config: str, recipe: str, *overrides: str) -> Plan:
+        micro = GLOBAL_BATCH // self.world
+        run = tiny_run(
+            recipe, f"optim.batch_size={GLOBAL_BATCH}", f"optim.micro_batch_size={micro}", "optim.lr=1e-2", *overrides
+        )
+        optim = run.optim
+        resolved = resolve(
+            load_ds_config(ds_config),
+            world_size=self.world,
+            batch_size=optim.batch_size,
+            micro_batch_size=micro,
+            clip_grad_norm=optim.clip_grad_norm,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            hidden_size=64,
+            where=ds_config,
+        )
+        parsed = parse_recipe(run.recipe)
+        return Plan(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, 32, 1)
+
+    def batch(self, seed: int = 0) -> Any:
+        size = GLOBAL_BATCH // self.world
+        return part(random_batch(GLOBAL_BATCH, seed=seed), self.rank * size, (self.rank + 1) * size)
+
+    def full_values(self, module: nn.Module) -> dict[str, Tensor]:
+        values = {}
+        for name, parameter in module.named_parameters():
+            with whole([parameter]):
+                values[name] = parameter.detach().clone()
+        return values
+
+    # ------------------------------------------------------------ cases
+
+    def collectives(self) -> dict[str, Any]:
+        own = torch.arange(6.0).view(3, 2) + 10 * self.rank
+        own.requires_grad_()
+        gathered = self.ranks.gather(own)
+        weights = torch.arange(float(gathered.numel())).view_as(gathered) * (self.rank + 1)
+        (gathered * weights).sum().backward()
+        return {
+            "gathered": gathered.detach(),
+            "gradient": own.grad,
+            "flags": self.ranks.gather(torch.tensor([self.rank == 0, True])),
+            "integers": self.ranks.gather(torch.tensor([2**62 + self.rank])),
+            "sum": self.ranks.sum(torch.tensor([1.0 + self.rank], requires_grad=True)),
+            "agree": agree(self.rank == self.world - 1, False, self.rank == 0),
+            "mean": mean_over_ranks({"b": 1.0 + self.rank, "a": float(10**9 + self.rank)}),
+            "max": max_over_ranks({"b": 1.0 - self.rank, "a": float(self.rank)}),
+            "nothing": (mean_over_ranks({}), max_over_ranks({})),
+        }
+
+    def construction(self) -> dict[str, Any]:
+        """The most parameters that this rank held at a time, while the model was built and while it was filled."""
+        plan = self.plan("zero3_cpu_fp32", "m3i")
+        alive: dict[int, Any] = {}
+        peak = {"building": 0, "filling": 0}
+
+        def held() -> int:
+            return sum(parameter.numel() for reference in alive.values() if (parameter := reference()) is not None)
+
+        def note(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            if parameter is not None:
+                alive[id(parameter)] = weakref.ref(parameter)
+                peak["building"] = max(peak["building"], held())
+
+        hook = nn.modules.module.register_module_parameter_registration_hook(note)
+        try:
+            module = construct(
+                lambda: build_objective(plan.run, LABEL_SETS, VOCABULARY, self.ranks), plan.deepspeed.config
+            )
+        finally:
+            hook.remove()
+
+        def initialize(owner: nn.Module, child: nn.Module) -> None:
+            peak["filling"] = max(peak["filling"], sum(parameter.numel() for parameter in module.parameters()))
+            initialize_module(owner, child)
+
+        initialize_sharded(module, initialize, seed=0, skip="momentum.")
+        parameters = list(module.parameters())
+        largest = max(
+            sum(full_shape(parameter).numel() for parameter in child.parameters(recurse=False))
+            for child in module.modules()
+        )
+        return {
+            "peak": peak,
+            "largest_module": largest,
+            "full": full_numel(module),
+            "trainable": full_numel(module, trainable_only=True),
+            "held_after": sum(parameter.numel() for parameter in parameters),
+            "all_partitioned": all(is_partitioned(parameter) for parameter in parameters),
+            "shards_fit": all(
+                parameter.ds_tensor.numel() == -(-full_shape(parameter).numel() // self.world)
+                for parameter in parameters
+            ),
+            "decayed": [len(group["params"]) for group in parameter_groups(module, 0.1)],
+        }
+
+    def plain_first_weights(self) -> dict[str, Tensor]:
+        plan = self.plan("zero3_cpu_fp32", "m3i")
+        objective = build_objective(plan.run, LABEL_SETS, VOCABULARY, self.ranks)
+        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip="momentum.")
+        return {name: p.detach() for name, p in objective.named_parameters() if not name.startswith("momentum.")}
+
+    def first_weights(self, ds_config: str) -> dict[str, Tensor]:
+        """The fp32 masters of an engine, and the averages of its momentum target."""
+        engine, momentum = start_engine(self.plan(ds_config, "m3i"), self.ranks)
+        assert momentum is not None
+        named = dict(engine.module.named_parameters())
+        values = {name: self._master(p) for name, p in named.items() if p.requires_grad}
+        for online, target in momentum_pairs(engine.module):
+            values[target] = self._gather_shard(momentum.shards[target], values[online])
+        engine.destroy()
+        return values
+
+    def from_pretrained(self) -> dict[str, Any]:
+        folder = self.out / "pretrained"
+        plan = self.plan("zero3_cpu_fp32", "sim")
+        if self.rank == 0:
+            torch.manual_seed(5)
+            ViTModel(vit_config(plan.run.backbone), add_pooling_layer=False).save_pretrained(folder)
+        dist.barrier()
+        backbone = plan.run.backbone.model_copy(update={"from_pretrained": str(folder), "config": {}})
+        plan = replace(plan, run=plan.run.model_copy(update={"backbone": backbone}))
+        engine, _ = start_engine(plan, self.ranks)
+        values = self.full_values(engine.module)
+        wanted = dict(ViTModel.from_pretrained(folder, add_pooling_layer=False).named_parameters())
+        different = [
+            name
+            for name, value in wanted.items()
+            for prefix in ("student.model.", "momentum.backbone.model.")
+            if not torch.equal(values[prefix + name], value)
+        ]
+        ours = {name for name in values if name.startswith("student.model.")}
+        copied = self._copy_into(engine.module)
+        return {"different": different, "count": (len(ours), len(wanted)), "copied": copied}
+
+    def _copy_into(self, module: nn.Module) -> bool:
+        """Whole tensors of rank 0 reach the shards of every rank, and nothing else is touched."""
+        before = self.full_values(module)
+        prefix = "student.model.layers.1."
+        names = [name for name in before if name.startswith(prefix)]
+        new = {name.removeprefix(prefix): torch.full_like(before[name], 0.5) for name in names}
+        copy_into(module, prefix, new if self.rank == 0 else None)
+        after = self.full_values(module)
+        return all(
+            bool((value == 0.5).all()) if name in names else torch.equal(value, before[name])
+            for name, value in after.items()
+        )
+
+    def plain_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
+        plan = self.plan("zero3_cpu_fp32", recipe, *overrides)
+        objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
+        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip="momentum.")
+        values = dict(objective.named_parameters())
+        with torch.no_grad():
+            for online, target in momentum_pairs(objective):
+                values[target].copy_(values[online])
+        loss, figures = objective(self.batch())
+        loss.backward()
+        gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+            gradient.div_(self.world)
+        return self._told(loss, figures, gradients)
+
+    def engine_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
+        engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe, *overrides), self.ranks)
+        loss, figures = engine(self.batch())
+        engine.backward(loss)
+        gradients = {
+            name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters() if p.requires_grad
+        }
+        engine.destroy()
+        return self._told(loss, figures, gradients)
+
+    def _told(self, loss: Tensor, figures: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Any]:
+        values = {"loss": float(loss.detach())} | {name: float(value) for name, value in figures.items()}
+        return {"figures": mean_over_ranks(values), "gradients": gradients if self.rank == 0 else {}}
+
+    def momentum(self, ds_config: str, stage: int) -> dict[str, Any]:
+        """The sharded average beside one of the gathered fp32 weights, and the copy that the forward pass used."""
+        plan = self.plan(ds_config, "sim")
+        engine, momentum = start_engine(plan, self.ranks)
+        assert momentum is not None
+        named = dict(engine.module.named_parameters())
+        pairs = momentum_pairs(engine.module)
+        used: dict[str, Tensor] = {}
+        self._watch_forward(engine.module, used)
+        reference = {target: self._master(named[online]) for online, target in pairs}
+        for step in range(STEPS):
+            self._train_step(engine, step)
+            momentum.update(0.99 + 0.0003 * step)
+            for online, target in pairs:
+                reference[target].lerp_(self._master(named[online]), 1.0 - (0.99 + 0.0003 * step))
+        with torch.no_grad():
+            engine(self.batch(99))
+        averages = {name: self._gather_shard(momentum.shards[name], reference[name]) for name in reference}
+        moved = max(float((averages[t] - self._master(named[o])).abs().max()) for o, t in pairs)
+        result = {
+            "different": [name for name, value in averages.items() if not torch.equal(value, reference[name])],
+            "stale": [name for name in reference if not torch.equal(used[name], reference[name].to(used[name].dtype))],
+            "unused": sorted(set(reference) - set(used)),
+            "moved": moved,
+            "dtype": str(next(iter(used.values())).dtype),
+            "small": sum(value.numel() <= 640 for value in reference.values()),
+        }
+        result |= self._through_checkpoint(f"{ds_config}-{stage}", stage, engine, momentum, reference)
+        engine.destroy()
+        return result
+
+    def _through_checkpoint(
+        self, name: str, stage: int, engine: Any, momentum: Any, averages: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        folder = self.out / "checkpoints" / name / "step-00000030"
+        meta = {"world_size": self.world, "zero_stage": stage, "step": 30}
+        save_checkpoint(folder, engine, momentum, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
+        trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
+        named = dict(engine.module.named_parameters())
+        wrong = []
+        for key, parameter in named.items():
+            if key.startswith("momentum."):
+                online = key.removeprefix("momentum.").replace("backbone.", "student.", 1)
+                for loaded in (trained[key], averaged[key], averaged[online]):
+                    wrong += [] if torch.equal(loaded, averages[key]) else [key]
+            elif not torch.equal(trained[key], self._master(parameter)):
+                wrong.append(key)
+
+        def go_on() -> dict[str, Tensor]:
+            for step in (STEPS, STEPS + 1):
+                self._train_step(engine, step)
+                momentum.update(0.99)
+            masters = {k: self._master(p).clone() for k, p in named.items() if p.requires_grad}
+            return masters | {k: shard.clone() for k, shard in momentum.shards.items()}
+
+        straight = go_on()
+        state = load_checkpoint(folder, engine, momentum)
+        again = go_on()
+        return {
+            "loaded_wrong": wrong,
+            "resumed_different": [key for key, value in straight.items() if not torch.equal(value, again[key])],
+            "data_state": state,
+        }
+
+    def _train_step(self, engine: Any, step: int) -> None:
+        loss, _ = engine(self.batch(step))
+        engine.backward(loss)
+        engine.step()
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(parameter)
+        return (parameter.detach() if full is None else full).float().clone()
+
+    def _gather_shard(self, shard: Tensor, like: Tensor) -> Tensor:
+        if shard.numel() == like.numel() and self.world > 1 and shard.shape == like.shape:
+            return shard
+        parts = [torch.empty_like(shard) for _ in range(self.world)]
+        dist.all_gather(parts, shard)
+        return torch.cat(parts)[: like.numel()].view_as(like)
+
+    def _watch_forward(self, module: nn.Module, used: dict[str, Tensor]) -> None:
+        """Keep what every target module really multiplied with, seen from inside its forward pass."""
+        for prefix, child in module.named_modules():
+            own = dict(child.named_parameters(recurse=False))
+            if not prefix.startswith("momentum.") or not own:
+                continue
+
+            def note(child: nn.Module, inputs: Any, prefix: str = prefix) -> None:
+                for name, parameter in child.named_parameters(recurse=False):
+                    used[f"{prefix}.{name}"] = parameter.detach().clone()
+
+            child.register_forward_pre_hook(note)
+
+
+def main() -> None:
+    cases = Cases(Path(sys.argv[1]))
+    clean = False
+    try:
+        cases.run_all()
+        clean = True
+    finally:
+        stop_ranks(wait=clean)
+    if cases.rank == 0:
+        (cases.out / "done.json").write_text(json.dumps({"world": cases.world}))
+
+
+if __name__ == "__main__":
+    main()
