@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ViTModel
 
 from m3i_scale.backbones.vit import pretrained_folder, vit_config
-from m3i_scale.config import BackboneConfig, RunConfig
+from m3i_scale.config import BackboneConfig, RunConfig, TextConfig
 from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
@@ -73,7 +73,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     sources = run.data.sources | run.data.validation
     label_sets = read_label_sets(sources) if recipe.uses_categories else {}
     tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer) if recipe.uses_text else None
-    if not recipe.uses_text and "text" in run.model_fields_set:
+    if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
     if run.evaluation.every_steps and not run.data.validation:
         raise ConfigError(
