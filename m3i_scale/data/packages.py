@@ -91,6 +91,7 @@ def fetch_noto(cache_dir: Path) -> Path:
     Raises:
         DataError: no apt here, or the download fails.
     """
+    cache_dir = cache_dir.resolve()  # the commands run inside it
     font = cache_dir / "noto" / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
     if font.is_file():
         return font

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 from fontTools.fontBuilder import FontBuilder
@@ -160,3 +161,20 @@ def test_archives_are_read_without_unpacking(tmp_path):
     assert packages.read_archive(tmp_path / "a.tgz", "package", ".svg") == {"1f600": SVG}
     with pytest.raises(DataError, match=r"no \.png files"):
         packages.read_archive(tmp_path / "a.tgz", "package", ".png")
+
+
+def test_a_relative_cache_serves_the_font(tmp_path, monkeypatch):
+    programs = {
+        "apt-get": f"#!/bin/sh\ntouch {packages.NOTO_PACKAGE}_1_all.deb\n",
+        "dpkg-deb": (
+            '#!/bin/sh\nset -e\ntest -f "$2"\nmkdir -p "$3/usr/share/fonts/truetype/noto"\n'
+            'touch "$3/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"\n'
+        ),
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    assert packages.fetch_noto(Path("cache")).is_file()
