@@ -3,6 +3,9 @@
 `clip` against open_clip's own model, loss and step; `mae` against `transformers` ViTMAEForPreTraining. Our side is the
 whole engine step (DeepSpeed, gradient clipping off as in the peers), on one rank.
 
+Both sides of `clip` get the same captions, tokenised alike: open_clip's step fills them up to its context of 77, ours
+to the longest caption of the batch. `clip_full_context` is the same pair with captions that fill the context.
+
     python benchmarks/step.py --json
 """
 
@@ -28,26 +31,42 @@ from m3i_scale.scale.partition import initialize_sharded
 
 CONTEXT, VOCABULARY = 77, 49408
 CLIP = {"image": 224, "patch": 32, "width": 384, "depth": 12, "heads": 6, "batch": 16}
-MAE = {"image": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6, "batch": 8}
+MAE = {"image": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6, "batch": 16}
+CAPTIONS = (
+    "a dog running along the beach with a stick in its mouth",
+    "two people riding bicycles through a busy city street at night",
+    "a bowl of soup",
+    "the old stone bridge across the river in early spring, seen from the northern bank with the town behind it",
+    "a red bus",
+    "close-up of a hand holding a small green leaf against the light",
+    "a kitchen with white cupboards, a wooden table and a large window that looks out on a garden",
+    "snow covered mountains under a clear sky",
+)
 DECODER = {"width": 512, "depth": 8, "heads": 16}
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.05, (0.9, 0.95), 1e-8
 
 
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
-    repeats: int = 9,
+    repeats: int = 7,
     threads: int = 0,
     deepspeed: str = "zero3_cpu_fp32",
 ) -> None:
-    """Print {clip: {ours, peer, ratio}, mae: {…}, machine}; ours and peer in images per second."""
+    """Print {clip: {ours, peer, ratio}, clip_full_context: …, mae: …, machine}; images per second."""
     reserve_stdout()
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    ranks = start_ranks()
+    start_ranks()
     document: dict[str, object] = {}
-    for name, sizes, ours, peer in (("clip", CLIP, _our_clip, _open_clip), ("mae", MAE, _our_mae, _vit_mae)):
-        sides = {"ours": ours(deepspeed), "peer": peer()}
+    short, full = _tokens(CLIP["batch"], full=False), _tokens(CLIP["batch"], full=True)
+    pairs: list[tuple[str, dict[str, int], Callable[[], Callable[[], None]], Callable[[], Callable[[], None]]]] = [
+        ("clip", CLIP, lambda: _our_clip(deepspeed, short), lambda: _open_clip(short)),
+        ("clip_full_context", CLIP, lambda: _our_clip(deepspeed, full), lambda: _open_clip(full)),
+        ("mae", MAE, lambda: _our_mae(deepspeed), _vit_mae),
+    ]
+    for name, sizes, ours, peer in pairs:
+        sides = {"ours": ours(), "peer": peer()}
         seconds = in_turn(sides, repeats=repeats)
         speed = {side: sizes["batch"] / value for side, value in seconds.items()}
         ratio = speed["ours"] / speed["peer"]
@@ -58,9 +77,21 @@ def main(
     emit(document)
 
 
-def _batch(sizes: dict[str, int], *, text: bool) -> Batch:
+def _tokens(count: int, *, full: bool) -> torch.Tensor:
+    """Captions as open_clip's tokenizer gives them: (B, 77), 0 after the end."""
+    import open_clip
+
+    if full:
+        return torch.randint(3, VOCABULARY, (count, CONTEXT))
+    captions = [CAPTIONS[index % len(CAPTIONS)] + f", picture {index}" for index in range(count)]
+    tokens: torch.Tensor = open_clip.get_tokenizer("ViT-B-32")(captions)
+    return tokens
+
+
+def _batch(sizes: dict[str, int], tokens: torch.Tensor | None) -> Batch:
+    """Random images; captions without the columns that are padding in all rows."""
     count, side = sizes["batch"], sizes["image"]
-    tokens = torch.randint(3, VOCABULARY, (count, CONTEXT if text else 1))
+    tokens = torch.zeros(count, 1, dtype=torch.long) if tokens is None else tokens[:, (tokens != 0).any(dim=0)]
     return Batch(
         images_VBCHW=torch.randint(0, 256, (1, count, 3, side, side), dtype=torch.uint8),
         crops_VB4=torch.tensor([0.0, 0.0, side, side]).expand(1, count, 4),
@@ -69,7 +100,7 @@ def _batch(sizes: dict[str, int], *, text: bool) -> Batch:
         labels_B=torch.full((count,), -1),
         label_sets_B=torch.full((count,), -1),
         text_ids_BT=tokens,
-        text_mask_BT=torch.ones_like(tokens, dtype=torch.bool),
+        text_mask_BT=tokens != 0,
         has_text_B=torch.ones(count, dtype=torch.bool),
         captions_B=torch.arange(1, count + 1),
         seeds_B=torch.randint(0, 2**62, (count,)),
@@ -117,19 +148,19 @@ def _backbone(sizes: dict[str, int]) -> str:
     return f"backbone.config={{{fields}}}"
 
 
-def _our_clip(deepspeed: str) -> Callable[[], None]:
+def _our_clip(deepspeed: str, tokens: torch.Tensor) -> Callable[[], None]:
     width, depth, heads = CLIP["width"], CLIP["depth"], CLIP["heads"]
     text = (
         f"text.config={{hidden_size: {width}, num_hidden_layers: {depth}, num_attention_heads: {heads}, "
         f"intermediate_size: {4 * width}, hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}}"
     )
     overrides = [_backbone(CLIP), text, f"text.max_tokens={CONTEXT}", f"recipe.targets.0.width={width}"]
-    return _our_step(load_run("clip", overrides), deepspeed, _batch(CLIP, text=True), VOCABULARY)
+    return _our_step(load_run("clip", overrides), deepspeed, _batch(CLIP, tokens), VOCABULARY)
 
 
 def _our_mae(deepspeed: str) -> Callable[[], None]:
     run = load_run("mae", [_backbone(MAE)])
-    return _our_step(run, deepspeed, _batch(MAE, text=False), None)
+    return _our_step(run, deepspeed, _batch(MAE, None), None)
 
 
 def _peer_step(model: torch.nn.Module, forward: Callable[[], Any]) -> Callable[[], None]:
@@ -143,7 +174,7 @@ def _peer_step(model: torch.nn.Module, forward: Callable[[], Any]) -> Callable[[
     return step
 
 
-def _open_clip() -> Callable[[], None]:
+def _open_clip(tokens: torch.Tensor) -> Callable[[], None]:
     import open_clip
 
     vision = {"image_size": CLIP["image"], "layers": CLIP["depth"], "width": CLIP["width"], "patch_size": CLIP["patch"]}
@@ -152,10 +183,10 @@ def _open_clip() -> Callable[[], None]:
     model = open_clip.CLIP(CLIP["width"], vision, text | {"layers": CLIP["depth"]}).to(device).train()
     loss = open_clip.ClipLoss()
     images = torch.randn(CLIP["batch"], 3, CLIP["image"], CLIP["image"], device=device)
-    tokens = torch.randint(3, VOCABULARY, (CLIP["batch"], CONTEXT), device=device)
+    captions = tokens.to(device)
 
     def forward() -> Any:
-        image_features, text_features, scale = model(images, tokens)
+        image_features, text_features, scale = model(images, captions)
         return loss(image_features, text_features, scale)
 
     return _peer_step(model, forward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,10 +77,36 @@ class TransformerDecoder(nn.Module):
         masks_BQD = self.mask_token.to(x_BLD.dtype).expand(len(x_BLD), query_BQ.shape[1], -1)
         body_BSD = torch.cat([x_BLD[:, 1:], masks_BQD], dim=1) + position_BSD
         sequence_BSD = torch.cat([x_BLD[:, :1], body_BSD], dim=1)
-        for layer in self.layers:
+        count = query_BQ.shape[1]
+        for layer in self.layers[:-1]:
             sequence_BSD = layer(sequence_BSD)
-        output_BQD: Tensor = self.norm(sequence_BSD[:, -query_BQ.shape[1] :])
+        for layer in self.layers[-1:]:
+            sequence_BSD = _read_last(layer, sequence_BSD, count)
+        output_BQD: Tensor = self.norm(sequence_BSD[:, -count:])
         return output_BQD
+
+
+def _read_last(layer: nn.Module, sequence_BSD: Tensor, count: int) -> Tensor:
+    """The last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`.
+
+    Nobody reads the other tokens of the last layer, so their queries and MLP are not computed. The layer's parts are
+    called one by one, which also leaves out its switch for recomputation: it is the cheapest layer to keep.
+    """
+    attention: Any = layer.attention
+    normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)  # type: ignore[operator]
+
+    def heads(x_BLD: Tensor) -> Tensor:
+        split_BHLD: Tensor = x_BLD.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        return split_BHLD
+
+    mixed_BHQD = F.scaled_dot_product_attention(
+        heads(attention.q_proj(normed_BSD[:, -count:])),
+        heads(attention.k_proj(normed_BSD)),
+        heads(attention.v_proj(normed_BSD)),
+    )
+    tokens_BQD = sequence_BSD[:, -count:] + attention.o_proj(mixed_BHQD.transpose(1, 2).flatten(2))
+    output_BQD: Tensor = tokens_BQD + layer.mlp(layer.layernorm_after(tokens_BQD))  # type: ignore[operator]
+    return output_BQD
 
 
 class AttentionPool(nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from m3i_scale.objective.build import initialize_module
-from m3i_scale.objective.decoders import AttentionPool, MeanPool, TransformerDecoder
+from m3i_scale.objective.decoders import AttentionPool, MeanPool, TransformerDecoder, _read_last
 from m3i_scale.objective.positions import grid_position
 
 GRID = (4, 4)
@@ -101,3 +101,9 @@ def test_attention_pool_is_multi_head_attention_of_the_mean_token() -> None:
         attention = torch.einsum("bd,bld->bl", query[:, part], key[..., part]).div(2.0).softmax(dim=-1)
         heads.append(torch.einsum("bl,bld->bd", attention, value[..., part]))
     torch.testing.assert_close(pool(tokens), pool.output(torch.cat(heads, dim=-1)))
+
+
+def test_the_last_layer_is_the_stock_layer_read_at_the_queries() -> None:
+    decoder = transformer("absolute")
+    layer, sequence = decoder.layers[-1], torch.randn(3, 11, 32)
+    torch.testing.assert_close(_read_last(layer, sequence, 4), layer(sequence)[:, -4:])

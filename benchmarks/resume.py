@@ -1,0 +1,175 @@
+"""Kill a two-rank ZeRO-3 run with SIGKILL at random steps, resume, and compare with the run that was left alone.
+
+The whole all-in-one recipe on shards that the benchmark makes itself. Compared are the losses of every step and a
+hash over all final weights, momentum target included.
+
+    python benchmarks/resume.py --json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import typer
+from _common import emit, machine, say
+from PIL import Image, ImageDraw
+
+from m3i_scale.output import reserve_stdout
+from m3i_scale.scale.checkpoint.commit import newest_good
+from m3i_scale.scale.checkpoint.consolidate import load_weights
+from m3i_scale.scale.collectives import free_port, sweep_shared_memory
+
+RUN = """
+extends: m3i
+name: resume
+recipe:
+  decoders:
+    dense: {kind: transformer, width: 64, heads: 1, depth: 1, position: relative}
+    pool: {kind: attention_pool, width: 64}
+backbone:
+  config: {image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+           intermediate_size: 128}
+text:
+  config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}
+  max_tokens: 16
+data: {streams: 4}
+optim: {batch_size: 16, micro_batch_size: 8, steps: 12, warmup_steps: 2, lr: 1.0e-3}
+deepspeed: zero3_cpu
+checkpoint: {every_steps: 3}
+log: {every_steps: 1, progress: false}
+"""
+STEPS = 12
+SHAPES, COLORS = ("circle", "square", "bar"), ("red", "green", "blue", "black", "orange")
+
+
+def main(
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
+    kills: int = 5,
+    seed: int = typer.Option(-1, help="Of the kill steps; −1 draws a new one."),
+) -> None:
+    """Print {kills: [{step, resumed_from, identical, …}], identical, machine}."""
+    reserve_stdout()
+    seed = seed if seed >= 0 else random.SystemRandom().randrange(2**31)
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = _make_shards(folder)
+        (folder / "run.yaml").write_text(RUN)
+        say("the run that is left alone …")
+        _finish(folder, shards, folder / "whole")
+        wanted, wanted_losses = _weights(folder / "whole"), _losses(folder / "whole")
+        results = [_kill_once(folder, shards, draw, number, wanted, wanted_losses) for number in range(kills)]
+    identical = all(result["identical"] for result in results)
+    emit({"kills": results, "identical": identical, "ranks": 2, "seed": seed, "machine": machine()})
+    raise typer.Exit(0 if identical else 1)
+
+
+def _kill_once(
+    folder: Path, shards: Path, draw: random.Random, number: int, wanted: str, wanted_losses: dict[int, float]
+) -> dict[str, object]:
+    step = draw.randrange(1, STEPS)
+    output = folder / f"killed-{number}"
+    process, port = _start(folder, shards, output)
+    while _last_step(output) < step:
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended before step {step}: exit code {process.returncode}")
+        time.sleep(0.01)
+    time.sleep(draw.random() * 0.3)  # anywhere in the step, a save included
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    sweep_shared_memory(str(port))
+    reached = _last_step(output)
+    good, _ = newest_good(output / "checkpoints")
+    _finish(folder, shards, output)
+    found, losses = _weights(output), _losses(output)
+    identical = found == wanted and losses == wanted_losses
+    say(f"killed after step {reached}, resumed from {good.name if good else 'the start'}: identical {identical}")
+    return {
+        "step": reached,
+        "resumed_from": good.name if good else None,
+        "identical": identical,
+        "weights_sha256": found,
+        "losses_identical": losses == wanted_losses,
+    }
+
+
+def _make_shards(folder: Path) -> Path:
+    """Coloured shapes with captions and categories, as an image folder turned into shards."""
+    images, random_numbers = folder / "images", np.random.default_rng(0)
+    for index in range(160):
+        shape, color = SHAPES[index % len(SHAPES)], COLORS[index % len(COLORS)]
+        picture = Image.fromarray(random_numbers.integers(160, 255, (48, 48, 3), dtype=np.uint8))
+        left, top = (int(value) for value in random_numbers.integers(4, 20, 2))
+        box = (left, top, left + 22, top + (6 if shape == "bar" else 22))
+        pen = ImageDraw.Draw(picture)
+        pen.ellipse(box, fill=color) if shape == "circle" else pen.rectangle(box, fill=color)
+        path = images / shape / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        path.with_suffix(".txt").write_text(f"a {color} {shape} number {index}")
+    command = [sys.executable, "-m", "m3i_scale", "shards", "make", "imagefolder"]
+    command += ["--input", str(images), "--output", str(folder / "shards"), "--samples-per-shard", "20"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder / "shards" / "train"
+
+
+def _start(folder: Path, shards: Path, output: Path) -> tuple[subprocess.Popen[bytes], int]:
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_accelerators", "2"]
+    command += ["--master_port", str(port), "--module", "m3i_scale", "train", str(folder / "run.yaml")]
+    command += [f"data.sources.shapes.shards={shards}", f"output_dir={output}"]
+    log = output.with_suffix(".log").open("ab")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    return process, port
+
+
+def _finish(folder: Path, shards: Path, output: Path) -> None:
+    process, port = _start(folder, shards, output)
+    code = process.wait()
+    sweep_shared_memory(str(port))
+    if code:
+        say(output.with_suffix(".log").read_text()[-4000:])
+        raise RuntimeError(f"the run ended with exit code {code}")
+
+
+def _records(output: Path) -> list[dict[str, object]]:
+    path = output / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().split("\n")[:-1] if line]  # the last line may still be in writing
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
+def _last_step(output: Path) -> int:
+    return max((int(str(record["step"])) for record in _records(output)), default=0)
+
+
+def _losses(output: Path) -> dict[int, float]:
+    return {int(str(record["step"])): float(str(record["loss"])) for record in _records(output)}
+
+
+def _weights(output: Path) -> str:
+    checkpoint, passed_over = newest_good(output / "checkpoints")
+    if checkpoint is None or passed_over or not checkpoint.name.endswith(str(STEPS)):
+        raise RuntimeError(f"no good last checkpoint in {output}")
+    digest = hashlib.sha256()
+    for which in ("student", "momentum"):
+        for name, tensor in sorted(load_weights(checkpoint, which).items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    typer.run(main)
