@@ -44,6 +44,14 @@ class Views:
     """Height and width of the source image in pixels."""
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as in exported image processors (a bare conversion drops the alpha)."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+
+
 class ViewMaker:
     """Make views of images.
 
@@ -74,7 +82,7 @@ class ViewMaker:
             # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what the smallest crop needs.
             shrink = max((factor for factor in (1, 2, 4, 8) if smallest >= factor * self._size), default=1)
             image.draft("RGB", (max(1, width // shrink), max(1, height // shrink)))
-            rgb = image.convert("RGB")
+            rgb = on_white(image)
         pixels = np.empty((self._views, 3, self._size, self._size), dtype=np.uint8)
         for view, crop in enumerate(crops):
             cut = self._cut(rgb, crop, (height, width))

@@ -103,3 +103,11 @@ def test_a_truncated_image_is_bad(tools):
     image = Image.open(io.BytesIO(data[: len(data) // 2]))
     with pytest.raises(BadSampleError, match="does not decode"):
         ViewMaker(AugmentConfig(), views=1, image_size=8, augment=True)(image, 0)
+
+
+def test_what_is_transparent_becomes_white():
+    image = Image.new("RGBA", (16, 16), (10, 20, 30, 0))
+    image.paste((10, 20, 30, 255), (0, 0, 8, 16))
+    views = ViewMaker(AugmentConfig(), views=1, image_size=16, augment=False)(image, 0)
+    assert views.pixels_VCHW[0][:, 0, 0].tolist() == [10, 20, 30]
+    assert views.pixels_VCHW[0][:, 0, 15].tolist() == [255, 255, 255]
