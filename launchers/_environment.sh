@@ -2,6 +2,9 @@
 
 faults=()
 
+# Extensions belong to one environment: two that share a folder would build each other's anew, in turn.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
+
 # need COMMAND "why" "mending command"
 need() {
   command -v "$1" >/dev/null 2>&1 || faults+=("$1 is missing ($2)"$'\n'"  mend: $3")
@@ -38,6 +41,13 @@ check_compiler() {
   fi
 }
 
+# On GPUs the optimizer is built with the CUDA compiler.
+check_cuda() {
+  nvidia-smi -L >/dev/null 2>&1 && [ "${CUDA_VISIBLE_DEVICES-all}" != "" ] || return 0
+  command -v nvcc >/dev/null 2>&1 || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] ||
+    faults+=("nvcc is missing (DeepSpeed builds its GPU optimizer with it)"$'\n'"  mend: apt-get install nvidia-cuda-toolkit, or without GPUs: CUDA_VISIBLE_DEVICES= bash $0")
+}
+
 # check_disk GIGABYTES: free space where the checkout lies.
 check_disk() {
   local free_kb
@@ -66,4 +76,11 @@ install_into_venv() {
   echo "installing into .venv: pip install $*" >&2
   .venv/bin/python -m pip install --disable-pip-version-check --quiet "$@"
   printf '%s\n' "$now" >"$stamp"
+}
+
+# Extensions are built once, here, instead of before the first step.
+build_extensions() {
+  [ -d "$TORCH_EXTENSIONS_DIR" ] && return 0
+  echo "building DeepSpeed's extensions (once)" >&2
+  .venv/bin/python launchers/_build.py >&2
 }

@@ -35,6 +35,7 @@ check_packages() {
 find_python
 check_venv
 check_compiler
+check_cuda
 check_packages
 if [ -x .venv/bin/deepspeed ]; then check_disk 2; else check_disk 6; fi
 report_faults
@@ -43,4 +44,5 @@ install_into_venv quickstart -r requirements.txt
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
 need ninja "DeepSpeed builds with it" ".venv/bin/python -m pip install ninja"
 report_faults
+build_extensions
 exec .venv/bin/python launchers/_quickstart.py "$@"

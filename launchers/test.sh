@@ -23,7 +23,8 @@ if [ -x .venv/bin/pytest ]; then check_disk 1; else check_disk 6; fi
 report_faults
 install_into_venv test -e '.[emoji,tensorboard,test]'
 
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
+build_extensions
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 

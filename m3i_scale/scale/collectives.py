@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.errors import UserError
+from m3i_scale.scale.extensions import sweep_stale_locks
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -77,6 +78,7 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
+    sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))

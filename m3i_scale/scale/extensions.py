@@ -1,0 +1,78 @@
+"""DeepSpeed's extensions are built at first use, under a lock file that outlives a killed builder.
+
+PyTorch waits for such a file to go away, without a word and without end: after one `kill -9` during a build, every
+later run on the machine hangs before its first step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+from torch.utils.cpp_extension import get_default_build_root
+
+LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+FOREIGN_AGE_S = 1800.0
+"""On a shared file system the builder may run on another host, out of sight: a lock is believed for so long."""
+
+
+def sweep_stale_locks(root: Path | None = None) -> list[Path]:
+    """Remove lock files of builders that no longer exist; returns them.
+
+    A live builder holds its lock file open. Locks in use, and locks of other users, stay.
+
+    Args:
+        root: the folder of extensions; default: where PyTorch builds them.
+    """
+    if root is None:
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    removed = []
+    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+        seen = _identity(lock)
+        if seen is None or _may_be_foreign(lock) or _is_open(seen) or _identity(lock) != seen:
+            continue
+        lock.unlink(missing_ok=True)  # other ranks sweep at the same time
+        removed.append(lock)
+    return removed
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _may_be_foreign(lock: Path) -> bool:
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    return age_s < FOREIGN_AGE_S and _file_system(lock) not in LOCAL_FILE_SYSTEMS
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds `path`: the mount with the longest matching path."""
+    path = path.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+
+
+def _is_open(identity: tuple[int, int, int]) -> bool:
+    """Whether a process of this user, on this host, has the file open."""
+    for pid in psutil.pids():
+        try:
+            files = list(Path(f"/proc/{pid}/fd").iterdir())
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue  # gone, or of another user, whose extensions lie elsewhere
+        for file in files:
+            try:
+                status = file.stat()
+            except OSError:  # closed in the meantime
+                continue
+            if (status.st_dev, status.st_ino) == identity[:2]:
+                return True
+    return False

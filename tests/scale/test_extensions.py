@@ -1,0 +1,75 @@
+"""Lock files of killed builders go; those of living ones stay."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from m3i_scale.scale import extensions
+from m3i_scale.scale.extensions import sweep_stale_locks
+
+BUILDER = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+assert FileBaton(sys.argv[1]).try_acquire()
+print("building", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def lock(tmp_path):
+    folder = tmp_path / "py311_cpu" / "fused_adam"
+    folder.mkdir(parents=True)
+    return folder / "lock"
+
+
+def test_the_lock_of_a_living_builder_stays_and_that_of_a_killed_one_goes(tmp_path, lock):
+    builder = subprocess.Popen([sys.executable, "-c", BUILDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert builder.stdout.readline() == "building\n"
+        assert sweep_stale_locks(tmp_path) == []
+        assert lock.exists()
+        builder.send_signal(signal.SIGKILL)
+        builder.wait()
+        assert lock.exists()
+        assert sweep_stale_locks(tmp_path) == [lock]
+        FileBaton(str(lock)).wait()  # would wait for ever
+    finally:
+        builder.kill()
+        builder.wait()
+
+
+def test_the_folder_of_torch_is_swept_by_default(tmp_path, lock, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent.parent))
+    lock.touch()
+    assert sweep_stale_locks() == [lock]
+
+
+def test_on_a_shared_file_system_a_fresh_lock_is_believed(tmp_path, lock, monkeypatch):
+    monkeypatch.setattr(extensions, "_file_system", lambda path: "nfs4")
+    lock.touch()
+    assert sweep_stale_locks(tmp_path) == []
+    long_ago = lock.stat().st_mtime - extensions.FOREIGN_AGE_S - 1
+    os.utime(lock, (long_ago, long_ago))
+    assert sweep_stale_locks(tmp_path) == [lock]
+
+
+def test_a_lock_that_was_taken_anew_during_the_sweep_stays(tmp_path, lock, monkeypatch):
+    lock.touch()
+
+    def taken_anew(identity):
+        lock.rename(lock.with_name("old"))
+        lock.touch()
+        return False
+
+    monkeypatch.setattr(extensions, "_is_open", taken_anew)
+    assert sweep_stale_locks(tmp_path) == []
+    assert lock.exists()
+
+
+def test_no_folder_no_locks(tmp_path):
+    assert sweep_stale_locks(tmp_path / "none") == []
