@@ -30,7 +30,9 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
         trained = _bf16_optimizer(checkpoint / TAG) or get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint), tag=TAG
         )
-    full = {name: tensor.float().clone() for name, tensor in trained.items() if not name.startswith("momentum.")}
+    full = {
+        name: tensor.detach().float().clone() for name, tensor in trained.items() if not name.startswith("momentum.")
+    }
     averaged = _momentum(checkpoint)
     if weights == "momentum":
         if not averaged:
