@@ -1,0 +1,245 @@
+"""Mistakes of a user: exit code 2, a message that names the fault, nothing trained, no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import TESTS, Job, environment, free_port
+from shapes import metrics, write_run
+
+from m3i_scale.scale.checkpoint.consolidate import load_weights
+
+LONE_RANK = {"RANK": "0"}
+
+
+@dataclass
+class Mistake:
+    """One call that must fail."""
+
+    says: str
+    """Regular expression of the message."""
+    overrides: list[str] = field(default_factory=list)
+    recipe: str = "m3i"
+    make: Callable[[Path, Path], list[str]] | None = None
+    """(folder, shards) → further overrides, after making files."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def deepspeed_file(text: str) -> Callable[[Path, Path], list[str]]:
+    def make(folder: Path, shards: Path) -> list[str]:
+        (folder / "ds.json").write_text(text)
+        return [f"deepspeed={folder / 'ds.json'}"]
+
+    return make
+
+
+def copied_shards(change: Callable[[Path], None]) -> Callable[[Path, Path], list[str]]:
+    def make(folder: Path, shards: Path) -> list[str]:
+        copy = folder / "copy" / "train"
+        shutil.copytree(shards / "train", copy)
+        shutil.copytree(shards / "tokenizer", folder / "copy" / "tokenizer")
+        change(copy)
+        return [f"data.sources.shapes.shards={copy}"]
+
+    return make
+
+
+def labels_out_of_range(folder: Path) -> None:
+    (folder / "labels.json").write_text(json.dumps(["bar"]))
+    for shard in folder.glob("*.tar"):
+        members = []
+        with tarfile.open(shard) as tar:
+            members = [(member.name, tar.extractfile(member).read()) for member in tar]
+        with tarfile.open(shard, "w") as tar:
+            for name, data in members:
+                content = b"7" if name.endswith(".cls") else data
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    shutil.rmtree(folder / "index")
+
+
+def cut_one_short(folder: Path) -> None:
+    shard = min(folder.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+def emptied(folder: Path) -> None:
+    for shard in folder.glob("*.tar"):
+        shard.unlink()
+
+
+def without_labels(folder: Path) -> None:
+    (folder / "labels.json").unlink()
+
+
+def file_in_the_way(folder: Path, shards: Path) -> list[str]:
+    (folder / "occupied").write_text("")
+    return [f"output_dir={folder / 'occupied' / 'out'}"]
+
+
+def missing_shard(folder: Path, shards: Path) -> list[str]:
+    return [f"data.sources.shapes.shards={shards / 'train'}/shapes-{{000000..000040}}.tar"]
+
+
+DS_FILE = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
+MISTAKES = {
+    "unknown key": Mistake(r"unknown key 'optim.lrr'", ["optim.lrr=1"]),
+    "unknown section": Mistake(r"unknown key 'optimizer'[\s\S]*did you mean 'optim'", ["optimizer.lr=1"]),
+    "wrong type": Mistake(r"'optim.lr'.*got 'fast'", ["optim.lr=fast"]),
+    "no override": Mistake(r"'optim.lr' is not an override", ["optim.lr"]),
+    "seed below zero": Mistake(r"'seed'", ["seed=-1"]),
+    "unknown recipe key": Mistake(r"unknown key 'mix.fom'", ["recipe.mix.fom=block"]),
+    "recipe that does not hold together": Mistake(r"no decoder 'pol'", ["recipe.targets.2.decoder=pol"]),
+    "unknown DeepSpeed key": Mistake(
+        r"zero_optimisation", make=deepspeed_file(DS_FILE.read_text().replace("zero_optimization", "zero_optimisation"))
+    ),
+    "idle DeepSpeed key": Mistake(
+        r"gradient_clipping", make=deepspeed_file(re.sub(r'.*"gradient_clipping".*\n', "", DS_FILE.read_text()))
+    ),
+    "torn DeepSpeed file": Mistake(r"cannot read the DeepSpeed file", make=deepspeed_file("{")),
+    "no DeepSpeed file": Mistake(r"zero9", ["deepspeed=zero9"]),
+    "missing shard": Mistake(r"shapes-0000(16|\d\d).tar", make=missing_shard),
+    "no shards": Mistake(r"shard", make=copied_shards(emptied)),
+    "no such folder": Mistake(r"/nowhere/shards", ["data.sources.shapes.shards=/nowhere/shards"]),
+    "no sources": Mistake(r"the run has no data", ["data.sources={}"]),
+    "fewer shards than streams": Mistake(
+        r"16 shards cannot be dealt to 32 streams",
+        ["data.streams=32", "optim.micro_batch_size=32", "optim.batch_size=32"],
+    ),
+    "streams and micro-batch": Mistake(r"cannot be taken evenly from 3 streams", ["data.streams=3"]),
+    "streams and workers": Mistake(r"cannot be shared out evenly over 3 workers", ["data.workers=3"]),
+    "shard cut short": Mistake(r"shapes-000000.tar", make=copied_shards(cut_one_short)),
+    "labels out of range": Mistake(r"label out of range", make=copied_shards(labels_out_of_range)),
+    "no labels": Mistake(r"labels", recipe="supervised", make=copied_shards(without_labels)),
+    "no tokenizer": Mistake(r"/nowhere/tokenizer", ["text.tokenizer=/nowhere/tokenizer"]),
+    "patch size": Mistake(r"patch size 7 does not divide image size 32", ["backbone.config.patch_size=7"]),
+    "heads": Mistake(r"width 64 must be a multiple", ["backbone.config.num_attention_heads=3"]),
+    "preset": Mistake(r"no backbone 'vit-z/16'", ["backbone.preset=vit-z/16"]),
+    "text field": Mistake(r"BERT has no field 'layers'", ["text.config.layers=2"]),
+    "batch": Mistake(r"optim.batch_size 6 is not micro_batch_size 4", ["optim.batch_size=6"]),
+    "micro-batch below the mix": Mistake(
+        r"needs a micro-batch of at least", ["optim.micro_batch_size=1", "data.streams=1"]
+    ),
+    "warm-up": Mistake(r"warmup_steps \(9\) must be less than steps \(8\)", ["optim.warmup_steps=9"]),
+    "text without text target": Mistake(r"`text` has no effect", ["text.max_tokens=8"], recipe="mae"),
+    "attention without mix": Mistake(r"`attention: mixed` has no effect", ["backbone.attention=mixed"], recipe="mae"),
+    "checkpointing policy": Mistake(
+        r"no activation checkpointing policy 'every_1'", ["backbone.activation_checkpointing=every_1"]
+    ),
+    "pretrained": Mistake(r"cannot read a model from '/nowhere'", ["backbone.from_pretrained=/nowhere"]),
+    "evaluation without data": Mistake(r"evaluation.every_steps needs data.validation", ["evaluation.every_steps=2"]),
+    "resume from nowhere": Mistake(r"cannot resume: no such folder", ["checkpoint.resume=/nowhere/step-00000002"]),
+    "output in a file": Mistake(r"occupied", make=file_in_the_way),
+    "half a launcher": Mistake(r"the launcher set RANK, but not", environment=LONE_RANK),
+}
+RUN_FILES = {
+    "no such run file": ("nope.yaml", None, r"no run file '.*nope.yaml'"),
+    "not YAML": ("bad.yaml", "recipe: [", r"cannot read the run file"),
+    "not a mapping": ("list.yaml", "- a", r"a run file is a YAML mapping"),
+    "extends itself": ("loop.yaml", "extends: loop.yaml", r"extend each other in a circle"),
+}
+
+
+AFTERWARDS = {
+    "again from what it wrote": [],
+    "never resume": ["checkpoint.resume=never"],
+    "another model": ["backbone.config.num_hidden_layers=3"],
+    "another recipe": ["recipe.targets.0.normalize_pixels=false"],
+}
+
+
+@dataclass
+class Attempts:
+    results: dict[str, dict[str, Any]]
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def attempts(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Attempts:
+    """All mistakes, and a few good runs, as forks of one process."""
+    root = tmp_path_factory.mktemp("mistakes")
+    calls: dict[str, dict[str, Any]] = {}
+    for name, mistake in MISTAKES.items():
+        folder = root / name.replace(" ", "-")
+        run_file = write_run(folder, shards, mistake.recipe)
+        made = mistake.make(folder, shards) if mistake.make else []
+        arguments = ["train", str(run_file), *made, *mistake.overrides]
+        calls[name] = {"arguments": arguments, "environment": mistake.environment}
+    for name, (file, text, _) in RUN_FILES.items():
+        if text is not None:
+            (root / file).write_text(text)
+        calls[name] = {"arguments": ["train", str(root / file)]}
+    for name, micro in (("whole", 8), ("accumulated", 4)):
+        run_file = write_run(
+            root / name, shards, "mae", f"optim.micro_batch_size={micro}", "optim.steps=4", "deepspeed=zero3_cpu_fp32"
+        )
+        calls[name] = {"arguments": ["train", str(run_file)]}
+    written = str(root / "whole" / "out" / "run.yaml")
+    for name, more in AFTERWARDS.items():  # one at a time: they share an output_dir
+        calls[name] = {"arguments": ["train", written, *more], "alone": True}
+    (root / "calls.json").write_text(json.dumps(list(calls.values())))
+    (root / "results").mkdir()
+    script = [str(TESTS / "run" / "attempts.py"), str(root / "calls.json"), str(root / "results")]
+    job = Job([[sys.executable, *script]], [environment()], root / "logs", free_port())
+    assert job.wait(300) == [0], job.text()[-4000:]
+    results = [json.loads((root / "results" / f"{number}.json").read_text()) for number in range(len(calls))]
+    return Attempts(dict(zip(calls, results, strict=True)), root)
+
+
+def check(result: dict[str, Any], says: str) -> None:
+    assert result["traceback"] is None, result["traceback"]
+    assert result["code"] == 2, result["text"]
+    assert "Traceback" not in result["text"]
+    assert "error:" in result["text"]
+    assert re.search(says, result["text"]), result["text"]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_explained_before_step_1(attempts: Attempts, name: str) -> None:
+    check(attempts.results[name], MISTAKES[name].says)
+    out = attempts.root / name.replace(" ", "-") / "out"
+    assert not list(out.glob("checkpoints/step-*"))
+    steps = out / "metrics.jsonl"
+    assert not steps.exists() or '"loss"' not in steps.read_text()
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_bad_run_file_is_explained(attempts: Attempts, name: str) -> None:
+    check(attempts.results[name], RUN_FILES[name][2])
+
+
+def test_a_finished_run_is_left_as_it_is(attempts: Attempts) -> None:
+    assert attempts.results["whole"]["code"] == attempts.results["again from what it wrote"]["code"] == 0
+    assert "from step 0" in attempts.results["whole"]["text"]
+    assert re.search(r"from \S*step-00000004", attempts.results["again from what it wrote"]["text"])
+    check(attempts.results["never resume"], "checkpoint.resume is 'never', and there are checkpoints")
+
+
+@pytest.mark.parametrize(("name", "key"), [("another model", "backbone"), ("another recipe", "recipe")])
+def test_another_run_does_not_go_on_from_the_checkpoint(attempts: Attempts, name: str, key: str) -> None:
+    check(attempts.results[name], rf"the checkpoint is of another run: {key} differ")
+
+
+def test_two_half_micro_batches_are_one_whole(attempts: Attempts) -> None:
+    assert attempts.results["accumulated"]["code"] == 0, attempts.results["accumulated"]
+    runs = [attempts.root / name for name in ("whole", "accumulated")]
+    whole, accumulated = (metrics(run / "run.yaml") for run in runs)
+    assert set(whole) == set(accumulated) == {1, 2, 3, 4}
+    for step, line in whole.items():
+        for key in ("loss", "grad_norm"):
+            assert accumulated[step][key] == pytest.approx(line[key], rel=1e-3), (step, key)
+    first, second = (load_weights(run / "out" / "checkpoints" / "step-00000004", "student") for run in runs)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)

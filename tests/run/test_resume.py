@@ -1,0 +1,202 @@
+"""Two ranks under the `deepspeed` launcher: killed, asked to stop, with a damaged checkpoint or a full disk, and always
+the same run in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from launch import Job
+from shapes import metrics, train, write_run
+
+from m3i_scale.scale.checkpoint.consolidate import load_weights
+from m3i_scale.scale.checkpoint.manifest import verify
+
+STEPS = 8
+WAIT_S = 300
+
+
+def steps_done(run_file: Path) -> int:
+    path = run_file.parent / "out" / "metrics.jsonl"
+    return path.read_text().count('"kind": "train"') if path.exists() else 0
+
+
+def wait_for_step(job: Job, run_file: Path, step: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while steps_done(run_file) < step:
+        assert job.processes[0].poll() is None, job.text()[-4000:]
+        assert time.monotonic() < deadline, job.text()[-4000:]
+        time.sleep(0.01)
+
+
+def ranks_of(job: Job) -> list[psutil.Process]:
+    """The processes that train, below the launcher."""
+    below = psutil.Process(job.processes[0].pid).children(recursive=True)
+    found = []
+    for process in below:
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in process.environ() and "m3i_scale" in process.cmdline() and "train" in process.cmdline():
+                found.append(process)
+    return [process for process in found if "deepspeed.launcher.launch" not in process.cmdline()]
+
+
+def checkpoints(run_file: Path) -> list[Path]:
+    return sorted((run_file.parent / "out" / "checkpoints").glob("step-*"))
+
+
+def fingerprint(run_file: Path) -> dict[str, str]:
+    """All weights of the last step, consolidated: trained ones and the average."""
+    folder = run_file.parent / "out" / "checkpoints" / f"step-{STEPS:08d}"
+    weights = load_weights(folder, "student")
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in weights.items()}
+
+
+def same_run(run_file: Path, reference: Path) -> None:
+    assert metrics(run_file) == metrics(reference)
+    assert sorted(metrics(run_file)) == list(range(1, STEPS + 1))
+    assert fingerprint(run_file) == fingerprint(reference)
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption, which also evaluates."""
+    run_file = write_run(
+        tmp_path_factory.mktemp("reference"),
+        shards,
+        "m3i",
+        f"data.validation.val.shards={shards / 'val'}",
+        "data.validation.val.label_set=shapes",
+        "evaluation.every_steps=4",
+        "evaluation.batches=2",
+    )
+    job = train(run_file, world=2, launcher=True)
+    assert job.wait(WAIT_S) == [0], job.text()[-4000:]
+    return run_file
+
+
+def test_the_run_trains_evaluates_and_keeps_its_newest_checkpoints(reference: Path) -> None:
+    out = reference.parent / "out"
+    assert [path.name for path in checkpoints(reference)] == ["step-00000004", "step-00000006", "step-00000008"]
+    assert all(verify(path) == [] for path in checkpoints(reference))
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-00000008"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if line.get("kind") == "evaluation"]
+    assert [line["step"] for line in evaluations] == [4, 8]
+    assert all(
+        {"loss", "text/nats", "category/loss"} <= {key.split("evaluation/")[-1] for key in line} for line in evaluations
+    )
+    assert not list(Path("/dev/shm").glob("deepspeed_*_0.0.0.0_*"))
+
+
+def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    run_file = copy_of_run(reference, folder)
+    job = train(run_file, world=2, launcher=True)
+    wait_for_step(job, run_file, random.SystemRandom().randint(5, STEPS - 1))  # after the second checkpoint
+    job.end()  # kill -9 of the launcher and of all ranks
+    assert 2 <= len(checkpoints(run_file)) <= 3
+
+    damaged = folder.with_name("damaged")
+    shutil.copytree(folder, damaged)
+    newest, *older = reversed(checkpoints(damaged / "run.yaml"))
+    flip_a_byte(newest)
+
+    again = train(run_file, world=2, launcher=True, logs="again")
+    assert again.wait(WAIT_S) == [0], again.text()[-4000:]
+    assert "passed over" not in again.text()
+    same_run(run_file, reference)
+
+    damaged_file = moved_run(damaged)
+    fallback = train(damaged_file, world=2, launcher=True, logs="fallback")
+    assert fallback.wait(WAIT_S) == [0], fallback.text()[-4000:]
+    assert f"passed over {newest.name}" in fallback.text()
+    assert older[0].name in fallback.text()
+    same_run(damaged_file, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(number: int, reference: Path, tmp_path: Path) -> None:
+    run_file = copy_of_run(reference, tmp_path / "asked")
+    job = train(run_file, world=2, launcher=True)
+    wait_for_step(job, run_file, 3)
+    ranks_of(job)[-1].send_signal(number)  # one rank hears it, all leave
+    assert job.wait(WAIT_S) == [75], job.text()[-4000:]
+    newest = checkpoints(run_file)[-1]
+    step = int(newest.name.removeprefix("step-"))
+    assert 3 <= step < STEPS
+    assert verify(newest) == []
+    assert steps_done(run_file) == step
+    again = train(run_file, world=2, launcher=True, logs="again")
+    assert again.wait(WAIT_S) == [0], again.text()[-4000:]
+    same_run(run_file, reference)
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[Path]:
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root, which the pipeline has")
+def test_a_full_disk_ends_the_run_and_not_its_last_checkpoint(shards: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 12) as disk:
+        run_file = write_run(disk, shards, "m3i")
+        job = train(run_file, "checkpoint.keep_latest=8", logs="logs")
+        codes = job.wait(WAIT_S)
+        assert codes == [2], job.text()[-4000:]
+        assert "Traceback" not in job.text()
+        assert "space" in job.text()
+        left = checkpoints(run_file)
+        assert left
+        assert all(verify(path) == [] for path in left)
+        assert load_weights(left[-1], "momentum")
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def copy_of_run(reference: Path, folder: Path) -> Path:
+    """The same run file with an output of its own; without the evaluation, which must not matter."""
+    folder.mkdir(parents=True)
+    values = yaml.safe_load(reference.read_text())
+    values["output_dir"] = str(folder / "out")
+    values["data"]["validation"] = {}
+    values["evaluation"]["every_steps"] = 0
+    run_file = folder / "run.yaml"
+    run_file.write_text(yaml.safe_dump(values))
+    return run_file
+
+
+def moved_run(folder: Path) -> Path:
+    """After a run was copied to another folder."""
+    run_file = folder / "run.yaml"
+    text = run_file.read_text()
+    run_file.write_text(text.replace(str(folder.with_name("killed") / "out"), str(folder / "out")))
+    return run_file
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content: Any = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
