@@ -142,7 +142,7 @@ MISTAKES = {
     "evaluation without data": Mistake(r"evaluation.every_steps needs data.validation", ["evaluation.every_steps=2"]),
     "resume from nowhere": Mistake(r"cannot resume: no such folder", ["checkpoint.resume=/nowhere/step-00000002"]),
     "output in a file": Mistake(r"occupied", make=file_in_the_way),
-    "half a launcher": Mistake(r"the launcher set RANK, but not", environment=LONE_RANK),
+    "half a launcher": Mistake(r"LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT", environment=LONE_RANK),
 }
 RUN_FILES = {
     "no such run file": ("nope.yaml", None, r"no run file '.*nope.yaml'"),

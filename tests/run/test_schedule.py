@@ -1,0 +1,62 @@
+"""Learning rate and momentum as functions of the step; signals that are remembered."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m3i_scale.config import OptimConfig
+from m3i_scale.objective.recipe import MomentumSpec
+from m3i_scale.run.meter import bad_groups
+from m3i_scale.run.preemption import SIGNALS, Preemption
+from m3i_scale.run.schedule import learning_rate, momentum_at
+
+
+def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum() -> None:
+    optim = OptimConfig(steps=101, warmup_steps=10, lr=1.0, min_lr=0.1)
+    assert [learning_rate(step, optim) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(10, optim) == pytest.approx(1.0)
+    assert learning_rate(55, optim) == pytest.approx(0.55)  # half way down the cosine
+    assert learning_rate(100, optim) == pytest.approx(0.1)
+
+
+@given(st.integers(1, 300), st.data())
+def test_learning_rate_stays_within_its_bounds_and_never_rises_after_warm_up(steps: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, steps - 1))
+    optim = OptimConfig(steps=steps, warmup_steps=warmup, lr=0.5, min_lr=0.125)
+    rates = [learning_rate(step, optim) for step in range(steps)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    assert all(late <= early + 1e-12 for early, late in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(early < late for early, late in zip(rates[:warmup], rates[1:warmup], strict=False))
+
+
+def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
+    spec = MomentumSpec(start=0.9, end=1.0)
+    assert momentum_at(0, spec, 11) == pytest.approx(0.9)
+    assert momentum_at(5, spec, 11) == pytest.approx(0.95)
+    assert momentum_at(10, spec, 11) == pytest.approx(1.0)
+    assert momentum_at(0, spec, 1) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    preemption = Preemption()
+    try:
+        preemption.install()
+        assert not preemption.requested
+        os.kill(os.getpid(), number)
+        assert preemption.requested
+    finally:
+        for each, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(each, handler)
+
+
+def test_figures_that_are_not_finite_are_named() -> None:
+    figures = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(float("-inf"))}
+    assert bad_groups(figures) == ["b", "c"]
