@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 
@@ -32,7 +33,7 @@ def test_learning_rate_stays_within_its_bounds_and_never_rises_after_warm_up(ste
     rates = [learning_rate(step, optim) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
     assert all(late <= early + 1e-12 for early, late in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
-    assert all(early < late for early, late in zip(rates[:warmup], rates[1:warmup], strict=False))
+    assert all(early < late for early, late in itertools.pairwise(rates))
 
 
 def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
