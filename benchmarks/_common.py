@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 
 def machine() -> dict[str, object]:
@@ -31,12 +32,14 @@ def in_turn(sides: dict[str, Callable[[], None]], *, repeats: int, warmup: int =
     for _ in range(warmup):
         for call in sides.values():
             call()
+            get_accelerator().synchronize()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):
         order = list(sides) if repeat % 2 == 0 else list(reversed(sides))
         for name in order:
             started = time.perf_counter()
             sides[name]()
+            get_accelerator().synchronize()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 

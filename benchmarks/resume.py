@@ -25,7 +25,7 @@ from _common import emit, machine, say
 from PIL import Image, ImageDraw
 
 from m3i_scale.output import reserve_stdout
-from m3i_scale.scale.checkpoint.commit import newest_good
+from m3i_scale.scale.checkpoint.commit import newest_good, step_name
 from m3i_scale.scale.checkpoint.consolidate import load_weights
 from m3i_scale.scale.collectives import free_port, sweep_shared_memory
 
@@ -77,7 +77,7 @@ def main(
 def _kill_once(
     folder: Path, shards: Path, draw: random.Random, number: int, wanted: str, wanted_losses: dict[int, float]
 ) -> dict[str, object]:
-    step = draw.randrange(1, STEPS)
+    step = draw.randrange(1, STEPS - 2)
     output = folder / f"killed-{number}"
     process, port = _start(folder, shards, output)
     while _last_step(output) < step:
@@ -86,10 +86,13 @@ def _kill_once(
         time.sleep(0.01)
     time.sleep(draw.random() * 0.3)  # anywhere in the step, a save included
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"the run ended by itself before it was killed: exit code {process.returncode}")
     sweep_shared_memory(str(port))
     reached = _last_step(output)
     good, _ = newest_good(output / "checkpoints")
+    if good is not None and good.name == step_name(STEPS):
+        raise RuntimeError("the run had committed its last checkpoint before it was killed: nothing was tested")
     _finish(folder, shards, output)
     found, losses = _weights(output), _losses(output)
     identical = found == wanted and losses == wanted_losses

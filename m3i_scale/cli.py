@@ -148,7 +148,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        rank = f"\\[rank {os.environ['RANK']}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = f"\\[rank {os.environ.get('RANK', '?')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         _ERRORS.print(f"[bold red]{rank}error:[/] ", end="")
         _ERRORS.print(str(error), markup=False, highlight=False)
         sys.exit(error.exit_code)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, ViTConfig, ViTModel
 from transformers.initialization import no_init_weights
@@ -94,7 +95,7 @@ def _override(config: ViTConfig, fields: dict[str, Any], where: str) -> None:
             raise ConfigError(f"ViT has no field '{key}'", where=f"{where}.config", fix=did_you_mean(key, known))
         try:
             setattr(config, key, value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, StrictDataclassError) as error:
             raise ConfigError(f"'{key}: {value!r}': {error}", where=f"{where}.config") from None
     if "hidden_size" in fields and "pooler_output_size" not in fields:
         config.pooler_output_size = config.hidden_size
@@ -104,6 +105,12 @@ def _check(config: ViTConfig, where: str) -> None:
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config, key), int):
             raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
+    sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    for key in sizes:
+        if getattr(config, key) < 1:
+            raise ConfigError(f"'{key}' must be at least 1", where=f"{where}.config")
+    if config.num_channels != 3:
+        raise ConfigError("images have 3 channels", where=f"{where}.config.num_channels: {config.num_channels}")
     if config.image_size % config.patch_size:
         raise ConfigError(
             f"patch size {config.patch_size} does not divide image size {config.image_size}",

@@ -62,7 +62,7 @@ def export(
         ExportError: the target is taken, or what was written does not load as what was trained; nothing is left behind.
         CheckpointError: no checkpoint that verifies, or one without momentum weights where those are wanted.
     """
-    target = Path(to)
+    target = Path(to).absolute()
     _check(weights, dtype, target, overwrite)
     source = find_source(Path(run_dir_or_checkpoint))
     tokenizer = source_tokenizer(source) if source.recipe.uses_text else None

@@ -95,7 +95,8 @@ def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ExportError: it is gone, or another one lies in its place.
     """
-    configured = source.run.text.tokenizer or source.meta.get("tokenizer")
+    kept = source.checkpoint.parent.parent / "tokenizer"  # the run's own copy outlives the shards
+    configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
     try:
         tokenizer = find_tokenizer(source.run.data.sources, configured)
     except ConfigError as error:

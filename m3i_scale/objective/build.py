@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import BertConfig, PreTrainedModel, ViTConfig
 
@@ -33,7 +34,13 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int) -> Ber
         if key not in known or key == "vocab_size":
             hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, known)
             raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise ConfigError(f"'{key}: {value!r}': {error}", where="text.config") from None
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"'{key}' must be at least 1", where="text.config")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"

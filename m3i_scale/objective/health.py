@@ -16,6 +16,8 @@ def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
     x_ND = features_ND.detach().float()[:limit]
     centered_ND = x_ND - x_ND.mean(dim=0)
     covariance_DD = centered_ND.T @ centered_ND / max(len(x_ND) - 1, 1)  # a single sample has no spread, not NaN
+    if not covariance_DD.isfinite().all():  # the decomposition would raise, on one rank alone
+        return {"std": covariance_DD.new_tensor(torch.nan), "rank": covariance_DD.new_tensor(torch.nan)}
     eigenvalues_D = torch.linalg.eigvalsh(covariance_DD).clamp(min=0)
     share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
     entropy = -(share_D * share_D.clamp(min=1e-12).log()).sum()

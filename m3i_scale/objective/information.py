@@ -85,7 +85,7 @@ class Objective(nn.Module):
         """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch, and detached figures `<group>/loss`, `<group>/nats`, `health/…`.
+        """Loss of one micro-batch, and detached figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
         The mean over ranks of the loss, and of each figure, is that of the global batch.
         """
@@ -99,6 +99,7 @@ class Objective(nn.Module):
             loss = torch.stack(losses).mean()
             total = total + target.weight * loss
             figures[f"{target.name}/loss"] = loss.detach()
+            figures[f"{target.name}/count"] = self._has(target, batch).sum().float() * self.ranks.world_size
             if target.distribution == "boltzmann":
                 figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
         if self.measure_health:
@@ -164,6 +165,14 @@ class Objective(nn.Module):
 
     # ---------------------------------------------------------------- targets
 
+    def _has(self, target: TargetSpec, batch: Batch) -> Tensor:
+        """Which samples have the target: bool (B)."""
+        if target.modality == "text":
+            return batch.has_text_B
+        if target.modality == "category":
+            return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
+        return torch.ones_like(batch.has_text_B)
+
     def _group(self, target: TargetSpec, context: Context, name: str) -> tuple[Tensor, Tensor]:
         """−log P̂ of one target from one input, and its nats (0 for a Gaussian)."""
         encoded = context.inputs[name]
@@ -184,7 +193,7 @@ class Objective(nn.Module):
 
     def _category(self, target: TargetSpec, batch: Batch, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over label sets, weighted by their labelled samples: a mean over all labelled samples."""
-        labelled_B = (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
+        labelled_B = self._has(target, batch)
         total = self.ranks.sum(labelled_B.sum().float()).clamp(min=1)
         loss, nats = torch.zeros((), device=total.device), torch.zeros((), device=total.device)
         for number, logits_BK in enumerate(self.heads[target.name](pooled_BD)):

@@ -74,6 +74,14 @@ class DecoderSpec(Section):
     position: Literal["relative", "absolute"] = "relative"
     """Where a Transformer's queries are: relative to the input view (the paper), or on a fixed grid (MAE)."""
 
+    @model_validator(mode="after")
+    def _no_idle_fields(self) -> Self:
+        idle = {"mean_pool": {"width", "heads", "depth", "position"}, "attention_pool": {"depth", "position"}}
+        found = sorted(self.model_fields_set & idle.get(self.kind, set()))
+        if found:
+            raise ValueError(f"{', '.join(found)}: no effect on a {self.kind} decoder")
+        return self
+
 
 class MomentumSpec(Section):
     """The exponential moving average that image targets are encoded with."""

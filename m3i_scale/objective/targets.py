@@ -46,7 +46,10 @@ class TextHead(nn.Module):
     def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) → unit vectors fp32 (B, E), and 1/τ (1), at most 100."""
         prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
-        return prediction_BE, self.log_scale.float().clamp(max=math.log(self.max_scale)).exp()
+        log_scale = self.log_scale.float()
+        # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
+        bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
+        return prediction_BE, bounded.exp()
 
 
 class CategoryHead(nn.Module):

@@ -19,7 +19,7 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.scale.activations import apply_activation_checkpointing, checkpointed_layers
-from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.state import from_rank_0, read_meta
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config, resolve
 from m3i_scale.scale.ds_effective import check_effective
@@ -47,14 +47,24 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it: the shape of the model and what it learns."""
         run = self.run
+        model = vit_config(run.backbone).to_diff_dict()
+        for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
+            model.pop(key, None)
         return {
             "recipe": run.recipe,
-            "backbone": vit_config(run.backbone).to_diff_dict(),
+            "backbone": model,
+            "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
             "text": run.text.config if self.recipe.uses_text else None,
             "label_sets": self.label_sets if self.recipe.uses_categories else None,
             "vocab_size": self.vocab_size,
+            "vocabulary_sha256": self._vocabulary_sha256(),
         }
+
+    def _vocabulary_sha256(self) -> str | None:
+        if self.tokenizer is None:
+            return None
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def make_plan(run: RunConfig, world_size: int) -> Plan:
@@ -70,8 +80,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         )
     model = vit_config(run.backbone)
     checkpointed_layers(run.backbone.activation_checkpointing, model.num_hidden_layers)
-    sources = run.data.sources | run.data.validation
-    label_sets = read_label_sets(sources) if recipe.uses_categories else {}
+    label_sets = read_label_sets(run.data.sources) if recipe.uses_categories else {}
     tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer) if recipe.uses_text else None
     if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
@@ -79,6 +88,17 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         raise ConfigError(
             "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
         )
+    if run.data.validation and not run.evaluation.every_steps:
+        raise ConfigError(
+            "data.validation has no effect", where="evaluation.every_steps: 0", fix="set it, e.g. to 1000"
+        )
+    if tokenizer is not None and tokenizer.pad_token_id != 0:
+        raise ConfigError(
+            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
+            where="text.tokenizer",
+            fix="take a BERT-type tokenizer, or the one that `shards make` trains",
+        )
+    run = _with_validation_labels(run, label_sets)
     raw = load_ds_config(run.deepspeed)
     optim = run.optim
     resolved = resolve(
@@ -97,6 +117,30 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     check_accelerator(resolved)
     accumulation = optim.batch_size // (optim.micro_batch_size * world_size)
     return Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
+
+
+def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
+    """Validation sources under the training label set that they share; they never add one to the model.
+
+    Raises:
+        ConfigError: validation labels that no training source has.
+    """
+    if not label_sets or not run.data.validation:
+        return run
+    sources = {}
+    for name, source in run.data.validation.items():
+        (found, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
+        same = [key for key in label_sets if label_sets[key] == names]
+        if found is not None and not same:
+            raise ConfigError(
+                f"the labels of validation source '{name}' are those of no training source",
+                where=f"data.validation.{name}: {source.shards}",
+                fix="make both from one folder or manifest (`shards make … --split`), so that labels.json is the same",
+            )
+        # The same names under another set name: the model has one head for them.
+        chosen = found if found in same else (same[0] if same else source.label_set)
+        sources[name] = source.model_copy(update={"label_set": chosen})
+    return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})
 
 
 def open_stream(plan: Plan, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:
@@ -140,9 +184,10 @@ def _first_weights(module: nn.Module, run: RunConfig, ranks: ProcessGroupRanks) 
     initialize_sharded(module, initialize_module, seed=run.seed, skip="momentum.")
     if run.backbone.from_pretrained is None:
         return
-    # Rank 0 reads the checkpoint; parameters are handed over one at a time.
-    values = _pretrained_weights(run.backbone) if ranks.rank == 0 else None
-    copy_into(module, "student.model.", values)
+    # Rank 0 reads the whole backbone, in host memory; parameters are handed over one at a time.
+    values: dict[str, Any] = {}
+    from_rank_0(lambda: values.update(_pretrained_weights(run.backbone)))
+    copy_into(module, "student.model.", values if ranks.rank == 0 else None)
 
 
 def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Any]:
@@ -160,22 +205,39 @@ def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Any]:
             f"cannot start from '{source}': {str(error).splitlines()[0]}", where="backbone.from_pretrained"
         ) from None
     bad = [name for key in ("missing_keys", "mismatched_keys") for name in report.get(key, [])]
+    # Poolers and task heads are no part of the backbone; a layer that finds no place means another depth.
+    bad += [name for name in report.get("unexpected_keys", []) if "layer" in str(name)]
     if bad:
         raise ConfigError(
-            f"{len(bad)} weights are missing in '{source}' or have another shape, e.g. {bad[0]}",
+            f"{len(bad)} weights of '{source}' are missing, have another shape or find no place, e.g. {bad[0]}",
             where="backbone.from_pretrained",
             fix="leave image_size, patch_size and widths as the checkpoint has them",
         )
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def check_resume(plan: Plan, checkpoint: Path) -> None:
-    """Refuse a checkpoint of another model or recipe.
+def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> None:
+    """Refuse a checkpoint of another model or recipe, of another partition, or of a later step than the run has.
 
     Raises:
         CheckpointError: names what differs.
     """
-    saved = read_meta(checkpoint)["identity"]
+    meta = read_meta(checkpoint)
+    stage = plan.deepspeed.config["zero_optimization"]["stage"]
+    for key, here in (("world_size", world_size), ("zero_stage", stage)):
+        if meta[key] != here:
+            raise CheckpointError(
+                f"the checkpoint was written with {key} {meta[key]}, and this run has {here}",
+                where=str(checkpoint),
+                fix=f"resume with {key} {meta[key]}",
+            )
+    if meta["step"] > plan.run.optim.steps:
+        raise CheckpointError(
+            f"the checkpoint is of step {meta['step']}, and the run has {plan.run.optim.steps} steps",
+            where=str(checkpoint),
+            fix="raise optim.steps, or take another output_dir",
+        )
+    saved = meta["identity"]
     now = json.loads(json.dumps(plan.identity()))
     different = [key for key in now if saved.get(key) != now[key]]
     if different:

@@ -22,6 +22,7 @@ from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.schedule import learning_rate, momentum_at
 from m3i_scale.run.setup import Plan, check_resume, make_plan, meta_of, open_stream, run_yaml, start_engine
 from m3i_scale.scale.checkpoint.commit import lock_directory, newest_good, prune, step_name, sweep, verify
+from m3i_scale.scale.checkpoint.space import explain
 from m3i_scale.scale.checkpoint.state import from_rank_0, load_checkpoint, read_meta, save_checkpoint
 from m3i_scale.scale.collectives import ProcessGroupRanks, agree, mean_over_ranks
 
@@ -38,6 +39,9 @@ class Trainer:
         self.callbacks = CallbackList(callbacks if ranks.rank == 0 else [])
         self.resume_from = resume_from
         self.stream = open_stream(plan, ranks)
+        # Opened now, so that validation shards that cannot be read are found before the first step.
+        self.validation = open_stream(plan, ranks, validation=True) if plan.run.data.validation else None
+        self.validation_start = self.validation.state_dict() if self.validation else {}
         self.engine, self.momentum = start_engine(plan, ranks)
         self.device = torch.device(get_accelerator().current_device_name())
         self.meter = Meter(self.engine.module, self.run.optim.steps, self.run.optim.batch_size)
@@ -136,12 +140,14 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses and nats on the validation sources: the same micro-batches, without augmentation, every time."""
-        stream = open_stream(self.plan, self.ranks, validation=True)
+        if self.validation is None:
+            raise ValueError("no validation sources")
+        self.validation.load_state_dict(self.validation_start)
         module = self.engine.module
         module.measure_health = False
         module.eval()
         totals: dict[str, float] = {}
-        batches = iter(stream)
+        batches = iter(self.validation)
         count = self.run.evaluation.batches
         for _ in range(count):
             loss, figures = self.engine(next(batches).to(self.device))
@@ -190,7 +196,16 @@ def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
         faults = verify(named) if named.is_dir() else ["no such folder"]
         if faults:
             raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
-        return named, []
+        own, _ = newest_good(root)
+        if own is None or int(read_meta(own)["step"]) <= int(read_meta(named)["step"]):
+            return named, []
+        if named.resolve().parent == root.resolve():
+            raise CheckpointError(
+                f"the run has newer good checkpoints than the named one: {own.name}",
+                where=str(named),
+                fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
+            )
+        return own, [f"going on from the run's own {own.name}, which is newer than {named}"]
     newest, passed = newest_good(root)
     notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
     if run.checkpoint.resume == "never" and (newest or passed):
@@ -215,21 +230,29 @@ def train(run: RunConfig, ranks: ProcessGroupRanks, callbacks: list[Callback], a
     """Check, lock, resume, train. Every rank calls it; `callbacks` and `announce` only serve rank 0."""
     plan = make_plan(run, ranks.world_size)
     with contextlib.ExitStack() as stack:
-        from_rank_0(lambda: _prepare_directory(plan, stack))
+        from_rank_0(lambda: _lock(run, stack))
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
-            check_resume(plan, resume_from)
+            check_resume(plan, resume_from, ranks.world_size)
+        from_rank_0(lambda: _write_settings(plan))
         if ranks.rank == 0:
             announce(plan, resume_from, notes)
         return Trainer(plan, ranks, callbacks, resume_from).fit()
 
 
-def _prepare_directory(plan: Plan, stack: contextlib.ExitStack) -> None:
-    """Lock the run's folder, clear what a killed job left half written, and keep what an export needs."""
-    run = plan.run
+def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
+    """Hold the run's folder, and clear what a killed job left half written."""
     lock = stack.enter_context(lock_directory(run.output_dir))
     sweep(run.output_dir / "checkpoints", lock)
-    (run.output_dir / "run.yaml").write_text(run_yaml(run), encoding="utf-8")
-    (run.output_dir / "deepspeed.json").write_text(json.dumps(plan.deepspeed.config, indent=1), encoding="utf-8")
-    if plan.tokenizer is not None:
-        plan.tokenizer.save_pretrained(run.output_dir / "tokenizer")
+
+
+def _write_settings(plan: Plan) -> None:
+    """Keep what the run was given, and the tokenizer that an export needs. Only once nothing is left to refuse."""
+    folder = plan.run.output_dir
+    try:
+        (folder / "run.yaml").write_text(run_yaml(plan.run), encoding="utf-8")
+        (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed.config, indent=1), encoding="utf-8")
+        if plan.tokenizer is not None:
+            plan.tokenizer.save_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise explain(error, folder / "checkpoints") from None

@@ -69,9 +69,10 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
         UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
     """
     missing = [name for name in _RANK_VARIABLES if name not in os.environ]
-    if missing and len(missing) < len(_RANK_VARIABLES) and "RANK" in os.environ:
+    if missing and ("RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise UserError(
-            f"the launcher set RANK, but not {', '.join(missing)}",
+            f"the launcher did not set {', '.join(missing)}",
+            why="this process would train alone instead of in a world of ranks",
             fix="start with `deepspeed`, `torchrun` or another launcher that sets all of them",
         )
     if missing:

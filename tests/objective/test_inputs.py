@@ -55,6 +55,7 @@ def masked_recipe(ratio: float, form: str, inputs: int = 1) -> Recipe:
     recipe["targets"][0]["inputs"] = names
     for idle in ("width", "temperature", "normalize_pixels", "sigma2", "unigrad_lambda"):
         del recipe["targets"][0][idle]
+    recipe["decoders"] = {name: {"kind": spec["kind"]} for name, spec in recipe["decoders"].items()}
     return Recipe.model_validate(recipe)
 
 
