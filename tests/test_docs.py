@@ -2,8 +2,8 @@
 
 The convention, page by page:
 
-- ```bash blocks run, in order, one folder a page. `/data/` is a folder made for the page; it holds what `a_data_folder`
-  puts there, and what earlier commands of the page left.
+- ```bash blocks run, in order. `/data/` is a folder made for the page; it holds what `a_data_folder` puts there, for all
+  pages but the README what the commands of the README left, and what earlier commands of the page left.
 - A command that trains runs at the size of a test: two ranks here, whatever number of GPUs the page says, and
   `AT_TEST_SIZE` after the page's own overrides. Nothing else of a command is changed.
 - ```console blocks are for commands that a test cannot run (other machines, minutes, the tests themselves). Files that
@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,10 +111,9 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name_of)
-def test_commands_run(page, tmp_path):
-    data, port = tmp_path / "data", free_port()
-    a_data_folder(data)
+def run_commands(page: Path, data: Path) -> str | None:
+    """Run a page in the folder beside `data`; what went wrong, or None."""
+    port = free_port()
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -124,16 +124,45 @@ def test_commands_run(page, tmp_path):
             script = script_of(block, data, port)
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", script],
-                cwd=tmp_path,
+                cwd=data.parent,
                 env=environment,
                 capture_output=True,
                 text=True,
                 timeout=BLOCK_TIMEOUT_S,
                 check=False,
             )
-            assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+            if done.returncode:
+                return f"exit code {done.returncode}\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     finally:
         sweep_shared_memory(str(port))
+    return None
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory):
+    """Folder `data`, a copy of it as the README leaves it, and what went wrong there."""
+    data = tmp_path_factory.mktemp("pages") / "data"
+    a_data_folder(data)
+    fault = run_commands(ROOT / "README.md", data)
+    left = data.with_name("left")
+    data.rename(left)
+    return data, left, fault
+
+
+def test_the_commands_of_the_readme_run(after_readme):
+    assert after_readme[2] is None, after_readme[2]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "bash")], ids=name_of)
+def test_the_commands_of_a_page_run(page, after_readme):
+    data, left, _ = after_readme
+    # The same path for every page, because a run remembers where its data lie.
+    shutil.copytree(left, data)
+    try:
+        fault = run_commands(page, data)
+        assert fault is None, fault
+    finally:
+        shutil.rmtree(data)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
