@@ -2,8 +2,8 @@
 
 The convention, page by page:
 
-- ```bash blocks run, in order. `/data/` is a folder made for the page; it holds what `a_data_folder` puts there, for all
-  pages but the README what the commands of the README left, and what earlier commands of the page left.
+- ```bash blocks run, in order. `/data/` is a folder made for the page; it holds what `a_data_folder` puts there, what
+  the commands of the README left (not for the README), and what earlier commands of the page left.
 - A command that trains runs at the size of a test: two ranks here, whatever number of GPUs the page says, and
   `AT_TEST_SIZE` after the page's own overrides. Nothing else of a command is changed.
 - ```console blocks are for commands that a test cannot run (other machines, minutes, the tests themselves). Files that
