@@ -43,12 +43,12 @@ text:
   config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}
   max_tokens: 16
 data: {streams: 4}
-optim: {batch_size: 16, micro_batch_size: 8, steps: 12, warmup_steps: 2, lr: 1.0e-3}
+optim: {batch_size: 16, micro_batch_size: 8, steps: 24, warmup_steps: 2, lr: 1.0e-3}
 deepspeed: zero3_cpu
-checkpoint: {every_steps: 3}
+checkpoint: {every_steps: 4}
 log: {every_steps: 1, progress: false}
 """
-STEPS = 12
+STEPS = 24
 SHAPES, COLORS = ("circle", "square", "bar"), ("red", "green", "blue", "black", "orange")
 
 
@@ -77,7 +77,7 @@ def main(
 def _kill_once(
     folder: Path, shards: Path, draw: random.Random, number: int, wanted: str, wanted_losses: dict[int, float]
 ) -> dict[str, object]:
-    step = draw.randrange(1, STEPS - 2)
+    step = draw.randrange(1, STEPS - 8)  # the kill comes a few steps later, and must come before the end
     output = folder / f"killed-{number}"
     process, port = _start(folder, shards, output)
     while _last_step(output) < step:

@@ -1,10 +1,12 @@
 """One training step of ours against its published peer: same sizes, batch, dtype and threads, measured in turn.
 
 `clip` against open_clip's own model, loss and step; `mae` against `transformers` ViTMAEForPreTraining. Our side is the
-whole engine step (DeepSpeed, gradient clipping off as in the peers), on one rank.
+whole engine step (DeepSpeed, gradient clipping off as in the peers), on one rank. Each peer has the optimizer that its
+own trainer takes: open_clip torch's plain AdamW, transformers the fused one, which ours is too.
 
-Both sides of `clip` get the same captions, tokenised alike: open_clip's step fills them up to its context of 77, ours
-to the longest caption of the batch. `clip_full_context` is the same pair with captions that fill the context.
+In `clip` all captions fill open_clip's context of 77 tokens. In `clip_short_captions` both sides get the same real
+captions: open_clip's step fills them up to 77, ours to the longest of the batch. A single rank has nothing to share, so
+`clip` and `mae` run under ZeRO-1; `clip_zero3` and `mae_zero3` show what the partition costs such a rank.
 
     python benchmarks/step.py --json
 """
@@ -30,8 +32,8 @@ from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.partition import initialize_sharded
 
 CONTEXT, VOCABULARY = 77, 49408
-CLIP = {"image": 224, "patch": 32, "width": 384, "depth": 12, "heads": 6, "batch": 16}
-MAE = {"image": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6, "batch": 16}
+CLIP = {"image": 224, "patch": 32, "width": 384, "depth": 12, "heads": 6, "batch": 32}
+MAE = {"image": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6, "batch": 32}
 CAPTIONS = (
     "a dog running along the beach with a stick in its mouth",
     "two people riding bicycles through a busy city street at night",
@@ -50,9 +52,10 @@ def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     repeats: int = 7,
     threads: int = 0,
-    deepspeed: str = "zero3_cpu_fp32",
+    deepspeed: str = "zero1_cpu_fp32",
+    partitioned: str = "zero3_cpu_fp32",
 ) -> None:
-    """Print {clip: {ours, peer, ratio}, clip_full_context: …, mae: …, machine}; images per second."""
+    """Print {clip: {ours, peer, ratio}, mae: …, clip_short_captions: …, clip_zero3: …, mae_zero3: …}; images/s."""
     reserve_stdout()
     if threads:
         torch.set_num_threads(threads)
@@ -61,9 +64,11 @@ def main(
     document: dict[str, object] = {}
     short, full = _tokens(CLIP["batch"], full=False), _tokens(CLIP["batch"], full=True)
     pairs: list[tuple[str, dict[str, int], Callable[[], Callable[[], None]], Callable[[], Callable[[], None]]]] = [
-        ("clip", CLIP, lambda: _our_clip(deepspeed, short), lambda: _open_clip(short)),
-        ("clip_full_context", CLIP, lambda: _our_clip(deepspeed, full), lambda: _open_clip(full)),
+        ("clip", CLIP, lambda: _our_clip(deepspeed, full), lambda: _open_clip(full)),
         ("mae", MAE, lambda: _our_mae(deepspeed), _vit_mae),
+        ("clip_short_captions", CLIP, lambda: _our_clip(deepspeed, short), lambda: _open_clip(short)),
+        ("clip_zero3", CLIP, lambda: _our_clip(partitioned, full), lambda: _open_clip(full)),
+        ("mae_zero3", MAE, lambda: _our_mae(partitioned), _vit_mae),
     ]
     for name, sizes, ours, peer in pairs:
         sides = {"ours": ours(), "peer": peer()}
@@ -72,7 +77,8 @@ def main(
         ratio = speed["ours"] / speed["peer"]
         document[name] = {**speed, "ratio": ratio, "sizes": sizes}
         say(f"{name}: ours {speed['ours']:.2f}, peer {speed['peer']:.2f} images/s, ratio {ratio:.3f}")
-    document |= {"dtype": "float32", "threads": torch.get_num_threads(), "deepspeed": deepspeed, "machine": machine()}
+    document |= {"dtype": "float32", "threads": torch.get_num_threads(), "deepspeed": deepspeed}
+    document |= {"partitioned": partitioned, "machine": machine()}
     stop_ranks(wait=True)
     emit(document)
 
@@ -163,8 +169,10 @@ def _our_mae(deepspeed: str) -> Callable[[], None]:
     return _our_step(run, deepspeed, _batch(MAE, None), None)
 
 
-def _peer_step(model: torch.nn.Module, forward: Callable[[], Any]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+def _peer_step(model: torch.nn.Module, forward: Callable[[], Any], *, fused: bool | None) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused
+    )
 
     def step() -> None:
         optimizer.zero_grad()
@@ -189,7 +197,7 @@ def _open_clip(tokens: torch.Tensor) -> Callable[[], None]:
         image_features, text_features, scale = model(images, captions)
         return loss(image_features, text_features, scale)
 
-    return _peer_step(model, forward)
+    return _peer_step(model, forward, fused=None)
 
 
 def _vit_mae() -> Callable[[], None]:
@@ -212,7 +220,7 @@ def _vit_mae() -> Callable[[], None]:
     device = get_accelerator().current_device_name()
     model = ViTMAEForPreTraining(config).to(device).train()
     images = torch.randn(MAE["batch"], 3, MAE["image"], MAE["image"], device=device)
-    return _peer_step(model, lambda: model(pixel_values=images).loss)
+    return _peer_step(model, lambda: model(pixel_values=images).loss, fused=True)
 
 
 if __name__ == "__main__":

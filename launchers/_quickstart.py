@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,10 +28,13 @@ from rich.table import Table
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import EXIT_USER_ERROR, DataError, UserError
+from m3i_scale.scale.ds_config import load_ds_config
 
 RUN_FILE = "launchers/quickstart.yaml"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)
 COMMAND = [sys.executable, "-m", "m3i_scale"]
+TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config.py", "data", "backbones", "objective", "scale", "run"))
+LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 @dataclass
@@ -53,12 +57,12 @@ class Stages:
         self.before = ""
         self.rows: list[Row] = []
 
-    def key(self, inputs: dict[str, Any], rooms: tuple[str, ...]) -> str:
-        """What the result of a stage depends on, as a hash."""
+    def key(self, inputs: dict[str, Any], code: tuple[str, ...]) -> str:
+        """What the result of a stage depends on, as a hash; `code` are files and folders of this checkout."""
         digest = hashlib.sha256(json.dumps([self.before, inputs], sort_keys=True).encode())
-        for room in rooms:
-            for path in sorted(Path("m3i_scale", room).rglob("*.py")):
-                digest.update(path.read_bytes())
+        for path in map(Path, code):
+            for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+                digest.update(file.read_bytes())
         return digest.hexdigest()
 
     def done(self, name: str, key: str) -> Row | None:
@@ -214,7 +218,8 @@ def main(overrides: list[str]) -> None:
     done.rows = shards.rows
 
     settings = {"run": run.model_dump(mode="json"), "ranks": plan.ranks}
-    rooms = ("data", "backbones", "objective", "scale", "run")
+    settings |= {"deepspeed": load_ds_config(run.deepspeed), "versions": {name: version(name) for name in LIBRARIES}}
+    rooms = (*TRAINING_CODE, "launchers/_training.py")
     key = done.key(settings, rooms)
     fingerprint = run.output_dir / "quickstart.key"
     if not fingerprint.is_file() or fingerprint.read_text(encoding="utf-8") != key:
@@ -227,16 +232,22 @@ def main(overrides: list[str]) -> None:
     ran = "the same command again"
     done.run("resume", ran, run.output_dir / "metrics.jsonl", training.to_the_end, done.key({}, rooms))
     steps: list[tuple[str, str, Path, Callable[[], list[str]], tuple[str, ...]]] = [
-        ("export", "m3i-scale export", model, lambda: export(run, model), ("hub",)),
+        ("export", "m3i-scale export", model, lambda: export(run, model), ("m3i_scale/hub",)),
         (
             "evaluate",
             "m3i-scale evaluate",
             run.output_dir / "evaluation.json",
             lambda: evaluate(run, model, folder),
-            ("evaluate",),
+            ("m3i_scale/evaluate",),
         ),
-        ("card", "m3i-scale export, with the figures", model / "README.md", lambda: export(run, model), ("hub",)),
-        ("reload", "stock transformers, alone", model, lambda: reload(model, folder), ()),
+        (
+            "card",
+            "m3i-scale export, with the figures",
+            model / "README.md",
+            lambda: export(run, model),
+            ("m3i_scale/hub",),
+        ),
+        ("reload", "stock transformers, alone", model, lambda: reload(model, folder), ("launchers/_reload.py",)),
     ]
     for name, ran, where, work, needs in steps:
         done.run(name, ran, where, work, done.key({}, needs), present=where.exists())

@@ -47,6 +47,13 @@ class BackboneConfig(Section):
     activation_checkpointing: str = "none"
     """none | full | every_N: which Transformer layers recompute their activations in the backward pass."""
 
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        # The complete run file that a run writes names the default, which therefore counts as unset.
+        if self.from_pretrained is not None and self.preset != type(self).model_fields["preset"].default:
+            raise ValueError("preset has no effect beside from_pretrained: leave one of them out")
+        return self
+
 
 class TextConfig(Section):
     """The text target encoder, trained jointly. Only built when the recipe has a text target."""

@@ -43,6 +43,8 @@ class Job:
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]], logs: Path, port: int) -> None:
         self.port = port
         self.logs = logs
+        self.left_in_shared_memory: list[str] = []
+        """Files that the job itself had not removed when all its processes had ended."""
         logs.mkdir(parents=True, exist_ok=True)
         self.processes = []
         for number, (command, variables) in enumerate(zip(commands, environments, strict=True)):
@@ -69,7 +71,9 @@ class Job:
     def wait(self, timeout_s: float = 240) -> list[int]:
         """Exit codes, once all have ended and everything is swept up."""
         try:
-            return [process.wait(timeout_s) for process in self.processes]
+            codes = [process.wait(timeout_s) for process in self.processes]
+            self.left_in_shared_memory = [path.name for path in self._shared_memory()]
+            return codes
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s} s:\n{self.text()[-4000:]}") from None
         finally:
@@ -81,8 +85,11 @@ class Job:
             process.wait()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what the process left behind
-        for path in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"):
+        for path in self._shared_memory():
             path.unlink(missing_ok=True)
+
+    def _shared_memory(self) -> list[Path]:
+        return list(Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"))
 
 
 def start_ranks(arguments: list[str], world_size: int, logs: Path, **variables: str) -> Job:

@@ -54,7 +54,8 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
 
 
 def random_batch(size: int, *, seed: int = 0, views: int = 2, text: bool = True, labels: bool = True) -> Batch:
-    """Noise images with geometry; every third sample lacks a caption, every fourth a category."""
+    """Noise images with geometry; every third sample lacks a caption, every fourth a category. Sample 6 repeats the
+    caption of sample 1, so that among eight samples on two ranks the repetition lies on the other rank."""
     generator = torch.Generator().manual_seed(seed)
     number = torch.arange(size)
 
@@ -67,7 +68,11 @@ def random_batch(size: int, *, seed: int = 0, views: int = 2, text: bool = True,
     lengths = torch.randint(2, 9, (size,), generator=generator)
     mask = (torch.arange(8) < lengths[:, None]) & has_text[:, None]
     mask[:, 0] = True
+    captions = torch.where(has_text, number * 7919 + 1, 0)
     ids = torch.randint(5, VOCABULARY, (size, 8), generator=generator) * mask
+    if size > 6:
+        for column in (captions, ids, mask):
+            column[6] = column[1]
     return Batch(
         images_VBCHW=torch.randint(0, 256, (views, size, 3, 32, 32), generator=generator, dtype=torch.uint8),
         crops_VB4=torch.cat([uniform(0, 20, views, size, 2), uniform(20, 40, views, size, 2)], dim=-1),
@@ -78,7 +83,7 @@ def random_batch(size: int, *, seed: int = 0, views: int = 2, text: bool = True,
         text_ids_BT=ids,
         text_mask_BT=mask,
         has_text_B=has_text,
-        captions_B=torch.where(has_text, number * 7919 + 1, 0),
+        captions_B=captions,
         seeds_B=torch.randint(0, 2**62, (size,), generator=generator),
         keys=[f"k{int(n)}" for n in number],
     )

@@ -25,6 +25,7 @@ from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.stream import FRACTION_COUNTS_AFTER, Stream, StreamSource, StreamState, too_many_bad
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.data.views import ViewMaker
+from m3i_scale.data.workers import leave_signals_to_parent
 from m3i_scale.errors import ConfigError, DataError, UserError
 
 __all__ = ["TrainStream", "check_shares", "find_tokenizer", "merge_states", "read_label_sets"]
@@ -202,7 +203,7 @@ class TrainStream:
             batch_size=None,
             num_workers=self._data.workers,
             prefetch_factor=PREFETCH_PARTS,
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # its own, or it would draw from the generator that training draws from
         )
         return iter(loader)
@@ -335,9 +336,10 @@ def _share_of_worker(streams: list[int]) -> list[int]:
     return streams[worker.id * share : (worker.id + 1) * share]
 
 
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
     # Otherwise the tokenizer warns of the fork, and every worker starts as many threads as there are cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    leave_signals_to_parent()
 
 
 def _unwrap(part: Part | UserError) -> Part:

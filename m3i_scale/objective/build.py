@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import BertConfig, PreTrainedModel, ViTConfig
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedModel, ViTConfig, ViTModel
 
 from m3i_scale.backbones.vit import Backbone, vit_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.decoders import AttentionPool, MeanPool, TransformerDecoder
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import DecoderSpec, Recipe, TargetSpec, parse_recipe
 from m3i_scale.objective.targets import CategoryHead, DenseHead, MomentumTarget, Projector, TextHead, TextTower
@@ -169,12 +171,22 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
     """
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
+        if isinstance(owner, ViTModel) and hasattr(module, "position_embeddings"):
+            _start_on_grid(module.position_embeddings)
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif callable(reset := getattr(module, "reset_parameters", None)):
         reset()
+
+
+def _start_on_grid(table_1LD: Tensor) -> None:
+    """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (class token: zeros), not from noise: a
+    short training would be spent on finding out which patches are neighbours."""
+    side = math.isqrt(table_1LD.shape[1] - 1)
+    table_1LD[0, 0] = 0
+    table_1LD[0, 1:] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
 
 
 def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,15 @@ from m3i_scale.scale.checkpoint.state import from_rank_0, load_checkpoint, read_
 from m3i_scale.scale.collectives import ProcessGroupRanks, agree, mean_over_ranks
 
 Status = Literal["finished", "preempted"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is kept of a forward pass until the ranks have agreed that the step is good."""
+
+    loss: torch.Tensor
+    figures: dict[str, torch.Tensor]
+    keys: list[str]
 
 
 class Trainer:
@@ -71,8 +81,7 @@ class Trainer:
         run, optim = self.run, self.run.optim
         while self.step < optim.steps:
             logs = (self.step + 1) % run.log.every_steps == 0 or self.step + 1 == optim.steps
-            self._train_step(logs)
-            asked, *_ = agree(self.preemption.requested)
+            asked = self._train_step(logs)
             if run.evaluation.every_steps and self.step % run.evaluation.every_steps == 0:
                 self.callbacks.on_evaluation(self.step, self.validate())
             if asked or self.step % run.checkpoint.every_steps == 0 or self.step == optim.steps:
@@ -83,19 +92,23 @@ class Trainer:
             self.save()
         return "finished"
 
-    def _train_step(self, logs: bool) -> None:
-        """One optimizer step over the global batch."""
+    def _train_step(self, logs: bool) -> bool:
+        """One optimizer step over the global batch; returns whether any rank has been asked to stop after it."""
         lr = learning_rate(self.step, self.run.optim)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.module.measure_health = logs
-        for _ in range(self.plan.accumulation):
+        seen: list[MicroBatch] = []
+        asked = False
+        for number in range(self.plan.accumulation):
             batch, wait_s = self._next_batch()
             loss, figures = self.engine(batch)
-            self._refuse_non_finite(loss, figures, batch)
+            seen.append(MicroBatch(loss.detach(), figures, batch.keys))
             self.engine.backward(loss)
             self.meter.add_micro_batch(loss, figures, self.engine.module.token_count, wait_s)
             self.meter.add_gradients(self._gradient_scale())
+            if number + 1 == self.plan.accumulation:  # the one moment of a step in which the host waits for the ranks
+                asked = self._vote(seen)
             self.engine.step()
         momentum = None
         if self.momentum is not None and self.plan.recipe.momentum is not None:
@@ -114,6 +127,7 @@ class Trainer:
                 world_size=self.ranks.world_size,
             )
             self.callbacks.on_step(record)
+        return asked
 
     def _next_batch(self) -> tuple[Batch, float]:
         started = time.perf_counter()
@@ -126,16 +140,23 @@ class Trainer:
         scale = float(self.engine.optimizer.cur_scale) if self.engine.fp16_enabled() else 1.0
         return scale / self.plan.accumulation
 
-    def _refuse_non_finite(self, loss: torch.Tensor, figures: dict[str, torch.Tensor], batch: Batch) -> None:
-        """All ranks stop together, before the optimizer takes the value in."""
-        (bad,) = agree(not bool(torch.isfinite(loss)))
-        if bad:
-            raise UserError(
-                f"the loss is not finite at step {self.step + 1}",
-                where=f"rank {self.ranks.rank}; {', '.join(bad_groups(figures)) or 'another rank'}",
-                why=f"samples of this rank: {', '.join(batch.keys[:8])} …",
-                fix="start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm",
-            )
+    def _vote(self, seen: list[MicroBatch]) -> bool:
+        """Whether any rank was asked to stop. All ranks refuse a loss that is not finite, before the optimizer has it.
+
+        Raises:
+            UserError: a loss of this step is not finite on some rank.
+        """
+        finite = torch.isfinite(torch.stack([micro.loss for micro in seen]))
+        bad, asked = agree(~finite.all(), self.preemption.requested)
+        if not bad:
+            return asked
+        own = [micro for micro, good in zip(seen, finite.tolist(), strict=True) if not good]
+        raise UserError(
+            f"the loss is not finite at step {self.step + 1}",
+            where=f"rank {self.ranks.rank}: {', '.join(bad_groups(own[0].figures)) if own else 'finite; another rank'}",
+            why=f"samples of this rank: {', '.join((own or seen)[0].keys[:8])} …",
+            fix="start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm",
+        )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

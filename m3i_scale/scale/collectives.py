@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3i_scale.errors import UserError
 from m3i_scale.scale.extensions import sweep_stale_locks
+from m3i_scale.scale.host_memory import keep_host_memory
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -77,8 +78,17 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
         )
     if missing:
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
         )
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        # Without it DeepSpeed's CPU accelerator starts `lscpu` for every gradient bucket; its own launcher sets it.
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
+    keep_host_memory()
     sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -116,12 +126,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def agree(*flags: bool) -> tuple[bool, ...]:
-    """For every flag, whether any rank raises it; all ranks get the same answer, in one collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flags
-    votes = torch.tensor([int(flag) for flag in flags], device=get_accelerator().current_device_name())
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
+    """For every flag, whether any rank raises it; all ranks get the same answer, in one collective.
+
+    Args:
+        flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
+    """
+    device = get_accelerator().current_device_name()
+    votes = torch.stack([torch.as_tensor(flag, device=device).to(torch.int32) for flag in flags])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return tuple(bool(vote) for vote in votes.tolist())
 
 

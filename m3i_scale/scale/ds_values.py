@@ -90,6 +90,7 @@ PLAIN_VALUES: dict[str, _Rule] = {
     "optimizer.params.eps": _POSITIVE,
     "optimizer.params.weight_decay": _NOT_NEGATIVE,
     "optimizer.params.torch_adam": _BOOL,
+    "optimizer.params.fused": _BOOL,
     "optimizer.params.adam_w_mode": _BOOL,
 }
 """What DeepSpeed does not check itself: dotted path → (description, test)."""

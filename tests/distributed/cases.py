@@ -50,6 +50,8 @@ RECIPES = {
     "m3i": ("m3i",),
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
 }
+ENGINES = {"zero1_bf16": 1, "zero1_cpu_fp32": 1, "zero2_bf16": 2, "zero3_cpu": 3, "zero3_cpu_fp32": 3}
+"""DeepSpeed files, and their stage."""
 
 
 class Vocabulary:
@@ -80,7 +82,7 @@ class Cases:
             cases[f"plain_{name}"] = lambda arguments=arguments: self.plain_gradients(*arguments)
             cases[f"zero3_{name}"] = lambda arguments=arguments: self.engine_gradients(*arguments)
         cases["zero3_m3i_recomputed"] = lambda: self.engine_gradients("m3i", "backbone.activation_checkpointing=full")
-        for name, stage in (("zero1_bf16", 1), ("zero2_bf16", 2), ("zero3_cpu", 3), ("zero3_cpu_fp32", 3)):
+        for name, stage in ENGINES.items():
             cases[f"momentum_{name}"] = lambda name=name, stage=stage: self.momentum(name, stage)
         for name, case in cases.items():
             try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objective, tiny_run
+from tiny import GRID, LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objective, tiny_run
 from torch import nn
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs, text_config
+from m3i_scale.objective.positions import grid_position
 from m3i_scale.scale.partition import initialize_sharded
 
 
@@ -101,7 +102,9 @@ def test_first_weights_are_those_of_the_stock_models() -> None:
     assert 0.015 < float(layer.mlp.fc1.weight.std()) < 0.025
     assert not layer.mlp.fc1.bias.any()
     assert torch.equal(layer.layernorm_before.weight, torch.ones(64))
-    assert 0.015 < float(objective.student.model.embeddings.position_embeddings.std()) < 0.025
+    positions_LD = objective.student.model.embeddings.position_embeddings[0]
+    assert not positions_LD[0].any()
+    assert torch.equal(positions_LD[1:], grid_position(GRID, 64, torch.device("cpu")))
     assert 0.01 < float(objective.decoders["dense"].mask_token.std()) < 0.03
     assert float(objective.heads["text"].log_scale.exp()) == pytest.approx(1 / 0.07, rel=1e-5)
     assert 0.015 < float(objective.text.model.embeddings.word_embeddings.weight.std()) < 0.025

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from launch import TESTS, Job, environment, free_port
 from shapes import metrics, write_run
 
@@ -53,6 +54,21 @@ def copied_shards(change: Callable[[Path], None]) -> Callable[[Path, Path], list
         return [f"data.sources.shapes.shards={copy}"]
 
     return make
+
+
+def validation(change: Callable[[Path], None]) -> Callable[[Path, Path], list[str]]:
+    def make(folder: Path, shards: Path) -> list[str]:
+        copy = folder / "copy" / "val"
+        shutil.copytree(shards / "val", copy)
+        change(copy)
+        # After eight steps, of which none must be taken.
+        return [f"data.validation.val.shards={copy}", "evaluation.every_steps=8", "evaluation.batches=1"]
+
+    return make
+
+
+def other_labels(folder: Path) -> None:
+    (folder / "labels.json").write_text(json.dumps(["bar", "disc", "triangle"]))
 
 
 def labels_out_of_range(folder: Path) -> None:
@@ -139,6 +155,17 @@ MISTAKES = {
         r"no activation checkpointing policy 'every_1'", ["backbone.activation_checkpointing=every_1"]
     ),
     "pretrained": Mistake(r"cannot read a model from '/nowhere'", ["backbone.from_pretrained=/nowhere"]),
+    "preset beside pretrained": Mistake(
+        r"preset has no effect beside from_pretrained",
+        ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
+    ),
+    "validation labels": Mistake(
+        r"the labels of validation source 'val' are those of no training source", make=validation(other_labels)
+    ),
+    "no validation shards": Mistake(
+        r"/nowhere/val", ["data.validation.val.shards=/nowhere/val", "evaluation.every_steps=2"]
+    ),
+    "validation shard cut short": Mistake(r"shapes-000000.tar", make=validation(cut_one_short)),
     "evaluation without data": Mistake(r"evaluation.every_steps needs data.validation", ["evaluation.every_steps=2"]),
     "resume from nowhere": Mistake(r"cannot resume: no such folder", ["checkpoint.resume=/nowhere/step-00000002"]),
     "output in a file": Mistake(r"occupied", make=file_in_the_way),
@@ -157,6 +184,9 @@ AFTERWARDS = {
     "never resume": ["checkpoint.resume=never"],
     "another model": ["backbone.config.num_hidden_layers=3"],
     "another recipe": ["recipe.targets.0.normalize_pixels=false"],
+    "fewer steps": ["optim.steps=3"],
+    "named, and the run has newer ones": ["checkpoint.resume=OUT/checkpoints/step-00000002"],
+    "named, in another folder": ["checkpoint.resume=OUT/checkpoints/step-00000002", "output_dir=OUT-branch"],
 }
 
 
@@ -188,7 +218,8 @@ def attempts(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Attempts
         calls[name] = {"arguments": ["train", str(run_file)]}
     written = str(root / "whole" / "out" / "run.yaml")
     for name, more in AFTERWARDS.items():  # one at a time: they share an output_dir
-        calls[name] = {"arguments": ["train", written, *more], "alone": True}
+        overrides = [override.replace("OUT", str(root / "whole" / "out")) for override in more]
+        calls[name] = {"arguments": ["train", written, *overrides], "alone": True}
     (root / "calls.json").write_text(json.dumps(list(calls.values())))
     (root / "results").mkdir()
     script = [str(TESTS / "run" / "attempts.py"), str(root / "calls.json"), str(root / "results")]
@@ -230,6 +261,31 @@ def test_a_finished_run_is_left_as_it_is(attempts: Attempts) -> None:
 @pytest.mark.parametrize(("name", "key"), [("another model", "backbone"), ("another recipe", "recipe")])
 def test_another_run_does_not_go_on_from_the_checkpoint(attempts: Attempts, name: str, key: str) -> None:
     check(attempts.results[name], rf"the checkpoint is of another run: {key} differ")
+
+
+def test_a_refused_run_leaves_what_the_earlier_one_wrote(attempts: Attempts) -> None:
+    out = attempts.root / "whole" / "out"
+    written = yaml.safe_load((out / "run.yaml").read_text())
+    assert written["backbone"]["config"]["num_hidden_layers"] == 2
+    assert written["optim"]["steps"] == 4
+    assert written["recipe"]["targets"][0]["normalize_pixels"] is True
+    assert json.loads((out / "deepspeed.json").read_text())["train_batch_size"] == 8
+    assert sorted(metrics(attempts.root / "whole" / "run.yaml")) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_a_later_step_is_refused(attempts: Attempts) -> None:
+    check(attempts.results["fewer steps"], r"the checkpoint is of step 4, and the run has 3 steps")
+
+
+def test_a_named_checkpoint_starts_a_branch_and_takes_nothing_back(attempts: Attempts) -> None:
+    check(attempts.results["named, and the run has newer ones"], r"newer good checkpoints[\s\S]*step-00000004")
+    branch = attempts.results["named, in another folder"]
+    assert branch["code"] == 0, branch
+    assert re.search(r"from \S*step-00000002", branch["text"])
+    lines = (attempts.root / "whole" / "out-branch" / "metrics.jsonl").read_text().splitlines()
+    again = {line["step"]: line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"}
+    whole = metrics(attempts.root / "whole" / "run.yaml")
+    assert again == {step: whole[step]["loss"] for step in (3, 4)}
 
 
 def test_two_half_micro_batches_are_one_whole(attempts: Attempts) -> None:

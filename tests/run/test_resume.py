@@ -77,8 +77,7 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("reference"),
         shards,
         "m3i",
-        f"data.validation.val.shards={shards / 'val'}",
-        "data.validation.val.label_set=shapes",
+        f"data.validation.val.shards={shards / 'val'}",  # its label set is found by its names
         "evaluation.every_steps=4",
         "evaluation.batches=2",
     )
@@ -127,18 +126,30 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
     same_run(damaged_file, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(number: int, reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "hearers"),
+    [(signal.SIGTERM, "one rank"), (signal.SIGUSR2, "one rank"), (signal.SIGTERM, "all, workers too")],
+)
+def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
+    number: int, hearers: str, reference: Path, tmp_path: Path
+) -> None:
     run_file = copy_of_run(reference, tmp_path / "asked")
-    job = train(run_file, world=2, launcher=True)
+    job = train(run_file, f"data.workers={0 if hearers == 'one rank' else 2}", world=2, launcher=True)
     wait_for_step(job, run_file, 3)
-    ranks_of(job)[-1].send_signal(number)  # one rank hears it, all leave
+    if hearers == "one rank":
+        ranks_of(job)[-1].send_signal(number)
+    else:
+        members = [child for rank in ranks_of(job) for child in (*rank.children(), rank)]
+        assert len(members) >= 6  # two ranks with two workers each
+        for process in members:
+            process.send_signal(number)
     assert job.wait(WAIT_S) == [75], job.text()[-4000:]
     newest = checkpoints(run_file)[-1]
     step = int(newest.name.removeprefix("step-"))
     assert 3 <= step < STEPS
     assert verify(newest) == []
     assert steps_done(run_file) == step
+    assert "Traceback" not in job.text()
     again = train(run_file, world=2, launcher=True, logs="again")
     assert again.wait(WAIT_S) == [0], again.text()[-4000:]
     same_run(run_file, reference)

@@ -1,71 +1,23 @@
-"""DeepSpeed files: what is refused, what "auto" becomes, and whether the engine obeys.
-
-Run as a script, this file is the worker of `engines`: one process initialises every built-in file in turn.
-"""
+"""DeepSpeed files: what is refused, and what "auto" becomes."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from ds_files import GONE, RUN, changed, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.ds_config import (
-    Resolved,
     check_accelerator,
-    check_effective,
     explain_table,
-    known_ds_configs,
     load_ds_config,
     resolve,
 )
-
-RUN: dict[str, Any] = {
-    "world_size": 1,
-    "batch_size": 8,
-    "micro_batch_size": 4,
-    "clip_grad_norm": 0.5,
-    "lr": 1e-2,
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-    "weight_decay": 0.05,
-    "hidden_size": 16,
-}
-GONE = object()
-
-
-def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `raw` with values set (or removed: GONE) at dotted paths."""
-    raw = copy.deepcopy(raw)
-    for path, value in changes.items():
-        *parents, key = path.split(".")
-        node = raw
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if value is GONE:
-            del node[key]
-        else:
-            node[key] = value
-    return raw
-
-
-def text_of(table: Any) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
 
 # (base file, changes, words of the message)
 Z = "zero_optimization."
@@ -220,8 +172,7 @@ def test_effective_settings_are_let_through(base, changes):
 def test_auto_becomes_the_documented_formulas():
     resolved = resolve(load_ds_config("zero3_bf16"), **{**RUN, "hidden_size": 1408}, where="zero3_bf16")
     zero = resolved.config["zero_optimization"]
-    assert zero["reduce_bucket_size"] == 1408**2
-    assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 1408**2)
+    assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 4 * 2**20  # hidden² is less
     assert zero["stage3_param_persistence_threshold"] == 14080
     assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 16 * 1408**2
     assert zero["sub_group_size"] == 24 * 1408**2
@@ -232,6 +183,18 @@ def test_auto_becomes_the_documented_formulas():
     for key, _, why in resolved.explained:
         assert key in table
         assert why in table
+
+
+def test_buckets_grow_with_the_model_and_do_not_shrink_with_it():
+    wide, narrow = (
+        resolve(load_ds_config("zero3_bf16"), **{**RUN, "hidden_size": width}, where="x").config["zero_optimization"]
+        for width in (4096, 64)
+    )
+    assert wide["reduce_bucket_size"] == 4096**2
+    assert wide["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
+    assert narrow["reduce_bucket_size"] == narrow["stage3_prefetch_bucket_size"] == 2**22
+    assert narrow["stage3_max_live_parameters"] == narrow["stage3_max_reuse_distance"] == 2**23
+    assert narrow["sub_group_size"] == 2**24
 
 
 def test_batch_keys_that_are_left_out_are_filled_in_and_said():
@@ -345,89 +308,6 @@ def test_file_that_is_not_text(tmp_path):
         load_ds_config(str(path))
 
 
-def test_documentation_is_true():
-    page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
-    example = re.search(r"```json\n(.*?)```", page, re.DOTALL)
-    assert example is not None
-    resolve(json.loads(example[1]), **RUN, where="docs/deepspeed.md")
-    assert set(re.findall(r"^\| `(zero\w+)` \|", page, re.MULTILINE)) == set(known_ds_configs())
-    for key, _, _ in resolve(load_ds_config("zero3_bf16"), **RUN, where="x").explained:
-        assert key.removeprefix("optimizer.params") in page
-
-
-class Recorder(dict):
-    """Notes every key that is asked for, also of the copy that DeepSpeed makes."""
-
-    seen: set[str]
-
-    def _note(self, key):
-        self.seen.add(key)
-
-    def __contains__(self, key):
-        self._note(key)
-        return super().__contains__(key)
-
-    def __getitem__(self, key):
-        self._note(key)
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        self._note(key)
-        return super().get(key, default)
-
-    def keys(self):
-        return self
-
-    def __copy__(self):
-        copied = type(self)(self)
-        copied.seen = self.seen
-        return copied
-
-
-def recorder(values):
-    made = Recorder(values)
-    made.seen = set()
-    return made
-
-
-def test_lists_agree_with_what_deepspeed_reads():
-    """Every key that the installed version asks for is allowed or has a reason, and no allowed key goes unread."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    from m3i_scale.scale.ds_schema import REFUSED, known_tree
-
-    sections = {name: recorder({}) for name in ("data_types", "checkpoint", "flops_profiler")}
-    top = recorder({"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {}}, **sections})
-    DeepSpeedConfig(top)
-    explained = set(REFUSED) | set(known_tree())
-    assert top.seen - explained - _removed() == set()
-    assert set(known_tree()) - top.seen == set()
-    for name, section in sections.items():
-        own = {path.removeprefix(name + ".") for path in REFUSED if path.startswith(name + ".")}
-        allowed = set(known_tree()[name])
-        assert section.seen - own - allowed == set()
-        assert allowed - section.seen == set()
-
-
-def _removed():
-    from deepspeed.runtime import config
-
-    return set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-
-
-def test_stage_tables_name_real_keys():
-    from m3i_scale.scale.ds_rules import DYNAMIC_SCALE_ONLY, NVME_ONLY, STAGE3_ONLY, STAGE12_ONLY
-    from m3i_scale.scale.ds_schema import REFUSED, known_tree
-
-    zero = known_tree()["zero_optimization"]
-    assert zero.keys() >= STAGE3_ONLY | STAGE12_ONLY
-    assert known_tree()["fp16"].keys() >= DYNAMIC_SCALE_ONLY
-    assert zero["offload_optimizer"].keys() | zero["offload_param"].keys() >= NVME_ONLY
-    for path in REFUSED:
-        if path.startswith("zero_optimization."):
-            assert path.split(".")[1] in zero
-
-
 def test_precision_that_the_accelerator_lacks(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
@@ -438,163 +318,3 @@ def test_precision_that_the_accelerator_lacks(monkeypatch):
     assert "zero3_cpu" in str(caught.value.fix)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     check_accelerator(resolved)
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    """Reports of the worker by file name."""
-    report = tmp_path_factory.mktemp("engines") / "report.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, to build DeepSpeed's Adam
-    env = {**os.environ, **ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(
-        [sys.executable, __file__, str(report)], env=env, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(report.read_text())
-
-
-@pytest.mark.parametrize("name", sorted(known_ds_configs()))
-def test_built_in_file_trains_and_is_obeyed(engines, name):
-    """Every file initialises a real engine, which agrees with the file, and the loss falls, the same way twice."""
-    report = engines[name]
-    assert report["losses"] == report["again"]
-    assert report["losses"][-1] < 0.5 * report["losses"][0]
-    tolerance = 1e-5 if report["precision"] == "fp32" else 1e-2
-    assert report["losses"] == pytest.approx(engines["reference"], rel=tolerance, abs=tolerance)
-
-
-@pytest.mark.parametrize("name", sorted(known_ds_configs()))
-def test_every_difference_is_found(engines, name):
-    assert len(engines[name]["differences"]) >= 12
-    for path, (word, message) in engines[name]["differences"].items():
-        assert word in message, path
-
-
-def _model() -> Any:
-    import torch
-
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 4))
-
-
-def _batches(steps: int) -> list[Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    images, targets = torch.randn(8, 16, generator=generator), torch.randn(8, 4, generator=generator)
-    return [(images[half : half + 4], targets[half : half + 4]) for _ in range(steps) for half in (0, 4)]
-
-
-def _reference(steps: int) -> list[float]:
-    """The same run with torch alone, in fp32."""
-    import torch
-
-    model = _model()
-    optimizer = torch.optim.AdamW(model.parameters(), **{k: RUN[k] for k in ("lr", "betas", "eps", "weight_decay")})
-    losses = []
-    for index, (inputs, targets) in enumerate(_batches(steps)):
-        loss = ((model(inputs) - targets) ** 2).mean()
-        (loss / 2).backward()
-        losses.append(loss.item())
-        if index % 2:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), RUN["clip_grad_norm"])
-            optimizer.step()
-            optimizer.zero_grad()
-    return losses
-
-
-def _train(resolved: Resolved, steps: int) -> tuple[list[float], dict[str, list[str]]]:
-    import deepspeed
-
-    model = _model()
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=copy.deepcopy(resolved.config)
-    )
-    check_effective(engine, resolved)
-    lies = _lies(resolved.config)
-    found = {path: [word, _difference(engine, resolved, path, value)] for path, (value, word) in lies.items()}
-    losses = []
-    for inputs, targets in _batches(steps):
-        dtype = next(model.parameters()).dtype
-        loss = ((engine(inputs.to(dtype)).float() - targets) ** 2).mean()
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    engine.destroy()
-    return losses, found
-
-
-def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Values that the engine was not given: path → (value, what the message must name)."""
-    zero = config["zero_optimization"]
-    other_offload = {"device": "none" if "offload_optimizer" in zero else "cpu"}
-    lies: dict[str, tuple[Any, str]] = {
-        "bf16": ({"enabled": "bf16" not in config}, "precision: "),
-        "data_types.grad_accum_dtype": ("bf16", "gradient accumulation type: "),
-        "zero_optimization.offload_optimizer": (other_offload, "offload_optimizer: "),
-    }
-    if zero["stage"] == 3:
-        other_offload = {"device": "none" if "offload_param" in zero else "cpu"}
-        lies["zero_optimization.offload_param"] = (other_offload, "offload_param: ")
-    plain = {
-        "zero_optimization.stage": 9,
-        "zero_optimization.reduce_bucket_size": 1,
-        "zero_optimization.sub_group_size": 1,
-        "zero_optimization.stage3_param_persistence_threshold": 1,
-        "zero_optimization.stage3_max_live_parameters": 1,
-        "gradient_clipping": 7.0,
-        "gradient_accumulation_steps": 3,
-        "train_batch_size": 99,
-        "train_micro_batch_size_per_gpu": 5,
-        "optimizer.params.lr": 3.0,
-        "optimizer.params.betas": [0.1, 0.2],
-        "optimizer.params.eps": 1e-3,
-        "optimizer.params.weight_decay": 0.9,
-    }
-    for path, value in plain.items():
-        section, _, key = path.rpartition(".")
-        if section != "zero_optimization" or key in zero:
-            lies[path] = (value, f"{path}: ")
-    return lies
-
-
-def _difference(engine: Any, resolved: Resolved, path: str, value: Any) -> str:
-    """What check_effective says when the engine was not given `value`."""
-    try:
-        check_effective(engine, Resolved(changed(resolved.config, {path: value}), [], resolved.where))
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def _worker(report: str) -> None:
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    from m3i_scale.scale.ds_rules import precision
-
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    # torch computes in fp16 on any CPU, if slowly; DeepSpeed only asks whether it would be fast
-    get_accelerator().is_fp16_supported = lambda: True
-    steps = 20
-    results: dict[str, Any] = {"reference": _reference(steps)}
-    for name in known_ds_configs():
-        resolved = resolve(load_ds_config(name), **RUN, where=name)
-        losses, differences = _train(resolved, steps)
-        again, _ = _train(resolved, steps)
-        results[name] = {
-            "losses": losses,
-            "again": again,
-            "differences": differences,
-            "precision": precision(resolved.config),
-        }
-    with open(report, "w", encoding="utf-8") as file:
-        json.dump(results, file)
-
-
-if __name__ == "__main__":
-    _worker(sys.argv[1])

@@ -1,0 +1,92 @@
+"""What verification finds."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoint_files import FILES, flip, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m3i_scale.scale.checkpoint import commit as room
+from m3i_scale.scale.checkpoint.commit import (
+    hash_file,
+    read_manifest,
+    verify,
+)
+
+
+def test_verify_names_each_fault(tmp_path: Path) -> None:
+    final = save(tmp_path, 100)
+    flip(final / "deepspeed/rank-0.pt", 1000)
+    (final / "momentum/a/b.bin").write_bytes(b"m" * 8)
+    (final / "meta.json").unlink()
+    (final / "deepspeed/more").write_bytes(b"x")
+    assert verify(final) == [
+        "meta.json: missing",
+        "deepspeed/more: not in the manifest",
+        "deepspeed/rank-0.pt: the contents have changed (SHA-256 differs)",
+        "momentum/a/b.bin: 8 bytes, the manifest says 9",
+    ]
+    assert len(verify(final, contents=False)) == 3
+
+
+def test_verify_of_what_was_never_committed(tmp_path: Path) -> None:
+    assert verify(tmp_path / "nowhere") == ["no manifest: the folder was never committed"]
+    final = save(tmp_path, 1)
+    (final / "link").symlink_to("/etc/passwd")
+    assert verify(final) == ["'link' is neither a file nor a directory"]
+
+
+def test_a_manifest_torn_anywhere_is_found(tmp_path: Path) -> None:
+    final = save(tmp_path, 100)
+    path = final / "manifest.json"
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert verify(final) == ["the manifest is torn or changed"], length
+
+
+def test_a_manifest_of_another_format_is_named(tmp_path: Path) -> None:
+    final = save(tmp_path, 100)
+    values = json.loads((final / "manifest.json").read_bytes())
+    (final / "manifest.json").write_text(json.dumps({**values, "format": 99}))
+    assert verify(final) == ["the manifest has format 99, this version reads 1"]
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    final = save(tmp_path, 100)
+    (tmp_path / "outside").write_bytes(b"private")
+    manifest = read_manifest(final)
+    stranger = room.Digest(7, hash_file(tmp_path / "outside"))
+    (final / "manifest.json").unlink()
+    room.write_manifest(final, {**manifest.files, "../outside": stranger}, {})
+    assert verify(final) == ["../outside: missing"]
+
+
+@pytest.fixture(scope="module")
+def good_checkpoint() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield save(Path(folder), 100)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_flipped_byte_or_truncation_is_found(good_checkpoint: Path, data: st.DataObject) -> None:
+    names = sorted(name for name, content in {**FILES, "manifest.json": b"?"}.items() if content)
+    path = good_checkpoint / data.draw(st.sampled_from(names))
+    whole = path.read_bytes()
+    position = data.draw(st.integers(0, len(whole) - 1))
+    try:
+        if data.draw(st.booleans()):
+            flip(path, position, data.draw(st.integers(1, 255)))
+        else:
+            path.write_bytes(whole[:position])
+        assert verify(good_checkpoint) != []
+    finally:
+        path.write_bytes(whole)
+    assert verify(good_checkpoint) == []

@@ -1,0 +1,164 @@
+"""Disks that fill up or are read-only, and one job per output directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoint_files import fill, save
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint.commit import (
+    begin,
+    commit,
+    ensure_space,
+    lock_directory,
+    newest_good,
+    step_name,
+    write_guard,
+)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB. Permission bits do not stop root, so a real mount it is."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("this container may not mount: " + mounted.stderr.decode().strip())
+    yield disk
+    # Lazily: torch keeps the file that it could not write open until its error is collected.
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_save(small_disk: Path) -> None:
+    good = save(small_disk, 100)
+    temporary = begin(small_disk / step_name(200))
+    with pytest.raises(CheckpointError) as caught, write_guard(small_disk, temporary, bytes_wanted=3 << 20):
+        fill(temporary, {"meta.json": b"{}", "deepspeed/big": b"x" * (2 << 20)})
+    message = str(caught.value)
+    assert "the disk is full" in message
+    assert "3,145,728 bytes" in message
+    assert " free" in message
+    assert str(temporary / "deepspeed" / "big") in message
+    assert f"the last good checkpoint is {good}" in message
+    assert not temporary.exists()
+    assert newest_good(small_disk) == (good, [])
+    again = save(small_disk, 200)  # there is room again
+    assert newest_good(small_disk) == (again, [])
+
+
+def test_torch_and_safetensors_on_a_full_disk_are_recognised(small_disk: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensor = torch.zeros(1 << 19)  # 2 MiB
+    for write in (lambda path: torch.save(tensor, path), lambda path: save_file({"t": tensor}, path)):
+        temporary = begin(small_disk / step_name(1))
+        guard = write_guard(small_disk, temporary, bytes_wanted=2 << 20)
+        with pytest.raises(CheckpointError, match=r"cannot be written.*2,097,152 bytes.*wanted"), guard:
+            write(temporary / "weights")
+        assert not temporary.exists()
+
+
+def test_other_errors_pass_the_guard_unchanged(tmp_path: Path) -> None:
+    temporary = begin(tmp_path / step_name(1))
+    with pytest.raises(RuntimeError, match="shapes differ"), write_guard(tmp_path, temporary):
+        raise RuntimeError("shapes differ")
+    assert temporary.exists()
+    with (
+        pytest.raises(CheckpointError, match="quota is used up"),
+        write_guard(tmp_path, temporary, remove_folder=False),
+    ):
+        raise OSError(errno.EDQUOT, "quota")
+    assert temporary.exists()
+
+
+def test_a_disk_that_is_full_when_the_manifest_is_written(small_disk: Path) -> None:
+    good = save(small_disk, 100)
+    final = small_disk / step_name(200)
+    temporary = begin(final)
+    fill(temporary)
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(b"x" * (2 << 20))
+    with pytest.raises(CheckpointError, match="the disk is full") as caught:
+        commit(final, temporary, {})
+    assert caught.value.where == str(temporary / "manifest.json")
+    assert not temporary.exists()
+    assert newest_good(small_disk) == (good, [])
+
+
+def test_ensure_space(small_disk: Path) -> None:
+    root = small_disk / "run" / "checkpoints"
+    ensure_space(root, 1000)
+    assert list(root.iterdir()) == []
+    with pytest.raises(CheckpointError, match=r"5,000,000 bytes \(0.00 GiB\) wanted, [0-9,]+ bytes .* free"):
+        ensure_space(root, 5_000_000)
+
+
+def test_a_read_only_disk_is_explained_and_can_still_be_read(small_disk: Path) -> None:
+    good = save(small_disk, 100)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for attempt in (lambda: begin(small_disk / step_name(200)), lambda: ensure_space(small_disk, 1)):
+        with pytest.raises(CheckpointError, match="read-only") as caught:
+            attempt()
+        assert f"last good checkpoint is {good}" in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"cannot lock .*Read-only"), lock_directory(small_disk):
+        pass
+    assert newest_good(small_disk) == (good, [])
+
+
+# ------------------------------------------------------------------ one job per output directory
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from m3i_scale.scale.checkpoint.commit import lock_directory
+with lock_directory(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_job_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another job") as caught, lock_directory(tmp_path):
+            pass
+        assert f"pid {first.pid} on host {socket.gethostname()} since 20" in str(caught.value)
+    finally:
+        first.kill()
+        first.communicate()
+    with lock_directory(tmp_path) as lock:
+        assert lock.covers(tmp_path / "checkpoints")
+    assert not lock.covers(tmp_path)
+
+
+def test_a_holder_that_ended_while_its_child_lives_is_told_apart(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    note = {"pid": ended.pid, "host": socket.gethostname(), "since": "2030-01-01"}
+    (tmp_path / ".lock-holder.json").write_text(json.dumps(note))
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="a process that it started has not"), lock_directory(tmp_path):
+            pass
+        (tmp_path / ".lock-holder.json").unlink()
+        with pytest.raises(CheckpointError, match="a job that is just starting"), lock_directory(tmp_path):
+            pass
