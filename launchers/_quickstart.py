@@ -156,6 +156,7 @@ def evaluate(run: RunConfig, model: Path, folder: Path) -> list[str]:
     probe = tool(
         *("evaluate", str(model), "--data", str(folder / "val"), "--train-data", str(folder / "train")),
         *("--measure", "linear", "--measure", "knn", "--baseline", "pixels", "--exclude-group", "flags"),
+        *("--pool", "both"),  # mean of the patches beside the class token, as DINOv2 probes
     )
     style = tool("evaluate", str(model), "--data", str(folder / "style"), "--measure", "retrieval")
     pixels = probe["baseline"]["measures"]
@@ -165,9 +166,11 @@ def evaluate(run: RunConfig, model: Path, folder: Path) -> list[str]:
     (run.output_dir / "evaluation.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     linear, found = probe["measures"]["linear"], style["measures"]["retrieval"]["image_to_text"]["R@10"]
     raw = pixels["linear"]["accuracy"]
+    gain = probe["baseline"]["advantage_of_model"]["linear"]["accuracy"]
     return [
         f"linear probe, held-out families: {_interval(linear['accuracy'])}",
         f"the same on raw pixels: {_interval(raw)}; majority {linear['majority']:.3f}",
+        f"difference on the same pictures: {_interval(gain)}",
         f"image → text R@10, held-out style: {_interval(found)}, {found['ratio']:.0f} × chance",
     ]
 

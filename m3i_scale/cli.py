@@ -83,6 +83,9 @@ def evaluate(
     pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
     baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
     exclude_group: Annotated[list[str] | None, typer.Option(help="Leave out samples of a group.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="A zero-shot prompt, {} for the class name; several are averaged.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     as_json: Json = False,
@@ -91,6 +94,7 @@ def evaluate(
     from m3i_scale.evaluate.commands import MEASURES
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
+    from m3i_scale.evaluate.zero_shot import TEMPLATES
 
     result = run_evaluation(
         model_dir,
@@ -100,6 +104,7 @@ def evaluate(
         pool=cast(Any, pool),
         baseline=cast(Any, baseline),
         exclude_groups=tuple(exclude_group or ()),
+        templates=tuple(template or TEMPLATES),
         batch_size=batch_size,
         device=device,
     )
@@ -116,12 +121,17 @@ def export(
     weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
+    license_id: Annotated[
+        str, typer.Option("--license", help="Licence of the weights, as the Hub spells it, for the model card.")
+    ] = "other",
     as_json: Json = False,
 ) -> None:
     """A Hugging Face folder that stock AutoModel loads, proven in a fresh process."""
     from m3i_scale.hub.export import export as run_export
 
-    result = run_export(run, to, weights=cast(Any, weights), dtype=cast(Any, dtype), overwrite=overwrite)
+    result = run_export(
+        run, to, weights=cast(Any, weights), dtype=cast(Any, dtype), overwrite=overwrite, license_id=license_id
+    )
     if as_json:
         print_json(result)
         return

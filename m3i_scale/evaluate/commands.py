@@ -102,10 +102,22 @@ def evaluate(
             fix="give --train-data with labels for the probes, or an export with a text target",
         )
     result = _document(folder, vision, job, data, train_data)
+    right = _take_right(found)
     result |= {"measures": found, "not_measured": absent}
     if baseline == "pixels":
         probes, why_not = _measure(tuple(name for name in measures if name in ("knn", "linear")), "pixels", job)
-        result["baseline"] = {"kind": "pixels", "measures": probes, "not_measured": why_not}
+        theirs = _take_right(probes)
+        advantage = {
+            name: measure.measure_advantage(right[name], theirs[name], test, job.clusters)
+            for name in right
+            if name in theirs
+        }
+        result["baseline"] = {
+            "kind": "pixels",
+            "measures": probes,
+            "not_measured": why_not,
+            "advantage_of_model": advantage,
+        }
     result["warnings"] = _warnings(job, result)
     return result
 
@@ -148,6 +160,11 @@ def _measure(names: tuple[str, ...], encoder: str, job: _Job) -> tuple[dict[str,
         except NotMeasuredError as reason:
             absent[name] = str(reason)
     return found, absent
+
+
+def _take_right(found: dict[str, Any]) -> dict[str, Any]:
+    """Which samples each probe got right, taken out of what becomes the document."""
+    return {name: figures.pop(measure.RIGHT) for name, figures in found.items() if measure.RIGHT in figures}
 
 
 def _one(name: str, encoder: str, job: _Job) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.zero_shot import TextEncoder, class_embeddings, zero_shot_predict
 
 NEIGHBOURS = (10, 20)
+RIGHT = "right"
+"""Key of the samples that a probe gets right, by figure; for comparisons, and no part of a document."""
 
 
 class NotMeasuredError(Exception):
@@ -71,9 +73,9 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
         classes=len(test.table.classes),
     )
     truth = test.table.label_array[asked]
-    return {
-        f"k={k}": mean_interval(predicted[k] == truth, clusters.take(asked)).as_dict() for k in NEIGHBOURS
-    } | guessing(side.table.label_array[fit], truth)
+    right = {f"k={k}": predicted[k] == truth for k in NEIGHBOURS}
+    figures = {label: mean_interval(values, clusters.take(asked)).as_dict() for label, values in right.items()}
+    return {**figures, **guessing(side.table.label_array[fit], truth), RIGHT: right}
 
 
 def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> dict[str, Any]:
@@ -106,6 +108,22 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
         "C_selection": {f"{strength:g}": value for strength, value in probe.selection.items()},
         "C_selected_by": families.unit,
         "notes": notes,
+        RIGHT: {"accuracy": probe.predicted == truth},
+    }
+
+
+def measure_advantage(
+    model: dict[str, NDArray[np.bool_]], baseline: dict[str, NDArray[np.bool_]], test: Side, clusters: Clusters
+) -> dict[str, Any]:
+    """Accuracy of the model minus that of the baseline on the same samples.
+
+    The interval is that of the difference: a sample that both get right, or both wrong, says nothing about which is
+    better, so it is narrower than what two separate intervals suggest.
+    """
+    drawn = clusters.take(test.labelled())
+    return {
+        label: mean_interval(right.astype(np.float64) - baseline[label], drawn).as_dict()
+        for label, right in model.items()
     }
 
 

@@ -29,6 +29,10 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for block, measures in (("", result["measures"]), ("pixels: ", result.get("baseline", {}).get("measures", {}))):
         for name, figures in measures.items():
             yield from _rows(block + _NAMES[name], name, figures)
+    for name, figures in result.get("baseline", {}).get("advantage_of_model", {}).items():
+        for key, figure in figures.items():
+            title = f"{_NAMES[name]} minus pixels" + ("" if key == "accuracy" else f" {key}")
+            yield title, f"{figure['value']:+.3f}", f"{figure['low']:+.3f} … {figure['high']:+.3f}", "0"
 
 
 def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

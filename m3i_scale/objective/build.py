@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
         if isinstance(owner, ViTModel) and hasattr(module, "position_embeddings"):
-            _start_on_grid(module.position_embeddings)
+            _start_on_grid(cast(Tensor, module.position_embeddings))
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,12 +1,16 @@
 import io
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from m3i_scale.data.make import ShardOptions, make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.evaluate.intervals import Clusters
+from m3i_scale.evaluate.measures import Side, measure_advantage
 from m3i_scale.evaluate.report import render
 
 
@@ -30,6 +34,31 @@ def test_probes_learn_colours(result):
         assert block["linear"]["C_selected_by"] == "family"
     assert result["data"]["cluster_unit"] == "concept"
     assert result["measures"]["linear"]["accuracy"]["clusters"] == 6
+
+
+def test_the_advantage_over_pixels_is_that_on_the_same_samples(result):
+    advantage = result["baseline"]["advantage_of_model"]
+    assert set(advantage) == {"knn", "linear"}
+    for name, figures in advantage.items():
+        ours, theirs = (block[name] for block in (result["measures"], result["baseline"]["measures"]))
+        for label, figure in figures.items():
+            assert figure["value"] == pytest.approx(ours[label]["value"] - theirs[label]["value"])
+            assert figure["clusters"] == ours[label]["clusters"]
+        assert "right" not in ours
+        assert "right" not in theirs
+    assert "linear probe minus pixels" in text_of(result)
+
+
+def test_equal_predictions_leave_no_doubt_and_opposite_ones_do():
+    labels = np.array([0] * 20)
+    side = Side(SimpleNamespace(label_array=labels), {})
+    clusters = Clusters("sample", np.arange(20))
+    half = np.arange(20) % 2 == 0
+    same = measure_advantage({"accuracy": half}, {"accuracy": half}, side, clusters)["accuracy"]
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+    opposite = measure_advantage({"accuracy": half}, {"accuracy": ~half}, side, clusters)["accuracy"]
+    assert opposite["value"] == 0
+    assert opposite["low"] < -0.2 < 0.2 < opposite["high"]
 
 
 def test_what_lacks_is_listed(result):
