@@ -27,28 +27,28 @@ from PIL import Image, ImageDraw
 from m3i_scale.output import reserve_stdout
 from m3i_scale.scale.checkpoint.commit import newest_good, step_name
 from m3i_scale.scale.checkpoint.consolidate import load_weights
-from m3i_scale.scale.collectives import free_port, sweep_shared_memory
+from m3i_scale.scale.collectives import free_port
 
-RUN = """
+STEPS = 24
+RUN = f"""
 extends: m3i
 name: resume
 recipe:
   decoders:
-    dense: {kind: transformer, width: 64, heads: 1, depth: 1, position: relative}
-    pool: {kind: attention_pool, width: 64}
+    dense: {{kind: transformer, width: 64, heads: 1, depth: 1, position: relative}}
+    pool: {{kind: attention_pool, width: 64}}
 backbone:
-  config: {image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           intermediate_size: 128}
+  config: {{image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+           intermediate_size: 128}}
 text:
-  config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}
+  config: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}}
   max_tokens: 16
-data: {streams: 4}
-optim: {batch_size: 16, micro_batch_size: 8, steps: 24, warmup_steps: 2, lr: 1.0e-3}
+data: {{streams: 4}}
+optim: {{batch_size: 16, micro_batch_size: 8, steps: {STEPS}, warmup_steps: 2, lr: 1.0e-3}}
 deepspeed: zero3_cpu
-checkpoint: {every_steps: 4}
-log: {every_steps: 1, progress: false}
+checkpoint: {{every_steps: 4}}
+log: {{every_steps: 1, progress: false}}
 """
-STEPS = 24
 SHAPES, COLORS = ("circle", "square", "bar"), ("red", "green", "blue", "black", "orange")
 
 
@@ -77,22 +77,14 @@ def main(
 def _kill_once(
     folder: Path, shards: Path, draw: random.Random, number: int, wanted: str, wanted_losses: dict[int, float]
 ) -> dict[str, object]:
-    step = draw.randrange(1, STEPS - 8)  # the kill comes a few steps later, and must come before the end
-    output = folder / f"killed-{number}"
-    process, port = _start(folder, shards, output)
-    while _last_step(output) < step:
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended before step {step}: exit code {process.returncode}")
-        time.sleep(0.01)
-    time.sleep(draw.random() * 0.3)  # anywhere in the step, a save included
-    os.killpg(process.pid, signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
-        raise RuntimeError(f"the run ended by itself before it was killed: exit code {process.returncode}")
-    sweep_shared_memory(str(port))
+    tried = 0
+    while True:
+        output = folder / f"killed-{number}-{tried}"
+        good = _train_until_killed(folder, shards, output, draw)
+        if good is None or good.name != step_name(STEPS):
+            break
+        tried += 1  # the last checkpoint was there already: nothing would be tested
     reached = _last_step(output)
-    good, _ = newest_good(output / "checkpoints")
-    if good is not None and good.name == step_name(STEPS):
-        raise RuntimeError("the run had committed its last checkpoint before it was killed: nothing was tested")
     _finish(folder, shards, output)
     found, losses = _weights(output), _losses(output)
     identical = found == wanted and losses == wanted_losses
@@ -104,6 +96,21 @@ def _kill_once(
         "weights_sha256": found,
         "losses_identical": losses == wanted_losses,
     }
+
+
+def _train_until_killed(folder: Path, shards: Path, output: Path, draw: random.Random) -> Path | None:
+    """SIGKILL at any moment of the run, saves included; the checkpoint that it will resume from."""
+    step = draw.randrange(1, STEPS)
+    process = _start(folder, shards, output)
+    while _last_step(output) < step:
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended before step {step}: exit code {process.returncode}")
+        time.sleep(0.01)
+    time.sleep(draw.random() * 0.2)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return newest_good(output / "checkpoints")[0]
 
 
 def _make_shards(folder: Path) -> Path:
@@ -126,21 +133,19 @@ def _make_shards(folder: Path) -> Path:
     return folder / "shards" / "train"
 
 
-def _start(folder: Path, shards: Path, output: Path) -> tuple[subprocess.Popen[bytes], int]:
-    port = free_port()
+def _start(folder: Path, shards: Path, output: Path) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_accelerators", "2"]
-    command += ["--master_port", str(port), "--module", "m3i_scale", "train", str(folder / "run.yaml")]
+    command += ["--master_port", str(free_port()), "--module", "m3i_scale", "train", str(folder / "run.yaml")]
     command += [f"data.sources.shapes.shards={shards}", f"output_dir={output}"]
     log = output.with_suffix(".log").open("ab")
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    return process, port
+    return process
 
 
 def _finish(folder: Path, shards: Path, output: Path) -> None:
-    process, port = _start(folder, shards, output)
+    process = _start(folder, shards, output)
     code = process.wait()
-    sweep_shared_memory(str(port))
     if code:
         say(output.with_suffix(".log").read_text()[-4000:])
         raise RuntimeError(f"the run ended with exit code {code}")

@@ -34,7 +34,9 @@ RUN_FILE = "launchers/quickstart.yaml"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)
 COMMAND = [sys.executable, "-m", "m3i_scale"]
 TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config.py", "data", "backbones", "objective", "scale", "run"))
-LIBRARIES = ("torch", "deepspeed", "transformers")
+EXPORT_CODE = ("m3i_scale/hub", "launchers/_quickstart.py")
+EVALUATION_CODE = ("m3i_scale/evaluate", "launchers/_quickstart.py")
+LIBRARIES = ("torch", "deepspeed", "transformers", "scikit-learn")
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Stages:
         """What the result of a stage depends on, as a hash; `code` are files and folders of this checkout."""
         digest = hashlib.sha256(json.dumps([self.before, inputs], sort_keys=True).encode())
         for path in map(Path, code):
+            if not path.exists():
+                raise FileNotFoundError(path)
             for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
                 digest.update(file.read_bytes())
         return digest.hexdigest()
@@ -235,20 +239,26 @@ def main(overrides: list[str]) -> None:
     ran = "the same command again"
     done.run("resume", ran, run.output_dir / "metrics.jsonl", training.to_the_end, done.key({}, rooms))
     steps: list[tuple[str, str, Path, Callable[[], list[str]], tuple[str, ...]]] = [
-        ("export", "m3i-scale export", model, lambda: export(run, model), ("m3i_scale/hub",)),
+        (
+            "export",
+            "m3i-scale export",
+            model,
+            lambda: export(run, model),
+            EXPORT_CODE,
+        ),
         (
             "evaluate",
             "m3i-scale evaluate",
             run.output_dir / "evaluation.json",
             lambda: evaluate(run, model, folder),
-            ("m3i_scale/evaluate",),
+            EVALUATION_CODE,
         ),
         (
             "card",
             "m3i-scale export, with the figures",
             model / "README.md",
             lambda: export(run, model),
-            ("m3i_scale/hub",),
+            EXPORT_CODE,
         ),
         ("reload", "stock transformers, alone", model, lambda: reload(model, folder), ("launchers/_reload.py",)),
     ]

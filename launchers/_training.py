@@ -20,7 +20,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 from m3i_scale.scale.checkpoint.manifest import MANIFEST
 from m3i_scale.scale.checkpoint.state import read_meta
-from m3i_scale.scale.collectives import free_port, sweep_shared_memory
+from m3i_scale.scale.collectives import free_port
 
 POLL_S = 0.05
 
@@ -125,15 +125,13 @@ class Training:
     @contextmanager
     def _launched(self) -> Iterator[subprocess.Popen[bytes]]:
         """A training in a process group of its own; whatever happens, nothing of it is left afterwards."""
-        port = free_port()
         threads = max((os.cpu_count() or 1) // self.plan.ranks, 1)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        process = subprocess.Popen(self.plan.command(port), env=environment, start_new_session=True)
+        process = subprocess.Popen(self.plan.command(free_port()), env=environment, start_new_session=True)
         try:
             yield process
         finally:
             kill_all(process)
-            sweep_shared_memory(str(port))
 
 
 def half_way(run: RunConfig) -> int:

@@ -36,8 +36,8 @@ SectionT = TypeVar("SectionT", bound=Section)
 class BackboneConfig(Section):
     """The model that is being pre-trained (f_θ)."""
 
-    preset: str = "vit-b/16"
-    """A size by name; `config` overrides single fields."""
+    preset: str | None = None
+    """A size by name, vit-b/16 where nothing else is said; `config` overrides single fields."""
     from_pretrained: str | None = None
     """Start from a local `transformers` folder or a Hub id instead of random weights."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -49,9 +49,8 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
-        # The complete run file that a run writes names the default, which therefore counts as unset.
-        if self.from_pretrained is not None and self.preset != type(self).model_fields["preset"].default:
-            raise ValueError("preset has no effect beside from_pretrained: leave one of them out")
+        if self.from_pretrained is not None and self.preset is not None:
+            raise ValueError("preset has no effect beside from_pretrained: set one of them to null")
         return self
 
 

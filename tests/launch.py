@@ -1,4 +1,4 @@
-"""Starts ranks of a job, waits for them, and leaves nothing behind: no process, no shared memory."""
+"""Starts ranks of a job, waits for them, and leaves nothing behind: no process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     """On a CPU, with one thread, in a world of its own."""
-    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {key: value for key, value in os.environ.items() if key not in launcher}
     paths = [str(TESTS), str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {
@@ -85,8 +85,6 @@ class Job:
             process.wait()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what the process left behind
-        for path in self._shared_memory():
-            path.unlink(missing_ok=True)
 
     def _shared_memory(self) -> list[Path]:
         return list(Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"))

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 
 from m3i_scale.config import load_run
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.scale.collectives import free_port, sweep_shared_memory
+from m3i_scale.scale.collectives import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,22 +119,19 @@ def run_commands(page: Path, data: Path) -> str | None:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    try:
-        for block in blocks(page, "bash"):
-            script = script_of(block, data, port)
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", script],
-                cwd=data.parent,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=BLOCK_TIMEOUT_S,
-                check=False,
-            )
-            if done.returncode:
-                return f"exit code {done.returncode}\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    finally:
-        sweep_shared_memory(str(port))
+    for block in blocks(page, "bash"):
+        script = script_of(block, data, port)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=data.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=BLOCK_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            return f"exit code {done.returncode}\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return None
 
 

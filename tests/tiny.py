@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.information import Objective
+from m3i_scale.scale.ds_config import load_ds_config
 from m3i_scale.scale.partition import initialize_sharded
 
+SMALL_BUCKETS = {
+    "reduce_bucket_size": 4_096,
+    "stage3_prefetch_bucket_size": 3_686,
+    "stage3_max_live_parameters": 65_536,
+    "stage3_max_reuse_distance": 65_536,
+    "sub_group_size": 32_768,
+}
+"""So small that even these models are gathered, released, reduced and updated in parts."""
 LABEL_SETS = {"shapes": ["disc", "square", "cross"], "colours": ["red", "blue"]}
 VOCABULARY = 50
 GRID = (4, 4)
@@ -31,6 +42,13 @@ OVERRIDES = {
     "supervised": (),
 }
 RECIPES = tuple(OVERRIDES)
+
+
+def in_parts(ds_config: str) -> dict[str, Any]:
+    """A built-in DeepSpeed file with small buckets."""
+    raw = load_ds_config(ds_config)
+    zero = raw["zero_optimization"]
+    return raw | {"zero_optimization": zero | {key: value for key, value in SMALL_BUCKETS.items() if key in zero}}
 
 
 def tiny_overrides(recipe: str) -> list[str]:

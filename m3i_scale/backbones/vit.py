@@ -40,6 +40,8 @@ _SIZES = {
 PRESETS = {f"vit-{size}/{patch}": Preset(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)}
 """ViT Ti to G (22M to 1.8B parameters) at patch sizes 14, 16 and 32."""
 
+DEFAULT_PRESET = "vit-b/16"
+
 
 def vit_config(backbone: BackboneConfig, *, where: str = "backbone") -> ViTConfig:
     """The `transformers` configuration of a backbone section.
@@ -51,7 +53,7 @@ def vit_config(backbone: BackboneConfig, *, where: str = "backbone") -> ViTConfi
     if backbone.from_pretrained is not None:
         config = _pretrained_config(backbone.from_pretrained, where)
     else:
-        config = _preset_config(backbone.preset, where)
+        config = _preset_config(backbone.preset or DEFAULT_PRESET, where)
     _override(config, backbone.config, where)
     _check(config, where)
     config._attn_implementation = "sdpa"

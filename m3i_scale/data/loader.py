@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.stream import FRACTION_COUNTS_AFTER, Stream, StreamSource, StreamState, too_many_bad
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.data.workers import leave_signals_to_parent
+from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, signals_held
 from m3i_scale.errors import ConfigError, DataError, UserError
 
 __all__ = ["TrainStream", "check_shares", "find_tokenizer", "merge_states", "read_label_sets"]
@@ -111,7 +111,13 @@ class TrainStream:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present position on. What workers prepared for an earlier iterator is dropped.
+        """The same as `batches`."""
+        return self.batches()
+
+    def batches(self) -> Generator[Batch]:
+        """Batches from the present position on; `close()` ends the workers.
+
+        What workers prepared for an earlier iterator is dropped.
 
         Raises:
             DataError: too many bad samples, or a shard that cannot be read any more.
@@ -202,11 +208,13 @@ class TrainStream:
             dataset,
             batch_size=None,
             num_workers=self._data.workers,
+            multiprocessing_context=START_METHOD,
             prefetch_factor=PREFETCH_PARTS,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # its own, or it would draw from the generator that training draws from
         )
-        return iter(loader)
+        with signals_held():
+            return iter(loader)
 
     def _write_quarantine(self, entries: Iterable[dict[str, Any]]) -> None:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]

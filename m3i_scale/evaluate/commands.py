@@ -19,7 +19,8 @@ from m3i_scale.evaluate.samples import Table, open_table
 from m3i_scale.evaluate.towers import Towers, load_towers, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
-MEASURES = ("knn", "linear", "zero_shot", "retrieval")
+PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear}
+MEASURES = (*PROBES, "zero_shot", "retrieval")
 Baseline = Literal["none", "pixels"]
 Progress = Callable[[str, int], None]
 """Called with what is read ("data", "train data") and the number of samples so far."""
@@ -93,7 +94,7 @@ def evaluate(
         train = read(train_table, {name: encode for name, encode in encoders.items() if name != "joint"}, "train data")
     _refuse_unknown_groups(exclude_groups, [test_table, *([train.table] if train else [])])
     job = _Job(train, test, clusters_of(test_table), towers, no_towers, templates)
-    found, absent = _measure(measures, "model", job)
+    found, absent, right = _measure(measures, "model", job)
     if not found:
         raise DataError(
             "nothing can be measured",
@@ -102,11 +103,9 @@ def evaluate(
             fix="give --train-data with labels for the probes, or an export with a text target",
         )
     result = _document(folder, vision, job, data, train_data)
-    right = _take_right(found)
     result |= {"measures": found, "not_measured": absent}
     if baseline == "pixels":
-        probes, why_not = _measure(tuple(name for name in measures if name in ("knn", "linear")), "pixels", job)
-        theirs = _take_right(probes)
+        probes, why_not, theirs = _measure(tuple(name for name in measures if name in PROBES), "pixels", job)
         advantage = {
             name: measure.measure_advantage(right[name], theirs[name], test, job.clusters)
             for name in right
@@ -151,27 +150,25 @@ def _encoders(vision: VisionModel, towers: Towers | None, baseline: Baseline) ->
     return encoders
 
 
-def _measure(names: tuple[str, ...], encoder: str, job: _Job) -> tuple[dict[str, Any], dict[str, str]]:
+def _measure(
+    names: tuple[str, ...], encoder: str, job: _Job
+) -> tuple[dict[str, Any], dict[str, str], dict[str, measure.Right]]:
+    """Figures by measure, reasons for those that are absent, and what each probe got right."""
     found: dict[str, Any] = {}
     absent: dict[str, str] = {}
+    right: dict[str, measure.Right] = {}
     for name in names:
         try:
-            found[name] = _one(name, encoder, job)
+            if name in PROBES:
+                found[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
+            else:
+                found[name] = _with_text(name, job)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
-    return found, absent
+    return found, absent, right
 
 
-def _take_right(found: dict[str, Any]) -> dict[str, Any]:
-    """Which samples each probe got right, taken out of what becomes the document."""
-    return {name: figures.pop(measure.RIGHT) for name, figures in found.items() if measure.RIGHT in figures}
-
-
-def _one(name: str, encoder: str, job: _Job) -> dict[str, Any]:
-    if name == "knn":
-        return measure.measure_knn(encoder, job.train, job.test, job.clusters)
-    if name == "linear":
-        return measure.measure_linear(encoder, job.train, job.test, job.clusters)
+def _with_text(name: str, job: _Job) -> dict[str, Any]:
     if job.towers is None:
         raise NotMeasuredError(job.no_towers or "no text tower")
     images_NE = job.test.features["joint"]

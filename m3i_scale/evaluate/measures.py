@@ -17,8 +17,8 @@ from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.zero_shot import TextEncoder, class_embeddings, zero_shot_predict
 
 NEIGHBOURS = (10, 20)
-RIGHT = "right"
-"""Key of the samples that a probe gets right, by figure; for comparisons, and no part of a document."""
+Right = dict[str, NDArray[np.bool_]]
+"""Which of the labelled test samples a probe gets right, by figure."""
 
 
 class NotMeasuredError(Exception):
@@ -56,8 +56,8 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
     return fit, asked, train
 
 
-def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> dict[str, Any]:
-    """k-nearest-neighbour accuracy for every k that there are samples for.
+def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
+    """k-nearest-neighbour accuracy for every k, and which samples were right.
 
     Raises:
         NotMeasuredError: see `probe_sides`; fewer training samples than neighbours.
@@ -75,11 +75,11 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
     truth = test.table.label_array[asked]
     right = {f"k={k}": predicted[k] == truth for k in NEIGHBOURS}
     figures = {label: mean_interval(values, clusters.take(asked)).as_dict() for label, values in right.items()}
-    return {**figures, **guessing(side.table.label_array[fit], truth), RIGHT: right}
+    return {**figures, **guessing(side.table.label_array[fit], truth)}, right
 
 
-def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> dict[str, Any]:
-    """Linear-probe accuracy, and how C was chosen.
+def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
+    """Linear-probe accuracy with how C was chosen, and which samples were right.
 
     Raises:
         NotMeasuredError: see `probe_sides`; too few classes or families to choose C.
@@ -101,24 +101,23 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
         notes.append(f"C = {probe.strength:g} is at the edge of the values tried")
     if not probe.converged:
         notes.append("the last fit stopped before it had converged")
-    return {
-        "accuracy": mean_interval(probe.predicted == truth, clusters.take(asked)).as_dict(),
+    right = probe.predicted == truth
+    document = {
+        "accuracy": mean_interval(right, clusters.take(asked)).as_dict(),
         **guessing(side.table.label_array[fit], truth),
         "C": probe.strength,
         "C_selection": {f"{strength:g}": value for strength, value in probe.selection.items()},
         "C_selected_by": families.unit,
         "notes": notes,
-        RIGHT: {"accuracy": probe.predicted == truth},
     }
+    return document, {"accuracy": right}
 
 
-def measure_advantage(
-    model: dict[str, NDArray[np.bool_]], baseline: dict[str, NDArray[np.bool_]], test: Side, clusters: Clusters
-) -> dict[str, Any]:
+def measure_advantage(model: Right, baseline: Right, test: Side, clusters: Clusters) -> dict[str, Any]:
     """Accuracy of the model minus that of the baseline on the same samples.
 
     The interval is that of the difference: a sample that both get right, or both wrong, says nothing about which is
-    better, so it is narrower than what two separate intervals suggest.
+    better, so it is usually narrower than what two separate intervals suggest.
     """
     drawn = clusters.take(test.labelled())
     return {

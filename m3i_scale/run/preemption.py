@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+from m3i_scale.data.workers import PREEMPTION_SIGNALS
 
 
 class Preemption:
@@ -16,7 +16,7 @@ class Preemption:
 
     def install(self) -> None:
         """Take over the signals of this process; the main thread must call it."""
-        for number in SIGNALS:
+        for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,13 +58,13 @@ class Trainer:
         self.step = 0
         self.saved_step = -1
         self.preemption = Preemption()
-        self.batches: Iterator[Batch] = iter(())
+        self.batches = self.stream.batches()
 
     def fit(self) -> Status:
         """Train. Returns how it ended; raises a UserError where the run must not go on."""
         self.preemption.install()
         self._resume()
-        self.batches = iter(self.stream)
+        self.batches = self.stream.batches()
         run, optim = self.run, self.run.optim
         info = RunInfo(
             run.name, run.output_dir, optim.steps, self.step, self.ranks.world_size, run.model_dump(mode="json")
@@ -75,6 +75,7 @@ class Trainer:
             status = self._loop()
         finally:
             self.callbacks.on_end(status)
+            self.batches.close()  # ends loader workers while everything still stands
         return status
 
     def _loop(self) -> Status:
@@ -107,7 +108,7 @@ class Trainer:
             self.engine.backward(loss)
             self.meter.add_micro_batch(loss, figures, self.engine.module.token_count, wait_s)
             self.meter.add_gradients(self._gradient_scale())
-            if number + 1 == self.plan.accumulation:  # the one moment of a step in which the host waits for the ranks
+            if number + 1 == self.plan.accumulation:  # one vote a step, however many micro-batches
                 asked = self._vote(seen)
             self.engine.step()
         momentum = None
@@ -151,9 +152,12 @@ class Trainer:
         if not bad:
             return asked
         own = [micro for micro, good in zip(seen, finite.tolist(), strict=True) if not good]
+        named = "finite here, not on another rank"
+        if own:
+            named = ", ".join(bad_groups(own[0].figures)) or "the weighted sum"
         raise UserError(
             f"the loss is not finite at step {self.step + 1}",
-            where=f"rank {self.ranks.rank}: {', '.join(bad_groups(own[0].figures)) if own else 'finite; another rank'}",
+            where=f"rank {self.ranks.rank}: {named}",
             why=f"samples of this rank: {', '.join((own or seen)[0].keys[:8])} …",
             fix="start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm",
         )

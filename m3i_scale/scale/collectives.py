@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -85,38 +84,30 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(free_port()),
         )
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        # Without it DeepSpeed's CPU accelerator starts `lscpu` for every gradient bucket; its own launcher sets it.
-        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
     keep_host_memory()
     sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes
+    # them, crashes where there is less (64 MB in a container), and reduces in another order than under other launchers.
+    local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+    if local is not None:
+        os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket
     return ProcessGroupRanks()
 
 
 def stop_ranks(*, wait: bool) -> None:
-    """Leave the process group, and remove what DeepSpeed's shared-memory collectives leave behind on a CPU.
-
-    The library never unlinks its 69 MB per rank and port, and they count as memory.
+    """Leave the process group.
 
     Args:
         wait: leave only when all ranks do.
     """
-    port = os.environ.get("MASTER_PORT", "")
     if dist.is_initialized():
         if wait:
             dist.barrier()
         dist.destroy_process_group()
-    sweep_shared_memory(port)
-
-
-def sweep_shared_memory(port: str) -> None:
-    """Unlink the shared-memory files of the (ended) job at `port` on this host."""
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        path.unlink(missing_ok=True)
 
 
 def free_port() -> int:

@@ -186,7 +186,7 @@ def _sizes(hidden_size: int) -> dict[str, _Wanted]:
     """Sizes in elements. A Transformer layer has about 12 · hidden² weights.
 
     The floors are for small models: a bucket of one small matrix costs more calls than transfer, and a few MiB gathered
-    cost nothing. They took a third off the step of a ViT with 192 channels.
+    cost nothing (docs/performance.md).
     """
     square = hidden_size * hidden_size
     formulas: dict[str, tuple[int, int, str]] = {
@@ -198,7 +198,10 @@ def _sizes(hidden_size: int) -> dict[str, _Wanted]:
         "sub_group_size": (24 * square, 16 * MEBI, "24 · hidden²: two layers are updated at a time"),
     }
     values = {
-        key: (max(value, floor), f"{why}, hidden = {hidden_size}" if value > floor else f"at least {floor // MEBI} Mi")
+        key: (
+            max(value, floor),
+            f"{why}, hidden = {hidden_size}" + (f"; at least {floor // MEBI} Mi elements" if floor > value else ""),
+        )
         for key, (value, floor, why) in formulas.items()
     }
     return {f"zero_optimization.{key}": _Wanted(value, why, binding=False) for key, (value, why) in values.items()}

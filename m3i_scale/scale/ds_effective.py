@@ -61,6 +61,7 @@ def _wanted(config: dict[str, Any]) -> dict[str, Any]:
         "offload_param": zero.get("offload_param", {}).get("device", "none") == "cpu",
         "decoupled weight decay": True,
         "optimizer.params.betas": tuple(params["betas"]),
+        "optimizer.params.fused": bool(params.get("fused")),
     }
     for key in ("lr", "eps", "weight_decay"):
         values[f"optimizer.params.{key}"] = params[key]
@@ -84,6 +85,7 @@ def _effective(engine: Any, config: dict[str, Any]) -> dict[str, Any]:
         "offload_param": bool(getattr(optimizer, "offload_param", False)),
         "decoupled weight decay": _decouples(basic),
         "optimizer.params.betas": tuple(basic.defaults["betas"]),
+        "optimizer.params.fused": bool(basic.defaults.get("fused")),
         "zero_optimization.reduce_bucket_size": getattr(optimizer, "reduce_bucket_size", None),
     }
     for key in ("lr", "eps", "weight_decay"):

@@ -268,6 +268,8 @@ def _check_optimizer_keys(raw: dict[str, Any], where: str) -> None:
         if key == "amsgrad" and value and params.get("torch_adam") is not True:
             fix = "remove it, or set torch_adam to true"
             raise ConfigError("DeepSpeed's own Adam has no amsgrad", where=where, fix=fix)
+        if key == "foreach" and value and params.get("fused"):
+            raise ConfigError("torch's AdamW is either fused or foreach", where=where, fix="remove one of the two")
         if key not in known:
             raise ConfigError(
                 f"unknown key 'optimizer.params.{key}' for {_optimizer_class(raw).__name__}",

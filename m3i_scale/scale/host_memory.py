@@ -9,23 +9,21 @@ from deepspeed.accelerator import get_accelerator
 
 # Parameters of glibc's mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER_TRIM = 2**31 - 1
+_TRIM_ABOVE_BYTES = 2**31 - 1  # the largest that fits the parameter
 _USERS_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
 
-def keep_host_memory() -> bool:
+def keep_host_memory() -> None:
     """Stop glibc from handing every large tensor back to the kernel as soon as it is freed.
 
-    A training step frees and takes the same gigabyte again and again, and each time the kernel fills it with zeros:
-    100,000 page faults and a quarter of the time of a step on a CPU. Nothing is changed on accelerators, which have
-    allocators of their own, nor where the environment chooses an allocator or its settings.
-
-    Returns:
-        Whether the setting was made.
+    A training step frees and takes the same memory again and again, and each time the kernel fills it with zeros
+    (docs/performance.md). A setting for speed alone, on which nothing depends: it is left as it is on accelerators,
+    which have allocators of their own, where the environment chooses an allocator or its settings, and where the C
+    library has no `mallopt` (musl, macOS).
     """
     if get_accelerator().device_name() != "cpu" or any(name in os.environ for name in _USERS_OWN):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only; musl and macOS have none
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)) and bool(mallopt(_M_MMAP_MAX, 0))
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_ABOVE_BYTES)

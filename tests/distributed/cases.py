@@ -13,23 +13,27 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from tiny import LABEL_SETS, VOCABULARY, part, random_batch, tiny_run
+from tiny import LABEL_SETS, VOCABULARY, in_parts, part, random_batch, tiny_run
 from torch import Tensor, nn
 from transformers import ViTModel
 
 from m3i_scale.backbones.vit import vit_config
+from m3i_scale.errors import UserError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.setup import Plan, start_engine
+from m3i_scale.run.trainer import MicroBatch, Trainer
 from m3i_scale.scale.checkpoint.consolidate import load_weights
 from m3i_scale.scale.checkpoint.state import load_checkpoint, save_checkpoint
 from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, start_ranks, stop_ranks
-from m3i_scale.scale.ds_config import load_ds_config, resolve
+from m3i_scale.scale.ds_config import resolve
 from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.partition import (
     construct,
@@ -102,7 +106,7 @@ class Cases:
         )
         optim = run.optim
         resolved = resolve(
-            load_ds_config(ds_config),
+            in_parts(ds_config),
             world_size=self.world,
             batch_size=optim.batch_size,
             micro_batch_size=micro,
@@ -143,10 +147,28 @@ class Cases:
             "integers": self.ranks.gather(torch.tensor([2**62 + self.rank])),
             "sum": self.ranks.sum(torch.tensor([1.0 + self.rank], requires_grad=True)),
             "agree": agree(self.rank == self.world - 1, False, self.rank == 0),
+            "agree_tensors": agree(torch.tensor(self.rank == self.world - 1), False, torch.tensor(False)),
+            "votes": [self.vote(*case) for case in ((False, False), (False, True), (True, True))],
             "mean": mean_over_ranks({"b": 1.0 + self.rank, "a": float(10**9 + self.rank)}),
             "max": max_over_ranks({"b": 1.0 - self.rank, "a": float(self.rank)}),
             "nothing": (mean_over_ranks({}), max_over_ranks({})),
         }
+
+    def vote(self, nan_here: bool, asked_here: bool) -> Any:
+        """The trainer's vote after two micro-batches, when only the last rank has met something."""
+        last = self.rank == self.world - 1
+        losses = [1.0, float("nan") if nan_here and last else 2.0]
+        seen = [
+            MicroBatch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, [f"r{self.rank}m{number}"])
+            for number, loss in enumerate(losses)
+        ]
+        preemption = Preemption()
+        preemption.requested = asked_here and last
+        trainer = SimpleNamespace(ranks=self.ranks, step=6, preemption=preemption)
+        try:
+            return Trainer._vote(trainer, seen)
+        except UserError as error:
+            return str(error)
 
     def construction(self) -> dict[str, Any]:
         """The most parameters that this rank held at a time, while the model was built and while it was filled."""
@@ -302,6 +324,7 @@ class Cases:
             "moved": moved,
             "dtype": str(next(iter(used.values())).dtype),
             "small": sum(value.numel() <= 640 for value in reference.values()),
+            "sub_groups": len(getattr(engine.optimizer, "sub_group_to_group_id", ())),
         }
         result |= self._through_checkpoint(f"{ds_config}-{stage}", stage, engine, momentum, reference)
         engine.destroy()

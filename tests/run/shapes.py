@@ -8,7 +8,7 @@ from typing import Any
 
 from launch import Job, start_deepspeed, start_ranks
 from PIL import Image, ImageDraw
-from tiny import tiny_overrides
+from tiny import in_parts, tiny_overrides
 
 from m3i_scale.config import load_run
 from m3i_scale.data.make import ShardOptions, make_shards
@@ -55,7 +55,6 @@ def run_overrides(recipe: str, shards: Path, output_dir: Path) -> list[str]:
         "optim.micro_batch_size=4",
         "optim.steps=8",
         "optim.warmup_steps=2",
-        "deepspeed=zero3_cpu",
         "checkpoint.every_steps=2",
         "checkpoint.keep_latest=3",
         "log.every_steps=1",
@@ -66,8 +65,10 @@ def run_overrides(recipe: str, shards: Path, output_dir: Path) -> list[str]:
 def write_run(folder: Path, shards: Path, recipe: str = "m3i", *overrides: str) -> Path:
     """A complete run file in `folder`; the run writes to `out` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "in_parts.json").write_text(json.dumps(in_parts("zero3_cpu")))
     path = folder / "run.yaml"
-    path.write_text(run_yaml(load_run(recipe, [*run_overrides(recipe, shards, folder / "out"), *overrides])))
+    given = [*run_overrides(recipe, shards, folder / "out"), f"deepspeed={folder / 'in_parts.json'}", *overrides]
+    path.write_text(run_yaml(load_run(recipe, given)))
     return path
 
 

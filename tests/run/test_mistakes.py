@@ -154,7 +154,9 @@ MISTAKES = {
     "checkpointing policy": Mistake(
         r"no activation checkpointing policy 'every_1'", ["backbone.activation_checkpointing=every_1"]
     ),
-    "pretrained": Mistake(r"cannot read a model from '/nowhere'", ["backbone.from_pretrained=/nowhere"]),
+    "pretrained": Mistake(
+        r"cannot read a model from '/nowhere'", ["backbone.from_pretrained=/nowhere", "backbone.preset=null"]
+    ),
     "preset beside pretrained": Mistake(
         r"preset has no effect beside from_pretrained",
         ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
@@ -211,6 +213,10 @@ def attempts(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Attempts
         if text is not None:
             (root / file).write_text(text)
         calls[name] = {"arguments": ["train", str(root / file)]}
+    run_file = write_run(
+        root / "diverging", shards, "mae", "optim.lr=1e30", "optim.warmup_steps=0", "deepspeed=zero3_cpu_fp32"
+    )
+    calls["diverging"] = {"arguments": ["train", str(run_file)]}
     for name, micro in (("whole", 8), ("accumulated", 4)):
         run_file = write_run(
             root / name, shards, "mae", f"optim.micro_batch_size={micro}", "optim.steps=4", "deepspeed=zero3_cpu_fp32"
@@ -244,6 +250,12 @@ def test_a_mistake_is_explained_before_step_1(attempts: Attempts, name: str) -> 
     assert not list(out.glob("checkpoints/step-*"))
     steps = out / "metrics.jsonl"
     assert not steps.exists() or '"loss"' not in steps.read_text()
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(attempts: Attempts) -> None:
+    check(attempts.results["diverging"], r"the loss is not finite at step \d")
+    lines = (attempts.root / "diverging" / "out" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["status"] == "failed"
 
 
 @pytest.mark.parametrize("name", RUN_FILES)

@@ -23,6 +23,9 @@ from m3i_scale.scale.ds_config import (
 Z = "zero_optimization."
 P = "optimizer.params."
 MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("zero3_cpu", {P + "fused": "yes"}, ["optimizer.params.fused", "true or false"]),
+    ("zero3_bf16", {P + "fused": True}, ["unknown key 'optimizer.params.fused'"]),
+    ("zero3_cpu", {P + "foreach": True}, ["either fused or foreach"]),
     # misspelt or misplaced
     ("zero3_bf16", {"gradient_cliping": 1.0}, ["unknown key 'gradient_cliping'", "'gradient_clipping'"]),
     ("zero3_bf16", {"train_micro_batch_size": 4}, ["unknown key", "train_micro_batch_size_per_gpu"]),

@@ -140,6 +140,7 @@ def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         "optimizer.params.betas": [0.1, 0.2],
         "optimizer.params.eps": 1e-3,
         "optimizer.params.weight_decay": 0.9,
+        "optimizer.params.fused": not config["optimizer"]["params"].get("fused", False),
     }
     for path, value in plain.items():
         section, _, key = path.rpartition(".")
