@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.output import print_json, reserve_stdout
+
+reserve_stdout()  # before DeepSpeed is imported, which already prints
+
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 
 def machine() -> dict[str, object]:
@@ -51,6 +56,4 @@ def say(text: str) -> None:
 
 def emit(document: dict[str, object]) -> None:
     """The one JSON document."""
-    from m3i_scale.output import print_json
-
     print_json(document)

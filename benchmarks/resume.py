@@ -24,7 +24,6 @@ import typer
 from _common import emit, machine, say
 from PIL import Image, ImageDraw
 
-from m3i_scale.output import reserve_stdout
 from m3i_scale.scale.checkpoint.commit import newest_good, step_name
 from m3i_scale.scale.checkpoint.consolidate import load_weights
 from m3i_scale.scale.collectives import free_port
@@ -58,7 +57,6 @@ def main(
     seed: int = typer.Option(-1, help="Of the kill steps; −1 draws a new one."),
 ) -> None:
     """Print {kills: [{step, resumed_from, identical, …}], identical, machine}."""
-    reserve_stdout()
     seed = seed if seed >= 0 else random.SystemRandom().randrange(2**31)
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:

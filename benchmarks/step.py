@@ -26,7 +26,6 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import build_objective, initialize_module
-from m3i_scale.output import reserve_stdout
 from m3i_scale.scale.collectives import start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import load_ds_config, resolve
 from m3i_scale.scale.ds_effective import check_effective
@@ -58,7 +57,6 @@ def main(
     partitioned: str = "zero3_cpu_fp32",
 ) -> None:
     """Print {clip: {ours, peer, ratio}, mae: …, clip_short_captions: …, clip_zero3: …, mae_zero3: …}; images/s."""
-    reserve_stdout()
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
