@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3i_scale.config import OptimConfig
+from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.recipe import MomentumSpec
 from m3i_scale.run.meter import bad_groups
-from m3i_scale.run.preemption import SIGNALS, Preemption
+from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.schedule import learning_rate, momentum_at
 
 
@@ -44,9 +45,9 @@ def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
     assert momentum_at(0, spec, 1) == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
 def test_a_signal_is_remembered(number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in SIGNALS]
+    before = [signal.getsignal(each) for each in PREEMPTION_SIGNALS]
     preemption = Preemption()
     try:
         preemption.install()
@@ -54,7 +55,7 @@ def test_a_signal_is_remembered(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert preemption.requested
     finally:
-        for each, handler in zip(SIGNALS, before, strict=True):
+        for each, handler in zip(PREEMPTION_SIGNALS, before, strict=True):
             signal.signal(each, handler)
 
 
