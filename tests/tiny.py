@@ -71,7 +71,9 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
     return objective
 
 
-def random_batch(size: int, *, seed: int = 0, views: int = 2, text: bool = True, labels: bool = True) -> Batch:
+def random_batch(
+    size: int, *, seed: int = 0, views: int = 2, text: bool = True, labels: bool = True, repeated_caption: bool = True
+) -> Batch:
     """Noise images with geometry; every third sample lacks a caption, every fourth a category. Sample 6 repeats the
     caption of sample 1, so that among eight samples on two ranks the repetition lies on the other rank."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +90,7 @@ def random_batch(size: int, *, seed: int = 0, views: int = 2, text: bool = True,
     mask[:, 0] = True
     captions = torch.where(has_text, number * 7919 + 1, 0)
     ids = torch.randint(5, VOCABULARY, (size, 8), generator=generator) * mask
-    if size > 6:
+    if size > 6 and repeated_caption:
         for column in (captions, ids, mask):
             column[6] = column[1]
     return Batch(
