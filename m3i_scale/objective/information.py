@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from m3i_scale.backbones.vit import Backbone
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.decoders import TransformerDecoder
-from m3i_scale.objective.distributions import boltzmann_classes, boltzmann_pairs, gaussian
+from m3i_scale.objective.distributions import PairTargets, boltzmann_classes, boltzmann_pairs, gather_targets, gaussian
 from m3i_scale.objective.health import feature_health
 from m3i_scale.objective.inputs import EncodedInput, build_inputs, gather_tokens, normalize
 from m3i_scale.objective.positions import relative_position
@@ -45,7 +45,7 @@ class Context:
     momentum: dict[int, Tensor]
     """Standardised momentum tokens by view."""
     correlation: dict[int, Tensor] = field(default_factory=dict)
-    text_BE: Tensor | None = None
+    text: PairTargets | None = None
 
 
 class Objective(nn.Module):
@@ -121,7 +121,8 @@ class Objective(nn.Module):
             momentum = {view: standardize_target(self.momentum(views[view])) for view in wanted}
         context = Context(batch, views, inputs, momentum)
         if self.text is not None:
-            context.text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
+            text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
+            context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
         return context
 
     @property
@@ -185,11 +186,10 @@ class Objective(nn.Module):
         return self._category(target, context.batch, pooled_BD)
 
     def _text(self, target: TargetSpec, context: Context, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
-        if context.text_BE is None:
+        if context.text is None:
             raise ValueError("a text target without a text tower")
         prediction_BE, scale = self.heads[target.name](pooled_BD)
-        batch = context.batch
-        return boltzmann_pairs(prediction_BE, context.text_BE, scale, batch.captions_B, batch.has_text_B, self.ranks)
+        return boltzmann_pairs(prediction_BE, context.text, scale, self.ranks)
 
     def _category(self, target: TargetSpec, batch: Batch, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over label sets, weighted by their labelled samples: a mean over all labelled samples."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
-from m3i_scale.objective.distributions import boltzmann_classes, boltzmann_pairs, gaussian
+from m3i_scale.objective.distributions import boltzmann_classes, boltzmann_pairs, gather_targets, gaussian
 from m3i_scale.objective.ranks import SingleProcess, global_mean
 
 ALONE = SingleProcess()
@@ -24,7 +24,8 @@ def unit(seed: int, rows: int = 6, width: int = 8) -> torch.Tensor:
 def pairs(
     prediction: torch.Tensor, target: torch.Tensor, items: list[int], valid: list[bool], scale: float = 9.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return boltzmann_pairs(prediction, target, torch.tensor([scale]), torch.tensor(items), torch.tensor(valid), ALONE)
+    targets = gather_targets(target, torch.tensor(items), torch.tensor(valid), ALONE)
+    return boltzmann_pairs(prediction, targets, torch.tensor([scale]), ALONE)
 
 
 # ---------------------------------------------------------------- Gaussian
