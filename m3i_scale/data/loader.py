@@ -110,11 +110,7 @@ class TrainStream:
             max_bad_fraction=data.max_bad_fraction,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The same as `batches`."""
-        return self.batches()
-
-    def batches(self) -> Generator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         """Batches from the present position on; `close()` ends the workers.
 
         What workers prepared for an earlier iterator is dropped.

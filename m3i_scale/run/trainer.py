@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,31 +59,30 @@ class Trainer:
         self.step = 0
         self.saved_step = -1
         self.preemption = Preemption()
-        self.batches = self.stream.batches()
 
     def fit(self) -> Status:
         """Train. Returns how it ended; raises a UserError where the run must not go on."""
         self.preemption.install()
         self._resume()
-        self.batches = self.stream.batches()
         run, optim = self.run, self.run.optim
         info = RunInfo(
             run.name, run.output_dir, optim.steps, self.step, self.ranks.world_size, run.model_dump(mode="json")
         )
         self.callbacks.on_start(info)
         status: Status | Literal["failed"] = "failed"
-        try:
-            status = self._loop()
-        finally:
-            self.callbacks.on_end(status)
-            self.batches.close()  # ends loader workers while everything still stands
+        # Closing ends loader workers here, while everything still stands, and not at the exit of the interpreter.
+        with contextlib.closing(iter(self.stream)) as batches:
+            try:
+                status = self._loop(batches)
+            finally:
+                self.callbacks.on_end(status)
         return status
 
-    def _loop(self) -> Status:
+    def _loop(self, batches: Iterator[Batch]) -> Status:
         run, optim = self.run, self.run.optim
         while self.step < optim.steps:
             logs = (self.step + 1) % run.log.every_steps == 0 or self.step + 1 == optim.steps
-            asked = self._train_step(logs)
+            asked = self._train_step(batches, logs)
             if run.evaluation.every_steps and self.step % run.evaluation.every_steps == 0:
                 self.callbacks.on_evaluation(self.step, self.validate())
             if asked or self.step % run.checkpoint.every_steps == 0 or self.step == optim.steps:
@@ -93,7 +93,7 @@ class Trainer:
             self.save()
         return "finished"
 
-    def _train_step(self, logs: bool) -> bool:
+    def _train_step(self, batches: Iterator[Batch], logs: bool) -> bool:
         """One optimizer step over the global batch; returns whether any rank has been asked to stop after it."""
         lr = learning_rate(self.step, self.run.optim)
         for group in self.engine.optimizer.param_groups:
@@ -102,7 +102,7 @@ class Trainer:
         seen: list[MicroBatch] = []
         asked = False
         for number in range(self.plan.accumulation):
-            batch, wait_s = self._next_batch()
+            batch, wait_s = self._next_batch(batches)
             loss, figures = self.engine(batch)
             seen.append(MicroBatch(loss.detach(), figures, batch.keys))
             self.engine.backward(loss)
@@ -130,9 +130,9 @@ class Trainer:
             self.callbacks.on_step(record)
         return asked
 
-    def _next_batch(self) -> tuple[Batch, float]:
+    def _next_batch(self, batches: Iterator[Batch]) -> tuple[Batch, float]:
         started = time.perf_counter()
-        batch = next(self.batches)
+        batch = next(batches)
         wait_s = time.perf_counter() - started
         return batch.to(self.device), wait_s
 
@@ -172,12 +172,12 @@ class Trainer:
         module.measure_health = False
         module.eval()
         totals: dict[str, float] = {}
-        batches = iter(self.validation)
         count = self.run.evaluation.batches
-        for _ in range(count):
-            loss, figures = self.engine(next(batches).to(self.device))
-            for name, value in {"loss": loss, **figures}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) / count
+        with contextlib.closing(iter(self.validation)) as batches:
+            for batch in itertools.islice(batches, count):
+                loss, figures = self.engine(batch.to(self.device))
+                for name, value in {"loss": loss, **figures}.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) / count
         module.train()
         return mean_over_ranks(totals)
 
