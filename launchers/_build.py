@@ -1,6 +1,11 @@
-"""Build the DeepSpeed extensions that training needs on this machine, so that the first step does not wait for them."""
+"""Build the DeepSpeed extensions that training needs on this machine, so that the first step does not wait for them.
+
+`--optimizers` also builds those that the CPU files do without, for tests of the other files.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from deepspeed.accelerator import get_accelerator
 
@@ -8,10 +13,13 @@ from m3i_scale.scale.extensions import sweep_stale_locks
 
 
 def main() -> None:
-    """The optimizer's, and on a CPU that of the shared-memory collectives."""
+    """On a CPU the collectives, which DeepSpeed builds when ranks join, used or not; on a GPU the optimizer."""
     sweep_stale_locks()
     accelerator = get_accelerator()
-    names = ["FusedAdamBuilder"] + (["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else [])
+    on_cpu = accelerator.device_name() == "cpu"
+    names = ["ShareMemCommBuilder"] if on_cpu else []
+    if not on_cpu or "--optimizers" in sys.argv:
+        names.append("FusedAdamBuilder")
     for name in names:
         accelerator.create_op_builder(name).load(verbose=False)
 

@@ -32,12 +32,12 @@ find_python() {
   faults+=("no Python 3.10 or newer${PYTHON:+ at PYTHON=$PYTHON}"$'\n'"  mend: apt-get install python3 python3-dev python3-venv, or PYTHON=/path/to/python3 bash $0")
 }
 
-# Compilers and headers for DeepSpeed's optimizer, which is built at its first use.
+# Compilers and headers for DeepSpeed's extensions, which are built at their first use.
 check_compiler() {
-  need "${CXX:-g++}" "DeepSpeed builds its CPU optimizer at first use" "apt-get install g++"
+  need "${CXX:-g++}" "DeepSpeed builds extensions at first use" "apt-get install g++"
   [ -z "$python" ] && return 0
   if ! "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_paths()["include"], "Python.h")).close()' 2>/dev/null; then
-    faults+=("Python.h is missing (DeepSpeed's CPU optimizer includes it)"$'\n'"  mend: apt-get install python3-dev")
+    faults+=("Python.h is missing (DeepSpeed's extensions include it)"$'\n'"  mend: apt-get install python3-dev")
   fi
 }
 
@@ -78,9 +78,9 @@ install_into_venv() {
   printf '%s\n' "$now" >"$stamp"
 }
 
-# Extensions are built once, here, instead of before the first step.
+# build_extensions [--optimizers]: once, here, instead of before the first step.
 build_extensions() {
   [ -d "$TORCH_EXTENSIONS_DIR" ] && return 0
   echo "building DeepSpeed's extensions (once)" >&2
-  .venv/bin/python launchers/_build.py >&2
+  .venv/bin/python launchers/_build.py "$@" >&2
 }

@@ -24,7 +24,7 @@ report_faults
 install_into_venv test -e '.[emoji,tensorboard,test]'
 
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
-build_extensions
+build_extensions --optimizers
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
