@@ -45,24 +45,20 @@ def deepspeed_file(text: str) -> Callable[[Path, Path], list[str]]:
     return make
 
 
-def copied_shards(change: Callable[[Path], None]) -> Callable[[Path, Path], list[str]]:
+# How a run names its shards; validation is due after eight steps, of which none must be taken.
+USED_AS = {
+    "train": ["data.sources.shapes.shards=COPY"],
+    "val": ["data.validation.val.shards=COPY", "evaluation.every_steps=8", "evaluation.batches=1"],
+}
+
+
+def copied_shards(change: Callable[[Path], None], split: str = "train") -> Callable[[Path, Path], list[str]]:
     def make(folder: Path, shards: Path) -> list[str]:
-        copy = folder / "copy" / "train"
-        shutil.copytree(shards / "train", copy)
+        copy = folder / "copy" / split
+        shutil.copytree(shards / split, copy)
         shutil.copytree(shards / "tokenizer", folder / "copy" / "tokenizer")
         change(copy)
-        return [f"data.sources.shapes.shards={copy}"]
-
-    return make
-
-
-def validation(change: Callable[[Path], None]) -> Callable[[Path, Path], list[str]]:
-    def make(folder: Path, shards: Path) -> list[str]:
-        copy = folder / "copy" / "val"
-        shutil.copytree(shards / "val", copy)
-        change(copy)
-        # After eight steps, of which none must be taken.
-        return [f"data.validation.val.shards={copy}", "evaluation.every_steps=8", "evaluation.batches=1"]
+        return [override.replace("COPY", str(copy)) for override in USED_AS[split]]
 
     return make
 
@@ -162,12 +158,13 @@ MISTAKES = {
         ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
     ),
     "validation labels": Mistake(
-        r"the labels of validation source 'val' are those of no training source", make=validation(other_labels)
+        r"the labels of validation source 'val' are those of no training source",
+        make=copied_shards(other_labels, "val"),
     ),
     "no validation shards": Mistake(
         r"/nowhere/val", ["data.validation.val.shards=/nowhere/val", "evaluation.every_steps=2"]
     ),
-    "validation shard cut short": Mistake(r"shapes-000000.tar", make=validation(cut_one_short)),
+    "validation shard cut short": Mistake(r"shapes-000000.tar", make=copied_shards(cut_one_short, "val")),
     "evaluation without data": Mistake(r"evaluation.every_steps needs data.validation", ["evaluation.every_steps=2"]),
     "resume from nowhere": Mistake(r"cannot resume: no such folder", ["checkpoint.resume=/nowhere/step-00000002"]),
     "output in a file": Mistake(r"occupied", make=file_in_the_way),
