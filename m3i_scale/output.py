@@ -11,10 +11,8 @@ _document: TextIO | None = None
 
 
 def reserve_stdout() -> None:
-    """From now on only `print_json` reaches standard output, C code included. A second call changes nothing."""
+    """From now on only `print_json` reaches standard output, C code included."""
     global _document  # noqa: PLW0603 - the process has one standard output
-    if _document is not None:
-        return
     _document = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout.flush()
     os.dup2(2, 1)
