@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel, ViTConfig, ViTModel
@@ -181,6 +182,7 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
         reset()
 
 
+@torch.no_grad()
 def _start_on_grid(table_1LD: Tensor) -> None:
     """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (class token: zeros), not from noise: a
     short training would be spent on finding out which patches are neighbours."""
