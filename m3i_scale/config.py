@@ -44,6 +44,9 @@ class BackboneConfig(Section):
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
     attention: Literal["own", "mixed"] = "own"
     """In mixed inputs, tokens attend within their own image (own) or across both images (mixed)."""
+    attention_kernel: Literal["sdpa", "eager"] = "sdpa"
+    """How attention is computed in all Transformers of the run: torch's fused kernel, or matrix products and a softmax,
+    which are faster for short sequences in bf16 on CPUs (docs/performance.md) and need more memory."""
     activation_checkpointing: str = "none"
     """none | full | every_N: which Transformer layers recompute their activations in the backward pass."""
 

@@ -56,7 +56,7 @@ def vit_config(backbone: BackboneConfig, *, where: str = "backbone") -> ViTConfi
         config = _preset_config(backbone.preset or DEFAULT_PRESET, where)
     _override(config, backbone.config, where)
     _check(config, where)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = backbone.attention_kernel
     return config
 
 

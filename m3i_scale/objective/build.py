@@ -21,7 +21,7 @@ from m3i_scale.objective.recipe import DecoderSpec, Recipe, TargetSpec, parse_re
 from m3i_scale.objective.targets import CategoryHead, DenseHead, MomentumTarget, Projector, TextHead, TextTower
 
 
-def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int) -> BertConfig:
+def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
     """The BERT-Base shape of the paper, with single fields overridden.
 
     Without dropout: its random numbers would make the loss depend on the number of ranks.
@@ -44,6 +44,8 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int) -> Ber
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if getattr(config, key) < 1:
             raise ConfigError(f"'{key}' must be at least 1", where="text.config")
+    if config.is_decoder or config.add_cross_attention:
+        raise ConfigError("the text tower reads its first token, which must see all others", where="text.config")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"
@@ -53,7 +55,7 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int) -> Ber
             f"text.max_tokens {max_tokens} is above the tower's {config.max_position_embeddings} positions",
             fix="text.config.max_position_embeddings",
         )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = kernel
     return config
 
 
@@ -86,7 +88,8 @@ def build_objective(
             projector = Projector(config.hidden_size, recipe.momentum.projector_depth)
     if recipe.uses_text and vocab_size is not None:
         width = next(target.width for target in recipe.targets if target.modality == "text")
-        text = TextTower(text_config(run.text.config, vocab_size, run.text.max_tokens), width)
+        kernel = run.backbone.attention_kernel
+        text = TextTower(text_config(run.text.config, vocab_size, run.text.max_tokens, kernel), width)
     return Objective(
         recipe,
         student,
@@ -140,7 +143,8 @@ def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
             f"decoder '{name}': width {inner} must be a multiple of 4 and of its {heads} heads", where="recipe.decoders"
         )
     if spec.kind == "transformer":
-        return TransformerDecoder(config.hidden_size, width, spec.depth, heads, spec.position)
+        kernel = str(config._attn_implementation)
+        return TransformerDecoder(config.hidden_size, width, spec.depth, heads, spec.position, kernel)
     if spec.kind == "attention_pool":
         return AttentionPool(config.hidden_size, width, heads)
     return MeanPool(config.hidden_size)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
+from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.objective.inputs import gather_tokens
 from m3i_scale.objective.positions import grid_position
 
@@ -21,7 +22,9 @@ class TransformerDecoder(nn.Module):
     Visible tokens carry their own position in the same code.
     """
 
-    def __init__(self, input_width: int, width: int, depth: int, heads: int, position: str) -> None:
+    def __init__(
+        self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
+    ) -> None:
         super().__init__()
         self.width, self.position = width, position
         self.embed = nn.Linear(input_width, width)
@@ -32,7 +35,7 @@ class TransformerDecoder(nn.Module):
             num_attention_heads=heads,
             intermediate_size=4 * width,
             layer_norm_eps=1e-6,
-            attn_implementation="sdpa",
+            attn_implementation=kernel,
         )
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -94,15 +97,12 @@ def _read_last(layer: nn.Module, sequence_BSD: Tensor, count: int) -> Tensor:
     """
     attention: Any = layer.attention
     normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)  # type: ignore[operator]
-
-    def heads(x_BLD: Tensor) -> Tensor:
-        split_BHLD: Tensor = x_BLD.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        return split_BHLD
-
-    mixed_BHQD = F.scaled_dot_product_attention(
-        heads(attention.q_proj(normed_BSD[:, -count:])),
-        heads(attention.k_proj(normed_BSD)),
-        heads(attention.v_proj(normed_BSD)),
+    heads = attention.num_attention_heads
+    mixed_BHQD = attend(
+        split_heads(attention.q_proj(normed_BSD[:, -count:]), heads),
+        split_heads(attention.k_proj(normed_BSD), heads),
+        split_heads(attention.v_proj(normed_BSD), heads),
+        attention.config._attn_implementation,
     )
     tokens_BQD = sequence_BSD[:, -count:] + attention.o_proj(mixed_BHQD.transpose(1, 2).flatten(2))
     output_BQD: Tensor = tokens_BQD + layer.mlp(layer.layernorm_after(tokens_BQD))  # type: ignore[operator]
@@ -125,16 +125,12 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
         """Visible tokens (B, L, D) → (B, width)."""
-        query_BHID = self._heads(self.query(self.norm_q(tokens_BLD.mean(dim=1, keepdim=True))))
-        key_BHLD = self._heads(self.key(self.norm_k(tokens_BLD)))
-        value_BHLD = self._heads(self.value(self.norm_v(tokens_BLD)))
+        query_BHID = split_heads(self.query(self.norm_q(tokens_BLD.mean(dim=1, keepdim=True))), self.heads)
+        key_BHLD = split_heads(self.key(self.norm_k(tokens_BLD)), self.heads)
+        value_BHLD = split_heads(self.value(self.norm_v(tokens_BLD)), self.heads)
         pooled_BHID = F.scaled_dot_product_attention(query_BHID, key_BHLD, value_BHLD)
         pooled_BD: Tensor = self.output(pooled_BHID.transpose(1, 2).flatten(2).squeeze(1))
         return pooled_BD
-
-    def _heads(self, x_BLD: Tensor) -> Tensor:
-        heads_BHLD: Tensor = x_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return heads_BHLD
 
 
 class MeanPool(nn.Module):

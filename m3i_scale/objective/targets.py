@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig
 from transformers.initialization import no_init_weights
+from transformers.masking_utils import create_bidirectional_mask
 
+from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.vit import Backbone
 
 
@@ -24,8 +27,33 @@ class TextTower(nn.Module):
 
     def forward(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
         """Tokens (B, T) and their mask → unit vectors, fp32 (B, E)."""
-        hidden_BTD = self.model(input_ids=text_ids_BT, attention_mask=text_mask_BT.long()).last_hidden_state
-        return F.normalize(self.projection(hidden_BTD[:, 0]).float(), dim=-1)
+        hidden_BTD = self.model.embeddings(input_ids=text_ids_BT)
+        mask = create_bidirectional_mask(self.model.config, hidden_BTD, text_mask_BT.long())
+        *layers, last = self.model.encoder.layer
+        for layer in layers:
+            hidden_BTD = layer(hidden_BTD, mask)
+        return F.normalize(self.projection(_read_first(last, hidden_BTD, text_mask_BT)).float(), dim=-1)
+
+
+def _read_first(layer: nn.Module, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """The first token after a BERT layer: exactly `layer(hidden, mask)[:, 0]`.
+
+    Nobody reads the other tokens of the last layer, so their queries and MLP are not computed.
+    """
+    attention: Any = layer.attention
+    own: Any = attention.self
+    heads = own.num_attention_heads
+    mixed_BH1D = attend(
+        split_heads(own.query(hidden_BTD[:, :1]), heads),
+        split_heads(own.key(hidden_BTD), heads),
+        split_heads(own.value(hidden_BTD), heads),
+        own.config._attn_implementation,
+        mask_B11L=mask_BT[:, None, None],
+        dropout=own.dropout.p if own.training else 0.0,
+    )
+    tokens_B1D = attention.output(mixed_BH1D.transpose(1, 2).flatten(2), hidden_BTD[:, :1])
+    output_B1D: Tensor = layer.feed_forward_chunk(tokens_B1D)  # type: ignore[operator]
+    return output_B1D[:, 0]
 
 
 class TextHead(nn.Module):

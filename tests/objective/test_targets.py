@@ -40,6 +40,29 @@ def test_text_is_on_the_sphere_and_padding_does_not_count() -> None:
         tiny_objective("mae").embed_text(batch.text_ids_BT, batch.text_mask_BT)
 
 
+def test_the_text_tower_is_the_stock_model_read_at_its_first_token() -> None:
+    """Values and gradients, although the last layer is computed for one token alone."""
+    tower, batch = tiny_objective("clip").text, random_batch(6)
+    ids, mask = batch.text_ids_BT, batch.text_mask_BT.clone()
+    mask[0, 3:] = False
+    direction = torch.randn(6, tower.projection.out_features)
+    results = []
+    for read in (
+        lambda: tower(ids, mask),
+        lambda: F.normalize(tower.projection(tower.model(ids, mask.long()).last_hidden_state[:, 0]), dim=-1),
+    ):
+        tower.zero_grad()
+        output = read()
+        (output * direction).sum().backward()
+        # The keys' bias moves all scores of a row alike: its gradient is rounding.
+        gradients = {n: p.grad.clone() for n, p in tower.named_parameters() if not n.endswith("self.key.bias")}
+        results.append((output.detach(), gradients))
+    (ours, our_gradients), (stock, stock_gradients) = results
+    torch.testing.assert_close(ours, stock, atol=1e-6, rtol=1e-5)
+    for name, gradient in stock_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_text_head_learns_its_temperature_up_to_a_limit() -> None:
     head = TextHead(8, 4, 0.07)
     head.reset_parameters()
