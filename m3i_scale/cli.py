@@ -30,7 +30,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 @app.command(epilog="Example: m3i-scale recipes --json")
 def recipes(as_json: Json = False) -> None:
     """The paper's table, read from the built-in recipes: what predicts what, and how."""
-    from m3i_scale.objective.recipe import describe, parse_recipe
+    from m3i_scale.objective.describe import describe
+    from m3i_scale.objective.recipe import parse_recipe
 
     rows = [describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in known_recipes().values()]
     if as_json:

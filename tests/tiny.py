@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from typing import Any
 
 import torch
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from m3i_scale.config import RunConfig, load_run
+from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.teacher import teacher_weights
 from m3i_scale.scale.ds_config import load_ds_config
 from m3i_scale.scale.partition import initialize_sharded
 
@@ -34,14 +40,7 @@ _TEXT = (
     "text.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}",
     "text.max_tokens=16",
 )
-OVERRIDES = {
-    "clip": (*_TEXT, "recipe.targets.0.width=32"),
-    "mae": ("recipe.decoders.pixels.width=32", "recipe.decoders.pixels.heads=2", "recipe.decoders.pixels.depth=1"),
-    "sim": ("recipe.decoders.dense.depth=1",),
-    "m3i": (*_TEXT, "recipe.decoders.dense.depth=1", "recipe.decoders.pool.width=64", "recipe.targets.2.width=32"),
-    "supervised": (),
-}
-RECIPES = tuple(OVERRIDES)
+RECIPES = tuple(known_recipes())
 
 
 def in_parts(ds_config: str) -> dict[str, Any]:
@@ -51,8 +50,36 @@ def in_parts(ds_config: str) -> dict[str, Any]:
     return raw | {"zero_optimization": zero | {key: value for key, value in SMALL_BUCKETS.items() if key in zero}}
 
 
+@functools.cache
+def tiny_teacher() -> str:
+    """A folder with a stock vision model of 48 channels that sees the same patches."""
+    folder = tempfile.mkdtemp(prefix="m3i-teacher-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96}
+    torch.manual_seed(11)
+    Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8, mlp_ratio=2)).save_pretrained(folder)
+    BitImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
 def tiny_overrides(recipe: str) -> list[str]:
-    return [*_BACKBONE, *OVERRIDES[recipe]]
+    """The built-in recipe of that name with narrow decoders, heads and towers."""
+    raw, found = load_run(recipe).recipe, [*_BACKBONE]
+    for name, decoder in raw["decoders"].items():
+        if decoder["kind"] == "transformer":
+            found += [f"recipe.decoders.{name}.{field}" for field in ("width=32", "heads=2", "depth=1")]
+        elif decoder["kind"] == "attention_pool":
+            found.append(f"recipe.decoders.{name}.width=64")
+    for name, head in raw.get("heads", {}).items():
+        small = {"hidden": 48, "width": 24, "prototypes": 12, "queue": 20, "predictor_hidden": 40}
+        found += [f"recipe.heads.{name}.{field}={value}" for field, value in small.items() if head.get(field)]
+    for number, target in enumerate(raw["targets"]):
+        if target["modality"] == "text":
+            found += [*_TEXT, f"recipe.targets.{number}.width=32"]
+    if "teacher" in raw:
+        found.append(f"recipe.teacher.from_pretrained={tiny_teacher()}")
+    return found
 
 
 def tiny_run(recipe: str, *overrides: str) -> RunConfig:
@@ -63,7 +90,9 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
     """Initialised, in fp32; the momentum target holds the first weights of the backbone."""
     run = tiny_run(recipe, *overrides)
     objective = build_objective(run, LABEL_SETS, VOCABULARY if "text" in run.model_fields_set else None)
-    initialize_sharded(objective, initialize_module, seed=seed, skip="momentum.")
+    initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teacher."))
+    if objective.teacher is not None:
+        objective.teacher.model.load_state_dict(teacher_weights(objective.recipe), strict=False)
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, target in momentum_pairs(objective):

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
-from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.build import build_objective, is_kept
 from m3i_scale.objective.information import Objective
 
 _TEXT_BATCH = 256
@@ -67,14 +67,13 @@ def load_towers(folder: Path, device: torch.device) -> Towers:
     values = _read(folder / "heads" / "objective.json")
     run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"))
     try:
-        # The momentum copy is not exported; its parameters stay empty and are never used.
         with init_empty_weights(include_buffers=False):
-            objective = build_objective(run, values["label_sets"], values["vocab_size"])
+            objective = build_objective(run, values["label_sets"], values["vocab_size"], target_encoders=False)
         weights = dict(_weights(folder))
         missing, unexpected = objective.load_state_dict(weights, strict=False, assign=True)
     except (KeyError, TypeError, RuntimeError, OSError) as error:
         raise ExportError(f"the heads do not fit the model: {error}", where=str(folder / "heads")) from None
-    missing = [name for name in missing if not name.startswith("momentum.")]
+    missing = [name for name in missing if is_kept(objective.recipe, name)]
     if missing or unexpected:
         raise ExportError(
             f"{len(missing)} parameters are missing and {len(unexpected)} are not known, e.g."
@@ -82,7 +81,6 @@ def load_towers(folder: Path, device: torch.device) -> Towers:
             where=str(folder),
             fix="export the checkpoint anew",
         )
-    objective.momentum = None
     target = next(item.name for item in objective.recipe.targets if item.modality == "text")
     tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True)
     return Towers(objective.to(device).eval(), tokenizer, target, run.text.max_tokens, device)

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from m3i_scale import __version__
 from m3i_scale.hub.source import Source
-from m3i_scale.objective.recipe import describe
+from m3i_scale.objective.describe import describe
 
 _HIDDEN_FIGURES = ("kind", "time", "step")
 

@@ -25,8 +25,8 @@ from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import fresh
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.write import MOMENTUM, TEXT, VISION, head_weights, part_of
-from m3i_scale.objective.build import build_objective
+from m3i_scale.hub.write import TEXT, VISION, head_weights, part_of
+from m3i_scale.objective.build import build_objective, is_kept
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
 
@@ -79,7 +79,7 @@ def make_reference(
     hidden = {"vision": objective.student.encode(torch.cat(objective.student.embed(pixels_BCHW), dim=1))}
     fingerprints = {
         "vision": _fingerprints(part_of(weights, VISION, dtype)),
-        "heads": _fingerprints(head_weights(weights, dtype)),
+        "heads": _fingerprints(head_weights(source.recipe, weights, dtype)),
     }
     captions, tokens_BT = [], None
     if tokenizer is not None and objective.text is not None:
@@ -224,8 +224,9 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 def _objective(source: Source, weights: dict[str, Tensor], dtype: torch.dtype) -> Objective:
     with init_empty_weights(include_buffers=False):
-        objective = build_objective(source.run, source.label_sets, source.vocab_size)
-    rounded = {name: tensor.to(dtype).float() for name, tensor in weights.items() if not name.startswith(MOMENTUM)}
+        objective = build_objective(source.run, source.label_sets, source.vocab_size, target_encoders=False)
+    kept = {name: tensor for name, tensor in weights.items() if is_kept(source.recipe, name)}
+    rounded = {name: tensor.to(dtype).float() for name, tensor in kept.items()}
     try:
         missing, unexpected = objective.load_state_dict(rounded, strict=False, assign=True)
     except RuntimeError as error:
@@ -233,14 +234,13 @@ def _objective(source: Source, weights: dict[str, Tensor], dtype: torch.dtype) -
             f"the checkpoint does not fit its own run file: {str(error).splitlines()[-1].strip()}",
             where=str(source.checkpoint),
         ) from None
-    missing = [name for name in missing if not name.startswith(MOMENTUM)]
+    missing = [name for name in missing if is_kept(source.recipe, name)]
     if missing or unexpected:
         raise ExportError(
             f"the checkpoint does not fit its own run file: {len(missing)} parameters are missing and"
             f" {len(unexpected)} are not known, e.g. {[*missing, *unexpected][0]}",
             where=str(source.checkpoint),
         )
-    objective.momentum = None
     return objective.eval()
 
 

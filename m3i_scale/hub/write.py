@@ -16,9 +16,10 @@ from m3i_scale.backbones.vit import vit_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.source import Source
-from m3i_scale.objective.build import text_config
+from m3i_scale.objective.build import is_kept, text_config
+from m3i_scale.objective.recipe import Recipe
 
-VISION, TEXT, MOMENTUM = "student.model.", "text.model.", "momentum."
+VISION, TEXT = "student.model.", "text.model."
 
 _SHAPE_FIELDS = (
     "hidden_size",
@@ -58,7 +59,7 @@ def write_folder(
     write_processor(folder, source)
     if tokenizer is not None:
         write_text(folder / "text", source.run, part_of(weights, TEXT, dtype), tokenizer)
-    write_heads(folder / "heads", source, head_weights(weights, dtype))
+    write_heads(folder / "heads", source, head_weights(source.recipe, weights, dtype))
 
 
 def write_vision(folder: Path, source: Source, weights: dict[str, Tensor]) -> None:
@@ -124,7 +125,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
     return {
         "name": run.name,
         "seed": run.seed,
-        "recipe": run.recipe,
+        "recipe": _portable_recipe(run.recipe),
         "backbone": {
             "attention": run.backbone.attention,
             "config": {key: getattr(config, key) for key in _SHAPE_FIELDS},
@@ -132,6 +133,13 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
         "text": {"config": run.text.config, "max_tokens": run.text.max_tokens},
         "data": {"augment": run.data.augment.model_dump(mode="json")},
     }
+
+
+def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Of a teacher only its name: the folder lies on the training machine, and nobody reads it again."""
+    if not recipe.get("teacher"):
+        return recipe
+    return recipe | {"teacher": {"from_pretrained": Path(recipe["teacher"]["from_pretrained"]).name}}
 
 
 def class_names(label_sets: dict[str, list[str]]) -> list[str]:
@@ -150,12 +158,12 @@ def part_of(weights: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict
     }
 
 
-def head_weights(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is neither vision model, nor text tower, nor momentum copy."""
+def head_weights(recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is neither vision model, nor text tower, nor only needed in training."""
     return {
         name: _own_storage(tensor, dtype)
         for name, tensor in weights.items()
-        if not name.startswith((VISION, TEXT, MOMENTUM))
+        if is_kept(recipe, name) and not name.startswith((VISION, TEXT))
     }
 
 

@@ -13,12 +13,15 @@ from transformers import BertConfig, PreTrainedModel, ViTConfig, ViTModel
 from m3i_scale.backbones.vit import Backbone, vit_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.objective.decoders import AttentionPool, MeanPool, TransformerDecoder
+from m3i_scale.objective.balance import FixedWeights, GradientNormWeights, LearnedWeights, Weights
+from m3i_scale.objective.decoders import AttentionPool, ClassToken, MeanPool, Pointwise, TransformerDecoder
+from m3i_scale.objective.heads import HeadState, ImageHead
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import DecoderSpec, Recipe, TargetSpec, parse_recipe
 from m3i_scale.objective.targets import CategoryHead, DenseHead, MomentumTarget, Projector, TextHead, TextTower
+from m3i_scale.objective.teacher import build_teacher, teacher_config
 
 
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
@@ -60,7 +63,12 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
 
 
 def build_objective(
-    run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None, ranks: Ranks | None = None
+    run: RunConfig,
+    label_sets: dict[str, list[str]],
+    vocab_size: int | None,
+    ranks: Ranks | None = None,
+    *,
+    target_encoders: bool = True,
 ) -> Objective:
     """All modules of a run's recipe, not yet initialised (see `initialize_module`).
 
@@ -69,6 +77,7 @@ def build_objective(
         label_sets: class names by label set, in the order of `Batch.label_sets_B`.
         vocab_size: of the tokenizer; only read when the recipe has a text target.
         ranks: other ranks for losses over the global batch; default: none.
+        target_encoders: build the momentum copy, the teacher and what predicts it, which only training needs.
 
     Raises:
         ConfigError: the recipe, the backbone and the data do not fit together.
@@ -80,12 +89,18 @@ def build_objective(
     decoders = nn.ModuleDict({name: _decoder(name, spec, config) for name, spec in recipe.decoders.items()})
     heads = nn.ModuleDict()
     for target in recipe.targets:
-        heads[target.name] = _head(target, _decoder_width(decoders[target.decoder]), config, label_sets)
-    momentum = projector = text = None
-    if recipe.momentum is not None:
-        momentum = MomentumTarget(config, recipe.momentum.projector_depth)
-        if recipe.momentum.projector_depth:
-            projector = Projector(config.hidden_size, recipe.momentum.projector_depth)
+        if target.head is None and (target_encoders or target.encoder != "teacher"):
+            heads[target.name] = _head(target, _decoder_width(decoders[target.decoder]), recipe, config, label_sets)
+    ranks = ranks or SingleProcess()
+    image_heads, states = _image_heads(recipe, decoders, ranks)
+    momentum = projector = teacher = text = None
+    if recipe.momentum is not None and target_encoders:
+        depth = recipe.momentum.projector_depth if recipe.projects_dense_targets else 0
+        momentum = MomentumTarget(config, depth, *_averaged(recipe, decoders, config, ranks))
+    if recipe.momentum is not None and recipe.projects_dense_targets and recipe.momentum.projector_depth:
+        projector = Projector(config.hidden_size, recipe.momentum.projector_depth)
+    if recipe.teacher is not None and target_encoders:
+        teacher = build_teacher(recipe, config)
     if recipe.uses_text and vocab_size is not None:
         width = next(target.width for target in recipe.targets if target.modality == "text")
         kernel = run.backbone.attention_kernel
@@ -98,9 +113,13 @@ def build_objective(
         mean=run.data.augment.mean,
         std=run.data.augment.std,
         mixed_attention=run.backbone.attention == "mixed",
-        ranks=ranks or SingleProcess(),
+        ranks=ranks,
+        weights=_weights(recipe),
+        image_heads=image_heads,
+        states=states,
         projector=projector,
         momentum=momentum,
+        teacher=teacher,
         text=text,
     )
 
@@ -127,6 +146,12 @@ def _check_fit(
     widths = {target.width for target in recipe.targets if target.modality == "text"}
     if len(widths) > 1:
         raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
+    first_is_cls = [t.name for t in recipe.targets if recipe.decoders[t.decoder].kind == "class_token"]
+    if run.backbone.attention == "mixed" and first_is_cls:
+        raise ConfigError(
+            f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
+            fix="decode with attention_pool or mean_pool",
+        )
     patches = (config.image_size // config.patch_size) ** 2
     if recipe.mix is not None and patches < len(recipe.mix.inputs):
         raise ConfigError(
@@ -142,6 +167,10 @@ def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
         raise ConfigError(
             f"decoder '{name}': width {inner} must be a multiple of 4 and of its {heads} heads", where="recipe.decoders"
         )
+    if spec.kind == "pointwise":
+        return Pointwise(config.hidden_size)
+    if spec.kind == "class_token":
+        return ClassToken(config.hidden_size)
     if spec.kind == "transformer":
         kernel = str(config._attn_implementation)
         return TransformerDecoder(config.hidden_size, width, spec.depth, heads, spec.position, kernel)
@@ -157,13 +186,60 @@ def _decoder_width(decoder: nn.Module) -> int:
     return width
 
 
-def _head(target: TargetSpec, width: int, config: ViTConfig, label_sets: dict[str, list[str]]) -> nn.Module:
+def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Heads of image targets, and what they remember."""
+    heads, states = nn.ModuleDict(), nn.ModuleDict()
+    for name, spec in recipe.heads.items():
+        users = [target for target in recipe.targets if target.head == name]
+        widths = {_decoder_width(decoders[target.decoder]) for target in users}
+        if len(widths) > 1:
+            raise ConfigError(
+                f"head '{name}' is fed by decoders of widths {sorted(widths)}", where=f"recipe.heads.{name}"
+            )
+        heads[name] = ImageHead(widths.pop(), spec, ranks, online=True, prototypes=spec.prototypes > 0)
+        regularizers = {target.regularizer for target in users}
+        states[name] = HeadState(spec, center="centering" in regularizers, correlation="unigrad" in regularizers)
+    return heads, states
+
+
+def _averaged(
+    recipe: Recipe, decoders: nn.ModuleDict, config: ViTConfig, ranks: Ranks
+) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Copies of the pools and heads of momentum targets."""
+    pools, heads = nn.ModuleDict(), nn.ModuleDict()
+    for target in recipe.targets:
+        if target.encoder != "momentum" or target.head is None:
+            continue
+        if target.pooled:
+            pools[target.decoder] = _decoder(target.decoder, recipe.decoders[target.decoder], config)
+        spec = recipe.heads[target.head]
+        width = _decoder_width(decoders[target.decoder])
+        centering = target.regularizer == "centering"
+        heads[target.head] = ImageHead(width, spec, ranks, online=False, prototypes=centering)
+    return pools, heads
+
+
+def _weights(recipe: Recipe) -> Weights:
+    given = [target.weight for target in recipe.targets]
+    if recipe.balance.kind == "learned":
+        return LearnedWeights(given)
+    if recipe.balance.kind == "gradient_norm":
+        return GradientNormWeights(given, recipe.balance.momentum)
+    return FixedWeights(given)
+
+
+def _head(
+    target: TargetSpec, width: int, recipe: Recipe, config: ViTConfig, label_sets: dict[str, list[str]]
+) -> nn.Module:
     if target.modality == "text":
-        return TextHead(width, target.width, target.temperature)
+        bias = target.bias if target.distribution == "bernoulli" else None
+        return TextHead(width, target.width, target.temperature, bias)
     if target.modality == "category":
         return CategoryHead(width, [len(names) for names in label_sets.values()])
     if target.modality == "pixels":
         return DenseHead(width, config.patch_size**2 * config.num_channels)
+    if target.encoder == "teacher":
+        return DenseHead(width, int(teacher_config(recipe).hidden_size))
     return DenseHead(width, config.hidden_size)
 
 
@@ -195,12 +271,26 @@ def _start_on_grid(table_1LD: Tensor) -> None:
     table_1LD[0, 1:] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
 
 
+def is_kept(recipe: Recipe, name: str) -> bool:
+    """Whether a parameter belongs to a module that is built without `target_encoders`."""
+    dropped = [f"heads.{target.name}." for target in recipe.targets if target.encoder == "teacher"]
+    return not name.startswith(("momentum.", "teacher.", "states.", "weights.", *dropped))
+
+
+_ONLINE = {"backbone.": "student.", "pools.": "decoders.", "heads.": "image_heads.", "projector.": "projector."}
+
+
+def online_name(averaged: str) -> str:
+    """Name of the parameter that one of the momentum target follows."""
+    start = next(start for start in _ONLINE if averaged.startswith(start))
+    return _ONLINE[start] + averaged.removeprefix(start)
+
+
 def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
     """(online, averaged) names of all parameters that the momentum target follows."""
     if objective.momentum is None:
         return []
     pairs = []
     for name, _ in objective.momentum.named_parameters():
-        online = name.replace("backbone.", "student.", 1) if name.startswith("backbone.") else name
-        pairs.append((online, f"momentum.{name}"))
+        pairs.append((online_name(name), f"momentum.{name}"))
     return pairs

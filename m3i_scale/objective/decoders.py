@@ -133,6 +133,30 @@ class AttentionPool(nn.Module):
         return pooled_BD
 
 
+class Pointwise(nn.Module):
+    """Every patch token is the prediction at its own place."""
+
+    def __init__(self, input_width: int) -> None:
+        super().__init__()
+        self.width = input_width
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """All patch tokens (B, N, D), unchanged."""
+        return tokens_BND
+
+
+class ClassToken(nn.Module):
+    """The class token, which the backbone's last LayerNorm has normalised."""
+
+    def __init__(self, input_width: int) -> None:
+        super().__init__()
+        self.width = input_width
+
+    def forward(self, cls_B1D: Tensor) -> Tensor:
+        """(B, 1, D) → (B, D)."""
+        return cls_B1D[:, 0]
+
+
 class MeanPool(nn.Module):
     """The mean token, normalised: the plainest global prediction."""
 

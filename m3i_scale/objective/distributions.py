@@ -1,4 +1,7 @@
-"""P̂(z_y | ẑ_y): the two distributions of the paper, as negative log-likelihoods in fp32."""
+"""P̂(z_y | ẑ_y) as negative log-likelihoods in fp32: the two distributions of the paper, and the Bernoulli of SigLIP.
+
+All functions give this rank's share: its mean over ranks is the loss of the global batch, and so is that of gradients.
+"""
 
 from __future__ import annotations
 
@@ -88,3 +91,102 @@ def boltzmann_pairs(prediction_BE: Tensor, targets: PairTargets, scale: Tensor, 
     candidates_B = (~targets.out_BG).sum(dim=1)
     nats = global_mean(candidates_B.float().log() - loss_B.detach(), targets.valid_B, ranks)
     return loss, nats
+
+
+def bernoulli_pairs(
+    prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Every pair of an image and a text of the global batch is a match or none (SigLIP), and the softmax bound in nats.
+
+    The sum over the texts, mean over the images. Any critic gives a bound, so the softmax one is taken of these logits.
+
+    Args:
+        prediction_BE: L2-normalised ẑ of this rank's samples.
+        targets: texts that they do or do not belong to.
+        scale: 1/τ, one element.
+        bias: added to every logit, one element.
+        ranks: other ranks, whose texts count too.
+    """
+    logits_BG = scale.float() * prediction_BE.float() @ targets.all_GE.float().T + bias.float()
+    sign_BG = -torch.ones_like(logits_BG)
+    sign_BG.scatter_(1, targets.column_B[:, None], 1.0)
+    loss_B = -(F.logsigmoid(sign_BG * logits_BG).masked_fill(targets.out_BG, 0.0)).sum(dim=1)
+    loss = global_mean(loss_B, targets.valid_B, ranks)
+    kept_BG = logits_BG.detach().masked_fill(targets.out_BG, -torch.inf)
+    plain_B = F.cross_entropy(kept_BG, targets.column_B, reduction="none")
+    candidates_B = (~targets.out_BG).sum(dim=1)
+    return loss, global_mean(candidates_B.float().log() - plain_B, targets.valid_B, ranks)
+
+
+def gaussian_unit(prediction_BE: Tensor, target_BE: Tensor, sigma2: float, ranks: Ranks) -> Tensor:
+    """‖z − ẑ‖² / 2σ² of vectors on the unit sphere, mean over samples: (2 − 2 cos) / 2σ² (BYOL, SimSiam)."""
+    error_B = (unit(prediction_BE) - unit(target_BE)).square().sum(dim=-1) / (2 * sigma2)
+    return global_mean(error_B, torch.ones_like(error_B), ranks)
+
+
+def boltzmann_samples(
+    prediction_BE: Tensor, target_BE: Tensor, temperature: float, ranks: Ranks, *, both: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Which of the global batch's targets belongs to the prediction (InfoNCE), and its bound log K − loss in nats.
+
+    Args:
+        prediction_BE: ẑ of this rank's samples.
+        target_BE: z of this rank's samples, in the same order.
+        temperature: τ.
+        ranks: other ranks, whose samples are negatives too.
+        both: the other samples' predictions are negatives too (NT-Xent of SimCLR).
+    """
+    query_BE, key_BE = unit(prediction_BE), unit(target_BE)
+    own_B = torch.arange(len(query_BE), device=query_BE.device) + ranks.rank * len(query_BE)
+    logits_BG = query_BE @ ranks.gather(key_BE).T / temperature
+    candidates = logits_BG.shape[1]
+    if both:
+        itself_BG = query_BE @ ranks.gather(query_BE).T / temperature
+        logits_BG = torch.cat([logits_BG, itself_BG.scatter(1, own_B[:, None], -torch.inf)], dim=1)
+        candidates = 2 * candidates - 1
+    return _softmax(logits_BG, own_B, candidates, ranks)
+
+
+def boltzmann_queue(
+    prediction_BE: Tensor, target_BE: Tensor, queue_QE: Tensor, filled: Tensor, temperature: float, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The own target among those of earlier batches (MoCo), and its bound log K − loss in nats.
+
+    Args:
+        prediction_BE: ẑ of this rank's samples.
+        target_BE: z of this rank's samples, in the same order.
+        queue_QE: earlier targets, unit vectors.
+        filled: how many rows of the queue count.
+        temperature: τ.
+        ranks: for the mean over all samples.
+    """
+    query_BE, key_BE = unit(prediction_BE), unit(target_BE)
+    empty_Q = torch.arange(len(queue_QE), device=queue_QE.device) >= filled
+    others_BQ = (query_BE @ queue_QE.float().T).masked_fill(empty_Q, -torch.inf)
+    logits_BG = torch.cat([(query_BE * key_BE).sum(dim=1, keepdim=True), others_BQ], dim=1) / temperature
+    first_B = torch.zeros(len(query_BE), dtype=torch.int64, device=query_BE.device)
+    return _softmax(logits_BG, first_B, filled + 1, ranks)
+
+
+def boltzmann_soft(logits_BK: Tensor, probabilities_BK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Cross-entropy to a target distribution over K prototypes, and its bound in nats.
+
+    The information between the input and the target's prototype is at least H(mean target) − loss, which is log K −
+    loss where the prototypes are used evenly.
+    """
+    loss_B = -(probabilities_BK * F.log_softmax(logits_BK.float(), dim=-1)).sum(dim=-1)
+    loss = global_mean(loss_B, torch.ones_like(loss_B), ranks)
+    mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
+    return loss, -torch.special.xlogy(mean_K, mean_K).sum() - loss.detach()
+
+
+def unit(x_BE: Tensor) -> Tensor:
+    """Rows on the unit sphere, in fp32."""
+    return F.normalize(x_BE.float(), dim=-1)
+
+
+def _softmax(logits_BG: Tensor, column_B: Tensor, candidates: Tensor | int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    loss_B = F.cross_entropy(logits_BG, column_B, reduction="none")
+    count = torch.as_tensor(candidates, device=logits_BG.device, dtype=torch.float32)
+    every_B = torch.ones_like(loss_B)
+    return global_mean(loss_B, every_B, ranks), global_mean(count.log() - loss_B.detach(), every_B, ranks)

@@ -23,6 +23,9 @@ class Ranks(Protocol):
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, without gradient."""
 
+    def sum_with_gradient(self, x: Tensor) -> Tensor:
+        """The sum over ranks; every rank's share gets the gradient of all ranks' losses."""
+
 
 class SingleProcess:
     """A world of one rank."""
@@ -37,6 +40,10 @@ class SingleProcess:
     def sum(self, x: Tensor) -> Tensor:
         """The input, detached."""
         return x.detach()
+
+    def sum_with_gradient(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x
 
 
 def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks) -> Tensor:

@@ -2,32 +2,34 @@
 
 Every approach of the paper's table is one choice of the input x = t_x(s), the target y = t_y(s), its representation
 z_y = f_φ(y), the prediction ẑ_y = f_ψ(z_x), the distribution P̂ and what keeps z_y from collapsing. Nothing in this
-package branches on the name of a method.
+package branches on the name of a method. Which choices hold together is said in `recipe_rules`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config import Section, parse_section
-from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.recipe_rules import faults
 
 Modality = Literal["category", "text", "pixels", "image"]
-Regularizer = Literal["none", "negatives", "stop_gradient", "unigrad"]
-
-_ENCODERS = {"category": ("embedding",), "text": ("text_tower",), "pixels": ("patchify",), "image": ("momentum",)}
-_DECODERS = {"boltzmann": ("attention_pool", "mean_pool"), "gaussian": ("transformer",)}
-_REGULARIZERS = {
-    "category": ("negatives",),
-    "text": ("negatives",),
-    "pixels": ("none",),
-    "image": ("stop_gradient", "unigrad"),
-}
-_DISTRIBUTIONS = {"category": "boltzmann", "text": "boltzmann", "pixels": "gaussian", "image": "gaussian"}
+Regularizer = Literal[
+    "none",
+    "negatives",
+    "stop_gradient",
+    "unigrad",
+    "centering",
+    "mean_entropy",
+    "cross_correlation",
+    "variance_covariance",
+]
+Encoder = Literal["embedding", "text_tower", "patchify", "momentum", "online", "teacher"]
+Distribution = Literal["gaussian", "boltzmann", "bernoulli"]
+Norm = Literal["none", "layer", "batch"]
 
 
 class MaskSpec(Section):
@@ -64,7 +66,9 @@ class MixSpec(Section):
 class DecoderSpec(Section):
     """The prediction f_ψ. Targets that name the same decoder share its weights."""
 
-    kind: Literal["transformer", "attention_pool", "mean_pool"]
+    kind: Literal["transformer", "pointwise", "attention_pool", "mean_pool", "class_token"]
+    """transformer: mask tokens ask for any patch of any view; pointwise: every patch token predicts at its own place;
+    the others give one vector for the image."""
     width: int | None = Field(default=None, ge=8)
     """Hidden size; default: the backbone's."""
     heads: int | None = Field(default=None, ge=1)
@@ -76,10 +80,52 @@ class DecoderSpec(Section):
 
     @model_validator(mode="after")
     def _no_idle_fields(self) -> Self:
-        idle = {"mean_pool": {"width", "heads", "depth", "position"}, "attention_pool": {"depth", "position"}}
-        found = sorted(self.model_fields_set & idle.get(self.kind, set()))
+        every = {"width", "heads", "depth", "position"}
+        idle = {"attention_pool": {"depth", "position"}, "transformer": set[str]()}
+        found = sorted(self.model_fields_set & idle.get(self.kind, every))
         if found:
             raise ValueError(f"{', '.join(found)}: no effect on a {self.kind} decoder")
+        return self
+
+
+class HeadSpec(Section):
+    """What turns a decoded vector into z_y or ẑ_y of an image target. Targets that name the same head share it.
+
+    The projector serves the prediction and the target (whose copy is averaged where the target's encoder is); the
+    predictor follows on the prediction's side alone.
+    """
+
+    width: int = Field(default=256, ge=2)
+    """Dimension of z_y."""
+    hidden: int = Field(default=2048, ge=2)
+    """Width of the projector's hidden layers."""
+    depth: int = Field(default=2, ge=1)
+    """Linear layers of the projector."""
+    norm: Norm = "layer"
+    """After every hidden layer. `batch` takes the statistics of the global batch."""
+    output_norm: Norm = "none"
+    """After the projector's last layer, without a scale of its own."""
+    predictor_depth: int = Field(default=0, ge=0)
+    """Linear layers of the predictor; 0 for none."""
+    predictor_hidden: int = Field(default=512, ge=2)
+    """Width of the predictor's hidden layers."""
+    prototypes: int = Field(default=0, ge=0)
+    """Number K of unit vectors that z_y is compared with; the target is then a distribution over them."""
+    queue: int = Field(default=0, ge=0)
+    """How many targets of earlier batches stay as negatives, instead of those of the batch."""
+    state_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of the moving averages over batches: the center of `centering`, the correlation of `unigrad`."""
+
+    @model_validator(mode="after")
+    def _no_idle_fields(self) -> Self:
+        hidden_layers = self.depth > 1 or self.predictor_depth > 1
+        for field, counts in (
+            ("hidden", self.depth > 1),
+            ("norm", hidden_layers),
+            ("predictor_hidden", self.predictor_depth > 1),
+        ):
+            if field in self.model_fields_set and not counts:
+                raise ValueError(f"{field}: no effect on a head without hidden layers")
         return self
 
 
@@ -90,7 +136,31 @@ class MomentumSpec(Section):
     """m at the first step; rises to `end` with a cosine."""
     end: float = Field(default=1.0, ge=0, le=1)
     projector_depth: int = Field(default=2, ge=0)
-    """Residual MLP blocks after the backbone, online and averaged; 0 for none."""
+    """Residual MLP blocks after the backbone for dense targets, online and averaged; 0 for none."""
+
+
+class TeacherSpec(Section):
+    """A frozen vision model that image targets are encoded with."""
+
+    from_pretrained: str
+    """A local `transformers` folder or a Hub id."""
+
+
+class BalanceSpec(Section):
+    """How the weights of the groups come about."""
+
+    kind: Literal["fixed", "learned", "gradient_norm"] = "fixed"
+    """fixed: `weight` of every target. learned: every group has a log σ of its own, which is trained: weight / σ² on
+    its loss, plus log σ. gradient_norm: `weight` is the share of the gradient at the encoder output that the group
+    is to have; the factors follow the measured norms."""
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    """Of the measured norms, over micro-batches."""
+
+    @model_validator(mode="after")
+    def _no_idle_fields(self) -> Self:
+        if self.momentum != type(self).model_fields["momentum"].default and self.kind != "gradient_norm":
+            raise ValueError(f"momentum: no effect on {self.kind} weights")
+        return self
 
 
 class TargetSpec(Section):
@@ -102,27 +172,56 @@ class TargetSpec(Section):
     modality: Modality
     view: int | None = Field(default=None, ge=1)
     """Target view of pixels and images."""
-    tokens: Literal["masked", "all"] | None = None
-    """Where a dense target counts: only on hidden patches, or on all patches of the target view."""
-    encoder: Literal["embedding", "text_tower", "patchify", "momentum"]
+    tokens: Literal["masked", "all", "pooled"] | None = None
+    """Of pixels and images: dense on the hidden patches, dense on all patches, or one vector for the view."""
+    encoder: Encoder
     decoder: str
     """Name of a decoder of the recipe."""
-    distribution: Literal["gaussian", "boltzmann"]
+    head: str | None = None
+    """Name of a head of the recipe: image targets that are pooled or compared with negatives."""
+    distribution: Distribution
     regularizer: Regularizer
     weight: float = Field(default=1.0, gt=0)
     """w_k of equation (6)."""
+    match: Literal["position", "similarity"] = "position"
+    """Which patch of the target view a dense prediction stands for: the one it asks for, or the one whose backbone
+    feature is most similar to that of its own patch."""
+    candidates: Literal["target", "both"] = "target"
+    """Negatives: the other samples' targets, or their predictions too."""
     width: int = Field(default=512, ge=8)
     """Dimension of the shared space of a text target."""
     temperature: float = Field(default=0.07, gt=0)
-    """First value of the learned temperature of a text target."""
+    """Of a softmax: the first value of the learned one of a text target, the fixed one of an image target."""
+    bias: float = -10.0
+    """First value of the learned bias of a Bernoulli text target."""
+    target_temperature: float = Field(default=0.04, gt=0)
+    """Of the target's distribution over prototypes."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Of a category target."""
     normalize_pixels: bool = True
     """Pixels of each patch are standardised (MAE)."""
     sigma2: float = Field(default=0.5, gt=0)
-    """Variance of the Gaussian; ½ makes the loss the plain mean squared error."""
+    """Variance of the Gaussian; ½ makes the loss the plain squared error."""
     unigrad_lambda: float = Field(default=0.02, ge=0)
-    """Strength of the dense UniGrad negative."""
+    """Strength of the UniGrad negative."""
+    entropy_weight: float = Field(default=1.0, gt=0)
+    """Strength of `mean_entropy`."""
+    offdiagonal_weight: float = Field(default=0.005, gt=0)
+    """Strength of the off-diagonal part of `cross_correlation`."""
+    variance_weight: float = Field(default=25.0, gt=0)
+    """Strength of the variance part of `variance_covariance`."""
+    covariance_weight: float = Field(default=1.0, gt=0)
+    """Strength of the covariance part of `variance_covariance`."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether z_y is one vector for an image, with a head."""
+        return self.modality == "image" and self.tokens == "pooled"
+
+    @property
+    def dense(self) -> bool:
+        """Whether z_y is a map over patches."""
+        return self.tokens in ("masked", "all")
 
 
 class Recipe(Section):
@@ -134,7 +233,10 @@ class Recipe(Section):
     inputs: list[InputSpec] = Field(min_length=1)
     mix: MixSpec | None = None
     decoders: dict[str, DecoderSpec]
+    heads: dict[str, HeadSpec] = Field(default_factory=dict)
     momentum: MomentumSpec | None = None
+    teacher: TeacherSpec | None = None
+    balance: BalanceSpec = BalanceSpec()
     targets: list[TargetSpec] = Field(min_length=1)
 
     @property
@@ -158,115 +260,27 @@ class Recipe(Section):
         """Whether a momentum copy of the backbone is needed."""
         return any(target.encoder == "momentum" for target in self.targets)
 
+    @property
+    def projects_dense_targets(self) -> bool:
+        """Whether a dense momentum target without a head goes through the residual projector."""
+        return any(t.encoder == "momentum" and t.dense and t.head is None for t in self.targets)
+
     def input(self, name: str) -> InputSpec:
         """The input of that name."""
         return next(spec for spec in self.inputs if spec.name == name)
 
+    def shows(self, view: int) -> str | None:
+        """Name of the input that shows all of a view; None where there is none."""
+        if self.mix is not None:
+            return None
+        return next((spec.name for spec in self.inputs if spec.view == view and spec.mask is None), None)
+
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        faults = list(self._faults())
-        if faults:
-            raise ValueError("; ".join(faults))
+        found = list(faults(self))
+        if found:
+            raise ValueError("; ".join(found))
         return self
-
-    def _faults(self) -> Iterator[str]:
-        names = [spec.name for spec in self.inputs]
-        yield from _repeated("input", names)
-        yield from _repeated("target", [target.name for target in self.targets])
-        yield from self._mix_faults(names)
-        if set(range(1, self.views + 1)) - self._views_used():
-            yield f"views are numbered from 1 without gaps, but only {sorted(self._views_used())} are used"
-        for target in self.targets:
-            for fault in self._target_faults(target, names):
-                yield f"target '{target.name}': {fault}"
-        read = {name for target in self.targets for name in target.inputs}
-        for name in names:
-            if name not in read:
-                yield f"no target is predicted from input '{name}'"
-        for name in self.decoders:
-            if name not in {target.decoder for target in self.targets}:
-                yield f"no target uses decoder '{name}'"
-        if self.momentum is not None and not self.uses_momentum:
-            yield "`momentum` has no effect: no target has `encoder: momentum`"
-        if self.momentum is None and self.uses_momentum:
-            yield "a target has `encoder: momentum`, so the recipe needs a `momentum` section"
-
-    def _views_used(self) -> set[int]:
-        return {spec.view for spec in self.inputs} | {target.view for target in self.targets if target.view}
-
-    def _mix_faults(self, names: list[str]) -> Iterator[str]:
-        if self.mix is None:
-            return
-        if sorted(self.mix.inputs) != sorted(names):
-            yield f"`mix.inputs` {self.mix.inputs} must name every input once; the inputs are {names}"
-        if any(spec.mask for spec in self.inputs):
-            yield "inputs of a mix have no mask of their own: the mix deals the patches"
-
-    def _target_faults(self, target: TargetSpec, names: list[str]) -> Iterator[str]:
-        for name in target.inputs:
-            if name not in names:
-                yield f"no input '{name}'; {did_you_mean(name, names)}"
-                return
-        if target.decoder not in self.decoders:
-            yield f"no decoder '{target.decoder}'; {did_you_mean(target.decoder, self.decoders)}"
-            return
-        kind = self.decoders[target.decoder].kind
-        modality = target.modality
-        if target.encoder not in _ENCODERS[modality]:
-            yield f"a {modality} target is encoded by {' or '.join(_ENCODERS[modality])}, not by {target.encoder}"
-        if target.distribution != _DISTRIBUTIONS[modality]:
-            yield f"a {modality} target has a {_DISTRIBUTIONS[modality]} distribution"
-        elif kind not in _DECODERS[target.distribution]:
-            valid = " or ".join(_DECODERS[target.distribution])
-            yield f"a {target.distribution} target is decoded by {valid}, not {kind}"
-        if target.regularizer not in _REGULARIZERS[modality]:
-            yield (
-                f"regularizer '{target.regularizer}' does not keep a {modality} target from collapsing or has no effect"
-                f" on it; valid: {', '.join(_REGULARIZERS[modality])}"
-            )
-        yield from self._dense_faults(target)
-        yield from _idle_settings(target)
-
-    def _dense_faults(self, target: TargetSpec) -> Iterator[str]:
-        dense = target.modality in ("pixels", "image")
-        if not dense:
-            if target.view is not None or target.tokens is not None:
-                yield f"`view` and `tokens` have no effect on a {target.modality} target"
-            return
-        if target.view is None or target.tokens is None:
-            yield "a dense target needs `view` and `tokens`"
-            return
-        specs = [self.input(name) for name in target.inputs]
-        if target.tokens == "masked":
-            if any(spec.view != target.view for spec in specs):
-                yield "`tokens: masked` counts the hidden patches of the input's own view: use `all` between views"
-            if self.mix is None and any(spec.mask is None for spec in specs):
-                yield "`tokens: masked`, but the input hides no patch"
-        if self.decoders[target.decoder].position == "absolute" and any(spec.view != target.view for spec in specs):
-            yield "absolute positions do not say where another view lies: use `position: relative`"
-
-
-def _repeated(what: str, names: list[str]) -> Iterator[str]:
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"two {what}s are called '{name}'"
-
-
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "width": ("text",),
-    "temperature": ("text",),
-    "label_smoothing": ("category",),
-    "normalize_pixels": ("pixels",),
-    "sigma2": ("pixels", "image"),
-    "unigrad_lambda": ("image",),
-}
-
-
-def _idle_settings(target: TargetSpec) -> Iterator[str]:
-    for field, modalities in _ONLY_FOR.items():
-        if field in target.model_fields_set and target.modality not in modalities:
-            yield f"`{field}` has no effect on a {target.modality} target"
-    if "unigrad_lambda" in target.model_fields_set and target.regularizer != "unigrad":
-        yield "`unigrad_lambda` has no effect without `regularizer: unigrad`"
 
 
 def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
@@ -278,33 +292,3 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     if not values:
         raise ConfigError("the run file has no recipe", where=where, fix="extend a built-in one: `extends: m3i`")
     return parse_section(Recipe, values, where=where)
-
-
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The row of the paper's table that a recipe is, as plain data."""
-    return {
-        "name": recipe.name,
-        "family": recipe.family,
-        "inputs": [_describe_input(recipe, spec) for spec in recipe.inputs],
-        "targets": [
-            {
-                "name": target.name,
-                "inputs": target.inputs,
-                "modality": target.modality,
-                "view": target.view,
-                "encoder": target.encoder,
-                "decoder": recipe.decoders[target.decoder].kind,
-                "distribution": target.distribution,
-                "regularizer": target.regularizer,
-                "weight": target.weight,
-            }
-            for target in recipe.targets
-        ],
-    }
-
-
-def _describe_input(recipe: Recipe, spec: InputSpec) -> dict[str, Any]:
-    mask = f"{spec.mask.form} {spec.mask.ratio:g}" if spec.mask else None
-    if recipe.mix is not None:
-        mask = f"{recipe.mix.form}, complementary"
-    return {"name": spec.name, "view": spec.view, "mask": mask, "mixed": recipe.mix is not None}

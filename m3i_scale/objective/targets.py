@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, ViTConfig
+from transformers import AutoModel, BertConfig, BertModel, ViTConfig
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_bidirectional_mask
 
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.vit import Backbone
+from m3i_scale.objective.heads import ImageHead
+from m3i_scale.objective.inputs import normalize
 
 
 class TextTower(nn.Module):
@@ -61,23 +64,26 @@ class TextHead(nn.Module):
 
     max_scale = 100.0
 
-    def __init__(self, input_width: int, width: int, temperature: float) -> None:
+    def __init__(self, input_width: int, width: int, temperature: float, bias: float | None = None) -> None:
         super().__init__()
         self.projection = nn.Linear(input_width, width, bias=False)
-        self.first_temperature = temperature
+        self.first_temperature, self.first_bias = temperature, bias
         self.log_scale = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(1)) if bias is not None else None
 
     def reset_parameters(self) -> None:
-        """First temperature."""
+        """First temperature, and first bias of a Bernoulli target."""
         nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
+        if self.bias is not None and self.first_bias is not None:
+            nn.init.constant_(self.bias, self.first_bias)
 
-    def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) → unit vectors fp32 (B, E), and 1/τ (1), at most 100."""
+    def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, D) → unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
         prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
         log_scale = self.log_scale.float()
         # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
         bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
-        return prediction_BE, bounded.exp()
+        return prediction_BE, bounded.exp(), self.bias
 
 
 class CategoryHead(nn.Module):
@@ -127,21 +133,63 @@ class Projector(nn.Module):
 
 
 class MomentumTarget(nn.Module):
-    """The averaged copy of backbone and projector. Never trained; whoever owns the parameters moves them."""
+    """The averaged copy of backbone, projector, and of what pools and projects image targets. Never trained; whoever
+    owns the parameters moves them."""
 
-    def __init__(self, config: ViTConfig, projector_depth: int) -> None:
+    def __init__(
+        self, config: ViTConfig, projector_depth: int, pools: nn.ModuleDict | None, heads: nn.ModuleDict | None
+    ) -> None:
         super().__init__()
         self.backbone = Backbone(config)
         self.projector = Projector(self.backbone.width, projector_depth)
+        self.pools = pools or nn.ModuleDict()
+        """By the name of the decoder that they follow."""
+        self.heads = heads or nn.ModuleDict()
+        """By the name of the head that they follow."""
         self.requires_grad_(False)
 
+    def head(self, name: str) -> ImageHead:
+        """The copy of a head."""
+        return cast(ImageHead, self.heads[name])
+
     @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Normalised images → all patch tokens (B, N, D) of the whole view."""
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images → class token (B, 1, D) and all patch tokens (B, N, D) of the whole view."""
         cls_B1D, tokens_BND = self.backbone.embed(images_BCHW)
         encoded_BSD = self.backbone.encode(torch.cat([cls_B1D, tokens_BND], dim=1))
-        tokens: Tensor = self.projector(encoded_BSD[:, 1:])
-        return tokens
+        return encoded_BSD[:, :1], encoded_BSD[:, 1:]
+
+
+class FrozenTeacher(nn.Module):
+    """Any `transformers` vision model with patch tokens, as it was trained elsewhere."""
+
+    def __init__(self, config: Any, mean: tuple[float, ...], std: tuple[float, ...], grid: tuple[int, int]) -> None:
+        super().__init__()
+        with no_init_weights():
+            self.model = AutoModel.from_config(config)
+        self.mean, self.std, self.grid = mean, std, grid
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images → class token (B, 1, D), or the mean token where the model has none, and patch tokens (B, N, D).
+
+        The model normalises as it was trained to, and stays in evaluation mode.
+        """
+        self.model.eval()
+        first = next(self.model.parameters())
+        pixels_BCHW = normalize(images_BCHW, self.mean, self.std).to(first.dtype)
+        options = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        hidden_BSD = self.model(pixel_values=pixels_BCHW, **options).last_hidden_state
+        tokens_BND = hidden_BSD[:, -self.grid[0] * self.grid[1] :]
+        has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
+        return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND
 
 
 def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:

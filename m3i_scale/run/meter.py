@@ -65,7 +65,7 @@ class Meter:
         groups: dict[str, dict[str, float]] = {}
         for target in self.objective.recipe.targets:
             prefix = f"{target.name}/"
-            groups[target.name] = {"weight": target.weight} | {
+            groups[target.name] = {
                 name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)
             }
         record = StepRecord(

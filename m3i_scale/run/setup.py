@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.teacher import teacher_sha256, teacher_weights
 from m3i_scale.scale.activations import apply_activation_checkpointing, checkpointed_layers
 from m3i_scale.scale.checkpoint.state import from_rank_0, read_meta
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -58,6 +60,7 @@ class Plan:
             "text": run.text.config if self.recipe.uses_text else None,
             "label_sets": self.label_sets if self.recipe.uses_categories else None,
             "vocab_size": self.vocab_size,
+            "teacher_sha256": teacher_sha256(self.recipe),
             "vocabulary_sha256": self._vocabulary_sha256(),
         }
 
@@ -181,13 +184,19 @@ def start_engine(plan: Plan, ranks: ProcessGroupRanks) -> tuple[Any, ShardedMome
 
 
 def _first_weights(module: nn.Module, run: RunConfig, ranks: ProcessGroupRanks) -> None:
-    initialize_sharded(module, initialize_module, seed=run.seed, skip="momentum.")
-    if run.backbone.from_pretrained is None:
-        return
-    # Rank 0 reads the whole backbone, in host memory; parameters are handed over one at a time.
+    initialize_sharded(module, initialize_module, seed=run.seed, skip=("momentum.", "teacher."))
+    if run.backbone.from_pretrained is not None:
+        _fill(module, "student.model.", lambda: _pretrained_weights(run.backbone), ranks)
+    recipe = parse_recipe(run.recipe)
+    if recipe.teacher is not None:
+        _fill(module, "teacher.model.", lambda: teacher_weights(recipe), ranks)
+
+
+def _fill(module: nn.Module, prefix: str, read: Callable[[], dict[str, Any]], ranks: ProcessGroupRanks) -> None:
+    """Rank 0 reads a whole model, in host memory; its parameters are handed over one at a time."""
     values: dict[str, Any] = {}
-    from_rank_0(lambda: values.update(_pretrained_weights(run.backbone)))
-    copy_into(module, "student.model.", values if ranks.rank == 0 else None)
+    from_rank_0(lambda: values.update(read()))
+    copy_into(module, prefix, values if ranks.rank == 0 else None)
 
 
 def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Any]:

@@ -38,6 +38,22 @@ class _GatherRows(torch.autograd.Function):
         return gradient_G[start : start + ctx.rows]
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. What every rank's loss makes of it flows back to every rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
 class ProcessGroupRanks:
     """`objective.ranks.Ranks` over torch.distributed. Every rank must hold the same number of rows."""
 
@@ -59,6 +75,13 @@ class ProcessGroupRanks:
         total = x.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
+        return total
+
+    def sum_with_gradient(self, x: Tensor) -> Tensor:
+        """The sum over ranks; every rank's share gets the gradient of all ranks' losses."""
+        if self.world_size == 1:
+            return x
+        total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
         return total
 
 

@@ -56,7 +56,7 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
 
 
 def initialize_sharded(
-    module: nn.Module, initialize: Callable[[nn.Module, nn.Module], None], *, seed: int, skip: str = ""
+    module: nn.Module, initialize: Callable[[nn.Module, nn.Module], None], *, seed: int, skip: tuple[str, ...] = ()
 ) -> None:
     """Give all parameters their first values, one module's parameters at a time: no rank ever holds the whole model.
 
@@ -66,12 +66,12 @@ def initialize_sharded(
         module: the model, partitioned or not.
         initialize: `(owner, submodule)`; the owner is the nearest `transformers` model above, else the submodule.
         seed: of the run.
-        skip: prefix of submodules that get their values elsewhere.
+        skip: prefixes of submodules that get their values elsewhere.
     """
     owners = [(name, child) for name, child in module.named_modules() if isinstance(child, PreTrainedModel)]
     for name, child in module.named_modules():
         own = list(child.parameters(recurse=False))
-        if not own or (skip and name.startswith(skip)):
+        if not own or name.startswith(skip):
             continue
         above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
         with whole(own, write=True), torch.random.fork_rng(), torch.no_grad():

@@ -196,7 +196,7 @@ class Cases:
             peak["filling"] = max(peak["filling"], sum(parameter.numel() for parameter in module.parameters()))
             initialize_module(owner, child)
 
-        initialize_sharded(module, initialize, seed=0, skip="momentum.")
+        initialize_sharded(module, initialize, seed=0, skip=("momentum.",))
         parameters = list(module.parameters())
         largest = max(
             sum(full_shape(parameter).numel() for parameter in child.parameters(recurse=False))
@@ -219,7 +219,7 @@ class Cases:
     def plain_first_weights(self) -> dict[str, Tensor]:
         plan = self.plan("zero3_cpu_fp32", "m3i")
         objective = build_objective(plan.run, LABEL_SETS, VOCABULARY, self.ranks)
-        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip="momentum.")
+        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip=("momentum.",))
         return {name: p.detach() for name, p in objective.named_parameters() if not name.startswith("momentum.")}
 
     def first_weights(self, ds_config: str) -> dict[str, Tensor]:
@@ -271,7 +271,7 @@ class Cases:
     def plain_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         plan = self.plan("zero3_cpu_fp32", recipe, *overrides)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
-        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip="momentum.")
+        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip=("momentum.",))
         values = dict(objective.named_parameters())
         with torch.no_grad():
             for online, target in momentum_pairs(objective):

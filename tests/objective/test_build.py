@@ -22,8 +22,16 @@ def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None
     objective = build(recipe)
     spec = objective.recipe
     assert (objective.text is not None) == spec.uses_text
-    assert (objective.momentum is not None) == (objective.projector is not None) == spec.uses_momentum
-    assert set(objective.heads) == {target.name for target in spec.targets}
+    assert (objective.momentum is not None) == spec.uses_momentum
+    residual = spec.projects_dense_targets and spec.momentum.projector_depth > 0
+    assert (
+        (objective.projector is not None)
+        == residual
+        == bool(spec.uses_momentum and len(objective.momentum.projector.blocks))
+    )
+    assert (objective.teacher is not None) == (spec.teacher is not None)
+    assert set(objective.heads) == {target.name for target in spec.targets if target.head is None}
+    assert set(objective.image_heads) == set(spec.heads) == {target.head for target in spec.targets if target.head}
     assert set(objective.decoders) == set(spec.decoders)
 
 
@@ -33,7 +41,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(recipe: str) -> No
     loss, _ = objective(random_batch(6))
     loss.backward()
     for name, parameter in objective.named_parameters():
-        if name.startswith("momentum."):
+        if name.startswith(("momentum.", "teacher.")):
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
@@ -119,7 +127,7 @@ def test_no_parameter_is_left_without_a_first_value() -> None:
         with torch.no_grad():
             for parameter in objective.parameters():
                 parameter.fill_(filler)
-        initialize_sharded(objective, initialize_module, seed=3, skip="momentum.")
+        initialize_sharded(objective, initialize_module, seed=3, skip=("momentum.",))
         weights.append({n: p for n, p in objective.named_parameters() if not n.startswith("momentum.")})
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name

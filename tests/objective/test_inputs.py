@@ -48,14 +48,11 @@ def mixed_recipe(count: int, form: str = "random") -> Recipe:
 
 
 def masked_recipe(ratio: float, form: str, inputs: int = 1) -> Recipe:
-    recipe = mixed_recipe(max(inputs, 2)).model_dump()
+    recipe = mixed_recipe(max(inputs, 2)).model_dump(exclude_unset=True)
     recipe["mix"] = None
     names = [f"x{number}" for number in range(inputs)]
     recipe["inputs"] = [{"name": name, "view": 1, "mask": {"form": form, "ratio": ratio}} for name in names]
     recipe["targets"][0]["inputs"] = names
-    for idle in ("width", "temperature", "normalize_pixels", "sigma2", "unigrad_lambda"):
-        del recipe["targets"][0][idle]
-    recipe["decoders"] = {name: {"kind": spec["kind"]} for name, spec in recipe["decoders"].items()}
     return Recipe.model_validate(recipe)
 
 

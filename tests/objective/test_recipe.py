@@ -11,7 +11,8 @@ import pytest
 
 from m3i_scale.config import known_recipes, load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.recipe import describe, parse_recipe
+from m3i_scale.objective.describe import describe
+from m3i_scale.objective.recipe import parse_recipe
 
 
 def values(name: str = "m3i") -> dict[str, Any]:
@@ -93,27 +94,43 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "wrong encoder": (
         "m3i",
         target(2, encoder="embedding"),
-        "a text target is encoded by text_tower, not by embedding",
+        "a text with boltzmann .* no such encoder .text_tower.",
     ),
-    "wrong distribution": ("m3i", target(0, distribution="boltzmann"), "an? image target has a gaussian distribution"),
-    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer, not attention_pool"),
-    "dense decoder for text": ("m3i", target(2, decoder="dense"), "decoded by attention_pool or mean_pool"),
-    "no collapse control": ("m3i", target(0, regularizer="none"), "does not keep a image target|valid: stop_gradient"),
-    "idle regularizer": ("mae", target(0, regularizer="unigrad"), "valid: none"),
-    "view on text": ("m3i", target(2, view=1), "`view` and `tokens` have no effect on a text target"),
+    "wrong distribution": (
+        "m3i",
+        target(0, distribution="boltzmann"),
+        "'unigrad' does not go with a boltzmann distribution; valid: gaussian",
+    ),
+    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or pointwise, not attention_pool"),
+    "dense decoder for text": (
+        "m3i",
+        target(2, decoder="dense"),
+        "decoded by attention_pool or mean_pool or class_token, not transformer",
+    ),
+    "no collapse control": (
+        "m3i",
+        target(0, regularizer="none"),
+        "'none' does not keep it from collapsing.*valid: gaussian . stop_gradient",
+    ),
+    "idle regularizer": ("mae", target(0, regularizer="unigrad"), "valid: gaussian . none"),
+    "view on text": ("m3i", target(2, view=1), "`view` and `tokens` have no effect on a text"),
     "dense without view": ("m3i", lambda r: r["targets"][0].pop("view"), "needs `view` and `tokens`"),
     "masked between views": ("m3i", target(1, tokens="masked"), "use `all` between views"),
     "masked without mask": ("mae", lambda r: r["inputs"][0].pop("mask"), "the input hides no patch"),
     "absolute between views": ("sim", lambda r: r["decoders"]["dense"].update(position="absolute"), "relative"),
-    "idle width": ("m3i", target(3, width=64), "`width` has no effect on a category target"),
-    "idle temperature": ("m3i", target(0, temperature=0.1), "`temperature` has no effect on a image target"),
-    "idle smoothing": ("m3i", target(2, label_smoothing=0.1), "`label_smoothing` has no effect on a text target"),
-    "idle normalisation": ("m3i", target(0, normalize_pixels=True), "`normalize_pixels` has no effect on a image"),
-    "idle variance": ("m3i", target(2, sigma2=1.0), "`sigma2` has no effect on a text target"),
+    "idle width": ("m3i", target(3, width=64), "`width` has no effect here: it is for "),
+    "idle temperature": ("m3i", target(0, temperature=0.1), "`temperature` has no effect here: it is for "),
+    "idle smoothing": ("m3i", target(2, label_smoothing=0.1), "`label_smoothing` has no effect here: it is for "),
+    "idle normalisation": (
+        "m3i",
+        target(0, normalize_pixels=True),
+        "`normalize_pixels` has no effect here: it is for ",
+    ),
+    "idle variance": ("m3i", target(2, sigma2=1.0), "`sigma2` has no effect here: it is for "),
     "idle lambda": (
         "m3i",
         target(0, regularizer="stop_gradient", unigrad_lambda=0.1),
-        "without `regularizer: unigrad`",
+        "`unigrad_lambda` has no effect here: it is for `regularizer: unigrad`",
     ),
 }
 
@@ -143,4 +160,4 @@ def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_recipe(recipe)
     assert "no decoder 'nope'" in str(caught.value)
-    assert "encoded by text_tower" in str(caught.value)
+    assert "no such encoder (text_tower)" in str(caught.value)

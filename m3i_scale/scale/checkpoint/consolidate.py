@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.objective.build import online_name
 from m3i_scale.scale.checkpoint.state import TAG, tensors_only
 
 
@@ -38,9 +39,7 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
         if not averaged:
             raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
         for name, tensor in averaged.items():
-            online = name.removeprefix("momentum.")
-            online = online.replace("backbone.", "student.", 1) if online.startswith("backbone.") else online
-            full[online] = tensor
+            full[online_name(name.removeprefix("momentum."))] = tensor
     full |= averaged
     empty = [name for name, tensor in full.items() if tensor.numel() == 0]
     if empty:

@@ -124,7 +124,9 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
     """
     rank = dist.get_rank()
     with tensors_only():
-        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=momentum is None)
+        # Frozen branches are not in these files: the momentum target lies beside them, a teacher where it came from.
+        strict = all(parameter.requires_grad for parameter in engine.module.parameters())
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
     if loaded is None:
         raise CheckpointError("DeepSpeed loaded nothing from the checkpoint", where=str(folder / TAG))
     if momentum is not None:
