@@ -77,6 +77,8 @@ class SourceConfig(Section):
     """Share of samples, relative to the weights of the other sources."""
     label_set: str | None = None
     """Name of the label set of `.cls` members. Default: the source's own name. Samples need no label."""
+    captions: Literal["one", "lines"] = "one"
+    """What a `.txt` member holds: one caption, or one on every line, of which each visit draws one."""
 
 
 class AugmentConfig(Section):

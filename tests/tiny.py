@@ -90,6 +90,12 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
     """Initialised, in fp32; the momentum target holds the first weights of the backbone."""
     run = tiny_run(recipe, *overrides)
     objective = build_objective(run, LABEL_SETS, VOCABULARY if "text" in run.model_fields_set else None)
+    first_weights(objective, seed)
+    return objective
+
+
+def first_weights(objective: Objective, seed: int) -> None:
+    """Those that a run would start from."""
     initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teacher."))
     if objective.teacher is not None:
         objective.teacher.model.load_state_dict(teacher_weights(objective.recipe), strict=False)
@@ -97,7 +103,6 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
     with torch.no_grad():
         for online, target in momentum_pairs(objective):
             named[target].copy_(named[online])
-    return objective
 
 
 def random_batch(

@@ -192,6 +192,7 @@ class TrainStream:
                     label_set=set_numbers.get(label_set, -1),
                     classes=len(label_sets[label_set]) if label_set in label_sets else None,
                     share=source.weight / weights,
+                    caption_lines=source.captions == "lines",
                 )
         return plans
 

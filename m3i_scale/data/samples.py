@@ -64,17 +64,18 @@ def _own_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def read_annotations(members: Mapping[str, bytes], classes: int | None) -> Annotations:
+def read_annotations(members: Mapping[str, bytes], classes: int | None, draw: int | None = None) -> Annotations:
     """Label (`cls`) and caption (`txt`) of a sample, as far as it has them.
 
     Args:
         members: as read from the shard.
         classes: size of the source's label set; None where it has none, then labels are not looked at.
+        draw: a random number that picks one of several captions, a line each; None where all of it is one caption.
 
     Raises:
         BadSampleError: a label that is no integer or out of range, a caption that is not UTF-8.
     """
-    return Annotations(_label(members, classes), _caption(members))
+    return Annotations(_label(members, classes), _caption(members, draw))
 
 
 def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
@@ -90,11 +91,15 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
     return label
 
 
-def _caption(members: Mapping[str, bytes]) -> str | None:
+def _caption(members: Mapping[str, bytes], draw: int | None) -> str | None:
     data = members.get("txt")
     if data is None:
         return None
     try:
-        return data.decode("utf-8").strip() or None
+        text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSampleError("caption is not UTF-8", str(error)) from None
+    if draw is None or not text:
+        return text or None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[draw % len(lines)]

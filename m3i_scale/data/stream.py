@@ -32,6 +32,8 @@ class StreamSource:
     """Size of the label set; None for none."""
     share: float
     """Wanted share of samples."""
+    caption_lines: bool = False
+    """Whether a caption member holds one caption a line."""
 
 
 @dataclass
@@ -115,8 +117,9 @@ class Stream:
         members = self._reader.members(index, place.sample)
         key = str(members["__key__"])
         try:
-            annotations = read_annotations(members, source.classes)
             identity = (self._seed, source.name, place.epoch, index.path.name, key)
+            draw = seed_of("caption", *identity) if source.caption_lines else None
+            annotations = read_annotations(members, source.classes, draw)
             views = self._views(open_image(members, self._max_pixels), seed_of("views", *identity))
         except BadSampleError as bad:
             bad.key = key

@@ -26,6 +26,8 @@ from m3i_scale.objective.distributions import (
     gaussian_unit,
     unit,
 )
+from m3i_scale.objective.estimate import gaussian_information
+from m3i_scale.objective.heads import standardize
 from m3i_scale.objective.inputs import EncodedInput, gather_tokens
 from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.recipe import TargetSpec
@@ -75,6 +77,8 @@ class Context:
     dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Standardised dense targets, by (encoder, view)."""
     correlation: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    watched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What tells whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
     seen: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
     """Targets of this batch that a head remembers, by head and (encoder, view)."""
 
@@ -89,7 +93,7 @@ def has_target(target: TargetSpec, batch: Batch) -> Tensor:
 
 
 def group(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
-    """−log P̂ of `target` from one input, and its information in nats (0 where the group has no softmax)."""
+    """−log P̂ of `target` from one input, and its nats: a bound, or the estimate of a Gaussian on logged steps."""
     return _GROUPS[kind_of(target)](objective, target, context, encoded)
 
 
@@ -106,6 +110,7 @@ def _text(objective: Objective, target: TargetSpec, context: Context, encoded: E
         raise ValueError("a text target without a text tower")
     pooled_BD = _pool(objective.decoders[target.decoder], encoded.cls_B1D, encoded.tokens_BLD)
     prediction_BE, scale, bias = objective.heads[target.name](pooled_BD)
+    context.watched[target.name] = {"z": context.text.own_BE[context.batch.has_text_B], "scale": scale}
     if bias is not None:
         return bernoulli_pairs(prediction_BE, context.text, scale, bias, objective.ranks)
     return boltzmann_pairs(prediction_BE, context.text, scale, objective.ranks)
@@ -137,13 +142,23 @@ def _dense(objective: Objective, target: TargetSpec, context: Context, encoded: 
     query_BQ, decoded_BQD = _decode(objective, target, context, encoded, view)
     prediction_BQD = objective.heads[target.name](decoded_BQD)
     target_BND = _dense_target(objective, target, context, view)
-    loss = gaussian(prediction_BQD, gather_tokens(target_BND, query_BQ), target.sigma2, ranks)
+    if target.modality == "image":
+        context.watched[target.name] = {"z": target_BND}
+    wanted_BQD = gather_tokens(target_BND, query_BQ)
+    loss = gaussian(prediction_BQD, wanted_BQD, target.sigma2, ranks)
     if target.regularizer == "unigrad":
         key = (target.encoder, view)
         if key not in context.correlation:
             context.correlation[key] = target_correlation(target_BND, ranks)
         loss = loss + dense_unigrad(prediction_BQD, context.correlation[key], target.unigrad_lambda)
-    return loss, torch.zeros((), device=loss.device)
+    return loss, _estimate(objective, prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1))
+
+
+def _estimate(objective: Objective, prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """Information of a Gaussian group, on steps that are logged: it costs an eigenvalue decomposition."""
+    if objective.measure_health:
+        return gaussian_information(prediction_ND, target_ND)
+    return torch.zeros((), device=prediction_ND.device)
 
 
 def _decode(
@@ -217,6 +232,7 @@ def _dense_negatives(
         similar = target.match == "similarity"
         index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if similar else query_BQ
         matched_BQE = gather_tokens(keys_BNE, index_BQ)
+    context.watched[target.name] = {"z": keys_BNE}
     context.seen.setdefault(name, {})[(target.encoder, view)] = unit(keys_BNE.float().mean(dim=1))
     return boltzmann_queue(
         prediction_BQE.flatten(0, 1),
@@ -241,24 +257,26 @@ def _pooled(objective: Objective, target: TargetSpec, context: Context, encoded:
     pooled_BD = _pool(objective.decoders[target.decoder], encoded.cls_B1D, encoded.tokens_BLD)
     prediction_BE = objective.image_head(name)(pooled_BD, predict=True)
     target_BE = _pooled_target(objective, target, context)
+    context.watched[target.name] = {"z": target_BE}
     if target.distribution == "boltzmann":
         if target.regularizer == "negatives":
             return _negatives(objective, target, context, prediction_BE, target_BE)
         return _prototypes(objective, target, context, prediction_BE, target_BE)
-    no_nats = torch.zeros((), device=prediction_BE.device)
     if target.regularizer == "cross_correlation":
-        return cross_correlation(prediction_BE, target_BE, target.offdiagonal_weight, ranks), no_nats
+        loss = cross_correlation(prediction_BE, target_BE, target.offdiagonal_weight, ranks)
+        sides = [standardize(side.float(), ranks) for side in (prediction_BE, target_BE)]
+        return loss, _estimate(objective, sides[0], sides[1])
     if target.regularizer == "variance_covariance":
         loss = gaussian(prediction_BE[:, None], target_BE[:, None], target.sigma2, ranks)
         for side_BE in (prediction_BE, target_BE):
             loss = loss + variance_covariance(side_BE, target.variance_weight, target.covariance_weight, ranks)
-        return loss, no_nats
+        return loss, _estimate(objective, prediction_BE, target_BE)
     loss = gaussian_unit(prediction_BE, target_BE, target.sigma2, ranks)
     if target.regularizer == "unigrad":
         state = objective.state(name)
         _remember(context, target, unit(target_BE))
         loss = loss + pooled_unigrad(unit(prediction_BE), state.correlation_EE.clone(), target.unigrad_lambda, ranks)
-    return loss, no_nats
+    return loss, _estimate(objective, unit(prediction_BE), unit(target_BE))
 
 
 def _pooled_target(objective: Objective, target: TargetSpec, context: Context) -> Tensor:
@@ -311,10 +329,12 @@ def _prototypes(
             target_BK = averaged.head(name).cosines(target_BE)
         probabilities_BK = centered_probabilities(target_BK, objective.state(name).center_K, target.target_temperature)
         _remember(context, target, target_BK)
+        context.watched[target.name] = {"assignment": probabilities_BK}
         return boltzmann_soft(logits_BK, probabilities_BK, ranks)
     with torch.no_grad():
         target_BK = prototypes(target_BE) / target.temperature
         probabilities_BK = sharpened_probabilities(target_BK, target.target_temperature)
+    context.watched[target.name] = {"assignment": probabilities_BK}
     loss, nats = boltzmann_soft(logits_BK, probabilities_BK, ranks)
     return loss + target.entropy_weight * mean_entropy(logits_BK.softmax(dim=-1), ranks), nats
 

@@ -119,6 +119,12 @@ def _norm(kind: str, width: int, ranks: Ranks, *, affine: bool) -> nn.Module:
 class Fp32State(nn.Module):
     """Buffers that stay in fp32 whatever type the engine gives the model: averages over thousands of batches."""
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in `nn.Module`. Inside `zero.Init`, new tensors are already of the engine's type."""
+        if tensor is not None and tensor.is_floating_point():
+            tensor = tensor.float()
+        super().register_buffer(name, tensor, persistent)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

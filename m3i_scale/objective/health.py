@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,3 +25,27 @@ def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
     share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
     entropy = -(share_D * share_D.clamp(min=1e-12).log()).sum()
     return {"std": covariance_DD.diagonal().sqrt().mean(), "rank": entropy.exp()}
+
+
+@torch.no_grad()
+def target_health(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Is a group's target alive?
+
+    Args:
+        parts: `z` (…, E): targets; `assignment` (B, K): distributions over prototypes; `scale` (1): 1/τ.
+
+    Returns:
+        `spread`: 1 − ‖mean unit target‖², 0 when all samples have the same target, near 1 when they point everywhere;
+        `evenness`: entropy of the mean assignment over log K; `scale`.
+    """
+    found: dict[str, Tensor] = {}
+    if "z" in parts:
+        z_NE = F.normalize(parts["z"].detach().float().flatten(0, -2), dim=-1)
+        # Without a sample of this kind there is nothing to see: not collapsed.
+        found["spread"] = 1 - z_NE.mean(dim=0).square().sum() if len(z_NE) else z_NE.new_ones(())
+    if "assignment" in parts:
+        mean_K = parts["assignment"].float().mean(dim=0)
+        found["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
+    if "scale" in parts:
+        found["scale"] = parts["scale"].detach().float().squeeze()
+    return found

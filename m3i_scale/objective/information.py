@@ -19,7 +19,7 @@ from m3i_scale.objective.decoders import ClassToken
 from m3i_scale.objective.distributions import gather_targets
 from m3i_scale.objective.groups import Context, Encoded, Tokens, group, has_target, update_states
 from m3i_scale.objective.heads import HeadState, ImageHead
-from m3i_scale.objective.health import feature_health
+from m3i_scale.objective.health import feature_health, target_health
 from m3i_scale.objective.inputs import EncodedInput, build_inputs, gather_tokens, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
@@ -67,7 +67,7 @@ class Objective(nn.Module):
         self.mixed_attention = mixed_attention
         self.ranks = ranks
         self.measure_health = False
-        """Set on steps that are logged: the effective rank costs an eigenvalue decomposition."""
+        """Set on steps that are logged: effective ranks and Gaussian information cost eigenvalue decompositions."""
         self.token_count = 0
         """Visible patch tokens of the last forward pass."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
@@ -90,7 +90,7 @@ class Objective(nn.Module):
             losses.append(torch.stack([loss for loss, _ in found]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
             figures[f"{target.name}/count"] = has_target(target, batch).sum().float() * self.ranks.world_size
-            if target.distribution != "gaussian":
+            if target.distribution != "gaussian" or self.measure_health:
                 figures[f"{target.name}/nats"] = torch.stack([nats for _, nats in found]).mean().detach()
         total, factors_K = self.weights(torch.stack(losses))
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
@@ -199,11 +199,14 @@ class Objective(nn.Module):
         for (encoder, view), tokens_BND in context.dense.items():
             if encoder == "momentum":
                 watched[f"target_view{view + 1}"] = tokens_BND.flatten(0, 1)
-        return {
+        figures = {
             f"health/{name}_{figure}": value
             for name, features_ND in watched.items()
             for figure, value in feature_health(features_ND).items()
         }
+        for name, parts in context.watched.items():
+            figures |= {f"health/{name}_{figure}": value for figure, value in target_health(parts).items()}
+        return figures
 
     # ---------------------------------------------------------------- inference
 

@@ -76,6 +76,7 @@ class Meter:
             lr=lr,
             grad_norm=None if grad_norm is None else float(grad_norm),
             groups=groups,
+            information=sum(figures.get("nats", 0.0) for figures in groups.values()),
             health={name.removeprefix("health/"): v for name, v in means.items() if name.startswith("health/")},
             momentum=momentum,
             step_s=peaks["step_s"],

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import merge_states
 from m3i_scale.errors import CheckpointError, UserError
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo
+from m3i_scale.run.diagnosis import Diagnosis
 from m3i_scale.run.meter import Meter, bad_groups
 from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.schedule import learning_rate, momentum_at
@@ -59,6 +60,7 @@ class Trainer:
         self.step = 0
         self.saved_step = -1
         self.preemption = Preemption()
+        self.diagnosis = Diagnosis()
 
     def fit(self) -> Status:
         """Train. Returns how it ended; raises a UserError where the run must not go on."""
@@ -129,6 +131,8 @@ class Trainer:
                 world_size=self.ranks.world_size,
             )
             self.callbacks.on_step(record)
+            for fault in self.diagnosis.check(record):
+                self.callbacks.on_warning(self.step, asdict(fault))
         return asked
 
     def _next_batch(self, batches: Iterator[Batch]) -> tuple[Batch, float]:

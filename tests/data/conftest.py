@@ -48,8 +48,10 @@ def write_folder(folder, sizes, labels=("a", "b", "c"), change=lambda number, me
 def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, quarantine=None, views=2, **data):
     weights = data.pop("weights", {})
     image_size, augment = data.pop("image_size", 8), data.pop("augment", True)
+    captions = data.pop("captions", "one")
     sources = {
-        name: SourceConfig(shards=str(folder), weight=weights.get(name, 1.0)) for name, folder in folders.items()
+        name: SourceConfig(shards=str(folder), weight=weights.get(name, 1.0), captions=captions)
+        for name, folder in folders.items()
     }
     return TrainStream(
         DataConfig(sources=sources, **data),

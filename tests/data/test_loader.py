@@ -238,3 +238,30 @@ def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
         find_tokenizer({"s": SourceConfig(shards=str(folder))}, None)
     with pytest.raises(ConfigError, match="cannot load the tokenizer"):
         find_tokenizer({}, str(tmp_path))
+
+
+def test_a_caption_of_several_is_drawn_anew_in_every_pass_and_is_the_same_on_any_ranks(tools, cache, tmp_path):
+    train_tokenizer([f"sample {number} {word}" for number in range(40) for word in "ab"], tmp_path / "tokenizer", 100)
+    tokenizer = find_tokenizer({}, str(tmp_path / "tokenizer"))
+
+    def lines(number, members):
+        return {**members, "txt": "\n".join(f"sample {number} {word}" for word in "abcdef").encode()}
+
+    sources = {"s": tools.write_folder(tmp_path / "shards", [8] * 4, change=lines)}
+    options = {"tokenizer": tokenizer, "captions": "lines"}
+    one, _ = global_batches(tools, sources, cache, 8, **options)  # four passes of 32
+    two, _ = global_batches(tools, sources, cache, 8, world=2, **options)
+    for batch, other in zip(one, two, strict=True):
+        assert torch.equal(batch.captions_B, other.captions_B)
+    drawn: dict[str, set[int]] = {}
+    for batch in one:
+        for key, caption in zip(batch.keys, batch.captions_B.tolist(), strict=True):
+            drawn.setdefault(key, set()).add(caption)
+    assert len(drawn) == 32
+    assert sum(map(len, drawn.values())) > 2 * 32  # of four draws out of six, 3.1 differ on average
+    whole, _ = global_batches(tools, sources, cache, 8, tokenizer=tokenizer)
+    first: dict[str, set[int]] = {}
+    for batch in whole:
+        for key, caption in zip(batch.keys, batch.captions_B.tolist(), strict=True):
+            first.setdefault(key, set()).add(caption)
+    assert {len(captions) for captions in first.values()} == {1}

@@ -85,6 +85,14 @@ def test_labels_and_captions():
         read_annotations({"txt": b"\xff\xfe"}, 3)
 
 
+def test_one_of_several_captions_is_drawn():
+    members = {"txt": b"\n one \n\ntwo\nthree\n"}
+    assert [read_annotations(members, None, draw).caption for draw in range(4)] == ["one", "two", "three", "one"]
+    assert read_annotations(members, None).caption == "one \n\ntwo\nthree"
+    assert read_annotations({"txt": b" \n"}, None, 5).caption is None
+    assert read_annotations({}, None, 5).caption is None
+
+
 def test_open_image_reads_the_header_only(tools):
     data = tools.encode(size=(64, 64))
     image = open_image({"png": data[: len(data) // 2]}, LIMIT)

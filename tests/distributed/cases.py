@@ -16,16 +16,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import tiny
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from tiny import LABEL_SETS, VOCABULARY, in_parts, part, random_batch, tiny_run
+from open_clip.loss import ClipLoss, SigLipLoss
+from tiny import LABEL_SETS, VOCABULARY, first_weights, in_parts, part, random_batch, tiny_run
 from torch import Tensor, nn
 from transformers import ViTModel
 
 from m3i_scale.backbones.vit import vit_config
 from m3i_scale.errors import UserError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.distributions import bernoulli_pairs, boltzmann_pairs, gather_targets
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.setup import Plan, start_engine
@@ -47,13 +50,18 @@ from m3i_scale.scale.partition import (
 
 GLOBAL_BATCH = 8
 STEPS = 30
-RECIPES = {
-    "clip": ("clip",),
-    "mae": ("mae",),
-    "sim": ("sim",),
-    "m3i": ("m3i",),
+RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
+    "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
+    "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
+REMEMBERED = {
+    "queue": ("densecl",),
+    "center": ("global_distillation",),
+    "correlation": ("unigrad",),
+    "balance": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
+}
+"""Recipes that keep something between batches."""
 ENGINES = {"zero1_bf16": 1, "zero1_cpu_fp32": 1, "zero2_bf16": 2, "zero3_cpu": 3, "zero3_cpu_fp32": 3}
 """DeepSpeed files, and their stage."""
 
@@ -86,6 +94,10 @@ class Cases:
             cases[f"plain_{name}"] = lambda arguments=arguments: self.plain_gradients(*arguments)
             cases[f"zero3_{name}"] = lambda arguments=arguments: self.engine_gradients(*arguments)
         cases["zero3_m3i_recomputed"] = lambda: self.engine_gradients("m3i", "backbone.activation_checkpointing=full")
+        for name in ("clip", "siglip"):
+            cases[f"published_{name}"] = lambda name=name: self.published(name)
+        for name, arguments in REMEMBERED.items():
+            cases[f"remembered_{name}"] = lambda arguments=arguments: self.remembered(*arguments)
         for name, stage in ENGINES.items():
             cases[f"momentum_{name}"] = lambda name=name, stage=stage: self.momentum(name, stage)
         for name, case in cases.items():
@@ -146,6 +158,7 @@ class Cases:
             "flags": self.ranks.gather(torch.tensor([self.rank == 0, True])),
             "integers": self.ranks.gather(torch.tensor([2**62 + self.rank])),
             "sum": self.ranks.sum(torch.tensor([1.0 + self.rank], requires_grad=True)),
+            "sum_gradient": self.sum_gradient(),
             "agree": agree(self.rank == self.world - 1, False, self.rank == 0),
             "agree_tensors": agree(torch.tensor(self.rank == self.world - 1), False, torch.tensor(False)),
             "votes": [self.vote(*case) for case in ((False, False), (False, True), (True, True))],
@@ -153,6 +166,14 @@ class Cases:
             "max": max_over_ranks({"b": 1.0 - self.rank, "a": float(self.rank)}),
             "nothing": (mean_over_ranks({}), max_over_ranks({})),
         }
+
+    def sum_gradient(self) -> tuple[Tensor, Tensor]:
+        """A sum over ranks, and what every rank's share gets of a loss that weighs it by 1, 2, …"""
+        own = torch.tensor([1.0 + self.rank], requires_grad=True)
+        total = self.ranks.sum_with_gradient(own)
+        (total * (self.rank + 1)).sum().backward()
+        assert own.grad is not None
+        return total.detach(), own.grad
 
     def vote(self, nan_here: bool, asked_here: bool) -> Any:
         """The trainer's vote after two micro-batches, when only the last rank has met something."""
@@ -271,11 +292,10 @@ class Cases:
     def plain_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         plan = self.plan("zero3_cpu_fp32", recipe, *overrides)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
-        initialize_sharded(objective, initialize_module, seed=plan.run.seed, skip=("momentum.",))
-        values = dict(objective.named_parameters())
-        with torch.no_grad():
-            for online, target in momentum_pairs(objective):
-                values[target].copy_(values[online])
+        first_weights(objective, plan.run.seed)
+        objective(self.batch(1))[0].backward()  # queues, centers and balanced weights are not empty any more
+        objective.after_backward()
+        objective.zero_grad()
         loss, figures = objective(self.batch())
         loss.backward()
         gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
@@ -286,6 +306,9 @@ class Cases:
 
     def engine_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe, *overrides), self.ranks)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._train_step(engine, 1)
         loss, figures = engine(self.batch())
         engine.backward(loss)
         gradients = {
@@ -363,9 +386,84 @@ class Cases:
             "data_state": state,
         }
 
+    def remembered(self, recipe: str, *overrides: str) -> dict[str, Any]:
+        """What heads and weights keep between batches: in fp32 in a bf16 engine, in the checkpoint, back from it."""
+        plan = self.plan("zero3_cpu", recipe, *overrides)
+        engine, momentum = start_engine(plan, self.ranks)
+
+        def kept() -> dict[str, Tensor]:
+            return {
+                name: buffer.clone()
+                for name, buffer in engine.module.named_buffers()
+                if name.startswith(("states.", "weights.")) and buffer.numel()
+            }
+
+        def train(*steps: int) -> dict[str, Tensor]:
+            for step in steps:
+                self._train_step(engine, step)
+                momentum.update(0.9)
+            masters = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}
+            return masters | kept()
+
+        first = kept()
+        train(0, 1, 2)
+        saved = kept()
+        folder = self.out / "checkpoints" / f"remembered-{recipe}" / "step-00000003"
+        meta = {"world_size": self.world, "zero_stage": 3, "step": 3}
+        save_checkpoint(folder, engine, momentum, data_state={}, meta=meta, run_yaml="name: x\n")
+        straight = train(3, 4)
+        engine.destroy()
+        engine, momentum = start_engine(plan, self.ranks)  # as a new process would
+        load_checkpoint(folder, engine, momentum)
+        loaded = kept()
+        again = train(3, 4)
+        engine.destroy()
+        return {
+            "dtypes": sorted({str(buffer.dtype) for buffer in saved.values()}),
+            "moved": [name for name, buffer in saved.items() if not torch.equal(buffer, first[name])],
+            "loaded_different": [name for name, buffer in saved.items() if not torch.equal(buffer, loaded[name])],
+            "resumed_different": [name for name, value in straight.items() if not torch.equal(value, again[name])],
+            "kept": saved,
+        }
+
+    def published(self, loss: str) -> dict[str, Any]:
+        """CLIP and SigLIP over the global batch, beside open_clip's own losses on the same features."""
+        generator = torch.Generator().manual_seed(3)
+        size = GLOBAL_BATCH // self.world
+        rows = slice(self.rank * size, (self.rank + 1) * size)
+        features = [torch.randn(GLOBAL_BATCH, 6, generator=generator)[rows].requires_grad_() for _ in range(2)]
+        numbers = [torch.tensor([value], requires_grad=True) for value in (10.0, -3.0)]
+        leaves = [*features, *(numbers if loss == "siglip" else numbers[:1])]
+
+        def ours() -> Tensor:
+            image, text = (nn.functional.normalize(side, dim=-1) for side in features)
+            items = torch.arange(1, GLOBAL_BATCH + 1)[rows]
+            targets = gather_targets(text, items, torch.ones(size, dtype=torch.bool), self.ranks)
+            if loss == "siglip":
+                return bernoulli_pairs(image, targets, numbers[0], numbers[1], self.ranks)[0]
+            return boltzmann_pairs(image, targets, numbers[0], self.ranks)[0]
+
+        def theirs() -> Tensor:
+            image, text = (nn.functional.normalize(side, dim=-1) for side in features)
+            if loss == "siglip":
+                peer = SigLipLoss(rank=self.rank, world_size=self.world, dist_impl="gather")
+                value: Tensor = peer(image, text, *numbers)
+                return value
+            peer = ClipLoss(local_loss=True, gather_with_grad=True, rank=self.rank, world_size=self.world)
+            value = peer(image, text, numbers[0])
+            return value
+
+        results = []
+        for compute in (ours, theirs):
+            value = compute()
+            gradients = torch.autograd.grad(value, leaves)
+            results.append({"loss": mean_over_ranks({"loss": float(value)})["loss"], "gradients": gradients})
+        return {"ours": results[0], "theirs": results[1]}
+
     def _train_step(self, engine: Any, step: int) -> None:
         loss, _ = engine(self.batch(step))
         engine.backward(loss)
+        engine.module.after_backward()
         engine.step()
 
     def _master(self, parameter: nn.Parameter) -> Tensor:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import ENGINES, RECIPES
+from cases import ENGINES, RECIPES, REMEMBERED
 
 
 def test_all_ranks_end_well_and_leave_no_shared_memory(worlds) -> None:
@@ -52,6 +52,36 @@ def test_the_two_kinds_of_attention_differ(worlds) -> None:
     assert own["figures"]["text/loss"] != pytest.approx(mixed["figures"]["text/loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_pairs_over_the_global_batch_are_those_of_open_clip(worlds, world: int, loss: str) -> None:
+    for rank in range(world):
+        told = worlds.result(f"published_{loss}", world, rank)
+        assert told["ours"]["loss"] == pytest.approx(told["theirs"]["loss"], rel=1e-5)
+        assert told["ours"]["loss"] == pytest.approx(worlds.result(f"published_{loss}", 1)["theirs"]["loss"], rel=1e-5)
+        for ours, theirs in zip(told["ours"]["gradients"][:2], told["theirs"]["gradients"][:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- what lasts from batch to batch
+
+
+@pytest.mark.parametrize("case", REMEMBERED)
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_heads_and_weights_remember_survives_in_fp32_and_is_the_same_on_all_ranks(
+    worlds, world: int, case: str
+) -> None:
+    for rank in range(world):
+        told = worlds.result(f"remembered_{case}", world, rank)
+        assert "torch.bfloat16" not in told["dtypes"]
+        assert "torch.float32" in told["dtypes"]
+        assert told["moved"]
+        assert told["loaded_different"] == []
+        assert told["resumed_different"] == []
+        for name, buffer in worlds.result(f"remembered_{case}", world, 0)["kept"].items():
+            assert torch.equal(told["kept"][name], buffer), name
+
+
 # ---------------------------------------------------------------- collectives
 
 
@@ -68,6 +98,7 @@ def test_gather_is_by_rank_and_its_gradient_is_that_of_all_users(worlds, world: 
         assert told["integers"].tolist() == [2**62 + other for other in range(world)]
         assert told["sum"].tolist() == [float(sum(range(1, world + 1)))]
         assert not told["sum"].requires_grad
+        assert [value.tolist() for value in told["sum_gradient"]] == [[float(sum(range(1, world + 1)))]] * 2
 
 
 @pytest.mark.parametrize("world", [1, 2])

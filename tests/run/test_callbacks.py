@@ -41,6 +41,7 @@ def record(step: int, **changes: Any) -> StepRecord:
         lr=1e-3,
         grad_norm=0.9,
         groups={"text": {"loss": 1.5, "nats": 2.0}, "intra": {"loss": 2.0}},
+        information=2.0,
         health={"dense_std": 0.5, "health/pooled_rank": 12.0},
         momentum=0.996,
         step_s=2.0,

@@ -54,6 +54,8 @@ class StepRecord:
     """Global gradient norm before clipping; None where the engine does not report it."""
     groups: dict[str, dict[str, float]]
     """Per group of targets: loss, weight, grad_norm, nats, count."""
+    information: float
+    """Sum of the groups' nats: a bound for Boltzmann groups, an estimate for Gaussian ones."""
     health: dict[str, float]
     """Spread and effective rank of features, by name, with or without a leading `health/`."""
     momentum: float | None
@@ -84,6 +86,7 @@ class StepRecord:
             "lr": self.lr,
             "samples": self.samples,
             "quarantined": self.quarantined,
+            "information": self.information,
             "speed/step_s": self.step_s,
             "speed/data_wait_s": self.data_wait_s,
             "speed/data_wait_share": self.data_wait_share,
@@ -112,6 +115,9 @@ class Callback:
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """After an evaluation; `values` are numbers by name, and may be nested."""
 
+    def on_warning(self, step: int, fault: dict[str, str]) -> None:
+        """When a run goes wrong without crashing: `group`, `what`, `why`, `fix` (docs/metrics.md)."""
+
     def on_end(self, status: str) -> None:
         """Once, however the run ends: `finished`, `preempted` or `failed`."""
 
@@ -136,6 +142,11 @@ class CallbackList(Callback):
         """Tell every callback."""
         for callback in self.callbacks:
             callback.on_evaluation(step, values)
+
+    def on_warning(self, step: int, fault: dict[str, str]) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            callback.on_warning(step, fault)
 
     def on_end(self, status: str) -> None:
         """Tell every callback, also when one of them raises; the error is raised after the last one."""

@@ -62,6 +62,14 @@ class MetricsWriter(Callback):
         """
         self._write("evaluation", step, flatten(values, "evaluation"))
 
+    def on_warning(self, step: int, fault: dict[str, str]) -> None:
+        """Write a `warning` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._write("warning", step, dict(fault))
+
     def on_end(self, status: str) -> None:
         """Write an `end` line and close the file.
 

@@ -55,6 +55,11 @@ class ProgressDisplay(Callback):
         shown = "  ".join(f"{name} {value:.4g}" for name, value in flatten(values, "evaluation").items())
         self._print(f"step {step:,}  {shown}")
 
+    def on_warning(self, step: int, fault: dict[str, str]) -> None:
+        """Write what goes wrong, above the bar."""
+        text = f"step {step:,}  warning: {fault['group']}: {fault['what']} ({fault['why']})\n  fix: {fault['fix']}"
+        self.console.print(Text(text, style="yellow"))
+
     def on_end(self, status: str) -> None:
         """Leave the bar as it is and say how the run ended."""
         if self._bar is not None:

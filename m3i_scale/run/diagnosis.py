@@ -1,0 +1,114 @@
+"""What goes wrong in a run that does not crash: collapse, a temperature that has run away, a group that drowns others.
+
+Every rule looks at logged figures alone (docs/metrics.md), holds for several records in a row before it is named, and
+is named once until it has healed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from m3i_scale.run.callbacks.base import StepRecord
+
+PATIENCE = 3
+"""Records in a row that a fault must be seen in: 30 steps at log.every_steps = 10."""
+LEAST_SPREAD = 1e-3
+"""Share of a target's length that differs between samples; 0 when all samples have the same target."""
+LEAST_EVENNESS = 0.02
+"""Entropy of the mean assignment to prototypes, as a share of log K; 0 when all samples have the same prototype."""
+LEAST_STD = 1e-3
+"""Of the backbone's own features."""
+MOST_SCALE, LEAST_SCALE = 99.5, 1.0
+"""Of 1/τ, which is limited to 100."""
+MOST_RATIO = 100.0
+"""Gradient of the strongest group at the encoder output over that of the next one."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something a person should look at."""
+
+    group: str
+    """The group of targets, or `backbone`."""
+    what: str
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.group}: {self.what} ({self.why}); try: {self.fix}"
+
+
+class Diagnosis:
+    """Reads every logged record of a run."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], int] = {}
+
+    def check(self, record: StepRecord) -> list[Fault]:
+        """Faults that have now held for `PATIENCE` records."""
+        found = {(fault.group, fault.what): fault for fault in _faults(record)}
+        self._seen = {key: self._seen.get(key, 0) + 1 for key in found}
+        return [fault for key, fault in found.items() if self._seen[key] == PATIENCE]
+
+
+def _faults(record: StepRecord) -> Iterator[Fault]:
+    health = {name.removeprefix("health/"): value for name, value in record.health.items()}
+    for name, figures in record.groups.items():
+        yield from _target_faults(name, health)
+        if not math.isfinite(figures.get("grad_norm", 0.0)):
+            yield Fault(
+                name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
+            )
+    yield from _share_faults(record)
+    for name in ("dense", "pooled"):
+        value = health.get(f"{name}_std")
+        if value is not None and (value < LEAST_STD or math.isnan(value)):
+            yield Fault(
+                "backbone",
+                f"its {name} features are constant" if value < LEAST_STD else f"its {name} features are not finite",
+                f"standard deviation {value:.2g} over the samples",
+                "a lower optim.lr, another regularizer; go back to a checkpoint before it",
+            )
+
+
+def _target_faults(name: str, health: dict[str, float]) -> Iterator[Fault]:
+    spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
+    if spread is not None and spread < LEAST_SPREAD:
+        yield Fault(
+            name,
+            "its target has collapsed",
+            f"all samples have the same target, up to {spread:.1e} of its length",
+            "a regularizer that keeps targets apart, a higher momentum.start, a lower optim.lr",
+        )
+    if evenness is not None and evenness < LEAST_EVENNESS:
+        yield Fault(
+            name,
+            "its prototypes have collapsed",
+            f"all samples fall to one prototype, evenness {evenness:.1e}",
+            "a higher target_temperature, a larger entropy_weight, a lower optim.lr",
+        )
+    if scale is not None and not LEAST_SCALE <= scale <= MOST_SCALE:
+        where = "upper" if scale > MOST_SCALE else "lower"
+        yield Fault(
+            name,
+            "its temperature has run away",
+            f"1/τ = {scale:.3g}, its {where} limit",
+            "a lower optim.lr, a longer warm-up; look for captions that do not belong to their images",
+        )
+
+
+def _share_faults(record: StepRecord) -> Iterator[Fault]:
+    norms = {name: figures["grad_norm"] for name, figures in record.groups.items() if "grad_norm" in figures}
+    if len(norms) < 2 or not all(math.isfinite(value) for value in norms.values()):
+        return
+    *_, second, first = sorted(norms, key=lambda name: norms[name])
+    if norms[first] > MOST_RATIO * norms[second]:
+        ratio = norms[first] / max(norms[second], 1e-30)
+        yield Fault(
+            first,
+            "it swallows the gradient",
+            f"{ratio:.0f} times that of the next group, {second}, at the encoder output",
+            f"a smaller weight of {first}, or recipe.balance={{kind: gradient_norm}}",
+        )

@@ -1,0 +1,177 @@
+"""Whole recipes, from images to gradients, against published losses on features that the parts make one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.loss import BarlowTwinsLoss, DINOLoss, MSNLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
+from lightly.models.utils import select_most_similar
+from open_clip.loss import SigLipLoss
+from tiny import random_batch, tiny_objective
+from torch import Tensor
+from transformers import AutoModel
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.information import Objective
+from m3i_scale.objective.inputs import build_inputs, normalize
+
+
+def pixels(objective: Objective, batch: Batch, view: int) -> Tensor:
+    return normalize(batch.images_VBCHW[view - 1], objective.mean, objective.std)
+
+
+def tokens(objective: Objective, batch: Batch, view: int, *, averaged: bool = False) -> Tensor:
+    """By the stock model alone: class token and patch tokens of a whole view."""
+    backbone = objective.momentum.backbone if averaged else objective.student
+    hidden: Tensor = backbone.model(pixel_values=pixels(objective, batch, view)).last_hidden_state
+    return hidden.detach() if averaged else hidden
+
+
+def mean_token(hidden: Tensor, pool: torch.nn.Module) -> Tensor:
+    return F.layer_norm(hidden[:, 1:].mean(dim=1), (64,), pool.norm.weight, pool.norm.bias, eps=1e-6)
+
+
+def z(objective: Objective, batch: Batch, view: int, *, predict: bool, averaged: bool = False) -> Tensor:
+    """Mean token → projector (→ predictor) of the head `global`."""
+    pool = objective.momentum.pools["pool"] if averaged else objective.decoders["pool"]
+    head = objective.momentum.heads["global"] if averaged else objective.image_heads["global"]
+    output = head.projector(mean_token(tokens(objective, batch, view, averaged=averaged), pool))
+    if predict and head.predictor is not None:
+        output = head.predictor(output)
+    return output.detach() if averaged else output
+
+
+def simclr(objective: Objective, batch: Batch) -> Tensor:
+    return NTXentLoss(temperature=0.1)(*(z(objective, batch, view, predict=False) for view in (1, 2)))
+
+
+def moco(objective: Objective, batch: Batch) -> Tensor:
+    state = objective.states["global"]
+    peer = NTXentLoss(temperature=0.2, memory_bank_size=(int(state.filled), 24))
+    peer.memory_bank.bank = state.queue_QE[: int(state.filled)].clone()
+    return peer(z(objective, batch, 2, predict=True), z(objective, batch, 1, predict=False, averaged=True))
+
+
+def byol(objective: Objective, batch: Batch) -> Tensor:
+    peer, loss = NegativeCosineSimilarity(), torch.zeros(())
+    for here, there in ((1, 2), (2, 1)):
+        target = z(objective, batch, there, predict=False, averaged=objective.momentum is not None)
+        loss = loss + (2 + 2 * peer(z(objective, batch, here, predict=True), target.detach())) / 2
+    return loss
+
+
+def barlow(objective: Objective, batch: Batch) -> Tensor:
+    return 0.025 * BarlowTwinsLoss(5e-3)(*(z(objective, batch, view, predict=False) for view in (1, 2)))
+
+
+def vicreg(objective: Objective, batch: Batch) -> Tensor:
+    return VICRegLoss()(*(z(objective, batch, view, predict=False) for view in (1, 2)))
+
+
+def global_distillation(objective: Objective, batch: Batch) -> Tensor:
+    name = "prototypes"
+    peer = DINOLoss(output_dim=12, teacher_temp=0.04, student_temp=0.1)
+    peer.center = objective.states[name].center_K.clone()[None, None]
+
+    def logits(view: int, averaged: bool) -> Tensor:
+        head = objective.momentum.heads[name] if averaged else objective.image_heads[name]
+        projected = head.projector(tokens(objective, batch, view, averaged=averaged)[:, 0])
+        return F.normalize(projected, dim=-1) @ F.normalize(head.prototypes.weight, dim=-1).T
+
+    return peer([logits(view, True).detach() for view in (1, 2)], [logits(view, False) for view in (1, 2)])
+
+
+def masked_tokens(objective: Objective, batch: Batch, view: int) -> Tensor:
+    """The student on the visible patches: stock embeddings, a selection of rows, stock layers."""
+    (where,) = build_inputs(objective.recipe, batch.seeds_B, objective.student.grid)
+    embedded = objective.student.model.embeddings(pixels(objective, batch, view))
+    kept = torch.cat([torch.zeros(len(embedded), 1, dtype=torch.int64), where.visible_BL + 1], dim=1)
+    hidden = embedded.gather(1, kept[..., None].expand(-1, -1, embedded.shape[-1]))
+    for layer in objective.student.model.layers:
+        hidden = layer(hidden)
+    return objective.student.model.layernorm(hidden)
+
+
+def sim_global(objective: Objective, batch: Batch) -> Tensor:
+    head, averaged = objective.image_heads["prototypes"], objective.momentum.heads["prototypes"]
+    anchors = head.projector(masked_tokens(objective, batch, 2)[:, 0])
+    targets = averaged.projector(tokens(objective, batch, 1, averaged=True)[:, 0]).detach()
+    return MSNLoss(temperature=0.1, sinkhorn_iterations=0)(anchors, targets, head.prototypes.weight, 0.25)
+
+
+def densecl(objective: Objective, batch: Batch) -> Tensor:
+    online, averaged = tokens(objective, batch, 2)[:, 1:], tokens(objective, batch, 1, averaged=True)[:, 1:]
+    keys = objective.momentum.heads["dense"].projector(averaged).detach()
+    matched = select_most_similar(online, averaged, keys)
+    state = objective.states["dense"]
+    peer = NTXentLoss(temperature=0.2, memory_bank_size=(int(state.filled), 24))
+    peer.memory_bank.bank = state.queue_QE[: int(state.filled)].clone()
+    query = objective.image_heads["dense"].projector(online)
+    return (peer(query.flatten(0, 1), matched.flatten(0, 1)) + moco(objective, batch)) / 2
+
+
+def siglip(objective: Objective, batch: Batch) -> Tensor:
+    head = objective.heads["text"]
+    pooled = objective.decoders["pool"](tokens(objective, batch, 1)[:, 1:])
+    image = F.normalize(pooled @ head.projection.weight.T, dim=-1)
+    text = objective.text(batch.text_ids_BT, batch.text_mask_BT)
+    return SigLipLoss()(image, text, head.log_scale.exp(), head.bias)
+
+
+def dense_distillation(objective: Objective, batch: Batch) -> Tensor:
+    """Feature distillation: the teacher's LayerNorm-ed tokens by a linear map, mean squared error."""
+    teacher = AutoModel.from_pretrained(objective.recipe.teacher.from_pretrained).eval()
+    seen = normalize(batch.images_VBCHW[0], (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    with torch.no_grad():
+        wanted = F.layer_norm(teacher(pixel_values=seen).last_hidden_state[:, 1:], (48,))
+    return F.mse_loss(objective.heads["features"].projection(tokens(objective, batch, 1)[:, 1:]), wanted)
+
+
+def autoencoder(objective: Objective, batch: Batch) -> Tensor:
+    unfolded = F.unfold(pixels(objective, batch, 1), 8, stride=8).transpose(1, 2)  # channel first
+    patches = unfolded.unflatten(-1, (3, 64)).transpose(2, 3).flatten(2)
+    wanted = (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return F.mse_loss(objective.heads["pixels"].projection(tokens(objective, batch, 1)[:, 1:]), wanted)
+
+
+PUBLISHED: dict[str, Callable[[Objective, Batch], Tensor]] = {
+    "simclr": simclr,
+    "moco": moco,
+    "byol": byol,
+    "simsiam": byol,
+    "barlow": barlow,
+    "vicreg": vicreg,
+    "global_distillation": global_distillation,
+    "sim_global": sim_global,
+    "densecl": densecl,
+    "siglip": siglip,
+    "dense_distillation": dense_distillation,
+    "autoencoder": autoencoder,
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_recipe_is_the_published_loss_with_its_gradients(recipe: str) -> None:
+    objective = tiny_objective(recipe)
+    objective(random_batch(8, seed=1))  # fills queues and centers
+    objective.eval()
+    batch = random_batch(8, repeated_caption=False)
+    batch.has_text_B[:] = True
+    batch.captions_B = torch.arange(1, 9)
+    loss, _ = objective(batch)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    wanted = PUBLISHED[recipe](objective, batch)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    largest = max(float(p.grad.abs().max()) for p in objective.parameters() if p.grad is not None)
+    for name, parameter in objective.named_parameters():
+        if parameter.grad is None:
+            # Where the published step does not reach, ours must not either.
+            assert name not in ours or not ours[name].any(), name
+            continue
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest, msg=name)
