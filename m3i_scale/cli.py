@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from m3i_scale.config import known_recipes, load_run, read_yaml
+from m3i_scale.config import load_run
 from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_PREEMPTED, UserError
 from m3i_scale.output import print_json, reserve_stdout
@@ -27,36 +27,46 @@ _ERRORS = Console(stderr=True, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
-@app.command(epilog="Example: m3i-scale recipes --json")
-def recipes(as_json: Json = False) -> None:
-    """The paper's table, read from the built-in recipes: what predicts what, and how."""
-    from m3i_scale.objective.describe import describe
-    from m3i_scale.objective.recipe import parse_recipe
+recipes_app = typer.Typer(invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
 
-    rows = [describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in known_recipes().values()]
+
+@recipes_app.callback(epilog="Example: m3i-scale recipes --json")
+def recipes(context: typer.Context, as_json: Json = False) -> None:
+    """The paper's table, read from the built-in recipes: what predicts what, and how."""
+    from m3i_scale.report.recipe_table import RecipeTable, built_in_rows
+
+    context.obj = as_json
+    if context.invoked_subcommand is not None:
+        return
+    rows = built_in_rows()
     if as_json:
         print_json(rows)
-        return
-    table = Table("recipe", "input x", "target y", "f_φ → f_ψ", "P̂, regulariser", "w", expand=False)
-    for row in rows:
-        for number, target in enumerate(row["targets"]):
-            view = f" (view {target['view']})" if target["view"] else ""
-            table.add_row(
-                f"[bold]{row['name']}[/]\n{row['family']}" if number == 0 else "",
-                "\n".join(_input_text(x) for x in row["inputs"] if x["name"] in target["inputs"]),
-                target["modality"] + view,
-                f"{target['encoder']}\n{target['decoder']}",
-                f"{target['distribution']}\n{target['regularizer']}",
-                f"{target['weight']:g}",
-            )
-        table.add_section()
-    Console().print(table)
+    else:
+        Console().print(RecipeTable(rows))
 
 
-def _input_text(described: dict[str, Any]) -> str:
-    if described["mixed"]:
-        return f"view {described['view']} of a mix"
-    return f"view {described['view']}" + (f", {described['mask']} hidden" if described["mask"] else "")
+@recipes_app.command(epilog="Example: m3i-scale recipes show m3i --svg m3i.svg")
+def show(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
+    svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One recipe as a graph: x → f_θ → f_ψ ↔ f_φ ← y."""
+    from m3i_scale.objective.describe import describe
+    from m3i_scale.report.recipe_graph import graph_of, read_recipe
+    from m3i_scale.report.recipe_svg import write_svg
+    from m3i_scale.report.recipe_terminal import render_terminal
+
+    recipe = read_recipe(name)
+    graph = graph_of(recipe)
+    if svg is not None:
+        write_svg(graph, svg)
+    if as_json or context.obj:
+        print_json(describe(recipe))
+    else:
+        Console().print(render_terminal(graph))
 
 
 @app.command(

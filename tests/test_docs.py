@@ -200,8 +200,12 @@ def test_every_page_is_listed():
 
 def test_every_recipe_and_deepspeed_file_stands_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "ds_configs").glob("*.json")]:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for path in (ROOT / "ds_configs").glob("*.json"):
         assert f"| `{path.stem}` |" in text, path.name
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert f"`{path.stem}`" in text, path.name
+        assert f"`{path.stem}`" in page, path.name
 
 
 def test_only_training_is_made_small():

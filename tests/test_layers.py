@@ -1,4 +1,4 @@
-"""Imports run downwards: cli > run > {evaluate, hub} > scale > objective > backbones > data > ground."""
+"""Imports run downwards: cli > run > {evaluate, hub, report} > scale > objective > backbones > data > ground."""
 
 import ast
 from pathlib import Path
@@ -17,6 +17,7 @@ LEVELS = {
     "scale": 5,
     "evaluate": 6,
     "hub": 6,
+    "report": 6,
     "run": 7,
     "cli": 8,
     "__main__": 9,
@@ -77,6 +78,7 @@ def test_imports_run_downwards(path):
         ("objective", "from m3i_scale.scale import engine"),
         ("hub", "from m3i_scale.evaluate.commands import evaluate"),
         ("evaluate", "import m3i_scale.run.trainer"),
+        ("report", "from m3i_scale.hub.card import cell"),
         ("errors", "from m3i_scale.config import RunConfig"),
         ("run", "from .trainer import Trainer"),
         ("scale", "from m3i_scale.misc import f"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from typing import Any
@@ -29,6 +30,7 @@ SMALL_BUCKETS = {
 """So small that even these models are gathered, released, reduced and updated in parts."""
 LABEL_SETS = {"shapes": ["disc", "square", "cross"], "colours": ["red", "blue"]}
 VOCABULARY = 50
+TEACHER = "M3I_TEST_TEACHER"
 GRID = (4, 4)
 
 _BACKBONE = (
@@ -52,13 +54,16 @@ def in_parts(ds_config: str) -> dict[str, Any]:
 
 @functools.cache
 def tiny_teacher() -> str:
-    """A folder with a stock vision model of 48 channels that sees the same patches."""
+    """A folder with a stock vision model of 48 channels that sees the same patches; ranks take that of their parent."""
+    if TEACHER in os.environ:
+        return os.environ[TEACHER]
     folder = tempfile.mkdtemp(prefix="m3i-teacher-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96}
     torch.manual_seed(11)
     Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8, mlp_ratio=2)).save_pretrained(folder)
     BitImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
+    os.environ[TEACHER] = folder
     return folder
 
 

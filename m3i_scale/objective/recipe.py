@@ -265,6 +265,18 @@ class Recipe(Section):
         """Whether a dense momentum target without a head goes through the residual projector."""
         return any(t.encoder == "momentum" and t.dense and t.head is None for t in self.targets)
 
+    @property
+    def compares_samples(self) -> str | None:
+        """What in the recipe needs at least two samples in the global micro-batch; None where nothing does."""
+        for name, head in self.heads.items():
+            if "batch" in (head.norm, head.output_norm):
+                return f"head '{name}' has batch norm"
+        for target in self.targets:
+            inside = target.head is not None and not self.heads[target.head].queue and target.regularizer == "negatives"
+            if inside or target.regularizer in ("cross_correlation", "variance_covariance"):
+                return f"target '{target.name}' has {target.regularizer} within the batch"
+        return None
+
     def input(self, name: str) -> InputSpec:
         """The input of that name."""
         return next(spec for spec in self.inputs if spec.name == name)

@@ -101,6 +101,13 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
             where="text.tokenizer",
             fix="take a BERT-type tokenizer, or the one that `shards make` trains",
         )
+    if recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
+        raise ConfigError(
+            f"{recipe.compares_samples}, which needs at least two samples at a time",
+            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",
+            why="one sample differs from nothing: its loss says nothing",
+            fix="optim.micro_batch_size=2 or more, or more ranks",
+        )
     run = _with_validation_labels(run, label_sets)
     raw = load_ds_config(run.deepspeed)
     optim = run.optim

@@ -182,6 +182,8 @@ class Trainer:
             for batch in itertools.islice(batches, count):
                 loss, figures = self.engine(batch.to(self.device))
                 for name, value in {"loss": loss, **figures}.items():
+                    if name.endswith("/weight"):  # as in the training records
+                        continue
                     totals[name] = totals.get(name, 0.0) + float(value) / count
         module.train()
         return mean_over_ranks(totals)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from launch import TESTS, Job, start_ranks
+from tiny import tiny_teacher
 
 
 class Worlds:
@@ -16,6 +17,7 @@ class Worlds:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.jobs: dict[int, Job] = {}
+        tiny_teacher()  # one for all ranks
         for world in (1, 2):
             (root / str(world)).mkdir()
             arguments = [str(TESTS / "distributed" / "cases.py"), str(root / str(world))]

@@ -17,14 +17,15 @@ def test_all_ranks_end_well_and_leave_no_shared_memory(worlds) -> None:
 # ---------------------------------------------------------------- losses and gradients
 
 
-def same(one: dict, two: dict) -> None:
+def same(one: dict, two: dict, share: float = 1e-6) -> None:
+    """Gradients may differ by `share` of the largest one."""
     assert one["figures"].keys() == two["figures"].keys()
     for name, value in one["figures"].items():
         assert two["figures"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert one["gradients"].keys() == two["gradients"].keys()
     largest = max(float(gradient.abs().max()) for gradient in one["gradients"].values())
     for name, gradient in one["gradients"].items():
-        close = torch.allclose(two["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest)
+        close = torch.allclose(two["gradients"][name], gradient, rtol=1e-4, atol=share * largest)
         assert close, f"{name}: {float((two['gradients'][name] - gradient).abs().max())}, largest {largest}"
 
 
@@ -32,7 +33,8 @@ def same(one: dict, two: dict) -> None:
 @pytest.mark.parametrize("engine", ["plain", "zero3"])
 def test_two_ranks_have_the_loss_and_the_gradients_of_one(worlds, engine: str, recipe: str) -> None:
     one, two = worlds.result(f"{engine}_{recipe}", 1), worlds.result(f"{engine}_{recipe}", 2)
-    same(one, two)
+    # Batch norm on the output divides by a small deviation, and rounding with it.
+    same(one, two, share=1e-5 if recipe == "simsiam" else 1e-6)
     assert sum(float(gradient.abs().sum()) for gradient in one["gradients"].values()) > 0
 
 

@@ -157,6 +157,26 @@ MISTAKES = {
         r"preset has no effect beside from_pretrained",
         ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
     ),
+    "no teacher": Mistake(
+        r"cannot read a teacher from '/nowhere/teacher'",
+        ["recipe.teacher.from_pretrained=/nowhere/teacher"],
+        recipe="dense_distillation",
+    ),
+    "teacher on another grid": Mistake(
+        r"the teacher sees 4 × 4 patches of an image of 32, the student 2 × 2",
+        ["backbone.config.patch_size=16"],
+        recipe="dense_distillation",
+    ),
+    "one sample and batch norm": Mistake(
+        r"head 'global' has batch norm, which needs at least two samples",
+        ["optim.micro_batch_size=1", "optim.batch_size=1", "data.streams=1"],
+        recipe="simclr",
+    ),
+    "collapse": Mistake(
+        r"lets a pooled target collapse: give its head a predictor",
+        ["recipe.heads.global.predictor_depth=0"],
+        recipe="byol",
+    ),
     "validation labels": Mistake(
         r"the labels of validation source 'val' are those of no training source",
         make=copied_shards(other_labels, "val"),

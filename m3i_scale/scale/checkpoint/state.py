@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk refused; what was committed before is untouched.
     """
-    wanted = bytes_wanted(engine.module)
+    wanted = bytes_wanted(engine.module, momentum)
     from_rank_0(lambda: ensure_space(final.parent, wanted))
     temporary = Path(from_rank_0(lambda: str(begin(final))))
     try:
@@ -59,10 +60,10 @@ def save_checkpoint(
     from_rank_0(lambda: commit(final, temporary, meta, digests=digests))
 
 
-def bytes_wanted(module: nn.Module) -> int:
+def bytes_wanted(module: nn.Module, momentum: ShardedMomentum | None = None) -> int:
     """Size of a checkpoint: fp32 weights and two moments and a 16-bit copy of what is trained, fp32 averages."""
-    trained = full_numel(module, trainable_only=True)
-    return 14 * trained + 4 * (full_numel(module) - trained)
+    averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
+    return 14 * full_numel(module, trainable_only=True) + 4 * averaged
 
 
 def _write(

@@ -1,0 +1,155 @@
+"""One recipe as a small graph: x → f_θ → f_ψ ↔ f_φ ← y. What stands in it; how it is drawn is said elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m3i_scale.config import find_run_file, load_run
+from m3i_scale.objective.describe import describe
+from m3i_scale.objective.recipe import DecoderSpec, InputSpec, Recipe, TargetSpec, parse_recipe
+
+_SPELLINGS = {
+    "gaussian": "Gaussian",
+    "boltzmann": "Boltzmann",
+    "bernoulli": "Bernoulli",
+    "unigrad": "UniGrad",
+    "variance_covariance": "variance, covariance",
+    "transformer": "Transformer",
+    "momentum": "momentum copy",
+    "teacher": "frozen teacher",
+}
+_TOKENS = {"masked": "hidden patches", "all": "all patches", "pooled": "whole view"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A box of the graph: a heading, and what stands below it."""
+
+    title: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Link:
+    """A target: its prediction and its representation, joined by P̂."""
+
+    inputs: tuple[str, ...]
+    decoder: str
+    encoder: str
+    """Key in `Graph.encoders`."""
+    likelihood: Node
+    target: Node
+    stopped: bool
+    """Whether no gradient reaches f_φ."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A recipe as boxes and the links between them; all text is printable."""
+
+    name: str
+    notes: tuple[str, ...]
+    """Family, and how the weights come about where they are not fixed."""
+    mix: str | None
+    inputs: dict[str, Node]
+    backbone: Node
+    decoders: dict[str, Node]
+    encoders: dict[str, Node]
+    links: tuple[Link, ...]
+
+
+def read_recipe(name_or_path: str) -> Recipe:
+    """The recipe of a built-in run file, by name, or of a run file, by path.
+
+    Raises:
+        ConfigError: no such file, or a run file that does not hold together.
+    """
+    return parse_recipe(load_run(name_or_path).recipe, where=str(find_run_file(name_or_path)))
+
+
+def graph_of(recipe: Recipe) -> Graph:
+    """The boxes and links of a recipe."""
+    balance = recipe.balance.kind
+    return Graph(
+        name=printable(recipe.name),
+        notes=(printable(recipe.family), *([f"weights: {word(balance)}"] if balance != "fixed" else [])),
+        mix=f"mixed, {recipe.mix.form} patches" if recipe.mix else None,
+        inputs={spec.name: _input(spec) for spec in recipe.inputs},
+        backbone=Node("f_θ", ("backbone",)),
+        decoders={name: _decoder(name, spec) for name, spec in recipe.decoders.items()},
+        encoders={_encoder_key(target): _encoder(recipe, target) for target in recipe.targets},
+        links=tuple(_link(recipe, target, words) for target, words in _with_words(recipe)),
+    )
+
+
+def word(value: str) -> str:
+    """A value of a recipe's field, as people spell it."""
+    return _SPELLINGS.get(value, value.replace("_", " "))
+
+
+def printable(text: str) -> str:
+    """Text of others with a replacement character for whatever steers a terminal or is not allowed in XML."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def _with_words(recipe: Recipe) -> list[tuple[TargetSpec, str]]:
+    """Every target with the name of its representation."""
+    told = describe(recipe)["targets"]
+    return [(target, str(entry["representation"])) for target, entry in zip(recipe.targets, told, strict=True)]
+
+
+def _input(spec: InputSpec) -> Node:
+    mask = (f"{spec.mask.form} mask", f"hides {spec.mask.ratio:.3g}") if spec.mask else ()
+    return Node(printable(spec.name), (f"view {spec.view}", *mask))
+
+
+def _decoder(name: str, spec: DecoderSpec) -> Node:
+    if spec.kind != "transformer":
+        return Node(printable(name), (word(spec.kind),))
+    return Node(printable(name), (f"{word(spec.kind)} × {spec.depth}", f"{spec.position} positions"))
+
+
+def _stopped(target: TargetSpec) -> bool:
+    """Averages and teachers are never trained; the backbone itself is, where the regulariser does not forbid it."""
+    online = target.encoder == "online" and target.regularizer == "stop_gradient"
+    return online or target.encoder in ("momentum", "teacher")
+
+
+def _encoder_key(target: TargetSpec) -> str:
+    return f"{target.encoder}, stopped" if _stopped(target) else target.encoder
+
+
+def _encoder(recipe: Recipe, target: TargetSpec) -> Node:
+    details: tuple[str, ...] = ()
+    if target.encoder == "momentum" and recipe.momentum:
+        ends = dict.fromkeys(f"{m:.4g}" for m in (recipe.momentum.start, recipe.momentum.end))
+        details = ("of f_θ", f"m {' → '.join(ends)}")
+    elif target.encoder == "teacher" and recipe.teacher:
+        details = (printable(recipe.teacher.from_pretrained),)
+    elif target.encoder == "online":
+        details = ("f_θ itself", *(("stop gradient",) if _stopped(target) else ()))
+    return Node(word(target.encoder), details)
+
+
+def _link(recipe: Recipe, target: TargetSpec, representation: str) -> Link:
+    modality = () if target.modality in representation else (target.modality,)  # not: text, text embedding
+    view = (f"view {target.view}",) if target.view else ()
+    tokens = (_TOKENS[target.tokens],) if target.tokens else ()
+    shown = recipe.shows(target.view) if target.encoder == "online" and target.view else None
+    shown_by = (f"input {printable(shown)}",) if shown is not None else ()
+    regularizer = "no regulariser" if target.regularizer == "none" else word(target.regularizer)
+    return Link(
+        inputs=tuple(target.inputs),
+        decoder=target.decoder,
+        encoder=_encoder_key(target),
+        likelihood=Node(word(target.distribution), (regularizer, f"w {target.weight:.4g}", *_head(recipe, target))),
+        target=Node(printable(target.name), (*modality, *view, *shown_by, *tokens, representation)),
+        stopped=_stopped(target),
+    )
+
+
+def _head(recipe: Recipe, target: TargetSpec) -> tuple[str, ...]:
+    if target.head is None:
+        return ()
+    predictor = ("+ predictor",) if recipe.heads[target.head].predictor_depth else ()
+    return (f"head {printable(target.head)}", *predictor)

@@ -1,0 +1,143 @@
+"""The paper's table, read from recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from m3i_scale.config import known_recipes, read_yaml
+from m3i_scale.objective.describe import describe
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.report.recipe_graph import printable, word
+
+FAMILIES = (
+    "supervised",
+    "weakly supervised",
+    "self-supervised, intra-view",
+    "self-supervised, inter-view",
+    "all-in-one",
+)
+"""The paper's order."""
+_REPRESENTATIONS = ("category embedding", "text embedding", "dense pixels", "dense feature", "global feature")
+"""The paper's order within a family."""
+_Columns = dict[tuple[str, ...], int]
+_WIDE: _Columns = {
+    ("recipe",): 19,
+    ("x",): 11,
+    ("y",): 14,
+    ("z_y",): 14,
+    ("regulariser",): 13,
+    ("P̂",): 9,
+    ("f_φ",): 13,
+    ("f_ψ",): 14,
+    ("w",): 5,
+}
+"""Fields of each column, and its width in cells: 120 with the gaps."""
+_NARROW: _Columns = {
+    ("recipe",): 19,
+    ("x",): 11,
+    ("y", "z_y"): 14,
+    ("P̂", "regulariser"): 13,
+    ("f_φ", "f_ψ"): 13,
+    ("w",): 5,
+}
+"""The same for 80."""
+
+
+def built_in_rows() -> list[dict[str, Any]]:
+    """The built-in recipes as `describe` tells them, in the paper's order.
+
+    Raises:
+        ConfigError: a built-in recipe does not hold together.
+    """
+    recipes = known_recipes().values()
+    return in_order([describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in recipes])
+
+
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By family, then what hides nothing before what does, then by representation, then by name."""
+    return sorted(rows, key=_rank)
+
+
+class RecipeTable:
+    """Described recipes as a table that fits the console it is printed on.
+
+    Args:
+        rows: what `describe` gives, those of a family in a row.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One column per field; two fields a column where the console is narrow, so that no word is broken."""
+        columns = _WIDE if options.max_width >= _cells_of(_WIDE) else _NARROW
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        for fields, width in columns.items():
+            table.add_column("\n".join(fields), width=width, overflow="fold")
+        for family, recipes in groupby(self.rows, key=lambda row: str(row["family"])):
+            table.add_row(Text(printable(family).replace(", ", ",\n") + ":", style="italic"))
+            for row in recipes:
+                for number, target in enumerate(row["targets"]):
+                    cells = _cells(row, target, first=number == 0)
+                    table.add_row(*(Text("\n").join(cells[field] for field in fields) for fields in columns))
+            table.add_section()
+        yield table
+
+
+def _cells_of(columns: _Columns) -> int:
+    return sum(columns.values()) + len(columns) - 1
+
+
+def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:
+    hides = any(entry["mask"] for entry in row["inputs"])
+    return (
+        _place(row["family"], FAMILIES),
+        hides,
+        _place(row["targets"][0]["representation"], _REPRESENTATIONS),
+        row["name"],
+    )
+
+
+def _place(value: str, order: Sequence[str]) -> int:
+    """Of an unknown value: behind all known ones."""
+    return order.index(value) if value in order else len(order)
+
+
+def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[str, Text]:
+    """What stands in a target's row, by the heading of its column."""
+    name = Text(printable(row["name"]) if first else "", style="bold")
+    others = {
+        "x": _inputs(row, target),
+        "y": _target(target),
+        "z_y": target["representation"],
+        "regulariser": word(target["regularizer"]),
+        "P̂": word(target["distribution"]),
+        "f_φ": word(target["encoder"]),
+        "f_ψ": word(target["decoder"]),
+        "w": f"{target['weight']:g}",
+    }
+    return {"recipe": name, **{field: Text(text) for field, text in others.items()}}
+
+
+def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
+    """Views of the inputs that predict the target, those that are alike together."""
+    views: dict[str, list[str]] = {}
+    for entry in row["inputs"]:
+        if entry["name"] in target["inputs"]:
+            how = "mixed" if entry["mixed"] else entry["mask"] or ""
+            views.setdefault(how, []).append(str(entry["view"]))
+    told = [f"view {' + '.join(dict.fromkeys(numbers))} {how}".strip() for how, numbers in views.items()]
+    return ", ".join(told)
+
+
+def _target(target: dict[str, Any]) -> str:
+    if not target["view"]:
+        return str(target["modality"])
+    return f"view {target['view']}" + {"masked": ", hidden", "pooled": ", whole"}.get(target["tokens"], "")

@@ -1,0 +1,274 @@
+"""Recipes for people: all of them are drawn, nothing is cut or covered, and a name is never more than a name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from m3i_scale.config import known_recipes
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.report.recipe_graph import graph_of, printable, read_recipe
+from m3i_scale.report.recipe_layout import Box, layout
+from m3i_scale.report.recipe_svg import render_svg, write_svg
+from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows
+from m3i_scale.report.recipe_terminal import render_terminal
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = ["<script>", "a & b", "\"q\" 'r'", "[bold]", "[/]", ":smile:", "]]>", "{{ 7*7 }}", "&amp;"]
+UNPRINTABLE = "\x1b[31m\0\n\r\u202e\ufffe"
+
+
+def printed(renderable: Any, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def texts(svg: str) -> list[str]:
+    root = ElementTree.fromstring(svg.encode())
+    return [element.text or "" for element in root.iter() if element.tag in (f"{SVG}text", f"{SVG}title")]
+
+
+def called(name: str) -> dict[str, Any]:
+    """A recipe in which every name that a user gives contains `name`."""
+    return {
+        "name": name,
+        "family": name,
+        "inputs": [{"name": name, "view": 1, "mask": {"form": "random", "ratio": 0.5}}, {"name": "other", "view": 2}],
+        "momentum": {},
+        "decoders": {name: {"kind": "mean_pool"}, f"{name}2": {"kind": "transformer"}},
+        "heads": {name: {"predictor_depth": 2}},
+        "targets": [
+            {
+                "name": name,
+                "inputs": ["other"],
+                "modality": "image",
+                "view": 1,
+                "tokens": "pooled",
+                "encoder": "momentum",
+            }
+            | {"decoder": name, "head": name, "distribution": "gaussian", "regularizer": "stop_gradient"},
+            {"name": f"{name}3", "inputs": [name], "modality": "pixels", "view": 1, "tokens": "masked"}
+            | {"encoder": "patchify", "decoder": f"{name}2", "distribution": "gaussian", "regularizer": "none"},
+        ],
+    }
+
+
+@pytest.fixture(scope="module", params=known_recipes())
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    return read_recipe(request.param)
+
+
+def test_every_recipe_is_drawn_in_a_terminal_of_80_columns(recipe):
+    text = printed(render_terminal(graph_of(recipe)))
+    assert max(cell_len(line.rstrip()) for line in text.splitlines()) < 80
+    assert "…" not in text
+    words = text.split()
+    for name in [recipe.name, *(spec.name for spec in recipe.inputs), *recipe.decoders]:
+        assert name in words
+    for target in recipe.targets:
+        assert target.name in words
+        assert f"{target.weight:g}" in words
+    assert text.count("│f_θ│") == len(recipe.targets)
+    assert ("//" in text) == any(is_stopped(target) for target in recipe.targets)
+
+
+def is_stopped(target):
+    learns = target.encoder in ("text_tower", "embedding") or (
+        target.encoder == "online" and target.regularizer != "stop_gradient"
+    )
+    return not learns and target.encoder != "patchify"
+
+
+def test_every_recipe_is_drawn_as_svg(recipe):
+    graph = graph_of(recipe)
+    found = texts(render_svg(graph))
+    for name in [recipe.name, *graph.decoders, *(spec.name for spec in recipe.inputs)]:
+        assert name in found
+    assert all(target.name in found for target in recipe.targets)
+    assert found.count("f_θ") == 1
+    boxes = layout(graph).boxes
+    assert sum(box.column == "decoder" for box in boxes) == len(recipe.decoders)
+    assert sum(box.column == "target" for box in boxes) == len(recipe.targets)
+
+
+def overlap(one: Box, other: Box) -> bool:
+    apart = one.x + one.width <= other.x or other.x + other.width <= one.x
+    return not (apart or one.y + one.height <= other.y or other.y + other.height <= one.y)
+
+
+def assert_tidy(recipe: Recipe) -> None:
+    drawing = layout(graph_of(recipe))
+    assert not [pair for pair in combinations(drawing.boxes, 2) if overlap(*pair)]
+    for box in [*drawing.boxes, *([drawing.frame] if drawing.frame else [])]:
+        assert box.x >= 0
+        assert box.y >= 80  # headings
+        assert box.out[0] <= drawing.width
+        assert box.y + box.height <= drawing.height
+        assert all(cell_len(line) * 7.3 <= box.width for line in (*box.title, *box.details))
+    ends = {point for box in drawing.boxes for point in (box.into, box.out)} | {drawing.frame and drawing.frame.out}
+    assert all({edge.start, edge.end} <= ends for edge in drawing.edges)
+
+
+def test_nothing_is_covered_or_cut(recipe):
+    assert_tidy(recipe)
+
+
+def test_a_mix_has_one_frame_around_its_inputs():
+    drawing = layout(graph_of(read_recipe("m3i")))
+    inputs = [box for box in drawing.boxes if box.column == "input"]
+    assert drawing.frame is not None
+    assert all(overlap(drawing.frame, box) for box in inputs)
+    assert layout(graph_of(read_recipe("m3i_no_mix"))).frame is None
+
+
+def test_drawings_say_what_a_recipe_is():
+    text = " ".join(texts(render_svg(graph_of(read_recipe("m3i")))))
+    for words in ("mixed, random patches", "from a, b", "momentum copy", "m 0.995 → 1", "Transformer × 4", "UniGrad"):
+        assert words in text
+    byol = printed(render_terminal(graph_of(read_recipe("byol"))))
+    assert "+ predictor" in byol
+    simsiam, simclr = (printed(render_terminal(graph_of(read_recipe(name)))) for name in ("simsiam", "simclr"))
+    assert "//─▶" in simsiam
+    assert "//" not in simclr
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_only_names(name):
+    graph = graph_of(parse_recipe(called(name)))
+    svg = render_svg(graph)
+    assert texts(svg).count(name) >= 4  # heading, input, decoder, target
+    assert "<script" not in svg
+    text = printed(render_terminal(graph))
+    assert text.count(name) >= 5
+    assert_tidy(parse_recipe(called(name)))
+
+
+def test_what_steers_a_terminal_is_replaced():
+    name = f"a{UNPRINTABLE}b"
+    graph = graph_of(parse_recipe(called(name)))
+    for text in (printed(render_terminal(graph)), render_svg(graph)):
+        assert not set(UNPRINTABLE) - set("[31m\n") & set(text)
+        assert printable(name) in text
+    assert printable(name) == "a�[31m�����b"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=300))
+def test_any_name_gives_valid_xml(name):
+    recipe = parse_recipe(called(name))
+    assert any(printable(name) == text.split("\n")[0] for text in texts(render_svg(graph_of(recipe))))
+    assert_tidy(recipe)
+
+
+def test_many_inputs_decoders_and_targets_have_room():
+    values = called("x")
+    values["inputs"] += [{"name": f"i{number}", "view": 1} for number in range(9)]
+    values["decoders"] |= {f"d{number}": {"kind": "class_token"} for number in range(9)}
+    values["targets"] += [
+        {"name": f"t{number}", "inputs": [f"i{number}"], "modality": "category", "encoder": "embedding"}
+        | {"decoder": f"d{8 - number}", "distribution": "boltzmann", "regularizer": "negatives"}
+        for number in range(9)
+    ]
+    assert_tidy(parse_recipe(values))
+
+
+@pytest.mark.parametrize(("place", "fix"), [("missing/x.svg", "mkdir"), (".", "can be written"), ("file/x.svg", "")])
+def test_an_svg_that_cannot_be_written(tmp_path, place, fix):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        write_svg(graph_of(read_recipe("mae")), tmp_path / place)
+    assert str(tmp_path / place) in str(caught.value)
+    assert fix in str(caught.value)
+
+
+# -------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_the_table_breaks_no_word(width):
+    rows = built_in_rows()
+    text = printed(RecipeTable(rows), width)
+    words = set(text.split())
+    assert "…" not in text
+    assert words >= {row["name"] for row in rows}
+    assert words >= {"recipe", "x", "y", "z_y", "regulariser", "P̂", "f_φ", "f_ψ", "w"}
+    assert words >= {"embedding", "Boltzmann", "Bernoulli", "correlation", "covariance", "Transformer", "0.025"}
+
+
+def test_recipes_stand_in_the_order_of_the_paper():
+    rows = built_in_rows()
+    assert {row["name"] for row in rows} == set(known_recipes())
+    assert list(dict.fromkeys(row["family"] for row in rows)) == list(FAMILIES)
+    names = [row["name"] for row in rows]
+    assert names[:4] == ["supervised", "clip", "siglip", "autoencoder"]
+    assert names.index("mae") < names.index("masked_features") < names.index("masked_global") < names.index("densecl")
+    assert names.index("novel_view") < names.index("densecl") < names.index("byol") < names.index("sim_pixels")
+
+
+# -------------------------------------------------------------------- the command
+
+
+def call(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
+    command = [sys.executable, "-m", "m3i_scale", "recipes", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_table_as_json_has_its_keys(tmp_path):
+    done = call("--json", folder=tmp_path)
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert rows == built_in_rows()
+    assert all(set(row) >= {"name", "family", "inputs", "targets", "balance"} for row in rows)
+    target = rows[0]["targets"][0]
+    assert set(target) >= {"name", "inputs", "modality", "view", "tokens", "representation", "encoder", "decoder"}
+    assert set(target) >= {"distribution", "regularizer", "weight"}
+
+
+def test_show_draws_a_run_file(tmp_path):
+    run = {"extends": "mae", "recipe": {"name": "[bold]mine[/]", "balance": {"kind": "learned"}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    done = call("show", "run.yaml", "--svg", "out.svg", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "[bold]mine[/]" in done.stdout
+    assert "weights: learned" in done.stdout
+    assert "[bold]mine[/]" in texts((tmp_path / "out.svg").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("arguments", [("show", "m3i", "--json", "--svg", "out.svg"), ("--json", "show", "m3i")])
+def test_show_as_json_is_one_document(tmp_path, arguments):
+    done = call(*arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == next(row for row in built_in_rows() if row["name"] == "m3i")
+    assert (tmp_path / "out.svg").is_file() == ("--svg" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("m3ii",), "did you mean 'm3i'"),
+        (("mae", "--svg", "missing/out.svg"), "mkdir -p"),
+        (("mae", "--json", "--svg", "."), "cannot write"),
+    ],
+)
+def test_mistakes_are_explained(tmp_path, arguments, says):
+    done = call("show", *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
