@@ -83,7 +83,8 @@ class TextHead(nn.Module):
         log_scale = self.log_scale.float()
         # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
         bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
-        return prediction_BE, bounded.exp(), self.bias
+        # A copy: ZeRO-3 takes the parameter itself away when this call ends.
+        return prediction_BE, bounded.exp(), None if self.bias is None else self.bias.float().clone()
 
 
 class CategoryHead(nn.Module):
