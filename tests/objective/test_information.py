@@ -228,9 +228,11 @@ def test_health_is_measured_on_request() -> None:
     objective.measure_health = True
     figures = objective(batch)[1]
     watched = {name for name in figures if name.startswith("health/")}
-    assert watched == {
-        f"health/{what}_{figure}" for what in ("dense", "pooled", "target_view1") for figure in ("std", "rank")
-    }
+    features = {f"{what}_{figure}" for what in ("dense", "pooled", "target_view1") for figure in ("std", "rank")}
+    targets = {"intra_spread", "inter_spread", "text_spread", "text_scale"}
+    assert watched == {f"health/{name}" for name in features | targets}
+    assert float(figures["health/text_scale"]) == pytest.approx(1 / 0.07, rel=1e-4)
+    assert all(0 < float(figures[f"health/{name}_spread"]) < 1 for name in ("intra", "inter", "text"))
     assert all(math.isfinite(float(figures[name])) for name in watched)
 
 

@@ -81,6 +81,7 @@ def test_a_record_has_one_name_for_every_figure() -> None:
         "momentum": 0.996,
         "samples": 640,
         "quarantined": 0,
+        "information": 2.0,
         "group/text/loss": 1.5,
         "group/text/nats": 2.0,
         "group/intra/loss": 2.0,

@@ -174,7 +174,7 @@ MISTAKES = {
     ),
     "collapse": Mistake(
         r"lets a pooled target collapse: give its head a predictor",
-        ["recipe.heads.global.predictor_depth=0"],
+        ["recipe.heads.global={depth: 2, hidden: 48, width: 24, norm: batch}"],
         recipe="byol",
     ),
     "validation labels": Mistake(
