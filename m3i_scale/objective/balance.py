@@ -56,12 +56,15 @@ class GradientNormWeights(Fp32State):
 
     share_K: Tensor
     """Moving average of each group's share of the plain (unweighted) gradient; 0 before the group was seen."""
+    seen_K: Tensor
+    """How often each group was seen."""
     factors_K: Tensor
 
     def __init__(self, weights: list[float], momentum: float) -> None:
         super().__init__()
         self.given, self.momentum = weights, momentum
         self.register_buffer("share_K", torch.zeros(len(weights)))
+        self.register_buffer("seen_K", torch.zeros(len(weights)))
         self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, losses_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,9 +79,11 @@ class GradientNormWeights(Fp32State):
         if not bool(plain_K.isfinite().all()):
             return  # an overflowing fp16 step; the optimizer skips it too
         share_K = plain_K / plain_K.sum().clamp(min=1e-30)
-        seen_K, known_K = share_K > 0, self.share_K > 0
-        mixed_K = torch.where(known_K, torch.lerp(share_K, self.share_K, self.momentum), share_K)
-        self.share_K.copy_(torch.where(seen_K, mixed_K, self.share_K))
+        now_K = share_K > 0
+        # A plain mean until there are as many values as the momentum averages over: first gradients say little.
+        kept_K = (self.seen_K / (self.seen_K + 1)).clamp(max=self.momentum)
+        self.share_K.copy_(torch.where(now_K, torch.lerp(share_K, self.share_K, kept_K), self.share_K))
+        self.seen_K += now_K
         known_K = self.share_K > 0
         if not bool(known_K.any()):
             return

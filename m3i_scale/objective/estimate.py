@@ -10,7 +10,7 @@ _ROWS_PER_COMPONENT = 20
 
 
 @torch.no_grad()
-def gaussian_information(prediction_ND: Tensor, target_ND: Tensor, limit: int = 4096) -> Tensor:
+def gaussian_information(prediction_ND: Tensor, target_ND: Tensor, limit: int = 4096) -> Tensor | None:
     """Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row.
 
     λ_i is the target's variance along component i, e_i the mean squared error of the prediction along it. For a
@@ -22,11 +22,14 @@ def gaussian_information(prediction_ND: Tensor, target_ND: Tensor, limit: int = 
         prediction_ND: ẑ, one row a token or sample.
         target_ND: z, same shape.
         limit: at most so many rows are read.
+
+    Returns:
+        None where there are fewer than 20 rows: too few for one component.
     """
     z_ND, predicted_ND = target_ND.detach().float()[:limit], prediction_ND.detach().float()[:limit]
     components = min(z_ND.shape[1], len(z_ND) // _ROWS_PER_COMPONENT)
     if components == 0:
-        return z_ND.new_zeros(())
+        return None
     centered_ND = z_ND - z_ND.mean(dim=0)
     covariance_DD = centered_ND.T @ centered_ND / max(len(z_ND) - 1, 1)
     error_ND = z_ND - predicted_ND

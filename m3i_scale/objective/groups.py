@@ -59,6 +59,9 @@ class Encoded:
     """Visible tokens only."""
 
 
+Outcome = tuple[Tensor, Tensor | None]
+"""−log P̂ and its nats: a bound, or the estimate of a Gaussian where one was made."""
+
 Tokens = tuple[Tensor, Tensor]
 """Class token (B, 1, D) and all patch tokens (B, N, D) of a view."""
 
@@ -92,7 +95,7 @@ def has_target(target: TargetSpec, batch: Batch) -> Tensor:
     return torch.ones_like(batch.has_text_B)
 
 
-def group(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+def group(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> Outcome:
     """−log P̂ of `target` from one input, and its nats: a bound, or the estimate of a Gaussian on logged steps."""
     return _GROUPS[kind_of(target)](objective, target, context, encoded)
 
@@ -135,7 +138,7 @@ def _category(objective: Objective, target: TargetSpec, context: Context, encode
 # -------------------------------------------------------------------- dense
 
 
-def _dense(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+def _dense(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> Outcome:
     if target.head is not None:
         return _dense_negatives(objective, target, context, encoded)
     view, ranks = (target.view or 1) - 1, objective.ranks
@@ -154,11 +157,9 @@ def _dense(objective: Objective, target: TargetSpec, context: Context, encoded: 
     return loss, _estimate(objective, prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1))
 
 
-def _estimate(objective: Objective, prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
+def _estimate(objective: Objective, prediction_ND: Tensor, target_ND: Tensor) -> Tensor | None:
     """Information of a Gaussian group, on steps that are logged: it costs an eigenvalue decomposition."""
-    if objective.measure_health:
-        return gaussian_information(prediction_ND, target_ND)
-    return torch.zeros((), device=prediction_ND.device)
+    return gaussian_information(prediction_ND, target_ND) if objective.measure_health else None
 
 
 def _decode(
@@ -252,7 +253,7 @@ def most_similar(one_BQD: Tensor, other_BND: Tensor) -> Tensor:
 # -------------------------------------------------------------------- pooled
 
 
-def _pooled(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+def _pooled(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> Outcome:
     name, ranks = target.head or "", objective.ranks
     pooled_BD = _pool(objective.decoders[target.decoder], encoded.cls_B1D, encoded.tokens_BLD)
     prediction_BE = objective.image_head(name)(pooled_BD, predict=True)
@@ -356,7 +357,7 @@ def update_states(objective: Objective, context: Context) -> None:
             state.enqueue(values, objective.ranks)
 
 
-_Group = Callable[["Objective", TargetSpec, Context, Encoded], tuple[Tensor, Tensor]]
+_Group = Callable[["Objective", TargetSpec, Context, Encoded], Outcome]
 _GROUPS: dict[str, _Group] = {
     "text": _text,
     "category": _category,

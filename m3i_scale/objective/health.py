@@ -42,7 +42,8 @@ def target_health(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     if "z" in parts:
         z_NE = F.normalize(parts["z"].detach().float().flatten(0, -2), dim=-1)
         # Without a sample of this kind there is nothing to see: not collapsed.
-        found["spread"] = 1 - z_NE.mean(dim=0).square().sum() if len(z_NE) else z_NE.new_ones(())
+        mean_E = z_NE.mean(dim=0) if len(z_NE) else z_NE.new_zeros(z_NE.shape[-1])
+        found["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
     if "assignment" in parts:
         mean_K = parts["assignment"].float().mean(dim=0)
         found["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))

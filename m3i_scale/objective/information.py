@@ -90,8 +90,9 @@ class Objective(nn.Module):
             losses.append(torch.stack([loss for loss, _ in found]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
             figures[f"{target.name}/count"] = has_target(target, batch).sum().float() * self.ranks.world_size
-            if target.distribution != "gaussian" or self.measure_health:
-                figures[f"{target.name}/nats"] = torch.stack([nats for _, nats in found]).mean().detach()
+            nats = [nats for _, nats in found if nats is not None]
+            if nats:
+                figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
         total, factors_K = self.weights(torch.stack(losses))
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()

@@ -153,8 +153,8 @@ class BalanceSpec(Section):
     """fixed: `weight` of every target. learned: every group has a log σ of its own, which is trained: weight / σ² on
     its loss, plus log σ. gradient_norm: `weight` is the share of the gradient at the encoder output that the group
     is to have; the factors follow the measured norms."""
-    momentum: float = Field(default=0.99, ge=0, lt=1)
-    """Of the measured norms, over micro-batches."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of the measured norms, over micro-batches: they are averaged over the last 1 / (1 − momentum)."""
 
     @model_validator(mode="after")
     def _no_idle_fields(self) -> Self:

@@ -16,6 +16,8 @@ PATIENCE = 3
 """Records in a row that a fault must be seen in: 30 steps at log.every_steps = 10."""
 LEAST_SPREAD = 1e-3
 """Share of a target's length that differs between samples; 0 when all samples have the same target."""
+GROWING_UP_STEPS = 200
+"""A text tower may take so long until its captions are told apart for the first time."""
 LEAST_EVENNESS = 0.02
 """Entropy of the mean assignment to prototypes, as a share of log K; 0 when all samples have the same prototype."""
 LEAST_STD = 1e-3
@@ -45,18 +47,22 @@ class Diagnosis:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], int] = {}
+        self._spread_once: set[str] = set()
 
     def check(self, record: StepRecord) -> list[Fault]:
         """Faults that have now held for `PATIENCE` records."""
-        found = {(fault.group, fault.what): fault for fault in _faults(record)}
+        health = {name.removeprefix("health/"): value for name, value in record.health.items()}
+        spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
+        self._spread_once |= spread
+        young = set(record.groups) - self._spread_once if record.step < GROWING_UP_STEPS else set()
+        found = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
         self._seen = {key: self._seen.get(key, 0) + 1 for key in found}
         return [fault for key, fault in found.items() if self._seen[key] == PATIENCE]
 
 
-def _faults(record: StepRecord) -> Iterator[Fault]:
-    health = {name.removeprefix("health/"): value for name, value in record.health.items()}
+def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[Fault]:
     for name, figures in record.groups.items():
-        yield from _target_faults(name, health)
+        yield from _target_faults(name, health, young)
         if not math.isfinite(figures.get("grad_norm", 0.0)):
             yield Fault(
                 name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
@@ -73,14 +79,17 @@ def _faults(record: StepRecord) -> Iterator[Fault]:
             )
 
 
-def _target_faults(name: str, health: dict[str, float]) -> Iterator[Fault]:
+def _target_faults(name: str, health: dict[str, float], young: set[str]) -> Iterator[Fault]:
     spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
-    if spread is not None and spread < LEAST_SPREAD:
+    trained_too = scale is not None  # a text tower: fresh ones give all captions nearly the same vector
+    if spread is not None and spread < LEAST_SPREAD and not (trained_too and name in young):
         yield Fault(
             name,
             "its target has collapsed",
             f"all samples have the same target, up to {spread:.1e} of its length",
-            "a regularizer that keeps targets apart, a higher momentum.start, a lower optim.lr",
+            "a lower optim.lr, or in narrow towers text.config.initializer_range=0.06"
+            if trained_too
+            else "a regularizer that keeps targets apart, a higher momentum.start, a lower optim.lr",
         )
     if evenness is not None and evenness < LEAST_EVENNESS:
         yield Fault(

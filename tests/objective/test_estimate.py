@@ -137,5 +137,5 @@ def test_the_estimate_counts_no_direction_without_variance_and_survives_few_rows
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(3))
     flat = torch.cat([x, torch.zeros(400, 2)], dim=1)
     assert float(gaussian_information(torch.zeros_like(flat), flat)) < 0.1
-    assert float(gaussian_information(x[:10], x[:10])) == 0.0
+    assert gaussian_information(x[:19], x[:19]) is None
     assert math.isnan(float(gaussian_information(x * torch.nan, x)))

@@ -31,9 +31,9 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
         trained = _bf16_optimizer(checkpoint / TAG) or get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint), tag=TAG
         )
-    full = {
-        name: tensor.detach().float().clone() for name, tensor in trained.items() if not name.startswith("momentum.")
-    }
+    # What is averaged comes from its own files; what heads and balanced weights remember serves only a resumed run.
+    left_out = ("momentum.", "states.", "weights.")
+    full = {name: tensor.detach().float().clone() for name, tensor in trained.items() if not name.startswith(left_out)}
     averaged = _momentum(checkpoint)
     if weights == "momentum":
         if not averaged:
@@ -43,7 +43,12 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
     full |= averaged
     empty = [name for name, tensor in full.items() if tensor.numel() == 0]
     if empty:
-        raise CheckpointError(f"{len(empty)} tensors came out empty, e.g. '{empty[0]}'", where=str(checkpoint))
+        raise CheckpointError(
+            f"{len(empty)} tensors came out empty, e.g. '{empty[0]}'",
+            where=str(checkpoint),
+            why="DeepSpeed's files do not hold what the run trained",
+            fix="take another checkpoint of the run",
+        )
     return full
 
 
