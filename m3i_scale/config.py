@@ -347,6 +347,8 @@ def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigE
         return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
     if fault["type"] == "missing":
         return ConfigError(f"'{key}' is missing", where=where)
+    if fault["type"] == "value_error":  # a rule of ours: its sentence says all
+        return ConfigError(f"'{key}': {fault['ctx']['error']}" if key else str(fault["ctx"]["error"]), where=where)
     return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where)
 
 

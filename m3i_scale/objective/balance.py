@@ -12,11 +12,13 @@ from m3i_scale.objective.ranks import Ranks
 class FixedWeights(nn.Module):
     """w_k as the recipe says."""
 
+    needs_presence = False
+
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
         self.given = weights
 
-    def forward(self, losses_K: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Losses of the groups → total, and the factors they got (K)."""
         factors_K = torch.tensor(self.given, device=losses_K.device)
         return (factors_K * losses_K).sum(), factors_K
@@ -26,11 +28,13 @@ class FixedWeights(nn.Module):
 
 
 class LearnedWeights(nn.Module):
-    """Every group is a distribution whose own variance is learnt: w_k L_k / σ_k² + log σ_k.
+    """Every group is a distribution whose own variance is learnt: w_k (L_k / σ_k² + log σ_k).
 
     For a Gaussian that is its likelihood with the variance it has; for a Boltzmann distribution, σ² is a temperature
-    (Kendall, Gal and Cipolla, 2018).
+    (Kendall, Gal and Cipolla, 2018). σ_k² settles at 2 L_k, and the factor of the group at w_k / 2 L_k.
     """
+
+    needs_presence = True
 
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
@@ -41,21 +45,34 @@ class LearnedWeights(nn.Module):
         """σ = 1."""
         nn.init.zeros_(self.log_sigma_K)
 
-    def forward(self, losses_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of the groups → total, and the factors they got (K)."""
+    def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Losses of the groups → total, and the factors they got (K).
+
+        Args:
+            losses_K: loss of every group.
+            present_K: bool; whether any sample of any rank has the target. σ of the others stays as it is: their
+                loss of 0 is no likelihood.
+        """
         log_sigma_K = self.log_sigma_K.float()
-        factors_K = torch.tensor(self.given, device=losses_K.device) * (-2 * log_sigma_K).exp()
-        return (factors_K * losses_K + log_sigma_K).sum(), factors_K.detach()
+        given_K = torch.tensor(self.given, device=losses_K.device)
+        terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
+        if present_K is not None:
+            terms_K = terms_K.where(present_K, 0.0)
+        return terms_K.sum(), (given_K * (-2 * log_sigma_K).exp()).detach()
 
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
         """See `FixedWeights`."""
 
 
 class GradientNormWeights(Fp32State):
-    """Factors under which the groups' gradients at the encoder output have the lengths that the weights ask for."""
+    """Factors under which the groups' gradients at the encoder output have the lengths that the weights ask for.
 
-    share_K: Tensor
-    """Moving average of each group's share of the plain (unweighted) gradient; 0 before the group was seen."""
+    Weight 1 stands for the geometric mean of the plain gradients.
+    """
+
+    needs_presence = False
+    log_norm_K: Tensor
+    """Moving average of the logarithm of each group's plain (unweighted) gradient norm."""
     seen_K: Tensor
     """How often each group was seen."""
     factors_K: Tensor
@@ -63,34 +80,30 @@ class GradientNormWeights(Fp32State):
     def __init__(self, weights: list[float], momentum: float) -> None:
         super().__init__()
         self.given, self.momentum = weights, momentum
-        self.register_buffer("share_K", torch.zeros(len(weights)))
+        self.register_buffer("log_norm_K", torch.zeros(len(weights)))
         self.register_buffer("seen_K", torch.zeros(len(weights)))
         self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
 
-    def forward(self, losses_K: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Losses of the groups → total, and the factors they got (K)."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
 
     @torch.no_grad()
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """See `FixedWeights`. A group without samples in the batch, and so without a gradient, keeps what it had."""
-        plain_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
-        if not bool(plain_K.isfinite().all()):
-            return  # an overflowing fp16 step; the optimizer skips it too
-        share_K = plain_K / plain_K.sum().clamp(min=1e-30)
-        now_K = share_K > 0
+        """See `FixedWeights`. A group without samples in the batch, and so without a gradient, keeps what it had; so
+        do all when an fp16 step overflows, which the optimizer skips too."""
+        norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
+        now_K = (norm_K > 0) & norm_K.isfinite().all()
         # A plain mean until there are as many values as the momentum averages over: first gradients say little.
         kept_K = (self.seen_K / (self.seen_K + 1)).clamp(max=self.momentum)
-        self.share_K.copy_(torch.where(now_K, torch.lerp(share_K, self.share_K, kept_K), self.share_K))
+        mixed_K = torch.lerp(norm_K.clamp(min=torch.finfo(torch.float32).tiny).log(), self.log_norm_K, kept_K)
+        self.log_norm_K.copy_(torch.where(now_K, mixed_K, self.log_norm_K))
         self.seen_K += now_K
-        known_K = self.share_K > 0
-        if not bool(known_K.any()):
-            return
-        # The mean of the known shares is the length that weight 1 stands for, so the total stays where it was.
-        typical = self.share_K[known_K].log().mean().exp()
-        given_K = torch.tensor(self.given, device=self.share_K.device)
-        self.factors_K.copy_(torch.where(known_K, given_K * typical / self.share_K.clamp(min=1e-6), given_K))
+        known_K = self.seen_K > 0
+        typical = (self.log_norm_K * known_K).sum() / known_K.sum().clamp(min=1)
+        given_K = torch.tensor(self.given, device=norm_K.device)
+        self.factors_K.copy_(torch.where(known_K, given_K * (typical - self.log_norm_K).exp(), given_K))
 
 
 Weights = FixedWeights | LearnedWeights | GradientNormWeights

@@ -114,7 +114,7 @@ def build_objective(
         std=run.data.augment.std,
         mixed_attention=run.backbone.attention == "mixed",
         ranks=ranks,
-        weights=_weights(recipe),
+        weights=_weights(recipe) if target_encoders else FixedWeights([t.weight for t in recipe.targets]),
         image_heads=image_heads,
         states=states,
         projector=projector,

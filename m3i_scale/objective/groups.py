@@ -159,7 +159,7 @@ def _dense(objective: Objective, target: TargetSpec, context: Context, encoded: 
 
 def _estimate(objective: Objective, prediction_ND: Tensor, target_ND: Tensor) -> Tensor | None:
     """Information of a Gaussian group, on steps that are logged: it costs an eigenvalue decomposition."""
-    return gaussian_information(prediction_ND, target_ND) if objective.measure_health else None
+    return gaussian_information(prediction_ND, target_ND, objective.ranks) if objective.measure_health else None
 
 
 def _decode(
@@ -167,7 +167,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """Which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
     cls_B1D, tokens_BLD, where = encoded.cls_B1D, encoded.tokens_BLD, encoded.where
-    if target.encoder == "momentum" and objective.projector is not None:
+    if target.encoder == "momentum" and target.head is None and objective.projector is not None:
         tokens_BSD = objective.projector(torch.cat([cls_B1D, tokens_BLD], dim=1))
         cls_B1D, tokens_BLD = tokens_BSD[:, :1], tokens_BSD[:, 1:]
     grid = objective.student.grid
@@ -265,7 +265,10 @@ def _pooled(objective: Objective, target: TargetSpec, context: Context, encoded:
         return _prototypes(objective, target, context, prediction_BE, target_BE)
     if target.regularizer == "cross_correlation":
         loss = cross_correlation(prediction_BE, target_BE, target.offdiagonal_weight, ranks)
-        sides = [standardize(side.float(), ranks) for side in (prediction_BE, target_BE)]
+        if not objective.measure_health:
+            return loss, None
+        with torch.no_grad():
+            sides = [standardize(side.float(), ranks) for side in (prediction_BE, target_BE)]
         return loss, _estimate(objective, sides[0], sides[1])
     if target.regularizer == "variance_covariance":
         loss = gaussian(prediction_BE[:, None], target_BE[:, None], target.sigma2, ranks)

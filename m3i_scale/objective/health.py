@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_scale.objective.ranks import Ranks
+
 
 @torch.no_grad()
 def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
@@ -28,24 +30,27 @@ def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def target_health(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Is a group's target alive?
+def target_health(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Is a group's target alive? Over the samples of all ranks.
 
     Args:
         parts: `z` (…, E): targets; `assignment` (B, K): distributions over prototypes; `scale` (1): 1/τ.
+        ranks: other ranks.
 
     Returns:
         `spread`: 1 − ‖mean unit target‖², 0 when all samples have the same target, near 1 when they point everywhere;
-        `evenness`: entropy of the mean assignment over log K; `scale`.
+        `evenness`: entropy of the mean assignment over log K; `scale`. A spread of fewer than two targets is left out.
     """
     found: dict[str, Tensor] = {}
     if "z" in parts:
         z_NE = F.normalize(parts["z"].detach().float().flatten(0, -2), dim=-1)
-        # Without a sample of this kind there is nothing to see: not collapsed.
-        mean_E = z_NE.mean(dim=0) if len(z_NE) else z_NE.new_zeros(z_NE.shape[-1])
-        found["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
+        count = ranks.sum(z_NE.new_tensor(float(len(z_NE))))
+        mean_E = ranks.sum(z_NE.sum(dim=0)) / count.clamp(min=1)
+        if float(count) > 1:  # the same on all ranks
+            found["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
     if "assignment" in parts:
-        mean_K = parts["assignment"].float().mean(dim=0)
+        probabilities_BK = parts["assignment"].float()
+        mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
         found["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
     if "scale" in parts:
         found["scale"] = parts["scale"].detach().float().squeeze()

@@ -76,7 +76,8 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch, and detached figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
-        The mean over ranks of the loss, and of each figure, is that of the global batch.
+        The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
+        `health/target…` are means of what every rank sees of its own.
         """
         context = self._encode(batch)
         self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
@@ -93,7 +94,7 @@ class Objective(nn.Module):
             nats = [nats for _, nats in found if nats is not None]
             if nats:
                 figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
-        total, factors_K = self.weights(torch.stack(losses))
+        total, factors_K = self.weights(torch.stack(losses), self._present(batch))
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
         if self.training and torch.is_grad_enabled():
@@ -110,12 +111,23 @@ class Objective(nn.Module):
         """What a head remembers."""
         return cast(HeadState, self.states[name or ""])
 
+    def _present(self, batch: Batch) -> Tensor | None:
+        """Whether any sample of any rank has each target: bool (K); None where the weights do not ask."""
+        if not self.weights.needs_presence:
+            return None
+        counts_K = torch.stack([has_target(target, batch).sum() for target in self.recipe.targets])
+        return self.ranks.sum(counts_K.float()) > 0
+
     @torch.no_grad()
-    def after_backward(self) -> None:
-        """Tell the weights how long every group's gradient was. Called by the trainer after every backward pass."""
+    def after_backward(self, scale: float = 1.0) -> None:
+        """Tell the weights how long every group's gradient was. Called by the trainer after every backward pass.
+
+        Args:
+            scale: how much larger than the true gradient the backward pass computes it.
+        """
         device = next(iter(self.parameters())).device
         norms = [sum(parts, torch.zeros((), device=device)) for parts in self.squared_grad_norms.values()]
-        self.weights.observe(torch.stack(norms), self.ranks)
+        self.weights.observe(torch.stack(norms) / scale**2, self.ranks)
 
     # ---------------------------------------------------------------- inputs
 
@@ -196,7 +208,7 @@ class Objective(nn.Module):
 
     def _health(self, context: Context) -> dict[str, Tensor]:
         first = context.inputs[self.recipe.inputs[0].name].tokens_BLD
-        watched = {"dense": first.flatten(0, 1), "pooled": first.mean(dim=1)}
+        watched = {"dense": first.flatten(0, 1), "pooled": self.ranks.gather(first.detach().mean(dim=1))}
         for (encoder, view), tokens_BND in context.dense.items():
             if encoder == "momentum":
                 watched[f"target_view{view + 1}"] = tokens_BND.flatten(0, 1)
@@ -204,9 +216,11 @@ class Objective(nn.Module):
             f"health/{name}_{figure}": value
             for name, features_ND in watched.items()
             for figure, value in feature_health(features_ND).items()
+            if len(features_ND) > 1  # one sample has no spread
         }
         for name, parts in context.watched.items():
-            figures |= {f"health/{name}_{figure}": value for figure, value in target_health(parts).items()}
+            found = target_health(parts, self.ranks)
+            figures |= {f"health/{name}_{figure}": value for figure, value in found.items()}
         return figures
 
     # ---------------------------------------------------------------- inference

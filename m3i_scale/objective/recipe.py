@@ -150,15 +150,14 @@ class BalanceSpec(Section):
     """How the weights of the groups come about."""
 
     kind: Literal["fixed", "learned", "gradient_norm"] = "fixed"
-    """fixed: `weight` of every target. learned: every group has a log σ of its own, which is trained: weight / σ² on
-    its loss, plus log σ. gradient_norm: `weight` is the share of the gradient at the encoder output that the group
-    is to have; the factors follow the measured norms."""
+    """fixed: `weight` of every target. learned: every group has a σ of its own, which is trained: weight × (loss / σ² +
+    log σ). gradient_norm: the groups' gradients at the encoder output stand to each other as the weights do."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of the measured norms, over micro-batches: they are averaged over the last 1 / (1 − momentum)."""
 
     @model_validator(mode="after")
     def _no_idle_fields(self) -> Self:
-        if self.momentum != type(self).model_fields["momentum"].default and self.kind != "gradient_norm":
+        if "momentum" in self.model_fields_set and self.kind != "gradient_norm":
             raise ValueError(f"momentum: no effect on {self.kind} weights")
         return self
 
@@ -273,7 +272,8 @@ class Recipe(Section):
                 return f"head '{name}' has batch norm"
         for target in self.targets:
             inside = target.head is not None and not self.heads[target.head].queue and target.regularizer == "negatives"
-            if inside or target.regularizer in ("cross_correlation", "variance_covariance"):
+            inside = inside or target.modality == "text"
+            if inside or target.regularizer in ("cross_correlation", "variance_covariance", "mean_entropy"):
                 return f"target '{target.name}' has {target.regularizer} within the batch"
         return None
 

@@ -122,7 +122,13 @@ def _unused(recipe: Recipe, names: list[str]) -> Iterator[str]:
         if section is None and wanted:
             fix = ", e.g. recipe.teacher.from_pretrained=/data/models/dinov2-base" if encoder == "teacher" else ""
             yield f"a target has `encoder: {encoder}`, so the recipe needs a `{encoder}` section{fix}"
+    yield from _section_faults(recipe)
+
+
+def _section_faults(recipe: Recipe) -> Iterator[str]:
     momentum = recipe.momentum
+    if momentum and momentum.end == 0:
+        yield "`momentum.end: 0`: the average would be the model itself"
     if momentum and "projector_depth" in momentum.model_fields_set and not recipe.projects_dense_targets:
         yield "`momentum.projector_depth` has no effect: no dense momentum target goes through it"
     if recipe.balance.kind == "gradient_norm" and len(recipe.targets) == 1:
@@ -137,6 +143,8 @@ def _head_faults(head: HeadSpec, users: list[TargetSpec]) -> Iterator[str]:
         yield "dense negatives come from a `queue`, e.g. 65536: the patches of a batch would be too many"
     if head.queue and any(target.candidates == "both" for target in users):
         yield "`candidates: both` has no effect beside a `queue`"
+    if head.prototypes == 1:
+        yield "`prototypes: 1`: all samples would have it"
     if not head.prototypes and any(row.prototypes for row in rows):
         yield "a distribution over prototypes needs `prototypes`, e.g. 4096"
     if head.queue and not any(row.regularizer == "negatives" for row in rows):
@@ -165,7 +173,9 @@ def _target_faults(recipe: Recipe, target: TargetSpec, names: list[str]) -> Iter
         return
     kind = recipe.decoders[target.decoder].kind
     valid = _DENSE if row.kind in ("pixels", "dense") else _POOLS
-    if kind not in valid:
+    if row.kind == "dense" and row.head and kind != "pointwise":
+        yield f"dense negatives compare backbone tokens: the decoder must be pointwise, not {kind}"
+    elif kind not in valid:
         yield f"{_KINDS[row.kind]} is decoded by {' or '.join(valid)}, not {kind}"
     if row.head and target.head is None:
         yield f"{row} needs a `head`"
@@ -203,11 +213,10 @@ def _place_faults(recipe: Recipe, target: TargetSpec) -> Iterator[str]:
     if target.modality == "pixels" and target.tokens == "pooled":
         yield "pixels are dense: `tokens: masked` or `all`"
     specs = [recipe.input(name) for name in target.inputs]
-    other_view = any(spec.view != target.view for spec in specs)
     if target.encoder == "online":
         if recipe.shows(target.view) is None:
             yield f"`encoder: online` needs an input that shows all of view {target.view}, without mask and mix"
-        if not other_view:
+        if any(spec.view == target.view for spec in specs):
             yield "an input that shows its own target predicts nothing"
     yield from _dense_place_faults(recipe, target, specs)
 
@@ -238,9 +247,16 @@ def _collapse_faults(recipe: Recipe, target: TargetSpec) -> Iterator[str]:
         head = recipe.heads.get(target.head or "")
         if head is not None and not head.predictor_depth:
             yield "a stop gradient alone lets a pooled target collapse: give its head a predictor, `predictor_depth: 2`"
-    pointwise = recipe.decoders[target.decoder].kind == "pointwise"
-    if pointwise and target.encoder == "momentum" and target.distribution == "gaussian":
-        yield "a backbone that sees a patch need only copy its own average: hide patches, or take a teacher"
+    specs = [recipe.input(name) for name in target.inputs]
+    shown = recipe.mix is None and any(spec.view == target.view and spec.mask is None for spec in specs)
+    if target.encoder == "momentum" and shown and target.regularizer != "centering":
+        yield "a backbone that sees all of the target need only copy its own average: hide patches, take another view"
+    if target.regularizer == "unigrad" and target.unigrad_lambda == 0:
+        yield "`unigrad_lambda: 0` keeps nothing apart: choose `regularizer: stop_gradient`, or a larger one"
+    if target.regularizer == "centering" and target.target_temperature >= target.temperature:
+        yield "`target_temperature` must be below `temperature`: a target that is not sharper becomes uniform"
+    if target.regularizer == "mean_entropy" and target.target_temperature >= 1:
+        yield "`target_temperature` must be below 1: it sharpens the target"
 
 
 _Applies = Callable[["TargetSpec"], bool]

@@ -74,8 +74,8 @@ class TextHead(nn.Module):
     def reset_parameters(self) -> None:
         """First temperature, and first bias of a Bernoulli target."""
         nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
-        if self.bias is not None and self.first_bias is not None:
-            nn.init.constant_(self.bias, self.first_bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(B, D) → unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
@@ -83,8 +83,9 @@ class TextHead(nn.Module):
         log_scale = self.log_scale.float()
         # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
         bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
-        # A copy: ZeRO-3 takes the parameter itself away when this call ends.
-        return prediction_BE, bounded.exp(), None if self.bias is None else self.bias.float().clone()
+        # The parameter is what is added to the first bias: bf16 has steps of 1/16 near −10.
+        bias = None if self.bias is None or self.first_bias is None else self.bias.float() + self.first_bias
+        return prediction_BE, bounded.exp(), bias
 
 
 class CategoryHead(nn.Module):

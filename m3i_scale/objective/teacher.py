@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, ViTConfig
+from transformers import AutoConfig, AutoModel, PreTrainedModel, ViTConfig
 
 from m3i_scale.backbones.vit import pretrained_folder
 from m3i_scale.errors import ConfigError
@@ -20,6 +22,8 @@ _WHERE = "recipe.teacher.from_pretrained"
 
 @lru_cache(maxsize=4)
 def _read_config(source: str) -> Any:
+    if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
+        raise ConfigError(f"no such folder '{source}'", where=_WHERE, fix="give a folder with config.json, or a Hub id")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -104,7 +108,34 @@ def teacher_weights(recipe: Recipe) -> dict[str, Tensor]:
         raise ConfigError(
             f"{len(bad)} weights of '{source}' are missing or have another shape, e.g. {bad[0]}", where=_WHERE
         )
+    _check_outputs(model.eval(), source)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def _check_outputs(model: PreTrainedModel, source: str) -> None:
+    """Tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    where = f"{_WHERE}: {source}"
+    kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+    if kept:
+        raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
+    side = int(getattr(model.config, "image_size", 224))
+    pixels_BCHW = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    one, two = (model(pixel_values=pixels_BCHW).last_hidden_state for _ in range(2))
+    patches = (side // model.config.patch_size) ** 2
+    before = (one.shape[1] if one.ndim == 3 else 0) - patches
+    if before not in {0, 1, 1 + int(getattr(model.config, "num_register_tokens", 0))}:
+        raise ConfigError(
+            f"the teacher gives {tuple(one.shape)} for {patches} patches: not one token a patch after a class token",
+            where=where,
+            fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
+        )
+    if not torch.equal(one, two):
+        raise ConfigError("the teacher gives other tokens at every call: it hides patches at random", where=where)
 
 
 def teacher_sha256(recipe: Recipe) -> str | None:

@@ -24,6 +24,8 @@ LEAST_STD = 1e-3
 """Of the backbone's own features."""
 MOST_SCALE, LEAST_SCALE = 99.5, 1.0
 """Of 1/τ, which is limited to 100."""
+LEAST_NATS = 0.5
+"""A group with more information than this may well sit at the upper limit of 1/τ, as CLIP does."""
 MOST_RATIO = 100.0
 """Gradient of the strongest group at the encoder output over that of the next one."""
 
@@ -62,7 +64,7 @@ class Diagnosis:
 
 def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[Fault]:
     for name, figures in record.groups.items():
-        yield from _target_faults(name, health, young)
+        yield from _target_faults(name, health, young, figures.get("nats", 0.0))
         if not math.isfinite(figures.get("grad_norm", 0.0)):
             yield Fault(
                 name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
@@ -79,7 +81,7 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
             )
 
 
-def _target_faults(name: str, health: dict[str, float], young: set[str]) -> Iterator[Fault]:
+def _target_faults(name: str, health: dict[str, float], young: set[str], nats: float) -> Iterator[Fault]:
     spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
     trained_too = scale is not None  # a text tower: fresh ones give all captions nearly the same vector
     if spread is not None and spread < LEAST_SPREAD and not (trained_too and name in young):
@@ -98,7 +100,8 @@ def _target_faults(name: str, health: dict[str, float], young: set[str]) -> Iter
             f"all samples fall to one prototype, evenness {evenness:.1e}",
             "a higher target_temperature, a larger entropy_weight, a lower optim.lr",
         )
-    if scale is not None and not LEAST_SCALE <= scale <= MOST_SCALE:
+    hot = scale is not None and scale > MOST_SCALE and nats < LEAST_NATS
+    if scale is not None and (hot or scale < LEAST_SCALE):
         where = "upper" if scale > MOST_SCALE else "lower"
         yield Fault(
             name,

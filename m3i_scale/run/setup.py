@@ -53,7 +53,7 @@ class Plan:
         for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
             model.pop(key, None)
         return {
-            "recipe": run.recipe,
+            "recipe": {key: value for key, value in run.recipe.items() if key != "teacher"},  # its hash stands below
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
@@ -87,6 +87,11 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer) if recipe.uses_text else None
     if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
+    lines = [name for name, source in run.data.sources.items() if source.captions == "lines"]
+    if lines and not recipe.uses_text:
+        raise ConfigError(
+            "`captions: lines` has no effect: the recipe has no text target", where=f"data.sources.{lines[0]}"
+        )
     if run.evaluation.every_steps and not run.data.validation:
         raise ConfigError(
             "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
@@ -239,6 +244,7 @@ def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> None:
         CheckpointError: names what differs.
     """
     meta = read_meta(checkpoint)
+    _check_identity(plan, checkpoint, meta)
     stage = plan.deepspeed.config["zero_optimization"]["stage"]
     for key, here in (("world_size", world_size), ("zero_stage", stage)):
         if meta[key] != here:
@@ -253,6 +259,9 @@ def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> None:
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
+
+
+def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved = meta["identity"]
     now = json.loads(json.dumps(plan.identity()))
     different = [key for key in now if saved.get(key) != now[key]]
@@ -261,9 +270,17 @@ def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> None:
         raise CheckpointError(
             f"the checkpoint is of another run: {', '.join(different)} differ",
             where=str(checkpoint),
-            why=f"{key} was {_short(saved.get(key))}, and is {_short(now[key])}",
+            why=_difference(key, saved.get(key), now[key]),
             fix="take the same run file, or another output_dir for the new run",
         )
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What was and what is; recipes by their names, where those differ."""
+    names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
+    if key == "recipe" and names[0] != names[1]:
+        return f"recipe was '{names[0]}', and is '{names[1]}'"
+    return f"{key} was {_short(before)}, and is {_short(now)}"
 
 
 def _short(value: Any) -> str:

@@ -108,7 +108,7 @@ class Trainer:
             loss, figures = self.engine(batch)
             seen.append(MicroBatch(loss.detach(), figures, batch.keys))
             self.engine.backward(loss)
-            self.engine.module.after_backward()
+            self.engine.module.after_backward(self._gradient_scale())
             self.meter.add_micro_batch(loss, figures, self.engine.module.token_count, wait_s)
             self.meter.add_gradients(self._gradient_scale())
             if number + 1 == self.plan.accumulation:  # one vote a step, however many micro-batches

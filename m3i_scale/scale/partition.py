@@ -129,6 +129,7 @@ class ShardedMomentum:
 
     def __init__(self, engine: Any, pairs: list[tuple[str, str]]) -> None:
         named = dict(engine.module.named_parameters())
+        self._follows = {target: online for online, target in pairs}
         self._online = {target: named[online] for online, target in pairs}
         self._target = {target: named[target] for _, target in pairs}
         self._refuse_unsupported(engine)
@@ -178,6 +179,10 @@ class ShardedMomentum:
             target = self._target[name]
             copy = target.ds_tensor if is_partitioned(target) else target
             copy.copy_(shard.view_as(copy))
+
+    def online_names(self) -> dict[str, str]:
+        """Which parameter every averaged one follows."""
+        return dict(self._follows)
 
     def shapes(self) -> dict[str, list[int]]:
         """Full shape of every averaged parameter, for consolidation."""

@@ -411,6 +411,17 @@ class Cases:
         folder = self.out / "checkpoints" / f"remembered-{recipe}" / "step-00000003"
         meta = {"world_size": self.world, "zero_stage": 3, "step": 3}
         save_checkpoint(folder, engine, momentum, data_state={}, meta=meta, run_yaml="name: x\n")
+        parameters = dict(engine.module.named_parameters())
+        trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
+        wrong = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.requires_grad and not torch.equal(trained[name], self._master(parameter))
+        ]
+        wrong += [name for name in trained if name not in parameters]
+        for online, target in momentum_pairs(engine.module):
+            average = self._gather_shard(momentum.shards[target], trained[online])
+            wrong += [] if torch.equal(averaged[online], average) else [online]
         straight = train(3, 4)
         engine.destroy()
         engine, momentum = start_engine(plan, self.ranks)  # as a new process would
@@ -424,6 +435,7 @@ class Cases:
             "loaded_different": [name for name, buffer in saved.items() if not torch.equal(buffer, loaded[name])],
             "resumed_different": [name for name, value in straight.items() if not torch.equal(value, again[name])],
             "kept": saved,
+            "loaded_wrong": wrong,
         }
 
     def published(self, loss: str) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def test_what_heads_and_weights_remember_survives_in_fp32_and_is_the_same_on_all
         assert told["moved"]
         assert told["loaded_different"] == []
         assert told["resumed_different"] == []
+        assert told["loaded_wrong"] == []
         for name, buffer in worlds.result(f"remembered_{case}", world, 0)["kept"].items():
             assert torch.equal(told["kept"][name], buffer), name
 

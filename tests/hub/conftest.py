@@ -14,7 +14,7 @@ from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folde
 from m3i_scale.data.make import ShardOptions, make_shards
 from m3i_scale.data.records import Record
 from m3i_scale.hub import fresh
-from m3i_scale.objective.build import build_objective, initialize_module
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.state import TAG
@@ -136,6 +136,8 @@ def write_checkpoint(final, run, objective, step, vocab_size, tokenizer):
     save_file(averaged, folder / "momentum" / "rank-00000.safetensors")
     shapes = {name: list(state[name].shape) for name in averaged}
     (folder / "momentum" / "shapes.json").write_text(json.dumps(shapes))
+    online = {target: name for name, target in momentum_pairs(objective)}
+    (folder / "momentum" / "online.json").write_text(json.dumps(online))
     (folder / "run.yaml").write_text(run_yaml(run))
     (folder / "meta.json").write_text(json.dumps(meta))
     commit(final, folder, meta)

@@ -124,7 +124,7 @@ def test_the_estimate_of_a_gaussian_is_its_information() -> None:
     for _ in range(60):
         x, y = gaussians(2000, generator)
         for name, prediction in (("perfect", RHO * x), ("half", 0.5 * RHO * x), ("none", torch.zeros_like(x))):
-            found[name].append(float(gaussian_information(prediction @ turn, y @ turn)))
+            found[name].append(float(gaussian_information(prediction @ turn, y @ turn, RANKS)))
     value, error = mean_and_error(found["perfect"])
     assert value == pytest.approx(GAUSSIAN_TRUTH, abs=error + 0.005)
     # Errors of 1 − ρ² + ρ²/4 a dimension.
@@ -136,6 +136,20 @@ def test_the_estimate_of_a_gaussian_is_its_information() -> None:
 def test_the_estimate_counts_no_direction_without_variance_and_survives_few_rows_and_nan() -> None:
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(3))
     flat = torch.cat([x, torch.zeros(400, 2)], dim=1)
-    assert float(gaussian_information(torch.zeros_like(flat), flat)) < 0.1
-    assert gaussian_information(x[:19], x[:19]) is None
-    assert math.isnan(float(gaussian_information(x * torch.nan, x)))
+    assert float(gaussian_information(torch.zeros_like(flat), flat, RANKS)) < 0.1
+    assert gaussian_information(x[:19], x[:19], RANKS) is None
+    assert math.isnan(float(gaussian_information(x * torch.nan, x, RANKS)))
+
+
+def test_the_leading_components_count_and_prediction_and_target_are_not_alike() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, noise = (torch.randn(60, 40, generator=generator) for _ in range(2))
+    target = torch.cat([10 * (x[:, :1] + 0.1 * noise[:, :1]), 0.01 * noise[:, 1:]], dim=1)
+    prediction = torch.cat([10 * x[:, :1], torch.zeros(60, 39)], dim=1)
+    # 60 rows are enough for three of 40 components: the first holds ½ ln(1.01 / 0.01).
+    found = float(gaussian_information(prediction, target, RANKS))
+    assert found == pytest.approx(0.5 * math.log(101), abs=0.5)
+    shifted = float(gaussian_information(prediction + 5.0, target, RANKS))  # an offset is an error
+    assert shifted < found - 1.0
+    wide = torch.cat([3 * prediction[:, :1], prediction[:, 1:]], dim=1)
+    assert float(gaussian_information(target, wide, RANKS)) != pytest.approx(found, abs=0.1)

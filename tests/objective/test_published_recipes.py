@@ -118,7 +118,7 @@ def siglip(objective: Objective, batch: Batch) -> Tensor:
     pooled = objective.decoders["pool"](tokens(objective, batch, 1)[:, 1:])
     image = F.normalize(pooled @ head.projection.weight.T, dim=-1)
     text = objective.text(batch.text_ids_BT, batch.text_mask_BT)
-    return SigLipLoss()(image, text, head.log_scale.exp(), head.bias)
+    return SigLipLoss()(image, text, head.log_scale.exp(), head.bias - 10.0)
 
 
 def dense_distillation(objective: Objective, batch: Batch) -> Tensor:
@@ -137,11 +137,22 @@ def autoencoder(objective: Objective, batch: Batch) -> Tensor:
     return F.mse_loss(objective.heads["pixels"].projection(tokens(objective, batch, 1)[:, 1:]), wanted)
 
 
+def unigrad(objective: Objective, batch: Batch) -> Tensor:
+    """‖u₁ − u₂‖² + λ u₁ᵀ F u₁ with the F of the batches before, of either view, halved."""
+    correlation, loss = objective.states["global"].correlation_EE.clone(), torch.zeros(())
+    for here, there in ((1, 2), (2, 1)):
+        u1 = F.normalize(z(objective, batch, here, predict=True), dim=-1)
+        u2 = F.normalize(z(objective, batch, there, predict=False, averaged=True), dim=-1)
+        loss = loss + ((u1 - u2).square().sum(dim=-1) + 100.0 * torch.einsum("bi,ij,bj->b", u1, correlation, u1)).mean()
+    return loss / 2
+
+
 PUBLISHED: dict[str, Callable[[Objective, Batch], Tensor]] = {
     "simclr": simclr,
     "moco": moco,
     "byol": byol,
     "simsiam": byol,
+    "unigrad": unigrad,
     "barlow": barlow,
     "vicreg": vicreg,
     "global_distillation": global_distillation,
@@ -156,6 +167,10 @@ PUBLISHED: dict[str, Callable[[Objective, Batch], Tensor]] = {
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_the_published_loss_with_its_gradients(recipe: str) -> None:
     objective = tiny_objective(recipe)
+    if objective.momentum is not None:
+        with torch.no_grad():  # an average that equals the model would hide which of the two is used
+            for parameter in objective.momentum.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
     objective(random_batch(8, seed=1))  # fills queues and centers
     objective.eval()
     batch = random_batch(8, repeated_caption=False)
@@ -175,3 +190,30 @@ def test_a_recipe_is_the_published_loss_with_its_gradients(recipe: str) -> None:
             assert name not in ours or not ours[name].any(), name
             continue
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def test_heads_remember_all_views_and_only_in_training() -> None:
+    objective, batch = tiny_objective("global_distillation"), random_batch(6)
+    state, head = objective.states["prototypes"], objective.momentum.heads["prototypes"]
+    with torch.no_grad():
+        objective(batch)
+        assert not state.center_K.any()
+        objective.eval()
+    objective(batch)
+    assert not state.center_K.any()
+    objective.train()
+    objective(batch)
+    cosines = [head.cosines(head.projector(tokens(objective, batch, view, averaged=True)[:, 0])) for view in (1, 2)]
+    torch.testing.assert_close(state.center_K, 0.1 * torch.cat(cosines).mean(dim=0))
+
+
+def test_the_nats_of_distributions_over_prototypes_and_of_both_sides() -> None:
+    objective, batch = tiny_objective("global_distillation").eval(), random_batch(6)
+    head = objective.momentum.heads["prototypes"]
+    target = head.cosines(head.projector(tokens(objective, batch, 1, averaged=True)[:, 0])) / 0.04
+    mean = target.softmax(dim=-1).mean(dim=0)
+    figures = objective(batch)[1]
+    entropy = -(mean * mean.log()).sum().detach()
+    torch.testing.assert_close(figures["view1/nats"], entropy - figures["view1/loss"], rtol=1e-4, atol=1e-5)
+    figures = tiny_objective("simclr")(batch)[1]
+    torch.testing.assert_close(figures["view1/nats"], torch.tensor(11.0).log() - figures["view1/loss"])

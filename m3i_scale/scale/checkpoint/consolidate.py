@@ -13,7 +13,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.objective.build import online_name
 from m3i_scale.scale.checkpoint.state import TAG, tensors_only
 
 
@@ -38,8 +37,9 @@ def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> d
     if weights == "momentum":
         if not averaged:
             raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
+        online: dict[str, str] = json.loads((checkpoint / "momentum" / "online.json").read_text(encoding="utf-8"))
         for name, tensor in averaged.items():
-            full[online_name(name.removeprefix("momentum."))] = tensor
+            full[online[name]] = tensor
     full |= averaged
     empty = [name for name, tensor in full.items() if tensor.numel() == 0]
     if empty:

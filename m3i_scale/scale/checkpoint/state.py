@@ -2,7 +2,7 @@
 
 step-00000100/
   deepspeed/   ZeRO shards of weights and optimizer, as DeepSpeed writes them
-  momentum/    rank-00000.safetensors …  fp32 shards of the averaged weights; shapes.json
+  momentum/    rank-00000.safetensors …  fp32 shards of the averaged weights; shapes.json, online.json
   random/      rank-00000.safetensors …  random states of the host and of the accelerator
   data/        rank-00000.json …         position of the stream
   run.yaml, meta.json, manifest.json
@@ -89,6 +89,7 @@ def _write(
         if rank == 0:
             if momentum is not None:
                 _write_text(folder / "momentum" / "shapes.json", json.dumps(momentum.shapes()))
+                _write_text(folder / "momentum" / "online.json", json.dumps(momentum.online_names()))
             _write_text(folder / "meta.json", json.dumps(meta, indent=1))
             _write_text(folder / "run.yaml", run_yaml)
 
