@@ -15,6 +15,8 @@ from m3i_scale.data.index import ShardIndex
 from m3i_scale.errors import DataError
 
 OPEN_SHARDS = 32
+NOT_A_MEMBER = "not a tar member"
+"""Reason of a bad sample: the bytes are not what the index says, so one of the two is of another time."""
 _END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 _COMPRESSED = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\]\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL)
 """Beginnings by which tarfile would unpack: a member's name can be made to look so, and to unpack to gigabytes."""
@@ -47,7 +49,7 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"cannot read the shard: {error}", where=str(index.path)) from None
         if len(data) < end - start:
-            raise BadSampleError("not a tar member", f"{len(data)} of {end - start} bytes")
+            raise BadSampleError(NOT_A_MEMBER, f"{len(data)} of {end - start} bytes")
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         return parse_members(data + padding + _END_OF_TAR, str(index.path))
 
@@ -73,13 +75,13 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
         BadSampleError: no sample, several, or a member twice.
     """
     if _COMPRESSED.match(data):
-        raise BadSampleError("not a tar member", "compressed")
+        raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
         files = ({**file, "__url__": url} for file in tar_file_iterator(io.BytesIO(data)))
         samples = list(group_by_keys(files))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        raise BadSampleError("not a tar member", str(error)) from None
+        raise BadSampleError(NOT_A_MEMBER, str(error)) from None
     if len(samples) != 1:
-        raise BadSampleError("not a tar member", f"{len(samples)} samples where the index says one")
+        raise BadSampleError(NOT_A_MEMBER, f"{len(samples)} samples where the index says one")
     sample: dict[str, bytes] = samples[0]
     return sample

@@ -9,7 +9,7 @@ from typing import Any
 from m3i_scale.data.collate import Sample
 from m3i_scale.data.index import ShardIndex
 from m3i_scale.data.order import Place, StreamOrder, next_source, seed_of
-from m3i_scale.data.reader import BadSampleError, ShardReader
+from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
 from m3i_scale.data.samples import open_image, read_annotations
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
@@ -150,9 +150,12 @@ class Stream:
 def too_many_bad(bad: Mapping[str, int], read: int, limit: float, quarantine: str | None = None) -> DataError:
     """The error that stops a run which is losing data."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
+    fix = "mend the shards, or raise data.max_bad_fraction if you know why they are bad"
+    if NOT_A_MEMBER in bad:
+        fix = "if shards were replaced by others of the same size, index them anew: m3i-scale shards index FOLDER"
     return DataError(
         f"{sum(bad.values())} of {read} samples read are bad, more than data.max_bad_fraction = {limit:g}",
         where=quarantine,
         why=table,
-        fix="mend the shards, or raise data.max_bad_fraction if you know why they are bad",
+        fix=fix,
     )

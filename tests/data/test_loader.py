@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import merge_states
+from m3i_scale.data.reader import NOT_A_MEMBER
+from m3i_scale.data.stream import too_many_bad
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
 from m3i_scale.errors import ConfigError, DataError
 
@@ -238,6 +240,13 @@ def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
         find_tokenizer({"s": SourceConfig(shards=str(folder))}, None)
     with pytest.raises(ConfigError, match="cannot load the tokenizer"):
         find_tokenizer({}, str(tmp_path))
+
+
+def test_shards_replaced_by_others_of_the_same_size_are_told_from_bad_ones():
+    error = too_many_bad({NOT_A_MEMBER: 59, "label out of range": 9}, 116, 0.05)
+    assert "m3i-scale shards index" in error.fix
+    assert "59 × not a tar member" in error.why
+    assert "mend the shards" in too_many_bad({"label out of range": 9}, 116, 0.05).fix
 
 
 def test_a_caption_of_several_is_drawn_anew_in_every_pass_and_is_the_same_on_any_ranks(tools, cache, tmp_path):
