@@ -45,8 +45,9 @@ class BackboneConfig(Section):
     attention: Literal["own", "mixed"] = "own"
     """In mixed inputs, tokens attend within their own image (own) or across both images (mixed)."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
-    """How attention is computed in the Transformers that are trained or averaged: torch's fused kernel, or matrix products and a softmax,
-    which are faster for short sequences in bf16 on CPUs (docs/performance.md) and need more memory."""
+    """How attention is computed in the Transformers that are trained or averaged: torch's fused kernel, or matrix
+    products and a softmax, which are faster for short sequences in bf16 on CPUs (docs/performance.md) and need more
+    memory."""
     activation_checkpointing: str = "none"
     """none | full | every_N: which Transformer layers recompute their activations in the backward pass."""
 
