@@ -106,7 +106,8 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
             where="text.tokenizer",
             fix="take a BERT-type tokenizer, or the one that `shards make` trains",
         )
-    if recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
+    # A mix asks for as many samples on every rank, when the modules are built.
+    if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
         raise ConfigError(
             f"{recipe.compares_samples}, which needs at least two samples at a time",
             where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",
