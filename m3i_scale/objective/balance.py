@@ -12,7 +12,7 @@ from m3i_scale.objective.ranks import Ranks
 class FixedWeights(nn.Module):
     """w_k as the recipe says."""
 
-    needs_presence = False
+    needs_presence = needs_gradients = False
 
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
@@ -24,7 +24,8 @@ class FixedWeights(nn.Module):
         return (factors_K * losses_K).sum(), factors_K
 
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """Told after every backward pass: squared gradient norm of every group at the encoder output, on this rank."""
+        """Told after every backward pass, where `needs_gradients`: squared gradient norm of every group at the encoder
+        output, on this rank."""
 
 
 class LearnedWeights(nn.Module):
@@ -34,7 +35,7 @@ class LearnedWeights(nn.Module):
     (Kendall, Gal and Cipolla, 2018). σ_k² settles at 2 L_k, and the factor of the group at w_k / 2 L_k.
     """
 
-    needs_presence = True
+    needs_presence, needs_gradients = True, False
 
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class GradientNormWeights(Fp32State):
     Weight 1 stands for the geometric mean of the plain gradients.
     """
 
-    needs_presence = False
+    needs_presence, needs_gradients = False, True
     log_norm_K: Tensor
     """Moving average of the logarithm of each group's plain (unweighted) gradient norm."""
     seen_K: Tensor

@@ -125,6 +125,8 @@ class Objective(nn.Module):
         Args:
             scale: how much larger than the true gradient the backward pass computes it.
         """
+        if not self.weights.needs_gradients:
+            return
         device = next(iter(self.parameters())).device
         norms = [sum(parts, torch.zeros((), device=device)) for parts in self.squared_grad_norms.values()]
         self.weights.observe(torch.stack(norms) / scale**2, self.ranks)
