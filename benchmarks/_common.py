@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.output import print_json, reserve_stdout
 
 reserve_stdout()  # before DeepSpeed is imported, which already prints
@@ -30,6 +32,13 @@ def machine() -> dict[str, object]:
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}
+
+
+def need(package: str) -> None:
+    """End at once, and say how, where a peer is not installed."""
+    if importlib.util.find_spec(package) is None:
+        say(f"error: this benchmark needs '{package}'\n  fix: python -m pip install -e '.[test]'")
+        sys.exit(EXIT_USER_ERROR)
 
 
 def in_turn(sides: dict[str, Callable[[], None]], *, repeats: int, warmup: int = 2) -> dict[str, float]:

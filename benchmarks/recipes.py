@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 import typer
 from _common import emit, machine, say
+from _cost import count_flop, recipe_step, synthetic_batch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitImageProcessor, ViTConfig, ViTModel
 
 from m3i_scale.backbones.vit import Backbone, vit_config
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.build import build_objective, initialize_module
-from m3i_scale.objective.information import Objective
+from m3i_scale.objective.build import initialize_module
+from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.partition import initialize_sharded
 
 WIDTH, DEPTH, HEADS, IMAGE, PATCH, VOCABULARY, TOKENS = 384, 12, 6, 224, 16, 30522, 32
@@ -48,11 +48,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         teacher = _teacher(Path(folder))
         plain = _backbone_step(load_run("supervised", _sizes(batch)), batch)
-        plain_flop = _count(plain)
+        plain_flop = count_flop(plain)
         document["backbone"] = {"gflop": plain_flop / batch / 1e9}
         for name in only or known_recipes():
-            step = _recipe_step(_run(name, batch, teacher), batch)
-            flop = _count(step)
+            run = _run(name, batch, teacher)
+            step = recipe_step(run, LABEL_SETS, VOCABULARY, _batch(run, batch))
+            flop = count_flop(step)
             seconds, pace = _in_turn(step, plain, repeats)
             expected_s = flop / plain_flop * pace
             document[name] = {
@@ -112,42 +113,9 @@ def _backbone_step(run: RunConfig, batch: int) -> Callable[[], None]:
     return step
 
 
-def _recipe_step(run: RunConfig, batch: int) -> Callable[[], None]:
-    objective: Objective = build_objective(run, LABEL_SETS, VOCABULARY)
-    initialize_sharded(objective, initialize_module, seed=0)
-    given = _batch(batch, objective.recipe.views)
-
-    def step() -> None:
-        loss, _ = objective(given)
-        loss.backward()
-        objective.zero_grad()
-
-    return step
-
-
-def _batch(count: int, views: int) -> Batch:
-    crops = torch.tensor([0.0, 0.0, IMAGE, IMAGE]).expand(views, count, 4)
-    return Batch(
-        images_VBCHW=torch.randint(0, 256, (views, count, 3, IMAGE, IMAGE), dtype=torch.uint8),
-        crops_VB4=crops,
-        flips_VB=torch.zeros(views, count, dtype=torch.bool),
-        sizes_B2=torch.full((count, 2), float(IMAGE)),
-        labels_B=torch.randint(0, 1000, (count,)),
-        label_sets_B=torch.zeros(count, dtype=torch.int64),
-        text_ids_BT=torch.randint(5, VOCABULARY, (count, TOKENS)),
-        text_mask_BT=torch.ones(count, TOKENS, dtype=torch.bool),
-        has_text_B=torch.ones(count, dtype=torch.bool),
-        captions_B=torch.arange(1, count + 1),
-        seeds_B=torch.randint(0, 2**62, (count,)),
-        keys=[str(number) for number in range(count)],
-    )
-
-
-def _count(step: Callable[[], None]) -> int:
-    """FLOPs of one step, forward and backward; also warms up."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())
+def _batch(run: RunConfig, count: int) -> Batch:
+    views = parse_recipe(run.recipe).views
+    return synthetic_batch(count, views, image=IMAGE, tokens=TOKENS, classes=1000, vocabulary=VOCABULARY)
 
 
 def _in_turn(step: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float]:

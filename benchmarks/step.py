@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import typer
-from _common import emit, in_turn, machine, say
+from _common import emit, in_turn, machine, need, say
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig, load_run
@@ -57,6 +57,7 @@ def main(
     partitioned: str = "zero3_cpu_fp32",
 ) -> None:
     """Print {clip: {ours, peer, ratio}, mae: …, clip_short_captions: …, clip_zero3: …, mae_zero3: …}; images/s."""
+    need("open_clip")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -89,8 +89,10 @@ def train(
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="An exported folder, or any Hub folder of a vision model.")],
     data: Annotated[str, typer.Option(help="Shards to measure on.")],
-    train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probe learn from.")] = None,
-    measure: Annotated[list[str] | None, typer.Option(help="knn, linear, zero_shot, retrieval. Default: all.")] = None,
+    train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probes learn from.")] = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="knn, linear, dense, zero_shot, retrieval. Default: all.")
+    ] = None,
     pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
     baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
     exclude_group: Annotated[list[str] | None, typer.Option(help="Leave out samples of a group.")] = None,
@@ -101,7 +103,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """What frozen features are worth: kNN, linear probe, zero-shot, retrieval, with intervals by concept."""
+    """What frozen features are worth: kNN, linear and dense probe, zero-shot, retrieval, with intervals by concept."""
     from m3i_scale.evaluate.commands import MEASURES
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render

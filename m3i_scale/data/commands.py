@@ -83,6 +83,9 @@ def make_manifest(
     caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
     label_column: Annotated[str, typer.Option(help="Column of labels, names or numbers.")] = "label",
     split_column: Annotated[str, typer.Option(help="Column of splits.")] = "split",
+    mask_column: Annotated[
+        str, typer.Option(help="Column of paths of masks: PNGs, the class of every pixel.")
+    ] = "mask",
     labels_file: Annotated[
         Path | None, typer.Option("--labels", help="Class names: a JSON list, or one a line.")
     ] = None,
@@ -98,7 +101,7 @@ def make_manifest(
     """A table of image paths, captions and labels."""
     records, labels = manifest_records(
         manifest,
-        columns=Columns(path_column, caption_column, label_column, split_column),
+        columns=Columns(path_column, caption_column, label_column, split_column, mask_column),
         root=root,
         labels=None if labels_file is None else read_labels(labels_file),
     )
@@ -169,7 +172,7 @@ def _make(
         )
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
-        f"caption) in {facts['shards']} shards"
+        f"caption, {facts['with_mask']} with mask) in {facts['shards']} shards"
         for which, facts in summary["splits"].items()
     ]
     lines += [f"left out: {count} × {reason}" for reason, count in summary["skipped"].items()]

@@ -95,13 +95,22 @@ class Art:
     def encoded(self) -> tuple[bytes, str]:
         """See `ImageSource`."""
         canvas = Image.new("RGBA", (self.size, self.size), (*self.background, 255))
+        canvas.alpha_composite(self._centred())
+        return to_png(canvas), "png"
+
+    def alpha(self) -> Image.Image:
+        """How opaque the art is in every pixel, 0 … 255."""
+        return self._centred().getchannel("A")
+
+    def _centred(self) -> Image.Image:
+        canvas = Image.new("RGBA", (self.size, self.size))
         with Image.open(io.BytesIO(self._bitmap())) as picture:
             rgba = picture.convert("RGBA")
         scale = self.size / max(rgba.size)
         width, height = (max(1, round(side * scale)) for side in rgba.size)
         rgba = rgba.resize((width, height), Image.Resampling.LANCZOS)
-        canvas.alpha_composite(rgba, ((self.size - width) // 2, (self.size - height) // 2))
-        return to_png(canvas), "png"
+        canvas.paste(rgba, ((self.size - width) // 2, (self.size - height) // 2))
+        return canvas
 
     def _bitmap(self) -> bytes:
         if self.kind == "bitmap":
@@ -114,6 +123,21 @@ class Art:
             )
         )
         return drawn
+
+
+@dataclass(frozen=True)
+class ArtMask:
+    """Where the art is: 0 outside, `label` inside, where it is at least half opaque."""
+
+    art: Art
+    label: int
+
+    def mask(self) -> bytes:
+        """See `MaskSource`."""
+        buffer = io.BytesIO()
+        inside = [0] * 128 + [self.label] * 128
+        self.art.alpha().point(inside).save(buffer, "PNG")
+        return buffer.getvalue()
 
 
 def emoji_records(
@@ -158,11 +182,14 @@ def emoji_records(
 def _record(style: Style, concept: Concept, held_out: bool, image_size: int, background: Background) -> Record:
     key = f"{style.name}-{concept.code}"
     train, val = ("style", "style_val") if style.name == HELD_OUT_STYLE else ("train", "val")
+    art = Art(style.art[concept.code], style.kind, image_size, _colour(background, key))
+    label = GROUPS.index(concept.group)
     return Record(
         key=key,
-        image=Art(style.art[concept.code], style.kind, image_size, _colour(background, key)),
+        image=art,
         caption=concept.caption,
-        label=GROUPS.index(concept.group),
+        label=label,
+        mask=ArtMask(art, label + 1),
         meta={
             "concept": concept.name,
             "family": concept.family,

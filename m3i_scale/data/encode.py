@@ -1,27 +1,48 @@
-"""Read and encode images in worker processes. Kept apart from the writer: workers import little, so they start fast."""
+"""Read and encode images and masks in worker processes.
+
+Kept apart from the writer: workers import little, so they start fast.
+"""
 
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from m3i_scale.data.records import Record
+from PIL import Image
+
+from m3i_scale.data.records import MASK, READ_FORMATS, Record
 from m3i_scale.errors import DataError
 
-Outcome = tuple[bytes, str] | DataError
-"""Encoded image and extension, or why there is none: a fault is a value here, the caller decides whether it stops."""
+Outcome = dict[str, bytes] | DataError
+"""Members by extension, or why there are none: a fault is a value here, the caller decides whether it stops."""
 
 
 def encode(record: Record) -> Outcome:
-    """The record's image."""
+    """The record's image, and its mask where it has one."""
     try:
-        return record.image.encoded()
+        image, extension = record.image.encoded()
+        if record.mask is None:
+            return {extension: image}
+        mask = record.mask.mask()
     except DataError as error:
         return error
+    if _size(mask) != _size(image):
+        return DataError(
+            f"the mask has {_size(mask)} pixels, its image {_size(image)}",
+            where=record.key,
+            fix="save every mask at the size of its image",
+        )
+    return {extension: image, MASK: mask}
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+        return image.size
 
 
 @contextmanager

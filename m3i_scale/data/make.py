@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
 MANIFEST_FORMAT = 1
-FACTS = ("samples", "with_label", "with_caption", "bytes")
+FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
 """What the manifest counts per shard."""
 
 
@@ -217,6 +217,7 @@ def _write_split(
                     "samples": len(kept),
                     "with_label": sum(record.label is not None for record in kept),
                     "with_caption": sum(record.caption is not None for record in kept),
+                    "with_mask": sum(record.mask is not None for record in kept),
                     "bytes": path.stat().st_size,
                     "sha256": _sha256(path),
                 }
@@ -240,7 +241,7 @@ def _write_shard(
     with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
         for record, outcome in outcomes:
             if not isinstance(outcome, DataError):
-                tar.write(_members(record, *outcome))
+                tar.write(_members(record, outcome))
                 kept.append(record)
             elif options.skip_bad:
                 skipped[outcome.what.partition(":")[0]] += 1
@@ -258,8 +259,8 @@ def _cut(records: list[Record], options: ShardOptions) -> Iterator[list[Record]]
         yield records[number * len(records) // count : (number + 1) * len(records) // count]
 
 
-def _members(record: Record, image: bytes, extension: str) -> dict[str, Any]:
-    sample: dict[str, Any] = {"__key__": record.key, extension: image}
+def _members(record: Record, encoded: dict[str, bytes]) -> dict[str, Any]:
+    sample: dict[str, Any] = {"__key__": record.key, **encoded}
     if record.caption is not None:
         sample["txt"] = record.caption.encode("utf-8")
     if record.label is not None:

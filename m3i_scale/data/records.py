@@ -20,6 +20,15 @@ READ_FORMATS = (*KEPT_FORMATS, "BMP", "GIF", "TIFF", "PPM")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Members of a shard that are images."""
 
+MASK = "mask.png"
+"""Extension of the member that names the class of every pixel."""
+
+MASK_MODES = ("L", "P")
+"""Modes of a mask: eight bits a pixel, which are the class (in a palette, the index)."""
+
+NO_CLASS = 255
+"""Pixels of a mask that count for nothing."""
+
 DECODE_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises on images that are cut off, damaged, or no images (its PNG reader raises SyntaxError)."""
 
@@ -32,6 +41,18 @@ class ImageSource(Protocol):
 
         Raises:
             DataError: the image cannot be read.
+        """
+        ...
+
+
+class MaskSource(Protocol):
+    """Where the class of every pixel comes from. Picklable."""
+
+    def mask(self) -> bytes:
+        """An eight-bit PNG of the image's size: class by pixel, `NO_CLASS` where there is none.
+
+        Raises:
+            DataError: the mask cannot be read.
         """
         ...
 
@@ -53,6 +74,8 @@ class Record:
     """What the split rule hashes, so that samples that belong together stay together; None: the key."""
     size_hint: int = 16_384
     """Bytes of the image, roughly, for planning the number of shards."""
+    mask: MaskSource | None = None
+    """Classes by pixel, for dense probes."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,33 @@ class FileImage:
                 where=str(self.path),
                 fix="mend or remove the file, or leave such files out with --skip-bad",
             ) from None
+
+
+@dataclass(frozen=True)
+class FileMask:
+    """A PNG with one byte a pixel, kept as it is."""
+
+    path: Path
+
+    def mask(self) -> bytes:
+        """See `MaskSource`."""
+        try:
+            data = self.path.read_bytes()
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                mode = image.mode
+                image.load()
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise DataError(f"cannot read the mask: {why}", where=str(self.path)) from None
+        except DECODE_FAULTS as error:
+            raise DataError(f"the mask does not decode: {error}", where=str(self.path)) from None
+        if mode not in MASK_MODES:
+            raise DataError(
+                f"the mask has mode {mode}",
+                where=str(self.path),
+                fix="save it as a PNG with one byte a pixel (mode L or P): the class, 255 where there is none",
+            )
+        return data
 
 
 @dataclass(frozen=True)

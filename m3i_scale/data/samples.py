@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS
+from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, MASK_MODES
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 """What Pillow may try: image bytes are hostile input, and some of its other readers start programs."""
@@ -34,8 +34,31 @@ def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
     data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if data is None:
         raise BadSampleError("no image", f"members: {', '.join(sorted(set(members) - {'__key__', '__url__'}))}")
+    return _open(data, IMAGE_FORMATS, max_pixels)
+
+
+def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int]) -> Image.Image | None:
+    """The class of every pixel, not yet decoded; None where the sample has no mask.
+
+    Args:
+        members: as read from the shard.
+        max_pixels: see `open_image`.
+        size: width and height of the sample's image.
+
+    Raises:
+        BadSampleError: the mask is no eight-bit PNG, or not of that size.
+    """
+    if MASK not in members:
+        return None
+    mask = _open(members[MASK], ("PNG",), max_pixels)
+    if mask.mode not in MASK_MODES or mask.size != size:
+        raise BadSampleError("mask does not fit its image", f"mode {mask.mode}, {mask.size} pixels for {size}")
+    return mask
+
+
+def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
     with _own_pixel_limit(), decoding():
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     if width * height > max_pixels:
         raise BadSampleError("image too large", f"{width} × {height} pixels, data.max_image_pixels is {max_pixels}")

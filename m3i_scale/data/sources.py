@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 
-from m3i_scale.data.records import FileImage, ImageSource, Record, Unusable
+from m3i_scale.data.records import FileImage, FileMask, ImageSource, Record, Unusable
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -30,6 +30,7 @@ class Columns:
     caption: str = "caption"
     label: str = "label"
     split: str = "split"
+    mask: str = "mask"
 
 
 def imagefolder_records(folder: Path, captions: Captions = "auto") -> tuple[list[Record], list[str]]:
@@ -130,12 +131,13 @@ def _row_record(
         label = _label_number(row.get(columns.label), numbers, where)
     except DataError as error:
         image = Unusable(error)
-    caption = row.get(columns.caption)
+    caption, mask = row.get(columns.caption), row.get(columns.mask)
     return Record(
         key=f"{number:09d}",
         image=image,
         caption=None if caption is None else str(caption).strip() or None,
         label=label,
+        mask=FileMask(root / str(mask)) if mask else None,
         meta={"path": str(name)},
         split=_split_name(row.get(columns.split), where),
         split_by=str(name),  # several captions of one image stay on one side
@@ -235,7 +237,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def _check_columns(rows: Sequence[dict[str, Any]], columns: Columns, manifest: Path) -> None:
     present = set().union(*(row.keys() for row in rows))
     default = Columns()
-    for role in ("path", "caption", "label", "split"):
+    for role in ("path", "caption", "label", "split", "mask"):
         name = getattr(columns, role)
         if name not in present and (role == "path" or name != getattr(default, role)):
             raise DataError(

@@ -12,6 +12,7 @@ import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate import measures as measure
+from m3i_scale.evaluate.dense import PatchEncoder
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
@@ -19,7 +20,8 @@ from m3i_scale.evaluate.samples import Table, open_table
 from m3i_scale.evaluate.towers import Towers, load_towers, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
-PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear}
+PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
+"""What learns from training data."""
 MEASURES = (*PROBES, "zero_shot", "retrieval")
 Baseline = Literal["none", "pixels"]
 Progress = Callable[[str, int], None]
@@ -57,7 +59,7 @@ def evaluate(
     Args:
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
         data: shards to test on: a folder, a brace pattern or one .tar.
-        train_data: shards that the probes learn from; kNN and the linear probe need it.
+        train_data: shards that the probes learn from; kNN and the linear probes need it.
         measures: which of `MEASURES`.
         pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
         baseline: `pixels` also probes the raw 32 × 32 image.
@@ -85,12 +87,13 @@ def evaluate(
     no_towers = why_no_towers(folder)
     towers = load_towers(folder, where) if wants_text and no_towers is None else None
     encoders = _encoders(vision, towers, baseline)
-    read = _Reader(vision.size, batch_size, exclude_groups, progress)
+    dense = vision.with_patches if "dense" in measures and train_table is not None else None
+    read = _Reader(vision.size, batch_size, dense, exclude_groups, progress)
     test = read(test_table, encoders, "data")
     if not len(test.table):
         raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
     train = None
-    if train_table is not None and {"knn", "linear"} & set(measures):
+    if train_table is not None and set(PROBES) & set(measures):
         train = read(train_table, {name: encode for name, encode in encoders.items() if name != "joint"}, "train data")
     _refuse_unknown_groups(exclude_groups, [test_table, *([train.table] if train else [])])
     job = _Job(train, test, clusters_of(test_table), towers, no_towers, templates)
@@ -106,11 +109,7 @@ def evaluate(
     result |= {"measures": found, "not_measured": absent}
     if baseline == "pixels":
         probes, why_not, theirs = _measure(tuple(name for name in measures if name in PROBES), "pixels", job)
-        advantage = {
-            name: measure.measure_advantage(right[name], theirs[name], test, job.clusters)
-            for name in right
-            if name in theirs
-        }
+        advantage = {name: measure.measure_advantage(right[name], theirs[name]) for name in right if name in theirs}
         result["baseline"] = {
             "kind": "pixels",
             "measures": probes,
@@ -125,20 +124,22 @@ def evaluate(
 class _Reader:
     size: int
     batch_size: int
+    dense: PatchEncoder | None
     exclude_groups: tuple[str, ...]
     progress: Progress | None
 
     def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
         tell = self.progress
-        features = extract(
+        features, patches = extract(
             table,
             encoders,
             self.size,
             batch_size=self.batch_size,
+            dense=self.dense,
             exclude_groups=self.exclude_groups,
             progress=None if tell is None else lambda done: tell(what, done),
         )
-        return Side(table, features)
+        return Side(table, features, patches)
 
 
 def _encoders(vision: VisionModel, towers: Towers | None, baseline: Baseline) -> dict[str, Encoder]:
@@ -208,7 +209,7 @@ def _describe(table: Table, shards: str) -> dict[str, Any]:
 def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
     found = [job.clusters.warning] if job.clusters.warning else []
     for block in (result["measures"], result.get("baseline", {}).get("measures", {})):
-        found += block.get("linear", {}).pop("notes", [])
+        found += [note for name in PROBES for note in block.get(name, {}).pop("notes", [])]
     if job.train is not None:
         for name in ("family", "concept"):
             fitted, asked = job.train.table.column(name), job.test.table.column(name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
 
 from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder, Patches
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
 
 Pool = Literal["mean", "cls", "both"]
@@ -40,9 +41,18 @@ class VisionModel:
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) at `size` → pooled features, fp32 (B, D)."""
+        return pool_tokens(self._hidden(images_BCHW), self._patches(), self.pool)
+
+    @torch.no_grad()
+    def with_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) at `size` → pooled features (B, D) and those of the patches (B, L, D), fp32."""
+        hidden, patches = self._hidden(images_BCHW), self._patches()
+        return pool_tokens(hidden, patches, self.pool), patch_tokens(hidden, patches)
+
+    def _hidden(self, images_BCHW: Tensor) -> Tensor:
         inputs = self.processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
-        output = self.model(pixel_values=inputs["pixel_values"].to(self.device))
-        return pool_tokens(output.last_hidden_state, self._patches(), self.pool)
+        hidden: Tensor = self.model(pixel_values=inputs["pixel_values"].to(self.device)).last_hidden_state
+        return hidden
 
     def _patches(self) -> int | None:
         patch = getattr(self.model.config, "patch_size", None)
@@ -61,15 +71,22 @@ def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
     Raises:
         ExportError: a class token is asked for and there is none.
     """
-    tokens_BLD = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
-    prefix = 0 if patches is None or hidden.ndim == 4 else max(tokens_BLD.shape[1] - patches, 0)
-    mean_BD = tokens_BLD[:, prefix:].float().mean(dim=1)
+    patches_BLD = patch_tokens(hidden, patches)
+    mean_BD = patches_BLD.mean(dim=1)
     if pool == "mean":
         return mean_BD
-    if prefix == 0:
+    if hidden.ndim == 4 or hidden.shape[1] == patches_BLD.shape[1]:
         raise ExportError("the model has no class token", where=f"--pool {pool}", fix="--pool mean")
-    cls_BD = tokens_BLD[:, 0].float()
+    cls_BD = hidden[:, 0].float()
     return cls_BD if pool == "cls" else torch.cat([mean_BD, cls_BD], dim=1)
+
+
+def patch_tokens(hidden: Tensor, patches: int | None) -> Tensor:
+    """The patch tokens of a last hidden state, see `pool_tokens`: fp32 (B, L, D), row by row."""
+    if hidden.ndim == 4:
+        return hidden.flatten(2).transpose(1, 2).float()
+    prefix = 0 if patches is None else max(hidden.shape[1] - patches, 0)
+    return hidden[:, prefix:].float()
 
 
 def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
@@ -145,24 +162,46 @@ def extract(
     size: int,
     *,
     batch_size: int,
+    dense: PatchEncoder | None = None,
     exclude_groups: tuple[str, ...] = (),
     progress: Callable[[int], None] | None = None,
-) -> dict[str, NDArray[np.float32]]:
+) -> tuple[dict[str, NDArray[np.float32]], Patches | None]:
     """Read all samples once and encode their centre crops; fills the table.
 
+    Args:
+        table: filled with the samples that pass.
+        encoders: by name.
+        size: side of the images in pixels.
+        batch_size: images in one forward pass.
+        dense: takes the place of the encoder `model` and gives patch features too; `pixels` then has some as well.
+        exclude_groups: see `read_samples`.
+        progress: told about samples read.
+
     Returns:
-        By encoder, (N, D) in the order of the table. Without a usable sample, (0, 0).
+        By encoder, (N, D) in the order of the table; without a usable sample, (0, 0). And patches of the samples that
+        have a mask: None without `dense`, without masks, or where the patches are no square grid.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
-    for batch in _batches(read_samples(table, size, exclude_groups=exclude_groups), batch_size):
+    collector, done = PatchCollector(), 0
+    for batch in _batches(
+        read_samples(table, size, exclude_groups=exclude_groups, masks=dense is not None), batch_size
+    ):
         images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
-        for name, encode in encoders.items():
-            parts[name].append(encode(images_BCHW).float().cpu().numpy())
+        pooled: dict[str, Tensor] = {}
+        if dense is not None:
+            pooled["model"], tokens_BLD = dense(images_BCHW)
+            masks = [sample.mask for sample in batch]
+            collector.add(done, masks, tokens_BLD, images_BCHW if "pixels" in encoders else None)
+        pooled |= {name: encode(images_BCHW) for name, encode in encoders.items() if name not in pooled}
+        for name, pooled_BD in pooled.items():
+            parts[name].append(pooled_BD.float().cpu().numpy())
+        done += len(batch)
         if progress is not None:
-            progress(len(table))
-    return {
+            progress(done)
+    features = {
         name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
     }
+    return features, collector.patches()
 
 
 def _batches(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:

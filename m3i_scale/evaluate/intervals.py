@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,12 +88,37 @@ def mean_interval(
     numbers = np.unique(clusters.of, return_inverse=True)[1]
     sums_C = np.bincount(numbers, weights=np.asarray(values_N, dtype=np.float64))
     counts_C = np.bincount(numbers)
-    count = len(counts_C)
+
+    def mean(drawn_C: NDArray[np.int64]) -> float:
+        return float(sums_C[drawn_C].sum() / counts_C[drawn_C].sum())
+
+    return bootstrap(mean, clusters, samples=len(values_N), level=level, resamples=resamples, seed=seed)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float],
+    clusters: Clusters,
+    *,
+    samples: int,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Estimate:
+    """A statistic of all clusters, and its percentile interval.
+
+    Args:
+        statistic: of clusters by number, in the order of `np.unique(clusters.of)`; they may repeat.
+        clusters: what is drawn.
+        samples: how many samples stand behind it, for the record.
+        level: share of intervals that should hold the true value.
+        resamples: bootstrap draws.
+        seed: of the draws; the same call gives the same interval.
+    """
+    count = len(np.unique(clusters.of))
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
+    values = np.empty(resamples)
     for number in range(resamples):  # one draw at a time: all at once would hold resamples × clusters numbers
-        drawn_C = generator.integers(0, count, count)
-        means[number] = sums_C[drawn_C].sum() / counts_C[drawn_C].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    value = float(np.mean(np.asarray(values_N, dtype=np.float64)))
-    return Estimate(value, float(low), float(high), level, clusters.unit, count, len(values_N))
+        values[number] = statistic(generator.integers(0, count, count))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    value = statistic(np.arange(count, dtype=np.int64))
+    return Estimate(value, float(low), float(high), level, clusters.unit, count, samples)

@@ -8,17 +8,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_scale.data.records import MASK
+from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
 from m3i_scale.evaluate.intervals import Clusters, clusters_of, mean_interval
 from m3i_scale.evaluate.knn import knn_predict
-from m3i_scale.evaluate.linear import linear_probe
+from m3i_scale.evaluate.linear import LinearProbe, linear_probe
 from m3i_scale.evaluate.retrieval import DEPTHS, distinct_captions, rank
 from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.zero_shot import TextEncoder, class_embeddings, zero_shot_predict
 
 NEIGHBOURS = (10, 20)
-Right = dict[str, NDArray[np.bool_]]
-"""Which of the labelled test samples a probe gets right, by figure."""
+
+
+@dataclass
+class Outcome:
+    """What a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
+
+    right: NDArray[np.bool_]
+    clusters: Clusters
+
+
+Right = dict[str, Outcome]
+"""By figure."""
 
 
 class NotMeasuredError(Exception):
@@ -32,6 +44,7 @@ class Side:
     table: Table
     features: dict[str, NDArray[np.float32]]
     """By encoder."""
+    patches: Patches | None = None
 
     def labelled(self) -> NDArray[np.int64]:
         """Indices of the samples that have a class."""
@@ -73,8 +86,8 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
         classes=len(test.table.classes),
     )
     truth = test.table.label_array[asked]
-    right = {f"k={k}": predicted[k] == truth for k in NEIGHBOURS}
-    figures = {label: mean_interval(values, clusters.take(asked)).as_dict() for label, values in right.items()}
+    right = {f"k={k}": Outcome(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
+    figures = {label: mean_interval(found.right, found.clusters).as_dict() for label, found in right.items()}
     return {**figures, **guessing(side.table.label_array[fit], truth)}, right
 
 
@@ -96,33 +109,78 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
     truth = test.table.label_array[asked]
+    found = Outcome(probe.predicted == truth, clusters.take(asked))
+    document = {
+        "accuracy": mean_interval(found.right, found.clusters).as_dict(),
+        **guessing(side.table.label_array[fit], truth),
+        **_chosen(probe, families),
+    }
+    return document, {"accuracy": found}
+
+
+def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
+    """Linear probe of single patches: accuracy and mean intersection over union, and which patches were right.
+
+    Raises:
+        NotMeasuredError: no training data, no masks, or too few classes or families to choose C.
+    """
+    if train is None:
+        raise NotMeasuredError("no training data (--train-data)")
+    fitted, asked = _patches(train, "training"), _patches(test, "test")
+    families, fit = clusters_of(train.table, preferred=("family", "concept")), fitted.fitted()
+    try:
+        probe = linear_probe(
+            fitted.features[encoder][fit],
+            fitted.labels_P[fit],
+            families.of[fitted.image_P[fit]],
+            asked.features[encoder],
+        )
+    except ValueError as error:
+        raise NotMeasuredError(str(error)) from None
+    found = Outcome(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
+    commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P[fit]).argmax())
+    iou = mean_iou(probe.predicted, asked.labels_P, found.clusters).as_dict()
+    guessed = mean_iou(commonest, asked.labels_P, found.clusters, resamples=1).value
+    document = {
+        "accuracy": mean_interval(found.right, found.clusters).as_dict(),
+        "mean_iou": {**iou, "majority": guessed},
+        **guessing(fitted.labels_P[fit], asked.labels_P),
+        "patches_fitted": len(fit),
+        "images": len(np.unique(asked.image_P)),
+        **_chosen(probe, families),
+    }
+    return document, {"accuracy": found}
+
+
+def _patches(side: Side, what: str) -> Patches:
+    if side.patches is None:
+        raise NotMeasuredError(f"no masks in the {what} data ({MASK} members), or no square grid of patches")
+    return side.patches
+
+
+def _chosen(probe: LinearProbe, families: Clusters) -> dict[str, Any]:
     notes = [families.warning] if families.warning else []
     if probe.at_edge:
         notes.append(f"C = {probe.strength:g} is at the edge of the values tried")
     if not probe.converged:
         notes.append("the last fit stopped before it had converged")
-    right = probe.predicted == truth
-    document = {
-        "accuracy": mean_interval(right, clusters.take(asked)).as_dict(),
-        **guessing(side.table.label_array[fit], truth),
+    return {
         "C": probe.strength,
         "C_selection": {f"{strength:g}": value for strength, value in probe.selection.items()},
         "C_selected_by": families.unit,
         "notes": notes,
     }
-    return document, {"accuracy": right}
 
 
-def measure_advantage(model: Right, baseline: Right, test: Side, clusters: Clusters) -> dict[str, Any]:
+def measure_advantage(model: Right, baseline: Right) -> dict[str, Any]:
     """Accuracy of the model minus that of the baseline on the same samples.
 
     The interval is that of the difference: a sample that both get right, or both wrong, says nothing about which is
     better, so it is usually narrower than what two separate intervals suggest.
     """
-    drawn = clusters.take(test.labelled())
     return {
-        label: mean_interval(right.astype(np.float64) - baseline[label], drawn).as_dict()
-        for label, right in model.items()
+        label: mean_interval(found.right.astype(np.float64) - baseline[label].right, found.clusters).as_dict()
+        for label, found in model.items()
     }
 
 

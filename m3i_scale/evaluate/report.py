@@ -9,7 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_NAMES = {"knn": "kNN", "linear": "linear probe", "zero_shot": "zero-shot", "retrieval": "retrieval"}
+_NAMES = {
+    "knn": "kNN",
+    "linear": "linear probe",
+    "dense": "dense probe",
+    "zero_shot": "zero-shot",
+    "retrieval": "retrieval",
+}
 _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
@@ -42,10 +48,11 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
                 guess = f"{figure['chance']:.4f} (× {figure['ratio']:.1f})"
                 yield f"{title} {arrow} {depth}", f"{figure['value']:.3f}", _interval(figure), guess
         return
-    guess = f"{figures['chance']:.3f}, majority {figures['majority']:.3f}"
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
-            label = title if key == "accuracy" else f"{title} {key}"
+            label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
+            guess = f"majority {figure.get('majority', figures['majority']):.3f}"
+            guess = guess if "majority" in figure else f"{figures['chance']:.3f}, {guess}"
             yield label, f"{figure['value']:.3f}", _interval(figure), guess
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
 from m3i_scale.data.index import load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader
-from m3i_scale.data.samples import open_image, read_annotations
+from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.views import ViewMaker
 
@@ -36,6 +37,8 @@ class Sample:
     """Index of the class, −1 without one."""
     meta: dict[str, Any]
     """The json member; empty without one."""
+    mask: NDArray[np.uint8] | None = None
+    """Class of every pixel (S, S), where masks are asked for and the sample has one."""
 
 
 @dataclass
@@ -87,8 +90,10 @@ def open_table(shards: str, where: str) -> Table:
     return Table(paths, next(iter(sets.values()), []))
 
 
-def read_samples(table: Table, image_size: int, *, exclude_groups: tuple[str, ...] = ()) -> Iterator[Sample]:
-    """Samples of the table's shards in order, noted in the table as they pass.
+def read_samples(
+    table: Table, image_size: int, *, exclude_groups: tuple[str, ...] = (), masks: bool = False
+) -> Iterator[Sample]:
+    """Samples of the table's shards in order, noted in the table as they pass; `masks` also reads theirs.
 
     What cannot be used is counted in `table.left_out` by reason.
 
@@ -105,14 +110,32 @@ def read_samples(table: Table, image_size: int, *, exclude_groups: tuple[str, ..
             continue
         try:
             annotations = read_annotations(members, len(table.classes) or None)
-            pixels = view(open_image(members, _MAX_PIXELS), 0).pixels_VCHW[0]
+            image = open_image(members, _MAX_PIXELS)
+            mask = centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size) if masks else None
+            pixels = view(image, 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
             continue
         label = -1 if annotations.label is None else annotations.label
-        sample = Sample(place, pixels, annotations.caption, label, meta)
+        sample = Sample(place, pixels, annotations.caption, label, meta, mask)
         table.add(sample)
         yield sample
+
+
+def centre_mask(mask: Image.Image | None, size: int) -> NDArray[np.uint8] | None:
+    """The same centre square as that of the image, without mixing classes.
+
+    Raises:
+        BadSampleError: the mask does not decode.
+    """
+    if mask is None:
+        return None
+    side = min(mask.size)
+    left, top = (mask.width - side) / 2, (mask.height - side) / 2
+    with decoding():
+        classes = Image.fromarray(np.asarray(mask))  # of a palette, the index
+    box = (left, top, left + side, top + side)
+    return np.asarray(classes.resize((size, size), Image.Resampling.NEAREST, box=box), dtype=np.uint8)
 
 
 def _members(table: Table) -> Iterator[tuple[str, dict[str, bytes]]]:

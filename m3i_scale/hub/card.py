@@ -64,10 +64,11 @@ def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple
             continue
         here = (*path, str(key))
         if {"value", "low", "high"} <= value.keys():
-            chance = value.get("chance", measures.get("chance"))
-            guess = "" if chance is None else f"{chance:.3g}"
-            majority = measures.get("majority")
-            guess += "" if majority is None else f", majority {majority:.3g}"
+            own = "majority" in value  # then the chance of the other figures is not this one's
+            chance = value.get("chance", None if own else measures.get("chance"))
+            majority = value.get("majority", measures.get("majority"))
+            known = (("{:.3g}", chance), ("majority {:.3g}", majority))
+            guess = ", ".join(form.format(figure) for form, figure in known if figure is not None)
             yield (
                 " ".join(here).replace("_", " "),
                 f"{value['value']:.3f}",

@@ -72,21 +72,28 @@ def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ra
     return PairTargets(target_BE, ranks.gather(target_BE), valid_B, own_B, out_BG)
 
 
-def boltzmann_pairs(prediction_BE: Tensor, targets: PairTargets, scale: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Symmetric InfoNCE over the global batch, and its bound in nats (mean of both directions).
+def boltzmann_pairs(
+    prediction_BE: Tensor, targets: PairTargets, scale: Tensor, ranks: Ranks, *, symmetric: bool = True
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE over the global batch, and its bound in nats (mean over the directions).
 
     Args:
         prediction_BE: L2-normalised ẑ of this rank's samples.
         targets: what they are to be found among.
         scale: 1/τ, one element.
         ranks: other ranks, whose samples are negatives too.
+        symmetric: a target is also to be found among the predictions (CLIP); without it the loss is −log P̂(z_y | ẑ_y)
+            of equation (2) alone.
     """
+    directions = [(prediction_BE, targets.all_GE)]
+    if symmetric:
+        directions.append((targets.own_BE, ranks.gather(prediction_BE)))
     losses = []
-    for query_BE, keys_GE in ((prediction_BE, targets.all_GE), (targets.own_BE, ranks.gather(prediction_BE))):
+    for query_BE, keys_GE in directions:
         logits_BG = scale.float() * query_BE.float() @ keys_GE.float().T
         logits_BG = logits_BG.masked_fill(targets.out_BG, -torch.inf)
         losses.append(F.cross_entropy(logits_BG, targets.column_B, reduction="none"))
-    loss_B = (losses[0] + losses[1]) / 2
+    loss_B = sum(losses[1:], losses[0]) / len(losses)
     loss = global_mean(loss_B, targets.valid_B, ranks)
     candidates_B = (~targets.out_BG).sum(dim=1)
     nats = global_mean(candidates_B.float().log() - loss_B.detach(), targets.valid_B, ranks)

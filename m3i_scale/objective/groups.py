@@ -116,7 +116,8 @@ def _text(objective: Objective, target: TargetSpec, context: Context, encoded: E
     context.watched[target.name] = {"z": context.text.own_BE[context.batch.has_text_B], "scale": scale}
     if bias is not None:
         return bernoulli_pairs(prediction_BE, context.text, scale, bias, objective.ranks)
-    return boltzmann_pairs(prediction_BE, context.text, scale, objective.ranks)
+    symmetric = target.direction == "both"
+    return boltzmann_pairs(prediction_BE, context.text, scale, objective.ranks, symmetric=symmetric)
 
 
 def _category(objective: Objective, target: TargetSpec, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:

@@ -189,6 +189,9 @@ class TargetSpec(Section):
     """Negatives: the other samples' targets, or their predictions too."""
     width: int = Field(default=512, ge=8)
     """Dimension of the shared space of a text target."""
+    direction: Literal["both", "forward"] = "both"
+    """Of a softmax over texts. both: images find their texts and texts their images (CLIP); forward: images find their
+    texts, which is the formula's own P̂(z_y | ẑ_y)."""
     temperature: float = Field(default=0.07, gt=0)
     """Of a softmax: the first value of the learned one of a text target, the fixed one of an image target."""
     bias: float = -10.0

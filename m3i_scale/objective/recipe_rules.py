@@ -268,6 +268,7 @@ def _has_temperature(target: TargetSpec) -> bool:
 
 _ONLY_FOR: dict[str, tuple[str, _Applies]] = {
     "width": ("text targets", lambda t: t.modality == "text"),
+    "direction": ("Boltzmann text targets", lambda t: t.modality == "text" and t.distribution == "boltzmann"),
     "temperature": ("softmax or sigmoid over samples or prototypes", _has_temperature),
     "bias": ("Bernoulli targets", lambda t: t.distribution == "bernoulli"),
     "target_temperature": ("distributions over prototypes", lambda t: t.regularizer in ("centering", "mean_entropy")),

@@ -4,6 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from PIL import Image
@@ -12,6 +13,7 @@ from m3i_scale.data import emoji, packages
 from m3i_scale.data.emoji import (
     GROUPS,
     Art,
+    ArtMask,
     Concept,
     Style,
     code_of,
@@ -105,6 +107,16 @@ def test_art_is_a_square_on_its_background():
     assert image.getpixel((16, 2)) == (200, 210, 220)
 
 
+def test_the_mask_is_where_the_art_is():
+    art = Art(SVG, "svg", 32, (255, 255, 255))
+    mask = Image.open(io.BytesIO(ArtMask(art, 7).mask()))
+    assert (mask.mode, mask.size) == ("L", (32, 32))
+    classes, picture = np.asarray(mask), np.asarray(Image.open(io.BytesIO(art.encoded()[0])))
+    red = (picture == (255, 0, 0)).all(axis=-1)
+    assert (classes == 7 * red).all()
+    assert red.sum() == 32 * 16
+
+
 def test_records_name_their_split_and_licence():
     concept = read_concepts(TABLE)[1]
     style = Style("noto", "bitmap", "a package", "OFL-1.1", {concept.code: b""})
@@ -112,6 +124,7 @@ def test_records_name_their_split_and_licence():
     assert (record.key, record.split, record.label) == ("noto-1f468-200d-1f373", "style", 1)
     assert record.meta["family"] == "cook"
     assert record.meta["license"] == "OFL-1.1"
+    assert record.mask == ArtMask(record.image, 2)
     assert min(record.image.background) >= 128
     assert emoji._record(style, concept, True, 64, "white").split == "style_val"
 

@@ -98,6 +98,35 @@ def test_manifests_come_back_out(photos, tmp_path, kind):
     assert [samples[f"{number:09d}"].get("cls") for number in range(3)] == [b"0", b"1", None]
 
 
+def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
+    Image.new("P", (20, 16), 3).save(photos / "cats" / "p0-mask.png")
+    rows = "path,classes\ncats/p0.jpg,cats/p0-mask.png\ndogs/p1.png,\n"
+    records, labels = manifest_records(manifest(photos / "m.csv", rows), columns=Columns(mask="classes"))
+    summary = make_shards(records, tmp_path / "out", labels=labels, name="m")
+    samples = read(tmp_path / "out" / "train")
+    assert samples["000000000"]["mask.png"] == (photos / "cats" / "p0-mask.png").read_bytes()
+    assert "mask.png" not in samples["000000001"]
+    assert summary["splits"]["train"]["with_mask"] == 1
+    with pytest.raises(DataError, match="no column 'classes'"):
+        manifest_records(manifest(photos / "n.csv", "path\ncats/p0.jpg\n"), columns=Columns(mask="classes"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "match"),
+    [
+        ("RGB", (20, 16), "mode RGB"),
+        ("L", (16, 20), r"\(16, 20\) pixels, its image \(20, 16\)"),
+        (None, None, "cannot read"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(photos, tmp_path, mode, size, match):
+    if mode:
+        Image.new(mode, size).save(photos / "mask.png")
+    records, labels = manifest_records(manifest(photos / "m.csv", "path,mask\ncats/p0.jpg,mask.png\n"))
+    with pytest.raises(DataError, match=match):
+        make_shards(records, tmp_path / "out", labels=labels, name="m")
+
+
 def manifest(path, text):
     path.write_text(text)
     return path

@@ -52,6 +52,7 @@ GLOBAL_BATCH = 8
 STEPS = 30
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
+    "m3i_forward": ("m3i", "recipe.targets.2.direction=forward"),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }

@@ -49,6 +49,12 @@ def test_recomputing_activations_changes_no_gradient(worlds, world: int) -> None
     same(worlds.result("zero3_m3i", world), worlds.result("zero3_m3i_recomputed", world))
 
 
+def test_forward_is_not_both_directions(worlds) -> None:
+    both, forward = worlds.result("plain_m3i", 1), worlds.result("plain_m3i_forward", 1)
+    assert both["figures"]["text/loss"] != pytest.approx(forward["figures"]["text/loss"], rel=1e-4)
+    assert both["figures"]["category/loss"] == pytest.approx(forward["figures"]["category/loss"])
+
+
 def test_the_two_kinds_of_attention_differ(worlds) -> None:
     own, mixed = worlds.result("plain_m3i", 1), worlds.result("plain_m3i_mixed", 1)
     assert own["figures"]["text/loss"] != pytest.approx(mixed["figures"]["text/loss"], rel=1e-4)

@@ -1,6 +1,5 @@
 import io
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from m3i_scale.data.make import ShardOptions, make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.measures import Side, measure_advantage
+from m3i_scale.evaluate.measures import Outcome, measure_advantage
 from m3i_scale.evaluate.report import render
 
 
@@ -50,19 +49,24 @@ def test_the_advantage_over_pixels_is_that_on_the_same_samples(result):
 
 
 def test_equal_predictions_leave_no_doubt_and_opposite_ones_do():
-    labels = np.array([0] * 20)
-    side = Side(SimpleNamespace(label_array=labels), {})
     clusters = Clusters("sample", np.arange(20))
-    half = np.arange(20) % 2 == 0
-    same = measure_advantage({"accuracy": half}, {"accuracy": half}, side, clusters)["accuracy"]
+    half, other = (Outcome(np.arange(20) % 2 == rest, clusters) for rest in (0, 1))
+    same = measure_advantage({"accuracy": half}, {"accuracy": half})["accuracy"]
     assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
-    opposite = measure_advantage({"accuracy": half}, {"accuracy": ~half}, side, clusters)["accuracy"]
+    opposite = measure_advantage({"accuracy": half}, {"accuracy": other})["accuracy"]
     assert opposite["value"] == 0
     assert opposite["low"] < -0.2 < 0.2 < opposite["high"]
 
 
 def test_what_lacks_is_listed(result):
-    assert set(result["measures"]) | set(result["not_measured"]) == {"knn", "linear", "zero_shot", "retrieval"}
+    assert set(result["measures"]) | set(result["not_measured"]) == {
+        "knn",
+        "linear",
+        "dense",
+        "zero_shot",
+        "retrieval",
+    }
+    assert "no masks in the training data (mask.png members)" in result["not_measured"]["dense"]
     assert "text/model.safetensors" in result["not_measured"]["zero_shot"]
     text = text_of(result)
     assert "not measured: zero-shot" in text

@@ -28,6 +28,24 @@ def pairs(
     return boltzmann_pairs(prediction, targets, torch.tensor([scale]), ALONE)
 
 
+def test_forward_is_the_cross_entropy_over_the_texts_alone() -> None:
+    prediction, target = unit(1).requires_grad_(), unit(2).requires_grad_()
+    items, valid = torch.tensor([1, 2, 3, 1, 5, 6]), torch.tensor([True, True, True, True, False, True])
+    targets = gather_targets(target, items, valid, ALONE)
+    loss, nats = boltzmann_pairs(prediction, targets, torch.tensor([9.0]), ALONE, symmetric=False)
+    logits = 9.0 * prediction @ target.T
+    out = ~valid.expand(6, 6) | ((items[:, None] == items) & ~torch.eye(6, dtype=torch.bool))
+    out[4, 4] = False
+    rows = F.cross_entropy(logits.masked_fill(out, -torch.inf), torch.arange(6), reduction="none")
+    torch.testing.assert_close(loss, rows[valid].mean())
+    torch.testing.assert_close(nats, ((~out).sum(dim=1).float().log() - rows)[valid].mean().detach())
+    both = boltzmann_pairs(prediction, targets, torch.tensor([9.0]), ALONE)[0]
+    backward = boltzmann_pairs(
+        target, gather_targets(prediction, items, valid, ALONE), torch.tensor([9.0]), ALONE, symmetric=False
+    )[0]
+    torch.testing.assert_close(both, (loss + backward) / 2)
+
+
 # ---------------------------------------------------------------- Gaussian
 
 

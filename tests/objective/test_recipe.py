@@ -120,6 +120,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "absolute between views": ("sim", lambda r: r["decoders"]["dense"].update(position="absolute"), "relative"),
     "idle width": ("m3i", target(3, width=64), "`width` has no effect here: it is for "),
     "idle temperature": ("m3i", target(0, temperature=0.1), "`temperature` has no effect here: it is for "),
+    "idle direction": ("siglip", target(0, direction="forward"), "`direction` has no effect here: it is for "),
     "idle smoothing": ("m3i", target(2, label_smoothing=0.1), "`label_smoothing` has no effect here: it is for "),
     "idle normalisation": (
         "m3i",

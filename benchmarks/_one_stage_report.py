@@ -1,0 +1,102 @@
+"""Tables and curves of `one_stage.py`, for docs/one_stage.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.errors import ConfigError
+
+TITLES = {
+    "linear": "linear probe",
+    "knn": "kNN",
+    "dense": "dense probe",
+    "zero_shot": "zero-shot",
+    "retrieval": "retrieval",
+}
+"""Columns, in order."""
+NO_RECIPES = (
+    "ablations",
+    "untrained",
+    "pixels",
+    "guessing",
+    "test_interval",
+    "curves",
+    "not_measured",
+    "settings",
+    "machine",
+)
+
+
+def recipes_of(document: dict[str, Any]) -> list[str]:
+    """Names of the compared recipes."""
+    return [name for name in document if name not in NO_RECIPES]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The comparison and the ablations as tables."""
+    steps, gflop = document["settings"]["steps"], document["settings"]["gflop_per_sample"]
+    head = ["recipe", "steps", "GFLOP / sample", *TITLES.values()]
+    rows = [
+        [f"`{name}`", str(steps[name]), f"{gflop[name]:.2f}", *_cells(document[name])] for name in recipes_of(document)
+    ]
+    rows.append(["untrained", "", "", *_cells(document["untrained"])])
+    rows.append(["raw pixels", "", "", *(_plain(document["pixels"].get(name)) for name in TITLES)])
+    rows.append(["guessing", "", "", *(_plain(document["guessing"].get(name)) for name in TITLES)])
+    rows.append(["± other test images", "", "", *(_plain(document["test_interval"].get(name)) for name in TITLES)])
+    text = _table(head, rows)
+    if document["ablations"]:
+        control = [["`m3i`", "", *_cells(document["m3i"])]] if "m3i" in document else []
+        others = [
+            [name, f"`{row['default']}`", *_cells(row["measures"])] for name, row in document["ablations"].items()
+        ]
+        text += "\n" + _table(["m3i with", "default", *TITLES.values()], control + others)
+    return text
+
+
+def _cells(measures: dict[str, Any]) -> list[str]:
+    figures = [measures.get(name) for name in TITLES]
+    return [
+        "–" if figure is None else f"{figure['mean']:.3f} ± {figure['high'] - figure['mean']:.3f}" for figure in figures
+    ]
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Every measure of the first seed along its training, as SVG.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib", fix="pip install matplotlib") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "one_stage"  # the same figures, the same file
+    from matplotlib import pyplot
+
+    measured = {name for points in document["curves"].values() for point in points for name in point}
+    shown = [name for name in TITLES if name in measured]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], shown, strict=True):
+        for recipe, points in document["curves"].items():
+            line = [(point["tflop"], point[name]) for point in points if name in point]
+            if line:
+                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=recipe)
+        axis.set_title(TITLES[name])
+        axis.set_xlabel("TFLOP")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)

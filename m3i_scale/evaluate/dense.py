@@ -1,0 +1,148 @@
+"""Dense probe: what single patches know. A linear classifier from the feature of a patch to the class of its pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from m3i_scale.data.records import NO_CLASS
+from m3i_scale.evaluate.intervals import Clusters, Estimate, bootstrap
+
+PATCHES_PER_IMAGE = 16
+"""So many patches of every image are looked at, drawn at random: neighbours say nearly the same, and all of them would
+not fit into memory."""
+
+FIT_PATCHES = 16_384
+"""At most so many patches are fitted."""
+
+_CLASSES = 256
+_SEED = 20_221
+
+PatchEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""uint8 images (B, 3, S, S) → pooled features (B, D) and patch features (B, L, E), row by row of a square grid."""
+
+
+@dataclass
+class Patches:
+    """Patches that have a class, of all images with a mask."""
+
+    labels_P: NDArray[np.int64]
+    image_P: NDArray[np.int64]
+    """Number of the image in the table."""
+    features: dict[str, NDArray[np.float32]]
+    """By encoder, (P, E)."""
+
+    def fitted(self) -> NDArray[np.int64]:
+        """Which patches a probe is fitted on: all, or `FIT_PATCHES` drawn from them."""
+        count = len(self.labels_P)
+        if count <= FIT_PATCHES:
+            return np.arange(count, dtype=np.int64)
+        return np.sort(np.random.default_rng(_SEED).choice(count, FIT_PATCHES, replace=False))
+
+
+class PatchCollector:
+    """Gathers patches while images pass, in the order of the table."""
+
+    def __init__(self) -> None:
+        self._labels: list[NDArray[np.int64]] = []
+        self._images: list[NDArray[np.int64]] = []
+        self._features: dict[str, list[NDArray[np.float32]]] = {}
+
+    def add(
+        self, first: int, masks: list[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
+    ) -> None:
+        """Draw patches of a batch. Tokens that are no square grid are left alone.
+
+        Args:
+            first: number of the batch's first image in the table.
+            masks: (S, S) of every image, None without one.
+            tokens_BLD: the model's features of all patches.
+            images_BCHW: where the raw pixels of the same patches are wanted too.
+        """
+        side = math.isqrt(tokens_BLD.shape[1])
+        if side * side != tokens_BLD.shape[1]:
+            return
+        tokens = {"model": tokens_BLD}
+        if images_BCHW is not None:
+            tokens["pixels"] = pixel_patches(images_BCHW, side)
+        for place, mask in enumerate(masks):
+            if mask is None:
+                continue
+            labels_L = patch_labels(mask, side)
+            labelled = np.flatnonzero(labels_L != NO_CLASS)
+            generator = np.random.default_rng([_SEED, first + place])
+            chosen = np.sort(generator.permutation(labelled)[:PATCHES_PER_IMAGE])
+            self._labels.append(labels_L[chosen])
+            self._images.append(np.full(len(chosen), first + place, dtype=np.int64))
+            for name, values_BLE in tokens.items():
+                rows = values_BLE[place, torch.from_numpy(chosen).to(values_BLE.device)]
+                self._features.setdefault(name, []).append(rows.float().cpu().numpy())
+
+    def patches(self) -> Patches | None:
+        """All that was drawn; None where no image had a mask."""
+        if not self._labels or not sum(map(len, self._labels)):
+            return None
+        features = {name: np.concatenate(parts) for name, parts in self._features.items()}
+        return Patches(np.concatenate(self._labels), np.concatenate(self._images), features)
+
+
+def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
+    """The commonest class of every patch, `NO_CLASS` where most of it has none: (side²).
+
+    Args:
+        mask_SS: class of every pixel.
+        side: patches along a side; the mask is cut into them as evenly as whole pixels allow.
+    """
+    rows = np.arange(mask_SS.shape[0]) * side // mask_SS.shape[0]
+    columns = np.arange(mask_SS.shape[1]) * side // mask_SS.shape[1]
+    patch = rows[:, None] * side + columns
+    counts = np.bincount((patch * _CLASSES + mask_SS).ravel(), minlength=side * side * _CLASSES)
+    return np.asarray(counts.reshape(side * side, _CLASSES).argmax(axis=1), dtype=np.int64)
+
+
+def pixel_patches(images_BCHW: Tensor, side: int) -> Tensor:
+    """The raw-pixel baseline of the dense probe: the pixels of every patch, values in 0…1 (B, side², 3·p²)."""
+    size = images_BCHW.shape[-1] // side * side
+    cut = images_BCHW[..., :size, :size].float() / 255
+    return nn.functional.unfold(cut, kernel_size=size // side, stride=size // side).transpose(1, 2)
+
+
+def mean_iou(
+    predicted_P: NDArray[np.int64], truth_P: NDArray[np.int64], clusters: Clusters, **options: Any
+) -> Estimate:
+    """Intersection over union, mean over the classes that occur in `truth_P`, and its interval over clusters.
+
+    Args:
+        predicted_P: class of every patch.
+        truth_P: the right ones.
+        clusters: of the same patches.
+        options: see `bootstrap`.
+    """
+    classes, truth = np.unique(truth_P, return_inverse=True)
+    count, drawn = len(classes), np.unique(clusters.of, return_inverse=True)[1]
+    # a prediction outside the classes that occur is wrong, and counts in no class's union but the true one's
+    place = np.searchsorted(classes, predicted_P).clip(max=count - 1)
+    predicted = np.where(classes[place] == predicted_P, place, count)
+    number = int(drawn.max()) + 1
+
+    def table(rows: NDArray[np.int64], which: NDArray[np.bool_]) -> NDArray[np.float64]:
+        flat = np.bincount(drawn[which] * (count + 1) + rows[which], minlength=number * (count + 1))
+        return flat.reshape(number, count + 1)[:, :count].astype(np.float64)
+
+    everything = np.ones(len(truth), dtype=np.bool_)
+    both_CK = table(truth, predicted == truth)
+    either_CK = table(truth, everything) + table(predicted, everything) - both_CK
+
+    def statistic(chosen: NDArray[np.int64]) -> float:
+        both_K, either_K = both_CK[chosen].sum(axis=0), either_CK[chosen].sum(axis=0)
+        present = either_K > 0
+        return float((both_K[present] / either_K[present]).mean())
+
+    return bootstrap(statistic, clusters, samples=len(truth_P), **options)

@@ -1,0 +1,198 @@
+"""The dense probe: classes of patches by hand, the interval of the mean IoU, and a whole evaluation with masks."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.records import NO_CLASS, Record
+from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.evaluate.dense import (
+    FIT_PATCHES,
+    PATCHES_PER_IMAGE,
+    PatchCollector,
+    Patches,
+    mean_iou,
+    patch_labels,
+    pixel_patches,
+)
+from m3i_scale.evaluate.intervals import Clusters
+from m3i_scale.evaluate.samples import open_table, read_samples
+
+SIDE = 32
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A picture of two colours, left and right, and its mask; a frame around it has no class."""
+
+    left: int
+    right: int
+    seed: int
+    wide: int = 0
+    """Columns more than rows."""
+
+    def classes(self):
+        classes = np.full((SIDE, SIDE + self.wide), self.left, dtype=np.uint8)
+        classes[:, (SIDE + self.wide) // 2 :] = self.right
+        return classes
+
+    def encoded(self):
+        colours = np.array([(230, 40, 40), (40, 230, 40), (40, 40, 230)])
+        noise = np.random.default_rng(self.seed).integers(-30, 30, (SIDE, SIDE + self.wide, 3))
+        pixels = np.clip(colours[self.classes()] + noise, 0, 255).astype(np.uint8)
+        return self._png(pixels), "png"
+
+    def mask(self):
+        classes = self.classes()
+        classes[0] = NO_CLASS
+        return self._png(classes)
+
+    def _png(self, pixels):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def halves_records(count=40, wide=0):
+    pictures = [Halves(number % 3, (number + 1 + number // 3 % 2) % 3, number, wide) for number in range(count)]
+    return [
+        Record(
+            f"h{number}",
+            picture,
+            label=picture.left,
+            meta={"concept": f"c{number}", "family": f"f{number // 2}"},
+            split="val" if number % 5 == 0 else "train",
+            mask=picture,
+        )
+        for number, picture in enumerate(pictures)
+    ]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "masked"
+    options = ShardOptions(multiple_of=2, vocabulary=0)
+    summary = make_shards(halves_records(), output, labels=["red", "green", "blue"], name="h", options=options)
+    assert summary["splits"]["train"]["with_mask"] == 32
+    return output
+
+
+def test_the_commonest_class_of_a_patch_counts():
+    mask = np.array([[1, 1, 2, 2], [1, 3, 2, 2], [NO_CLASS, NO_CLASS, 0, 0], [NO_CLASS, 1, 0, 5]], dtype=np.uint8)
+    assert patch_labels(mask, 2).tolist() == [1, 2, NO_CLASS, 0]
+    assert patch_labels(mask, 4).tolist() == mask.ravel().tolist()
+
+
+def test_sides_that_do_not_divide_are_cut_as_evenly_as_pixels_allow():
+    mask = np.zeros((5, 5), dtype=np.uint8)
+    mask[:, 3:] = 7
+    assert patch_labels(mask, 2).tolist() == [0, 7, 0, 7]
+
+
+def test_pixels_of_a_patch_are_its_own():
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    patches = pixel_patches(images, 2)
+    assert patches.shape == (2, 4, 12)
+    torch.testing.assert_close(patches[1, 3] * 255, images[1, :, 2:, 2:].float().flatten())
+
+
+def test_patches_are_drawn_per_image_and_keep_their_place():
+    collector = PatchCollector()
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:, 4:] = NO_CLASS
+    tokens = torch.arange(3 * 64.0).reshape(3, 64, 1)
+    collector.add(5, [None, mask, np.full((8, 8), NO_CLASS, dtype=np.uint8)], tokens, None)
+    patches = collector.patches()
+    assert patches.image_P.tolist() == [6] * PATCHES_PER_IMAGE
+    columns = (patches.features["model"][:, 0] - 64) % 8
+    assert (columns < 4).all()
+    assert len(set(patches.features["model"][:, 0])) == PATCHES_PER_IMAGE
+    empty = PatchCollector()
+    empty.add(0, [mask], torch.zeros(1, 63, 1), None)
+    assert empty.patches() is None
+
+
+def test_so_many_patches_are_fitted():
+    count = FIT_PATCHES + 100
+    chosen = Patches(np.zeros(count, dtype=np.int64), np.arange(count), {}).fitted()
+    assert len(chosen) == len(set(chosen)) == FIT_PATCHES
+    assert chosen.max() >= FIT_PATCHES
+
+
+def test_mean_iou_is_that_of_scikit_learn_and_its_interval_holds_it():
+    generator = np.random.default_rng(0)
+    truth = generator.integers(0, 4, 600)
+    predicted = np.where(generator.random(600) < 0.3, generator.integers(0, 4, 600), truth)
+    clusters = Clusters("image", np.repeat(np.arange(60), 10))
+    found = mean_iou(predicted, truth, clusters)
+    assert found.value == pytest.approx(jaccard_score(truth, predicted, average="macro"))
+    assert found.low < found.value < found.high
+    assert (found.clusters, found.samples) == (60, 600)
+
+
+def test_a_class_that_never_occurs_only_costs_the_true_one():
+    truth, predicted = np.array([0, 0, 1, 1]), np.array([0, 9, 1, 1])
+    found = mean_iou(predicted, truth, Clusters("image", np.arange(4)), resamples=10)
+    assert found.value == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_masks_follow_the_centre_crop(tmp_path):
+    options = ShardOptions(multiple_of=1, vocabulary=0)
+    make_shards(halves_records(10, wide=16), tmp_path / "wide", labels=["a", "b", "c"], name="w", options=options)
+    for sample in read_samples(open_table(str(tmp_path / "wide" / "val"), "--data"), 16, masks=True):
+        left, right = sample.mask[2, 0], sample.mask[2, -1]
+        assert left != right
+        assert (sample.mask[2, :8] == left).all()
+        assert (sample.mask[2, 8:] == right).all()
+        assert sample.pixels[left, 2, 0] > 150
+        assert sample.pixels[right, 2, -1] > 150
+
+
+def test_patches_of_two_colours_are_told_apart(vit_folder, masked):
+    found = evaluate(
+        vit_folder, str(masked / "val"), train_data=str(masked / "train"), measures=("dense",), baseline="pixels"
+    )
+    for block in (found["measures"], found["baseline"]["measures"]):
+        dense = block["dense"]
+        assert dense["accuracy"]["value"] > 0.9
+        assert dense["mean_iou"]["value"] > 0.85
+        assert dense["chance"] == pytest.approx(1 / 3)
+        assert dense["mean_iou"]["majority"] < 0.2
+        assert (dense["images"], dense["accuracy"]["samples"]) == (8, 8 * PATCHES_PER_IMAGE)
+    assert found["baseline"]["advantage_of_model"]["dense"]["accuracy"]["clusters"] == 8
+
+
+def test_features_beside_the_dense_ones_stay_the_same(vit_folder, masked):
+    data = {"data": str(masked / "val"), "train_data": str(masked / "train")}
+    both = evaluate(vit_folder, **data, measures=("knn", "dense"))
+    alone = evaluate(vit_folder, **data, measures=("knn",))
+    assert both["measures"]["knn"] == alone["measures"]["knn"]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        b"no image",
+        Halves(0, 1, 0, wide=2).mask(),
+        Halves(0, 1, 0).encoded()[0],  # three bytes a pixel
+    ],
+)
+def test_masks_that_do_not_fit_are_left_out_with_their_sample(tmp_path, monkeypatch, mask):
+    records = halves_records(10)
+    make_shards(records, tmp_path / "out", labels=["a", "b", "c"], name="x", options=ShardOptions(vocabulary=0))
+    table = open_table(str(tmp_path / "out" / "val"), "--data")
+    from m3i_scale.evaluate import samples
+
+    original = samples._members
+    monkeypatch.setattr(
+        samples, "_members", lambda table: ((key, members | {"mask.png": mask}) for key, members in original(table))
+    )
+    assert list(read_samples(table, 16, masks=True)) == []
+    assert sum(table.left_out.values()) == 2
+    assert len(list(read_samples(open_table(str(tmp_path / "out" / "val"), "--data"), 16))) == 2
