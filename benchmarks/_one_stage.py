@@ -7,8 +7,10 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,19 @@ import torch
 import yaml
 from _common import say
 from _cost import count_flop, recipe_step, synthetic_batch
+from transformers import AutoTokenizer
 
 from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.data.make import FACTS
-from m3i_scale.errors import DataError, UserError
+from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.objective.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, IMAGE, PATCH, TOKENS, BATCH = 96, 4, 3, 48, 8, 24, 64
-CODE = ("m3i_scale", "benchmarks/_one_stage.py", "benchmarks/_cost.py")
+CODE = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_one_stage.py", "benchmarks/_cost.py")
 CURVE_POINTS = 3
+FEWEST_STEPS = 20
+SAMPLED_CAPTIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,11 @@ class Entry:
 
 
 ONE_STAGE = Path(__file__).parent / "one_stage"
+POOL = "recipe.decoders.pool={{kind: attention_pool, width: {}}}"
+"""One pooling and no label smoothing for all: m3i's, so that rows differ in inputs and targets alone."""
 RECIPES = (
-    Entry("supervised", "supervised"),
-    Entry("clip", "clip"),
+    Entry("supervised", "supervised", (POOL.format(WIDTH), "recipe.targets.0.label_smoothing=0.0")),
+    Entry("clip", "clip", (POOL.format(WIDTH),)),
     Entry("mae", "mae"),
     Entry("sim", "sim"),
     Entry("supervised_sim", str(ONE_STAGE / "supervised_sim.yaml")),
@@ -73,8 +80,12 @@ class DataSet:
     classes: list[str]
     streams: int
     samples: int
+    tokens: int
+    """Tokens of a caption, as batches are padded."""
+    sha256: str
+    """Of all splits, labels and the tokenizer."""
     options: list[str] = field(default_factory=list)
-    """Of every evaluation."""
+    """Of the probes."""
 
     @property
     def retrieval(self) -> Path:
@@ -108,9 +119,34 @@ def open_data(folder: Path) -> DataSet:
             )
     streams = next(count for count in (8, 4, 2, 1) if count <= len(shards))
     classes = json.loads((folder / "train" / "labels.json").read_text(encoding="utf-8"))
-    # flags are told apart by their caption alone, and are a seventh of all emoji
+    # what a flag shows says nothing about its group
     options = ["--exclude-group", "flags"] if manifest.get("source") == "emoji" else []
-    return DataSet(folder, classes, streams, total["samples"], options)
+    tokens = padded_tokens(folder)
+    return DataSet(folder, classes, streams, total["samples"], tokens, _fingerprint(folder), options)
+
+
+def padded_tokens(folder: Path) -> int:
+    """Mean length that a batch of captions is padded to: what the text tower really computes."""
+    captions: list[str] = []
+    for shard in sorted((folder / "train").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                text = tar.extractfile(member) if member.isfile() and member.name.endswith(".txt") else None
+                captions += [text.read().decode("utf-8")] if text is not None else []
+        if len(captions) >= SAMPLED_CAPTIONS:
+            break
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    lengths = [min(len(ids), TOKENS) for ids in tokenizer(captions)["input_ids"]]
+    longest = [max(lengths[start : start + BATCH]) for start in range(0, len(lengths), BATCH)]
+    return round(statistics.fmean(longest))
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for pattern in ("*/manifest.json", "*/labels.json", "tokenizer/tokenizer.json"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str, Any]:
@@ -145,12 +181,12 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
             "augment": {
                 "crop_scale": [0.3, 1.0],
                 "color_jitter": [0.3, 0.3, 0.2, 0.05],
-                "blur": [0.2, 0.0],
+                "blur": [0.1],  # lists hold a value per view: the same for whatever view a recipe trains on
                 "solarize": [0.0],
                 "grayscale": 0.1,
             },
         },
-        "deepspeed": "zero1_bf16" if torch.cuda.is_available() else "zero1_cpu_fp32",
+        "deepspeed": "zero1_bf16",
         "log": {"every_steps": 20, "progress": False},
     }
 
@@ -160,12 +196,14 @@ def _shape(layers: int) -> dict[str, Any]:
     return shape | {"num_hidden_layers": layers, "initializer_range": 0.06}
 
 
-def flop_per_sample(values: dict[str, Any], classes: list[str]) -> float:
+def flop_per_sample(values: dict[str, Any], data: DataSet) -> float:
     """Counted FLOPs of student, decoders, heads and targets for one training sample."""
     run = parse_section(RunConfig, values | {"optim": _optim(1000)}, where="one_stage")
     views, vocabulary = parse_recipe(run.recipe).views, 4096
-    batch = synthetic_batch(BATCH, views, image=IMAGE, tokens=TOKENS, classes=len(classes), vocabulary=vocabulary)
-    return count_flop(recipe_step(run, {"main": classes}, vocabulary, batch)) / BATCH
+    batch = synthetic_batch(
+        BATCH, views, image=IMAGE, tokens=data.tokens, classes=len(data.classes), vocabulary=vocabulary
+    )
+    return count_flop(recipe_step(run, {"main": data.classes}, vocabulary, batch)) / BATCH
 
 
 def _optim(steps: int) -> dict[str, Any]:
@@ -187,80 +225,104 @@ class Job:
     entry: Entry
     seed: int
     data: DataSet
-    folder: Path
+    output: Path
+    """Every result has a folder of its own in it, named by what it depends on."""
     flop: float
     budget: float
     curve: bool
 
     @property
     def steps(self) -> int:
-        """As many as the budget pays for."""
-        return max(2, round(self.budget / (self.flop * BATCH))) if self.entry.trained else 2
+        """As many as the budget pays for.
 
-    def values(self) -> dict[str, Any]:
+        Raises:
+            ConfigError: too few to keep compute equal and to train at all.
+        """
+        if not self.entry.trained:
+            return 2
+        steps = round(self.budget / (self.flop * BATCH))
+        if steps < FEWEST_STEPS:
+            least = math.ceil(FEWEST_STEPS * self.flop * BATCH / 1e10) / 100
+            raise ConfigError(
+                f"{self.budget / 1e12:g} TFLOP pay for {steps} steps of '{self.entry.name}'",
+                fix=f"--budget {least:g} or more",
+            )
+        return steps
+
+    def values(self, folder: Path) -> dict[str, Any]:
         """The whole run file."""
         every = math.ceil(self.steps / CURVE_POINTS) if self.curve else self.steps
-        values = run_values(self.entry, self.data, self.seed, self.folder)
+        values = run_values(self.entry, self.data, self.seed, folder)
         checkpoint = {"every_steps": every, "keep_latest": CURVE_POINTS}
         optim = _optim(self.steps) | ({} if self.entry.trained else {"lr": 1e-12})
         return values | {"optim": optim, "checkpoint": checkpoint}
 
     def key(self) -> str:
-        """What the result depends on."""
-        values = self.values() | {"output_dir": ""}
-        manifest = (self.data.folder / "train" / "manifest.json").read_bytes()
-        digest = hashlib.sha256(json.dumps([values, self.data.options], sort_keys=True).encode() + manifest)
+        """What the result depends on: settings, data, code, torch, and what it ran on."""
+        values = self.values(Path())
+        values["data"]["sources"]["main"]["shards"] = self.data.sha256
+        machine = [torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"]
+        digest = hashlib.sha256(json.dumps([values, self.data.options, machine], sort_keys=True).encode())
         for name in CODE:
             path = ROOT / name
-            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            for file in sorted(path.rglob("*.[pjy][ysa]*")) if path.is_dir() else [path]:
                 digest.update(file.read_bytes())
         return digest.hexdigest()
 
     def result(self, environment: dict[str, str]) -> dict[str, Any]:
-        """Train, export and evaluate; or what an earlier call with the same settings and code found."""
-        path, key = self.folder / "result.json", self.key()
+        """Train, export and evaluate; or what an earlier call with the same settings, data and code found.
+
+        A training that was cut off goes on from its newest checkpoint.
+        """
+        key = self.key()
+        folder = self.output / f"{self.entry.name.replace(' ', '-')}-{self.seed}-{key[:12]}"
+        path = folder / "result.json"
         if path.is_file():
             known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if known["key"] == key:
-                return known
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        run_file = self.folder / "run.yaml"
-        run_file.write_text(yaml.safe_dump(self.values(), sort_keys=False), encoding="utf-8")
-        tool(["train", str(run_file)], self.folder / "train.log", environment)
-        checkpoints = sorted((self.folder / "run" / "checkpoints").glob("step-*"))
-        points = [self._measured(checkpoint, environment) for checkpoint in checkpoints]
-        found = {"key": key, "steps": self.steps, "gflop_per_sample": self.flop / 1e9, **points[-1], "curve": points}
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            return known
+        folder.mkdir(parents=True, exist_ok=True)
+        run_file, trained = folder / "run.yaml", folder / "trained"
+        run_file.write_text(yaml.safe_dump(self.values(folder), sort_keys=False), encoding="utf-8")
+        if not trained.exists():
+            tool(["train", str(run_file)], folder / "train.log", environment)
+            trained.touch()
+        checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
+        points = [self._measured(folder, checkpoint, environment) for checkpoint in checkpoints]
+        if self.key() != key:
+            raise UserError(
+                f"the code changed while '{self.entry.name}' was measured",
+                where=str(folder),
+                fix="give the same command again: it takes the code as it is now",
+            )
+        found = {"steps": self.steps, "gflop_per_sample": self.flop / 1e9, **points[-1], "curve": points}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        partial.rename(path)
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
         say(f"{self.entry.name}, seed {self.seed}: {self.steps} steps, {_short(found['measures'])}")
         return found
 
-    def _measured(self, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
-        model, log = self.folder / checkpoint.name, self.folder / f"{checkpoint.name}.log"
-        tool(["export", str(checkpoint), "--to", str(model)], log, environment)
-        folder = self.data.folder
+    def _measured(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
+        model, log, data = folder / checkpoint.name, folder / f"{checkpoint.name}.log", self.data.folder
+        tool(["export", str(checkpoint), "--to", str(model), "--overwrite"], log, environment)
         probes = tool(
-            ["evaluate", str(model), "--data", str(folder / "val"), "--train-data", str(folder / "train")]
-            + ["--pool", "both", *self.data.options]
+            ["evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train")]
+            + self.data.options
             + ([] if self.entry.trained or self.seed else ["--baseline", "pixels"])
             + [part for name in ("linear", "knn", "dense", "zero_shot") for part in ("--measure", name)],
             log,
             environment,
         )
         measures, absent = probes["measures"], probes["not_measured"]
-        if "text" in {target["modality"] for target in self.values()["recipe"]["targets"]}:
-            found = tool(
-                ["evaluate", str(model), "--data", str(self.data.retrieval), "--measure", "retrieval"], log, environment
-            )
-            measures |= found["measures"]
+        if "zero_shot" in measures:
+            style = ["evaluate", str(model), "--data", str(self.data.retrieval), "--measure", "retrieval"]
+            measures |= tool(style, log, environment)["measures"]
         else:
-            absent["retrieval"] = absent.get("zero_shot", "no text target")
-        step = int(checkpoint.name.rpartition("-")[2])
+            absent["retrieval"] = absent["text_to_image"] = absent["zero_shot"]
         shutil.rmtree(model)
         return {
-            "step": step,
+            "step": int(checkpoint.name.rpartition("-")[2]),
             "measures": headline(measures),
             "pixels": headline(probes.get("baseline", {}).get("measures", {})),
             "guessing": guessing(measures),
@@ -276,6 +338,7 @@ def headline(measures: dict[str, Any]) -> dict[str, dict[str, float]]:
         "dense": ("dense", "mean_iou"),
         "zero_shot": ("zero_shot", "accuracy"),
         "retrieval": ("retrieval", "image_to_text", "R@10"),
+        "text_to_image": ("retrieval", "text_to_image", "R@10"),
     }
     found = {}
     for name, path in places.items():
@@ -294,11 +357,15 @@ def guessing(measures: dict[str, Any]) -> dict[str, float]:
         found["dense"] = measures["dense"]["mean_iou"]["majority"]
     if "retrieval" in measures:
         found["retrieval"] = measures["retrieval"]["image_to_text"]["R@10"]["chance"]
+        found["text_to_image"] = measures["retrieval"]["text_to_image"]["R@10"]["chance"]
     return found
 
 
 def _short(measures: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {figure['value']:.3f}" for name, figure in measures.items())
+
+
+_running: set[subprocess.Popen[str]] = set()
 
 
 def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -309,16 +376,29 @@ def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[s
     """
     as_json = [] if arguments[0] == "train" else ["--json"]
     with log.open("a", encoding="utf-8") as stream:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "m3i_scale", *arguments, *as_json],
             stdout=subprocess.PIPE if as_json else stream,
             stderr=stream,
             env=os.environ | environment,
             text=True,
-            check=False,
         )
-    if done.returncode:
+        _running.add(process)
+        printed, _ = process.communicate()
+        _running.discard(process)
+    if process.returncode:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise UserError(f"`m3i-scale {arguments[0]}` ended with exit code {done.returncode}", where=str(log), why=tail)
-    document: dict[str, Any] = json.loads(done.stdout) if as_json else {}
+        raise UserError(
+            f"`m3i-scale {arguments[0]}` ended with exit code {process.returncode}",
+            where=str(log),
+            why=tail,
+            fix="mend it and give the same command again: what is done is kept",
+        )
+    document: dict[str, Any] = json.loads(printed) if as_json else {}
     return document
+
+
+def stop_all() -> None:
+    """End the commands that run now: their trainings save and can go on."""
+    for process in list(_running):
+        process.terminate()

@@ -5,26 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.errors import ConfigError
-
 TITLES = {
     "linear": "linear probe",
     "knn": "kNN",
     "dense": "dense probe",
     "zero_shot": "zero-shot",
-    "retrieval": "retrieval",
+    "retrieval": "image → text",
+    "text_to_image": "text → image",
 }
 """Columns, in order."""
 NO_RECIPES = (
-    "ablations",
-    "untrained",
-    "pixels",
-    "guessing",
-    "test_interval",
-    "curves",
-    "not_measured",
-    "settings",
-    "machine",
+    *("ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images"),
+    *("curves", "not_measured", "settings", "machine"),
 )
 
 
@@ -43,15 +35,35 @@ def markdown(document: dict[str, Any]) -> str:
     rows.append(["untrained", "", "", *_cells(document["untrained"])])
     rows.append(["raw pixels", "", "", *(_plain(document["pixels"].get(name)) for name in TITLES)])
     rows.append(["guessing", "", "", *(_plain(document["guessing"].get(name)) for name in TITLES)])
-    rows.append(["± other test images", "", "", *(_plain(document["test_interval"].get(name)) for name in TITLES)])
+    widest = {name: max(row.get(name, 0.0) for row in document["other_images"].values()) for name in TITLES}
+    rows.append(["± other test images", "", "", *(_plain(widest[name] or None) for name in TITLES)])
     text = _table(head, rows)
+    if "m3i" in document:
+        minus = document["m3i_minus"]
+        rows = [[f"`{name}`", *_signed(minus[name])] for name in recipes_of(document) if name != "m3i"]
+        text += "\n" + _table(["`m3i` minus", *TITLES.values()], rows)
     if document["ablations"]:
-        control = [["`m3i`", "", *_cells(document["m3i"])]] if "m3i" in document else []
         others = [
             [name, f"`{row['default']}`", *_cells(row["measures"])] for name, row in document["ablations"].items()
         ]
-        text += "\n" + _table(["m3i with", "default", *TITLES.values()], control + others)
+        control = [["nothing changed", "", *_cells(document["m3i"])]]
+        text += "\n" + _table(["`m3i` with", "default", *TITLES.values()], control + others)
+        rows = [[name, *_signed(minus[name])] for name in document["ablations"]]
+        text += "\n" + _table(["`m3i` minus `m3i` with", *TITLES.values()], rows)
     return text
+
+
+def _signed(measures: dict[str, Any]) -> list[str]:
+    """A difference with its interval, in bold where that does not hold 0."""
+    cells = []
+    for name in TITLES:
+        figure = measures.get(name)
+        if figure is None:
+            cells.append("–")
+            continue
+        text = f"{figure['mean']:+.3f} ({figure['low']:+.3f} … {figure['high']:+.3f})"
+        cells.append(f"**{text}**" if figure["low"] > 0 or figure["high"] < 0 else text)
+    return cells
 
 
 def _cells(measures: dict[str, Any]) -> list[str]:
@@ -71,15 +83,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Every measure of the first seed along its training, as SVG.
+    """Every measure of the first seed along its training, as SVG; a recipe has one colour in all of them."""
+    import matplotlib
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib", fix="pip install matplotlib") from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "one_stage"  # the same figures, the same file
     from matplotlib import pyplot
@@ -87,11 +93,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
     measured = {name for points in document["curves"].values() for point in points for name in point}
     shown = [name for name in TITLES if name in measured]
     figure, axes = pyplot.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), squeeze=False)
+    colours = {recipe: f"C{number}" for number, recipe in enumerate(document["curves"])}
     for axis, name in zip(axes[0], shown, strict=True):
         for recipe, points in document["curves"].items():
             line = [(point["tflop"], point[name]) for point in points if name in point]
             if line:
-                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=recipe)
+                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=recipe, color=colours[recipe])
         axis.set_title(TITLES[name])
         axis.set_xlabel("TFLOP")
         axis.grid(alpha=0.3)

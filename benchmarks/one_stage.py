@@ -12,15 +12,16 @@ What is done is not done again: results lie in --output, a folder for every trai
 from __future__ import annotations
 
 import os
+import queue
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from _common import emit, machine, say
+from _common import emit, machine, need, say
 from _one_stage import (
     ABLATIONS,
     BATCH,
@@ -32,14 +33,16 @@ from _one_stage import (
     flop_per_sample,
     open_data,
     run_values,
+    stop_all,
     tool,
 )
 from _one_stage_report import markdown, plot
-from scipy.stats import t
+from filelock import FileLock, Timeout
+from scipy.stats import t, ttest_ind
 
-from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, UserError, did_you_mean
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
 
-MEASURES = ("linear", "knn", "dense", "zero_shot", "retrieval")
+MEASURES = ("linear", "knn", "dense", "zero_shot", "retrieval", "text_to_image")
 LEVEL = 0.95
 
 
@@ -47,70 +50,107 @@ def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     data: Path = typer.Option(None, help="Folder of `m3i-scale shards make` with train and val; default: emoji."),  # noqa: B008
     output: Path = typer.Option(Path("runs/one_stage"), help="Keeps every training's result."),  # noqa: B008
-    budget: float = typer.Option(6.0, help="TFLOP of one training."),
+    budget: float = typer.Option(6.0, min=1e-6, help="TFLOP of one training."),
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
-    workers: int = typer.Option(0, help="Trainings at a time; 0: one a core, or one a GPU."),
+    workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
     only: list[str] = typer.Option([], help="Only these recipes."),  # noqa: B008
-    ablations: bool = typer.Option(True, help="Also m3i with the other choices that the paper leaves open."),
+    ablations: bool | None = typer.Option(
+        None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
+    ),
     markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),  # noqa: B008
     plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),  # noqa: B008
 ) -> None:
-    """Print {recipe: {measure: {mean, low, high, seeds}}}, ablations, curves, pixels, guessing, settings, machine."""
+    """Print {recipe: {measure: {mean, low, high, seeds}}}, ablations, curves, controls, settings, machine."""
+    if plot_file is not None:
+        need("matplotlib")
     try:
-        document = compare(data, output, budget, seeds, workers, only, ablations)
-        if markdown_file is not None:
-            markdown_file.write_text(markdown(document), encoding="utf-8")
-        if plot_file is not None:
-            plot(document, plot_file)
+        for file in (markdown_file, plot_file):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ConfigError("no such folder", where=str(file.absolute().parent), fix=f"mkdir -p {file.parent}")
+        document = compare(data, output, budget, seeds, workers, _chosen(only, ablations))
     except UserError as fault:
         say(f"error: {fault}")
         sys.exit(EXIT_USER_ERROR)
     emit(document)
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(document), encoding="utf-8")
+    if plot_file is not None:
+        plot(document, plot_file)
 
 
-def compare(
-    folder: Path | None, output: Path, budget: float, seeds: int, workers: int, only: list[str], ablations: bool
-) -> dict[str, Any]:
-    """All trainings, in parallel, and what they come to."""
+def _chosen(only: list[str], ablations: bool | None) -> tuple[list[Entry], list[Entry]]:
+    """Recipes, and choices of m3i."""
     known = [entry.name for entry in RECIPES]
     for name in only:
         if name not in known:
             raise ConfigError(f"no recipe '{name}' in this comparison", fix=did_you_mean(name, known))
     entries = [entry for entry in RECIPES if not only or entry.name in only]
-    others = list(ABLATIONS) if ablations and not only else []
-    controls = [UNTRAINED]
+    if ablations and "m3i" not in {entry.name for entry in entries}:
+        raise ConfigError("--ablations are those of m3i, which is left out", fix="--only m3i --ablations")
+    wanted = not only if ablations is None else ablations
+    return entries, list(ABLATIONS) if wanted else []
+
+
+def compare(
+    folder: Path | None,
+    output: Path,
+    budget: float,
+    seeds: int,
+    workers: int,
+    chosen: tuple[list[Entry], list[Entry]],
+) -> dict[str, Any]:
+    """All trainings, in parallel, and what they come to."""
+    entries, others = chosen
     data = open_data(folder if folder is not None else _emoji())
-    jobs = [
-        job
-        for entry in (*controls, *entries, *others)
-        for job in _jobs(entry, data, output, budget, seeds, entry in entries)
-    ]
-    results = _run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1)
+    every = [UNTRAINED, *entries, *others]
+    jobs = [job for entry in every for job in _jobs(entry, data, output, budget, seeds, entry in entries)]
+    for job in jobs:
+        job.key()  # a budget that is too small ends here
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            results = _run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1)
+    except Timeout:
+        raise DataError(
+            "another comparison writes here", where=str(output), fix="wait for it, or give another --output"
+        ) from None
     by_name: dict[str, list[dict[str, Any]]] = {}
     for job, result in zip(jobs, results, strict=True):
         by_name.setdefault(job.entry.name, []).append(result)
-    first = by_name[entries[-1].name][0]
+    return _document(by_name, entries, others) | {
+        "settings": {
+            "data": str(data.folder),
+            "samples": data.samples,
+            "caption_tokens": data.tokens,
+            "tflop": budget,
+            "batch": BATCH,
+            "seeds": seeds,
+            "steps": {name: found[0]["steps"] for name, found in by_name.items()},
+            "gflop_per_sample": {name: found[0]["gflop_per_sample"] for name, found in by_name.items()},
+            "level": LEVEL,
+        },
+        "curves": {entry.name: _curve(by_name[entry.name][0], budget) for entry in entries},
+        "machine": machine(),
+    }
+
+
+def _document(by_name: dict[str, list[dict[str, Any]]], entries: list[Entry], others: list[Entry]) -> dict[str, Any]:
     document: dict[str, Any] = {entry.name: _means(by_name[entry.name]) for entry in entries}
     document["ablations"] = {e.name: {"default": e.default, "measures": _means(by_name[e.name])} for e in others}
+    compared = {name: found for name, found in by_name.items() if name not in ("m3i", "untrained")}
+    if "m3i" in by_name:
+        document["m3i_minus"] = {name: _differences(by_name["m3i"], found) for name, found in compared.items()}
     document["untrained"] = _means(by_name["untrained"])
     document["pixels"] = {name: figure["value"] for name, figure in by_name["untrained"][0]["pixels"].items()}
-    document["guessing"] = first["guessing"]
-    document["test_interval"] = {
-        name: (figure["high"] - figure["low"]) / 2 for name, figure in first["measures"].items()
+    document["guessing"] = {name: value for found in by_name.values() for name, value in found[0]["guessing"].items()}
+    document["other_images"] = {
+        entry.name: {
+            name: (figure["high"] - figure["low"]) / 2 for name, figure in by_name[entry.name][0]["measures"].items()
+        }
+        for entry in entries
     }
-    document["curves"] = {entry.name: _curve(by_name[entry.name][0], budget) for entry in entries}
     document["not_measured"] = {entry.name: by_name[entry.name][0]["not_measured"] for entry in entries}
-    document["settings"] = {
-        "data": str(data.folder),
-        "samples": data.samples,
-        "tflop": budget,
-        "batch": BATCH,
-        "seeds": seeds,
-        "steps": {name: found[0]["steps"] for name, found in by_name.items()},
-        "gflop_per_sample": {name: found[0]["gflop_per_sample"] for name, found in by_name.items()},
-        "level": LEVEL,
-    }
-    return document | {"machine": machine()}
+    return document
 
 
 def _emoji() -> Path:
@@ -126,41 +166,38 @@ def _emoji() -> Path:
 
 
 def _jobs(entry: Entry, data: DataSet, output: Path, budget: float, seeds: int, main_row: bool) -> list[Job]:
-    name = entry.name.replace(" ", "-")
-    flop = flop_per_sample(run_values(entry, data, 0, output), data.classes)
-    return [
-        Job(
-            entry,
-            seed,
-            data,
-            output / f"{data.folder.resolve().name}-{name}-{seed}",
-            flop,
-            budget * 1e12,
-            main_row and seed == 0,
-        )
-        for seed in range(seeds)
-    ]
+    flop = flop_per_sample(run_values(entry, data, 0, output), data)
+    return [Job(entry, seed, data, output, flop, budget * 1e12, curve=main_row and seed == 0) for seed in range(seeds)]
 
 
 def _run(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
-    """Each worker has its share of the cores, or a GPU of its own."""
-    threads, gpus = max(1, (os.cpu_count() or 1) // workers), torch.cuda.device_count()
+    """Each worker has its share of the cores, and a GPU of its own where there are some."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    count, inherited = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = inherited.split(",")[:count] if inherited else [str(number) for number in range(count)]
+    places: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for number in range(workers):
+        places.put(gpus[number % len(gpus)] if gpus else "")
     say(f"{len(jobs)} trainings, {workers} at a time")
 
-    def work(numbered: tuple[int, Job]) -> dict[str, Any]:
-        number, job = numbered
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
-        return job.result(environment)
+    def work(job: Job) -> dict[str, Any]:
+        place = places.get()
+        try:
+            environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+            return job.result(environment | ({"CUDA_VISIBLE_DEVICES": place} if gpus else {}))
+        finally:
+            places.put(place)
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, numbered) for numbered in enumerate(jobs)]
+        futures = [pool.submit(work, job) for job in jobs]
         try:
-            return [future.result() for future in futures]
+            for future in as_completed(futures):
+                future.result()  # the first failure ends all
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
             raise
+    return [future.result() for future in futures]
 
 
 def _means(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,6 +214,25 @@ def mean_interval(values: list[float]) -> dict[str, Any]:
     mean, count = statistics.fmean(values), len(values)
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * statistics.stdev(values) / count**0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": values}
+
+
+def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """m3i minus another row, with Welch's interval over the seeds of both."""
+    found = {}
+    for name in MEASURES:
+        sides = [[r["measures"][name]["value"] for r in side if name in r["measures"]] for side in (ours, theirs)]
+        if all(sides):
+            found[name] = difference_interval(*sides)
+    return found
+
+
+def difference_interval(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Difference of two means and its interval; seeds of two recipes are no pairs."""
+    mean = statistics.fmean(ours) - statistics.fmean(theirs)
+    if len(set(ours)) == len(set(theirs)) == 1:  # no spread at all: Welch has no degrees of freedom
+        return {"mean": mean, "low": mean, "high": mean}
+    interval = ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
+    return {"mean": mean, "low": float(interval.low), "high": float(interval.high)}
 
 
 def _curve(result: dict[str, Any], budget: float) -> list[dict[str, Any]]:

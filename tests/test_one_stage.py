@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from m3i_scale.data.make import ShardOptions, make_shards
 from m3i_scale.data.records import FileImage, FileMask, Record
-from m3i_scale.errors import DataError
+from m3i_scale.errors import ConfigError, DataError, UserError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LABELS = ["warm", "cold", "green"]
@@ -58,35 +60,58 @@ def folder(tmp_path_factory):
 
 
 def job(name, folder, budget=1e12, **fields):
-    from _one_stage import RECIPES, Job, flop_per_sample, open_data, run_values
+    from _one_stage import ABLATIONS, RECIPES, Job, flop_per_sample, open_data, run_values
 
-    data, entry = open_data(folder), next(entry for entry in RECIPES if entry.name == name)
-    flop = flop_per_sample(run_values(entry, data, 0, folder), data.classes)
+    data, entry = open_data(folder), next(entry for entry in (*RECIPES, *ABLATIONS) if entry.name == name)
+    flop = flop_per_sample(run_values(entry, data, 0, folder), data)
     return Job(entry, fields.pop("seed", 0), data, folder.parent / "runs", flop, budget, **{"curve": False} | fields)
 
 
-def test_every_recipe_gets_the_same_compute(folder):
-    from _one_stage import BATCH, RECIPES
+def by_hand(tokens):
+    """Multiplications and additions of the backbone's forward pass on so many tokens, class token included."""
+    from _one_stage import LAYERS, PATCH, WIDTH
 
-    spent = {}
-    for entry in RECIPES:
-        found = job(entry.name, folder)
-        spent[entry.name] = found.steps * found.flop * BATCH
-    assert max(spent.values()) / min(spent.values()) < 1.1
-    assert spent["m3i"] == pytest.approx(1e12, rel=0.05)
+    return 2 * (LAYERS * (12 * WIDTH**2 * tokens + 2 * WIDTH * tokens**2) + (tokens - 1) * 3 * PATCH**2 * WIDTH)
 
 
 def test_the_count_is_that_of_the_matrix_products(folder):
-    """`supervised`: three products of every size forward and backward (two for the first layer, whose input needs no
-    gradient), four matrices of attention, two of the MLP, and two products of attention itself."""
-    from _one_stage import IMAGE, LAYERS, PATCH, WIDTH
+    """`supervised`: every product once forward and twice backward, but for the patches, whose input has no gradient."""
+    from _one_stage import IMAGE, PATCH, WIDTH
 
-    tokens = (IMAGE // PATCH) ** 2 + 1
-    layer = 12 * WIDTH**2 * tokens + 2 * WIDTH * tokens**2
-    patches = 2 * (tokens - 1) * 3 * PATCH**2 * WIDTH
-    classes = 3 * WIDTH * len(LABELS)
-    wanted = 2 * (3 * LAYERS * layer + patches + classes)
+    patches = (IMAGE // PATCH) ** 2
+    embed = 2 * patches * 3 * PATCH**2 * WIDTH
+    # attention pool: query, keys, values and the way out; the scores of one query; the classes
+    pool = 2 * (2 * patches * WIDTH**2 + 2 * WIDTH**2 + 2 * patches * WIDTH + len(LABELS) * WIDTH)
+    wanted = 3 * by_hand(patches + 1) - embed + 3 * pool
     assert job("supervised", folder).flop == pytest.approx(wanted, rel=0.01)
+
+
+def test_targets_are_counted_once_forward(folder):
+    """What `sim` pays for its momentum target: the whole view, without a backward pass."""
+    from _cost import recipe_step, synthetic_batch
+    from _one_stage import BATCH, IMAGE, PATCH
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from m3i_scale.config import RunConfig, parse_section
+
+    values = job("sim", folder).values(folder)
+    run = parse_section(RunConfig, values, where="test")
+    batch = synthetic_batch(BATCH, 2, image=IMAGE, tokens=8, classes=3, vocabulary=100)
+    with FlopCounterMode(display=False, depth=None) as counter:
+        recipe_step(run, {"main": LABELS}, 100, batch)()
+    counts = {name: sum(values.values()) for name, values in counter.get_flop_counts().items()}
+    averaged = re.compile(r"Objective\.momentum\.backbone\.model\.(embeddings|layers\.\d+)")
+    target = sum(count for name, count in counts.items() if averaged.fullmatch(name))
+    assert target / BATCH == pytest.approx(by_hand((IMAGE // PATCH) ** 2 + 1), rel=0.02)
+    assert counts["Global"] / BATCH == pytest.approx(job("sim", folder).flop, rel=1e-6)
+
+
+def test_a_budget_that_keeps_nothing_equal_is_refused(folder):
+    assert job("m3i", folder).steps > 40
+    with pytest.raises(ConfigError, match=r"0.1 TFLOP pay for \d steps") as caught:
+        _ = job("m3i", folder, budget=1e11).steps
+    least = float(caught.value.fix.split()[1]) * 1e12
+    assert job("m3i", folder, budget=least).steps >= 20
 
 
 def test_all_train_the_same_backbone_on_the_same_data(folder):
@@ -110,14 +135,21 @@ def test_a_result_belongs_to_its_settings(folder):
 
 
 def test_the_interval_is_students():
-    from one_stage import mean_interval
+    from one_stage import difference_interval, mean_interval
     from scipy import stats
 
-    values = [0.5, 0.56, 0.53]
+    values, others = [0.5, 0.56, 0.53], [0.4, 0.48, 0.41]
     found = mean_interval(values)
     low, high = stats.t.interval(0.95, 2, loc=statistics.fmean(values), scale=stats.sem(values))
     assert (found["low"], found["high"]) == pytest.approx((low, high))
     assert found["mean"] == pytest.approx(0.53)
+    gap = difference_interval(values, others)
+    assert gap["mean"] == pytest.approx(0.1)
+    spread = (statistics.variance(values) / 3, statistics.variance(others) / 3)
+    degrees = sum(spread) ** 2 / sum(part**2 / 2 for part in spread)
+    half = stats.t.ppf(0.975, degrees) * sum(spread) ** 0.5
+    assert (gap["low"], gap["high"]) == pytest.approx((gap["mean"] - half, gap["mean"] + half))
+    assert difference_interval([0.5, 0.5], [0.4, 0.4])["low"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("missing", ["split", "captions"])
@@ -138,28 +170,105 @@ def test_data_that_cannot_be_compared_on_are_refused(folder, tmp_path, missing):
         open_data(tmp_path)
 
 
+def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
+    """With trainings and evaluations that only write down what they were asked for."""
+    import _one_stage
+    import one_stage
+    from _one_stage_report import markdown, plot
+
+    asked = []
+
+    def tool(arguments, log, environment):
+        asked.append(arguments)
+        if arguments[0] == "train":
+            run = yaml.safe_load(Path(arguments[1]).read_text())
+            every, steps = run["checkpoint"]["every_steps"], run["optim"]["steps"]
+            for step in sorted({*range(every, steps, every), steps}):
+                (Path(run["output_dir"]) / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        if arguments[0] == "export":
+            Path(arguments[3]).mkdir()
+        seed = float(log.parent.name.split("-")[-2])
+        estimate = {"value": 0.5 + 0.01 * seed, "low": 0.4, "high": 0.7, "chance": 0.1}
+        probes = {
+            "linear": {"accuracy": estimate, "majority": 0.3},
+            "knn": {"k=20": estimate, "majority": 0.3},
+            "dense": {"mean_iou": {**estimate, "majority": 0.2}},
+        }
+        text = "text" in (log.parent / "run.yaml").read_text()
+        if "retrieval" in arguments:
+            sides = {name: {"R@10": estimate} for name in ("image_to_text", "text_to_image")}
+            return {"measures": {"retrieval": sides}}
+        return {
+            "measures": probes | ({"zero_shot": {"accuracy": estimate, "majority": 0.3}} if text else {}),
+            "not_measured": {} if text else {"zero_shot": "no text tower"},
+            "baseline": {"measures": probes},
+        }
+
+    monkeypatch.setattr(_one_stage, "tool", tool)
+    document = one_stage.compare(folder, tmp_path, 1.0, 2, 2, one_stage._chosen([], None))
+    rows = [entry.name for entry in (*_one_stage.RECIPES, *_one_stage.ABLATIONS)]
+    assert set(document["m3i_minus"]) == {*rows} - {"m3i"}
+    assert document["m3i_minus"]["mae"]["linear"]["mean"] == 0
+    assert set(document["m3i"]) == set(one_stage.MEASURES)
+    assert set(document["mae"]) == {"linear", "knn", "dense"}
+    assert document["m3i"]["linear"]["seeds"] == [0.5, 0.51]
+    assert [len(points) for points in document["curves"].values()] == [3] * len(_one_stage.RECIPES)
+    trainings = [command for command in asked if command[0] == "train"]
+    assert len(trainings) == 2 * (len(rows) + 1)
+    table = markdown(document)
+    assert all(f"`{name}`" in table or f"| {name} |" in table for name in rows)
+    plot(document, tmp_path / "curves.svg")
+    again = one_stage.compare(folder, tmp_path, 1.0, 2, 2, one_stage._chosen([], None))
+    assert again == document
+    assert len([command for command in asked if command[0] == "train"]) == len(trainings)
+    with pytest.raises(ConfigError, match="those of m3i"):
+        one_stage._chosen(["clip"], True)
+
+
+def test_a_recipe_has_one_colour_in_all_panels(tmp_path):
+    from _one_stage_report import plot
+
+    points = [{"tflop": 1, "linear": 0.1, "retrieval": 0.2}, {"tflop": 2, "linear": 0.3, "retrieval": 0.4}]
+    bare = [{"tflop": 1, "linear": 0.1}]
+    plot({"curves": {"mae": bare, "clip": points}}, tmp_path / "c.svg")
+    text = (tmp_path / "c.svg").read_text()
+    # the second colour: a line and markers in both panels, and in the legend; never the first one in the second panel
+    assert text.count("#1f77b4") < text.count("#ff7f0e")
+
+
+def test_a_failed_command_ends_the_comparison_with_its_words(folder, tmp_path):
+    from _one_stage import tool
+
+    with pytest.raises(UserError, match="exit code 2") as caught:
+        tool(["evaluate", str(tmp_path / "none"), "--data", str(folder / "val")], tmp_path / "log", {})
+    assert "config.json" in caught.value.why
+
+
 def test_a_small_comparison_end_to_end(folder, tmp_path):
     command = [sys.executable, str(BENCHMARKS / "one_stage.py"), "--json", "--data", str(folder), "--only", "clip"]
-    command += ["--budget", "0.1", "--seeds", "2", "--output", str(tmp_path / "runs")]
+    command += ["--budget", "0.2", "--seeds", "2", "--output", str(tmp_path / "runs")]
     command += ["--markdown", str(tmp_path / "tables.md"), "--plot", str(tmp_path / "curves.svg")]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert set(document["clip"]) == {"linear", "knn", "dense", "zero_shot", "retrieval"}
+    assert set(document["clip"]) == {"linear", "knn", "dense", "zero_shot", "retrieval", "text_to_image"}
     for figure in document["clip"].values():
         assert figure["low"] <= figure["mean"] <= figure["high"]
         assert len(figure["seeds"]) == 2
     assert set(document["pixels"]) == {"linear", "knn", "dense"}
     assert set(document["untrained"]) == {"linear", "knn", "dense"}
     assert len(document["curves"]["clip"]) == 3
-    assert document["curves"]["clip"][-1]["tflop"] == pytest.approx(0.1)
+    assert document["curves"]["clip"][-1]["tflop"] == pytest.approx(0.2)
     assert document["curves"]["clip"][-1]["linear"] == document["clip"]["linear"]["seeds"][0]
     assert "| `clip` |" in (tmp_path / "tables.md").read_text()
     assert "</svg>" in (tmp_path / "curves.svg").read_text()
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.log")}
+    assert len(logs) > 4
     again = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    assert json.loads(again.stdout) == document  # from what the first call kept
+    assert json.loads(again.stdout) == document
+    assert logs == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.log")}  # nothing ran again
     wrong = subprocess.run([*command, "--only", "clap"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "did you mean 'clip'" in wrong.stderr

@@ -84,8 +84,8 @@ def make_manifest(
     label_column: Annotated[str, typer.Option(help="Column of labels, names or numbers.")] = "label",
     split_column: Annotated[str, typer.Option(help="Column of splits.")] = "split",
     mask_column: Annotated[
-        str, typer.Option(help="Column of paths of masks: PNGs, the class of every pixel.")
-    ] = "mask",
+        str | None, typer.Option(help="Column of paths of masks: PNGs, the class of every pixel.")
+    ] = None,
     labels_file: Annotated[
         Path | None, typer.Option("--labels", help="Class names: a JSON list, or one a line.")
     ] = None,

@@ -23,11 +23,11 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MASK = "mask.png"
 """Extension of the member that names the class of every pixel."""
 
-MASK_MODES = ("L", "P")
-"""Modes of a mask: eight bits a pixel, which are the class (in a palette, the index)."""
-
 NO_CLASS = 255
 """Pixels of a mask that count for nothing."""
+
+_CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
+"""By the colour type in a PNG's header."""
 
 DECODE_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises on images that are cut off, damaged, or no images (its PNG reader raises SyntaxError)."""
@@ -111,22 +111,21 @@ class FileMask:
 
     def mask(self) -> bytes:
         """See `MaskSource`."""
+        fix = (
+            "save it as an eight-bit grey PNG or one with a palette: the class of every pixel, 255 where there is none"
+        )
         try:
             data = self.path.read_bytes()
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                mode = image.mode
-                image.load()
         except OSError as error:
-            why = error.strerror or str(error)
-            raise DataError(f"cannot read the mask: {why}", where=str(self.path)) from None
-        except DECODE_FAULTS as error:
-            raise DataError(f"the mask does not decode: {error}", where=str(self.path)) from None
-        if mode not in MASK_MODES:
-            raise DataError(
-                f"the mask has mode {mode}",
-                where=str(self.path),
-                fix="save it as a PNG with one byte a pixel (mode L or P): the class, 255 where there is none",
-            )
+            raise DataError(f"cannot read the mask: {error.strerror}", where=str(self.path), fix=fix) from None
+        fault = mask_fault(data)
+        if fault:
+            raise DataError(f"the mask is {fault}", where=str(self.path), fix=fix)
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                image.load()
+        except DECODE_FAULTS:
+            raise DataError("the mask does not decode", where=str(self.path), fix=fix) from None
         return data
 
 
@@ -139,6 +138,19 @@ class Unusable:
     def encoded(self) -> tuple[bytes, str]:
         """Raises the fault."""
         raise self.error
+
+
+def mask_fault(data: bytes) -> str | None:
+    """Why PNG bytes are no mask; None where they are one.
+
+    Pillow stretches grey PNGs of 1, 2 or 4 bits to 0 … 255, so their values are no classes any more.
+    """
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 26:
+        return "no PNG"
+    depth, colour = data[24], data[25]
+    if colour == 3 or (colour == 0 and depth == 8):
+        return None
+    return f"a PNG of {_CHANNELS.get(colour, 'unknown channels')} with {depth} bits each"
 
 
 def to_png(image: Image.Image) -> bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, MASK_MODES
+from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, mask_fault
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 """What Pillow may try: image bytes are hostile input, and some of its other readers start programs."""
@@ -48,11 +48,15 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     Raises:
         BadSampleError: the mask is no eight-bit PNG, or not of that size.
     """
-    if MASK not in members:
+    data = members.get(MASK)
+    if data is None:
         return None
-    mask = _open(members[MASK], ("PNG",), max_pixels)
-    if mask.mode not in MASK_MODES or mask.size != size:
-        raise BadSampleError("mask does not fit its image", f"mode {mask.mode}, {mask.size} pixels for {size}")
+    fault = mask_fault(data)
+    if fault:
+        raise BadSampleError(f"mask is {fault}")
+    mask = _open(data, ("PNG",), max_pixels)
+    if mask.size != size:
+        raise BadSampleError("mask is not of the size of its image", f"{mask.size} pixels for {size}")
     return mask
 
 

@@ -30,7 +30,8 @@ class Columns:
     caption: str = "caption"
     label: str = "label"
     split: str = "split"
-    mask: str = "mask"
+    mask: str | None = None
+    """Paths of masks; only read where it is named."""
 
 
 def imagefolder_records(folder: Path, captions: Captions = "auto") -> tuple[list[Record], list[str]]:
@@ -131,18 +132,23 @@ def _row_record(
         label = _label_number(row.get(columns.label), numbers, where)
     except DataError as error:
         image = Unusable(error)
-    caption, mask = row.get(columns.caption), row.get(columns.mask)
+    caption, mask = row.get(columns.caption), _mask_path(row, columns, root)
     return Record(
         key=f"{number:09d}",
         image=image,
         caption=None if caption is None else str(caption).strip() or None,
         label=label,
-        mask=FileMask(root / str(mask)) if mask else None,
+        mask=None if mask is None else FileMask(mask),
         meta={"path": str(name)},
         split=_split_name(row.get(columns.split), where),
         split_by=str(name),  # several captions of one image stay on one side
-        size_hint=path.stat().st_size if path.is_file() else 0,
+        size_hint=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
     )
+
+
+def _mask_path(row: dict[str, Any], columns: Columns, root: Path) -> Path | None:
+    name = None if columns.mask is None else row.get(columns.mask)
+    return root / str(name) if name else None
 
 
 def _split_name(value: Any, where: str) -> str | None:
@@ -239,7 +245,7 @@ def _check_columns(rows: Sequence[dict[str, Any]], columns: Columns, manifest: P
     default = Columns()
     for role in ("path", "caption", "label", "split", "mask"):
         name = getattr(columns, role)
-        if name not in present and (role == "path" or name != getattr(default, role)):
+        if name is not None and name not in present and (role == "path" or name != getattr(default, role)):
             raise DataError(
                 f"the manifest has no column '{name}'", where=str(manifest), fix=did_you_mean(name, map(str, present))
             )

@@ -12,7 +12,7 @@ import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate import measures as measure
-from m3i_scale.evaluate.dense import PatchEncoder
+from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
@@ -103,7 +103,7 @@ def evaluate(
             "nothing can be measured",
             where=data,
             why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
-            fix="give --train-data with labels for the probes, or an export with a text target",
+            fix="give --train-data with labels (masks for the dense probe), or an export with a text target",
         )
     result = _document(folder, vision, job, data, train_data)
     result |= {"measures": found, "not_measured": absent}
@@ -130,16 +130,19 @@ class _Reader:
 
     def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
         tell = self.progress
-        features, patches = extract(
+        # the probe is fitted on a draw of the training patches and asked about all of the test patches
+        collector = PatchCollector(FIT_PATCHES if what == "train data" else None)
+        features = extract(
             table,
             encoders,
             self.size,
             batch_size=self.batch_size,
             dense=self.dense,
+            collector=collector,
             exclude_groups=self.exclude_groups,
             progress=None if tell is None else lambda done: tell(what, done),
         )
-        return Side(table, features, patches)
+        return Side(table, features, collector.patches(), collector.fault)
 
 
 def _encoders(vision: VisionModel, towers: Towers | None, baseline: Baseline) -> dict[str, Encoder]:
@@ -210,6 +213,9 @@ def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
     found = [job.clusters.warning] if job.clusters.warning else []
     for block in (result["measures"], result.get("baseline", {}).get("measures", {})):
         found += [note for name in PROBES for note in block.get(name, {}).pop("notes", [])]
+    for side, where in ((job.test, "test"), (job.train, "training")):
+        for reason, count in side.table.bad_masks.items() if side is not None else ():
+            found.append(f"{count} masks of the {where} data cannot be used: {reason}")
     if job.train is not None:
         for name in ("family", "concept"):
             fitted, asked = job.train.table.column(name), job.test.table.column(name)

@@ -20,7 +20,7 @@ PATCHES_PER_IMAGE = 16
 not fit into memory."""
 
 FIT_PATCHES = 16_384
-"""At most so many patches are fitted."""
+"""At most so many patches of the training side are kept, drawn from all of them."""
 
 _CLASSES = 256
 _SEED = 20_221
@@ -39,21 +39,22 @@ class Patches:
     features: dict[str, NDArray[np.float32]]
     """By encoder, (P, E)."""
 
-    def fitted(self) -> NDArray[np.int64]:
-        """Which patches a probe is fitted on: all, or `FIT_PATCHES` drawn from them."""
-        count = len(self.labels_P)
-        if count <= FIT_PATCHES:
-            return np.arange(count, dtype=np.int64)
-        return np.sort(np.random.default_rng(_SEED).choice(count, FIT_PATCHES, replace=False))
-
 
 class PatchCollector:
-    """Gathers patches while images pass, in the order of the table."""
+    """Gathers patches while images pass, in the order of the table.
 
-    def __init__(self) -> None:
-        self._labels: list[NDArray[np.int64]] = []
-        self._images: list[NDArray[np.int64]] = []
-        self._features: dict[str, list[NDArray[np.float32]]] = {}
+    Args:
+        limit: keep at most so many, drawn from all; None keeps all.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._parts: list[dict[str, NDArray[Any]]] = []
+        self._held = 0
+        self.masks = 0
+        """Images with a mask so far."""
+        self.fault: str | None = None
+        """Why there are no patches although there are masks."""
 
     def add(
         self, first: int, masks: list[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
@@ -68,6 +69,7 @@ class PatchCollector:
         """
         side = math.isqrt(tokens_BLD.shape[1])
         if side * side != tokens_BLD.shape[1]:
+            self.fault = f"the model has {tokens_BLD.shape[1]} patches, which are no square grid"
             return
         tokens = {"model": tokens_BLD}
         if images_BCHW is not None:
@@ -75,22 +77,40 @@ class PatchCollector:
         for place, mask in enumerate(masks):
             if mask is None:
                 continue
+            self.masks += 1
             labels_L = patch_labels(mask, side)
-            labelled = np.flatnonzero(labels_L != NO_CLASS)
             generator = np.random.default_rng([_SEED, first + place])
-            chosen = np.sort(generator.permutation(labelled)[:PATCHES_PER_IMAGE])
-            self._labels.append(labels_L[chosen])
-            self._images.append(np.full(len(chosen), first + place, dtype=np.int64))
+            chosen = np.sort(generator.permutation(np.flatnonzero(labels_L != NO_CLASS))[:PATCHES_PER_IMAGE])
+            part: dict[str, NDArray[Any]] = {
+                "labels": labels_L[chosen],
+                "image": np.full(len(chosen), first + place, dtype=np.int64),
+                "lot": generator.random(len(chosen)),
+            }
             for name, values_BLE in tokens.items():
                 rows = values_BLE[place, torch.from_numpy(chosen).to(values_BLE.device)]
-                self._features.setdefault(name, []).append(rows.float().cpu().numpy())
+                part[name] = rows.float().cpu().numpy()
+            self._parts.append(part)
+            self._held += len(chosen)
+        if self._limit is not None and self._held > 2 * self._limit:
+            self._draw(self._limit)
 
     def patches(self) -> Patches | None:
-        """All that was drawn; None where no image had a mask."""
-        if not self._labels or not sum(map(len, self._labels)):
+        """What was drawn; None, and a `fault`, where nothing was."""
+        if not self._held:
+            self.fault = self.fault or ("no mask names the class of any patch" if self.masks else "no masks")
             return None
-        features = {name: np.concatenate(parts) for name, parts in self._features.items()}
-        return Patches(np.concatenate(self._labels), np.concatenate(self._images), features)
+        self._draw(self._limit)
+        whole = self._parts[0]
+        features = {name: rows for name, rows in whole.items() if name in ("model", "pixels")}
+        return Patches(whole["labels"], whole["image"], features)
+
+    def _draw(self, limit: int | None) -> None:
+        """One part of everything held; over the limit, the patches of the lowest lots, so every one is as likely."""
+        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        if limit is not None and self._held > limit:
+            kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])
+            whole = {name: rows[kept] for name, rows in whole.items()}
+        self._parts, self._held = [whole], len(whole["labels"])
 
 
 def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
@@ -137,12 +157,11 @@ def mean_iou(
         return flat.reshape(number, count + 1)[:, :count].astype(np.float64)
 
     everything = np.ones(len(truth), dtype=np.bool_)
-    both_CK = table(truth, predicted == truth)
-    either_CK = table(truth, everything) + table(predicted, everything) - both_CK
+    both_CK, truth_CK = table(truth, predicted == truth), table(truth, everything)
+    either_CK = truth_CK + table(predicted, everything) - both_CK
 
     def statistic(chosen: NDArray[np.int64]) -> float:
-        both_K, either_K = both_CK[chosen].sum(axis=0), either_CK[chosen].sum(axis=0)
-        present = either_K > 0
-        return float((both_K[present] / either_K[present]).mean())
+        present = truth_CK[chosen].sum(axis=0) > 0
+        return float((both_CK[chosen].sum(axis=0)[present] / either_CK[chosen].sum(axis=0)[present]).mean())
 
     return bootstrap(statistic, clusters, samples=len(truth_P), **options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
 
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder, Patches
+from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
 
 Pool = Literal["mean", "cls", "both"]
@@ -163,9 +163,10 @@ def extract(
     *,
     batch_size: int,
     dense: PatchEncoder | None = None,
+    collector: PatchCollector | None = None,
     exclude_groups: tuple[str, ...] = (),
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, NDArray[np.float32]], Patches | None]:
+) -> dict[str, NDArray[np.float32]]:
     """Read all samples once and encode their centre crops; fills the table.
 
     Args:
@@ -174,21 +175,21 @@ def extract(
         size: side of the images in pixels.
         batch_size: images in one forward pass.
         dense: takes the place of the encoder `model` and gives patch features too; `pixels` then has some as well.
+        collector: filled with patches of the samples that have a mask; goes with `dense`.
         exclude_groups: see `read_samples`.
         progress: told about samples read.
 
     Returns:
-        By encoder, (N, D) in the order of the table; without a usable sample, (0, 0). And patches of the samples that
-        have a mask: None without `dense`, without masks, or where the patches are no square grid.
+        By encoder, (N, D) in the order of the table; without a usable sample, (0, 0).
     """
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
-    collector, done = PatchCollector(), 0
+    done = 0
     for batch in _batches(
         read_samples(table, size, exclude_groups=exclude_groups, masks=dense is not None), batch_size
     ):
         images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
         pooled: dict[str, Tensor] = {}
-        if dense is not None:
+        if dense is not None and collector is not None:
             pooled["model"], tokens_BLD = dense(images_BCHW)
             masks = [sample.mask for sample in batch]
             collector.add(done, masks, tokens_BLD, images_BCHW if "pixels" in encoders else None)
@@ -198,10 +199,9 @@ def extract(
         done += len(batch)
         if progress is not None:
             progress(done)
-    features = {
+    return {
         name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
     }
-    return features, collector.patches()
 
 
 def _batches(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:

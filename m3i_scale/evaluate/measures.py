@@ -45,6 +45,8 @@ class Side:
     features: dict[str, NDArray[np.float32]]
     """By encoder."""
     patches: Patches | None = None
+    no_patches: str | None = None
+    """Why there are none."""
 
     def labelled(self) -> NDArray[np.int64]:
         """Indices of the samples that have a class."""
@@ -113,7 +115,7 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
     document = {
         "accuracy": mean_interval(found.right, found.clusters).as_dict(),
         **guessing(side.table.label_array[fit], truth),
-        **_chosen(probe, families),
+        **_chosen(probe, families, "linear probe"),
     }
     return document, {"accuracy": found}
 
@@ -127,43 +129,40 @@ def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Cluste
     if train is None:
         raise NotMeasuredError("no training data (--train-data)")
     fitted, asked = _patches(train, "training"), _patches(test, "test")
-    families, fit = clusters_of(train.table, preferred=("family", "concept")), fitted.fitted()
+    families = clusters_of(train.table, preferred=("family", "concept"))
     try:
         probe = linear_probe(
-            fitted.features[encoder][fit],
-            fitted.labels_P[fit],
-            families.of[fitted.image_P[fit]],
-            asked.features[encoder],
+            fitted.features[encoder], fitted.labels_P, families.of[fitted.image_P], asked.features[encoder]
         )
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
     found = Outcome(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
-    commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P[fit]).argmax())
+    commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())
     iou = mean_iou(probe.predicted, asked.labels_P, found.clusters).as_dict()
     guessed = mean_iou(commonest, asked.labels_P, found.clusters, resamples=1).value
     document = {
         "accuracy": mean_interval(found.right, found.clusters).as_dict(),
         "mean_iou": {**iou, "majority": guessed},
-        **guessing(fitted.labels_P[fit], asked.labels_P),
-        "patches_fitted": len(fit),
+        **guessing(fitted.labels_P, asked.labels_P),
+        "patches_fitted": len(fitted.labels_P),
         "images": len(np.unique(asked.image_P)),
-        **_chosen(probe, families),
+        **_chosen(probe, families, "dense probe"),
     }
     return document, {"accuracy": found}
 
 
 def _patches(side: Side, what: str) -> Patches:
     if side.patches is None:
-        raise NotMeasuredError(f"no masks in the {what} data ({MASK} members), or no square grid of patches")
+        raise NotMeasuredError(f"{side.no_patches} in the {what} data ({MASK} members)")
     return side.patches
 
 
-def _chosen(probe: LinearProbe, families: Clusters) -> dict[str, Any]:
+def _chosen(probe: LinearProbe, families: Clusters, name: str) -> dict[str, Any]:
     notes = [families.warning] if families.warning else []
     if probe.at_edge:
-        notes.append(f"C = {probe.strength:g} is at the edge of the values tried")
+        notes.append(f"{name}: C = {probe.strength:g} is at the edge of the values tried")
     if not probe.converged:
-        notes.append("the last fit stopped before it had converged")
+        notes.append(f"{name}: the last fit stopped before it had converged")
     return {
         "C": probe.strength,
         "C_selection": {f"{strength:g}": value for strength, value in probe.selection.items()},

@@ -56,6 +56,8 @@ class Table:
     """Samples by the `group` of their json member, the excluded ones too."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Samples that do not count, by reason."""
+    bad_masks: Counter[str] = field(default_factory=Counter)
+    """Masks that do not count, by reason; their samples do."""
 
     def __len__(self) -> int:
         """Samples that have passed."""
@@ -111,7 +113,7 @@ def read_samples(
         try:
             annotations = read_annotations(members, len(table.classes) or None)
             image = open_image(members, _MAX_PIXELS)
-            mask = centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size) if masks else None
+            mask = _mask(table, members, image.size, image_size) if masks else None
             pixels = view(image, 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
@@ -120,6 +122,17 @@ def read_samples(
         sample = Sample(place, pixels, annotations.caption, label, meta, mask)
         table.add(sample)
         yield sample
+
+
+def _mask(
+    table: Table, members: Mapping[str, bytes], size: tuple[int, int], image_size: int
+) -> NDArray[np.uint8] | None:
+    """The sample's mask. One that cannot be used is counted, and costs its sample no other measure."""
+    try:
+        return centre_mask(open_mask(members, _MAX_PIXELS, size), image_size)
+    except BadSampleError as bad:
+        table.bad_masks[bad.reason] += 1
+        return None
 
 
 def centre_mask(mask: Image.Image | None, size: int) -> NDArray[np.uint8] | None:

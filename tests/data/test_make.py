@@ -114,7 +114,8 @@ def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "size", "match"),
     [
-        ("RGB", (20, 16), "mode RGB"),
+        ("RGB", (20, 16), "of three channels"),
+        ("1", (20, 16), "one grey channel with 1 bits"),
         ("L", (16, 20), r"\(16, 20\) pixels, its image \(20, 16\)"),
         (None, None, "cannot read"),
     ],
@@ -122,7 +123,9 @@ def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
 def test_masks_that_do_not_fit_are_refused(photos, tmp_path, mode, size, match):
     if mode:
         Image.new(mode, size).save(photos / "mask.png")
-    records, labels = manifest_records(manifest(photos / "m.csv", "path,mask\ncats/p0.jpg,mask.png\n"))
+    records, labels = manifest_records(
+        manifest(photos / "m.csv", "path,mask\ncats/p0.jpg,mask.png\n"), columns=Columns(mask="mask")
+    )
     with pytest.raises(DataError, match=match):
         make_shards(records, tmp_path / "out", labels=labels, name="m")
 

@@ -1,6 +1,8 @@
 """The dense probe: classes of patches by hand, the interval of the mean IoU, and a whole evaluation with masks."""
 
 import io
+import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +13,12 @@ from sklearn.metrics import jaccard_score
 
 from m3i_scale.data.make import ShardOptions, make_shards
 from m3i_scale.data.records import NO_CLASS, Record
+from m3i_scale.data.samples import open_mask
+from m3i_scale.evaluate import samples
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.dense import (
-    FIT_PATCHES,
     PATCHES_PER_IMAGE,
     PatchCollector,
-    Patches,
     mean_iou,
     patch_labels,
     pixel_patches,
@@ -113,16 +115,36 @@ def test_patches_are_drawn_per_image_and_keep_their_place():
     columns = (patches.features["model"][:, 0] - 64) % 8
     assert (columns < 4).all()
     assert len(set(patches.features["model"][:, 0])) == PATCHES_PER_IMAGE
-    empty = PatchCollector()
-    empty.add(0, [mask], torch.zeros(1, 63, 1), None)
-    assert empty.patches() is None
 
 
-def test_so_many_patches_are_fitted():
-    count = FIT_PATCHES + 100
-    chosen = Patches(np.zeros(count, dtype=np.int64), np.arange(count), {}).fitted()
-    assert len(chosen) == len(set(chosen)) == FIT_PATCHES
-    assert chosen.max() >= FIT_PATCHES
+def test_a_draw_of_the_patches_is_kept_however_many_pass():
+    mask, images = np.zeros((8, 8), dtype=np.uint8), 40
+    drawn, everything = PatchCollector(limit=50), PatchCollector()
+    for first in range(0, images, 8):
+        tokens = torch.rand(8, 64, 3) + torch.arange(first, first + 8)[:, None, None]
+        for collector in (drawn, everything):
+            collector.add(first, [mask] * 8, tokens, None)
+        assert drawn._held <= 2 * 50 + 8 * PATCHES_PER_IMAGE
+    kept, whole = drawn.patches(), everything.patches()
+    assert len(kept.labels_P) == 50
+    assert len(whole.labels_P) == images * PATCHES_PER_IMAGE
+    assert (kept.features["model"].astype(int)[:, 0] == kept.image_P).all()  # rows stay together
+    assert len(set(kept.image_P)) > 20  # of the whole table, not of its beginning or its end
+    rows = {row.tobytes() for row in whole.features["model"]}
+    assert all(row.tobytes() in rows for row in kept.features["model"])
+
+
+def test_why_there_are_no_patches():
+    collector = PatchCollector()
+    assert (collector.patches(), collector.fault) == (None, "no masks")
+    collector = PatchCollector()
+    collector.add(0, [np.full((8, 8), NO_CLASS, dtype=np.uint8)], torch.zeros(1, 64, 1), None)
+    assert collector.patches() is None
+    assert "no mask names the class" in collector.fault
+    collector = PatchCollector()
+    collector.add(0, [np.zeros((8, 8), dtype=np.uint8)], torch.zeros(1, 63, 1), None)
+    assert collector.patches() is None
+    assert "63 patches" in collector.fault
 
 
 def test_mean_iou_is_that_of_scikit_learn_and_its_interval_holds_it():
@@ -140,6 +162,17 @@ def test_a_class_that_never_occurs_only_costs_the_true_one():
     truth, predicted = np.array([0, 0, 1, 1]), np.array([0, 9, 1, 1])
     found = mean_iou(predicted, truth, Clusters("image", np.arange(4)), resamples=10)
     assert found.value == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_the_interval_is_of_the_classes_that_a_draw_has():
+    """Two classes that lie in one image each and are always found: a draw without them must not count them as lost."""
+    truth = np.repeat(np.arange(60) % 4, 10)
+    truth[:10], truth[10:20] = 8, 9
+    predicted = truth.copy()
+    predicted[20] = 8  # one false alarm, in another image
+    found = mean_iou(predicted, truth, Clusters("image", np.repeat(np.arange(60), 10)))
+    assert found.value > 0.97
+    assert found.low > 0.95
 
 
 def test_masks_follow_the_centre_crop(tmp_path):
@@ -175,24 +208,47 @@ def test_features_beside_the_dense_ones_stay_the_same(vit_folder, masked):
     assert both["measures"]["knn"] == alone["measures"]["knn"]
 
 
+def grey(bits):
+    """A grey PNG of few bits; Pillow only writes 1 and 8."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + bytes(SIDE * bits // 8)) * SIDE
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, bits, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "reason"),
     [
-        b"no image",
-        Halves(0, 1, 0, wide=2).mask(),
-        Halves(0, 1, 0).encoded()[0],  # three bytes a pixel
+        (b"no image", "mask is no PNG"),
+        (Halves(0, 1, 0, wide=2).mask(), "mask is not of the size of its image"),
+        (Halves(0, 1, 0).encoded()[0], "mask is a PNG of three channels"),
+        (grey(4), "mask is a PNG of one grey channel with 4 bits"),
+        (Halves(0, 1, 0).mask()[:50], "image does not decode"),
     ],
 )
-def test_masks_that_do_not_fit_are_left_out_with_their_sample(tmp_path, monkeypatch, mask):
-    records = halves_records(10)
-    make_shards(records, tmp_path / "out", labels=["a", "b", "c"], name="x", options=ShardOptions(vocabulary=0))
-    table = open_table(str(tmp_path / "out" / "val"), "--data")
-    from m3i_scale.evaluate import samples
-
+def test_masks_that_do_not_fit_are_counted_and_their_samples_stay(vit_folder, masked, monkeypatch, mask, reason):
     original = samples._members
+    data = {"data": str(masked / "val"), "train_data": str(masked / "train")}
+    sound = evaluate(vit_folder, **data, measures=("knn",))
     monkeypatch.setattr(
         samples, "_members", lambda table: ((key, members | {"mask.png": mask}) for key, members in original(table))
     )
-    assert list(read_samples(table, 16, masks=True)) == []
-    assert sum(table.left_out.values()) == 2
-    assert len(list(read_samples(open_table(str(tmp_path / "out" / "val"), "--data"), 16))) == 2
+    found = evaluate(vit_folder, **data, measures=("knn", "dense"))
+    assert found["measures"]["knn"] == sound["measures"]["knn"]
+    assert found["data"]["left_out"] == {}
+    assert found["not_measured"]["dense"].startswith("no masks in the training data")
+    assert found["warnings"][0].startswith(f"8 masks of the test data cannot be used: {reason}")
+
+
+def test_a_palette_of_few_bits_holds_its_indices():
+    picture = Image.new("P", (SIDE, SIDE), 2)
+    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", bits=2)
+    assert buffer.getvalue()[24] == 2
+    opened = open_mask({"mask.png": buffer.getvalue()}, 10_000, (SIDE, SIDE))
+    assert set(samples.centre_mask(opened, 8).ravel()) == {2}

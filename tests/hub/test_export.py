@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTraine
 
 from m3i_scale.errors import CheckpointError, ExportError
 from m3i_scale.hub import export as export_module
-from m3i_scale.hub.card import cell
+from m3i_scale.hub.card import cell, evaluation_rows
 from m3i_scale.hub.export import export
 from m3i_scale.hub.source import hash_folder
 from m3i_scale.objective.inputs import normalize
@@ -201,3 +201,11 @@ def test_evaluation_goes_into_the_card(make_run, tmp_path, same_process):
         (folder / "evaluation.json").write_text(json.dumps(wrong))
         with pytest.raises(ExportError, match="not an evaluation"):
             export(folder, tmp_path / "other")
+
+
+def test_a_figure_with_a_guess_of_its_own_does_not_take_that_of_its_measure():
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    dense = {"accuracy": estimate, "mean_iou": {**estimate, "majority": 0.06}, "chance": 0.1, "majority": 0.44}
+    rows = list(evaluation_rows({"dense": dense}))
+    assert rows[0] == ("dense accuracy", "0.500", "0.400 … 0.600", "0.1, majority 0.44")
+    assert rows[1] == ("dense mean iou", "0.500", "0.400 … 0.600", "majority 0.06")

@@ -122,13 +122,13 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
     The caller has checked world size and ZeRO stage against meta.json.
 
     Raises:
-        CheckpointError: DeepSpeed found nothing in it.
+        CheckpointError: DeepSpeed found nothing in it, or it lacks what this model needs.
     """
     rank = dist.get_rank()
     with tensors_only():
-        # Frozen branches are not in these files: the momentum target lies beside them, a teacher where it came from.
-        strict = all(parameter.requires_grad for parameter in engine.module.parameters())
-        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=strict)
+        loaded, _ = engine.load_checkpoint(
+            str(folder), tag=TAG, custom_load_fn=lambda src, dst: fill(dst, src, where=folder / TAG)
+        )
     if loaded is None:
         raise CheckpointError("DeepSpeed loaded nothing from the checkpoint", where=str(folder / TAG))
     if momentum is not None:
@@ -136,6 +136,26 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
     _restore_random_states(load_file(_rank_file(folder / "random", rank)))
     files = sorted((folder / "data").glob("rank-*.json"))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def fill(module: nn.Module, values: dict[str, torch.Tensor], *, where: Path) -> None:
+    """Load what is trained and what is remembered between batches.
+
+    Frozen parameters are not in DeepSpeed's files: the momentum target lies beside them, a teacher where it came from.
+
+    Raises:
+        CheckpointError: anything else is missing, or there is something that the model does not have.
+    """
+    missing, unexpected = module.load_state_dict(values, strict=False)
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    wrong = [name for name in missing if name not in frozen] + list(unexpected)
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors do not belong together with this model, e.g. {wrong[0]}",
+            where=str(where),
+            why="the checkpoint is of another version of this package or of `transformers`",
+            fix="resume with the version that wrote it, or start a new run from its export: backbone.from_pretrained=…",
+        )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
