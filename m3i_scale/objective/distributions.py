@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_scale.objective.ranks import Ranks, global_mean
+
+_BLOCK = 2**23
+"""Logits of a queue that are held at a time: 32 MB."""
 
 
 def gaussian(prediction_BND: Tensor, target_BND: Tensor, sigma2: float, ranks: Ranks) -> Tensor:
@@ -167,12 +171,43 @@ def boltzmann_queue(
         temperature: τ.
         ranks: for the mean over all samples.
     """
-    query_BE, key_BE = unit(prediction_BE), unit(target_BE)
-    empty_Q = torch.arange(len(queue_QE), device=queue_QE.device) >= filled
-    others_BQ = (query_BE @ queue_QE.float().T).masked_fill(empty_Q, -torch.inf)
-    logits_BG = torch.cat([(query_BE * key_BE).sum(dim=1, keepdim=True), others_BQ], dim=1) / temperature
-    first_B = torch.zeros(len(query_BE), dtype=torch.int64, device=query_BE.device)
-    return _softmax(logits_BG, first_B, filled + 1, ranks)
+    query_BE, key_BE = unit(prediction_BE) / temperature, unit(target_BE)
+    own_B = (query_BE * key_BE).sum(dim=1)
+    # Finite, so that an empty queue leaves no inf − inf behind.
+    mask_Q = torch.zeros(len(queue_QE), device=queue_QE.device)
+    mask_Q = mask_Q.masked_fill(torch.arange(len(queue_QE), device=queue_QE.device) >= filled, -1e30)
+    others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q)  # type: ignore[no-untyped-call]
+    loss_B = torch.logaddexp(own_B, others_B) - own_B
+    return _with_bound(loss_B, filled + 1, ranks)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log Σ_q exp(ẑ·z_q + mask_q) per row: (B), without ever holding (B, Q).
+
+    In a dense group B is all patches of a micro-batch and Q the queue: 128 images of 196 patches against 65,536 targets
+    are 6.6 GB of logits, as much again in every step of a plain softmax. Here a block of rows at a time makes its
+    logits, its sum and its gradient, which for targets without gradient is softmax · queue.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query_BE: Tensor, queue_QE: Tensor, mask_Q: Tensor) -> Tensor:
+        sums, gradients = [], []
+        for block_NE in query_BE.split(max(1, _BLOCK // max(1, len(queue_QE)))):
+            logits_NQ = torch.addmm(mask_Q, block_NE, queue_QE.T)
+            largest_N1 = logits_NQ.amax(dim=1, keepdim=True)
+            logits_NQ.sub_(largest_N1).exp_()
+            sum_N1 = logits_NQ.sum(dim=1, keepdim=True)
+            sums.append((largest_N1 + sum_N1.log())[:, 0])
+            if ctx.needs_input_grad[0]:
+                gradients.append(logits_NQ @ queue_QE / sum_N1)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(sums)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_B[:, None] * ctx.saved_tensors[0], None, None
 
 
 def boltzmann_soft(logits_BK: Tensor, probabilities_BK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -193,7 +228,11 @@ def unit(x_BE: Tensor) -> Tensor:
 
 
 def _softmax(logits_BG: Tensor, column_B: Tensor, candidates: Tensor | int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    loss_B = F.cross_entropy(logits_BG, column_B, reduction="none")
-    count = torch.as_tensor(candidates, device=logits_BG.device, dtype=torch.float32)
+    return _with_bound(F.cross_entropy(logits_BG, column_B, reduction="none"), candidates, ranks)
+
+
+def _with_bound(loss_B: Tensor, candidates: Tensor | int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The mean loss, and log K − loss."""
+    count = torch.as_tensor(candidates, device=loss_B.device, dtype=torch.float32)
     every_B = torch.ones_like(loss_B)
     return global_mean(loss_B, every_B, ranks), global_mean(count.log() - loss_B.detach(), every_B, ranks)
