@@ -247,7 +247,10 @@ def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig
     values = _read_with_base(path, ())
     for override in overrides or []:
         _apply_override(values, override)
-    return parse_section(RunConfig, values, where=str(path))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(RunConfig, error, _origin(error, overrides or [], path)) from None
 
 
 def parse_section(kind: type[SectionT], values: Any, *, where: str) -> SectionT:
@@ -256,6 +259,17 @@ def parse_section(kind: type[SectionT], values: Any, *, where: str) -> SectionT:
         return kind.model_validate(values)
     except ValidationError as error:
         raise _explain(kind, error, where) from None
+
+
+def _origin(error: ValidationError, overrides: list[str], path: Path) -> str:
+    """Where the first fault was written: the last override of that key or of a part of it, else the run file."""
+    fault = [str(part) for part in error.errors()[0]["loc"]]
+    for override in reversed(overrides):
+        key = override.partition("=")[0].split(".")
+        shorter = min(len(key), len(fault))
+        if key[:shorter] == fault[:shorter]:
+            return f"override {override}"
+    return str(path)
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -350,11 +364,24 @@ def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigE
         return ConfigError(f"'{key}' is missing", where=where)
     if fault["type"] == "value_error":  # a rule of ours: its sentence says all
         return ConfigError(f"'{key}': {fault['ctx']['error']}" if key else str(fault["ctx"]["error"]), where=where)
-    return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where)
+    default = _default_at(kind, fault["loc"])
+    fix = None if default is None else f"e.g. the default, {key}={default}"
+    return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where, fix=fix)
+
+
+def _default_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> str | None:
+    """The default value of a plain field, as it is written on the command line; None where there is none."""
+    field = _section_at(kind, path[:-1]).model_fields.get(str(path[-1])) if path else None
+    default = field.get_default() if field is not None else None
+    return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Field names of the section that `path` leads to; the whole of `kind` where the path leaves typed sections."""
+    return list(_section_at(kind, path).model_fields)
+
+
+def _section_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     here: type[BaseModel] = kind
     for part in path:
         field = here.model_fields.get(str(part))
@@ -363,4 +390,4 @@ def _fields_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
         sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
         if sections:
             here = sections[0]
-    return list(here.model_fields)
+    return here

@@ -176,7 +176,15 @@ def _made_whole(output: Path) -> Iterator[Path]:
 
     What a killed run left behind is removed by the next one; the lock keeps two runs apart.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = output.parent / f".{output.name}.{os.getpid()}"
+        probe.mkdir()  # the lock would wait for a folder that nobody can write, and blame another process
+        probe.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"cannot write there: {error.strerror}", where=str(output.parent), fix="give another --output"
+        ) from None
     folder = output.parent / f".{output.name}.partial"
     try:
         with FileLock(output.parent / f".{output.name}.lock", timeout=0):

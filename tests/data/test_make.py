@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -96,6 +97,12 @@ def test_manifests_come_back_out(photos, tmp_path, kind):
     assert labels == ["cat", "dog"]
     assert [samples[f"{number:09d}"].get("txt") for number in range(3)] == [b"a cat, grey", None, b"the same dog"]
     assert [samples[f"{number:09d}"].get("cls") for number in range(3)] == [b"0", b"1", None]
+
+
+def test_a_place_where_nobody_can_write_is_told_as_such(photos):
+    records, labels = imagefolder_records(photos)
+    with pytest.raises(DataError, match="cannot write there"):
+        make_shards(records, Path("/proc/shards"), labels=labels, name="p")
 
 
 def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
