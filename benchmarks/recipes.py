@@ -30,14 +30,14 @@ from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.partition import initialize_sharded
 
-WIDTH, DEPTH, HEADS, IMAGE, PATCH, VOCABULARY, TOKENS = 384, 12, 6, 224, 16, 30522, 32
+WIDTH, DEPTH, HEADS, IMAGE, PATCH, VOCABULARY, TOKENS = 384, 12, 6, 112, 16, 30522, 32
 LABEL_SETS = {"classes": [str(number) for number in range(1000)]}
 
 
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     only: list[str] = typer.Option([], help="Only these recipes."),  # noqa: B008
-    batch: int = 16,
+    batch: int = 32,
     repeats: int = 3,
     threads: int = 0,
 ) -> None:

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.errors import UserError
-from m3i_scale.scale.extensions import sweep_stale_locks
+from m3i_scale.scale.extensions import keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -108,6 +108,7 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
             MASTER_PORT=str(free_port()),
         )
     keep_host_memory()
+    keep_to_environment()
     sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

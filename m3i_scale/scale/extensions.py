@@ -1,12 +1,14 @@
-"""DeepSpeed's extensions are built at first use, under a lock file that outlives a killed builder.
+"""DeepSpeed's extensions are built at first use, in a folder of the user, under a lock file that outlives a builder.
 
 PyTorch waits for such a file to go away, without a word and without end: after one `kill -9` during a build, every
-later run on the machine hangs before its first step.
+later run on the machine hangs before its first step. And two environments that build into one folder build anew, a
+minute or more, whenever the other one has: their paths differ, so each takes the other's build for out of date.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +18,16 @@ from torch.utils.cpp_extension import get_default_build_root
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 FOREIGN_AGE_S = 1800.0
 """On a shared file system the builder may run on another host, out of sight: a lock is believed for so long."""
+
+
+def keep_to_environment() -> None:
+    """Build into the virtual environment, where no TORCH_EXTENSIONS_DIR says otherwise and it can be written to.
+
+    To be called before the first extension is loaded.
+    """
+    inside = sys.prefix != sys.base_prefix
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and inside and os.access(sys.prefix, os.W_OK):
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
 
 
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:

@@ -19,9 +19,11 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad
+from lasting_cases import ENGINES, REMEMBERED, LastingCases
 from open_clip.loss import ClipLoss, SigLipLoss
-from tiny import LABEL_SETS, VOCABULARY, first_weights, in_parts, part, random_batch, tiny_run
+from rank_parts import GLOBAL_BATCH
+from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch import Tensor, nn
 from transformers import ViTModel
 
@@ -29,14 +31,10 @@ from m3i_scale.backbones.vit import vit_config
 from m3i_scale.errors import UserError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions import bernoulli_pairs, boltzmann_pairs, gather_targets
-from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.preemption import Preemption
-from m3i_scale.run.setup import Plan, start_engine
+from m3i_scale.run.setup import start_engine
 from m3i_scale.run.trainer import MicroBatch, Trainer
-from m3i_scale.scale.checkpoint.consolidate import load_weights
-from m3i_scale.scale.checkpoint.state import load_checkpoint, save_checkpoint
-from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, start_ranks, stop_ranks
-from m3i_scale.scale.ds_config import resolve
+from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, stop_ranks
 from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.partition import (
     construct,
@@ -45,42 +43,18 @@ from m3i_scale.scale.partition import (
     full_shape,
     initialize_sharded,
     is_partitioned,
-    whole,
 )
 
-GLOBAL_BATCH = 8
-STEPS = 30
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
     "m3i_forward": ("m3i", "recipe.targets.2.direction=forward"),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
-REMEMBERED = {
-    "queue": ("densecl",),
-    "center": ("global_distillation",),
-    "correlation": ("unigrad",),
-    "balance": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
-}
-"""Recipes that keep something between batches."""
-ENGINES = {"zero1_bf16": 1, "zero1_cpu_fp32": 1, "zero2_bf16": 2, "zero3_cpu": 3, "zero3_cpu_fp32": 3}
-"""DeepSpeed files, and their stage."""
 
 
-class Vocabulary:
-    """Stands for a tokenizer where only its size is asked for."""
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
-class Cases:
+class Cases(LastingCases):
     """One method per case; each returns what the tests compare."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.ranks = start_ranks(timeout_s=120)
-        self.rank, self.world = self.ranks.rank, self.ranks.world_size
 
     def run_all(self) -> None:
         cases: dict[str, Callable[[], Any]] = {
@@ -99,6 +73,7 @@ class Cases:
             cases[f"published_{name}"] = lambda name=name: self.published(name)
         for name, arguments in REMEMBERED.items():
             cases[f"remembered_{name}"] = lambda arguments=arguments: self.remembered(*arguments)
+            cases[f"accumulated_{name}"] = lambda arguments=arguments: self.accumulated(*arguments)
         for name, stage in ENGINES.items():
             cases[f"momentum_{name}"] = lambda name=name, stage=stage: self.momentum(name, stage)
         for name, case in cases.items():
@@ -111,39 +86,6 @@ class Cases:
             gc.collect()
 
     # ------------------------------------------------------------ parts
-
-    def plan(self, ds_config: str, recipe: str, *overrides: str) -> Plan:
-        micro = GLOBAL_BATCH // self.world
-        run = tiny_run(
-            recipe, f"optim.batch_size={GLOBAL_BATCH}", f"optim.micro_batch_size={micro}", "optim.lr=1e-2", *overrides
-        )
-        optim = run.optim
-        resolved = resolve(
-            in_parts(ds_config),
-            world_size=self.world,
-            batch_size=optim.batch_size,
-            micro_batch_size=micro,
-            clip_grad_norm=optim.clip_grad_norm,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            hidden_size=64,
-            where=ds_config,
-        )
-        parsed = parse_recipe(run.recipe)
-        return Plan(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, 32, 1)
-
-    def batch(self, seed: int = 0) -> Any:
-        size = GLOBAL_BATCH // self.world
-        return part(random_batch(GLOBAL_BATCH, seed=seed), self.rank * size, (self.rank + 1) * size)
-
-    def full_values(self, module: nn.Module) -> dict[str, Tensor]:
-        values = {}
-        for name, parameter in module.named_parameters():
-            with whole([parameter]):
-                values[name] = parameter.detach().clone()
-        return values
 
     # ------------------------------------------------------------ cases
 
@@ -322,123 +264,6 @@ class Cases:
         values = {"loss": float(loss.detach())} | {name: float(value) for name, value in figures.items()}
         return {"figures": mean_over_ranks(values), "gradients": gradients if self.rank == 0 else {}}
 
-    def momentum(self, ds_config: str, stage: int) -> dict[str, Any]:
-        """The sharded average beside one of the gathered fp32 weights, and the copy that the forward pass used."""
-        plan = self.plan(ds_config, "sim")
-        engine, momentum = start_engine(plan, self.ranks)
-        assert momentum is not None
-        named = dict(engine.module.named_parameters())
-        pairs = momentum_pairs(engine.module)
-        used: dict[str, Tensor] = {}
-        self._watch_forward(engine.module, used)
-        reference = {target: self._master(named[online]) for online, target in pairs}
-        for step in range(STEPS):
-            self._train_step(engine, step)
-            momentum.update(0.99 + 0.0003 * step)
-            for online, target in pairs:
-                reference[target].lerp_(self._master(named[online]), 1.0 - (0.99 + 0.0003 * step))
-        with torch.no_grad():
-            engine(self.batch(99))
-        averages = {name: self._gather_shard(momentum.shards[name], reference[name]) for name in reference}
-        moved = max(float((averages[t] - self._master(named[o])).abs().max()) for o, t in pairs)
-        result = {
-            "different": [name for name, value in averages.items() if not torch.equal(value, reference[name])],
-            "stale": [name for name in reference if not torch.equal(used[name], reference[name].to(used[name].dtype))],
-            "unused": sorted(set(reference) - set(used)),
-            "moved": moved,
-            "dtype": str(next(iter(used.values())).dtype),
-            "small": sum(value.numel() <= 640 for value in reference.values()),
-            "sub_groups": len(getattr(engine.optimizer, "sub_group_to_group_id", ())),
-        }
-        result |= self._through_checkpoint(f"{ds_config}-{stage}", stage, engine, momentum, reference)
-        engine.destroy()
-        return result
-
-    def _through_checkpoint(
-        self, name: str, stage: int, engine: Any, momentum: Any, averages: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        folder = self.out / "checkpoints" / name / "step-00000030"
-        meta = {"world_size": self.world, "zero_stage": stage, "step": 30}
-        save_checkpoint(folder, engine, momentum, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
-        trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
-        named = dict(engine.module.named_parameters())
-        wrong = []
-        for key, parameter in named.items():
-            if key.startswith("momentum."):
-                online = key.removeprefix("momentum.").replace("backbone.", "student.", 1)
-                for loaded in (trained[key], averaged[key], averaged[online]):
-                    wrong += [] if torch.equal(loaded, averages[key]) else [key]
-            elif not torch.equal(trained[key], self._master(parameter)):
-                wrong.append(key)
-
-        def go_on() -> dict[str, Tensor]:
-            for step in (STEPS, STEPS + 1):
-                self._train_step(engine, step)
-                momentum.update(0.99)
-            masters = {k: self._master(p).clone() for k, p in named.items() if p.requires_grad}
-            return masters | {k: shard.clone() for k, shard in momentum.shards.items()}
-
-        straight = go_on()
-        state = load_checkpoint(folder, engine, momentum)
-        again = go_on()
-        return {
-            "loaded_wrong": wrong,
-            "resumed_different": [key for key, value in straight.items() if not torch.equal(value, again[key])],
-            "data_state": state,
-        }
-
-    def remembered(self, recipe: str, *overrides: str) -> dict[str, Any]:
-        """What heads and weights keep between batches: in fp32 in a bf16 engine, in the checkpoint, back from it."""
-        plan = self.plan("zero3_cpu", recipe, *overrides)
-        engine, momentum = start_engine(plan, self.ranks)
-
-        def kept() -> dict[str, Tensor]:
-            return {
-                name: buffer.clone()
-                for name, buffer in engine.module.named_buffers()
-                if name.startswith(("states.", "weights.")) and buffer.numel()
-            }
-
-        def train(*steps: int) -> dict[str, Tensor]:
-            for step in steps:
-                self._train_step(engine, step)
-                momentum.update(0.9)
-            masters = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}
-            return masters | kept()
-
-        first = kept()
-        train(0, 1, 2)
-        saved = kept()
-        folder = self.out / "checkpoints" / f"remembered-{recipe}" / "step-00000003"
-        meta = {"world_size": self.world, "zero_stage": 3, "step": 3}
-        save_checkpoint(folder, engine, momentum, data_state={}, meta=meta, run_yaml="name: x\n")
-        parameters = dict(engine.module.named_parameters())
-        trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
-        wrong = [
-            name
-            for name, parameter in parameters.items()
-            if parameter.requires_grad and not torch.equal(trained[name], self._master(parameter))
-        ]
-        wrong += [name for name in trained if name not in parameters]
-        for online, target in momentum_pairs(engine.module):
-            average = self._gather_shard(momentum.shards[target], trained[online])
-            wrong += [] if torch.equal(averaged[online], average) else [online]
-        straight = train(3, 4)
-        engine.destroy()
-        engine, momentum = start_engine(plan, self.ranks)  # as a new process would
-        load_checkpoint(folder, engine, momentum)
-        loaded = kept()
-        again = train(3, 4)
-        engine.destroy()
-        return {
-            "dtypes": sorted({str(buffer.dtype) for buffer in saved.values()}),
-            "moved": [name for name, buffer in saved.items() if not torch.equal(buffer, first[name])],
-            "loaded_different": [name for name, buffer in saved.items() if not torch.equal(buffer, loaded[name])],
-            "resumed_different": [name for name, value in straight.items() if not torch.equal(value, again[name])],
-            "kept": saved,
-            "loaded_wrong": wrong,
-        }
-
     def published(self, loss: str) -> dict[str, Any]:
         """CLIP and SigLIP over the global batch, beside open_clip's own losses on the same features."""
         generator = torch.Generator().manual_seed(3)
@@ -472,36 +297,6 @@ class Cases:
             gradients = torch.autograd.grad(value, leaves)
             results.append({"loss": mean_over_ranks({"loss": float(value)})["loss"], "gradients": gradients})
         return {"ours": results[0], "theirs": results[1]}
-
-    def _train_step(self, engine: Any, step: int) -> None:
-        loss, _ = engine(self.batch(step))
-        engine.backward(loss)
-        engine.module.after_backward()
-        engine.step()
-
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        full = safe_get_full_fp32_param(parameter)
-        return (parameter.detach() if full is None else full).float().clone()
-
-    def _gather_shard(self, shard: Tensor, like: Tensor) -> Tensor:
-        if shard.numel() == like.numel() and self.world > 1 and shard.shape == like.shape:
-            return shard
-        parts = [torch.empty_like(shard) for _ in range(self.world)]
-        dist.all_gather(parts, shard)
-        return torch.cat(parts)[: like.numel()].view_as(like)
-
-    def _watch_forward(self, module: nn.Module, used: dict[str, Tensor]) -> None:
-        """Keep what every target module really multiplied with, seen from inside its forward pass."""
-        for prefix, child in module.named_modules():
-            own = dict(child.named_parameters(recurse=False))
-            if not prefix.startswith("momentum.") or not own:
-                continue
-
-            def note(child: nn.Module, inputs: Any, prefix: str = prefix) -> None:
-                for name, parameter in child.named_parameters(recurse=False):
-                    used[f"{prefix}.{name}"] = parameter.detach().clone()
-
-            child.register_forward_pre_hook(note)
 
 
 def main() -> None:

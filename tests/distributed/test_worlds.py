@@ -91,6 +91,20 @@ def test_what_heads_and_weights_remember_survives_in_fp32_and_is_the_same_on_all
             assert torch.equal(told["kept"][name], buffer), name
 
 
+@pytest.mark.parametrize("case", REMEMBERED)
+@pytest.mark.parametrize("world", [1, 2])
+def test_micro_batches_of_one_step_add_up_and_what_is_remembered_moves_between_them(
+    worlds, world: int, case: str
+) -> None:
+    told, alone = (worlds.result(f"accumulated_{case}", ranks) for ranks in (world, 1))
+    assert told["updates"] == 0
+    largest = max(float(gradient.abs().max()) for gradient in alone["plain"].values())
+    assert told["engine"].keys() == alone["plain"].keys()
+    for name, gradient in alone["plain"].items():
+        for side in ("plain", "engine"):
+            assert torch.allclose(told[side][name], gradient, rtol=1e-4, atol=1e-6 * largest), (side, name)
+
+
 # ---------------------------------------------------------------- collectives
 
 

@@ -9,7 +9,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from m3i_scale.scale import extensions
-from m3i_scale.scale.extensions import sweep_stale_locks
+from m3i_scale.scale.extensions import keep_to_environment, sweep_stale_locks
 
 BUILDER = """
 import sys, time
@@ -73,3 +73,24 @@ def test_a_lock_that_was_taken_anew_during_the_sweep_stays(tmp_path, lock, monke
 
 def test_no_folder_no_locks(tmp_path):
     assert sweep_stale_locks(tmp_path / "none") == []
+
+
+def test_two_environments_do_not_build_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that it is put back whatever it was
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    keep_to_environment()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    keep_to_environment()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize("reason", ["no environment", "read-only"])
+def test_without_a_folder_of_ones_own_torch_decides(tmp_path, monkeypatch, reason):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that it is put back whatever it was
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix if reason == "no environment" else str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    keep_to_environment()
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ

@@ -1,0 +1,86 @@
+"""What every case of the distributed tests stands on: a plan, a part of the batch, whole values out of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from tiny import LABEL_SETS, VOCABULARY, in_parts, part, random_batch, tiny_run
+from torch import Tensor, nn
+
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.setup import Plan
+from m3i_scale.scale.collectives import start_ranks
+from m3i_scale.scale.ds_config import resolve
+from m3i_scale.scale.partition import whole
+
+GLOBAL_BATCH = 8
+
+
+class Vocabulary:
+    """Stands for a tokenizer where only its size is asked for."""
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+
+class RankParts:
+    """One rank of one process group."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.ranks = start_ranks(timeout_s=120)
+        self.rank, self.world = self.ranks.rank, self.ranks.world_size
+
+    def plan(self, ds_config: str, recipe: str, *overrides: str) -> Plan:
+        micro = GLOBAL_BATCH // self.world
+        run = tiny_run(
+            recipe, f"optim.batch_size={GLOBAL_BATCH}", f"optim.micro_batch_size={micro}", "optim.lr=1e-2", *overrides
+        )
+        optim = run.optim
+        resolved = resolve(
+            in_parts(ds_config),
+            world_size=self.world,
+            batch_size=optim.batch_size,
+            micro_batch_size=micro,
+            clip_grad_norm=optim.clip_grad_norm,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            hidden_size=64,
+            where=ds_config,
+        )
+        parsed = parse_recipe(run.recipe)
+        return Plan(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, 32, 1)
+
+    def batch(self, seed: int = 0) -> Any:
+        size = GLOBAL_BATCH // self.world
+        return part(random_batch(GLOBAL_BATCH, seed=seed), self.rank * size, (self.rank + 1) * size)
+
+    def full_values(self, module: nn.Module) -> dict[str, Tensor]:
+        values = {}
+        for name, parameter in module.named_parameters():
+            with whole([parameter]):
+                values[name] = parameter.detach().clone()
+        return values
+
+    def _train_step(self, engine: Any, step: int) -> None:
+        loss, _ = engine(self.batch(step))
+        engine.backward(loss)
+        engine.module.after_backward()
+        engine.step()
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(parameter)
+        return (parameter.detach() if full is None else full).float().clone()
+
+    def _gather_shard(self, shard: Tensor, like: Tensor) -> Tensor:
+        if shard.numel() == like.numel() and self.world > 1 and shard.shape == like.shape:
+            return shard
+        parts = [torch.empty_like(shard) for _ in range(self.world)]
+        dist.all_gather(parts, shard)
+        return torch.cat(parts)[: like.numel()].view_as(like)
