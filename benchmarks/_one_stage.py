@@ -29,7 +29,6 @@ from m3i_scale.objective.recipe import parse_recipe
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, IMAGE, PATCH, TOKENS, BATCH = 96, 4, 3, 48, 8, 24, 64
 CODE = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_one_stage.py", "benchmarks/_cost.py")
-CURVE_POINTS = 3
 FEWEST_STEPS = 20
 SAMPLED_CAPTIONS = 2048
 
@@ -100,6 +99,8 @@ def open_data(folder: Path) -> DataSet:
     Raises:
         DataError: no such folder, or one without labels or captions.
     """
+    if (folder / "manifest.json").is_file():
+        raise DataError("this is one split", where=str(folder), fix=f"give its parent: --data {folder.parent}")
     for split in ("train", "val"):
         if not (folder / split / "manifest.json").is_file():
             raise DataError(
@@ -229,7 +230,8 @@ class Job:
     """Every result has a folder of its own in it, named by what it depends on."""
     flop: float
     budget: float
-    curve: bool
+    points: int
+    """How often it is measured along its training; 1: at the end."""
 
     @property
     def steps(self) -> int:
@@ -251,9 +253,8 @@ class Job:
 
     def values(self, folder: Path) -> dict[str, Any]:
         """The whole run file."""
-        every = math.ceil(self.steps / CURVE_POINTS) if self.curve else self.steps
         values = run_values(self.entry, self.data, self.seed, folder)
-        checkpoint = {"every_steps": every, "keep_latest": CURVE_POINTS}
+        checkpoint = {"every_steps": math.ceil(self.steps / self.points), "keep_latest": self.points}
         optim = _optim(self.steps) | ({} if self.entry.trained else {"lr": 1e-12})
         return values | {"optim": optim, "checkpoint": checkpoint}
 
@@ -284,10 +285,11 @@ class Job:
         run_file, trained = folder / "run.yaml", folder / "trained"
         run_file.write_text(yaml.safe_dump(self.values(folder), sort_keys=False), encoding="utf-8")
         if not trained.exists():
+            self._say(f"{self.steps} steps")
             tool(["train", str(run_file)], folder / "train.log", environment)
             trained.touch()
         checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
-        points = [self._measured(folder, checkpoint, environment) for checkpoint in checkpoints]
+        points = [self._point(folder, checkpoint, environment) for checkpoint in checkpoints]
         if self.key() != key:
             raise UserError(
                 f"the code changed while '{self.entry.name}' was measured",
@@ -295,12 +297,22 @@ class Job:
                 fix="give the same command again: it takes the code as it is now",
             )
         found = {"steps": self.steps, "gflop_per_sample": self.flop / 1e9, **points[-1], "curve": points}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        partial.rename(path)
+        _write(path, found)
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
-        say(f"{self.entry.name}, seed {self.seed}: {self.steps} steps, {_short(found['measures'])}")
+        self._say(_short(found["measures"]))
+        return found
+
+    def _say(self, text: str) -> None:
+        say(f"{self.entry.name}, seed {self.seed}: {text}")
+
+    def _point(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
+        """What a checkpoint is worth; measured once."""
+        path = folder / f"{checkpoint.name}.json"
+        if not path.is_file():
+            self._say(f"measuring {checkpoint.name}")
+            _write(path, self._measured(folder, checkpoint, environment))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
     def _measured(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -330,24 +342,35 @@ class Job:
         }
 
 
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    partial.rename(path)
+
+
 def headline(measures: dict[str, Any]) -> dict[str, dict[str, float]]:
     """One figure a measure, with the interval that other test concepts would give."""
     places = {
-        "linear": ("linear", "accuracy"),
-        "knn": ("knn", "k=20"),
-        "dense": ("dense", "mean_iou"),
-        "zero_shot": ("zero_shot", "accuracy"),
-        "retrieval": ("retrieval", "image_to_text", "R@10"),
-        "text_to_image": ("retrieval", "text_to_image", "R@10"),
+        "linear": "accuracy",
+        "knn": "k=20",
+        "dense": "mean_iou",
+        "zero_shot": "accuracy",
     }
-    found = {}
-    for name, path in places.items():
-        figure: Any = measures
-        for part in path:
-            figure = figure.get(part, {}) if isinstance(figure, dict) else {}
-        if figure:
-            found[name] = {part: figure[part] for part in ("value", "low", "high")}
-    return found
+    figures = {name: measures[name][key] for name, key in places.items() if name in measures}
+    figures |= {name: _deepest(recalls) for name, recalls in _directions(measures).items()}
+    return {name: {part: figure[part] for part in ("value", "low", "high")} for name, figure in figures.items()}
+
+
+def _directions(measures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = measures.get("retrieval")
+    return {"retrieval": found["image_to_text"], "text_to_image": found["text_to_image"]} if found else {}
+
+
+def _deepest(recalls: dict[str, Any]) -> dict[str, Any]:
+    """Recall at 10, or at the largest depth below the number of candidates."""
+    deepest: dict[str, Any] = recalls[max(recalls, key=lambda name: int(name.partition("@")[2]))]
+    return deepest
 
 
 def guessing(measures: dict[str, Any]) -> dict[str, float]:
@@ -355,10 +378,7 @@ def guessing(measures: dict[str, Any]) -> dict[str, float]:
     found = {name: measures[name]["majority"] for name in ("linear", "knn", "zero_shot") if name in measures}
     if "dense" in measures:
         found["dense"] = measures["dense"]["mean_iou"]["majority"]
-    if "retrieval" in measures:
-        found["retrieval"] = measures["retrieval"]["image_to_text"]["R@10"]["chance"]
-        found["text_to_image"] = measures["retrieval"]["text_to_image"]["R@10"]["chance"]
-    return found
+    return found | {name: _deepest(recalls)["chance"] for name, recalls in _directions(measures).items()}
 
 
 def _short(measures: dict[str, dict[str, float]]) -> str:

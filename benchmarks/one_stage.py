@@ -53,6 +53,7 @@ def main(
     budget: float = typer.Option(6.0, min=1e-6, help="TFLOP of one training."),
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
+    points: int = typer.Option(3, min=1, help="Measurements along the first seed's training; 1: at the end alone."),
     only: list[str] = typer.Option([], help="Only these recipes."),  # noqa: B008
     ablations: bool | None = typer.Option(
         None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
@@ -67,7 +68,7 @@ def main(
         for file in (markdown_file, plot_file):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError("no such folder", where=str(file.absolute().parent), fix=f"mkdir -p {file.parent}")
-        document = compare(data, output, budget, seeds, workers, _chosen(only, ablations))
+        document = compare(data, output, budget, seeds, points, workers, _chosen(only, ablations))
     except UserError as fault:
         say(f"error: {fault}")
         sys.exit(EXIT_USER_ERROR)
@@ -96,6 +97,7 @@ def compare(
     output: Path,
     budget: float,
     seeds: int,
+    points: int,
     workers: int,
     chosen: tuple[list[Entry], list[Entry]],
 ) -> dict[str, Any]:
@@ -103,7 +105,9 @@ def compare(
     entries, others = chosen
     data = open_data(folder if folder is not None else _emoji())
     every = [UNTRAINED, *entries, *others]
-    jobs = [job for entry in every for job in _jobs(entry, data, output, budget, seeds, entry in entries)]
+    jobs = [
+        job for entry in every for job in _jobs(entry, data, output, budget, seeds, points if entry in entries else 1)
+    ]
     for job in jobs:
         job.key()  # a budget that is too small ends here
     output.mkdir(parents=True, exist_ok=True)
@@ -165,9 +169,9 @@ def _emoji() -> Path:
     return folder
 
 
-def _jobs(entry: Entry, data: DataSet, output: Path, budget: float, seeds: int, main_row: bool) -> list[Job]:
+def _jobs(entry: Entry, data: DataSet, output: Path, budget: float, seeds: int, points: int) -> list[Job]:
     flop = flop_per_sample(run_values(entry, data, 0, output), data)
-    return [Job(entry, seed, data, output, flop, budget * 1e12, curve=main_row and seed == 0) for seed in range(seeds)]
+    return [Job(entry, seed, data, output, flop, budget * 1e12, points if seed == 0 else 1) for seed in range(seeds)]
 
 
 def _run(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
@@ -178,7 +182,7 @@ def _run(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
     places: queue.SimpleQueue[str] = queue.SimpleQueue()
     for number in range(workers):
         places.put(gpus[number % len(gpus)] if gpus else "")
-    say(f"{len(jobs)} trainings, {workers} at a time")
+    say(f"{len(jobs)} trainings, controls included, {workers} at a time; what is done is not done again")
 
     def work(job: Job) -> dict[str, Any]:
         place = places.get()

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from m3i_scale.config import load_run
+from m3i_scale.config import find_run_file, load_run
 from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_PREEMPTED, UserError
 from m3i_scale.output import print_json, reserve_stdout
@@ -67,6 +67,8 @@ def show(
         print_json(describe(recipe))
     else:
         Console().print(render_terminal(graph))
+        if svg is not None:
+            Console().print(f"also drawn into {svg}", markup=False, highlight=False)
 
 
 @app.command(
@@ -79,6 +81,9 @@ def train(
 ) -> None:
     """Train, or go on from the newest good checkpoint. Start it with any launcher; alone it runs on one rank."""
     config = load_run(run, overrides)
+    from m3i_scale.objective.recipe import parse_recipe
+
+    parse_recipe(config.recipe, where=str(find_run_file(run)))  # before DeepSpeed is imported and builds anything
     from m3i_scale.run.start import start
 
     if start(config) == "preempted":

@@ -7,7 +7,7 @@ overridden on the command line as `section.key=value`. Unknown keys are errors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -253,12 +253,22 @@ def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig
         raise _explain(RunConfig, error, _origin(error, overrides or [], path)) from None
 
 
-def parse_section(kind: type[SectionT], values: Any, *, where: str) -> SectionT:
-    """`values` as a `kind`; the first fault becomes a ConfigError that names the key and the nearest known one."""
+def parse_section(kind: type[SectionT], values: Any, *, where: str, below: str = "") -> SectionT:
+    """`values` as a `kind`; the first fault becomes a ConfigError that names the key and the nearest known one.
+
+    Args:
+        kind: the section.
+        values: what was read.
+        where: named in errors.
+        below: the key of the run file that holds the section.
+
+    Raises:
+        ConfigError: what does not hold together.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _explain(kind, error, where) from None
+        raise _explain(kind, error, where, below) from None
 
 
 def _origin(error: ValidationError, overrides: list[str], path: Path) -> str:
@@ -342,7 +352,11 @@ def _child(node: Any, part: str, key: str) -> Any:
 
 def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"'{part}' in '{key}' is no index of a list of {len(node)}")
+        names = [
+            f"{number} {item['name']}" for number, item in enumerate(node) if isinstance(item, dict) and "name" in item
+        ]
+        fix = f"count from 0: {', '.join(names)}" if names else None
+        raise ConfigError(f"'{part}' in '{key}' is no index of a list of {len(node)}", fix=fix)
     return int(part)
 
 
@@ -354,19 +368,26 @@ def _is_number(text: str) -> bool:
     return any(character.isdigit() for character in text)
 
 
-def _explain(kind: type[Section], error: ValidationError, where: str) -> ConfigError:
+def _explain(kind: type[Section], error: ValidationError, where: str, below: str = "") -> ConfigError:
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join([*([below] if below and fault["loc"] else []), *map(str, fault["loc"])])
     if fault["type"] == "extra_forbidden":
         hint = did_you_mean(str(fault["loc"][-1]), _fields_at(kind, fault["loc"][:-1]))
         return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
     if fault["type"] == "missing":
-        return ConfigError(f"'{key}' is missing", where=where)
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_at(kind, fault["loc"]))
     if fault["type"] == "value_error":  # a rule of ours: its sentence says all
         return ConfigError(f"'{key}': {fault['ctx']['error']}" if key else str(fault["ctx"]["error"]), where=where)
     default = _default_at(kind, fault["loc"])
     fix = None if default is None else f"e.g. the default, {key}={default}"
     return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where, fix=fix)
+
+
+def _choices_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> str | None:
+    """The values of a field that has a few; None for others."""
+    field = _section_at(kind, path[:-1]).model_fields.get(str(path[-1]))
+    values = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+    return f"one of {', '.join(map(str, values))}" if values else None
 
 
 def _default_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> str | None:

@@ -4,6 +4,7 @@ import pytest
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
+from m3i_scale.objective.recipe import parse_recipe
 
 
 def fault(*overrides):
@@ -46,3 +47,24 @@ def test_a_fault_of_the_file_is_blamed_on_the_file(tmp_path):
 )
 def test_what_would_be_right(override, fix):
     assert fix in fault(override).fix
+
+
+def test_a_missing_field_of_a_recipe_shows_its_values_under_its_whole_key():
+    run = load_run("m3i")
+    del run.recipe["targets"][0]["regularizer"]
+    with pytest.raises(ConfigError, match=r"'recipe\.targets\.0\.regularizer' is missing") as caught:
+        parse_recipe(run.recipe, where="run.yaml")
+    assert caught.value.where == "run.yaml"
+    assert "stop_gradient, unigrad" in caught.value.fix
+
+
+def test_targets_are_counted_for_those_who_name_them():
+    with pytest.raises(ConfigError, match="no index of a list of 4") as caught:
+        load_run("m3i", ["recipe.targets.text.weight=2"])
+    assert caught.value.fix == "count from 0: 0 intra, 1 inter, 2 text, 3 category"
+
+
+def test_heads_that_do_not_divide_a_width_are_refused_with_the_recipe():
+    run = load_run("m3i", ["recipe.decoders.pool={kind: attention_pool, width: 64, heads: 3}"])
+    with pytest.raises(ConfigError, match="width 64 is no multiple of its 3 heads"):
+        parse_recipe(run.recipe)

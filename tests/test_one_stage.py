@@ -64,7 +64,7 @@ def job(name, folder, budget=1e12, **fields):
 
     data, entry = open_data(folder), next(entry for entry in (*RECIPES, *ABLATIONS) if entry.name == name)
     flop = flop_per_sample(run_values(entry, data, 0, folder), data)
-    return Job(entry, fields.pop("seed", 0), data, folder.parent / "runs", flop, budget, **{"curve": False} | fields)
+    return Job(entry, fields.pop("seed", 0), data, folder.parent / "runs", flop, budget, **{"points": 1} | fields)
 
 
 def by_hand(tokens):
@@ -205,7 +205,7 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(_one_stage, "tool", tool)
-    document = one_stage.compare(folder, tmp_path, 1.0, 2, 2, one_stage._chosen([], None))
+    document = one_stage.compare(folder, tmp_path, 1.0, 2, 3, 2, one_stage._chosen([], None))
     rows = [entry.name for entry in (*_one_stage.RECIPES, *_one_stage.ABLATIONS)]
     assert set(document["m3i_minus"]) == {*rows} - {"m3i"}
     assert document["m3i_minus"]["mae"]["linear"]["mean"] == 0
@@ -218,7 +218,7 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     table = markdown(document)
     assert all(f"`{name}`" in table or f"| {name} |" in table for name in rows)
     plot(document, tmp_path / "curves.svg")
-    again = one_stage.compare(folder, tmp_path, 1.0, 2, 2, one_stage._chosen([], None))
+    again = one_stage.compare(folder, tmp_path, 1.0, 2, 3, 2, one_stage._chosen([], None))
     assert again == document
     assert len([command for command in asked if command[0] == "train"]) == len(trainings)
     with pytest.raises(ConfigError, match="those of m3i"):

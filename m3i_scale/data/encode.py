@@ -34,7 +34,7 @@ def encode(record: Record) -> Outcome:
     if _size(mask) != _size(image):
         return DataError(
             f"the mask has {_size(mask)} pixels, its image {_size(image)}",
-            where=record.key,
+            where=str(getattr(record.mask, "path", record.key)),
             fix="save every mask at the size of its image",
         )
     return {extension: image, MASK: mask}

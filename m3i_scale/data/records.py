@@ -117,7 +117,11 @@ class FileMask:
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read the mask: {error.strerror}", where=str(self.path), fix=fix) from None
+            raise DataError(
+                f"cannot read the mask: {error.strerror}",
+                where=str(self.path),
+                fix="correct the path; relative ones start where those of the images do",
+            ) from None
         fault = mask_fault(data)
         if fault:
             raise DataError(f"the mask is {fault}", where=str(self.path), fix=fix)
@@ -150,7 +154,7 @@ def mask_fault(data: bytes) -> str | None:
     depth, colour = data[24], data[25]
     if colour == 3 or (colour == 0 and depth == 8):
         return None
-    return f"a PNG of {_CHANNELS.get(colour, 'unknown channels')} with {depth} bits each"
+    return f"a PNG of {_CHANNELS.get(colour, 'unknown channels')} of {depth} bit"
 
 
 def to_png(image: Image.Image) -> bytes:

@@ -139,11 +139,21 @@ def _row_record(
         caption=None if caption is None else str(caption).strip() or None,
         label=label,
         mask=None if mask is None else FileMask(mask),
-        meta={"path": str(name)},
+        meta={"path": str(name)} | _further(row, columns),
         split=_split_name(row.get(columns.split), where),
         split_by=str(name),  # several captions of one image stay on one side
         size_hint=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
     )
+
+
+def _further(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """Columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
+    known = {"path", *vars(columns).values()}
+    return {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in row.items()
+        if name not in known and value is not None
+    }
 
 
 def _mask_path(row: dict[str, Any], columns: Columns, root: Path) -> Path | None:

@@ -58,7 +58,7 @@ def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "famil
     warning = (
         f"the json members of {table.shards[0].parent} do not all name a {' or a '.join(preferred)}: samples count as"
         " independent, so intervals are too narrow (and a split of the training data may share concepts) where several"
-        " samples show one thing"
+        " samples show one thing; columns of that name in the manifest of `shards make` mend it"
     )
     return Clusters("sample", np.arange(len(table), dtype=np.int64), warning)
 

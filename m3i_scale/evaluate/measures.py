@@ -211,7 +211,9 @@ def measure_zero_shot(
 def measure_retrieval(
     images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Recall at 1, 5, 10 in both directions; the intervals of text → image draw by the cluster of the caption.
+    """Recall at 1, 5, 10, below the number of candidates, in both directions.
+
+    The intervals of text → image draw by the cluster of the caption.
 
     Raises:
         NotMeasuredError: fewer than two distinct captions.
@@ -225,12 +227,12 @@ def measure_retrieval(
     first_image_U = np.unique(caption_of_N, return_index=True)[1]
     of_captions = of_images.take(first_image_U)
     result: dict[str, Any] = {"images": len(asked), "distinct_captions": len(captions)}
-    for direction, ranks, drawn in (
-        ("image_to_text", found.image_to_text, of_images),
-        ("text_to_image", found.text_to_image, of_captions),
+    for direction, ranks, drawn, candidates in (
+        ("image_to_text", found.image_to_text, of_images, len(captions)),
+        ("text_to_image", found.text_to_image, of_captions, len(asked)),
     ):
         result[direction] = {}
-        for depth in DEPTHS:
+        for depth in (depth for depth in DEPTHS if depth < candidates):  # who takes all finds the right one
             estimate, chance = mean_interval(ranks < depth, drawn), found.chance(direction, depth)
             result[direction][f"R@{depth}"] = {**estimate.as_dict(), "chance": chance, "ratio": estimate.value / chance}
     return result

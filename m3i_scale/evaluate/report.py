@@ -45,14 +45,14 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
     if name == "retrieval":
         for direction, arrow in _ARROWS.items():
             for depth, figure in figures[direction].items():
-                guess = f"{figure['chance']:.4f} (× {figure['ratio']:.1f})"
+                guess = f"chance {figure['chance']:.4f} (× {figure['ratio']:.1f})"
                 yield f"{title} {arrow} {depth}", f"{figure['value']:.3f}", _interval(figure), guess
         return
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
             label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
             guess = f"majority {figure.get('majority', figures['majority']):.3f}"
-            guess = guess if "majority" in figure else f"{figures['chance']:.3f}, {guess}"
+            guess = guess if "majority" in figure else f"chance {figures['chance']:.3f}, {guess}"
             yield label, f"{figure['value']:.3f}", _interval(figure), guess
 
 

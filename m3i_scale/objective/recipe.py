@@ -85,6 +85,8 @@ class DecoderSpec(Section):
         found = sorted(self.model_fields_set & idle.get(self.kind, every))
         if found:
             raise ValueError(f"{', '.join(found)}: no effect on a {self.kind} decoder")
+        if self.width is not None and self.heads is not None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of its {self.heads} heads")
         return self
 
 
@@ -306,4 +308,4 @@ def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """
     if not values:
         raise ConfigError("the run file has no recipe", where=where, fix="extend a built-in one: `extends: m3i`")
-    return parse_section(Recipe, values, where=where)
+    return parse_section(Recipe, values, where=where, below="recipe")

@@ -137,12 +137,15 @@ def _link(recipe: Recipe, target: TargetSpec, representation: str) -> Link:
     tokens = (_TOKENS[target.tokens],) if target.tokens else ()
     shown = recipe.shows(target.view) if target.encoder == "online" and target.view else None
     shown_by = (f"input {printable(shown)}",) if shown is not None else ()
+    direction = ("image → text",) if target.direction == "forward" else ()
     regularizer = "no regulariser" if target.regularizer == "none" else word(target.regularizer)
     return Link(
         inputs=tuple(target.inputs),
         decoder=target.decoder,
         encoder=_encoder_key(target),
-        likelihood=Node(word(target.distribution), (regularizer, f"w {target.weight:.4g}", *_head(recipe, target))),
+        likelihood=Node(
+            word(target.distribution), (regularizer, *direction, f"w {target.weight:.4g}", *_head(recipe, target))
+        ),
         target=Node(printable(target.name), (*modality, *view, *shown_by, *tokens, representation)),
         stopped=_stopped(target),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_confi
 from m3i_scale.scale.ds_effective import check_effective
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.partition import ShardedMomentum, copy_into, initialize_sharded
+
+_SHOWN_CHANGES, _SHOWN_LETTERS = 5, 100
 
 
 @dataclass
@@ -269,7 +271,7 @@ def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
     if different:
         key = different[0]
         raise CheckpointError(
-            f"the checkpoint is of another run: {', '.join(different)} differ",
+            f"the checkpoint is of another run: {', '.join(different)} changed",
             where=str(checkpoint),
             why=_difference(key, saved.get(key), now[key]),
             fix="take the same run file, or another output_dir for the new run",
@@ -277,16 +279,31 @@ def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """What was and what is; recipes by their names, where those differ."""
+    """What was and what is: recipes by their names, where those differ, everything else field by field."""
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', and is '{names[1]}'"
-    return f"{key} was {_short(before)}, and is {_short(now)}"
+    found = list(_changes(key, before, now))
+    more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
+    return "; ".join(found[:_SHOWN_CHANGES]) + more
+
+
+def _changes(key: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                yield from _changes(f"{key}.{name}", before.get(name), now.get(name))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            if one != other:
+                yield from _changes(f"{key}.{number}", one, other)
+    else:
+        yield f"{key} was {_short(before)}, and is {_short(now)}"
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
-    return text if len(text) < 300 else text[:300] + " …"
+    return text if len(text) < _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + " …"
 
 
 def meta_of(plan: Plan, *, step: int, world_size: int, zero_stage: int) -> dict[str, Any]:

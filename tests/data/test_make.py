@@ -105,6 +105,13 @@ def test_a_place_where_nobody_can_write_is_told_as_such(photos):
         make_shards(records, Path("/proc/shards"), labels=labels, name="p")
 
 
+def test_further_columns_go_into_the_json_member(photos):
+    text = "path,concept,family,count\ncats/p0.jpg,a cat,cats,\ndogs/p1.png,a dog,,3\n"
+    records, _ = manifest_records(manifest(photos / "m.csv", text))
+    assert records[0].meta == {"path": "cats/p0.jpg", "concept": "a cat", "family": "cats"}
+    assert records[1].meta == {"path": "dogs/p1.png", "concept": "a dog", "count": "3"}
+
+
 def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
     Image.new("P", (20, 16), 3).save(photos / "cats" / "p0-mask.png")
     rows = "path,classes\ncats/p0.jpg,cats/p0-mask.png\ndogs/p1.png,\n"
@@ -122,7 +129,7 @@ def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
     ("mode", "size", "match"),
     [
         ("RGB", (20, 16), "of three channels"),
-        ("1", (20, 16), "one grey channel with 1 bits"),
+        ("1", (20, 16), "one grey channel of 1 bit"),
         ("L", (16, 20), r"\(16, 20\) pixels, its image \(20, 16\)"),
         (None, None, "cannot read"),
     ],

@@ -226,7 +226,7 @@ def grey(bits):
         (b"no image", "mask is no PNG"),
         (Halves(0, 1, 0, wide=2).mask(), "mask is not of the size of its image"),
         (Halves(0, 1, 0).encoded()[0], "mask is a PNG of three channels"),
-        (grey(4), "mask is a PNG of one grey channel with 4 bits"),
+        (grey(4), "mask is a PNG of one grey channel of 4 bit"),
         (Halves(0, 1, 0).mask()[:50], "image does not decode"),
     ],
 )

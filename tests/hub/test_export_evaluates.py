@@ -32,6 +32,9 @@ def test_all_measures_of_an_export(exported, shards):
     assert retrieval["image_to_text"]["R@1"]["chance"] == pytest.approx(1 / 6)
     assert retrieval["text_to_image"]["R@1"]["chance"] == pytest.approx(1 / 6)
     assert retrieval["text_to_image"]["R@1"]["clusters"] == 6
+    # of 6 captions, 10 would be all of them
+    assert list(retrieval["image_to_text"]) == ["R@1", "R@5"]
+    assert list(retrieval["text_to_image"]) == ["R@1", "R@5", "R@10"]
     zero_shot = found["measures"]["zero_shot"]
     assert zero_shot["classes"] == ["warm-things", "cold-things", "green-things"]
     assert zero_shot["majority"] == pytest.approx(1 / 3)

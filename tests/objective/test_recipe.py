@@ -70,10 +70,14 @@ def unread_input(recipe: dict[str, Any]) -> None:
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
-    "unknown key": ("m3i", section("mix", fom="block"), "unknown key 'mix.fom'.*did you mean 'form'"),
-    "unknown key of a target": ("m3i", target(0, wieght=2), r"unknown key 'targets.0.wieght'.*did you mean 'weight'"),
-    "unknown top key": ("m3i", lambda r: r.update(decoder={}), "unknown key 'decoder'.*did you mean 'decoders'"),
-    "missing key": ("m3i", drop("inputs"), "'inputs' is missing"),
+    "unknown key": ("m3i", section("mix", fom="block"), "unknown key 'recipe.mix.fom'.*did you mean 'form'"),
+    "unknown key of a target": (
+        "m3i",
+        target(0, wieght=2),
+        r"unknown key 'recipe.targets.0.wieght'.*did you mean 'weight'",
+    ),
+    "unknown top key": ("m3i", lambda r: r.update(decoder={}), "unknown key 'recipe.decoder'.*did you mean 'decoders'"),
+    "missing key": ("m3i", drop("inputs"), "'recipe.inputs' is missing"),
     "no target": ("m3i", lambda r: r.update(targets=[]), "targets"),
     "zero ratio": ("mae", lambda r: r["inputs"][0]["mask"].update(ratio=0), "ratio"),
     "whole ratio": ("mae", lambda r: r["inputs"][0]["mask"].update(ratio=1), "ratio"),

@@ -23,6 +23,7 @@ class ProgressDisplay(Callback):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._step_s: float | None = None
+        self._first_weights: dict[str, float] = {}
 
     def on_start(self, run_info: RunInfo) -> None:
         """Show where the run starts."""
@@ -44,7 +45,9 @@ class ProgressDisplay(Callback):
     def on_step(self, record: StepRecord) -> None:
         """Move the bar, or write a line."""
         self._step_s = smooth(self._step_s, record.step_s)
-        text = summary(record, self._step_s)
+        weights = {name: figures["weight"] for name, figures in record.groups.items() if "weight" in figures}
+        self._first_weights = self._first_weights or weights
+        text = summary(record, self._step_s, moving=weights != self._first_weights)
         if self._bar is None:
             self._print(f"step {record.step:,}/{record.total_steps:,}  {text}")
         else:
@@ -76,12 +79,22 @@ def smooth(mean_s: float | None, newest_s: float) -> float:
     return newest_s if mean_s is None else mean_s + _SMOOTHING * (newest_s - mean_s)
 
 
-def summary(record: StepRecord, step_s: float) -> str:
-    """One line about a step; `step_s` is the step time that the time left is reckoned with."""
-    losses = ", ".join(f"{name} {figures['loss']:.4g}" for name, figures in record.groups.items() if "loss" in figures)
+def summary(record: StepRecord, step_s: float, *, moving: bool = False) -> str:
+    """One line about a step.
+
+    Args:
+        record: what is told.
+        step_s: the step time that the time left is reckoned with.
+        moving: whether weights change. Then their sum says nothing from step to step and every group shows its own.
+    """
+    told = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
+    losses = ", ".join(
+        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in told
+    )
+    total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
     left = timedelta(seconds=round((record.total_steps - record.step) * step_s))
     parts = [
-        f"loss {record.loss:.4g}" + (f" ({losses})" if losses else ""),
+        f"loss {losses}" if moving else total,
         f"lr {record.lr:.2e}",
         f"{record.samples_per_s:,.1f} samples/s",
         f"{record.tokens_per_s:,.0f} tokens/s",
