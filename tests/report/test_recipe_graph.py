@@ -272,3 +272,13 @@ def test_mistakes_are_explained(tmp_path, arguments, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_one_direction_of_a_text_target_is_drawn() -> None:
+    both, forward = (read_recipe("m3i") for _ in range(2))
+    values = forward.model_dump(exclude_unset=True)
+    values["targets"][2]["direction"] = "forward"
+    forward = parse_recipe(values)
+    assert "image → text" not in printed(render_terminal(graph_of(both)), 200)
+    assert "image → text" in printed(render_terminal(graph_of(forward)), 200)
+    assert "image → text" in texts(render_svg(graph_of(forward)))

@@ -330,6 +330,18 @@ def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "run finished" in captured.err
 
 
+def test_weights_that_move_stand_beside_their_losses_in_place_of_the_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = ProgressDisplay()
+    display.on_start(info(tmp_path))
+    for weight in (1.0, 1.0, 2.5):
+        display.on_step(replace(record(1), loss=9.75, groups={"text": {"loss": 3.5, "weight": weight}}))
+    told = [line for line in capsys.readouterr().err.splitlines() if "step 1/" in line]
+    assert ["loss 9.75 (text 3.5)" in line for line in told] == [True, True, False]
+    assert "loss text 3.5 × 2.5 " in told[2]
+
+
 def test_time_left_follows_the_step_time() -> None:
     assert smooth(None, 4.0) == 4.0
     assert smooth(4.0, 2.0) == pytest.approx(3.4)
