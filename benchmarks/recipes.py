@@ -23,7 +23,7 @@ from _cost import count_flop, recipe_step, synthetic_batch
 from torch import Tensor
 from transformers import BitImageProcessor, ViTConfig, ViTModel
 
-from m3i_scale.backbones.vit import Backbone, vit_config
+from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import initialize_module
@@ -101,7 +101,7 @@ def _teacher(folder: Path) -> str:
 
 
 def _backbone_step(run: RunConfig, batch: int) -> Callable[[], None]:
-    backbone = Backbone(vit_config(run.backbone))
+    backbone = build_backbone(backbone_config(run.backbone))
     initialize_sharded(backbone, initialize_module, seed=0)
     pixels_BCHW = torch.randn(batch, 3, IMAGE, IMAGE)
 

@@ -71,6 +71,21 @@ def show(
             Console().print(f"also drawn into {svg}", markup=False, highlight=False)
 
 
+@app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")
+def backbones(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: Json = False
+) -> None:
+    """Sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
+    from m3i_scale.backbones.cost import describe_presets
+    from m3i_scale.report.backbone_table import backbone_table
+
+    rows = describe_presets(names or [])
+    if as_json:
+        print_json(rows)
+    else:
+        Console().print(backbone_table(rows))
+
+
 @app.command(
     epilog="Example: deepspeed --no_local_rank --num_gpus 8 --module m3i_scale train m3i "
     "data.sources.main.shards=/data/shards/train output_dir=/data/runs/first"

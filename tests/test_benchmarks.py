@@ -12,7 +12,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["step", "resume", "recipes", "one_stage"])
+@pytest.mark.parametrize("name", ["step", "resume", "recipes", "one_stage", "dcnv3"])
 def test_what_libraries_print_goes_elsewhere(name):
     script = f"import {name}, os; os.system('echo from a child'); print('from a library'); {name}.emit({{'a': 1}})"
     done = subprocess.run(

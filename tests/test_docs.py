@@ -35,9 +35,14 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
-AT_TEST_SIZE = [
+BACKBONE_AT_TEST_SIZE = (
     "backbone.config={image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "
-    "intermediate_size: 128}",
+    "intermediate_size: 128}"
+)
+MAPS_AT_TEST_SIZE = (
+    "backbone.config={image_size: 64, channels: 16, depths: [1, 1, 1, 1], groups: [1, 2, 4, 8], fusion_width: 64}"
+)
+AT_TEST_SIZE = [
     "optim.batch_size=16",
     "optim.steps=4",
     "optim.warmup_steps=1",
@@ -64,7 +69,8 @@ def at_test_size(line: str, port: int) -> str:
     line, launches = re.subn(r"--(num_gpus|num_accelerators|nproc_per_node) \d+", r"--\1 2", line)
     if words[0] == "deepspeed":
         line = line.replace("deepspeed ", f"deepspeed --master_port {port} ", 1)
-    small = [*AT_TEST_SIZE, f"optim.micro_batch_size={8 if launches else 16}"]
+    size = MAPS_AT_TEST_SIZE if "preset=internimage" in line else BACKBONE_AT_TEST_SIZE
+    small = [size, *AT_TEST_SIZE, f"optim.micro_batch_size={8 if launches else 16}"]
     if parse_recipe(load_run(run).recipe).uses_text:
         small.append(TEXT_AT_TEST_SIZE)
     if not torch.cuda.is_available():

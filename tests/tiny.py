@@ -42,6 +42,12 @@ _TEXT = (
     "text.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}",
     "text.max_tokens=16",
 )
+MAPS = (
+    "backbone.preset=internimage-h",
+    "backbone.config={channels: 16, depths: [1, 1, 2, 1], groups: [1, 2, 4, 8], level2_post_norm_block_ids: [1], "
+    "fusion_width: 64, image_size: 64}",
+)
+"""A convolutional backbone with every part that the largest ones have; on images of 64 pixels, which is two cells."""
 RECIPES = tuple(known_recipes())
 
 
@@ -111,7 +117,14 @@ def first_weights(objective: Objective, seed: int) -> None:
 
 
 def random_batch(
-    size: int, *, seed: int = 0, views: int = 2, text: bool = True, labels: bool = True, repeated_caption: bool = True
+    size: int,
+    *,
+    seed: int = 0,
+    views: int = 2,
+    text: bool = True,
+    labels: bool = True,
+    repeated_caption: bool = True,
+    image: int = 32,
 ) -> Batch:
     """Noise images with geometry; every third sample lacks a caption, every fourth a category. Sample 6 repeats the
     caption of sample 1, so that among eight samples on two ranks the repetition lies on the other rank."""
@@ -133,7 +146,7 @@ def random_batch(
         for column in (captions, ids, mask):
             column[6] = column[1]
     return Batch(
-        images_VBCHW=torch.randint(0, 256, (views, size, 3, 32, 32), generator=generator, dtype=torch.uint8),
+        images_VBCHW=torch.randint(0, 256, (views, size, 3, image, image), generator=generator, dtype=torch.uint8),
         crops_VB4=torch.cat([uniform(0, 20, views, size, 2), uniform(20, 40, views, size, 2)], dim=-1),
         flips_VB=torch.rand(views, size, generator=generator) < 0.5,
         sizes_B2=torch.full((size, 2), 64.0),

@@ -110,7 +110,7 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             local_files_only=True,
             trust_remote_code=False,
             dtype=torch.float32,
-            **_no_pooling_layer(folder),
+            **no_pooling_layer(folder),
         )
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
@@ -128,7 +128,7 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
     return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
 
 
-def _no_pooling_layer(folder: Path) -> dict[str, bool]:
+def no_pooling_layer(folder: Path) -> dict[str, bool]:
     """Pooling layers are not used here, and a folder without one would make transformers add random numbers."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = MODEL_MAPPING.get(type(config), None)

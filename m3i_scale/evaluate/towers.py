@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.features import no_pooling_layer
 from m3i_scale.objective.build import build_objective, is_kept
 from m3i_scale.objective.information import Objective
 
@@ -100,7 +101,12 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """By full name. The models are read by their stock classes: names in the files may be those of older versions."""
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
         model, info = AutoModel.from_pretrained(
-            place, add_pooling_layer=False, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            place,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **no_pooling_layer(place),
         )
         faulty = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if faulty:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from m3i_scale import __version__
+from m3i_scale.backbones.build import backbone_config, model_files, vision_class
 from m3i_scale.hub.source import Source
 from m3i_scale.objective.describe import describe
 
@@ -35,12 +37,19 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
     )
     environment.filters["cell"] = cell
     evaluation = provenance["evaluation"]
+    shape = backbone_config(source.run.backbone)
     return environment.get_template("card.md.j2").render(
         name=source.run.name,
         version=__version__,
         license=provenance["license"],
         config=config,
-        patches=(config["image_size"] // config["patch_size"]) ** 2,
+        patches=(shape.image_size // shape.patch_size) ** 2,
+        pooling="add_pooling_layer" in inspect.signature(vision_class(shape)[0].__init__).parameters,
+        remote_code=bool(model_files(shape)[0]),
+        tokens=shape.model_type != "internimage",
+        width=shape.hidden_size,
+        patch=shape.patch_size,
+        side=shape.image_size // shape.patch_size,
         labels=len(config.get("id2label", {})) if source.label_sets else 0,
         text=source.recipe.uses_text,
         max_tokens=source.run.text.max_tokens,

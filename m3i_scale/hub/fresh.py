@@ -11,6 +11,7 @@ This file is run by its path, imports nothing of the package, and makes sure tha
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -60,11 +61,12 @@ def inspect_files(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """A model by `AutoModel` and what its loading reported."""
+    """A model by `AutoModel` and what its loading reported. Code runs from the folder only where it was put there."""
     from transformers import AutoModel
 
+    own = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
     model, info = AutoModel.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype="auto", **kwargs
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=own, dtype="auto", **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 
@@ -77,8 +79,9 @@ def examine(folder: Path, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     report["config_dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     if report["faults"]:
         return report, None
-    _, report["plain"] = load(folder)
-    model, report["strict"] = load(folder, add_pooling_layer=False)
+    plain, report["plain"] = load(folder)
+    takes = inspect.signature(type(plain).__init__).parameters
+    model, report["strict"] = load(folder, **{"add_pooling_layer": False} if "add_pooling_layer" in takes else {})
     report["class"] = type(model).__name__
     report["loaded_dtype"] = str(model.dtype).removeprefix("torch.")
     report["loaded"] = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}

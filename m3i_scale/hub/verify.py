@@ -76,7 +76,7 @@ def make_reference(
     generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
     pixels_BCHW = normalize(images_BCHW, augment.mean, augment.std)
-    hidden = {"vision": objective.student.encode(torch.cat(objective.student.embed(pixels_BCHW), dim=1))}
+    hidden = {"vision": objective.student.last_hidden_state(pixels_BCHW)}
     fingerprints = {
         "vision": _fingerprints(part_of(weights, VISION, dtype)),
         "heads": _fingerprints(head_weights(source.recipe, weights, dtype)),
@@ -144,9 +144,11 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
 
 def _run(folder: Path, work: Path) -> dict[str, Any]:
     command = [sys.executable, "-I", str(Path(fresh.__file__).resolve()), str(folder.resolve()), str(work)]
+    # Modelling files of a folder are copied there before they run: never into, nor out of, the user's cache.
+    environment = os.environ | _OFFLINE | {"HF_MODULES_CACHE": str(work / "modules")}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ | _OFFLINE, cwd=work, check=False
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, cwd=work, check=False
         )
     except subprocess.TimeoutExpired:
         raise ExportError(

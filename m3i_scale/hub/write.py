@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertModel, BitImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, ViTModel
+from transformers import BertModel, BitImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from m3i_scale.backbones.vit import vit_config
+from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.source import Source
@@ -20,19 +21,6 @@ from m3i_scale.objective.build import is_kept, text_config
 from m3i_scale.objective.recipe import Recipe
 
 VISION, TEXT = "student.model.", "text.model."
-
-_SHAPE_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-)
 
 
 def write_folder(
@@ -64,14 +52,20 @@ def write_folder(
 
 def write_vision(folder: Path, source: Source, weights: dict[str, Tensor]) -> None:
     """config.json and model.safetensors of the vision model."""
-    config = vit_config(source.run.backbone)
+    config = backbone_config(source.run.backbone)
     names = class_names(source.label_sets)
     if names:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
     with init_empty_weights(include_buffers=False):
-        model = ViTModel(config, add_pooling_layer=False)
+        kind, options = vision_class(config)
+        model = kind(config, **options)
+    auto_map, files = model_files(config)
+    if auto_map:
+        model.config.auto_map = auto_map
     _fill_and_save(model, weights, folder)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_text(folder: Path, run: RunConfig, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,7 +84,7 @@ def write_processor(folder: Path, source: Source) -> None:
     `BitImageProcessor` is the stock class (DINOv2 uses it too) that cuts the centre in every version of transformers;
     that of ViT squeezes the image into the square in older ones.
     """
-    size = int(vit_config(source.run.backbone).image_size)
+    size = int(backbone_config(source.run.backbone).image_size)
     augment = source.run.data.augment
     BitImageProcessor(
         do_resize=True,
@@ -121,15 +115,12 @@ def write_heads(folder: Path, source: Source, weights: dict[str, Tensor]) -> Non
 
 def portable_run(run: RunConfig) -> dict[str, Any]:
     """The part of a run file that the modules depend on: no path of the training machine, no folder to start from."""
-    config = vit_config(run.backbone)
+    config = backbone_config(run.backbone)
     return {
         "name": run.name,
         "seed": run.seed,
         "recipe": _portable_recipe(run.recipe),
-        "backbone": {
-            "attention": run.backbone.attention,
-            "config": {key: getattr(config, key) for key in _SHAPE_FIELDS},
-        },
+        "backbone": {"attention": run.backbone.attention, **portable_section(config)},
         "text": {"config": run.text.config, "max_tokens": run.text.max_tokens},
         "data": {"augment": run.data.augment.model_dump(mode="json")},
     }

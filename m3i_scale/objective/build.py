@@ -8,9 +8,11 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel, ViTConfig, ViTModel
+from transformers import BertConfig, PreTrainedModel
 
-from m3i_scale.backbones.vit import Backbone, vit_config
+from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.balance import FixedWeights, GradientNormWeights, LearnedWeights, Weights
@@ -83,9 +85,9 @@ def build_objective(
         ConfigError: the recipe, the backbone and the data do not fit together.
     """
     recipe = parse_recipe(run.recipe)
-    config = vit_config(run.backbone)
-    _check_fit(run, recipe, config, label_sets, vocab_size)
-    student = Backbone(config)
+    config = backbone_config(run.backbone)
+    student = build_backbone(config)
+    _check_fit(run, recipe, student, label_sets, vocab_size)
     decoders = nn.ModuleDict({name: _decoder(name, spec, config) for name, spec in recipe.decoders.items()})
     heads = nn.ModuleDict()
     for target in recipe.targets:
@@ -96,7 +98,7 @@ def build_objective(
     momentum = projector = teacher = text = None
     if recipe.momentum is not None and target_encoders:
         depth = recipe.momentum.projector_depth if recipe.projects_dense_targets else 0
-        momentum = MomentumTarget(config, depth, *_averaged(recipe, decoders, config, ranks))
+        momentum = MomentumTarget(build_backbone(config), depth, *_averaged(recipe, decoders, config, ranks))
     if recipe.momentum is not None and recipe.projects_dense_targets and recipe.momentum.projector_depth:
         projector = Projector(config.hidden_size, recipe.momentum.projector_depth)
     if recipe.teacher is not None and target_encoders:
@@ -125,7 +127,7 @@ def build_objective(
 
 
 def _check_fit(
-    run: RunConfig, recipe: Recipe, config: ViTConfig, label_sets: dict[str, list[str]], vocab_size: int | None
+    run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
 ) -> None:
     if run.backbone.attention == "mixed" and recipe.mix is None:
         raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
@@ -147,19 +149,31 @@ def _check_fit(
     if len(widths) > 1:
         raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
     first_is_cls = [t.name for t in recipe.targets if recipe.decoders[t.decoder].kind == "class_token"]
+    if first_is_cls and not student.has_class_token:
+        raise ConfigError(
+            f"this backbone has no class token, and '{first_is_cls[0]}' reads it",
+            where="recipe.decoders",
+            fix="decode with attention_pool or mean_pool",
+        )
+    if recipe.mix is not None and run.backbone.attention == "own" and not student.own_attention:
+        raise ConfigError(
+            "a convolutional backbone cannot keep the images of a mix apart",
+            where="backbone.attention: own",
+            fix="backbone.attention=mixed",
+        )
     if run.backbone.attention == "mixed" and first_is_cls:
         raise ConfigError(
             f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
             fix="decode with attention_pool or mean_pool",
         )
-    patches = (config.image_size // config.patch_size) ** 2
-    if recipe.mix is not None and patches < len(recipe.mix.inputs):
+    cells = (student.grid[0] // student.cell) ** 2
+    if recipe.mix is not None and cells < len(recipe.mix.inputs):
         raise ConfigError(
-            f"{patches} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
+            f"{cells} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
         )
 
 
-def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
+def _decoder(name: str, spec: DecoderSpec, config: VisionConfig) -> nn.Module:
     width = spec.width or config.hidden_size
     inner = width if spec.kind == "transformer" else config.hidden_size
     heads = spec.heads or max(inner // 64, 1)
@@ -172,7 +186,7 @@ def _decoder(name: str, spec: DecoderSpec, config: ViTConfig) -> nn.Module:
     if spec.kind == "class_token":
         return ClassToken(config.hidden_size)
     if spec.kind == "transformer":
-        kernel = str(config._attn_implementation)
+        kernel = str(config._attn_implementation or "sdpa")
         return TransformerDecoder(config.hidden_size, width, spec.depth, heads, spec.position, kernel)
     if spec.kind == "attention_pool":
         return AttentionPool(config.hidden_size, width, heads)
@@ -203,7 +217,7 @@ def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> tuple
 
 
 def _averaged(
-    recipe: Recipe, decoders: nn.ModuleDict, config: ViTConfig, ranks: Ranks
+    recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, ranks: Ranks
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Copies of the pools and heads of momentum targets."""
     pools, heads = nn.ModuleDict(), nn.ModuleDict()
@@ -229,7 +243,7 @@ def _weights(recipe: Recipe) -> Weights:
 
 
 def _head(
-    target: TargetSpec, width: int, recipe: Recipe, config: ViTConfig, label_sets: dict[str, list[str]]
+    target: TargetSpec, width: int, recipe: Recipe, config: VisionConfig, label_sets: dict[str, list[str]]
 ) -> nn.Module:
     if target.modality == "text":
         bias = target.bias if target.distribution == "bernoulli" else None
@@ -252,7 +266,7 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
     """
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
-        if isinstance(owner, ViTModel) and hasattr(module, "position_embeddings"):
+        if isinstance(getattr(module, "position_embeddings", None), nn.Parameter):
             _start_on_grid(cast(Tensor, module.position_embeddings))
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

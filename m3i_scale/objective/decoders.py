@@ -11,7 +11,7 @@ from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.objective.inputs import gather_tokens
+from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.positions import grid_position
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.backbones.base import Tokens, gather_tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.decoders import ClassToken, Pointwise, TransformerDecoder
 from m3i_scale.objective.distributions import (
@@ -28,7 +29,7 @@ from m3i_scale.objective.distributions import (
 )
 from m3i_scale.objective.estimate import gaussian_information
 from m3i_scale.objective.heads import standardize
-from m3i_scale.objective.inputs import EncodedInput, gather_tokens
+from m3i_scale.objective.inputs import EncodedInput
 from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.recipe import TargetSpec
 from m3i_scale.objective.recipe_rules import kind_of
@@ -61,9 +62,6 @@ class Encoded:
 
 Outcome = tuple[Tensor, Tensor | None]
 """−log P̂ and its nats: a bound, or the estimate of a Gaussian where one was made."""
-
-Tokens = tuple[Tensor, Tensor]
-"""Class token (B, 1, D) and all patch tokens (B, N, D) of a view."""
 
 
 @dataclass

@@ -12,15 +12,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.backbones.vit import Backbone
+from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import Weights
 from m3i_scale.objective.decoders import ClassToken
 from m3i_scale.objective.distributions import gather_targets
-from m3i_scale.objective.groups import Context, Encoded, Tokens, group, has_target, update_states
+from m3i_scale.objective.groups import Context, Encoded, group, has_target, update_states
 from m3i_scale.objective.heads import HeadState, ImageHead
 from m3i_scale.objective.health import feature_health, target_health
-from m3i_scale.objective.inputs import EncodedInput, build_inputs, gather_tokens, normalize
+from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.targets import FrozenTeacher, MomentumTarget, Projector, TextTower
@@ -138,9 +138,8 @@ class Objective(nn.Module):
             {spec.view - 1 for spec in self.recipe.inputs} | {t.view - 1 for t in self.recipe.targets if t.view}
         )
         views = {view: normalize(batch.images_VBCHW[view], self.mean, self.std) for view in used}
-        where = build_inputs(self.recipe, batch.seeds_B, self.student.grid)
-        inputs = self._encode_mixed(where, views) if self._is_mixed else self._encode_own(where, views)
-        context = Context(batch, views, inputs, self._encode_targets(batch, views))
+        where = build_inputs(self.recipe, batch.seeds_B, self.student.grid, self.student.cell)
+        context = Context(batch, views, self._encode_inputs(where, views), self._encode_targets(batch, views))
         if self.text is not None:
             text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
             context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
@@ -157,44 +156,17 @@ class Objective(nn.Module):
                 encoded[encoder, view] = self.teacher(batch.images_VBCHW[view])
         return encoded
 
-    @property
-    def _is_mixed(self) -> bool:
-        return self.recipe.mix is not None and self.mixed_attention
-
-    def _visible(self, where: list[EncodedInput], views: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Embedded class token and visible patch tokens of every input, in one call of the embedding per length."""
-        names = sorted({spec.view for spec in where})
-        cls_VB1D, tokens_VBND = self.student.embed(torch.cat([views[view] for view in names]))
-        batch = len(where[0].visible_BL)
-        cls = dict(zip(names, cls_VB1D.split(batch), strict=True))
-        tokens = dict(zip(names, tokens_VBND.split(batch), strict=True))
-        return [(cls[spec.view], gather_tokens(tokens[spec.view], spec.visible_BL)) for spec in where]
-
-    def _encode_own(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
-        """Tokens attend within their own image: every input is a sequence of its own.
-
-        Inputs of one length go through the backbone together.
-        """
-        sequences = [torch.cat(pair, dim=1) for pair in self._visible(where, views)]
-        encoded: dict[str, Encoded] = {}
-        for length in sorted({sequence.shape[1] for sequence in sequences}):
-            members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]
-            output = self.student.encode(torch.cat([sequences[k] for k in members]))
-            for k, part_BLD in zip(members, output.split(len(sequences[0])), strict=True):
-                encoded[where[k].name] = Encoded(where[k], part_BLD[:, :1], part_BLD[:, 1:])
-        return encoded
-
-    def _encode_mixed(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
-        """Tokens attend across the images of a mix: one sequence per row, with the class token of the first image."""
-        visible = self._visible(where, views)
-        rows = [tokens[spec.image_of_row_B] for spec, (_, tokens) in zip(where, visible, strict=True)]
-        output_BSD = self.student.encode(torch.cat([visible[0][0], *rows], dim=1))
-        parts = output_BSD[:, 1:].split([row.shape[1] for row in rows], dim=1)
-        encoded = {}
-        for spec, part_BLD in zip(where, parts, strict=True):
-            row_B = spec.row_of_image_B
-            encoded[spec.name] = Encoded(spec, output_BSD[row_B, :1], part_BLD[row_B])
-        return encoded
+    def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
+        view_of, visible = [spec.view for spec in where], [spec.visible_BL for spec in where]
+        if self.recipe.mix is None or not self.mixed_attention:
+            found = self.student.encode_own(views, view_of, visible)
+        else:
+            by_row = self.student.encode_mixed(views, view_of, visible, [spec.image_of_row_B for spec in where])
+            found = [
+                (cls_B1D[spec.row_of_image_B], tokens_BLD[spec.row_of_image_B])
+                for spec, (cls_B1D, tokens_BLD) in zip(where, by_row, strict=True)
+            ]
+        return {spec.name: Encoded(spec, *tokens) for spec, tokens in zip(where, found, strict=True)}
 
     # ---------------------------------------------------------------- what is watched
 
@@ -234,10 +206,9 @@ class Objective(nn.Module):
         A category target with several label sets gives the logits of all sets side by side.
         """
         spec = next(item for item in self.recipe.targets if item.name == target)
-        cls_B1D, tokens_BND = self.student.embed(normalize(images_BCHW, self.mean, self.std))
-        encoded_BSD = self.student.encode(torch.cat([cls_B1D, tokens_BND], dim=1))
+        cls_B1D, tokens_BND = self.student.encode_whole(normalize(images_BCHW, self.mean, self.std))
         decoder = self.decoders[spec.decoder]
-        pooled_BD = decoder(encoded_BSD[:, :1] if isinstance(decoder, ClassToken) else encoded_BSD[:, 1:])
+        pooled_BD = decoder(cls_B1D if isinstance(decoder, ClassToken) else tokens_BND)
         output = self.heads[target](pooled_BD)
         return output[0] if spec.modality == "text" else torch.cat(output, dim=1)
 

@@ -6,7 +6,7 @@ any number of ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,12 +96,21 @@ def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
     return [start_B + (row_B - start_B + place) % size_B for place in range(images)]
 
 
-def build_inputs(recipe: Recipe, seeds_B: Tensor, grid: tuple[int, int]) -> list[EncodedInput]:
+def build_inputs(recipe: Recipe, seeds_B: Tensor, grid: tuple[int, int], cell: int = 1) -> list[EncodedInput]:
     """The inputs of a recipe for one micro-batch, each indexed by image (not by row of the mix).
+
+    Args:
+        recipe: the recipe.
+        seeds_B: seed of every sample.
+        grid: rows and columns of patches.
+        cell: side, in patches, of the squares that masks are made of; divides both sides of the grid.
 
     Raises:
         ValueError: a mix of more images than the micro-batch holds.
     """
+    if cell > 1:
+        coarse = grid[0] // cell, grid[1] // cell
+        return [_refine(spec, coarse, cell) for spec in build_inputs(recipe, seeds_B, coarse)]
     patches = grid[0] * grid[1]
     if recipe.mix is None:
         return [
@@ -141,13 +150,21 @@ def _split(
     return EncodedInput(name, view, visible_BL, hidden_BM, image_of_row_B, row_of_image_B)
 
 
+def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInput:
+    """Every index of a cell becomes those of its cell × cell patches."""
+    device = spec.visible_BL.device
+    inner = torch.arange(cell, device=device)
+    inside_K = (inner[:, None] * (grid[1] * cell) + inner).flatten()
+
+    def fine(index_BL: Tensor) -> Tensor:
+        first_BL = (index_BL // grid[1]) * (cell * grid[1] * cell) + (index_BL % grid[1]) * cell
+        return (first_BL[..., None] + inside_K).flatten(1).sort(dim=1).values
+
+    return replace(spec, visible_BL=fine(spec.visible_BL), hidden_BM=fine(spec.hidden_BM))
+
+
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (B, 3, H, W) → float32, channel-wise (x/255 − mean) / std."""
     mean_C11 = torch.tensor(mean, device=images_BCHW.device, dtype=torch.float32)[:, None, None] * 255.0
     std_C11 = torch.tensor(std, device=images_BCHW.device, dtype=torch.float32)[:, None, None] * 255.0
     return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
-
-
-def gather_tokens(tokens_BND: Tensor, index_BL: Tensor) -> Tensor:
-    """Tokens at `index_BL`: (B, L, D)."""
-    return tokens_BND.gather(1, index_BL[..., None].expand(-1, -1, tokens_BND.shape[-1]))

@@ -85,7 +85,9 @@ class DecoderSpec(Section):
         found = sorted(self.model_fields_set & idle.get(self.kind, every))
         if found:
             raise ValueError(f"{', '.join(found)}: no effect on a {self.kind} decoder")
-        if self.width is not None and self.heads is not None and self.width % self.heads:
+        # An attention pool splits the width that it is fed, which the backbone decides.
+        splits = self.kind == "transformer"
+        if splits and self.width is not None and self.heads is not None and self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of its {self.heads} heads")
         return self
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertModel, ViTConfig
+from transformers import AutoModel, BertConfig, BertModel
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_bidirectional_mask
 
 from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.backbones.vit import Backbone
+from m3i_scale.backbones.base import Backbone
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.inputs import normalize
 
@@ -139,10 +139,10 @@ class MomentumTarget(nn.Module):
     owns the parameters moves them."""
 
     def __init__(
-        self, config: ViTConfig, projector_depth: int, pools: nn.ModuleDict | None, heads: nn.ModuleDict | None
+        self, backbone: Backbone, projector_depth: int, pools: nn.ModuleDict | None, heads: nn.ModuleDict | None
     ) -> None:
         super().__init__()
-        self.backbone = Backbone(config)
+        self.backbone = backbone
         self.projector = Projector(self.backbone.width, projector_depth)
         self.pools = pools or nn.ModuleDict()
         """By the name of the decoder that they follow."""
@@ -157,9 +157,7 @@ class MomentumTarget(nn.Module):
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images → class token (B, 1, D) and all patch tokens (B, N, D) of the whole view."""
-        cls_B1D, tokens_BND = self.backbone.embed(images_BCHW)
-        encoded_BSD = self.backbone.encode(torch.cat([cls_B1D, tokens_BND], dim=1))
-        return encoded_BSD[:, :1], encoded_BSD[:, 1:]
+        return self.backbone.encode_whole(images_BCHW)
 
 
 class FrozenTeacher(nn.Module):

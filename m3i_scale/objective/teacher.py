@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel, ViTConfig
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from m3i_scale.backbones.vit import pretrained_folder
+from m3i_scale.backbones.build import pretrained_folder
+from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.targets import FrozenTeacher
@@ -48,7 +49,7 @@ def teacher_config(recipe: Recipe) -> Any:
     return config
 
 
-def build_teacher(recipe: Recipe, student: ViTConfig) -> FrozenTeacher:
+def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
     """The teacher's module, without its weights (see `teacher_weights`).
 
     Raises:

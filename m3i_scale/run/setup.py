@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
-from transformers import PreTrainedTokenizerBase, ViTModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.backbones.vit import pretrained_folder, vit_config
+from m3i_scale.backbones.build import backbone_config, pretrained_folder, vision_class
 from m3i_scale.config import BackboneConfig, RunConfig, TextConfig
 from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
@@ -51,7 +51,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it: the shape of the model and what it learns."""
         run = self.run
-        model = vit_config(run.backbone).to_diff_dict()
+        model = backbone_config(run.backbone).to_diff_dict()
         for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
             model.pop(key, None)
         return {
@@ -83,7 +83,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         raise ConfigError(
             "the run has no data", where="data.sources", fix="data.sources.main.shards=/data/shards/train"
         )
-    model = vit_config(run.backbone)
+    model = backbone_config(run.backbone)
     checkpointed_layers(run.backbone.activation_checkpointing, model.num_hidden_layers)
     label_sets = read_label_sets(run.data.sources) if recipe.uses_categories else {}
     tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer) if recipe.uses_text else None
@@ -207,28 +207,31 @@ def _first_weights(module: nn.Module, run: RunConfig, ranks: ProcessGroupRanks) 
         _fill(module, "teacher.model.", lambda: teacher_weights(recipe), ranks)
 
 
-def _fill(module: nn.Module, prefix: str, read: Callable[[], dict[str, Any]], ranks: ProcessGroupRanks) -> None:
+def _fill(
+    module: nn.Module, prefix: str, read: Callable[[], Mapping[str, Tensor | None]], ranks: ProcessGroupRanks
+) -> None:
     """Rank 0 reads a whole model, in host memory; its parameters are handed over one at a time."""
-    values: dict[str, Any] = {}
+    values: dict[str, Tensor | None] = {}
     from_rank_0(lambda: values.update(read()))
     copy_into(module, prefix, values if ranks.rank == 0 else None)
 
 
-def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Any]:
-    source = backbone.from_pretrained or ""
+def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Tensor | None]:
+    """Whole weights by name; None for those that the folder has not and the model may start fresh."""
+    source, config = backbone.from_pretrained or "", backbone_config(backbone)
+    kind, options = vision_class(config)
     try:
-        model, report = ViTModel.from_pretrained(
-            pretrained_folder(source),
-            config=vit_config(backbone),
-            add_pooling_layer=False,
-            use_safetensors=True,
-            output_loading_info=True,
+        model, report = kind.from_pretrained(
+            pretrained_folder(source), config=config, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"cannot start from '{source}': {str(error).splitlines()[0]}", where="backbone.from_pretrained"
         ) from None
     bad = [name for key in ("missing_keys", "mismatched_keys") for name in report.get(key, [])]
+    # A published classifier may have no fusion head; ours keeps its first weights.
+    fresh = {name for name in report["missing_keys"] if str(name).startswith("dcnv3_head_")}
+    bad = [name for name in bad if name not in fresh]
     # Poolers and task heads are no part of the backbone; a layer that finds no place means another depth.
     bad += [name for name in report.get("unexpected_keys", []) if "layer" in str(name)]
     if bad:
@@ -237,7 +240,7 @@ def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Any]:
             where="backbone.from_pretrained",
             fix="leave image_size, patch_size and widths as the checkpoint has them",
         )
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: None if name in fresh else parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> None:

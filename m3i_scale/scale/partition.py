@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -80,20 +80,22 @@ def initialize_sharded(
             initialize(above[-1] if above else child, child)
 
 
-def copy_into(module: nn.Module, prefix: str, values: dict[str, Tensor] | None) -> None:
+def copy_into(module: nn.Module, prefix: str, values: Mapping[str, Tensor | None] | None) -> None:
     """Write whole tensors into (partitioned) parameters `prefix + name`, one at a time.
 
     Args:
         module: the model.
         prefix: where the named tensors belong.
-        values: name → whole tensor on rank 0; None on other ranks, which receive their shards.
+        values: name → whole tensor on rank 0, or None for one that keeps its value; None on other ranks, which receive
+            their shards.
     """
     for name, parameter in module.named_parameters():
         if not name.startswith(prefix):
             continue
         with whole([parameter], write=True), torch.no_grad():
-            if values is not None:
-                parameter.copy_(values[name.removeprefix(prefix)])
+            value = None if values is None else values[name.removeprefix(prefix)]
+            if value is not None:
+                parameter.copy_(value)
 
 
 def master_shard(parameter: nn.Parameter) -> Tensor:

@@ -27,7 +27,7 @@ from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch import Tensor, nn
 from transformers import ViTModel
 
-from m3i_scale.backbones.vit import vit_config
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import UserError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions import bernoulli_pairs, boltzmann_pairs, gather_targets
@@ -47,6 +47,8 @@ from m3i_scale.scale.partition import (
 
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
+    "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
+    "mae_maps": ("mae", *tiny.MAPS),
     "m3i_forward": ("m3i", "recipe.targets.2.direction=forward"),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
@@ -202,7 +204,7 @@ class Cases(LastingCases):
         plan = self.plan("zero3_cpu_fp32", "sim")
         if self.rank == 0:
             torch.manual_seed(5)
-            ViTModel(vit_config(plan.run.backbone), add_pooling_layer=False).save_pretrained(folder)
+            ViTModel(backbone_config(plan.run.backbone), add_pooling_layer=False).save_pretrained(folder)
         dist.barrier()
         backbone = plan.run.backbone.model_copy(update={"from_pretrained": str(folder), "config": {}})
         plan = replace(plan, run=plan.run.model_copy(update={"backbone": backbone}))

@@ -11,6 +11,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from tiny import LABEL_SETS, VOCABULARY, in_parts, part, random_batch, tiny_run
 from torch import Tensor, nn
 
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import Plan
 from m3i_scale.scale.collectives import start_ranks
@@ -34,6 +35,7 @@ class RankParts:
         self.out = out
         self.ranks = start_ranks(timeout_s=120)
         self.rank, self.world = self.ranks.rank, self.ranks.world_size
+        self.image = 32
 
     def plan(self, ds_config: str, recipe: str, *overrides: str) -> Plan:
         micro = GLOBAL_BATCH // self.world
@@ -54,12 +56,12 @@ class RankParts:
             hidden_size=64,
             where=ds_config,
         )
-        parsed = parse_recipe(run.recipe)
-        return Plan(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, 32, 1)
+        parsed, self.image = parse_recipe(run.recipe), backbone_config(run.backbone).image_size
+        return Plan(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, self.image, 1)
 
     def batch(self, seed: int = 0) -> Any:
         size = GLOBAL_BATCH // self.world
-        return part(random_batch(GLOBAL_BATCH, seed=seed), self.rank * size, (self.rank + 1) * size)
+        return part(random_batch(GLOBAL_BATCH, seed=seed, image=self.image), self.rank * size, (self.rank + 1) * size)
 
     def full_values(self, module: nn.Module) -> dict[str, Tensor]:
         values = {}

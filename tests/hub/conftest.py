@@ -59,13 +59,14 @@ def shards(tmp_path_factory):
     return output
 
 
-def small_run(shards, output_dir):
+def small_run(shards, output_dir, backbone=None):
     values = read_yaml(resource_folder("recipes") / "m3i.yaml")
     values["recipe"]["decoders"]["pool"]["width"] = 32
     values["recipe"]["targets"][2]["width"] = 16
     values |= {
         "output_dir": str(output_dir),
-        "backbone": {
+        "backbone": backbone
+        or {
             "config": {
                 "hidden_size": 32,
                 "num_hidden_layers": 2,
@@ -94,14 +95,18 @@ def small_run(shards, output_dir):
 def make_run(shards):
     """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one."""
 
-    def make(output_dir: Path, steps=(10,), vocab_size=None):
-        run = small_run(shards, output_dir)
+    def make(output_dir: Path, steps=(10,), vocab_size=None, backbone=None):
+        run = small_run(shards, output_dir, backbone)
         tokenizer = shards / "tokenizer"
         vocab_size = vocab_size or len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
         for step in steps:
             torch.manual_seed(step)
             objective = build_objective(run, {"things": LABELS}, vocab_size)
             first_weights(objective)
+            if backbone is not None:  # some first weights are matrices of zeros, which no training leaves behind
+                with torch.no_grad():
+                    for parameter in objective.student.parameters():
+                        parameter.add_(torch.randn_like(parameter) * 0.02)
             write_checkpoint(
                 output_dir / "checkpoints" / f"step-{step:08d}", run, objective, step, vocab_size, tokenizer
             )

@@ -71,7 +71,7 @@ FAULTS = {
     "no tokenizer": (("clip",), {"vocabulary": None}, "there is no tokenizer"),
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "1 patches cannot be dealt to 2 images"),
-    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "width 32 must be a multiple of 4 and of its 3"),
+    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "width 32 is no multiple of its 3 heads"),
     "pool heads": (("m3i", "recipe.decoders.pool.heads=5"), {}, "decoder 'pool'"),
     "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "BERT has no field 'hiden_size'"),
     "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "no field 'vocab_size' to set"),

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import tiny_run
 
+from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.inputs import (
     build_inputs,
-    gather_tokens,
     hash_uniform,
     mix_partners,
     normalize,
@@ -202,3 +202,28 @@ def test_gather_tokens_picks_rows_per_sample() -> None:
     tokens = torch.arange(24.0).view(2, 4, 3)
     picked = gather_tokens(tokens, torch.tensor([[3, 0], [1, 1]]))
     assert torch.equal(picked, torch.stack([tokens[0, [3, 0]], tokens[1, [1, 1]]]))
+
+
+# ---------------------------------------------------------------- cells
+
+
+@given(SEEDS, FORMS, st.sampled_from([2, 4]), st.integers(2, 4), st.integers(2, 4), st.sampled_from([0.25, 0.5, 0.75]))
+def test_masks_of_cells_hide_whole_squares(seeds, form: str, cell: int, rows: int, columns: int, ratio: float) -> None:
+    recipe, grid = masked_recipe(ratio, form), (rows * cell, columns * cell)
+    (coarse,) = build_inputs(recipe, seeds, (rows, columns))
+    (fine,) = build_inputs(recipe, seeds, grid, cell)
+    for coarse_BL, fine_BL in ((coarse.visible_BL, fine.visible_BL), (coarse.hidden_BM, fine.hidden_BM)):
+        assert torch.equal(fine_BL, fine_BL.sort(dim=1).values)
+        for shown, squares in zip(fine_BL, coarse_BL, strict=True):
+            wanted = torch.zeros(rows, columns, dtype=torch.bool)
+            wanted.view(-1)[squares] = True
+            found = torch.zeros(grid, dtype=torch.bool)
+            found.view(-1)[shown] = True
+            assert torch.equal(found, wanted.repeat_interleave(cell, 0).repeat_interleave(cell, 1))
+
+
+@given(SEEDS.filter(lambda seeds: len(seeds) > 1), FORMS)
+def test_images_of_a_mix_cover_the_grid_in_cells(seeds, form: str) -> None:
+    inputs = build_inputs(mixed_recipe(2, form), seeds, (4, 6), 2)
+    by_row = torch.cat([spec.visible_BL[spec.image_of_row_B] for spec in inputs], dim=1)
+    assert torch.equal(by_row.sort(dim=1).values, torch.arange(24).expand(len(seeds), -1))

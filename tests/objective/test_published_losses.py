@@ -21,6 +21,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
+from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.distributions import (
     bernoulli_pairs,
     boltzmann_classes,
@@ -35,7 +36,6 @@ from m3i_scale.objective.distributions import (
 )
 from m3i_scale.objective.groups import most_similar
 from m3i_scale.objective.heads import HeadState
-from m3i_scale.objective.inputs import gather_tokens
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.recipe import HeadSpec
 from m3i_scale.objective.regularizers import (

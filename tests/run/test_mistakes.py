@@ -112,7 +112,7 @@ MISTAKES = {
     "wrong type": Mistake(r"'optim.lr'.*got 'fast'", ["optim.lr=fast"]),
     "no override": Mistake(r"'optim.lr' is not an override", ["optim.lr"]),
     "seed below zero": Mistake(r"'seed'", ["seed=-1"]),
-    "unknown recipe key": Mistake(r"unknown key 'mix.fom'", ["recipe.mix.fom=block"]),
+    "unknown recipe key": Mistake(r"unknown key 'recipe.mix.fom'", ["recipe.mix.fom=block"]),
     "recipe that does not hold together": Mistake(r"no decoder 'pol'", ["recipe.targets.2.decoder=pol"]),
     "unknown DeepSpeed key": Mistake(
         r"zero_optimisation", make=deepspeed_file(DS_FILE.read_text().replace("zero_optimization", "zero_optimisation"))

@@ -12,7 +12,7 @@ import pytest
 from launch import TESTS, Job, environment, free_port
 from safetensors import safe_open
 from shapes import write_run
-from tiny import tiny_teacher
+from tiny import MAPS, tiny_teacher
 
 RUNS = {
     "simclr": ("simclr",),
@@ -23,6 +23,7 @@ RUNS = {
     "siglip": ("siglip",),
     "dense_distillation": ("dense_distillation", "recipe.teacher.from_pretrained=TEACHER"),
     "learned": ("m3i", "recipe.balance={kind: learned}"),
+    "maps": ("m3i", *MAPS, "backbone.attention=mixed", "backbone.activation_checkpointing=full"),
     "followed": ("m3i", "recipe.balance={kind: gradient_norm}"),
 }
 

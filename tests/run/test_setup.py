@@ -1,8 +1,14 @@
-"""What differs between a checkpoint and a run is told field by field."""
+"""What differs between a checkpoint and a run is told field by field; published weights fill a backbone."""
 
 import pytest
+import torch
+from published import FULL, model_of, published_folder
 
-from m3i_scale.run.setup import _difference
+from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.config import BackboneConfig
+from m3i_scale.errors import ConfigError
+from m3i_scale.run.setup import _difference, _pretrained_weights
+from m3i_scale.scale.partition import copy_into
 
 
 @pytest.mark.parametrize(
@@ -29,3 +35,28 @@ def test_many_changes_are_counted():
     told = _difference("backbone", before, now)
     assert told.count(" was ") == 5
     assert told.endswith("and 4 more")
+
+
+@pytest.mark.parametrize("shape", [{}, {**FULL, "fusion_width": 1024}], ids=["without head", "with head"])
+def test_published_weights_fill_all_but_a_head_that_is_not_there(tmp_path, shape):
+    published = model_of(**shape)
+    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, published)))
+    backbone = build_backbone(backbone_config(section))
+    assert backbone.width == (1024 if shape else 128)
+    before = {name: torch.full_like(value, 0.25) for name, value in backbone.model.named_parameters()}
+    backbone.model.load_state_dict(before)
+    values = _pretrained_weights(section)
+    assert sorted(name for name, value in values.items() if value is None) == (
+        [] if shape else [f"dcnv3_head_x{part}.{kind}" for part in ("3", "4.0") for kind in ("bias", "weight")]
+    )
+    copy_into(backbone, "model.", values)
+    wanted = before | dict(published.named_parameters())
+    for name, parameter in backbone.model.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+
+
+def test_a_published_folder_that_lacks_a_weight_is_refused(tmp_path):
+    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(), level2_post_norm=True)))
+    section.config["level2_post_norm_block_ids"] = [1]
+    with pytest.raises(ConfigError, match="2 weights of .* are missing"):
+        _pretrained_weights(section)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, ViTConfig, ViTModel
+from transformers import BertConfig, Dinov2Model, ViTConfig, ViTModel
 
-from m3i_scale.backbones.vit import PRESETS, Backbone, pretrained_folder, vit_config
+from m3i_scale.backbones.build import backbone_config, build_backbone, pretrained_folder, vision_class
+from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -26,9 +27,18 @@ def small(**fields: object) -> BackboneConfig:
     return BackboneConfig(config={**SMALL, **fields})
 
 
-def test_the_adapter_is_the_stock_model() -> None:
-    backbone = Backbone(vit_config(small()))
-    stock = ViTModel(vit_config(small()), add_pooling_layer=False)
+DINOV2 = BackboneConfig(
+    preset="dinov2-g/14",
+    config={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+)
+
+
+@pytest.mark.parametrize("section", [small(), DINOV2], ids=["vit", "dinov2"])
+def test_the_adapter_is_the_stock_model(section: BackboneConfig) -> None:
+    backbone = build_backbone(backbone_config(section)).eval()
+    kind, options = vision_class(backbone_config(section))
+    stock = kind(backbone_config(section), **options).eval()
+    assert type(stock) is {"vit": ViTModel, "dinov2": Dinov2Model}[stock.config.model_type]
     stock.load_state_dict(backbone.model.state_dict(), strict=True)
     with torch.no_grad():
         for parameter, other in zip(backbone.model.parameters(), stock.parameters(), strict=True):
@@ -37,39 +47,60 @@ def test_the_adapter_is_the_stock_model() -> None:
     images = torch.randn(2, 3, 32, 32)
     cls, tokens = backbone.embed(images)
     assert (cls.shape, tokens.shape) == ((2, 1, 64), (2, 16, 64))
-    encoded = backbone.encode(torch.cat([cls, tokens], dim=1))
-    torch.testing.assert_close(encoded, stock(pixel_values=images).last_hidden_state)
+    wanted = stock(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(backbone.encode(torch.cat([cls, tokens], dim=1)), wanted)
+    torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted)
+    assert len(backbone.layers) == 2
+
+
+def test_dinov2_g_has_its_gated_mlp_and_scales() -> None:
+    config = backbone_config(BackboneConfig(preset="dinov2-g/14"))
+    with torch.device("meta"):
+        layer = build_backbone(config).layers[0]
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes["mlp.gate_proj.weight"] == shapes["mlp.up_proj.weight"] == (4096, 1536)
+    assert shapes["layer_scale1.lambda1"] == (1536,)
 
 
 def test_it_takes_any_subset_of_patches() -> None:
-    backbone = Backbone(vit_config(small()))
+    backbone = build_backbone(backbone_config(small()))
     cls, tokens = backbone.embed(torch.randn(2, 3, 32, 32))
     assert backbone.encode(torch.cat([cls, tokens[:, [1, 5, 2]]], dim=1)).shape == (2, 4, 64)
 
 
 def test_what_it_tells_of_itself() -> None:
-    backbone = Backbone(vit_config(small()))
+    backbone = build_backbone(backbone_config(small()))
     assert (backbone.width, backbone.image_size, backbone.patch_size, backbone.grid) == (64, 32, 8, (4, 4))
     assert len(backbone.layers) == 2
     assert backbone.dtype == torch.float32
-    assert Backbone(vit_config(small())).bfloat16().dtype == torch.bfloat16
+    assert build_backbone(backbone_config(small())).bfloat16().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("preset", "millions"), [("vit-b/16", 85.8), ("vit-h/14", 630.8), ("vit-g/14", 1011), ("vit-G/14", 1843)]
+    ("preset", "millions"),
+    [
+        ("vit-b/16", 85.8),
+        ("vit-h/14", 630.8),
+        ("vit-g/14", 1011),
+        ("vit-G/14", 1843),
+        ("dinov2-g/14", 1135),
+        ("dinov2-b/14", 85.7),
+    ],
 )
 def test_presets_have_the_published_size(preset: str, millions: float) -> None:
-    config = vit_config(BackboneConfig(preset=preset))
+    config = backbone_config(BackboneConfig(preset=preset))
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in Backbone(config).parameters())
+        count = sum(parameter.numel() for parameter in build_backbone(config).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
 def test_every_preset_is_a_valid_configuration() -> None:
     for preset in PRESETS:
-        config = vit_config(BackboneConfig(preset=preset))
+        config = backbone_config(BackboneConfig(preset=preset))
         assert config.layer_norm_eps == 1e-6
-        assert config.hidden_size % config.num_attention_heads == 0
+        assert config.image_size % config.patch_size == 0
+        if hasattr(config, "num_attention_heads"):
+            assert config.hidden_size % config.num_attention_heads == 0
 
 
 FAULTS = {
@@ -86,22 +117,22 @@ FAULTS = {
 def test_what_is_no_vit_is_refused(fault: str) -> None:
     config, message = FAULTS[fault]
     with pytest.raises(ConfigError, match=message):
-        vit_config(config)
+        backbone_config(config)
 
 
 def test_a_misspelt_field_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
-        vit_config(small(hiden_size=8))
+        backbone_config(small(hiden_size=8))
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a bert, and this backbone is a vit"):
-        vit_config(BackboneConfig(from_pretrained=str(tmp_path)))
+    with pytest.raises(ConfigError, match="is a bert, and a backbone is a vit, dinov2 or internimage"):
+        backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
 
 
 def test_a_pretrained_folder_gives_its_own_shape(tmp_path: Path) -> None:
     ViTConfig(**SMALL).save_pretrained(tmp_path)
-    config = vit_config(BackboneConfig(from_pretrained=str(tmp_path)))
+    config = backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
     assert (config.hidden_size, config.image_size, config.patch_size) == (64, 32, 8)
     assert pretrained_folder(str(tmp_path)) == tmp_path

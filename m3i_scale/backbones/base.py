@@ -1,0 +1,109 @@
+"""What the objective asks of a backbone f_θ, whatever it is made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tokens = tuple[Tensor, Tensor]
+"""Class token (B, 1, D), or the mean token where the backbone has none, and patch tokens (B, L, D)."""
+
+
+class Backbone(nn.Module, ABC):
+    """A stock vision model, `model`, that is shown a part of its patches or patches of several images."""
+
+    model: Any
+    """The `transformers` model: what an export writes."""
+
+    @property
+    @abstractmethod
+    def has_class_token(self) -> bool:
+        """Whether the first of `Tokens` is a token of its own."""
+
+    @property
+    @abstractmethod
+    def own_attention(self) -> bool:
+        """Whether the images of a mix can be kept apart. Where not, they are mixed pixel by pixel."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels."""
+        return int(self.model.config.image_size)
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of what one token stands for."""
+        return int(self.model.config.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patch tokens."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def cell(self) -> int:
+        """Side, in tokens, of the squares that are hidden or shown as a whole."""
+        return 1
+
+    @property
+    @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The layers, in order."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type of the parameters."""
+        first: nn.Parameter = next(self.model.parameters())
+        return first.dtype
+
+    @abstractmethod
+    def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
+        """Inputs that see nothing of each other.
+
+        Args:
+            views: normalised images (B, 3, H, W) by view.
+            view_of: by input, the view that it shows a part of.
+            visible: by input, the visible patches: int64 (B, L), ascending.
+
+        Returns:
+            By input, the tokens of its visible patches, in the order of `visible`.
+        """
+
+    @abstractmethod
+    def encode_mixed(
+        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> list[Tokens]:
+        """Images of a mix that see each other: one input a row.
+
+        Args:
+            views: normalised images by view.
+            view_of: by place in the mix, the view.
+            visible: by place, the patches that are shown there: int64 (B, L), by image.
+            rows: by place, which image sits there in row i: int64 (B).
+
+        Returns:
+            By place, the tokens by row.
+        """
+
+    @abstractmethod
+    def encode_whole(self, images_BCHW: Tensor) -> Tokens:
+        """Normalised images, nothing hidden → tokens of all patches, row by row."""
+
+    @abstractmethod
+    def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
+        """What `model` calls its last hidden state, as the objective computes it."""
+
+
+def gather_tokens(tokens_BND: Tensor, index_BL: Tensor) -> Tensor:
+    """Tokens at `index_BL`: (B, L, D)."""
+    return tokens_BND.gather(1, index_BL[..., None].expand(-1, -1, tokens_BND.shape[-1]))

@@ -1,0 +1,65 @@
+"""What a backbone costs: parameters, and counted FLOPs of a forward pass. Nothing is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.config import BackboneConfig
+from m3i_scale.errors import ConfigError, did_you_mean
+
+
+def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
+    """Size and cost of one backbone.
+
+    Args:
+        section: what a run file says.
+        name: what to call it.
+
+    Returns:
+        `name, model_type, image_size` (pixels), `patch_size` (pixels a token), `tokens, mask_cell` (pixels), `width,
+        layers, parameters` (of the exported model), `gmac` (10⁹ multiply-adds of one image, forward; published tables
+        call these FLOPs).
+    """
+    config = backbone_config(section)
+    if hasattr(config, "num_attention_heads"):
+        config._attn_implementation = "eager"  # fused attention is not counted on every device
+    with torch.device("meta"):
+        backbone = build_backbone(config).eval()
+        image_BCHW = torch.zeros(1, 3, config.image_size, config.image_size)
+        custom = {torch.ops.aten._embedding_bag: _bag_flop}
+        with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
+            backbone.last_hidden_state(image_BCHW)
+    return {
+        "name": name,
+        "model_type": config.model_type,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "tokens": backbone.grid[0] * backbone.grid[1],
+        "mask_cell": backbone.cell * backbone.patch_size,
+        "width": backbone.width,
+        "layers": len(backbone.layers),
+        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "gmac": counter.get_total_flops() / 2e9,
+    }
+
+
+def describe_presets(names: list[str]) -> list[dict[str, Any]]:
+    """The named presets; all of them where none is named.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    for name in names:
+        if name not in PRESETS:
+            raise ConfigError(f"no backbone '{name}'", fix=did_you_mean(name, PRESETS))
+    return [describe_backbone(BackboneConfig(preset=name), name) for name in names or PRESETS]
+
+
+def _bag_flop(weight: tuple[int, ...], index: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Of a weighted bag: a product and a sum for every row that is fetched."""
+    return 2 * torch.Size(index).numel() * weight[1]

@@ -1,0 +1,23 @@
+"""InternImage as a `transformers` model: two files that an export carries along.
+
+They import nothing of this package.
+"""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel
+
+from m3i_scale.backbones.internimage.configuration_internimage import InternImageConfig
+from m3i_scale.backbones.internimage.modeling_internimage import InternImageModel
+
+AutoConfig.register(InternImageConfig.model_type, InternImageConfig, exist_ok=True)
+AutoModel.register(InternImageConfig, InternImageModel, exist_ok=True)
+
+SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_internimage.py") for stem in ("configuration", "modeling"))
+"""What a folder needs so that a `transformers` without this package loads it, with `trust_remote_code`."""
+AUTO_MAP = {
+    "AutoConfig": f"{SOURCE_FILES[0].stem}.{InternImageConfig.__name__}",
+    "AutoModel": f"{SOURCE_FILES[1].stem}.{InternImageModel.__name__}",
+}
+
+__all__ = ["AUTO_MAP", "SOURCE_FILES", "InternImageConfig", "InternImageModel"]

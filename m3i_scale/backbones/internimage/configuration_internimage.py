@@ -1,0 +1,125 @@
+"""Configuration of InternImage (Wang et al., CVPR 2023), with the field names of the published Hub folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+_FIXED = {"core_op": "DCNv3", "act_layer": "GELU", "norm_layer": "LN", "remove_center": False}
+
+
+class InternImageConfig(PretrainedConfig):  # type: ignore[misc]
+    """Shape of an InternImage. The defaults are InternImage-T.
+
+    Args:
+        channels: of the first stage; every stage has twice those of the one before.
+        depths: layers of every stage.
+        groups: of the deformable operator, by stage.
+        dw_kernel_size: side of the depthwise convolution that offsets and weights are made of; None: 3.
+        mlp_ratio: hidden width of an MLP over its channels.
+        layer_scale: first value of the learned scale per channel of every residual branch; None: no scale.
+        offset_scale: stretches the sampled points around their centre, the 3 × 3 grid included.
+        post_norm: LayerNorm after operator and MLP, instead of before.
+        res_post_norm: LayerNorm before and after operator and MLP (H).
+        level2_post_norm: a LayerNorm more after some layers of the third stage (H, G).
+        level2_post_norm_block_ids: which layers, from 0.
+        center_feature_scale: mix the sampled value with that of the centre, by a gate per group (H, G).
+        fusion_width: add the head that joins stages 3 and 4 on a grid of stride 16, with so many channels; None: none,
+            and the model ends with stage 4, of stride 32. Folders of H and G hold such a head, 1024 wide.
+        drop_path_rate: highest share of samples that skip a residual branch.
+        drop_path_type: linear (grows from 0 with depth) or uniform.
+        image_size: side of the training images in pixels; any multiple of 32 can be put in.
+    """
+
+    model_type = "internimage"
+
+    def __init__(
+        self,
+        channels: int = 64,
+        depths: tuple[int, ...] | list[int] = (4, 4, 18, 4),
+        groups: tuple[int, ...] | list[int] = (4, 8, 16, 32),
+        dw_kernel_size: int | None = None,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        offset_scale: float = 1.0,
+        post_norm: bool = False,
+        res_post_norm: bool = False,
+        level2_post_norm: bool = False,
+        level2_post_norm_block_ids: tuple[int, ...] | list[int] | None = None,
+        center_feature_scale: bool = False,
+        fusion_width: int | None = None,
+        drop_path_rate: float = 0.0,
+        drop_path_type: str = "linear",
+        image_size: int = 224,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-6,
+        **kwargs: Any,
+    ) -> None:
+        # Published folders name what this file has no choice in; another value is another architecture.
+        for field, only in _FIXED.items():
+            value = kwargs.pop(field, only)
+            if value != only:
+                raise ValueError(f"{field} is {value!r}, and this InternImage has {only!r}")
+        if kwargs.pop("drop_rate", 0.0):
+            raise ValueError("this InternImage has no dropout: drop_rate must be 0")
+        for field in ("with_cp", "cls_scale", "num_classes"):  # how it is run, and a classifier that is not built
+            kwargs.pop(field, None)
+        if kwargs.pop("use_clip_projector", False) and fusion_width is None:
+            fusion_width = 1024
+        self.channels, self.depths, self.groups = channels, list(depths), list(groups)
+        self.dw_kernel_size = dw_kernel_size or 3
+        self.mlp_ratio, self.layer_scale, self.offset_scale = mlp_ratio, layer_scale, offset_scale
+        self.post_norm, self.res_post_norm = post_norm, res_post_norm
+        self.level2_post_norm = level2_post_norm
+        self.level2_post_norm_block_ids = list(level2_post_norm_block_ids or []) if level2_post_norm else None
+        self.center_feature_scale = center_feature_scale
+        self.fusion_width = fusion_width
+        self.drop_path_rate, self.drop_path_type = drop_path_rate, drop_path_type
+        self.image_size, self.num_channels = image_size, 3
+        self.initializer_range, self.layer_norm_eps = initializer_range, layer_norm_eps
+        self.check()
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Whether the fields go together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if len(self.depths) != 4 or len(self.groups) != 4:
+            raise ValueError(f"InternImage has four stages; got depths {self.depths} and groups {self.groups}")
+        for width, groups in zip(self.stage_channels, self.groups, strict=True):
+            if width % groups:
+                raise ValueError(f"{width} channels are no multiple of their {groups} groups")
+        if self.channels % 2:
+            raise ValueError(f"channels must be even, for the two steps of the stem; got {self.channels}")
+        if self.post_norm and self.res_post_norm:
+            raise ValueError("post_norm and res_post_norm exclude each other")
+        if self.res_post_norm and self.layer_scale is not None:
+            raise ValueError("res_post_norm and layer_scale exclude each other")
+        if self.drop_path_type not in ("linear", "uniform"):
+            raise ValueError(f"drop_path_type is linear or uniform, not {self.drop_path_type!r}")
+        late = [number for number in self.level2_post_norm_block_ids or [] if number >= self.depths[2]]
+        if late:
+            raise ValueError(f"level2_post_norm_block_ids {late} lie beyond the {self.depths[2]} layers of stage 3")
+
+    @property
+    def stage_channels(self) -> list[int]:
+        """Channels of the four stages."""
+        return [self.channels * 2**stage for stage in range(4)]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last map: of the fusion head where there is one, else of stage 4."""
+        return self.fusion_width or self.stage_channels[-1]
+
+    @property
+    def patch_size(self) -> int:
+        """Stride of the last map in pixels."""
+        return 16 if self.fusion_width else 32
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of all stages."""
+        return sum(self.depths)

@@ -1,0 +1,348 @@
+"""InternImage (Wang et al., CVPR 2023) in plain PyTorch: no extension has to be compiled.
+
+Parameters have the names of the published weights, so that both directions work: published folders load here, and
+weights from here load into the published detection and segmentation code. Maps are (B, H, W, C) inside.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+
+from .configuration_internimage import InternImageConfig
+
+_POINTS = 9
+_CORNERS = 4
+
+
+def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, offset_scale: float) -> Tensor:
+    """y(p₀) = Σ_k w_gk(p₀) · x_g(p₀ + s·(p_k + Δp_gk(p₀))): deformable convolution, version 3.
+
+    Every output is a weighted sum of 9 points × 4 neighbours, which `embedding_bag` computes without ever holding the
+    sampled values. Points are enumerated x outer, y inner; what lies outside the map is zero.
+
+    Args:
+        value_BHWC: x, in `groups` groups of channels.
+        offset_BHWO: Δp as (x, y): (B, H, W, groups · 9 · 2).
+        weight_BHWP: w: (B, H, W, groups · 9), each group's nine add up to 1.
+        groups: G.
+        offset_scale: s.
+
+    Returns:
+        (B, H, W, C), in the type of `value_BHWC`; computed in fp32, because bf16 cannot tell neighbouring coordinates
+        of a large map apart.
+    """
+    batch, height, width, channels = value_BHWC.shape
+    pixels, per_group = height * width, channels // groups
+    index_N, share_N = _neighbours(offset_BHWO, weight_BHWP, groups, offset_scale)
+    rows_RE = value_BHWC.reshape(batch, pixels, groups, per_group).transpose(1, 2).reshape(-1, per_group).float()
+    bag = _POINTS * _CORNERS
+    sampled_ME = F.embedding_bag(index_N.view(-1, bag), rows_RE, per_sample_weights=share_N.view(-1, bag), mode="sum")
+    return sampled_ME.view(batch, height, width, channels).to(value_BHWC.dtype)
+
+
+def _neighbours(offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
+    """For every place and group, the rows of 9 × 4 neighbours, and the share of each in the sum."""
+    batch, height, width, _ = offset_BHWO.shape
+    device = offset_BHWO.device
+    offset_BNGK2 = offset_BHWO.reshape(batch, height * width, groups, _POINTS, 2).float()
+    weight_BNGK = weight_BHWP.reshape(batch, height * width, groups, _POINTS).float()
+    near = torch.arange(-1.0, 2.0, device=device)
+    point_x, point_y = near.repeat_interleave(3), near.repeat(3)
+    x_N = torch.arange(width, device=device, dtype=torch.float32).repeat(height)[:, None, None]
+    y_N = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)[:, None, None]
+    x_BNGK = x_N + scale * (point_x + offset_BNGK2[..., 0])
+    y_BNGK = y_N + scale * (point_y + offset_BNGK2[..., 1])
+    left_BNGK, top_BNGK = x_BNGK.floor(), y_BNGK.floor()
+    right_share, lower_share = x_BNGK - left_BNGK, y_BNGK - top_BNGK
+    first_row_BG = torch.arange(batch * groups, device=device).view(batch, 1, groups, 1) * (height * width)
+    index, share = [], []
+    for down in (0, 1):
+        for along in (0, 1):
+            x, y = left_BNGK + along, top_BNGK + down
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            part = (right_share if along else 1 - right_share) * (lower_share if down else 1 - lower_share)
+            share.append(part * weight_BNGK * inside)
+            # Clamped before it becomes an integer: a run-away offset may lie beyond int64.
+            row = y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
+            index.append(row + first_row_BG)
+    return torch.stack(index, dim=-1).flatten(), torch.stack(share, dim=-1).flatten()
+
+
+class ToChannelsFirst(nn.Module):
+    """(B, H, W, C) → (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.permute(0, 3, 1, 2)
+
+
+class ToChannelsLast(nn.Module):
+    """(B, C, H, W) → (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.permute(0, 2, 3, 1)
+
+
+class ZeroLinear(nn.Linear):
+    """Starts at zero: first offsets are none, first weights all the same."""
+
+
+class ProjectionLinear(nn.Linear):
+    """Starts as Xavier's uniform."""
+
+
+def _norm(config: InternImageConfig, channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(channels, eps=config.layer_norm_eps))
+
+
+class DCNv3(nn.Module):
+    """The core operator: where to look and how much of it to take is read off the map itself."""
+
+    def __init__(self, config: InternImageConfig, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups, self.offset_scale = groups, config.offset_scale
+        side = config.dw_kernel_size
+        norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.dw_conv = nn.Sequential(
+            nn.Conv2d(channels, channels, side, padding=(side - 1) // 2, groups=channels),
+            nn.Sequential(ToChannelsLast(), norm),
+            nn.GELU(),
+        )
+        self.offset = ZeroLinear(channels, groups * _POINTS * 2)
+        self.mask = ZeroLinear(channels, groups * _POINTS)
+        self.input_proj = ProjectionLinear(channels, channels)
+        self.output_proj = ProjectionLinear(channels, channels)
+        self.center_feature_scale_proj_weight = self.center_feature_scale_proj_bias = None
+        if config.center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) → the same shape."""
+        value_BHWC = self.input_proj(x_BHWC)
+        around_BHWC = self.dw_conv(x_BHWC.permute(0, 3, 1, 2))
+        weight_BHWGK = self.mask(around_BHWC).unflatten(-1, (self.groups, _POINTS)).float().softmax(dim=-1)
+        output_BHWC = dcnv3(
+            value_BHWC, self.offset(around_BHWC), weight_BHWGK.flatten(-2), self.groups, self.offset_scale
+        )
+        if self.center_feature_scale_proj_weight is not None:
+            gate_BHWG = F.linear(
+                around_BHWC, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+            ).sigmoid()
+            gate_BHWC = gate_BHWG.repeat_interleave(x_BHWC.shape[-1] // self.groups, dim=-1)
+            output_BHWC = torch.lerp(output_BHWC, value_BHWC, gate_BHWC)
+        return cast(Tensor, self.output_proj(output_BHWC))
+
+
+class MLPLayer(nn.Module):
+    """Two linear maps with GELU between."""
+
+    def __init__(self, config: InternImageConfig, channels: int) -> None:
+        super().__init__()
+        inner = int(channels * config.mlp_ratio)
+        self.fc1 = nn.Linear(channels, inner)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(inner, channels)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) → the same shape."""
+        return cast(Tensor, self.fc2(self.act(self.fc1(x_BHWC))))
+
+
+class InternImageLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Operator and MLP, each a residual branch: norms before, after, or on both sides."""
+
+    def __init__(self, config: InternImageConfig, channels: int, groups: int, drop_path: float) -> None:
+        super().__init__()
+        self.after, self.both, self.drop_path = config.post_norm, config.res_post_norm, drop_path
+        self.norm1 = _norm(config, channels)
+        self.dcn = DCNv3(config, channels, groups)
+        self.norm2 = _norm(config, channels)
+        self.mlp = MLPLayer(config, channels)
+        self.layer_scale1 = self.layer_scale2 = None
+        if config.layer_scale is not None:
+            self.layer_scale1 = nn.Parameter(torch.ones(channels))
+            self.layer_scale2 = nn.Parameter(torch.ones(channels))
+        if self.both:
+            self.res_post_norm1, self.res_post_norm2 = _norm(config, channels), _norm(config, channels)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) → the same shape."""
+        if self.after:
+            first = self._branch(self.norm1(self.dcn(x_BHWC)), self.layer_scale1)
+            x_BHWC = x_BHWC + first
+            return x_BHWC + self._branch(self.norm2(self.mlp(x_BHWC)), self.layer_scale2)
+        first = self.dcn(self.norm1(x_BHWC))
+        x_BHWC = x_BHWC + self._branch(self.res_post_norm1(first) if self.both else first, self.layer_scale1)
+        second = self.mlp(self.norm2(x_BHWC))
+        return x_BHWC + self._branch(self.res_post_norm2(second) if self.both else second, self.layer_scale2)
+
+    def _branch(self, x_BHWC: Tensor, scale_C: Tensor | None) -> Tensor:
+        if scale_C is not None:
+            x_BHWC = x_BHWC * scale_C
+        if not self.training or self.drop_path == 0:
+            return x_BHWC
+        kept_B = torch.rand(len(x_BHWC), device=x_BHWC.device) >= self.drop_path
+        return x_BHWC * (kept_B / (1 - self.drop_path)).to(x_BHWC.dtype)[:, None, None, None]
+
+
+class StemLayer(nn.Module):
+    """Two convolutions of stride 2: pixels → the first map, of stride 4."""
+
+    def __init__(self, config: InternImageConfig) -> None:
+        super().__init__()
+        half, full, eps = config.channels // 2, config.channels, config.layer_norm_eps
+        self.conv1 = nn.Conv2d(config.num_channels, half, 3, stride=2, padding=1)
+        self.norm1 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(half, eps=eps), ToChannelsFirst())
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(half, full, 3, stride=2, padding=1)
+        self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(full, eps=eps))
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """(B, 3, 4H, 4W) → (B, H, W, C)."""
+        return cast(Tensor, self.norm2(self.conv2(self.act(self.norm1(self.conv1(pixels_BCHW))))))
+
+
+class DownsampleLayer(nn.Module):
+    """A convolution of stride 2 that doubles the channels."""
+
+    def __init__(self, config: InternImageConfig, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(2 * channels, eps=config.layer_norm_eps))
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H/2, W/2, 2C)."""
+        return cast(Tensor, self.norm(self.conv(x_BHWC.permute(0, 3, 1, 2))))
+
+
+class InternImageBlock(nn.Module):
+    """One stage."""
+
+    def __init__(self, config: InternImageConfig, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        channels = config.stage_channels[stage]
+        self.blocks = nn.ModuleList(
+            [InternImageLayer(config, channels, config.groups[stage], drop_path) for drop_path in drop_paths]
+        )
+        self.norm = _norm(config, channels) if not config.post_norm or config.center_feature_scale else None
+        extra = config.level2_post_norm_block_ids if stage == 2 else None
+        self.extra_norms = {number: place for place, number in enumerate(extra or [])}
+        if extra is not None:
+            self.post_norms = nn.ModuleList([_norm(config, channels) for _ in extra])
+        self.downsample = DownsampleLayer(config, channels) if stage < 3 else None
+
+    def forward(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) → this stage's map, and what the next stage starts from."""
+        for number, layer in enumerate(self.blocks):
+            x_BHWC = layer(x_BHWC)
+            if number in self.extra_norms:
+                x_BHWC = self.post_norms[self.extra_norms[number]](x_BHWC)
+        if self.norm is not None:
+            x_BHWC = self.norm(x_BHWC)
+        return x_BHWC, x_BHWC if self.downsample is None else self.downsample(x_BHWC)
+
+
+class InternImageModel(PreTrainedModel):  # type: ignore[misc]
+    """Four stages of stride 4, 8, 16 and 32; with `fusion_width` also the map of stride 16 that joins the last two."""
+
+    config_class = InternImageConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    _no_split_modules: ClassVar = ["InternImageLayer"]
+    # Classifier, attention pool and their norms of published folders: no part of the backbone.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"(^|\.)(conv_head|head|clip_projector|fc_norm)\."]
+
+    def __init__(self, config: InternImageConfig) -> None:
+        super().__init__(config)
+        self.patch_embed = StemLayer(config)
+        rates = _drop_paths(config)
+        self.levels = nn.ModuleList()
+        for stage, depth in enumerate(config.depths):
+            start = sum(config.depths[:stage])
+            self.levels.append(InternImageBlock(config, stage, rates[start : start + depth]))
+        if config.fusion_width is not None:
+            last, width = config.stage_channels[-1], config.fusion_width
+            self.dcnv3_head_x4 = nn.Sequential(nn.Conv2d(last, 4 * width, 1), nn.PixelShuffle(2))
+            self.dcnv3_head_x3 = nn.Conv2d(last // 2, width, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[Tensor, ...]:
+        """Pixels (B, 3, H, W), both sides multiples of 32.
+
+        Returns:
+            `last_hidden_state`: the last map (B, C, H/32, W/32), with the fusion head (B, C, H/16, W/16);
+            `pooler_output`: its mean over all places (B, C); `hidden_states`, where asked for: the maps of the stages.
+        """
+        if pixel_values.shape[-1] % 32 or pixel_values.shape[-2] % 32:
+            raise ValueError(f"both sides must be multiples of 32, got {tuple(pixel_values.shape[-2:])}")
+        maps = self.stages(self.patch_embed(pixel_values.to(self.dtype)))
+        last_BCHW = self.fuse(maps)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=last_BCHW,
+            pooler_output=last_BCHW.mean(dim=(2, 3)),
+            hidden_states=tuple(x.permute(0, 3, 1, 2) for x in maps) if wanted else None,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def stages(self, x_BHWC: Tensor) -> list[Tensor]:
+        """The stem's map → the maps of the four stages, (B, H, W, C) each."""
+        maps = []
+        for level in self.levels:
+            map_BHWC, x_BHWC = level(x_BHWC)
+            maps.append(map_BHWC)
+        return maps
+
+    def fuse(self, maps: list[Tensor]) -> Tensor:
+        """Maps of the stages → the last map (B, C, H, W)."""
+        third, fourth = (x.permute(0, 3, 1, 2) for x in maps[2:])
+        if self.config.fusion_width is None:
+            return fourth
+        return cast(Tensor, self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init = nn.init
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, ProjectionLinear):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Conv2d):
+            # As torch starts a convolution: uniform within 1/√fan-in, its bias too.
+            fan_in = module.in_channels // module.groups * math.prod(module.kernel_size)
+            init.uniform_(module.weight, -(fan_in**-0.5), fan_in**-0.5)
+            if module.bias is not None:
+                init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
+        elif isinstance(module, InternImageLayer | DCNv3):
+            first = self.config.layer_scale if isinstance(module, InternImageLayer) else 0.0
+            for parameter in module.parameters(recurse=False):
+                init.constant_(parameter, first)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+            init.zeros_(module.bias)
+
+
+def _drop_paths(config: InternImageConfig) -> list[float]:
+    layers = sum(config.depths)
+    if config.drop_path_type == "uniform":
+        return [config.drop_path_rate] * layers
+    return torch.linspace(0, config.drop_path_rate, layers, device="cpu").tolist()

@@ -1,0 +1,93 @@
+"""Stock `transformers` models of the plain kind, ViT and DINOv2: tokens in, tokens out, any subset of patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
+from transformers.initialization import no_init_weights
+
+from m3i_scale.backbones.base import Backbone, Tokens, gather_tokens
+
+
+def token_class(config: ViTConfig | Dinov2Config) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    """The stock class, and how it is told to leave out the pooling layer that nothing here trains."""
+    return (ViTModel, {"add_pooling_layer": False}) if isinstance(config, ViTConfig) else (Dinov2Model, {})
+
+
+class TokenBackbone(Backbone):
+    """A plain vision Transformer with a class token. `embed` and `encode` are separate, so that tokens can be hidden or
+    mixed between them.
+
+    All parameters are used inside the forward of the stock module that owns them, which ZeRO-3 relies on.
+    """
+
+    def __init__(self, config: ViTConfig | Dinov2Config) -> None:
+        super().__init__()
+        with no_init_weights():  # initialised once, later, where the parameters may already be partitioned
+            kind, options = token_class(config)
+            self.model = kind(config, **options)
+
+    has_class_token = True
+    own_attention = True
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The Transformer layers, in order."""
+        stack: nn.ModuleList = self.model.layers if isinstance(self.model, ViTModel) else self.model.encoder.layer
+        return list(stack)
+
+    def embed(self, images_BCHW: Tensor) -> Tokens:
+        """Normalised images → class token (B, 1, D) and patch tokens (B, N, D), positions added."""
+        tokens_BND = self.model.embeddings(images_BCHW.to(self.dtype))
+        return tokens_BND[:, :1], tokens_BND[:, 1:]
+
+    def encode(self, tokens_BLD: Tensor) -> Tensor:
+        """Embedded tokens → the last layer's normalised tokens, same shape."""
+        for layer in self.layers:
+            tokens_BLD = layer(tokens_BLD)
+        output_BLD: Tensor = self.model.layernorm(tokens_BLD)
+        return output_BLD
+
+    def _visible(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
+        """Embedded class token and visible patch tokens of every input, in one call of the embedding."""
+        names = sorted(set(view_of))
+        cls_VB1D, tokens_VBND = self.embed(torch.cat([views[view] for view in names]))
+        batch = len(visible[0])
+        cls = dict(zip(names, cls_VB1D.split(batch), strict=True))
+        tokens = dict(zip(names, tokens_VBND.split(batch), strict=True))
+        return [
+            (cls[view], gather_tokens(tokens[view], shown_BL)) for view, shown_BL in zip(view_of, visible, strict=True)
+        ]
+
+    def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
+        """Every input is a sequence of its own; those of one length go through the layers together."""
+        sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible)]
+        outputs: dict[int, Tensor] = {}
+        for length in sorted({sequence.shape[1] for sequence in sequences}):
+            members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]
+            output = self.encode(torch.cat([sequences[k] for k in members]))
+            outputs |= dict(zip(members, output.split(len(sequences[0])), strict=True))
+        return [(outputs[k][:, :1], outputs[k][:, 1:]) for k in range(len(sequences))]
+
+    def encode_mixed(
+        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> list[Tokens]:
+        """One sequence a row, with the class token of its first image."""
+        shown = self._visible(views, view_of, visible)
+        parts = [tokens[row_B] for row_B, (_, tokens) in zip(rows, shown, strict=True)]
+        output_BSD = self.encode(torch.cat([shown[0][0], *parts], dim=1))
+        outputs = output_BSD[:, 1:].split([part.shape[1] for part in parts], dim=1)
+        return [(output_BSD[:, :1], output) for output in outputs]
+
+    def encode_whole(self, images_BCHW: Tensor) -> Tokens:
+        """Normalised images → class token (B, 1, D) and all patch tokens (B, N, D)."""
+        encoded_BSD = self.last_hidden_state(images_BCHW)
+        return encoded_BSD[:, :1], encoded_BSD[:, 1:]
+
+    def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
+        """[class token | patch tokens]: (B, 1 + N, D)."""
+        return self.encode(torch.cat(self.embed(images_BCHW), dim=1))

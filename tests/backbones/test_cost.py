@@ -1,0 +1,56 @@
+"""Counted parameters and multiply-adds against the published tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from m3i_scale.backbones.cost import describe_backbone, describe_presets
+from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.config import BackboneConfig
+from m3i_scale.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("preset", "side", "published_gmac"),
+    [
+        ("internimage-t", 224, 5),
+        ("internimage-s", 224, 8),
+        ("internimage-b", 224, 16),
+        ("internimage-l", 384, 108),
+        ("internimage-xl", 384, 163),
+        ("internimage-h", 640, 1478),
+        ("internimage-g", 512, 2700),
+    ],
+)
+def test_multiply_adds_are_those_of_the_internimage_paper(preset: str, side: int, published_gmac: float) -> None:
+    row = describe_backbone(BackboneConfig(preset=preset, config={"image_size": side}), preset)
+    # They count their classifier, and we the fusion head: both are a small part.
+    assert row["gmac"] == pytest.approx(published_gmac, rel=0.02, abs=0.5)
+    assert (row["patch_size"], row["mask_cell"], row["tokens"]) == (16, 32, (side // 16) ** 2)
+
+
+@pytest.mark.parametrize(("preset", "published_gmac"), [("vit-b/16", 17.6), ("vit-l/16", 61.6), ("vit-h/14", 167.3)])
+def test_multiply_adds_are_those_of_published_transformers(preset: str, published_gmac: float) -> None:
+    row = describe_backbone(BackboneConfig(preset=preset), preset)
+    assert row["gmac"] == pytest.approx(published_gmac, rel=0.01)
+    assert row["mask_cell"] == row["patch_size"]
+
+
+def test_a_preset_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="no backbone 'vit-b/61'"):
+        describe_presets(["vit-b/61"])
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "m3i_scale", "backbones"]
+    found = json.loads(subprocess.check_output([*command, "dinov2-g/14", "vit-g/14", "--json"], text=True))
+    assert [(row["name"], round(row["parameters"] / 1e6)) for row in found] == [
+        ("dinov2-g/14", 1135),
+        ("vit-g/14", 1011),
+    ]
+    everything = subprocess.check_output(command, text=True)
+    assert [line.split()[0] for line in everything.splitlines()[1:]] == list(PRESETS)

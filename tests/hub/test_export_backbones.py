@@ -1,0 +1,110 @@
+"""Exports of the other backbones: a fresh process loads them as well, InternImage from the files in its folder."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from m3i_scale.backbones.internimage import SOURCE_FILES
+from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.hub.export import export
+from m3i_scale.objective.inputs import normalize
+
+BACKBONES = {
+    "internimage": {
+        "preset": "internimage-h",
+        "attention": "mixed",
+        "config": {
+            "channels": 16,
+            "depths": [1, 1, 2, 1],
+            "groups": [1, 2, 4, 8],
+            "level2_post_norm_block_ids": [1],
+            "fusion_width": 64,
+            "image_size": 64,
+        },
+    },
+    "dinov2": {
+        "preset": "dinov2-g/14",
+        "config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    },
+}
+LOADS = """
+import sys
+sys.modules["m3i_scale"] = None
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True").eval()
+pixels = torch.load(sys.argv[3])
+with torch.no_grad():
+    torch.save(model(pixels).last_hidden_state, sys.argv[4])
+"""
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made(kind, make_run, tmp_path_factory):
+    """A run and its export, in which the first weights that are zero have moved, as after any training."""
+
+    root = tmp_path_factory.mktemp(kind)
+    folder, objective = make_run(root / "run", backbone=BACKBONES[kind])
+    return root, folder, objective.eval(), export(folder, root / "export")
+
+
+def test_a_fresh_process_loads_it(made, kind):
+    root, _, objective, result = made
+    assert result["verified"]["classes"]["vision"] == {"internimage": "InternImageModel", "dinov2": "Dinov2Model"}[kind]
+    images = torch.randint(0, 256, (2, 3, objective.student.image_size, objective.student.image_size)).byte()
+    pixels = normalize(images, objective.mean, objective.std)
+    torch.save(pixels, root / "pixels.pt")
+    environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LOADS, root / "export", str(kind == "internimage"), root / "pixels.pt"]
+    subprocess.run([*map(str, command), str(root / "hidden.pt")], check=True, env=environment, cwd=root)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(root / "hidden.pt"), objective.student.last_hidden_state(pixels))
+
+
+def test_the_folder_says_how(made, kind):
+    folder = made[0] / "export"
+    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    own = kind == "internimage"
+    assert ("auto_map" in config) is own
+    assert ("trust_remote_code=True" in card) is own
+    assert "add_pooling_layer" not in card
+    assert ("hidden.mean(dim=(2, 3))" in card) is own
+    assert ("class token, then 16 patch tokens" in card) is not own
+    for path in SOURCE_FILES:
+        assert (folder / path.name).is_file() is own
+        assert not own or (folder / path.name).read_bytes() == path.read_bytes()
+        assert "m3i_scale" not in path.read_text().replace("\n", " ").split('"""', 2)[2]  # stands alone
+
+
+def test_it_loads_here_without_remote_code(made):
+    model, info = AutoModel.from_pretrained(made[0] / "export", trust_remote_code=False, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is type(made[2].student.model)
+
+
+def test_it_is_evaluated(made, shards):
+    found = evaluate(made[0] / "export", str(shards / "val"), train_data=str(shards / "train"))
+    assert {"linear", "knn", "zero_shot", "retrieval"} <= found["measures"].keys()
+
+
+def test_a_class_token_where_there_is_none_is_refused(made, kind, shards):
+    if kind == "internimage":
+        with pytest.raises(ExportError, match="no class token"):
+            evaluate(made[0] / "export", str(shards / "val"), train_data=str(shards / "train"), pool="cls")
