@@ -58,5 +58,5 @@ def test_published_weights_fill_all_but_a_head_that_is_not_there(tmp_path, shape
 def test_a_published_folder_that_lacks_a_weight_is_refused(tmp_path):
     section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(), level2_post_norm=True)))
     section.config["level2_post_norm_block_ids"] = [1]
-    with pytest.raises(ConfigError, match="2 weights of .* are missing"):
+    with pytest.raises(ConfigError, match=r"2 weights of .* are missing"):
         _pretrained_weights(section)
