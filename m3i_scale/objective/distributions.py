@@ -18,6 +18,9 @@ from m3i_scale.objective.ranks import Ranks, global_mean
 _BLOCK = 2**23
 """Logits of a queue that are held at a time: 32 MB."""
 
+_SAFE_BOUND = 40.0
+"""Where cosines over the temperature stay within this, exp(logit − bound) neither overflows nor vanishes in fp32."""
+
 
 def gaussian(prediction_BND: Tensor, target_BND: Tensor, sigma2: float, ranks: Ranks) -> Tensor:
     """−log N(z; ẑ, σ²I) without its constant, per dimension: ‖z − ẑ‖² / (2σ²D), mean over tokens and samples."""
@@ -176,7 +179,8 @@ def boltzmann_queue(
     # Finite, so that an empty queue leaves no inf − inf behind.
     mask_Q = torch.zeros(len(queue_QE), device=queue_QE.device)
     mask_Q = mask_Q.masked_fill(torch.arange(len(queue_QE), device=queue_QE.device) >= filled, -1e30)
-    others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q)  # type: ignore[no-untyped-call]
+    bound = 1 / temperature if 1 / temperature <= _SAFE_BOUND else None
+    others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q, bound)  # type: ignore[no-untyped-call]
     loss_B = torch.logaddexp(own_B, others_B) - own_B
     return _with_bound(loss_B, filled + 1, ranks)
 
@@ -187,27 +191,36 @@ class _LogSumExp(torch.autograd.Function):
     In a dense group B is all patches of a micro-batch and Q the queue: 128 images of 196 patches against 65,536 targets
     are 6.6 GB of logits, as much again in every step of a plain softmax. Here a block of rows at a time makes its
     logits, its sum and its gradient, which for targets without gradient is softmax · queue.
+
+    Cosines over a temperature have a known largest value, `bound`: subtracted with the mask, it saves looking for the
+    largest of every row and a pass over all logits. One product gives sum and gradient. What is left is one exponential
+    a logit, which no count of FLOPs knows. Without a bound the largest of each row is looked for.
     """
 
     @staticmethod
-    def forward(ctx: Any, query_BE: Tensor, queue_QE: Tensor, mask_Q: Tensor) -> Tensor:
+    def forward(ctx: Any, query_BE: Tensor, queue_QE: Tensor, mask_Q: Tensor, bound: float | None) -> Tensor:
+        shifted_Q = mask_Q - (bound or 0.0)
+        with_ones_QF = torch.cat([queue_QE, torch.ones_like(queue_QE[:, :1])], dim=1)
         sums, gradients = [], []
         for block_NE in query_BE.split(max(1, _BLOCK // max(1, len(queue_QE)))):
-            logits_NQ = torch.addmm(mask_Q, block_NE, queue_QE.T)
-            largest_N1 = logits_NQ.amax(dim=1, keepdim=True)
-            logits_NQ.sub_(largest_N1).exp_()
-            sum_N1 = logits_NQ.sum(dim=1, keepdim=True)
+            logits_NQ = torch.addmm(shifted_Q, block_NE, queue_QE.T)
+            largest_N1: Tensor | float = bound or 0.0
+            if bound is None:
+                largest_N1 = logits_NQ.amax(dim=1, keepdim=True)
+                logits_NQ.sub_(largest_N1)
+            weighted_NF = logits_NQ.exp_() @ with_ones_QF
+            sum_N1 = weighted_NF[:, -1:].clamp(min=torch.finfo(weighted_NF.dtype).tiny)  # 0 where nothing is queued
             sums.append((largest_N1 + sum_N1.log())[:, 0])
             if ctx.needs_input_grad[0]:
-                gradients.append(logits_NQ @ queue_QE / sum_N1)
+                gradients.append(weighted_NF[:, :-1] / sum_N1)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None]:
-        return gradient_B[:, None] * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient_B[:, None] * ctx.saved_tensors[0], None, None, None
 
 
 def boltzmann_soft(logits_BK: Tensor, probabilities_BK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -51,10 +51,26 @@ def cross_correlation(prediction_BE: Tensor, target_BE: Tensor, offdiagonal_weig
     """Σ (1 − c_dd)² + λ Σ_{d≠e} c_de² of the cross-correlation over the global batch (Barlow Twins, algorithm 1)."""
     one_BE, other_BE = standardize(prediction_BE.float(), ranks), standardize(target_BE.float(), ranks)
     count = len(one_BE) * ranks.world_size
-    correlation_EE = ranks.sum_with_gradient(one_BE.T @ other_BE) / count
-    diagonal_E = correlation_EE.diagonal()
-    off = correlation_EE.square().sum() - diagonal_E.square().sum()
+    diagonal_E, squares = _product(one_BE, other_BE, count, ranks)
+    off = squares - diagonal_E.square().sum()
     return (1 - diagonal_E).square().sum() + offdiagonal_weight * off
+
+
+def _product(one_BE: Tensor, other_BE: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Of C = (1/n) Σ_b one_b other_bᵀ over all ranks: its diagonal (E), and the sum of all its squares.
+
+    Channels often outnumber samples (8,192 to some hundred). Then C, which is E × E, is never made: ‖AᵀB‖² is
+    ⟨AAᵀ, BBᵀ⟩, two matrices of samples × samples.
+    """
+    if len(one_BE) * ranks.world_size >= one_BE.shape[1]:
+        product_EE = ranks.sum_with_gradient(one_BE.T @ other_BE) / count
+        return product_EE.diagonal(), product_EE.square().sum()
+    diagonal_E = ranks.sum_with_gradient((one_BE * other_BE).sum(dim=0)) / count
+    one_GE = ranks.gather(one_BE)
+    other_GE = one_GE if other_BE is one_BE else ranks.gather(other_BE)
+    one_GG = one_GE @ one_GE.T
+    other_GG = one_GG if other_GE is one_GE else other_GE @ other_GE.T
+    return diagonal_E, (one_GG * other_GG).sum() / count**2
 
 
 def variance_covariance(z_BE: Tensor, variance_weight: float, covariance_weight: float, ranks: Ranks) -> Tensor:
@@ -65,10 +81,9 @@ def variance_covariance(z_BE: Tensor, variance_weight: float, covariance_weight:
     z_BE = z_BE.float()
     count = len(z_BE) * ranks.world_size
     centered_BE = z_BE - ranks.sum_with_gradient(z_BE.sum(dim=0)) / count
-    covariance_EE = ranks.sum_with_gradient(centered_BE.T @ centered_BE) / max(count - 1, 1)
-    variance_E = covariance_EE.diagonal()
+    variance_E, squares = _product(centered_BE, centered_BE, max(count - 1, 1), ranks)
     hinge = F.relu(1 - (variance_E + 1e-4).sqrt()).mean()
-    off = (covariance_EE.square().sum() - variance_E.square().sum()) / z_BE.shape[1]
+    off = (squares - variance_E.square().sum()) / z_BE.shape[1]
     return variance_weight / 2 * hinge + covariance_weight * off
 
 

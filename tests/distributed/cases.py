@@ -46,6 +46,8 @@ from m3i_scale.scale.partition import (
 )
 
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
+    "barlow_narrow": ("barlow", "recipe.heads.global.width=6"),  # fewer channels than samples
+    "vicreg_narrow": ("vicreg", "recipe.heads.global.width=6"),
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
     "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
     "mae_maps": ("mae", *tiny.MAPS),

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
 from m3i_scale.objective import distributions
-from m3i_scale.objective.distributions import boltzmann_classes, boltzmann_pairs, gather_targets, gaussian
+from m3i_scale.objective.distributions import (
+    boltzmann_classes,
+    boltzmann_pairs,
+    boltzmann_queue,
+    gather_targets,
+    gaussian,
+)
 from m3i_scale.objective.ranks import SingleProcess, global_mean
 
 ALONE = SingleProcess()
@@ -160,14 +166,17 @@ def test_low_precision_inputs_are_computed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 40, 10_000])
-def test_blocks_of_rows_give_the_plain_sum_and_its_gradient(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+@pytest.mark.parametrize("bound", [None, 6.0])
+def test_blocks_of_rows_give_the_plain_sum_and_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, block: int, bound: float | None
+) -> None:
     monkeypatch.setattr(distributions, "_BLOCK", block)
     query = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     queue, mask = torch.randn(20, 4, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
     mask[13:] = -1e30
 
     def ours(query: torch.Tensor) -> torch.Tensor:
-        return distributions._LogSumExp.apply(query, queue, mask)
+        return distributions._LogSumExp.apply(query, queue, mask, bound)
 
     torch.testing.assert_close(ours(query), (query @ queue[:13].T).logsumexp(dim=1))
     assert torch.autograd.gradcheck(ours, (query,))
@@ -176,7 +185,20 @@ def test_blocks_of_rows_give_the_plain_sum_and_its_gradient(monkeypatch: pytest.
 
 def test_large_cosines_over_a_small_temperature_stay_finite() -> None:
     query = torch.full((2, 4), 100.0, requires_grad=True)
-    total = distributions._LogSumExp.apply(query, torch.ones(3, 4), torch.zeros(3))
+    total = distributions._LogSumExp.apply(query, torch.ones(3, 4), torch.zeros(3), None)
     torch.testing.assert_close(total, torch.full((2,), 400.0 + math.log(3)))
     total.sum().backward()
     torch.testing.assert_close(query.grad, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.024, 0.025, 0.2])
+def test_opposite_and_equal_targets_in_a_queue_at_any_temperature(temperature: float) -> None:
+    query = F.normalize(torch.randn(4, 6), dim=1).requires_grad_()
+    for rows in (-query.detach(), query.detach(), torch.cat([query.detach(), -query.detach()])):
+        loss, _ = boltzmann_queue(query, query.detach().flip(0), rows, torch.tensor(len(rows)), temperature, ALONE)
+        logits = query.double() @ torch.cat([query.detach().flip(0), rows]).double().T / temperature
+        own = (query.double() * query.detach().flip(0).double()).sum(dim=1) / temperature
+        wanted = (torch.cat([own[:, None], logits[:, 4:]], dim=1).logsumexp(dim=1) - own).mean()
+        torch.testing.assert_close(loss.double(), wanted, atol=1e-4, rtol=1e-4)
+        (gradient,) = torch.autograd.grad(loss, query)
+        assert torch.isfinite(gradient).all()

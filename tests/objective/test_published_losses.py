@@ -123,21 +123,26 @@ def test_negative_cosine_of_byol_and_simsiam() -> None:
     same(lambda x: gaussian_unit(x, target, 0.5, RANKS), lambda x: 2 + 2 * peer(x, target), noise(7, 5))
 
 
-def test_barlow_twins() -> None:
+SAMPLES_AND_CHANNELS = pytest.mark.parametrize(("samples", "channels"), [(16, 6), (6, 6), (8, 40)])
+
+
+@SAMPLES_AND_CHANNELS
+def test_barlow_twins(samples: int, channels: int) -> None:
     same(
         lambda a, b: cross_correlation(a, b, 5e-3, RANKS),
         BarlowTwinsLoss(lambda_param=5e-3),
-        noise(16, 6),
-        noise(16, 6, seed=1) + noise(16, 6),
+        noise(samples, channels),
+        noise(samples, channels, seed=1) + noise(samples, channels),
     )
 
 
-def test_vicreg() -> None:
+@SAMPLES_AND_CHANNELS
+def test_vicreg(samples: int, channels: int) -> None:
     def ours(a: Tensor, b: Tensor) -> Tensor:
         invariance = gaussian(a[:, None], b[:, None], 0.02, RANKS)
         return invariance + sum(variance_covariance(side, 25.0, 1.0, RANKS) for side in (a, b))
 
-    same(ours, VICRegLoss(), 0.5 * noise(16, 6), 2 * noise(16, 6, seed=1))
+    same(ours, VICRegLoss(), 0.5 * noise(samples, channels), 2 * noise(samples, channels, seed=1))
 
 
 def test_dino_with_its_center_over_steps() -> None:
