@@ -92,10 +92,14 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
             raise ConfigError(f"'{key}: {value!r}': {error}", where=f"{where}.config") from None
     if isinstance(config, ViTConfig) and "hidden_size" in fields and "pooler_output_size" not in fields:
         config.pooler_output_size = config.hidden_size
-    if isinstance(config, Dinov2Config):  # names of stages are made of the depth, once
-        kept = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
-        return Dinov2Config(**kept)
-    return config
+    if isinstance(config, ViTConfig):
+        return config
+    # What follows from other fields is made once, when a configuration is.
+    kept = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
+    try:
+        return type(config)(**kept)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(str(error), where=f"{where}.config") from None
 
 
 def _check_tokens(config: ViTConfig | Dinov2Config, where: str) -> None:
@@ -117,10 +121,6 @@ def _check_tokens(config: ViTConfig | Dinov2Config, where: str) -> None:
 
 
 def _check_maps(config: InternImageConfig, backbone: BackboneConfig, where: str) -> None:
-    try:
-        config.check()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error), where=f"{where}.config") from None
     if config.fusion_width is None or config.fusion_width % 4:
         raise ConfigError(
             f"fusion_width {config.fusion_width}: dense targets need the map of stride 16, a multiple of 4 wide",
@@ -165,6 +165,21 @@ def portable_section(config: VisionConfig) -> dict[str, Any]:
         "preset": _FIRST_PRESET[type(config)],
         "config": {key: getattr(config, key) for key in _SHAPE_FIELDS[type(config)]},
     }
+
+
+def belongs_to_layers(config: VisionConfig, name: str) -> bool:
+    """Whether a weight that finds no place is one of the backbone: then the model was asked for in another shape.
+
+    Classifiers and poolers are not; those of published InternImages are left out by the model itself.
+    """
+    return isinstance(config, InternImageConfig) or "layer" in name
+
+
+def starts_fresh(source: str, name: str) -> bool:
+    """Whether a folder need not have this weight: the fusion head, where its own configuration knows of none."""
+    if not name.startswith("dcnv3_head_"):
+        return False
+    return AutoConfig.from_pretrained(source, trust_remote_code=False).fusion_width is None
 
 
 def pretrained_folder(source: str) -> Path:

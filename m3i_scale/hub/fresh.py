@@ -21,6 +21,10 @@ BLOCKED = ("m3i_scale", "deepspeed")
 """What the training side has installed and a user of the export need not have."""
 
 
+ZERO_AT_FIRST = (".dcn.offset.weight", ".dcn.mask.weight", ".dcn.center_feature_scale_proj_weight")
+"""Matrices that a model starts at zero on purpose: they are so in first weights."""
+
+
 def block() -> None:
     """Let the training side's packages look as if they were not installed; an import of them fails from here on."""
     for name in BLOCKED:
@@ -52,12 +56,17 @@ def inspect_files(folder: Path) -> dict[str, Any]:
                     found["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
                 elif not torch.isfinite(tensor).all():
                     found["faults"].append(f"{name}: values that are not finite")
-                elif sum(side > 1 for side in tensor.shape) > 1 and (tensor == tensor.reshape(-1)[0]).all():
+                elif _is_one_value(tensor) and not (name.endswith(ZERO_AT_FIRST) and tensor.reshape(-1)[0] == 0):
                     found["faults"].append(
                         f"{name}: all values are {tensor.reshape(-1)[0].item():g}, never initialised"
                     )
     found["dtypes"] = sorted(found["dtypes"])
     return found
+
+
+def _is_one_value(tensor: Any) -> bool:
+    """Whether a matrix holds one value everywhere; vectors may."""
+    return sum(side > 1 for side in tensor.shape) > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def load(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:

@@ -167,6 +167,14 @@ def _check_fit(
             fix="decode with attention_pool or mean_pool",
         )
     cells = (student.grid[0] // student.cell) ** 2
+    masked = [spec.name for spec in recipe.inputs if spec.mask is not None]
+    if masked and cells < 2:
+        raise ConfigError(
+            f"input '{masked[0]}' hides a part of {cells} patch of {student.cell * student.patch_size} pixels",
+            where="backbone.config",
+            why="what is hidden in part needs at least two patches",
+            fix="a larger image_size",
+        )
     if recipe.mix is not None and cells < len(recipe.mix.inputs):
         raise ConfigError(
             f"{cells} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"

@@ -60,17 +60,17 @@ def _product(one_BE: Tensor, other_BE: Tensor, count: int, ranks: Ranks) -> tupl
     """Of C = (1/n) Σ_b one_b other_bᵀ over all ranks: its diagonal (E), and the sum of all its squares.
 
     Channels often outnumber samples (8,192 to some hundred). Then C, which is E × E, is never made: ‖AᵀB‖² is
-    ⟨AAᵀ, BBᵀ⟩, two matrices of samples × samples.
+    ⟨AAᵀ, BBᵀ⟩, two matrices of samples × samples, of which every rank makes the rows of its own samples.
     """
-    if len(one_BE) * ranks.world_size >= one_BE.shape[1]:
+    if 2 * len(one_BE) * ranks.world_size >= one_BE.shape[1]:
         product_EE = ranks.sum_with_gradient(one_BE.T @ other_BE) / count
         return product_EE.diagonal(), product_EE.square().sum()
     diagonal_E = ranks.sum_with_gradient((one_BE * other_BE).sum(dim=0)) / count
     one_GE = ranks.gather(one_BE)
     other_GE = one_GE if other_BE is one_BE else ranks.gather(other_BE)
-    one_GG = one_GE @ one_GE.T
-    other_GG = one_GG if other_GE is one_GE else other_GE @ other_GE.T
-    return diagonal_E, (one_GG * other_GG).sum() / count**2
+    one_BG = one_BE @ one_GE.T
+    other_BG = one_BG if other_BE is one_BE else other_BE @ other_GE.T
+    return diagonal_E, ranks.sum_with_gradient((one_BG * other_BG).sum()) / count**2
 
 
 def variance_covariance(z_BE: Tensor, variance_weight: float, covariance_weight: float, ranks: Ranks) -> Tensor:

@@ -13,7 +13,13 @@ import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.backbones.build import backbone_config, pretrained_folder, vision_class
+from m3i_scale.backbones.build import (
+    backbone_config,
+    belongs_to_layers,
+    pretrained_folder,
+    starts_fresh,
+    vision_class,
+)
 from m3i_scale.config import BackboneConfig, RunConfig, TextConfig
 from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
@@ -230,10 +236,10 @@ def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Tensor | None]:
         ) from None
     bad = [name for key in ("missing_keys", "mismatched_keys") for name in report.get(key, [])]
     # A published classifier may have no fusion head; ours keeps its first weights.
-    fresh = {name for name in report["missing_keys"] if str(name).startswith("dcnv3_head_")}
+    fresh = {name for name in report["missing_keys"] if starts_fresh(source, str(name))}
     bad = [name for name in bad if name not in fresh]
     # Poolers and task heads are no part of the backbone; a layer that finds no place means another depth.
-    bad += [name for name in report.get("unexpected_keys", []) if "layer" in str(name)]
+    bad += [name for name in report.get("unexpected_keys", []) if belongs_to_layers(config, str(name))]
     if bad:
         raise ConfigError(
             f"{len(bad)} weights of '{source}' are missing, have another shape or find no place, e.g. {bad[0]}",

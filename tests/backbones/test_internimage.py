@@ -106,6 +106,15 @@ def test_offsets_that_ran_away_give_zero_and_no_fault() -> None:
         assert torch.equal(dcnv3(x, torch.full_like(offset, far), weight, 1, 1.0), torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_offset_that_is_no_number_shows_in_the_output(value: float) -> None:
+    x, offset, weight = random_inputs(4, 4, 1, 2, 1.0, 1)
+    offset[0, 1, 2, 3] = value
+    found = dcnv3(x, offset, weight, 1, 1.0)
+    assert found[0, 1, 2].isnan().all()
+    assert found.isnan().sum() == 2
+
+
 def test_a_low_type_outside_is_fp32_inside() -> None:
     x, offset, weight = random_inputs(6, 6, 2, 4, 1.0, 2)
     low = [tensor.bfloat16() for tensor in (x, offset, weight)]
@@ -294,6 +303,10 @@ FAULTS = {
     "stem": ({"channels": 15, "groups": [1, 1, 1, 1]}, "channels must be even"),
     "two norms": ({"post_norm": True, "res_post_norm": True}, "exclude each other"),
     "extra norm": ({"level2_post_norm": True, "level2_post_norm_block_ids": [7]}, "beyond the 2 layers"),
+    "kernel": ({"dw_kernel_size": 4}, "dw_kernel_size must be odd"),
+    "no kernel": ({"dw_kernel_size": 0}, "dw_kernel_size must be odd"),
+    "no depth": ({"depths": [1, 0, 1, 1]}, "must be at least 1"),
+    "idle norm": ({"level2_post_norm": True}, "level2_post_norm has no effect without"),
     "size": ({"image_size": 48}, "the stride of the last stage, 32, does not divide image size 48"),
     "fusion": ({"fusion_width": None}, "dense targets need the map of stride 16"),
     "field": ({"hidden_size": 8}, "InternImage has no field 'hidden_size'"),
@@ -305,6 +318,14 @@ def test_shapes_that_cannot_be_are_refused(name: str) -> None:
     fields, told = FAULTS[name]
     with pytest.raises(ConfigError, match=told):
         backbone_config(BackboneConfig(preset="internimage-t", config={**TINY, **fields}))
+
+
+def test_what_follows_from_other_fields_follows_them() -> None:
+    config = backbone_config(BackboneConfig(preset="internimage-h", config={"level2_post_norm": False}))
+    assert config.level2_post_norm_block_ids is None
+    with torch.device("meta"):
+        assert not hasattr(InternImageModel(config).levels[2], "post_norms")
+    assert backbone_config(BackboneConfig(preset="internimage-h", config={"dw_kernel_size": None})).dw_kernel_size == 3
 
 
 def test_a_setting_of_attention_is_refused() -> None:

@@ -103,10 +103,6 @@ def make_run(shards):
             torch.manual_seed(step)
             objective = build_objective(run, {"things": LABELS}, vocab_size)
             first_weights(objective)
-            if backbone is not None:  # some first weights are matrices of zeros, which no training leaves behind
-                with torch.no_grad():
-                    for parameter in objective.student.parameters():
-                        parameter.add_(torch.randn_like(parameter) * 0.02)
             write_checkpoint(
                 output_dir / "checkpoints" / f"step-{step:08d}", run, objective, step, vocab_size, tokenizer
             )

@@ -76,3 +76,9 @@ def test_a_single_square_cannot_be_dealt_to_two_images() -> None:
     run = tiny_run("m3i", *MAPS, "backbone.attention=mixed", "backbone.config.image_size=32")
     with pytest.raises(ConfigError, match="1 patches cannot be dealt to 2 images"):
         build_objective(run, LABELS, 50)
+
+
+@pytest.mark.parametrize("backbone", [(*MAPS, "backbone.config.image_size=32"), ("backbone.config.patch_size=32",)])
+def test_a_single_square_cannot_be_hidden_in_part(backbone: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="hides a part of 1 patch of 32 pixels"):
+        tiny_objective("mae", *backbone)

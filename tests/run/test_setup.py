@@ -55,8 +55,22 @@ def test_published_weights_fill_all_but_a_head_that_is_not_there(tmp_path, shape
         assert torch.equal(parameter, wanted[name]), name
 
 
-def test_a_published_folder_that_lacks_a_weight_is_refused(tmp_path):
-    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(), level2_post_norm=True)))
-    section.config["level2_post_norm_block_ids"] = [1]
-    with pytest.raises(ConfigError, match=r"2 weights of .* are missing"):
+@pytest.mark.parametrize(
+    ("shape", "fields", "told"),
+    [
+        ({}, {"depths": [1, 1, 1, 1]}, "find no place"),
+        ({**FULL, "fusion_width": 1024}, {"center_feature_scale": False}, "find no place"),
+        ({}, {"level2_post_norm": True, "level2_post_norm_block_ids": [1]}, "2 weights of .* are missing"),
+        ({}, {"channels": 32}, "cannot start from|have another shape"),
+    ],
+)
+def test_a_shape_that_the_published_weights_do_not_have_is_refused(tmp_path, shape, fields, told):
+    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(**shape))), config=fields)
+    with pytest.raises(ConfigError, match=told):
         _pretrained_weights(section)
+
+
+def test_a_head_that_its_own_configuration_promises_must_be_there(tmp_path):
+    folder = published_folder(tmp_path, model_of(), use_clip_projector=True)
+    with pytest.raises(ConfigError, match=r"4 weights of .* are missing"):
+        _pretrained_weights(BackboneConfig(from_pretrained=str(folder)))

@@ -68,7 +68,7 @@ class InternImageConfig(PretrainedConfig):  # type: ignore[misc]
         if kwargs.pop("use_clip_projector", False) and fusion_width is None:
             fusion_width = 1024
         self.channels, self.depths, self.groups = channels, list(depths), list(groups)
-        self.dw_kernel_size = dw_kernel_size or 3
+        self.dw_kernel_size = 3 if dw_kernel_size is None else dw_kernel_size
         self.mlp_ratio, self.layer_scale, self.offset_scale = mlp_ratio, layer_scale, offset_scale
         self.post_norm, self.res_post_norm = post_norm, res_post_norm
         self.level2_post_norm = level2_post_norm
@@ -89,9 +89,15 @@ class InternImageConfig(PretrainedConfig):  # type: ignore[misc]
         """
         if len(self.depths) != 4 or len(self.groups) != 4:
             raise ValueError(f"InternImage has four stages; got depths {self.depths} and groups {self.groups}")
+        if any(number < 1 for number in (*self.depths, *self.groups, self.channels)):
+            raise ValueError("channels, depths and groups must be at least 1")
         for width, groups in zip(self.stage_channels, self.groups, strict=True):
             if width % groups:
                 raise ValueError(f"{width} channels are no multiple of their {groups} groups")
+        if self.dw_kernel_size < 1 or self.dw_kernel_size % 2 == 0:
+            raise ValueError(f"dw_kernel_size must be odd, so that a place has a middle; got {self.dw_kernel_size}")
+        if self.level2_post_norm and not self.level2_post_norm_block_ids:
+            raise ValueError("level2_post_norm has no effect without level2_post_norm_block_ids")
         if self.channels % 2:
             raise ValueError(f"channels must be even, for the two steps of the stem; got {self.channels}")
         if self.post_norm and self.res_post_norm:

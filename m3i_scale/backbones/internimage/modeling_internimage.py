@@ -1,7 +1,6 @@
 """InternImage (Wang et al., CVPR 2023) in plain PyTorch: no extension has to be compiled.
 
-Parameters have the names of the published weights, so that both directions work: published folders load here, and
-weights from here load into the published detection and segmentation code. Maps are (B, H, W, C) inside.
+Parameters have the names of the published Hub folders. Maps are (B, H, W, C) inside.
 """
 
 from __future__ import annotations
@@ -70,8 +69,9 @@ def _neighbours(offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, scale: fl
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             part = (right_share if along else 1 - right_share) * (lower_share if down else 1 - lower_share)
             share.append(part * weight_BNGK * inside)
-            # Clamped before it becomes an integer: a run-away offset may lie beyond int64.
-            row = y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
+            # Clamped before it becomes an integer: a run-away offset may lie beyond int64. One that is not a number
+            # makes its share, and so the output, NaN; an index has to be one all the same.
+            row = y.nan_to_num(0.0).clamp(0, height - 1).long() * width + x.nan_to_num(0.0).clamp(0, width - 1).long()
             index.append(row + first_row_BG)
     return torch.stack(index, dim=-1).flatten(), torch.stack(share, dim=-1).flatten()
 
