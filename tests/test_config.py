@@ -64,7 +64,12 @@ def test_targets_are_counted_for_those_who_name_them():
     assert caught.value.fix == "count from 0: 0 intra, 1 inter, 2 text, 3 category"
 
 
-def test_heads_that_do_not_divide_a_width_are_refused_with_the_recipe():
+def test_the_heads_of_a_pool_split_what_it_is_fed_and_not_what_it_gives():
     run = load_run("m3i", ["recipe.decoders.pool={kind: attention_pool, width: 64, heads: 3}"])
+    assert parse_recipe(run.recipe).decoders["pool"].heads == 3
+
+
+def test_heads_that_do_not_divide_a_width_are_refused_with_the_recipe():
+    run = load_run("m3i", ["recipe.decoders.dense={kind: transformer, width: 64, heads: 3}"])
     with pytest.raises(ConfigError, match="width 64 is no multiple of its 3 heads"):
         parse_recipe(run.recipe)
