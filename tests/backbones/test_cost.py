@@ -53,4 +53,7 @@ def test_the_command() -> None:
         ("vit-g/14", 1011),
     ]
     everything = subprocess.check_output(command, text=True)
-    assert [line.split()[0] for line in everything.splitlines()[1:]] == list(PRESETS)
+    heading, *lines = everything.splitlines()
+    assert heading.split()[0] == "preset"
+    assert [line.split()[0] for line in lines[: len(PRESETS)]] == list(PRESETS)
+    assert max(map(len, lines)) <= 80
