@@ -59,8 +59,9 @@ class MapBackbone(Backbone):
 
     def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
         """Every input is an image of its own; all go through the network together."""
-        shown = [self._shown(visible_BL) for visible_BL in visible]
-        map_BND = self._encode(torch.cat([views[view] for view in view_of]), torch.cat(shown))
+        shown_BN = torch.cat([self._shown(visible_BL) for visible_BL in visible])
+        images_BCHW = torch.cat([views[view] for view in view_of])
+        map_BND = self._encode(images_BCHW * self._over(shown_BN, self.patch_size)[:, None], shown_BN)
         parts = map_BND.split(len(visible[0]))
         return [_tokens(part, visible_BL) for part, visible_BL in zip(parts, visible, strict=True)]
 
@@ -69,14 +70,10 @@ class MapBackbone(Backbone):
     ) -> list[Tokens]:
         """One image a row, put together of the squares that each of its images shows."""
         by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]
-        mixed, covered = torch.zeros_like(views[view_of[0]]), None
+        mixed = torch.zeros_like(views[view_of[0]])
         for view, row_B, visible_BL in zip(view_of, rows, by_row, strict=True):
-            shown_BN = self._shown(visible_BL)
-            mixed = mixed + views[view][row_B] * self._over(shown_BN, self.patch_size)[:, None]
-            covered = shown_BN if covered is None else covered | shown_BN
-        if covered is None:
-            raise ValueError("a mix of no images")
-        map_BND = self._encode(mixed, covered)
+            mixed = mixed + views[view][row_B] * self._over(self._shown(visible_BL), self.patch_size)[:, None]
+        map_BND = self._encode(mixed, self._shown(torch.cat(by_row, dim=1)))
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
@@ -89,11 +86,10 @@ class MapBackbone(Backbone):
         model: InternImageModel = self.model
         return model.fuse(model.stages(model.patch_embed(images_BCHW.to(self.dtype))))
 
-    def _encode(self, images_BCHW: Tensor, shown_BN: Tensor) -> Tensor:
-        """Images of which only a part is shown → tokens of the whole grid (B, N, D)."""
+    def _encode(self, shown_BCHW: Tensor, shown_BN: Tensor) -> Tensor:
+        """Images, zero where nothing is shown → tokens of the whole grid (B, N, D)."""
         model: InternImageModel = self.model
-        pixels = images_BCHW * self._over(shown_BN, self.patch_size)[:, None]
-        stem_BHWC = model.patch_embed(pixels.to(self.dtype))
+        stem_BHWC = model.patch_embed(shown_BCHW.to(self.dtype))
         stem_BHWC = self.mask_token(stem_BHWC, self._over(shown_BN, self.patch_size // _STEM_STRIDE))
         return model.fuse(model.stages(stem_BHWC)).flatten(2).transpose(1, 2)
 
