@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_BY_VALUE_BYTES = 65_536
+_BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
 
 
 @dataclass
@@ -41,6 +45,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For the way out of a worker: small tensors as arrays, since each tensor costs a file of shared memory."""
+        return {name: _by_value(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tensors again."""
+        arrived = {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
+        }
+        vars(self).update(arrived)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         moved = {
@@ -66,3 +81,8 @@ class Batch:
                 values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
             joined[field.name] = torch.cat(values, dim=1 if "_VB" in field.name else 0)
         return Batch(**joined)
+
+
+def _by_value(value: Any) -> Any:
+    small = isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes <= _BY_VALUE_BYTES
+    return value.detach().numpy() if small and value.dtype in _BY_VALUE_TYPES else value

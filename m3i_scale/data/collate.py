@@ -76,12 +76,12 @@ class Collator:
             for number, ids in zip(present, encoded, strict=True):
                 rows[number] = ids or [padding]
         width = max(map(len, rows))
-        ids_BT = torch.full((len(rows), width), padding, dtype=torch.int64)
-        mask_BT = torch.zeros((len(rows), width), dtype=torch.bool)
+        ids_BT = np.full((len(rows), width), padding, dtype=np.int64)
+        mask_BT = np.zeros((len(rows), width), dtype=np.bool_)
         for number, row in enumerate(rows):
-            ids_BT[number, : len(row)] = torch.tensor(row)
+            ids_BT[number, : len(row)] = row
             mask_BT[number, : len(row)] = True
-        return ids_BT, mask_BT
+        return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
 def caption_hash(caption: str | None) -> int:

@@ -1,80 +1,92 @@
-"""`m3i-scale shards`: make and index shards."""
+"""`m3i-scale shards`: the commands; those for shards of others are in `tools`, further inputs in `inputs`."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from m3i_scale.data.emoji import GROUPS, Background, emoji_records
 from m3i_scale.data.index import build_index
-from m3i_scale.data.make import Progress as Tell
+from m3i_scale.data.inputs import commands as inputs
 from m3i_scale.data.make import ShardOptions, make_shards, parse_splits
+from m3i_scale.data.option_sets import takes_shard_options
+from m3i_scale.data.options import (
+    AsJson,
+    LabelsFile,
+    Name,
+    Output,
+    PerShard,
+    Split,
+    Workers,
+    choice,
+    made_lines,
+    print_summary,
+    sample_bar,
+)
 from m3i_scale.data.records import Record
-from m3i_scale.data.shards import expand_shards
+from m3i_scale.data.shards import local_shards
+from m3i_scale.data.shuffle_command import shuffle
 from m3i_scale.data.sources import Captions, Columns, imagefolder_records, manifest_records, read_labels
-from m3i_scale.errors import ConfigError
-from m3i_scale.output import print_json
+from m3i_scale.data.tools import commands as tools
+from m3i_scale.data.tools import reshard
+from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
 
 EMOJI_SAMPLES_PER_SHARD = 160
 
-shards_app = typer.Typer(no_args_is_help=True, help="Make WebDataset shards, and index those you have.")
+shards_app = typer.Typer(
+    no_args_is_help=True, help="Make WebDataset shards; look at, mend and rearrange those you have."
+)
 make_app = typer.Typer(no_args_is_help=True, help="Make shards out of images.")
 shards_app.add_typer(make_app, name="make")
-
-Output = Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")]
-Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
-Split = Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")]
-PerShard = Annotated[int, typer.Option(help="At most so many samples a shard.")]
-MaxMb = Annotated[float, typer.Option(help="About so many megabytes a shard at most.")]
-MultipleOf = Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")]
-Vocabulary = Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count what cannot be used.")]
-Workers = Annotated[int, typer.Option(help="Processes that read and encode images.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
-
-DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
-DEFAULTS = ShardOptions()
+shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
+shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
+shards_app.command("peek", epilog="Example: m3i-scale shards peek /data/shards/train --output /data/sheet")(tools.look)
+shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
+    reshard.split
+)
+shards_app.command(epilog="Example: m3i-scale shards merge /data/a /data/b --output /data/both")(reshard.merge)
+make_app.command(epilog="Example: m3i-scale shards make img2dataset --input /data/cc12m --output /data/c")(
+    inputs.img2dataset
+)
+make_app.command(epilog="Example: m3i-scale shards make huggingface --input /data/food101 --output /data/f")(
+    inputs.huggingface
+)
+make_app.command(epilog="Example: m3i-scale shards make webdataset --input /data/wds --output /data/w")(
+    inputs.webdataset
+)
 
 
 @make_app.command(
     "imagefolder", epilog="Example: m3i-scale shards make imagefolder --input /data/birds --output /data/b"
 )
+@takes_shard_options
 def make_imagefolder(
     input_folder: Annotated[Path, typer.Option("--input", help="One folder per class, images below.")],
     output: Output,
+    options: ShardOptions,
     name: Name = "images",
     captions: Annotated[
         str, typer.Option(help="NAME.txt beside an image: auto (all have one or none has), none, optional, required")
     ] = "auto",
     split: Split = None,
-    samples_per_shard: PerShard = DEFAULTS.samples_per_shard,
-    max_mb: MaxMb = DEFAULTS.max_mb,
-    multiple_of: MultipleOf = DEFAULTS.multiple_of,
-    vocabulary: Vocabulary = DEFAULTS.vocabulary,
-    skip_bad: SkipBad = False,
-    workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
     """A folder of images, one folder per class, captions beside."""
-    records, labels = imagefolder_records(input_folder, _choice("--captions", captions, Captions))
-    options = ShardOptions(samples_per_shard, max_mb, multiple_of, vocabulary, skip_bad, workers)
+    records, labels = imagefolder_records(input_folder, choice("--captions", captions, Captions))
     _make(records, labels, output, name, split, options, {"source": "imagefolder"}, as_json)
 
 
 @make_app.command(
     "manifest", epilog="Example: m3i-scale shards make manifest --input /data/photos.csv --output /data/p"
 )
+@takes_shard_options
 def make_manifest(
     manifest: Annotated[Path, typer.Option("--input", help="A .csv, .tsv, .parquet or .jsonl file.")],
     output: Output,
+    options: ShardOptions,
     name: Name = "images",
     root: Annotated[
         Path | None, typer.Option(help="Relative paths start here; default: the manifest's folder.")
@@ -86,16 +98,8 @@ def make_manifest(
     mask_column: Annotated[
         str | None, typer.Option(help="Column of paths of masks: PNGs, the class of every pixel.")
     ] = None,
-    labels_file: Annotated[
-        Path | None, typer.Option("--labels", help="Class names: a JSON list, or one a line.")
-    ] = None,
+    labels_file: LabelsFile = None,
     split: Split = None,
-    samples_per_shard: PerShard = DEFAULTS.samples_per_shard,
-    max_mb: MaxMb = DEFAULTS.max_mb,
-    multiple_of: MultipleOf = DEFAULTS.multiple_of,
-    vocabulary: Vocabulary = DEFAULTS.vocabulary,
-    skip_bad: SkipBad = False,
-    workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
     """A table of image paths, captions and labels."""
@@ -105,7 +109,6 @@ def make_manifest(
         root=root,
         labels=None if labels_file is None else read_labels(labels_file),
     )
-    options = ShardOptions(samples_per_shard, max_mb, multiple_of, vocabulary, skip_bad, workers)
     _make(records, labels, output, name, split, options, {"source": "manifest"}, as_json)
 
 
@@ -125,7 +128,7 @@ def make_emoji(
     records = emoji_records(
         cache or output.parent / ".cache" / "emoji",
         image_size=image_size,
-        background=_choice("--background", background, Background),
+        background=choice("--background", background, Background),
         noto_font=noto_font,
         limit=limit,
     )
@@ -142,11 +145,14 @@ def index(
     """Scan shards and write `index/` beside them. Training does it where it is missing, but into its own cache."""
     found = []
     for pattern in shards:
-        paths = expand_shards(pattern)
+        paths = local_shards(pattern)
         for folder in sorted({path.parent for path in paths}):
             found += build_index([path for path in paths if path.parent == folder], folder / "index")
     summary = {"shards": len(found), "samples": sum(map(len, found)), "bytes": sum(item.size for item in found)}
-    _print(summary, as_json, f"{summary['shards']} shards, {summary['samples']} samples")
+    print_summary(summary, as_json, f"{summary['shards']} shards, {summary['samples']} samples")
+
+
+shards_app.command("shuffle", epilog="Example: m3i-scale shards shuffle /data/shards/train --batch-size 1024")(shuffle)
 
 
 def _make(
@@ -159,7 +165,7 @@ def _make(
     info: dict[str, Any],
     as_json: bool,
 ) -> None:
-    with _progress(quiet=as_json) as tell:
+    with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
             records,
             output,
@@ -170,34 +176,4 @@ def _make(
             options=options,
             progress=tell,
         )
-    lines = [
-        f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
-        f"caption, {facts['with_mask']} with mask) in {facts['shards']} shards"
-        for which, facts in summary["splits"].items()
-    ]
-    lines += [f"left out: {count} × {reason}" for reason, count in summary["skipped"].items()]
-    _print(summary, as_json, "\n".join(lines))
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Tell | None]:
-    if quiet:
-        yield None
-        return
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("samples", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    if as_json:
-        print_json(summary)
-    else:
-        sys.stdout.write(text + "\n")
-
-
-def _choice(option: str, value: str, kind: Any) -> Any:
-    if value not in get_args(kind):
-        raise ConfigError(f"{option} {value}", fix=f"one of {', '.join(get_args(kind))}")
-    return value
+    print_summary(summary, as_json, "\n".join(made_lines(summary, output)))

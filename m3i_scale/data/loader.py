@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,48 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.data.access import check_access
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.collate import Collator
-from m3i_scale.data.index import ShardIndex, load_index
+from m3i_scale.data.fingerprint import Shard, fingerprint, listing
+from m3i_scale.data.index import load_index
+from m3i_scale.data.mixing import Mix, check_weights, samples_at_most, whole_passes
 from m3i_scale.data.order import StreamOrder, deal, seed_of
+from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
+from m3i_scale.data.remote import Access
 from m3i_scale.data.shards import expand_shards, read_label_sets
-from m3i_scale.data.stream import FRACTION_COUNTS_AFTER, Stream, StreamSource, StreamState, too_many_bad
+from m3i_scale.data.shares import check_shares
+from m3i_scale.data.state import (
+    STATE_FORMAT,
+    StreamState,
+    accept_changes,
+    carry_over,
+    check_format,
+    check_order,
+    first_state,
+    merge_states,
+)
+from m3i_scale.data.stream import (
+    FRACTION_COUNTS_AFTER,
+    Account,
+    ExhaustedError,
+    Stream,
+    StreamSource,
+    lost_of_pass,
+    single_faults,
+    standing_of,
+    too_many_bad,
+    too_many_lost,
+)
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, signals_held
-from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item, stalled
+from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
+from m3i_scale.errors import DataError, UserError, named
 
-__all__ = ["TrainStream", "check_shares", "find_tokenizer", "merge_states", "read_label_sets"]
+__all__ = ["TrainStream", "find_tokenizer", "merge_states", "read_label_sets"]
 
-STATE_FORMAT = 1
 PREFETCH_PARTS = 2
 """Parts that every worker prepares ahead."""
 
@@ -45,7 +71,7 @@ class Part:
 
 
 class TrainStream:
-    """Endless micro-batches of one rank.
+    """Micro-batches of one rank, without end unless `epochs` of every source are over.
 
     Rank r owns streams [r·S/W, (r+1)·S/W) of S; the concatenation of the micro-batches of all ranks is the same for
     every number of ranks W and workers.
@@ -67,7 +93,7 @@ class TrainStream:
         quarantine_path: JSON lines of bad samples; None writes none.
 
     Raises:
-        ConfigError: ranks, streams, workers and batch do not fit.
+        ConfigError: ranks, streams, workers, weights and batch do not fit.
         DataError: shards that are missing, damaged, hostile or too few.
     """
 
@@ -90,71 +116,180 @@ class TrainStream:
         quarantine_path: Path | None = None,
     ) -> None:
         check_shares(data, micro_batch_size=micro_batch_size, world_size=world_size)
-        if not sources:
-            raise ConfigError("there is no source", where="data.sources", fix="name at least one source of shards")
+        check_weights(sources)
         self._data = data
-        self._quarantine_path = quarantine_path
+        self._rank = rank
+        self._access = check_access(data, sources)
+        self._world_size = world_size
         own = data.streams // world_size
         self._streams = range(rank * own, (rank + 1) * own)
         self._order: dict[str, Any] = {"seed": seed, "streams": data.streams, "shuffle_shards": data.shuffle_shards}
         self._fingerprints: dict[str, dict[str, Any]] = {}
-        plans = self._plan(sources, label_sets, cache_dir, rank, seed)
-        self._states = {stream: _start(sources) for stream in self._streams}
+        self._shards: dict[str, list[Shard]] = {}
+        self._changes: list[dict[str, Any]] = []
+        self._watch = DeathWatch()
+        self.ends = whole_passes(sources)
+        """Whether the stream may end; the same on all ranks."""
+        self.samples_at_most: int | None = None
+        """Samples that all ranks together can take before it ends, were none bad; None: it never ends."""
+
+        def make_views(source: SourceConfig) -> ViewMaker:
+            return ViewMaker(source.augment or data.augment, views=views, image_size=image_size, augment=augment)
+
+        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views)
+        indices = [index for plan in plans.values() for source in plan.values() for index in source.indices.values()]
+        self._quarantine = Quarantine(quarantine_path, {str(index.path): len(index) for index in indices})
+        # Made once: with `epochs` a state is taken at every step.
+        self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
+        self._states = {stream: first_state(sources) for stream in self._streams}
         self._recipe = PartRecipe(
             plans=plans,
+            mix=Mix({name: source.weight for name, source in sources.items()}, data.streams),
             per_stream=micro_batch_size // own,
-            views=ViewMaker(data.augment, views=views, image_size=image_size, augment=augment),
             collator=Collator(tokenizer, max_tokens),
             seed=seed,
             max_pixels=data.max_image_pixels,
             max_bad_fraction=data.max_bad_fraction,
+            access=self._access,
+            keep_on=data.bad_shards == "quarantine",
         )
 
     def __iter__(self) -> Generator[Batch]:
         """Batches from the present position on; `close()` ends the workers.
 
-        What workers prepared for an earlier iterator is dropped.
+        What workers prepared for an earlier iterator is dropped. Ends before the first batch that cannot be whole;
+        other ranks may have one more.
 
         Raises:
-            DataError: too many bad samples, or a shard that cannot be read any more.
+            DataError: too many bad samples, a shard that cannot be read any more, no sample for `stall_timeout_s`, or
+                a worker that was killed.
         """
-        parts = self._parts()
-        count = max(1, self._data.workers)
-        while True:
-            taken = [_unwrap(next(parts)) for _ in range(count)]
-            for part in taken:
-                self._states.update({stream: StreamState(**state) for stream, state in part.states.items()})
-                self._write_quarantine(part.quarantine)
-            self._stop_if_bad()
-            yield Batch.cat([part.batch for part in taken])
+        activities = [Activity() for _ in range(max(1, self._data.workers))]
+        parts = self._parts(activities)
+        try:
+            while True:
+                # Workers hand out their parts in turn.
+                with self._watch.waiting():
+                    waited = [self._await(parts, activity, number) for number, activity in enumerate(activities)]
+                taken = [part for part in waited if part is not None]
+                if len(taken) < len(waited):
+                    return
+                for part in taken:
+                    self._states.update({stream: StreamState.from_json(state) for stream, state in part.states.items()})
+                    self._quarantine.add(part.quarantine)
+                self._stop_if_surely_bad()
+                yield Batch.cat([part.batch for part in taken])
+        finally:
+            parts.close()
+
+    def peek(self) -> Batch:
+        """The batch that comes next, which stays the next: nothing moves, and its bad samples are written down when it
+        is handed out.
+
+        Raises:
+            DataError: as when it is handed out; or the sources end before it.
+        """
+        before, quarantine = self.state_dict(), self._quarantine
+        self._quarantine = Quarantine(None, {})
+        try:
+            with contextlib.closing(iter(self)) as batches:
+                batch = next(batches, None)
+        finally:
+            self._quarantine = quarantine
+            self.load_state_dict(before)
+        if batch is None:
+            raise DataError("the sources end before the first batch", fix="raise epochs or leave it out")
+        return batch
+
+    def _await(self, parts: Parts, activity: Activity, number: int) -> Part | None:
+        limit_s = self._data.stall_timeout_s
+        try:
+            return _unwrap(await_item(parts, activity, limit_s))
+        except NotYetError:
+            worker = number if self._data.workers else None
+            raise stalled(activity, rank=self._rank, worker=worker, timeout_s=limit_s) from None
 
     @property
     def quarantined(self) -> dict[str, int]:
-        """Bad samples of this rank's streams so far, by reason."""
+        """How often samples of this rank's streams were bad so far, by reason: once a pass each."""
         counts: Counter[str] = Counter()
         for state in self._states.values():
             counts.update(state.bad)
         return dict(counts)
 
+    @property
+    def quarantined_samples(self) -> dict[str, int]:
+        """Different samples of this rank's shards that were bad, by reason, as far as the quarantine file knows."""
+        return self._quarantine.samples
+
+    @property
+    def account(self) -> Account:
+        """What is bad on this rank; the sums over all ranks are judged by `stop_if_bad`."""
+        bad, read = single_faults(self.quarantined, sum(state.read for state in self._states.values()))
+        return Account(lost_of_pass(self._states, self._recipe.plans), sum(bad.values()), read)
+
+    def stop_if_bad(self, account: Account, reasons: Callable[[], Mapping[str, int]] | None = None) -> None:
+        """Judge what all ranks have met: a shard, or a few samples, are much of what one of many ranks reads.
+
+        Args:
+            account: sums over all ranks.
+            reasons: asked for the counts by reason over all ranks where the run stops; those of this rank otherwise.
+
+        Raises:
+            DataError: more than data.max_bad_fraction is bad, or lost.
+        """
+        limit, where = self._data.max_bad_fraction, self._quarantine.path
+        place = None if where is None else str(where)
+        too_bad = account.read >= FRACTION_COUNTS_AFTER and account.bad > limit * account.read
+        if not too_bad and account.lost <= limit * self._pass_samples:
+            return
+        counts = self.quarantined if reasons is None else reasons()
+        if too_bad:
+            raise too_many_bad(single_faults(counts, 0)[0], account.read, limit, place)
+        raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
+
+    def standing(self) -> dict[str, dict[str, float]]:
+        """Counts of every source, summed over this rank's streams.
+
+        `served` and `asked`: good samples it gave, and was to give by its weights; `read`: with the bad ones; `pass`:
+        samples of one pass; `left`: samples that may still be read, none of a source that never ends.
+        """
+        return {
+            name: standing_of(name, [(plan[name], self._states[number]) for number, plan in self._recipe.plans.items()])
+            for name in self._fingerprints
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batch that was handed out last, as JSON types; see `merge_states` for all ranks."""
+        """The position after the batch that was handed out last, as JSON types; see `merge_states` for all ranks.
+
+        Its size does not depend on the position. The stream of rank 0 also lists the shards, a few letters each.
+        """
         return {
             "format": STATE_FORMAT,
             "order": self._order,
             "sources": self._fingerprints,
+            "changes": self._changes,
+            "listings": self._listings,
             "streams": {str(stream): state.to_json() for stream, state in self._states.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], changed_sources: Collection[str] = ()) -> dict[str, str]:
         """Go on from a saved position: this rank's streams are picked out, so any number of ranks may have saved it.
 
+        Args:
+            state: from `state_dict` or `merge_states`.
+            changed_sources: names of all sources that are meant to differ from those of the state.
+
+        Returns:
+            How they differ, by name.
+
         Raises:
-            DataError: saved with another order (seed, streams, sources), other shards, or without these streams.
+            DataError: saved with another order (seed, streams), without these streams, or sources differ that are not
+                named; says how.
         """
-        if state.get("format") != STATE_FORMAT:
-            raise DataError(f"unknown format of the data state: {state.get('format')}")
-        _refuse_changes("order", state["order"], self._order)
-        _refuse_changes("sources", state["sources"], self._fingerprints)
+        check_format(state)
+        check_order(state["order"], self._order)
+        found = accept_changes(state, self._fingerprints, self._shards, changed_sources)
         missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
         if missing:
             raise DataError(
@@ -162,7 +297,15 @@ class TrainStream:
                 why="every rank saves the streams it owns",
                 fix="merge the states of all ranks (merge_states)",
             )
-        self._states = {stream: StreamState(**state["streams"][str(stream)]) for stream in self._streams}
+        before = {stream: StreamState.from_json(state["streams"][str(stream)]) for stream in self._streams}
+        self._states = {
+            stream: carry_over(old, found, state["sources"], self._fingerprints) for stream, old in before.items()
+        }
+        self._changes = list(state["changes"])
+        if found:
+            samples = before[self._streams.start].taken * self._data.streams
+            self._changes.append({"samples": samples, "sources": sorted(found)})
+        return found
 
     def _plan(
         self,
@@ -171,35 +314,46 @@ class TrainStream:
         cache_dir: Path,
         rank: int,
         seed: int,
+        make_views: Callable[[SourceConfig], ViewMaker],
     ) -> dict[int, dict[str, StreamSource]]:
         plans: dict[int, dict[str, StreamSource]] = {stream: {} for stream in self._streams}
-        weights = sum(source.weight for source in sources.values())
+        passes: list[list[tuple[int, int | None]]] = [[] for _ in range(self._data.streams)]
         set_numbers = {name: number for number, name in enumerate(label_sets)}
         for name, source in sources.items():
             where = f"source '{name}'"
-            indices = load_index(expand_shards(source.shards, where), cache_dir, rank=rank)
+            places = expand_shards(source.shards, where, self._access.at_start())
+            with named(where):
+                indices = load_index(places, cache_dir, rank=rank, access=self._access)
             dealt = deal([len(index) for index in indices], self._data.streams, where)
-            self._fingerprints[name] = {**_fingerprint(indices), "weight": source.weight}
-            label_set = source.label_set or name
+            self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
+            self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment)
+            for stream, shards in enumerate(dealt):
+                passes[stream].append((sum(len(indices[shard]) for shard in shards), source.epochs))
+            label_set = (source.label_set or name) if source.labels else ""
             for stream in self._streams:
                 shards = dealt[stream]
                 order_seed = seed_of("order", seed, name, stream)
                 sizes = [len(indices[shard]) for shard in shards]
+                order = StreamOrder(shards, sizes, self._data.shuffle_shards, order_seed)
                 plans[stream][name] = StreamSource(
                     name=name,
-                    order=StreamOrder(shards, sizes, self._data.shuffle_shards, order_seed),
+                    order=order,
                     indices={shard: indices[shard] for shard in shards},
                     label_set=set_numbers.get(label_set, -1),
                     classes=len(label_sets[label_set]) if label_set in label_sets else None,
-                    share=source.weight / weights,
-                    caption_lines=source.captions == "lines",
+                    views=make_views(source),
+                    captions=source.captions,
+                    end=None if source.epochs is None else source.epochs * order.total,
                 )
+        self.samples_at_most = samples_at_most(passes)
+        self._pass_samples = sum(samples for stream in passes for samples, _ in stream)
         return plans
 
-    def _parts(self) -> Iterator[Part | UserError]:
-        dataset = PartDataset(self._recipe, {stream: state.to_json() for stream, state in self._states.items()})
+    def _parts(self, activities: Sequence[Activity]) -> Parts:
+        states = {stream: state.to_json() for stream, state in self._states.items()}
+        dataset = PartDataset(self._recipe, states, activities)
         if not self._data.workers:
-            return iter(dataset)
+            return InThread(iter(dataset))
         # With one endless part stream a worker and no batching, DataLoader hands out workers' parts in turn, in order.
         loader = DataLoader(
             dataset,
@@ -207,29 +361,17 @@ class TrainStream:
             num_workers=self._data.workers,
             multiprocessing_context=START_METHOD,
             prefetch_factor=PREFETCH_PARTS,
+            timeout=min(POLL_S, self._data.stall_timeout_s),
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # its own, or it would draw from the generator that training draws from
         )
-        with signals_held():
-            return iter(loader)
+        with signals_held(), self._watch.starting():
+            return FromWorkers(iter(loader))
 
-    def _write_quarantine(self, entries: Iterable[dict[str, Any]]) -> None:
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-        if not lines or self._quarantine_path is None:
-            return
-        try:
-            self._quarantine_path.parent.mkdir(parents=True, exist_ok=True)
-            with self._quarantine_path.open("a", encoding="utf-8") as stream:
-                stream.writelines(lines)
-        except OSError as error:
-            raise DataError(f"cannot write the quarantine file: {error}", where=str(self._quarantine_path)) from None
-
-    def _stop_if_bad(self) -> None:
-        read = sum(state.read for state in self._states.values())
-        bad = self.quarantined
-        if read >= FRACTION_COUNTS_AFTER and sum(bad.values()) > self._data.max_bad_fraction * read:
-            where = None if self._quarantine_path is None else str(self._quarantine_path)
-            raise too_many_bad(bad, read, self._data.max_bad_fraction, where)
+    def _stop_if_surely_bad(self) -> None:
+        """Judge this rank's bad samples as if no other rank had any: all ranks give the same number of good ones."""
+        own = self.account
+        self.stop_if_bad(own._replace(read=own.bad + (own.read - own.bad) * self._world_size))
 
 
 @dataclass(frozen=True)
@@ -237,43 +379,54 @@ class PartRecipe:
     """All that a worker needs to make parts, but for the state."""
 
     plans: dict[int, dict[str, StreamSource]]
+    mix: Mix
     per_stream: int
-    views: ViewMaker
     collator: Collator
     seed: int
     max_pixels: int
     max_bad_fraction: float
+    access: Access
+    keep_on: bool
 
 
-class PartDataset(IterableDataset[Part | UserError]):
-    """Endless parts of micro-batches; each worker makes those of its share of the rank's streams.
+Parts = InThread[Part | UserError | None] | FromWorkers[Part | UserError | None]
 
-    Mistakes of the user come out as values: an exception would lose its parts on the way out of a worker.
+
+class PartDataset(IterableDataset[Part | UserError | None]):
+    """Parts of micro-batches; each worker makes those of its share of the rank's streams.
+
+    Mistakes of the user come out as values: an exception would lose its parts on the way out of a worker. So does the
+    end, as None: a worker that simply ended would be left out of the turn, and its part be taken from the next.
     """
 
-    def __init__(self, recipe: PartRecipe, states: dict[int, dict[str, Any]]) -> None:
+    def __init__(self, recipe: PartRecipe, states: dict[int, dict[str, Any]], activities: Sequence[Activity]) -> None:
         self._recipe = recipe
         self._states = states
+        self._activities = activities
 
-    def __iter__(self) -> Iterator[Part | UserError]:
-        """Parts; ends only after an error."""
+    def __iter__(self) -> Generator[Part | UserError | None]:
+        """Parts; ends after an error, or after None where there is no further whole part."""
         recipe = self._recipe
-        reader = ShardReader()
+        worker = get_worker_info()
+        reader = ShardReader(recipe.access, self._activities[0 if worker is None else worker.id])
         streams = {
             number: Stream(
                 recipe.plans[number],
-                StreamState(**self._states[number]),
+                recipe.mix,
+                StreamState.from_json(self._states[number]),
                 reader,
-                recipe.views,
                 seed=recipe.seed,
                 max_pixels=recipe.max_pixels,
                 max_bad_fraction=recipe.max_bad_fraction,
+                keep_on=recipe.keep_on,
             )
             for number in _share_of_worker(list(recipe.plans))
         }
         try:
             while True:
                 yield self._part(streams)
+        except ExhaustedError:
+            yield None
         except UserError as error:
             yield error
         finally:
@@ -284,53 +437,6 @@ class PartDataset(IterableDataset[Part | UserError]):
         samples = [stream.take(quarantine) for stream in streams.values() for _ in range(self._recipe.per_stream)]
         states = {number: stream.state.to_json() for number, stream in streams.items()}
         return Part(self._recipe.collator(samples), states, quarantine)
-
-
-def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) -> None:
-    """Check that ranks, streams, workers and micro-batch fit, before anything is read.
-
-    Raises:
-        ConfigError: they do not; the message names values that do.
-    """
-    if data.streams % world_size:
-        raise ConfigError(
-            f"{data.streams} streams cannot be shared out evenly over {world_size} ranks",
-            where="data.streams",
-            why="the order of samples is the same for every number of ranks only if each owns whole streams",
-            fix=f"take a multiple of {world_size}, e.g. {_next_multiple(data.streams, world_size)}; "
-            f"with {data.streams} streams, {_divisors(data.streams)} ranks fit",
-        )
-    own = data.streams // world_size
-    if micro_batch_size % own:
-        raise ConfigError(
-            f"a micro-batch of {micro_batch_size} cannot be taken evenly from {own} streams per rank",
-            where="optim.micro_batch_size",
-            fix=f"take a multiple of {own}, e.g. {_next_multiple(micro_batch_size, own)}, or change data.streams",
-        )
-    if data.workers and own % data.workers:
-        raise ConfigError(
-            f"{own} streams per rank cannot be shared out evenly over {data.workers} workers",
-            where="data.workers",
-            fix=f"take one of {_divisors(own)}, or 0 to load in the training process",
-        )
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks as one, which any number of ranks can load.
-
-    Raises:
-        DataError: states of different runs.
-    """
-    merged = dict(states[0], streams={})
-    for state in states:
-        _refuse_changes("order", state["order"], merged["order"])
-        _refuse_changes("sources", state["sources"], merged["sources"])
-        merged["streams"].update(state["streams"])
-    return merged
-
-
-def _start(sources: dict[str, SourceConfig]) -> StreamState:
-    return StreamState(positions=dict.fromkeys(sources, 0), served=dict.fromkeys(sources, 0))
 
 
 def _share_of_worker(streams: list[int]) -> list[int]:
@@ -347,33 +453,7 @@ def _start_worker(_: int) -> None:
     leave_signals_to_parent()
 
 
-def _unwrap(part: Part | UserError) -> Part:
+def _unwrap(part: Part | UserError | None) -> Part | None:
     if isinstance(part, UserError):
         raise part
     return part
-
-
-def _fingerprint(indices: Sequence[ShardIndex]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for index in indices:
-        digest.update(f"{index.path.name} {index.size} {len(index)}\n".encode())
-    return {"shards": len(indices), "samples": sum(map(len, indices)), "sha256": digest.hexdigest()}
-
-
-def _refuse_changes(what: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    for key in sorted({*saved, *present}):
-        if saved.get(key) != present.get(key):
-            raise DataError(
-                f"the data changed since the checkpoint: {key} was {saved.get(key)}, is {present.get(key)}",
-                where=f"data state, {what}",
-                why="samples would be skipped or repeated without a word",
-                fix="restore the shards and settings of the run, or start a new run from its weights",
-            )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
-
-
-def _next_multiple(value: int, of: int) -> int:
-    return -(-value // of) * of

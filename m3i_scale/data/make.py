@@ -6,30 +6,22 @@ import functools
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from webdataset.writer import TarWriter
 
 from m3i_scale.data.encode import Outcome, encoder
-from m3i_scale.data.index import build_index
 from m3i_scale.data.records import Record
 from m3i_scale.data.tokenizer import train_tokenizer
+from m3i_scale.data.whole import check_name, finish_folder, made_whole, refuse_existing, sha256_of
 from m3i_scale.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
-
-MANIFEST_FORMAT = 1
-FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
-"""What the manifest counts per shard."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +79,14 @@ def make_shards(
     _check(records, output, labels, name, options)
     by_split = _split(records, splits)
     skipped: Counter[str] = Counter()
-    with _made_whole(output) as folder:
+    with made_whole(output) as folder:
         done = 0
         summary: dict[str, Any] = {"output": str(output), "splits": {}}
         for split, members in by_split.items():
             tell = functools.partial(_tell, progress, done, len(records))
-            shards = _write_split(members, folder / split, labels, name, info or {}, options, skipped, tell)
-            summary["splits"][split] = {
-                "shards": len(shards),
-                **{fact: sum(shard[fact] for shard in shards.values()) for fact in FACTS},
-            }
+            summary["splits"][split] = _write_split(
+                members, folder / split, labels, name, info or {}, options, skipped, tell
+            )
             done += len(members)
         captions = _training_captions(by_split)
         if captions and options.vocabulary:
@@ -126,13 +116,20 @@ def parse_splits(text: str) -> dict[str, float]:
     return shares
 
 
-def _check(records: Sequence[Record], output: Path, labels: Sequence[str], name: str, options: ShardOptions) -> None:
+def check_options(options: ShardOptions) -> None:
+    """All of them must be positive.
+
+    Raises:
+        ConfigError: they are not.
+    """
     if min(options.samples_per_shard, options.multiple_of, options.workers) < 1 or options.max_mb <= 0:
         raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
-    if not name or not name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
-    if output.exists():
-        raise DataError("the output exists", where=str(output), fix="remove it, or give another --output")
+
+
+def _check(records: Sequence[Record], output: Path, labels: Sequence[str], name: str, options: ShardOptions) -> None:
+    check_options(options)
+    check_name(name)
+    refuse_existing(output)
     if not records:
         raise DataError("there are no samples", fix="check the input")
     repeated = [key for key, count in Counter(record.key for record in records).items() if count > 1]
@@ -149,16 +146,16 @@ def _check(records: Sequence[Record], output: Path, labels: Sequence[str], name:
 
 def _split(records: Sequence[Record], splits: dict[str, float] | None) -> dict[str, list[Record]]:
     by_split: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: _hash("order", record.key)):
+    for record in sorted(records, key=lambda record: hash_of("order", record.key)):
         by_split.setdefault(
-            record.split or _draw_split(record.split_by or record.key, splits or {"train": 1.0}), []
+            record.split or draw_split(record.split_by or record.key, splits or {"train": 1.0}), []
         ).append(record)
     return dict(sorted(by_split.items()))
 
 
-def _draw_split(key: str, splits: dict[str, float]) -> str:
+def draw_split(key: str, splits: dict[str, float]) -> str:
     """By hash of the key, so a sample stays in its split when others are added."""
-    position = int.from_bytes(_hash("split", key)[:8], "big") / 2**64
+    position = int.from_bytes(hash_of("split", key)[:8], "big") / 2**64
     for split, share in splits.items():
         position -= share
         if position < 0:
@@ -166,39 +163,9 @@ def _draw_split(key: str, splits: dict[str, float]) -> str:
     return list(splits)[-1]
 
 
-def _hash(purpose: str, key: str) -> bytes:
+def hash_of(purpose: str, key: str) -> bytes:
+    """What orders and splits samples: the same on every machine, whatever else there is."""
     return hashlib.sha256(f"{purpose}/{key}".encode()).digest()
-
-
-@contextmanager
-def _made_whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when all went well, and is gone when not.
-
-    What a killed run left behind is removed by the next one; the lock keeps two runs apart.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.parent / f".{output.name}.{os.getpid()}"
-        probe.mkdir()  # the lock would wait for a folder that nobody can write, and blame another process
-        probe.rmdir()
-    except OSError as error:
-        raise DataError(
-            f"cannot write there: {error.strerror}", where=str(output.parent), fix="give another --output"
-        ) from None
-    folder = output.parent / f".{output.name}.partial"
-    try:
-        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                yield folder
-                folder.rename(output)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    except Timeout:
-        raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
-    except OSError as error:
-        raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
 
 
 def _write_split(
@@ -210,7 +177,7 @@ def _write_split(
     options: ShardOptions,
     skipped: Counter[str],
     tell: Callable[[int], None],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     folder.mkdir()
     shards: dict[str, dict[str, Any]] = {}
     written = 0
@@ -227,18 +194,13 @@ def _write_split(
                     "with_caption": sum(record.caption is not None for record in kept),
                     "with_mask": sum(record.mask is not None for record in kept),
                     "bytes": path.stat().st_size,
-                    "sha256": _sha256(path),
+                    "sha256": sha256_of(path),
                 }
             else:
                 path.unlink()
     if not shards:
         raise DataError(f"no sample of split '{folder.name}' can be used", fix="see the reasons without --skip-bad")
-    _write_json(folder / "labels.json", list(labels))
-    _write_json(folder / "sizes.json", {shard: facts["samples"] for shard, facts in shards.items()})
-    manifest = {"format": MANIFEST_FORMAT, "name": name, "split": folder.name, **info, "shards": shards}
-    _write_json(folder / "manifest.json", manifest)
-    build_index([folder / shard for shard in shards], folder / "index")
-    return shards
+    return finish_folder(folder, shards, labels, {"name": name, "split": folder.name, **info})
 
 
 def _write_shard(
@@ -249,7 +211,7 @@ def _write_shard(
     with path.open("wb") as stream, TarWriter(stream, user="", group="", encoder=False, mtime=0) as tar:
         for record, outcome in outcomes:
             if not isinstance(outcome, DataError):
-                tar.write(_members(record, outcome))
+                tar.write({"__key__": record.key, **members_of(record, outcome)})
                 kept.append(record)
             elif options.skip_bad:
                 skipped[outcome.what.partition(":")[0]] += 1
@@ -260,15 +222,20 @@ def _write_shard(
 
 def _cut(records: list[Record], options: ShardOptions) -> Iterator[list[Record]]:
     """Even shards: their sizes differ by one sample at most."""
-    size_mb = sum(record.size_hint for record in records) / 1e6
-    wanted = max(math.ceil(len(records) / options.samples_per_shard), math.ceil(size_mb / options.max_mb))
-    count = min(len(records), math.ceil(wanted / options.multiple_of) * options.multiple_of)
+    count = shard_count(len(records), sum(record.size_hint for record in records), options)
     for number in range(count):
         yield records[number * len(records) // count : (number + 1) * len(records) // count]
 
 
-def _members(record: Record, encoded: dict[str, bytes]) -> dict[str, Any]:
-    sample: dict[str, Any] = {"__key__": record.key, **encoded}
+def shard_count(samples: int, size: int, options: ShardOptions) -> int:
+    """How many shards a split of so many samples and bytes gets."""
+    wanted = max(math.ceil(samples / options.samples_per_shard), math.ceil(size / 1e6 / options.max_mb))
+    return min(samples, math.ceil(wanted / options.multiple_of) * options.multiple_of)
+
+
+def members_of(record: Record, encoded: dict[str, bytes]) -> dict[str, bytes]:
+    """Members of a sample by extension."""
+    sample = dict(encoded)
     if record.caption is not None:
         sample["txt"] = record.caption.encode("utf-8")
     if record.label is not None:
@@ -281,18 +248,6 @@ def _training_captions(by_split: dict[str, list[Record]]) -> list[str]:
     """Captions that the tokenizer may see: those of `train`, where there is such a split."""
     members = by_split.get("train") or [record for records in by_split.values() for record in records]
     return [record.caption for record in members if record.caption]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + os.linesep, encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _tell(progress: Progress | None, before: int, total: int, written: int) -> None:

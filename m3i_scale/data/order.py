@@ -7,8 +7,9 @@ sample of a known shard, and going on from p needs no reading up to p.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +86,8 @@ class StreamOrder:
         self._sizes = np.asarray(sizes, dtype=np.int64)
         self._shuffle_shards = shuffle_shards
         self._seed = seed
-        self._window: tuple[int, int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._epoch: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._window: tuple[int, int, list[int], NDArray[np.int64]] | None = None
+        self._epoch: tuple[int, NDArray[np.int64], list[int]] | None = None
         self.total = int(self._sizes.sum())
         """Samples of a stream-epoch."""
 
@@ -94,40 +95,40 @@ class StreamOrder:
         """The sample at a position ≥ 0. Costs one permutation per window; asking for neighbours is cheap."""
         epoch, offset = divmod(position, self.total)
         shards, starts = self._shards_of(epoch)
-        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        window = bisect.bisect_right(starts, offset) - 1
         ends, order = self._window_of(epoch, window, shards)
-        number = int(order[offset - int(starts[window])])
-        which = int(np.searchsorted(ends, number, side="right"))
-        first = int(ends[which - 1]) if which else 0
+        number = int(order[offset - starts[window]])
+        which = bisect.bisect_right(ends, number)
+        first = ends[which - 1] if which else 0
         shard = shards[window * self._shuffle_shards + which]
         return Place(epoch, int(self._shards[shard]), number - first)
 
-    def _shards_of(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def window_at(self, position: int) -> tuple[int, int]:
+        """Stream-epoch and number of the window that a position lies in."""
+        epoch, offset = divmod(position, self.total)
+        return epoch, bisect.bisect_right(self._shards_of(epoch)[1], offset) - 1
+
+    def shards_of_window(self, epoch: int, window: int) -> list[int]:
+        """Shards of a window, within the source; past the last one of an epoch, of the first one of the next."""
+        if window * self._shuffle_shards >= len(self._shards):
+            epoch, window = epoch + 1, 0
+        first = window * self._shuffle_shards
+        order = permutation(len(self._shards), seed_of(self._seed, "shards", epoch))
+        return [int(shard) for shard in self._shards[order[first : first + self._shuffle_shards]]]
+
+    def _shards_of(self, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
         """The epoch's order of shards, and the offset at which each window starts."""
         if self._epoch is None or self._epoch[0] != epoch:
             shards = permutation(len(self._shards), seed_of(self._seed, "shards", epoch))
             before = np.concatenate(([0], np.cumsum(self._sizes[shards])[:-1]))
-            self._epoch = (epoch, shards, before[:: self._shuffle_shards].astype(np.int64))
+            self._epoch = (epoch, shards, before[:: self._shuffle_shards].tolist())
         return self._epoch[1:]
 
-    def _window_of(
-        self, epoch: int, window: int, shards: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _window_of(self, epoch: int, window: int, shards: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
         """Where each shard of the window ends in it, and the order of its samples."""
         if self._window is None or self._window[:2] != (epoch, window):
             first = window * self._shuffle_shards
             ends = np.cumsum(self._sizes[shards[first : first + self._shuffle_shards]])
             order = permutation(int(ends[-1]), seed_of(self._seed, "samples", epoch, window))
-            self._window = (epoch, window, ends, order)
+            self._window = (epoch, window, ends.tolist(), order)
         return self._window[2:]
-
-
-def next_source(served: Mapping[str, int], shares: Mapping[str, float]) -> str:
-    """The source that is furthest behind its share; the first of equals.
-
-    Args:
-        served: good samples that each source has given so far.
-        shares: wanted share of each source; they add up to one.
-    """
-    count = sum(served.values()) + 1
-    return max(shares, key=lambda source: shares[source] * count - served[source])

@@ -7,12 +7,17 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from m3i_scale.data.index import ShardIndex
-from m3i_scale.errors import DataError
+from m3i_scale.data.ahead import RemoteShards
+from m3i_scale.data.faults import FaultError, bad_shard
+from m3i_scale.data.plain_tar import plain_members
+from m3i_scale.data.remote import Access, retried
+from m3i_scale.data.scan import ShardIndex, head_of
+from m3i_scale.data.watchdog import Activity
 
 OPEN_SHARDS = 32
 NOT_A_MEMBER = "not a tar member"
@@ -31,32 +36,69 @@ class BadSampleError(Exception):
 
 
 class ShardReader:
-    """Samples by (shard, number). Keeps the last few shards open."""
+    """Samples by (shard, number). Keeps the last few shards open.
 
-    def __init__(self) -> None:
+    Args:
+        access: how remote shards are read; of local ones, how often.
+        activity: is told which shard is being read.
+    """
+
+    def __init__(self, access: Access | None = None, activity: Activity | None = None) -> None:
+        self._access = access or Access()
+        self._activity = activity or Activity()
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._remote = RemoteShards(self._access)
 
     def members(self, index: ShardIndex, number: int) -> dict[str, bytes]:
         """Members of a sample by extension, and its `__key__`.
 
         Raises:
-            BadSampleError: the bytes are no sample.
-            DataError: the shard cannot be read any more.
+            BadSampleError: the bytes are no sample, or another one than was indexed.
+            BadShardError: the shard cannot be read any more, after all attempts.
         """
         start, end = (int(value) for value in index.ranges_N2[number])
-        try:
-            data = os.pread(self._descriptor(index.path), end - start, start)
-        except OSError as error:
-            raise DataError(f"cannot read the shard: {error}", where=str(index.path)) from None
-        if len(data) < end - start:
-            raise BadSampleError(NOT_A_MEMBER, f"{len(data)} of {end - start} bytes")
-        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        return parse_members(data + padding + _END_OF_TAR, str(index.path))
+        self._activity.begin(index.path)
+        if isinstance(index.path, Path):
+            data = self._read(index, index.path, start, end)
+        else:
+            data = self._remote.read(index, start, end)
+        self._activity.end()
+        if head_of(data) != index.heads_N[number]:
+            raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
+        return parse_members(data, str(index.path), scanned=True)
+
+    def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex]) -> None:
+        """Tell which remote shards a stream reads now and next; see `RemoteShards`."""
+        self._remote.expect(reader, now, then)
 
     def close(self) -> None:
         """Close all shards."""
         while self._open:
             os.close(self._open.popitem()[1])
+        self._remote.close()
+
+    def _read(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
+        try:
+            data = os.pread(self._descriptor(path), end - start, start)
+        except OSError:
+            data = self._read_again(index, path, start, end)
+        if len(data) < end - start:
+            size = os.fstat(self._descriptor(path)).st_size
+            raise bad_shard(path, FaultError("cut off", f"{index.size} bytes were indexed, now it has {size}"))
+        return data
+
+    def _read_again(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
+        """A network path may fail for a moment, and then wants to be opened anew."""
+
+        def once() -> bytes:
+            if path in self._open:
+                os.close(self._open.pop(path))
+            return os.pread(self._descriptor(path), end - start, start)
+
+        try:
+            return retried(once, self._access, lasting=(FileNotFoundError, PermissionError))
+        except FaultError as fault:
+            raise bad_shard(path, fault) from None
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:
@@ -68,8 +110,13 @@ class ShardReader:
         return self._open[path]
 
 
-def parse_members(data: bytes, url: str) -> dict[str, bytes]:
-    """The one sample in a piece of tar, read by webdataset.
+def parse_members(data: bytes, url: str, *, scanned: bool = False) -> dict[str, bytes]:
+    """The one sample in a piece of tar, grouped as webdataset does it.
+
+    Args:
+        data: whole members.
+        url: the shard.
+        scanned: see `plain_members`.
 
     Raises:
         BadSampleError: no sample, several, or a member twice.
@@ -77,11 +124,18 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
-        files = ({**file, "__url__": url} for file in tar_file_iterator(io.BytesIO(data)))
-        samples = list(group_by_keys(files))
+        found = plain_members(data, scanned=scanned)
+        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+        files = found if found is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
+        samples = list(group_by_keys({**file, "__url__": url} for file in files))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise BadSampleError(NOT_A_MEMBER, str(error)) from None
     if len(samples) != 1:
         raise BadSampleError(NOT_A_MEMBER, f"{len(samples)} samples where the index says one")
     sample: dict[str, bytes] = samples[0]
+    try:
+        str(sample["__key__"]).encode()
+    except UnicodeEncodeError:
+        key = str(sample["__key__"]).encode("utf-8", "backslashreplace").decode()
+        raise BadSampleError("key is not UTF-8", key=key) from None
     return sample

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
+from m3i_scale.data.pixels import on_white
 from m3i_scale.errors import DataError
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -31,6 +33,8 @@ _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6:
 
 DECODE_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises on images that are cut off, damaged, or no images (its PNG reader raises SyntaxError)."""
+
+_ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 
 
 class ImageSource(Protocol):
@@ -90,17 +94,20 @@ class FileImage:
             data = self.path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the image: {error.strerror}", where=str(self.path)) from None
-        try:
-            with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
-                kind = str(image.format)
-                image.load()
-                return (data, KEPT_FORMATS[kind]) if kind in KEPT_FORMATS else (to_png(image), "png")
-        except DECODE_FAULTS as error:
-            raise DataError(
-                f"the image does not decode: {error}",
-                where=str(self.path),
-                fix="mend or remove the file, or leave such files out with --skip-bad",
-            ) from None
+        return encoded_image(data, str(self.path))
+
+
+@dataclass(frozen=True)
+class BytesImage:
+    """An encoded image that came out of another container."""
+
+    data: bytes
+    where: str
+    """Names it in errors."""
+
+    def encoded(self) -> tuple[bytes, str]:
+        """See `ImageSource`."""
+        return encoded_image(self.data, self.where)
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,6 @@ class FileMask:
 
     def mask(self) -> bytes:
         """See `MaskSource`."""
-        fix = (
-            "save it as an eight-bit grey PNG or one with a palette: the class of every pixel, 255 where there is none"
-        )
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -122,15 +126,19 @@ class FileMask:
                 where=str(self.path),
                 fix="correct the path; relative ones start where those of the images do",
             ) from None
-        fault = mask_fault(data)
-        if fault:
-            raise DataError(f"the mask is {fault}", where=str(self.path), fix=fix)
-        try:
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                image.load()
-        except DECODE_FAULTS:
-            raise DataError("the mask does not decode", where=str(self.path), fix=fix) from None
-        return data
+        return checked_mask(data, str(self.path))
+
+
+@dataclass(frozen=True)
+class BytesMask:
+    """A mask that came out of another container."""
+
+    data: bytes
+    where: str
+
+    def mask(self) -> bytes:
+        """See `MaskSource`."""
+        return checked_mask(self.data, self.where)
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,48 @@ class Unusable:
     def encoded(self) -> tuple[bytes, str]:
         """Raises the fault."""
         raise self.error
+
+
+def fault_text(error: Exception) -> str:
+    """What Pillow says of bytes, without the address of the buffer it read: the same bytes give the same text."""
+    return _ADDRESS.sub("", str(error))
+
+
+def encoded_image(data: bytes, where: str) -> tuple[bytes, str]:
+    """Image bytes as a shard holds them, and the extension of their member: as they are, or as a PNG.
+
+    Raises:
+        DataError: they do not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+            kind = str(image.format)
+            image.load()
+            return (data, KEPT_FORMATS[kind]) if kind in KEPT_FORMATS else (to_png(image), "png")
+    except DECODE_FAULTS as error:
+        raise DataError(
+            f"the image does not decode: {fault_text(error)}",
+            where=where,
+            fix="mend or remove the file, or leave such files out with --skip-bad",
+        ) from None
+
+
+def checked_mask(data: bytes, where: str) -> bytes:
+    """The same bytes.
+
+    Raises:
+        DataError: they are no mask.
+    """
+    fix = "save it as an eight-bit grey PNG or one with a palette: the class of every pixel, 255 where there is none"
+    fault = mask_fault(data)
+    if fault:
+        raise DataError(f"the mask is {fault}", where=where, fix=fix)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.load()
+    except DECODE_FAULTS:
+        raise DataError("the mask does not decode", where=where, fix=fix) from None
+    return data
 
 
 def mask_fault(data: bytes) -> str | None:
@@ -158,7 +208,7 @@ def mask_fault(data: bytes) -> str | None:
 
 
 def to_png(image: Image.Image) -> bytes:
-    """RGB PNG bytes of an image."""
+    """RGB PNG bytes of an image; what is transparent becomes white."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    on_white(image).save(buffer, "PNG")
     return buffer.getvalue()

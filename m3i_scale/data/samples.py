@@ -8,13 +8,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, mask_fault
+from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, fault_text, mask_fault
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 """What Pillow may try: image bytes are hostile input, and some of its other readers start programs."""
+
+
+OUT_OF_RANGE = "label out of range"
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,15 @@ def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
     """
     data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if data is None:
-        raise BadSampleError("no image", f"members: {', '.join(sorted(set(members) - {'__key__', '__url__'}))}")
+        raise BadSampleError("no image", _instead(sorted(set(members) - {"__key__", "__url__"})))
     return _open(data, IMAGE_FORMATS, max_pixels)
+
+
+def _instead(found: list[str]) -> str:
+    """What a sample has instead of an image; a name with several dots is the usual reason."""
+    told = f"members: {', '.join(found)}"
+    dotted = [name for name in found if name != MASK and name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    return f"{told}; a key ends at the first dot of the name, so .{dotted[0]} is no image" if dotted else told
 
 
 def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int]) -> Image.Image | None:
@@ -61,12 +75,45 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
 
 
 def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
-    with _own_pixel_limit(), decoding():
-        image = Image.open(io.BytesIO(data), formats=formats)
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow's is global and differs from the configured one, checked right after
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # e.g. damaged EXIF, which does not touch the pixels
+            image = Image.open(io.BytesIO(data), formats=formats)
+    except DECODE_FAULTS as error:
+        raise _undecodable(error) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     width, height = image.size
     if width * height > max_pixels:
         raise BadSampleError("image too large", f"{width} × {height} pixels, data.max_image_pixels is {max_pixels}")
     return image
+
+
+def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
+    """RGB (H, W, 3) of an opened, not yet decoded image where torchvision is sure to give Pillow's pixels, only sooner.
+
+    Plain JPEG and PNG without anything to consider beside the pixels. None for all others, and where it fails: whether
+    an image is bad is Pillow's to say.
+    """
+    stream = getattr(image, "fp", None)
+    if image.mode != "RGB" or not isinstance(stream, io.BytesIO):
+        return None
+    if image.format == "JPEG":
+        decode = decode_jpeg
+    elif image.format == "PNG" and not image.info:
+        decode = decode_png
+    else:
+        return None
+    try:
+        pixels = decode(torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+    if pixels.dtype != torch.uint8:  # 16 bits a channel
+        return None
+    found: NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
+    return found
 
 
 @contextlib.contextmanager
@@ -75,34 +122,28 @@ def decoding() -> Iterator[None]:
     try:
         yield
     except DECODE_FAULTS as error:
-        raise BadSampleError("image does not decode", str(error)) from None
+        raise _undecodable(error) from None
 
 
-@contextlib.contextmanager
-def _own_pixel_limit() -> Iterator[None]:
-    """Pillow's limit is global and differs from the configured one, which is checked right after opening."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e.g. damaged EXIF, which does not touch the pixels
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def _undecodable(error: Exception) -> BadSampleError:
+    return BadSampleError("image does not decode", fault_text(error))
 
 
-def read_annotations(members: Mapping[str, bytes], classes: int | None, draw: int | None = None) -> Annotations:
+def read_annotations(
+    members: Mapping[str, bytes], classes: int | None, draw: int | None = None, *, captions: bool = True
+) -> Annotations:
     """Label (`cls`) and caption (`txt`) of a sample, as far as it has them.
 
     Args:
         members: as read from the shard.
         classes: size of the source's label set; None where it has none, then labels are not looked at.
         draw: a random number that picks one of several captions, a line each; None where all of it is one caption.
+        captions: False leaves the caption out, and unread.
 
     Raises:
         BadSampleError: a label that is no integer or out of range, a caption that is not UTF-8.
     """
-    return Annotations(_label(members, classes), _caption(members, draw))
+    return Annotations(_label(members, classes), _caption(members, draw) if captions else None)
 
 
 def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
@@ -114,7 +155,7 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
         raise BadSampleError("label is not an integer", repr(data[:40]))
     label = int(digits)
     if not 0 <= label < classes:
-        raise BadSampleError("label out of range", f"{label}, the label set has {classes} classes")
+        raise BadSampleError(OUT_OF_RANGE, f"{label}, the label set has {classes} classes")
     return label
 
 

@@ -3,54 +3,106 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from m3i_scale.config import SourceConfig
+from m3i_scale.data.faults import FaultError, start_fix
+from m3i_scale.data.places import Place, Url, is_remote, to_place, without_secrets
+from m3i_scale.data.remote import Access, list_folder, read_file
 from m3i_scale.errors import DataError, did_you_mean
 
 
-def shard_folder(shards: str) -> Path:
-    """The folder of a source's shards, where labels.json and index/ lie."""
-    path = Path(shards)
-    return path if path.suffix != ".tar" else path.parent
+def shard_folder(shards: str) -> Place:
+    """The folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
+    place = to_place(shards)
+    return place if place.suffix != ".tar" else place.parent
 
 
-def expand_shards(shards: str, where: str = "shards") -> list[Path]:
-    """Shards of a folder, a brace pattern or a single path, in order of their names.
+def expand_shards(shards: str, where: str = "shards", access: Access | None = None) -> list[Place]:
+    """Shards of a folder, a brace pattern, a single path or an address, in order of their names.
+
+    Whether shards at addresses are there shows when they are indexed.
 
     Args:
         shards: the `shards` value of a source.
         where: names the value in errors.
+        access: how servers are asked.
 
     Raises:
         DataError: nothing there, a pattern that is broken, a shard that is missing or named twice.
     """
-    path = Path(shards)
+    if is_remote(shards):
+        return _expand_remote(shards, where, access)
+    path = Path(shards.removeprefix("file://"))
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:
             inside = [item.name for item in sorted(path.iterdir()) if item.is_dir() and any(item.glob("*.tar"))]
             hint = f"one of its folders? {', '.join(inside)}" if inside else "make shards with `m3i-scale shards make`"
             raise DataError("no .tar shards in the folder", where=f"{where}: {shards}", fix=hint)
-        return found
-    try:
-        named = [Path(item) for item in braceexpand(shards)]
-    except ValueError as error:  # unbalanced braces
-        raise DataError(f"broken brace pattern: {error}", where=f"{where}: {shards}") from None
+        return list(found)
+    named = [Path(item) for item in _braces(str(path), where)]
     missing = [item for item in named if not item.is_file()]
     if missing:
         known = sorted(item.name for item in missing[0].parent.glob("*.tar")) if missing[0].parent.is_dir() else []
         hint = did_you_mean(missing[0].name, known) if known else "check the path"
         raise DataError(f"{len(missing)} of {len(named)} shards are missing", where=f"{where}: {missing[0]}", fix=hint)
+    return _by_name(named, f"{where}: {shards}")
+
+
+def local_shards(shards: str, where: str = "shards") -> list[Path]:
+    """Shards on paths of this host; see `expand_shards`.
+
+    Raises:
+        DataError: as there, and where they lie elsewhere.
+    """
+    if is_remote(shards):
+        raise DataError(
+            "this needs shards on a path of this host",
+            where=f"{where}: {without_secrets(shards)}",
+            fix="copy them here; an index can be made where the shards are, and index/ be copied along; training makes "
+            "its own when it first reads them",
+        )
+    return [place for place in expand_shards(shards, where) if isinstance(place, Path)]
+
+
+def _expand_remote(shards: str, where: str, access: Access | None) -> list[Place]:
+    named = [to_place(item, where) for item in _braces(shards, where)]
+    if len(named) > 1 or named[0].suffix == ".tar":
+        return _by_name(named, f"{where}: {without_secrets(shards)}")
+    folder = Url(shards)
+    try:
+        found = [item for item in list_folder(folder, access) if item.suffix == ".tar"]
+    except FaultError as fault:
+        raise DataError(
+            f"cannot list the folder: {fault.reason}",
+            where=f"{where}: {folder}",
+            why=fault.detail,
+            fix=f"name its shards: …/images-{{000000..000127}}.tar; or {start_fix(fault)}",
+        ) from None
+    if not found:
+        raise DataError("no .tar shards in the folder", where=f"{where}: {folder}", fix="check the address")
+    return list(found)
+
+
+def _braces(pattern: str, where: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:  # unbalanced braces
+        raise DataError(f"broken brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
+
+
+def _by_name(named: Sequence[Place], where: str) -> list[Place]:
     names = [item.name for item in named]
     if len(set(names)) < len(names):
-        raise DataError("a shard name stands twice in the pattern", where=f"{where}: {shards}")
+        raise DataError("a shard name stands twice in the pattern", where=where)
     return sorted(named, key=lambda item: item.name)
 
 
-def read_label_sets(sources: dict[str, SourceConfig]) -> dict[str, list[str]]:
+def read_label_sets(sources: dict[str, SourceConfig], access: Access | None = None) -> dict[str, list[str]]:
     """Class names of every label set, from the labels.json beside the shards. Sources without one have no categories.
 
     Raises:
@@ -58,11 +110,15 @@ def read_label_sets(sources: dict[str, SourceConfig]) -> dict[str, list[str]]:
     """
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
+        if source.shards.startswith("pipe:"):
+            continue
         path = shard_folder(source.shards) / "labels.json"
-        if not path.is_file():
+        if not source.labels:
+            continue
+        labels = _read_labels(path, f"source '{name}': ", access)
+        if labels is None:
             continue
         label_set = source.label_set or name
-        labels = _read_labels(path)
         if sets.setdefault(label_set, labels) != labels:
             raise DataError(
                 f"two different label lists for the label set '{label_set}'",
@@ -72,11 +128,22 @@ def read_label_sets(sources: dict[str, SourceConfig]) -> dict[str, list[str]]:
     return {name: labels for name, labels in sets.items() if labels}
 
 
-def _read_labels(path: Path) -> list[str]:
+def labels_beside(folder: Place) -> list[str] | None:
+    """Class names of the labels.json in a folder of shards; None where there is none.
+
+    Raises:
+        DataError: it is broken.
+    """
+    return _read_labels(folder / "labels.json")
+
+
+def _read_labels(path: Place, whose: str = "", access: Access | None = None) -> list[str] | None:
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
+        labels = json.loads(read_file(path, access).decode("utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the labels: {error}", where=str(path)) from None
+        raise DataError(f"cannot read the labels: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise DataError("labels.json must be a list of names", where=str(path))
+        raise DataError("labels.json must be a list of names", where=f"{whose}{path}")
     return labels

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from m3i_scale.data.collate import Sample
+from m3i_scale.data.faults import SHARD, BadShardError
 from m3i_scale.data.index import ShardIndex
-from m3i_scale.data.order import Place, StreamOrder, next_source, seed_of
+from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
+from m3i_scale.data.order import Place, StreamOrder, seed_of
+from m3i_scale.data.places import Url
+from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
 from m3i_scale.data.samples import open_image, read_annotations
+from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
 
+_TOLD = ""
+"""The key of a sample whose shard stands there already."""
 FRACTION_COUNTS_AFTER = 100
 """The share of bad samples is not judged before so many samples have been read."""
 
@@ -30,97 +37,101 @@ class StreamSource:
     """Index of the label set; −1 for none."""
     classes: int | None
     """Size of the label set; None for none."""
-    share: float
-    """Wanted share of samples."""
-    caption_lines: bool = False
-    """Whether a caption member holds one caption a line."""
+    views: ViewMaker
+    captions: str = "one"
+    """Of `SourceConfig.captions`."""
+    end: int | None = None
+    """Position at which the source is exhausted; None: never."""
 
 
-@dataclass
-class StreamState:
-    """How far a stream is. Everything else follows from the configuration."""
-
-    positions: dict[str, int]
-    """Samples read of every source, bad ones included."""
-    served: dict[str, int]
-    """Good samples given of every source."""
-    bad: dict[str, int] = field(default_factory=dict)
-    """Bad samples by reason."""
-
-    @property
-    def read(self) -> int:
-        """Samples read, over all sources."""
-        return sum(self.positions.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """A copy made of JSON types."""
-        return {"positions": dict(self.positions), "served": dict(self.served), "bad": dict(self.bad)}
+class ExhaustedError(Exception):
+    """The stream has no next sample: every source with a weight has been gone through as often as it may be."""
 
 
 class Stream:
     """The samples of one stream, one after the other.
 
     Args:
-        sources: what to read, in order of the configuration.
+        sources: what to read.
+        mix: how sources take turns.
         state: where to begin; changed by `take`.
         reader: reads shards.
-        views: makes views.
         seed: seed of the run.
         max_pixels: larger images are bad.
         max_bad_fraction: gives up (DataError) where a stream is bad beyond this and no good sample is in sight.
+        keep_on: whether a shard that cannot be read is given up for the pass, and does not stop the run.
     """
 
     def __init__(
         self,
         sources: Mapping[str, StreamSource],
+        mix: Mix,
         state: StreamState,
         reader: ShardReader,
-        views: ViewMaker,
         *,
         seed: int,
         max_pixels: int,
         max_bad_fraction: float,
+        keep_on: bool = False,
     ) -> None:
         self._sources = sources
+        self._mix = mix
+        self._keep_on = keep_on
+        self._windows: dict[str, tuple[int, int]] = {}
         self.state = state
         self._reader = reader
-        self._views = views
         self._seed = seed
         self._max_pixels = max_pixels
         self._max_bad_fraction = max_bad_fraction
-        self._shares = {name: source.share for name, source in sources.items()}
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
         """The next good sample. A bad one is noted in `quarantine` and replaced by the next of its source.
 
         Raises:
+            ExhaustedError: there is none.
             DataError: a shard cannot be read, or the source is bad from here on.
         """
-        name = next_source(self.state.served, self._shares)
-        source = self._sources[name]
-        in_a_row = 0
         while True:
-            place = source.order.locate(self.state.positions[name])
-            self.state.positions[name] += 1
+            shares = self._mix.shares(self.state.taken, left_of(self._sources, self.state))
+            if not shares:
+                raise ExhaustedError
+            name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
+            sample = self._next_of(self._sources[name], quarantine)
+            if sample is not None:  # otherwise the source ended in bad samples, and the turn is another's
+                break
+        credits = {other: self.state.sources[other].credit for other in shares}
+        settle(credits, shares, name)
+        for other, credit in credits.items():
+            self.state.sources[other].credit = credit
+        self.state.sources[name].served += 1
+        self.state.taken += 1
+        return sample
+
+    def _next_of(self, source: StreamSource, quarantine: list[dict[str, Any]]) -> Sample | None:
+        """The next good sample of a source; None where it ends before one."""
+        state = self.state.sources[source.name]
+        in_a_row = 0
+        while source.end is None or state.position < source.end:
+            place = source.order.locate(state.position)
+            state.position += 1
             try:
-                sample = self._read(source, place)
+                return self._read(source, place)
             except BadSampleError as bad:
                 in_a_row += 1
-                quarantine.append(self._note(source, place, bad))
+                state.bad[bad.reason] = state.bad.get(bad.reason, 0) + 1
+                quarantine += [_note(source, place, bad)] if bad.key != _TOLD else []
                 self._give_up_if_hopeless(source, in_a_row)
-                continue
-            self.state.served[name] += 1
-            return sample
+        return None
 
     def _read(self, source: StreamSource, place: Place) -> Sample:
         index = source.indices[place.shard]
-        members = self._reader.members(index, place.sample)
+        members = self._members(source, place)
         key = str(members["__key__"])
         try:
             identity = (self._seed, source.name, place.epoch, index.path.name, key)
-            draw = seed_of("caption", *identity) if source.caption_lines else None
-            annotations = read_annotations(members, source.classes, draw)
-            views = self._views(open_image(members, self._max_pixels), seed_of("views", *identity))
+            draw = seed_of("caption", *identity) if source.captions == "lines" else None
+            annotations = read_annotations(members, source.classes, draw, captions=source.captions != "none")
+            views = source.views(open_image(members, self._max_pixels), seed_of("views", *identity))
         except BadSampleError as bad:
             bad.key = key
             raise
@@ -128,23 +139,115 @@ class Stream:
         seed = seed_of("sample", *identity)
         return Sample(views, annotations.label, source.label_set, annotations.caption, seed, full_key)
 
-    def _note(self, source: StreamSource, place: Place, bad: BadSampleError) -> dict[str, Any]:
-        self.state.bad[bad.reason] = self.state.bad.get(bad.reason, 0) + 1
+    def _members(self, source: StreamSource, place: Place) -> dict[str, bytes]:
+        """Of a sample, or a fault of it: those of a shard that was given up are all bad."""
         index = source.indices[place.shard]
-        return {
-            "source": source.name,
-            "url": str(index.path),
-            "key": bad.key,
-            "offset": int(index.ranges_N2[place.sample, 0]),
-            "reason": bad.reason,
-            "detail": bad.detail,
-        }
+        lost = self.state.sources[source.name].lost_shard(place.epoch, place.shard)
+        if lost is not None:
+            raise BadSampleError(SHARD + lost, key=_TOLD)
+        if isinstance(index.path, Url):
+            self._look_ahead(source)
+        try:
+            return self._reader.members(index, place.sample)
+        except BadShardError as bad:
+            if not self._keep_on:
+                raise
+            self.state.sources[source.name].lose_shard(place.epoch, place.shard, bad.reason)
+            raise BadSampleError(SHARD + bad.reason, bad.why or "", key=WHOLE_SHARD) from None
+
+    def _look_ahead(self, source: StreamSource) -> None:
+        """Tell the reader which shards are read in this window, and in the next."""
+        epoch, window = source.order.window_at(self.state.sources[source.name].position - 1)
+        if self._windows.get(source.name) == (epoch, window):
+            return
+        self._windows[source.name] = (epoch, window)
+        now, then = (source.order.shards_of_window(epoch, window + step) for step in (0, 1))
+        known = self.state.sources[source.name].bad_shards.get("shards", {})
+        self._reader.expect(
+            (id(self), source.name),
+            [source.indices[shard] for shard in now if str(shard) not in known],
+            [source.indices[shard] for shard in then],
+        )
 
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int) -> None:
         """The loader judges the share of bad samples per batch; a stream without good samples never completes one."""
-        too_many = sum(self.state.bad.values()) > self._max_bad_fraction * self.state.read
-        if in_a_row >= source.order.total or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
+        bad, read = single_faults(self.state.bad, self.state.read)
+        too_many = sum(bad.values()) > self._max_bad_fraction * read
+        # The last of one pass and the first of the next may be bad, and yet one in every pass be good.
+        no_good_one = in_a_row > 2 * (source.order.total - 1)
+        if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             raise too_many_bad(self.state.bad, self.state.read, self._max_bad_fraction)
+
+
+class Account(NamedTuple):
+    """What the share of bad samples is judged by, of one rank or of all together."""
+
+    lost: int
+    """Samples lost in the present pass, with shards that were given up."""
+    bad: int
+    """Samples that were bad by themselves."""
+    read: int
+    """Samples read of shards that were not given up."""
+
+
+def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], int]:
+    """Bad samples by reason, and samples read, without those that were lost with a shard.
+
+    A shard that is lost in a small window would be most of what has been read; its share counts of the whole pass.
+    """
+    single = {reason: count for reason, count in bad.items() if not reason.startswith(SHARD)}
+    return single, read - sum(bad.values()) + sum(single.values())
+
+
+def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[str, StreamSource]]) -> int:
+    """Samples that are lost in this pass with their shards, over streams and sources."""
+    return sum(
+        len(source.indices[int(shard)])
+        for number, plan in plans.items()
+        for name, source in plan.items()
+        for shard in states[number].sources[name].bad_shards.get("shards", {})
+    )
+
+
+def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int], where: str | None) -> DataError:
+    """The error that stops a run which is losing shards; `reasons` are those of this rank."""
+    table = "; ".join(f"{count} samples × {reason}" for reason, count in reasons.items() if reason.startswith(SHARD))
+    return DataError(
+        f"{lost} of {total} samples of a pass are lost with their shards, more than data.max_bad_fraction = {limit:g}",
+        where=where,
+        why=table or "they are of other ranks",
+        fix="mend the shards, or raise data.max_bad_fraction if you can do without them",
+    )
+
+
+def left_of(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
+    """Names of the sources that are not exhausted."""
+    return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
+
+
+def standing_of(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
+    """Counts of one source over streams; see `TrainStream.standing`."""
+    counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
+    for source, stream in streams:
+        state = stream.sources[name]
+        counts["served"] += state.served
+        counts["asked"] += state.served + state.credit / UNIT
+        counts["read"] += state.position
+        counts["pass"] += source.order.total
+        counts["left"] += 0 if source.end is None else source.end - state.position
+    return counts
+
+
+def _note(source: StreamSource, place: Place, bad: BadSampleError) -> dict[str, Any]:
+    index = source.indices[place.shard]
+    return {
+        "source": source.name,
+        "url": str(index.path),
+        "key": bad.key,
+        "offset": 0 if bad.key == WHOLE_SHARD else int(index.ranges_N2[place.sample, 0]),
+        "reason": bad.reason,
+        "detail": bad.detail,
+    }
 
 
 def too_many_bad(bad: Mapping[str, int], read: int, limit: float, quarantine: str | None = None) -> DataError:

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from m3i_scale.config import SourceConfig
+from m3i_scale.data.beside import tokenizer_folder
+from m3i_scale.data.remote import Access
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.errors import ConfigError
 
@@ -65,12 +67,15 @@ def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
     return sorted(sorted(counts, key=lambda character: (-counts[character], character))[:MAX_ALPHABET])
 
 
-def find_tokenizer(sources: dict[str, SourceConfig], configured: str | None) -> PreTrainedTokenizerBase:
+def find_tokenizer(
+    sources: dict[str, SourceConfig], configured: str | None, access: Access | None = None
+) -> PreTrainedTokenizerBase:
     """The configured tokenizer, or the one beside the shards of the first source that has one.
 
     Args:
         sources: training sources; `tokenizer/` is looked for in the shard folder and in its parent.
         configured: a folder or a Hub id (`text.tokenizer`), or None.
+        access: how servers are asked.
 
     Raises:
         ConfigError: there is none, it cannot be loaded, or it has no padding token.
@@ -79,10 +84,13 @@ def find_tokenizer(sources: dict[str, SourceConfig], configured: str | None) -> 
         return _load(configured, "text.tokenizer")
     places = []
     for name, source in sources.items():
+        if source.shards.startswith("pipe:"):
+            continue
         folder = shard_folder(source.shards)
         for place in (folder / "tokenizer", folder.parent / "tokenizer"):
-            if place.is_dir():
-                return _load(str(place), f"data.sources.{name}")
+            found = tokenizer_folder(place, f"source '{name}': ", access)
+            if found is not None:
+                return _load(str(found), f"data.sources.{name}")
             places.append(str(place))
     raise ConfigError(
         "the recipe has a text target, but there is no tokenizer",

@@ -14,13 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from m3i_scale.config import AugmentConfig
-from m3i_scale.data.samples import decoding
+from m3i_scale.config import DistortionConfig
+from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
+from m3i_scale.data.samples import decoding, quick_pixels
 
 CROP_ATTEMPTS = 10
 BLUR_SIGMA = (0.1, 2.0)
 """Standard deviation of the blur in pixels of a 224-pixel view; in proportion for other sizes."""
 BLUR_REFERENCE_SIZE = 224
+
+
+Pixels = NDArray[np.uint8]
+"""(H, W, 3)."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,6 @@ class Views:
     """Height and width of the source image in pixels."""
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as in exported image processors (a bare conversion drops the alpha)."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    opaque = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
-
-
 class ViewMaker:
     """Make views of images.
 
@@ -62,7 +59,7 @@ class ViewMaker:
         augment: False gives the largest centre square, V times, with nothing random.
     """
 
-    def __init__(self, config: AugmentConfig, *, views: int, image_size: int, augment: bool) -> None:
+    def __init__(self, config: DistortionConfig, *, views: int, image_size: int, augment: bool) -> None:
         self._config = config
         self._views = views
         self._size = image_size
@@ -74,18 +71,26 @@ class ViewMaker:
         Raises:
             BadSampleError: the image does not decode.
         """
-        width, height = image.size
+        lies = orientation(image)
+        width, height = upright_size(image.size, lies)
         rng = random.Random(seed)
         crops = [self._crop(height, width, rng) for _ in range(self._views)]
         smallest = min(min(crop.height, crop.width) for crop in crops)
-        with decoding():
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what the smallest crop needs.
-            shrink = max((factor for factor in (1, 2, 4, 8) if smallest >= factor * self._size), default=1)
-            image.draft("RGB", (max(1, width // shrink), max(1, height // shrink)))
-            rgb = on_white(image)
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what the smallest crop needs.
+        shrink = max((factor for factor in (1, 2, 4, 8) if smallest >= factor * self._size), default=1)
+        quick = quick_pixels(image) if shrink == 1 else None
+        if quick is not None and lies != 1:
+            quick = np.asarray(upright(Image.fromarray(quick), lies))
+        rgb: Image.Image | None = None
         pixels = np.empty((self._views, 3, self._size, self._size), dtype=np.uint8)
         for view, crop in enumerate(crops):
-            cut = self._cut(rgb, crop, (height, width))
+            cut: Pixels | Image.Image
+            if quick is not None and self._needs_no_resize(crop):
+                cut = _cut_out(quick, crop)
+            else:
+                if rgb is None:
+                    rgb = upright(_decoded(image, shrink), lies) if quick is None else Image.fromarray(quick)
+                cut = self._cut(rgb, crop, (height, width))
             cut = self._recolour(cut, view, rng) if self._augment else cut
             pixels[view] = np.asarray(cut).transpose(2, 0, 1)
         return Views(pixels, crops, (height, width))
@@ -97,6 +102,10 @@ class ViewMaker:
         flip = rng.random() < self._config.flip
         return Crop(*random_crop(height, width, self._config.crop_scale, self._config.crop_ratio, rng), flip)
 
+    def _needs_no_resize(self, crop: Crop) -> bool:
+        whole = crop.top == int(crop.top) and crop.left == int(crop.left)
+        return whole and (crop.height, crop.width) == (self._size, self._size)
+
     def _cut(self, image: Image.Image, crop: Crop, source: tuple[int, int]) -> Image.Image:
         """Crop and resize in one step. Flipping the small view instead of the large image gives the same pixels."""
         height, width = source
@@ -104,21 +113,47 @@ class ViewMaker:
         x, y = image.width / width, image.height / height
         box = (left * x, crop.top * y, (left + crop.width) * x, (crop.top + crop.height) * y)
         box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        view = image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        if (
+            (box[2] - box[0], box[3] - box[1]) == (self._size, self._size)
+            and box[0].is_integer()
+            and box[1].is_integer()
+        ):
+            view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
+        else:
+            view = image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         return ImageOps.mirror(view) if crop.flip else view
 
-    def _recolour(self, image: Image.Image, view: int, rng: random.Random) -> Image.Image:
+    def _recolour(self, cut: Pixels | Image.Image, view: int, rng: random.Random) -> Pixels | Image.Image:
         config = self._config
         if rng.random() < config.color_jitter_p:
-            image = jitter(image, config.color_jitter, rng)
+            cut = jitter(_as_image(cut), config.color_jitter, rng)
         if rng.random() < config.grayscale:
-            image = image.convert("L").convert("RGB")
+            cut = _as_image(cut).convert("L").convert("RGB")
         if rng.random() < per_view(config.blur, view):
             sigma = _uniform(*BLUR_SIGMA, rng) * self._size / BLUR_REFERENCE_SIZE
-            image = image.filter(ImageFilter.GaussianBlur(sigma))
+            cut = _as_image(cut).filter(ImageFilter.GaussianBlur(sigma))
         if rng.random() < per_view(config.solarize, view):
-            image = ImageOps.solarize(image, 128)
-        return image
+            cut = ImageOps.solarize(_as_image(cut), 128)
+        return cut
+
+
+def _decoded(image: Image.Image, shrink: int) -> Image.Image:
+    """RGB, at 1/shrink of the size where the format can."""
+    with decoding():
+        image.draft("RGB", (max(1, image.width // shrink), max(1, image.height // shrink)))
+        return on_white(image)
+
+
+def _cut_out(pixels: Pixels, crop: Crop) -> Pixels:
+    """A crop of the size of the view, which is not resized."""
+    left = int(pixels.shape[1] - crop.left - crop.width if crop.flip else crop.left)
+    top, height, width = int(crop.top), int(crop.height), int(crop.width)
+    cut = pixels[top : top + height, left : left + width]
+    return cut[:, ::-1] if crop.flip else cut
+
+
+def _as_image(cut: Pixels | Image.Image) -> Image.Image:
+    return cut if isinstance(cut, Image.Image) else Image.fromarray(np.ascontiguousarray(cut))
 
 
 def per_view(values: Sequence[float], view: int) -> float:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.data.access import check_access
 from m3i_scale.data.loader import TrainStream, read_label_sets
 
 
@@ -48,13 +49,17 @@ def write_folder(folder, sizes, labels=("a", "b", "c"), change=lambda number, me
 def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, quarantine=None, views=2, **data):
     weights = data.pop("weights", {})
     image_size, augment = data.pop("image_size", 8), data.pop("augment", True)
-    captions = data.pop("captions", "one")
+    captions, epochs, own = data.pop("captions", "one"), data.pop("epochs", {}), data.pop("settings", {})
     sources = {
-        name: SourceConfig(shards=str(folder), weight=weights.get(name, 1.0), captions=captions)
+        name: SourceConfig(
+            shards=str(folder),
+            **{"weight": weights.get(name, 1.0), "captions": captions, "epochs": epochs.get(name), **own.get(name, {})},
+        )
         for name, folder in folders.items()
     }
+    settings = DataConfig(sources=sources, **data)
     return TrainStream(
-        DataConfig(sources=sources, **data),
+        settings,
         sources,
         views=views,
         image_size=image_size,
@@ -64,7 +69,7 @@ def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, qua
         seed=3,
         tokenizer=tokenizer,
         max_tokens=16,
-        label_sets=read_label_sets(sources),
+        label_sets=read_label_sets(sources, check_access(settings, sources).at_start()),
         cache_dir=Path(cache),
         augment=augment,
         quarantine_path=quarantine,

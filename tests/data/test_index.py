@@ -64,6 +64,29 @@ def test_sparse_members_are_refused(tmp_path):
         scan_shard(path)
 
 
+def blocks(kind: bytes, content: bytes, name: str = "a.png") -> bytes:
+    """A header of any type, as tarfile itself would not write it, and what follows it."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(content)
+    return member.tobuf(tarfile.USTAR_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        (blocks(b"x", b"16 size=-100000\n"), "cannot read the shard"),
+        (blocks(b"x", b"7 a=bc\n") * 5_000, "cannot read the shard"),
+        (blocks(b"S", b""), "a sparse member"),
+    ],
+    ids=["negative size", "thousands of headers", "old sparse member"],
+)
+def test_made_up_headers_are_refused(tmp_path, before, told):
+    path = tmp_path / "s.tar"
+    path.write_bytes(before + blocks(b"0", b"1" * 400, "b.png") + bytes(1024))
+    with pytest.raises(DataError, match=told):
+        scan_shard(path)
+
+
 @pytest.mark.parametrize("cut", [100, 700, 1024, 1500])
 def test_cut_off_tars_are_refused(tools, tmp_path, cut):
     path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1" * 400), ("b.png", b"2" * 400)])

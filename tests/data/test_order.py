@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.data.order import Place, StreamOrder, deal, next_source, permutation
+from m3i_scale.data.order import Place, StreamOrder, deal, permutation
 from m3i_scale.errors import DataError
 
 sizes_of_shards = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -68,12 +68,3 @@ def test_deal_gives_every_shard_once_and_balances(sizes, streams):
 def test_fewer_shards_than_streams_is_an_error():
     with pytest.raises(DataError, match="3 shards cannot be dealt to 4 streams"):
         deal([1, 1, 1], 4, "here")
-
-
-@given(weights=st.lists(st.floats(0.05, 1), min_size=1, max_size=4), count=st.integers(1, 300))
-def test_sources_never_stray_from_their_shares(weights, count):
-    shares = {str(number): weight / sum(weights) for number, weight in enumerate(weights)}
-    served = dict.fromkeys(shares, 0)
-    for _ in range(count):
-        served[next_source(served, shares)] += 1
-    assert all(abs(served[name] - shares[name] * count) < len(shares) for name in shares)

@@ -4,11 +4,15 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.io import write_png
 
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.samples import open_image, read_annotations
+from m3i_scale.data.samples import open_image, quick_pixels, read_annotations
 
 LIMIT = 1_000_000
 
@@ -43,9 +47,27 @@ def test_what_is_no_image_is_refused(data):
         open_image({"jpg": data}, LIMIT)
 
 
+def test_the_same_bytes_are_told_in_the_same_words():
+    told = []
+    for _ in range(2):
+        with pytest.raises(BadSampleError) as caught:
+            open_image({"jpg": b"hello"}, LIMIT)
+        told.append(caught.value.detail)
+    assert told == ["cannot identify image file"] * 2
+
+
 def test_formats_beyond_jpeg_png_webp_are_refused(tools):
     with pytest.raises(BadSampleError, match="does not decode"):
         open_image({"png": tools.encode(kind="TIFF")}, LIMIT)
+
+
+def test_a_name_with_several_dots_is_explained():
+    with pytest.raises(BadSampleError, match="no image") as caught:
+        open_image({"__key__": b"photo", "left.jpg": b"", "txt": b"hello"}, LIMIT)
+    assert caught.value.detail.startswith("members: left.jpg, txt; a key ends at the first dot of the name, so .left")
+    with pytest.raises(BadSampleError) as caught:
+        open_image({"mask.png": b""}, LIMIT)
+    assert caught.value.detail == "members: mask.png"
 
 
 def test_a_sample_without_image():
@@ -99,3 +121,70 @@ def test_open_image_reads_the_header_only(tools):
     assert image.size == (64, 64)
     with pytest.raises(OSError, match="truncated"):
         Image.open(io.BytesIO(data[: len(data) // 2])).load()
+
+
+def encoded(kind, mode="RGB", size=(37, 22), **options):
+    pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded("PNG"),
+        encoded("JPEG", quality=90),
+        encoded("JPEG", quality=60, subsampling=0, progressive=True),
+        encoded("JPEG", size=(33, 47), subsampling=2),
+    ],
+)
+def test_the_quick_decoder_gives_pillows_pixels(data):
+    members = {"png": data}
+    found = quick_pixels(open_image(members, LIMIT))
+    assert found is not None
+    assert np.array_equal(found, np.asarray(open_image(members, LIMIT)))
+
+
+def text():
+    info = PngInfo()
+    info.add_text("title", "a")
+    return info
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded("PNG", "RGBA"),
+        encoded("PNG", "P"),
+        encoded("PNG", "L"),
+        encoded("PNG", transparency=(1, 2, 3)),
+        encoded("PNG", pnginfo=text()),
+        encoded("JPEG", "L"),
+        encoded("JPEG", "CMYK"),
+        encoded("WEBP", lossless=True),
+        encoded("PNG")[:-40],
+        encoded("JPEG")[:-40],
+    ],
+)
+def test_all_others_are_left_to_pillow(data):
+    assert quick_pixels(open_image({"png": data}, LIMIT)) is None
+
+
+def test_an_image_that_is_no_file_is_left_to_pillow():
+    assert quick_pixels(Image.new("RGB", (4, 4))) is None
+
+
+def test_sixteen_bits_a_channel_are_left_to_pillow(tmp_path):
+    write_png(torch.zeros(3, 4, 4, dtype=torch.uint8), str(tmp_path / "eight.png"))
+    assert quick_pixels(open_image({"png": (tmp_path / "eight.png").read_bytes()}, LIMIT)) is not None
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes(range(24)) for _ in range(4))
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    image = open_image({"png": data}, LIMIT)
+    assert image.mode == "RGB"
+    assert quick_pixels(image) is None
+    assert np.asarray(image)[0, 0].tolist() == [0, 2, 4]

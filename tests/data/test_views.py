@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from m3i_scale.config import AugmentConfig
+from m3i_scale.data.pixels import on_white, orientation
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.views import ViewMaker, per_view, random_crop, shift_hue
+from m3i_scale.data.records import encoded_image
+from m3i_scale.data.samples import open_image
+from m3i_scale.data.views import Crop, ViewMaker, per_view, random_crop, shift_hue
 
 PLAIN = AugmentConfig(color_jitter_p=0, grayscale=0, blur=[0], solarize=[0])
 
@@ -111,3 +114,118 @@ def test_what_is_transparent_becomes_white():
     views = ViewMaker(AugmentConfig(), views=1, image_size=16, augment=False)(image, 0)
     assert views.pixels_VCHW[0][:, 0, 0].tolist() == [10, 20, 30]
     assert views.pixels_VCHW[0][:, 0, 15].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_crop_of_the_views_own_size_is_cut_out_and_has_the_pixels_of_a_resize(flip):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    config = AugmentConfig(crop_scale=(0.3, 0.3), crop_ratio=(1, 1), flip=flip)
+    maker = ViewMaker(config, views=1, image_size=24, augment=True)
+    crop = Crop(5, 7, 24, 24, bool(flip))
+    cut = maker._cut(image, crop, (40, 48))
+    left = 48 - 7 - 24 if flip else 7
+    resized = image.resize((24, 24), Image.Resampling.BICUBIC, box=(left, 5, left + 24, 29), reducing_gap=2.0)
+    expected = np.asarray(resized)[:, ::-1] if flip else np.asarray(resized)
+    assert np.array_equal(np.asarray(cut), expected)
+    other = maker._cut(image, Crop(5, 7, 23, 24, bool(flip)), (40, 48))
+    assert other.size == (24, 24)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_keep_their_contrast(kind):
+    """In training, and on the way into a shard; a bare conversion makes nearly all of them white."""
+    ramp = np.linspace(0, 65_535, 60).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(ramp, (40, 1))).save(buffer, kind)
+    data, extension = encoded_image(buffer.getvalue(), "ramp")
+    with open_image({extension: data}, 10**6) as image:
+        found = np.asarray(on_white(image))
+    assert found.shape == (40, 60, 3)
+    assert np.array_equal(found[0, :, 0], ramp >> 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("augment", [AugmentConfig(), PLAIN, PLAIN.model_copy(update={"crop_scale": (0.4, 0.4)})])
+def test_views_do_not_depend_on_the_decoder(monkeypatch, kind, augment):
+    buffer = io.BytesIO()
+    gradient(40, 40).save(buffer, kind)
+
+    def views(seed):
+        return ViewMaker(augment, views=2, image_size=24, augment=True)(Image.open(io.BytesIO(buffer.getvalue())), seed)
+
+    quick = [views(seed) for seed in range(12)]
+    monkeypatch.setattr("m3i_scale.data.views.quick_pixels", lambda image: None)
+    for seed, found in enumerate(quick):
+        assert np.array_equal(found.pixels_VCHW, views(seed).pixels_VCHW)
+        assert found.crops == views(seed).crops
+
+
+def exif(value):
+    found = Image.Exif()
+    found[ExifTags.Base.Orientation] = value
+    return found
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_pictures_that_lie_on_their_side_are_turned(monkeypatch, kind, value, quick):
+    """As Pillow's own `exif_transpose` turns them, before anything is drawn from them."""
+    if not quick:
+        monkeypatch.setattr("m3i_scale.data.views.quick_pixels", lambda image: None)
+    lying, standing = io.BytesIO(), io.BytesIO()
+    gradient(40, 60).save(lying, kind, exif=exif(value))
+    with Image.open(io.BytesIO(lying.getvalue())) as image:
+        ImageOps.exif_transpose(image).convert("RGB").save(standing, "PNG")
+
+    def views(data, seed, image_size):
+        make = ViewMaker(AugmentConfig(), views=2, image_size=image_size, augment=True)
+        return make(Image.open(io.BytesIO(data.getvalue())), seed)
+
+    for seed in range(4):
+        found, wanted = (views(data, seed, 24) for data in (lying, standing))
+        assert found.size == wanted.size == ((40, 60) if value < 5 else (60, 40))
+        assert found.crops == wanted.crops
+        assert np.array_equal(found.pixels_VCHW, wanted.pixels_VCHW)
+    # Decoded at an eighth: the same picture, roughly.
+    small = ViewMaker(PLAIN, views=1, image_size=4, augment=False)
+    found, wanted = (small(Image.open(io.BytesIO(data.getvalue())), 0) for data in (lying, standing))
+    assert np.abs(found.pixels_VCHW.astype(int) - wanted.pixels_VCHW).max() < 16
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_is_none_is_not_followed(value):
+    data = io.BytesIO()
+    gradient(40, 60).save(data, "JPEG", exif=exif(value))
+    with Image.open(data) as image:
+        assert orientation(image) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_exif_data_say_nothing_and_stop_nothing(data):
+    whole = bytearray(exif(6).tobytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    whole = whole[: data.draw(st.integers(6, len(whole)))]
+    image = gradient(4, 6)
+    image.info["exif"] = bytes(whole)
+    assert orientation(image) in range(1, 9)
+
+
+def test_a_crop_of_the_views_size_is_cut_out_as_it_is():
+    same = PLAIN.model_copy(update={"crop_scale": (0.36, 0.36), "crop_ratio": (1.0, 1.0)})
+    buffer = io.BytesIO()
+    gradient(40, 40).save(buffer, "PNG")
+    whole = np.asarray(gradient(40, 40))
+    flips = set()
+    for seed in range(20):
+        views = ViewMaker(same, views=1, image_size=24, augment=True)(Image.open(io.BytesIO(buffer.getvalue())), seed)
+        crop = views.crops[0]
+        assert (crop.height, crop.width) == (24, 24)
+        source = whole[:, ::-1] if crop.flip else whole
+        cut = source[int(crop.top) : int(crop.top) + 24, int(crop.left) : int(crop.left) + 24]
+        assert np.array_equal(views.pixels_VCHW[0], cut.transpose(2, 0, 1))
+        flips.add(crop.flip)
+    assert flips == {True, False}

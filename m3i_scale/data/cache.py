@@ -1,0 +1,238 @@
+"""Whole remote shards on the host's disk, shared by all its processes: least recently used ones make room for new ones.
+
+    DIR/shards/KEY.tar       complete, and never written again; its time is that of its last use
+    DIR/shards/KEY.partial   on its way, at its full size from the start; renamed when it is complete and verified
+    DIR/lock                 held while room is made
+
+Who reads a shard holds a shared lock on it, who fetches one an exclusive lock on its partial. Both end with their
+process, however it ends. So a partial without a lock is what a cut or a kill left, and a shard under a lock is never
+removed. The next fetch of that shard goes on with what is left; for others it is the first to make room.
+
+Behind the bytes of a partial stands how many have arrived, and since which start of the machine: what a process has
+written survives its kill, and may not survive that of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from m3i_scale.errors import ConfigError, DataError
+
+_LOOK_AGAIN_S = 0.05
+_ARRIVED = struct.Struct("<36sQ")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+Fill = Callable[[BinaryIO], None]
+
+
+class ShardCache:
+    """A folder of shards, of at most `limit` bytes.
+
+    Args:
+        folder: made where it is absent.
+        limit: in bytes; includes what is on its way.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._root, self._folder, self._limit = folder, folder / "shards", limit
+
+    def check(self) -> None:
+        """See before anything is read that the cache can be used.
+
+        Raises:
+            ConfigError: the folder cannot be written, or the disk has not that much room.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._lock():
+                free = shutil.disk_usage(self._folder).free + sum(size for _, size, _ in self._entries())
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the cache of shards: {error.strerror}", where=f"data.cache_dir: {self._root}"
+            ) from None
+        if free < self._limit:
+            gib = free / 2**30
+            raise ConfigError(
+                f"the cache of shards may take {self._limit / 2**30:.4g} GiB, and there is room for {gib:.4g}",
+                where=f"data.cache_dir: {self._root}",
+                fix=f"data.cache_gib={int(gib * 9) / 10:g}, or another data.cache_dir",
+            )
+
+    def open(self, key: str) -> int | None:
+        """A descriptor of a complete shard, which keeps it from being removed until it is closed; None where absent.
+
+        Raises:
+            DataError: the disk fails.
+        """
+        path = self._path(key)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._failed("read", error) from None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not os.fstat(descriptor).st_nlink:  # removed between the two calls
+            os.close(descriptor)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+        return descriptor
+
+    def add(self, key: str, size: int | None, fill: Fill) -> bool:
+        """Make sure that a shard is there. One process fetches it, others wait for that.
+
+        Args:
+            key: see `key_of`.
+            size: in bytes; None where it shows only at the end, and room is made then.
+            fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on. Where it
+                tells `note_arrived`, what has arrived is kept for the next call.
+
+        Returns:
+            False where the shards in use leave no room for it.
+
+        Raises:
+            DataError: the disk is full, or fails.
+        """
+        path, partial = self._path(key), self._path(key, ".partial")
+        try:
+            with self._alone(partial) as out:
+                if path.is_file():
+                    return True
+                if size is not None and not self._reserve(partial, out, size):
+                    return False
+                out.seek(0)
+                fill(out)
+                out.flush()
+                if size is None and not self._reserve(partial, out, out.tell()):
+                    return False
+                out.truncate(os.fstat(out.fileno()).st_size - _ARRIVED.size)
+                os.replace(partial, path)
+        except OSError as error:
+            raise self._failed("write", error) from None
+        return True
+
+    def _failed(self, what: str, error: OSError) -> DataError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return DataError(
+            f"cannot {what} the cache of shards: {error.strerror or error}",
+            where=f"data.cache_dir: {self._root}",
+            fix="something else fills the disk: make room, or lower data.cache_gib" if full else None,
+        )
+
+    @contextlib.contextmanager
+    def _alone(self, partial: Path) -> Iterator[BinaryIO]:
+        """The partial of a shard, locked for this caller alone; gone at the end unless renamed, or worth keeping."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as out:
+                if not _locked(out.fileno()):
+                    time.sleep(_LOOK_AGAIN_S)
+                    continue
+                if not _is_at(out.fileno(), partial):  # renamed or removed while this one waited
+                    continue
+                try:
+                    yield out
+                finally:
+                    if _is_at(out.fileno(), partial) and not arrived(out):
+                        partial.unlink()
+                return
+
+    def _reserve(self, partial: Path, out: BinaryIO, size: int) -> bool:
+        """Take `size` bytes for a partial, removing what was used longest ago."""
+        with self._lock():
+            entries = [entry for entry in self._entries() if entry[2] != partial]
+            entries.sort(key=lambda entry: (entry[2].suffix != ".partial", entry))
+            total = size + sum(taken for _, taken, _ in entries)
+            for _, taken, path in entries:
+                if total > self._limit and _removed(path):
+                    total -= taken
+            if total > self._limit:
+                return False
+            os.posix_fallocate(out.fileno(), 0, size + _ARRIVED.size)
+            out.truncate(size + _ARRIVED.size)
+            return True
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """Last use, bytes and path of everything there."""
+        found = []
+        for entry in os.scandir(self._folder):
+            with contextlib.suppress(FileNotFoundError):
+                facts, path = entry.stat(), Path(entry.path)
+                behind = _ARRIVED.size if path.suffix == ".partial" else 0
+                found.append((facts.st_mtime, max(0, facts.st_size - behind), path))
+        return found
+
+    def _lock(self) -> FileLock:
+        return FileLock(self._root / "lock")
+
+    def _path(self, key: str, suffix: str = ".tar") -> Path:
+        return self._folder / f"{key}{suffix}"
+
+
+def arrived(out: BinaryIO) -> int:
+    """How many bytes of a partial are those of its shard, as an earlier fetch has noted it; 0 where none has."""
+    size = os.fstat(out.fileno()).st_size - _ARRIVED.size
+    if size < 0:
+        return 0
+    boot, count = _ARRIVED.unpack(os.pread(out.fileno(), _ARRIVED.size, size))
+    return int(count) if boot == _boot() and count <= size else 0
+
+
+def note_arrived(out: BinaryIO, count: int) -> None:
+    """Keep the first `count` bytes of a partial, whose size is known, for the next fetch if this one is cut."""
+    out.flush()
+    size = os.fstat(out.fileno()).st_size - _ARRIVED.size
+    os.pwrite(out.fileno(), _ARRIVED.pack(_boot(), count), size)
+
+
+@functools.cache
+def _boot() -> bytes:
+    return _BOOT_ID.read_bytes().strip()
+
+
+def key_of(address: str, version: str, size: int) -> str:
+    """The name of a shard in the cache: another one for another version."""
+    return hashlib.sha256(f"{address}\0{version}\0{size}".encode()).hexdigest()[:32]
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file that nobody holds a lock on."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        if not _locked(descriptor):
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(descriptor)

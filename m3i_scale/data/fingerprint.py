@@ -1,0 +1,186 @@
+"""What a data state remembers of its sources: enough to say what changed, little enough for every checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from braceexpand import braceexpand
+
+from m3i_scale.config import AugmentConfig, DistortionConfig, SourceConfig
+
+Shard = tuple[str, int, int, str]
+"""Name, bytes, samples, digest of the members' headers."""
+_DIGEST_LETTERS = 2
+"""12 bits for the size of a shard, and as many for its number of samples and for its headers. They serve the words of
+the diff; that there is one is known by the whole hash."""
+_SHOWN = 4
+_NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
+
+
+def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentConfig) -> dict[str, Any]:
+    """A source as every rank's state has it: shards and their order as one hash, settings one by one.
+
+    Args:
+        shards: in order.
+        source: its settings.
+        augment: distortions where the source has none of its own.
+    """
+    digest = hashlib.sha256()
+    count = samples = 0
+    for name, size, number, headers in shards:
+        digest.update(f"{name} {size} {number} {headers}\n".encode())
+        count += 1
+        samples += number
+    distortions = (source.augment or augment).model_dump(mode="json", include=set(DistortionConfig.model_fields))
+    settings = source.model_dump(mode="json", exclude={"shards", "augment"}) | {"augment": distortions}
+    return {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "settings": settings}
+
+
+def listing(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Shards one by one, for the state of rank 0: names in brace patterns, six letters for each.
+
+    Args:
+        shards: in order.
+    """
+    letters = "".join(_letters(*shard[1:]) for shard in shards)
+    return {"names": _patterns([name for name, *_ in shards]), "digests": letters}
+
+
+def changes(
+    saved: Mapping[str, Any],
+    present: Mapping[str, Any],
+    listings: Mapping[str, Any],
+    here: Mapping[str, Sequence[Shard]],
+) -> dict[str, str]:
+    """What became of every source that differs, in words.
+
+    Args:
+        saved: fingerprints of the data state, by source.
+        present: fingerprints of the run as it is.
+        listings: shards of the data state one by one, by source; may lack any.
+        here: shards as they are.
+    """
+    found = {}
+    for name in sorted({*saved, *present}):
+        before, now = saved.get(name), present.get(name)
+        if before is None and now is not None:
+            found[name] = f"added ({_amount(now)})"
+        elif now is None and before is not None:
+            found[name] = f"removed ({_amount(before)})"
+        elif before is not None and now is not None and before != now:
+            parts = list(_settings("", before["settings"], now["settings"]))
+            if not same_shards(before, now):
+                parts.insert(0, _shards(before, now, listings.get(name), here[name]))
+            found[name] = "; ".join(parts)
+    return found
+
+
+def same_shards(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same shards, whatever the settings."""
+    return bool(before["sha256"] == now["sha256"])
+
+
+def _amount(source: Mapping[str, Any]) -> str:
+    return f"{_count(source['shards'])}, {source['samples']} samples"
+
+
+def _count(shards: int) -> str:
+    return f"{shards} shard" if shards == 1 else f"{shards} shards"
+
+
+def _settings(key: str, before: Any, now: Any) -> Iterable[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                yield from _settings(f"{key}.{name}" if key else name, before.get(name), now.get(name))
+    else:
+        yield f"{key} was {before}, is {now}"
+
+
+def _shards(
+    before: Mapping[str, Any], now: Mapping[str, Any], old: Mapping[str, Any] | None, here: Sequence[Shard]
+) -> str:
+    if old is None:
+        return f"shards were {_amount(before)}, are {_amount(now)}"
+    width = 3 * _DIGEST_LETTERS
+    names = _names(old["names"])
+    known = {name: old["digests"][width * number : width * (number + 1)] for number, name in enumerate(names)}
+    present = {shard[0]: _letters(*shard[1:]) for shard in here}
+    both = [name for name in present if name in known]
+    bytes_, samples = slice(0, _DIGEST_LETTERS), slice(_DIGEST_LETTERS, 2 * _DIGEST_LETTERS)
+    resampled = [name for name in both if known[name][samples] != present[name][samples]]
+    resized = [name for name in both if known[name][bytes_] != present[name][bytes_] and name not in resampled]
+    other = [name for name in both if known[name] != present[name] and name not in {*resampled, *resized}]
+    kinds = {
+        "added": [name for name in present if name not in known],
+        "removed": [name for name in names if name not in present],
+        "with another number of samples": resampled,
+        "of another size": resized,
+        "of the same size with other members": other,
+    }
+    parts = [f"{_count(len(which))} {what}: {_shown(which)}" for what, which in kinds.items() if which]
+    return ", ".join(parts) or "a shard has other members, which one is not known"
+
+
+def _shown(names: Sequence[str]) -> str:
+    patterns = [pattern.removeprefix("=") for pattern in _patterns(names)]
+    return " ".join(patterns[:_SHOWN]) + (" …" if len(patterns) > _SHOWN else "")
+
+
+def _letters(*values: int | str) -> str:
+    digests = (hashlib.blake2b(str(value).encode(), digest_size=3).digest() for value in values)
+    return "".join(base64.urlsafe_b64encode(digest)[:_DIGEST_LETTERS].decode() for digest in digests)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A name that ends in a number and what follows it, such as `images-` `000017` `.tar`."""
+
+    before: str
+    digits: str
+    after: str
+
+
+def _split(name: str) -> _Numbered | None:
+    """The last number of a name; None where there is none, or braces would make the pattern mean something else."""
+    if name.startswith("=") or any(letter in name for letter in "{}\\,"):
+        return None
+    match = _NUMBERED.fullmatch(name)
+    return None if match is None else _Numbered(*match.groups())
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Names in order, runs of consecutive numbers as one brace pattern. Names with braces stand behind `=`."""
+
+    def place(item: tuple[int, str]) -> tuple[Any, ...]:
+        number, name = item
+        split = _split(name)
+        if split is None:
+            return (number,)
+        return (split.before, split.after, len(split.digits), int(split.digits) - number)
+
+    patterns = []
+    for _, group in groupby(enumerate(names), key=place):
+        run = [name for _, name in group]
+        first, last = _split(run[0]), _split(run[-1])
+        if first is None or last is None:
+            patterns.append(f"={run[0]}")
+        elif len(run) == 1:
+            patterns.append(run[0])
+        else:
+            patterns.append(f"{first.before}{{{first.digits}..{last.digits}}}{first.after}")
+    return patterns
+
+
+def _names(patterns: Iterable[str]) -> list[str]:
+    """The names that `_patterns` was given."""
+    names: list[str] = []
+    for pattern in patterns:
+        names += [pattern[1:]] if pattern.startswith("=") else braceexpand(pattern)
+    return names

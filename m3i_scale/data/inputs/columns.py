@@ -1,0 +1,131 @@
+"""Which column of a table is the image, the caption, the label: by its type, or by name where several could be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
+
+NONE = "none"
+"""Asks for no column."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names that the user gave; None: found by type."""
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+    key: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of the columns that are used."""
+
+    image: str
+    caption: str | None
+    label: str | None
+    key: str | None
+    group: str | None
+
+    def used(self) -> set[str | None]:
+        """Columns that do not go into the json member."""
+        return {self.image, self.caption, self.label}
+
+
+def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[str]]:
+    """Roles, and class names of the label column.
+
+    The image is the one column of type Image (or of a struct with bytes and path), the label the one ClassLabel, the
+    caption the one of `caption`, `text`, `captions` and `texts` that is there.
+
+    Raises:
+        ConfigError: a column that is not there; none or several that could be meant.
+    """
+    names = list(schema.names)
+    for given in vars(columns).values():
+        if given is not None and given != NONE and given not in names:
+            raise ConfigError(f"there is no column '{given}'", where=where, fix=did_you_mean(given, names))
+    features = _features(schema, where)
+    images = [name for name in names if _is_image(features.get(name), schema.field(name).type)]
+    labels = [name for name in names if _kind(features.get(name)) == "ClassLabel"]
+    texts = [name for name in names if name in ("caption", "text", "captions", "texts")]
+    image = _one("image", columns.image, images, where)
+    if image is None:
+        raise ConfigError("there is no column of images", where=where, fix="name it with --image-column")
+    label = _one("label", columns.label, labels, where)
+    roles = Roles(image, _one("caption", columns.caption, texts, where), label, columns.key, columns.group)
+    return roles, _class_names(features.get(label or ""), label, where)
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON types.
+
+    Raises:
+        TypeError: there are none for it.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError("not a JSON number")
+        return value
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    raise TypeError(type(value).__name__)
+
+
+def _one(role: str, given: str | None, found: list[str], where: str) -> str | None:
+    if given is not None:
+        return None if given == NONE else given
+    if len(found) > 1:
+        raise ConfigError(
+            f"several columns could be the {role}: {', '.join(found)}", where=where, fix=f"choose with --{role}-column"
+        )
+    return found[0] if found else None
+
+
+def _features(schema: Any, where: str) -> Mapping[str, Any]:
+    """What `datasets` wrote about the columns."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    if text is None:
+        return {}
+    try:
+        features = json.loads(text)["info"]["features"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the description of the columns is damaged: {error!r}", where=where) from None
+    return features if isinstance(features, dict) else {}
+
+
+def _kind(feature: Any) -> str | None:
+    return feature.get("_type") if isinstance(feature, dict) else None
+
+
+def _is_image(feature: Any, kind: Any) -> bool:
+    if feature is not None:
+        return _kind(feature) == "Image"
+    return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(n).name for n in range(kind.num_fields)}
+
+
+def _class_names(feature: Any, label: str | None, where: str) -> list[str]:
+    if label is None:
+        return []
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"the column '{label}' has no class names",
+            where=where,
+            fix="cast it to ClassLabel (datasets.class_encode_column), or leave labels out: --label-column none",
+        )
+    return names

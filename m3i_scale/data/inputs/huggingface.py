@@ -1,0 +1,249 @@
+"""Hugging Face `datasets` as input of `make`: folders of `save_to_disk`, and Parquet files; read by pyarrow alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from m3i_scale.data.inputs.columns import Columns, Roles, find_roles, plain
+from m3i_scale.data.records import BytesImage, ImageSource, Record, Unusable
+from m3i_scale.data.tools.layout import Outline
+from m3i_scale.errors import DataError
+
+BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A file with rows."""
+
+    path: Path
+    split: str | None
+    """None: the split rule decides."""
+
+    @property
+    def is_parquet(self) -> bool:
+        """Parquet, else an Arrow stream."""
+        return self.path.suffix == ".parquet"
+
+
+@dataclass
+class TableInput:
+    """Rows of Arrow or Parquet files, a few at a time."""
+
+    files: Sequence[TableFile]
+    roles: Roles
+    labels: list[str]
+    left_out: set[str] = field(default_factory=set)
+    """Columns that no json member can hold."""
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        wanted = [name for name in (self.roles.group, self.roles.key) if name is not None]
+        for place, key, row in self._rows(wanted):
+            group = None if self.roles.group is None else str(row[self.roles.group])
+            yield Outline(key, place.row_bytes, group, place.file.split, f"{place.file.path}, row {place.row + 1}")
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        for place, key, row in self._rows(None):
+            where = f"{place.file.path}, row {place.row + 1}"
+            data, image = _image(row[self.roles.image], where)
+            label = None if self.roles.label is None else row[self.roles.label]
+            if label == -1:
+                label = None  # how `datasets` writes "none"
+            if label is not None and not (isinstance(label, int) and 0 <= label < len(self.labels)):
+                image = Unusable(DataError(f"the label is out of range: {label!r:.40}", where=where))
+                label = None
+            caption = None if self.roles.caption is None else _text(row[self.roles.caption])
+            yield Record(
+                key, image, caption, label, self._meta(row), place.file.split, size_hint=max(len(data), place.row_bytes)
+            )
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return {"source": "huggingface", **({"columns_left_out": sorted(self.left_out)} if self.left_out else {})}
+
+    def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        meta = {}
+        for name, value in row.items():
+            if name in self.roles.used() or value is None:
+                continue
+            try:
+                meta[name] = plain(value)
+            except TypeError:
+                self.left_out.add(name)
+        return meta
+
+    def _rows(self, columns: list[str] | None) -> Iterator[tuple[_Place, str, dict[str, Any]]]:
+        numbers: dict[str | None, int] = {}
+        for file in self.files:
+            row_bytes = 0
+            first = numbers.get(file.split, 0)
+            row = -1
+            for row, values in enumerate(_read(file, columns)):
+                if not row:
+                    row_bytes = file.path.stat().st_size // max(1, row_count(file))
+                number = first + row
+                key = f"{number:09d}" if file.split is None else f"{file.split}-{number:09d}"
+                if self.roles.key is not None:
+                    key = _key(values[self.roles.key], f"{file.path}, row {row + 1}")
+                yield _Place(file, row, row_bytes), key, values
+            numbers[file.split] = first + row + 1
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: TableFile
+    row: int
+    row_bytes: int
+    """Bytes of a row on average."""
+
+
+def huggingface_input(source: Path, columns: Columns) -> TableInput:
+    """A folder of `datasets.save_to_disk` (also of several splits), a Parquet file, or a folder of such files.
+
+    Parquet files of a folder are told apart by the beginning of their names, as on the Hub: `train-00000-of-00004`.
+
+    Args:
+        source: file or folder.
+        columns: which column is what; see `find_roles`.
+
+    Raises:
+        DataError: nothing there, or files that do not agree.
+        ConfigError: columns that are not there, or several that could be meant.
+    """
+    files = find_files(source)
+    schema = _schema(files[0])
+    for file in files[1:]:
+        if not _schema(file).equals(schema, check_metadata=False):
+            raise DataError("its files have different columns", where=f"{files[0].path}, {file.path}")
+    roles, labels = find_roles(schema, columns, str(files[0].path))
+    return TableInput(files, roles, labels)
+
+
+def find_files(source: Path) -> list[TableFile]:
+    """The files of a data set, in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    if source.is_file() and source.suffix == ".parquet":
+        return [TableFile(source, None)]
+    if (source / "dataset_dict.json").is_file():
+        splits = _json(source / "dataset_dict.json").get("splits", [])
+        return [file for split in splits for file in _saved(_inside(source, split), str(split))]
+    if (source / "state.json").is_file():
+        return _saved(source, None)
+    found = sorted(source.rglob("*.parquet")) if source.is_dir() else []
+    if not found:
+        raise DataError(
+            "no data set of Hugging Face",
+            where=str(source),
+            fix="give a folder that datasets.save_to_disk wrote, a .parquet file, or a folder of such files",
+        )
+    return [TableFile(path, _split_of(path)) for path in found]
+
+
+def row_count(file: TableFile) -> int:
+    """Rows of a file, from its headers."""
+    if file.is_parquet:
+        parquet: Any = pyarrow.parquet.ParquetFile
+        with parquet(file.path) as table:
+            return int(table.metadata.num_rows)
+    with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+        return sum(int(batch.num_rows) for batch in stream)
+
+
+def _saved(folder: Path, split: str | None) -> list[TableFile]:
+    names = [entry.get("filename") for entry in _json(folder / "state.json").get("_data_files", [])]
+    if not names:
+        raise DataError("the saved data set names no files", where=str(folder / "state.json"))
+    return [TableFile(_inside(folder, name), split) for name in names]
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """A file or folder that a JSON file names: right below, or a downloaded data set could name any other."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise DataError(f"not the name of a file in the folder: {name!r:.80}", where=str(folder))
+    return folder / name
+
+
+def _split_of(path: Path) -> str | None:
+    """`train-00000-of-00004.parquet` and `train/0000.parquet` are of split train."""
+    head = path.stem.partition("-")[0] if "-of-" in path.stem else path.parent.name
+    return head if head in ("train", "test", "val", "validation", "dev") else None
+
+
+def _read(file: TableFile, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    try:
+        if file.is_parquet:
+            parquet: Any = pyarrow.parquet.ParquetFile
+            with parquet(file.path) as table:
+                if columns == []:
+                    yield from ({} for _ in range(table.metadata.num_rows))
+                    return
+                for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+            return
+        with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+            for batch in stream:
+                picked = batch if columns is None else batch.select(columns)
+                if columns == []:
+                    yield from ({} for _ in range(batch.num_rows))
+                    continue
+                for start in range(0, picked.num_rows, BATCH_ROWS):
+                    yield from picked.slice(start, BATCH_ROWS).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read the file: {error}", where=str(file.path), fix="download it again") from None
+
+
+def _schema(file: TableFile) -> Any:
+    try:
+        if file.is_parquet:
+            read: Any = pyarrow.parquet.read_schema
+            return read(file.path)
+        with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+            return stream.schema
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read the file: {error}", where=str(file.path), fix="download it again") from None
+
+
+def _image(value: Any, where: str) -> tuple[bytes, ImageSource]:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        fix = "save it with its images embedded (save_to_disk and to_parquet do), or use `make manifest` for paths"
+        return b"", Unusable(DataError("the row holds no image", where=where, fix=fix))
+    return data, BytesImage(data, where)
+
+
+def _text(value: Any) -> str | None:
+    """A caption; of several, one a line (`captions: lines` of a source)."""
+    if isinstance(value, list):
+        return "\n".join(" ".join(str(item).split()) for item in value if item) or None
+    return None if value is None else str(value).strip() or None
+
+
+def _key(value: Any, where: str) -> str:
+    text = "" if value is None else str(value)
+    if not text or "." in text or "/" in text or text.startswith("__") or not text.isprintable() or len(text) > 200:
+        raise DataError(
+            f"no key: {text!r:.80}", where=where, fix="keys have no dots and no slashes; choose another column"
+        )
+    return text
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the file: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise DataError("not a JSON object", where=str(path))
+    return value

@@ -1,0 +1,120 @@
+"""Which source a stream reads next: a pure function of what the stream has taken, for fixed and for scheduled weights.
+
+Shares are whole numbers of `UNIT`. Their sums are exact, so that an account kept over billions of samples is, and so
+that no version of Python or of a library can turn a tie.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from m3i_scale.config import SourceConfig
+from m3i_scale.errors import ConfigError
+
+UNIT = 2**40
+"""A share of one, in the whole numbers that shares are counted in."""
+
+Weight = float | list[tuple[int, float]]
+
+
+def weight_at(weight: Weight, samples: int) -> float:
+    """A source's weight when the run has seen so many samples."""
+    if not isinstance(weight, list):
+        return weight
+    after = bisect.bisect_right([at for at, _ in weight], samples)
+    if after == len(weight):
+        return weight[-1][1]
+    (x0, y0), (x1, y1) = weight[after - 1], weight[after]
+    return y0 + (y1 - y0) * (samples - x0) / (x1 - x0)
+
+
+def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.sources") -> None:
+    """Some source must have a weight at all times.
+
+    Raises:
+        ConfigError: none has, or there is no source.
+    """
+    if not sources:
+        raise ConfigError("the run has no data", where=where, fix=f"{where}.main.shards=/data/shards/train")
+    weights = [source.weight for source in sources.values()]
+    # Between these points all weights are linear, so a sum of zero shows at one of them.
+    points = sorted({0, *(at for weight in weights if isinstance(weight, list) for at, _ in weight)})
+    for samples in points:
+        if not any(weight_at(weight, samples) > 0 for weight in weights):
+            raise ConfigError(
+                f"no source has a weight after {samples} samples",
+                where=", ".join(f"{where}.{name}.weight" for name in sources),
+                fix="give one of them a weight above 0",
+            )
+
+
+class Mix:
+    """Gives every source its share of a stream's samples, at every moment as nearly as whole samples allow.
+
+    Args:
+        weights: of every source, by name.
+        streams: streams of the run; all take alike, so a stream's n-th sample is about the run's (n · streams)-th.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight], streams: int) -> None:
+        self._weights = dict(sorted(weights.items()))  # ties must not depend on the order in the run file
+        self._streams = streams
+        self._fixed = not any(isinstance(weight, list) for weight in weights.values())
+        self._known: dict[frozenset[str], dict[str, int]] = {}
+
+    def shares(self, taken: int, left: Collection[str]) -> dict[str, int]:
+        """The share of every source that is left in the stream's next sample, in UNIT, which they add up to.
+
+        Empty when nothing is left, or nothing that has a weight now.
+
+        Args:
+            taken: good samples that the stream has given before.
+            left: sources that are not exhausted.
+        """
+        key = frozenset(left)
+        if self._fixed and key in self._known:
+            return self._known[key]
+        seen = taken * self._streams
+        weights = {name: weight_at(weight, seen) for name, weight in self._weights.items() if name in key}
+        total = math.fsum(weights.values())
+        shares = {name: int(weight / total * UNIT) for name, weight in weights.items()} if total > 0 else {}
+        if shares:
+            shares[max(shares, key=lambda name: shares[name])] += UNIT - sum(shares.values())
+        if self._fixed:
+            self._known[key] = shares
+        return shares
+
+
+def furthest_behind(credits: Mapping[str, int], shares: Mapping[str, int]) -> str:
+    """The source that is furthest behind its share; the first by name of equals. One without a share is never taken.
+
+    Args:
+        credits: what every source was to have got before, less what it got, in UNIT.
+        shares: of the next sample.
+    """
+    return max(sorted(name for name in shares if shares[name]), key=lambda name: credits[name] + shares[name])
+
+
+def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> None:
+    """Enter a sample in the account: every source was to get its share of it, and `taken` got all."""
+    for name, share in shares.items():
+        credits[name] += share
+    credits[taken] -= UNIT
+
+
+def whole_passes(sources: Mapping[str, SourceConfig]) -> bool:
+    """Whether the sources can come to an end: `epochs` of one of them is set."""
+    return any(source.epochs is not None for source in sources.values())
+
+
+def samples_at_most(passes: Sequence[Sequence[tuple[int, int | None]]]) -> int | None:
+    """Samples that can be taken evenly from all streams, were none of them bad; None where some source never ends.
+
+    Args:
+        passes: for every stream and source the samples of a pass, and how many passes there are.
+    """
+    if any(epochs is None for stream in passes for _, epochs in stream):
+        return None
+    return len(passes) * min(sum(total * (epochs or 0) for total, epochs in stream) for stream in passes)

@@ -1,0 +1,131 @@
+"""Where a file lies: a path, or an address that fsspec reads. Addresses never carry credentials, nor do their names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from m3i_scale.errors import DataError
+
+SCHEMES = ("http", "https", "s3", "gs", "hf", "pipe")
+"""What is not a path of this host. `file://` is one."""
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|:(?=[^\\/]))")
+_PIPED_SHARD = re.compile(r"([^\s/'\"=;|&]+\.tar)(?![^\s'\";|&])")
+_LOGIN = re.compile(r"://(?:[^\s/]*|[^\s/:]+:(?!\d+/)[^\s@]*)@")
+_QUERY = re.compile(r"(\w+://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
+_NAMED_SECRET = re.compile(
+    r"((?:signature|credential|token|secret|password|api_?key|access_?key(?:_?id)?|\bsig)['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)]+",
+    re.IGNORECASE,
+)
+_HEADER_SECRET = re.compile(r"\b((?:Bearer|Basic)\s+)[\w.~+/=-]+", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{8,}|ya29\.[\w-]+|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
+)
+"""Tokens that are known by their beginnings: of the Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
+
+
+@dataclass(frozen=True, order=True)
+class Url:
+    """An address, with the part of pathlib's interface that shards need. `str` is fit for logs and state."""
+
+    address: str
+    """What fsspec is given; of a pipe, the command."""
+
+    @property
+    def scheme(self) -> str:
+        """http, https, s3, gs, hf or pipe."""
+        return self.address.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """The last part; of a pipe, the file name that its command mentions last."""
+        if self.scheme == "pipe":
+            return str(_PIPED_SHARD.findall(self.address)[-1])
+        return self.address.rstrip("/").rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        """The name without its last suffix."""
+        return Path(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        """The last suffix of the name."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> Url:
+        """The folder. A pipe has none and is its own, and so is the root of a server."""
+        above = self.address.rstrip("/").rpartition("/")[0]
+        return self if self.scheme == "pipe" or above.endswith(("/", ":")) else Url(above)
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self.address.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        if self.scheme != "pipe":
+            return self.address
+        # A command may hold a password: of it, only the program and the shard are told.
+        return f"pipe:{self.address.removeprefix('pipe:').split(maxsplit=1)[0]} … {self.name}"
+
+
+Place = Path | Url
+
+
+def is_remote(shards: str) -> bool:
+    """Whether a `shards` value is an address, and not a path of this host."""
+    found = _SCHEME.match(shards)
+    return found is not None and found[1].lower() != "file"
+
+
+def to_place(text: str, where: str = "shards") -> Place:
+    """A path or an address.
+
+    Raises:
+        DataError: a scheme that is not read, a password or a query in the address, a pipe that names no shard.
+    """
+    if not is_remote(text):
+        return Path(text.removeprefix("file://"))
+    fault = address_fault(text)
+    if fault is not None:
+        what, fix = fault
+        raise DataError(what, where=f"{where}: {without_secrets(text)}", fix=fix)
+    return Url(text)
+
+
+def address_fault(text: str) -> tuple[str, str] | None:
+    """What is wrong with an address, and how to mend it; None where nothing is."""
+    scheme = text.partition(":")[0]
+    if scheme == "pipe":
+        nameless = ("the command names no .tar file", "pipe:COMMAND … NAME.tar; the name is that of the shard")
+        return None if _PIPED_SHARD.search(text) else nameless
+    faults = {
+        (f"shards cannot be read from '{scheme}:'", f"a path, or one of {', '.join(SCHEMES)}"): scheme not in SCHEMES,
+        ("not an address", f"{scheme}://…"): not text.startswith(f"{scheme}://"),
+        (
+            "the address holds a user name or a password, which the run file and checkpoints would keep",
+            "leave it to ~/.netrc, or to the environment",
+        ): _has_login(text) and scheme != "hf",
+        (
+            "the address holds a query, which the run file and checkpoints would keep with any signature in it",
+            "take the address without it; s3, gs and hf find their credentials in the environment",
+        ): "?" in text,
+    }
+    return next((fault for fault, holds in faults.items() if holds), None)
+
+
+def _has_login(text: str) -> bool:
+    """A password with a slash ends what is split off as the host: a port that is no number gives it away."""
+    host = urlsplit(text).netloc
+    port = host.rpartition("]")[2].partition(":")[2]  # an IPv6 address stands in brackets
+    return "@" in host or (bool(port) and not port.isdecimal())
+
+
+def without_secrets(text: str) -> str:
+    """The text of somebody else's message, with logins and queries of addresses, signatures and tokens cut out."""
+    if text.startswith("pipe:"):
+        return "pipe:…"
+    text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
+    return _TOKEN.sub("…", _NAMED_SECRET.sub(r"\1…", _HEADER_SECRET.sub(r"\1…", text)))

@@ -1,0 +1,275 @@
+"""The index of one shard: where every sample lies, from one scan of the tar headers, and the file that keeps it.
+
+The index makes a seek O(1), and it is where hostile tars are stopped: after it, only byte ranges of regular members are
+read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
+
+from m3i_scale.data.places import Place, Url
+from m3i_scale.errors import DataError
+
+INDEX_FORMAT = 2
+PROBES = 16
+"""Samples whose headers are compared where the time of a shard is not that of its index."""
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Byte ranges of the samples of one shard."""
+
+    path: Place
+    size: int
+    """Bytes of the tar file when it was scanned."""
+    ranges_N2: NDArray[np.int64]
+    """(N, 2): first byte of a sample's first header, and the byte after its last member's data."""
+    heads_N: NDArray[np.uint32]
+    """(N): CRC-32 of the headers of a sample's members. Another shard of the same size has others."""
+    version: str = ""
+    """Of the scanned file: ETag or the like of a remote one, time of the last change of a local one."""
+    sha256: str = ""
+    """Of a remote shard, from the manifest.json beside it; empty without one."""
+
+    def __len__(self) -> int:
+        return len(self.ranges_N2)
+
+    @property
+    def digest(self) -> str:
+        """Of all headers: the same wherever a copy of the shard lies, another one for other samples."""
+        return hashlib.sha256(self.heads_N.astype("<u4").tobytes()).hexdigest()[:16]
+
+
+def scan_shard(path: Path) -> ShardIndex:
+    """Read all headers of a tar on this host.
+
+    Raises:
+        DataError: see `scan_stream`; the file cannot be read.
+    """
+    facts = _stat(path)
+    try:
+        with path.open("rb") as stream:
+            ranges, heads = scan_stream(stream, facts.st_size, path)
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
+    return ShardIndex(path, facts.st_size, ranges, heads, _version(facts))
+
+
+def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Read all headers of a tar: `ranges_N2` and `heads_N` of its index.
+
+    Raises:
+        DataError: not a tar, truncated, no samples, a key in two places, or members that no shard should have
+            (absolute paths, `..`, links, devices).
+        OSError: the stream cannot be read.
+    """
+    ranges: list[list[int]] = []
+    heads: list[int] = []
+    keys: set[str] = set()
+    current: str | None = None
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                _refuse_hostile(member, path)
+                end = member.offset_data + member.size
+                if end > size:
+                    raise _truncated(path)
+                key = _key(member)
+                stream.seek(member.offset)  # just read, so it is still in the buffer
+                head = stream.read(member.offset_data - member.offset)
+                if key is None:
+                    current = None
+                elif key == current:
+                    ranges[-1][1] = end
+                    heads[-1] = zlib.crc32(head, heads[-1])
+                elif key in keys:
+                    raise DataError(
+                        f"members of sample '{key}' do not lie together", where=str(path), fix="make the shard anew"
+                    )
+                else:
+                    keys.add(key)
+                    current = key
+                    ranges.append([member.offset, end])
+                    heads.append(zlib.crc32(head))
+            end_of_members = tar.offset
+    except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError) as error:
+        # Of a made-up header tarfile says so in its own way: a negative size, thousands of headers for one member.
+        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
+    if end_of_members > size or not _is_closed(stream, end_of_members, size):
+        raise _truncated(path)
+    if not ranges:
+        raise DataError("the shard holds no samples", where=str(path), fix="remove it, or make it anew")
+    return np.asarray(ranges, dtype=np.int64), np.asarray(heads, dtype=np.uint32)
+
+
+def head_of(data: bytes) -> int | None:
+    """`heads_N` of the sample in a piece of tar; None where that is no piece of tar."""
+    found, offset = 0, 0
+    while offset < len(data):
+        header = data[offset : offset + tarfile.BLOCKSIZE]
+        size = _member_size(header)
+        if size is None:
+            return None
+        blocks = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        offset += tarfile.BLOCKSIZE
+        found = zlib.crc32(header, found)
+        if header[156:157] in _EXTENSIONS:  # what follows belongs to the next header: a long name, say
+            found = zlib.crc32(data[offset : offset + blocks], found)
+        offset += blocks
+    return found
+
+
+def _member_size(header: bytes) -> int | None:
+    field = header[124:136]
+    if field[:1] >= b"\x80":
+        return int.from_bytes(field[1:], "big")  # of 8 GiB and more
+    digits = field.strip(b"\0 ")
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else None
+
+
+def _key(member: tarfile.TarInfo) -> str | None:
+    """The sample a member belongs to, as webdataset sees it; None for what it skips."""
+    if not member.isreg() or member.name.startswith("__"):
+        return None
+    key: str | None = base_plus_ext(member.name)[0]
+    return key
+
+
+def _refuse_hostile(member: tarfile.TarInfo, path: Place) -> None:
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        kind = "a path that leaves the folder"
+    elif not (member.isreg() or member.isdir()):
+        kind = "a link or a device"
+    elif member.issparse() or member.type == tarfile.GNUTYPE_SPARSE:
+        kind = "a sparse member"
+    else:
+        return
+    raise DataError(
+        f"the shard holds {kind}: {member.name!r}",
+        where=str(path),
+        why="no data set needs that; the file may be hostile",
+        fix="take the shard from a source you trust, or make it anew",
+    )
+
+
+def _is_closed(stream: BinaryIO, end: int, size: int) -> bool:
+    """A whole tar ends in blocks of zeros; one cut between two members ends without."""
+    if size - end < tarfile.BLOCKSIZE:
+        return False
+    stream.seek(end)
+    return not any(stream.read(tarfile.BLOCKSIZE))
+
+
+def _truncated(path: Place) -> DataError:
+    return DataError("the shard is cut off", where=str(path), fix="copy it again; compare its size with manifest.json")
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
+
+
+def _version(facts: os.stat_result) -> str:
+    return str(facts.st_mtime_ns)
+
+
+def cached(path: Place, cache_dir: Path) -> Path:
+    """Where the index of a shard lies in a cache of indices."""
+    parent = path.address if isinstance(path, Url) and path.scheme == "pipe" else path.parent
+    named = str(parent.resolve()) if isinstance(parent, Path) else str(parent)
+    folder = hashlib.sha256(named.encode()).hexdigest()[:16]
+    return cache_dir / "index" / folder / f"{path.name}.npz"
+
+
+def save_index(index: ShardIndex, path: Path) -> None:
+    """Write an index; readers see the whole file or none.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with os.fdopen(handle, "wb") as stream:
+        np.savez(
+            stream,
+            format=np.int64(INDEX_FORMAT),
+            size=np.int64(index.size),
+            ranges=index.ranges_N2,
+            heads=index.heads_N,
+            version=np.str_(index.version),
+            sha256=np.str_(index.sha256),
+        )
+    os.replace(temporary, path)
+
+
+def load_saved(path: Place, saved: Path) -> ShardIndex | None:
+    """The saved index; None where there is none, or it is of another file than the (local) shard is now.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not saved.is_file():
+        return None
+    try:
+        index = parse_index(path, saved.read_bytes())
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"cannot read the index: {error}", where=str(saved), fix="remove the file") from None
+    if index is None or isinstance(path, Url):
+        return index
+    facts = _stat(path)
+    if index.size != facts.st_size or (index.version != _version(facts) and not _has_heads(path, index)):
+        return None
+    return index
+
+
+def parse_index(path: Place, data: bytes) -> ShardIndex | None:
+    """An index out of the bytes of its file; None where it is of another format.
+
+    Raises:
+        ValueError, KeyError, EOFError: no index.
+    """
+    with np.load(io.BytesIO(data), allow_pickle=False) as values:
+        if int(values["format"]) != INDEX_FORMAT:
+            return None
+        size, ranges, heads = int(values["size"]), values["ranges"], values["heads"]
+        version, sha256 = str(values["version"]), str(values["sha256"])
+    sound = ranges.ndim == 2 and ranges.shape[1] == 2 and len(ranges) and ranges.dtype == np.int64
+    if not sound or heads.shape != (len(ranges),) or heads.dtype != np.uint32:
+        return None
+    return ShardIndex(path, size, ranges, heads, version, sha256)
+
+
+def _has_heads(path: Path, index: ShardIndex) -> bool:
+    """Whether a file that was copied or replaced still has the headers of its index, tried at places all over it."""
+    try:
+        with path.open("rb") as stream:
+            for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):
+                start, end = (int(value) for value in index.ranges_N2[number])
+                stream.seek(start)
+                if head_of(stream.read(end - start)) != index.heads_N[number]:
+                    return False
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
+    return True

@@ -1,0 +1,256 @@
+"""`shards check`: every member of every sample, keys across shards, and what lies beside the shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
+
+from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
+from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
+from m3i_scale.data.tools.parallel import in_order
+from m3i_scale.data.tools.tar import (
+    SCATTERED,
+    Fault,
+    RawSample,
+    RawShard,
+    key_at,
+    printable,
+    read_members,
+    read_shard,
+)
+from m3i_scale.data.tools.verify import MAX_SAMPLE_BYTES, Rules, faults_of, good_label
+from m3i_scale.errors import DataError
+
+EXAMPLES = 3
+IN_TWO_SHARDS = "key in two shards"
+BESIDE = frozenset({"count differs", "index is stale", "shard is missing", "shard is not listed"})
+"""Faults of the files beside: the shard itself may be good."""
+
+Advance = Callable[[int], None]
+"""Told the bytes of every shard that is done."""
+Write = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard for a worker."""
+
+    path: Path
+    number: int
+    """Among all shards."""
+    rules: Rules
+    claims: Claims
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard."""
+
+    path: Path
+    number: int
+    size: int
+    samples: int
+    faults: list[Fault]
+    bad: set[int]
+    """Offsets of bad samples."""
+    keys: NDArray[Any]
+    """Digests of the keys of samples that are good, or that `--repair` mends."""
+    members: Counter[str]
+    others: int
+    labels: Counter[int] = field(default_factory=Counter)
+    """Good labels of samples."""
+
+    @property
+    def clean(self) -> bool:
+        """Nothing is wrong with the shard itself."""
+        return all(fault.reason in BESIDE for fault in self.faults)
+
+
+@dataclass
+class CheckReport:
+    """What was found in all of them."""
+
+    source: str
+    shards: list[ShardReport] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    members: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bad(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.reasons)
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "source": self.source,
+            "shards": len(self.shards),
+            "clean_shards": sum(shard.clean for shard in self.shards),
+            "samples": sum(shard.samples for shard in self.shards),
+            "bad_samples": sum(len(shard.bad) for shard in self.shards),
+            "bytes": sum(shard.size for shard in self.shards),
+            "members": dict(self.members.most_common()),
+            "reasons": {
+                reason: {"count": count, "examples": self.examples[reason]}
+                for reason, count in self.reasons.most_common()
+            },
+            "notes": self.notes,
+        }
+
+
+def check_shards(
+    source: str,
+    rules: Rules,
+    *,
+    workers: int = 1,
+    keys_per_shard: bool = False,
+    quarantine: Path | None = None,
+    advance: Advance | None = None,
+) -> CheckReport:
+    """Look at everything; faults are counted, none of them stops the rest.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+        rules: what a sample must have; `classes` None takes the number of labels.json beside the shards.
+        workers: processes.
+        keys_per_shard: the same key may stand in several shards.
+        quarantine: file for one JSON line per fault (source, url, key, offset, reason, detail); replaced when complete.
+        advance: progress.
+
+    Raises:
+        DataError: there are no shards, or the quarantine file cannot be written.
+    """
+    report = CheckReport(source)
+    with _lines(quarantine) as write, Digests() as keys:
+        tasks = _tasks(source, rules, report, write)
+        for shard in in_order(check_shard, tasks, workers):
+            if not keys_per_shard:
+                keys.add(shard.keys)
+            shard.keys = shard.keys[:0]
+            report.shards.append(shard)
+            report.members.update(shard.members)
+            for fault in shard.faults:
+                _note(report, str(shard.path), fault, write)
+            if advance is not None:
+                advance(shard.size)
+        for places in keys.repeated():
+            for number, offset in places[1:]:
+                _repeated(report, number, offset, report.shards[places[0][0]].path.name, write)
+    others = sum(shard.others for shard in report.shards)
+    if others:
+        report.notes.append(f"{others} members belong to no sample (folders, names without an extension or with __)")
+    return report
+
+
+def check_shard(task: ShardTask) -> ShardReport:
+    """Look at one shard."""
+    raw = read_shard(task.path)
+    members: Counter[str] = Counter()
+    labels: Counter[int] = Counter()
+    faults = raw.faults + [fault for sample in _contents(raw, task.rules, members, labels) for fault in sample.faults]
+    faults += claim_faults(raw, task.claims)
+    kept = [sample for sample in raw.samples if {fault.reason for fault in sample.faults} <= {SCATTERED}]
+    return ShardReport(
+        path=task.path,
+        number=task.number,
+        size=raw.size,
+        samples=len(raw.samples),
+        faults=faults,
+        bad={sample.start for sample in raw.samples if sample.faults},
+        keys=rows_of(
+            [digest_of(sample.key.encode()) for sample in kept], task.number, [sample.start for sample in kept]
+        ),
+        members=members,
+        others=raw.others,
+        labels=labels,
+    )
+
+
+def _contents(raw: RawShard, rules: Rules, members: Counter[str], labels: Counter[int]) -> Iterator[RawSample]:
+    if not raw.samples:
+        return
+    with raw.path.open("rb") as stream:
+        for sample in raw.samples:
+            members.update(member.extension for member in sample.members)
+            if sum(member.size for member in sample.members) > MAX_SAMPLE_BYTES:
+                sample.blame("sample too large", f"over {MAX_SAMPLE_BYTES} bytes")
+            elif not any(fault.reason == "cut off" for fault in sample.faults):
+                for reason, detail in _faults(stream, sample, rules, labels):
+                    sample.blame(reason, printable(detail))
+            yield sample
+
+
+def _faults(stream: BinaryIO, sample: RawSample, rules: Rules, labels: Counter[int]) -> list[tuple[str, str]]:
+    try:
+        members = read_members(stream, sample)
+    except OSError as error:
+        return [("cannot be read", str(error))]
+    label = good_label(members, rules)
+    if label is not None:
+        labels[label] += 1
+    return faults_of(members, rules)
+
+
+def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list[ShardTask]:
+    paths = local_shards(source)
+    numbers = {path: number for number, path in enumerate(paths)}
+    tasks = []
+    for folder in sorted({path.parent for path in paths}):
+        inside = [path for path in paths if path.parent == folder]
+        beside = read_claims(folder, inside, whole=Path(source).is_dir())
+        report.notes += beside.notes
+        for name, fault in beside.faults:
+            _note(report, name, fault, write)
+        own = rules
+        if rules.classes is None:
+            labels = labels_beside(folder)
+            own = replace(rules, classes=None if labels is None else len(labels))
+            if labels is None:
+                report.notes.append(f"{folder} has no labels.json: labels are not judged (--classes)")
+        tasks += [ShardTask(path, numbers[path], own, beside.claims[path.name]) for path in inside]
+    return sorted(tasks, key=lambda task: task.number)
+
+
+def _repeated(report: CheckReport, number: int, offset: int, first: str, write: Write) -> None:
+    shard = report.shards[number]
+    fault = Fault(IN_TWO_SHARDS, f"also in {first}", key_at(shard.path, offset), offset)
+    shard.faults.append(fault)
+    shard.bad.add(offset)
+    _note(report, str(shard.path), fault, write)
+
+
+def _note(report: CheckReport, url: str, fault: Fault, write: Write) -> None:
+    line = {"source": report.source, "url": printable(url), **vars(fault)}
+    report.reasons[fault.reason] += 1
+    examples = report.examples.setdefault(fault.reason, [])
+    if len(examples) < EXAMPLES:
+        examples.append({name: line[name] for name in ("url", "key", "offset", "detail")})
+    write({name: line[name] for name in ("source", "url", "key", "offset", "reason", "detail")})
+
+
+@contextmanager
+def _lines(path: Path | None) -> Iterator[Write]:
+    """Writes JSON lines into a file that appears when it is complete."""
+    if path is None:
+        yield lambda line: None
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            yield lambda line: print(json.dumps(line, ensure_ascii=False), file=stream)
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"cannot write the list: {error.strerror}", where=str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)

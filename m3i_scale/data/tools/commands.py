@@ -1,0 +1,222 @@
+"""`m3i-scale shards check | stats | peek`: look at shards, whoever made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from m3i_scale.config import DataConfig
+from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
+from m3i_scale.data.shards import local_shards
+from m3i_scale.data.shares import check_shares
+from m3i_scale.data.shuffle import ShuffleQuality, shuffle_quality
+from m3i_scale.data.shuffle_command import shuffle_lines
+from m3i_scale.data.tools.check import CheckReport, check_shards
+from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+from m3i_scale.data.tools.peek import peek
+from m3i_scale.data.tools.repair import repair
+from m3i_scale.data.tools.stats import stats_of
+from m3i_scale.data.tools.verify import Rules
+from m3i_scale.data.whole import made_whole, refuse_existing
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
+from m3i_scale.output import print_json, wide_console
+
+DEFAULTS = DataConfig()
+MAX_PIXELS = DEFAULTS.max_image_pixels
+BATCH_SIZE = 256
+
+BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
+
+
+def check(
+    shards: Shards,
+    repair_to: Annotated[
+        Path | None, typer.Option("--repair", help="New folder for the good samples of bad shards.")
+    ] = None,
+    link: Annotated[bool, typer.Option("--link", help="With --repair: link the good shards into it, too.")] = False,
+    quarantine: Annotated[Path | None, typer.Option(help="Write one JSON line per fault into this file.")] = None,
+    require: Annotated[list[str] | None, typer.Option(help="A member that every sample must have: txt, cls …")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Labels are below this; default: labels.json.")] = None,
+    keys_per_shard: Annotated[
+        bool, typer.Option("--keys-per-shard", help="Every shard numbers its samples anew.")
+    ] = False,
+    headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not decode images: much faster.")] = False,
+    max_image_pixels: MaxPixels = MAX_PIXELS,
+    streams: Streams = DEFAULTS.streams,
+    shuffle_shards: ShuffleShards = DEFAULTS.shuffle_shards,
+    batch_size: BatchSize = BATCH_SIZE,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: AsJson = False,
+) -> None:
+    """Verify every member of every sample, and say how uniform batches will be.
+
+    Exit code 2 where something is bad; nothing is changed.
+    """
+    if link and repair_to is None:
+        raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
+    if repair_to is not None:
+        refuse_existing(repair_to)
+    check_shares(DataConfig(streams=streams), micro_batch_size=batch_size, world_size=1)
+    rules = Rules(max_image_pixels, classes, tuple(require or ()), decode=not headers_only)
+    with progress_bar([shards], quiet=as_json) as advance:
+        report = check_shards(
+            shards,
+            rules,
+            workers=workers,
+            keys_per_shard=keys_per_shard,
+            quarantine=quarantine,
+            advance=advance,
+        )
+    quality = _shuffle(report, streams, shuffle_shards, batch_size)
+    summary = {**report.summary(), "shuffle": None if quality is None else quality.to_json()}
+    if repair_to is not None:
+        with made_whole(repair_to) as folder:
+            summary["repair"] = {"output": str(repair_to), **repair(report, folder, workers, link)}
+    if as_json:
+        print_json(summary)
+    else:
+        _print_check(report, summary, quality, quarantine)
+    if report.bad:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def stats(
+    shards: Shards,
+    max_image_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: AsJson = False,
+) -> None:
+    """Count samples, sizes, captions, classes and exact duplicates."""
+    with progress_bar([shards], quiet=as_json) as advance:
+        found = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
+    if as_json:
+        print_json(found)
+    else:
+        _print_stats(found)
+
+
+def look(
+    shards: Shards,
+    output: Annotated[Path, typer.Option(help="New folder for sheet.png and index.html.")],
+    count: Annotated[int, typer.Option(min=1, max=2_000, help="Samples to draw.")] = 24,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
+    side: Annotated[int, typer.Option(min=16, max=1_024, help="Of a picture, in pixels.")] = 160,
+    columns: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a row of sheet.png.")] = 6,
+    max_image_pixels: MaxPixels = MAX_PIXELS,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: AsJson = False,
+) -> None:
+    """Draw random samples onto a contact sheet: a picture, and a page with captions, labels and keys."""
+    with progress_bar([shards], quiet=as_json) as advance:
+        summary = peek(
+            shards,
+            output,
+            count=count,
+            seed=seed,
+            side=side,
+            columns=columns,
+            max_pixels=max_image_pixels,
+            workers=workers,
+            advance=advance,
+        )
+    shown = f"{len(summary['shown'])} of {summary['samples']} samples: {output / 'index.html'}, {output / 'sheet.png'}"
+    print_summary(summary, as_json, shown)
+
+
+@contextmanager
+def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None] | None]:
+    """A bar over the bytes of all shards, which are read so many times."""
+    if quiet:
+        yield None
+        return
+    total = times * sum(path.stat().st_size for source in shards for path in local_shards(source))
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("shards", total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def _shuffle(report: CheckReport, streams: int, shuffle_shards: int, batch_size: int) -> ShuffleQuality | None:
+    """Of the samples that are there, good or bad; a note says why there is none."""
+    try:
+        return shuffle_quality(
+            [shard.samples for shard in report.shards if shard.samples],
+            labels=[shard.labels for shard in report.shards if shard.samples],
+            streams=streams,
+            shuffle_shards=shuffle_shards,
+            batch_size=batch_size,
+            where=report.source,
+        )
+    except DataError as error:
+        report.notes.append(f"how uniform batches will be is not known: {error.what} (--streams, --batch-size)")
+        return None
+
+
+def _print_check(
+    report: CheckReport, summary: dict[str, Any], quality: ShuffleQuality | None, quarantine: Path | None
+) -> None:
+    console = wide_console(soft_wrap=True, markup=False, highlight=False)
+    if summary["reasons"]:
+        table = Table("reason", "count", "for example")
+        for reason, facts in summary["reasons"].items():
+            example = facts["examples"][0]
+            place = f"{Path(example['url']).name} {example['key']} @{example['offset']}"
+            table.add_row(*_plain(reason, facts["count"], f"{place} {example['detail']}"))
+        console.print(table)
+    console.print(
+        f"{summary['samples']} samples in {summary['shards']} shards: {summary['bad_samples']} bad samples, "
+        f"{summary['shards'] - summary['clean_shards']} bad shards"
+    )
+    for line in () if quality is None else shuffle_lines(quality)[1:]:
+        console.print(line)
+    for note in report.notes:
+        console.print(f"note: {note}")
+    if quarantine is not None:
+        console.print(f"all faults: {quarantine}")
+    elif report.bad:
+        console.print("--quarantine FILE lists all of them, --repair FOLDER writes clean copies of bad shards")
+    if "repair" in summary:
+        done = summary["repair"]
+        console.print(
+            f"{done['output']}: {len(done['repaired'])} shards repaired; {len(done['as_they_are'])} are good as they "
+            f"are, {len(done['without_a_good_sample'])} hold no good sample: see shards.json"
+        )
+
+
+def _print_stats(found: dict[str, Any]) -> None:
+    console = wide_console(soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB")
+    console.print("  ".join(f"{name}: {share:.1%}" for name, share in found["share_with"].items()))
+    console.print("  ".join(f"{name}: {count}" for name, count in found["formats"].items()))
+    table = Table("", "min", "5 %", "median", "95 %", "max", "mean")
+    for name in ("width", "height", "aspect_ratio", "image_bytes", "caption_characters", "caption_words"):
+        values = found[name]
+        if values:
+            picked = (values[share] for share in ("0%", "5%", "50%", "95%", "100%", "mean"))
+            table.add_row(name.replace("_", " "), *(f"{value:g}" for value in picked))
+    console.print(table)
+    classes = found["classes"]
+    if classes["present"]:
+        console.print(
+            f"{classes['present']} classes ({classes['absent']} absent), as many as {classes['effective']:g} equal "
+            f"ones; the largest holds {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
+        )
+    for kind, facts in found["duplicates"].items():
+        example = f", e.g. {' = '.join(facts['examples'][0])}" if facts["examples"] else ""
+        console.print(f"equal {kind}: {facts['groups']} groups, {facts['beyond_first']} beyond the first{example}")
+    for reason, count in found["bad"].items():
+        console.print(f"not counted: {count} × {reason}")
+
+
+def _plain(*cells: object) -> list[Any]:
+    """Cells whose brackets are no markup."""
+    return [Text(str(cell)) for cell in cells]

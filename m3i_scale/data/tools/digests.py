@@ -1,0 +1,74 @@
+"""Find equal digests among any number of samples in bounded memory: spilled to disk by their first byte."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DIGEST_BYTES = 16
+"""128 bits: no two different values meet by chance in any data set."""
+_BUCKETS = 64
+ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("shard", ">u4"), ("offset", ">u8")])
+
+
+def digest_of(data: bytes) -> bytes:
+    """128 bits that stand for the data."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDArray[Any]:
+    """Digests of samples of one shard, ready for `Digests.add`."""
+    rows = np.zeros(len(digests), dtype=ROW)
+    if not digests:
+        return rows
+    values = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+    rows["high"], rows["low"] = values[:, 0], values[:, 1]
+    rows["shard"], rows["offset"] = shard, offsets
+    return rows
+
+
+class Digests:
+    """A multiset of digests, each with the place it came from. A context manager: its files are gone at the end.
+
+    Args:
+        folder: where the temporary folder is made; None: the system's.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="m3i-digests-")
+
+    def __enter__(self) -> Digests:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Take rows as from `rows_of`."""
+        buckets = (rows["high"] >> np.uint64(58)).astype(np.int64)
+        for bucket in np.unique(buckets):
+            with (Path(self._folder.name) / str(bucket)).open("ab") as file:
+                file.write(rows[buckets == bucket].tobytes())
+
+    def repeated(self) -> Iterator[list[tuple[int, int]]]:
+        """Places (shard, offset) of every digest that occurs more than once, first place first."""
+        for bucket in range(_BUCKETS):
+            path = Path(self._folder.name) / str(bucket)
+            if not path.exists():
+                continue
+            rows = np.fromfile(path, dtype=ROW)
+            rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["low"], rows["high"]))]
+            same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+            edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                group = rows[first : last + 1]
+                yield list(zip(group["shard"].tolist(), group["offset"].tolist(), strict=True))

@@ -1,0 +1,217 @@
+"""`shards peek`: a contact sheet of random samples, as a picture and as a page."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image, ImageDraw, ImageFont
+
+from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.samples import decoding, open_image, read_annotations
+from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.tools.parallel import in_order
+from m3i_scale.data.tools.tar import RawSample, printable, read_members, read_shard
+from m3i_scale.data.tools.verify import MAX_SAMPLE_BYTES
+from m3i_scale.data.whole import made_whole
+from m3i_scale.errors import DataError
+
+PADDING = 8
+TEXT_LINES = 4
+FONT_SIZE = 12
+BACKGROUND, INK, FAULT = "white", "black", (170, 30, 30)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample of the sheet."""
+
+    shard: str
+    key: str
+    caption: str | None
+    label: str | None
+    size: tuple[int, int] | None
+    """Width and height of the image in pixels."""
+    fault: str | None
+    """Why there is no picture."""
+    picture: bytes
+    """A small PNG, encoded here: no byte of the shard gets into the page."""
+
+
+def peek(
+    source: str,
+    output: Path,
+    *,
+    count: int = 24,
+    seed: int = 0,
+    side: int = 160,
+    columns: int = 6,
+    max_pixels: int,
+    workers: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write `sheet.png` and `index.html` with random samples, each as likely as any other.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+        output: folder to make.
+        count: samples, fewer where there are fewer.
+        seed: the same seed draws the same samples.
+        side: of a picture, in pixels.
+        columns: pictures in a row of sheet.png.
+        max_pixels: larger images are not decoded.
+        workers: processes that count samples.
+        advance: told the bytes of every shard that is counted.
+
+    Raises:
+        DataError: no shards, no samples, an output that exists.
+    """
+    paths = local_shards(source)
+    counts = []
+    for size, samples in in_order(count_samples, paths, workers):
+        counts.append(samples)
+        if advance is not None:
+            advance(size)
+    ends = list(accumulate(counts))
+    if not ends[-1]:
+        raise DataError("the shards hold no samples", where=source, fix="m3i-scale shards check tells why")
+    chosen = sorted(random.Random(seed).sample(range(ends[-1]), min(count, ends[-1])))
+    by_shard: dict[int, list[int]] = {}
+    for number in chosen:
+        shard = bisect_right(ends, number)
+        by_shard.setdefault(shard, []).append(number - (ends[shard] - counts[shard]))
+    cards = [
+        card for shard, numbers in by_shard.items() for card in read_cards(paths[shard], numbers, side, max_pixels)
+    ]
+    with made_whole(output) as folder:
+        contact_sheet(cards, side, columns).save(folder / "sheet.png")
+        (folder / "index.html").write_text(page(cards, source, ends[-1], seed), encoding="utf-8")
+    return {
+        "output": str(output),
+        "samples": ends[-1],
+        "shown": [{"shard": card.shard, "key": card.key, "fault": card.fault} for card in cards],
+    }
+
+
+def count_samples(path: Path) -> tuple[int, int]:
+    """Bytes and samples of a shard."""
+    shard = read_shard(path)
+    return shard.size, len(shard.samples)
+
+
+def read_cards(path: Path, numbers: Sequence[int], side: int, max_pixels: int) -> list[Card]:
+    """Some samples of a shard by their number."""
+    shard = read_shard(path)
+    labels = labels_beside(path.parent)
+    with path.open("rb") as stream:
+        return [_card(path, stream, shard.samples[number], labels, side, max_pixels) for number in numbers]
+
+
+def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | None, side: int, max_pixels: int) -> Card:
+    caption = label = size = fault = None
+    picture = Image.new("RGB", (side, side), (240, 224, 224))
+    try:
+        if sum(member.size for member in sample.members) > MAX_SAMPLE_BYTES:
+            raise BadSampleError("sample too large")
+        members = read_members(stream, sample)
+        label = _label(members.get("cls"), labels)
+        caption = printable((members.get("txt") or b"").decode("utf-8", "backslashreplace").strip()) or None
+        image = open_image(members, max_pixels)
+        lies = orientation(image)
+        size = upright_size(image.size, lies)
+        with image, decoding():
+            image.draft("RGB", (side, side))
+            picture = upright(on_white(image), lies)  # as in training
+            picture.thumbnail((side, side))
+    except BadSampleError as bad:
+        fault = printable(f"{bad.reason} {bad.detail}".strip())
+    except OSError as error:
+        fault = f"cannot be read: {error}"
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return Card(path.name, printable(sample.key), caption, label, size, fault, buffer.getvalue())
+
+
+def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
+    if data is None:
+        return None
+    try:
+        number = read_annotations({"cls": data}, len(labels) if labels is not None else 10**9).label
+    except BadSampleError as bad:
+        return f"{bad.reason}: {printable(bad.detail)}"
+    if number is None or labels is None:
+        return None if number is None else str(number)
+    return f"{number} {printable(labels[number])}"
+
+
+def page(cards: Sequence[Card], source: str, samples: int, seed: int) -> str:
+    """A page that needs nothing else, runs nothing, and escapes all text of others."""
+    template = _environment().get_template("peek.html.j2")
+    return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
+    return environment
+
+
+def contact_sheet(cards: Sequence[Card], side: int, columns: int) -> Image.Image:
+    """All pictures in a grid, a few lines of text below each."""
+    columns = min(columns, len(cards))
+    line = FONT_SIZE + 2
+    width, height = side + PADDING, side + TEXT_LINES * line + 2 * PADDING
+    rows = -(-len(cards) // columns)
+    sheet = Image.new("RGB", (columns * width + PADDING, rows * height + PADDING), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for number, card in enumerate(cards):
+        left, top = PADDING + number % columns * width, PADDING + number // columns * height
+        with Image.open(io.BytesIO(card.picture)) as picture:
+            sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+        texts = [card.key, card.label or "", *_wrap(card.fault or card.caption or "", side)]
+        for place, text in enumerate([text for text in texts if text][:TEXT_LINES]):
+            draw.text(
+                (left, top + side + 4 + place * line),
+                _fit(text, side),
+                fill=FAULT if card.fault and place else INK,
+                font=_font(),
+            )
+    return sheet
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font().getlength(longer) > width:
+            if len(lines) == TEXT_LINES:
+                break
+            lines.append(word)
+        else:
+            lines[-1] = longer[:500]
+    return lines
+
+
+def _fit(text: str, width: int) -> str:
+    text = text[:500]
+    while text and _font().getlength(text) > width:
+        text = text[: max(1, len(text) * 9 // 10) - 1]
+    return text
+
+
+@functools.cache
+def _font() -> Any:
+    return ImageFont.load_default(FONT_SIZE)

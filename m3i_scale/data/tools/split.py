@@ -1,0 +1,212 @@
+"""`shards split` and `shards merge`: existing shards into new ones; contents of members stay as they are."""
+
+from __future__ import annotations
+
+import filecmp
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import local_shards
+from m3i_scale.data.tools.layout import WHOLE, Cut, RepeatedKeysError, plan_layout
+from m3i_scale.data.tools.origin import Origin, common_labels, contents, outlines
+from m3i_scale.data.tools.tar import printable
+from m3i_scale.data.tools.writer import ShardWriter
+from m3i_scale.data.whole import check_name, made_whole, refuse_existing
+from m3i_scale.errors import ConfigError, DataError
+
+Keys = Literal["refuse", "prefix"]
+"""Keys that stand for several samples: refuse them, or put number of source and name of shard before all keys."""
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One label set out of several."""
+
+    names: list[str] | None
+    """None: no source has labels.json."""
+    numbers: list[list[int] | None]
+    """By source: the new number of every old label; None: labels are not looked at."""
+
+
+def split_shards(
+    source: str,
+    output: Path,
+    *,
+    cut: Cut,
+    name: str = "images",
+    shares: Mapping[str, float] | None = None,
+    group: str | None = None,
+    advance: Advance | None = None,
+) -> dict[str, Any]:
+    """Deal the samples of shards into splits, or only cut them anew.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+        output: folder to make; it has a folder for each split, or without `shares` the shards themselves.
+        cut: size and order of the new shards.
+        name: beginning of their file names.
+        shares: of samples by split.
+        group: samples with the same value of this field of their json members go to the same split.
+        advance: told bytes read; every shard is read twice.
+
+    Raises:
+        DataError: damaged or hostile tars, keys that repeat, samples without the field, an output that exists.
+        ConfigError: options without effect.
+    """
+    if group is not None and not shares:
+        raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
+    origins = [Origin(path, group=group) for path in local_shards(source)]
+    labels = Labels(common_labels(source), [None])
+    return _rewrite(origins, [source], output, cut, name, shares, labels, {"source": "split"}, advance)
+
+
+def merge_shards(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    cut: Cut,
+    name: str = "images",
+    keys: Keys = "refuse",
+    advance: Advance | None = None,
+) -> dict[str, Any]:
+    """All samples of several sources in one folder. Label sets are joined by name; labels get their new numbers.
+
+    Args:
+        sources: folders, brace patterns or single tars.
+        output: folder to make.
+        cut: size and order of the new shards.
+        name: beginning of their file names.
+        keys: what to do with keys that stand for several samples.
+        advance: told bytes read; every shard is read twice.
+
+    Raises:
+        DataError: see `split_shards`; labels of one source cannot be named.
+        ConfigError: fewer than two sources.
+    """
+    if len(sources) < 2:
+        raise ConfigError("there is nothing to merge: one source", fix="name several, or use `m3i-scale shards split`")
+    origins = [
+        Origin(path, number, prefix=f"{number}-{_plain(path.stem)}-" if keys == "prefix" else "")
+        for number, source in enumerate(sources)
+        for path in local_shards(source)
+    ]
+    labels = join_labels([common_labels(source) for source in sources])
+    return _rewrite(origins, sources, output, cut, name, None, labels, {"source": "merge"}, advance)
+
+
+def join_labels(sets: Sequence[list[str] | None]) -> Labels:
+    """Names in order of their first appearance.
+
+    Raises:
+        DataError: a name twice in one set.
+    """
+    known = [names for names in sets if names is not None]
+    if not known:
+        return Labels(None, [[] for _ in sets])  # labels without names would be mixed up: see `_new_label`
+    joined = list(dict.fromkeys(name for names in known for name in names))
+    numbers: list[list[int] | None] = []
+    for names in sets:
+        if names is not None and len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"the label '{twice}' stands twice in labels.json", fix="labels are joined by their names")
+        numbers.append([joined.index(name) for name in names or ()])
+    return Labels(joined, numbers)
+
+
+def _rewrite(
+    origins: Sequence[Origin],
+    sources: Sequence[str],
+    output: Path,
+    cut: Cut,
+    name: str,
+    shares: Mapping[str, float] | None,
+    labels: Labels,
+    info: dict[str, Any],
+    advance: Advance | None,
+) -> dict[str, Any]:
+    check_name(name)
+    refuse_existing(output)
+    try:
+        layout = plan_layout(outlines(origins, cut.options.workers, advance), shares, cut)
+    except RepeatedKeysError as error:
+        raise DataError(
+            error.what,
+            where=_place(origins, error.number),
+            why="a key must be unique in the output",
+            fix="`shards check --repair` leaves out the later ones; `shards merge --keys prefix` renames all",
+        ) from None
+    with made_whole(output) as folder:
+        with ShardWriter(folder, name, layout) as writer:
+            number = -1
+            for number, (key, members) in enumerate(_relabelled(origins, labels, advance)):
+                if number < len(layout):
+                    writer.add(number, key, members)
+            if number + 1 != len(layout):
+                raise DataError("the shards changed while they were read", where=", ".join(sources))
+            sums = writer.finish(labels.names, info)
+        tokenizer = _copy_tokenizer(sources, folder)
+    counts = sums[WHOLE] if shares is None else {"splits": sums}
+    return {"output": str(output), **counts, "tokenizer": str(output / "tokenizer") if tokenizer else None}
+
+
+def _relabelled(
+    origins: Sequence[Origin], labels: Labels, advance: Advance | None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for origin, key, members in contents(origins, advance):
+        numbers = labels.numbers[origin.source]
+        if numbers is not None and "cls" in members:
+            members["cls"] = _new_label(members["cls"], numbers, f"{origin.path}: key '{printable(key)}'")
+        yield key, members
+
+
+def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
+    if not numbers:
+        raise DataError(
+            "the sample has a label, but its source has no labels.json",
+            where=where,
+            why="labels of several sources are joined by name",
+            fix="put a labels.json beside its shards",
+        )
+    try:
+        label = read_annotations({"cls": data}, len(numbers)).label
+    except BadSampleError as bad:
+        fix = "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"
+        raise DataError(f"{bad.reason}: {bad.detail}", where=where, fix=fix) from None
+    return data if label is None or numbers[label] == label else str(numbers[label]).encode("ascii")
+
+
+def _place(origins: Sequence[Origin], number: int) -> str:
+    for place, outline in enumerate(outlines(origins, 1)):
+        if place == number:
+            return f"{outline.place}: key '{printable(outline.key)}'"
+    return "?"
+
+
+def _plain(stem: str) -> str:
+    return re.sub(r"[^\w-]+", "-", stem)
+
+
+def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
+    """Copy the tokenizer beside the sources, where all have the same."""
+    found = []
+    for source in sources:
+        beside = local_shards(source)[0].parent
+        places = [place for place in (beside / "tokenizer", beside.parent / "tokenizer") if place.is_dir()]
+        if not places:
+            return False
+        found.append(places[0])
+    names = sorted(path.name for path in found[0].iterdir() if path.is_file())
+    for other in found[1:]:
+        if filecmp.cmpfiles(found[0], other, names, shallow=False)[0] != names:
+            return False
+    (folder / "tokenizer").mkdir()
+    for name in names:
+        shutil.copyfile(found[0] / name, folder / "tokenizer" / name)
+    return True

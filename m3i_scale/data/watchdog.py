@@ -1,0 +1,146 @@
+"""Who is stuck: what every reader is doing, in memory that the training process sees, and a limit on waiting for it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterator
+from multiprocessing.sharedctypes import RawArray, RawValue
+from typing import Any, Generic, TypeVar
+
+from m3i_scale.errors import DataError
+
+POLL_S = 2.0
+_NAME_BYTES = 1_024
+Item = TypeVar("Item")
+
+
+class NotYetError(Exception):
+    """What is asked for is not there yet. No fault that the work itself could have, as TimeoutError is."""
+
+
+class Activity:
+    """What one reader does. Written by the reader, read by whoever waits for it, across a fork."""
+
+    def __init__(self) -> None:
+        self._place = RawArray("c", _NAME_BYTES)
+        self._since = RawValue("d", time.monotonic())
+        self._progress = RawValue("d", time.monotonic())
+
+    def begin(self, place: object) -> None:
+        """The reader now reads a shard."""
+        self._place.value = str(place).encode()[: _NAME_BYTES - 1]
+        self._since.value = time.monotonic()
+
+    def end(self) -> None:
+        """It has got what it read."""
+        self._place.value = b""
+        self._progress.value = time.monotonic()
+
+    def reset(self) -> None:
+        """Waiting starts now."""
+        self._progress.value = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since a sample has been read, or since waiting began."""
+        return time.monotonic() - float(self._progress.value)
+
+    def describe(self) -> str:
+        """The shard that is being read and for how long."""
+        place = self._place.value.decode(errors="replace")
+        if not place:
+            return "reading no shard: the sample before has not come through"
+        return f"reading {place} for {time.monotonic() - float(self._since.value):.0f} s"
+
+
+def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: float) -> DataError:
+    """The error that stops a run which waits in vain."""
+    reader = f"the training process of rank {rank}" if worker is None else f"worker {worker} of rank {rank}"
+    return DataError(
+        f"no sample has arrived for {activity.idle_s:.0f} s, more than data.stall_timeout_s = {timeout_s:g}",
+        where=f"{reader}, {activity.describe()}",
+        fix="see to the storage and start again, the run goes on from its last checkpoint; if it is only slow, raise "
+        "data.stall_timeout_s",
+    )
+
+
+class InThread(Generic[Item]):
+    """Items of an iterator, made in a thread, one when it is asked for, so that waiting for it can end."""
+
+    def __init__(self, items: Generator[Item]) -> None:
+        self._items = items
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[Item | Exception] = queue.SimpleQueue()
+        self._waiting = False
+        threading.Thread(target=self._make, daemon=True, name="load").start()
+
+    def next(self, timeout_s: float) -> Item:
+        """The next item.
+
+        Raises:
+            NotYetError: ask again.
+            StopIteration: there is none.
+        """
+        if not self._waiting:
+            self._asked.put(True)
+            self._waiting = True
+        try:
+            made = self._made.get(timeout=timeout_s)
+        except queue.Empty:
+            raise NotYetError from None
+        self._waiting = False
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def close(self) -> None:
+        """End the thread once it has made what it is making."""
+        self._asked.put(False)
+
+    def _make(self) -> None:
+        while self._asked.get():
+            try:
+                self._made.put(next(self._items))
+            except Exception as error:  # whatever it is, it is raised again where the item is awaited
+                self._made.put(error)
+        self._items.close()
+
+
+class FromWorkers(Generic[Item]):
+    """Items of a DataLoader's iterator that was given `timeout=POLL_S`."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items = items
+
+    def next(self, timeout_s: float) -> Item:
+        """The next item; the time limit is that of the DataLoader.
+
+        Raises:
+            NotYetError: ask again.
+        """
+        try:
+            return next(self._items)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+        raise NotYetError
+
+    def close(self) -> None:
+        """Nothing: the workers end with their iterator."""
+
+
+def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
+    """The next item, for as long as its reader gets on.
+
+    Raises:
+        NotYetError: the reader has got nothing for `limit_s`.
+    """
+    activity.reset()
+    while True:
+        try:
+            return items.next(min(POLL_S, limit_s))
+        except NotYetError:
+            if activity.idle_s > limit_s:
+                raise

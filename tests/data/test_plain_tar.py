@@ -1,0 +1,135 @@
+"""The quick reader of plain tars gives what webdataset gives, or nothing."""
+
+import io
+import tarfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from webdataset.tariterators import tar_file_iterator
+from webdataset.writer import TarWriter
+
+from m3i_scale.data.plain_tar import plain_members
+from m3i_scale.data.reader import BadSampleError, parse_members
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60)
+FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+
+
+def tar_of(members, kind=tarfile.GNU_FORMAT, **fields):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def pax_header(records):
+    info = tarfile.TarInfo("PaxHeader")
+    info.type, info.size = tarfile.XHDTYPE, len(records)
+    return info.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+
+
+def of_webdataset(data):
+    return list(tar_file_iterator(io.BytesIO(data)))
+
+
+@given(st.lists(st.tuples(NAMES, st.binary(max_size=1200)), min_size=1, max_size=4), FORMATS)
+def test_it_agrees_with_webdataset(members, kind):
+    try:
+        data = tar_of(members, kind)
+    except ValueError:  # a name too long for the format
+        return
+    found = plain_members(data)
+    assert found is None or found == of_webdataset(data)
+
+
+def test_webdatasets_own_members_are_plain():
+    """Its writer puts a pax header with a broken time before every member."""
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False) as writer:
+        writer.write({"__key__": "a", "png": b"1" * 700, "cls": b"3"})
+    assert b"mtime=" in buffer.getvalue()
+    assert plain_members(buffer.getvalue()) == of_webdataset(buffer.getvalue())
+
+
+@given(st.data())
+def test_no_damage_to_a_pax_header_makes_it_read_what_tarfile_would_not(data):
+    whole = bytearray(tar_of([("a.png", b"1" * 700)], tarfile.PAX_FORMAT, mtime=1.5))
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, 540))] = data.draw(st.integers(0, 255))
+    found = plain_members(bytes(whole))
+    assert found is None or found == of_webdataset(bytes(whole))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"17 path=b/c.json\n",
+        b"13 size=9999\n",
+        b"12 mtime=1.5\n",  # one too short
+        b"13 mtime=1.5\n14 comment=ab\n",
+        b"13 mtime=x.5\n",
+        b"22 GNU.sparse.major=1\n",
+        b"13 mtime=1.5",
+        b"",
+    ],
+)
+def test_a_pax_header_that_tells_more_than_times_is_left_to_tarfile(records):
+    members = tar_of([("a.png", b"1")])
+    assert plain_members(pax_header(records) + members) is None
+    assert plain_members(pax_header(b"13 mtime=1.5\n") + members) == of_webdataset(members)
+
+
+def test_a_pax_header_without_a_member_is_left_to_tarfile():
+    times = pax_header(b"13 mtime=1.5\n")
+    assert plain_members(times) is None
+    assert plain_members(times + bytes(1024)) is None
+    assert plain_members(times + times + tar_of([("a.png", b"1")])) is None
+
+
+@given(st.data())
+def test_no_damage_makes_it_read_what_tarfile_would_not(data):
+    whole = bytearray(tar_of([("a.png", b"1" * 700), ("a.txt", b"one")]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, 511))] = data.draw(st.integers(0, 255))
+    found = plain_members(bytes(whole))
+    assert found is None or found == of_webdataset(bytes(whole))
+
+
+def test_ordinary_members_are_plain():
+    members = [("a/b.png", b"1" * 700), ("a/b.txt", b""), ("é.cls", b"3")]
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT):
+        found = plain_members(tar_of(members, kind))
+        assert found == [{"fname": name, "data": data} for name, data in members]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tar_of([("x" * 300 + ".png", b"1")]),
+        tar_of([("x" * 300 + ".png", b"1")], tarfile.PAX_FORMAT),
+        tar_of([("a.png", b"")], type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        tar_of([("a.png", b"")], type=tarfile.GNUTYPE_SPARSE),
+        tar_of([("a.png/", b"")], type=tarfile.AREGTYPE),
+        tar_of([("__meta__.json", b"{}")]),
+        tar_of([("d/" * 70 + "a.png", b"1")], tarfile.USTAR_FORMAT),
+        tar_of([("a.png", b"1" * 700)])[:900],
+        tar_of([("a.png", b"1")]) + b"more",
+        b"text" * 200,
+    ],
+)
+def test_what_is_not_plain_is_left_to_tarfile(data):
+    assert plain_members(data) is None
+
+
+def test_a_wrong_checksum_is_no_member():
+    data = bytearray(tar_of([("a.png", b"1")]))
+    data[0] = ord("b")
+    assert plain_members(bytes(data)) is None
+    with pytest.raises(BadSampleError):
+        parse_members(bytes(data), "u")

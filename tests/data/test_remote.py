@@ -1,0 +1,264 @@
+"""Shards at addresses give the same bytes as on a path, from real servers."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import servers
+import torch
+from hub import REPO, hub
+
+from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.data.access import check_access
+from m3i_scale.data.index import build_index
+from m3i_scale.data.loader import merge_states
+from m3i_scale.data.places import Url, to_place, without_secrets
+from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
+from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
+from m3i_scale.errors import ConfigError, DataError
+
+SIZES = [6, 5, 7, 6, 5, 7, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("address", "folder"),
+    [
+        ("http://host:8765/", "http://host:8765/"),
+        ("http://host:8765", "http://host:8765"),
+        ("http://host/a", "http://host"),
+        ("s3://bucket/a/b-01.tar", "s3://bucket/a"),
+        ("s3://bucket", "s3://bucket"),
+    ],
+)
+def test_above_the_root_of_a_server_there_is_nothing(address, folder):
+    assert str(Url(address).parent) == folder
+
+
+@pytest.fixture(scope="module")
+def shards(tools, tmp_path_factory):
+    return tools.write_folder(tmp_path_factory.mktemp("remote"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def expected(tools, shards, cache):
+    return take(tools.make_loader({"s": shards}, cache, streams=4), 8)
+
+
+@pytest.fixture(scope="module")
+def nginx(shards, tmp_path_factory):
+    if servers.nginx_program() is None:
+        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+    with servers.nginx(shards, tmp_path_factory.mktemp("nginx")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def s3(shards):
+    with pytest.MonkeyPatch.context() as patch, servers.s3(patch) as client:
+        client.create_bucket(Bucket="bucket")
+        for path in shards.iterdir():
+            client.upload_file(str(path), "bucket", f"photos/{path.name}")
+        yield client
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def same(first, second):
+    assert [batch.keys for batch in first] == [batch.keys for batch in second]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.images_VBCHW, other.images_VBCHW)
+        assert torch.equal(one.labels_B, other.labels_B)
+
+
+def options(tmp_path, cache_gib=0.01, **more):
+    settings = {"streams": 4, "cache_gib": cache_gib, "read_attempts": 3, "read_timeout_s": 20.0}
+    return settings | ({"cache_dir": tmp_path / "shards"} if cache_gib else {}) | more
+
+
+@pytest.mark.parametrize("cache_gib", [0, 0.01])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nginx(tools, nginx, tmp_path, expected, cache_gib, workers):
+    loader = tools.make_loader({"s": nginx}, tmp_path, workers=workers, **options(tmp_path, cache_gib))
+    same(take(loader, 8), expected)
+
+
+@pytest.mark.parametrize(
+    ("below", "reason", "timeout_s"),
+    [
+        ("refused", "access refused", 60.0),
+        ("broken", "server error", 60.0),
+        ("cut", "connection lost", 60.0),
+        ("slow", "stalled or slow", 1.0),  # a shard takes several seconds at that pace
+    ],
+)
+def test_what_nginx_does_badly_is_named(tools, nginx, tmp_path, below, reason, timeout_s):
+    source = f"{nginx}/{below}/s-{{000..007}}.tar"
+    with pytest.raises(DataError, match=f"cannot read the shard: {reason}") as caught:
+        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, read_attempts=2, read_timeout_s=timeout_s))
+    assert f"{below}/s-00" in str(caught.value)
+
+
+@pytest.mark.parametrize(("cache_gib", "workers"), [(0, 0), (0.01, 2)])
+def test_s3(tools, s3, tmp_path, expected, cache_gib, workers):
+    source = "s3://bucket/photos/s-{000..007}.tar"
+    loader = tools.make_loader({"s": source}, tmp_path, workers=workers, **options(tmp_path, cache_gib))
+    same(take(loader, 8), expected)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRETKEY" in path.read_bytes()]
+
+
+def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path):
+    assert [place.name for place in expand_shards("s3://bucket/photos")] == [f"s-00{n}.tar" for n in range(8)]
+    with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
+        tools.make_loader({"s": "s3://bucket/photos/s-{000..008}.tar"}, tmp_path, **options(tmp_path))
+    assert "s-008.tar" in str(caught.value)
+    assert "SECRETKEY" not in str(caught.value)
+
+
+def test_a_pipe_goes_through_the_cache(tools, shards, tmp_path, expected):
+    source = f"pipe:cat {shards}/s-{{000..007}}.tar | cat"
+    with pytest.raises(DataError, match=r"those are not run"):
+        tools.make_loader({"s": source}, tmp_path, **options(tmp_path))
+    with pytest.raises(DataError, match="a pipe cannot seek"):
+        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, 0, allow_shell=True))
+    loader = tools.make_loader({"s": source}, tmp_path, **options(tmp_path, allow_shell=True))
+    assert [batch.keys for batch in take(loader, 8)] == [batch.keys for batch in expected]
+    with pytest.raises(DataError, match="the command failed"):
+        tools.make_loader({"s": "pipe:cat /nowhere/s-000.tar | cat"}, tmp_path, **options(tmp_path, allow_shell=True))
+
+
+def test_a_run_moves_from_a_path_to_an_address_and_back(tools, shards, nginx, tmp_path, cache, expected):
+    local = tools.make_loader({"s": shards}, cache, streams=4)
+    first = take(local, 3)
+    remote = [
+        tools.make_loader({"s": nginx}, tmp_path, world=2, rank=rank, micro=4, **options(tmp_path)) for rank in (0, 1)
+    ]
+    for loader in remote:
+        loader.load_state_dict(json.loads(json.dumps(local.state_dict())))
+    parts = [take(loader, 2) for loader in remote]
+    again = tools.make_loader({"s": shards}, cache, streams=4)
+    again.load_state_dict(merge_states([loader.state_dict() for loader in remote]))
+    last = take(again, 3)
+    assert [batch.keys for batch in first + last] == [batch.keys for batch in expected[:3] + expected[5:]]
+    assert [one.keys + two.keys for one, two in zip(*parts, strict=True)] == [batch.keys for batch in expected[3:5]]
+
+
+READ = """
+import hashlib, sys
+from pathlib import Path
+from m3i_scale.data.index import load_index
+from m3i_scale.data.reader import ShardReader
+from m3i_scale.data.remote import Access
+from m3i_scale.data.shards import expand_shards
+source, folder, cache_bytes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+access = Access(attempts=2, cache_dir=folder / "shards", cache_bytes=cache_bytes)
+reader = ShardReader(access)
+for index in load_index(expand_shards(source), folder, access=access):
+    for number in range(len(index)):
+        members = reader.members(index, number)
+        print(index.path.name, members["__key__"], hashlib.sha256(members["png"]).hexdigest())
+reader.close()
+"""
+
+
+def digests(source, folder, cache_bytes, **environment):
+    """What a process of its own reads: some packages look at the environment when they are imported."""
+    command = [sys.executable, "-c", READ, str(source), str(folder), str(cache_bytes)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10 << 20])
+def test_hub(shards, tmp_path, cache_bytes):
+    expected = digests(shards, tmp_path / "local", 0)
+    with hub(shards) as server:
+        environment = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0"}
+        assert digests(f"hf://datasets/{REPO}", tmp_path / "hub", cache_bytes, **environment) == expected
+    assert len(expected) == sum(SIZES)
+
+
+def test_what_lies_beside_is_found(tools, nginx, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    train_tokenizer(["one", "two"], shards / "tokenizer", 60)
+    try:
+        source = {"s": SourceConfig(shards=f"{nginx}/s-{{000..007}}.tar")}
+        assert read_label_sets(source) == {"s": ["a", "b", "c"]}
+        found = find_tokenizer(source, None)
+        assert found.get_vocab() == find_tokenizer({}, str(shards / "tokenizer")).get_vocab()
+        assert str(found.name_or_path).startswith(str(tmp_path))
+    finally:
+        shutil.rmtree(shards / "tokenizer")
+
+
+def test_indices_beside_remote_shards_are_taken(tools, tmp_path, expected):
+    folder = tools.write_folder(tmp_path / "data", SIZES)
+    build_index(sorted(folder.glob("*.tar")), folder / "index")
+    with servers.faulty_server(folder) as server:
+        source = f"{server.address}/s-{{000..007}}.tar"
+        loader = tools.make_loader({"s": source}, tmp_path, **options(tmp_path, 0))
+        read = [(name, span) for method, name, span in server.log if method == "GET" and name.endswith(".tar")]
+        assert read == [("s-000.tar", "bytes=0-0")]  # whether the server knows ranges
+        same(take(loader, 8), expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        ("ftp://host/s.tar", "cannot be read from 'ftp:'"),
+        ("ssh://host/s.tar", "cannot be read from 'ssh:'"),
+        ("https://name:SECRET@host/s.tar", "a user name or a password"),
+        ("https://host/s.tar?X-Amz-Signature=SECRET", "a query"),
+        ("pipe:cat SECRET", "names no .tar file"),
+    ],
+)
+def test_addresses_that_are_refused_do_not_give_secrets_away(place, fault):
+    source = {"s": SourceConfig(shards=place)}
+    with pytest.raises(DataError, match=fault) as caught:
+        check_access(DataConfig(sources=source), source)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_names_of_addresses():
+    assert to_place("file:///a/b.tar") == to_place("/a/b.tar")
+    url = to_place("s3://bucket/x/y-01.tar")
+    assert (url.name, url.stem, str(url.parent), url.parent / "y-01.tar") == ("y-01.tar", "y-01", "s3://bucket/x", url)
+    pipe = Url("pipe:curl -H 'Authorization: SECRET' https://h/x-01.tar")
+    assert (pipe.name, str(pipe)) == ("x-01.tar", "pipe:curl … x-01.tar")
+    told = without_secrets("403 for https://h/x.tar?Signature=SECRET and s3://u:SECRET@h/y")
+    assert told == "403 for https://h/x.tar?… and s3://…@h/y"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cache_gib": 3.0},
+        {"cache_dir": "/data/cache"},
+        {"read_timeout_s": 5.0},
+        {"start_timeout_s": 5.0},
+        {"allow_shell": True},
+    ],
+)
+def test_settings_without_effect(setting, shards):
+    source = {"s": SourceConfig(shards=str(shards))}
+    with pytest.raises(ConfigError, match="has no effect"):
+        check_access(DataConfig(sources=source, **setting), source)
+
+
+def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, nginx):
+    source = {"s": SourceConfig(shards=nginx)}
+    with pytest.raises(ConfigError, match="there is room for"):
+        check_access(DataConfig(sources=source, cache_gib=1e7, cache_dir=tmp_path), source)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the cache"):
+        check_access(DataConfig(sources=source, cache_dir=tmp_path / "file" / "x"), source)
+
+
+def test_shards_elsewhere_are_not_for_tools():
+    with pytest.raises(DataError, match="on a path of this host"):
+        local_shards("s3://bucket/x.tar")

@@ -1,0 +1,82 @@
+"""A run that waits in vain ends, and says for whom."""
+
+import itertools
+import time
+
+import pytest
+import servers
+
+from m3i_scale.data.watchdog import Activity, FromWorkers, InThread, await_item
+from m3i_scale.errors import DataError
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stalled_shard_and_its_reader_are_named(tools, tmp_path, workers):
+    folder = tools.write_folder(tmp_path / "data", [6, 5, 7, 6, 5, 7, 6, 6])
+    with servers.faulty_server(folder) as server:
+        loader = tools.make_loader(
+            {"s": f"{server.address}/s-{{000..007}}.tar"},
+            tmp_path,
+            streams=4,
+            workers=workers,
+            cache_gib=0.0,
+            stall_timeout_s=1.0,
+        )
+        server.always["s-003.tar"] = "stall"
+        with pytest.raises(
+            DataError, match=r"no sample has arrived for \d+ s, more than data.stall_timeout_s = 1"
+        ) as caught:
+            list(itertools.islice(loader, 8))
+    reader = r"worker \d of rank 0" if workers else "the training process of rank 0"
+    assert caught.match(rf"{reader}, reading http.*/s-003.tar for \d+ s")
+
+
+def test_who_gets_on_is_waited_for():
+    activity = Activity()
+
+    def slow():
+        for _ in range(4):
+            time.sleep(0.3)
+            activity.begin("s.tar")
+            activity.end()
+        yield "made"
+
+    items = InThread(slow())
+    assert await_item(items, activity, 1.0) == "made"
+    with pytest.raises(StopIteration):
+        await_item(items, activity, 1.0)
+    items.close()
+
+
+def test_a_timeout_of_the_work_itself_is_an_error_and_not_a_reason_to_wait():
+    def fails():
+        raise TimeoutError("the server's")
+        yield
+
+    items = InThread(fails())
+    with pytest.raises(TimeoutError, match="the server's"):
+        await_item(items, Activity(), 60.0)
+    items.close()
+
+
+def test_errors_of_a_thread_and_of_workers_come_through():
+    def fails():
+        raise KeyError("mine")
+        yield
+
+    with pytest.raises(KeyError, match="mine"):
+        await_item(InThread(fails()), Activity(), 1.0)
+
+    def dies():
+        raise RuntimeError("DataLoader worker (pid 1) is killed")
+        yield
+
+    with pytest.raises(RuntimeError, match="is killed"):
+        await_item(FromWorkers(dies()), Activity(), 1.0)
+
+
+def test_what_a_reader_does_is_told():
+    activity = Activity()
+    assert "reading no shard" in activity.describe()
+    activity.begin("s3://bucket/x.tar")
+    assert "reading s3://bucket/x.tar for 0 s" in activity.describe()
