@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from m3i_scale import __version__
-from m3i_scale.backbones.build import backbone_config, model_files, vision_class
+from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.hub.source import Source
 from m3i_scale.objective.describe import describe
 
+_TAKEN_OVER = ("data", "files", "weights", "step", "samples", "dtype", "parameters", "compute", "versions", "label_set")
+_PIPELINES = {
+    "features": "image-feature-extraction",
+    "backbone": "image-feature-extraction",
+    "classification": "image-classification",
+    "zero_shot": "zero-shot-image-classification",
+}
 _HIDDEN_FIGURES = ("kind", "time", "step")
 
 
@@ -42,16 +48,21 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         name=source.run.name,
         version=__version__,
         license=provenance["license"],
-        config=config,
+        architecture=config["architectures"][0],
+        model_type=config["model_type"],
+        task=provenance["task"],
+        timm=config["model_type"] == "timm_wrapper",
+        pipeline=_PIPELINES[provenance["task"]],
+        image_size=shape.image_size,
         patches=(shape.image_size // shape.patch_size) ** 2,
-        pooling="add_pooling_layer" in inspect.signature(vision_class(shape)[0].__init__).parameters,
+        pooling=provenance["task"] == "features" and config["model_type"] == "vit",
         remote_code=bool(model_files(shape)[0]),
         tokens=shape.model_type != "internimage",
         width=shape.hidden_size,
         patch=shape.patch_size,
         side=shape.image_size // shape.patch_size,
-        labels=len(config.get("id2label", {})) if source.label_sets else 0,
-        text=source.recipe.uses_text,
+        labels=len(config.get("id2label") or config.get("label_names") or ()) if source.label_sets else 0,
+        text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=describe(source.recipe),
@@ -62,7 +73,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         evaluation=evaluation,
         evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],
         difference=max(provenance["verified"]["largest_output_difference"].values()),
-        **{key: provenance[key] for key in ("data", "files", "weights", "step", "samples", "dtype", "parameters")},
+        **{key: provenance[key] for key in _TAKEN_OVER},
     )
 
 

@@ -7,16 +7,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.card import render_card
+from m3i_scale.hub.files import check_shard_size
+from m3i_scale.hub.programs import check_also, write_programs
+from m3i_scale.hub.push import PROVENANCE, listed_files, push
+from m3i_scale.hub.secrets import masked
 from m3i_scale.hub.source import (
     Source,
+    compute_of,
     describe_data,
     evaluation_of,
     find_source,
@@ -24,13 +34,12 @@ from m3i_scale.hub.source import (
     last_figures,
     source_tokenizer,
 )
+from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
-from m3i_scale.hub.write import write_folder
-from m3i_scale.scale.checkpoint.consolidate import load_weights
+from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
+from m3i_scale.scale.checkpoint.consolidate import SavedWeights
 from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file
-
-PROVENANCE = "export.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from m3i_scale.scale.checkpoint.reading import reading
 
 Weights = Literal["student", "momentum"]
 Dtype = Literal["float32", "bfloat16"]
@@ -42,41 +51,58 @@ def export(
     weights: Weights = "student",
     dtype: Dtype = "float32",
     *,
+    wanted: Wanted | None = None,
+    also: tuple[str, ...] = (),
     overwrite: bool = False,
     license_id: str = "other",
+    evaluation_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Export a checkpoint in the Hugging Face format, prove it in a fresh process, then give it its name.
+    """Export a checkpoint, prove it in a fresh process, then give it its name.
 
     Args:
         run_dir_or_checkpoint: a run's output folder (its newest good checkpoint is taken) or one checkpoint.
         to: the folder to make.
         weights: the trained weights, or their moving average.
         dtype: of the written tensors.
+        wanted: which model the folder holds, in which format; default: the features, for `AutoModel`.
+        also: `torch_export`, `onnx`: the model as a program beside its weights.
         overwrite: replace an earlier export; any other folder with something in it is refused.
         license_id: licence of the weights for the model card, as the Hub spells it.
+        evaluation_file: what `m3i-scale evaluate --json` printed; default: evaluation.json of the run, if any.
 
     Returns:
         Provenance: checkpoint, step, files with their hashes, what was proven, checkpoints that were passed over.
 
     Raises:
-        ExportError: the target is taken, or what was written does not load as what was trained; nothing is left behind.
+        ExportError: the target is taken, nothing in that format computes what was trained, or what was written does not
+            load as what was trained; nothing is left behind.
         CheckpointError: no checkpoint that verifies, or one without momentum weights where those are wanted.
     """
-    target = Path(to).absolute()
+    target, wanted = Path(to).absolute(), wanted or Wanted()
     _check(weights, dtype, target, overwrite)
+    check_wanted(wanted)
+    check_also(also)
     source = find_source(Path(run_dir_or_checkpoint))
-    tokenizer = source_tokenizer(source) if source.recipe.uses_text else None
-    evaluation = evaluation_of(source)
-    tensors = load_weights(source.checkpoint, weights)
-    with _takes_name(target) as folder:
-        write_folder(folder, source, tensors, DTYPES[dtype], tokenizer)
-        reference = make_reference(source, tensors, DTYPES[dtype], tokenizer)
+    reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
+    tokenizer = source_tokenizer(source) if source.recipe.uses_text and reads_text else None
+    parts = plan_parts(source, wanted, tokenizer)
+    evaluation = evaluation_of(source, evaluation_file)
+    tensors = SavedWeights(source.checkpoint, weights)
+    with reading(source.checkpoint), _takes_name(target) as folder, _without_progress_bars():  # a run may prune it
+        fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
+        reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
+        proven["programs"] = write_programs(folder, reference, also)
         facts = _provenance(source, folder, weights, dtype) | {
+            "task": wanted.task,
+            "format": wanted.format,
+            "label_set": wanted.label_set,
+            "request": _request(wanted, also),
             "license": license_id,
             "verified": proven,
             "evaluation": evaluation,
         }
+        facts = masked(facts)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(render_card(source, facts, config), encoding="utf-8")
         facts["files"] = hash_folder(folder)
@@ -84,6 +110,57 @@ def export(
         (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return {"output": str(target), "bytes": size, "warning": _passed_over(source), **facts}
+
+
+def export_and_push(
+    run_dir_or_checkpoint: Path | str,
+    to: Path | str,
+    *,
+    push_to: str | None = None,
+    public: bool = False,
+    dry_run: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """`export`, and with `push_to` also `push`. Where the folder already is this very export, it is only pushed: so the
+    same command goes on after an upload that failed.
+
+    Raises:
+        ExportError, CheckpointError: see those.
+    """
+    if push_to is None:
+        if public or dry_run:
+            raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
+        return export(run_dir_or_checkpoint, to, **options)
+    target = Path(to).absolute()
+    facts = None if options.get("overwrite") else _made_before(run_dir_or_checkpoint, target, options)
+    if facts is None:
+        facts = export(run_dir_or_checkpoint, to, **options)
+    return facts | {"push": push(target, push_to, public=public, dry_run=dry_run)}
+
+
+def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What export.json says, if it is of the same checkpoint and the same choices."""
+    try:
+        facts: dict[str, Any] = json.loads((target / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    wanted = options.get("wanted") or Wanted()
+    source = find_source(Path(run_dir_or_checkpoint))
+    same = {
+        "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
+        "weights": options.get("weights", "student"),
+        "dtype": options.get("dtype", "float32"),
+        "license": options.get("license_id", "other"),
+        "request": _request(wanted, options.get("also", ())),
+        "evaluation": masked(evaluation_of(source, options.get("evaluation_file"))),
+    }
+    if any(facts.get(key) != value for key, value in same.items()):
+        return None
+    return {"output": str(target), "bytes": sum(listed_files(target).values()), "warning": None, **facts}
+
+
+def _request(wanted: Wanted, also: tuple[str, ...]) -> dict[str, Any]:
+    return {**asdict(wanted), "also": sorted(also)}
 
 
 def _passed_over(source: Source) -> str | None:
@@ -110,6 +187,8 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "parameters": _parameters(folder),
         "data": describe_data(source),
         "figures": last_figures(source),
+        "compute": compute_of(source),
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
         "files": hash_folder(folder),
     }
 
@@ -121,9 +200,31 @@ def _parameters(folder: Path) -> int:
     count = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            names = file.keys()
+            for name in names:
                 count += torch.Size(file.get_slice(name).get_shape()).numel()
     return count
+
+
+def check_wanted(wanted: Wanted) -> None:
+    """Whether there is such a task, format and size.
+
+    Raises:
+        ExportError: there is not.
+    """
+    if wanted.task not in TASKS:
+        raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
+    if str(wanted.format) == "open_clip":
+        raise ExportError(
+            "no open_clip folder holds what was trained",
+            where="--format open_clip",
+            why="its image towers normalise either the tokens or their mean, where the recipes here normalise both;"
+            " and its BERT towers read their configuration from the Hub by a name, never from the folder",
+            fix="--task zero_shot: the same joint space for transformers",
+        )
+    if wanted.format not in FORMATS:
+        raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
+    check_shard_size(wanted.max_shard_size)
 
 
 def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
@@ -146,6 +247,26 @@ def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
         )
 
 
+def _sweep(target: Path) -> None:
+    """Remove what an export that was killed left beside `target`."""
+    for path in target.parent.glob(f".{target.name}.*.partial"):
+        number = path.name.removeprefix(f".{target.name}.").removesuffix(".partial")
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Those of `transformers`: one for each of a handful of files."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 @contextmanager
 def _takes_name(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its name when all went well, and is gone when not."""
@@ -153,6 +274,7 @@ def _takes_name(target: Path) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         folder.mkdir()
     except OSError as error:
         raise ExportError(f"cannot write there: {error.strerror}", where=str(target.parent)) from None
@@ -161,7 +283,7 @@ def _takes_name(target: Path) -> Iterator[Path]:
         if target.is_dir():
             target.rename(old)
         folder.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if old.is_dir() and not target.exists():
             old.rename(target)
         raise ExportError(

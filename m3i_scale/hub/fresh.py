@@ -2,7 +2,7 @@
 
     python -I fresh.py EXPORT WORK
 
-Read: `WORK/inputs.safetensors` (pixel values), `WORK/captions.json`, `WORK/*.png`.
+Read: `WORK/job.json` (what to load, with what), `WORK/inputs.safetensors`, `WORK/captions.json`, `WORK/*.png`.
 Written: `WORK/outputs.safetensors`, `WORK/report.json`.
 
 This file is run by its path, imports nothing of the package, and makes sure that nothing it loads does.
@@ -11,7 +11,6 @@ This file is run by its path, imports nothing of the package, and makes sure tha
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 BLOCKED = ("m3i_scale", "deepspeed")
 """What the training side has installed and a user of the export need not have."""
-
 
 ZERO_AT_FIRST = (".dcn.offset.weight", ".dcn.mask.weight", ".dcn.center_feature_scale_proj_weight")
 """Matrices that a model starts at zero on purpose: they are so in first weights."""
@@ -48,7 +46,8 @@ def inspect_files(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            names = file.keys()
+            for name in names:
                 tensor = file.get_tensor(name)
                 found["fingerprints"][name] = fingerprint(tensor)
                 found["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
@@ -69,34 +68,56 @@ def _is_one_value(tensor: Any) -> bool:
     return sum(side > 1 for side in tensor.shape) > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
-def load(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """A model by `AutoModel` and what its loading reported. Code runs from the folder only where it was put there."""
-    from transformers import AutoModel
+def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
+    """A model by a class of `transformers`, and what its loading reported. Code runs from the folder only where it was
+    put there."""
+    import transformers
 
     own = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
-    model, info = AutoModel.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, trust_remote_code=own, dtype="auto", **kwargs
+    trust = {"trust_remote_code": own} if auto.startswith("Auto") else {}
+    model, info = getattr(transformers, auto).from_pretrained(
+        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", **trust, **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 
 
-def examine(folder: Path, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Load one model twice: as anyone would, and without the pooling layer, which no pre-training trains."""
-    import torch
-
+def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load one model as anyone would, and, where that adds a layer that no pre-training trains, without it."""
     report = inspect_files(folder)
     report["config_dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     if report["faults"]:
-        return report, None
-    plain, report["plain"] = load(folder)
-    takes = inspect.signature(type(plain).__init__).parameters
-    model, report["strict"] = load(folder, **{"add_pooling_layer": False} if "add_pooling_layer" in takes else {})
+        return report, {}
+    if spec["options"]:
+        _, report["plain"] = load(folder, spec["auto"])
+    model, report["strict"] = load(folder, spec["auto"], **spec["options"])
     report["class"] = type(model).__name__
     report["loaded_dtype"] = str(model.dtype).removeprefix("torch.")
     report["loaded"] = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
+    outputs = {spec["name"]: run(model.float(), spec, inputs)}
+    del model
+    if spec["native"] == "timm":
+        outputs[f"{spec['name']}.timm"] = run_timm(folder, spec, inputs)
+    return report, outputs
+
+
+def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """The output that is compared; of several feature maps the last one."""
+    import torch
+
     with torch.no_grad():
-        hidden = model.float()(**inputs).last_hidden_state
-    return report, hidden.contiguous()
+        output = getattr(model(**{key: inputs[key] for key in spec["inputs"]}), spec["output"])
+    return (output[-1] if isinstance(output, tuple) else output).contiguous()
+
+
+def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    """The same by timm's own loading."""
+    import timm
+    import torch
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().float()
+    pixels = inputs["pixel_values"]
+    with torch.no_grad():
+        return (model(pixels) if spec["output"] == "logits" else model.forward_features(pixels)).contiguous()
 
 
 def main(export: Path, work: Path) -> None:
@@ -105,24 +126,28 @@ def main(export: Path, work: Path) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    outputs = {}
+    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    inputs, outputs = load_file(work / "inputs.safetensors"), {}
     processor = AutoImageProcessor.from_pretrained(export, local_files_only=True)
+    # The one that filters as training did; a timm folder's is of that kind anyway.
+    exact = processor
+    if not type(processor).__name__.startswith("TimmWrapper"):
+        exact = AutoImageProcessor.from_pretrained(export, local_files_only=True, backend="pil")
     for path in sorted(work.glob("*.png")):
         with Image.open(path) as image:
-            outputs[f"pixels.{path.stem}"] = processor(image, return_tensors="pt")["pixel_values"].contiguous()
+            for name, chosen in (("pixels", processor), ("exact", exact)):
+                outputs[f"{name}.{path.stem}"] = chosen(image, return_tensors="pt")["pixel_values"].contiguous()
     report: dict[str, Any] = {"processor": type(processor).__name__, "models": {}}
-    report["models"]["vision"], hidden = examine(export, load_file(work / "inputs.safetensors"))
-    if hidden is not None:
-        outputs["hidden.vision"] = hidden
-    if (export / "text").is_dir():
+    if job["tokenizer"] is not None and (export / job["tokenizer"]).is_dir():
         captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(export / "text", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(export / job["tokenizer"], local_files_only=True)
         tokens = dict(tokenizer(captions, padding=True, truncation=True, return_tensors="pt"))
-        outputs["tokens"] = tokens["input_ids"].contiguous()
-        wanted = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-        report["models"]["text"], hidden = examine(export / "text", wanted)
-        if hidden is not None:
-            outputs["hidden.text"] = hidden
+        inputs |= {key: tokens[key].contiguous() for key in ("input_ids", "attention_mask")}
+        outputs["tokens"] = inputs["input_ids"]
+    for spec in job["models"]:
+        if (export / spec["folder"]).is_dir():
+            report["models"][spec["name"]], found = examine(export / spec["folder"], spec, inputs)
+            outputs |= {f"output.{name}": tensor for name, tensor in found.items()}
     report["heads"] = inspect_files(export / "heads")
     report["needed"] = [name for name in BLOCKED if sys.modules.get(name) is not None]
     save_file(outputs, work / "outputs.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import RunConfig, parse_section, read_yaml
+from m3i_scale.data.remote import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError
@@ -125,7 +127,7 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
         facts: dict[str, Any] = {"name": name, "weight": config.weight, "manifest_sha256": None, "samples": None}
         path = shard_folder(config.shards) / MANIFEST
         try:
-            raw = path.read_bytes()
+            raw = read_file(path)
             manifest = json.loads(raw)
             shards = manifest["shards"]
             facts |= {
@@ -145,29 +147,64 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
 
 def last_figures(source: Source) -> dict[str, Any]:
     """The last train record at or before the checkpoint's step in metrics.jsonl; empty where there is none."""
-    path = source.run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return {}
     last: dict[str, Any] = {}
+    for record in _records(source.run_dir / "metrics.jsonl"):
+        if record.get("kind") == "train" and record.get("step", 0) <= source.step:
+            last = record
+    return last
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no such file."""
+    if not path.is_file():
+        return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except ValueError:  # a line torn by a kill
                 continue
-            if isinstance(record, dict) and record.get("kind") == "train" and record.get("step", 0) <= source.step:
-                last = record
-    return last
+            if isinstance(record, dict):
+                yield record
 
 
-def evaluation_of(source: Source) -> dict[str, Any] | None:
-    """The run folder's evaluation.json (`m3i-scale evaluate --json`), where there is one.
+def compute_of(source: Source) -> dict[str, Any]:
+    """What the training up to the checkpoint cost, by its own metrics.jsonl; None where that does not say it. Steps
+    that were done over, or that a rewind has undone, no longer stand there and do not count.
+
+    Returns:
+        `steps`; `samples`; `flop`, of the model alone, recomputation not counted; `gpu_hours`, by the duration of the
+        logged steps, each counted for those since the record before it.
+    """
+    flop = seconds = None
+    per_step, world, before = None, source.meta.get("world_size"), 0
+    for record in _records(source.run_dir / "metrics.jsonl"):
+        step = record.get("step", 0)
+        if record.get("kind") == "run":
+            per_step, world, before = record.get("flop_per_step", per_step), record.get("world_size", world), step
+        elif record.get("kind") == "train" and step <= source.step:
+            step_s = record.get("speed/step_s")
+            known = isinstance(step_s, int | float) and isinstance(world, int)
+            seconds = (seconds or 0.0) + step_s * (step - before) * world if known else seconds
+            before = step
+    if isinstance(per_step, int | float):
+        flop = per_step * source.step
+    return {
+        "steps": source.step,
+        "samples": source.step * source.run.optim.batch_size,
+        "flop": flop,
+        "gpu_hours": None if seconds is None else seconds / 3600,
+    }
+
+
+def evaluation_of(source: Source, given: Path | None = None) -> dict[str, Any] | None:
+    """What `m3i-scale evaluate --json` printed: the given file, or evaluation.json of the run, where there is one.
 
     Raises:
-        ExportError: it is there and not what `evaluate` writes.
+        ExportError: it is there and not what `evaluate` writes, or it was given and is not there.
     """
-    path = source.run_dir / "evaluation.json"
-    if not path.is_file():
+    path = given or source.run_dir / "evaluation.json"
+    if given is None and not path.is_file():
         return None
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))

@@ -1,81 +1,140 @@
-"""The folder of an export, written with the stock classes that will load it."""
+"""The folder of an export: which models go into it, image processor, tokenizer, heads."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import BertModel, BitImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import BertModel, BitImageProcessor, PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
+from m3i_scale.hub.as_timm import timm_part
+from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
+from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
+from m3i_scale.hub.secrets import masked
 from m3i_scale.hub.source import Source
+from m3i_scale.hub.tensors import TEXT, VISION, Part, copied
 from m3i_scale.objective.build import is_kept, text_config
-from m3i_scale.objective.recipe import Recipe
 
-VISION, TEXT = "student.model.", "text.model."
+Task = Literal["features", "classification", "zero_shot", "backbone"]
+Format = Literal["transformers", "timm"]
+TASKS = ("features", "classification", "zero_shot", "backbone")
+FORMATS = ("transformers", "timm")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a folder shall hold."""
+
+    task: Task = "features"
+    format: Format = "transformers"
+    label_set: str | None = None
+    """Of a classifier; None where the run has only one."""
+    max_shard_size: str = DEFAULT_SHARD_SIZE
+
+
+def plan_parts(source: Source, wanted: Wanted, tokenizer: PreTrainedTokenizerBase | None) -> list[Part]:
+    """The models of a folder, without values.
+
+    Raises:
+        ExportError: nothing in that format computes what was trained; the reason.
+    """
+    if wanted.label_set is not None and wanted.task != "classification":
+        raise ExportError("a label set has no effect", where="--label-set", fix="--task classification")
+    if wanted.format == "timm":
+        return [_in_timm(source, wanted)]
+    if wanted.task == "classification":
+        return [classifier_part(source, choose_label_set(source, wanted.label_set))]
+    if wanted.task == "backbone":
+        return [backbone_part(source)]
+    if wanted.task == "zero_shot":
+        return [zero_shot_part(source, 0 if tokenizer is None else len(tokenizer))]
+    return [_vision_part(source), *([] if tokenizer is None else [_text_part(source.run, tokenizer)])]
 
 
 def write_folder(
     folder: Path,
     source: Source,
-    weights: dict[str, Tensor],
+    parts: list[Part],
+    weights: Mapping[str, Tensor],
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Vision model and image processor; with a text target also text tower and tokenizer; the heads.
+    wanted: Wanted | None = None,
+) -> dict[str, dict[str, str]]:
+    """Models, image processor and tokenizer; with plain features also the heads.
 
     Args:
         folder: exists and is empty.
         source: the checkpoint.
-        weights: all of its weights by full name.
+        parts: what `plan_parts` gave.
+        weights: of the checkpoint by full name, read one at a time.
         dtype: of the written tensors.
-        tokenizer: of the text tower; None without a text target.
+        tokenizer: of the text tower; None where the folder has none.
+        wanted: what the folder shall hold.
+
+    Returns:
+        Fingerprint of every tensor, by part (and `heads`) and name.
 
     Raises:
         ExportError: weights and configuration do not fit together.
     """
-    _refuse_empty(weights)
-    write_vision(folder, source, part_of(weights, VISION, dtype))
+    wanted = wanted or Wanted()
+    found = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
     write_processor(folder, source)
     if tokenizer is not None:
-        write_text(folder / "text", source.run, part_of(weights, TEXT, dtype), tokenizer)
-    write_heads(folder / "heads", source, head_weights(source.recipe, weights, dtype))
+        # What a user tokenises is cut where training cut it.
+        tokenizer.model_max_length = source.run.text.max_tokens
+        tokenizer.save_pretrained(folder / next(part.folder for part in parts if "input_ids" in part.inputs))
+    if wanted.task == "features" and wanted.format == "transformers":
+        found["heads"] = write_heads(folder / "heads", source, weights, dtype)
+    return found
 
 
-def write_vision(folder: Path, source: Source, weights: dict[str, Tensor]) -> None:
-    """config.json and model.safetensors of the vision model."""
+def _in_timm(source: Source, wanted: Wanted) -> Part:
+    if wanted.max_shard_size != DEFAULT_SHARD_SIZE:
+        raise ExportError("timm reads one file of weights", where="--max-shard-size", fix="leave it out")
+    if wanted.task == "classification":
+        return classifier_part(source, choose_label_set(source, wanted.label_set), timm=True)
+    if wanted.task != "features":
+        raise ExportError(
+            f"a timm folder holds features or a classifier, and no {wanted.task}", fix="--format transformers"
+        )
+    return timm_part(backbone_config(source.run.backbone), None, "", None, [], source.run.data.augment)
+
+
+def _vision_part(source: Source) -> Part:
     config = backbone_config(source.run.backbone)
     names = class_names(source.label_sets)
     if names:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
-    with init_empty_weights(include_buffers=False):
-        kind, options = vision_class(config)
-        model = kind(config, **options)
+    kind, options = vision_class(config)
+    model = empty(lambda: kind(config, **options))
     auto_map, files = model_files(config)
     if auto_map:
         model.config.auto_map = auto_map
-    _fill_and_save(model, weights, folder)
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
+    return Part("vision", model, copied(model.state_dict(), VISION), options=options, files=files)
 
 
-def write_text(folder: Path, run: RunConfig, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """config.json, model.safetensors and tokenizer files of the text tower."""
-    with init_empty_weights(include_buffers=False):
-        model = BertModel(text_config(run.text.config, len(tokenizer), run.text.max_tokens), add_pooling_layer=False)
-    _fill_and_save(model, weights, folder)
-    # What a user tokenises is cut where training cut it.
-    tokenizer.model_max_length = run.text.max_tokens
-    tokenizer.save_pretrained(folder)
+def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
+    config = text_config(run.text.config, len(tokenizer), run.text.max_tokens)
+    options: dict[str, Any] = {"add_pooling_layer": False}
+    model = empty(lambda: BertModel(config, **options))
+    return Part(
+        "text",
+        model,
+        copied(model.state_dict(), TEXT),
+        folder="text",
+        options=options,
+        inputs=("input_ids", "attention_mask"),
+    )
 
 
 def write_processor(folder: Path, source: Source) -> None:
@@ -101,16 +160,17 @@ def write_processor(folder: Path, source: Source) -> None:
     ).save_pretrained(folder)
 
 
-def write_heads(folder: Path, source: Source, weights: dict[str, Tensor]) -> None:
+def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
     """objective.json, from which the joint space is built again, and the weights of heads, decoders and projections."""
     folder.mkdir()
     objective = {
-        "run": portable_run(source.run),
+        "run": masked(portable_run(source.run)),
         "label_sets": source.label_sets,
         "vocab_size": source.vocab_size,
     }
     (folder / "objective.json").write_text(json.dumps(objective, indent=1, ensure_ascii=False), encoding="utf-8")
-    save_file(weights, folder / "heads.safetensors", metadata={"format": "pt"})
+    names = [name for name in weights if is_kept(source.recipe, name) and not name.startswith((VISION, TEXT))]
+    return write_heads_file(folder / "heads.safetensors", copied(names, ""), weights, dtype)
 
 
 def portable_run(run: RunConfig) -> dict[str, Any]:
@@ -138,50 +198,3 @@ def class_names(label_sets: dict[str, list[str]]) -> list[str]:
     if len(label_sets) == 1:
         return list(next(iter(label_sets.values())))
     return [f"{label_set}: {name}" for label_set, names in label_sets.items() for name in names]
-
-
-def part_of(weights: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights below `prefix`, without it, in `dtype`."""
-    return {
-        name.removeprefix(prefix): _own_storage(tensor, dtype)
-        for name, tensor in weights.items()
-        if name.startswith(prefix)
-    }
-
-
-def head_weights(recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is neither vision model, nor text tower, nor only needed in training."""
-    return {
-        name: _own_storage(tensor, dtype)
-        for name, tensor in weights.items()
-        if is_kept(recipe, name) and not name.startswith((VISION, TEXT))
-    }
-
-
-def _own_storage(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, and no view of a larger buffer: views of one buffer look like tied weights, and would be dropped."""
-    converted = tensor.detach().to(dtype).contiguous()
-    whole = converted.untyped_storage().nbytes() == converted.numel() * converted.element_size()
-    return converted if whole else converted.clone()
-
-
-def _refuse_empty(weights: dict[str, Tensor]) -> None:
-    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
-    if empty:
-        raise ExportError(
-            f"{len(empty)} tensors have no elements",
-            where=empty[0],
-            why="they were still partitioned when they were read; the export would load as random weights",
-        )
-
-
-def _fill_and_save(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    try:
-        nn.Module.load_state_dict(model, weights, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ExportError(
-            f"the checkpoint does not fill a {type(model).__name__}: {str(error).splitlines()[-1].strip()}",
-            where=str(folder),
-        ) from None
-    model.eval()
-    model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A tiny run with every kind of target, and a committed checkpoint of it as a ZeRO-2 run on two ranks writes it."""
+"""A tiny run with every kind of target, and a committed checkpoint of it as a run on two ranks writes it."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from m3i_scale.hub import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.state import TAG
+from m3i_scale.scale.checkpoint.tensors import Range, write_index, write_ranges
 
 LABELS = ["warm-things", "cold-things", "green-things"]
 _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]
@@ -59,9 +59,9 @@ def shards(tmp_path_factory):
     return output
 
 
-def small_run(shards, output_dir, backbone=None):
+def small_run(shards, output_dir, backbone=None, pool="mean_pool"):
     values = read_yaml(resource_folder("recipes") / "m3i.yaml")
-    values["recipe"]["decoders"]["pool"]["width"] = 32
+    values["recipe"]["decoders"]["pool"]["kind"] = pool
     values["recipe"]["targets"][2]["width"] = 16
     values |= {
         "output_dir": str(output_dir),
@@ -95,16 +95,23 @@ def small_run(shards, output_dir, backbone=None):
 def make_run(shards):
     """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one."""
 
-    def make(output_dir: Path, steps=(10,), vocab_size=None, backbone=None):
-        run = small_run(shards, output_dir, backbone)
+    def make(output_dir: Path, steps=(10,), vocab_size=None, backbone=None, pool="mean_pool", label_sets=None):
+        run = small_run(shards, output_dir, backbone, pool)
+        label_sets = label_sets or {"things": LABELS}
         tokenizer = shards / "tokenizer"
         vocab_size = vocab_size or len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
         for step in steps:
             torch.manual_seed(step)
-            objective = build_objective(run, {"things": LABELS}, vocab_size)
+            objective = build_objective(run, label_sets, vocab_size)
             first_weights(objective)
             write_checkpoint(
-                output_dir / "checkpoints" / f"step-{step:08d}", run, objective, step, vocab_size, tokenizer
+                output_dir / "checkpoints" / f"step-{step:08d}",
+                run,
+                objective,
+                step,
+                vocab_size,
+                tokenizer,
+                label_sets,
             )
         return output_dir, objective
 
@@ -119,47 +126,34 @@ def first_weights(objective):
         initialize_module(module, module) if not hasattr(module, "config") else None
 
 
-def write_checkpoint(final, run, objective, step, vocab_size, tokenizer):
+def write_checkpoint(final, run, objective, step, vocab_size, tokenizer, label_sets):
     meta = {
         "step": step,
-        "zero_stage": 2,
         "world_size": 2,
-        "label_sets": {"things": LABELS},
+        "label_sets": label_sets,
         "vocab_size": vocab_size,
         "tokenizer": str(tokenizer),
     }
     folder = begin(final)
-    for name in (TAG, "momentum"):
-        (folder / name).mkdir()
-    state = objective.state_dict()
-    write_zero2(folder / TAG, {name: tensor for name, tensor in state.items() if not name.startswith("momentum.")})
-    averaged = {name: tensor.flatten() for name, tensor in state.items() if name.startswith("momentum.")}
-    save_file(averaged, folder / "momentum" / "rank-00000.safetensors")
-    shapes = {name: list(state[name].shape) for name in averaged}
-    (folder / "momentum" / "shapes.json").write_text(json.dumps(shapes))
-    online = {target: name for name, target in momentum_pairs(objective)}
-    (folder / "momentum" / "online.json").write_text(json.dumps(online))
+    parts = [write_ranges(folder, halves_of(objective, rank), rank) for rank in (0, 1)]
+    write_index(folder, parts)
+    save_file(dict(objective.named_buffers()), folder / "buffers.safetensors")
+    meta["averages"] = {target: name for name, target in momentum_pairs(objective)}
     (folder / "run.yaml").write_text(run_yaml(run))
     (folder / "meta.json").write_text(json.dumps(meta))
     commit(final, folder, meta)
 
 
-def write_zero2(folder, weights):
-    """The files of DeepSpeed's ZeRO-2 on two ranks: one flat fp32 group, padded, cut in halves."""
-    flat = torch.cat([tensor.float().flatten() for tensor in weights.values()])
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 4))
-    model = {
-        "module": {},
-        "buffer_names": [],
-        "param_shapes": [{name: tensor.shape for name, tensor in weights.items()}],
-        "shared_params": {},
-        "ds_version": "0.18",
-    }
-    torch.save(model, folder / "mp_rank_00_model_states.pt")
-    for rank, half in enumerate(flat.chunk(2)):
-        optimizer = {"zero_stage": 2, "partition_count": 2, "single_partition_of_fp32_groups": [half.clone()]}
-        file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": optimizer}, file)
+def halves_of(objective, rank):
+    """What a rank of two writes: the first or the second half of every tensor."""
+    found = []
+    for name, tensor in objective.named_parameters():
+        kind = "average" if name.startswith("momentum.") else "weight"
+        flat = tensor.detach().float().flatten()
+        half = flat.chunk(2)[rank] if len(flat) > 1 else flat[: 1 - rank]
+        start = rank * len(flat.chunk(2)[0])
+        found.append(Range(f"{kind}/{name}", tuple(tensor.shape), start, len(half), half.dtype, lambda half=half: half))
+    return [piece for piece in found if piece.numel]
 
 
 @pytest.fixture(scope="session")

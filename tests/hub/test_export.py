@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTModel
+from transformers.utils import logging as transformers_logging
 
 from m3i_scale.errors import CheckpointError, ExportError
 from m3i_scale.hub import export as export_module
@@ -14,6 +16,7 @@ from m3i_scale.hub.card import cell, evaluation_rows
 from m3i_scale.hub.export import export
 from m3i_scale.hub.source import hash_folder
 from m3i_scale.objective.inputs import normalize
+from m3i_scale.output import leave_out_accelerator_warning
 
 
 def left_behind(target):
@@ -102,6 +105,20 @@ def test_newest_good_checkpoint_is_taken_and_the_torn_one_named(make_run, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("word", ["Setting accelerator to CPU. If you have", "the disk is slow"])
+def test_an_export_does_not_warn_of_a_missing_gpu(word):
+    leave_out_accelerator_warning()
+    logger = logging.getLogger("DeepSpeed")
+    record = logger.makeRecord("DeepSpeed", logging.WARNING, "", 0, word, (), None)
+    assert bool(logger.filter(record)) is ("accelerator" not in word)
+
+
+def test_libraries_are_silent(run_dir, tmp_path, same_process, capfd):
+    export(run_dir[0], tmp_path / "silent")
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.is_progress_bar_enabled()
+
+
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-00000010"])
 def test_nothing_to_export(tmp_path, name):
     with pytest.raises(CheckpointError):
@@ -154,15 +171,15 @@ def test_another_tokenizer_is_refused(make_run, shards, tmp_path):
 
 
 def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):
-    load = export_module.load_weights
+    load = export_module.SavedWeights
 
     def emptied(*args):
-        weights = load(*args)
+        weights = dict(load(*args))
         weights["student.model.layernorm.weight"] = torch.zeros(0)
         return weights
 
-    monkeypatch.setattr(export_module, "load_weights", emptied)
-    with pytest.raises(ExportError, match="no elements") as caught:
+    monkeypatch.setattr(export_module, "SavedWeights", emptied)
+    with pytest.raises(ExportError, match="has no elements") as caught:
         export(run_dir[0], tmp_path / "out")
     assert caught.value.where == "student.model.layernorm.weight"
     assert left_behind(tmp_path / "out") == []
@@ -170,15 +187,15 @@ def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):
 
 def test_weights_of_one_flat_buffer_are_all_written(run_dir, tmp_path, monkeypatch, same_process):
     """Consolidation may hand out views of one buffer, which safetensors would take for tied weights."""
-    load = export_module.load_weights
+    load = export_module.SavedWeights
 
     def views(*args):
-        weights = load(*args)
+        weights = dict(load(*args))
         flat = torch.cat([tensor.flatten() for tensor in weights.values()])
         parts = flat.split([tensor.numel() for tensor in weights.values()])
         return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
 
-    monkeypatch.setattr(export_module, "load_weights", views)
+    monkeypatch.setattr(export_module, "SavedWeights", views)
     export(run_dir[0], tmp_path / "out")
     wanted = len(ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).state_dict())
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == wanted

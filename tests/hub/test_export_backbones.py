@@ -38,7 +38,19 @@ BACKBONES = {
             "patch_size": 8,
         },
     },
+    "clip": {
+        "preset": "clip-b/16",
+        "config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    },
 }
+CLASSES = {"internimage": "InternImageModel", "dinov2": "Dinov2Model", "clip": "CLIPVisionModel"}
 LOADS = """
 import sys
 sys.modules["m3i_scale"] = None
@@ -67,7 +79,7 @@ def made(kind, make_run, tmp_path_factory):
 
 def test_a_fresh_process_loads_it(made, kind):
     root, _, objective, result = made
-    assert result["verified"]["classes"]["vision"] == {"internimage": "InternImageModel", "dinov2": "Dinov2Model"}[kind]
+    assert result["verified"]["classes"]["vision"] == CLASSES[kind]
     images = torch.randint(0, 256, (2, 3, objective.student.image_size, objective.student.image_size)).byte()
     pixels = normalize(images, objective.mean, objective.std)
     torch.save(pixels, root / "pixels.pt")

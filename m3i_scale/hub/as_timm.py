@@ -1,0 +1,287 @@
+"""A plain vision Transformer with timm's names: a folder that timm loads, and `transformers` through its wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
+    ViTConfig,
+)
+
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.sources.names import OURS
+from m3i_scale.backbones.tokens import TokenConfig
+from m3i_scale.config import AugmentConfig
+from m3i_scale.errors import ExportError
+from m3i_scale.hub.tensors import VISION, Made, Part
+
+_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+_POOL_EPS = 1e-6
+"""Of the norm behind a mean pool."""
+
+
+def timm_part(
+    config: VisionConfig,
+    kind: str | None,
+    norm: str,
+    head: str | None,
+    labels: list[str],
+    augment: AugmentConfig,
+) -> Part:
+    """A folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
+
+    Args:
+        config: of the backbone.
+        kind: what pools before the classifier; None for features alone.
+        norm: before the names of a mean pool's norm in the checkpoint.
+        head: before the names of the classifier in the checkpoint; None for features alone.
+        labels: class names in the order of the classifier.
+        augment: mean and standard deviation of the pixels.
+
+    Raises:
+        ExportError: timm has no such model; the reason.
+    """
+    architecture, arguments, tensors = _model(config, kind, norm)
+    if head is not None:
+        tensors |= {f"head.{suffix}": Made((head + suffix,)) for suffix in ("weight", "bias")}
+    wrapped = TimmWrapperConfig(architecture=architecture, model_args=arguments)
+    if labels:
+        wrapped.id2label = dict(enumerate(labels))
+    classes = TimmWrapperForImageClassification if head is not None else TimmWrapperModel
+    model = _empty(lambda: classes(wrapped))
+    return Part(
+        "classifier" if head is not None else "tokens",
+        model,
+        {f"timm_model.{name}": made for name, made in tensors.items()},
+        auto="AutoModelForImageClassification" if head is not None else "AutoModel",
+        output="logits" if head is not None else "last_hidden_state",
+        native="timm",
+        strip="timm_model.",
+        config=_document(config, architecture, arguments, labels, augment, type(model).__name__),
+    )
+
+
+def timm_vision(
+    config: VisionConfig, norm: str, augment: AugmentConfig, prefix: str
+) -> tuple[dict[str, Any], dict[str, Made]]:
+    """Configuration and tensors of a vision model whose `pooler_output` is the normalised mean of the patch tokens.
+
+    Args:
+        config: of the backbone.
+        norm: before the names of the mean pool's norm in the checkpoint.
+        augment: mean and standard deviation of the pixels.
+        prefix: before the names of the model.
+    """
+    architecture, arguments, tensors = _model(config, "mean_pool", norm)
+    values = {
+        "model_type": TimmWrapperConfig.model_type,
+        "architecture": architecture,
+        "model_args": arguments,
+        "hidden_size": config.hidden_size,
+        "num_labels": 0,
+        "pretrained_cfg": _pretrained_cfg(config, augment),
+    }
+    return values, {prefix + name: made for name, made in tensors.items()}
+
+
+def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict[str, Any], dict[str, Made]]:
+    if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig):
+        raise _refused(f"timm has no {config.model_type}")
+    if config.hidden_act not in _ACTIVATIONS:
+        raise _refused(f"timm has no activation '{config.hidden_act}'")
+    if kind == "attention_pool":
+        raise _refused("no model of timm pools by attention with the mean token as its query")
+    if kind == "mean_pool":
+        return _eva(config, norm)
+    return _vit(config)
+
+
+def _common(config: TokenConfig, hidden: float) -> dict[str, Any]:
+    arguments = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        # half a unit more: timm cuts the product off to a whole number
+        "mlp_ratio": (hidden + 0.5) / config.hidden_size,
+        "qkv_bias": bool(getattr(config, "qkv_bias", True)),
+    }
+    if isinstance(config, Dinov2Config):
+        arguments["init_values"] = config.layerscale_value
+    return arguments
+
+
+def _hidden(config: TokenConfig) -> int:
+    if isinstance(config, Dinov2Config):
+        hidden = int(config.hidden_size * config.mlp_ratio)
+        return (int(hidden * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else hidden
+    return int(config.intermediate_size)
+
+
+def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, Made]]:
+    """timm's VisionTransformer, read at the class token."""
+    clip, gated = isinstance(config, CLIPVisionConfig), bool(getattr(config, "use_swiglu_ffn", False))
+    _check_eps(config, 1e-5 if clip else 1e-6)
+    # SwiGLUPacked counts both halves of the first layer
+    arguments = _common(config, 2 * _hidden(config) if gated else _hidden(config)) | {"global_pool": "token"}
+    architecture = "vit_base_patch16_224"
+    if gated:
+        architecture = "vit_giant_patch14_dinov2"
+    elif clip:
+        architecture = "vit_base_patch16_clip_224"
+    if config.hidden_act != "gelu":
+        arguments["act_layer"] = _ACTIVATIONS[config.hidden_act]
+    inner = {
+        "norm1.": "norm1",
+        "attn.proj.": "o",
+        "norm2.": "norm2",
+        "ls1.gamma": "scale1",
+        "ls2.gamma": "scale2",
+    }
+    packed: dict[str, tuple[str, ...]] = {"attn.qkv." if arguments["qkv_bias"] else "attn.qkv.weight": ("q", "k", "v")}
+    return architecture, arguments, _tensors(config, inner, packed, gated=gated)
+
+
+def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, Made]]:
+    """timm's EVA: the one model with a norm before the mean and another one behind it. Its keys have no bias, which
+    would shift all scores of a query alike."""
+    _check_eps(config, _POOL_EPS, " in front of and behind the mean")
+    gated = bool(getattr(config, "use_swiglu_ffn", False))
+    if config.hidden_act != "gelu":
+        raise _refused(f"timm's EVA, which alone pools as the recipe does, has no activation '{config.hidden_act}'")
+    arguments = _common(config, _hidden(config)) | {
+        "qkv_fused": False,
+        "swiglu_mlp": gated,
+        "global_pool": "avg",
+        "use_fc_norm": True,
+        "use_post_transformer_norm": True,
+    }
+    if isinstance(config, CLIPVisionConfig):
+        arguments["use_pre_transformer_norm"] = True
+    inner = {
+        "norm1.": "norm1",
+        "attn.k_proj.weight": "k",
+        "attn.proj.": "o",
+        "norm2.": "norm2",
+        "gamma_1": "scale1",
+        "gamma_2": "scale2",
+        **({"attn.q_proj.": "q", "attn.v_proj.": "v"} if arguments["qkv_bias"] else {}),
+        **({} if arguments["qkv_bias"] else {"attn.q_proj.weight": "q", "attn.v_proj.weight": "v"}),
+    }
+    tensors = _tensors(config, inner, {}, gated=gated)
+    tensors |= {f"fc_norm.{suffix}": Made((norm + suffix,)) for suffix in ("weight", "bias")}
+    return "eva_giant_patch14_224", arguments, tensors
+
+
+def _tensors(
+    config: TokenConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
+) -> dict[str, Made]:
+    """By timm's name. A key that ends with a point stands for weight and bias."""
+    ours, clip = OURS[type(config)], isinstance(config, CLIPVisionConfig)
+    outer: dict[str, tuple[str, ...]] = {
+        "patch_embed.proj.weight" if clip else "patch_embed.proj.": ("patch",),
+        "norm.": ("norm",),
+        **({"norm_pre.": ("pre_norm",)} if clip else {}),
+    }
+    width = config.hidden_size
+    made = {
+        "cls_token": Made((VISION + ours["class"],), lambda tensor: tensor.reshape(1, 1, width)),
+        "pos_embed": Made((VISION + ours["positions"],), lambda tensor: tensor.reshape(1, -1, width)),
+    }
+    made |= _expand("", outer, ours, "")
+    mlp = {"mlp.fc1.": ("gate_proj", "up_proj"), "mlp.fc2.": ("down_proj",)}
+    plain = {"mlp.fc1.": ("fc1",), "mlp.fc2.": ("fc2",)}
+    layer = {name: (part,) for name, part in inner.items() if part in ours} | packed | (mlp if gated else plain)
+    for number in range(config.num_hidden_layers):
+        made |= _expand(f"blocks.{number}.", layer, ours, str(number))
+    return made
+
+
+def _expand(prefix: str, table: dict[str, tuple[str, ...]], ours: dict[str, str], number: str) -> dict[str, Made]:
+    found = {}
+    for name, parts in table.items():
+        whole = name.endswith(("weight", "bias"))
+        suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
+        if not whole and not name.endswith("."):  # a bare parameter
+            found[prefix + name] = Made((VISION + ours[parts[0]].format(number),))
+            continue
+        stem = name.rpartition(".")[0]
+        for suffix in suffixes:
+            sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
+            found[f"{prefix}{stem}.{suffix}"] = Made(sources, _joined if len(parts) > 1 else None)
+    return found
+
+
+def _joined(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors)
+
+
+def _check_eps(config: TokenConfig, only: float, where: str = "") -> None:
+    if config.layer_norm_eps != only:
+        raise _refused(
+            f"the norms have ε = {config.layer_norm_eps:g}, and those of timm's model {only:g}{where}; its"
+            " configuration has no field for it"
+        )
+
+
+def _document(
+    config: VisionConfig,
+    architecture: str,
+    arguments: dict[str, Any],
+    labels: list[str],
+    augment: AugmentConfig,
+    wrapper: str,
+) -> dict[str, Any]:
+    """config.json as timm and `transformers` both read it."""
+    return {
+        "architecture": architecture,
+        "architectures": [wrapper],
+        "model_type": TimmWrapperConfig.model_type,
+        "num_classes": len(labels),
+        "num_features": config.hidden_size,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": _pretrained_cfg(config, augment) | {"num_classes": len(labels)},
+        "label_names": labels,
+    }
+
+
+def _pretrained_cfg(config: VisionConfig, augment: AugmentConfig) -> dict[str, Any]:
+    return {
+        "custom_load": False,
+        "input_size": [3, config.image_size, config.image_size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": list(augment.mean),
+        "std": list(augment.std),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+def _empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build()
+    except ImportError:
+        raise ExportError(
+            "timm is not installed, and only it has a model that pools as the recipe does",
+            fix="pip install 'm3i-scale[timm]'",
+        ) from None
+
+
+def _refused(reason: str) -> ExportError:
+    return ExportError(f"not expressible with timm: {reason}", fix="--task features --format transformers")

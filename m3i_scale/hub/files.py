@@ -1,0 +1,142 @@
+"""Safetensors of a part, shard by shard: in memory is one shard, never a whole model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from m3i_scale.errors import ExportError
+from m3i_scale.hub.tensors import Distinct, Made, Part, check_complete, check_shape, value_of, values_of
+
+DEFAULT_SHARD_SIZE = "5GB"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
+
+
+def check_shard_size(size: str) -> None:
+    """Whether a size is one that `--max-shard-size` takes.
+
+    Raises:
+        ExportError: it is not.
+    """
+    found = _SIZE.fullmatch(size)
+    if found is None or float(found[1]) <= 0:
+        raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
+
+
+def write_part(
+    folder: Path, part: Part, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
+) -> dict[str, str]:
+    """config.json, safetensors (with an index where there are several) and source files of one model.
+
+    Args:
+        folder: of the export; the part's own folder is made below it.
+        part: what is written.
+        weights: of the checkpoint, read tensor by tensor.
+        dtype: of the written tensors.
+        max_shard_size: of one file, as `5GB`.
+
+    Returns:
+        Fingerprint of every tensor by its name in the model: what must be there after loading.
+
+    Raises:
+        ExportError: weights and model do not fit together, or a tensor is not one that training leaves.
+    """
+    place = folder / part.folder
+    place.mkdir(exist_ok=True)
+    check_complete(part)
+    _write_config(place, part, dtype)
+    fingerprints: dict[str, str] = {}
+    distinct = Distinct()
+    stored = _stored(part.model)
+    shapes = {_stripped(key, part.strip): shape for key, (shape, _) in stored.items()}
+    names = {_stripped(key, part.strip): key for key in stored}
+    plan = split_torch_state_dict_into_shards(
+        {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, keys in plan.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for key in keys:
+            own: dict[str, Tensor] = {}
+            for name in stored[names[key]][1]:
+                own[name] = value_of(name, part.tensors[name], weights, dtype)
+                check_shape(part, name, own[name])
+                fingerprints[name] = distinct(name, own[name])
+            shard[key] = _as_stored(part.model, own, names[key])
+        save_file(shard, place / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for path in part.files:
+        shutil.copyfile(path, place / path.name)
+    return fingerprints
+
+
+def write_heads_file(
+    path: Path, tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, str]:
+    """The tensors of the heads in one file; their fingerprints.
+
+    Raises:
+        ExportError: a tensor is not one that training leaves.
+    """
+    values = dict(values_of(tensors, weights, dtype))
+    distinct = Distinct()
+    fingerprints = {name: distinct(name, tensor) for name, tensor in values.items()}
+    save_file(values, path, metadata={"format": "pt"})
+    return fingerprints
+
+
+def _write_config(place: Path, part: Part, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    if part.config is not None:
+        text = json.dumps(part.config | {"dtype": name}, indent=1, ensure_ascii=False)
+        (place / "config.json").write_text(text + "\n", encoding="utf-8")
+        return
+    config = part.model.config
+    config.dtype, config.architectures = name, [type(part.model).__name__]
+    config.save_pretrained(place)
+
+
+def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ...]]]:
+    """By name in the file: shape, and the model's names that it is made of.
+
+    `transformers` keeps the names and the packing of the published files, so that every version of it loads the folder.
+    """
+    state = dict(model.state_dict())
+    own = {id(tensor): name for name, tensor in state.items()}
+    reverted = revert_weight_conversion(model, state)
+    alone = {own[id(tensor)] for tensor in reverted.values() if id(tensor) in own}
+    found: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
+    for key, tensor in reverted.items():
+        if id(tensor) in own:
+            found[key] = (tensor.shape, (own[id(tensor)],))
+            continue
+        # Packed of several, which stand beside it and end alike: `mlp.gate_proj.weight`, … in `mlp.weights_in.weight`.
+        stem, _, kind = key.rpartition(".")
+        beside = stem.rpartition(".")[0] + "."
+        packed = (name for name in state if name not in alone and name.startswith(beside) and name.endswith(f".{kind}"))
+        found[key] = (tensor.shape, tuple(packed))
+    return found
+
+
+def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> Tensor:
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    packed: Tensor = revert_weight_conversion(model, tensors)[key].contiguous()
+    return packed
+
+
+def _stripped(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix)

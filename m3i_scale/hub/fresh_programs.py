@@ -1,0 +1,86 @@
+"""Run in a fresh, isolated Python, twice: `trace` writes an export's model as programs, `run` runs them.
+
+    python -I fresh_programs.py trace|run EXPORT WORK
+
+Read: `WORK/job.json`, `WORK/inputs.safetensors`. Written: `EXPORT/model.pt2`, `EXPORT/model.onnx`; by `run`
+`WORK/outputs.safetensors`. `run` imports neither `transformers` nor this package.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
+
+
+def trace(export: Path, work: Path) -> None:
+    """Write the programs."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    own = "auto_map" in json.loads((export / "config.json").read_text(encoding="utf-8"))
+    model = getattr(transformers, job["auto"]).from_pretrained(
+        str(export), local_files_only=True, trust_remote_code=own, dtype=torch.float32, **job["options"]
+    )
+    name = job["output"]
+
+    class Output(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Any) -> Any:
+            found = getattr(self.model(pixel_values), name)
+            return found[-1] if isinstance(found, tuple) else found
+
+    module = Output().eval()
+    pixels = load_file(work / "inputs.safetensors")["pixel_values"]
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    with torch.no_grad():
+        program = torch.export.export(module, (pixels,), dynamic_shapes=shapes)
+    if "torch_export" in job["also"]:
+        torch.export.save(program, export / FILES["torch_export"])
+    if "onnx" in job["also"]:
+        torch.onnx.export(
+            program,
+            (),
+            export / FILES["onnx"],
+            input_names=["pixel_values"],
+            output_names=[name],
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+def run(export: Path, work: Path) -> None:
+    """Run them on all images at once and on the first one alone."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    pixels = load_file(work / "inputs.safetensors")["pixel_values"]
+    outputs: dict[str, Any] = {}
+    for also in job["also"]:
+        for what, images in (("all", pixels), ("one", pixels[:1])):
+            if also == "torch_export":
+                with torch.no_grad():
+                    found = torch.export.load(export / FILES[also]).module()(images)
+            else:
+                import onnxruntime
+
+                session = onnxruntime.InferenceSession(export / FILES[also], providers=["CPUExecutionProvider"])
+                found = torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
+            outputs[f"{also}.{what}"] = found.contiguous()
+    save_file(outputs, work / "outputs.safetensors")
+
+
+if __name__ == "__main__":
+    for blocked in ("m3i_scale", "deepspeed", *(("transformers",) if sys.argv[1] == "run" else ())):
+        sys.modules[blocked] = None  # type: ignore[assignment]
+    (trace if sys.argv[1] == "trace" else run)(Path(sys.argv[2]), Path(sys.argv[3]))

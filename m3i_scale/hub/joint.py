@@ -1,0 +1,322 @@
+"""The heads of a recipe as parts of stock models: classifier, backbone of detectors, dual encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import (
+    BertModel,
+    CLIPVisionConfig,
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from m3i_scale.backbones.build import backbone_config, model_files, vision_class
+from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.sources.names import OURS
+from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.hub.as_timm import timm_part, timm_vision
+from m3i_scale.hub.source import Source
+from m3i_scale.hub.tensors import TEXT, VISION, Made, Part, copied
+from m3i_scale.objective.build import text_config
+from m3i_scale.objective.recipe import TargetSpec
+from m3i_scale.objective.targets import TextHead
+
+TANH_SCALE = 2.0**-10
+"""BERT's pooling layer ends with tanh, and no training here passes one. Of arguments that small it is the identity: at
+10 it is off by 3·10⁻⁵, and a power of two is exact in every type."""
+
+
+def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model without values."""
+    with init_empty_weights(include_buffers=False):
+        return build()
+
+
+def target_of(source: Source, modality: str) -> TargetSpec:
+    """The recipe's first target of a modality.
+
+    Raises:
+        ExportError: it has none.
+    """
+    for target in source.recipe.targets:
+        if target.modality == modality:
+            return target
+    raise ExportError(
+        f"the recipe '{source.recipe.name}' has no {modality} target",
+        why=f"its targets are {', '.join(target.name for target in source.recipe.targets)}",
+        fix="--task features",
+    )
+
+
+def choose_label_set(source: Source, wanted: str | None) -> str:
+    """The label set of a classifier.
+
+    Raises:
+        ExportError: there are several and none is chosen, or there is none of that name.
+    """
+    target_of(source, "category")
+    names = list(source.label_sets)
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None:
+        raise ExportError(
+            f"the run has {len(names)} label sets, and a classifier one head",
+            where="--label-set",
+            fix=f"--label-set with one of {', '.join(names)}",
+        )
+    if wanted not in names:
+        raise ExportError(f"no label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
+    return wanted
+
+
+def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Part:
+    """Backbone and trained head as an image classifier: a stock class where one pools as the recipe does.
+
+    A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`. Those have nothing that pools
+    by a mean and normalises it; timm's EVA has, and `transformers` loads it as `TimmWrapperForImageClassification`.
+
+    Args:
+        source: the checkpoint.
+        label_set: whose classes.
+        timm: a folder that timm loads as well.
+
+    Raises:
+        ExportError: no class computes that head; the reason.
+    """
+    target = target_of(source, "category")
+    kind = source.recipe.decoders[target.decoder].kind
+    config, names = backbone_config(source.run.backbone), source.label_sets[label_set]
+    number = list(source.label_sets).index(label_set)
+    head = f"heads.{target.name}.sets.{number}."
+    if isinstance(config, InternImageConfig):
+        if timm:
+            raise _no_class(config, kind, "timm")
+        return replace(_internimage_classifier(config, target, kind, head, names), label_set=number)
+    if timm or kind == "mean_pool":
+        norm = f"decoders.{target.decoder}.norm."
+        part = timm_part(config, kind, norm, head, names, source.run.data.augment)
+        return replace(part, label_set=number, native="timm" if timm else None)
+    if kind != "class_token" or isinstance(config, CLIPVisionConfig):
+        raise _no_class(config, kind, "image classification")
+    labelled = _with_names(config, names)
+    gated = isinstance(config, Dinov2Config)
+    build = Dinov2ForImageClassification if gated else ViTForImageClassification
+    tensors = copied(_vision_names(config), VISION, "dinov2." if gated else "vit.")
+    # DINOv2's classifier reads [class token | mean patch]; nothing was trained on the second half.
+    widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if gated else None
+    tensors |= {
+        "classifier.weight": Made((head + "weight",), widen),
+        "classifier.bias": Made((head + "bias",)),
+    }
+    return Part(
+        "classifier",
+        empty(lambda: build(labelled)),
+        tensors,
+        auto="AutoModelForImageClassification",
+        output="logits",
+        label_set=number,
+    )
+
+
+def backbone_part(source: Source) -> Part:
+    """The backbone under `AutoBackbone`, for detectors and segmenters: feature maps by stage.
+
+    A ViT becomes a DINOv2 whose layer scales are 1: `transformers` has no backbone class for ViT itself. Its MLP is a
+    whole multiple of the width there; where it is not here, hidden units that are always nought fill it up.
+
+    Raises:
+        ExportError: the backbone has no such form.
+    """
+    config = backbone_config(source.run.backbone)
+    tensors = copied(_vision_names(config), VISION)
+    if isinstance(config, ViTConfig):
+        tensors, config = _as_dinov2(config)
+    elif not isinstance(config, Dinov2Config):
+        raise ExportError(
+            f"no stock class loads a {config.model_type} under AutoBackbone",
+            why="it needs a map by stage; AutoModel gives its tokens or maps",
+            fix="--task features",
+        )
+    shape = config
+    # What AutoBackbone takes for it. That class itself takes names of the Hub alone, and no folders.
+    return Part("backbone", empty(lambda: Dinov2Backbone(shape)), tensors, auto="Dinov2Backbone", output="feature_maps")
+
+
+def zero_shot_part(source: Source, vocab_size: int) -> Part:
+    """Both encoders, projections and temperature as `VisionTextDualEncoderModel`.
+
+    Raises:
+        ExportError: no stock vision model pools as the recipe does, or the target's logits have a bias.
+    """
+    target = target_of(source, "text")
+    if target.distribution == "bernoulli":
+        raise ExportError(
+            "a Bernoulli text target adds a learnt bias to every logit, which the dual encoder has no place for",
+            where=f"recipe.targets: {target.name}",
+            fix="--task features: heads/ holds the bias",
+        )
+    kind = source.recipe.decoders[target.decoder].kind
+    config = backbone_config(source.run.backbone)
+    vision, tensors = _pooled_vision(source, config, kind, f"decoders.{target.decoder}.norm.")
+    run = source.run
+    text = text_config(run.text.config, vocab_size, run.text.max_tokens)
+    dual = VisionTextDualEncoderConfig(
+        vision_config=vision, text_config=_plain(text.to_dict()), projection_dim=target.width
+    )
+    width = text.hidden_size
+    tensors |= copied(empty(lambda: BertModel(text, add_pooling_layer=False)).state_dict(), TEXT, "text_model.")
+    tensors |= {
+        "text_model.pooler.dense.weight": Made((), lambda: TANH_SCALE * torch.eye(width)),
+        "text_model.pooler.dense.bias": Made((), lambda: torch.zeros(width)),
+        "text_projection.weight": Made(("text.projection.weight",)),
+        "visual_projection.weight": Made((f"heads.{target.name}.projection.weight",)),
+        "logit_scale": Made((f"heads.{target.name}.log_scale",), _bounded_scale),
+    }
+    return Part(
+        "zero_shot",
+        empty(lambda: VisionTextDualEncoderModel(dual)),
+        tensors,
+        auto="VisionTextDualEncoderModel",
+        inputs=("pixel_values", "input_ids", "attention_mask"),
+        output="logits_per_image",
+    )
+
+
+def _bounded_scale(log_scale: Tensor) -> Tensor:
+    return log_scale.clamp(max=math.log(TextHead.max_scale)).reshape(())
+
+
+def _pooled_vision(
+    source: Source, config: VisionConfig, kind: str, norm: str
+) -> tuple[dict[str, Any], dict[str, Made]]:
+    """Configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
+    names = _vision_names(config)
+    if isinstance(config, InternImageConfig) or kind not in ("class_token", "mean_pool"):
+        raise _no_class(config, kind, "a dual encoder")
+    if kind == "mean_pool":
+        return timm_vision(config, norm, source.run.data.augment, "vision_model.timm_model.")
+    tensors = copied(names, VISION, "vision_model.")
+    values = _plain(config.to_dict())
+    if isinstance(config, ViTConfig):
+        width = config.hidden_size
+        values |= {"pooler_act": "linear", "pooler_output_size": width}
+        tensors |= {
+            "vision_model.pooler.dense.weight": Made((), lambda: torch.eye(width)),
+            "vision_model.pooler.dense.bias": Made((), lambda: torch.zeros(width)),
+        }
+    return values, tensors
+
+
+def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
+    width, hidden = config.hidden_size, config.intermediate_size
+    ratio = math.ceil(hidden / width)
+    shape = Dinov2Config(
+        mlp_ratio=ratio,
+        use_mask_token=False,
+        **{
+            key: getattr(config, key)
+            for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+        },
+        **{key: getattr(config, key) for key in ("image_size", "patch_size", "num_channels", "qkv_bias")},
+    )
+    idle = ratio * width - hidden
+
+    def more_rows(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros((idle, *tensor.shape[1:]))])
+
+    def more_columns(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], idle))], dim=1)
+
+    ours, theirs = OURS[ViTConfig], OURS[Dinov2Config]
+    tensors: dict[str, Made] = {}
+    for name in _vision_names(config):
+        part, number, suffix = _part_of(name, ours)
+        made = Made((VISION + name,))
+        if idle and part == "fc1":
+            made = replace(made, make=more_rows)
+        elif idle and part == "fc2" and suffix == ".weight":
+            made = replace(made, make=more_columns)
+        tensors[theirs[part].format(number) + suffix] = made
+    for layer in range(config.num_hidden_layers):
+        for part in ("scale1", "scale2"):
+            tensors[theirs[part].format(layer)] = Made((), lambda: torch.ones(width))
+    return tensors, shape
+
+
+def _part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
+    """`layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
+    for part, pattern in ours.items():
+        before, _, after = pattern.partition("{}")
+        for suffix in ("", ".weight", ".bias"):
+            stem = name.removesuffix(suffix)
+            if suffix and stem == name:
+                continue
+            number = stem[len(before) : len(stem) - len(after)] if "{}" in pattern else ""
+            if stem == pattern.format(number) and (number.isdigit() or "{}" not in pattern):
+                return part, number, suffix
+    raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
+
+
+def _vision_names(config: VisionConfig) -> list[str]:
+    kind, options = vision_class(config)
+    return list(empty(lambda: kind(config, **options)).state_dict())
+
+
+def _with_names(config: VisionConfig, names: list[str]) -> VisionConfig:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    return config
+
+
+def _internimage_classifier(
+    config: InternImageConfig, target: TargetSpec, kind: str, head: str, names: list[str]
+) -> Part:
+    from m3i_scale.backbones.internimage.modeling_internimage import InternImageForImageClassification
+
+    if kind != "mean_pool":
+        raise _no_class(config, kind, "image classification")
+    tensors = copied(_vision_names(config), VISION, "model.")
+    norm = f"decoders.{target.decoder}.norm."
+    tensors |= {f"pool_norm.{suffix}": Made((norm + suffix,)) for suffix in ("weight", "bias")}
+    tensors |= {f"classifier.{suffix}": Made((head + suffix,)) for suffix in ("weight", "bias")}
+    auto_map, files = model_files(config)
+    labelled = _with_names(config, names)
+    labelled.auto_map = auto_map
+    return Part(
+        "classifier",
+        empty(lambda: InternImageForImageClassification(labelled)),
+        tensors,
+        auto="AutoModelForImageClassification",
+        output="logits",
+        files=files,
+    )
+
+
+def _no_class(config: VisionConfig, kind: str, what: str) -> ExportError:
+    pools = {
+        "attention_pool": "the recipe pools by attention with the mean token as its query",
+        "mean_pool": "the recipe pools by a mean that is normalised once more",
+        "class_token": "the recipe reads the class token",
+    }
+    return ExportError(
+        f"no stock class for {what} computes what was trained: {pools[kind]}, on a {config.model_type} backbone",
+        fix="--task features: heads/ holds what pools and projects",
+    )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not key.startswith("_")}

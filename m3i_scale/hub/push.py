@@ -1,0 +1,137 @@
+"""An export onto the Hub: what its export.json vouches for, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from m3i_scale.errors import ExportError
+from m3i_scale.hub.secrets import masked
+from m3i_scale.scale.checkpoint.manifest import hash_file
+
+PROVENANCE = "export.json"
+
+
+def listed_files(folder: Path) -> dict[str, int]:
+    """The files of an export and their sizes, after each has been compared with its hash in export.json.
+
+    Raises:
+        ExportError: no export; a file that is missing, changed, a link, beside the list, or named outside the folder.
+    """
+    try:
+        items = _listed((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ExportError(f"no export: it has no {PROVENANCE} that lists files", where=str(folder)) from None
+    for name, digest in items:
+        path = _inside(folder, name)
+        if not path.is_file() or hash_file(path) != digest:
+            raise ExportError(
+                f"'{name}' is not the file that was proven", where=str(folder), fix="export anew, with --overwrite"
+            )
+    names = {PROVENANCE, *(name for name, _ in items)}
+    beside = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - names)
+    if beside:
+        raise ExportError(
+            f"{len(beside)} files are not the export's, e.g. '{beside[0]}'", where=str(folder), fix="move them away"
+        )
+    return {name: (folder / name).stat().st_size for name in sorted(names)}
+
+
+def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Publish an export as a model repository, in one commit.
+
+    Files of an earlier export in the repository that this one has not (as shards of a larger model) are removed in the
+    same commit. What no export has listed stays.
+
+    The access token is found where `huggingface_hub` looks for it (`HF_TOKEN`, `hf auth login`). After a failure, call
+    it again: what has arrived is not sent a second time, and no commit shows half of a model.
+
+    Args:
+        folder: the export.
+        repo: `user/name`; made where there is none.
+        public: for everyone to see; default: private.
+        dry_run: only list what would be sent; needs no token and no network.
+
+    Returns:
+        `repo`, `files` (bytes by name), `bytes`, and, but for a dry run, `removed` (names) and `commit`.
+
+    Raises:
+        ExportError: no whole export, no such name, no access, or the upload failed.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ExportError(f"no name of a repository: {error}", where=f"--push {repo}") from None
+    files = listed_files(folder)
+    facts = {"repo": repo, "public": public, "files": files, "bytes": sum(files.values())}
+    if dry_run:
+        return facts
+    api = HfApi(library_name="m3i_scale", token=True)  # without one it would ask as a stranger, and be refused
+    try:
+        api.create_repo(repo, private=not public, repo_type="model", exist_ok=True)
+        # Of a repository that is there already, that changes nothing.
+        there = api.model_info(repo)
+        if there.private is False and not public:
+            raise ExportError(
+                "the repository is there, and public", where=f"--push {repo}", fix="--public, or another name"
+            )
+        removed = sorted(_of_earlier_export(api, repo, there) - files.keys())
+        commit = api.create_commit(
+            repo,
+            [
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files),
+                *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in removed),
+            ],
+            commit_message=f"Export of {folder.name}",
+            repo_type="model",
+            # What is removed was chosen by this state of the repository.
+            parent_commit=there.sha if removed else None,
+        )
+    except LocalTokenNotFoundError:
+        raise ExportError("no access token", where=f"--push {repo}", fix="hf auth login, or HF_TOKEN=…") from None
+    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        raise ExportError(
+            f"the upload failed: {masked(str(cause)).strip().splitlines()[0] if str(cause) else type(cause).__name__}",
+            where=f"--push {repo}",
+            why=f"the export is whole, in {folder}",
+            fix="an access token that may write there (hf auth login, or HF_TOKEN=…), or another name"
+            if refused
+            else "give the same command again: it goes on with what has not arrived",
+        ) from None
+    return facts | {"removed": removed, "commit": str(commit.oid)}
+
+
+def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
+    """Files that the export.json of a repository lists and that are there; none where it has none that can be read."""
+    present = {file.rfilename for file in there.siblings or []}
+    if PROVENANCE not in present:
+        return set()
+    with tempfile.TemporaryDirectory() as name:
+        path = api.hf_hub_download(repo, PROVENANCE, revision=there.sha, local_dir=name)
+        try:
+            listed = _listed(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's file of that name
+            return set()
+    return present & {name for name, _ in listed}
+
+
+def _listed(text: str) -> list[tuple[str, str]]:
+    """Names and hashes of the files that an export.json lists."""
+    return [(str(name), str(digest)) for name, digest in json.loads(text)["files"].items()]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    parts = PurePosixPath(name).parts
+    path = folder / name
+    links = [place for place in (path, *path.parents) if place != folder and folder in place.parents]
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or any(link.is_symlink() for link in links):
+        raise ExportError(f"'{name}' is no file inside the folder", where=str(folder / PROVENANCE))
+    return path

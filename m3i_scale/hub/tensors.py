@@ -1,0 +1,181 @@
+"""Tensors of an export: which of the checkpoint's each is made of, and what none of them may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from m3i_scale.errors import ExportError
+from m3i_scale.hub import fresh
+
+VISION, TEXT = "student.model.", "text.model."
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Made:
+    """One tensor of an export."""
+
+    sources: tuple[str, ...]
+    """Names in the checkpoint."""
+    make: Callable[..., Tensor] | None = None
+    """Of the fp32 sources; None: the one source as it is. Without sources it makes a constant."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of an export, and how it is proven."""
+
+    name: str
+    """vision, tokens (as timm gives them), text, classifier, backbone, zero_shot."""
+    model: PreTrainedModel
+    """Without values: names, shapes, configuration."""
+    tensors: dict[str, Made]
+    """By the name in `model`."""
+    folder: str = ""
+    """Below the export's."""
+    auto: str = "AutoModel"
+    """The class of `transformers` that loads it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What `from_pretrained` is given so that nothing is added that nobody trained."""
+    inputs: tuple[str, ...] = ("pixel_values",)
+    output: str = "last_hidden_state"
+    """What is compared with the training modules."""
+    native: str | None = None
+    """timm or open_clip: the library whose format the folder has too, and which is compared as well."""
+    strip: str = ""
+    """What names in the file do without."""
+    label_set: int = 0
+    """Number of a classifier's label set."""
+    config: dict[str, Any] | None = None
+    """config.json, where the model's own configuration does not say it."""
+    files: tuple[Path, ...] = ()
+    """Source files that travel along."""
+
+
+def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, Made]:
+    """Tensors that are taken over as they are.
+
+    Args:
+        names: in the model that was trained.
+        source_prefix: before them in the checkpoint.
+        target_prefix: before them in the export's model.
+    """
+    return {target_prefix + name: Made((source_prefix + name,)) for name in names}
+
+
+def value_of(name: str, made: Made, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """One tensor of an export, in storage of its own.
+
+    Args:
+        name: in the export, for messages.
+        made: how it is made.
+        weights: of the checkpoint; only what is needed is read.
+        dtype: of the result. Sources are rounded to it before anything is made of them.
+
+    Raises:
+        ExportError: a source is missing, empty, not fp32 or not finite.
+    """
+    sources = [_checked(source, weights).to(dtype) for source in made.sources]
+    if made.make is None:
+        return _own_storage(sources[0])
+    return _own_storage(made.make(*[source.float() for source in sources]).to(dtype))
+
+
+def values_of(
+    tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, one at a time."""
+    for name, made in tensors.items():
+        yield name, value_of(name, made, weights, dtype)
+
+
+def check_complete(part: Part) -> None:
+    """Whether every tensor of the model is made, and nothing else.
+
+    Raises:
+        ExportError: not so: configuration and checkpoint do not fit together.
+    """
+    wanted = part.model.state_dict().keys()
+    missing, unknown = sorted(wanted - part.tensors.keys()), sorted(part.tensors.keys() - wanted)
+    if missing or unknown:
+        raise ExportError(
+            f"the checkpoint does not fill a {type(part.model).__name__}: {len(missing)} tensors would be missing and"
+            f" {len(unknown)} have no place, e.g. '{[*missing, *unknown][0]}'",
+        )
+
+
+def check_shape(part: Part, name: str, tensor: Tensor) -> None:
+    """Whether a tensor has the shape that the model gives it.
+
+    Raises:
+        ExportError: it has not.
+    """
+    wanted = part.model.state_dict()[name].shape
+    if tensor.shape != wanted:
+        raise ExportError(
+            f"the checkpoint does not fill a {type(part.model).__name__}: '{name}' is {list(tensor.shape)} and must be"
+            f" {list(wanted)}"
+        )
+
+
+class Distinct:
+    """Refuses two matrices of one model with the same values: where both were trained, they cannot be equal, so one
+    has been written in the other's place."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
+
+    def __call__(self, name: str, tensor: Tensor) -> str:
+        """The tensor's fingerprint.
+
+        Raises:
+            ExportError: an earlier one had the same values.
+        """
+        found = fresh.fingerprint(tensor)
+        if sum(side > 1 for side in tensor.shape) > 1 and not bool((tensor == tensor.reshape(-1)[0]).all()):
+            first = self._seen.setdefault(found, name)
+            if first != name:
+                raise ExportError(
+                    f"'{first}' and '{name}' hold the same values",
+                    where=name,
+                    why="they share one tensor, and the model has two",
+                    fix="take another checkpoint of the run",
+                )
+        return found
+
+
+def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:
+    try:
+        tensor = weights[name]
+    except KeyError:
+        raise ExportError(
+            "the checkpoint does not fit its own run file: a tensor is missing", where=name, fix="take another one"
+        ) from None
+    if tensor.numel() == 0:
+        raise ExportError(
+            "a tensor has no elements",
+            where=name,
+            why="it was still partitioned when it was read; the export would load as random weights",
+        )
+    if tensor.dtype != torch.float32:
+        raise ExportError(f"a tensor is {str(tensor.dtype).removeprefix('torch.')}, and not float32", where=name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ExportError(
+            "a tensor has values that are not finite", where=name, fix="export an earlier checkpoint of the run"
+        )
+    return tensor
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """Contiguous, and no view of a larger buffer: views of one buffer look like tied weights, and would be dropped."""
+    tensor = tensor.detach().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()

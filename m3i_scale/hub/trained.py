@@ -1,0 +1,60 @@
+"""What the training modules give on fixed inputs, for every kind of part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_scale.errors import ExportError
+from m3i_scale.hub.tensors import Part
+from m3i_scale.objective.decoders import ClassToken
+from m3i_scale.objective.information import Objective
+from m3i_scale.objective.recipe import TargetSpec
+
+
+@torch.no_grad()
+def trained_output(
+    objective: Objective, part: Part, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
+) -> Tensor:
+    """The output of a part as training computes it.
+
+    Args:
+        objective: the training modules, filled.
+        part: which model.
+        pixels_BCHW: normalised images.
+        tokens: `input_ids` and `attention_mask` (T, L), for parts that read text.
+
+    Raises:
+        ExportError: the recipe has no target of that kind.
+    """
+    if part.name == "vision":
+        return objective.student.last_hidden_state(pixels_BCHW)
+    if part.name == "tokens":
+        return torch.cat(objective.student.encode_whole(pixels_BCHW), dim=1)
+    if part.name == "backbone":
+        _, tokens_BND = objective.student.encode_whole(pixels_BCHW)
+        map_BDHW: Tensor = tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid)
+        return map_BDHW
+    if part.name == "classifier":
+        logits: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
+        return logits
+    if tokens is None or objective.text is None:
+        raise ExportError("the recipe has no text target", where=part.name)
+    if part.name == "text":
+        output = objective.text.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+    images_BE, scale, _ = _head(objective, "text", pixels_BCHW)
+    texts_TE = objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
+    similar: Tensor = scale * (images_BE @ texts_TE.T)
+    return similar
+
+
+def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:
+    target: TargetSpec = next(item for item in objective.recipe.targets if item.modality == modality)
+    decoder = objective.decoders[target.decoder]
+    cls_B1D, tokens_BND = objective.student.encode_whole(pixels_BCHW)
+    return objective.heads[target.name](decoder(cls_B1D if isinstance(decoder, ClassToken) else tokens_BND))

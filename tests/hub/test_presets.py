@@ -1,0 +1,68 @@
+"""Every preset of the stock families has every form of export, in its own widths and with one layer; nothing is run."""
+
+import pytest
+import torch
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.config import RunConfig, parse_section
+from m3i_scale.hub.joint import backbone_part, classifier_part, zero_shot_part
+from m3i_scale.hub.source import Source
+from m3i_scale.hub.tensors import check_complete
+from m3i_scale.hub.write import Wanted, plan_parts
+from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.recipe import parse_recipe
+
+LABEL_SETS = {"things": ["a", "b", "c"]}
+STOCK = [name for name in PRESETS if name.startswith(("vit", "eva", "dinov2"))]
+
+
+def source_of(preset, pool, tmp_path):
+    recipe = {
+        "name": "both",
+        "family": "both",
+        "inputs": [{"name": "x", "view": 1}],
+        "decoders": {"pool": {"kind": pool}},
+        "targets": [
+            {"name": "text", "modality": "text", "encoder": "text_tower", "width": 64},
+            {"name": "category", "modality": "category", "encoder": "embedding"},
+        ],
+    }
+    for target in recipe["targets"]:
+        target |= {"inputs": ["x"], "decoder": "pool", "distribution": "boltzmann", "regularizer": "negatives"}
+    values = {
+        "name": "preset",
+        "output_dir": str(tmp_path),
+        "recipe": recipe,
+        "backbone": {"preset": preset, "config": {"num_hidden_layers": 1}},
+        "text": {"config": {"num_hidden_layers": 1}},
+        "data": {"sources": {"things": {"shards": str(tmp_path)}}},
+    }
+    run = parse_section(RunConfig, values, where="test")
+    meta = {"label_sets": LABEL_SETS, "vocab_size": 100}
+    return Source(tmp_path, run, parse_recipe(run.recipe), 1, meta, [])
+
+
+@pytest.mark.parametrize("pool", ["class_token", "mean_pool"])
+@pytest.mark.parametrize("preset", STOCK)
+def test_every_form_of_a_preset(preset, pool, tmp_path):
+    source = source_of(preset, pool, tmp_path)
+    with torch.device("meta"):
+        weights = build_objective(source.run, LABEL_SETS, 100).state_dict()
+    parts = [
+        *plan_parts(source, Wanted(), None),
+        *plan_parts(source, Wanted(format="timm"), None),
+        classifier_part(source, "things"),
+        backbone_part(source),
+        zero_shot_part(source, 100),
+    ]
+    assert [part.name for part in parts] == ["vision", "tokens", "classifier", "backbone", "zero_shot"]
+    for part in parts:
+        check_complete(part)
+        state = part.model.state_dict()
+        with torch.device("meta"):
+            for name, made in part.tensors.items():
+                sources = [weights[source] for source in made.sources]
+                value = sources[0] if made.make is None else made.make(*sources)
+                assert value.shape == state[name].shape, (part.name, name)
+    assert backbone_config(source.run.backbone).hidden_size == parts[0].model.config.hidden_size

@@ -1,0 +1,131 @@
+"""Nothing half is left behind, and nothing secret goes along."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors import SafetensorError
+
+from m3i_scale.errors import ExportError
+from m3i_scale.hub import files as files_module
+from m3i_scale.hub.export import export
+from m3i_scale.hub.secrets import masked
+from m3i_scale.run.callbacks.base import RunInfo, StepRecord
+from m3i_scale.run.callbacks.metrics import MetricsWriter
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk(run_dir, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(files_module, "save_file", full)
+    with pytest.raises(ExportError, match="No space left") as caught:
+        export(run_dir[0], tmp_path / "out")
+    assert "free space" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted(run_dir, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("m3i_scale.hub.export.verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(run_dir[0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_goes_with_the_next(run_dir, tmp_path, same_process):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, alive = tmp_path / f".out.{gone.pid}.partial", tmp_path / f".out.{os.getppid()}.partial"
+    for path in (dead, alive):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+    export(run_dir[0], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, "out"])
+
+
+def test_the_target_is_a_file_or_cannot_be_made(run_dir, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="the target is a file"):
+        export(run_dir[0], tmp_path / "file")
+    with pytest.raises(ExportError, match="cannot write there"):
+        export(run_dir[0], tmp_path / "file" / "below")
+
+
+def test_secrets_stay_behind(make_run, shards, tmp_path, same_process, monkeypatch):
+    folder, _ = make_run(tmp_path / "run")
+    manifest = json.loads((shards / "train" / "manifest.json").read_text())
+    secret = "https://user:passw0rd@host/data.tar?X-Amz-Signature=deadbeef"
+    manifest |= {"source": secret, "licenses": {f"see {secret} with {TOKEN}": 3}}
+    monkeypatch.setattr("m3i_scale.hub.source.read_file", lambda path: json.dumps(manifest).encode())
+    export(folder, tmp_path / "out")
+    for path in (tmp_path / "out").rglob("*"):
+        content = b"" if path.is_dir() else path.read_bytes()
+        for word in (b"passw0rd", b"deadbeef", TOKEN.encode()):
+            assert word not in content, path
+    assert "https://…@host/data.tar?…" in (tmp_path / "out" / "export.json").read_text(encoding="utf-8")
+
+
+def test_masks():
+    assert masked({"a": ["s3://key:word@bucket/x", 1, None, ("hf_abcdefghij1",)]}) == {
+        "a": ["s3://…@bucket/x", 1, None, ["…"]]
+    }
+    assert masked("a question? 3 and hf_short") == "a question? 3 and hf_short"
+
+
+def write_metrics(folder, *, world_size, start, steps):
+    """As a run does it: seconds of a step by the step of the record."""
+    writer = MetricsWriter()
+    writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, flop_per_step=2e12))
+    for step, step_s in steps.items():
+        record = StepRecord(
+            step=step,
+            total_steps=12,
+            samples=step,
+            loss=1.0,
+            lr=0.1,
+            grad_norm=None,
+            groups={},
+            information=0.0,
+            health={},
+            momentum=None,
+            step_s=step_s,
+            data_wait_s=0.0,
+            samples_per_s=1.0,
+            tokens_per_s=1.0,
+            quarantined=0,
+            memory_gib=1.0,
+        )
+        writer.on_step(record)
+    writer.on_end("finished")
+
+
+def test_compute_on_the_card(make_run, tmp_path, same_process):
+    folder, _ = make_run(tmp_path / "run")
+    write_metrics(folder, world_size=4, start=0, steps={4: 90.0})
+    write_metrics(folder, world_size=8, start=4, steps={10: 30.0, 12: 30.0})  # one after the checkpoint
+    result = export(folder, tmp_path / "out")
+    assert result["compute"] == {"steps": 10, "samples": 40_960, "flop": 2e13, "gpu_hours": 0.8}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| GPU-hours | 0.8 |" in card
+    assert "| floating-point operations of the model | 2e+13 |" in card
+
+
+def test_a_given_evaluation_must_be_there(run_dir, tmp_path):
+    with pytest.raises(ExportError, match="cannot read the evaluation"):
+        export(run_dir[0], tmp_path / "out", evaluation_file=tmp_path / "none.json")
+    assert list(tmp_path.iterdir()) == []
