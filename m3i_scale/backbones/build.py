@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, Dinov2Config, PreTrainedModel, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, PreTrainedModel, ViTConfig
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
 from m3i_scale.backbones.maps import MapBackbone
-from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, VisionConfig, fusion_width, preset_config
-from m3i_scale.backbones.tokens import TokenBackbone, token_class
+from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, VisionConfig, preset_config
+from m3i_scale.backbones.sources import Source, find_source
+from m3i_scale.backbones.tokens import TokenBackbone, TokenConfig, token_class
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError, did_you_mean
 
@@ -27,24 +28,34 @@ _SHAPE_FIELDS: dict[type, tuple[str, ...]] = {
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
         *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn", "use_mask_token"),
     ),
+    CLIPVisionConfig: (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("layer_norm_eps", "image_size", "patch_size", "num_channels"),
+    ),
     InternImageConfig: (
         *("channels", "depths", "groups", "dw_kernel_size", "mlp_ratio", "layer_scale", "offset_scale", "post_norm"),
         *("res_post_norm", "level2_post_norm", "level2_post_norm_block_ids", "center_feature_scale", "fusion_width"),
         *("layer_norm_eps", "image_size"),
     ),
 }
-_FIRST_PRESET = {ViTConfig: DEFAULT_PRESET, Dinov2Config: "dinov2-s/14", InternImageConfig: "internimage-t"}
+_FIRST_PRESET = {
+    ViTConfig: DEFAULT_PRESET,
+    Dinov2Config: "dinov2-s/14",
+    CLIPVisionConfig: "clip-b/16",
+    InternImageConfig: "internimage-t",
+}
+_SPELT = {"vit": "ViT", "dinov2": "DINOv2", "clip_vision_model": "CLIP", "internimage": "InternImage"}
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
     """The `transformers` configuration of a backbone section.
 
     Raises:
-        ConfigError: unknown preset or field, another model type than those here, a patch size that does not divide the
-            image, heads that do not divide the width.
+        ConfigError: unknown preset or field, another model type than those here, a field that contradicts the weights
+            to start from, a patch size that does not divide the image, heads that do not divide the width.
     """
     if backbone.from_pretrained is not None:
-        config = _pretrained_config(backbone.from_pretrained, where)
+        config = _pretrained_config(backbone, where)
     else:
         name = backbone.preset or DEFAULT_PRESET
         if name not in PRESETS:
@@ -59,30 +70,34 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
     return config
 
 
-def _pretrained_config(source: str, where: str) -> VisionConfig:
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read a model from '{source}': {str(error).splitlines()[0]}",
-            where=f"{where}.from_pretrained",
-            fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network)",
-        ) from None
-    if not isinstance(config, ViTConfig | Dinov2Config | InternImageConfig):
-        raise ConfigError(
-            f"'{source}' is a {config.model_type}, and a backbone is a vit, dinov2 or internimage",
-            where=f"{where}.from_pretrained",
-        )
-    if isinstance(config, Dinov2Config):
-        config.use_mask_token = False  # hidden patches are left out here, so nothing would train that token
-    if isinstance(config, InternImageConfig) and config.fusion_width is None:
-        config.fusion_width = fusion_width(config)
-    return config
+def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source:
+    """The weights that a backbone section starts from.
+
+    Raises:
+        ConfigError: there are none such, or no backbone here is their architecture.
+    """
+    return find_source(backbone.from_pretrained or "", backbone.config, f"{where}.from_pretrained")
+
+
+def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
+    """What the source says. Of that a run file may change the image size, which resizes the table of positions."""
+    source = backbone_source(backbone, where)
+    for key in _SHAPE_FIELDS[type(source.config)]:
+        here, there = backbone.config.get(key), getattr(source.config, key)
+        same = list(here) == list(there) if isinstance(here, list | tuple) else here == there
+        if key in backbone.config and key not in ("image_size", *source.assumed) and not same:
+            raise ConfigError(
+                f"'{key}' is {there!r} in '{source.given}', and {here!r} in the run file",
+                where=f"{where}.config.{key}",
+                why="the weights fill no other model",
+                fix=f"leave '{key}' out",
+            )
+    return source.config
 
 
 def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> VisionConfig:
     known = [key for key in config.to_dict() if not key.startswith("_")]
-    name = {"vit": "ViT", "dinov2": "DINOv2", "internimage": "InternImage"}[config.model_type]
+    name = _SPELT[config.model_type]
     for key, value in fields.items():
         if key not in known:
             raise ConfigError(f"{name} has no field '{key}'", where=f"{where}.config", fix=did_you_mean(key, known))
@@ -92,7 +107,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
             raise ConfigError(f"'{key}: {value!r}': {error}", where=f"{where}.config") from None
     if isinstance(config, ViTConfig) and "hidden_size" in fields and "pooler_output_size" not in fields:
         config.pooler_output_size = config.hidden_size
-    if isinstance(config, ViTConfig):
+    if isinstance(config, ViTConfig | CLIPVisionConfig):
         return config
     # What follows from other fields is made once, when a configuration is.
     kept = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
@@ -102,11 +117,11 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
         raise ConfigError(str(error), where=f"{where}.config") from None
 
 
-def _check_tokens(config: ViTConfig | Dinov2Config, where: str) -> None:
+def _check_tokens(config: TokenConfig, where: str) -> None:
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config, key), int):
             raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
-    last = "intermediate_size" if isinstance(config, ViTConfig) else "mlp_ratio"
+    last = "mlp_ratio" if isinstance(config, Dinov2Config) else "intermediate_size"
     for key in (*_COUNTS, "num_attention_heads", last):
         if getattr(config, key) < 1:
             raise ConfigError(f"'{key}' must be at least 1", where=f"{where}.config")
@@ -167,25 +182,6 @@ def portable_section(config: VisionConfig) -> dict[str, Any]:
     }
 
 
-def belongs_to_layers(config: VisionConfig, name: str) -> bool:
-    """Whether a weight that finds no place is one of the backbone: then the model was asked for in another shape.
-
-    Classifiers and poolers are not; those of published InternImages are left out by the model itself.
-    """
-    return isinstance(config, InternImageConfig) or "layer" in name
-
-
-def starts_fresh(source: str, name: str) -> bool:
-    """Whether a folder need not have this weight: the fusion head, where its own configuration knows of none."""
-    if not name.startswith("dcnv3_head_"):
-        return False
-    return AutoConfig.from_pretrained(source, trust_remote_code=False).fusion_width is None
-
-
-def pretrained_folder(source: str) -> Path:
-    """The folder with the weights of `source`: itself, or the local snapshot of a Hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+def starts_fresh(source: Source, name: str) -> bool:
+    """Whether a source need not have this weight: the fusion head, where its own configuration knows of none."""
+    return name.startswith("dcnv3_head_") and "fusion_width" in source.assumed

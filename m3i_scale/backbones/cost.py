@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.backbones.flops import counter
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError, did_you_mean
@@ -31,8 +31,7 @@ def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
     with torch.device("meta"):
         backbone = build_backbone(config).eval()
         image_BCHW = torch.zeros(1, 3, config.image_size, config.image_size)
-        custom = {torch.ops.aten._embedding_bag: _bag_flop}
-        with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
+        with counter() as counted, torch.no_grad():
             backbone.last_hidden_state(image_BCHW)
     return {
         "name": name,
@@ -44,7 +43,7 @@ def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
         "width": backbone.width,
         "layers": len(backbone.layers),
         "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
-        "gmac": counter.get_total_flops() / 2e9,
+        "gmac": counted.get_total_flops() / 2e9,
     }
 
 
@@ -58,8 +57,3 @@ def describe_presets(names: list[str]) -> list[dict[str, Any]]:
         if name not in PRESETS:
             raise ConfigError(f"no backbone '{name}'", fix=did_you_mean(name, PRESETS))
     return [describe_backbone(BackboneConfig(preset=name), name) for name in names or PRESETS]
-
-
-def _bag_flop(weight: tuple[int, ...], index: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Of a weighted bag: a product and a sum for every row that is fetched."""
-    return 2 * torch.Size(index).numel() * weight[1]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from transformers import Dinov2Config, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, ViTConfig
 
 from m3i_scale.backbones.internimage import InternImageConfig
 
-VisionConfig: TypeAlias = ViTConfig | Dinov2Config | InternImageConfig
+VisionConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig | InternImageConfig
 
 _VIT = {
     "ti": (192, 12, 3, 768),
@@ -23,6 +23,9 @@ _VIT = {
 
 _DINOV2 = {"s": (384, 12, 6, False), "b": (768, 12, 12, False), "l": (1024, 24, 16, False), "g": (1536, 40, 24, True)}
 """Width, depth, heads, SwiGLU (Oquab et al.)."""
+
+_CLIP_PATCHES = {"b": (16, 32), "l": (14,), "h": (14,), "g": (14,), "G": (14,)}
+"""Patch sizes of published CLIP towers (Radford et al.; Cherti et al.): ViTs with a norm before the first layer."""
 
 _POST_NORM = {"layer_scale": 1e-5, "post_norm": True}
 _HUGE = {"dw_kernel_size": 5, "center_feature_scale": True, "level2_post_norm": True}
@@ -45,10 +48,15 @@ _INTERNIMAGE: dict[str, dict[str, Any]] = {
 }
 """The published configurations (Wang et al., and the Hub folders of OpenGVLab)."""
 
+_EVA_STD = 0.015
+"""Of the first weights of EVA's billion parameters (Fang et al.)."""
+
 PRESETS = (
-    tuple(f"vit-{size}/{patch}" for size in _VIT for patch in (14, 16, 32))
-    + tuple(f"dinov2-{size}/14" for size in _DINOV2)
-    + tuple(f"internimage-{size}" for size in _INTERNIMAGE)
+    *(f"vit-{size}/{patch}" for size in _VIT for patch in (14, 16, 32)),
+    "eva-g/14",
+    *(f"clip-{size}/{patch}" for size, patches in _CLIP_PATCHES.items() for patch in patches),
+    *(f"dinov2-{size}/14" for size in _DINOV2),
+    *(f"internimage-{size}" for size in _INTERNIMAGE),
 )
 DEFAULT_PRESET = "vit-b/16"
 
@@ -57,7 +65,17 @@ def preset_config(name: str) -> VisionConfig:
     """The configuration of a name in `PRESETS`, at 224 pixels."""
     kind, _, rest = name.partition("-")
     size, _, patch = rest.partition("/")
-    if kind == "vit":
+    if kind == "clip":
+        width, depth, heads, mlp = _VIT[size]
+        return CLIPVisionConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=mlp,
+            patch_size=int(patch),
+            hidden_act="gelu",
+        )
+    if kind in ("vit", "eva"):
         width, depth, heads, mlp = _VIT[size]
         return ViTConfig(
             hidden_size=width,
@@ -66,6 +84,7 @@ def preset_config(name: str) -> VisionConfig:
             intermediate_size=mlp,
             patch_size=int(patch),
             layer_norm_eps=1e-6,
+            initializer_range=_EVA_STD if kind == "eva" else 0.02,
         )
     if kind == "dinov2":
         width, depth, heads, swiglu = _DINOV2[size]
@@ -80,6 +99,12 @@ def preset_config(name: str) -> VisionConfig:
     config = InternImageConfig(**_INTERNIMAGE[size])
     config.fusion_width = fusion_width(config)
     return config
+
+
+def published_heads(width: int, depth: int) -> int | None:
+    """Heads of the published ViT or DINOv2 of that size; None where there is none."""
+    sizes = {size[:2]: size[2] for size in (*_VIT.values(), *_DINOV2.values())}
+    return sizes.get((width, depth))
 
 
 def fusion_width(config: InternImageConfig) -> int:

@@ -1,21 +1,39 @@
-"""Stock `transformers` models of the plain kind, ViT and DINOv2: tokens in, tokens out, any subset of patches."""
+"""Stock `transformers` models of the plain kind, ViT, DINOv2 and CLIP: tokens in, tokens out, any subset of patches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.initialization import no_init_weights
 
 from m3i_scale.backbones.base import Backbone, Tokens, gather_tokens
 
+TokenConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig
 
-def token_class(config: ViTConfig | Dinov2Config) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+
+def token_class(config: TokenConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """The stock class, and how it is told to leave out the pooling layer that nothing here trains."""
-    return (ViTModel, {"add_pooling_layer": False}) if isinstance(config, ViTConfig) else (Dinov2Model, {})
+    if isinstance(config, ViTConfig):
+        return ViTModel, {"add_pooling_layer": False}
+    return (CLIPVisionModel if isinstance(config, CLIPVisionConfig) else Dinov2Model), {}
+
+
+def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
+    """What the objective reads of a stock model's last hidden state: that of CLIP comes before its last norm."""
+    normed_BLD: Tensor = model.post_layernorm(hidden_BLD) if isinstance(model, CLIPVisionModel) else hidden_BLD
+    return normed_BLD
 
 
 class TokenBackbone(Backbone):
@@ -25,7 +43,7 @@ class TokenBackbone(Backbone):
     All parameters are used inside the forward of the stock module that owns them, which ZeRO-3 relies on.
     """
 
-    def __init__(self, config: ViTConfig | Dinov2Config) -> None:
+    def __init__(self, config: TokenConfig) -> None:
         super().__init__()
         with no_init_weights():  # initialised once, later, where the parameters may already be partitioned
             kind, options = token_class(config)
@@ -37,20 +55,30 @@ class TokenBackbone(Backbone):
     @property
     def layers(self) -> list[nn.Module]:
         """The Transformer layers, in order."""
-        stack: nn.ModuleList = self.model.layers if isinstance(self.model, ViTModel) else self.model.encoder.layer
-        return list(stack)
+        model = self.model
+        if isinstance(model, ViTModel):
+            return list(model.layers)
+        return list(model.encoder.layers if isinstance(model, CLIPVisionModel) else model.encoder.layer)
 
     def embed(self, images_BCHW: Tensor) -> Tokens:
         """Normalised images → class token (B, 1, D) and patch tokens (B, N, D), positions added."""
         tokens_BND = self.model.embeddings(images_BCHW.to(self.dtype))
+        if isinstance(self.model, CLIPVisionModel):  # a norm of each token, so it may come before tokens are hidden
+            tokens_BND = self.model.pre_layrnorm(tokens_BND)
         return tokens_BND[:, :1], tokens_BND[:, 1:]
 
     def encode(self, tokens_BLD: Tensor) -> Tensor:
         """Embedded tokens → the last layer's normalised tokens, same shape."""
-        for layer in self.layers:
-            tokens_BLD = layer(tokens_BLD)
+        tokens_BLD = self._through_layers(tokens_BLD)
+        if isinstance(self.model, CLIPVisionModel):
+            return last_norm(self.model, tokens_BLD)
         output_BLD: Tensor = self.model.layernorm(tokens_BLD)
         return output_BLD
+
+    def _through_layers(self, tokens_BLD: Tensor) -> Tensor:
+        for layer in self.layers:
+            tokens_BLD = layer(tokens_BLD, None)
+        return tokens_BLD
 
     def _visible(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
         """Embedded class token and visible patch tokens of every input, in one call of the embedding."""
@@ -85,9 +113,10 @@ class TokenBackbone(Backbone):
 
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
         """Normalised images → class token (B, 1, D) and all patch tokens (B, N, D)."""
-        encoded_BSD = self.last_hidden_state(images_BCHW)
+        encoded_BSD = self.encode(torch.cat(self.embed(images_BCHW), dim=1))
         return encoded_BSD[:, :1], encoded_BSD[:, 1:]
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """[class token | patch tokens]: (B, 1 + N, D)."""
-        return self.encode(torch.cat(self.embed(images_BCHW), dim=1))
+        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
+        return self._through_layers(tokens_BSD) if isinstance(self.model, CLIPVisionModel) else self.encode(tokens_BSD)

@@ -93,7 +93,7 @@ class GradientNormWeights(Fp32State):
     @torch.no_grad()
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
         """See `FixedWeights`. A group without samples in the batch, and so without a gradient, keeps what it had; so
-        do all when an fp16 step overflows, which the optimizer skips too."""
+        do all when a gradient has overflowed in fp16. The trainer undoes the others of a step that is skipped."""
         norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
         now_K = (norm_K > 0) & norm_K.isfinite().all()
         # A plain mean until there are as many values as the momentum averages over: first gradients say little.

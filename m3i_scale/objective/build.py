@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel
+from transformers import BertConfig, CLIPVisionModel, PreTrainedModel
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
@@ -276,8 +276,11 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
         owner._init_weights(module)
         if isinstance(getattr(module, "position_embeddings", None), nn.Parameter):
             _start_on_grid(cast(Tensor, module.position_embeddings))
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(owner, CLIPVisionModel) and module is owner.embeddings.position_embedding:
+            _start_on_grid(module.weight[None])
+    elif type(module) is nn.Linear:
+        # As MAE: by both widths. A fixed 0.02 is made for a ViT-B; a layer of 96 channels would pass on a fifth.
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif callable(reset := getattr(module, "reset_parameters", None)):

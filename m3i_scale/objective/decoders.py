@@ -38,6 +38,9 @@ class TransformerDecoder(nn.Module):
             attn_implementation=kernel,
         )
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
+        last: Any
+        for last in self.layers[-1:]:
+            last.called_in_parts = True  # has no use for a policy of recomputation
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def reset_parameters(self) -> None:
@@ -89,14 +92,14 @@ class TransformerDecoder(nn.Module):
         return output_BQD
 
 
-def _read_last(layer: nn.Module, sequence_BSD: Tensor, count: int) -> Tensor:
+def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
     """The last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`.
 
     Nobody reads the other tokens of the last layer, so their queries and MLP are not computed. The layer's parts are
     called one by one, which also leaves out its switch for recomputation: it is the cheapest layer to keep.
     """
     attention: Any = layer.attention
-    normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)  # type: ignore[operator]
+    normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)
     heads = attention.num_attention_heads
     mixed_BHQD = attend(
         split_heads(attention.q_proj(normed_BSD[:, -count:]), heads),
@@ -105,7 +108,7 @@ def _read_last(layer: nn.Module, sequence_BSD: Tensor, count: int) -> Tensor:
         attention.config._attn_implementation,
     )
     tokens_BQD = sequence_BSD[:, -count:] + attention.o_proj(mixed_BHQD.transpose(1, 2).flatten(2))
-    output_BQD: Tensor = tokens_BQD + layer.mlp(layer.layernorm_after(tokens_BQD))  # type: ignore[operator]
+    output_BQD: Tensor = tokens_BQD + layer.mlp(layer.layernorm_after(tokens_BQD))
     return output_BQD
 
 

@@ -6,8 +6,10 @@ is masked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,9 @@ class Objective(nn.Module):
         """Visible patch tokens of the last forward pass."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
         """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
+        self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        """Called round each part of a forward pass: `forward` (the inputs), `target` (f_φ of images and texts),
+        `decoder` (decoders, heads, losses). Whoever measures sets it."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one micro-batch, and detached figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
@@ -80,6 +85,11 @@ class Objective(nn.Module):
         `health/target…` are means of what every rank sees of its own.
         """
         context = self._encode(batch)
+        with self.span("decoder"):
+            return self._predict(context)
+
+    def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = context.batch
         self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
         figures: dict[str, Tensor] = {}
@@ -139,10 +149,13 @@ class Objective(nn.Module):
         )
         views = {view: normalize(batch.images_VBCHW[view], self.mean, self.std) for view in used}
         where = build_inputs(self.recipe, batch.seeds_B, self.student.grid, self.student.cell)
-        context = Context(batch, views, self._encode_inputs(where, views), self._encode_targets(batch, views))
-        if self.text is not None:
-            text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
-            context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
+        with self.span("forward"):
+            inputs = self._encode_inputs(where, views)
+        with self.span("target"):
+            context = Context(batch, views, inputs, self._encode_targets(batch, views))
+            if self.text is not None:
+                text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
+                context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
         return context
 
     def _encode_targets(self, batch: Batch, views: dict[int, Tensor]) -> dict[tuple[str, int], Tokens]:

@@ -77,9 +77,7 @@ def faults(recipe: Recipe) -> Iterator[str]:
     yield from _repeated("input", names)
     yield from _repeated("target", [target.name for target in recipe.targets])
     yield from _mix_faults(recipe, names)
-    used = {spec.view for spec in recipe.inputs} | {target.view for target in recipe.targets if target.view}
-    if set(range(1, recipe.views + 1)) - used:
-        yield f"views are numbered from 1 without gaps, but only {sorted(used)} are used"
+    yield from _view_faults(recipe)
     for target in recipe.targets:
         for fault in _target_faults(recipe, target, names):
             yield f"target '{target.name}': {fault}"
@@ -89,6 +87,15 @@ def faults(recipe: Recipe) -> Iterator[str]:
 def _repeated(what: str, names: list[str]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"two {what}s are called '{name}'"
+
+
+def _view_faults(recipe: Recipe) -> Iterator[str]:
+    has = {f"target '{target.name}'": target.view for target in recipe.targets if target.view}
+    has |= {f"input '{spec.name}'": spec.view for spec in recipe.inputs}
+    gap = next((view for view in range(1, recipe.views) if view not in has.values()), None)
+    if gap is not None:
+        beyond = ", ".join(f"{name} has view {view}" for name, view in has.items() if view > gap)
+        yield f"views are numbered from 1 without gaps, but nothing has view {gap}: {beyond}"
 
 
 def _mix_faults(recipe: Recipe, names: list[str]) -> Iterator[str]:

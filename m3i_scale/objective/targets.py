@@ -26,6 +26,7 @@ class TextTower(nn.Module):
         super().__init__()
         with no_init_weights():
             self.model = BertModel(config, add_pooling_layer=False)
+        self.model.encoder.layer[-1].called_in_parts = True  # has no use for a policy of recomputation
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
 
     def forward(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class TextTower(nn.Module):
         return F.normalize(self.projection(_read_first(last, hidden_BTD, text_mask_BT)).float(), dim=-1)
 
 
-def _read_first(layer: nn.Module, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """The first token after a BERT layer: exactly `layer(hidden, mask)[:, 0]`.
 
     Nobody reads the other tokens of the last layer, so their queries and MLP are not computed.
@@ -55,7 +56,7 @@ def _read_first(layer: nn.Module, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor
         dropout=own.dropout.p if own.training else 0.0,
     )
     tokens_B1D = attention.output(mixed_BH1D.transpose(1, 2).flatten(2), hidden_BTD[:, :1])
-    output_B1D: Tensor = layer.feed_forward_chunk(tokens_B1D)  # type: ignore[operator]
+    output_B1D: Tensor = layer.feed_forward_chunk(tokens_B1D)
     return output_B1D[:, 0]
 
 
@@ -88,12 +89,21 @@ class TextHead(nn.Module):
         return prediction_BE, bounded.exp(), bias
 
 
+class Classifier(nn.Linear):
+    """Logits over one label set. Small at first, so that no class is preferred before anything was seen."""
+
+    def reset_parameters(self) -> None:
+        """First values: a deviation of 0.02, no bias."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
 class CategoryHead(nn.Module):
     """Logits over each label set: ẑ_y against the category embeddings, which are the rows of a linear classifier."""
 
     def __init__(self, input_width: int, classes: list[int]) -> None:
         super().__init__()
-        self.sets = nn.ModuleList([nn.Linear(input_width, count) for count in classes])
+        self.sets = nn.ModuleList([Classifier(input_width, count) for count in classes])
 
     def forward(self, pooled_BD: Tensor) -> list[Tensor]:
         """(B, D) → for every label set, logits (B, K)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from functools import lru_cache
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
-from m3i_scale.backbones.build import pretrained_folder
+from m3i_scale.backbones.load_plan import LoadPlan, plan_model
 from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.sources import Source, pretrained_folder
+from m3i_scale.backbones.sources.files import weight_files
+from m3i_scale.backbones.sources.hub import hub_places
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.targets import FrozenTeacher
@@ -50,7 +53,7 @@ def teacher_config(recipe: Recipe) -> Any:
 
 
 def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
-    """The teacher's module, without its weights (see `teacher_weights`).
+    """The teacher's module, without its weights (see `teacher_plan`).
 
     Raises:
         ConfigError: another grid than the student's, no image processor, or a head of another width.
@@ -90,46 +93,46 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ) from None
 
 
-def teacher_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """All weights of the teacher, whole, by name.
+def teacher_plan(recipe: Recipe) -> LoadPlan:
+    """Which tensors of the teacher's files fill its module (see `build_teacher`); reads no weight.
 
     Raises:
-        ConfigError: they do not fill the model.
+        ConfigError: they do not fill the model, or its outputs are not one token a patch.
     """
-    source = recipe.teacher.from_pretrained if recipe.teacher else ""
-    try:
-        model, report = AutoModel.from_pretrained(
-            pretrained_folder(source), use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot read '{source}': {str(error).splitlines()[0]}", where=_WHERE) from None
-    # A pooling layer is no part of the tokens that are read.
-    bad = [name for key in ("missing_keys", "mismatched_keys") for name in report[key] if "pooler" not in str(name)]
-    if bad:
-        raise ConfigError(
-            f"{len(bad)} weights of '{source}' are missing or have another shape, e.g. {bad[0]}", where=_WHERE
-        )
-    _check_outputs(model.eval(), source)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    source, config = (recipe.teacher.from_pretrained if recipe.teacher else ""), teacher_config(recipe)
+    _check_outputs(config, source)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    # A pooling layer is no part of the tokens that are read, and a head no part of the model.
+    pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
+    files = Source(source, "transformers", pretrained_folder(source, _WHERE), config, hub_places)
+    return plan_model(files, model, _WHERE, fresh=pooler, all_placed=False)
 
 
 @torch.no_grad()
-def _check_outputs(model: PreTrainedModel, source: str) -> None:
+def _check_outputs(config: Any, source: str) -> None:
     """Tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone.
+
+    All of that is a matter of the architecture: one layer with random numbers shows it.
 
     Raises:
         ConfigError: they are not.
     """
     where = f"{_WHERE}: {source}"
-    kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
-    if kept:
-        raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
-    side = int(getattr(model.config, "image_size", 224))
-    pixels_BCHW = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    one, two = (model(pixel_values=pixels_BCHW).last_hidden_state for _ in range(2))
-    patches = (side // model.config.patch_size) ** 2
+    shallow = copy.deepcopy(config)
+    if isinstance(getattr(config, "num_hidden_layers", None), int):
+        shallow.num_hidden_layers = 1
+    with torch.random.fork_rng():
+        model = AutoModel.from_config(shallow).eval()
+        kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+        if kept:
+            raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
+        side = int(getattr(config, "image_size", 224))
+        pixels_BCHW = torch.randn(1, 3, side, side)
+        one, two = (model(pixel_values=pixels_BCHW).last_hidden_state for _ in range(2))
+    patches = (side // config.patch_size) ** 2
     before = (one.shape[1] if one.ndim == 3 else 0) - patches
-    if before not in {0, 1, 1 + int(getattr(model.config, "num_register_tokens", 0))}:
+    if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
         raise ConfigError(
             f"the teacher gives {tuple(one.shape)} for {patches} patches: not one token a patch after a class token",
             where=where,
@@ -149,7 +152,7 @@ def teacher_sha256(recipe: Recipe) -> str | None:
 @lru_cache(maxsize=4)  # asked at every checkpoint
 def _hash_weights(source: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted(pretrained_folder(source).glob("*.safetensors")):
+    for path in weight_files(pretrained_folder(source, _WHERE), "transformers", _WHERE):
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from transformers import BertConfig, Dinov2Model, ViTConfig, ViTModel
+from transformers import BertConfig, CLIPVisionModel, Dinov2Model, ViTConfig, ViTModel
+from weights import shaken
 
-from m3i_scale.backbones.build import backbone_config, build_backbone, pretrained_folder, vision_class
+from m3i_scale.backbones.build import backbone_config, build_backbone, vision_class
 from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.backbones.sources import pretrained_folder
+from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -33,12 +37,16 @@ DINOV2 = BackboneConfig(
 )
 
 
-@pytest.mark.parametrize("section", [small(), DINOV2], ids=["vit", "dinov2"])
+CLIP = BackboneConfig(preset="clip-b/16", config=SMALL)
+
+
+@pytest.mark.parametrize("section", [small(), DINOV2, CLIP], ids=["vit", "dinov2", "clip"])
 def test_the_adapter_is_the_stock_model(section: BackboneConfig) -> None:
     backbone = build_backbone(backbone_config(section)).eval()
     kind, options = vision_class(backbone_config(section))
     stock = kind(backbone_config(section), **options).eval()
-    assert type(stock) is {"vit": ViTModel, "dinov2": Dinov2Model}[stock.config.model_type]
+    kinds = {"vit": ViTModel, "dinov2": Dinov2Model, "clip_vision_model": CLIPVisionModel}
+    assert type(stock) is kinds[stock.config.model_type]
     stock.load_state_dict(backbone.model.state_dict(), strict=True)
     with torch.no_grad():
         for parameter, other in zip(backbone.model.parameters(), stock.parameters(), strict=True):
@@ -48,9 +56,36 @@ def test_the_adapter_is_the_stock_model(section: BackboneConfig) -> None:
     cls, tokens = backbone.embed(images)
     assert (cls.shape, tokens.shape) == ((2, 1, 64), (2, 16, 64))
     wanted = stock(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(backbone.last_hidden_state(images), wanted)
+    wanted = last_norm(stock, wanted)
     torch.testing.assert_close(backbone.encode(torch.cat([cls, tokens], dim=1)), wanted)
     torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted)
     assert len(backbone.layers) == 2
+
+
+def test_eva_g_has_the_parameters_of_timms_and_a_bias_of_keys() -> None:
+    config = backbone_config(BackboneConfig(preset="eva-g/14"))
+    with torch.device("meta"):
+        ours = build_backbone(config).model
+        theirs = timm.create_model("eva_giant_patch14_224", num_classes=0, global_pool="token")
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)]
+    assert sizes[0] - sizes[1] == 40 * 1408
+    assert config.initializer_range == 0.015
+
+
+@torch.no_grad()
+def test_a_bias_of_keys_changes_nothing() -> None:
+    """So that a ViT computes what EVA, which has none, computes."""
+    backbone = build_backbone(backbone_config(BackboneConfig(preset="eva-g/14", config=SMALL))).eval()
+    shaken(backbone)
+    images = torch.randn(2, 3, 32, 32)
+    before = backbone.last_hidden_state(images)
+    for layer in backbone.layers:
+        layer.attention.k_proj.bias.normal_()
+    torch.testing.assert_close(backbone.last_hidden_state(images), before, rtol=1e-5, atol=1e-5)
+    for layer in backbone.layers:
+        layer.attention.q_proj.bias.normal_()
+    assert not torch.allclose(backbone.last_hidden_state(images), before, atol=1e-2)
 
 
 def test_dinov2_g_has_its_gated_mlp_and_scales() -> None:
@@ -82,6 +117,11 @@ def test_what_it_tells_of_itself() -> None:
         ("vit-b/16", 85.8),
         ("vit-h/14", 630.8),
         ("vit-g/14", 1011),
+        ("eva-g/14", 1011),
+        ("clip-b/16", 85.8),
+        ("clip-l/14", 303.2),
+        ("clip-h/14", 630.8),
+        ("clip-G/14", 1843),
         ("vit-G/14", 1843),
         ("dinov2-g/14", 1135),
         ("dinov2-b/14", 85.7),
@@ -97,7 +137,7 @@ def test_presets_have_the_published_size(preset: str, millions: float) -> None:
 def test_every_preset_is_a_valid_configuration() -> None:
     for preset in PRESETS:
         config = backbone_config(BackboneConfig(preset=preset))
-        assert config.layer_norm_eps == 1e-6
+        assert config.layer_norm_eps == (1e-5 if preset.startswith("clip") else 1e-6)
         assert config.image_size % config.patch_size == 0
         if hasattr(config, "num_attention_heads"):
             assert config.hidden_size % config.num_attention_heads == 0
@@ -109,7 +149,7 @@ FAULTS = {
     "patch": (small(patch_size=7), "patch size 7 does not divide image size 32"),
     "heads": (small(num_attention_heads=3), "width 64 must be a multiple of 4 and of its 3 heads"),
     "sides": (small(image_size=[32, 16]), "'image_size' must be one number"),
-    "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "cannot read a model from '/nowhere/at/all'"),
+    "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "from '/nowhere/at/all': there is no such file or"),
 }
 
 
@@ -127,7 +167,7 @@ def test_a_misspelt_field_gets_a_hint() -> None:
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a bert, and a backbone is a vit, dinov2 or internimage"):
+    with pytest.raises(ConfigError, match="is a bert, and a backbone is a vit, dinov2, clip or internimage"):
         backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny import GRID, LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objective, tiny_run
@@ -72,7 +74,7 @@ FAULTS = {
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "1 patches cannot be dealt to 2 images"),
     "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "width 32 is no multiple of its 3 heads"),
-    "pool heads": (("m3i", "recipe.decoders.pool.heads=5"), {}, "decoder 'pool'"),
+    "pool heads": (("siglip", "recipe.decoders.pool.heads=5"), {}, "decoder 'pool'"),
     "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "BERT has no field 'hiden_size'"),
     "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "no field 'vocab_size' to set"),
     "text heads": (("clip", "text.config.num_attention_heads=3"), {}, "width 64 is no multiple of 3 heads"),
@@ -117,6 +119,21 @@ def test_first_weights_are_those_of_the_stock_models() -> None:
     assert float(objective.heads["text"].log_scale.exp()) == pytest.approx(1 / 0.07, rel=1e-5)
     assert 0.015 < float(objective.text.model.embeddings.word_embeddings.weight.std()) < 0.025
     assert not objective.text.model.embeddings.word_embeddings.weight[0].any()  # padding
+
+
+@torch.no_grad()
+def test_first_weights_of_our_own_layers_pass_on_what_they_get_at_any_width() -> None:
+    """Xavier's, as MAE's decoder; the classifier begins without an opinion."""
+    objective = tiny_objective("m3i")
+    for layer in (
+        objective.decoders["dense"].embed,
+        objective.projector.blocks[0][1],
+        objective.heads["intra"].projection,
+    ):
+        wanted = math.sqrt(2 / sum(layer.weight.shape))
+        assert float(layer.weight.std()) == pytest.approx(wanted, rel=0.1), layer
+        assert not layer.bias.any()
+    assert 0.01 < float(objective.heads["category"].sets[0].weight.std()) < 0.03
 
 
 def test_no_parameter_is_left_without_a_first_value() -> None:

@@ -76,6 +76,11 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, wieght=2),
         r"unknown key 'recipe.targets.0.wieght'.*did you mean 'weight'",
     ),
+    "misspelt key that is required": (
+        "m3i",
+        lambda r: r["targets"][0].update(decodr=r["targets"][0].pop("decoder")),
+        r"unknown key 'recipe.targets.0.decodr'.*did you mean 'decoder'",
+    ),
     "unknown top key": ("m3i", lambda r: r.update(decoder={}), "unknown key 'recipe.decoder'.*did you mean 'decoders'"),
     "missing key": ("m3i", drop("inputs"), "'recipe.inputs' is missing"),
     "no target": ("m3i", lambda r: r.update(targets=[]), "targets"),
@@ -92,7 +97,12 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "mix lacks an input": ("m3i", section("mix", inputs=["a", "a"]), "must name every input once"),
     "mix of one": ("m3i", section("mix", inputs=["a"]), "mix.inputs"),
     "mask inside a mix": ("m3i", lambda r: r["inputs"][0].update(mask={"ratio": 0.5}), "have no mask of their own"),
-    "gap in the views": ("m3i", lambda r: r["inputs"][1].update(view=3), "without gaps"),
+    "gap in the views": (
+        "m3i",
+        lambda r: r["inputs"][1].update(view=3),
+        "without gaps, but nothing has view 2: input 'b' has view 3",
+    ),
+    "a target's view out of reach": ("m3i", target(0, view=7), "nothing has view 3: target 'intra' has view 7"),
     "idle momentum": ("mae", lambda r: r.update(momentum={}), "`momentum` has no effect"),
     "missing momentum": ("sim", drop("momentum"), "needs a `momentum` section"),
     "wrong encoder": (
@@ -105,7 +115,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, distribution="boltzmann"),
         "'unigrad' does not go with a boltzmann distribution; valid: gaussian",
     ),
-    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or pointwise, not attention_pool"),
+    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or pointwise, not mean_pool"),
     "dense decoder for text": (
         "m3i",
         target(2, decoder="dense"),

@@ -5,19 +5,24 @@ They import nothing of this package.
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from m3i_scale.backbones.internimage.configuration_internimage import InternImageConfig
-from m3i_scale.backbones.internimage.modeling_internimage import InternImageModel
+from m3i_scale.backbones.internimage.modeling_internimage import (
+    InternImageForImageClassification,
+    InternImageModel,
+)
 
 AutoConfig.register(InternImageConfig.model_type, InternImageConfig, exist_ok=True)
 AutoModel.register(InternImageConfig, InternImageModel, exist_ok=True)
+AutoModelForImageClassification.register(InternImageConfig, InternImageForImageClassification, exist_ok=True)
 
 SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_internimage.py") for stem in ("configuration", "modeling"))
 """What a folder needs so that a `transformers` without this package loads it, with `trust_remote_code`."""
 AUTO_MAP = {
     "AutoConfig": f"{SOURCE_FILES[0].stem}.{InternImageConfig.__name__}",
     "AutoModel": f"{SOURCE_FILES[1].stem}.{InternImageModel.__name__}",
+    "AutoModelForImageClassification": f"{SOURCE_FILES[1].stem}.{InternImageForImageClassification.__name__}",
 }
 
-__all__ = ["AUTO_MAP", "SOURCE_FILES", "InternImageConfig", "InternImageModel"]
+__all__ = ["AUTO_MAP", "SOURCE_FILES", "InternImageConfig", "InternImageForImageClassification", "InternImageModel"]

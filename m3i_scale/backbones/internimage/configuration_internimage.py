@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 _FIXED = {"core_op": "DCNv3", "act_layer": "GELU", "norm_layer": "LN", "remove_center": False}
 
 
-class InternImageConfig(PretrainedConfig):  # type: ignore[misc]
+class InternImageConfig(PretrainedConfig):
     """Shape of an InternImage. The defaults are InternImage-T.
 
     Args:

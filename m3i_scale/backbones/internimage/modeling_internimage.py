@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
 
 from .configuration_internimage import InternImageConfig
 
@@ -158,7 +158,7 @@ class MLPLayer(nn.Module):
         return cast(Tensor, self.fc2(self.act(self.fc1(x_BHWC))))
 
 
-class InternImageLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class InternImageLayer(GradientCheckpointingLayer):
     """Operator and MLP, each a residual branch: norms before, after, or on both sides."""
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int, drop_path: float) -> None:
@@ -252,7 +252,7 @@ class InternImageBlock(nn.Module):
         return x_BHWC, x_BHWC if self.downsample is None else self.downsample(x_BHWC)
 
 
-class InternImageModel(PreTrainedModel):  # type: ignore[misc]
+class InternImageModel(PreTrainedModel):
     """Four stages of stride 4, 8, 16 and 32; with `fusion_width` also the map of stride 16 that joins the last two."""
 
     config_class = InternImageConfig
@@ -318,27 +318,68 @@ class InternImageModel(PreTrainedModel):  # type: ignore[misc]
         return cast(Tensor, self.dcnv3_head_x4(fourth) + self.dcnv3_head_x3(third))
 
     def _init_weights(self, module: nn.Module) -> None:
-        init = nn.init
-        if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-        elif isinstance(module, ProjectionLinear):
-            init.xavier_uniform_(module.weight)
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, nn.Conv2d):
-            # As torch starts a convolution: uniform within 1/√fan-in, its bias too.
-            fan_in = module.in_channels // module.groups * math.prod(module.kernel_size)
-            init.uniform_(module.weight, -(fan_in**-0.5), fan_in**-0.5)
-            if module.bias is not None:
-                init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
-        elif isinstance(module, InternImageLayer | DCNv3):
-            first = self.config.layer_scale if isinstance(module, InternImageLayer) else 0.0
-            for parameter in module.parameters(recurse=False):
-                init.constant_(parameter, first)
-        if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
-            init.zeros_(module.bias)
+        _initialize(module, self.config)
+
+
+class InternImageForImageClassification(PreTrainedModel):
+    """The last map's mean, normalised, before a linear classifier."""
+
+    config_class = InternImageConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    _no_split_modules: ClassVar = ["InternImageLayer"]
+
+    def __init__(self, config: InternImageConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = InternImageModel(config)
+        self.pool_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor, ...]:
+        """Pixels (B, 3, H, W) → logits (B, K); the cross-entropy where `labels` (B) are given."""
+        features = self.model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits_BK = self.classifier(self.pool_norm(features.pooler_output))
+        loss = None if labels is None else F.cross_entropy(logits_BK, labels)
+        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits_BK, hidden_states=features.hidden_states)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _initialize(module, self.config)
+
+
+def _initialize(module: nn.Module, config: InternImageConfig) -> None:
+    """First values of a module's own parameters."""
+    init = nn.init
+    if isinstance(module, ZeroLinear):
+        init.zeros_(module.weight)
+    elif isinstance(module, ProjectionLinear):
+        init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Linear):
+        init.trunc_normal_(module.weight, std=config.initializer_range)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        # As torch starts a convolution: uniform within 1/√fan-in, its bias too.
+        fan_in = module.in_channels // module.groups * math.prod(module.kernel_size)
+        init.uniform_(module.weight, -(fan_in**-0.5), fan_in**-0.5)
+        if module.bias is not None:
+            init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
+    elif isinstance(module, InternImageLayer | DCNv3):
+        first = cast(float, config.layer_scale) if isinstance(module, InternImageLayer) else 0.0
+        for parameter in module.parameters(recurse=False):
+            init.constant_(parameter, first)
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+        init.zeros_(module.bias)
 
 
 def _drop_paths(config: InternImageConfig) -> list[float]:

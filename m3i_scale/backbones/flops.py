@@ -1,0 +1,70 @@
+"""Counted FLOPs: what torch's counter has no formula for, and the FLOPs of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
+
+Formula = Callable[..., int]
+_Shape = tuple[int, ...]
+
+
+def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
+    """Of a weighted bag: a product and a sum for every row that is fetched."""
+    return 2 * torch.Size(_shape(index)).numel() * _shape(weight)[1]
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of fused attention: its two matrix products."""
+    return int(sdpa_flop_count(_shape(query), _shape(key), _shape(value)))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of its backward pass: four products; the one that the kernel does twice to save memory is not counted."""
+    shapes = _shape(gradient), _shape(query), _shape(key), _shape(value)
+    again = torch.Size(shapes[1]).numel() * shapes[2][-2] * 2  # torch counts the scores, which are computed again
+    return int(sdpa_backward_flop_count(*shapes)) - again
+
+
+def _shape(value: Any) -> _Shape:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+FORMULAS: dict[Any, Formula] = {
+    torch.ops.aten._embedding_bag: _bag,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Beside torch's own. Shapes or tensors may be given."""
+
+
+class _NoModules(ModuleTracker):
+    """Leaves modules alone.
+
+    The hooks of torch's own tracker make cycles with the graph that they hang on: what a layer has recomputed would
+    stay until the garbage collector happens to come.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, with `FORMULAS`; it tells no modules apart, and keeps nothing alive."""
+    counted = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
+    counted.mod_tracker = _NoModules()
+    return counted
+
+
+def count_flop(step: Callable[[], None]) -> int:
+    """FLOPs of one call of `step`: products and sums of matrix products, convolutions and attention."""
+    with counter() as counted:
+        step()
+    return int(counted.get_total_flops())

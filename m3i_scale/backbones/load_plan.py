@@ -1,0 +1,245 @@
+"""Which tensor of which file goes where: matched by name and shape before a value is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from m3i_scale.backbones.build import starts_fresh, vision_class
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.sources import Source, source_files
+from m3i_scale.backbones.sources.base import Place, square_side
+from m3i_scale.backbones.sources.files import open_weights, read_headers
+from m3i_scale.backbones.sources.names import OURS, LeftOut
+from m3i_scale.errors import ConfigError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Take:
+    """One parameter, and where its values come from."""
+
+    name: str
+    shape: Shape
+    file: Path | None
+    """None: nought."""
+    tensor: str = ""
+    part: int = 0
+    parts: int = 1
+    resized: bool = False
+
+
+@dataclass
+class LoadPlan:
+    """What is read, file by file, and what became of every tensor."""
+
+    takes: list[Take]
+    report: dict[str, Any]
+    where: str
+    antialias: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters in the order in which `tensors` gives their values."""
+        return [take.name for take in self.takes]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The values, one parameter at a time; one file is open at a time.
+
+        Raises:
+            ConfigError: a file cannot be read, or holds anything but floating-point numbers.
+        """
+        for path in dict.fromkeys(take.file for take in self.takes):
+            here = [take for take in self.takes if take.file == path]
+            if path is None:
+                yield from (torch.zeros(take.shape) for take in here)
+                continue
+            with open_weights(path, self.where) as weights:
+                for take in here:
+                    value = weights.read(take.tensor, take.part, take.parts)
+                    if not value.is_floating_point():
+                        raise ConfigError(
+                            f"'{take.tensor}' holds {value.dtype}, and a weight is a floating-point number",
+                            where=f"{self.where}: {path}",
+                            why="a quantised weight means nothing without its scale",
+                            fix="start from the weights before they were quantised",
+                        )
+                    yield (
+                        fit_positions(value, take.shape, self.antialias) if take.resized else value.reshape(take.shape)
+                    )
+
+
+def fit_positions(table: Tensor, shape: Shape, antialias: bool) -> Tensor:
+    """A table of positions for another grid: bicubic. The row of the class token is kept, or is nought.
+
+    Args:
+        table: (…, G² or 1 + G², D), row by row.
+        shape: wanted, (…, 1 + N², D).
+        antialias: whether a smaller grid is filtered.
+    """
+    rows_LD = table.reshape(-1, shape[-1]).float()
+    has_class = not _is_square(len(rows_LD))
+    class_1D = rows_LD[:1] if has_class else torch.zeros(1, shape[-1])
+    grid_LD = rows_LD[1:] if has_class else rows_LD
+    old, new = math.isqrt(len(grid_LD)), math.isqrt(shape[-2] - 1)
+    if old != new:
+        map_1DHW = grid_LD.view(1, old, old, -1).permute(0, 3, 1, 2)
+        map_1DHW = F.interpolate(map_1DHW, (new, new), mode="bicubic", antialias=antialias, align_corners=False)
+        grid_LD = map_1DHW.permute(0, 2, 3, 1).reshape(new * new, -1)
+    return torch.cat([class_1D, grid_LD]).view(shape)
+
+
+def _is_square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
+
+
+@dataclass
+class Matching:
+    """What has been found so far."""
+
+    wanted: dict[str, Shape]
+    positions: str | None = None
+    takes: dict[str, Take] = field(default_factory=dict)
+    renamed: dict[str, list[str]] = field(default_factory=dict)
+    resized: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    no_place: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    def add(self, name: str, path: Path, shape: Shape, place: Place) -> None:
+        """One tensor of a file."""
+        placed = place(name)
+        if isinstance(placed, LeftOut):
+            self.left_out.setdefault(placed.reason, []).append(name)
+            return
+        if placed is None or any(target not in self.wanted for target in placed.targets):
+            self.no_place.append(f"{name} {shape}")
+            return
+        parts = len(placed.targets)
+        for part, target in enumerate(placed.targets):
+            if target in self.takes:
+                self.twice.append(f"{name} and {self.takes[target].tensor}")
+            self._take(Take(target, self.wanted[target], path, name, part, parts), shape)
+        if placed.targets != (name,):
+            self.renamed[name] = list(placed.targets)
+
+    def _take(self, take: Take, shape: Shape) -> None:
+        fits = not shape or shape[0] % take.parts == 0
+        share = (shape[0] // take.parts, *shape[1:]) if shape else shape
+        if fits and _plain(share) == _plain(take.shape):
+            self.takes[take.name] = take
+        elif take.name == self.positions and shape[-1] == take.shape[-1]:
+            square_side(shape[-2] - (not _is_square(shape[-2])), take.tensor, "its table of positions")
+            self.takes[take.name] = Take(**{**vars(take), "resized": True})
+            self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
+        else:
+            self.misshapen.append(f"{take.tensor} {shape}, and the model's {take.name} is {take.shape}")
+
+
+def _plain(shape: Shape) -> Shape:
+    return tuple(side for side in shape if side != 1)
+
+
+def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_pretrained") -> LoadPlan:
+    """Match every tensor of the files with every parameter of the model; reads headers only.
+
+    Args:
+        source: the weights.
+        config: of the backbone.
+        where: the key that names the source.
+
+    Raises:
+        ConfigError: a weight is missing, has another shape or finds no place.
+    """
+    kind, options = vision_class(config)
+    with torch.device("meta"):
+        model = kind(config, **options)
+    table = OURS.get(type(config), {})
+    fresh = [name for name, _ in model.named_parameters() if starts_fresh(source, name)]
+    return plan_model(source, model, where, positions=table.get("positions"), fresh=fresh)
+
+
+def plan_model(
+    source: Source,
+    model: PreTrainedModel,
+    where: str,
+    *,
+    positions: str | None = None,
+    fresh: list[str] | None = None,
+    all_placed: bool = True,
+) -> LoadPlan:
+    """The same for any model, which may be without values.
+
+    Args:
+        source: the weights.
+        model: what they fill.
+        where: the key that names the source.
+        positions: the parameter that may be resized.
+        fresh: parameters that need not be there.
+        all_placed: whether a tensor that finds no place is an error.
+    """
+    match = Matching({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, positions)
+    place = source.place(model)
+    files = source_files(source, where)
+    for name, (path, shape) in read_headers(files, where).items():
+        match.add(name, path, shape, place)
+    if not all_placed and match.no_place:
+        match.left_out["no part of the model"], match.no_place = match.no_place, []
+    zeros: dict[str, list[str]] = {}
+    for name in match.wanted.keys() - match.takes.keys():
+        reason = next((reason for pattern, reason in source.zeros if re.match(pattern, name)), None)
+        if reason is not None:
+            match.takes[name] = Take(name, match.wanted[name], None)
+            zeros.setdefault(reason, []).append(name)
+    absent = [name for name in match.wanted if name not in match.takes]
+    kept = [name for name in absent if name in (fresh or ())]
+    _refuse(source, match, [name for name in absent if name not in kept], where)
+    order = {path: number for number, path in enumerate([*files, None])}
+    takes = sorted(match.takes.values(), key=lambda take: order[take.file])
+    report = {
+        "source": source.given,
+        "kind": source.kind,
+        "files": [path.name for path in files],
+        "loaded": sum(take.file is not None for take in takes),
+        "parameters": sum(math.prod(take.shape) for take in takes),
+        "renamed": match.renamed,
+        "resized": match.resized,
+        "zeros": {reason: sorted(names) for reason, names in zeros.items()},
+        "left_out": match.left_out,
+        "fresh": kept,
+        "assumed": {name: f"{getattr(model.config, name)}: {why}" for name, why in source.assumed.items()},
+        "normalisation": dict(source.normalisation),
+    }
+    return LoadPlan(takes, report, where, source.antialias)
+
+
+def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> None:
+    shaped = {line.rpartition("model's ")[2].partition(" is ")[0] for line in match.misshapen}
+    missing = [name for name in missing if name not in shaped]
+    faults = {
+        "are missing": [f"{name} {match.wanted[name]}" for name in missing],
+        "have another shape": match.misshapen,
+        "find no place": match.no_place,
+        "want the same place": match.twice,
+    }
+    told = [
+        f"{len(found)} weights of '{source.given}' {what}, e.g. {found[0]}" for what, found in faults.items() if found
+    ]
+    if told:
+        raise ConfigError(
+            "; ".join(told),
+            where=where,
+            why="a backbone that starts with some weights of its own is not the one that was trained",
+            fix="leave out what `backbone.config` says of depth, widths and patches: the source says it",
+        )

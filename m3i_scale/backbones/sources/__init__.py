@@ -1,0 +1,92 @@
+"""Where weights may come from: each file here recognises one kind and says what its names mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.backbones.sources.base import Source, refusal
+from m3i_scale.backbones.sources.files import NAMES, read_headers, read_json, weight_files
+from m3i_scale.backbones.sources.hub import hub_source
+from m3i_scale.backbones.sources.open_clip_vit import open_clip_folder, open_clip_prefix, open_clip_source
+from m3i_scale.backbones.sources.timm_vit import timm_folder, timm_prefix, timm_source
+from m3i_scale.errors import ConfigError
+
+__all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
+
+_STOCK = ("vit", "dinov2", "clip", "clip_vision_model", "internimage")
+
+
+def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
+    """What a folder, a file or a Hub id holds. Reads configurations and headers, no weights.
+
+    Args:
+        given: what the run file says.
+        fields: `backbone.config` of the run file: what a bare file does not tell.
+        where: the key that says it.
+
+    Raises:
+        ConfigError: nothing there, or an architecture that no backbone here is.
+    """
+    place = Path(given)
+    if place.is_file():
+        return _bare(given, place, fields, where)
+    folder = place if place.is_dir() else _download(given, ["*.json"], where)
+    values, clip = read_json(folder / "config.json"), read_json(folder / "open_clip_config.json")
+    if clip and values.get("model_type") not in _STOCK:  # a folder may hold one model in both forms
+        return open_clip_folder(given, folder, clip, fields)
+    if "architecture" in values and "model_type" not in values:
+        return timm_folder(given, folder, values, fields)
+    return hub_source(given, folder, where)
+
+
+def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Source:
+    shapes = {name: shape for name, (_, shape) in read_headers([path], where).items()}
+    if open_clip_prefix(shapes) is not None:
+        return open_clip_source(given, path, shapes, fields)
+    if timm_prefix(shapes) is not None:
+        return timm_source(given, path, shapes, fields)
+    raise refusal(
+        given,
+        f"its {len(shapes)} tensors have names of no known code base, e.g. {next(iter(shapes), 'none')}",
+        "a bare file has timm's names (patch_embed, blocks) or open_clip's (visual.transformer.resblocks)",
+        fix="give the folder that also holds its configuration",
+    )
+
+
+def pretrained_folder(source: str, where: str = "from_pretrained", kind: str = "transformers") -> Path:
+    """Where the weights of `source` lie: its own path, or the local snapshot of a Hub id.
+
+    Raises:
+        ConfigError: no such path and no such id.
+    """
+    if Path(source).exists():
+        return Path(source)
+    safe, pickled = (name.replace(".", "*.") for name in NAMES[kind])
+    folder = _download(source, ["*.json", safe], where)
+    return folder if any(folder.glob(safe)) else _download(source, ["*.json", pickled], where)
+
+
+def _download(source: str, patterns: list[str], where: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        path = source.startswith(("/", ".", "~")) or source.count("/") > 1  # a Hub id is a name, or owner/name
+        reason = "there is no such file or folder" if path else str(error).splitlines()[0]
+        raise ConfigError(
+            f"cannot read a model from '{source}': {reason}",
+            where=where,
+            fix="give a folder with a configuration and weights, a weight file, or a Hub id (needs a network)",
+        ) from None
+
+
+def source_files(source: Source, where: str = "backbone.from_pretrained") -> list[Path]:
+    """The weight files of a source; downloads those of a Hub id.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    return weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)

@@ -1,0 +1,168 @@
+"""Weight files: names and shapes from their headers, then one tensor, or a part of one, at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from m3i_scale.errors import ConfigError
+
+NAMES = {
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+    "timm": ("model.safetensors", "pytorch_model.bin"),
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+}
+"""What a folder of a kind may call its weights, in the order of preference; each may be cut into shards."""
+_WRAPPERS = ("state_dict", "model", "module")
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
+_REFUSED_CODE = "Weights only load failed"  # how torch begins; it goes on to recommend `weights_only=False`
+
+
+class Weights(Protocol):
+    """An open weight file."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor; no value is read."""
+
+    def read(self, name: str, part: int, parts: int) -> Tensor:
+        """Part number `part` of `parts` equal parts along the first dimension."""
+
+
+class _Safetensors:
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        names = self._file.keys()
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+
+    def read(self, name: str, part: int, parts: int) -> Tensor:
+        if parts == 1:
+            whole: Tensor = self._file.get_tensor(name)
+            return whole
+        rows = self._file.get_slice(name)
+        step = rows.get_shape()[0] // parts
+        some: Tensor = rows[part * step : (part + 1) * step]
+        return some
+
+
+class _Pickled:
+    """A `torch.save`d dictionary of tensors, mapped: values come from the disk when they are used."""
+
+    def __init__(self, path: Path) -> None:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        while isinstance(found, dict) and (key := next((key for key in _WRAPPERS if _holds(found.get(key))), None)):
+            found = found[key]
+        if not _holds(found):
+            raise ValueError("it holds no dictionary of tensors")
+        self._tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self._tensors.items()}
+
+    def read(self, name: str, part: int, parts: int) -> Tensor:
+        return self._tensors[name].chunk(parts)[part]
+
+
+def _holds(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(item, Tensor | dict) for item in value.values())
+
+
+@contextlib.contextmanager
+def open_weights(path: Path, where: str) -> Iterator[Weights]:
+    """An open `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone.
+
+    Raises:
+        ConfigError: it cannot be read, also where that shows only while it is being read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                yield _Safetensors(file)
+        else:
+            yield _Pickled(path)
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"cannot read weights: {_reason(error)}",
+            where=f"{where}: {path}",
+            why="files are safetensors, or made by `torch.save` (since torch 1.6) and hold tensors alone",
+            fix="save the state dict anew as safetensors",
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if not text.startswith(_REFUSED_CODE):
+        return text.splitlines()[0]
+    found = re.search(r"GLOBAL (\w[\w.]*)", text)
+    return f"there is more in it than tensors: {found[1]}" if found else "it is torn, or holds more than tensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read a configuration: {error}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("a configuration is a JSON object", where=str(path))
+    return values
+
+
+def weight_files(place: Path, kind: str, where: str) -> list[Path]:
+    """The files that hold the weights of a folder, or the one file.
+
+    Raises:
+        ConfigError: there are none, or an index names files that are not there.
+    """
+    if place.is_file():
+        return [place]
+    for name in NAMES[kind]:
+        if (place / name).is_file():
+            return [place / name]
+        index = place / f"{name}.index.json"
+        if index.is_file():
+            return _shards(index, where)
+    raise ConfigError(f"no weights in '{place}'", where=where, fix=f"{' or '.join(NAMES[kind])}, whole or in shards")
+
+
+def _shards(index: Path, where: str) -> list[Path]:
+    try:
+        shards = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"cannot read the index of shards: {error}", where=f"{where}: {index}") from None
+    for shard in shards:
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise ConfigError(f"the index names '{shard}', and no such file is beside it", where=f"{where}: {index}")
+    return [index.parent / shard for shard in shards]
+
+
+def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """By tensor, the file that holds it and its shape.
+
+    Raises:
+        ConfigError: a file cannot be read, or two of them hold a tensor of one name.
+    """
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in paths:
+        with open_weights(path, where) as weights:
+            for name, shape in weights.shapes().items():
+                if name in found:
+                    raise ConfigError(f"two files hold '{name}'", where=f"{where}: {found[name][0]}, {path}")
+                found[name] = path, shape
+    return found

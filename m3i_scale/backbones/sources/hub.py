@@ -1,0 +1,111 @@
+"""Folders of `transformers`: published models, and the exports of runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config, PreTrainedModel, ViTConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
+
+from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.backbones.presets import VisionConfig, fusion_width
+from m3i_scale.backbones.sources.base import Place, Source, normalisation
+from m3i_scale.backbones.sources.files import read_json
+from m3i_scale.backbones.sources.names import LeftOut, Placed
+from m3i_scale.errors import ConfigError
+
+_LEFT_OUT = (
+    (r"(.*\.)?pooler\.", "pooling layer"),
+    (r"(.*\.)?(classifier|cls_classifier|head|fc)\.", "classifier"),
+    (r"(.*\.)?embeddings\.mask_token$", "mask token: hidden patches are left out here"),
+    (r"decoder\.", "decoder of its pre-training"),
+    (r"(.*\.)?position_ids$", "no weight"),
+    (r"(text_model|text_projection)\.", "text tower"),
+    (r"visual_projection\.|logit_scale$", "projection into the joint space"),
+)
+
+
+def hub_config(source: str, where: str) -> VisionConfig:
+    """The configuration of a `transformers` folder or Hub id.
+
+    Raises:
+        ConfigError: there is none, or it is none of a backbone.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read a model from '{source}': {str(error).splitlines()[0]}",
+            where=where,
+            fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network)",
+        ) from None
+    if isinstance(config, CLIPConfig):
+        config = config.vision_config
+    if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig | InternImageConfig):
+        raise ConfigError(
+            f"'{source}' is a {config.model_type}, and a backbone is a vit, dinov2, clip or internimage", where=where
+        )
+    if isinstance(config, Dinov2Config):
+        config.use_mask_token = False  # hidden patches are left out here, so nothing would train that token
+    return config
+
+
+def hub_source(given: str, folder: Path, where: str) -> Source:
+    """The source of a folder with a `transformers` config.json.
+
+    Raises:
+        ConfigError: as `hub_config`.
+    """
+    config, assumed = hub_config(str(folder), where), {}
+    if isinstance(config, InternImageConfig) and config.fusion_width is None:
+        config.fusion_width = fusion_width(config)
+        assumed["fusion_width"] = "the source has no fusion head"
+    values = read_json(folder / "preprocessor_config.json")
+    return Source(
+        given,
+        "transformers",
+        folder,
+        config,
+        hub_places,
+        assumed=assumed,
+        antialias=False,  # as interpolate_pos_encoding of the stock models
+        normalisation=normalisation(values.get("image_mean"), values.get("image_std")),
+    )
+
+
+def hub_places(model: PreTrainedModel) -> Place:
+    """What `transformers` itself makes of a name in a file of that model."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    known = {name: True for name, _ in model.named_parameters()}
+    ignored = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
+
+    def place(name: str) -> Placed | LeftOut | None:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if pattern is not None:
+            return Placed(_split(renamed, next(one for one in converters if pattern in one.source_patterns), name))
+        if renamed in known:
+            return Placed((renamed,))
+        if any(re.search(pattern, name) for pattern in ignored):
+            return LeftOut("classifier")
+        return next((LeftOut(reason) for pattern, reason in _LEFT_OUT if re.match(pattern, name)), None)
+
+    return place
+
+
+def _split(renamed: str, converter: WeightConverter, name: str) -> tuple[str, ...]:
+    """The names that one tensor is cut into, along its first dimension."""
+    operation = converter.operations[0]
+    if len(converter.operations) != 1 or not isinstance(operation, Chunk) or operation.dim:
+        raise ConfigError(
+            f"'{name}' is converted when it is loaded, by {type(operation).__name__}",
+            where="from_pretrained",
+            why="weights are handed over one at a time",
+            fix="load it with transformers and save it anew",
+        )
+    first, *_ = converter.target_patterns
+    return tuple(renamed.replace(first, target, 1) for target in converter.target_patterns)

@@ -1,0 +1,145 @@
+"""Vision towers of open_clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
+from m3i_scale.backbones.sources.names import OURS, NameMap
+from m3i_scale.backbones.sources.plain import Facts, plain_config
+from m3i_scale.backbones.sources.timm_vit import timm_trunk
+
+_MARK = "transformer.resblocks.0.ln_1.weight"
+_PREFIXES = ("visual.", "module.visual.")
+_REFUSED = (
+    (r"attn_pool", "its norm stands behind an attention pooling"),
+    (r".*\.ls_[12]\.", "it has LayerScale"),
+)
+_LEFT_OUT = ((r"proj$", "projection into the joint space"), (r"head\.", "projection into the joint space"))
+_UNLIKE = {
+    "attentional_pool": "its norm stands behind an attention pooling",
+    "final_ln_after_pool": "its tokens pass no norm after the last layer: it stands behind the pooling",
+    "ls_init_value": "it has LayerScale",
+    "block_type": "its layers are open_clip's custom ones",
+    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads"), "its attention scales in other ways"),
+    **dict.fromkeys(("scale_attn_inner", "scale_attn", "scale_fc"), "it has a norm inside attention or MLP"),
+}
+"""Fields of `vision_cfg` that make another model of it."""
+
+_OUTER = {
+    "conv1": "patch",
+    "class_embedding": "class",
+    "positional_embedding": "positions",
+    "ln_pre": "pre_norm",
+    "ln_post": "norm",
+}
+_INNER = {
+    "ln_1": ("norm1",),
+    "attn.in_proj_weight": ("q.weight", "k.weight", "v.weight"),
+    "attn.in_proj_bias": ("q.bias", "k.bias", "v.bias"),
+    "attn.out_proj": ("o",),
+    "ln_2": ("norm2",),
+    "mlp.c_fc": ("fc1",),
+    "mlp.c_proj": ("fc2",),
+}
+
+
+def open_clip_prefix(shapes: Shapes) -> str | None:
+    """What stands before the names of the vision tower; None where there is none."""
+    return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
+
+
+def open_clip_source(
+    given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
+) -> Source:
+    """The vision tower of a file of open_clip's.
+
+    Raises:
+        ConfigError: an architecture that no backbone here is.
+    """
+    prefix = open_clip_prefix(shapes)
+    if prefix is None:
+        raise refusal(given, "it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
+    names = NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
+    config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
+    ours = OURS[type(config)]
+    return Source(
+        given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros
+    )
+
+
+def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
+    """The vision tower of a folder with open_clip_config.json.
+
+    Raises:
+        ConfigError: an architecture that no backbone here is.
+    """
+    model = values.get("model_cfg")
+    vision = model.get("vision_cfg") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(vision, dict):
+        raise refusal(given, "open_clip_config.json has no model_cfg.vision_cfg", "it says what the tower is")
+    preprocess = values.get("preprocess_cfg") or {}
+    images = normalisation(preprocess.get("mean"), preprocess.get("std"))
+    if vision.get("timm_model_name"):
+        return _trunk(given, folder, vision, fields, images)
+    for key, why in _UNLIKE.items():
+        if vision.get(key):
+            raise refusal(given, f"vision_cfg.{key} is {vision[key]!r}", why)
+    shapes = _shapes(given, vision)
+    quick = bool(model.get("quick_gelu"))
+    tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
+    facts = Facts(
+        heads=int(vision["width"]) // int(vision.get("head_width", 64)),
+        hidden_act="quick_gelu" if quick else "gelu_pytorch_tanh" if tanh else "gelu",
+        layer_norm_eps=float((vision.get("norm_kwargs") or {}).get("eps", 1e-5)),
+    )
+    return replace(open_clip_source(given, folder, shapes, fields, facts), normalisation=images)
+
+
+def _shapes(given: str, vision: Mapping[str, Any]) -> Shapes:
+    """What `vision_cfg` says the tensors of the tower are."""
+    try:
+        width, layers, patch, side = (int(vision[key]) for key in ("width", "layers", "patch_size", "image_size"))
+        hidden = int(width * float(vision.get("mlp_ratio", 4.0)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise refusal(
+            given, f"vision_cfg has no plain {error}", "width, layers, patch_size and image_size are one number each"
+        ) from None
+    vectors = [f"{norm}.{kind}" for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")]
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv1.weight": (width, 3, patch, patch),
+        "class_embedding": (width,),
+        "positional_embedding": ((side // patch) ** 2 + 1, width),
+        **dict.fromkeys(vectors[2 if vision.get("no_ln_pre") else 0 :], (width,)),
+    }
+    layer: dict[str, tuple[int, ...]] = {
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "mlp.c_fc.weight": (hidden, width),
+        "mlp.c_fc.bias": (hidden,),
+        "mlp.c_proj.weight": (width, hidden),
+        **dict.fromkeys(("attn.out_proj.bias", "mlp.c_proj.bias"), (width,)),
+        **dict.fromkeys((f"ln_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")), (width,)),
+    }
+    for number in range(layers):
+        shapes |= {f"transformer.resblocks.{number}.{name}": shape for name, shape in layer.items()}
+    return {f"visual.{name}": shape for name, shape in shapes.items()}
+
+
+def _trunk(
+    given: str,
+    folder: Path,
+    vision: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    images: Mapping[str, list[float]],
+) -> Source:
+    """As open_clip's TimmModel makes its trunk: without a projection of its own, pooling and head are timm's."""
+    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    own_head = projection in ("linear", "mlp") or pool in ("abs_attn", "rot_attn")
+    arguments = {} if own_head else {"global_pool": pool, "num_classes": 0}
+    source = timm_trunk(given, folder, str(vision["timm_model_name"]), arguments, fields)
+    return replace(source, normalisation=images)

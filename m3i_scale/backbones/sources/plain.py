@@ -1,0 +1,193 @@
+"""The configuration of a plain vision Transformer, read off the shapes of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CLIPVisionConfig, Dinov2Config, ViTConfig
+
+from m3i_scale.backbones.presets import published_heads
+from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
+from m3i_scale.backbones.sources.names import OURS, NameMap, Placed
+from m3i_scale.backbones.tokens import TokenConfig
+
+_ROLES = {part: f"{{}}.{part}" if "{}" in name else part for names in OURS.values() for part, name in names.items()}
+_NORMS = ("pre_norm", "0.norm1", "0.norm2", "norm")
+
+NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
+NO_PATCH_BIAS = (r".*patch_embeddings\.projection\.bias$", "no bias of the patch embedding")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What shapes do not tell. None: the source does not say it."""
+
+    heads: int | None = None
+    hidden_act: str | None = None
+    layer_norm_eps: float | None = None
+
+
+def plain_config(
+    given: str,
+    names: NameMap,
+    shapes: Shapes,
+    facts: Facts,
+    fields: Mapping[str, Any],
+    refused: tuple[tuple[str, str], ...] = (),
+) -> tuple[TokenConfig, dict[str, str], tuple[tuple[str, str], ...]]:
+    """The stock configuration that holds the tensors exactly.
+
+    Args:
+        given: what the run file says.
+        names: of the code base.
+        shapes: by name in the files.
+        facts: what is known beside them.
+        fields: `backbone.config` of the run file, for what nothing else tells.
+        refused: (pattern, reason) of tensors that no configuration here has.
+
+    Returns:
+        Configuration; fields that are assumed, with the reason; parameters that are nought, as in `Source`.
+
+    Raises:
+        ConfigError: no stock model here is that architecture.
+    """
+    parts = _parts(given, names, shapes, refused)
+    _require(given, parts)
+    width, depth = parts["class"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
+    patch = _patch_side(given, parts["patch.weight"])
+    rows = parts["positions"][-2]
+    class_rows = 0 if _is_square(rows) else 1
+    common: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "patch_size": patch,
+        "image_size": patch * square_side(rows - class_rows, given, "its table of positions"),
+    }
+    pre_norm = "pre_norm.weight" in parts
+    # All that shapes say comes first: what is no stock model here need not be told its heads.
+    kind, own = (_clip if pre_norm else _dinov2 if "0.scale1" in parts else _vit)(given, parts, width)
+    assumed: dict[str, str] = {}
+    common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
+    common["hidden_act"] = _activation(given, pre_norm, facts, fields, assumed)
+    common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
+    if facts.layer_norm_eps is None:
+        assumed["layer_norm_eps"] = "a bare file does not say it; the default of its code base"
+    if pre_norm:
+        return kind(**common, **own), assumed, ()
+    zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
+    zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
+    return kind(**common, **own), assumed, tuple(zeros)
+
+
+def _parts(
+    given: str, names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by part, e.g. `3.q.weight`."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        placed = names.place(name, _ROLES)
+        if isinstance(placed, Placed):
+            share = (shape[0] // len(placed.targets), *shape[1:]) if shape else shape
+            found |= dict.fromkeys(placed.targets, share)
+        elif placed is None:
+            inner = name.removeprefix(names.prefix)
+            reason = next((reason for pattern, reason in refused if re.match(pattern, inner)), None)
+            raise refusal(given, f"no backbone here has its '{name}' {shape}", reason or "it would be lost")
+    return found
+
+
+def _require(given: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+    for part, why in (
+        ("patch.weight", "it has no patch embedding"),
+        ("0.norm1.weight", "it has no layers"),
+        ("class", "it has no class token, and the model would have one"),
+        ("positions", "it has no table of positions"),
+        ("norm.weight", "its tokens pass no norm after the last layer: it stands behind the pooling, or is not there"),
+    ):
+        if part not in parts:
+            raise refusal(given, why, "another model than the one that was trained would start")
+    for part in _NORMS:
+        if f"{part}.weight" in parts and f"{part}.bias" not in parts:
+            raise refusal(given, f"'{part}' has no bias", "it is no LayerNorm")
+    if "0.o.bias" not in parts or not {"0.fc2.bias", "0.down_proj.bias"} & parts.keys():
+        raise refusal(given, "its projections have no bias", "those of the stock models have one")
+
+
+def _patch_side(given: str, shape: tuple[int, ...]) -> int:
+    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+        raise refusal(given, f"its patch embedding has shape {shape}", "patches are squares of 3 colours")
+    return shape[3]
+
+
+def _is_square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
+
+
+def _heads(given: str, width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> int:
+    heads = facts.heads or fields.get("num_attention_heads") or published_heads(width, depth)
+    if not isinstance(heads, int):
+        raise refusal(
+            given,
+            f"its tensors are those of {depth} layers of width {width}, which is no published size, and nothing tells "
+            "its number of heads",
+            "queries, keys and values have the same shapes for any number",
+            fix="backbone.config.num_attention_heads=…",
+        )
+    if facts.heads is None:
+        assumed["num_attention_heads"] = f"a bare file does not say it; {depth} layers of width {width}"
+    return heads
+
+
+def _activation(given: str, pre_norm: bool, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> str:
+    if facts.hidden_act is not None:
+        return facts.hidden_act
+    if pre_norm and "hidden_act" not in fields:
+        raise refusal(
+            given,
+            "a bare file of a CLIP model does not say which GELU it was trained with",
+            "with the other one it is another model, and no shape differs",
+            fix="backbone.config.hidden_act=quick_gelu (OpenAI, DFN, MetaCLIP 1) or =gelu (LAION, DataComp)",
+        )
+    assumed["hidden_act"] = "a bare file does not say it"
+    return str(fields.get("hidden_act", "gelu"))
+
+
+_Own = tuple[type[TokenConfig], dict[str, Any]]
+"""A configuration, and the fields of it that the others have not."""
+
+
+def _clip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    for part, wanted, what in (
+        ("patch.bias", False, "a bias of the patch embedding"),
+        ("0.scale1", False, "LayerScale"),
+        ("0.q.bias", True, "a bias of queries"),
+        ("0.k.bias", True, "a bias of keys"),
+    ):
+        if (part in parts) is not wanted:
+            raise refusal(
+                given,
+                f"it has a norm before the first layer and {'no' if wanted else 'also'} {what}",
+                "the stock class with that norm, CLIPVisionModel, differs there",
+            )
+    return CLIPVisionConfig, {"intermediate_size": parts["0.fc1.weight"][0]}
+
+
+def _vit(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    if parts["0.fc1.weight"][0] != parts["0.fc2.weight"][1]:
+        raise refusal(given, "its MLP is gated", "a ViT's is not")
+    return ViTConfig, {"intermediate_size": parts["0.fc1.weight"][0], "qkv_bias": "0.q.bias" in parts}
+
+
+def _dinov2(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    gated = "0.gate_proj.weight" in parts
+    hidden = parts["0.gate_proj.weight" if gated else "0.fc1.weight"][0]
+    for ratio in range(1, 17):
+        # Dinov2SwiGLUFFN: two thirds of the hidden width, rounded up to a multiple of 8.
+        if hidden == ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio):
+            own = {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "qkv_bias": "0.q.bias" in parts}
+            return Dinov2Config, {**own, "use_mask_token": False}
+    raise refusal(given, f"its MLP is {hidden} wide at width {width}", "that of Dinov2Model is a whole multiple")

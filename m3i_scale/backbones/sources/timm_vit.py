@@ -1,0 +1,174 @@
+"""Vision Transformers of timm: ViT (also MAE's and DINOv2's own files) and EVA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
+from m3i_scale.backbones.sources.names import OURS, NameMap
+from m3i_scale.backbones.sources.plain import Facts, plain_config
+
+_MARK = "patch_embed.proj.weight"
+_PREFIXES = ("", "module.", "model.", "visual.trunk.", "module.visual.trunk.", "visual.", "module.visual.")
+_REFUSED = (
+    (r"reg_token|register_tokens", "it has registers, which patches and class token were trained beside"),
+    (r"dist_token|head_dist", "it has a distillation token beside the class token"),
+    (r".*(q_norm|k_norm)", "it normalises queries and keys"),
+    (r".*(rel_pos|relative_position)", "its attention adds relative positions"),
+    (r".*(attn|mlp)\.norm", "it has a norm inside attention or MLP"),
+    (r"patch_embed\.", "its patches pass more than one convolution"),
+    (r".*mlp\.(fc1_|w12|w3)", "its MLP is gated by layers of their own"),
+)
+_LEFT_OUT = (
+    (r"head(\.|_drop|s\.)", "classifier"),
+    (r"fc_norm\.", "norm of the classifier"),
+    (r"attn_pool\.", "pooling"),
+    (r"decoder_|decoder\.", "decoder of its pre-training"),
+    (r"mask_token$", "mask token: hidden patches are left out here"),
+    (r"lm_head\.", "head of its pre-training"),
+)
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+"""What stock configurations call them."""
+
+
+def timm_prefix(shapes: Shapes) -> str | None:
+    """What stands before timm's names; None where there are none."""
+    return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
+
+
+def timm_source(
+    given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
+) -> Source:
+    """The source whose tensors have timm's names.
+
+    Args:
+        given: what the run file says.
+        place: folder or file.
+        shapes: of the tensors, from a header or of a model without values.
+        fields: `backbone.config` of the run file.
+        facts: None for a bare file.
+
+    Raises:
+        ConfigError: an architecture that no backbone here is.
+    """
+    prefix = timm_prefix(shapes)
+    if prefix is None:
+        raise refusal(given, "it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
+    names = _names(prefix, shapes)
+    config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
+    ours = OURS[type(config)]
+    return Source(
+        given, "timm", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros
+    )
+
+
+def _names(prefix: str, shapes: Shapes) -> NameMap:
+    scaled = any(f"{prefix}blocks.0.{name}" in shapes for name in ("ls1.gamma", "gamma_1"))
+    first, second = (shapes.get(f"{prefix}blocks.0.mlp.{name}.weight", (0, 0)) for name in ("fc1", "fc2"))
+    gated = scaled and first[0] == 2 * second[1]
+    return NameMap(
+        prefix,
+        outside="not of the vision tower" if prefix else "",
+        block="blocks.",
+        outer={
+            "patch_embed.proj": "patch",
+            "cls_token": "class",
+            "pos_embed": "positions",
+            "norm_pre": "pre_norm",
+            "norm": "norm",
+        },
+        inner={
+            "norm1": ("norm1",),
+            "attn.qkv": ("q", "k", "v"),
+            "attn.q_bias": ("q.bias",),
+            "attn.v_bias": ("v.bias",),
+            **{f"attn.{part}_proj": (part,) for part in "qkv"},
+            "attn.proj": ("o",),
+            **dict.fromkeys(("ls1.gamma", "gamma_1"), ("scale1",)),
+            "norm2": ("norm2",),
+            # GluMlp packs both halves into one layer, the gate first.
+            "mlp.fc1": ("gate_proj", "up_proj") if gated else ("fc1",),
+            "mlp.fc2": ("down_proj",) if gated else ("fc2",),
+            **dict.fromkeys(("ls2.gamma", "gamma_2"), ("scale2",)),
+        },
+        left_out=_LEFT_OUT,
+    )
+
+
+def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
+    """The source of a folder that timm wrote: `config.json` names the architecture.
+
+    Raises:
+        ConfigError: timm is not installed, does not know it, or no backbone here is it.
+    """
+    architecture, arguments = str(config["architecture"]), dict(config.get("model_args") or {})
+    source, _ = _by_architecture(given, folder, architecture, arguments, fields)
+    cfg = config.get("pretrained_cfg") or {}
+    return replace(source, normalisation=normalisation(cfg.get("mean"), cfg.get("std")))
+
+
+def timm_trunk(
+    given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
+) -> Source:
+    """The vision tower of an open_clip model that is one of timm's, below `visual.trunk.`."""
+    source, shapes = _by_architecture(given, folder, architecture, arguments, fields)
+    prefix, ours = "visual.trunk.", OURS[type(source.config)]
+    names = _names(prefix, {prefix + name: shape for name, shape in shapes.items()})
+    return replace(source, kind="open_clip", place=lambda _: lambda name: names.place(name, ours))
+
+
+def _by_architecture(
+    given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[Source, Shapes]:
+    shapes, facts = _empty_model(given, architecture, json.dumps(arguments, sort_keys=True))
+    return timm_source(given, folder, shapes, fields, facts), shapes
+
+
+@lru_cache(maxsize=8)
+def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes, Facts]:
+    """Shapes and facts of an architecture, from the model itself, without values."""
+    try:
+        import timm
+        from timm.models.eva import Eva, EvaBlock
+        from timm.models.vision_transformer import Block, VisionTransformer
+    except ImportError:
+        raise refusal(
+            given,
+            f"only timm knows what '{architecture}' is, and it is not installed",
+            "heads, activation and norms stand behind the name alone",
+            fix="pip install timm, or 'm3i-scale[timm]'",
+        ) from None
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False, **json.loads(arguments))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise refusal(given, f"timm makes no '{architecture}': {error}", "its config.json names it") from None
+    if type(model) not in (VisionTransformer, Eva):
+        raise refusal(given, f"'{architecture}' is a {type(model).__name__}", "a backbone is a plain ViT")
+    if type(model.blocks[0]) not in (Block, EvaBlock):
+        raise refusal(given, f"'{architecture}' has a {type(model.blocks[0]).__name__}", "a plain ViT has none")
+    if getattr(model, "rope", None) is not None:
+        raise refusal(given, f"'{architecture}' rotates queries and keys by position", "the stock models do not")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _facts(given, model.blocks[0])
+
+
+def _facts(given: str, block: Any) -> Facts:
+    from timm.layers import GluMlp
+
+    act = type(block.mlp.act).__name__
+    if act == "GELU" and block.mlp.act.__dict__.get("approximate", "none") == "tanh":
+        act = "GELUTanh"
+    if act not in _ACTIVATIONS:
+        raise refusal(given, f"its MLP computes {act}", "no stock configuration names it")
+    if isinstance(block.mlp, GluMlp) and act != "SiLU":
+        raise refusal(
+            given, f"its MLP is gated by {act}", "a gate of the stock models is SiLU whatever `hidden_act` says"
+        )
+    return Facts(int(block.attn.num_heads), _ACTIVATIONS[act], float(block.norm1.eps))

@@ -1,0 +1,260 @@
+"""A backbone that starts from another code base's weights computes what that code base computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Model, ViTModel
+from weights import open_clip_folder, open_clip_model, planned, shaken, started, timm_folder, timm_model
+
+from m3i_scale.errors import ConfigError
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+TIMM = {
+    "vit": ("vit_tiny_patch16_224", {}, ViTModel),
+    "vit without biases of queries": ("vit_tiny_patch16_224", {"qkv_bias": False}, ViTModel),
+    "class token without position": ("vit_tiny_patch16_224", {"no_embed_class": True}, ViTModel),
+    "tanh": ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}, ViTModel),
+    "silu": ("vit_tiny_patch16_224", {"act_layer": "silu"}, ViTModel),
+    "dinov2": ("vit_small_patch14_dinov2", {"init_values": 1.0}, Dinov2Model),
+    "dinov2 with gates": ("vit_giant_patch14_dinov2", {"init_values": 1.0, "mlp_ratio": 5.5}, Dinov2Model),
+    "eva": ("eva_giant_patch14_224", {"global_pool": "token", "mlp_ratio": 3.0}, ViTModel),
+    "clip": ("vit_base_patch16_clip_224", {}, CLIPVisionModel),
+    "clip with quick gelu": ("vit_base_patch16_clip_quickgelu_224", {}, CLIPVisionModel),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_a_timm_folder(tmp_path: Path, name: str) -> None:
+    architecture, arguments, kind = TIMM[name]
+    model = timm_model(architecture, **arguments)
+    backbone = started(timm_folder(tmp_path, model))
+    assert type(backbone.model) is kind
+    config = backbone.model.config
+    assert (config.num_attention_heads, backbone.width, backbone.image_size, backbone.patch_size) == (4, 64, 32, 8)
+    torch.testing.assert_close(
+        torch.cat(backbone.encode_whole(IMAGES), dim=1), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5
+    )
+    report = planned(tmp_path).report
+    assert report["left_out"]["classifier"] == ["head.bias", "head.weight"]
+    assert report["normalisation"]["mean"] == list(model.pretrained_cfg["mean"])
+    assert report["assumed"] == {}
+
+
+@pytest.mark.parametrize("wrapped", [None, "model", "state_dict"])
+@torch.no_grad()
+def test_a_bare_file(tmp_path: Path, wrapped: str | None) -> None:
+    model = timm_model()
+    path = tmp_path / "checkpoint.pth"
+    weights = model.state_dict() | {"mask_token": torch.zeros(1), "decoder_embed.weight": torch.zeros(2, 2)}
+    torch.save({wrapped: weights, "epoch": 3} if wrapped else weights, path)
+    with pytest.raises(ConfigError, match=r"those of 2 layers of width 64, .* nothing tells its number of heads"):
+        started(path)
+    backbone = started(path, num_attention_heads=4)
+    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
+    assert planned(path, num_attention_heads=4).report["assumed"].keys() == {
+        *("num_attention_heads", "hidden_act", "layer_norm_eps"),
+    }
+
+
+def test_a_bare_file_is_judged_by_its_shapes_first(tmp_path: Path) -> None:
+    """Neither is any other number of heads asked for, nor an activation, where no number would help."""
+    save_file(timm_model(init_values=1.0, mlp_ratio=2.5).state_dict(), tmp_path / "scaled.safetensors")
+    with pytest.raises(ConfigError, match="its MLP is 160 wide at width 64"):
+        started(tmp_path / "scaled.safetensors")
+    save_file(timm_model(pre_norm=True, init_values=1.0).state_dict(), tmp_path / "normed.safetensors")
+    with pytest.raises(ConfigError, match="a norm before the first layer and also"):
+        started(tmp_path / "normed.safetensors")
+
+
+def test_a_bare_file_of_a_published_size_knows_its_heads(tmp_path: Path) -> None:
+    model = timm_model(embed_dim=192, depth=12, num_heads=3)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    assert started(tmp_path / "vit.safetensors").model.config.num_attention_heads == 3
+
+
+OPEN_CLIP = {
+    "clip": ({}, {}),
+    "quick gelu": ({"quick_gelu": True}, {}),
+    "tanh": ({"act_kwargs": {"approximate": "tanh"}}, {}),
+    "eps": ({"norm_kwargs": {"eps": 1e-3}}, {}),
+    "no norm first": ({"no_ln_pre": True}, {}),
+    "pickled": ({}, {"pickled": True}),
+}
+
+
+@pytest.mark.parametrize("name", OPEN_CLIP)
+@torch.no_grad()
+def test_an_open_clip_folder(tmp_path: Path, name: str) -> None:
+    arguments, how = OPEN_CLIP[name]
+    model, config = open_clip_model(output_tokens=True, **arguments)
+    backbone = started(open_clip_folder(tmp_path / "clip", model, config, **how))
+    assert type(backbone.model) is (ViTModel if name == "no norm first" else CLIPVisionModel)
+    projected, tokens = model.visual(IMAGES)
+    cls, ours = backbone.encode_whole(IMAGES)
+    torch.testing.assert_close(ours, tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cls[:, 0] @ model.visual.proj, projected, rtol=1e-5, atol=1e-5)
+    report = planned(tmp_path / "clip").report
+    assert {"token_embedding.weight", "logit_scale", "text_projection"} <= {*report["left_out"]["text tower"]}
+    assert report["left_out"]["projection into the joint space"] == ["visual.proj"]
+    assert report["normalisation"]["std"] == [0.27, 0.26, 0.28]
+
+
+@torch.no_grad()
+def test_a_bare_open_clip_file_has_to_be_told_its_activation(tmp_path: Path) -> None:
+    model, _ = open_clip_model(quick_gelu=True, output_tokens=True)
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "e.pt"
+    )
+    with pytest.raises(ConfigError, match="which GELU it was trained with"):
+        started(tmp_path / "e.pt", num_attention_heads=4)
+    backbone = started(tmp_path / "e.pt", num_attention_heads=4, hidden_act="quick_gelu")
+    torch.testing.assert_close(backbone.encode_whole(IMAGES)[1], model.visual(IMAGES)[1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_open_clip_tower_of_timm(tmp_path: Path) -> None:
+    trunk = timm_model("eva_giant_patch14_224", global_pool="token", num_classes=24)
+    weights = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
+    weights |= {"text.token_embedding.weight": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
+    save_file(weights, tmp_path / "eva.safetensors")
+    backbone = started(tmp_path / "eva.safetensors", num_attention_heads=4)
+    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), trunk.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
+    report = planned(tmp_path / "eva.safetensors", num_attention_heads=4).report
+    assert report["left_out"]["not of the vision tower"] == ["logit_scale", "text.token_embedding.weight"]
+    assert [*report["zeros"].values()] == [[f"layers.{n}.attention.k_proj.bias" for n in (0, 1)]]
+
+
+def refused_timm(**arguments: object):
+    return lambda folder: timm_folder(
+        folder, timm_model(arguments.pop("architecture", "vit_tiny_patch16_224"), **arguments)
+    )
+
+
+def refused_clip(**vision: object):
+    return lambda folder: open_clip_folder(folder, *open_clip_model(**vision))
+
+
+REFUSED = {
+    "registers": (refused_timm(reg_tokens=2), "it has registers"),
+    "no class token": (refused_timm(class_token=False, global_pool="avg", fc_norm=False), "it has no class token"),
+    "norm behind the pooling": (refused_timm(global_pool="avg"), "its tokens pass no norm after the last layer"),
+    "norms of queries": (refused_timm(qk_norm=True), "it normalises queries and keys"),
+    "SigLIP": (refused_timm(architecture="vit_base_patch16_siglip_224"), "it has no class token"),
+    "registers of DINOv2": (refused_timm(architecture="vit_small_patch14_reg4_dinov2"), "it has registers"),
+    "rotary": (refused_timm(architecture="eva02_tiny_patch14_224", img_size=32), "rotates queries and keys"),
+    "no transformer": (lambda folder: timm_folder(folder, shaken(_resnet())), "is a ResNet"),
+    "odd MLP with LayerScale": (
+        refused_timm(init_values=1.0, mlp_ratio=2.5),
+        "that of Dinov2Model is a whole multiple",
+    ),
+    "another gate": (
+        refused_timm(architecture="vit_giant_patch14_dinov2", init_values=1.0, mlp_ratio=5.5, act_layer="gelu"),
+        "its MLP is gated by GELU",
+    ),
+    "attention pooling": (refused_clip(attentional_pool=True), "its norm stands behind an attention pooling"),
+    "LayerScale of open_clip": (refused_clip(ls_init_value=0.1), "it has LayerScale"),
+    "pooling first": (refused_clip(final_ln_after_pool=True, pool_type="avg"), "stands behind the pooling"),
+}
+
+
+def _resnet():
+    import timm
+
+    return timm.create_model("resnet18", num_classes=2)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_stock_model_is_exactly_is_refused(tmp_path: Path, name: str) -> None:
+    make, told = REFUSED[name]
+    with pytest.raises(ConfigError, match=told):
+        planned(make(tmp_path / "source"))
+
+
+def test_the_run_file_must_not_contradict_the_weights(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, timm_model())
+    for field, value in {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}.items():
+        with pytest.raises(ConfigError, match=f"'{field}' is .* in '.*', and {value} in the run file"):
+            planned(folder, **{field: value})
+    assert planned(folder, hidden_size=64, hidden_dropout_prob=0.1).report["resized"] == {}
+
+
+def _without(name: str, weights: dict) -> dict:
+    return {key: value for key, value in weights.items() if key != name}
+
+
+FAULTS = {
+    "missing": (
+        lambda w: _without("blocks.1.attn.proj.bias", w),
+        "1 weights of .* are missing, e.g. layers.1.attention.o_",
+    ),
+    "unknown": (
+        lambda w: w | {"blocks.1.odd": torch.ones(3)},
+        r"1 weights of .* find no place, e.g. blocks.1.odd \(3,\)",
+    ),
+    "deeper": (lambda w: w | {"blocks.7.norm1.bias": torch.ones(64)}, "find no place, e.g. blocks.7.norm1.bias"),
+    "shape": (lambda w: w | {"norm.bias": torch.ones(65)}, r"another shape, e.g. norm.bias \(65,\), .* is \(64,\)"),
+    "kernel": (lambda w: w | {"patch_embed.proj.weight": torch.ones(64, 3, 4, 4)}, r"\(64, 3, 4, 4\), and the model's"),
+    "twice": (lambda w: w | {"blocks.0.attn.q_proj.bias": torch.ones(64)}, "1 weights of .* want the same place"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_weights_are_matched_strictly(tmp_path: Path, name: str) -> None:
+    change, told = FAULTS[name]
+    folder = timm_folder(tmp_path, timm_model())
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=told):
+        planned(folder)
+
+
+@torch.no_grad()
+def test_a_folder_that_holds_a_model_in_both_forms(tmp_path: Path) -> None:
+    """As published CLIPs do: transformers' form is taken, with its own file."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    stock = shaken(CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8)))
+    stock.save_pretrained(open_clip_folder(tmp_path, *open_clip_model()))
+    torch.testing.assert_close(started(tmp_path).last_hidden_state(IMAGES), stock(IMAGES).last_hidden_state)
+    (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
+    assert planned(tmp_path).report["files"] == ["open_clip_model.safetensors"]
+
+
+def test_what_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "torn.safetensors").write_bytes(b"\xff" * 40)
+    torch.save({"weights": [print]}, tmp_path / "code.pth")
+    torch.save(timm_model().state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file({"a.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    for name, told in {
+        "torn.safetensors": "cannot read weights",
+        "code.pth": r"cannot read weights: there is more in it than tensors: print\n",
+        "old.pth": "cannot read weights: mmap can only be used",
+        "other.safetensors": "its 1 tensors have names of no known code base",
+    }.items():
+        with pytest.raises(ConfigError, match=told):
+            planned(tmp_path / name)
+
+
+def test_a_quantised_weight_is_refused(tmp_path: Path) -> None:
+    file = timm_folder(tmp_path, timm_model()) / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"norm.weight": weights["norm.weight"].to(torch.int8)}, file)
+    with pytest.raises(ConfigError, match=r"'norm\.weight' holds torch\.int8"):
+        started(tmp_path)
+
+
+def test_shards_that_are_not_there(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, timm_model())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no weights in"):
+        planned(folder)
+    for name in ("part-2.safetensors", "../part.safetensors"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.bias": name}}))
+        with pytest.raises(ConfigError, match="the index names"):
+            planned(folder)
