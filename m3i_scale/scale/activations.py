@@ -1,52 +1,163 @@
-"""Which Transformer layers recompute their activations in the backward pass."""
+"""Which layers recompute their activations in the backward pass, and what they keep meanwhile.
+
+Layers are those of `transformers`' kind (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage.
+All policies use torch's non-reentrant checkpoint through the layers' own switch, so gradients are those of `none`.
+The target branch runs without gradient and stores no activations either way.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch.utils.checkpoint
+import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.scale.selective import selective_contexts
+
+_WHERE = "backbone.activation_checkpointing"
+_WORDS = "none, full, selective, offload, every_N with N ≥ 2, or budget_GIB, e.g. budget_2.5"
 
 
-def checkpointed_layers(policy: str, depth: int) -> list[int]:
-    """Indices of the layers that a policy recomputes.
+@dataclass(frozen=True)
+class Policy:
+    """A policy, read."""
+
+    kind: str
+    """none | full | every | selective | offload | budget."""
+    every: int = 1
+    """Of every this many layers of a stack, the first one recomputes."""
+    budget_gib: float = 0.0
+    """What activations may take on a rank."""
+
+    def picks(self, depth: int) -> list[int]:
+        """Indices of the layers of a stack that recompute. With a budget: all of them, until they have been counted."""
+        return [] if self.kind == "none" else list(range(0, depth, self.every))
+
+
+def read_policy(text: str) -> Policy:
+    """Parse `backbone.activation_checkpointing`.
 
     Raises:
-        ConfigError: not one of none, full, every_N with N ≥ 2.
+        ConfigError: none of the policies.
     """
-    if policy == "none":
-        return []
-    if policy == "full":
-        return list(range(depth))
-    match = re.fullmatch(r"every_([2-9]|[1-9]\d+)", policy)
-    if match is None:
+    if text in ("none", "full", "selective", "offload"):
+        return Policy(text)
+    if match := re.fullmatch(r"every_([2-9]|[1-9]\d+)", text):
+        return Policy("every", every=int(match.group(1)))
+    if (match := re.fullmatch(r"budget_(\d+(?:\.\d+)?)", text)) and float(match.group(1)) > 0:
+        return Policy("budget", budget_gib=float(match.group(1)))
+    raise ConfigError(f"no activation checkpointing policy '{text}'", where=_WHERE, fix=_WORDS)
+
+
+def check_policy(text: str) -> Policy:
+    """Read a policy, and refuse one that would have no effect on this machine's accelerator.
+
+    Raises:
+        ConfigError: none of the policies; `offload` where the accelerator computes in host memory.
+    """
+    policy = read_policy(text)
+    if policy.kind == "offload" and in_host_memory():
         raise ConfigError(
-            f"no activation checkpointing policy '{policy}'",
-            where="backbone.activation_checkpointing",
-            fix="none, full, or every_N with N ≥ 2",
+            "activation checkpointing 'offload' has no effect here",
+            where=_WHERE,
+            why=f"the accelerator '{get_accelerator().device_name()}' computes in host memory, where offload moves to",
+            fix="take full, which recomputes the same layers",
         )
-    return list(range(0, depth, int(match.group(1))))
+    return policy
 
 
-def apply_activation_checkpointing(module: nn.Module, policy: str) -> int:
-    """Set the policy on every stack of Transformer layers inside `module`; returns how many layers recompute.
+def in_host_memory() -> bool:
+    """Whether the accelerator's memory is the host's."""
+    return bool(get_accelerator().on_accelerator(torch.empty(0)))
 
-    Non-reentrant checkpointing through the layers' own switch. The target branch runs without gradient, so it stores
-    no activations either way.
+
+def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Every stack of layers that is trained and called as a whole, as (name, layer).
+
+    A layer of which only a part of the output is computed (`called_in_parts`) is not called through its switch.
     """
-    chosen = 0
-    for stack in module.modules():
+    for prefix, stack in module.named_modules():
         if not isinstance(stack, nn.ModuleList):
             continue
-        layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]
-        frozen = not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
-        picked = set() if frozen else set(checkpointed_layers(policy, len(layers)))
-        for index, layer in enumerate(layers):
+        layers = [
+            (f"{prefix}.{name}", layer)
+            for name, layer in stack.named_children()
+            if isinstance(layer, GradientCheckpointingLayer) and not getattr(layer, "called_in_parts", False)
+        ]
+        if any(parameter.requires_grad for _, layer in layers for parameter in layer.parameters()):
+            yield layers
+
+
+def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
+    """Set the policy on every stack of layers inside `module`; returns the names of the layers that recompute.
+
+    Raises:
+        ConfigError: none of the policies.
+    """
+    policy = read_policy(text)
+    chosen = []
+    for layers in trained_stacks(module):
+        picked = set(policy.picks(len(layers)))
+        for index, (name, layer) in enumerate(layers):
             layer.gradient_checkpointing = index in picked
-            layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        chosen += len(picked)
+            layer._gradient_checkpointing_func = _FUNCTIONS.get(policy.kind, _recompute)
+            chosen += [name] if index in picked else []
     return chosen
+
+
+def recomputing(module: nn.Module) -> list[str]:
+    """Names of the layers that recompute, as it has been set."""
+    return [name for layers in trained_stacks(module) for name, layer in layers if layer.gradient_checkpointing]
+
+
+def recompute_only(module: nn.Module, names: set[str]) -> None:
+    """Recompute the layers of these names, and no others."""
+    for layers in trained_stacks(module):
+        for name, layer in layers:
+            layer.gradient_checkpointing = name in names
+            layer._gradient_checkpointing_func = _recompute
+
+
+def summarize_layers(names: list[str]) -> str:
+    """Layers by stack: `student.model.layers 0-3, text.model.encoder.layer 0`."""
+    stacks: dict[str, list[int]] = {}
+    for name in names:
+        prefix, _, number = name.rpartition(".")
+        stacks.setdefault(prefix, []).append(int(number))
+    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items()) or "none"
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+_recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+
+
+def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=selective_contexts)
+
+
+def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:
+    """The input of the layer waits in host memory: it is all that a checkpoint saves, before its own hooks begin."""
+    device_type = get_accelerator().device_name().split(":")[0]
+    with save_on_cpu(pin_memory=not in_host_memory(), device_type=device_type):
+        return checkpoint(run, *inputs, use_reentrant=False)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"selective": _recompute_selectively, "offload": _recompute_from_host}

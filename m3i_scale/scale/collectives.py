@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import socket
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +20,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.errors import UserError
-from m3i_scale.scale.extensions import keep_to_environment, sweep_stale_locks
+from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
+from m3i_scale.scale.store import listen_at_master_address
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -86,11 +94,12 @@ class ProcessGroupRanks:
 
 
 def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
-    """Join the process group that the launcher describes in RANK, WORLD_SIZE, …; a world of one without a launcher.
+    """Join the process group that the launcher describes in RANK, WORLD_SIZE, …, or MPI's; a world of one without one.
 
     Raises:
         UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
     """
+    adopt_rank_variables(os.environ)
     missing = [name for name in _RANK_VARIABLES if name not in os.environ]
     if missing and ("RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise UserError(
@@ -109,6 +118,7 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
         )
     keep_host_memory()
     keep_to_environment()
+    find_ninja()
     sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -116,10 +126,44 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
     # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes
     # them, crashes where there is less (64 MB in a container), and reduces in another order than under other launchers.
     local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    listen_at_master_address(timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if local is not None:
         os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket
     return ProcessGroupRanks()
+
+
+def set_timeout(timeout_s: float) -> None:
+    """From now on, a collective of any group fails when it takes longer. Those under way keep what they have."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of groups of backends that have no time-out
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+@contextlib.contextmanager
+def count_waits(told: Callable[[float], None]) -> Iterator[None]:
+    """Tell how long this process waits in collectives. An accelerator's collectives do not make it wait.
+
+    Args:
+        told: seconds of one wait.
+    """
+    waits = dist.Work.wait
+
+    @functools.wraps(waits)
+    def wait(work: dist.Work, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return waits(work, *arguments)
+        finally:
+            told(time.perf_counter() - started)
+
+    dist.Work.wait = wait  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        dist.Work.wait = waits  # type: ignore[method-assign]
 
 
 def stop_ranks(*, wait: bool) -> None:
@@ -147,11 +191,59 @@ def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
     Args:
         flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
     """
+    return tuple(bool(votes) for votes in _sums(*flags))
+
+
+def agree_and_average(
+    *flags: bool | Tensor, value: Tensor, counts: Sequence[int] = ()
+) -> tuple[tuple[bool, ...], float, list[int]]:
+    """As `agree`, the mean of `value` and the sums of `counts` over the ranks, in fp32: one collective and one transfer
+    for all of it.
+
+    Args:
+        flags: of `agree`.
+        value: scalar tensor on this rank's device; may be NaN, which says nothing about the flags.
+        counts: of this rank; sums are exact below 2²⁴, and to seven digits above.
+    """
+    sums = _sums(*flags, value, *counts)
+    votes, total = sums[: len(flags)], sums[len(flags)]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return tuple(bool(vote) for vote in votes), total / world, [round(count) for count in sums[len(flags) + 1 :]]
+
+
+def _sums(*values: bool | int | Tensor) -> list[float]:
     device = get_accelerator().current_device_name()
-    votes = torch.stack([torch.as_tensor(flag, device=device).to(torch.int32) for flag in flags])
+    sums = torch.stack([torch.as_tensor(value, device=device).to(torch.float32) for value in values])
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return tuple(bool(vote) for vote in votes.tolist())
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def raise_together(fault: UserError | None) -> None:
+    """Raise the fault of the lowest rank that has one, on all ranks; does nothing where none has.
+
+    Args:
+        fault: this rank's. Every rank calls this, with or without one.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    faults = [fault]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        faults = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+    for rank, found in enumerate(faults):
+        if found is not None:
+            raise found if len(faults) == 1 else found.on_rank(rank).raised_everywhere()
+
+
+def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by name, summed over the ranks, which may have different names. Every rank calls it."""
+    every: list[Any] = [dict(counts)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, dict(counts))
+    return dict(sum((Counter(one) for one in every), Counter[str]()))
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:

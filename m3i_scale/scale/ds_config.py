@@ -22,7 +22,7 @@ from rich.table import Table
 from m3i_scale.config import resource_folder
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.scale.ds_effective import check_effective
-from m3i_scale.scale.ds_rules import check_rules, precision
+from m3i_scale.scale.ds_rules import check_groups, check_rules, precision, quantized
 from m3i_scale.scale.ds_schema import check_keys
 from m3i_scale.scale.ds_values import AUTO, check_values
 
@@ -145,6 +145,7 @@ def resolve(
     wanted |= _sizes(hidden_size)
     _check_auto(raw, "", wanted, where)
     check_rules(raw, where=where)
+    check_groups(raw, world_size=world_size, where=where)
     return _fill(raw, wanted, where)
 
 
@@ -265,10 +266,10 @@ def explain_table(resolved: Resolved) -> Table:
 
 
 def check_accelerator(resolved: Resolved) -> None:
-    """Refuse a precision that the accelerator of this machine does not have; call it before DeepSpeed is initialised.
+    """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised.
 
     Raises:
-        ConfigError: fp16 or bf16 is enabled and not supported.
+        ConfigError: fp16 or bf16 is enabled and not supported, or something is quantised without kernels for it.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -284,4 +285,13 @@ def check_accelerator(resolved: Resolved) -> None:
             f"'{kind}.enabled' is true, but the accelerator '{accelerator.device_name()}' has no {kind}",
             where=resolved.where,
             fix=f"take {' or '.join([*others, 'fp32'])}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
+        )
+    names = quantized(resolved.config)
+    builder = accelerator.get_op_builder("QuantizerBuilder")
+    if names and (builder is None or builder.__name__ == "NotImplementedBuilder" or not builder().is_compatible()):
+        raise ConfigError(
+            f"'zero_optimization.{names[0]}' is set, but the accelerator '{accelerator.device_name()}' cannot quantise",
+            where=resolved.where,
+            why="DeepSpeed has the kernels for CUDA devices, and this machine cannot build them",
+            fix=f"remove '{names[0]}'",
         )

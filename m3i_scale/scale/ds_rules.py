@@ -23,6 +23,9 @@ STAGE3_ONLY = frozenset(
         "log_trace_cache_warnings",
         "enable_sanity_checks",
         "leaf_module",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
         "zero_quantized_gradients",
     }
 )
@@ -39,7 +42,7 @@ STAGE12_ONLY = frozenset(
 )
 """Keys that only the optimizer of stages 1 and 2 reads."""
 
-BF16_OPTIMIZER_KEYS = frozenset({"stage", "allgather_bucket_size", "load_from_fp32_weights", "offload_optimizer"})
+BF16_OPTIMIZER_KEYS = frozenset({"stage", "allgather_bucket_size", "offload_optimizer"})
 """What is still read when DeepSpeed takes its BF16 optimizer (stage 1, bf16, fp32 accumulation, no offload)."""
 
 NVME_ONLY = frozenset(
@@ -53,6 +56,13 @@ NVME_ONLY = frozenset(
         "fast_init",
     }
 )
+
+_NVME = {
+    "offload_optimizer": "checkpoints read and write master weights and moments in memory, and a momentum target would "
+    "read every group of them from the disk once per parameter and step",
+    "offload_param": "exports, checkpoints and the momentum target read and write shards of parameters in memory",
+}
+"""Why nothing goes to NVMe."""
 
 DYNAMIC_SCALE_ONLY = frozenset(
     {
@@ -168,7 +178,7 @@ def _check_precision(raw: dict[str, Any], stage: int, where: str) -> None:
         why = "only the BF16 optimizer reads it (stage 1 with data_types.grad_accum_dtype fp32)"
         raise _refuse("bf16.immediate_grad_update", why, None, where)
     if "check_grad_overflow" in bf16 and (stage == 3 or bf16_optimizer):
-        why = "only the ZeRO optimizer of stages 1 and 2 reads it; stage 3 always checks"
+        why = "only the ZeRO optimizer of stages 1 and 2 reads it; stage 3 checks fp16 alone"
         raise _refuse("bf16.check_grad_overflow", why, None, where)
     if bf16_optimizer and bf16.get("bf16_master_weights_and_grads"):
         why = "DeepSpeed's BF16 optimizer (stage 1 with fp32 accumulation) keeps fp32 master weights"
@@ -205,8 +215,8 @@ def _check_offload(zero: dict[str, Any], stage: int, where: str) -> None:
             raise ConfigError(
                 f"'{path}.device' is nvme",
                 where=where,
-                why="the momentum update reads and writes shards in memory at every step",
-                fix="take cpu",
+                why=_NVME[name],
+                fix="take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve what has to be held",
             )
         if device not in ("cpu", "none"):
             raise ConfigError(f"'{path}.device' must be cpu or none (got {device!r})", where=where)
@@ -216,6 +226,29 @@ def _check_offload(zero: dict[str, Any], stage: int, where: str) -> None:
             raise _refuse(f"{path}.{idle[0]}", why, None, where)
         if "ratio" in block and stage != 3:
             raise _refuse(f"{path}.ratio", f"only stage 3 reads it, and the stage is {stage}", None, where)
+
+
+def check_groups(raw: dict[str, Any], *, world_size: int, where: str) -> None:
+    """Refuse second copies of the parameters within groups of ranks that this number of ranks does not make up.
+
+    Raises:
+        ConfigError: `zero_hpz_partition_size` that does not divide the number of ranks.
+    """
+    size = raw["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size < 1 or world_size % size:
+        raise ConfigError(
+            f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",
+            where=where,
+            why="every group of this many ranks, as a rule those of one machine, holds a second copy of the parameters",
+            fix="a divisor of the number of ranks, e.g. the GPUs of a machine",
+        )
+
+
+def quantized(config: dict[str, Any]) -> list[str]:
+    """Which settings of ZeRO++ need the kernels that quantise."""
+    zero = config["zero_optimization"]
+    names = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    return [name for name in names if zero.get(name)]
 
 
 def _check_reduction(raw: dict[str, Any], stage: int, where: str) -> None:
@@ -286,7 +319,8 @@ def _optimizer_class(raw: dict[str, Any]) -> type[Any]:
 
     if raw["optimizer"]["params"].get("torch_adam") is True:
         return AdamW
-    return DeepSpeedCPUAdam if offloads_optimizer(raw) else FusedAdam  # type: ignore[no-any-return]
+    found: type[Any] = DeepSpeedCPUAdam if offloads_optimizer(raw) else FusedAdam
+    return found
 
 
 def _optimizer_keys(raw: dict[str, Any]) -> set[str]:

@@ -20,16 +20,22 @@ def quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has weight decay, by its full shape.
+
+    A (1, 1, D) token or a (1, N, D) position table is a matrix by rank and a set of vectors by use.
+    """
+    shape = full_shape(parameter)
+    return len(shape) > 1 and shape[0] > 1
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases, norms and other vectors (by their full shape) without."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            shape = full_shape(parameter)
-            # A (1, 1, D) token or a (1, N, D) position table is a matrix by rank and a set of vectors by use.
-            is_matrix = len(shape) > 1 and shape[0] > 1
-            (matrices if is_matrix else vectors).append(parameter)
+            (matrices if is_matrix(parameter) else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

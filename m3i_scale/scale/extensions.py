@@ -8,6 +8,7 @@ minute or more, whenever the other one has: their paths differ, so each takes th
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,18 @@ def keep_to_environment() -> None:
     inside = sys.prefix != sys.base_prefix
     if "TORCH_EXTENSIONS_DIR" not in os.environ and inside and os.access(sys.prefix, os.W_OK):
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+
+
+def find_ninja() -> None:
+    """Build with the `ninja` beside the interpreter, wherever the environment is activated or not.
+
+    Hosts that a launcher reaches over ssh have another PATH, with no `ninja` on it or with another version: that one
+    takes the log of the first for too old, and each builds everything anew after the other.
+    """
+    folder = os.path.dirname(sys.executable)
+    own = shutil.which("ninja", path=folder)
+    if own is not None and shutil.which("ninja") != own:
+        os.environ["PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PATH", "")]))
 
 
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:

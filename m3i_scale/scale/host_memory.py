@@ -13,6 +13,11 @@ _TRIM_ABOVE_BYTES = 2**31 - 1  # the largest that fits the parameter
 _USERS_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
 
+def keeps_host_memory() -> bool:
+    """Whether `keep_host_memory` changes anything here."""
+    return get_accelerator().device_name() == "cpu" and not any(name in os.environ for name in _USERS_OWN)
+
+
 def keep_host_memory() -> None:
     """Stop glibc from handing every large tensor back to the kernel as soon as it is freed.
 
@@ -21,9 +26,7 @@ def keep_host_memory() -> None:
     which have allocators of their own, where the environment chooses an allocator or its settings, and where the C
     library has no `mallopt` (musl, macOS).
     """
-    if get_accelerator().device_name() != "cpu" or any(name in os.environ for name in _USERS_OWN):
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if keeps_host_memory() and mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_ABOVE_BYTES)

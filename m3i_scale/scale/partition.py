@@ -7,17 +7,20 @@ weights outside a forward pass goes through here.
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.scale.split_float import join, split
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -60,7 +63,8 @@ def initialize_sharded(
 ) -> None:
     """Give all parameters their first values, one module's parameters at a time: no rank ever holds the whole model.
 
-    The values are a function of (seed, name of the module), so they do not depend on ranks or ZeRO stage.
+    The values are a function of (seed, name of the module), so they do not depend on ranks or ZeRO stage, nor on the
+    type of the parameters but for its rounding.
 
     Args:
         module: the model, partitioned or not.
@@ -77,25 +81,23 @@ def initialize_sharded(
         with whole(own, write=True), torch.random.fork_rng(), torch.no_grad():
             # One number of 32 bits: torch's generator on the host drops the upper half of a seed.
             torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            initialize(above[-1] if above else child, child)
+            with _drawn_in_fp32(own):
+                initialize(above[-1] if above else child, child)
 
 
-def copy_into(module: nn.Module, prefix: str, values: Mapping[str, Tensor | None] | None) -> None:
-    """Write whole tensors into (partitioned) parameters `prefix + name`, one at a time.
+@contextlib.contextmanager
+def _drawn_in_fp32(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The parameters in fp32, rounded to their own type at the end.
 
-    Args:
-        module: the model.
-        prefix: where the named tensors belong.
-        values: name → whole tensor on rank 0, or None for one that keeps its value; None on other ranks, which receive
-            their shards.
+    A uniform number that rounds to the upper bound becomes the lower one in torch: in bf16 one weight of a thousand
+    would have the wrong sign, at its largest.
     """
-    for name, parameter in module.named_parameters():
-        if not name.startswith(prefix):
-            continue
-        with whole([parameter], write=True), torch.no_grad():
-            value = None if values is None else values[name.removeprefix(prefix)]
-            if value is not None:
-                parameter.copy_(value)
+    own = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    yield
+    for parameter, values in zip(parameters, own, strict=True):
+        parameter.data = values.copy_(parameter.data)
 
 
 def master_shard(parameter: nn.Parameter) -> Tensor:
@@ -107,19 +109,20 @@ def master_shard(parameter: nn.Parameter) -> Tensor:
     if is_partitioned(parameter):
         shard: Tensor = safe_get_local_fp32_param(parameter)
         return shard.float()
+    if parameter.dtype == torch.float32:
+        return parameter.detach()  # every rank has it whole already: no collective
     full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") else None
     if full is not None:
         return torch.as_tensor(full).float()
-    if parameter.dtype != torch.float32:
-        raise RuntimeError(f"no fp32 master weights behind a {parameter.dtype} parameter of shape {parameter.shape}")
-    return parameter.detach()
+    raise RuntimeError(f"no fp32 master weights behind a {parameter.dtype} parameter of shape {parameter.shape}")
 
 
 class ShardedMomentum:
     """The exponential moving average of the online weights, shard by shard, without a gather.
 
-    The fp32 average is the truth; the target's compute copy is refreshed from it. Averaging the bf16 copy itself would
-    lose the update, since 1 − m is below half a unit in the last place.
+    The average is fp32, which is more than the target computes in: averaging a bf16 copy would lose the update, since
+    1 − m is below half a unit in the last place. It is stored beside the target's compute copy: nothing in fp32 (the
+    copy is the average), the lower 16 bits in bf16 (the copy has the upper ones), a whole fp32 shard in fp16.
 
     Args:
         engine: the DeepSpeed engine that holds online and target parameters.
@@ -136,17 +139,17 @@ class ShardedMomentum:
         self._target = {target: named[target] for _, target in pairs}
         self._refuse_unsupported(engine)
         self._keep_partitioned(engine)
-        self.shards = {name: master_shard(online).clone() for name, online in self._online.items()}
-        self.refresh()
+        self._beside: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, online in self._online.items():
+                self._store(name, master_shard(online))
 
     def _refuse_unsupported(self, engine: Any) -> None:
-        zero = engine._config.zero_config
-        if zero.zero_hpz_partition_size > 1 and self._target:
+        if engine._config.zero_config.zero_quantized_nontrainable_weights and self._target:
             raise ConfigError(
-                "zero_hpz_partition_size > 1 keeps second copies of the shards, which would go stale",
-                where="zero_optimization",
-                why="the momentum target is moved on its shards",
-                fix="leave it at 1 for recipes with a momentum target",
+                "'zero_optimization.zero_quantized_nontrainable_weights' cannot hold a momentum target",
+                why="it keeps what is not trained in 8 bits, and the average is written there at every step",
+                fix="remove it, or take zero_quantized_weights, which quantises what is sent",
             )
         for name, target in self._target.items():
             if is_partitioned(target) and target.ds_tensor.numel() == 0:
@@ -167,20 +170,51 @@ class ShardedMomentum:
             parameter.ds_persist = False
         targets[0].partition(targets)
 
-    @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """average ← m · average + (1 − m) · online, then refresh the compute copy."""
-        for name, shard in self.shards.items():
-            shard.lerp_(master_shard(self._online[name]), 1.0 - momentum)
-        self.refresh()
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank has its part of the averages only, as under ZeRO-3, and not the whole of them."""
+        return any(is_partitioned(target) for target in self._target.values())
+
+    def names(self) -> list[str]:
+        """Names of the averaged parameters."""
+        return list(self._target)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """The compute copy of the target := the fp32 average."""
-        for name, shard in self.shards.items():
-            target = self._target[name]
-            copy = target.ds_tensor if is_partitioned(target) else target
-            copy.copy_(shard.view_as(copy))
+    def shard(self, name: str) -> Tensor:
+        """This rank's part of an average in fp32; a tensor of its own only where the target is bf16."""
+        copy = self._copy(name)
+        if copy.dtype == torch.float32:
+            return copy
+        return join(copy, self._beside[name]) if copy.dtype == torch.bfloat16 else self._beside[name]
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """average ← m · average + (1 − m) · online, and the compute copy with it."""
+        for name, online in self._online.items():
+            average = self.shard(name)
+            self._store(name, average.lerp_(master_shard(online).view_as(average), 1.0 - momentum))
+
+    def _copy(self, name: str) -> Tensor:
+        target = self._target[name]
+        copy: Tensor = target.ds_tensor if is_partitioned(target) else target
+        return copy.detach()
+
+    def _store(self, name: str, average: Tensor) -> None:
+        copy = self._copy(name)
+        if getattr(self._target[name], "ds_secondary_tensor", None) is not None:
+            # The copy within the group of zero_hpz_partition_size ranks; made anew by the next gather.
+            self._target[name].ds_secondary_tensor = None
+        if copy.dtype == torch.float32:
+            copy.copy_(average.view_as(copy))  # nothing to do where it is the copy itself
+            return
+        kept = torch.int16 if copy.dtype == torch.bfloat16 else torch.float32
+        if name not in self._beside:
+            self._beside[name] = torch.empty_like(copy, dtype=kept)
+        if kept == torch.int16:
+            split(average, copy, self._beside[name])
+        else:
+            self._beside[name].copy_(average.view_as(copy))
+            copy.copy_(self._beside[name])
 
     def online_names(self) -> dict[str, str]:
         """Which parameter every averaged one follows."""
@@ -190,17 +224,49 @@ class ShardedMomentum:
         """Full shape of every averaged parameter, for consolidation."""
         return {name: list(full_shape(parameter)) for name, parameter in self._target.items()}
 
-    @torch.no_grad()
-    def load(self, shards: dict[str, Tensor]) -> None:
-        """Take over saved shards of the same partition, and refresh.
+    def pieces(self) -> list[tuple[str, int, int]]:
+        """(name, first element, elements) of what this rank has to save of every average: its shard without padding
+        under ZeRO-3; otherwise an even share of what all ranks hold alike."""
+        own_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        found = []
+        for name, target in self._target.items():
+            numel = full_shape(target).numel()
+            if is_partitioned(target):
+                share, rank = self._copy(name).numel(), dist.get_rank(group=getattr(target, "ds_process_group", None))
+            else:
+                share, rank = math.ceil(numel / world), own_rank
+            start = min(share * rank, numel)
+            found.append((name, start, min(share, numel - start)))
+        return found
 
-        Raises:
-            ValueError: other names or sizes than this partition's.
+    def piece(self, name: str, start: int, numel: int) -> Tensor:
+        """What `pieces` told of: flat, in fp32."""
+        return self.joined(*self.parts(name, start, numel))
+
+    def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
+        """The live tensors that a piece is made of: copying them is quicker than joining them."""
+        copy, beside = self._copy(name), self._beside.get(name)
+        held = (copy, beside) if copy.dtype == torch.bfloat16 else (copy if beside is None else beside,)
+        begin = 0 if is_partitioned(self._target[name]) else start
+        return tuple(part.view(-1)[begin : begin + numel] for part in held if part is not None)
+
+    @staticmethod
+    def joined(*parts: Tensor) -> Tensor:
+        """The fp32 piece of such tensors, or of copies of them."""
+        return join(*parts) if len(parts) == 2 else parts[0]
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str, int, Tensor], None]) -> None:
+        """Take over saved averages.
+
+        Args:
+            read: `(name, first element, out)` fills a flat fp32 tensor with that range of the average.
         """
-        if shards.keys() != self.shards.keys():
-            raise ValueError(f"momentum shards do not match: {sorted(shards.keys() ^ self.shards.keys())[:3]} …")
-        for name, shard in self.shards.items():
-            if shards[name].numel() != shard.numel():
-                raise ValueError(f"momentum shard '{name}' has {shards[name].numel()} elements, not {shard.numel()}")
-            shard.copy_(shards[name].view_as(shard))
-        self.refresh()
+        for name, start, numel in self.pieces():
+            copy = self._copy(name)
+            values = torch.zeros(copy.numel())
+            if is_partitioned(self._target[name]):
+                read(name, start, values[:numel])  # the rest is padding
+            else:
+                read(name, 0, values)
+            self._store(name, values.to(copy.device))

@@ -1,54 +1,168 @@
-"""Which layers recompute, and that recomputing changes nothing."""
+"""Which layers recompute, what they keep, and that recomputing changes nothing."""
 
 from __future__ import annotations
+
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_batch, tiny_objective
+from tiny import DINOV2, MAPS, random_batch, tiny_objective
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.activations import apply_activation_checkpointing, checkpointed_layers
+from m3i_scale.scale import activations
+from m3i_scale.scale.activations import (
+    Policy,
+    apply_activation_checkpointing,
+    check_policy,
+    read_policy,
+    recomputing,
+    summarize_layers,
+)
+
+BACKBONES = {
+    "vit": (),
+    "vit_eager": ("backbone.attention_kernel=eager",),
+    "dinov2": DINOV2,
+    "internimage": (*MAPS, "backbone.attention=mixed"),
+}
+
+
+BAD_POLICIES = ["every_1", "every_0", "every_", "every_-2", "every_2x", "every_02", "all", ""]
+BAD_POLICIES += ["budget_", "budget_0", "budget_-1", "budget_x", "budget_1e3"]
 
 
 def test_policies() -> None:
-    assert checkpointed_layers("none", 5) == []
-    assert checkpointed_layers("full", 5) == [0, 1, 2, 3, 4]
-    assert checkpointed_layers("every_2", 5) == [0, 2, 4]
-    assert checkpointed_layers("every_12", 24) == [0, 12]
+    assert read_policy("none").picks(5) == []
+    for text in ("full", "selective", "offload", "budget_2.5"):
+        assert read_policy(text).picks(5) == [0, 1, 2, 3, 4]
+    assert read_policy("every_2").picks(5) == [0, 2, 4]
+    assert read_policy("every_12").picks(24) == [0, 12]
+    assert read_policy("budget_2.5") == Policy("budget", budget_gib=2.5)
 
 
 @given(st.integers(2, 50), st.integers(1, 60))
 def test_every_n_recomputes_one_layer_in_n(n: int, depth: int) -> None:
-    assert checkpointed_layers(f"every_{n}", depth) == [layer for layer in range(depth) if layer % n == 0]
+    assert read_policy(f"every_{n}").picks(depth) == [layer for layer in range(depth) if layer % n == 0]
 
 
-@pytest.mark.parametrize("policy", ["every_1", "every_0", "every_", "every_-2", "all", "", "every_2x", "every_02"])
-def test_other_words_are_refused(policy: str) -> None:
-    with pytest.raises(ConfigError, match="no activation checkpointing policy"):
-        checkpointed_layers(policy, 4)
+@pytest.mark.parametrize(
+    "text",
+    BAD_POLICIES,
+)
+def test_other_words_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no activation checkpointing policy") as caught:
+        read_policy(text)
+    assert "selective" in str(caught.value.fix)
+
+
+def test_offload_is_refused_where_the_accelerator_computes_in_host_memory(monkeypatch) -> None:
+    with pytest.raises(ConfigError, match="'offload' has no effect here") as caught:
+        check_policy("offload")
+    assert "host memory" in str(caught.value.why)
+    monkeypatch.setattr(activations, "in_host_memory", lambda: False)
+    assert check_policy("offload").kind == "offload"
 
 
 def test_stacks_of_trained_layers_recompute_and_the_frozen_target_does_not() -> None:
-    objective = tiny_objective("m3i")
-    assert apply_activation_checkpointing(objective, "full") == 2 + 2 + 1  # backbone, text tower, decoder
+    objective = tiny_objective("m3i", "recipe.decoders.dense.depth=3")
+    # The last layers of text tower and decoder compute a part of their output, outside their switch.
+    everything = [f"student.model.layers.{number}" for number in range(2)] + ["text.model.encoder.layer.0"]
+    everything += [f"decoders.dense.layers.{number}" for number in range(2)]
+    assert apply_activation_checkpointing(objective, "full") == everything
     assert not any(layer.gradient_checkpointing for layer in objective.momentum.backbone.layers)
-    assert apply_activation_checkpointing(objective, "every_2") == 3
+    assert len(apply_activation_checkpointing(objective, "every_2")) == 3
     assert [layer.gradient_checkpointing for layer in objective.student.layers] == [True, False]
-    assert apply_activation_checkpointing(objective, "none") == 0
+    assert apply_activation_checkpointing(objective, "none") == []
 
 
-def test_layers_really_run_twice_and_give_the_same_gradients() -> None:
-    gradients, calls = [], []
-    for policy in ("none", "full"):
+@pytest.mark.parametrize("policy", ["every_2", "none", "full"])
+def test_what_recomputes_is_told_as_it_was_set(policy: str) -> None:
+    objective = tiny_objective("m3i")
+    assert apply_activation_checkpointing(objective, policy) == recomputing(objective)
+
+
+def test_layers_are_told_by_stack() -> None:
+    assert summarize_layers([]) == "none"
+    assert summarize_layers(["a.0", "a.1", "a.2", "a.5", "b.c.0"]) == "a 0-2 5, b.c 0"
+
+
+def gradients_of(objective: Any, side: int) -> dict[str, torch.Tensor]:
+    objective(random_batch(4, image=side))[0].backward()
+    return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("policy", ["full", "every_2", "selective", "offload"])
+def test_gradients_are_those_of_no_recomputation(backbone: str, policy: str) -> None:
+    side = 64 if backbone == "internimage" else 32
+    found = []
+    for text in ("none", policy):
+        objective = tiny_objective("m3i", *BACKBONES[backbone]).train()
+        apply_activation_checkpointing(objective, text)
+        found.append(gradients_of(objective, side))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+def test_layers_really_run_twice() -> None:
+    calls = []
+    for policy in ("none", "full", "offload", "selective"):
         objective = tiny_objective("m3i").train()
         apply_activation_checkpointing(objective, policy)
         count: list[int] = []
         objective.student.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        objective(random_batch(4))[0].backward()
-        gradients.append({name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
+        gradients_of(objective, 32)
         calls.append(len(count))
-    assert calls[1] == 2 * calls[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+    assert calls == [1, 2, 2, 2]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is really computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kept"),
+    [("vit", "_scaled_dot_product_flash_attention_for_cpu"), ("internimage", "_embedding_bag")],
+)
+def test_selective_keeps_attention_and_every_second_product(backbone: str, kept: str) -> None:
+    """In the backward pass, what is kept is not computed again, and of the products about half."""
+    counts = {}
+    for policy in ("none", "selective", "full"):
+        objective = tiny_objective("supervised", *BACKBONES[backbone][: 2 if backbone == "internimage" else 0]).train()
+        apply_activation_checkpointing(objective, policy)
+        loss = objective(random_batch(4, image=64 if backbone == "internimage" else 32))[0]
+        with Operations() as operations:
+            loss.backward()
+        counts[policy] = operations.count
+    assert counts["none"][kept] == counts["selective"][kept] == 0
+    assert counts["full"][kept] > 0
+    again = {policy: count["addmm"] - counts["none"]["addmm"] for policy, count in counts.items()}
+    assert 0 < again["selective"] <= again["full"] / 2
+
+
+def test_offload_moves_the_inputs_of_layers_and_nothing_else(monkeypatch) -> None:
+    moved: list[tuple[int, ...]] = []
+
+    class Spy(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool, device_type: str) -> None:
+            assert (pin_memory, device_type) == (False, "cpu")
+            super().__init__(lambda tensor: moved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor)
+
+    monkeypatch.setattr(activations, "save_on_cpu", Spy)
+    objective = tiny_objective("supervised").train()
+    apply_activation_checkpointing(objective, "offload")
+    gradients_of(objective, 32)
+    assert [shape for shape in moved if len(shape) == 3] == [(4, 17, 64)] * 2
+    assert all(0 in shape for shape in moved if len(shape) != 3)  # torch's own empty marker

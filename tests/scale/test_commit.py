@@ -164,7 +164,9 @@ def test_step_names() -> None:
 KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
-from m3i_scale.scale.checkpoint.commit import begin, commit, lock_directory, prune, step_name
+from m3i_scale.scale.checkpoint.commit import begin, commit, lock_directory, step_name
+from m3i_scale.scale.checkpoint.pruning import prune
+from m3i_scale.scale.checkpoint.retention import Rules
 
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
 count = 0
@@ -194,7 +196,7 @@ def train():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(b"new" * 1000)
         commit(final, temporary, {"step": 200})
-        prune(root, 1, committed=final)
+        prune(root, Rules(latest=1), committed=final)
 
 at, killed = 0, True
 while killed:

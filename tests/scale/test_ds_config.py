@@ -59,8 +59,11 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {Z + "mics_shard_size": 2}, ["removed from DeepSpeed"]),
     ("zero3_bf16", {Z + "allgather_partitions": True}, ["never uses"]),
     ("zero3_bf16", {Z + "stage3_gather_16bit_weights_on_model_save": True}, ["save_16bit_model"]),
-    ("zero3_bf16", {Z + "zero_hpz_partition_size": 8}, ["momentum", "stale"]),
+    ("zero3_bf16", {Z + "zero_hpz_partition_size": 8}, ["is 8, with 1 ranks", "divisor"]),
+    ("zero2_bf16", {Z + "zero_hpz_partition_size": 8}, ["only stage 3"]),
+    ("zero2_bf16", {Z + "zero_quantized_weights": True}, ["only stage 3"]),
     ("zero3_bf16", {"checkpoint.load_universal": True}, ["resuming decides"]),
+    ("zero1_bf16", {Z + "load_from_fp32_weights": False}, ["from its first ones"]),
     ("zero3_bf16", {"optimizer.legacy_fusion": True}, ["without ZeRO"]),
     ("zero3_bf16", {"comms_logger.enabled": False}, ["as soon as the section is there"]),
     ("zero3_bf16", {"csv_monitor": {"enabled": False, "job_name": "x"}}, ["csv_monitor.job_name", "false"]),
@@ -96,7 +99,8 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {"data_types.grad_accum_dtype": "float"}, ["fp32, fp16 or bf16"]),
     ("zero3_bf16", {"torch_autocast": {"enabled": True}}, ["autocast"]),
     # offload
-    ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "nvme"}, ["nvme", "take cpu"]),
+    ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "nvme"}, ["nvme", "shards", "take cpu"]),
+    ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "nvme"}, ["nvme", "checkpoints", "take cpu"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "gpu"}, ["offload_param.device"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.nvme_path": "/data/nvme"}, ["only nvme offload"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "none"}, ["the device is none"]),
@@ -320,4 +324,31 @@ def test_precision_that_the_accelerator_lacks(monkeypatch):
         check_accelerator(resolved)
     assert "zero3_cpu" in str(caught.value.fix)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    check_accelerator(resolved)
+
+
+def test_groups_that_hold_second_copies_divide_the_ranks():
+    raw = changed(load_ds_config("zero3_bf16"), {Z + "zero_hpz_partition_size": 4})
+    run = RUN | {"batch_size": 96}
+    assert resolve(raw, **run | {"world_size": 8}, where="x").config[Z[:-1]]["zero_hpz_partition_size"] == 4
+    for world_size in (2, 6):
+        with pytest.raises(ConfigError, match=f"is 4, with {world_size} ranks"):
+            resolve(raw, **run | {"world_size": world_size}, where="x")
+
+
+@pytest.mark.parametrize(
+    "key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"]
+)
+def test_quantised_settings_need_kernels(monkeypatch, key):
+    from deepspeed.accelerator import get_accelerator
+
+    resolved = resolve(changed(load_ds_config("zero3_cpu"), {Z + key: True}), **RUN, where="x")
+    with pytest.raises(ConfigError, match=f"'zero_optimization.{key}' is set, but the accelerator 'cpu' cannot"):
+        check_accelerator(resolved)
+
+    class Builder:
+        def is_compatible(self):
+            return True
+
+    monkeypatch.setattr(get_accelerator(), "get_op_builder", lambda name: Builder)
     check_accelerator(resolved)

@@ -24,6 +24,7 @@ from m3i_scale.scale.ds_config import (
     load_ds_config,
     resolve,
 )
+from m3i_scale.scale.ds_rules import accumulation
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +119,10 @@ def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """Values that the engine was not given: path → (value, what the message must name)."""
     zero = config["zero_optimization"]
     other_offload = {"device": "none" if "offload_optimizer" in zero else "cpu"}
+    other_sum = "fp32" if accumulation(config) == "bf16" else "bf16"
     lies: dict[str, tuple[Any, str]] = {
         "bf16": ({"enabled": "bf16" not in config}, "precision: "),
-        "data_types.grad_accum_dtype": ("bf16", "gradient accumulation type: "),
+        "data_types.grad_accum_dtype": (other_sum, "gradient accumulation type: "),
         "zero_optimization.offload_optimizer": (other_offload, "offload_optimizer: "),
     }
     if zero["stage"] == 3:

@@ -1,6 +1,7 @@
 """Lock files of killed builders go; those of living ones stay."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from m3i_scale.scale import extensions
-from m3i_scale.scale.extensions import keep_to_environment, sweep_stale_locks
+from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
 
 BUILDER = """
 import sys, time
@@ -94,3 +95,26 @@ def test_without_a_folder_of_ones_own_torch_decides(tmp_path, monkeypatch, reaso
     monkeypatch.setattr(os, "access", lambda *_: False)
     keep_to_environment()
     assert "TORCH_EXTENSIONS_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["another version on PATH", "none on PATH"])
+def test_the_ninja_beside_the_interpreter_builds(tmp_path, monkeypatch, elsewhere):
+    for folder in ("environment", *(["system"] if elsewhere else [])):
+        program = tmp_path / folder / "ninja"
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "environment" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    find_ninja()
+    assert shutil.which("ninja") == str(tmp_path / "environment" / "ninja")
+    before = os.environ["PATH"]
+    find_ninja()
+    assert os.environ["PATH"] == before
+
+
+def test_without_a_ninja_beside_the_interpreter_path_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    before = os.environ["PATH"]
+    find_ninja()
+    assert os.environ["PATH"] == before

@@ -18,6 +18,7 @@ from m3i_scale.scale.checkpoint.commit import (
     read_manifest,
     verify,
 )
+from m3i_scale.scale.checkpoint.manifest import find_faults, write_manifest
 
 
 def test_verify_names_each_fault(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     stranger = room.Digest(7, hash_file(tmp_path / "outside"))
     (final / "manifest.json").unlink()
     room.write_manifest(final, {**manifest.files, "../outside": stranger}, {})
-    assert verify(final) == ["../outside: missing"]
+    assert verify(final) == ["the manifest names a file outside its folder: '../outside'"]
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,31 @@ def test_any_flipped_byte_or_truncation_is_found(good_checkpoint: Path, data: st
     finally:
         path.write_bytes(whole)
     assert verify(good_checkpoint) == []
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../b", "./meta.json", "a//b", "", "."])
+def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) -> None:
+    final = save(tmp_path, 1)
+    (tmp_path / "outside").write_bytes(b"x")
+    written = read_manifest(final).files
+    write_manifest(final, {**written, name: written["meta.json"]}, {"step": 1})  # with a checksum that is right
+    assert verify(final) == [f"the manifest names a file outside its folder: '{name}'"]
+    assert [fault.file for fault in find_faults(final)] == ["manifest.json"]
+
+
+def test_every_fault_names_its_file_and_all_bytes_are_told(tmp_path: Path) -> None:
+    final = save(tmp_path, 1)
+    told: list[int] = []
+    assert find_faults(final, threads=2, advance=told.append) == []
+    assert sum(told) == sum(map(len, FILES.values()))
+    for name in FILES:
+        path = final / name
+        kept = path.read_bytes()
+        path.unlink()
+        path.symlink_to("/etc/passwd")
+        assert [fault.file for fault in find_faults(final)] == [name]
+        path.unlink()
+        path.write_bytes(kept + b"x")
+        assert [fault.file for fault in find_faults(final)] == [name]
+        path.write_bytes(kept)
+    assert find_faults(final) == []

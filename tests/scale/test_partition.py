@@ -15,7 +15,6 @@ from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.partition import (
     ShardedMomentum,
     construct,
-    copy_into,
     full_numel,
     full_shape,
     initialize_sharded,
@@ -25,8 +24,8 @@ from m3i_scale.scale.partition import (
 )
 
 
-def engine(module: nn.Module, hpz: int = 1) -> SimpleNamespace:
-    zero = SimpleNamespace(zero_hpz_partition_size=hpz)
+def engine(module: nn.Module, quantized: bool = False) -> SimpleNamespace:
+    zero = SimpleNamespace(zero_quantized_nontrainable_weights=quantized)
     return SimpleNamespace(module=module, _config=SimpleNamespace(zero_config=zero))
 
 
@@ -83,20 +82,22 @@ def test_every_seed_that_a_run_file_may_have_is_fine() -> None:
         initialize_sharded(nn.Linear(2, 2), initialize_module, seed=seed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_first_weights_of_16_bits_are_the_rounded_ones_of_32(dtype: torch.dtype) -> None:
+    wide, narrow = nn.Linear(192, 192), nn.Linear(192, 192).to(dtype)
+    storage = narrow.weight.data_ptr()
+    for module in (wide, narrow):
+        initialize_sharded(module, initialize_module, seed=3)
+    assert torch.equal(narrow.weight, wide.weight.to(dtype))
+    assert narrow.weight.data_ptr() == storage  # what DeepSpeed or an optimizer has taken hold of
+
+
 def test_what_is_skipped_keeps_its_values() -> None:
     module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     before = module["b"].weight.clone()
     initialize_sharded(module, initialize_module, seed=0, skip="b")
     assert torch.equal(module["b"].weight, before)
     assert not module["a"].bias.any()
-
-
-def test_copy_into_writes_below_its_prefix() -> None:
-    module = nn.ModuleDict({"a": nn.Linear(2, 2), "ab": nn.Linear(2, 2)})
-    before = module["ab"].weight.clone()
-    copy_into(module, "a.", {"weight": torch.ones(2, 2), "bias": torch.zeros(2)})
-    assert torch.equal(module["a"].weight, torch.ones(2, 2))
-    assert torch.equal(module["ab"].weight, before)
 
 
 def test_the_average_is_an_exponential_moving_average() -> None:
@@ -115,32 +116,69 @@ def test_the_average_is_an_exponential_moving_average() -> None:
     assert momentum.shapes() == {"target.weight": [2, 3], "target.bias": [2]}
 
 
-def test_updates_below_half_a_bf16_step_are_not_lost() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_updates_below_half_a_bf16_step_are_not_lost(dtype: torch.dtype) -> None:
     """Averaged in bf16 the target would never move: (1 − m) · 1 is under half a unit in the last place of 1."""
     module = Pair()
+    module.target.to(dtype)
+    nn.init.ones_(module.online.weight)
     momentum = ShardedMomentum(engine(module), PAIRS)
-    with torch.no_grad():
-        for shard in momentum.shards.values():
-            shard.fill_(1.0)
-        module.online.weight.fill_(2.0)
-    copy = torch.ones(2, 3, dtype=torch.bfloat16)
+    nn.init.constant_(module.online.weight, 2.0)
+    copy, reference = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3)
     for _ in range(200):
         momentum.update(0.999)
         copy = copy.lerp(torch.full_like(copy, 2.0), 0.001)
+        reference.lerp_(torch.full_like(reference, 2.0), 1 - 0.999)
     assert torch.equal(copy, torch.ones_like(copy))
-    torch.testing.assert_close(momentum.shards["target.weight"], torch.full((2, 3), 2 - 0.999**200))
+    assert torch.equal(momentum.shard("target.weight"), reference)  # to the last bit of fp32
+    assert torch.equal(module.target.weight, reference.to(dtype))
 
 
-def test_shards_load_back() -> None:
+def test_the_average_takes_no_more_memory_than_it_has_bits() -> None:
+    sizes = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        module = Pair()
+        module.target.to(dtype)
+        momentum = ShardedMomentum(engine(module), PAIRS)
+        beside = sum(tensor.nbytes for tensor in momentum._beside.values())
+        sizes[dtype] = (beside + sum(p.nbytes for p in module.target.parameters())) / 8
+    assert sizes == {torch.float32: 4, torch.bfloat16: 4, torch.float16: 6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shards_load_back(dtype: torch.dtype) -> None:
     module = Pair()
+    module.target.to(dtype)
     momentum = ShardedMomentum(engine(module), PAIRS)
-    saved = {name: torch.full_like(shard, 0.25) for name, shard in momentum.shards.items()}
-    momentum.load(saved)
-    assert torch.equal(module.target.weight, torch.full((2, 3), 0.25))
-    with pytest.raises(ValueError, match="do not match"):
-        momentum.load({"target.weight": saved["target.weight"]})
-    with pytest.raises(ValueError, match="has 5 elements, not 6"):
-        momentum.load({**saved, "target.weight": torch.zeros(5)})
+    saved = {name: torch.full_like(momentum.shard(name), 0.3, dtype=torch.float32) for name in momentum.names()}
+    asked = []
+
+    def read(name: str, start: int, out: torch.Tensor) -> None:
+        asked.append((name, start, out.numel()))
+        out.copy_(saved[name].flatten()[start : start + out.numel()])
+
+    momentum.load(read)
+    assert asked == [("target.weight", 0, 6), ("target.bias", 0, 2)]
+    assert torch.equal(momentum.shard("target.weight"), saved["target.weight"])
+    assert torch.equal(module.target.weight, torch.full((2, 3), 0.3, dtype=dtype))
+    momentum.update(0.5)
+    assert torch.equal(saved["target.weight"], torch.full((2, 3), 0.3))  # what was given is not written to
+
+
+@pytest.mark.parametrize(("world", "wanted"), [(2, [(0, 3), (3, 3)]), (4, [(0, 2), (2, 2), (4, 2), (6, 0)])])
+def test_averages_that_every_rank_has_whole_are_written_by_all_of_them_together(
+    monkeypatch: pytest.MonkeyPatch, world: int, wanted: list[tuple[int, int]]
+) -> None:
+    momentum = ShardedMomentum(engine(Pair()), PAIRS)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: world)
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        name, start, numel = momentum.pieces()[0]
+        assert (name, start, numel) == ("target.weight", *wanted[rank])
+        parts.append(momentum.piece(name, start, numel))
+    assert torch.equal(torch.cat(parts), momentum.shard("target.weight").flatten())
 
 
 def test_low_precision_weights_without_masters_are_refused() -> None:
@@ -148,9 +186,17 @@ def test_low_precision_weights_without_masters_are_refused() -> None:
         ShardedMomentum(engine(Pair(torch.bfloat16)), PAIRS)
 
 
-def test_secondary_partitions_are_refused_with_a_momentum_target() -> None:
-    with pytest.raises(ConfigError, match="zero_hpz_partition_size"):
-        ShardedMomentum(engine(Pair(), hpz=2), PAIRS)
+def test_a_momentum_target_in_8_bits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zero_quantized_nontrainable_weights"):
+        ShardedMomentum(engine(Pair(), quantized=True), PAIRS)
+
+
+def test_second_copies_of_shards_are_dropped_when_the_average_moves() -> None:
+    module = Pair()
+    momentum = ShardedMomentum(engine(module), PAIRS)
+    module.target.weight.ds_secondary_tensor = torch.empty(3)
+    momentum.update(0.9)
+    assert module.target.weight.ds_secondary_tensor is None
 
 
 def test_shards_on_a_disk_are_refused() -> None:

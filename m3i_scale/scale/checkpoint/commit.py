@@ -12,7 +12,7 @@ the old or the new checkpoint, never a mixture.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from m3i_scale.scale.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from m3i_scale.scale.checkpoint.space import ensure_space, remove, write_guard
+from m3i_scale.scale.checkpoint.space import discard, doomed, ensure_space, remove, write_guard
 
 __all__ = [
     "Digest",
@@ -51,13 +51,14 @@ __all__ = [
     "hash_file",
     "lock_directory",
     "newest_good",
-    "prune",
+    "point_latest",
     "read_manifest",
     "step_name",
     "step_of",
     "sweep",
     "temporary_for",
     "verify",
+    "withdraw",
     "write_guard",
 ]
 
@@ -101,38 +102,22 @@ def commit(
     with write_guard(final.parent, temporary):
         _seal(temporary, extra, digests or {})
         if final.exists():  # broken, or it would have been refused
-            _discard(final)
+            discard(final)
         temporary.rename(final)
         sync(final.parent)
-    _point_latest(final)
+    point_latest(final)
 
 
-def prune(root: Path, keep_latest: int, *, committed: Path | None = None) -> list[Path]:
-    """Remove all but the newest `keep_latest` checkpoints; returns what was removed.
-
-    Folders with missing files or wrong sizes do not count as kept, and go once `keep_latest` newer ones are there.
-    Nothing is removed unless one of the kept ones verifies, byte by byte.
-
-    Args:
-        root: the folder of checkpoints.
-        keep_latest: at least 1.
-        committed: a checkpoint that this process has just committed, and so need not read again.
+def withdraw(undone: Sequence[Path], latest: Path) -> None:
+    """Remove checkpoints that no resume may go on from, the newest first; `latest` is the newest that stays.
 
     Raises:
-        ValueError: `keep_latest` is less than 1.
         CheckpointError: the disk refused.
     """
-    if keep_latest < 1:
-        raise ValueError("keep_latest must be at least 1")
-    found = checkpoints(root)
-    kept = [path for path in found if not verify(path, contents=False)][:keep_latest]
-    if len(kept) < keep_latest or not any(path == committed or not verify(path) for path in kept):
-        return []
-    removed = found[found.index(kept[-1]) + 1 :]
-    for path in removed:
-        with write_guard(root, _doomed(path)):
-            _discard(path)
-    return removed
+    for path in undone:
+        with write_guard(path.parent, doomed(path)):
+            discard(path)
+    point_latest(latest)
 
 
 def sweep(root: Path, lock: DirectoryLock) -> list[Path]:
@@ -183,20 +168,12 @@ def _refuse_good(final: Path) -> None:
         )
 
 
-def _doomed(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}")
+def point_latest(final: Path) -> None:
+    """Let `latest`, beside a checkpoint, name it.
 
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill half-way leaves no half checkpoint under its name."""
-    doomed = _doomed(path)
-    remove(doomed)
-    path.rename(doomed)
-    sync(path.parent)
-    remove(doomed)
-
-
-def _point_latest(final: Path) -> None:
+    Raises:
+        CheckpointError: the disk refused.
+    """
     root = final.parent
     temporary = root / f"{TEMPORARY_PREFIX}{LATEST}"
     with write_guard(root, temporary):

@@ -2,94 +2,94 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from safetensors import safe_open
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.state import TAG, tensors_only
+from m3i_scale.scale.checkpoint.state import AVERAGE, read_meta
+from m3i_scale.scale.checkpoint.tensors import SavedTensors
+
+Which = Literal["student", "momentum"]
 
 
-def load_weights(checkpoint: Path, weights: Literal["student", "momentum"]) -> dict[str, Tensor]:
-    """All weights of a committed checkpoint in fp32, by full parameter name (`student.model.layers.0.…`).
+class SavedWeights(Mapping[str, Tensor]):
+    """What a committed checkpoint trained, by full parameter name (`student.model.layers.0.…`).
+
+    A tensor is read when it is asked for, and not kept: memory holds what the caller holds.
 
     Args:
         checkpoint: a folder that `verify` finds good.
-        weights: which values `student.…` gets: the trained ones, or their moving average.
+        weights: which values `student.…` has: the trained ones, or their moving average.
+        dtype: of the tensors that are given.
 
     Raises:
-        CheckpointError: momentum weights of a run without a momentum target, or a tensor that came out empty.
+        CheckpointError: momentum weights of a run without a momentum target.
     """
-    with tensors_only():
-        trained = _bf16_optimizer(checkpoint / TAG) or get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint), tag=TAG
-        )
-    # What is averaged comes from its own files; what heads and balanced weights remember serves only a resumed run.
-    left_out = ("momentum.", "states.", "weights.")
-    full = {name: tensor.detach().float().clone() for name, tensor in trained.items() if not name.startswith(left_out)}
-    averaged = _momentum(checkpoint)
-    if weights == "momentum":
-        if not averaged:
-            raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
-        online: dict[str, str] = json.loads((checkpoint / "momentum" / "online.json").read_text(encoding="utf-8"))
-        for name, tensor in averaged.items():
-            full[online[name]] = tensor
-    full |= averaged
-    empty = [name for name, tensor in full.items() if tensor.numel() == 0]
-    if empty:
-        raise CheckpointError(
-            f"{len(empty)} tensors came out empty, e.g. '{empty[0]}'",
-            where=str(checkpoint),
-            why="DeepSpeed's files do not hold what the run trained",
-            fix="take another checkpoint of the run",
-        )
-    return full
+
+    def __init__(self, checkpoint: Path, weights: Which, dtype: torch.dtype = torch.float32) -> None:
+        self._tensors, self._dtype = SavedTensors(checkpoint), dtype
+        self._keys = {name: f"weight/{name}" for name in self._tensors.names("weight")}
+        # What balances the groups serves only a resumed run.
+        self._keys = {name: key for name, key in self._keys.items() if not name.startswith(("states.", "weights."))}
+        if weights == "momentum":
+            averaged: dict[str, Any] = read_meta(checkpoint).get("averages") or {}
+            if not averaged:
+                raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
+            self._keys |= {online: f"{AVERAGE}/{target}" for target, online in averaged.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors.whole(self._keys[name]).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._tensors.shape(self._keys[name])
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type.
+
+        Raises:
+            CheckpointError: there is no such range, or a file is not as the index says.
+        """
+        self._tensors.read_into(self._keys[name], start, out)
 
 
-def _bf16_optimizer(folder: Path) -> dict[str, Tensor]:
-    """fp32 weights out of the files of DeepSpeed's BF16_Optimizer (stage 1 with bf16), which its own consolidation
-    refuses; {} where another optimizer wrote the files.
+class KindOf:
+    """All tensors of one kind: master weights, or a moment.
 
-    Every parameter group is one flat tensor, cut evenly over the ranks, padded at the end.
+    Args:
+        saved: of a checkpoint.
+        kind: `weight`, `exp_avg`, …
     """
-    count = len(list(folder.glob("*_optim_states.pt")))
-    files = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(count)]
-    if not files or not all(file.exists() for file in files):
-        return {}
-    states = [
-        torch.load(file, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"] for file in files
-    ]
-    if "zero_stage" in states[0]:
-        return {}
-    model = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=True)
-    full: dict[str, Tensor] = {}
-    for number, shapes in enumerate(model["param_shapes"]):
-        flat = torch.cat([state["single_partition_of_fp32_groups"][number] for state in states])
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        parts = flat[: sum(sizes)].split(sizes)
-        full |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    return full
+
+    def __init__(self, saved: SavedTensors, kind: str) -> None:
+        self._saved, self._kind = saved, kind
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saved.names(self._kind))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+        return self._saved.shape(f"{self._kind}/{name}")
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """As `SavedTensors.read_into`."""
+        self._saved.read_into(f"{self._kind}/{name}", start, out)
 
 
-def _momentum(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged weights: shards of all ranks one after the other, without the padding of the last one."""
-    folder = checkpoint / "momentum"
-    if not (folder / "shapes.json").exists():
-        return {}
-    shapes: dict[str, list[int]] = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
-    files = sorted(folder.glob("rank-*.safetensors"))
-    full = {}
-    opened = [safe_open(file, framework="pt") for file in files]
-    for name, shape in shapes.items():
-        parts = [file.get_tensor(name).flatten() for file in opened]
-        numel = math.prod(shape)
-        # Without ZeRO-3 every rank holds the whole average.
-        flat = parts[0] if parts[0].numel() == numel else torch.cat(parts)
-        full[name] = flat[:numel].view(shape).clone()
-    return full
+def load_weights(checkpoint: Path, weights: Which) -> dict[str, Tensor]:
+    """All of `SavedWeights`, in fp32 and in memory.
+
+    Raises:
+        CheckpointError: momentum weights of a run without a momentum target.
+    """
+    return dict(SavedWeights(checkpoint, weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from m3i_scale.scale.checkpoint.manifest import verify
@@ -53,3 +54,32 @@ def newest_good(root: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         passed_over.append((path, faults[0] + more))
     return None, passed_over
+
+
+def named_latest(root: Path) -> str | None:
+    """What `latest` names; None where it cannot be read."""
+    try:
+        return (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def latest_fault(root: Path, good: Container[Path]) -> str | None:
+    """What is wrong with `latest`, which names the newest checkpoint; None where nothing is.
+
+    Args:
+        root: of the checkpoints.
+        good: those that verify. After a run has fallen back, the newest of them is the right one as well.
+    """
+    found = checkpoints(root)
+    newest_good = next((path for path in found if path in good), None)
+    wanted = [path.name for path in (*found[:1], newest_good) if path is not None]
+    try:
+        content = (root / LATEST).read_bytes()
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if content in [f"{name}\n".encode() for name in wanted]:
+        return None
+    return f"names {content.decode(errors='replace').strip()!r}, and the newest checkpoint is {wanted[0]}"

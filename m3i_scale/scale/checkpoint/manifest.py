@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,6 +32,17 @@ class Digest:
     """Bytes."""
     sha256: str
     """Hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a committed folder."""
+
+    file: str
+    """Path below the folder, with `/`; `.` for the folder as a whole."""
+    what: str
+    line: str
+    """Both, in one line."""
 
 
 class Manifest(BaseModel):
@@ -163,6 +174,9 @@ def read_manifest(folder: Path) -> Manifest:
     # Rendering is deterministic, so this compares every byte of the file, and the checksum with them.
     if raw != rendered:
         raise CheckpointError("the manifest is torn or changed", where=str(path))
+    for name in manifest.files:
+        if not _lies_below(name):
+            raise CheckpointError(f"the manifest names a file outside its folder: '{name}'", where=str(path))
     return manifest
 
 
@@ -173,30 +187,61 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
         path: the folder.
         contents: read and hash every file. False compares names and sizes only, which a flipped bit passes.
     """
+    return [fault.line for fault in find_faults(path, contents=contents)]
+
+
+def find_faults(
+    path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
+) -> list[Fault]:
+    """What is wrong with a committed folder, file by file; [] when it is good.
+
+    Args:
+        path: the folder.
+        contents: read and hash every file. False compares names and sizes only, which a flipped bit passes.
+        threads: files that are read at a time.
+        advance: told the bytes of every file that has been looked at, from any thread.
+    """
     try:
         manifest = read_manifest(path)
         present = set(list_files(path))
     except CheckpointError as error:
-        return [error.what]
+        at = Path(error.where or path)
+        return [Fault(at.relative_to(path).as_posix(), error.what, error.what)]
     except OSError as error:
-        return [f"the folder cannot be read: {error.strerror}"]
-    faults = [f"{name}: missing" for name in sorted(manifest.files.keys() - present)]
-    faults += [f"{name}: not in the manifest" for name in sorted(present - manifest.files.keys())]
-    known = sorted(present & manifest.files.keys())
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
-        found = pool.map(lambda name: _fault(path / name, name, manifest.files[name], contents), known)
-        return faults + [fault for fault in found if fault]
+        what = f"the folder cannot be read: {error.strerror}"
+        return [Fault(".", what, what)]
+    faults = [_named(name, "missing") for name in sorted(manifest.files.keys() - present)]
+    faults += [_named(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
+
+    def one(name: str) -> Fault | None:
+        what = _fault(path / name, manifest.files[name], contents)
+        advance(manifest.files[name].size)
+        return None if what is None else _named(name, what)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        found = pool.map(one, sorted(present & manifest.files.keys()))
+        return faults + [fault for fault in found if fault is not None]
 
 
-def _fault(path: Path, name: str, wanted: Digest, contents: bool) -> str | None:
+def _named(name: str, what: str) -> Fault:
+    return Fault(name, what, f"{name}: {what}")
+
+
+def _lies_below(name: str) -> bool:
+    """Whether a path of a manifest is one that `list_files` gives: below the folder, and written in the one form."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+
+
+def _fault(path: Path, wanted: Digest, contents: bool) -> str | None:
     try:
         size = path.stat().st_size
         if size != wanted.size:
-            return f"{name}: {size:,} bytes, the manifest says {wanted.size:,}"
+            return f"{size:,} bytes, the manifest says {wanted.size:,}"
         if contents and hash_file(path) != wanted.sha256:
-            return f"{name}: the contents have changed (SHA-256 differs)"
+            return "the contents have changed (SHA-256 differs)"
     except OSError as error:
-        return f"{name}: cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror}"
     return None
 
 

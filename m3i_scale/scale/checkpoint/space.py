@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.checkpoint.locate import TEMPORARY_PREFIX, newest_good
+from m3i_scale.scale.checkpoint.manifest import sync
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _REFUSED = {
@@ -72,7 +73,7 @@ def write_guard(
     except OSError as error:
         fault = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
     except (RuntimeError, SafetensorError) as error:
-        cause = _write_fault(error, root, bytes_wanted or 0)
+        cause = failed_write(error, root, bytes_wanted or 0)
         if cause is None:
             raise
         fault = explain(cause, root, temporary=temporary, bytes_wanted=bytes_wanted)
@@ -97,6 +98,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def doomed(path: Path) -> Path:
+    """What a checkpoint is called while its files go."""
+    return path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}")
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves no half checkpoint under its name.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    going = doomed(path)
+    remove(going)
+    path.rename(going)
+    sync(path.parent)
+    remove(going)
+
+
 def explain(
     error: OSError, root: Path, *, temporary: Path | None = None, bytes_wanted: int | None = None
 ) -> CheckpointError:
@@ -115,8 +134,8 @@ def explain(
     )
 
 
-def _write_fault(error: Exception, root: Path, bytes_wanted: int) -> OSError | None:
-    """The failed write behind an error of a library, None when there is none behind it."""
+def failed_write(error: Exception, root: Path, bytes_wanted: int) -> OSError | None:
+    """The failed write behind an error of torch or safetensors, None when there is none behind it."""
     try:
         _probe(root)
     except OSError as found:

@@ -1,0 +1,183 @@
+"""How many layers must recompute, so that what is saved for the backward pass fits into a budget.
+
+One forward pass without backward is watched: what autograd would save inside each layer is counted and let go at the
+end of the layer, so that the count needs no more memory than `full` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.scale.activations import recompute_only, summarize_layers, trained_stacks
+from m3i_scale.scale.collectives import max_over_ranks
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer holds between its forward and its backward pass."""
+
+    name: str
+    saved: float
+    """Bytes that autograd saves, parameters left out."""
+    inputs: float
+    """Bytes of the inputs, which is all that is left when the layer recomputes."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers recompute, and what that comes to."""
+
+    names: list[str]
+    gib: float
+    """Counted peak with these."""
+    none_gib: float
+    full_gib: float
+    outside_gib: float
+    """Of all of these, what is saved outside layers."""
+    layers: int
+    """How many could recompute."""
+
+    def __str__(self) -> str:
+        return (
+            f"activations: {self.gib:.3g} GiB counted on a rank (none {self.none_gib:.3g}, full {self.full_gib:.3g}), "
+            f"{len(self.names)} of {self.layers} layers recompute: {summarize_layers(self.names)}"
+        )
+
+
+class _Counter:
+    """Bytes of the distinct storages that pass by, while they are alive."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], keep: bool) -> None:
+        self._parameters, self._keep = list(parameters), keep
+        self._seen: dict[int, Tensor] = {}
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        address = _address(tensor)
+        if address not in self._seen and address not in {_address(parameter) for parameter in self._parameters}:
+            self._seen[address] = tensor.detach()  # alive as long as it is counted: addresses are used again
+            self.total += tensor.untyped_storage().nbytes()
+        return tensor if self._keep else None
+
+
+def _address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _never(packed: Any) -> Tensor:
+    raise RuntimeError("activations were only counted: there is no backward pass")
+
+
+def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[LayerBytes], int]:
+    """Bytes of every trained layer in the order of the forward pass, and of everything outside layers.
+
+    Args:
+        module: holds the layers, in training mode.
+        forward: runs it once, with gradient. Buffers and random states are put back afterwards.
+    """
+    found: dict[str, list[int]] = {}
+
+    def counting(name: str, layer: nn.Module) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *inputs: Any) -> Any:
+            counter = _Counter(layer.parameters(), keep=False)
+            with saved_tensors_hooks(counter.pack, _never):
+                output = function(*inputs)
+            own = found.setdefault(name, [0, 0])
+            own[0] += counter.total
+            own[1] += sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+            return output
+
+        return run
+
+    for layers in trained_stacks(module):
+        for name, layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = counting(name, layer)
+    outside = _Counter(module.parameters(), keep=True)
+    with _as_it_was(module), torch.enable_grad(), saved_tensors_hooks(outside.pack, lambda packed: packed):
+        forward()
+    return [LayerBytes(name, *own) for name, own in found.items()], outside.total
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass in training mode moves: buffers (queues, statistics) and random states."""
+    accelerator = get_accelerator()
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    host, device = torch.get_rng_state(), accelerator.get_rng_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        accelerator.set_rng_state(device)
+        torch.set_rng_state(host)
+
+
+def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -> float:
+    """The most that is saved at a time: after the forward pass, or while a layer has just been computed again.
+
+    The backward pass frees layers from the last to the first, so a layer that is computed again late meets little.
+    """
+    held, peak = 0.0, 0.0
+    for layer in layers:
+        again = layer.name in recomputed
+        peak = max(peak, held + layer.saved)
+        held += layer.inputs if again else layer.saved
+    return outside + max(peak, held)
+
+
+def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -> Choice:
+    """The fewest layers that have to recompute: those that save most first, of equals the earlier ones.
+
+    Raises:
+        ConfigError: not even all of them are enough.
+    """
+    order = sorted(range(len(layers)), key=lambda index: (layers[index].inputs - layers[index].saved, index))
+    peaks = [
+        peak_bytes(layers, outside, {layers[index].name for index in order[:count]}) / _GIB
+        for count in range(len(layers) + 1)
+    ]
+    fitting = [count for count, gib in enumerate(peaks) if gib <= budget_gib]
+    if not fitting:
+        raise ConfigError(
+            f"activations do not fit into {budget_gib:g} GiB even when every layer recomputes",
+            where="backbone.activation_checkpointing",
+            why=f"counted on a rank: {min(peaks):.3g} GiB with all {len(layers)} layers, {peaks[0]:.3g} with none, of "
+            f"which {outside / _GIB:.3g} outside layers",
+            fix="a smaller optim.micro_batch_size, or a larger budget",
+        )
+    names = [layers[index].name for index in sorted(order[: fitting[0]])]
+    return Choice(names, peaks[fitting[0]], peaks[0], peaks[-1], outside / _GIB, len(layers))
+
+
+def fit_activations(module: nn.Module, forward: Callable[[], Any], budget_gib: float) -> Choice:
+    """Count, choose, and set the choice. Every rank calls it, and all choose alike: by the rank that saves most.
+
+    Raises:
+        ConfigError: not even recomputing every layer is enough.
+    """
+    layers, outside = count_saved(module, forward)
+    values = {"outside": float(outside)}
+    for number, layer in enumerate(layers):
+        values |= {f"{number:06d} saved": float(layer.saved), f"{number:06d} inputs": float(layer.inputs)}
+    values = max_over_ranks(values)
+    layers = [
+        LayerBytes(layer.name, values[f"{number:06d} saved"], values[f"{number:06d} inputs"])
+        for number, layer in enumerate(layers)
+    ]
+    choice = choose_layers(layers, values["outside"], budget_gib)
+    recompute_only(module, set(choice.names))
+    return choice

@@ -1,0 +1,86 @@
+"""Whether all ranks write into one folder. Each writes its part of a checkpoint there; apart they are worth nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint.together import from_rank_0
+
+PATIENCE_S = 15.0
+"""A network file system may show a new file this much later on other hosts."""
+_PREFIX = ".shared-"
+_POLL_S = 0.2
+_NAMED = 8
+
+
+def check_shared(output_dir: Path) -> None:
+    """Refuse an output directory that is not the same on all hosts. Every rank calls it; rank 0 holds the lock.
+
+    Rank 0 makes a folder of a name that nobody has seen, and every rank leaves a file in it.
+
+    Raises:
+        CheckpointError: on all ranks; it names the hosts that do not see the folder or cannot write to it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mark: Path = from_rank_0(lambda: _make_mark(output_dir))
+    try:
+        # Each rank looks in its own directory: they may have been given different ones.
+        found = (socket.gethostname(), _look(output_dir / mark.name))
+        everywhere: list[tuple[str, str | None]] = [found] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(mark, ignore_errors=True)
+    faults = [f"rank {rank} on {host} {fault}" for rank, (host, fault) in enumerate(everywhere) if fault]
+    if faults:
+        more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise CheckpointError(
+            f"the ranks do not share the output directory: {'; '.join(faults[:_NAMED])}{more}",
+            where=f"{mark.parent}, as rank 0 sees it on {everywhere[0][0]}",
+            why="every rank writes its part of a checkpoint there; parts on separate disks cannot be committed or read",
+            fix="set output_dir to a folder of a file system that all hosts have mounted, and may write to",
+        )
+
+
+def _make_mark(output_dir: Path) -> Path:
+    for left in output_dir.glob(f"{_PREFIX}*"):  # of a run that was killed while it looked
+        shutil.rmtree(left, ignore_errors=True)
+    mark = output_dir / f"{_PREFIX}{secrets.token_hex(8)}"
+    try:
+        mark.mkdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the output directory: {error.strerror}",
+            where=str(output_dir),
+            fix="free space and make it writable, or set another output_dir",
+        ) from None
+    return mark
+
+
+def _look(mark: Path) -> str | None:
+    """What keeps this rank from writing where rank 0 has; None: nothing does."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            for folder in (mark.parent.parent, mark.parent):  # a client of NFS asks its server again
+                with contextlib.suppress(PermissionError):  # to write, one need not be allowed to list
+                    os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+            (mark / f"rank-{dist.get_rank()}").touch(exist_ok=False)
+        except FileNotFoundError:
+            if time.monotonic() > until:
+                return f"does not see what rank 0 wrote {PATIENCE_S:.0f} s ago"
+            time.sleep(_POLL_S)
+        except OSError as error:
+            return f"cannot write there ({error.strerror})"
+        else:
+            return None

@@ -1,0 +1,101 @@
+"""A safetensors file written and hashed as a stream.
+
+The library's own writer wants all tensors of a file in memory, holds the interpreter while it writes, and would leave a
+second reading for the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_scale.scale.checkpoint.manifest import Digest, sync
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Tensor]]
+    """Its elements, flat, in order, in as many parts as suits the memory; asked for when it is written."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return self.numel * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> Digest:
+    """One file: written, hashed on the way and brought to the disk. Memory holds one block at a time.
+
+    Raises:
+        OSError: the disk refused.
+        ValueError: the blocks of a tensor are not what was announced.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for data in _bytes_of(tensors, metadata):
+            try:
+                _write_all(file.fileno(), data)
+            except OSError as error:  # write(2) does not name its file
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            digest.update(data)
+            size += len(data)
+    sync(path)
+    return Digest(size, digest.hexdigest())
+
+
+def _bytes_of(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    yield _header_of(tensors, metadata)
+    for tensor in tensors:
+        count = 0
+        for block in tensor.blocks():
+            flat = block.detach().to("cpu").contiguous().view(-1)
+            count += flat.numel()
+            if flat.dtype != tensor.dtype or count > tensor.numel:
+                raise ValueError(f"'{tensor.name}' is not as announced: {count} × {flat.dtype}")
+            yield flat.view(torch.uint8).numpy().data
+        if count != tensor.numel:
+            raise ValueError(f"'{tensor.name}' is not as announced: {count} elements of {tensor.numel}")
+
+
+def _header_of(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)  # write(2) may take less than it is given
+    while view:
+        view = view[os.write(descriptor, view) :]

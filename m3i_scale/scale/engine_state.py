@@ -1,0 +1,171 @@
+"""What an engine trains, piece by piece: the master weights and moments that this rank holds, under any ZeRO stage.
+
+A piece is a range of a flattened parameter. Stage 3 cuts every parameter over the ranks, stages 1 and 2 cut the
+parameters laid end to end; both are ranges, so what one of them wrote the other can read. Beside `partition.py` this is
+the only file that knows DeepSpeed's optimizers from inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.scale.partition import full_shape, is_partitioned
+
+MASTER, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a flattened parameter that this rank holds."""
+
+    name: str
+    """Of the parameter."""
+    start: int
+    """First element of the range."""
+    numel: int
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    tensors: dict[str, Tensor]
+    """Live flat views by kind: the master weights, and the moments where the optimizer has taken a step."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a piece lies in the optimizer's flat tensors."""
+
+    flat: Tensor
+    offset: int
+    start: int
+    numel: int
+
+
+def pieces(engine: Any) -> Iterator[Piece]:
+    """This rank's pieces of all trained parameters, in the order of the module. Padding is not among them."""
+    states = engine.optimizer.optimizer.state
+    for name, parameter in trained(engine.module):
+        place = _place(engine.optimizer, parameter)
+        if place is None or not place.numel:
+            continue
+        moments = states.get(place.flat, {})
+        held = {MASTER: place.flat.data, **{kind: moments[kind].data for kind in MOMENTS if kind in moments}}
+        views = {kind: tensor.view(-1).narrow(0, place.offset, place.numel) for kind, tensor in held.items()}
+        yield Piece(name, place.start, place.numel, tuple(full_shape(parameter)), views)
+
+
+def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of what the optimizer has."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def optimizer_steps(engine: Any) -> int:
+    """How many steps the optimizer has taken; bias correction depends on it."""
+    for moments in engine.optimizer.optimizer.state.values():
+        if "step" in moments:
+            return int(moments["step"])
+    return 0
+
+
+@torch.no_grad()
+def make_moments(engine: Any, steps: int) -> None:
+    """Give the optimizer its moments, where it has none yet, and its count of steps.
+
+    Args:
+        engine: the engine.
+        steps: taken so far. 0 stands for an optimizer that has no moments: those that are there become zero.
+    """
+    optimizer = engine.optimizer.optimizer
+    counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
+    for flat in _flat_tensors(engine.optimizer):
+        moments = optimizer.state[flat]
+        # DeepSpeed's optimizer for the host may keep fp32 moments beside master weights in bf16.
+        dtype = torch.float32 if getattr(optimizer, "fp32_optimizer_states", False) else flat.dtype
+        for kind in MOMENTS if steps else ():
+            if kind not in moments:
+                moments[kind] = torch.zeros_like(flat.data, dtype=dtype)
+        for kind in () if steps else moments.keys() & MOMENTS:
+            moments[kind].zero_()
+        if moments:
+            moments["step"] = torch.tensor(float(steps)) if counts_in_tensors else steps
+
+
+@torch.no_grad()
+def publish(engine: Any) -> None:
+    """Make the weights that are computed with from the master weights, on all ranks. Collective."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.update_lp_params()
+        for group in range(len(getattr(optimizer, "round_robin_bit16_groups", []))):
+            optimizer._update_model_bit16_weights(group)
+        return
+    optimizer.checkpoint_event_prologue()
+    for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        optimizer.fp16_partitioned_groups_flat[number].data.copy_(master.data)
+        optimizer._unflatten_partitioned_parameters(number)
+    optimizer.checkpoint_event_epilogue()
+
+
+def counters(engine: Any) -> dict[str, Any]:
+    """Counts and the loss scale: what a resumed run takes over besides tensors; JSON."""
+    found: dict[str, Any] = {name: int(getattr(engine, name)) for name in _COUNTERS}
+    found["optimizer_steps"] = optimizer_steps(engine)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if engine.fp16_enabled():
+        found["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)}
+    return found
+
+
+def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
+    """Take them over. How the loss scale moves is for the run file to say; where it stands, for the checkpoint. A run
+    that goes on in fp16 from another precision begins with the scale of its own settings."""
+    for name in _COUNTERS:
+        setattr(engine, name, saved[name])
+    if engine.fp16_enabled():
+        scaler = engine.optimizer.loss_scaler
+        for name, value in saved.get("loss_scaler", {}).items():
+            # A fixed scale is a setting; a moving one has moved.
+            if scaler.dynamic and hasattr(scaler, name):
+                setattr(scaler, name, value)
+        if scaler.dynamic:
+            # Of what was saved with other settings: a scale below the smallest would rise at the next overflow, and
+            # hysteresis beyond its limit would put off the next halving for longer than the file says.
+            scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
+            scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
+
+
+def bytes_per_parameter(engine: Any) -> int:
+    """Of a trained one in a checkpoint: master weight and both moments, in the types that they have here."""
+    master = _flat_tensors(engine.optimizer)[0].dtype
+    moment = torch.float32 if getattr(engine.optimizer.optimizer, "fp32_optimizer_states", False) else master
+    return master.itemsize + len(MOMENTS) * moment.itemsize
+
+
+def _flat_tensors(optimizer: Any) -> list[Tensor]:
+    for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+        if hasattr(optimizer, name):
+            flats: list[Tensor] = list(getattr(optimizer, name))
+            return flats
+    raise TypeError(f"no master weights are known in {type(optimizer).__name__}")
+
+
+def _place(optimizer: Any, parameter: nn.Parameter) -> _Place | None:
+    """Where this rank's piece of a parameter lies; None where it has none."""
+    if is_partitioned(parameter):
+        group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = numel * optimizer._get_param_partition_rank(parameter)
+        held = max(0, min(numel, full_shape(parameter).numel() - start))
+        return _Place(optimizer.fp32_partitioned_groups_flat[group], offset, start, held)
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    flat = _flat_tensors(optimizer)[mapping.param_group_index]
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return _Place(flat, high.start, low.start, high.numel)

@@ -1,0 +1,94 @@
+"""What one rank's device could compute at most: by name, as a number, or measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.scale.collectives import mean_over_ranks
+
+PEAK_TFLOPS = {
+    "a100-bf16": 312.0,
+    "a100-fp16": 312.0,
+    "h100-bf16": 989.0,
+    "h100-fp16": 989.0,
+    "h200-bf16": 989.0,
+    "h200-fp16": 989.0,
+    "v100-fp16": 125.0,
+}
+"""Dense matrix products, of the vendor's data sheets (SXM modules)."""
+
+_LONG_ENOUGH_S, _MEASURED_S, _LARGEST = 5e-3, 0.2, 8192
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that one rank's device computes."""
+
+    tflops: float
+    """10¹² FLOPs a second."""
+    source: str
+    """`given`, the name of a preset, or `measured`."""
+
+
+def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """What a DeepSpeed configuration computes in."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_config.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
+    """The peak that a run file names.
+
+    Raises:
+        ConfigError: an unknown name, one for another type of number, or no positive number.
+    """
+    where = f"hardware.peak_tflops: {given}"
+    if isinstance(given, str):
+        if given not in PEAK_TFLOPS:
+            raise ConfigError(
+                f"no accelerator '{given}'", where=where, fix=f"a number, or {did_you_mean(given, PEAK_TFLOPS)}"
+            )
+        short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+        if not given.endswith(short):
+            raise ConfigError(
+                f"'{given}' is not the peak of {short}, in which this run computes",
+                where=where,
+                fix="the name or the number for that type; or leave it out, and it is measured",
+            )
+        return Peak(PEAK_TFLOPS[given], given)
+    if not given > 0:
+        raise ConfigError("a peak is a positive number of TFLOP/s", where=where)
+    return Peak(float(given), "given")
+
+
+def measured_peak(dtype: torch.dtype) -> Peak:
+    """The pace of a square matrix product in `dtype`, the best of 0.2 s, as a mean over the ranks.
+
+    All ranks measure at once, because ranks on one processor share it. Every rank calls it.
+    """
+    size = 256
+    while (best_s := _product_s(size, dtype)) < _LONG_ENOUGH_S and size < _LARGEST:
+        size *= 2
+    ends = time.perf_counter() + _MEASURED_S
+    while time.perf_counter() < ends:
+        best_s = min(best_s, _product_s(size, dtype))
+    return Peak(mean_over_ranks({"tflops": 2 * size**3 / best_s / 1e12})["tflops"], "measured")
+
+
+def _product_s(size: int, dtype: torch.dtype) -> float:
+    accelerator = get_accelerator()
+    square = torch.ones(size, size, dtype=dtype, device=accelerator.current_device_name())
+    torch.mm(square, square)  # warm
+    accelerator.synchronize()
+    started = time.perf_counter()
+    torch.mm(square, square)
+    accelerator.synchronize()
+    return time.perf_counter() - started

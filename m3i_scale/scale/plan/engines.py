@@ -1,0 +1,22 @@
+"""Which of DeepSpeed's optimizers serves a run."""
+
+from __future__ import annotations
+
+from m3i_scale.scale.plan.counts import Parameter
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.partitioned import PartitionedEngine
+from m3i_scale.scale.plan.replay import Engine
+from m3i_scale.scale.plan.settings import Settings
+from m3i_scale.scale.plan.trace import Trace
+from m3i_scale.scale.plan.whole import Bf16Engine, ZeroEngine
+
+
+def engine_for(
+    parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, near: Ledger, far: Ledger
+) -> Engine:
+    """The optimizer that DeepSpeed takes, built."""
+    if settings.stage == 3:
+        return PartitionedEngine(parameters, trace, settings, near, far)
+    if settings.bf16_optimizer:
+        return Bf16Engine(parameters, trace, settings, near, far)
+    return ZeroEngine(parameters, trace, settings, near, far)

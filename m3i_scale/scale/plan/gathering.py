@@ -1,0 +1,225 @@
+"""Which parameters are gathered when under ZeRO-3: DeepSpeed's coordinator (`partitioned_param_coordinator.py`), played
+through on sizes.
+
+A module's parameters are gathered when it runs, the next ones ahead of it; they are released after it, unless they are
+small (persistent) or come again soon. A gather takes the flat buffer of all shards and a tensor for every parameter.
+
+With second copies (`zero_hpz_partition_size`) a released parameter leaves a shard for its group of ranks behind, and is
+gathered from there until the optimizer, or the momentum target, has changed it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from m3i_scale.scale.plan.counts import Parameter, share
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.settings import Settings
+
+GATHERED, KEPT = "gathered parameters", "gathered parameters kept for the backward pass"
+SECOND = "second copies of parameters"
+
+
+@dataclass(eq=False)
+class _Storage:
+    """A gathered parameter."""
+
+    handle: int
+    uses: int = 1
+    """The parameter itself, and views that the backward pass holds."""
+
+
+@dataclass(eq=False)
+class _Gather:
+    """A gather on its way: the flat buffer lives until the last of its parameters has been fetched."""
+
+    flat: int
+    waiting: set[int]
+    params: list[int]
+    complete: bool = False
+
+
+@dataclass
+class Coordinator:
+    """Gathers and releases, for one rank."""
+
+    parameters: tuple[Parameter, ...]
+    modules: tuple[tuple[int, ...], ...]
+    settings: Settings
+    ledger: Ledger
+    shards: Ledger
+    """Where shards of parameters lie: the same, or that of host memory."""
+    order: list[int] | None = None
+    """Modules in the order of their use in one iteration; None while DeepSpeed still records it."""
+    told: Callable[[bool, int, int], None] = lambda in_group, size, calls: None
+    """Called at gathers: whether they are from second copies, their bytes, and how many they are."""
+    _full: dict[int, _Storage] = field(default_factory=dict)
+    _inflight: dict[int, _Gather] = field(default_factory=dict)
+    _active: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    _views: dict[int, _Storage] = field(default_factory=dict)
+    _second: dict[int, int] = field(default_factory=dict)
+    _queue: deque[tuple[int, int]] = field(default_factory=deque)
+    _latest: dict[int, int] = field(default_factory=dict)
+    _step: int = 0
+    _available: int = 0
+
+    def start(self) -> None:
+        """A new iteration."""
+        self._step, self._available = 0, 0
+        self._latest.clear()
+        self._queue.clear()
+        if self.order is not None:
+            last = {param: step for step, module in enumerate(self.order) for param in self.modules[module]}
+            for step, module in enumerate(self.order):
+                self._queue.extend((param, last[param] if last[param] == step else step) for param in self._own(module))
+
+    def fetch(self, module: int) -> None:
+        """`module` is about to run, forwards or backwards."""
+        own = self._own(module)
+        missing = [param for param in own if param not in self._full and param not in self._inflight]
+        if missing:
+            self._gather(missing)
+        for param in own:
+            self._active[param].add(module)
+            if param in self._inflight:
+                self._wait(param)
+        if self.order is not None:
+            self._advance(own)
+        self._step += 1
+
+    def release(self, module: int) -> None:
+        """`module` has run."""
+        own = self._own(module)
+        soon = self._soon(own)
+        for param in own:
+            self._active[param].discard(module)
+            if param in self._full and not self._active[param] and not self._persists(param) and param not in soon:
+                self._free(param)
+
+    def release_all(self) -> None:
+        """Before the optimizer: nothing stays gathered."""
+        for param in list(self._inflight):
+            self._wait(param)
+        for param in list(self._full):
+            self._active[param].clear()
+            self._free(param)
+
+    def gather_persistent(self) -> None:
+        """After the optimizer: small parameters are gathered for good."""
+        small = [param for param in range(len(self.parameters)) if self._persists(param)]
+        if small:
+            # `_allgather_params_coalesced` is one call for each of them, at a time.
+            self._gather_from(small, in_group=False, calls=len(small))
+            for param in [param for param in small if param in self._inflight]:
+                self._wait(param)
+
+    def changed(self, param: int) -> None:
+        """Its second copy is no longer what it is."""
+        if param in self._second:
+            self.shards.give(self._second.pop(param))
+
+    def keep(self, param: int, number: int) -> None:
+        """The backward pass holds a view of a gathered parameter."""
+        storage = self._full.get(param)
+        if storage is not None:
+            storage.uses += 1
+            self._views[number] = storage
+
+    def drop(self, number: int) -> None:
+        """It does not any more."""
+        storage = self._views.pop(number, None)
+        if storage is not None:
+            self._unuse(storage)
+
+    def _own(self, module: int) -> tuple[int, ...]:
+        return self.modules[module]
+
+    def _persists(self, param: int) -> bool:
+        parameter = self.parameters[param]
+        return parameter.numel <= self.settings.persistence and parameter.role != "momentum"
+
+    def _bytes(self, param: int, *, padded: bool = False) -> int:
+        numel, world = self.parameters[param].numel, self.settings.world
+        return (share(numel, world) * world if padded else numel) * self.settings.parameter_bytes
+
+    def _gather(self, params: list[int]) -> None:
+        """`__all_gather_params_`: those with a second copy by themselves."""
+        for in_group in (True, False):
+            some = [param for param in params if (param in self._second) == in_group]
+            if some:
+                self._gather_from(some, in_group=in_group)
+
+    def _gather_from(self, params: list[int], *, in_group: bool, calls: int = 1) -> None:
+        self._available += sum(self.parameters[param].numel for param in params)
+        if self.settings.world == 1:  # the shard is the parameter
+            for param in params:
+                self._full[param] = _Storage(self.ledger.take(GATHERED, 0))
+            return
+        size = sum(self._bytes(param, padded=True) for param in params)
+        self.told(in_group, size, calls)
+        gather = _Gather(self.ledger.take(GATHERED, size), set(params), params)
+        if self.settings.on_host:  # gloo collects into a buffer of its own
+            self.ledger.pass_by("collectives", size, apart=True)
+        for param in params:
+            self._inflight[param] = gather
+
+    def _wait(self, param: int) -> None:
+        gather = self._inflight.pop(param)
+        if not gather.complete:
+            for other in gather.params:
+                self._full[other] = _Storage(self.ledger.take(GATHERED, self._bytes(other)))
+            gather.complete = True
+        gather.waiting.discard(param)
+        if not gather.waiting:
+            self.ledger.give(gather.flat)
+
+    def _advance(self, own: tuple[int, ...]) -> None:
+        """Take the module's parameters off the queue, and gather the next ones ahead."""
+        fresh = {param for param in own if self._latest.get(param, -1) < self._step}
+        while self._queue and fresh:
+            param, step = self._queue.popleft()
+            self._latest[param] = step
+            fresh.discard(param)
+        limit = min(self.settings.max_live - self._available, self.settings.prefetch_bucket)
+        ahead: list[int] = []
+        numel = 0
+        while self._queue and numel < limit:
+            param, step = self._queue.popleft()
+            self._latest[param] = max(self._latest.get(param, -1), step)
+            if param not in self._full and param not in self._inflight and param not in ahead:
+                ahead.append(param)
+                numel += self.parameters[param].numel
+        if ahead:
+            self._gather(ahead)
+
+    def _soon(self, own: tuple[int, ...]) -> set[int]:
+        """Those of `own` that come again within the reuse distance, or whose next use was passed over ahead of it."""
+        if self.order is None:
+            return set()
+        soon = {param for param in own if self._latest.get(param, -1) > self._step}
+        passed = 0
+        for module in self.order[self._step :]:
+            if passed >= self.settings.max_reuse:
+                break
+            soon |= set(own) & set(self._own(module))
+            passed += sum(self.parameters[param].numel for param in self._own(module))
+        return soon
+
+    def copy(self, param: int) -> None:
+        """`_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
+        if self.settings.hpz > 1 and param not in self._second:
+            self._second[param] = self.shards.take(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
+
+    def _free(self, param: int) -> None:
+        self.copy(param)
+        self._available -= self.parameters[param].numel
+        self._unuse(self._full.pop(param))
+
+    def _unuse(self, storage: _Storage) -> None:
+        storage.uses -= 1
+        if storage.uses == 0:
+            self.ledger.give(storage.handle)
+        elif storage.uses > 0:
+            self.ledger.move(storage.handle, KEPT)

@@ -1,0 +1,80 @@
+"""What a GPU and its links are said to do, and how long a step takes at that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m3i_scale.errors import ConfigError, did_you_mean
+
+MFU = 0.4
+"""Share of the peak rate that the arithmetic is assumed to reach; `--mfu` changes it."""
+
+_LATENCY = "latencies are those that NCCL's tuner takes for a step of a ring (src/graph/tuning.cc, hwLat, LL128)"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A rank's device. Peak rates without sparsity, bandwidths in one direction."""
+
+    tflops: dict[str, float]
+    """By precision: 10¹² FLOP/s."""
+    intra_gb_s: float
+    inter_gb_s: float
+    latency_us: float
+    """Of one step of a ring from a node to the next, and within a node."""
+    intra_latency_us: float
+    source: str
+
+
+PRESETS = {
+    "h100": Hardware(
+        {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0},
+        intra_gb_s=450.0,
+        inter_gb_s=50.0,
+        latency_us=4.0,
+        intra_latency_us=1.9,
+        source="NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one "
+        f"400 Gb/s port a GPU); {_LATENCY}",
+    ),
+    "a100": Hardware(
+        {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5},
+        intra_gb_s=300.0,
+        inter_gb_s=25.0,
+        latency_us=4.0,
+        intra_latency_us=1.9,
+        source="NVIDIA's data sheet of the A100 SXM (dense rates, NVLink 600 GB/s both ways) and of the DGX A100 (one "
+        f"200 Gb/s port a GPU); {_LATENCY}",
+    ),
+    "cpu": Hardware(
+        {"bf16": 0.2, "fp16": 0.09, "fp32": 0.09},
+        intra_gb_s=2.0,
+        inter_gb_s=1.0,
+        latency_us=100.0,
+        intra_latency_us=100.0,
+        source="matrix products on one core of an AMD EPYC; bandwidths and latencies are assumptions",
+    ),
+}
+
+
+def hardware(name: str) -> Hardware:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
+    return PRESETS[name]
+
+
+def step_time(*, compute_s: float, communication_s: float, once_s: float, overlap: bool) -> float:
+    """Seconds of a step: what is longer where the two overlap, else both.
+
+    Args:
+        compute_s: of the arithmetic.
+        communication_s: of all collectives.
+        once_s: of those among them that wait for the end of the backward pass, which nothing hides.
+        overlap: whether the others run beside the arithmetic.
+    """
+    beside_s = communication_s - once_s
+    return once_s + (max(compute_s, beside_s) if overlap else compute_s + beside_s)

@@ -1,0 +1,197 @@
+"""DeepSpeed's stage 3, where every rank has a share of every parameter: what its optimizer takes and frees, from the
+start of the engine to the end of a step. The methods follow those of `stage3.py`.
+"""
+
+from __future__ import annotations
+
+from m3i_scale.scale.plan.communication import IN_GROUP
+from m3i_scale.scale.plan.counts import momentum_state_bytes, share, share_of
+from m3i_scale.scale.plan.gathering import Coordinator
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.replay import (
+    BUCKETS,
+    COLLECTIVES,
+    GRADIENTS,
+    MOMENTUM,
+    OF_ROLE,
+    OPTIMIZER,
+    PARAMETERS,
+    WORKSPACE,
+    Engine,
+)
+
+
+class PartitionedEngine(Engine):
+    """`stage3.py`: every rank has a share of every parameter."""
+
+    def build(self) -> None:
+        """`zero.Init`, first weights, `_create_fp16_partitions_with_defragmentation`, `_create_fp32_partitions`."""
+        settings, world = self.settings, self.settings.world
+        places = self.near if not settings.far_parameters else self.far
+        shards = {}
+        for module in self.trace.modules:
+            whole = [self.near.take(WORKSPACE, self._bytes(place)) for place in module]
+            for place, handle in zip(module, whole, strict=True):
+                part = OF_ROLE[self.parameters[place].role]
+                size = share(self.parameters[place].numel, world) * settings.parameter_bytes
+                shards[place] = places.take(part, size)
+                self.near.give(handle)
+        self.phase = "start"
+        self.coordinator = Coordinator(
+            self.parameters, self.trace.modules, settings, self.near, places, told=self._count_gather
+        )
+        for place in range(len(self.parameters)):
+            self.coordinator.copy(place)
+        for number in range(len(self.trace.modules)):  # first weights, module by module
+            self.coordinator.fetch(number)
+            self.coordinator.release_all()
+        self._flatten(shards, places)
+        self._masters()
+        self.near.take(BUCKETS, settings.reduce_bucket * settings.communication_bytes)
+        total = sum(share(self.parameters[p].numel, world) for p in self.trained)
+        self.states.take(GRADIENTS, total * settings.accumulation_bytes)
+        for place in self.averaged:
+            numel = share(self.parameters[place].numel, world)
+            self.near.take(MOMENTUM, numel * momentum_state_bytes(settings.precision))
+        self.order: list[int] = []
+        self.filled: list[tuple[int, int | None]] = []
+
+    def held_of(self, param: int, rank: int) -> int:
+        """Its share."""
+        return share_of(self.parameters[param].numel, self.settings.world, rank)
+
+    averaged_of = held_of
+
+    def _bytes(self, place: int) -> int:
+        return self.parameters[place].numel * self.settings.parameter_bytes
+
+    def _flatten(self, shards: dict[int, int], places: Ledger) -> None:
+        total = sum(share(self.parameters[p].numel, self.settings.world) for p in self.trained)
+        size = total * self.settings.parameter_bytes
+        if self.settings.on_host or self.settings.far_parameters:
+            places.take(PARAMETERS, size)
+            for place in self.trained:
+                places.give(shards[place])
+        else:  # by way of the host
+            for place in self.trained:
+                places.give(shards[place])
+            places.take(PARAMETERS, size)
+
+    def _masters(self) -> None:
+        settings = self.settings
+        self.sub_groups = self._sub_groups()
+        # Also where parameters have the masters' type: DeepSpeed compares a device with its name, and copies.
+        for numel in self.sub_groups:
+            converted = self.states.take(WORKSPACE, numel * settings.master_bytes)
+            self.states.take(OPTIMIZER, numel * settings.master_bytes)
+            self.states.give(converted)
+        if settings.far_optimizer:
+            for numel in self.sub_groups:
+                self.far.take(GRADIENTS, numel * settings.master_bytes)
+        else:
+            self.near.pass_by(GRADIENTS, max(self.sub_groups) * settings.master_bytes)
+
+    def _sub_groups(self) -> list[int]:
+        """`_create_fp16_sub_groups`."""
+        found = []
+        for matrix in (True, False):
+            sizes = [
+                share(self.parameters[p].numel, self.settings.world)
+                for p in self.trained
+                if self.parameters[p].matrix == matrix
+            ]
+            if self.settings.sub_group >= sum(sizes):
+                found += [sum(sizes)] if sizes else []
+                continue
+            size = 0
+            for number, numel in enumerate(sizes):
+                size += numel
+                if size >= self.settings.sub_group or number + 1 == len(sizes):
+                    found.append(size)
+                    size = 0
+        return found
+
+    def before_forward(self) -> None:
+        """The first iteration is recorded; later ones gather ahead."""
+        if self.order:
+            self.coordinator.order = self.order
+        self.coordinator.start()
+        self.order = []
+
+    def on_use(self, module: int, kind: str) -> None:
+        """Gather or release."""
+        if kind == "fetch":
+            self.order.append(module)
+            self.coordinator.fetch(module)
+        else:
+            self.coordinator.release(module)
+
+    def _count_gather(self, in_group: bool, size: int, calls: int) -> None:
+        kind = self.phase if self.phase == "update" else f"gather {self.phase}"
+        self.traffic.add(IN_GROUP if in_group else kind, size, calls)
+
+    def on_view(self, param: int, number: int, kind: str) -> None:
+        """Unless DeepSpeed's linear function is on, saved views hold gathered weights."""
+        if self.settings.efficient_linear:
+            return
+        if kind == "keep":
+            self.coordinator.keep(param, number)
+        else:
+            self.coordinator.drop(number)
+
+    def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`."""
+        numel, used = self.parameters[param].numel, sum(size for size, _ in self.filled)
+        if self.filled and used + numel > self.settings.reduce_bucket:
+            self._reduce()
+            used = 0
+        if used + numel <= self.settings.reduce_bucket:  # copied into the bucket
+            self.near.give(handle)
+            self.filled.append((numel, None))
+        else:
+            self.filled.append((numel, handle))
+
+    def _reduce(self) -> None:
+        """`reduce_scatter_coalesced`: a flat copy, unless there is one gradient that needs no padding."""
+        settings, world = self.settings, self.settings.world
+        sizes = [numel for numel, _ in self.filled]
+        padded = sum(share(numel, world) * world for numel in sizes)
+        self.traffic.add("reduce-scatter", padded * settings.communication_bytes)
+        alone = len(sizes) == 1 and padded == sizes[0]
+        flat = None if alone else self.near.take(BUCKETS, padded * settings.communication_bytes)
+        if settings.on_host and world > 1:  # gloo reduces a clone
+            self.near.pass_by(COLLECTIVES, padded * settings.communication_bytes, apart=True)
+        if settings.accumulation_bytes != settings.communication_bytes:
+            self.near.pass_by(BUCKETS, padded // world * settings.accumulation_bytes)
+        if flat is not None:
+            self.near.give(flat)
+        for _, handle in self.filled:
+            if handle is not None:
+                self.near.give(handle)
+        self.filled.clear()
+
+    def after_backward(self, *, first: bool, last: bool) -> None:
+        """The rest of the bucket."""
+        if self.filled:
+            self._reduce()
+
+    def step(self) -> None:
+        """Sub-group by sub-group."""
+        settings = self.settings
+        self.coordinator.release_all()
+        self.norm(max(share(self.parameters[p].numel, settings.world) for p in self.trained))
+        for numel in self.sub_groups:
+            gradient = None
+            if not settings.far_optimizer:
+                gradient = self.near.take(WORKSPACE, numel * settings.accumulation_bytes)
+                if settings.accumulation_bytes != settings.master_bytes:
+                    converted = self.near.take(WORKSPACE, numel * settings.master_bytes)
+                    self.near.give(gradient)
+                    gradient = converted
+            self.take_states(numel)
+            if gradient is not None:
+                self.near.give(gradient)
+        self.phase = "update"
+        self.coordinator.gather_persistent()
+        for param in (*self.trained, *self.averaged):
+            self.coordinator.changed(param)

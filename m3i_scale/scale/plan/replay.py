@@ -1,0 +1,160 @@
+"""One rank's engine, played through on sizes: a recorded micro-batch is replayed, and every kind of engine says what it
+takes and frees meanwhile.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Final
+
+from m3i_scale.scale.checkpoint.pools import plan_pools
+from m3i_scale.scale.plan.communication import Traffic
+from m3i_scale.scale.plan.counts import Parameter
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.settings import Settings
+from m3i_scale.scale.plan.trace import Trace
+
+PARAMETERS, MOMENTUM, TEACHER = "parameters", "momentum target", "teacher"
+GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer", "reduce buckets"
+SNAPSHOT = "snapshot"
+"""What a save in the background copies into host memory, kept for the next one."""
+ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
+OF_ROLE: Final = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER}
+PLAYED: Final = 2
+"""Micro-batches of a step that are played through, at most."""
+_NORM_BYTES = 8
+"""Gradient norms are taken in fp64."""
+
+
+class Engine(ABC):
+    """One rank's engine.
+
+    Args:
+        parameters: of the whole module, in its order.
+        trace: what a micro-batch does.
+        settings: of the engine.
+        near: where the device's tensors are written down.
+        far: host memory beside the device; the same as `near` where the host computes.
+    """
+
+    def __init__(
+        self, parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, near: Ledger, far: Ledger
+    ) -> None:
+        self.parameters, self.trace, self.settings = parameters, trace, settings
+        self.near, self.far = near, far
+        self.states = near if not settings.far_optimizer else far
+        self.trained = [place for place, p in enumerate(parameters) if p.role == "trained"]
+        self.averaged = [place for place, p in enumerate(parameters) if p.role == "momentum"]
+        self.stepped = False
+        self.traffic, self.again = Traffic(), Traffic()
+        self.build()
+
+    def run(self, steps: int = 2) -> None:
+        """Optimizer steps: the second one finds all states there. `traffic` is that of the last one, in as many
+        micro-batches as were played; `again` that of the last micro-batch."""
+        for _ in range(steps):
+            traffic, count = Traffic(), self.played
+            for number in range(count):
+                self.traffic = Traffic()
+                self.micro_batch(first=number == 0, last=number + 1 == count)
+                self.again = self.traffic
+                traffic += self.again
+            self.traffic = Traffic()
+            self.step()
+            self.traffic += traffic
+            if not self.stepped:
+                self.save()
+            self.stepped = True
+
+    @property
+    def played(self) -> int:
+        """Micro-batches of a step: further ones repeat the second."""
+        return min(self.settings.accumulation_steps, PLAYED)
+
+    def micro_batch(self, *, first: bool, last: bool) -> None:
+        """Replay the trace."""
+        held: dict[int, int] = {}
+        self.before_forward()
+        self.phase = "forward"
+        for event in self.trace.events:
+            if event.kind == "backward":
+                self.phase = "backward"
+            elif event.kind == "take":
+                held[event.number] = self.near.take(ACTIVATIONS, event.size)
+            elif event.kind == "give" and event.number in held:
+                self.near.give(held.pop(event.number))
+            elif event.kind == "gradient":
+                self.near.move(held[event.number], GRADIENTS)
+                self.on_gradient(event.owner, held.pop(event.number), first=first)
+            elif event.kind in ("fetch", "release"):
+                self.on_use(event.owner, event.kind)
+            elif event.kind in ("keep", "drop"):
+                self.on_view(event.owner, event.number, event.kind)
+        for handle in held.values():
+            self.near.give(handle)
+        self.after_backward(first=first, last=last)
+
+    @abstractmethod
+    def build(self) -> None:
+        """From the module to an engine."""
+
+    @abstractmethod
+    def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
+        """The gradient of `param` is complete."""
+
+    @abstractmethod
+    def after_backward(self, *, first: bool, last: bool) -> None:
+        """What is reduced when all gradients are there."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """The optimizer."""
+
+    def before_forward(self) -> None:  # noqa: B027 - likewise
+        """Nothing, by default."""
+
+    def on_use(self, module: int, kind: str) -> None:  # noqa: B027 - whole engines have nothing to do
+        """Whole parameters are always there."""
+
+    def on_view(self, param: int, number: int, kind: str) -> None:  # noqa: B027 - likewise
+        """A view of a parameter that stays costs nothing."""
+
+    @abstractmethod
+    def held_of(self, param: int, rank: int) -> int:
+        """Elements of a trained parameter that `rank` holds master weights of, without padding."""
+
+    @abstractmethod
+    def averaged_of(self, param: int, rank: int) -> int:
+        """Elements of an average that `rank` saves."""
+
+    def snapshot(self, rank: int = 0) -> list[int]:
+        """Bytes of every copy in host memory that a save in the background makes on `rank`: master weights and moments
+        of each parameter, and an average in fp32, or in two halves (see `checkpoint/saver.py`)."""
+        settings, sizes = self.settings, []
+        for param in self.trained:
+            numel = self.held_of(param, rank)
+            sizes += [numel * size for size in (settings.master_bytes, settings.state_bytes, settings.state_bytes)]
+        halves = (2, 2) if settings.precision == "bf16" else (4,)
+        for param in self.averaged:
+            sizes += [self.averaged_of(param, rank) * size for size in halves]
+        return [size for size in sizes if size]
+
+    def save(self) -> None:
+        """The first save. Its copies stay; pinned ones share pools, for torch gives such memory in powers of two."""
+        if self.settings.snapshot is None:
+            return
+        sizes = self.snapshot()
+        for size in sizes if self.settings.on_host else plan_pools(sizes)[0]:
+            self.far.take(SNAPSHOT, size)
+        if self.settings.snapshot:
+            self.near.take(SNAPSHOT, self.settings.snapshot)
+
+    def take_states(self, numel: int) -> None:
+        """AdamW's moments, made at the first step."""
+        if not self.stepped:
+            for _ in range(2):
+                self.states.take(OPTIMIZER, numel * self.settings.state_bytes)
+
+    def norm(self, largest: int) -> None:
+        """Gradient by gradient."""
+        self.near.pass_by(WORKSPACE, largest * _NORM_BYTES)

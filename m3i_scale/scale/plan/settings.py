@@ -1,0 +1,94 @@
+"""What a resolved DeepSpeed configuration means for memory and traffic: stages, sizes, bytes an element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from m3i_scale.scale.ds_rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One engine on `world` ranks. Sizes in elements, `…_bytes` an element."""
+
+    world: int
+    stage: int
+    precision: str
+    parameter_bytes: int
+    master_bytes: int
+    state_bytes: int
+    """Of each of AdamW's two moments."""
+    accumulation_bytes: int
+    """Of the gradients that are kept between micro-batches."""
+    communication_bytes: int
+    bf16_optimizer: bool
+    """DeepSpeed's BF16 optimizer serves stage 1 (see `takes_bf16_optimizer`)."""
+    reduce_bucket: int
+    overlap: bool
+    sub_group: int
+    prefetch_bucket: int
+    persistence: int
+    max_live: int
+    max_reuse: int
+    efficient_linear: bool
+    """DeepSpeed's own linear function keeps the parameter and not a view of its gathered storage."""
+    hpz: int
+    """Ranks that hold a second copy of the shards between them; 1 for none."""
+    far_optimizer: bool
+    """Optimizer states and master weights in host memory."""
+    far_parameters: bool
+    accumulation_steps: int
+    on_host: bool
+    """The host is what computes: gloo, and glibc's heap."""
+    snapshot: int | None = None
+    """Saves go on in the background: bytes of buffers that the first rank copies beside what it trains. None: they
+    copy nothing."""
+
+
+def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Settings:
+    """From a resolved configuration; what it leaves out has DeepSpeed's default.
+
+    Args:
+        config: without any "auto".
+        world: number of ranks.
+        on_host: see `Settings`.
+    """
+    zero, bf16 = config["zero_optimization"], config.get("bf16", {})
+    kind = precision(config)
+    parsed = DeepSpeedZeroConfig(**zero)
+    lean = bool(bf16.get("bf16_master_weights_and_grads")) or bool(
+        config.get("fp16", {}).get("fp16_master_weights_and_grads")
+    )
+    return Settings(
+        world=world,
+        stage=int(zero["stage"]),
+        precision=kind,
+        parameter_bytes=BYTES[kind],
+        master_bytes=BYTES[kind] if lean else 4,
+        state_bytes=2 if bf16.get("bf16_optimizer_states") else (BYTES[kind] if lean and not _far(config) else 4),
+        accumulation_bytes=BYTES[accumulation(config)],
+        communication_bytes=BYTES[config.get("communication_data_type") or kind],
+        bf16_optimizer=takes_bf16_optimizer(config),
+        reduce_bucket=int(parsed.reduce_bucket_size),
+        overlap=bool(parsed.overlap_comm),
+        sub_group=int(parsed.sub_group_size),
+        prefetch_bucket=int(parsed.prefetch_bucket_size),
+        persistence=int(parsed.param_persistence_threshold),
+        max_live=int(parsed.max_live_parameters),
+        max_reuse=int(parsed.max_reuse_distance),
+        efficient_linear=bool(parsed.memory_efficient_linear),
+        hpz=max(int(parsed.zero_hpz_partition_size), 1),
+        far_optimizer=_far(config),
+        far_parameters=(zero.get("offload_param") or {}).get("device") == "cpu",
+        accumulation_steps=int(config["gradient_accumulation_steps"]),
+        on_host=on_host,
+    )
+
+
+def _far(config: dict[str, Any]) -> bool:
+    return offloads_optimizer(config)

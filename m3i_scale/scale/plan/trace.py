@@ -1,0 +1,279 @@
+"""What one micro-batch of a module does, recorded without computing it: every tensor that comes and goes, every
+gradient, every use of a parameter, and the FLOPs.
+
+The module and its input lie on the `meta` device, where tensors have sizes and lifetimes and no content.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from m3i_scale.backbones.flops import counter
+
+Kind = Literal["take", "give", "gradient", "fetch", "release", "keep", "drop", "backward"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happens.
+
+    take, give: tensor `number` of `size` bytes comes into being, or is freed. gradient: that of parameter `owner` is
+    complete, and is tensor `number`. fetch, release: module `owner` needs its parameters, or does not any more. keep,
+    drop: the backward pass holds on to the storage of parameter `owner` by the view `number`, or lets go of it.
+    backward: the forward pass is over.
+    """
+
+    kind: Kind
+    number: int = 0
+    size: int = 0
+    owner: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded micro-batch."""
+
+    events: tuple[Event, ...]
+    modules: tuple[tuple[int, ...], ...]
+    """By module: its own parameters, as indices into `module.parameters()`."""
+    flop: int
+    """Of forward and backward pass, recomputation included."""
+    saved_bytes: int
+    """What the forward pass leaves behind for the backward pass."""
+
+
+def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
+    """What `wanted` samples would do, by what `samples` and twice as many do.
+
+    Sizes are a number, and a number for every sample. None where the two make other tensors or other gradients.
+    """
+    if _made(small) != _made(large):
+        return None
+    sizes = {event.number: event.size for event in small.events if event.size}
+
+    def at(one: int, two: int) -> int:
+        return round(one + (two - one) * (wanted - samples) / samples)
+
+    events = tuple(
+        replace(event, size=at(sizes.get(event.number, event.size), event.size)) if event.size else event
+        for event in large.events
+    )
+    return Trace(events, small.modules, at(small.flop, large.flop), at(small.saved_bytes, large.saved_bytes))
+
+
+def _made(trace: Trace) -> list[tuple[str, int, int]]:
+    """Which tensors come into being, in order, and which of them are whose gradients."""
+    return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("take", "gradient")]
+
+
+@dataclass
+class _Recorder:
+    """Collects events; knows which storages are alive."""
+
+    owned: set[int]
+    events: list[Event] = field(default_factory=list)
+    alive: dict[int, tuple[int, Any]] = field(default_factory=dict)
+    """By storage: its number and the reference that tells of its end."""
+    live_bytes: int = 0
+    count: int = 0
+
+    def meet(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.owned or key in self.alive:
+            return
+        self.count += 1
+        number, size = self.count, storage.nbytes()
+
+        def end(_: Any) -> None:
+            if self.alive.pop(key, (0, None))[0] == number:
+                self.live_bytes -= size
+                self.events.append(Event("give", number))
+
+        self.alive[key] = number, weakref.ref(storage, end)
+        self.live_bytes += size
+        self.events.append(Event("take", number, size))
+
+    def number_of(self, tensor: Tensor) -> int:
+        self.meet(tensor)
+        return self.alive[tensor.untyped_storage()._cdata][0]
+
+
+class _Storages(TorchDispatchMode):
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self.recorder.meet(leaf)
+        return output
+
+
+class _NoAnswers(TorchFunctionMode):
+    """A tensor without content answers a question with no: captions are not all of one length, their mask is needed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__bool__ and args[0].device.type == "meta":
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> Tensor:
+    """As the fused kernels of all devices do it: q, k, v, the output and one number a row are kept.
+
+    On `meta` torch would take the plain products, and keep their scores.
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask)[0]
+    return output
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Stands for a view of a parameter among what autograd saved."""
+
+    tensor: Tensor
+
+
+def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) -> Trace:
+    """Run `step`, which gives the loss, and its backward pass.
+
+    Args:
+        module: on `meta`, in training mode.
+        step: one forward pass of `module`.
+        inputs: tensors that lie there before.
+    """
+    parameters = list(module.parameters())
+    index = {id(parameter): place for place, parameter in enumerate(parameters)}
+    storages = {parameter.untyped_storage()._cdata: place for place, parameter in enumerate(parameters)}
+    held = [*parameters, *module.buffers(), *inputs]
+    recorder = _Recorder({tensor.untyped_storage()._cdata for tensor in held})
+    owners = list(module.modules())
+    own = tuple(tuple(index[id(p)] for p in child.parameters(recurse=False)) for child in owners)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_module_hooks(owners, own, recorder))
+        stack.enter_context(_gradient_hooks(parameters, own, recorder))
+        stack.enter_context(_kept_views(storages, recorder))
+        # Every sample has every target.
+        stack.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
+        stack.enter_context(_Storages(recorder))
+        flops = stack.enter_context(counter())
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _fused_attention))
+        with _NoAnswers():
+            loss = step()
+        saved = recorder.live_bytes
+        recorder.events.append(Event("backward"))
+        loss.backward()
+        del loss
+    return Trace(tuple(recorder.events), own, int(flops.get_total_flops()), saved)
+
+
+@contextlib.contextmanager
+def _module_hooks(owners: list[nn.Module], own: tuple[tuple[int, ...], ...], recorder: _Recorder) -> Iterator[None]:
+    """Tell when a module uses its parameters, forwards and (by the gradient of its output) backwards."""
+    handles = []
+
+    def before(number: int) -> Callable[..., None]:
+        return lambda *_: recorder.events.append(Event("fetch", owner=number))
+
+    def after(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            recorder.events.append(Event("release", owner=number))
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_leaf:
+                    leaf.register_hook(lambda _: recorder.events.append(Event("fetch", owner=number)))
+
+        return hook
+
+    for number, child in enumerate(owners):
+        handles.append(child.register_forward_pre_hook(before(number)))
+        handles.append(child.register_forward_hook(after(number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _gradient_hooks(
+    parameters: list[nn.Parameter], own: tuple[tuple[int, ...], ...], recorder: _Recorder
+) -> Iterator[None]:
+    """A complete gradient leaves the module at once: what becomes of it is the engine's business."""
+    handles = []
+    module_of = {place: number for number, places in enumerate(own) for place in places}
+    waiting = {number: {p for p in places if parameters[p].requires_grad} for number, places in enumerate(own)}
+
+    def taken(place: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            if gradient is None:
+                raise RuntimeError("a gradient hook without a gradient")
+            number = recorder.number_of(gradient)
+            recorder.events.append(Event("gradient", number, gradient.untyped_storage().nbytes(), place))
+            parameter.grad = None
+            del gradient
+            module = module_of[place]
+            waiting[module].discard(place)
+            if not waiting[module]:
+                recorder.events.append(Event("release", owner=module))
+
+        return hook
+
+    for place, parameter in enumerate(parameters):
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(taken(place)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _kept_views(storages: dict[int, int], recorder: _Recorder) -> Iterator[None]:
+    """`F.linear` saves the transposed weight, a view: it holds the storage, whatever becomes of the parameter."""
+    count = 0
+
+    def pack(tensor: Tensor) -> Any:
+        nonlocal count
+        place = storages.get(tensor.untyped_storage()._cdata)
+        if place is None or tensor.is_leaf:
+            return tensor
+        count += 1
+        number, kept = count, _Kept(tensor)
+        weakref.finalize(kept, lambda: recorder.events.append(Event("drop", number, owner=place)))
+        recorder.events.append(Event("keep", number, owner=place))
+        return kept
+
+    def unpack(saved: Any) -> Tensor:
+        return saved.tensor if isinstance(saved, _Kept) else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

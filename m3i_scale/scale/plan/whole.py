@@ -1,0 +1,268 @@
+"""DeepSpeed's stages 1 and 2, where every rank has all parameters: what their optimizers take and free, from the start
+of the engine to the end of a step. The methods follow those of DeepSpeed's files, which the docstrings name.
+"""
+
+from __future__ import annotations
+
+from m3i_scale.scale.plan.counts import momentum_state_bytes, share_of
+from m3i_scale.scale.plan.replay import (
+    BUCKETS,
+    COLLECTIVES,
+    GRADIENTS,
+    MOMENTUM,
+    OF_ROLE,
+    OPTIMIZER,
+    PARAMETERS,
+    WORKSPACE,
+    Engine,
+)
+
+_ALIGNMENT = 2
+"""`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the ranks."""
+
+
+class WholeEngine(Engine):
+    """Stages 1 and 2: every rank has all parameters."""
+
+    def build(self) -> None:
+        """`DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
+        kept = {}
+        for place, parameter in enumerate(self.parameters):
+            kept[place] = self.near.take(OF_ROLE[parameter.role], parameter.numel * 4)  # built in fp32
+        if self.settings.parameter_bytes != 4:
+            for place, parameter in enumerate(self.parameters):
+                size = parameter.numel * self.settings.parameter_bytes
+                cast = self.near.take(OF_ROLE[parameter.role], size)
+                self.near.give(kept[place])
+                kept[place] = cast
+        self.groups = [[p for p in self.trained if self.parameters[p].matrix == matrix] for matrix in (True, False)]
+        self.groups = [group for group in self.groups if group]
+        self.flat = [self._padded(sum(self.parameters[p].numel for p in group)) for group in self.groups]
+        for group, numel in zip(self.groups, self.flat, strict=True):
+            self.near.take(PARAMETERS, numel * self.settings.parameter_bytes)
+            for place in group:
+                self.near.give(kept[place])
+            self._master(numel // self.settings.world)
+        self._after_groups()
+        for place in self.averaged:
+            numel = self.parameters[place].numel
+            whole = self.near.take(WORKSPACE, numel * 4)
+            self.near.take(MOMENTUM, numel * momentum_state_bytes(self.settings.precision))
+            self.near.give(whole)
+
+    def held_of(self, param: int, rank: int) -> int:
+        """Its part of the flat group that all ranks share out."""
+        for group, numel in zip(self.groups, self.flat, strict=True):
+            if param in group:
+                before = sum(self.parameters[place].numel for place in group[: group.index(param)])
+                shard = numel // self.settings.world
+                end = min(before + self.parameters[param].numel, (rank + 1) * shard)
+                return max(0, end - max(before, rank * shard))
+        return 0
+
+    def averaged_of(self, param: int, rank: int) -> int:
+        """An even share of what all ranks hold alike."""
+        return share_of(self.parameters[param].numel, self.settings.world, rank)
+
+    def _padded(self, numel: int) -> int:
+        unit = _ALIGNMENT * self.settings.world
+        return -(-numel // unit) * unit
+
+    def _master(self, numel: int) -> None:
+        copy = self.near.take(WORKSPACE, numel * self.settings.parameter_bytes)
+        self.states.take(OPTIMIZER, numel * self.settings.master_bytes)
+        self.near.give(copy)
+
+    def _after_groups(self) -> None:
+        """Nothing more, by default."""
+
+    def gather_groups(self) -> None:
+        """Updated shards to all ranks, in place; gloo collects into a buffer of its own."""
+        for numel in self.flat:
+            self.traffic.add("update", numel * self.settings.parameter_bytes)
+            if self.settings.on_host and self.settings.world > 1:
+                self.near.pass_by(COLLECTIVES, numel * self.settings.parameter_bytes, apart=True)
+
+
+class ZeroEngine(WholeEngine):
+    """`stage_1_and_2.py`."""
+
+    def _after_groups(self) -> None:
+        settings = self.settings
+        largest = max(self.parameters[p].numel for p in self.trained)
+        shards = [numel // settings.world for numel in self.flat]
+        if settings.far_optimizer:
+            for numel in shards:
+                self.far.take(OPTIMIZER, numel * settings.parameter_bytes)  # param_buffer_of_bit16_for_cpu_offload
+                self.far.take(GRADIENTS, numel * settings.master_bytes)
+            self.far.take(BUCKETS, largest * settings.parameter_bytes)  # temp_grad_buffer_for_cpu_offload
+            self.near.take(BUCKETS, largest * settings.parameter_bytes)
+        else:
+            starting = [self.near.take(GRADIENTS, numel * settings.master_bytes) for numel in shards]
+            for handle in starting:
+                self.near.give(handle)
+        self.compact = settings.accumulation_bytes == 4 and settings.parameter_bytes != 4
+        self.early = settings.stage == 2 or settings.overlap
+        self.own = self._in_partition()
+        """Parameters of the first rank's partition, in whole or in part."""
+        self.buckets: list[int] = []
+        self.filled = 0
+        self.large: list[int] = []
+        self.waiting: dict[int, int] = {}
+        self.in_bucket: list[int] = []
+        self.owned: list[int] = []
+        self.accumulated: list[int] = []
+        self.partitions: list[int] = []
+
+    def _in_partition(self) -> set[int]:
+        found = set()
+        for group, numel in zip(self.groups, self.flat, strict=True):
+            start, end = 0, numel // self.settings.world
+            for place in group:
+                if start < end:
+                    found.add(place)
+                start += self.parameters[place].numel
+        return found
+
+    def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`, at once or at the end of the backward pass."""
+        if self.early:
+            self._put(param, handle)
+        elif first or param not in self.waiting:
+            self.waiting[param] = handle
+        else:  # added to the one that is there
+            self.near.give(handle)
+
+    def _put(self, param: int, handle: int) -> None:
+        settings, numel = self.settings, self.parameters[param].numel
+        if not self.buckets:
+            count = 2 if settings.overlap else 1
+            size = settings.reduce_bucket * settings.parameter_bytes
+            self.buckets = [self.near.take(BUCKETS, size) for _ in range(count)]
+        if self.filled + numel > settings.reduce_bucket:
+            self._reduce()
+        self.filled += numel
+        self.in_bucket.append(param)
+        if numel > settings.reduce_bucket:
+            self.large.append(handle)
+        else:
+            self.near.give(handle)
+
+    def _reduce(self) -> None:
+        """`reduce_ipg_grads`: a flat copy is reduced; what is this rank's own is put aside."""
+        settings = self.settings
+        if not self.filled:
+            return
+        if self.compact and not self.partitions:
+            shards = [numel // settings.world for numel in self.flat]
+            self.partitions = [self.near.take(GRADIENTS, numel * settings.accumulation_bytes) for numel in shards]
+        kind = "all-reduce" if self.early else "all-reduce of the step"
+        self.traffic.add(kind, self.filled * settings.communication_bytes)
+        flat = self.near.take(BUCKETS, self.filled * settings.parameter_bytes)
+        if settings.communication_bytes != settings.parameter_bytes:
+            self.near.pass_by(BUCKETS, self.filled * settings.communication_bytes)
+        self.near.give(flat)
+        if not self.compact and not settings.far_optimizer:
+            self._put_aside()
+        for handle in self.large:
+            self.near.give(handle)
+        self.large.clear()
+        self.in_bucket.clear()
+        self.filled = 0
+
+    def _put_aside(self) -> None:
+        """`copy_grads_in_partition`: into a buffer for all of this rank's own, of which a host has the pages that were
+        written."""
+        size = self.settings.parameter_bytes
+        if self.settings.on_host:
+            mine = [param for param in self.in_bucket if param in self.own]
+            self.owned += [self.near.take(GRADIENTS, self.parameters[param].numel * size) for param in mine]
+        elif not self.owned:
+            self.owned = [self.near.take(GRADIENTS, sum(self.parameters[p].numel for p in self.own) * size)]
+
+    def after_backward(self, *, first: bool, last: bool) -> None:
+        """`independent_gradient_partition_epilogue`."""
+        if last and not self.early:
+            for param in (param for group in self.groups for param in group):  # `reduce_gradients`
+                if param in self.waiting:
+                    self._put(param, self.waiting.pop(param))
+        if self.early or last:
+            self._reduce()
+        for handle in self.buckets:
+            self.near.give(handle)
+        self.buckets.clear()
+        if self.accumulated:  # added to what earlier micro-batches left
+            self._release(self.owned)
+            self.owned, self.accumulated = self.accumulated, []
+        if not last:
+            self.accumulated, self.owned = self.owned, []
+
+    def _release(self, handles: list[int]) -> None:
+        for handle in handles:
+            self.near.give(handle)
+
+    def step(self) -> None:
+        """`step`: group by group."""
+        settings = self.settings
+        self.norm(max(min(self.parameters[p].numel, max(self.flat) // settings.world) for p in self.trained))
+        for number, numel in enumerate(self.flat):
+            shard = numel // settings.world
+            gradient = None
+            if settings.far_optimizer:
+                pass
+            elif self.compact:
+                gradient = self.partitions[number]
+            else:
+                gradient = self.near.take(GRADIENTS, shard * settings.parameter_bytes)
+                if settings.master_bytes != settings.parameter_bytes:
+                    converted = self.near.take(GRADIENTS, shard * settings.master_bytes)
+                    self.near.give(gradient)
+                    gradient = converted
+            self.take_states(shard)
+            if gradient is not None:
+                self.near.give(gradient)
+        if self.compact and settings.far_optimizer:
+            for handle in self.partitions:
+                self.near.give(handle)
+        self.partitions = []
+        self._release(self.owned)
+        self.owned = []
+        self.gather_groups()
+
+
+class Bf16Engine(WholeEngine):
+    """`bf16_optimizer.py`: stage 1 in bf16 with fp32 gradients, which are whole on every rank."""
+
+    def _master(self, numel: int) -> None:
+        super()._master(numel)
+        self.near.take(GRADIENTS, numel * self.settings.world * self.settings.accumulation_bytes)
+
+    def _after_groups(self) -> None:
+        self.kept: set[int] = set()
+
+    def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
+        """16-bit gradients are set to zero after the step, and stay."""
+        if param in self.kept:
+            self.near.give(handle)
+        self.kept.add(param)
+
+    def after_backward(self, *, first: bool, last: bool) -> None:
+        """`update_hp_grads`, then `buffered_allreduce_fallback`: a flat copy, and another one in the type that is
+        sent."""
+        settings = self.settings
+        self.near.pass_by(WORKSPACE, max(self.parameters[p].numel for p in self.trained) * settings.accumulation_bytes)
+        if not last:
+            return
+        numel = sum(self.flat)
+        self.traffic.add("all-reduce of the step", numel * settings.communication_bytes)
+        copy = self.near.take(BUCKETS, numel * settings.accumulation_bytes) if len(self.flat) > 1 else None
+        if settings.communication_bytes != settings.accumulation_bytes:
+            self.near.pass_by(BUCKETS, numel * settings.communication_bytes)
+        if copy is not None:
+            self.near.give(copy)
+
+    def step(self) -> None:
+        """On the shard of the gradients."""
+        for numel in self.flat:
+            self.take_states(numel // self.settings.world)
+        self.gather_groups()

@@ -1,0 +1,26 @@
+"""An fp32 number in two halves of 16 bits, of which the first is a bf16 number by itself.
+
+bf16 is the upper half of fp32. A compute copy in bf16 and the lower half, kept as an integer, are the fp32 number to
+the last bit: four bytes for what would take six.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALF = 1 << 15
+
+
+def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
+    """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16)."""
+    bits = values.contiguous().view(torch.int32)
+    rounded = (bits + _HALF) >> 16
+    lower.copy_((bits - (rounded << 16)).view_as(lower))
+    upper.view(torch.int16).copy_(rounded.view_as(upper))
+
+
+def join(upper: Tensor, lower: Tensor) -> Tensor:
+    """The fp32 numbers that were split: a new tensor of `upper`'s shape."""
+    bits = (upper.view(torch.int16).to(torch.int32) << 16) + lower.view_as(upper)
+    return bits.view(torch.float32)

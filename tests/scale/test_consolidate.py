@@ -1,0 +1,278 @@
+"""Pieces become whole tensors: the same values, in files that stock readers read, with little memory, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import TESTS, environment, start_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from m3i_scale.cli import app
+from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint import layouts, space
+from m3i_scale.scale.checkpoint.commit import begin, commit
+from m3i_scale.scale.checkpoint.merge import consolidate
+from m3i_scale.scale.checkpoint.tensors import Range, write_index, write_ranges
+
+MIB = 1 << 20
+NAMES = {"momentum.a": "student.a"}
+
+
+def ranges(key: str, tensor: torch.Tensor, cut: int) -> list[Range]:
+    flat = tensor.flatten()
+    return [
+        Range(key, tuple(tensor.shape), start, end - start, tensor.dtype, lambda start=start, end=end: flat[start:end])
+        for start, end in ((0, cut), (cut, flat.numel()))
+        if end > start or not flat.numel()
+    ]
+
+
+def checkpoint(root: Path, tensors: dict[str, torch.Tensor], averages: dict[str, str] | None = None) -> Path:
+    """Committed, as two ranks would; keys are `kind/name`."""
+    final = root / "checkpoints" / "step-00000007"
+    temporary = begin(final)
+    pieces = [piece for key, tensor in tensors.items() for piece in ranges(key, tensor, tensor.numel() // 3)]
+    parts = [write_ranges(temporary, pieces[rank::2], rank) for rank in range(2)]
+    write_index(temporary, parts)
+    counters = {"global_steps": 7, "global_samples": 28, "skipped_steps": 0, "optimizer_steps": 7}
+    meta = {"step": 7, "world_size": 2, "engine": counters, "averages": averages or {}}
+    (temporary / "meta.json").write_text(json.dumps(meta))
+    commit(final, temporary, meta)
+    return final
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "weight/student.a": torch.randn(40, 50),
+        "weight/student.b": torch.randn(30),
+        "weight/student.c": torch.randn(()),
+        "average/momentum.a": torch.randn(40, 50),
+    }
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["student", "momentum"])
+def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> None:
+    monkeypatch.setattr(layouts, "BLOCK_ELEMENTS", 64)
+    source = checkpoint(tmp_path, tensors, NAMES)
+    told = consolidate(source, tmp_path / "whole", weights=weights, dtype=dtype)
+    assert list(told["files"]) == ["model.safetensors"]  # one file needs no index, as on the Hub
+    wanted = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
+    if weights == "momentum":
+        wanted["student.a"] = tensors["average/momentum.a"]
+    found = read(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value.to(getattr(torch, dtype))), name
+    assert told["parameters"] == 40 * 50 + 30 + 1
+    with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "checkpoint": "step-00000007", "weights": weights}
+
+
+def test_shards_are_named_as_on_the_hub_and_their_index_names_every_tensor(tmp_path, tensors) -> None:
+    source = checkpoint(tmp_path, tensors, NAMES)
+    told = consolidate(source, tmp_path / "whole", max_shard_size="1KB")
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(told["files"]) == [*names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * told["parameters"]
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "whole" / file)
+    assert index["weight_map"].keys() == read(tmp_path / "whole").keys()
+
+
+def test_a_run_stands_for_its_newest_good_checkpoint(tmp_path, tensors) -> None:
+    checkpoint(tmp_path, tensors)
+    result = CliRunner().invoke(
+        app, ["checkpoint", "consolidate", str(tmp_path), "--to", str(tmp_path / "whole"), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["step"] == 7
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from m3i_scale.scale.checkpoint.merge import consolidate
+told = consolidate(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size=sys.argv[3], layout=sys.argv[4])
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print(int(peak.split()[1]) * 1024, max(told["files"].values()))
+"""
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("safetensors", "bfloat16"), ("deepspeed", "float32")])
+def test_memory_is_that_of_a_shard(tmp_path, layout, dtype) -> None:
+    """Six tensors of 64 MiB, written in files of which none is larger than 70 MB: all at once would be too much."""
+    one = torch.ones(16 * MIB)
+    source = checkpoint(tmp_path, {f"weight/student.{number}": one for number in range(6)})
+    del one
+    script = MEASURED.replace("layout=sys.argv[4]", f"layout=sys.argv[4], dtype='{dtype}'")
+    arguments = [str(source), str(tmp_path / "whole"), "70MB", layout]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment(), capture_output=True, text=True, check=True
+    )
+    peak, largest = map(int, done.stdout.split())
+    assert largest <= 71_000_000
+    assert peak <= 1.3 * largest + 500 * 10**6, (peak, largest)
+
+
+# ---------------------------------------------------------------- DeepSpeed's layouts
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a plain ZeRO-3 engine on two ranks, and its weights then and a step later."""
+    folder = tmp_path_factory.mktemp("plain")
+    job = start_ranks([str(TESTS / "scale" / "plain_engine.py"), "save", str(folder)], 2, folder / "logs")
+    assert job.wait(300) == [0, 0], job.text()[-4000:]
+    return folder
+
+
+def test_deepspeed_loads_the_universal_layout_and_steps_as_we_do(trained: Path) -> None:
+    consolidate(trained / "checkpoints" / "step-00000003", trained / "universal", layout="universal")
+    arguments = [str(TESTS / "scale" / "plain_engine.py"), "load", str(trained)]
+    jobs = {world: start_ranks(arguments, world, trained / f"logs-{world}") for world in (1, 2)}
+    for world, job in jobs.items():
+        assert job.wait(300) == [0] * world, job.text()[-4000:]
+    for when, ours in (("loaded", "saved"), ("after", "after")):
+        wanted = load_file(trained / f"{ours}.safetensors")
+        for stage in (1, 3):
+            for world in (1, 2):
+                found = load_file(trained / f"{when}-zero{stage}-{world}.safetensors")
+                assert found.keys() == wanted.keys()
+                for name, value in wanted.items():
+                    tolerance = 0.0 if when == "loaded" else 1e-6
+                    torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+    moved = load_file(trained / "saved.safetensors")
+    assert all(not torch.equal(value, moved[name]) for name, value in load_file(trained / "after.safetensors").items())
+
+
+@pytest.mark.parametrize("size", ["5GB", "1KB"])
+def test_zero_to_fp32_reads_the_deepspeed_layout(trained: Path, tmp_path: Path, size: str) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    source = trained / "checkpoints" / "step-00000003"
+    consolidate(source, tmp_path / "whole", layout="deepspeed", max_shard_size=size)
+    files = list((tmp_path / "whole" / "consolidated").glob("*_optim_states.pt"))
+    assert len(files) == (1 if size == "5GB" else 3)
+    wanted = load_file(trained / "saved.safetensors")
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "whole"))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "pickle"}, "no layout 'pickle'"),
+        ({"weights": "teacher"}, "no weights 'teacher'"),
+        ({"dtype": "float16"}, "no dtype 'float16'"),
+        ({"layout": "deepspeed", "dtype": "bfloat16"}, "float32 and nothing else"),
+        ({"layout": "universal", "weights": "momentum"}, "holds the trained weights"),
+        ({"layout": "universal", "max_shard_size": "1GB"}, "one file a tensor"),
+        ({"max_shard_size": "five"}, "no size of a file"),
+        ({"max_shard_size": "0GB"}, "no size of a file"),
+        ({"weights": "momentum"}, "no momentum target"),
+        ({"layout": "universal"}, "its optimizer had taken no step"),
+    ],
+)
+def test_options_that_cannot_be_had_leave_nothing(tmp_path, tensors, options, message) -> None:
+    source = checkpoint(tmp_path, {key: value for key, value in tensors.items() if key.startswith("weight")})
+    with pytest.raises(CheckpointError, match=message):
+        consolidate(source, tmp_path / "whole", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_what_exists_is_not_touched(tmp_path, tensors, kind) -> None:
+    source, target = checkpoint(tmp_path, tensors), tmp_path / "whole"
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "file":
+        target.write_text("mine")
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="the target exists"):
+        consolidate(source, target)
+    assert os.path.lexists(target)
+
+
+def test_a_changed_byte_is_refused(tmp_path, tensors) -> None:
+    source = checkpoint(tmp_path, tensors)
+    path = source / "tensors" / "rank-00000-00000.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="does not verify"):
+        consolidate(source, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="no good checkpoint"):
+        consolidate(tmp_path, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "deepspeed", "universal"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, tensors, layout, value) -> None:
+    tensors["weight/student.b"][17] = value
+    moments = {
+        key.replace("weight", kind): torch.zeros_like(tensor)
+        for key, tensor in tensors.items()
+        for kind in ("exp_avg", "exp_avg_sq")
+        if key.startswith("weight")
+    }
+    source = checkpoint(tmp_path, tensors | moments)
+    with pytest.raises(CheckpointError, match=r"'student\.b' has elements that are not finite"):
+        consolidate(source, tmp_path / "whole", layout=layout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_an_empty_tensor_is_refused_by_name(tmp_path, tensors) -> None:
+    tensors["weight/student.z"] = torch.empty(0, 4)
+    source = checkpoint(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=r"'student\.z' has no elements"):
+        consolidate(source, tmp_path / "whole")
+
+
+def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, tensors, monkeypatch) -> None:
+    source = checkpoint(tmp_path, tensors)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="not enough room") as caught:
+        consolidate(source, tmp_path / "whole")
+    assert "1,000 bytes free" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "deepspeed"])
+def test_a_disk_that_fills_up_is_explained(tmp_path, tensors, monkeypatch, layout, small_disk) -> None:
+    tensors["weight/student.big"] = torch.zeros(MIB)
+    source = checkpoint(tmp_path, tensors)
+    usage = type("Usage", (), {"free": 1 << 40})
+    monkeypatch.setattr("m3i_scale.scale.checkpoint.merge.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError) as caught:
+        consolidate(source, small_disk / "whole", layout=layout)
+    assert "the checkpoint is only read" in str(caught.value)
+    assert list(small_disk.iterdir()) == []

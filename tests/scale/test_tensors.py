@@ -1,0 +1,180 @@
+"""Pieces of tensors in files: whatever ranks wrote them, any range comes back, and nothing that does not join."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint import tensors as module
+from m3i_scale.scale.checkpoint.manifest import hash_file
+from m3i_scale.scale.checkpoint.sums import sums_of
+from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, Written, write_index, write_ranges
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pieces_of(key: str, tensor: torch.Tensor, cuts: list[int]) -> list[Range]:
+    """One piece per rank, as cut; empty ones are left out by the caller."""
+    flat, edges = tensor.flatten(), [0, *sorted(cuts), tensor.numel()]
+    return [
+        Range(key, tuple(tensor.shape), a, b - a, tensor.dtype, lambda a=a, b=b: flat[a:b])
+        for a, b in itertools.pairwise(edges)
+    ]
+
+
+def write(folder: Path, values: dict[str, torch.Tensor], cuts: dict[str, list[int]], ranks: int) -> list[Written]:
+    by_rank: list[list[Range]] = [[] for _ in range(ranks)]
+    for key, tensor in values.items():
+        for rank, piece in enumerate(pieces_of(key, tensor, cuts[key])):
+            if piece.numel:
+                by_rank[rank].append(piece)
+    written = [write_ranges(folder, ranges, rank) for rank, ranges in enumerate(by_rank)]
+    write_index(folder, written)
+    return written
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_range_comes_back_whoever_wrote_it(data: st.DataObject) -> None:
+    ranks = data.draw(st.integers(1, 4))
+    values, cuts = {}, {}
+    for number in range(data.draw(st.integers(1, 4))):
+        shape = data.draw(st.lists(st.integers(1, 5), max_size=3))
+        dtype = data.draw(st.sampled_from(DTYPES))
+        key = f"{data.draw(st.sampled_from(['weight', 'exp_avg']))}/p{number}"
+        values[key] = torch.randn(shape).to(dtype)
+        cuts[key] = data.draw(st.lists(st.integers(0, math.prod(shape)), min_size=ranks - 1, max_size=ranks - 1))
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FILE_BYTES", data.draw(st.sampled_from([1, 20, 10**9])))
+        folder = Path(name)
+        written = write(folder, values, cuts, ranks)
+        saved = SavedTensors(folder)
+        assert saved.kinds() == sorted({key.partition("/")[0] for key in values})
+        for key, tensor in values.items():
+            assert torch.equal(saved.whole(key), tensor)
+            assert saved.dtype(key) == tensor.dtype
+            start = data.draw(st.integers(0, tensor.numel()))
+            end = data.draw(st.integers(start, tensor.numel()))
+            out = torch.empty(end - start, dtype=data.draw(st.sampled_from(DTYPES)))
+            saved.read_into(key, start, out)
+            assert torch.equal(out, tensor.flatten()[start:end].to(out.dtype))
+        for one in written:
+            for file, digest in one.digests.items():
+                assert (digest.size, digest.sha256) == ((folder / file).stat().st_size, hash_file(folder / file))
+        assert saved.norms.keys() == values.keys()
+        for key, norm in saved.norms.items():
+            assert math.isclose(norm, float(values[key].double().norm()), rel_tol=1e-12)
+            assert saved.weighted_sums[key] == pytest.approx(sums_of(values[key].flatten(), 0).weighted, rel=1e-9)
+
+
+def test_the_library_reads_the_files(tmp_path: Path) -> None:
+    values = {"weight/a": torch.randn(4, 5), "average/b": torch.randn(7).bfloat16()}
+    write(tmp_path, values, {"weight/a": [6], "average/b": [3]}, 2)
+    parts = [load_file(tmp_path / "tensors" / f"rank-0000{rank}-00000.safetensors") for rank in (0, 1)]
+    for key, tensor in values.items():
+        assert torch.equal(torch.cat([part[key] for part in parts]), tensor.flatten())
+
+
+def test_a_piece_that_a_rank_forgot_is_noticed(tmp_path: Path) -> None:
+    half = pieces_of("weight/a", torch.ones(4), [2])[0]
+    with pytest.raises(ValueError, match="'weight/a' make up 2 elements of 4"):
+        write_index(tmp_path, [write_ranges(tmp_path, [half], 0)])
+    with pytest.raises(ValueError, match="do not join at element 2"):
+        write_index(tmp_path, [write_ranges(tmp_path, [half], rank) for rank in (1, 2)])
+
+
+def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index["pieces"]["weight/a"].pop(), "make up 2 elements of 4"),
+        (lambda index: index["pieces"].update({"weight/x": []}), "'weight/x' has no shape"),
+        (
+            lambda index: index["shapes"].update({"weight/x": [1]}),
+            "'weight/x' has no shape, no norm, no weighted sum, or no pieces",
+        ),
+        (lambda index: index["pieces"]["weight/a"][0].__setitem__(2, "../../elsewhere"), "lies outside the folder"),
+        (lambda index: index["shapes"].update({"weight/a": [-2, -2]}), "'weight/a' has a size below zero"),
+        (
+            lambda index: index["pieces"].update(
+                {"weight/a": [[0, 9, "rank-00000-00000.safetensors"], [9, -5, "rank-00001-00000.safetensors"]]}
+            ),
+            "'weight/a' has a size below zero",
+        ),
+        (lambda index: index.pop("shapes"), "the index of the tensors cannot be read"),
+        (lambda index: index.__setitem__("pieces", [1]), "the index of the tensors cannot be read"),
+    ],
+)
+def test_an_index_that_was_edited_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+    write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": [2]}, 2)
+    spoil(tmp_path / "tensors" / "index.json", change)
+    with pytest.raises(CheckpointError, match=words):
+        SavedTensors(tmp_path)
+
+
+def test_a_file_of_this_name_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    """A rank of an earlier job may still be at it."""
+    piece = pieces_of("weight/a", torch.ones(4), [])[0]
+    write_ranges(tmp_path, [piece], 0)
+    with pytest.raises(FileExistsError):
+        write_ranges(tmp_path, [piece], 0)
+
+
+def test_a_piece_is_not_read_on_into_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, {"weight/a": torch.ones(4), "weight/b": torch.zeros(4)}, {"weight/a": [], "weight/b": []}, 1)
+
+    def stretch(index: dict[str, Any]) -> None:
+        index["shapes"]["weight/a"] = [8]
+        index["pieces"]["weight/a"][0][1] = 8
+
+    spoil(tmp_path / "tensors" / "index.json", stretch)
+    with pytest.raises(CheckpointError, match="the piece of 'weight/a' is not as long as the index says"):
+        SavedTensors(tmp_path).whole("weight/a")
+
+
+def test_files_that_are_not_as_the_index_says(tmp_path: Path) -> None:
+    write(tmp_path, {"weight/a": torch.ones(4), "weight/b": torch.ones(2)}, {"weight/a": [], "weight/b": []}, 1)
+    file = tmp_path / "tensors" / "rank-00000-00000.safetensors"
+    whole = file.read_bytes()
+    with pytest.raises(CheckpointError, match="no elements 2 to 5"):
+        SavedTensors(tmp_path).read_into("weight/a", 2, torch.empty(3))
+    with pytest.raises(CheckpointError, match="no tensor 'weight/c'"):
+        SavedTensors(tmp_path).whole("weight/c")
+    file.write_bytes(whole[:-3])
+    with pytest.raises(CheckpointError, match="shorter than its index says"):
+        SavedTensors(tmp_path).whole("weight/b")
+    file.write_bytes((1 << 40).to_bytes(8, "little") + whole[8:])
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        SavedTensors(tmp_path).whole("weight/a")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        SavedTensors(tmp_path).whole("weight/a")
+
+
+def test_an_index_without_sums_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": []}, 1)
+    spoil(tmp_path / "tensors" / "index.json", lambda index: index["weighted_sums"].clear())
+    with pytest.raises(CheckpointError, match="'weight/a' has no shape, no norm, no weighted sum, or no pieces"):
+        SavedTensors(tmp_path)
+
+
+def test_without_tensors_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tensors that this version reads"):
+        SavedTensors(tmp_path)
