@@ -33,7 +33,7 @@ from m3i_scale.scale.ds_config import load_ds_config
 RUN_FILE = "launchers/quickstart.yaml"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)
 COMMAND = [sys.executable, "-m", "m3i_scale"]
-TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config.py", "data", "backbones", "objective", "scale", "run"))
+TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config", "data", "backbones", "objective", "scale", "run"))
 EXPORT_CODE = ("m3i_scale/hub", "launchers/_quickstart.py")
 EVALUATION_CODE = ("m3i_scale/evaluate", "launchers/_quickstart.py")
 LIBRARIES = ("torch", "deepspeed", "transformers", "scikit-learn")

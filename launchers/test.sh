@@ -10,9 +10,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # On a build machine (root, CI=true) missing system packages are installed; elsewhere they are only named.
 install_system_packages() {
-  command -v "${CXX:-g++}" >/dev/null 2>&1 && return 0
+  local missing=()
+  command -v "${CXX:-g++}" >/dev/null 2>&1 || missing+=(g++)
+  PATH="$PATH:/usr/sbin" command -v nginx >/dev/null 2>&1 || missing+=(nginx-light) # serves shards to tests
+  local pair
+  for pair in tc:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh mpirun:openmpi-bin pkill:procps; do # hosts in tests/cluster
+    PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair#*:}")
+  done
+  PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null 2>&1 || missing+=(slurm-wlm munge) # a cluster of two nodes
+  [ ${#missing[@]} -eq 0 ] && return 0
   apt-get update -qq >&2
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ >&2
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
 }
 
 if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ]; then install_system_packages; fi

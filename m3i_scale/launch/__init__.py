@@ -1,0 +1,1 @@
+"""Where a run is started: one description of hosts and ranks, one file per launcher."""

@@ -1,0 +1,217 @@
+"""On every host: starts its ranks, forwards what they print, tells how they end, and leaves none behind.
+
+`python -m m3i_scale.launch.agent`, over ssh, with messages of `wire` on standard input and output. It ends its ranks
+when told to, when its input ends (the supervisor or the connection is gone) and when it hears nothing for too long (the
+network is gone). Ranks die with it: the kernel kills them when it is killed. It imports neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from m3i_scale import __version__
+from m3i_scale.launch.place import RECORDS
+from m3i_scale.launch.processes import MARK, end_marked, mark_of, marked
+from m3i_scale.launch.rank import Rank
+from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, decode
+from m3i_scale.launch.writer import Writer
+
+_TICK_S = 0.1
+_CHUNK = 1 << 16
+_UNTOLD_S = 60.0
+"""How long an agent that has not been told what to do waits for it to be said."""
+
+
+class Agent:
+    """One host's part of one attempt.
+
+    Args:
+        output: to the supervisor.
+    """
+
+    def __init__(self, output: IO[bytes]) -> None:
+        self.writer = Writer(output)
+        self.ranks: list[Rank] = []
+        self.selector = selectors.DefaultSelector()
+        self.heard = time.monotonic()
+        self.silence_s = _UNTOLD_S
+        self.host = self.launch = self.output_dir = ""
+        self.records: Path | None = None
+        self.over = False
+        self._input = b""
+        self._beat = 0.0
+
+    def serve(self) -> None:
+        """Until all ranks have ended or must end."""
+        self.selector.register(0, selectors.EVENT_READ, None)
+        try:
+            while not self.over:
+                for key, _ in self.selector.select(_TICK_S):
+                    self._read_input() if key.data is None else self._read_rank(key.data)
+                self._look()
+        finally:
+            self._end()
+
+    def _read_input(self) -> None:
+        data = os.read(0, _CHUNK)
+        if not data:
+            self.over = True
+            return
+        self.heard = time.monotonic()
+        *lines, self._input = (self._input + data).split(b"\n")
+        for line in lines:
+            message = decode(line)
+            if message is not None:
+                self._obey(message)
+
+    def _obey(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "hello":
+            self._greet(message)
+        elif kind == "port":
+            self._say_port(message["port"], message["interface"])
+        elif kind == "start":
+            self._start(message)
+        elif kind == "signal":
+            for rank in self.ranks:
+                rank.signal(message["number"])
+        elif kind == "end":
+            self.over = True
+
+    def _greet(self, message: Message) -> None:
+        """Who is here, and what a former launch has left."""
+        self.host, self.launch = message["host"], message["launch"]
+        self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
+        left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
+        end_marked(self.launch, self.host, self.output_dir)  # an earlier attempt whose agent was killed
+        fault = None
+        try:
+            self.records = _folder_for_records()
+        except OSError as error:
+            fault = f"no room for the places of its ranks: {error}"
+        self.writer.say("hello", version=__version__, time=time.time(), pid=os.getpid(), left=left, fault=fault)
+
+    def _say_port(self, wanted: int | None, interface: str | None) -> None:
+        """A port where rank 0 can wait, and the address of the interface."""
+        cards = psutil.net_if_addrs()
+        found = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
+        fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not found else None
+        port = wanted
+        with socket.socket() as probe:
+            # As rank 0 itself does: connections of the attempt before keep the port for a minute after their end.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", wanted or 0))
+                port = probe.getsockname()[1]
+            except OSError as error:
+                fault = f"port {wanted}: {error.strerror}"
+        self.writer.say("port", port=port, address=found[0] if found else None, fault=fault)
+
+    def _start(self, message: Message) -> None:
+        if self.records is None:
+            raise RuntimeError("no folder for records")
+        variables = os.environ | message["environment"]
+        variables[MARK] = mark_of(self.launch, self.host, self.output_dir)
+        variables.setdefault("PYTHONUNBUFFERED", "1")  # the last lines before a kill are those that matter
+        variables[RECORDS] = str(self.records)
+        for own in message["ranks"]:
+            rank = Rank(int(own["RANK"]), message["command"], variables | own, message["cwd"], self.records)
+            self.ranks.append(rank)
+            self.selector.register(rank.output, selectors.EVENT_READ, rank)
+        self.writer.say("started", time=time.time())
+
+    def _read_rank(self, rank: Rank) -> None:
+        data = os.read(rank.output.fileno(), _CHUNK)
+        if data:
+            self.writer.log(rank.number, data)
+            rank.remember(data)
+        else:
+            self.selector.unregister(rank.output)
+
+    def _look(self) -> None:
+        """What has changed since the last look."""
+        for rank in self.ranks:
+            if rank.ended():
+                self._drain(rank)
+                seen = rank.seen()
+                place = asdict(seen) if seen else None
+                self.writer.say("exit", rank=rank.number, code=rank.code, failure=rank.failure(self.host), place=place)
+        now = time.monotonic()
+        if now - self._beat > BEAT_S:
+            self._beat = now
+            self.writer.say("beat", time=time.time(), places=self._places())
+        if now - self.heard > self.silence_s or self.writer.broken:
+            self.over = True
+
+    def _drain(self, rank: Rank) -> None:
+        """What the rank still said before its end; a child of it may hold the pipe open."""
+        os.set_blocking(rank.output.fileno(), False)
+        with contextlib.suppress(BlockingIOError, OSError):
+            while data := os.read(rank.output.fileno(), _CHUNK):
+                self.writer.log(rank.number, data)
+                rank.remember(data)
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(rank.output)
+
+    def _places(self) -> dict[int, object]:
+        found: dict[int, object] = {}
+        for rank in self.ranks:
+            seen = rank.seen() if rank.code is None else None
+            if seen is not None:
+                found[rank.number] = asdict(seen)
+        return found
+
+    def _end(self) -> None:
+        """Whatever happened: no process of this launch stays on this host."""
+        for rank in self.ranks:
+            rank.kill()
+        left = end_marked(self.launch, self.host, self.output_dir) if self.launch else []
+        for rank in self.ranks:
+            if rank.code is None and rank.ended():
+                self._drain(rank)
+        if self.records is not None:
+            shutil.rmtree(self.records, ignore_errors=True)
+        self.writer.say("bye", left=left)
+        self.writer.close()
+
+
+def _folder_for_records() -> Path:
+    """In memory where that can be had: a full disk must not keep a rank from saying so.
+
+    Raises:
+        OSError: neither there nor in the folder for temporary files.
+    """
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix="m3i-scale-", dir=parent))
+    try:
+        (folder / "room").write_bytes(bytes(1 << 16))
+        (folder / "room").unlink()
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def main() -> None:
+    """Serve the supervisor at the other end of standard input and output."""
+    output = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what anything here prints must not come between messages
+    sys.stdout.flush()
+    Agent(output).serve()
+
+
+if __name__ == "__main__":
+    main()

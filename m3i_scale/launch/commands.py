@@ -1,0 +1,83 @@
+"""`m3i-scale launch`: one description, any launcher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m3i_scale.config import find_run_file, load_run, run_values
+from m3i_scale.launch.description import Cluster, read_cluster
+from m3i_scale.launch.environment import without_secrets
+from m3i_scale.launch.execute import execute, write_files
+from m3i_scale.launch.job import Job, make_job
+from m3i_scale.launch.launchers import LAUNCHERS, render
+from m3i_scale.output import print_json, release_stdout
+
+
+def launch(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
+    launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="YAML with any of the fields of docs/launching.md.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines, where no hosts are named.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each of them.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="`name slots=N`, a line a machine.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only these hosts; once for each.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="All hosts but these.")] = None,
+    interface: Annotated[str | None, typer.Option(help="Network interface that ranks talk over.")] = None,
+    master_address: Annotated[str | None, typer.Option(help="Of the head, as all machines reach it.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Where rank 0 waits for the others.")] = None,
+    environment: Annotated[
+        list[str] | None, typer.Option("--env", help="NAME or NAME=value that travels to the ranks.")
+    ] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter on all machines.")] = None,
+    workdir: Annotated[str | None, typer.Option(help="The working directory on all machines.")] = None,
+    runner: Annotated[str | None, typer.Option(help="pdsh or openmpi: how `deepspeed` reaches hosts.")] = None,
+    max_restarts: Annotated[int | None, typer.Option(help="elastic: starts after a failure. Default: 0.")] = None,
+    min_nodes: Annotated[int | None, typer.Option(help="elastic: go on with so many hosts. Default: all.")] = None,
+    restart_pause_s: Annotated[float | None, typer.Option(help="elastic: before a restart, then doubled.")] = None,
+    probe_s: Annotated[float | None, typer.Option(help="elastic: how often lost hosts are asked.")] = None,
+    silence_s: Annotated[float | None, typer.Option(help="elastic: a host that is silent so long is lost.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="To reserve; 0 where ranks compute on CPUs.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
+    account: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help="Of Slurm: [days-]hours:minutes:seconds.")] = None,
+    requeue: Annotated[bool | None, typer.Option(help="Slurm starts a preempted job again.")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch: --sbatch=--qos=high.")] = None,
+    container_image: Annotated[str | None, typer.Option(help="What ranks run in.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
+) -> None:
+    """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
+    known = Cluster.model_fields
+    options = {key: value for key, value in context.params.items() if key in known}
+    job = read_job(run, overrides or [], read_cluster(cluster, options))
+    if dry_run:
+        plan = render(launcher, job.shown())
+        print_json(plan.document()) if as_json else typer.echo(plan.text())
+        return
+    release_stdout()
+    plan = render(launcher, job)
+    write_files(plan)
+    if launcher == "elastic":  # in this process, whose end every agent notices
+        from m3i_scale.launch.elastic import FILE, start
+
+        raise typer.Exit(start(plan.folder / FILE))
+    raise typer.Exit(execute(plan, render(launcher, job.shown()), without_secrets(os.environ, job.variables)))
+
+
+def read_job(run: str, overrides: list[str], cluster: Cluster) -> Job:
+    """A run and a description, checked as far as it can be without data.
+
+    Raises:
+        ConfigError: what does not hold together.
+    """
+    config = load_run(run, overrides)
+    from m3i_scale.objective.recipe import parse_recipe
+
+    parse_recipe(config.recipe, where=str(find_run_file(run)))
+    return make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)

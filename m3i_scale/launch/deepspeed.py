@@ -1,0 +1,172 @@
+"""The `deepspeed` launcher: its hostfile, its environment file, and its command line.
+
+How its version 0.19.8 takes them (launcher/runner.py, launcher/multinode_runner.py): with pdsh it pastes everything
+into one line for the shells of the hosts. A value of `.deepspeed_env` with any unusual character gets double quotes
+around it, as it is; so does an argument with a space, with its own double quotes escaped; others are pasted bare. pdsh
+then replaces `%h`, `%n` and `%u`. What cannot survive that, and what must not stand on a command line or in a log, goes
+into a file that the hosts read (`--venv_script`).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch import ssh
+from m3i_scale.launch.environment import Variable
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.job import OVER_HOSTS, Job
+from m3i_scale.launch.mpirun import open_mpi_settings
+from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch.shell import export_lines
+
+HONOURS = OVER_HOSTS | {"runner"}
+HOSTFILE = "hostfile"
+ENVIRONMENT = "deepspeed_env"
+PRIVATE_ENVIRONMENT = "environment.sh"
+_MODULE = "deepspeed.launcher.runner"
+_PASTED = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+"""What a shell and pdsh take as it is."""
+
+
+def render(job: Job) -> LaunchPlan:
+    """Files and the launcher's command.
+
+    Raises:
+        ConfigError: a path that DeepSpeed would paste into a shell's line, and that is not plain.
+    """
+    hosts = job.hosts
+    if not hosts:
+        return _on_this_machine(job)
+    return _by_pdsh(job) if job.cluster.runner == "pdsh" else _by_openmpi(job)
+
+
+def hostfile(hosts: Sequence[Host]) -> LaunchFile:
+    """A line for every host."""
+    return LaunchFile(HOSTFILE, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+
+
+def _on_this_machine(job: Job) -> LaunchPlan:
+    # Named in a file of its own: else a /job/hostfile of somebody would count.
+    here = Host("localhost", job.ranks_per_node)
+    variables = {variable.name: variable.value for variable in job.variables}
+    return LaunchPlan(
+        launcher="deepspeed",
+        folder=job.folder,
+        files=(hostfile([here]),),
+        commands=(Command((*_launcher(job), *_trained(job.train)), variables),),
+        workdir=job.workdir,
+        needs=ssh.needs(job),
+        stops=ssh.stop_commands(job),
+        port=job.cluster.master_port,
+    )
+
+
+def _by_pdsh(job: Job) -> LaunchPlan:
+    for what, path in (("working directory", str(job.workdir)), ("interpreter", job.python)):
+        if not _PASTED.fullmatch(path):
+            raise ConfigError(
+                f"DeepSpeed pastes the path of the {what} into a shell's line without quotes",
+                where=path,
+                fix="a path of letters, digits and @ + = : , . / - _, or `--with torchrun`",
+            )
+    for word in job.cluster.ssh:
+        if re.search(r"\s", word):
+            raise ConfigError("pdsh takes arguments of ssh apart at spaces", where=f"ssh: {word!r}")
+    public = [variable for variable in job.plain if _survives(variable.value)]
+    private = [variable for variable in job.variables if variable not in public]
+    files = [hostfile(job.hosts), LaunchFile(ENVIRONMENT, "".join(map(_environment_line, public)))]
+    options = ["--launcher=pdsh", "--no_ssh_check", "--force_multi"]
+    if private:
+        script = job.folder / PRIVATE_ENVIRONMENT
+        files.append(LaunchFile(PRIVATE_ENVIRONMENT, "\n".join(export_lines(private)) + "\n", PRIVATE))
+        options.append(f"--venv_script={_for_pdsh(shlex.quote(str(script)))}")
+    variables = {"DS_ENV_FILE": str(job.folder / ENVIRONMENT)}
+    if job.cluster.ssh:
+        variables["PDSH_SSH_ARGS_APPEND"] = " ".join(job.cluster.ssh)
+    return LaunchPlan(
+        launcher="deepspeed",
+        folder=job.folder,
+        files=tuple(files),
+        commands=(Command((*_launcher(job, *options), *_trained([pasted(word) for word in job.train])), variables),),
+        workdir=job.workdir,
+        needs=(Executable("pdsh", "apt-get install pdsh"), *ssh.needs(job)),
+        stops=ssh.stop_commands(job),
+    )
+
+
+def _by_openmpi(job: Job) -> LaunchPlan:
+    """Without an environment file: DeepSpeed would hand over the quotes that it puts around values. mpirun takes them
+    from its own environment instead, and no value stands on a command line."""
+    variables = {
+        **{variable.name: variable.value for variable in job.variables},
+        "MASTER_ADDR": job.head_address(),
+        "MASTER_PORT": str(job.cluster.master_port),
+    }
+    words = [word for name in variables for word in ("-x", name)]
+    if job.cluster.interface is not None:
+        words += ["--mca", "btl_tcp_if_include", job.cluster.interface]
+    nowhere = str(job.folder / ENVIRONMENT)  # else one in the home directory would count
+    return LaunchPlan(
+        launcher="deepspeed",
+        folder=job.folder,
+        files=(hostfile(job.hosts), LaunchFile(ENVIRONMENT, "")),
+        commands=(
+            Command(
+                (
+                    *_launcher(job, "--launcher=openmpi", "--no_ssh_check", "--force_multi"),
+                    f"--launcher_args={shlex.join(words)}",
+                    *_trained(job.train),
+                ),
+                {**variables, **open_mpi_settings(job), "DS_ENV_FILE": nowhere},
+            ),
+        ),
+        workdir=job.workdir,
+        needs=(Executable("ompi_info", "apt-get install openmpi-bin"), *ssh.needs(job)),
+        stops=ssh.stop_commands(job),
+    )
+
+
+def _launcher(job: Job, *options: str) -> tuple[str, ...]:
+    return (
+        job.python,
+        "-m",
+        _MODULE,
+        f"--hostfile={job.folder / HOSTFILE}",
+        f"--master_addr={job.head_address()}",
+        f"--master_port={job.cluster.master_port}",
+        *options,
+    )
+
+
+def _trained(words: Sequence[str]) -> tuple[str, ...]:
+    return ("--no_local_rank", "--module", *words)
+
+
+def _survives(value: str) -> bool:
+    """Whether a value can stand in `.deepspeed_env`: one line, no space at its ends, nothing that pdsh replaces."""
+    return value == value.strip() and value.isprintable() and "%" not in value and value != ""
+
+
+def _environment_line(variable: Variable) -> str:
+    return f"{variable.name}={environment_value(variable.value)}\n"
+
+
+def environment_value(value: str) -> str:
+    """A value as `.deepspeed_env` must have it, so that it is itself behind the double quotes of DeepSpeed."""
+    return re.sub(r'(["\\$`])', r"\\\1", value)
+
+
+def pasted(word: str) -> str:
+    """An argument as DeepSpeed must be given it, so that a rank gets `word`.
+
+    DeepSpeed puts double quotes around one with a space, escapes only those inside, and pastes others bare.
+    """
+    text = re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
+    return _for_pdsh(text)
+
+
+def _for_pdsh(text: str) -> str:
+    return text.replace("%", "%%")

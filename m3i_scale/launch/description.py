@@ -1,0 +1,207 @@
+"""What a run is started on: hosts, ranks, environment; one description for all launchers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from typing_extensions import Self
+
+from m3i_scale.config import parse_section, read_yaml
+from m3i_scale.config.sections import Section
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.environment import check_variable
+from m3i_scale.launch.hosts import Host, is_host_name, parse_hosts, read_hostfile, select
+
+_TIME_LIMIT = re.compile(r"(?:\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d")
+_IMAGE = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/:@#+-]*")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,-]*")
+
+
+def _one_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"{text!r} is not one line of printable characters")
+    return text
+
+
+def _word(text: str) -> str:
+    if not _WORD.fullmatch(text):
+        raise ValueError(f"{text!r}: letters, digits, '.', '_', ',' and '-' only")
+    return text
+
+
+def _absolute(path: str) -> str:
+    if not _one_line(path).startswith("/"):
+        raise ValueError(f"{path!r} means another place on every host; give it from the root on")
+    return path
+
+
+def _host_name(name: str) -> str:
+    if not is_host_name(name):
+        raise ValueError(f"{name!r} is no host name")
+    return name
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Word = Annotated[str, AfterValidator(_word)]
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+
+
+class Cluster(Section):
+    """Where a run is started. A field that the chosen launcher cannot honour is an error."""
+
+    nodes: int | None = Field(default=None, ge=1, le=100_000)
+    """Machines, where no hosts are named. Default: 1."""
+    ranks_per_node: int | None = Field(default=None, ge=1, le=1024)
+    """Ranks on each of them, where no hosts are named."""
+    hostfile: Path | None = None
+    """A file with a line `name slots=N` for every machine; the first one is the head."""
+    hosts: tuple[str, ...] = ()
+    """The same lines, here instead of in a file."""
+    include: tuple[HostName, ...] = ()
+    """Only these hosts."""
+    exclude: tuple[HostName, ...] = ()
+    """All hosts but these."""
+    interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$")
+    """The network interface that ranks talk over, of the same name on all machines: Gloo and NCCL use no other."""
+    master_address: HostName | None = None
+    """Of the head, as all machines reach it. Default: that of `interface` where this machine is the head, else the name
+    of the head."""
+    master_port: int = Field(default=29500, ge=1024, le=65535)
+    """Where rank 0 waits for the others."""
+    environment: tuple[str, ...] = ()
+    """What travels to the ranks: `NAME` (as it is where the run is launched) or `NAME=value`. Nothing else does."""
+    python: AbsolutePath | None = None
+    """The interpreter on all machines, for instance of a virtual environment. Default: the one that launches."""
+    workdir: AbsolutePath | None = None
+    """The working directory of all ranks. Default: the one that is launched from."""
+    ssh: tuple[Line, ...] = ()
+    """Further arguments of ssh, e.g. `-i`, `/home/me/.ssh/cluster`."""
+    runner: Literal["pdsh", "openmpi"] = "pdsh"
+    """What `deepspeed` reaches the hosts with."""
+    mpi: Literal["openmpi", "hydra"] = "openmpi"
+    """Whose `mpirun` it is: that of Open MPI, or the Hydra of MPICH and Intel MPI."""
+    max_restarts: int = Field(default=0, ge=0, le=10_000)
+    """So often `elastic` starts again after a failure."""
+    min_nodes: int | None = Field(default=None, ge=1)
+    """`elastic` goes on with so many hosts while others are lost. Default: with all or not at all."""
+    restart_pause_s: float = Field(default=5.0, ge=0, le=3600)
+    """Before the first restart of `elastic`; doubled with every further one, up to 300 s."""
+    probe_s: float = Field(default=30.0, gt=0, le=3600)
+    """So often `elastic` asks lost hosts whether they are back."""
+    silence_s: float = Field(default=30.0, ge=5, le=3600)
+    """A host that says nothing for so long is lost to `elastic`."""
+    gpus_per_node: int | None = Field(default=None, ge=0, le=1024)
+    """To be reserved. Default: as many as ranks; 0 where ranks compute on CPUs."""
+    cpus_per_rank: int | None = Field(default=None, ge=1, le=1024)
+    """To be reserved."""
+    partition: Word | None = None
+    """Of Slurm."""
+    account: Word | None = None
+    """Of Slurm."""
+    time_limit: str | None = None
+    """Of Slurm, as [days-]hours:minutes:seconds."""
+    requeue: bool = True
+    """Slurm puts a job back into the queue that was preempted, that lost a node, or that ran out of time and saved."""
+    sbatch: tuple[Line, ...] = ()
+    """Further `#SBATCH` lines, without that word: `--qos=high`."""
+    container_image: str | None = None
+    """What ranks run in."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """How Slurm starts it."""
+    container_mounts: tuple[AbsolutePath, ...] = ()
+    """Folders of the host that ranks see under the same path, beside the working and the output directory."""
+    namespace: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Of Kubernetes. Default: that of the current context."""
+    storage_gib: int = Field(default=200, ge=1)
+    """Of the volume that holds `output_dir`, in Kubernetes."""
+    data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
+    """An existing volume claim of Kubernetes that holds the shards, mounted read-only at /data."""
+
+    @field_validator("environment")
+    @classmethod
+    def _names_are_names(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        names = [check_variable(entry) for entry in entries]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is named twice")
+        return entries
+
+    @field_validator("time_limit")
+    @classmethod
+    def _is_a_time(cls, limit: str | None) -> str | None:
+        if limit is not None and (not _TIME_LIMIT.fullmatch(limit) or not limit.strip("0:-")):
+            raise ValueError(f"{limit!r} is no time limit; write [days-]hours:minutes:seconds, e.g. 24:00:00")
+        return limit
+
+    @field_validator("container_image")
+    @classmethod
+    def _is_an_image(cls, image: str | None) -> str | None:
+        if image is not None and not _IMAGE.fullmatch(image):
+            raise ValueError(f"{image!r} is no image, e.g. registry.example.org/m3i:1 or /data/m3i.sif")
+        return image
+
+    @model_validator(mode="after")
+    def _hosts_are_named_once(self) -> Self:
+        given = self.model_fields_set
+        for field in ("hostfile", "hosts"):
+            if field in given and not getattr(self, field):
+                raise ValueError(f"`{field}` names no host; leave it out for a run on this machine alone")
+        if self.hostfile is not None and self.hosts:
+            raise ValueError("`hostfile` and `hosts` both name the hosts; give one of them")
+        if self.hostfile is not None or self.hosts:
+            for field in ("nodes", "ranks_per_node"):
+                if field in given:
+                    raise ValueError(f"`{field}` has no effect where hosts are named; `include` chooses among them")
+        else:
+            for field in ("include", "exclude", "ssh", "runner"):
+                if field in given:
+                    raise ValueError(f"`{field}` has no effect where no hosts are named (hostfile, hosts)")
+        if "container_runtime" in given and self.container_image is None:
+            raise ValueError("`container_runtime` has no effect without `container_image`")
+        return self
+
+    def named_hosts(self) -> tuple[Host, ...]:
+        """The hosts to run on, the head first; none where only their number is given.
+
+        Raises:
+            ConfigError: see `read_hostfile`, `parse_hosts` and `select`.
+        """
+        if self.hostfile is not None:
+            hosts = read_hostfile(self.hostfile)
+        elif self.hosts:
+            hosts = parse_hosts(self.hosts, where="hosts")
+        else:
+            return ()
+        return select(hosts, include=self.include, exclude=self.exclude)
+
+
+def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
+    """A description from a file, with what the command line says instead.
+
+    Args:
+        path: YAML; a relative `hostfile` in it lies beside it.
+        options: by field; None and empty ones were not given.
+
+    Raises:
+        ConfigError: unreadable, an unknown key, a value that does not fit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = read_yaml(path)
+        except ConfigError as error:
+            what = error.what.replace("a run file", "a cluster file").replace("the run file", "the cluster file")
+            raise ConfigError(what, where=error.where, fix="see docs/launching.md") from None
+        if isinstance(values.get("hostfile"), str):
+            values["hostfile"] = path.parent / values["hostfile"]
+    given = {key: value for key, value in options.items() if value not in (None, [], ())}
+    # Hosts of the command line take the place of those of the file, however either of them says it.
+    if given.keys() & {"hostfile", "hosts"}:
+        values = {key: value for key, value in values.items() if key not in ("hostfile", "hosts")}
+    names = " ".join("--" + key.replace("_", "-") for key in given)
+    where = " and ".join(part for part in (str(path) if path else "", names) if part)
+    return parse_section(Cluster, values | given, where=where or "the command line")

@@ -1,0 +1,206 @@
+"""What a host says of itself: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
+
+Every fact is plain JSON. Nothing is judged here: `judge.py` does that where the answers of all hosts lie side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from m3i_scale.config import RunConfig, load_run, resource_folder
+from m3i_scale.errors import UserError
+
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
+_PACKAGE = Path(__file__).resolve().parents[2]
+_TELLING = re.compile(r"(NCCL|GLOO|TORCH|DS|OMP|CUDA|UCX|HF|XDG)_\w+|LD_LIBRARY_PATH|PYTHONPATH|TZ|LANG|LC_ALL")
+_SECRET = re.compile(r"TOKEN|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_GIT_S = 5
+READ_BYTES = 1 << 16
+"""Of the first shard of every source."""
+
+
+def interpreter() -> dict[str, Any]:
+    """Python, and the versions of the packages that a run computes with; None for one that is missing."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    if versions["m3i-scale"] is None:  # a checkout on PYTHONPATH
+        from m3i_scale import __version__
+
+        versions["m3i-scale"] = __version__
+    return {"version": platform.python_version(), "path": sys.executable, "packages": versions}
+
+
+def code() -> dict[str, Any]:
+    """Hash of the package's files, recipes and DeepSpeed files, and the commit where they are a checkout's."""
+    digest = hashlib.sha256()
+    for folder in (_PACKAGE, resource_folder("recipes"), resource_folder("ds_configs")):
+        for path in sorted(folder.rglob("*")):
+            again = path.relative_to(folder).parts[0] in ("_recipes", "_ds_configs")  # of a wheel: read below
+            if path.suffix in (".py", ".yaml", ".json") and not again:
+                digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+                digest.update(path.read_bytes())
+    return {"sha256": digest.hexdigest(), "commit": _commit(), "path": str(_PACKAGE)}
+
+
+def _commit() -> str | None:
+    if not (_PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git here; the hash says as much
+        return None
+    return done.stdout.strip() or None
+
+
+def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
+    """The run as this host resolves it, and what there is to tell of it: the hash of all its values and of its
+    DeepSpeed file, or why it cannot be read."""
+    from m3i_scale.scale.ds_config import load_ds_config
+
+    try:
+        run = load_run(name, list(overrides))
+        whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
+    except UserError as error:
+        return None, {"fault": error.what, "where": error.where, "fix": error.fix}
+    text = json.dumps(whole, sort_keys=True)
+    return run, {"sha256": hashlib.sha256(text.encode()).hexdigest(), "values": _flat(whole)}
+
+
+def _flat(values: Any, below: str = "") -> dict[str, str]:
+    """By dotted key: to name what differs."""
+    if isinstance(values, Mapping) and values:
+        return {
+            key: text
+            for name, value in values.items()
+            for key, text in _flat(value, f"{below}.{name}" if below else str(name)).items()
+        }
+    return {below: json.dumps(values)}
+
+
+def devices() -> dict[str, Any]:
+    """Accelerators as DeepSpeed finds them."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    kind = accelerator.device_name()
+    if kind == "cpu":
+        return {"kind": "cpu", "count": os.cpu_count(), "names": [_processor()], "driver": None, "memory": None}
+    count = accelerator.device_count()
+    names: list[str] = []
+    if kind == "cuda":
+        import torch
+
+        names = [torch.cuda.get_device_name(number) for number in range(count)]
+    memory = [accelerator.total_memory(number) for number in range(count)]
+    return {"kind": kind, "count": count, "names": names, "driver": _driver(), "memory": memory}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _driver() -> str | None:
+    """Of NVIDIA's kernel module, or AMD's."""
+    for path in (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version")):
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
+    return None
+
+
+def interfaces() -> dict[str, list[str]]:
+    """IPv4 and IPv6 addresses by interface; of those that are up."""
+    states = psutil.net_if_stats()
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [address.address.partition("%")[0] for address in addresses if address.family in families]
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in states and states[name].isup
+    }
+
+
+def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What this host takes every name for: its addresses, or why there are none."""
+    found: dict[str, dict[str, Any]] = {}
+    for host in dict.fromkeys([*hosts, socket.gethostname()]):
+        try:
+            known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            found[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
+        except OSError as error:
+            found[host] = {"fault": error.strerror or str(error)}
+    return found
+
+
+def variables() -> dict[str, str]:
+    """Of the environment, what changes how a run computes or talks; no secrets."""
+    return {key: value for key, value in os.environ.items() if _TELLING.fullmatch(key) and not _SECRET.search(key)}
+
+
+def received(wanted: Mapping[str, str]) -> dict[str, bool]:
+    """Which variables have arrived as they were sent, by a hash of their values."""
+    return {name: name in os.environ and fingerprint(os.environ[name]) == digest for name, digest in wanted.items()}
+
+
+def fingerprint(value: str) -> str:
+    """Of a variable's value: it may be long, or a secret."""
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Of every source: the first shard, and how many bytes of it were read here, or why none."""
+    return {name: _first_shard(run, name, source.shards) for name, source in _sources(run).items()}
+
+
+def _sources(run: RunConfig) -> dict[str, Any]:
+    validation = {f"validation {name}": source for name, source in run.data.validation.items()}
+    return {**run.data.sources, **validation}
+
+
+def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
+    from m3i_scale.data.faults import FaultError
+    from m3i_scale.data.places import Url, without_secrets
+    from m3i_scale.data.remote import Access, facts, read_range
+    from m3i_scale.data.shards import expand_shards
+
+    began = time.perf_counter()
+    first: Any = without_secrets(shards)
+    try:
+        first, *rest = expand_shards(shards, f"source '{name}'")
+        if not isinstance(first, Url):
+            with first.open("rb") as file:
+                read = len(file.read(READ_BYTES))
+        elif first.scheme == "pipe":
+            return {"shard": str(first), "skipped": "a command is not run by a doctor"}
+        else:
+            access = Access(attempts=2, timeout_s=min(run.data.read_timeout_s, 10.0))
+            size = facts(first, access).size
+            read = len(read_range(first, 0, min(size, READ_BYTES), access))
+    except (UserError, FaultError) as error:
+        where = error.where if isinstance(error, UserError) else without_secrets(shards)
+        return {"shard": where or without_secrets(shards), "fault": without_secrets(str(error).splitlines()[0])}
+    except OSError as error:
+        return {"shard": str(first), "fault": error.strerror or str(error)}
+    more = {"shards": 1 + len(rest), "seconds": time.perf_counter() - began}
+    return {"shard": str(first), "read": read, **more} | ({} if read else {"fault": "the shard is empty"})

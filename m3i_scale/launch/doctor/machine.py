@@ -1,0 +1,167 @@
+"""The cheap part, of this machine alone: memory, /dev/shm, file limits, free disk. Milliseconds; nothing is imported
+that a training process has not imported anyway."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from m3i_scale.launch.doctor.findings import Finding, fault, gib, good, warning
+from m3i_scale.launch.doctor.needs import Needs
+
+SHM = Path("/dev/shm")
+_CGROUP = Path("/sys/fs/cgroup")
+COMFORTABLE_FILES = 4096
+COMFORTABLE_SHM = 2**30
+"""NCCL's own advice for containers: --shm-size=1g."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has to give now."""
+
+    memory_available: int
+    """Bytes; the limit of a container counts."""
+    memory_total: int
+    shm_free: int | None
+    """Bytes; None where there is no /dev/shm."""
+    shm_total: int | None
+    files_soft: int
+    files_hard: int
+    """Both of ulimit -n."""
+
+
+def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
+    """Read them.
+
+    Args:
+        shm: the file system of shared memory.
+        cgroup: where the limits of a container stand (version 2).
+    """
+    memory = psutil.virtual_memory()
+    total, available = _within_container(cgroup, memory.total, memory.available)
+    usage = shutil.disk_usage(shm) if shm.is_dir() else None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**31
+    return Machine(
+        memory_available=available,
+        memory_total=total,
+        shm_free=usage.free if usage else None,
+        shm_total=usage.total if usage else None,
+        files_soft=most if soft == resource.RLIM_INFINITY else soft,
+        files_hard=most if hard == resource.RLIM_INFINITY else hard,
+    )
+
+
+def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, int]:
+    """Total and available bytes of memory, with the limit of the control group that this process is in."""
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
+        for folder in (cgroup / own, cgroup):  # inside a container the root is its own group
+            limit = folder / "memory.max"
+            if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+                used = int((folder / "memory.current").read_text(encoding="utf-8"))
+                cached = _inactive_file(folder)
+                return min(total, int(text)), min(available, int(text) - used + cached)
+    except (OSError, ValueError):  # version 1, or none: the machine's own figures hold
+        return total, available
+    return total, available
+
+
+def _inactive_file(folder: Path) -> int:
+    """Bytes of file cache, which the kernel gives back before it refuses memory."""
+    for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(" ")
+        if name == "inactive_file":
+            return int(value)
+    return 0
+
+
+def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
+    """Memory, /dev/shm and file limits of a host against what the run needs.
+
+    Args:
+        host: its name.
+        machine: what it has.
+        needs: what the run needs of it.
+        on_host: ranks compute on the CPU.
+    """
+    memory = _memory(host, machine, needs.memory_bytes + (needs.state_bytes if on_host else 0), needs.ranks)
+    return [memory, _shm(host, machine, needs, on_host), _files(host, machine, needs)]
+
+
+def _memory(host: str, machine: Machine, wanted: int, ranks: int) -> Finding:
+    value = f"{gib(machine.memory_available)} of {gib(machine.memory_total)} available"
+    if wanted > machine.memory_available:
+        why = f"{ranks} ranks here hold at least {gib(wanted)}, activations and samples not counted"
+        fix = "more hosts, fewer ranks a host, a smaller model (m3i-scale plan), or checkpoint.background=false"
+        return fault("memory", host, value, why=why, fix=fix)
+    return good("memory", host, value)
+
+
+def _shm(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
+    if machine.shm_free is None or machine.shm_total is None:
+        return fault(
+            "shm",
+            host,
+            "there is no /dev/shm",
+            why="loader processes and collectives of one host pass their data there",
+            fix="mount a tmpfs at /dev/shm",
+        )
+    value = f"{gib(machine.shm_free)} of {gib(machine.shm_total)} free"
+    fix = "a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm)"
+    if machine.shm_free < needs.shm_bytes:
+        why = f"the loader processes of {needs.ranks} ranks keep {gib(needs.shm_bytes)} ready there, and die without it"
+        return fault("shm", host, value, why=why, fix=f"{fix}, or fewer data.workers")
+    if not on_host and needs.ranks > 1 and machine.shm_total < COMFORTABLE_SHM:
+        return warning("shm", host, value, why="NCCL shares buffers between the ranks of a host there", fix=fix)
+    return good("shm", host, value)
+
+
+def _files(host: str, machine: Machine, needs: Needs) -> Finding:
+    value = f"ulimit -n {machine.files_soft} (hard {machine.files_hard})"
+    fix = f"ulimit -n {min(machine.files_hard, 65536)} before the launch"
+    if machine.files_hard < max(needs.open_files, COMFORTABLE_FILES):
+        fix = "a higher `nofile` limit: /etc/security/limits.conf, LimitNOFILE of the service, docker run --ulimit"
+    if machine.files_soft < needs.open_files:
+        why = f"a rank opens about {needs.open_files}: shards, connections to other ranks, loader processes"
+        return fault("files", host, value, why=why, fix=fix)
+    if machine.files_soft < COMFORTABLE_FILES <= machine.files_hard:
+        why = "it is enough for this run; with more ranks, shards or workers it may not be"
+        return warning("files", host, value, why=why, fix=fix)
+    return good("files", host, value)
+
+
+def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
+    """Free space where checkpoints go, against one of them and against all that are kept."""
+    existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
+    try:
+        free = shutil.disk_usage(existing).free
+        there = _bytes_below(output_dir / "checkpoints")
+    except OSError as error:
+        return fault("disk", host, f"{existing}: {error.strerror}", why="no checkpoint could be saved", fix="mend it")
+    value = f"{gib(free)} free at {existing}"
+    fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
+    if free < needs.checkpoint_bytes:
+        why = f"a checkpoint takes {gib(needs.checkpoint_bytes)}"
+        return fault("disk", host, value, why=why, fix=fix)
+    if free + there < needs.kept_bytes:
+        why = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {gib(needs.kept_bytes)}"
+        return fault("disk", host, value, why=f"{why}; the run would end when the disk is full", fix=fix)
+    return good("disk", host, value)
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for above, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(above, name)).st_size
+            except FileNotFoundError:  # a run removes what it no longer keeps
+                continue
+    return total

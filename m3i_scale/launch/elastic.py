@@ -1,0 +1,119 @@
+"""This package's own launcher: an agent on every host over ssh, failures told by their first cause, and restarts over
+the hosts that remain. Needs no program but ssh."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.launch.attempts import Launch, Policy, Work, new_launch
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.job import OVER_HOSTS, Job
+from m3i_scale.launch.link import Site
+from m3i_scale.launch.plan import PRIVATE, Command, LaunchFile, LaunchPlan
+from m3i_scale.launch.ssh import SSH
+
+FILE = "elastic.json"
+HONOURS = OVER_HOSTS | {"max_restarts", "min_nodes", "restart_pause_s", "probe_s", "silence_s"}
+
+
+def render(job: Job) -> LaunchPlan:
+    """A file with all that the launch needs, and the command that reads it, on this machine.
+
+    Raises:
+        ConfigError: `min_nodes` without effect, or more of them than there are.
+    """
+    cluster = job.cluster
+    hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
+    if cluster.min_nodes is not None and cluster.min_nodes > len(hosts):
+        raise ConfigError(
+            f"min_nodes is {cluster.min_nodes}, and there are {len(hosts)} hosts", where="min_nodes", fix="lower it"
+        )
+    if cluster.min_nodes is not None and not cluster.max_restarts:
+        raise ConfigError(
+            "min_nodes has no effect without restarts", where="min_nodes", fix="--max-restarts 10, for instance"
+        )
+    content = {
+        "hosts": [f"{host.name} slots={host.slots}" for host in hosts],
+        "interface": cluster.interface,
+        "master_address": cluster.master_address,
+        "master_port": cluster.master_port if "master_port" in cluster.model_fields_set else None,
+        "python": job.python,
+        "workdir": str(job.workdir),
+        "ssh": list(cluster.ssh),
+        "environment": {variable.name: variable.value for variable in job.variables},
+        "silence_s": cluster.silence_s,
+        "max_restarts": cluster.max_restarts,
+        "min_hosts": cluster.min_nodes,
+        "pause_s": cluster.restart_pause_s,
+        "probe_s": cluster.probe_s,
+        "command": list(job.rank_argv),
+        "run": {**job.values, "output_dir": str(job.output_dir)},
+    }
+    text = json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n"
+    return LaunchPlan(
+        launcher="elastic",
+        folder=job.folder,
+        files=(LaunchFile(FILE, text, PRIVATE if job.secret else 0o644),),
+        commands=(Command((sys.executable, "-m", "m3i_scale.launch.elastic", str(job.folder / FILE))),),
+        workdir=job.workdir,
+        needs=(SSH,) if job.hosts else (),
+    )
+
+
+def start(path: Path) -> int:
+    """Launch what a file describes, and launch again as it has it.
+
+    Args:
+        path: as `render` writes it.
+
+    Returns:
+        The exit code of `attempts.Launch.run`.
+
+    Raises:
+        UserError: as that says, or the file cannot be read.
+    """
+    try:
+        given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
+    run = RunConfig.model_validate(given["run"])
+    site = Site(
+        python=given["python"],
+        workdir=given["workdir"],
+        output_dir=str(run.output_dir),
+        launch=new_launch(),
+        ssh=tuple(given["ssh"]),
+        python_path=given["environment"].get("PYTHONPATH", ""),
+        environment=given["environment"],
+        silence_s=given["silence_s"],
+    )
+    hosts = [line.split(" slots=") for line in given["hosts"]]
+    work = Work(
+        run,
+        tuple(given["command"]),
+        tuple(Host(name, int(slots)) for name, slots in hosts),
+        site,
+        given["master_address"],
+        given["interface"],
+        given["master_port"],
+    )
+    policy = Policy(given["max_restarts"], given["min_hosts"], given["pause_s"], given["probe_s"])
+    return Launch(work, policy, lambda text: print(text, file=sys.stderr, flush=True)).run()
+
+
+def main() -> None:
+    """`python -m m3i_scale.launch.elastic FILE`."""
+    try:
+        sys.exit(start(Path(sys.argv[1])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Which environment variables travel to the ranks: those that are named, and no others; secrets never by chance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from m3i_scale.errors import ConfigError
+
+HIDDEN = "(hidden)"
+"""Stands for the value of a secret wherever a person reads it."""
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Set by launchers, differently on every rank."""
+INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""The network interface of Gloo and of NCCL."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|^AWS_", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One that travels."""
+
+    name: str
+    value: str
+    secret: bool = False
+    """Its value belongs neither on a command line nor into a log."""
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable is a secret by its name: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_* and the like."""
+    return _SECRET.search(name) is not None
+
+
+def check_variable(entry: str) -> str:
+    """The name in `NAME` or `NAME=value`.
+
+    Raises:
+        ValueError: no name, one that launchers set, or a secret's value.
+    """
+    name, equals, value = entry.partition("=")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of an environment variable")
+    if name in LAUNCHERS:
+        raise ValueError(f"{name} is set by the launcher")
+    if name in INTERFACE:
+        raise ValueError(f"{name} is set by `interface`")
+    if equals and is_secret(name):
+        raise ValueError(f"the value of {name} is a secret; write the name alone, and set it where you launch")
+    if "\0" in value:
+        raise ValueError(f"the value of {name} holds a zero byte")
+    return name
+
+
+def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: str | None) -> tuple[Variable, ...]:
+    """The variables of the ranks, by name.
+
+    Args:
+        entries: `NAME` or `NAME=value`, checked.
+        here: the environment that is launched from.
+        interface: of `Cluster`.
+
+    Raises:
+        ConfigError: a name without a value is not set here.
+    """
+    found = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals and name not in here:
+            raise ConfigError(
+                f"{name} is to travel to the ranks, and is not set here",
+                where=f"environment: {name}",
+                fix=f"set it, write {name}=value, or take it off the list",
+            )
+        found.append(Variable(name, value if equals else here[name], is_secret(name)))
+    return tuple(sorted(found, key=lambda variable: variable.name))
+
+
+def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
+    """The same, fit to be shown."""
+    return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
+
+
+def without_secrets(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
+    """This environment for a launcher's own process: without secrets that were not named. Launchers pass parts of
+    theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything)."""
+    names = {variable.name for variable in allowed}
+    return {name: value for name, value in here.items() if name in names or not is_secret(name)}

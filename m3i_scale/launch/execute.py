@@ -1,0 +1,194 @@
+"""Write a plan's files, run its commands, hand signals on, and end with their exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import psutil
+
+from m3i_scale.errors import UserError
+from m3i_scale.launch.plan import Command, LaunchPlan
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_GRACE_S = 60.0
+"""What still runs so long after another command has failed waits for ranks that are gone, and is ended."""
+_POLL_S = 0.1
+_ASK_AGAIN_S = 2.0
+
+
+def write_files(plan: LaunchPlan) -> None:
+    """Write the files; each has its mode from its first byte on.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        for file in plan.files:
+            path = plan.folder / file.name
+            beside = path.with_name(f".{file.name}.{os.getpid()}")
+            beside.unlink(missing_ok=True)
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(file.text)
+            beside.chmod(file.mode)
+            beside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write what the launcher needs: {error.strerror}",
+            where=str(error.filename),
+            fix="an output_dir that this machine and all ranks can write to",
+        ) from None
+
+
+def check_needs(plan: LaunchPlan) -> None:
+    """Refuse a launch whose programs are not here, or whose port is taken.
+
+    Raises:
+        UserError: with the package to install.
+    """
+    for executable in plan.needs:
+        if shutil.which(executable.name) is None:
+            raise UserError(
+                f"'{executable.name}' is not installed here",
+                where=f"--with {plan.launcher}",
+                fix=executable.package,
+            )
+    if not plan.workdir.is_dir():
+        raise UserError("the working directory does not exist", where=str(plan.workdir), fix="--workdir")
+    if plan.port is not None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", plan.port))
+            except OSError:
+                raise UserError(
+                    f"somebody listens on port {plan.port} of this machine, perhaps another run",
+                    fix=f"--master-port {plan.port + 1}",
+                ) from None
+
+
+def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> int:
+    """Run the commands until all have ended.
+
+    Args:
+        plan: whose files are written.
+        shown: the same without secrets, for people.
+        environment: of the commands.
+
+    Returns:
+        The exit code of the first command that failed, as a shell has it; 0 where none did.
+
+    Raises:
+        UserError: see `check_needs`.
+    """
+    check_needs(plan)
+    for command in shown.commands:
+        print(f"+ {command}", file=sys.stderr, flush=True)
+    return Running(plan, environment).wait()
+
+
+class Running:
+    """The commands of a plan."""
+
+    def __init__(self, plan: LaunchPlan, environment: Mapping[str, str]) -> None:
+        self._plan = plan
+        self._environment = environment
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._asked = 0
+
+    def wait(self) -> int:
+        """Start the commands, hand signals on to them, and wait for them."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
+            for command in self._plan.commands:
+                self._processes.append(self._start(command))
+            if self._asked and not self._plan.stops:  # while they were being started
+                self._pass_on(signal.SIGTERM)
+            return self._until_all_have_ended()
+        finally:
+            _end(self._processes)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(self, command: Command) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command.argv,
+            cwd=self._plan.workdir,
+            env={**self._environment, **command.environment},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _until_all_have_ended(self) -> int:
+        code, ends_at = 0, float("inf")
+        while None in (codes := [process.poll() for process in self._processes]):
+            failed = [number for number in codes if number]
+            if failed and not code:
+                code, ends_at = failed[0], time.monotonic() + _GRACE_S
+            if time.monotonic() > ends_at:
+                _end(self._processes)
+            time.sleep(_POLL_S)
+        code = code or next((process.returncode for process in self._processes if process.returncode), 0)
+        return 128 - code if code < 0 else code
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked += 1
+        if self._plan.stops and self._asked == 1:
+            # Not in the handler: it may take as long as ssh does.
+            threading.Thread(target=self._ask_ranks, daemon=True).start()
+        else:
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _ask_ranks(self) -> None:
+        """Until somebody has heard it: ranks may not have been started yet."""
+        while self._asked == 1:
+            asking = [self._start(command) for command in self._plan.stops]
+            codes = [process.wait() for process in asking]
+            if 0 in codes:
+                return
+            time.sleep(_ASK_AGAIN_S)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask all of them together, then force those that stay; with everything that they have started."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):  # a signal's handler has seen its end meanwhile
+            os.killpg(process.pid, signal.SIGTERM)
+    ends_at = time.monotonic() + _GRACE_S
+    for process in running:
+        try:
+            process.wait(max(0.0, ends_at - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            below = _below(process.pid)  # torchrun gives every rank a session of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for child in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    """What a process has started, and what that has."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []

@@ -1,0 +1,183 @@
+"""What a run died of: every rank's last words, and which of them were the first cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from m3i_scale.errors import EXIT_USER_ERROR
+
+FAILURE = "failure.json"
+RANK_RECORDS = "failure"
+"""Folder of the output folder where ranks leave their records when no agent has given them another one."""
+
+Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang"]
+LAST_LINES = 20
+
+# Words of a rank that only noticed that another one was gone. Of gloo, of NCCL's watchdog and communicator, of the
+# store, and of sockets below them.
+_CONSEQUENCES = re.compile(
+    r"connection (was )?(closed|reset)( by peer)?|connection refused|socket (timeout|closed)|broken pipe"
+    r"|timed out waiting|wait timeout|timed? ?out after|watchdog caught collective|remote process exited"
+    r"|ncclRemoteError|NCCL communicator was aborted|failed to recv|recvValue failed|sendBytes failed"
+    r"|Transport endpoint is not connected|no route to host|network is unreachable|DistNetworkError"
+    r"|DistStoreError|gloo.*(timeout|error)|read error|process group.*(abort|timeout)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's end, or one host's."""
+
+    time: float
+    """Unix seconds, by the clock of the host that supervises where that is known."""
+    host: str
+    rank: int | None
+    """None: the host as a whole."""
+    step: int | None
+    """Optimizer steps that were done."""
+    phase: str | None
+    kind: Kind
+    message: str
+    exit_code: int | None = None
+    """As a shell tells it; negative: the signal that ended it."""
+    lines: list[str] = field(default_factory=list)
+    """The last ones of its log."""
+    trace: list[str] = field(default_factory=list)
+    """Of an exception that is no message to users."""
+
+    @property
+    def consequence(self) -> bool:
+        """Whether it only tells of the end of another rank."""
+        # A message to users tells of what they can mend, also where a server of shards has closed its connection.
+        if self.kind in ("host", "hang", "signal", "user_error"):
+            return False
+        told = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
+        return _CONSEQUENCES.search(told) is not None
+
+    @property
+    def user_error(self) -> bool:
+        """Whether starting again would end in the same way."""
+        return self.kind == "user_error" or self.exit_code == EXIT_USER_ERROR
+
+    def where(self) -> str:
+        """Host, rank, step and phase, as far as they are known."""
+        parts = [f"host {self.host}"]
+        if self.rank is not None:
+            parts.append(f"rank {self.rank}")
+        if self.step is not None and self.step >= 0:
+            parts.append(f"after step {self.step}")
+        if self.phase:
+            parts.append(f"in {self.phase}")
+        return ", ".join(parts)
+
+
+def first_cause(failures: Iterable[Failure]) -> Failure | None:
+    """The earliest cause; where there are only consequences, the earliest of them."""
+    ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.time))
+    return ordered[0] if ordered else None
+
+
+def failure_text(cause: Failure, others: Sequence[Failure]) -> str:
+    """What a person reads at the end: once, whatever the number of ranks."""
+    lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
+    if cause.lines:
+        lines.append("  its last lines:")
+        lines += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
+    if others:
+        lines.append(f"  after it: {_counted(others)}")
+    return "\n".join(lines)
+
+
+def _counted(others: Sequence[Failure]) -> str:
+    """One line for all that followed."""
+    words: dict[str, int] = {}
+    for other in others:
+        told = other.message.splitlines()[0][:100] if other.message else other.kind
+        words[told] = words.get(told, 0) + 1
+    shown = [f"{count} × {told}" for told, count in list(words.items())[:3]]
+    return "; ".join(shown) + (" …" if len(words) > 3 else "")
+
+
+def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], **more: Any) -> Path:
+    """Write OUTPUT/failure.json, whole or not at all.
+
+    Args:
+        output_dir: of the run.
+        cause: the first one.
+        others: what followed.
+        more: further fields, such as the attempt.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path = output_dir / FAILURE
+    content = {"cause": asdict(cause), "others": [asdict(other) for other in others], **more}
+    write_whole(path, json.dumps(content, indent=1, default=str))
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once; a kill leaves the old one or the new one.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def record_file(folder: Path, rank: int) -> Path:
+    """Where a rank leaves its last words."""
+    return folder / f"rank-{rank:05d}.json"
+
+
+def write_record(folder: Path, failure: Failure) -> None:
+    """A rank's last words.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    write_whole(record_file(folder, failure.rank or 0), json.dumps(asdict(failure)))
+
+
+def read_record(path: Path) -> Failure | None:
+    """What a rank has left; None where it has left nothing."""
+    try:
+        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def read_records(output_dir: Path, since: float) -> list[Failure]:
+    """What the ranks of other launchers have left in OUTPUT/failure since then (Unix seconds)."""
+    found = []
+    for path in sorted((output_dir / RANK_RECORDS).glob("rank-*.json")):
+        record = read_record(path)
+        if record is not None and record.time >= since:
+            found.append(record)
+    return found
+
+
+def on_clock(failure: Failure, offset_s: float) -> Failure:
+    """The same with its time on the supervisor's clock.
+
+    Args:
+        failure: with a time of its host.
+        offset_s: how far the supervisor's clock is ahead of the host's.
+    """
+    return replace(failure, time=failure.time + offset_s)

@@ -1,0 +1,125 @@
+"""The hosts of a run: lines of `name slots=N`, read strictly.
+
+DeepSpeed's own reader trains on the local machine alone where the file does not exist, and takes any word for a name;
+here both are errors, with the line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3i_scale.errors import ConfigError, did_you_mean
+
+_LINE = re.compile(r"(\S+)\s+slots=(\S+)")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_MOST_CHARACTERS = 253
+_MOST_SLOTS = 1024
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine."""
+
+    name: str
+    """As ssh and MPI are given it."""
+    slots: int
+    """Ranks on it."""
+
+
+def is_host_name(name: str) -> bool:
+    """Whether `name` is a host name or an IPv4 address: letters, digits, `-`, `_` and dots, none of them at an end."""
+    return len(name) <= _MOST_CHARACTERS and _NAME.fullmatch(name) is not None
+
+
+def read_hostfile(path: Path) -> tuple[Host, ...]:
+    """The hosts of a file, in its order. Empty lines and what follows a `#` are left out.
+
+    Raises:
+        ConfigError: no such file, or a line that is no host; with its number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the hostfile: {error}",
+            where=str(path),
+            why="without it the run would be smaller than meant",
+            fix="a line `name slots=N` for every host",
+        ) from None
+    return parse_hosts(text.split("\n"), where=str(path))
+
+
+def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
+    """The hosts that `lines` name.
+
+    Args:
+        lines: `name slots=N`.
+        where: they were written, for errors.
+
+    Raises:
+        ConfigError: none, one twice, no slots, or a line that is no host; with its number.
+    """
+    found: dict[str, tuple[int, Host]] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        place = f"{where}, line {number}: {line.strip()!r}"
+        host = _host(words, place)
+        key = host.name.lower()
+        if key in found:
+            raise ConfigError(
+                f"host '{host.name}' is named twice, first in line {found[key][0]}",
+                where=place,
+                fix="one line per host, with all its slots",
+            )
+        found[key] = number, host
+    if not found:
+        raise ConfigError("there is no host", where=where, fix="a line `name slots=N` for every host")
+    return tuple(host for _, host in found.values())
+
+
+def _host(words: str, place: str) -> Host:
+    parts = _LINE.fullmatch(words)
+    if parts is None:
+        raise ConfigError("this is no host", where=place, fix="write `name slots=N`")
+    name, slots = parts.groups()
+    if not is_host_name(name):
+        raise ConfigError(
+            f"{name!r} is no host name",
+            where=place,
+            fix="letters, digits, '-', '_' and dots; a user or a port goes into ~/.ssh/config",
+        )
+    if not (slots.isascii() and slots.isdigit() and 1 <= int(slots[:9]) <= _MOST_SLOTS and len(slots) < 9):
+        raise ConfigError(f"slots={slots}: a host has from 1 to {_MOST_SLOTS} ranks", where=place)
+    return Host(name, int(slots))
+
+
+def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[str]) -> tuple[Host, ...]:
+    """The hosts to run on, in their order.
+
+    Args:
+        hosts: all.
+        include: names of those to run on; none: all.
+        exclude: names of those to leave out.
+
+    Raises:
+        ConfigError: a name that no host has, both lists at once, or no host left.
+    """
+    if include and exclude:
+        raise ConfigError("`include` and `exclude` exclude each other", fix="give one of the two")
+    names = [host.name for host in hosts]
+    for kind, chosen in (("include", include), ("exclude", exclude)):
+        for name in chosen:
+            if name not in names:
+                raise ConfigError(f"no host '{name}'", where=kind, fix=did_you_mean(name, names))
+        if len(set(chosen)) < len(chosen):
+            raise ConfigError("a host is named twice", where=f"{kind}: {', '.join(chosen)}")
+    left = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
+    if not left:
+        raise ConfigError("no host is left", where=f"exclude: {', '.join(exclude)}")
+    return left

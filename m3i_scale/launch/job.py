@@ -1,0 +1,243 @@
+"""One launch, resolved: which hosts, how many ranks, what each of them runs, with which variables."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from m3i_scale.config import RunConfig, find_run_file, known_runs
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.environment import Variable, hidden, travelling
+from m3i_scale.launch.hosts import Host
+
+FOLDER = "launch"
+"""In the run's output folder."""
+_NO_COMMON_INTERPRETER = "python3"
+"""Of a container, where nothing else is said."""
+
+
+OVER_HOSTS = frozenset(
+    {
+        "ranks_per_node",
+        "hostfile",
+        "hosts",
+        "include",
+        "exclude",
+        "interface",
+        "master_address",
+        "master_port",
+        "environment",
+        "python",
+        "workdir",
+        "ssh",
+    }
+)
+"""Fields that every launcher honours which starts ranks over named hosts, or here."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What renderers turn into files and commands."""
+
+    cluster: Cluster
+    run: str
+    """A built-in name, or an absolute path that all hosts see."""
+    overrides: tuple[str, ...]
+    name: str
+    output_dir: Path
+    """Absolute."""
+    workdir: Path
+    """Absolute."""
+    hosts: tuple[Host, ...]
+    """The head first; none where only their number is given."""
+    variables: tuple[Variable, ...]
+    values: Mapping[str, Any]
+    """The whole run file, `extends` and overrides applied."""
+
+    @property
+    def folder(self) -> Path:
+        """Where launch files lie."""
+        return self.output_dir / FOLDER
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return len(self.hosts) or self.cluster.nodes or 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on every machine.
+
+        Raises:
+            ConfigError: nobody says how many, or hosts differ in it.
+        """
+        if self.hosts:
+            slots = {host.slots for host in self.hosts}
+            if len(slots) > 1:
+                listed = ", ".join(f"{host.name} {host.slots}" for host in self.hosts)
+                raise ConfigError(
+                    "this launcher wants as many ranks on every host",
+                    where=listed,
+                    fix="equal slots, or `--with deepspeed`, `mpirun` or `torchrun`",
+                )
+            return slots.pop()
+        if self.cluster.ranks_per_node is None:
+            raise ConfigError("how many ranks does a machine have?", fix="--ranks-per-node 8, or hosts with slots")
+        return self.cluster.ranks_per_node
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all machines."""
+        return sum(host.slots for host in self.hosts) or self.nodes * self.ranks_per_node
+
+    @property
+    def gpus_per_node(self) -> int:
+        """To be reserved."""
+        wanted = self.cluster.gpus_per_node
+        return self.ranks_per_node if wanted is None else wanted
+
+    @property
+    def python(self) -> str:
+        """The interpreter of all ranks."""
+        if self.cluster.python is not None:
+            return self.cluster.python
+        return sys.executable if self.cluster.container_image is None else _NO_COMMON_INTERPRETER
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        """The program of a rank, behind `python -m`."""
+        return ("m3i_scale", "train", self.run, *self.overrides)
+
+    @property
+    def rank_argv(self) -> tuple[str, ...]:
+        """The command line of a rank."""
+        return (self.python, "-u", "-m", *self.train)
+
+    @property
+    def plain(self) -> tuple[Variable, ...]:
+        """Variables that may be read by anyone."""
+        return tuple(variable for variable in self.variables if not variable.secret)
+
+    @property
+    def secret(self) -> tuple[Variable, ...]:
+        """Variables that may not."""
+        return tuple(variable for variable in self.variables if variable.secret)
+
+    def head_address(self) -> str:
+        """Where rank 0 waits.
+
+        Raises:
+            ConfigError: `interface` is given, and its address on the head is not known here.
+        """
+        cluster = self.cluster
+        if cluster.master_address is not None:
+            return cluster.master_address
+        if cluster.interface is not None:
+            return _address_here(cluster.interface, self.hosts)
+        return self.hosts[0].name if self.hosts else "127.0.0.1"
+
+    def shown(self) -> Job:
+        """The same, without the values of secrets."""
+        return replace(self, variables=hidden(self.variables))
+
+
+def is_here(host: str) -> bool:
+    """Whether a name or an address is that of this machine."""
+    own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
+    cards = psutil.net_if_addrs().values()
+    return host in own or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
+
+
+def _check_names(hosts: tuple[Host, ...]) -> None:
+    """Refuse several hosts of which one means another machine everywhere, or two mean this one.
+
+    Raises:
+        ConfigError: the run would be smaller than meant, or two would share this machine's devices.
+    """
+    names = [host.name for host in hosts]
+    loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
+    if len(names) > 1 and loop is not None:
+        raise ConfigError(
+            f"'{loop}' is another machine on every host",
+            where=f"hosts: {', '.join(names)}",
+            fix="name this machine as the others reach it",
+        )
+    here = [name for name in names if is_here(name)]
+    if len(here) > 1:
+        raise ConfigError(
+            f"{' and '.join(here)} are one machine, this one",
+            where=f"hosts: {', '.join(names)}",
+            fix="one line per host, with all its slots",
+        )
+
+
+def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
+    if hosts and not is_here(hosts[0].name):
+        raise ConfigError(
+            f"the head, {hosts[0].name}, is not this machine: the address of its '{interface}' is not known here",
+            where=f"interface: {interface}",
+            fix=f"--master-address with what `ssh {hosts[0].name} ip -4 address show {interface}` says",
+        )
+    cards = psutil.net_if_addrs()
+    found = [item.address for item in cards.get(interface, []) if item.family == socket.AF_INET]
+    if not found:
+        raise ConfigError(
+            f"this machine has no interface '{interface}' with an IPv4 address",
+            where=f"interface: {interface}",
+            fix=f"one of {', '.join(sorted(cards))}",
+        )
+    return found[0]
+
+
+def make_job(
+    config: RunConfig,
+    run: str,
+    overrides: tuple[str, ...],
+    cluster: Cluster,
+    values: Mapping[str, Any],
+    here: Mapping[str, str],
+) -> Job:
+    """Put a run and a description together.
+
+    Args:
+        config: of the run, overrides applied.
+        run: its file, or its built-in name.
+        overrides: `section.key=value`, as ranks get them.
+        cluster: where it runs.
+        values: what the run file says, `extends` and overrides applied.
+        here: the environment that is launched from.
+
+    Raises:
+        ConfigError: hosts or variables that do not hold together, or a path that cannot be written into scripts.
+    """
+    path = find_run_file(run)
+    hosts = cluster.named_hosts()
+    _check_names(hosts)
+    workdir = Path(cluster.workdir or Path.cwd())
+    built_in = known_runs().get(run) == path
+    job = Job(
+        cluster=cluster,
+        run=run if built_in else str(path.absolute()),
+        overrides=overrides,
+        name=config.name,
+        output_dir=workdir / config.output_dir,
+        workdir=workdir,
+        hosts=hosts,
+        variables=travelling(cluster.environment, here, interface=cluster.interface),
+        values=values,
+    )
+    for what, text in (("output_dir", job.output_dir), ("working directory", workdir), ("run file", job.run)):
+        if not str(text).isprintable():
+            raise ConfigError(f"the {what} has characters that cannot be printed", where=repr(str(text)))
+    for override in overrides:
+        if re.search(r"[\0\n\r]", override):
+            raise ConfigError("an override is one line", where=repr(override))
+    return job

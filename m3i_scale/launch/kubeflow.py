@@ -1,0 +1,202 @@
+"""Kubernetes, with Kubeflow Trainer 2.3 or newer: a TrainJob, the run file, a volume for the output, and secrets.
+
+All of it is built as data and written by a YAML library; nothing is pasted into text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.job import Job
+from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
+
+HONOURS = frozenset(
+    {
+        "nodes",
+        "ranks_per_node",
+        "interface",
+        "environment",
+        "python",
+        "gpus_per_node",
+        "cpus_per_rank",
+        "container_image",
+        "namespace",
+        "storage_gib",
+        "data_claim",
+    }
+)
+MANIFEST = "kubeflow.yaml"
+RUN_FOLDER = "/m3i"
+"""Where ranks find the run file."""
+DATA = "/data"
+"""Where they find the shards."""
+AGENT = "m3i_scale.launch.torchrun_agent"
+_RUNTIME = "torch-distributed"
+"""Comes with Kubeflow Trainer; it tells torchrun of nodes and ranks by PET_* variables."""
+_PART = "node"
+"""The name of this runtime's job, and of the container in it."""
+_MOST_CHARACTERS = 40
+_GRACE_S = 600
+
+
+class _Dumper(yaml.SafeDumper):
+    """For people: texts of several lines as they are, nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def render(job: Job) -> LaunchPlan:
+    """A manifest, and `kubectl apply`.
+
+    Raises:
+        ConfigError: no image, or names and folders that Kubernetes would not take.
+    """
+    _check(job)
+    documents = [_volume_claim(job), _run_file(job), *([_secrets(job)] if job.secret else []), _train_job(job)]
+    # Escaped beyond ASCII: of U+0085, a line break to YAML, plain text would make a space.
+    manifest = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False)
+    return LaunchPlan(
+        launcher="kubeflow",
+        folder=job.folder,
+        files=(LaunchFile(MANIFEST, manifest, PRIVATE if job.secret else 0o644),),
+        commands=(Command(("kubectl", "apply", "-f", str(job.folder / MANIFEST))),),
+        workdir=job.workdir,
+        needs=(Executable("kubectl", "apt-get install kubernetes-client"),),
+    )
+
+
+def _check(job: Job) -> None:
+    if job.cluster.container_image is None:
+        raise ConfigError("which image do the ranks run in?", fix="--container-image, with this package in it")
+    name = _name(job)
+    if not name or len(name) > _MOST_CHARACTERS:
+        raise ConfigError(
+            f"the name of the run must name pods too: {_MOST_CHARACTERS} letters, digits and '-' at most",
+            where=f"name: {job.name}",
+            fix="name=first-run",
+        )
+    if job.cluster.data_claim is not None and PurePosixPath(job.output_dir).is_relative_to(DATA):
+        raise ConfigError(
+            f"output_dir lies below {DATA}, where the shards are mounted to be read only",
+            where=f"output_dir: {job.output_dir}",
+            fix="output_dir=/output/first",
+        )
+
+
+def _name(job: Job) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
+
+
+def _metadata(job: Job, suffix: str = "") -> dict[str, Any]:
+    place = {} if job.cluster.namespace is None else {"namespace": job.cluster.namespace}
+    return {"name": _name(job) + suffix, **place}
+
+
+def _volume_claim(job: Job) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": _metadata(job, "-output"),
+        "spec": {
+            "accessModes": ["ReadWriteMany"],  # all nodes write their part of a checkpoint
+            "resources": {"requests": {"storage": f"{job.cluster.storage_gib}Gi"}},
+        },
+    }
+
+
+def _run_file(job: Job) -> dict[str, Any]:
+    text = yaml.safe_dump(dict(job.values), sort_keys=False)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, "-run"),
+        "data": {"run.yaml": text},
+    }
+
+
+def _secrets(job: Job) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": _metadata(job, "-secrets"),
+        "type": "Opaque",
+        "stringData": {variable.name: variable.value for variable in job.secret},
+    }
+
+
+def _train_job(job: Job) -> dict[str, Any]:
+    volumes, mounts = _volumes(job)
+    pod = {
+        "terminationGracePeriodSeconds": _GRACE_S,  # a step and a checkpoint
+        "containers": [{"name": _PART, "volumeMounts": mounts}],
+        "volumes": volumes,
+    }
+    part = {"name": _PART, "template": {"spec": {"template": {"spec": pod}}}}
+    patch = {
+        "manager": "m3i-scale.org/launch",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [part]}}},
+    }
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(job),
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": _RUNTIME},
+            "trainer": _trainer(job),
+            "runtimePatches": [patch],
+        },
+    }
+
+
+def _trainer(job: Job) -> dict[str, Any]:
+    command = [job.python, "-m", AGENT, "--module", "m3i_scale", "train", f"{RUN_FOLDER}/run.yaml"]
+    secret = {"name": f"{_name(job)}-secrets"}
+    environment: list[dict[str, Any]] = [{"name": item.name, "value": item.value} for item in job.plain]
+    environment += [
+        {"name": item.name, "valueFrom": {"secretKeyRef": {**secret, "key": item.name}}} for item in job.secret
+    ]
+    limits = {}
+    if job.gpus_per_node:
+        limits["nvidia.com/gpu"] = str(job.gpus_per_node)
+    if job.cluster.cpus_per_rank is not None:
+        limits["cpu"] = str(job.cluster.cpus_per_rank * job.ranks_per_node)
+    return {
+        "image": job.cluster.container_image,
+        "command": command,
+        "numNodes": job.nodes,
+        "numProcPerNode": job.ranks_per_node,
+        **({"env": environment} if environment else {}),
+        **({"resourcesPerNode": {"limits": limits, "requests": limits}} if limits else {}),
+    }
+
+
+def _volumes(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    name = _name(job)
+    volumes: list[dict[str, Any]] = [
+        {"name": "output", "persistentVolumeClaim": {"claimName": f"{name}-output"}},
+        {"name": "run", "configMap": {"name": f"{name}-run"}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},  # batches of loader workers
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": "output", "mountPath": str(job.output_dir)},
+        {"name": "run", "mountPath": RUN_FOLDER, "readOnly": True},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+    ]
+    if job.cluster.data_claim is not None:
+        claim = {"claimName": job.cluster.data_claim, "readOnly": True}
+        volumes.append({"name": "data", "persistentVolumeClaim": claim})
+        mounts.append({"name": "data", "mountPath": DATA, "readOnly": True})
+    return volumes, mounts

@@ -1,0 +1,51 @@
+"""The launchers by name. A further one is a file with `HONOURS` and `render`, and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol, cast
+
+from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.launch.job import Job
+from m3i_scale.launch.plan import LaunchPlan
+
+_NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
+LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "mpirun", "accelerate", "kubeflow", "elastic")
+
+
+class Launcher(Protocol):
+    """What the file of a launcher offers."""
+
+    HONOURS: frozenset[str]
+    """The fields of `Cluster` that it can honour."""
+
+    def render(self, job: Job) -> LaunchPlan:
+        """Files and commands."""
+
+
+def find_launcher(name: str) -> Launcher:
+    """The file of a launcher.
+
+    Raises:
+        ConfigError: no such launcher.
+    """
+    if name not in LAUNCHERS:
+        raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
+    return cast(Launcher, import_module(f"m3i_scale.launch.{name}"))
+
+
+def render(name: str, job: Job) -> LaunchPlan:
+    """The files and commands of one launcher.
+
+    Raises:
+        ConfigError: no such launcher, or a field that it cannot honour.
+    """
+    launcher = find_launcher(name)
+    for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
+        others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]
+        raise ConfigError(
+            f"`{field}` has no effect with {name}",
+            where=f"{field}: {getattr(job.cluster, field)}",
+            fix=f"leave it out, or launch with {' or '.join(others)}" if field != "nodes" else _NAME_THEM,
+        )
+    return launcher.render(job)

@@ -1,0 +1,218 @@
+"""The connection to one host's agent: over ssh, or direct where the host is this machine."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shlex
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from m3i_scale import __version__
+from m3i_scale.launch.environment import LAUNCHERS, is_secret
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.job import is_here
+from m3i_scale.launch.wire import BEAT_S, Message, decode, encode
+
+Inbox = queue.SimpleQueue[tuple["Link", Message]]
+
+_AGENT = ("-u", "-m", "m3i_scale.launch.agent")
+_SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+_CLOSE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """How hosts are reached, and what runs there."""
+
+    python: str
+    """The interpreter, on all hosts."""
+    workdir: str
+    """The working directory, on all hosts."""
+    output_dir: str
+    """Of the run: what processes of a former launch are known by."""
+    launch: str
+    """A name for this launch that no other has."""
+    ssh: tuple[str, ...] = ()
+    """Further arguments of ssh."""
+    python_path: str = ""
+    """PYTHONPATH of agents and ranks."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What travels to the ranks."""
+    connect_s: float = 60.0
+    """Patience with a host that is to answer."""
+    silence_s: float = 30.0
+    """A host that says nothing for so long is lost."""
+    grace_s: float = 10.0
+    """So long other ranks have for their own last words once one has ended."""
+
+
+class Link:
+    """One host's agent. What it says arrives in `inbox`; its end as a message of kind `gone`.
+
+    Args:
+        host: name and slots.
+        site: how it is reached.
+        inbox: shared by all links.
+    """
+
+    def __init__(self, host: Host, site: Site, inbox: Inbox) -> None:
+        self.host, self.site, self._inbox = host, site, inbox
+        self.heard = time.monotonic()
+        self.hello: Message | None = None
+        self._said: deque[str] = deque(maxlen=20)
+        self._process = subprocess.Popen(
+            agent_command(host.name, site),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the supervisor, which passes it on in its own way
+            bufsize=0,
+            env=_own_environment(),
+        )
+        self._errors = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
+        self._errors.start()
+        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        self.say("hello", host=host.name, launch=site.launch, output_dir=site.output_dir, silence_s=site.silence_s)
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """A message to the agent; where it is gone, that is told by `gone`."""
+        try:
+            if self._process.stdin is not None:
+                self._process.stdin.write(encode(kind, **fields))
+        except (OSError, ValueError):
+            return
+
+    def close(self) -> None:
+        """End the connection; an agent that is still there ends its ranks then."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def drop(self) -> None:
+        """End the connection to a host that does not answer."""
+        self._process.kill()
+        self._process.wait()
+
+    def why_gone(self) -> str:
+        """Why the agent cannot be talked to any more, for a person."""
+        try:
+            code: int | None = self._process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._errors.join(1.0)
+        return explain_end(code, list(self._said), self.site)
+
+    def _read(self, output: IO[bytes]) -> None:
+        for line in output:
+            message = decode(line)
+            self.heard = time.monotonic()
+            if message is not None:
+                self._inbox.put((self, message))
+        self._inbox.put((self, {"kind": "gone"}))
+
+    def _read_errors(self, errors: IO[bytes]) -> None:
+        for line in errors:
+            self._said.append(line.decode(errors="replace").rstrip())
+
+
+def _own_environment() -> dict[str, str]:
+    """Without what belongs to another launch, and without secrets: those that are named travel as messages."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
+
+
+def agent_command(name: str, site: Site) -> list[str]:
+    """What starts the agent of a host."""
+    if is_here(name):
+        inner = _inner(site)
+        return ["bash", "-c", inner]
+    return ["ssh", *_SSH, "-o", f"ConnectTimeout={max(1, int(site.connect_s / 2))}", *site.ssh, name, _inner(site)]
+
+
+def _inner(site: Site) -> str:
+    variables = [f"PYTHONPATH={site.python_path}"] if site.python_path else []
+    start = shlex.join(["exec", "env", *variables, site.python, *_AGENT])
+    folder = os.path.dirname(site.python)  # ranks that build an extension look for their tools there
+    path = f'export PATH={shlex.quote(folder)}:"$PATH" && ' if folder else ""
+    return f"cd {shlex.quote(site.workdir)} && {path}{start}"
+
+
+def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
+    """The end of ssh, or of the agent, in a sentence."""
+    text = [line for line in said if line.strip()]
+    last = text[-1] if text else ""
+    if code in (126, 127):
+        return f"the interpreter {site.python} cannot be started there: {last}"
+    if any("No module named" in line for line in text[-3:]):
+        return f"{site.python} there lacks a package: {last}"
+    if any(line.startswith("bash:") and "cd:" in line for line in text):
+        return f"the working directory cannot be entered: {last}"
+    if code == 255:
+        return f"ssh: {last or 'the connection ended'}"
+    if code is None:
+        return "the connection does not end"
+    return f"the agent ended with exit code {code}" + (f": {last}" if last else "")
+
+
+def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link], dict[str, str]]:
+    """Reach all hosts at once.
+
+    Args:
+        hosts: in their order.
+        site: how.
+        inbox: of the links.
+
+    Returns:
+        Those that answer, in order, and why each of the others does not.
+    """
+    links: list[Link] = []
+    reasons: dict[str, str] = {}
+    for host in hosts:
+        try:
+            links.append(Link(host, site, inbox))
+        except OSError as error:  # no ssh here, or no room for another process
+            reasons[host.name] = f"{error.filename or 'a process'} cannot be started here: {error.strerror}"
+    waiting = {link.host.name: link for link in links}
+    deadline = time.monotonic() + site.connect_s
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for other in links:  # those that wait for others must not take the launch for dead
+            other.say("beat")
+        try:
+            link, message = inbox.get(timeout=min(left, BEAT_S))
+        except queue.Empty:
+            continue
+        name = link.host.name
+        if waiting.get(name) is not link:  # a link of an earlier attempt says that it is gone
+            continue
+        if message["kind"] == "hello":
+            link.hello = message
+            fault = _fault_of(message)
+            del waiting[name]
+            if fault is not None:
+                reasons[name] = fault
+        elif message["kind"] == "gone":
+            del waiting[name]
+            reasons[name] = link.why_gone()
+    for name in waiting:
+        reasons[name] = f"no answer in {site.connect_s:g} s"
+    for link in links:
+        if link.host.name in reasons:
+            link.drop()
+    return [link for link in links if link.host.name not in reasons], reasons
+
+
+def _fault_of(hello: Message) -> str | None:
+    if hello["fault"] is not None:
+        return str(hello["fault"])
+    if hello["version"] != __version__:
+        return f"m3i_scale is {hello['version']} there and {__version__} here"
+    return None

@@ -1,0 +1,35 @@
+"""This machine alone: a process per rank, without any launcher of others in between."""
+
+from __future__ import annotations
+
+from m3i_scale.launch.environment import INTERFACE
+from m3i_scale.launch.job import Job
+from m3i_scale.launch.plan import Command, LaunchPlan
+
+HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "workdir"})
+
+
+def render(job: Job) -> LaunchPlan:
+    """One command per rank; they talk over the loopback interface."""
+    return LaunchPlan(
+        launcher="local",
+        folder=job.folder,
+        files=(),
+        commands=tuple(Command(job.rank_argv, _variables(job, rank)) for rank in range(job.world_size)),
+        workdir=job.workdir,
+        port=job.cluster.master_port,
+    )
+
+
+def _variables(job: Job, rank: int) -> dict[str, str]:
+    ranks = str(job.world_size)
+    return {
+        **dict.fromkeys(INTERFACE, "lo"),
+        **{variable.name: variable.value for variable in job.variables},
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(job.cluster.master_port),
+    }

@@ -1,0 +1,59 @@
+"""One launch per output folder, told by host and pid."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from m3i_scale.errors import UserError
+
+_LOCK = ".launch-lock"
+
+
+@contextlib.contextmanager
+def launch_lock(output_dir: Path) -> Iterator[None]:
+    """Hold the output folder for this launch. The kernel releases it however the process ends.
+
+    Raises:
+        UserError: another launch holds it, or the folder cannot be written.
+    """
+    path = output_dir / _LOCK
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the output folder cannot be written: {error.strerror}", where=str(path)) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"another launch of this run is under way: {_holder(file.read())}",
+                where=str(output_dir),
+                fix="wait for it or end it, or take another output_dir",
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"the file system of the output folder has no locks: {error.strerror}", where=str(path)
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def _holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+        return f"pid {holder['pid']} on host {holder['host']}, since {since}"
+    except (ValueError, KeyError):
+        return "it has not yet said who it is"

@@ -1,0 +1,51 @@
+"""What ranks print: all of it in files, that of rank 0 on the screen too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import IO
+
+
+class Logs:
+    """OUTPUT/logs/<attempt>/<host>-rank<k>.log.
+
+    Args:
+        output_dir: of the run.
+        shown: the rank whose lines also go to standard error.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, output_dir: Path, shown: int = 0) -> None:
+        root = output_dir / "logs"
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name) for path in root.iterdir() if path.name.isdigit()]
+        self.folder = root / f"{max(taken, default=0) + 1:03d}"
+        self.folder.mkdir()
+        self.fault: str | None = None
+        """Why lines are lost, where they are."""
+        self._shown = shown
+        self._files: dict[int, IO[str]] = {}
+
+    def add(self, host: str, rank: int, text: str) -> None:
+        """Lines, or parts of them, of a rank."""
+        if rank == self._shown:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        try:
+            if rank not in self._files:
+                self._files[rank] = (self.folder / f"{host}-rank{rank}.log").open("a", encoding="utf-8")
+            self._files[rank].write(text)
+            self._files[rank].flush()
+        except OSError as error:
+            self.fault = f"logs are incomplete: {error}"
+
+    def close(self) -> None:
+        """No more lines."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError as error:
+                self.fault = f"logs are incomplete: {error}"

@@ -1,0 +1,131 @@
+"""One rank under an agent: its process, its last lines, and what it died of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.launch.failures import LAST_LINES, Failure, read_record, record_file
+from m3i_scale.launch.place import Seen, place_file, read_place
+from m3i_scale.launch.processes import oom_kills
+
+_LINE_BYTES = 2000
+
+
+class Rank:
+    """A rank's process.
+
+    Args:
+        number: its RANK.
+        command: what every rank runs.
+        environment: all of it.
+        cwd: of the process.
+        records: the folder for its place and its last words.
+    """
+
+    def __init__(
+        self, number: int, command: Sequence[str], environment: Mapping[str, str], cwd: str, records: Path
+    ) -> None:
+        self.number = number
+        self.code: int | None = None
+        self._records = records
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._part = ""
+        self._ooms = oom_kills()
+        tied = [sys.executable, "-m", "m3i_scale.launch.processes", str(os.getpid()), *command]
+        self._process = subprocess.Popen(
+            tied,
+            env=environment,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            bufsize=0,
+        )
+        if self._process.stdout is None:
+            raise RuntimeError("no pipe")
+        self.output = self._process.stdout
+
+    def remember(self, data: bytes) -> None:
+        """Keep the last lines; of a line that is written over again and again (a progress bar), what stays."""
+        *whole, self._part = (self._part + data.decode(errors="replace")).split("\n")
+        shown = [line.rstrip("\r").rpartition("\r")[2][:_LINE_BYTES] for line in whole]
+        self._lines.extend(line for line in shown if line.strip())
+        self._part = self._part[-_LINE_BYTES:]
+
+    def ended(self) -> bool:
+        """Whether it has ended since it was last asked."""
+        if self.code is not None:
+            return False
+        self.code = self._process.poll()
+        return self.code is not None
+
+    def signal(self, number: int) -> None:
+        """To the rank alone; its workers obey nobody else."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """The rank and its process group. Of one that has ended nothing: its number may be another group's by now, and
+        what it has left is found by its mark."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def seen(self) -> Seen | None:
+        """Where it is, or was at its end."""
+        return read_place(place_file(self._records, self.number))
+
+    def failure(self, host: str) -> dict[str, Any] | None:
+        """What it died of; None where it ended as it should."""
+        if self.code in (0, EXIT_PREEMPTED) or self.code is None:
+            return None
+        lines = [*self._lines, *([self._part] if self._part.strip() else [])][-LAST_LINES:]
+        record = read_record(record_file(self._records, self.number))
+        if record is not None:
+            return asdict(replace(record, host=host, exit_code=self.code, lines=lines))
+        seen = self.seen() or Seen(-1, -1, "start", 0.0, 0.0, {})
+        kind, message = self._told_by_code(lines)
+        return asdict(
+            Failure(
+                time=time.time(),
+                host=host,
+                rank=self.number,
+                step=seen.step,
+                phase=seen.phase,
+                kind="signal" if kind else "exit",
+                message=message,
+                exit_code=self.code,
+                lines=lines,
+            )
+        )
+
+    def _told_by_code(self, lines: Sequence[str]) -> tuple[bool, str]:
+        """Whether a signal ended it, and the sentence about its end."""
+        code = self.code or 0
+        if code >= 0:
+            said = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
+            return False, f"the rank ended with exit code {code}" + (f": {said}" if said else "")
+        name = signal.Signals(-code).name
+        told = f"the rank was ended by signal {-code} ({name})"
+        return True, told + (self._about_memory() if -code == signal.SIGKILL else "")
+
+    def _about_memory(self) -> str:
+        now = oom_kills()
+        if now is None or self._ooms is None:
+            return ": likely the kernel's, out of memory (this host does not say)"
+        if now > self._ooms:
+            return f": out of memory (the kernel of this host has killed {now - self._ooms} for it meanwhile)"
+        return ": out of memory is the usual reason, but the kernel of this host counts no such kill (/proc/vmstat)"

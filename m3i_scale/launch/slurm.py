@@ -1,0 +1,172 @@
+"""`sbatch`: one task per rank; the job goes back into the queue when its ranks were asked to stop and have saved."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
+from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.job import Job
+from m3i_scale.launch.plan import Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch.shell import export_lines, quoted, wrapped
+
+HONOURS = frozenset(
+    {
+        "nodes",
+        "ranks_per_node",
+        "interface",
+        "master_port",
+        "environment",
+        "python",
+        "workdir",
+        "gpus_per_node",
+        "cpus_per_rank",
+        "partition",
+        "account",
+        "time_limit",
+        "requeue",
+        "sbatch",
+        "container_image",
+        "container_runtime",
+        "container_mounts",
+    }
+)
+"""Slurm itself chooses the hosts."""
+SCRIPT = "slurm.sbatch"
+NOTICE_S = 120
+"""Ranks are told so long before the end of the time limit."""
+EARLIER_S = 60
+"""Slurm looks at limits twice a minute, and may tell them so much earlier."""
+ALONE_S = 30
+"""Ranks that still run so long after one of them has left are ended, on all nodes. Not at once (--kill-on-bad-exit):
+the script goes by the code that all ranks leave with, 75 or 2 for a mistake; those that Slurm ends have another."""
+_ALWAYS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
+"""What a job of Slurm has of the environment that it was submitted from, beside what is to travel."""
+# A rank's place, as the trainer reads it. In a shell of its own, because each task has other values; `exec`, because
+# Slurm signals every process of a step, and a shell that stayed would die of it, and its task with it.
+_AS_RANK = (
+    "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
+    'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec "$@"'
+)
+
+_SIGNALS = (
+    "# USR2 goes to the steps of the job, so to the ranks, and not to this shell, which waits; --signal=B:USR2 would",
+    "# do the opposite. SIGTERM (scancel, scontrol requeue, a lost node, the end of the time) goes to both, and must",
+    "# end this shell: with a trap for it, a job that was cancelled would go back into the queue.",
+)
+
+
+def render(job: Job) -> LaunchPlan:
+    """A batch script, and its submission.
+
+    Raises:
+        ConfigError: a line of `sbatch` that is no option, or a time limit that leaves no time to train.
+    """
+    script = "\n".join([*_header(job), "", *_body(job), ""])
+    path = job.folder / SCRIPT
+    return LaunchPlan(
+        launcher="slurm",
+        folder=job.folder,
+        files=(LaunchFile(SCRIPT, script, 0o755),),
+        commands=(Command(("sbatch", str(path))),),  # secrets stay in the environment, which --export names
+        workdir=job.workdir,
+        needs=(Executable("sbatch", "apt-get install slurm-client"),),
+    )
+
+
+def _header(job: Job) -> list[str]:
+    cluster = job.cluster
+    options = [
+        f"--job-name={job.name}",
+        f"--nodes={job.nodes}",
+        f"--ntasks-per-node={job.ranks_per_node}",
+        f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else None,
+        f"--cpus-per-task={cluster.cpus_per_rank}" if cluster.cpus_per_rank else None,
+        f"--partition={cluster.partition}" if cluster.partition else None,
+        f"--account={cluster.account}" if cluster.account else None,
+        f"--time={cluster.time_limit}" if cluster.time_limit else None,
+        f"--signal=USR2@{NOTICE_S}",
+        "--requeue" if cluster.requeue else "--no-requeue",
+        "--open-mode=append",
+        f"--output={str(job.folder).replace('%', '%%')}/slurm-%j.log",
+        f"--chdir={job.workdir}",
+        f"--export={','.join([*_ALWAYS, *(variable.name for variable in job.secret)])}",
+    ]
+    lines = [f"#SBATCH {_option(option)}" for option in options if option is not None]
+    for line in cluster.sbatch:
+        if not line.startswith("--"):
+            raise ConfigError(f"{line!r} is no option of sbatch", where="sbatch", fix="e.g. --qos=high")
+        lines.append(f"#SBATCH {line}")  # of two that differ, sbatch takes the later one
+    _check_time(cluster)
+    return ["#!/bin/bash", *lines]
+
+
+def _check_time(cluster: Cluster) -> None:
+    """Refuse a limit within which ranks would be told to stop before they have started."""
+    if cluster.time_limit is None or any(line.startswith("--signal") for line in cluster.sbatch):
+        return
+    days, _, clock = cluster.time_limit.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    if ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds <= NOTICE_S + EARLIER_S:
+        raise ConfigError(
+            "the time limit leaves no time to train",
+            where=f"time_limit: {cluster.time_limit}",
+            why=f"ranks are asked to save {NOTICE_S} to {NOTICE_S + EARLIER_S} seconds before its end",
+            fix="more time, or another notice: --sbatch=--signal=USR2@30",
+        )
+
+
+def _option(option: str) -> str:
+    """sbatch takes lines apart by itself: a backslash keeps the character after it from meaning anything."""
+    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", option)
+
+
+def _body(job: Job) -> list[str]:
+    cluster = job.cluster
+    lines = ["set -u", 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
+    if cluster.interface is None:
+        lines.append("export MASTER_ADDR=$head")
+    else:  # this script runs on the head
+        lines += [
+            f"MASTER_ADDR=$(ip -4 -oneline address show dev {shlex.quote(cluster.interface)} |",
+            '  awk \'{ sub("/.*", "", $4); print $4; exit }\')',
+            f'[ -n "$MASTER_ADDR" ] || {{ echo "$head has no interface {cluster.interface}" >&2; exit 2; }}',
+            "export MASTER_ADDR",
+        ]
+    lines += [f"export MASTER_PORT={cluster.master_port}"]
+    lines += export_lines(job.plain)
+    lines += ["", *_SIGNALS, _srun(job), "code=$?"]
+    if cluster.requeue:
+        lines += [
+            "",
+            "# The ranks were asked to stop and have saved. A job that was cancelled stays cancelled.",
+            f'if [ "$code" -eq {EXIT_PREEMPTED} ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
+            '  echo "job $SLURM_JOB_ID was asked to stop and has saved: back into the queue"',
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+        ]
+    return [*lines, 'exit "$code"']
+
+
+def _srun(job: Job) -> str:
+    cluster = job.cluster
+    words = ["srun", "--kill-on-bad-exit=0", f"--wait={ALONE_S}", "--export=ALL"]
+    if cluster.cpus_per_rank:
+        words.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # Slurm 22.05 to 23.11 do not take sbatch's
+    mounts = [str(job.workdir), str(job.output_dir), *cluster.container_mounts]
+    inside: list[str] = []
+    if cluster.container_image is not None and cluster.container_runtime == "pyxis":
+        words += quoted(
+            [
+                f"--container-image={cluster.container_image}",
+                f"--container-mounts={','.join(f'{path}:{path}' for path in mounts)}",
+                f"--container-workdir={job.workdir}",
+                "--no-container-mount-home",
+            ]
+        )
+    elif cluster.container_image is not None:
+        inside = ["apptainer", "exec", *(["--nv"] if job.gpus_per_node else [])]
+        inside += [*(f"--bind={path}" for path in mounts), f"--pwd={job.workdir}", cluster.container_image]
+    words += ["bash", "-c", f"'{_AS_RANK}'", "rank"]
+    return wrapped([*words, *quoted([*inside, job.python, "-u", "-m", *job.train])])

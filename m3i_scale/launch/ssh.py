@@ -1,0 +1,66 @@
+"""Commands on other hosts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.launch.job import Job, is_here
+from m3i_scale.launch.plan import Command, Executable
+
+SSH = Executable("ssh", "apt-get install openssh-client")
+PKILL = Executable("pkill", "apt-get install procps")
+_UNLESS_GIVEN = ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+"""A host without power says nothing, and ssh alone would wait for it for hours. Of two values the first counts."""
+
+
+def _ssh(job: Job) -> tuple[str, ...]:
+    limits = [word for option in _UNLESS_GIVEN for word in ("-o", option)]
+    return ("ssh", "-o", "BatchMode=yes", *job.cluster.ssh, *limits)
+
+
+def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
+    """A command on a host; without ssh where the host is this one. ssh hands one line to a shell of the host."""
+    if is_here(host):
+        return Command(tuple(argv))
+    return Command((*_ssh(job), host, shlex.join(argv)))
+
+
+def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
+    """A script of the launch folder on a host, which is told its place; exit code 2 where it does not see it."""
+    if is_here(host):
+        return Command(("/bin/bash", str(script), str(place)))
+    path = shlex.quote(str(script))
+    said = shlex.quote(
+        f"{host} does not see {script}\n"
+        "  why: launch files and checkpoints lie in the output directory, which all hosts share\n"
+        "  fix: set output_dir to a folder of a file system that all hosts have mounted"
+    )
+    line = f"[ -r {path} ] || {{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}; exec /bin/bash {path} {place}"
+    return Command((*_ssh(job), host, line))
+
+
+def stop_commands(job: Job) -> tuple[Command, ...]:
+    """Ask the ranks of this run on all hosts to save and leave.
+
+    Launchers end their ranks half a minute after a signal, saved or not, and ssh hands on none; so the ranks are told
+    themselves. What starts them has their command line inside its own: only they begin with it.
+    """
+    pattern = f"^{as_pattern(' '.join(job.rank_argv))}$"
+    argv = ("pkill", "-USR2", "-f", "--", pattern)
+    return tuple(on_host(job, host.name, argv) for host in job.hosts) or (Command(argv),)
+
+
+def needs(job: Job) -> tuple[Executable, ...]:
+    """The programs of the commands of this file."""
+    away = any(not is_here(host.name) for host in job.hosts)
+    here = not job.hosts or any(is_here(host.name) for host in job.hosts)
+    return ((SSH,) if away else ()) + ((PKILL,) if here else ())
+
+
+def as_pattern(text: str) -> str:
+    """An extended regular expression that matches this text."""
+    return re.sub(r"([][\\.^$*+?(){}|])", r"\\\1", text)

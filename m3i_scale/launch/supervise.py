@@ -1,0 +1,309 @@
+"""One attempt: ranks on all hosts, watched until every one of them has ended, for whatever reason."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.launch.failures import Failure, first_cause, on_clock
+from m3i_scale.launch.link import Inbox, Link, Site
+from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.place import PHASES
+from m3i_scale.launch.straggler import Slow, Stragglers
+from m3i_scale.launch.wire import BEAT_S, Message
+
+Tell = Callable[[str], None]
+Wish = Literal["go on", "stop", "stop later", "end"]
+_TICK_S = 0.2
+_LOST_GRACE_S = 2.0
+_BYE_S = 20.0
+_SLACK_S = 30.0
+"""The process group's own time-out comes first: it leaves a trace on every rank."""
+_LEAVE_S = 300.0
+"""Between the first rank that ends as it should and the last."""
+
+
+@dataclass
+class Outcome:
+    """How an attempt ended."""
+
+    status: Literal["finished", "preempted", "failed"]
+    cause: Failure | None = None
+    others: list[Failure] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """Hosts that were cut off or went down."""
+    first_step: int | None = None
+    last_step: int | None = None
+    slow: list[str] = field(default_factory=list)
+    left: dict[str, list[int]] = field(default_factory=dict)
+    """Processes by host that could not be ended."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a rank may stay where it is, in seconds; those of the run's process group, and some more."""
+
+    start_s: float
+    """Before the loop, while it saves or evaluates, and once it has been asked to stop."""
+    step_s: float
+    """Inside of a step."""
+
+
+class Attempt:
+    """Ranks of one world.
+
+    Args:
+        links: to the agents of all hosts, in order of ranks.
+        inbox: of the links.
+        command: of every rank.
+        site: hosts, environment.
+        limits: of the run.
+        address: of rank 0's host, and the port there.
+        logs: of ranks.
+        tell: a line for a person.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        inbox: Inbox,
+        command: Sequence[str],
+        site: Site,
+        limits: Limits,
+        address: tuple[str, int],
+        logs: Logs,
+        tell: Tell,
+    ) -> None:
+        self._links, self._inbox, self._site, self._limits = list(links), inbox, site, limits
+        self._command, self._address, self._logs, self._tell = list(command), address, logs, tell
+        self._running: dict[int, Link] = {}
+        self._places: dict[int, Message] = {}
+        self._failures: list[Failure] = []
+        self._codes: dict[int, int] = {}
+        self._offsets: dict[str, float] = {}
+        self._gone: set[str] = set()
+        self._over = False
+        self._outcome = Outcome("failed")
+        self._stragglers = Stragglers()
+        self._deadline: float | None = None
+        self._asked: float | None = None
+        self._beat = 0.0
+        self._started = time.time()
+
+    def run(self, wanted: Callable[[], Wish]) -> Outcome:
+        """Until it is over on every host.
+
+        Args:
+            wanted: asked again and again: `stop` has the ranks save and leave, `end` ends them; `stop later` stops
+                them once they have begun to train, so that a start is not thrown away.
+        """
+        self._start()
+        while self._running:
+            self._hear()
+            self._beat_hosts()
+            self._look()
+            wish = wanted()
+            if wish == "end":
+                break
+            if wish in ("stop", "stop later") and not self._ask() and wish == "stop":
+                break
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._blame_who_stayed()
+                break
+        self._clean()
+        return self._conclude()
+
+    def _start(self) -> None:
+        world, first = sum(link.host.slots for link in self._links), 0
+        self._world = world
+        for link in self._links:
+            slots = link.host.slots
+            ranks = [self._variables(first + local, local, slots) for local in range(slots)]
+            environment = dict(self._site.environment)
+            if self._site.python_path:
+                environment["PYTHONPATH"] = self._site.python_path
+            link.heard = time.monotonic()
+            link.say("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
+            self._running |= {first + local: link for local in range(slots)}
+            first += slots
+
+    def _variables(self, rank: int, local: int, slots: int) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(self._world),
+            "LOCAL_WORLD_SIZE": str(slots),
+            "MASTER_ADDR": self._address[0],
+            "MASTER_PORT": str(self._address[1]),
+        }
+
+    def _hear(self, timeout_s: float = _TICK_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                link, message = self._inbox.get(timeout=left)
+            except queue.Empty:
+                return
+            if link in self._links:
+                self._take(link, message)
+
+    def _take(self, link: Link, message: Message) -> None:
+        name, kind = link.host.name, message["kind"]
+        if kind == "log":
+            self._logs.add(name, message["rank"], message["text"])
+        elif kind == "beat":
+            self._take_beat(name, message)
+        elif kind == "exit":
+            self._take_exit(name, message)
+        elif kind == "bye":
+            if message["left"]:
+                self._outcome.left[name] = message["left"]
+            self._gone.add(name)
+        elif kind == "gone":
+            # An agent that has said good-bye unasked has failed, or has heard nothing from here for too long.
+            asked = self._over and name in self._gone
+            self._gone.add(name)
+            if not asked and any(other is link for other in self._running.values()):
+                self._lose(link, f"the connection to the host ended: {link.why_gone()}")
+
+    def _take_beat(self, name: str, message: Message) -> None:
+        ahead = time.time() - message["time"]
+        self._offsets[name] = min(ahead, self._offsets.get(name, ahead))
+        for rank, place in message["places"].items():
+            number = int(rank)
+            if number in self._running:
+                self._places[number] = place | {"age_s": message["time"] - place["changed"]}
+                self._count(place)
+        slow: Slow | None = self._stragglers.see(name, message["places"], self._world)
+        if slow is not None:
+            self._outcome.slow.append(str(slow))
+            self._tell(str(slow))
+
+    def _count(self, place: Message) -> None:
+        if place["began"] >= 0:
+            self._outcome.first_step = place["began"]
+            self._outcome.last_step = max(self._outcome.last_step or 0, place["step"])
+
+    def _take_exit(self, name: str, message: Message) -> None:
+        rank, code = message["rank"], message["code"]
+        self._running.pop(rank, None)
+        self._codes[rank] = code
+        if message["place"] is not None:
+            self._count(message["place"])
+        if message["failure"] is not None:
+            self._fail(on_clock(Failure(**message["failure"]), self._offsets.get(name, 0.0)), self._site.grace_s)
+        elif self._deadline is None:
+            self._deadline = time.monotonic() + _LEAVE_S
+
+    def _fail(self, failure: Failure, grace_s: float) -> None:
+        first = not self._failures
+        self._failures.append(failure)
+        if first:
+            self._tell(f"{failure.where()}: {failure.message.splitlines()[0] if failure.message else failure.kind}")
+        until = time.monotonic() + grace_s
+        self._deadline = until if first or self._deadline is None else min(self._deadline, until)
+
+    def _lose(self, link: Link, why: str) -> None:
+        name = link.host.name
+        ranks = [rank for rank, other in self._running.items() if other is link]
+        place: dict[str, Any] = min(
+            (self._places[rank] for rank in ranks if rank in self._places),
+            key=lambda seen: int(seen["step"]),
+            default={},
+        )
+        for rank in ranks:
+            del self._running[rank]
+        self._gone.add(name)
+        self._outcome.lost.append(name)
+        heard = time.time() - (time.monotonic() - link.heard)
+        failure = Failure(heard, name, None, place.get("step"), place.get("phase"), "host", why)
+        self._fail(failure, _LOST_GRACE_S)
+
+    def _beat_hosts(self) -> None:
+        now = time.monotonic()
+        if now - self._beat > BEAT_S:
+            self._beat = now
+            for link in self._links:
+                link.say("beat")
+
+    def _look(self) -> None:
+        """Who is silent, and who stands still."""
+        now = time.monotonic()
+        for link in self._links:
+            running = any(other is link for other in self._running.values())
+            if running and now - link.heard > self._site.silence_s:
+                self._lose(link, f"the host has said nothing for {self._site.silence_s:g} s: it is down or cut off")
+        # Everybody has to stand still: while one saves alone, the others only wait for it.
+        if self._running and not self._failures and all(self._stands_still(rank) for rank in self._running):
+            self._blame_who_stayed()
+        if self._asked is not None and now - self._asked > self._limits.start_s and not self._failures:
+            self._blame_who_stayed()
+
+    def _stands_still(self, rank: int) -> bool:
+        place = self._place_of(rank)
+        inside = place["phase"] in PHASES and place["step"] > 0
+        return bool(place["age_s"] > (self._limits.step_s if inside else self._limits.start_s) + _SLACK_S)
+
+    def _place_of(self, rank: int) -> Message:
+        """Where it was last seen; one that has not yet said so starts."""
+        unseen = {"step": -1, "phase": "start", "changed": self._started, "age_s": time.time() - self._started}
+        return self._places.get(rank, unseen)
+
+    def _blame_who_stayed(self) -> None:
+        """A rank that neither goes on nor ends, where no other cause is known: the one that is furthest behind."""
+        cause = first_cause(self._failures)
+        if cause is not None and not cause.consequence:
+            return
+        if not self._running:
+            return
+        rank = min(self._running, key=self._order)
+        place, link = self._place_of(rank), self._running[rank]
+        message = f"the rank neither goes on nor ends: it has not moved for {place['age_s']:.0f} s"
+        at = place["changed"] + self._offsets.get(link.host.name, 0.0)
+        self._fail(Failure(at, link.host.name, rank, place["step"], place["phase"], "hang", message), 0.0)
+
+    def _order(self, rank: int) -> tuple[int, int, float]:
+        place = self._place_of(rank)
+        phase = place["phase"]
+        return place["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), place["changed"]
+
+    def _ask(self) -> bool:
+        """Have all ranks save and leave, once. False where the loop has not begun: there is nothing to save, and the
+        signal would only kill them."""
+        begun = [self._place_of(rank)["step"] >= 0 for rank in self._running]
+        if self._asked is None and all(begun):
+            self._asked = time.monotonic()
+            for link in self._links:
+                link.say("signal", number=int(signal.SIGUSR2))
+        return any(begun) or self._asked is not None
+
+    def _clean(self) -> None:
+        """No process stays: agents end theirs and say so; those that cannot be heard do it by themselves."""
+        self._over = True
+        for link in self._links:
+            link.say("end")
+        deadline = time.monotonic() + _BYE_S
+        while time.monotonic() < deadline and any(link.host.name not in self._gone for link in self._links):
+            self._hear()
+        for link in self._links:
+            link.drop() if link.host.name in self._outcome.lost else link.close()
+        self._logs.close()
+
+    def _conclude(self) -> Outcome:
+        outcome = self._outcome
+        cause = first_cause(self._failures)
+        if cause is not None:
+            outcome.status, outcome.cause = "failed", cause
+            outcome.others = [other for other in self._failures if other is not cause]
+        elif self._codes and all(code == 0 for code in self._codes.values()) and len(self._codes) == self._world:
+            outcome.status = "finished"
+        elif len(self._codes) == self._world and all(code in (0, EXIT_PREEMPTED) for code in self._codes.values()):
+            outcome.status = "preempted"  # all have left by themselves: they have saved
+        if self._logs.fault is not None:
+            self._tell(self._logs.fault)
+        return outcome

@@ -1,0 +1,57 @@
+"""`torchrun`, once on every host, with a rendezvous at the head."""
+
+from __future__ import annotations
+
+import shlex
+
+from m3i_scale.launch import ssh
+from m3i_scale.launch.job import OVER_HOSTS, Job
+from m3i_scale.launch.plan import PRIVATE, Command, LaunchFile, LaunchPlan
+from m3i_scale.launch.shell import export_lines, quoted, wrapped
+
+HONOURS = OVER_HOSTS
+SCRIPT = "torchrun.sh"
+AGENT = "m3i_scale.launch.torchrun_agent"
+"""torchrun, which ends with the exit code of the rank that failed first instead of 1."""
+
+
+def render(job: Job) -> LaunchPlan:
+    """A script for all hosts, and its start on every one, over ssh."""
+    hosts = job.hosts
+    script = job.folder / SCRIPT
+    commands = [ssh.script_on_host(job, host.name, script, place) for place, host in enumerate(hosts)]
+    return LaunchPlan(
+        launcher="torchrun",
+        folder=job.folder,
+        files=(LaunchFile(SCRIPT, _script(job), PRIVATE if job.secret else 0o644),),
+        commands=tuple(commands) or (Command(("/bin/bash", str(script), "0")),),
+        workdir=job.workdir,
+        needs=ssh.needs(job),
+        stops=ssh.stop_commands(job),
+        port=None if hosts else job.cluster.master_port,
+    )
+
+
+def _script(job: Job) -> str:
+    slots = [str(host.slots) for host in job.hosts] or [str(job.ranks_per_node)]
+    head = job.head_address()
+    options = [
+        f"--nnodes={len(slots)}",
+        '--nproc-per-node="${slots[$1]}"',
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={head}:{job.cluster.master_port}",
+        f"--rdzv-id={job.name}",
+        '--rdzv-conf=is_host="$([ "$1" = 0 ] && echo true || echo false)"',
+        "--max-restarts=0",
+    ]
+    words = ["exec", shlex.quote(job.python), "-m", AGENT, *options, "--module", *quoted(job.train)]
+    lines = [
+        "#!/bin/bash",
+        f"# On every host: bash {SCRIPT} PLACE, which counts the hosts from 0, the head.",
+        "set -eu",
+        f"cd {shlex.quote(str(job.workdir))}",
+        *export_lines(job.variables),
+        f"slots=({' '.join(slots)})",
+        wrapped(words),
+    ]
+    return "\n".join(lines) + "\n"

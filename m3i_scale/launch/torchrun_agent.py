@@ -1,0 +1,43 @@
+"""`torchrun` that ends as its ranks do: `python -m m3i_scale.launch.torchrun_agent`, with torchrun's own arguments.
+
+torchrun itself ends with 1 whatever happened, so that nobody could tell a run that was asked to stop and has saved (75)
+from a crash; and it ends its ranks half a minute after a signal, whether they have saved or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+
+def main(arguments: list[str]) -> int:
+    """Run torchrun; returns the exit code of the rank that failed first, as a shell has it."""
+    options = parse_args(arguments)
+    options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, _ask_ranks)
+    try:
+        run(options)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr, flush=True)
+        _rank, failure = error.get_first_failure()
+        code = int(failure.exitcode)
+        return 128 - code if code < 0 else code
+    return 0
+
+
+def _ask_ranks(number: int, frame: FrameType | None) -> None:
+    """Ask the ranks to save and leave; torchrun waits for them."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGUSR2)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

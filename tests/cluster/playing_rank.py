@@ -1,0 +1,83 @@
+"""A rank without a model: `python playing_rank.py OUTPUT STEPS PART@RANK@STEP…`. It steps, and plays its parts.
+
+Ranks wait for each other by files in OUTPUT, as they would in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from m3i_scale.errors import DataError
+from m3i_scale.launch.place import Place
+from m3i_scale.run.last_words import recorded
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+OUTPUT = Path(sys.argv[1])
+asked: list[int] = []
+
+
+def play(part: str) -> None:
+    if part == "exception":
+        raise RuntimeError("the cause: a value that nobody thought of")
+    if part == "closed":
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]")
+    if part == "user":
+        raise DataError("a shard cannot be read", where="shard-000003.tar", fix="copy it again")
+    if part == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if part == "stand":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if part == "exit":
+        print("error: something said just before the end")
+        os._exit(9)
+    if part == "slow":
+        time.sleep(0.3)
+    if part == "children":  # of its group, and of none that it belongs to; both hold its output open
+        subprocess.Popen(["sleep", "301"])
+        subprocess.Popen(["sleep", "302"], start_new_session=True)
+
+
+def note(number: int, frame: object) -> None:
+    asked.append(number)
+
+
+def together(place: Place, step: int) -> None:
+    """Wait for all ranks."""
+    place.at("reduce")
+    started = time.perf_counter()
+    (OUTPUT / f"{os.environ['MASTER_PORT']}-{step}-{RANK}").touch()
+    while not all((OUTPUT / f"{os.environ['MASTER_PORT']}-{step}-{rank}").exists() for rank in range(WORLD)):
+        time.sleep(0.01)
+        if f"patient@{RANK}" in sys.argv and time.perf_counter() - started > 2:
+            raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation")
+    place.waited(time.perf_counter() - started)
+
+
+def main() -> int:
+    signal.signal(signal.SIGUSR2, note)
+    parts = [part.split("@") for part in sys.argv[3:] if part.count("@") == 2]
+    with recorded(OUTPUT) as place:
+        place.at("other", 0)
+        for step in range(1, int(sys.argv[2]) + 1):
+            place.at("forward")
+            time.sleep(0.02)
+            print(f"rank {RANK} of {WORLD} at step {step} on {os.uname().nodename}", flush=True)
+            for name, rank, at in parts:
+                if rank in (str(RANK), "*") and at in (str(step), "*"):
+                    play(name)
+            together(place, step)
+            place.at("other", step)
+            if asked:  # the others hear of it before they get there: all stop at the same step
+                (OUTPUT / f"{os.environ['MASTER_PORT']}-stop-{step + 2}").touch()
+            if (OUTPUT / f"{os.environ['MASTER_PORT']}-stop-{step}").exists():
+                return 75
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""A run on two hosts with every launcher: the losses of two ranks on one host, the variables that were named and no
+others, the interface that was named, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+from launch import environment
+from shapes import train, write_run
+from watch import losses, watch
+
+SHORT = ("optim.steps=3", "optim.warmup_steps=1", "checkpoint.every_steps=3")
+LAUNCHERS = {
+    "pdsh": ["--with", "deepspeed"],
+    "openmpi": ["--with", "deepspeed", "--runner", "openmpi"],
+    "torchrun": ["--with", "torchrun"],
+    "mpirun": ["--with", "mpirun"],
+    "accelerate": ["--with", "accelerate"],
+}
+WORDS = """two words, "double", 'single', $HOME `date` \\ ; & | * ~ #"""
+SECRET, UNNAMED = "a-secret-that-was-named", "a-secret-that-was-not"
+TRAVEL = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "M3I_WORDS", "WANDB_API_KEY")
+
+
+@pytest.fixture(scope="module")
+def on_one_host(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, float]:
+    run = write_run(tmp_path_factory.mktemp("one-host"), shards, "m3i", *SHORT)
+    job = train(run, world=2)
+    assert job.wait(400) == [0, 0], job.text()
+    return losses(run)
+
+
+def launch(hosts: Hosts, run: Path, *options: str) -> list[str]:
+    hostfile = hosts.hostfile(run.parent / "hostfile")
+    named = [option for name in TRAVEL for option in ("--env", name)]
+    return [sys.executable, "-m", "m3i_scale", "launch", str(run), *options, "--hostfile", str(hostfile), *named]
+
+
+def variables() -> dict[str, str]:
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return environment(M3I_WORDS=WORDS, WANDB_API_KEY=SECRET, HF_TOKEN=UNNAMED, M3I_UNNAMED="here", **as_root)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_hosts_train_as_one_does(
+    hosts: Hosts, shards: Path, tmp_path: Path, on_one_host: dict[int, float], name: str
+):
+    run = write_run(tmp_path, shards, "m3i", *SHORT)
+    before = {card: hosts.traffic("node1", card) for card in ("eth0", "eth1")}
+    command = launch(hosts, run, *LAUNCHERS[name], "--interface", "eth1")
+    code, seen = watch(hosts, hosts.start("node0", command, log=tmp_path / "log", env=variables()))
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said[-6000:]
+    assert hosts.left() == {}
+    assert losses(run) == on_one_host
+
+    assert sorted(seen.ranks) == [("node0", "0"), ("node1", "1")]
+    for given in seen.ranks.values():
+        assert given["M3I_WORDS"] == WORDS
+        assert given["WANDB_API_KEY"] == SECRET
+        assert given["GLOO_SOCKET_IFNAME"] == given["NCCL_SOCKET_IFNAME"] == "eth1"
+        assert "HF_TOKEN" not in given
+    assert "M3I_UNNAMED" not in seen.ranks["node1", "1"]
+    assert not any(SECRET in text or UNNAMED in text for text in [said, *seen.commands])
+    sent = {card: hosts.traffic("node1", card) - before[card] for card in before}
+    assert sent["eth1"] > 10 * sent["eth0"], sent
+
+
+def test_hosts_without_a_shared_output_folder_are_told_before_the_first_step(
+    hosts: Hosts, shards: Path, tmp_path: Path
+):
+    run = write_run(tmp_path, shards, "m3i", *SHORT)
+    (tmp_path / "out").mkdir()
+    hosts.private("node1", tmp_path / "out")
+    done = hosts.run("node0", launch(hosts, run, "--with", "deepspeed"), env=variables(), log=tmp_path / "log")
+    assert done.returncode == 2, done.stdout[-6000:]
+    assert "the ranks do not share the output directory: rank 1 on node1 does not see what rank 0 wrote" in done.stdout
+    assert "fix: set output_dir to a folder of a file system that all hosts have mounted" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert hosts.left() == {}

@@ -1,0 +1,227 @@
+"""What every check says of a planted fault, from what hosts answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3i_scale.launch.doctor import judge, judge_network
+from m3i_scale.launch.doctor.examine import rounds
+from m3i_scale.launch.doctor.findings import Finding, fault, faults_of, good, not_ready
+from m3i_scale.launch.doctor.machine import Machine, disk_finding, look, machine_findings
+from m3i_scale.launch.doctor.needs import Needs
+
+GIB = 2**30
+HOSTS = ("one", "two", "three")
+
+
+def answer(number: int) -> dict[str, Any]:
+    return {
+        "python": {"version": "3.11.7", "path": "/venv/bin/python", "packages": {"torch": "2.9", "deepspeed": "0.19"}},
+        "code": {"sha256": "ab" * 32, "commit": "abc", "path": "/m3i_scale"},
+        "config": {"sha256": "cd" * 32, "values": {"run.seed": "0"}},
+        "devices": {"kind": "cuda", "count": 8, "names": ["H100"] * 8, "driver": "570", "memory": [80 * GIB] * 8},
+        "interfaces": {"lo": ["127.0.0.1", "::1"], "eth0": [f"10.0.0.{number + 1}"]},
+        "names": {name: {"addresses": [f"10.0.0.{other + 1}"]} for other, name in enumerate(HOSTS)},
+        "variables": {"OMP_NUM_THREADS": "1"},
+        "received": {"A": True},
+        "shards": {"photos": {"shard": "/s/a.tar", "read": 65536, "shards": 3, "seconds": 0.001}},
+    }
+
+
+@pytest.fixture
+def answers() -> dict[str, dict[str, Any]]:
+    return {name: answer(number) for number, name in enumerate(HOSTS)}
+
+
+JUDGES: dict[str, Any] = {
+    "python": judge.python_findings,
+    "packages": judge.package_findings,
+    "commit": judge.code_findings,
+    "config": judge.config_findings,
+    "accelerator": lambda answers: judge.device_findings(answers, dict.fromkeys(answers, 8)),
+    "environment": lambda answers: judge.variable_findings(answers, ["A"]),
+    "shards": judge.shard_findings,
+    "interface": lambda answers: judge_network.interface_findings(answers, "eth0"),
+    "names": lambda answers: judge_network.name_findings(answers, chosen=False),
+}
+
+
+@pytest.mark.parametrize("check", JUDGES)
+def test_equal_hosts_have_no_fault(check: str, answers: dict[str, dict[str, Any]]):
+    found = list(JUDGES[check](answers))
+    assert [(item.check, item.host, item.ok, item.warning) for item in found] == [
+        (check, host, True, False) for host in HOSTS
+    ]
+
+
+PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
+    "another Python": ("python", ("python", "version"), "3.12.1", "3.11.7"),
+    "another package": ("packages", ("python", "packages", "torch"), "2.8", "torch 2.8, the head has 2.9"),
+    "no package": ("packages", ("python", "packages", "deepspeed"), None, "deepspeed"),
+    "other files": ("commit", ("code", "sha256"), "ef" * 32, "ranks would differ"),
+    "another run file": ("config", ("config",), {"sha256": "0", "values": {"run.seed": "7"}}, "run.seed: 7, not 0"),
+    "no run file": ("config", ("config",), {"fault": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
+    "no devices": ("accelerator", ("devices", "kind"), "cpu", "the head has cuda"),
+    "a device gone": ("accelerator", ("devices", "count"), 7, "8 ranks"),
+    "a lost variable": ("environment", ("received", "A"), False, "A did not arrive"),
+    "no shards": ("shards", ("shards", "photos"), {"shard": "/s/a.tar", "fault": "No such file"}, "No such file"),
+    "no interface": ("interface", ("interfaces",), {"lo": ["127.0.0.1"]}, "'eth0' is not up"),
+    "no address": ("interface", ("interfaces", "eth0"), [], "IPv4"),
+    "a wrong address": ("names", ("names", "three"), {"addresses": ["10.0.0.9"]}, "three means 10.0.0.9"),
+    "an unknown name": ("names", ("names", "one"), {"fault": "Name or service not known"}, "one is unknown"),
+    "its own name is loopback": ("names", ("names", "vm2"), {"addresses": ["127.0.1.1"]}, "vm2 means 127.0.1.1"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str, dict[str, Any]]):
+    check, path, value, told = PLANTED[name]
+    *above, last = path
+    place = answers["two"]
+    for key in above:
+        place = place[key]
+    place[last] = value
+    bad = faults_of(JUDGES[check](answers))
+    assert [(item.check, item.host) for item in bad] == [(check, "two")]
+    assert told in f"{bad[0].value} {bad[0].why}"
+    assert bad[0].why
+    assert bad[0].fix
+
+
+NOTED: dict[str, tuple[str, tuple[str, ...], Any]] = {
+    "another driver": ("accelerator", ("devices", "driver"), "535"),
+    "another model": ("accelerator", ("devices", "names"), ["A100"] * 8),
+    "another commit of the same files": ("commit", ("code", "commit"), "fff"),
+    "a variable of its own": ("environment", ("variables",), {"NCCL_IB_DISABLE": "1"}),
+    "a pipe": ("shards", ("shards", "photos"), {"shard": "pipe:cat … a.tar", "skipped": "a command"}),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_is_only_worth_a_look_is_a_warning(name: str, answers: dict[str, dict[str, Any]]):
+    check, path, value = NOTED[name]
+    *above, last = path
+    place = answers["three"]
+    for key in above:
+        place = place[key]
+    place[last] = value
+    found = [item for item in JUDGES[check](answers) if item.warning]
+    assert [(item.host, item.ok) for item in found] == [("three", True)]
+
+
+def test_clocks_are_held_against_the_head():
+    found = list(judge.clock_findings({"one": (5.0, 0.01), "two": (5.02, 0.3), "three": (2.0, 0.1), "four": (99, 0.1)}))
+    assert [(item.ok, item.warning) for item in found] == [(True, False), (True, False), (True, True), (False, False)]
+
+
+MACHINE = Machine(64 * GIB, 128 * GIB, 8 * GIB, 16 * GIB, 65536, 65536)
+
+
+@pytest.mark.parametrize(
+    ("check", "machine", "needs"),
+    [
+        ("memory", MACHINE, Needs(memory_bytes=65 * GIB)),
+        ("shm", MACHINE, Needs(shm_bytes=9 * GIB)),
+        ("shm", Machine(64 * GIB, 128 * GIB, None, None, 65536, 65536), Needs()),
+        ("files", Machine(64 * GIB, 128 * GIB, GIB, GIB, 256, 256), Needs(open_files=300)),
+    ],
+)
+def test_a_machine_that_has_less_than_a_run_needs(check: str, machine: Machine, needs: Needs):
+    found = machine_findings("one", machine, needs, on_host=False)
+    assert [item.check for item in faults_of(found)] == [check]
+    assert faults_of(machine_findings("one", MACHINE, Needs(), on_host=False)) == []
+
+
+def test_states_of_hosts_that_compute_count_as_their_memory():
+    needs = Needs(memory_bytes=40 * GIB, state_bytes=40 * GIB)
+    assert [item.check for item in faults_of(machine_findings("one", MACHINE, needs, on_host=True))] == ["memory"]
+    assert faults_of(machine_findings("one", MACHINE, needs, on_host=False)) == []
+
+
+def test_small_shared_memory_and_low_limits_are_warned_of():
+    small = Machine(64 * GIB, 128 * GIB, 2**26, 2**26, 1024, 65536)
+    found = machine_findings("one", small, Needs(ranks=8), on_host=False)
+    assert {item.check for item in found if item.warning} == {"shm", "files"}
+    assert faults_of(found) == []
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path):
+    for name, text in (("memory.max", "1000000"), ("memory.current", "400000"), ("memory.stat", "inactive_file 50000")):
+        (tmp_path / name).write_text(text)
+    found = look(cgroup=tmp_path)
+    assert (found.memory_total, found.memory_available) == (1000000, 650000)
+    (tmp_path / "memory.max").write_text("max")
+    assert look(cgroup=tmp_path).memory_total > 1000000
+
+
+def test_a_disk_is_held_against_one_checkpoint_and_against_all(tmp_path: Path):
+    assert disk_finding("one", tmp_path / "no" / "such", Needs(checkpoint_bytes=1, kept_bytes=1)).ok
+    one = disk_finding("one", tmp_path, Needs(checkpoint_bytes=2**60))
+    both = disk_finding("one", tmp_path, Needs(checkpoint_bytes=1, kept_bytes=2**60, kept_checkpoints=3))
+    assert (one.ok, both.ok) == (False, False)
+    assert "3 checkpoints" in str(both.why)
+
+
+def test_ports_folders_and_groups():
+    ports = list(
+        judge_network.port_findings({"one": {"ms": 0.1}, "two": {"fault": "timed out"}}, "one", "10.0.0.1", 29500)
+    )
+    assert [item.ok for item in ports] == [True, False]
+    notes = {host: {"name": host, "path": "/out"} for host in HOSTS}
+    notes["three"] = {"name": "three", "path": "/out", "fault": "Permission denied"}
+    seen = {"one": ["one"], "two": ["two"], "three": []}
+    shared = list(judge_network.shared_findings(notes, seen, "/out"))
+    assert [(item.host, item.ok) for item in shared] == [("one", True), ("two", False), ("three", False)]
+    assert not judge_network.group_finding({"fault": "Connection closed"}, 3).ok
+
+
+def link(rate: float, latency: float = 50.0) -> dict[str, Any]:
+    return {"all_reduce_gb_s": rate, "all_gather_gb_s": rate, "latency_us": latency, "backend": "gloo"}
+
+
+def pairs_of(hosts: Iterable[str], rates: dict[frozenset[str], Any]) -> dict[tuple[str, str], Any]:
+    pairs = [pair for matches in rounds(list(hosts)) for pair in matches]
+    return {pair: copy.copy(rates.get(frozenset(pair), link(10.0))) for pair in pairs}
+
+
+def bad(measured: dict[tuple[str, str], Any]) -> list[tuple[str, set[str]]]:
+    found: list[Finding] = faults_of(judge_network.pair_findings(measured))
+    return [(item.check, set(item.host.split(" ↔ "))) for item in found]
+
+
+def test_a_host_that_is_slow_with_all_is_named_and_no_pair_of_it():
+    # Of three hosts two pairs out of three are slow: the median of pairs would be the slow ones'.
+    slow = {frozenset({"c", other}): link(1.0) for other in "ab"}
+    assert bad(pairs_of("abc", slow)) == [("straggler", {"c"})]
+
+
+def test_a_pair_that_is_slow_by_itself_is_named_and_a_broken_one():
+    rates = {frozenset("ab"): link(1.0), frozenset("cd"): {"fault": "Connection refused"}}
+    assert sorted(bad(pairs_of("abcd", rates))) == [("bandwidth", {"a", "b"}), ("bandwidth", {"c", "d"})]
+    assert bad(pairs_of("ab", {frozenset("ab"): link(1e-3)})) == []  # of one pair there is no median
+
+
+def test_a_slow_answer_is_noted():
+    found = judge_network.pair_findings(pairs_of("abc", {frozenset("ab"): link(10.0, 1000.0)}))
+    assert [set(item.host.split(" ↔ ")) for item in found if item.warning] == [{"a", "b"}]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
+def test_rounds_have_every_two_hosts_once_and_nobody_twice_at_a_time(count: int):
+    hosts = [str(number) for number in range(count)]
+    found = rounds(hosts)
+    assert len({frozenset(pair) for matches in found for pair in matches}) == count * (count - 1) // 2
+    assert sum(map(len, found)) == count * (count - 1) // 2
+    assert all(len({host for pair in matches for host in pair}) == 2 * len(matches) for matches in found)
+    assert len(found) == count - 1 + count % 2
+
+
+def test_faults_become_one_error():
+    error = not_ready([fault("shm", "a", "1 MiB", why="w", fix="f"), fault("disk", "b", "2 MiB", why="x", fix="g")])
+    assert (error.what, error.where, error.fix) == ("shm: 1 MiB", "a; disk on b: 2 MiB", "f; g")
+    assert faults_of([good("shm", "a", "")]) == []

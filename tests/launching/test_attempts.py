@@ -1,0 +1,151 @@
+"""Which hosts make a world, and which host is slow."""
+
+import io
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from m3i_scale.config import RunConfig, load_run
+from m3i_scale.launch.agent import Agent
+from m3i_scale.launch.attempts import Launch, Policy
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.link import Inbox, Link, Site
+from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.place import PHASES
+from m3i_scale.launch.straggler import STEPS, Stragglers
+from m3i_scale.launch.supervise import Attempt, Limits
+from m3i_scale.launch.wire import decode
+from m3i_scale.launch.worlds import largest_world, micro_batch_for
+
+
+def a_run(*overrides: str) -> RunConfig:
+    return load_run("m3i", ["data.streams=24", "optim.batch_size=96", "optim.micro_batch_size=6", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size"),
+    [
+        (4, 6),  # six streams per rank
+        (8, 6),
+        (3, 8),  # eight streams per rank: six does not fit, nor does anything below
+        (2, 12),
+        (6, 4),  # four streams per rank: the largest below six
+        (12, 4),
+        (24, 4),
+        (5, None),
+        (7, None),
+        (48, None),  # more ranks than streams
+    ],
+)
+def test_the_micro_batch_stays_or_is_the_nearest_that_fits(ranks, size):
+    assert micro_batch_for(a_run(), ranks) == size
+
+
+def test_the_largest_number_of_ranks_that_fits_is_taken_and_the_first_hosts_stay():
+    hosts = [Host(f"node{number}", 1) for number in range(8)]
+    assert largest_world(a_run(), hosts, 1).names == tuple(host.name for host in hosts)
+    assert largest_world(a_run(), hosts[:7], 2).ranks == 6
+    assert largest_world(a_run(), hosts[:7], 7) is None
+    assert largest_world(a_run(), hosts[:5], 3).names == ("node0", "node1", "node2", "node3")
+    uneven = [Host("big", 4), Host("small", 1), Host("other", 4)]
+    assert largest_world(a_run(), uneven, 1).names == ("big",)  # five and nine do not fit
+
+
+def test_workers_share_out_the_streams_of_a_rank():
+    run = a_run("data.workers=4")
+    assert micro_batch_for(run, 3) == 8
+    assert micro_batch_for(run, 4) is None  # six streams, four workers
+
+
+def place(step: int, forward_s: float, backward_s: float = 0.1) -> dict[str, Any]:
+    worked = dict.fromkeys(PHASES, 0.0) | {"forward": step * forward_s, "backward": step * backward_s}
+    return {"step": step, "worked_s": worked}
+
+
+def told(seconds: dict[str, float], steps: int) -> list[Any]:
+    watcher, found = Stragglers(), []
+    for step in range(1, steps + 1):
+        for number, (host, own) in enumerate(seconds.items()):
+            found.append(watcher.see(host, {str(number): place(step, own)}, len(seconds)))
+    return [slow for slow in found if slow is not None]
+
+
+def test_a_slow_host_is_told_once_with_its_phase():
+    (slow,) = told({"node0": 0.1, "node1": 2.0, "node2": 0.1}, 5 * STEPS)
+    assert (slow.host, slow.phase) == ("node1", "forward")
+    assert slow.own_s == pytest.approx(2.1)
+    assert slow.others_s == pytest.approx(0.2)
+
+
+def test_hosts_that_differ_a_little_are_not_slow():
+    assert told({"node0": 0.1, "node1": 0.3, "node2": 0.1}, 5 * STEPS) == []
+    assert told({"node0": 5.0}, 5 * STEPS) == []
+
+
+def test_the_last_of_ten_thousand_restarts_is_still_one():
+    told: list[str] = []
+    Launch(cast(Any, None), Policy(max_restarts=10_000, pause_s=0.0), told.append)._pause(9_999)
+    assert told == ["restart 9999 of 10000 in 0 s"]
+
+
+def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not():
+    def asked(port: int) -> dict[str, Any]:
+        agent = Agent(output := io.BytesIO())
+        agent._say_port(port, None)
+        agent.writer.close()
+        return cast(dict[str, Any], decode(output.getvalue()))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as guest:
+            own, _ = listener.accept()
+            own.close()  # the first to close keeps the port, as rank 0 does that was killed
+            assert guest.recv(1) == b""
+        assert "Address already in use" in asked(port)["fault"]
+    assert asked(port) == {"kind": "port", "port": port, "address": None, "fault": None}
+
+
+class Failed:
+    """A link to an agent that fails, says good-bye and is gone."""
+
+    host, heard = Host("node1", 1), 0.0
+
+    def say(self, kind: str, **fields: object) -> None:
+        self.said = kind
+
+    def why_gone(self) -> str:
+        return "BlockingIOError: no more processes"
+
+
+def an_attempt(link: Link, output_dir: Path) -> Attempt:
+    site = Site(python="python3", workdir="/", output_dir=str(output_dir), launch="one")
+    limits, logs = Limits(60.0, 60.0), Logs(output_dir)
+    attempt = Attempt([link], Inbox(), ["train"], site, limits, ("node1", 29500), logs, lambda text: None)
+    attempt._start()
+    return attempt
+
+
+def test_an_agent_that_says_good_bye_unasked_is_the_cause_with_its_own_words(tmp_path):
+    link = cast(Link, Failed())
+    attempt = an_attempt(link, tmp_path)
+    attempt._take(link, {"kind": "bye", "left": []})
+    attempt._take(link, {"kind": "gone"})
+    outcome = attempt._conclude()
+    assert outcome.lost == ["node1"]
+    assert outcome.cause is not None
+    assert outcome.cause.message == "the connection to the host ended: BlockingIOError: no more processes"
+
+
+def test_ranks_that_were_ended_before_they_began_have_saved_nothing(tmp_path):
+    link = cast(Link, Failed())
+    ended = an_attempt(link, tmp_path)
+    assert ended._conclude().status == "failed"
+    saved = an_attempt(link, tmp_path)
+    saved._take(link, {"kind": "exit", "rank": 0, "code": 75, "failure": None, "place": None})
+    assert saved._conclude().status == "preempted"
+    launch = Launch(cast(Any, None), Policy(), lambda text: None)
+    launch._signals = 1
+    assert launch._code_after(ended._conclude(), ()) == 130
+    assert launch._code_after(saved._conclude(), ()) == 75

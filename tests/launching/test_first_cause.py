@@ -1,0 +1,158 @@
+"""Which of many last words is the cause, and what is read of a rank that was killed."""
+
+import json
+import os
+
+import pytest
+
+from m3i_scale.errors import UserError
+from m3i_scale.launch.failures import Failure, failure_text, first_cause, on_clock, read_records, write_failure
+from m3i_scale.launch.failures import write_record as leave
+from m3i_scale.launch.lock import launch_lock
+from m3i_scale.launch.place import RECORDS, Place, place_file, read_place
+from m3i_scale.run.last_words import recorded
+
+
+def failure(time: float, message: str, kind: str = "exception", **more: object) -> Failure:
+    values = {"host": "node1", "rank": 3, "step": 7, "phase": "backward"} | more
+    return Failure(time=time, message=message, kind=kind, **values)
+
+
+PEERS = [
+    "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:1234",
+    "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms for recv",
+    "RuntimeError: Rank 0 successfully reached monitoredBarrier, but received errors while waiting for send/recv from "
+    "rank 1. Original exception: Read error [10.0.0.1]:99: Connection reset by peer",
+    "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error",
+    "DistBackendError: [Rank 4] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=41, OpType=ALLREDUCE)",
+    "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?",
+    "DistStoreError: Socket Timeout",
+]
+
+
+@pytest.mark.parametrize("told", PEERS)
+def test_words_about_other_ranks_are_no_cause(told):
+    assert failure(1.0, told).consequence
+    cause = failure(9.0, "OutOfMemoryError: CUDA out of memory")
+    assert first_cause([failure(1.0, told), cause, failure(12.0, "ValueError: later")]) == cause
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["ValueError: 3 views", "DataError: no sample has arrived for 900 s", "the disk is full", "KeyError: 'text'"],
+)
+def test_other_errors_are_causes(told):
+    assert not failure(1.0, told).consequence
+
+
+def test_a_signal_and_a_lost_host_are_causes_whatever_their_log_says():
+    lines = ["Connection closed by peer"]
+    assert not failure(1.0, "signal 9", kind="signal", lines=lines).consequence
+    assert not failure(1.0, "the connection to the host ended", kind="host", rank=None).consequence
+    assert failure(1.0, "exit code 1", kind="exit", lines=lines).consequence
+
+
+def test_a_server_of_shards_that_is_gone_is_a_mistake_to_mend_and_no_other_ranks_end():
+    told = "cannot read the shard: connection lost\n  why: ClientConnectorError: [Errno 111] Connection refused"
+    mistake = failure(1.0, told, kind="user_error", exit_code=2)
+    assert not mistake.consequence
+    cause = first_cause([mistake, failure(2.0, "signal 6", kind="signal", exit_code=-6), failure(1.5, PEERS[3])])
+    assert cause == mistake
+    assert cause.user_error  # so it is not started again
+
+
+def test_where_nothing_else_is_known_the_first_consequence_stands_for_it():
+    early, late = failure(1.0, PEERS[0]), failure(2.0, PEERS[1])
+    assert first_cause([late, early]) == early
+    assert first_cause([]) is None
+
+
+def test_clocks_of_hosts_are_those_of_the_launch():
+    slow_clock = on_clock(failure(100.0, "ValueError: the consequence of nothing"), 50.0)
+    assert first_cause([slow_clock, failure(149.0, "ValueError: first")]).message == "ValueError: first"
+
+
+def test_the_text_names_the_place_once_and_counts_the_rest(tmp_path):
+    cause, others = failure(1.0, "ValueError: x", lines=["a", "b"]), [failure(2.0 + n, PEERS[0]) for n in range(5)]
+    text = failure_text(cause, others)
+    assert "first cause: ValueError: x\n  where: host node1, rank 3, after step 7, in backward" in text
+    assert "5 × RuntimeError" in text
+    path = write_failure(tmp_path, cause, others, attempt=2)
+    content = json.loads(path.read_text())
+    assert (content["cause"]["rank"], len(content["others"]), content["attempt"]) == (3, 5, 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _die(place: Place) -> None:
+    place.at("other", 4)
+    place.at("decoder")
+    raise ValueError("three")
+
+
+def test_a_rank_leaves_its_last_words_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv(RECORDS, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ValueError, match="three"), recorded(tmp_path / "out") as place:
+        _die(place)
+    seen = read_place(place_file(tmp_path, 3))
+    assert (seen.step, seen.began, seen.phase) == (4, 4, "decoder")
+    record = json.loads((tmp_path / "rank-00003.json").read_text())
+    assert (record["message"], record["step"], record["phase"]) == ("ValueError: three", 4, "decoder")
+    assert any("ValueError(" in line for line in record["trace"])
+
+
+def test_under_other_launchers_records_lie_in_the_output_folder(tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(RECORDS, raising=False)
+    with pytest.raises(UserError), recorded(tmp_path):
+        raise UserError("a mistake", fix="mend it")
+    (record,) = read_records(tmp_path, since=0.0)
+    assert (record.kind, record.rank, record.user_error) == ("user_error", 1, True)
+    assert read_records(tmp_path, since=record.time + 1) == []
+
+
+def test_a_folder_that_takes_no_records_does_not_hide_what_the_run_says(tmp_path, monkeypatch, capsys):
+    """On several ranks the record is the first to touch the output folder."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(RECORDS, raising=False)
+    (tmp_path / "occupied").write_text("")
+    with pytest.raises(UserError, match="is no folder"), recorded(tmp_path / "occupied" / "out"):
+        raise UserError("the output directory is no folder")
+    assert "no record of this failure" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_alone_leaves_nothing(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", RECORDS):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="x"), recorded(tmp_path):
+        raise ValueError("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_waits_are_no_work(tmp_path):
+    place = Place(place_file(tmp_path, 0))
+    place.at("other", 0)
+    place.at("reduce")
+    place.waited(1e6)  # longer than the phase lasts: no work, and never less than none
+    place.at("step", 1)
+    seen = read_place(place_file(tmp_path, 0))
+    assert seen.waited_s == 1e6
+    assert seen.worked_s["reduce"] == 0.0
+    assert seen.worked_s["other"] > 0
+
+
+def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        leave(tmp_path, failure(1.0, "x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_names_its_holder(tmp_path):
+    held = launch_lock(tmp_path)
+    with held, pytest.raises(UserError, match=f"under way: pid {os.getpid()} on host"), launch_lock(tmp_path):
+        pass
+    with launch_lock(tmp_path):
+        pass

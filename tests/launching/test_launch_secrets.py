@@ -1,0 +1,87 @@
+"""Secrets travel only by name, stand on no command line, and are shown to nobody."""
+
+import json
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launch_case import FIELDS, a_job
+from typer.testing import CliRunner
+
+from m3i_scale.cli import app
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.environment import HIDDEN, Variable, hidden, is_secret, travelling, without_secrets
+from m3i_scale.launch.execute import write_files
+from m3i_scale.launch.launchers import LAUNCHERS, render
+
+VALUE = "hf_it's $plutonium"
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "AWS_REGION", "aws_profile", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_SECRET_ID"]
+)
+def test_a_secret_is_one_by_its_name(name):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["HOME", "NCCL_DEBUG", "OMP_NUM_THREADS", "SAWS_X", "SSH_AUTH_SOCK", "TOKENIZERS_PARALLELISM"]
+)
+def test_other_variables_are_none(name):
+    assert not is_secret(name)
+
+
+def test_a_secret_that_was_not_named_does_not_reach_the_launcher():
+    here = {"HF_TOKEN": "a", "MLFLOW_TRACKING_TOKEN": "b", "HOME": "/home/me"}
+    assert without_secrets(here, ()) == {"HOME": "/home/me"}
+    assert without_secrets(here, (Variable("HF_TOKEN", "a", True),)) == {"HF_TOKEN": "a", "HOME": "/home/me"}
+
+
+def test_what_is_to_travel_must_be_there():
+    with pytest.raises(ConfigError, match="is not set here"):
+        travelling(["HF_TOKEN"], {}, interface=None)
+
+
+@given(st.text())
+def test_what_is_shown_of_a_secret_does_not_depend_on_it(value):
+    assert hidden([Variable("X_KEY", value, True)]) == (Variable("X_KEY", HIDDEN, True),)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_secret_stands_on_no_command_line_and_only_in_private_files(launcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", VALUE)
+    plan = render(launcher, a_job(output_dir=str(tmp_path), environment=("HF_TOKEN", "A=b"), **FIELDS[launcher]))
+    write_files(plan)
+    for command in plan.commands:
+        assert not any("plutonium" in word for word in command.argv)
+    for file in plan.files:
+        mode = stat.S_IMODE((plan.folder / file.name).stat().st_mode)
+        assert mode == file.mode
+        assert "plutonium" not in file.text or mode == 0o600
+    carried = any("plutonium" in file.text for file in plan.files)
+    carried |= any(VALUE in command.environment.values() for command in plan.commands)
+    # sbatch takes it from the environment, by its name.
+    carried |= any("HF_TOKEN" in line for file in plan.files for line in file.text.splitlines() if "--export" in line)
+    assert carried
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_dry_run_shows_no_secret_and_is_the_same_every_time(launcher, as_json, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", VALUE)
+    monkeypatch.setenv("WANDB_API_KEY", VALUE)
+    cluster = tmp_path / "cluster.yaml"
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in FIELDS[launcher].items()}
+    cluster.write_text(json.dumps(fields))
+    output = tmp_path / "run"
+    words = ["launch", "m3i", "--with", launcher, "--cluster", str(cluster), "--env", "HF_TOKEN", "--dry-run"]
+    words += [*(["--json"] if as_json else []), f"output_dir={output}"]
+    first, second = (CliRunner().invoke(app, words) for _ in range(2))
+    assert first.exit_code == 0, first.output
+    assert first.stdout == second.stdout
+    assert "plutonium" not in first.stdout
+    assert "m3i_scale" in first.stdout
+    assert not output.exists()
+    if as_json:
+        assert json.loads(first.stdout)["launcher"] == launcher

@@ -1,0 +1,45 @@
+"""The batch script, without a Slurm; tests/cluster submits it to one."""
+
+import pytest
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.commands import read_job
+from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.launchers import render
+
+
+def script(**fields: object) -> str:
+    cluster = Cluster.model_validate({"nodes": 2, "ranks_per_node": 2, **fields})
+    (file,) = render("slurm", read_job("m3i", ["output_dir=/data/runs/first"], cluster)).files
+    return file.text
+
+
+@pytest.mark.parametrize("limit", ["00:00:30", "00:03:00", "0-00:02:59"])
+def test_a_limit_that_leaves_no_time_to_train_is_refused(limit):
+    with pytest.raises(ConfigError, match="no time to train") as caught:
+        script(time_limit=limit)
+    assert "--signal" in str(caught.value)
+    assert f"--time={limit}" in script(time_limit=limit, sbatch=["--signal=USR2@10"])
+
+
+@pytest.mark.parametrize("limit", ["00:03:01", "1-00:00:00", "24:00:00"])
+def test_a_longer_limit_is_not(limit):
+    assert f"#SBATCH --time={limit}\n" in script(time_limit=limit)
+
+
+def test_a_notice_of_ones_own_stands_behind_the_usual_one():
+    lines = [line for line in script(sbatch=["--signal=USR2@600"]).splitlines() if "#SBATCH --signal" in line]
+    assert lines == ["#SBATCH --signal=USR2@120", "#SBATCH --signal=USR2@600"]
+
+
+def test_cpus_of_a_rank_are_asked_for_twice():
+    text = script(cpus_per_rank=7)
+    assert "#SBATCH --cpus-per-task=7\n" in text
+    assert "srun" in text.split("--cpus-per-task=7 ")[0]
+    assert text.count("--cpus-per-task=7") == 2
+
+
+def test_without_requeue_nothing_starts_a_job_again():
+    text = script(requeue=False)
+    assert "#SBATCH --no-requeue\n" in text
+    assert "scontrol requeue" not in text.split("srun")[-1]
