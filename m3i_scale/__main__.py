@@ -1,17 +1,29 @@
-"""`python -m m3i_scale`, so that launchers can start the command as a module."""
+"""`python -m m3i_scale` and `m3i-scale`, so that launchers can start the command as a module."""
 
 import os
 import sys
 
 from m3i_scale.cli import main
 
-try:
-    main()
-    code: object = 0
-except SystemExit as stop:
-    code = stop.code
-# Whatever is open has been closed by now. What is left is an engine that DeepSpeed's hooks keep alive, with threads of
-# the process group: an interpreter that goes down under them is aborted now and then, after the run has finished.
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code if isinstance(code, int) else int(code is not None))
+
+def run() -> None:
+    """The command line, and the end of the process.
+
+    Whatever is open has been closed by then. What is left is an engine that DeepSpeed's hooks keep alive, with threads
+    of the process group, and, after an error, a thread that still writes a checkpoint: an interpreter that goes down
+    under them is aborted now and then, or waits for them.
+    """
+    try:
+        main()
+        code: object = 0
+    except SystemExit as stop:
+        code = stop.code
+    except KeyboardInterrupt:
+        code = 130  # as a shell has it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+if __name__ == "__main__":
+    run()

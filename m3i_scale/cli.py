@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from m3i_scale.config import find_run_file, load_run
 from m3i_scale.data.commands import shards_app
-from m3i_scale.errors import EXIT_PREEMPTED, UserError
-from m3i_scale.output import print_json, reserve_stdout
+from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from m3i_scale.launch.commands import launch
+from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
+from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.run.checkpoints.commands import checkpoint_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,7 +26,7 @@ app = typer.Typer(
     help="M3I pre-training of vision backbones with DeepSpeed. Exit codes: 0 done, 2 a mistake that the message "
     "explains, 75 stopped by a signal after saving (start again to go on).",
 )
-_ERRORS = Console(stderr=True, soft_wrap=True)
+_ERRORS = wide_console(stderr=True, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
 
@@ -43,7 +46,7 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        Console().print(RecipeTable(rows))
+        wide_console().print(RecipeTable(rows))
 
 
 @recipes_app.command(epilog="Example: m3i-scale recipes show m3i --svg m3i.svg")
@@ -66,9 +69,9 @@ def show(
     if as_json or context.obj:
         print_json(describe(recipe))
     else:
-        Console().print(render_terminal(graph))
+        wide_console().print(render_terminal(graph))
         if svg is not None:
-            Console().print(f"also drawn into {svg}", markup=False, highlight=False)
+            wide_console().print(f"also drawn into {svg}", markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")
@@ -83,7 +86,7 @@ def backbones(
     if as_json:
         print_json(rows)
     else:
-        Console().print(backbone_table(rows))
+        wide_console().print(backbone_table(rows))
 
 
 @app.command(
@@ -103,6 +106,122 @@ def train(
 
     if start(config) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
+
+
+@app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --gpus-per-node 8 --memory-gib 80")
+def plan(
+    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each of them.")] = 8,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a rank's device.")] = 80.0,
+    device: Annotated[str, typer.Option("--hardware", help="h100, a100, or cpu: ranks compute on hosts.")] = "h100",
+    tflops_per_gpu: Annotated[
+        float | None, typer.Option(min=1e-3, help="Peak rate, 10¹² FLOP/s; default: the device's.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak rate that is reached.")] = 0.4,
+    intra_gb_s: Annotated[
+        float | None, typer.Option(min=1e-3, help="Of a rank within its node, one direction.")
+    ] = None,
+    inter_gb_s: Annotated[float | None, typer.Option(min=1e-3, help="Of a rank to other nodes, one direction.")] = None,
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Of a step of a collective to another node.")
+    ] = None,
+    intra_latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Of a step of a collective within a node.")
+    ] = None,
+    workspace_gib: Annotated[float | None, typer.Option(min=0.0, help="What a rank holds beside tensors.")] = None,
+    host_memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Host memory of a node; not checked where it is not given.")
+    ] = None,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(min=1e-3, help="Mean time between failures of one node; needs --save-s.")
+    ] = None,
+    save_s: Annotated[float | None, typer.Option(min=1e-6, help="For which a save holds the run up.")] = None,
+    storage_gb_s: Annotated[float | None, typer.Option(min=1e-3, help="That all ranks together write.")] = None,
+    restart_s: Annotated[
+        float | None, typer.Option(min=0.0, help="From a failure to the next step; default: 300.")
+    ] = None,
+    dollars_per_gpu_hour: Annotated[float | None, typer.Option(min=0.0, help="Price of a rank.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="To be seen; default: steps × batch size.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Of a category target; default: the shards'.")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of the text tower; default: the shards'.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the suggested DeepSpeed JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, communication and time of a run, before anything runs; needs neither data nor a GPU."""
+    config = load_run(run, overrides)
+    from m3i_scale.run.plan_costs import Costs
+    from m3i_scale.run.plan_search import plan_run, refuse_hopeless, write_deepspeed
+    from m3i_scale.run.planning import machine_of
+
+    where = machine_of(
+        device,
+        nodes=nodes,
+        ranks_per_node=gpus_per_node,
+        memory_gib=memory_gib,
+        mfu=mfu,
+        tflops=tflops_per_gpu,
+        intra_gb_s=intra_gb_s,
+        inter_gb_s=inter_gb_s,
+        latency_us=latency_us,
+        intra_latency_us=intra_latency_us,
+        workspace_gib=workspace_gib,
+        host_memory_gib=host_memory_gib,
+    )
+    costs = Costs(mtbf_hours, save_s, storage_gb_s, restart_s, dollars_per_gpu_hour)
+    found = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples, costs=costs)
+    if as_json:
+        print_json(found.document())
+    else:
+        from m3i_scale.report.plan_table import plan_table
+
+        wide_console().print(plan_table(found.document()))
+    if write is not None and (found.suggestion is not None or not found.hopeless):
+        typer.echo(f"written; train with {write_deepspeed(found, write)}", err=True)
+    refuse_hopeless(found)
+
+
+@app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")
+def doctor(
+    context: typer.Context,
+    run: Annotated[str | None, typer.Argument(help="A run file, or the name of a built-in one.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="`name slots=N`, a line a machine. Default: this one.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="YAML, as `launch` reads it.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Only these hosts; once for each.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="All hosts but these.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on this machine, without a hostfile.")] = None,
+    interface: Annotated[str | None, typer.Option(help="Network interface that ranks talk over.")] = None,
+    master_address: Annotated[str | None, typer.Option(help="Of the head, as all machines reach it.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Where rank 0 waits for the others.")] = None,
+    environment: Annotated[
+        list[str] | None, typer.Option("--env", help="NAME or NAME=value that travels to the ranks.")
+    ] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter on all machines.")] = None,
+    workdir: Annotated[str | None, typer.Option(help="The working directory on all machines.")] = None,
+    connect_s: Annotated[float, typer.Option("--connect-timeout", min=1, help="Seconds that ssh may take.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards. Exit code 2
+    where one is not."""
+    leave_out_accelerator_warning()
+    from m3i_scale.launch.description import Cluster, read_cluster
+    from m3i_scale.launch.doctor.findings import faults_of
+    from m3i_scale.run.doctor import examine
+
+    options = {key: value for key, value in context.params.items() if key in Cluster.model_fields}
+    found = examine(run, overrides or [], read_cluster(cluster, options), connect_s=connect_s, tell=_ERRORS.print)
+    if as_json:
+        print_json([finding.to_json() for finding in found])
+    else:
+        from m3i_scale.report.doctor_table import doctor_table
+
+        wide_console().print(doctor_table(finding.to_json() for finding in found))
+    if faults_of(found):
+        raise typer.Exit(EXIT_USER_ERROR)
 
 
 @app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")
@@ -144,7 +263,7 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        Console().print(render(result))
+        wide_console().print(render(result))
 
 
 @app.command(epilog="Example: m3i-scale export /data/runs/first --to /data/export --weights momentum")
@@ -153,17 +272,41 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    task: Annotated[str, typer.Option(help="features, classification, zero_shot or backbone.")] = "features",
+    file_format: Annotated[str, typer.Option("--format", help="transformers or timm.")] = "transformers",
+    label_set: Annotated[str | None, typer.Option(help="Whose classes a classifier has.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
+    also: Annotated[str | None, typer.Option(help="Programs beside the weights: torch_export,onnx.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     license_id: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub spells it, for the model card.")
     ] = "other",
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What `evaluate --json` printed. Default: evaluation.json of the run.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Publish as this repository of the Hub, private.")] = None,
+    public: Annotated[bool, typer.Option(help="Publish for everyone.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="With --push: only list files and sizes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """A Hugging Face folder that stock AutoModel loads, proven in a fresh process."""
-    from m3i_scale.hub.export import export as run_export
+    """A Hugging Face folder that stock classes load, proven in a fresh process."""
+    leave_out_accelerator_warning()
+    from m3i_scale.hub.export import export_and_push
+    from m3i_scale.hub.write import Wanted
 
-    result = run_export(
-        run, to, weights=cast(Any, weights), dtype=cast(Any, dtype), overwrite=overwrite, license_id=license_id
+    result = export_and_push(
+        run,
+        to,
+        push_to=push,
+        public=public,
+        dry_run=dry_run,
+        weights=cast(Any, weights),
+        dtype=cast(Any, dtype),
+        wanted=Wanted(cast(Any, task), cast(Any, file_format), label_set, max_shard_size),
+        also=tuple(also.split(",")) if also else (),
+        overwrite=overwrite,
+        license_id=license_id,
+        evaluation_file=evaluation,
     )
     if as_json:
         print_json(result)
@@ -172,10 +315,12 @@ def export(
     for key, value in result.items():
         if isinstance(value, str | int | float):
             table.add_row(key, str(value))
-    Console().print(table)
+    wide_console().print(table)
 
 
+app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
 app.add_typer(shards_app, name="shards")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
@@ -191,7 +336,22 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        rank = f"\\[rank {os.environ.get('RANK', '?')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        _ERRORS.print(f"[bold red]{rank}error:[/] ", end="")
-        _ERRORS.print(str(error), markup=False, highlight=False)
+        adopt_rank_variables(os.environ)
+        ranks = os.environ.get("WORLD_SIZE", "1") != "1"
+        _ERRORS.print(_told(error, os.environ.get("RANK", "?") if ranks else None))
         sys.exit(error.exit_code)
+
+
+def _told(error: UserError, rank: str | None) -> Text:
+    """A message that one rank tells whole, and the others in one line, printed at once: lines of ranks would mix.
+
+    What not all ranks are known to have is told whole by each, in its line.
+    """
+    head = Text("error: " if rank is None else f"[rank {rank}] error: ", style="bold red")
+    if rank in (None, "0"):
+        text = str(error)
+    elif error.everywhere:
+        text = f"{error.what} (rank 0 tells more)"
+    else:
+        text = "; ".join(line.strip() for line in str(error).splitlines())
+    return Text.assemble(head, Text(text, style="default"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from typing_extensions import Self
 
 EXIT_USER_ERROR = 2
 """The input, the configuration or the machine is at fault; the message says how to mend it."""
@@ -23,6 +26,8 @@ class UserError(Exception):
     """
 
     exit_code = EXIT_USER_ERROR
+    everywhere = False
+    """Whether all ranks raise it; then one of them tells it."""
 
     def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.why, self.fix = what, where, why, fix
@@ -35,6 +40,16 @@ class UserError(Exception):
                 lines.append(f"  {name}: {text}")
         return "\n".join(lines)
 
+    def on_rank(self, rank: int) -> UserError:
+        """The same fault for all ranks to raise, with the rank that met it."""
+        where = f"rank {rank}" if self.where is None else f"rank {rank}: {self.where}"
+        return type(self)(self.what, where=where, why=self.why, fix=self.fix)
+
+    def raised_everywhere(self) -> Self:
+        """The same, known to be raised on all ranks."""
+        self.everywhere = True
+        return self
+
     def __reduce__(self) -> tuple[object, ...]:
         """Survive the trip out of a data-loader worker, keyword arguments included."""
         return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
@@ -42,6 +57,16 @@ class UserError(Exception):
 
 def _rebuild(kind: type[UserError], what: str, where: str | None, why: str | None, fix: str | None) -> UserError:
     return kind(what, where=where, why=why, fix=fix)
+
+
+@contextmanager
+def named(whose: str) -> Iterator[None]:
+    """Say of what is raised inside whose it is: comes before its `where`."""
+    try:
+        yield
+    except UserError as error:
+        error.where = whose if error.where is None else f"{whose}: {error.where}"
+        raise
 
 
 class ConfigError(UserError):
@@ -60,12 +85,15 @@ class ExportError(UserError):
     """An export that would not load, or would load as something else."""
 
 
+_LISTED = 32  # the built-in recipes are fewer
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint for a misspelt name: the nearest known names, or the whole (short) list."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
-    if len(names) <= 24:
+    if len(names) <= _LISTED:
         return "known: " + ", ".join(names)
-    return "known: " + ", ".join(names[:24]) + ", …"
+    return "known: " + ", ".join(names[:_LISTED]) + ", …"

@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from typing import Any, TextIO
 
-_document: TextIO | None = None
+from rich.console import Console
+
+PIPED_COLUMNS = 4_000
+"""Tables take what their cells need of it."""
+_DOCUMENT: list[TextIO] = []
+"""Standard output, while it is reserved."""
 
 
 def reserve_stdout() -> None:
     """From now on only `print_json` reaches standard output, C code included."""
-    global _document  # noqa: PLW0603 - the process has one standard output
-    _document = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    _DOCUMENT.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     sys.stdout.flush()
     os.dup2(2, 1)
 
 
+def release_stdout() -> None:
+    """Take the reservation back, for a process that is about to become another program."""
+    if _DOCUMENT:
+        document = _DOCUMENT.pop()  # kept until it is copied: a file that nobody holds is closed
+        os.dup2(document.fileno(), 1)
+
+
 def print_json(value: Any) -> None:
     """Write the document."""
-    stream = _document or sys.stdout
+    stream = _DOCUMENT[-1] if _DOCUMENT else sys.stdout
     stream.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     stream.flush()
+
+
+def wide_console(*, stderr: bool = False, **options: Any) -> Console:
+    """A console that breaks lines at the width of a terminal, and nowhere where there is none: a file or a program has
+    not 80 columns. COLUMNS overrides both."""
+    made = Console(stderr=stderr, **options)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PIPED_COLUMNS
+    return made
+
+
+def leave_out_accelerator_warning() -> None:
+    """For commands that only read and write files: that no GPU was found is nothing to warn of. Before DeepSpeed is
+    imported, which looks for one then."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

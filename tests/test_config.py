@@ -2,7 +2,7 @@
 
 import pytest
 
-from m3i_scale.config import load_run
+from m3i_scale.config import known_runs, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
 
@@ -43,6 +43,10 @@ def test_a_fault_of_the_file_is_blamed_on_the_file(tmp_path):
         ("log.wandb=on", "e.g. the default, log.wandb=off"),
         ("data.augment.flip=2", "e.g. the default, data.augment.flip=0.5"),
         ("optim.lrr=1", "did you mean 'lr'"),
+        ("steps=5", "did you mean 'optim.steps'?"),
+        ("flip=0.5", "did you mean 'data.augment.flip'?"),
+        ("batch_size=8", "did you mean 'optim.batch_size'?"),
+        ("every_steps=8", "did you mean 'checkpoint.every_steps' or 'evaluation.every_steps' or 'log.every_steps'?"),
     ],
 )
 def test_what_would_be_right(override, fix):
@@ -73,3 +77,21 @@ def test_heads_that_do_not_divide_a_width_are_refused_with_the_recipe():
     run = load_run("m3i", ["recipe.decoders.dense={kind: transformer, width: 64, heads: 3}"])
     with pytest.raises(ConfigError, match="width 64 is no multiple of its 3 heads"):
         parse_recipe(run.recipe)
+
+
+def test_a_name_like_no_other_is_told_all_built_in_names():
+    with pytest.raises(ConfigError) as caught:
+        load_run("nosuch")
+    assert set(known_runs()) <= set(caught.value.fix.replace(",", "").split())
+
+
+@pytest.mark.parametrize("name", ["start_s", "step_s"])
+def test_ranks_wait_for_each_other_longer_than_a_reader_for_its_data(name):
+    """At the start and in evaluations data are read too."""
+    assert "must be longer than data.stall_timeout_s" in str(fault(f"timeouts.{name}=900"))
+    assert getattr(load_run("m3i", [f"timeouts.{name}=901"]).timeouts, name) == 901
+
+
+def test_a_number_in_quotes_is_text():
+    run = load_run("m3i", ['name="1e3"', "optim.lr=3e-4"])
+    assert (run.name, run.optim.lr) == ("1e3", 3e-4)

@@ -63,12 +63,15 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def at_test_size(line: str, port: int) -> str:
     """A command as the test runs it; only commands that train are changed."""
     words = shlex.split(line, comments=True)
-    if "train" not in words:
+    verb = "train" if "train" in words else "launch"
+    if verb not in words or "--dry-run" in words:
         return line
-    run = words[words.index("train") + 1]
-    line, launches = re.subn(r"--(num_gpus|num_accelerators|nproc_per_node) \d+", r"--\1 2", line)
+    run = words[words.index(verb) + 1]
+    line, launches = re.subn(r"--(num_gpus|num_accelerators|nproc_per_node|ranks-per-node) \d+", r"--\1 2", line)
     if words[0] == "deepspeed":
         line = line.replace("deepspeed ", f"deepspeed --master_port {port} ", 1)
+    elif verb == "launch":
+        line = line.replace(" launch ", f" launch --master-port {port} ", 1)
     size = MAPS_AT_TEST_SIZE if "preset=internimage" in line else BACKBONE_AT_TEST_SIZE
     small = [size, *AT_TEST_SIZE, f"optim.micro_batch_size={8 if launches else 16}"]
     if parse_recipe(load_run(run).recipe).uses_text:
@@ -215,7 +218,11 @@ def test_every_recipe_and_deepspeed_file_stands_in_the_readme():
 
 
 def test_only_training_is_made_small():
-    assert at_test_size("m3i-scale recipes --json", 1) == "m3i-scale recipes --json"
+    for line in ("m3i-scale recipes --json", "m3i-scale launch m3i --with slurm --ranks-per-node 8 --dry-run"):
+        assert at_test_size(line, 1) == line
+    assert "launch --master-port 7 clip --with local --ranks-per-node 2" in at_test_size(
+        "m3i-scale launch clip --with local --ranks-per-node 8", 7
+    )
     small = at_test_size("deepspeed --num_gpus 8 --module m3i_scale train clip optim.lr=3e-4", 4321)
     assert "--master_port 4321" in small
     assert "optim.lr=3e-4" in small

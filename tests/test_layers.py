@@ -1,4 +1,4 @@
-"""Imports run downwards: cli > run > {evaluate, hub, report} > scale > objective > backbones > data > ground."""
+"""Imports run down: cli > run > {evaluate, hub, launch, report} > scale > objective > backbones > data > ground."""
 
 import ast
 from pathlib import Path
@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 LEVELS = {
     "errors": 0,
     "output": 0,
+    "rank_variables": 0,
     "config": 1,
     "data": 2,
     "backbones": 3,
@@ -19,12 +20,14 @@ LEVELS = {
     "scale": 5,
     "evaluate": 6,
     "hub": 6,
+    "launch": 6,
     "report": 6,
     "run": 7,
     "cli": 8,
     "__main__": 9,
 }
 PARTITION_INTERNALS = {"ds_tensor", "ds_status", "ds_persist", "ds_param_type", "ds_active_sub_modules"}
+PARTITION_INTERNALS |= {"ds_secondary_tensor"}
 
 
 def room_of(path: Path) -> str:

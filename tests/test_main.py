@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from m3i_scale.__main__ import run
 
 SCRIPT = """
 import atexit, runpy, sys
@@ -33,3 +36,21 @@ def test_a_document_arrives_whole():
     done = call("recipes", "--json")
     assert done.returncode == 0
     assert {row["name"] for row in json.loads(done.stdout)} >= {"supervised", "clip", "mae", "sim", "m3i"}
+
+
+def test_interrupted_it_leaves_as_a_shell_expects_and_waits_for_no_thread():
+    script = (
+        "import threading, time, m3i_scale.__main__ as door\n"
+        "def interrupted():\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "    raise KeyboardInterrupt\n"
+        "door.main = interrupted\n"
+        "door.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_command_and_the_module_have_the_same_door():
+    project = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+    assert f'm3i-scale = "{run.__module__}:{run.__name__}"' in project

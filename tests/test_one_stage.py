@@ -6,6 +6,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,8 @@ def test_the_count_is_that_of_the_matrix_products(folder):
 
     patches = (IMAGE // PATCH) ** 2
     embed = 2 * patches * 3 * PATCH**2 * WIDTH
-    # attention pool: query, keys, values and the way out; the scores of one query; the classes
-    pool = 2 * (2 * patches * WIDTH**2 + 2 * WIDTH**2 + 2 * patches * WIDTH + len(LABELS) * WIDTH)
-    wanted = 3 * by_hand(patches + 1) - embed + 3 * pool
+    classes = 2 * len(LABELS) * WIDTH
+    wanted = 3 * by_hand(patches + 1) - embed + 3 * classes
     assert job("supervised", folder).flop == pytest.approx(wanted, rel=0.01)
 
 
@@ -106,10 +106,26 @@ def test_targets_are_counted_once_forward(folder):
     assert counts["Global"] / BATCH == pytest.approx(job("sim", folder).flop, rel=1e-6)
 
 
+def test_a_budget_is_judged_by_the_dearest_recipe(folder):
+    """Whichever comes first; what the message says is enough for all."""
+    from _one_stage import UNTRAINED
+    from one_stage import check_budget
+
+    one = job("mae", folder, budget=1e11)
+    jobs = [one, replace(job("m3i", folder, budget=1e11), flop=3 * one.flop)]
+    jobs.append(replace(one, entry=UNTRAINED, flop=9 * one.flop))
+    with pytest.raises(ConfigError, match="steps of 'm3i'") as caught:
+        check_budget(jobs)
+    least = float(caught.value.fix.split()[1])
+    check_budget([replace(one, budget=least * 1e12) for one in jobs])
+    assert all(replace(one, budget=least * 1e12).steps >= 20 for one in jobs[:2])
+
+
 def test_a_budget_that_keeps_nothing_equal_is_refused(folder):
     assert job("m3i", folder).steps > 40
     with pytest.raises(ConfigError, match=r"0.1 TFLOP pay for \d steps") as caught:
         _ = job("m3i", folder, budget=1e11).steps
+    assert "fewer than 20" in caught.value.why
     least = float(caught.value.fix.split()[1]) * 1e12
     assert job("m3i", folder, budget=least).steps >= 20
 

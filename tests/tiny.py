@@ -16,7 +16,7 @@ from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.teacher import teacher_weights
+from m3i_scale.objective.teacher import teacher_plan
 from m3i_scale.scale.ds_config import load_ds_config
 from m3i_scale.scale.partition import initialize_sharded
 
@@ -48,6 +48,11 @@ MAPS = (
     "fusion_width: 64, image_size: 64}",
 )
 """A convolutional backbone with every part that the largest ones have; on images of 64 pixels, which is two cells."""
+DINOV2 = (
+    "backbone.preset=dinov2-b/14",
+    "backbone.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, mlp_ratio: 2, image_size: 32, "
+    "patch_size: 8}",
+)
 RECIPES = tuple(known_recipes())
 
 
@@ -109,7 +114,8 @@ def first_weights(objective: Objective, seed: int) -> None:
     """Those that a run would start from."""
     initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teacher."))
     if objective.teacher is not None:
-        objective.teacher.model.load_state_dict(teacher_weights(objective.recipe), strict=False)
+        plan = teacher_plan(objective.recipe)
+        objective.teacher.model.load_state_dict(dict(zip(plan.names, plan.tensors(), strict=True)), strict=False)
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, target in momentum_pairs(objective):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from m3i_scale.data.places import Place
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
@@ -262,13 +263,18 @@ def _refuse_unknown_groups(names: tuple[str, ...], tables: list[Table]) -> None:
             raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
 
 
+def _same(shard: Place) -> str:
+    """One text for all ways to name a shard."""
+    return str(shard.resolve() if isinstance(shard, Path) else shard)
+
+
 def _refuse_same_shards(test: Table, train: Table | None) -> None:
     if train is None:
         return
-    shared = {path.resolve() for path in test.shards} & {path.resolve() for path in train.shards}
+    shared = {_same(shard) for shard in test.shards} & {_same(shard) for shard in train.shards}
     if shared:
         raise DataError(
             f"{len(shared)} shards are both training and test data",
-            where=str(min(shared)),
+            where=min(shared),
             why="a probe that is tested on what it learnt says nothing about the features",
         )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
 
+from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
@@ -52,7 +53,7 @@ class VisionModel:
     def _hidden(self, images_BCHW: Tensor) -> Tensor:
         inputs = self.processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
         hidden: Tensor = self.model(pixel_values=inputs["pixel_values"].to(self.device)).last_hidden_state
-        return hidden
+        return last_norm(self.model, hidden)
 
     def _patches(self) -> int | None:
         patch = getattr(self.model.config, "patch_size", None)

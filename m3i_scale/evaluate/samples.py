@@ -17,6 +17,8 @@ from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
 from m3i_scale.data.index import load_index
+from m3i_scale.data.pixels import orientation, upright
+from m3i_scale.data.places import Place
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import expand_shards, read_label_sets
@@ -45,7 +47,7 @@ class Sample:
 class Table:
     """What a set of samples says about itself, without the images. All lists have one entry a sample."""
 
-    shards: list[Path]
+    shards: list[Place]
     classes: list[str]
     """Class names from labels.json, empty without one."""
     keys: list[str] = field(default_factory=list)
@@ -113,7 +115,7 @@ def read_samples(
         try:
             annotations = read_annotations(members, len(table.classes) or None)
             image = open_image(members, _MAX_PIXELS)
-            mask = _mask(table, members, image.size, image_size) if masks else None
+            mask = _mask(table, members, image, image_size) if masks else None
             pixels = view(image, 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
@@ -124,29 +126,32 @@ def read_samples(
         yield sample
 
 
-def _mask(
-    table: Table, members: Mapping[str, bytes], size: tuple[int, int], image_size: int
-) -> NDArray[np.uint8] | None:
+def _mask(table: Table, members: Mapping[str, bytes], image: Image.Image, image_size: int) -> NDArray[np.uint8] | None:
     """The sample's mask. One that cannot be used is counted, and costs its sample no other measure."""
     try:
-        return centre_mask(open_mask(members, _MAX_PIXELS, size), image_size)
+        return centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size, orientation(image))
     except BadSampleError as bad:
         table.bad_masks[bad.reason] += 1
         return None
 
 
-def centre_mask(mask: Image.Image | None, size: int) -> NDArray[np.uint8] | None:
+def centre_mask(mask: Image.Image | None, size: int, lies: int = 1) -> NDArray[np.uint8] | None:
     """The same centre square as that of the image, without mixing classes.
+
+    Args:
+        mask: of the pixels as they are stored.
+        size: side of the square in pixels.
+        lies: orientation of the image.
 
     Raises:
         BadSampleError: the mask does not decode.
     """
     if mask is None:
         return None
-    side = min(mask.size)
-    left, top = (mask.width - side) / 2, (mask.height - side) / 2
     with decoding():
-        classes = Image.fromarray(np.asarray(mask))  # of a palette, the index
+        classes = upright(Image.fromarray(np.asarray(mask)), lies)  # of a palette, the index
+    side = min(classes.size)
+    left, top = (classes.width - side) / 2, (classes.height - side) / 2
     box = (left, top, left + side, top + side)
     return np.asarray(classes.resize((size, size), Image.Resampling.NEAREST, box=box), dtype=np.uint8)
 

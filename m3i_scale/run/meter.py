@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,55 +12,127 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.objective.information import Objective
-from m3i_scale.run.callbacks.base import StepRecord
+from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
+from m3i_scale.run.phases import Phases
 from m3i_scale.scale.collectives import max_over_ranks, mean_over_ranks
+from m3i_scale.scale.peak import Peak
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, and what it could compute in the same time."""
+
+    flop: dict[str, float]
+    """Of `m3i_scale.run.flops.step_flop`."""
+    max_tokens: int
+    """Length of the captions that were counted."""
+    peak: Peak
+
+    def step_flop(self, caption_tokens: float) -> float:
+        """FLOPs of a step with captions of so many tokens on average; nearly all of a text tower's are by token."""
+        return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
+
+
+class _Sums:
+    """Means of figures by name."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, figures: list[tuple[str, Tensor]]) -> None:
+        for name, value in figures:
+            total = self._totals.get(name)
+            self._totals[name] = value.float() if total is None else total + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
 
 
 class Meter:
     """One rank's running means. Figures stay on the device until a step is logged, so that no step waits for them."""
 
-    def __init__(self, objective: Objective, total_steps: int, batch_size: int) -> None:
+    def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work | None = None) -> None:
         self.objective = objective
+        self.work = work
+        """None: no MFU."""
+        self.phases = Phases()
         self.total_steps, self.batch_size = total_steps, batch_size
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+    def reset(self) -> None:
+        """Forget what has not been recorded."""
+        self._good, self._left_out = _Sums(), _Sums()
+        self._figures: list[tuple[str, Tensor]] = []
+        self.gradients: list[tuple[str, Tensor]] = []
+        """Names and norms of this step, at the encoder output."""
         self._steps = 0
         self._tokens = 0
+        self._micro_batches = self._caption_tokens = 0
+        self.phases.reset()
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
-    def add_micro_batch(self, loss: Tensor, figures: dict[str, Tensor], tokens: int, data_wait_s: float) -> None:
-        """After a forward pass; tokens are those that went through the backbone."""
-        for name, value in {"loss": loss.detach(), **figures}.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.float()
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def add_micro_batch(
+        self, loss: Tensor, figures: dict[str, Tensor], tokens: int, data_wait_s: float, caption_tokens: int = 0
+    ) -> None:
+        """After a forward pass; tokens are those that went through the backbone, caption tokens those of a row."""
+        self._figures += [("loss", loss.detach()), *figures.items()]
         self._tokens += tokens
+        self._data_wait_s += data_wait_s
+        self._micro_batches += 1
+        self._caption_tokens += caption_tokens
+
+    def add_wait(self, data_wait_s: float) -> None:
+        """Time waited for data outside of micro-batches."""
         self._data_wait_s += data_wait_s
 
     def add_gradients(self, scale: float) -> None:
         """After a backward pass: every group's gradient norm at the encoder output, `scale` times too large."""
         for name, squared in self.objective.squared_grad_norms.items():
             if squared:
-                key = f"{name}/grad_norm"
-                norm = torch.stack(squared).sum().sqrt() / scale
-                self._sums[key] = self._sums.get(key, torch.zeros((), device=norm.device)) + norm
-                self._counts[key] = self._counts.get(key, 0) + 1
+                self.gradients.append((f"{name}/grad_norm", torch.stack(squared).sum().sqrt() / scale))
 
-    def end_step(self) -> None:
-        """After an optimizer step."""
+    def end_step(self, *, applied: bool = True, finite: bool = True) -> None:
+        """After an optimizer step. The gradients of one that was skipped say nothing; nor do its losses, where they
+        are not finite on some rank, unless there are no others until the next record."""
+        (self._good if finite else self._left_out).add(self._figures)
+        if applied:
+            self._good.add(self.gradients)
+        self._figures, self.gradients = [], []
         self._steps += 1
+        self.phases.end_step()
 
     def record(
-        self, *, step: int, lr: float, grad_norm: Any, momentum: float | None, quarantined: int, world_size: int
+        self,
+        *,
+        step: int,
+        lr: float,
+        grad_norm: Any,
+        momentum: float | None,
+        quarantined: int,
+        world_size: int,
+        quarantined_samples: int = 0,
+        loss_scale: float | None = None,
+        skipped_steps: int | None = None,
+        skipped_nonfinite: int = 0,
+        sources: dict[str, SourceFigures] | None = None,
     ) -> StepRecord:
         """Means since the last record, over all ranks; every rank calls it."""
-        means = mean_over_ranks({name: float(total) / self._counts[name] for name, total in self._sums.items()})
+        means = mean_over_ranks(self._good.means() or self._left_out.means())
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
-        sums = mean_over_ranks({"tokens": self._tokens / steps, "quarantined": float(quarantined)})
+        phases = mean_over_ranks(self.phases.shares())
+        captions = self._caption_tokens / max(self._micro_batches, 1)
+        sums = mean_over_ranks(
+            {
+                "tokens": self._tokens / steps,
+                "quarantined": float(quarantined),
+                "quarantined_samples": float(quarantined_samples),
+                "captions": captions,
+            }
+        )
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         groups: dict[str, dict[str, float]] = {}
         for target in self.objective.recipe.targets:
@@ -68,6 +140,10 @@ class Meter:
             groups[target.name] = {
                 name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)
             }
+        flop_per_s = mfu = None
+        if self.work is not None:
+            flop_per_s = self.work.step_flop(sums["captions"]) / peaks["step_s"]
+            mfu = flop_per_s / (self.work.peak.tflops * 1e12 * world_size)
         record = StepRecord(
             step=step,
             total_steps=self.total_steps,
@@ -84,15 +160,18 @@ class Meter:
             samples_per_s=self.batch_size / peaks["step_s"],
             tokens_per_s=sums["tokens"] * world_size / peaks["step_s"],
             quarantined=round(sums["quarantined"] * world_size),
+            quarantined_samples=round(sums["quarantined_samples"] * world_size),
             memory_gib=peaks["memory"],
+            loss_scale=loss_scale,
+            skipped_steps=skipped_steps,
+            skipped_nonfinite=skipped_nonfinite,
+            phases=phases,
+            flop_per_s=flop_per_s,
+            mfu=mfu,
+            sources=sources or {},
         )
-        self._reset()
+        self.reset()
         return record
-
-
-def bad_groups(figures: dict[str, Tensor]) -> list[str]:
-    """Names of the figures that are not finite."""
-    return [name for name, value in figures.items() if not math.isfinite(float(value))]
 
 
 def _memory_gib() -> float:

@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.backbones.build import (
-    backbone_config,
-    belongs_to_layers,
-    pretrained_folder,
-    starts_fresh,
-    vision_class,
-)
-from m3i_scale.config import BackboneConfig, RunConfig, TextConfig
+from m3i_scale.backbones.build import backbone_config, backbone_source
+from m3i_scale.backbones.load_plan import LoadPlan, plan_load
+from m3i_scale.config import RunConfig, TextConfig, read_yaml
+from m3i_scale.data.access import check_access
 from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
+from m3i_scale.data.mixing import check_weights
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.objective.teacher import teacher_sha256, teacher_weights
-from m3i_scale.scale.activations import apply_activation_checkpointing, checkpointed_layers
-from m3i_scale.scale.checkpoint.state import from_rank_0, read_meta
+from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
+from m3i_scale.run.differences import told_differences
+from m3i_scale.run.guard import check_guard
+from m3i_scale.run.opening import open_together
+from m3i_scale.run.retention import check_retention
+from m3i_scale.run.schedule import learning_rate
+from m3i_scale.run.source_checks import check_label_order, check_sources
+from m3i_scale.scale.activations import apply_activation_checkpointing, check_policy
+from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.together import from_rank_0
 from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.compilation import check_compile, compile_layers
 from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config, resolve
 from m3i_scale.scale.ds_effective import check_effective
+from m3i_scale.scale.ds_rules import precision
 from m3i_scale.scale.engine import build_engine
-from m3i_scale.scale.partition import ShardedMomentum, copy_into, initialize_sharded
+from m3i_scale.scale.loading import stream_into
+from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
+from m3i_scale.scale.peak import compute_dtype, named_peak
 
-_SHOWN_CHANGES, _SHOWN_LETTERS = 5, 100
+_SHOWN_CHANGES = 5
+_TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
 
 
 @dataclass
@@ -54,8 +65,12 @@ class Plan:
         """Size of the tokenizer; None without a text target."""
         return len(self.tokenizer) if self.tokenizer is not None else None
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run that goes on from it: the shape of the model and what it learns."""
+        """What a checkpoint must share with a run that goes on from it: the shape of the model and what it learns.
+
+        Reads every byte of a teacher, once: ask for it on one rank.
+        """
         run = self.run
         model = backbone_config(run.backbone).to_diff_dict()
         for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
@@ -85,21 +100,17 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         ConfigError, DataError: what does not hold together.
     """
     recipe = parse_recipe(run.recipe)
-    if not run.data.sources:
-        raise ConfigError(
-            "the run has no data", where="data.sources", fix="data.sources.main.shards=/data/shards/train"
-        )
+    check_weights(run.data.sources)
+    access = check_access(run.data, run.data.sources).at_start()
     model = backbone_config(run.backbone)
-    checkpointed_layers(run.backbone.activation_checkpointing, model.num_hidden_layers)
-    label_sets = read_label_sets(run.data.sources) if recipe.uses_categories else {}
-    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer) if recipe.uses_text else None
+    check_policy(run.backbone.activation_checkpointing)
+    if run.backbone.compile:
+        check_compile(run.backbone.activation_checkpointing)
+    label_sets = read_label_sets(run.data.sources, access) if recipe.uses_categories else {}
+    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access) if recipe.uses_text else None
     if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
-    lines = [name for name, source in run.data.sources.items() if source.captions == "lines"]
-    if lines and not recipe.uses_text:
-        raise ConfigError(
-            "`captions: lines` has no effect: the recipe has no text target", where=f"data.sources.{lines[0]}"
-        )
+    check_sources(run, recipe, access)
     if run.evaluation.every_steps and not run.data.validation:
         raise ConfigError(
             "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
@@ -108,12 +119,30 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         raise ConfigError(
             "data.validation has no effect", where="evaluation.every_steps: 0", fix="set it, e.g. to 1000"
         )
+    check_retention(run, recipe)
     if tokenizer is not None and tokenizer.pad_token_id != 0:
         raise ConfigError(
             f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
             where="text.tokenizer",
             fix="take a BERT-type tokenizer, or the one that `shards make` trains",
         )
+    check_batch(run, recipe, world_size)
+    run = _with_validation_labels(run, label_sets)
+    resolved = resolve_engine(run, world_size, model.hidden_size)
+    check_accelerator(resolved)
+    check_guard(run, resolved.config)
+    if run.hardware.peak_tflops is not None:
+        named_peak(run.hardware.peak_tflops, compute_dtype(resolved.config))
+    accumulation = run.optim.batch_size // (run.optim.micro_batch_size * world_size)
+    return Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
+
+
+def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
+    """Refuse a micro-batch whose losses would say nothing.
+
+    Raises:
+        ConfigError: the recipe compares samples, and there is one.
+    """
     # A mix asks for as many samples on every rank, when the modules are built.
     if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
         raise ConfigError(
@@ -122,11 +151,17 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
             why="one sample differs from nothing: its loss says nothing",
             fix="optim.micro_batch_size=2 or more, or more ranks",
         )
-    run = _with_validation_labels(run, label_sets)
-    raw = load_ds_config(run.deepspeed)
+
+
+def resolve_engine(run: RunConfig, world_size: int, hidden_size: int) -> Resolved:
+    """The run's DeepSpeed file, filled in.
+
+    Raises:
+        ConfigError: see `resolve`.
+    """
     optim = run.optim
-    resolved = resolve(
-        raw,
+    return resolve(
+        load_ds_config(run.deepspeed),
         world_size=world_size,
         batch_size=optim.batch_size,
         micro_batch_size=optim.micro_batch_size,
@@ -135,12 +170,9 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        hidden_size=model.hidden_size,
+        hidden_size=hidden_size,
         where=run.deepspeed,
     )
-    check_accelerator(resolved)
-    accumulation = optim.batch_size // (optim.micro_batch_size * world_size)
-    return Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
 
 
 def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
@@ -189,101 +221,149 @@ def open_stream(plan: Plan, ranks: ProcessGroupRanks, *, validation: bool = Fals
     )
 
 
-def start_engine(plan: Plan, ranks: ProcessGroupRanks) -> tuple[Any, ShardedMomentum | None]:
-    """Build the partitioned modules, give them their first weights, start DeepSpeed and the momentum target."""
+def open_data(plan: Plan, ranks: ProcessGroupRanks) -> tuple[TrainStream, TrainStream | None]:
+    """This rank's streams for training and for validation; every rank calls it.
+
+    Raises:
+        UserError: what any rank cannot open, of both, so that validation data are looked at before the first step.
+    """
+    stream = open_together(lambda: open_stream(plan, ranks))
+    if not plan.run.data.validation:
+        return stream, None
+    return stream, open_together(lambda: open_stream(plan, ranks, validation=True))
+
+
+Told = Callable[[dict[str, Any]], None]
+
+
+def start_engine(
+    plan: Plan, ranks: ProcessGroupRanks, told: Told = lambda report: None, *, reads_source: bool = True
+) -> tuple[Any, ShardedMomentum | None]:
+    """Build the partitioned modules, give them their first weights, start DeepSpeed and the momentum target.
+
+    Args:
+        plan: of the run.
+        ranks: of the run.
+        told: called on rank 0 with what became of every tensor of `backbone.from_pretrained`.
+        reads_source: False where a checkpoint is loaded right after, over whatever the backbone starts from.
+    """
     run = plan.run
     engine = build_engine(
         lambda: build_objective(run, plan.label_sets, plan.vocab_size, ranks),
-        lambda module: _first_weights(module, run, ranks),
+        lambda module: _prepare(module, run, told, reads_source),
         plan.deepspeed.config,
         weight_decay=run.optim.weight_decay,
     )
     check_effective(engine, plan.deepspeed)
-    apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)
+    apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
     return engine, ShardedMomentum(engine, pairs) if pairs else None
 
 
-def _first_weights(module: nn.Module, run: RunConfig, ranks: ProcessGroupRanks) -> None:
+def _prepare(module: nn.Module, run: RunConfig, told: Told, reads_source: bool) -> None:
+    _first_weights(module, run, told, reads_source)
+    if run.backbone.compile:
+        compile_layers(module)
+
+
+def _first_weights(module: nn.Module, run: RunConfig, told: Told, reads_source: bool) -> None:
     initialize_sharded(module, initialize_module, seed=run.seed, skip=("momentum.", "teacher."))
-    if run.backbone.from_pretrained is not None:
-        _fill(module, "student.model.", lambda: _pretrained_weights(run.backbone), ranks)
+    if run.backbone.from_pretrained is not None and reads_source:
+        plans: list[LoadPlan] = []
+
+        def open_stream() -> LoadPlan:
+            plans.append(plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
+            return plans[0]
+
+        stream_into(module, "student.model.", open_stream)
+        from_rank_0(lambda: told(plans[0].report))
     recipe = parse_recipe(run.recipe)
     if recipe.teacher is not None:
-        _fill(module, "teacher.model.", lambda: teacher_weights(recipe), ranks)
+        stream_into(module, "teacher.model.", lambda: teacher_plan(recipe))
 
 
-def _fill(
-    module: nn.Module, prefix: str, read: Callable[[], Mapping[str, Tensor | None]], ranks: ProcessGroupRanks
-) -> None:
-    """Rank 0 reads a whole model, in host memory; its parameters are handed over one at a time."""
-    values: dict[str, Tensor | None] = {}
-    from_rank_0(lambda: values.update(read()))
-    copy_into(module, prefix, values if ranks.rank == 0 else None)
-
-
-def _pretrained_weights(backbone: BackboneConfig) -> dict[str, Tensor | None]:
-    """Whole weights by name; None for those that the folder has not and the model may start fresh."""
-    source, config = backbone.from_pretrained or "", backbone_config(backbone)
-    kind, options = vision_class(config)
-    try:
-        model, report = kind.from_pretrained(
-            pretrained_folder(source), config=config, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"cannot start from '{source}': {str(error).splitlines()[0]}", where="backbone.from_pretrained"
-        ) from None
-    bad = [name for key in ("missing_keys", "mismatched_keys") for name in report.get(key, [])]
-    # A published classifier may have no fusion head; ours keeps its first weights.
-    fresh = {name for name in report["missing_keys"] if starts_fresh(source, str(name))}
-    bad = [name for name in bad if name not in fresh]
-    # Poolers and task heads are no part of the backbone; a layer that finds no place means another depth.
-    bad += [name for name in report.get("unexpected_keys", []) if belongs_to_layers(config, str(name))]
-    if bad:
-        raise ConfigError(
-            f"{len(bad)} weights of '{source}' are missing, have another shape or find no place, e.g. {bad[0]}",
-            where="backbone.from_pretrained",
-            fix="leave image_size, patch_size and widths as the checkpoint has them",
-        )
-    return {name: None if name in fresh else parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> None:
-    """Refuse a checkpoint of another model or recipe, of another partition, or of a later step than the run has.
+def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> list[str]:
+    """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Returns what is told of a
+    run that goes on in another shape. Call it on one rank: it may read a whole teacher.
 
     Raises:
         CheckpointError: names what differs.
     """
     meta = read_meta(checkpoint)
     _check_identity(plan, checkpoint, meta)
-    stage = plan.deepspeed.config["zero_optimization"]["stage"]
-    for key, here in (("world_size", world_size), ("zero_stage", stage)):
-        if meta[key] != here:
-            raise CheckpointError(
-                f"the checkpoint was written with {key} {meta[key]}, and this run has {here}",
-                where=str(checkpoint),
-                fix=f"resume with {key} {meta[key]}",
-            )
     if meta["step"] > plan.run.optim.steps:
         raise CheckpointError(
             f"the checkpoint is of step {meta['step']}, and the run has {plan.run.optim.steps} steps",
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
+    return _changed_shape(plan, meta, world_size) + _changed_schedule(plan.run, checkpoint, int(meta["step"]))
+
+
+def _changed_shape(plan: Plan, meta: dict[str, Any], world_size: int) -> list[str]:
+    """Notes on another number of ranks, stage or precision."""
+    now = shape_of(plan, world_size)
+    notes = [
+        f"resharded: {key} was {meta.get(key)}, is {value}"
+        for key, value in now.items()
+        if key != "compared" and meta.get(key) != value
+    ]
+    if plan.recipe.compares_samples and meta.get("compared") != now["compared"]:
+        notes.append(
+            f"losses compare {now['compared']} samples at a time, and did {meta.get('compared')} before: their values "
+            "jump here (optim.micro_batch_size × ranks)"
+        )
+    return notes
+
+
+_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr")
+
+
+def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
+    """A note on another length or height of the schedule: the learning rate follows the new one from here on."""
+    if step >= run.optim.steps:
+        return []
+    saved = read_yaml(checkpoint / "run.yaml").get("optim")
+    if not isinstance(saved, dict):
+        return []
+    before = run.optim.model_copy(update={name: saved[name] for name in _OF_THE_SCHEDULE if name in saved})
+    told = [
+        f"optim.{name} was {getattr(before, name)}, is {getattr(run.optim, name)}"
+        for name in _OF_THE_SCHEDULE
+        if getattr(before, name) != getattr(run.optim, name)
+    ]
+    if not told:
+        return []
+    rates = " instead of ".join(f"{learning_rate(step, optim):.3g}" for optim in (run.optim, before))
+    return [f"the schedule changed: {', '.join(told)}; the learning rate of step {step + 1} is {rates}"]
+
+
+def shape_of(plan: Plan, world_size: int) -> dict[str, Any]:
+    """In which shape a run is computed; a resumed run may have another."""
+    config = plan.deepspeed.config
+    return {
+        "world_size": world_size,
+        "zero_stage": int(config["zero_optimization"]["stage"]),
+        "precision": precision(config),
+        "compared": world_size * plan.run.optim.micro_batch_size,
+    }
 
 
 def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved = meta["identity"]
-    now = json.loads(json.dumps(plan.identity()))
+    now = json.loads(json.dumps(plan.identity))
+    check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]
+        files = [f"data.sources.{name}: {source.shards}" for name, source in plan.run.data.sources.items()]
+        labels = key == "label_sets"
         raise CheckpointError(
             f"the checkpoint is of another run: {', '.join(different)} changed",
-            where=str(checkpoint),
+            where=f"{checkpoint}" + (f"; labels.json of {', '.join(files)}" if labels else ""),
             why=_difference(key, saved.get(key), now[key]),
-            fix="take the same run file, or another output_dir for the new run",
+            fix=("restore labels.json as it was" if labels else "take the same run file")
+            + ", or another output_dir for the new run",
         )
 
 
@@ -292,42 +372,24 @@ def _difference(key: str, before: Any, now: Any) -> str:
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', and is '{names[1]}'"
-    found = list(_changes(key, before, now))
+    found = told_differences(key, before, now)
     more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
     return "; ".join(found[:_SHOWN_CHANGES]) + more
 
 
-def _changes(key: str, before: Any, now: Any) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                yield from _changes(f"{key}.{name}", before.get(name), now.get(name))
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for number, (one, other) in enumerate(zip(before, now, strict=True)):
-            if one != other:
-                yield from _changes(f"{key}.{number}", one, other)
-    else:
-        yield f"{key} was {_short(before)}, and is {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) < _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + " …"
-
-
-def meta_of(plan: Plan, *, step: int, world_size: int, zero_stage: int) -> dict[str, Any]:
+def meta_of(plan: Plan, *, step: int, world_size: int) -> dict[str, Any]:
     """What meta.json and the manifest say about a checkpoint."""
     text = run_yaml(plan.run)
     return {
         "step": step,
         "samples": step * plan.run.optim.batch_size,
-        "world_size": world_size,
-        "zero_stage": zero_stage,
+        **shape_of(plan, world_size),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "identity": plan.identity(),
+        "identity": plan.identity,
         "label_sets": plan.label_sets,
         "vocab_size": plan.vocab_size,
         "tokenizer": getattr(plan.tokenizer, "name_or_path", None),
+        "versions": {name: version(name) for name in _TOLD_VERSIONS},
     }
 
 

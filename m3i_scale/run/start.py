@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from m3i_scale.config import RunConfig
+from m3i_scale.output import wide_console
+from m3i_scale.run.begin import train
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.last_words import recorded
 from m3i_scale.run.setup import Plan
-from m3i_scale.run.trainer import Status, train
-from m3i_scale.scale.collectives import start_ranks, stop_ranks
+from m3i_scale.run.trainer import Status
+from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import explain_table
 
-_CONSOLE = Console(stderr=True, soft_wrap=True)
+_CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
 
 def make_callbacks(run: RunConfig) -> list[Callback]:
@@ -40,14 +43,17 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
 def start(run: RunConfig) -> Status:
     """Join the other ranks and train."""
     torch.manual_seed(run.seed)
-    callbacks = make_callbacks(run)
-    ranks = start_ranks()
-    clean = False
-    try:
-        status = train(run, ranks, callbacks, announce)
-        clean = True
-    finally:
-        stop_ranks(wait=clean)
+    with recorded(run.output_dir) as place:
+        callbacks = make_callbacks(run)
+        place.at("join")
+        ranks = start_ranks(run.timeouts.start_s)
+        clean = False
+        try:
+            with count_waits(place.waited) if place.read else contextlib.nullcontext():
+                status = train(run, ranks, callbacks, announce, tell, place)
+            clean = True
+        finally:
+            stop_ranks(wait=clean)
     return status
 
 
@@ -63,3 +69,8 @@ def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:
         f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, "
         f"into {run.output_dir}"
     )
+
+
+def tell(text: str) -> None:
+    """One line more."""
+    _CONSOLE.print(text, markup=False, highlight=False)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,45 +20,68 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from compile_cases import COMPILED, CompileCases
 from deepspeed.utils import safe_get_full_grad
+from guard_cases import NONFINITE, GuardCases
 from lasting_cases import ENGINES, REMEMBERED, LastingCases
 from open_clip.loss import ClipLoss, SigLipLoss
+from precision_cases import PrecisionCases
 from rank_parts import GLOBAL_BATCH
+from safetensors.torch import save_file
 from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch import Tensor, nn
+from traffic_cases import COUNTED, TrafficCases
 from transformers import ViTModel
+from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.errors import UserError
+from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions import bernoulli_pairs, boltzmann_pairs, gather_targets
-from m3i_scale.run.preemption import Preemption
+from m3i_scale.run.planning import Model
+from m3i_scale.run.planning import Vocabulary as LearntFrom
 from m3i_scale.run.setup import start_engine
-from m3i_scale.run.trainer import MicroBatch, Trainer
+from m3i_scale.scale.activation_budget import count_saved, fit_activations, peak_bytes
+from m3i_scale.scale.checkpoint.saver import Saver
+from m3i_scale.scale.checkpoint.state import buffers_of
 from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, stop_ranks
 from m3i_scale.scale.engine import parameter_groups
+from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import (
     construct,
-    copy_into,
     full_numel,
     full_shape,
     initialize_sharded,
     is_partitioned,
 )
+from m3i_scale.scale.plan.engines import engine_for
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.settings import settings_of
+
+PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32")
 
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "barlow_narrow": ("barlow", "recipe.heads.global.width=6"),  # fewer channels than samples
     "vicreg_narrow": ("vicreg", "recipe.heads.global.width=6"),
     "m3i_mixed": ("m3i", "backbone.attention=mixed"),
+    "m3i_clip": ("m3i", "backbone.preset=clip-b/16"),
+    "m3i_clip_mixed": ("m3i", "backbone.preset=clip-b/16", "backbone.attention=mixed"),
     "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
     "mae_maps": ("mae", *tiny.MAPS),
     "m3i_forward": ("m3i", "recipe.targets.2.direction=forward"),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
+RECOMPUTED = {
+    "m3i": (("m3i",), ("full", "every_2", "selective", "offload")),
+    "eager": (("m3i", "backbone.attention_kernel=eager"), ("none", "selective")),
+    "maps": (RECIPES["m3i_maps"], ("full", "selective", "offload")),
+    "dinov2": (("sim", *tiny.DINOV2), ("none", "full", "selective")),
+}
+"""Arguments, and policies of activations."""
 
 
-class Cases(LastingCases):
+class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases):
     """One method per case; each returns what the tests compare."""
 
     def run_all(self) -> None:
@@ -67,12 +91,21 @@ class Cases(LastingCases):
             "first_weights_plain": self.plain_first_weights,
             "first_weights_zero1": lambda: self.first_weights("zero1_bf16"),
             "first_weights_zero3": lambda: self.first_weights("zero3_cpu_fp32"),
+            "first_weights_zero3_bf16": lambda: self.first_weights("zero3_cpu"),
             "from_pretrained": self.from_pretrained,
+            "started": self.started,
+            "torn": self.torn,
+            "torn_otherwise": self.torn_otherwise,
         }
         for name, arguments in RECIPES.items():
             cases[f"plain_{name}"] = lambda arguments=arguments: self.plain_gradients(*arguments)
             cases[f"zero3_{name}"] = lambda arguments=arguments: self.engine_gradients(*arguments)
-        cases["zero3_m3i_recomputed"] = lambda: self.engine_gradients("m3i", "backbone.activation_checkpointing=full")
+        for name, (arguments, policies) in RECOMPUTED.items():
+            for policy in policies:
+                given = (*arguments, f"backbone.activation_checkpointing={policy}")
+                cases[f"recomputed_{name}_{policy}"] = lambda given=given: self.engine_gradients(*given)
+        cases["recomputed_queue_budget"] = lambda: self.budget("densecl")
+        cases["recomputed_m3i_budget"] = lambda: self.budget("m3i")
         for name in ("clip", "siglip"):
             cases[f"published_{name}"] = lambda name=name: self.published(name)
         for name, arguments in REMEMBERED.items():
@@ -80,6 +113,18 @@ class Cases(LastingCases):
             cases[f"accumulated_{name}"] = lambda arguments=arguments: self.accumulated(*arguments)
         for name, stage in ENGINES.items():
             cases[f"momentum_{name}"] = lambda name=name, stage=stage: self.momentum(name, stage)
+        for name in ("zero3_fp16", "zero2_bf16"):
+            cases[f"fp16_{name}"] = lambda name=name: self.fp16(name)
+        for name in NONFINITE:
+            cases[f"nonfinite_{name}"] = lambda name=name: self.nonfinite(name)
+        for name in ("zero3_cpu", "zero3_cpu_lean"):
+            cases[f"added_up_{name}"] = lambda name=name: self.added_up(name)
+        for name in PLANNED:
+            cases[f"held_{name}"] = lambda name=name: self.held(name)
+        for name in COUNTED if self.world > 1 else ():
+            cases[f"traffic_{name}"] = lambda name=name: self.traffic(name)
+        for name, arguments in COMPILED.items():
+            cases[f"compiled_{name}"] = lambda arguments=arguments: self.compiled(*arguments)
         for name, case in cases.items():
             try:
                 result = case()
@@ -122,25 +167,9 @@ class Cases(LastingCases):
         assert own.grad is not None
         return total.detach(), own.grad
 
-    def vote(self, nan_here: bool, asked_here: bool) -> Any:
-        """The trainer's vote after two micro-batches, when only the last rank has met something."""
-        last = self.rank == self.world - 1
-        losses = [1.0, float("nan") if nan_here and last else 2.0]
-        seen = [
-            MicroBatch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, [f"r{self.rank}m{number}"])
-            for number, loss in enumerate(losses)
-        ]
-        preemption = Preemption()
-        preemption.requested = asked_here and last
-        trainer = SimpleNamespace(ranks=self.ranks, step=6, preemption=preemption)
-        try:
-            return Trainer._vote(trainer, seen)
-        except UserError as error:
-            return str(error)
-
     def construction(self) -> dict[str, Any]:
         """The most parameters that this rank held at a time, while the model was built and while it was filled."""
-        plan = self.plan("zero3_cpu_fp32", "m3i")
+        plan = self.plan("zero3_cpu_fp32", "m3i", "recipe.decoders.pool={kind: attention_pool, width: 64}")
         alive: dict[int, Any] = {}
         peak = {"building": 0, "filling": 0}
 
@@ -197,16 +226,71 @@ class Cases(LastingCases):
         named = dict(engine.module.named_parameters())
         values = {name: self._master(p) for name, p in named.items() if p.requires_grad}
         for online, target in momentum_pairs(engine.module):
-            values[target] = self._gather_shard(momentum.shards[target], values[online])
+            values[target] = self._gather_shard(momentum.shard(target), values[online])
         engine.destroy()
         return values
+
+    def held(self, ds_config: str) -> dict[str, Any]:
+        """Bytes that a fresh engine holds, and what the plan of the same run says; none of it is gathered yet."""
+        plan = self.plan(ds_config, "m3i")
+        engine, momentum = start_engine(plan, self.ranks)
+        assert momentum is not None
+        optimizer, named = engine.optimizer, dict(engine.module.named_parameters())
+        averaged = [p for name, p in named.items() if name.startswith("momentum.")]
+        held = {
+            "momentum target": sum(p.ds_tensor.nbytes if is_partitioned(p) else p.nbytes for p in averaged)
+            + sum(shard.nbytes for shard in momentum._beside.values())
+        }
+        if ds_config.startswith("zero3"):
+            masters = {m.data_ptr(): m.nbytes for m in optimizer.fp32_partitioned_groups_flat}
+            shards = {flat.data_ptr() for flat in optimizer.fp16_partitioned_groups_flat}
+            held["parameters"] = optimizer.lp_param_buffer.nbytes
+            held["optimizer"] = sum(size for place, size in masters.items() if place not in shards)
+            held["gradients"] = optimizer.grad_partitions_flat_buffer.nbytes
+            held["reduce buckets"] = sum(bucket.buffer.nbytes for bucket in optimizer.ipg_buckets.values())
+        elif ds_config == "zero1_bf16":
+            held["parameters"] = sum(flat.nbytes for flat in optimizer.bf16_groups_flat)
+            held["optimizer"] = sum(part.nbytes for part in optimizer.fp32_groups_flat_partition)
+            held["gradients"] = sum(flat.nbytes for flat in optimizer.fp32_groups_gradients_flat)
+        else:
+            held["parameters"] = sum(flat.nbytes for flat in optimizer.bit16_groups_flat)
+            held["optimizer"] = sum(part.nbytes for part in optimizer.single_partition_of_fp32_groups)
+        copied = self._copied_by_a_save(engine, momentum)
+        engine.destroy()
+        settings = settings_of(plan.deepspeed.config, world=self.world, on_host=True)
+        model = Model(plan.run, LearntFrom(LABEL_SETS, VOCABULARY, ()), self.world, settings.precision)
+        settings = replace(settings, snapshot=model.remembered_bytes)
+        ledger = Ledger(heap=False)
+        trace = model.trace("none", GLOBAL_BATCH // self.world)
+        planned = engine_for(model.parameters, trace, settings, ledger, ledger)
+        fresh = {part: size for part, size in ledger.parts.items() if size}
+        planned.run()
+        # The plan is that of the first rank, which holds most.
+        sizes = {"copies": sorted(planned.snapshot(self.rank)), "first rank": ledger.parts["snapshot"]}
+        return {"held": held, "planned": fresh, "copied": copied, "snapshot": sizes}
+
+    def _copied_by_a_save(self, engine: Any, momentum: Any) -> dict[str, Any]:
+        """What a save in the background has copied, once the optimizer has its moments; bytes."""
+        self._train_step(engine, 0)
+        saver = Saver(engine, momentum, background=True)
+        folder = self.out / "copied" / str(self.world) / "checkpoints"
+        saver.save(folder / "step-00000001", data_state={}, meta={"step": 1, "world_size": self.world}, run_yaml="")
+        saver.close()
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(folder)
+        dist.barrier()
+        kept = sorted(copy.nbytes for copy in saver._kept.places)
+        buffers = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
+        return {"copies": kept, "buffers": buffers}
 
     def from_pretrained(self) -> dict[str, Any]:
         folder = self.out / "pretrained"
         plan = self.plan("zero3_cpu_fp32", "sim")
         if self.rank == 0:
             torch.manual_seed(5)
-            ViTModel(backbone_config(plan.run.backbone), add_pooling_layer=False).save_pretrained(folder)
+            model = ViTModel(backbone_config(plan.run.backbone), add_pooling_layer=False)
+            model.save_pretrained(folder, max_shard_size="80KB")
         dist.barrier()
         backbone = plan.run.backbone.model_copy(update={"from_pretrained": str(folder), "config": {}})
         plan = replace(plan, run=plan.run.model_copy(update={"backbone": backbone}))
@@ -220,21 +304,83 @@ class Cases(LastingCases):
             if not torch.equal(values[prefix + name], value)
         ]
         ours = {name for name in values if name.startswith("student.model.")}
-        copied = self._copy_into(engine.module)
-        return {"different": different, "count": (len(ours), len(wanted)), "copied": copied}
+        shards = len(list(folder.glob("*.safetensors")))
+        return {"different": different, "count": (len(ours), len(wanted)), "shards": shards}
 
-    def _copy_into(self, module: nn.Module) -> bool:
-        """Whole tensors of rank 0 reach the shards of every rank, and nothing else is touched."""
-        before = self.full_values(module)
-        prefix = "student.model.layers.1."
-        names = [name for name in before if name.startswith(prefix)]
-        new = {name.removeprefix(prefix): torch.full_like(before[name], 0.5) for name in names}
-        copy_into(module, prefix, new if self.rank == 0 else None)
-        after = self.full_values(module)
-        return all(
-            bool((value == 0.5).all()) if name in names else torch.equal(value, before[name])
-            for name, value in after.items()
-        )
+    def started(self) -> dict[str, Any]:
+        """The student and its momentum target after a start from another code base's file, at another image size."""
+        path = self.out / "timm.safetensors"
+        plan = self.plan("zero3_cpu_fp32", "sim")
+        if self.rank == 0:
+            save_file(timm_model(img_size=16).state_dict(), path)
+        dist.barrier()
+        fields = {"num_attention_heads": 4, "image_size": 32}
+        backbone = plan.run.backbone.model_copy(update={"from_pretrained": str(path), "config": fields})
+        plan = replace(plan, run=plan.run.model_copy(update={"backbone": backbone}))
+        told: list[dict[str, Any]] = []
+        engine, _ = start_engine(plan, self.ranks, told.append)
+        values = {
+            name: value
+            for name, value in self.full_values(engine.module).items()
+            if "backbone" in name or "student" in name
+        }
+        engine.destroy()
+        return {"values": values, "told": told}
+
+    def torn(self) -> dict[str, Any]:
+        """Reading fails half-way on rank 0: every rank is told, and none waits for another."""
+        plan = self.plan("zero3_cpu_fp32", "supervised")
+        module = construct(lambda: build_objective(plan.run, LABEL_SETS, VOCABULARY, self.ranks), plan.deepspeed.config)
+        names = [name.removeprefix("student.") for name, _ in module.named_parameters() if name.startswith("student.")]
+        held: list[int] = []
+
+        class Torn:
+            def __init__(self) -> None:
+                self.names = names
+
+            def tensors(self) -> Iterator[Tensor]:
+                for name in names[:5]:
+                    held.append(sum(parameter.numel() for parameter in module.parameters()))
+                    yield torch.full(full_shape(module.get_parameter(f"student.{name}")), 0.5)
+                raise ConfigError("the disk is gone")
+
+        try:
+            stream_into(module, "student.", Torn)
+            message = ""
+        except UserError as error:
+            message = str(error)
+        written = self.full_values(module)
+        return {
+            "message": message,
+            "held": held,
+            "half": [bool((written[f"student.{name}"] == 0.5).all()) for name in names],
+        }
+
+    def torn_otherwise(self) -> dict[str, Any]:
+        """Errors on rank 0 that are nobody's mistake: kind and message, on this rank."""
+        plan = self.plan("zero3_cpu_fp32", "supervised")
+        module = construct(lambda: build_objective(plan.run, LABEL_SETS, VOCABULARY, self.ranks), plan.deepspeed.config)
+        names = [name for name, _ in module.named_parameters()][:3]
+
+        def values(case: str) -> Iterator[Tensor]:
+            yield torch.zeros(full_shape(module.get_parameter(names[0])))
+            if case == "reading":
+                raise OSError("the disk is gone")
+            if case == "writing":
+                yield torch.zeros(7, 7, 7)
+
+        def open_stream(case: str) -> Any:
+            if case == "opening":
+                raise ValueError("no header")
+            return SimpleNamespace(names=names, tensors=lambda: values(case))
+
+        told = {}
+        for case in ("opening", "reading", "writing", "short"):
+            try:
+                stream_into(module, "", lambda case=case: open_stream(case))
+            except Exception as error:
+                told[case] = (type(error).__name__, str(error))
+        return told
 
     def plain_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         plan = self.plan("zero3_cpu_fp32", recipe, *overrides)
@@ -251,8 +397,21 @@ class Cases(LastingCases):
             gradient.div_(self.world)
         return self._told(loss, figures, gradients)
 
+    def budget(self, recipe: str) -> dict[str, Any]:
+        """Gradients with a budget between `none` and `full`, counted by the ranks together."""
+        engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe), self.ranks)
+        batch = self.batch(2)
+        layers, outside = count_saved(engine.module, lambda: engine(batch))
+        every = {layer.name for layer in layers}
+        bounds = [peak_bytes(layers, outside, recomputed) / 2**30 for recomputed in (every, set())]
+        choice = fit_activations(engine.module, lambda: engine(batch), 0.4 * bounds[0] + 0.6 * bounds[1])
+        return self._gradients_of(engine) | {"chosen": choice.names, "layers": choice.layers}
+
     def engine_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe, *overrides), self.ranks)
+        return self._gradients_of(engine)
+
+    def _gradients_of(self, engine: Any) -> dict[str, Any]:
         for group in engine.optimizer.param_groups:
             group["lr"] = 0.0
         self._train_step(engine, 1)

@@ -22,7 +22,7 @@ class Worlds:
             (root / str(world)).mkdir()
             arguments = [str(TESTS / "distributed" / "cases.py"), str(root / str(world))]
             self.jobs[world] = start_ranks(arguments, world, root / f"logs-{world}")
-        self.codes = {world: job.wait(900) for world, job in self.jobs.items()}
+        self.codes = {world: job.wait(1800) for world, job in self.jobs.items()}
 
     def result(self, case: str, world: int, rank: int = 0) -> Any:
         path = self.root / str(world) / f"{case}-rank{rank}.pt"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed.comm
 import torch
-from deepspeed.utils import safe_get_full_grad
+import torch.distributed as dist
+from deepspeed.utils import groups, safe_get_full_grad
 from rank_parts import GLOBAL_BATCH, RankParts
 from tiny import LABEL_SETS, first_weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.objective.build import build_objective, momentum_pairs
 from m3i_scale.run.setup import start_engine
 from m3i_scale.scale.checkpoint.consolidate import load_weights
-from m3i_scale.scale.checkpoint.state import load_checkpoint, save_checkpoint
+from m3i_scale.scale.checkpoint.saver import save_checkpoint
+from m3i_scale.scale.checkpoint.state import load_checkpoint
 
 STEPS = 30
 REMEMBERED = {
@@ -24,7 +28,21 @@ REMEMBERED = {
 }
 """Recipes that keep something between batches."""
 ENGINES = {"zero1_bf16": 1, "zero1_cpu_fp32": 1, "zero2_bf16": 2, "zero3_cpu": 3, "zero3_cpu_fp32": 3}
-"""DeepSpeed files, and their stage."""
+ENGINES["zero3_cpu_hpz"] = 3
+"""DeepSpeed files, and their stage. The last is `zero3_cpu` with second copies of the parameters in groups of ranks."""
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives of this thread, whoever calls them: all pass through torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.seen.append(function._opname)
+        return function(*args, **(kwargs or {}))
 
 
 class LastingCases(RankParts):
@@ -53,7 +71,9 @@ class LastingCases(RankParts):
 
     def momentum(self, ds_config: str, stage: int) -> dict[str, Any]:
         """The sharded average beside one of the gathered fp32 weights, and the copy that the forward pass used."""
-        plan = self.plan(ds_config, "sim")
+        plan = self.plan(ds_config.removesuffix("_hpz"), "sim")
+        if ds_config.endswith("_hpz"):
+            plan.deepspeed.config["zero_optimization"]["zero_hpz_partition_size"] = self.world
         engine, momentum = start_engine(plan, self.ranks)
         assert momentum is not None
         named = dict(engine.module.named_parameters())
@@ -61,42 +81,60 @@ class LastingCases(RankParts):
         used: dict[str, Tensor] = {}
         self._watch_forward(engine.module, used)
         reference = {target: self._master(named[online]) for online, target in pairs}
+        collectives = Collectives()
         for step in range(STEPS):
             self._train_step(engine, step)
-            momentum.update(0.99 + 0.0003 * step)
+            with collectives:
+                momentum.update(0.99 + 0.0003 * step)
             for online, target in pairs:
                 reference[target].lerp_(self._master(named[online]), 1.0 - (0.99 + 0.0003 * step))
         with torch.no_grad():
             engine(self.batch(99))
-        averages = {name: self._gather_shard(momentum.shards[name], reference[name]) for name in reference}
+        averages = {name: self._gather_shard(momentum.shard(name), reference[name]) for name in reference}
         moved = max(float((averages[t] - self._master(named[o])).abs().max()) for o, t in pairs)
         result = {
             "different": [name for name, value in averages.items() if not torch.equal(value, reference[name])],
-            "stale": [name for name in reference if not torch.equal(used[name], reference[name].to(used[name].dtype))],
+            "stale": [name for name in reference if not self._is_nearest(used[name], reference[name])],
             "unused": sorted(set(reference) - set(used)),
             "moved": moved,
+            "collectives": collectives.seen,
+            "collectives_of_others": self._other_collectives(),
             "dtype": str(next(iter(used.values())).dtype),
             "small": sum(value.numel() <= 640 for value in reference.values()),
             "sub_groups": len(getattr(engine.optimizer, "sub_group_to_group_id", ())),
         }
+        result["second_copies"] = sum(
+            getattr(named[target], "ds_secondary_tensor", None) is not None for _, target in pairs
+        )
+        result["sum"] = sum(float(value.double().sum()) for value in reference.values())
         result |= self._through_checkpoint(f"{ds_config}-{stage}", stage, engine, momentum, reference)
         engine.destroy()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once a process, and hands it to all engines
         return result
+
+    def _other_collectives(self) -> list[str]:
+        """What the counter sees of collectives that are there."""
+        with (counter := Collectives()):
+            dist.all_reduce(torch.ones(1))
+            deepspeed.comm.all_reduce(torch.ones(1))
+            dist.barrier()
+        return counter.seen
 
     def _through_checkpoint(
         self, name: str, stage: int, engine: Any, momentum: Any, averages: dict[str, Tensor]
     ) -> dict[str, Any]:
         folder = self.out / "checkpoints" / name / "step-00000030"
         meta = {"world_size": self.world, "zero_stage": stage, "step": 30}
+        clipping, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 123.0
         save_checkpoint(folder, engine, momentum, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
+        engine.optimizer.clip_grad = clipping
         trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
         named = dict(engine.module.named_parameters())
         wrong = []
         for key, parameter in named.items():
             if key.startswith("momentum."):
                 online = key.removeprefix("momentum.").replace("backbone.", "student.", 1)
-                for loaded in (trained[key], averaged[key], averaged[online]):
-                    wrong += [] if torch.equal(loaded, averages[key]) else [key]
+                wrong += [] if torch.equal(averaged[online], averages[key]) else [key]
             elif not torch.equal(trained[key], self._master(parameter)):
                 wrong.append(key)
 
@@ -105,13 +143,15 @@ class LastingCases(RankParts):
                 self._train_step(engine, step)
                 momentum.update(0.99)
             masters = {k: self._master(p).clone() for k, p in named.items() if p.requires_grad}
-            return masters | {k: shard.clone() for k, shard in momentum.shards.items()}
+            return masters | {name: momentum.shard(name).clone() for name in momentum.names()}
 
         straight = go_on()
         state = load_checkpoint(folder, engine, momentum)
+        clipping_after = engine.optimizer.clip_grad
         again = go_on()
         return {
             "loaded_wrong": wrong,
+            "clipping": (clipping, clipping_after),
             "resumed_different": [key for key, value in straight.items() if not torch.equal(value, again[key])],
             "data_state": state,
         }
@@ -150,7 +190,7 @@ class LastingCases(RankParts):
         ]
         wrong += [name for name in trained if name not in parameters]
         for online, target in momentum_pairs(engine.module):
-            average = self._gather_shard(momentum.shards[target], trained[online])
+            average = self._gather_shard(momentum.shard(target), trained[online])
             wrong += [] if torch.equal(averaged[online], average) else [online]
         straight = train(3, 4)
         engine.destroy()

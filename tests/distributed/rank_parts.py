@@ -80,6 +80,12 @@ class RankParts:
         full = safe_get_full_fp32_param(parameter)
         return (parameter.detach() if full is None else full).float().clone()
 
+    @staticmethod
+    def _is_nearest(used: Tensor, exact: Tensor) -> bool:
+        """Whether every element is the number of its type that is nearest; at a tie both neighbours are."""
+        errors = [(value.double() - exact.double()).abs() for value in (used, exact.to(used.dtype))]
+        return torch.equal(*errors)
+
     def _gather_shard(self, shard: Tensor, like: Tensor) -> Tensor:
         if shard.numel() == like.numel() and self.world > 1 and shard.shape == like.shape:
             return shard

@@ -82,7 +82,7 @@ def train(run_file: Path, *overrides: str, world: int = 1, launcher: bool = Fals
 def metrics(run_file: Path) -> dict[int, dict[str, Any]]:
     """Figures by step, without those that measure time and memory; the last one of a repeated step."""
     lines = [json.loads(line) for line in (run_file.parent / "out" / "metrics.jsonl").read_text().splitlines()]
-    timed = ("_s", "memory", "time", "per_s")
+    timed = ("_s", "memory", "time", "per_s", "phases/", "mfu")
     return {
         line["step"]: {key: value for key, value in line.items() if not any(part in key for part in timed)}
         for line in lines

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StepRecord, flatten, hide_secrets
+from m3i_scale.run.callbacks.base import Callback, CallbackList, Rewind, RunInfo, StepRecord, flatten, hide_secrets
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.progress import ProgressDisplay, smooth, summary
 from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
 from m3i_scale.run.callbacks.wandb import WandbWriter
+from m3i_scale.run.phases import PHASES
 
 CONFIG = {"name": "demo", "data": {"sources": {"a": {"shards": "https://me:hunter2@host/x.tar?signature=abc"}}}}
 
@@ -50,6 +51,9 @@ def record(step: int, **changes: Any) -> StepRecord:
         tokens_per_s=3136.0,
         quarantined=0,
         memory_gib=1.25,
+        phases={"backward": 0.6, "other": 0.4},
+        flop_per_s=2e12,
+        mfu=0.25,
     )
     return replace(made, **changes)
 
@@ -81,6 +85,8 @@ def test_a_record_has_one_name_for_every_figure() -> None:
         "momentum": 0.996,
         "samples": 640,
         "quarantined": 0,
+        "quarantined_samples": 0,
+        "skipped_nonfinite": 0,
         "information": 2.0,
         "group/text/loss": 1.5,
         "group/text/nats": 2.0,
@@ -92,17 +98,28 @@ def test_a_record_has_one_name_for_every_figure() -> None:
         "speed/data_wait_share": 0.25,
         "speed/samples_per_s": 32.0,
         "speed/tokens_per_s": 3136.0,
+        "speed/flop_per_s": 2e12,
+        "speed/mfu": 0.25,
+        "phases/backward": 0.6,
+        "phases/other": 0.4,
         "memory_gib": 1.25,
     }
-    without = record(10, grad_norm=None, momentum=None).scalars()
-    assert without.keys().isdisjoint({"grad_norm", "momentum"})
+    without = record(10, grad_norm=None, momentum=None, flop_per_s=None, mfu=None).scalars()
+    assert without.keys().isdisjoint({"grad_norm", "momentum", "speed/flop_per_s", "speed/mfu"})
 
 
 def test_every_figure_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for name in record(10).scalars():
         documented = name.replace("group/text/", "group/<group>/").replace("group/intra/", "group/<group>/")
+        documented = "phases/<phase>" if name.startswith("phases/") else documented
         assert f"`{documented}`" in page, name
+
+
+def test_every_phase_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name in PHASES:
+        assert f"\n| `{name}` |" in page, name
 
 
 class Recorder(Callback):
@@ -220,6 +237,40 @@ def test_a_resumed_run_writes_no_step_twice_and_keeps_what_it_replaces(tmp_path:
     assert [line["step"] for line in replaced] == [21, 22, 23, 24, 25]
 
 
+REWIND = Rewind(
+    rewound_from=25,
+    rewound_to=20,
+    skipped_samples=320,
+    spike_since=23,
+    loss=math.nan,
+    limit=4.5,
+    number=1,
+    most=3,
+)
+
+
+def test_a_rewind_stands_in_the_file_in_place_of_the_steps_that_it_undoes(tmp_path: Path) -> None:
+    writer = MetricsWriter()
+    writer.on_start(info(tmp_path))
+    for step in range(1, 26):
+        writer.on_step(record(step))
+    writer.on_rewind(REWIND)
+    for step in range(21, 23):
+        writer.on_step(record(step))
+    train(tmp_path, 20, 30)  # after a kill
+    kept, replaced = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "metrics.replaced.jsonl")
+    assert [line["step"] for line in kept if line["kind"] == "train"] == list(range(1, 31))
+    (rewind,) = (line for line in kept if line["kind"] == "rewind")
+    assert {key: rewind[key] for key in ("step", "rewound_from", "skipped_samples", "loss", "limit")} == {
+        "step": 20,
+        "rewound_from": 25,
+        "skipped_samples": 320,
+        "loss": "nan",
+        "limit": 4.5,
+    }
+    assert [line["step"] for line in replaced] == [21, 22, 23, 24, 25, 21, 22]
+
+
 def test_a_run_that_starts_anew_begins_an_empty_file(tmp_path: Path) -> None:
     train(tmp_path, 0, 3)
     train(tmp_path, 0, 2)
@@ -295,13 +346,14 @@ def show(terminal: bool) -> tuple[ProgressDisplay, io.StringIO]:
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     display, stream = show(terminal=False)
     display.on_start(info(tmp_path, start_step=10))
-    display.on_step(record(20, quarantined=3, groups={"[odd]": {"loss": 1.5}, "intra": {"loss": 2.0}}))
+    groups = {"[odd]": {"loss": 1.5}, "intra": {"loss": 2.0}}
+    display.on_step(record(20, quarantined=3, quarantined_samples=2, groups=groups))
     display.on_evaluation(20, {"text": {"loss": 1.25}})
     display.on_end("finished")
     assert stream.getvalue().splitlines() == [
         f"demo resumes after step 10, 100 steps on 2 ranks, in {tmp_path}",
         "step 20/100  loss 3.5 ([odd] 1.5, intra 2)  lr 1.00e-03  32.0 samples/s  3,136 tokens/s  data wait 25%  "
-        "quarantined 3  ETA 0:02:40",
+        "MFU 25.0%  quarantined 3 (2 samples)  ETA 0:02:40",
         "step 20  evaluation/text/loss 1.25",
         "run finished",
     ]
@@ -319,6 +371,16 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     assert shown.rstrip().endswith("run preempted")
 
 
+def test_a_bar_goes_back_with_the_run(tmp_path: Path) -> None:
+    display = ProgressDisplay(Console(file=io.StringIO(), force_terminal=True, width=160))
+    display.on_start(info(tmp_path))
+    display.on_step(record(25))
+    display.on_rewind(REWIND)
+    assert display._bar is not None
+    assert display._bar.tasks[0].completed == 20
+    display.on_end("finished")
+
+
 def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     display = ProgressDisplay()
     display.on_start(info(tmp_path))
@@ -330,16 +392,22 @@ def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "run finished" in captured.err
 
 
-def test_weights_that_move_stand_beside_their_losses_in_place_of_the_sum(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("balance", "told"),
+    [
+        ({}, "loss 9.75 (text 3.5) "),
+        ({"kind": "fixed"}, "loss 9.75 (text 3.5) "),
+        ({"kind": "learned"}, "loss text 3.5 × 2.5 "),
+        ({"kind": "gradient_norm"}, "loss text 3.5 × 2.5 "),
+    ],
+)
+def test_weights_that_move_stand_beside_their_losses_in_place_of_the_sum_from_the_first_record_on(
+    balance: dict[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     display = ProgressDisplay()
-    display.on_start(info(tmp_path))
-    for weight in (1.0, 1.0, 2.5):
-        display.on_step(replace(record(1), loss=9.75, groups={"text": {"loss": 3.5, "weight": weight}}))
-    told = [line for line in capsys.readouterr().err.splitlines() if "step 1/" in line]
-    assert ["loss 9.75 (text 3.5)" in line for line in told] == [True, True, False]
-    assert "loss text 3.5 × 2.5 " in told[2]
+    display.on_start(replace(info(tmp_path), config={**CONFIG, "recipe": {"balance": balance}}))
+    display.on_step(replace(record(1), loss=9.75, groups={"text": {"loss": 3.5, "weight": 2.5}}))
+    assert told in capsys.readouterr().err
 
 
 def test_time_left_follows_the_step_time() -> None:
@@ -367,6 +435,16 @@ def test_tensorboard_is_read_back_and_a_resume_hides_what_is_written_again(tmp_p
     assert set(events.Tags()["scalars"]) == {*record(1).scalars(), "evaluation/text/loss"}
     points = [(event.step, event.value) for event in events.Scalars("loss")]
     assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    writer = TensorBoardWriter()
+    writer.on_start(info(tmp_path / "rewound"))
+    for step in range(1, 26):
+        writer.on_step(record(step, loss=1.0))
+    writer.on_rewind(REWIND)
+    writer.on_step(record(21, loss=2.0))
+    writer.on_end("finished")
+    rewound = EventAccumulator(str(tmp_path / "rewound" / "tensorboard"))
+    rewound.Reload()
+    assert [(event.step, event.value) for event in rewound.Scalars("loss")][-2:] == [(20, 1.0), (21, 2.0)]
     assert [event.value for event in events.Scalars("group/text/nats")][-1] == 2.0
     everything = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"https://host/x.tar" in everything

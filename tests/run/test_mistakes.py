@@ -96,6 +96,13 @@ def without_labels(folder: Path) -> None:
     (folder / "labels.json").unlink()
 
 
+def bare(folder: Path, shards: Path) -> Path:
+    """Shards without labels.json beside them."""
+    shutil.copytree(shards / "train", folder / "bare")
+    without_labels(folder / "bare")
+    return folder / "bare"
+
+
 def file_in_the_way(folder: Path, shards: Path) -> list[str]:
     (folder / "occupied").write_text("")
     return [f"output_dir={folder / 'occupied' / 'out'}"]
@@ -107,6 +114,10 @@ def missing_shard(folder: Path, shards: Path) -> list[str]:
 
 DS_FILE = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
 MISTAKES = {
+    "no room for what a rewind needs": Mistake(
+        r"the budget is too small[\s\S]*2 late checkpoints have to stay",
+        ["guard.spike={window: 8, min_history: 4, patience: 2}", "checkpoint.max_gib=0.004"],
+    ),
     "unknown key": Mistake(r"unknown key 'optim.lrr'", ["optim.lrr=1"]),
     "unknown section": Mistake(r"unknown key 'optimizer'[\s\S]*did you mean 'optim'", ["optimizer.lr=1"]),
     "wrong type": Mistake(r"'optim.lr'.*got 'fast'", ["optim.lr=fast"]),
@@ -126,6 +137,44 @@ MISTAKES = {
     "no shards": Mistake(r"shard", make=copied_shards(emptied)),
     "no such folder": Mistake(r"/nowhere/shards", ["data.sources.shapes.shards=/nowhere/shards"]),
     "no sources": Mistake(r"the run has no data", ["data.sources={}"]),
+    "changed sources of a new run": Mistake(
+        r"data.changed_sources has no effect: the run starts anew", ["data.changed_sources=[shapes]"]
+    ),
+    "best of a figure that is not written": Mistake(
+        r"writes 'val/loss'[\s\S]*did you mean 'evaluation/loss'",
+        ["checkpoint.keep_best={metric: val/loss}", "evaluation.every_steps=2"],
+        make=lambda folder, shards: [f"data.validation.val.shards={shards / 'val'}"],
+    ),
+    "rule that keeps nothing": Mistake(r"checkpoint.keep_every_steps has no effect", ["checkpoint.keep_every_steps=5"]),
+    "no weight": Mistake(r"no source has a weight after 0 samples", ["data.sources.shapes.weight=0"]),
+    "schedule that does not begin": Mistake(
+        r"'data.sources.shapes.weight': a schedule is two or more", ["data.sources.shapes.weight=[[5, 1], [9, 2]]"]
+    ),
+    "less data than a batch": Mistake(
+        r"the sources end after \d+ samples, and a batch has 96",
+        ["data.sources.shapes.epochs=1", "optim.batch_size=96", "optim.micro_batch_size=8"],
+    ),
+    "captions without a text target": Mistake(
+        r"`captions: none` has no effect: the recipe has no text target", ["data.sources.shapes.captions=none"], "mae"
+    ),
+    "no captions for a text target": Mistake(
+        r"a text target, and every source has `captions: none`", ["data.sources.shapes.captions=none"]
+    ),
+    "labels without a category target": Mistake(
+        r"`labels: false` has no effect: the recipe has no category target", ["data.sources.shapes.labels=false"], "mae"
+    ),
+    "label set without a category target": Mistake(
+        r"`label_set` has no effect: the recipe has no category target", ["data.sources.shapes.label_set=a"], "mae"
+    ),
+    "label set without labels": Mistake(
+        r"`label_set` has no effect: the source has no labels.json",
+        ["data.sources.bare.label_set=a"],
+        make=lambda folder, shards: [f"data.sources.bare.shards={bare(folder, shards)}"],
+    ),
+    "validation that would end": Mistake(
+        r"epochs has no effect: the same validation batches",
+        ["data.validation.val.shards=/data", "data.validation.val.epochs=1", "evaluation.every_steps=2"],
+    ),
     "fewer shards than streams": Mistake(
         r"16 shards cannot be dealt to 32 streams",
         ["data.streams=32", "optim.micro_batch_size=32", "optim.batch_size=32"],
@@ -158,7 +207,7 @@ MISTAKES = {
         ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
     ),
     "no teacher": Mistake(
-        r"cannot read a teacher from '/nowhere/teacher'",
+        r"cannot read a teacher from '/nowhere/teacher'[\s\S]*recipe\.teacher\.from_pretrained",
         ["recipe.teacher.from_pretrained=/nowhere/teacher"],
         recipe="dense_distillation",
     ),
@@ -188,6 +237,9 @@ MISTAKES = {
     "evaluation without data": Mistake(r"evaluation.every_steps needs data.validation", ["evaluation.every_steps=2"]),
     "resume from nowhere": Mistake(r"cannot resume: no such folder", ["checkpoint.resume=/nowhere/step-00000002"]),
     "output in a file": Mistake(r"occupied", make=file_in_the_way),
+    "peak of another type": Mistake(
+        r"'h100-fp16' is not the peak of bf16, in which this run computes", ["hardware.peak_tflops=h100-fp16"]
+    ),
     "half a launcher": Mistake(r"LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT", environment=LONE_RANK),
 }
 RUN_FILES = {

@@ -7,14 +7,12 @@ import os
 import signal
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m3i_scale.config import OptimConfig
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.recipe import MomentumSpec
-from m3i_scale.run.meter import bad_groups
 from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.schedule import learning_rate, momentum_at
 
@@ -57,8 +55,3 @@ def test_a_signal_is_remembered(number: signal.Signals) -> None:
     finally:
         for each, handler in zip(PREEMPTION_SIGNALS, before, strict=True):
             signal.signal(each, handler)
-
-
-def test_figures_that_are_not_finite_are_named() -> None:
-    figures = {"a": torch.tensor(1.0), "b": torch.tensor(float("nan")), "c": torch.tensor(float("-inf"))}
-    assert bad_groups(figures) == ["b", "c"]

@@ -1,14 +1,20 @@
 """What differs between a checkpoint and a run is told field by field; published weights fill a backbone."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
+import yaml
 from published import FULL, model_of, published_folder
 
-from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.config import BackboneConfig
-from m3i_scale.errors import ConfigError
-from m3i_scale.run.setup import _difference, _pretrained_weights
-from m3i_scale.scale.partition import copy_into
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
+from m3i_scale.backbones.load_plan import plan_load
+from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.run.first_weights import tell_start
+from m3i_scale.run.schedule import learning_rate
+from m3i_scale.run.setup import _difference, check_resume
 
 
 @pytest.mark.parametrize(
@@ -24,6 +30,82 @@ from m3i_scale.scale.partition import copy_into
 )
 def test_the_field_that_changed_is_named(before, now, told):
     assert _difference("backbone", before, now) == told
+
+
+def plan_of(compares):
+    """A plan on one rank, and the meta.json of a run as it is."""
+    plan = SimpleNamespace(
+        identity={"vocab_size": 7, "label_sets": {}},
+        deepspeed=SimpleNamespace(config={"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}),
+        run=SimpleNamespace(
+            optim=SimpleNamespace(steps=10, micro_batch_size=4),
+            data=SimpleNamespace(sources={"pets": SimpleNamespace(shards="/data/pets")}),
+        ),
+        recipe=SimpleNamespace(compares_samples=compares),
+    )
+    shape = {"world_size": 1, "zero_stage": 3, "precision": "bf16", "compared": 4}
+    return plan, {"identity": plan.identity, "step": 10, **shape}
+
+
+@pytest.mark.parametrize(
+    ("changed", "compares", "told"),
+    [
+        ({"world_size": 2}, None, ["resharded: world_size was 2, is 1"]),
+        ({"zero_stage": 2}, None, ["resharded: zero_stage was 2, is 3"]),
+        ({"precision": "fp16"}, None, ["resharded: precision was fp16, is bf16"]),
+        ({"compared": 8}, None, []),
+        ({"compared": 8}, "contrasts", ["losses compare 4 samples at a time, and did 8 before"]),
+    ],
+)
+def test_another_shape_is_told(tmp_path, changed, compares, told):
+    plan, fits = plan_of(compares)
+    (tmp_path / "meta.json").write_text(json.dumps(fits | changed))
+    notes = check_resume(plan, tmp_path, 1)
+    assert len(notes) == len(told)
+    assert all(note.startswith(start) for note, start in zip(notes, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, []),
+        ({"steps": 40, "warmup_steps": 4}, ["optim.steps was 40, is 20, optim.warmup_steps was 4, is 2"]),
+        ({"lr": 2e-3}, ["optim.lr was 0.002, is 0.001"]),
+        ({"batch_size": 8}, []),
+    ],
+)
+def test_another_schedule_is_told(tmp_path, changed, told):
+    plan, fits = plan_of(None)
+    plan.run.optim = OptimConfig(steps=20, warmup_steps=2, lr=1e-3, batch_size=4, micro_batch_size=4)
+    before = plan.run.optim.model_copy(update=changed)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"optim": before.model_dump(mode="json")}))
+    (tmp_path / "meta.json").write_text(json.dumps(fits))
+    notes = check_resume(plan, tmp_path, 1)
+    assert len(notes) == len(told)
+    assert all(note.startswith(f"the schedule changed: {start}") for note, start in zip(notes, told, strict=True))
+    rates = [f"{learning_rate(10, optim):.3g}" for optim in (plan.run.optim, before)]
+    assert not notes or notes[0].endswith(f"the learning rate of step 11 is {' instead of '.join(rates)}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"step": 11}, "of step 11, and the run has 10 steps"),
+        ({"identity": {"vocab_size": 8, "label_sets": {}}}, "vocab_size was 8, and is 7"),
+        (
+            {"identity": {"vocab_size": 7, "label_sets": {"pets": ["cat"]}}},
+            "labels.json of data.sources.pets: /data/pets",
+        ),
+    ],
+)
+def test_only_what_fits_is_resumed(tmp_path, changed, told):
+    plan, fits = plan_of(compares="contrasts samples")
+    (tmp_path / "meta.json").write_text(json.dumps(fits))
+    assert check_resume(plan, tmp_path, 1) == []
+    (tmp_path / "meta.json").write_text(json.dumps(fits | changed))
+    with pytest.raises(CheckpointError) as caught:
+        check_resume(plan, tmp_path, 1)
+    assert told in f"{caught.value} {caught.value.why}"
 
 
 def test_recipes_of_other_names_are_told_by_them():
@@ -44,33 +126,63 @@ def test_published_weights_fill_all_but_a_head_that_is_not_there(tmp_path, shape
     backbone = build_backbone(backbone_config(section))
     assert backbone.width == (1024 if shape else 128)
     before = {name: torch.full_like(value, 0.25) for name, value in backbone.model.named_parameters()}
-    backbone.model.load_state_dict(before)
-    values = _pretrained_weights(section)
-    assert sorted(name for name, value in values.items() if value is None) == (
-        [] if shape else [f"dcnv3_head_x{part}.{kind}" for part in ("3", "4.0") for kind in ("bias", "weight")]
-    )
-    copy_into(backbone, "model.", values)
+    plan = plan_load(backbone_source(section), backbone_config(section))
+    backbone.model.load_state_dict(before | dict(zip(plan.names, plan.tensors(), strict=True)))
+    fresh = [] if shape else [f"dcnv3_head_x{part}.{kind}" for part in ("3", "4.0") for kind in ("weight", "bias")]
+    assert sorted(plan.report["fresh"]) == sorted(fresh)
+    assert {name.split(".")[1] for name in plan.report["left_out"]["classifier"]} == {
+        *("fc_norm", "clip_projector", "head", "conv_head"),
+    }
     wanted = before | dict(published.named_parameters())
     for name, parameter in backbone.model.named_parameters():
         assert torch.equal(parameter, wanted[name]), name
 
 
 @pytest.mark.parametrize(
-    ("shape", "fields", "told"),
+    ("fields", "told"),
     [
-        ({}, {"depths": [1, 1, 1, 1]}, "find no place"),
-        ({**FULL, "fusion_width": 1024}, {"center_feature_scale": False}, "find no place"),
-        ({}, {"level2_post_norm": True, "level2_post_norm_block_ids": [1]}, "2 weights of .* are missing"),
-        ({}, {"channels": 32}, "cannot start from|have another shape"),
+        ({"depths": [1, 1, 1, 1]}, r"'depths' is .*\[1, 1, 2, 1\].*, and \[1, 1, 1, 1\] in the run file"),
+        ({"center_feature_scale": True}, "'center_feature_scale' is False"),
+        ({"level2_post_norm": True}, "'level2_post_norm' is False"),
+        ({"channels": 32}, "'channels' is 16"),
     ],
 )
-def test_a_shape_that_the_published_weights_do_not_have_is_refused(tmp_path, shape, fields, told):
-    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(**shape))), config=fields)
+def test_a_shape_that_the_published_weights_do_not_have_is_refused(tmp_path, fields, told):
+    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of())), config=fields)
     with pytest.raises(ConfigError, match=told):
-        _pretrained_weights(section)
+        backbone_config(section)
 
 
 def test_a_head_that_its_own_configuration_promises_must_be_there(tmp_path):
-    folder = published_folder(tmp_path, model_of(), use_clip_projector=True)
+    section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(), use_clip_projector=True)))
     with pytest.raises(ConfigError, match=r"4 weights of .* are missing"):
-        _pretrained_weights(BackboneConfig(from_pretrained=str(folder)))
+        plan_load(backbone_source(section), backbone_config(section))
+
+
+def test_the_start_is_told_and_kept(tmp_path, capsys):
+    run = RunConfig(output_dir=tmp_path, recipe={})
+    report = {
+        **{"source": "/data/vit", "kind": "timm", "files": ["model.safetensors"], "loaded": 7, "parameters": 1234},
+        "renamed": {f"blocks.{n}.attn.qkv.bias": [f"layers.{n}.{p}.bias" for p in "qkv"] for n in range(12)},
+        "resized": {"positions": {"from": [1, 17, 64], "to": [1, 65, 64]}},
+        **{"zeros": {"no bias of keys": ["a", "b"]}, "left_out": {"classifier": ["head.bias"]}, "fresh": ["mask"]},
+        **{"assumed": {"hidden_act": "gelu: a bare file"}, "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+    }
+    tell_start(report, run)
+    told = " ".join(capsys.readouterr().err.split())
+    for part in (
+        "/data/vit (timm, files: 1)",
+        "7 tensors, 1,234 parameters",
+        "blocks.N.attn.qkv.bias → layers.N.q.bias, layers.N.k.bias, layers.N.v.bias × 12",
+        "positions: (1, 17, 64) → (1, 65, 64)",
+        "2 × no bias of keys",
+        "1 × classifier, e.g. head.bias",
+        "hidden_act = gelu: a bare file",
+        "mean [0.5, 0.5, 0.5]",
+    ):
+        assert part in told, part
+    assert json.loads((tmp_path / "start.json").read_text()) == report
+    capsys.readouterr()
+    seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
+    tell_start({**report, "normalisation": seen}, run)
+    assert "trained on images" not in capsys.readouterr().err

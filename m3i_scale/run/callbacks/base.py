@@ -6,7 +6,7 @@ import importlib
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,28 @@ class RunInfo:
     world_size: int
     config: dict[str, Any]
     """The run file as plain values."""
+    flop_per_step: float | None = None
+    """Counted FLOPs of a step, all ranks, without what is recomputed."""
+    peak_tflops: float | None = None
+    """Of one rank's device, in 10¹² FLOPs a second; what MFU is a share of."""
+    peak_source: str | None = None
+    """`measured`, `given`, or the preset."""
+
+
+@dataclass(frozen=True)
+class SourceFigures:
+    """How much of a source was served, over all ranks."""
+
+    share: float
+    """Of all good samples of the present sources so far, 0 to 1."""
+    asked: float
+    """What `share` was to be by the weights, their schedules and exhausted sources."""
+    recent_share: float
+    """`share` since the last record."""
+    recent_asked: float
+    """`asked` since the last record."""
+    epoch: float
+    """Passes over the source so far."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +67,7 @@ class StepRecord:
     """Optimizer steps done."""
     total_steps: int
     samples: int
-    """Samples seen since the run was first started, over all ranks."""
+    """That the weights have been trained on since the run was first started, over all ranks: undone steps left out."""
     loss: float
     """Weighted sum over the groups of targets, nats."""
     lr: float
@@ -69,9 +91,25 @@ class StepRecord:
     tokens_per_s: float
     """Visible patch tokens through the backbone per second, over all ranks."""
     quarantined: int
-    """Samples put aside so far, over all ranks."""
+    """How often samples were put aside so far, over all ranks and passes."""
     memory_gib: float
     """Peak memory of the rank that used most."""
+    quarantined_samples: int = 0
+    """How many different samples these were, over all ranks."""
+    loss_scale: float | None = None
+    """Factor of the loss in the backward pass of the next step; None unless the run computes in fp16."""
+    skipped_steps: int | None = None
+    """Steps so far whose gradients overflowed, which moved no weight; None unless the run computes in fp16."""
+    skipped_nonfinite: int = 0
+    """Steps so far that were left out because a loss, or outside of fp16 a gradient, was not finite."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Share of a step by phase (m3i_scale.run.phases.PHASES), 0 to 1."""
+    flop_per_s: float | None = None
+    """FLOPs of the model a second, all ranks, without what is recomputed."""
+    mfu: float | None = None
+    """`flop_per_s` as a share of what all devices could compute."""
+    sources: dict[str, SourceFigures] = field(default_factory=dict)
+    """By name."""
 
     @property
     def data_wait_share(self) -> float:
@@ -80,12 +118,20 @@ class StepRecord:
 
     def scalars(self) -> dict[str, float]:
         """Every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
-        optional = {"grad_norm": self.grad_norm, "momentum": self.momentum}
+        optional = {
+            "grad_norm": self.grad_norm,
+            "momentum": self.momentum,
+            "loss_scale": self.loss_scale,
+            "skipped_steps": self.skipped_steps,
+        }
+        optional |= {"speed/flop_per_s": self.flop_per_s, "speed/mfu": self.mfu}
         values: dict[str, float] = {
             "loss": self.loss,
             "lr": self.lr,
             "samples": self.samples,
             "quarantined": self.quarantined,
+            "quarantined_samples": self.quarantined_samples,
+            "skipped_nonfinite": self.skipped_nonfinite,
             "information": self.information,
             "speed/step_s": self.step_s,
             "speed/data_wait_s": self.data_wait_s,
@@ -95,9 +141,40 @@ class StepRecord:
             "memory_gib": self.memory_gib,
         }
         values |= {name: value for name, value in optional.items() if value is not None}
+        values |= flatten(self.phases, "phases")
+        values |= flatten({name: asdict(figures) for name, figures in self.sources.items()}, "source")
         values |= flatten(self.groups, "group")
         values |= {f"health/{name.removeprefix('health/')}": value for name, value in self.health.items()}
         return values
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """The run went back to a checkpoint because its loss spiked, and goes on behind the data that it had by then."""
+
+    rewound_from: int
+    """Steps done when the spike was confirmed; those after `rewound_to` are undone."""
+    rewound_to: int
+    """Step of the checkpoint."""
+    skipped_samples: int
+    """Samples of the undone steps, over all ranks; they are not seen again."""
+    spike_since: int
+    """First step whose loss was above the limit."""
+    loss: float
+    """Of the step `rewound_from`; NaN where it was not finite."""
+    limit: float
+    """What the loss was not to exceed."""
+    number: int
+    """Which rewind of the run this is, from 1."""
+    most: int
+    """guard.spike.max_rewinds."""
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4g} above {self.limit:.4g} since step {self.spike_since:,}: back from step "
+            f"{self.rewound_from:,} to {self.rewound_to:,}, without the {self.skipped_samples:,} samples in between "
+            f"(rewind {self.number} of {self.most})"
+        )
 
 
 class Callback:
@@ -117,6 +194,9 @@ class Callback:
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
         """When a run goes wrong without crashing: `group`, `what`, `why`, `fix` (docs/metrics.md)."""
+
+    def on_rewind(self, rewind: Rewind) -> None:
+        """When the run has gone back to a checkpoint: records of steps after `rewind.rewound_to` come a second time."""
 
     def on_end(self, status: str) -> None:
         """Once, however the run ends: `finished`, `preempted` or `failed`."""
@@ -147,6 +227,11 @@ class CallbackList(Callback):
         """Tell every callback."""
         for callback in self.callbacks:
             callback.on_warning(step, fault)
+
+    def on_rewind(self, rewind: Rewind) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            callback.on_rewind(rewind)
 
     def on_end(self, status: str) -> None:
         """Tell every callback, also when one of them raises; the error is raised after the last one."""

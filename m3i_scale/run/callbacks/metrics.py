@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from m3i_scale.errors import UserError
-from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.files import plain
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
@@ -21,7 +22,7 @@ class MetricsWriter(Callback):
     """Appends to `output_dir/metrics.jsonl`; every line is flushed, so that kill -9 loses none that was written.
 
     On a resume at step s, lines of steps after s move to `metrics.replaced.jsonl`: those steps are about to be run
-    again, and no step stands in the file twice.
+    again, and no step stands in the file twice. The same when the run goes back for a spike.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,17 @@ class MetricsWriter(Callback):
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise _refused(self._path, error) from None
-        facts = {"name": run_info.name, "total_steps": run_info.total_steps, "world_size": run_info.world_size}
+        facts: dict[str, Any] = {
+            "name": run_info.name,
+            "total_steps": run_info.total_steps,
+            "world_size": run_info.world_size,
+        }
+        computed = {
+            "flop_per_step": run_info.flop_per_step,
+            "peak_tflops": run_info.peak_tflops,
+            "peak_source": run_info.peak_source,
+        }
+        facts |= {key: value for key, value in computed.items() if value is not None}
         self._write("run", run_info.start_step, facts)
 
     def on_step(self, record: StepRecord) -> None:
@@ -69,6 +80,23 @@ class MetricsWriter(Callback):
             UserError: the file cannot be written.
         """
         self._write("warning", step, dict(fault))
+
+    def on_rewind(self, rewind: Rewind) -> None:
+        """Move the lines of steps that were undone to the file of replaced lines, and write a `rewind` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if self._file is None:
+            raise RuntimeError("on_start has not been called")
+        try:
+            self._file.close()
+            cut_back(self._path, rewind.rewound_to)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _refused(self._path, error) from None
+        self._step = rewind.rewound_to
+        self._write("rewind", rewind.rewound_to, asdict(rewind))
 
     def on_end(self, status: str) -> None:
         """Write an `end` line and close the file.
@@ -105,8 +133,7 @@ def to_line(values: dict[str, Any]) -> str:
 
     `float()` reads all three back.
     """
-    plain = {key: _plain(value) for key, value in values.items()}
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return json.dumps(plain(values), allow_nan=False) + "\n"
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -152,12 +179,6 @@ def _write_through(file: TextIO, lines: list[str]) -> None:
     file.writelines(lines)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return value
 
 
 def _refused(path: Path, error: OSError) -> UserError:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten
+from m3i_scale.output import wide_console
+from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
 
@@ -19,17 +20,22 @@ class ProgressDisplay(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         """Show on `console`, by default stderr: stdout belongs to `--json`."""
-        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.console = console or wide_console(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._step_s: float | None = None
-        self._first_weights: dict[str, float] = {}
+        self._moving = False
 
     def on_start(self, run_info: RunInfo) -> None:
         """Show where the run starts."""
+        balance = run_info.config.get("recipe", {}).get("balance") or {}
+        self._moving = balance.get("kind", "fixed") != "fixed"
         start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
         ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
         self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
+        if run_info.flop_per_step is not None and run_info.peak_tflops is not None:
+            peak = f"{run_info.peak_tflops:,.4g} TFLOP/s a rank ({run_info.peak_source})"
+            self._print(f"{run_info.flop_per_step / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
         if not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -45,9 +51,7 @@ class ProgressDisplay(Callback):
     def on_step(self, record: StepRecord) -> None:
         """Move the bar, or write a line."""
         self._step_s = smooth(self._step_s, record.step_s)
-        weights = {name: figures["weight"] for name, figures in record.groups.items() if "weight" in figures}
-        self._first_weights = self._first_weights or weights
-        text = summary(record, self._step_s, moving=weights != self._first_weights)
+        text = summary(record, self._step_s, moving=self._moving)
         if self._bar is None:
             self._print(f"step {record.step:,}/{record.total_steps:,}  {text}")
         else:
@@ -62,6 +66,11 @@ class ProgressDisplay(Callback):
         """Write what goes wrong, above the bar."""
         text = f"step {step:,}  warning: {fault['group']}: {fault['what']} ({fault['why']})\n  fix: {fault['fix']}"
         self.console.print(Text(text, style="yellow"))
+
+    def on_rewind(self, rewind: Rewind) -> None:
+        """Move the bar back; a warning tells why."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=rewind.rewound_to)
 
     def on_end(self, status: str) -> None:
         """Leave the bar as it is and say how the run ended."""
@@ -100,6 +109,10 @@ def summary(record: StepRecord, step_s: float, *, moving: bool = False) -> str:
         f"{record.tokens_per_s:,.0f} tokens/s",
         f"data wait {record.data_wait_share:.0%}",
     ]
+    if record.mfu is not None:
+        parts.append(f"MFU {record.mfu:.1%}")
     if record.quarantined:
-        parts.append(f"quarantined {record.quarantined:,}")
+        parts.append(f"quarantined {record.quarantined:,} ({record.quarantined_samples:,} samples)")
+    if record.skipped_nonfinite:
+        parts.append(f"not finite, skipped {record.skipped_nonfinite:,}")
     return "  ".join([*parts, f"ETA {left}"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, hide_secrets, require
+from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten, hide_secrets, require
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -25,13 +26,12 @@ class TensorBoardWriter(Callback):
         """
         require("tensorboard", extra="tensorboard", setting="log.tensorboard")
         self._writer: SummaryWriter | None = None
+        self._folder = Path()
 
     def on_start(self, run_info: RunInfo) -> None:
         """Open an event file and store the run file in it."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = run_info.start_step + 1 if run_info.start_step else 0
-        self._writer = SummaryWriter(str(run_info.output_dir / FOLDER), purge_step=purge)
+        self._folder = run_info.output_dir / FOLDER
+        self._writer = self._open(run_info.start_step)
         config = yaml.safe_dump(hide_secrets(run_info.config), sort_keys=False)
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
@@ -43,11 +43,21 @@ class TensorBoardWriter(Callback):
         """One point per figure, under `evaluation/`."""
         self._add(step, flatten(values, "evaluation"))
 
+    def on_rewind(self, rewind: Rewind) -> None:
+        """Hide the points of the undone steps."""
+        self.on_end("rewound")
+        self._writer = self._open(rewind.rewound_to)
+
     def on_end(self, status: str) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _open(self, step: int) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         if self._writer is None:

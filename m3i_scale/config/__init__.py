@@ -7,15 +7,47 @@ overridden on the command line as `section.key=value`. Unknown keys are errors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
+from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, did_you_mean
 
-_PACKAGE = Path(__file__).resolve().parent
+__all__ = [
+    "AugmentConfig",
+    "BackboneConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistortionConfig",
+    "EvaluationConfig",
+    "GuardConfig",
+    "HardwareConfig",
+    "KeepBestConfig",
+    "LogConfig",
+    "OptimConfig",
+    "RunConfig",
+    "Section",
+    "SectionT",
+    "SourceConfig",
+    "SpikeConfig",
+    "TextConfig",
+    "TimeoutsConfig",
+    "find_run_file",
+    "known_recipes",
+    "known_runs",
+    "load_run",
+    "parse_section",
+    "read_yaml",
+    "resource_folder",
+    "run_values",
+]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def resource_folder(name: Literal["recipes", "ds_configs"]) -> Path:
@@ -24,22 +56,14 @@ def resource_folder(name: Literal["recipes", "ds_configs"]) -> Path:
     return beside if beside.is_dir() else _PACKAGE / f"_{name}"
 
 
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values do not change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
 class BackboneConfig(Section):
     """The model that is being pre-trained (f_θ)."""
 
     preset: str | None = None
     """A size by name, vit-b/16 where nothing else is said; `config` overrides single fields."""
     from_pretrained: str | None = None
-    """Start from a local `transformers` folder or a Hub id instead of random weights."""
+    """Start from published weights instead of random ones: a folder or Hub id of `transformers`, timm or open_clip, or
+    one file with the names of timm or open_clip (docs/backbones.md)."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
     attention: Literal["own", "mixed"] = "own"
@@ -49,7 +73,11 @@ class BackboneConfig(Section):
     products and a softmax, which are faster for short sequences in bf16 on CPUs (docs/performance.md) and need more
     memory."""
     activation_checkpointing: str = "none"
-    """none | full | every_N: which Transformer layers recompute their activations in the backward pass."""
+    """Which layers recompute their activations in the backward pass (docs/memory.md): none | full | every_N |
+    selective (matrix products and attention are kept) | offload (as full, layer inputs wait in host memory) |
+    budget_GIB (as few layers as fit)."""
+    compile: bool = False
+    """Whether the layers that are trained go through `torch.compile`, one by one (docs/performance.md)."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -67,65 +95,6 @@ class TextConfig(Section):
     """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""
     max_tokens: int = Field(default=64, ge=4)
     """Captions are cut to this many tokens."""
-
-
-class SourceConfig(Section):
-    """One source of samples."""
-
-    shards: str
-    """A folder of .tar shards, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one shard."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of samples, relative to the weights of the other sources."""
-    label_set: str | None = None
-    """Name of the label set of `.cls` members. Default: the source's own name. Samples need no label."""
-    captions: Literal["one", "lines"] = "one"
-    """What a `.txt` member holds: one caption, or one on every line, of which each visit draws one."""
-
-
-class AugmentConfig(Section):
-    """Views of an image. A list holds one value per view; the last one serves all further views."""
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a random crop, as a share of the image."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    """Width : height of a random crop."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip (before the crop)."""
-    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Strength of brightness, contrast, saturation, hue."""
-    color_jitter_p: float = Field(default=0.8, ge=0, le=1)
-    """Probability of colour jitter."""
-    grayscale: float = Field(default=0.2, ge=0, le=1)
-    """Probability of a grey image."""
-    blur: list[float] = Field(default=[1.0, 0.1], min_length=1)
-    """Probability of Gaussian blur, per view."""
-    solarize: list[float] = Field(default=[0.0, 0.2], min_length=1)
-    """Probability of solarisation, per view."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means that the model's input is normalised with; written into the export."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel standard deviations that the model's input is normalised with; written into the export."""
-
-
-class DataConfig(Section):
-    """Where samples come from and how they become inputs."""
-
-    sources: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Training sources by name."""
-    validation: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Sources that the evaluation hook measures losses on."""
-    streams: int = Field(default=8, ge=1)
-    """Number of virtual streams that shards are dealt to. Ranks × workers share them out; the order of samples depends
-    on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
-    workers: int = Field(default=0, ge=0)
-    """Loader processes per rank; 0 loads in the training process."""
-    shuffle_shards: int = Field(default=4, ge=1)
-    """Samples are shuffled across this many shards of a stream at a time."""
-    max_image_pixels: int = Field(default=89_478_485, ge=1)
-    """Images with more pixels are quarantined instead of decoded."""
-    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
-    """The run stops when more than this share of the samples read so far (after the first 100) is bad."""
-    augment: AugmentConfig = AugmentConfig()
 
 
 class OptimConfig(Section):
@@ -157,13 +126,35 @@ class OptimConfig(Section):
         return self
 
 
+class KeepBestConfig(Section):
+    """Checkpoints that stay because of a figure of data.validation."""
+
+    metric: str
+    """As metrics.jsonl calls it: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the smallest or the largest is the best."""
+    count: int = Field(default=1, ge=1)
+    """How many stay."""
+
+
 class CheckpointConfig(Section):
-    """Saving and resuming."""
+    """Saving, keeping and resuming."""
 
     every_steps: int = Field(default=1_000, ge=1)
     """A checkpoint is committed after every so many steps, and at the end."""
     keep_latest: int = Field(default=2, ge=1)
-    """Older checkpoints are removed once a newer one has been committed."""
+    """The newest so many stay. Others are removed once a newer one has been committed, unless a rule below wants them
+    (docs/checkpoints.md)."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Those of steps that are multiples of this stay."""
+    keep_best: KeepBestConfig | None = None
+    """Those with the best figure of the evaluation at their step stay."""
+    max_gib: float | None = Field(default=None, gt=0)
+    """All together take no more than this, whatever the rules above want; the last good one stays in any case."""
+    background: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory; false: it waits, and needs none."""
+    probe: bool = True
+    """Two samples and their loss are saved too, and the loss is computed again at a resume; costs a forward pass."""
     resume: str = "auto"
     """auto: go on from the newest good checkpoint of output_dir, start anew where there is none;
     never: refuse to run where there is one; or the path of a checkpoint."""
@@ -180,6 +171,24 @@ class LogConfig(Section):
     """Event files in output_dir/tensorboard (needs the `tensorboard` package)."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases (needs the `wandb` package)."""
+
+
+class HardwareConfig(Section):
+    """The machine, as far as a run must be told."""
+
+    peak_tflops: float | str | None = None
+    """What one rank's device computes at most, which MFU is a share of: 10¹² FLOPs a second, or a name such as
+    h100-bf16. Default: a short matrix product measures it at the start."""
+
+
+class TimeoutsConfig(Section):
+    """How long ranks wait for each other before they take one for dead (docs/failures.md). Longer than
+    data.stall_timeout_s, so that data that cannot be had are told as that."""
+
+    start_s: float = Field(default=1800.0, gt=0)
+    """Until the second step is done, and while the run saves, evaluates or goes back."""
+    step_s: float = Field(default=960.0, gt=0)
+    """Inside of a step."""
 
 
 class EvaluationConfig(Section):
@@ -209,13 +218,31 @@ class RunConfig(Section):
     deepspeed: str = "zero3_bf16"
     """A DeepSpeed JSON: a name from ds_configs/, or a path."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
+    hardware: HardwareConfig = HardwareConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+
+    @model_validator(mode="after")
+    def _stalls_are_told(self) -> Self:
+        for name, limit_s in self.timeouts:
+            if limit_s <= self.data.stall_timeout_s:
+                raise ValueError(
+                    f"timeouts.{name} ({limit_s:g}) must be longer than data.stall_timeout_s "
+                    f"({self.data.stall_timeout_s:g}): a reader that stalls would be taken for a dead rank"
+                )
+        return self
+
+
+def known_runs() -> dict[str, Path]:
+    """Built-in run files by name: recipes, and sizes of them."""
+    return {path.stem: path for path in sorted(resource_folder("recipes").glob("*.yaml"))}
 
 
 def known_recipes() -> dict[str, Path]:
-    """Built-in run files by name."""
-    return {path.stem: path for path in sorted(resource_folder("recipes").glob("*.yaml"))}
+    """Built-in run files that define a recipe of their own; those that extend another one are sizes of it."""
+    return {name: path for name, path in known_runs().items() if "extends" not in read_yaml(path)}
 
 
 def find_run_file(name_or_path: str) -> Path:
@@ -227,7 +254,7 @@ def find_run_file(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    built_in = known_recipes()
+    built_in = known_runs()
     if name_or_path in built_in:
         return built_in[name_or_path]
     raise ConfigError(
@@ -243,14 +270,24 @@ def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig
     Raises:
         ConfigError: unreadable YAML, an unknown key, a value of the wrong type, or a cycle of `extends`.
     """
-    path = find_run_file(name_or_path)
-    values = _read_with_base(path, ())
-    for override in overrides or []:
-        _apply_override(values, override)
+    values = run_values(name_or_path, overrides)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
+        path = find_run_file(name_or_path)
         raise _explain(RunConfig, error, _origin(error, overrides or [], path)) from None
+
+
+def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a run file says, `extends` and `key=value` overrides applied, and nothing else checked.
+
+    Raises:
+        ConfigError: unreadable YAML, an override that is none, or a cycle of `extends`.
+    """
+    values = _read_with_base(find_run_file(name_or_path), ())
+    for override in overrides or []:
+        _apply_override(values, override)
+    return values
 
 
 def parse_section(kind: type[SectionT], values: Any, *, where: str, below: str = "") -> SectionT:
@@ -326,8 +363,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
-    if isinstance(value, str) and _is_number(value):
-        value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that
+    if isinstance(value, str) and text.strip() == value and _is_number(value):
+        value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant
     *parents, last = key.split(".")
     node: Any = values
     for part in parents:
@@ -369,10 +406,14 @@ def _is_number(text: str) -> bool:
 
 
 def _explain(kind: type[Section], error: ValidationError, where: str, below: str = "") -> ConfigError:
-    fault = error.errors()[0]
-    key = ".".join([*([below] if below and fault["loc"] else []), *map(str, fault["loc"])])
+    fault, *others = error.errors()
+    if fault["type"] == "missing":  # often a misspelt key, which pydantic tells after what it therefore misses
+        beside = (other for other in others if other["loc"][:-1] == fault["loc"][:-1])
+        fault = next((other for other in beside if other["type"] == "extra_forbidden"), fault)
+    loc = [part for part in fault["loc"] if not str(part).startswith(("float", "list["))]  # branches of a union
+    key = ".".join([*([below] if below and loc else []), *map(str, loc)])
     if fault["type"] == "extra_forbidden":
-        hint = did_you_mean(str(fault["loc"][-1]), _fields_at(kind, fault["loc"][:-1]))
+        hint = _nearest(kind, fault["loc"])
         return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
     if fault["type"] == "missing":
         return ConfigError(f"'{key}' is missing", where=where, fix=_choices_at(kind, fault["loc"]))
@@ -381,6 +422,25 @@ def _explain(kind: type[Section], error: ValidationError, where: str, below: str
     default = _default_at(kind, fault["loc"])
     fix = None if default is None else f"e.g. the default, {key}={default}"
     return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where, fix=fix)
+
+
+def _nearest(kind: type[BaseModel], path: tuple[int | str, ...]) -> str:
+    """What an unknown key may have been meant to be: one of the same name in another section, or one nearby."""
+    name = str(path[-1])
+    elsewhere = sorted(found for found in _keys_of(kind) if found.rpartition(".")[2] == name)
+    if elsewhere:
+        return "did you mean " + " or ".join(f"'{found}'" for found in elsewhere) + "?"
+    return did_you_mean(name, _fields_at(kind, path[:-1]))
+
+
+def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
+    """All keys of a section and of those in it, with dots; none below keys that the user names, as of sources."""
+    found = []
+    for name, field in kind.model_fields.items():
+        found.append(f"{above}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _keys_of(field.annotation, f"{above}{name}.")
+    return found
 
 
 def _choices_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> str | None:

@@ -1,0 +1,144 @@
+"""The section `data` of a run file: where samples come from and how they become inputs."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from m3i_scale.config.sections import Section, plain_values
+
+
+class DistortionConfig(Section):
+    """How views are drawn from an image. A list holds one value per view; the last one serves all further views."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Width : height of a random crop."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip (before the crop)."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation, hue."""
+    color_jitter_p: float = Field(default=0.8, ge=0, le=1)
+    """Probability of colour jitter."""
+    grayscale: float = Field(default=0.2, ge=0, le=1)
+    """Probability of a grey image."""
+    blur: list[float] = Field(default=[1.0, 0.1], min_length=1)
+    """Probability of Gaussian blur, per view."""
+    solarize: list[float] = Field(default=[0.0, 0.2], min_length=1)
+    """Probability of solarisation, per view."""
+
+
+class AugmentConfig(DistortionConfig):
+    """Views of an image, and how their pixels are normalised."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means that the model's input is normalised with; written into the export."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations that the model's input is normalised with; written into the export."""
+
+
+class SourceConfig(Section):
+    """One source of samples."""
+
+    shards: str
+    """A folder of .tar shards, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one shard; a path, or an
+    address that begins with http(s)://, s3://, gs:// or hf:// (docs/data.md)."""
+    weight: float | list[tuple[int, float]] = 1.0
+    """Share of samples, relative to the weights of the other sources; 0 gives none. Or a schedule: a list of
+    [samples the run has seen, weight], the first at 0 samples; linear between them, constant after the last."""
+    epochs: int | None = Field(default=None, ge=1)
+    """How many times the source is gone through at most; then its share goes to the others. Default: for ever."""
+    label_set: str | None = None
+    """Name of the label set of `.cls` members. Default: the source's own name. Samples need no label."""
+    labels: bool = True
+    """False: `.cls` members are not read, so that no category target applies to this source."""
+    captions: Literal["one", "lines", "none"] = "one"
+    """What a `.txt` member holds: one caption, or one on every line, of which each visit draws one. `none`: captions
+    are not read, so that no text target applies to this source."""
+    augment: DistortionConfig | None = None
+    """Where views of this source differ from `data.augment`; what is left out is as there."""
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_holds(cls, weight: float | list[tuple[int, float]]) -> float | list[tuple[int, float]]:
+        points = weight if isinstance(weight, list) else [(0, weight), (1, weight)]
+        at = [samples for samples, _ in points]
+        if len(at) < 2 or at[0] != 0 or any(later <= earlier for earlier, later in pairwise(at)):
+            raise ValueError(
+                f"a schedule is two or more [samples, weight], from 0 samples on, ascending; this is at {at}"
+            )
+        if not all(0 <= value < math.inf for _, value in points):
+            raise ValueError("a weight is a number of 0 or more")
+        return weight
+
+    @model_validator(mode="after")
+    def _label_set_is_read(self) -> Self:
+        if not self.labels and self.label_set is not None:
+            raise ValueError("label_set has no effect with labels: false")
+        return self
+
+
+class DataConfig(Section):
+    """Where samples come from and how they become inputs."""
+
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Training sources by name."""
+    validation: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Sources that the evaluation hook measures losses on."""
+    streams: int = Field(default=8, ge=1)
+    """Number of virtual streams that shards are dealt to. Ranks × workers share them out; the order of samples depends
+    on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes per rank; 0 loads in the training process."""
+    shuffle_shards: int = Field(default=8, ge=1)
+    """Samples are shuffled across this many shards of a stream at a time."""
+    max_image_pixels: int = Field(default=89_478_485, ge=1)
+    """Images with more pixels are quarantined instead of decoded."""
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    """The run stops when more than this share of the samples read so far (after the first 100) is bad, or more than
+    this share of a pass is lost with its shards."""
+    bad_shards: Literal["stop", "quarantine"] = "stop"
+    """What a shard does that cannot be read after all attempts: it stops the run, or all its samples count as bad for
+    the rest of the pass."""
+    stall_timeout_s: float = Field(default=900.0, gt=0)
+    """The run stops when a reader has got no sample for so long."""
+    cache_gib: float = Field(default=50.0, ge=0)
+    """Room on the host's disk for whole remote shards; 0 keeps none, and reads every sample by range."""
+    cache_dir: Path | None = None
+    """Where they lie, shared by all ranks of a host and by runs. Default: m3i-scale in $XDG_CACHE_HOME or ~/.cache."""
+    read_timeout_s: float = Field(default=60.0, gt=0)
+    """A request for a part of a remote shard (8 MiB at most) counts as failed after so long."""
+    start_timeout_s: float = Field(default=20.0, gt=0)
+    """Before the first step, a server that does not answer is given up after so long, whatever `read_attempts` says;
+    one that answers with a time to wait (`Retry-After`) is not."""
+    read_attempts: int = Field(default=8, ge=1)
+    """Of every read that fails, with growing random pauses between them."""
+    allow_shell: bool = False
+    """Whether `pipe:COMMAND` may run commands."""
+    augment: AugmentConfig = AugmentConfig()
+    changed_sources: list[str] = Field(default_factory=list)
+    """Names of the sources that a resumed run means to add, remove or change (docs/data.md). A resume refuses every
+    other change."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_augment(cls, values: Any) -> Any:
+        """Sources' distortions over the common ones, so that a written run file says what holds."""
+        if not isinstance(values, dict) or not isinstance(values.get("sources"), dict):
+            return values
+        common = plain_values(values.get("augment", {}))
+        if not isinstance(common, dict):
+            return values
+        shared = {key: value for key, value in common.items() if key in DistortionConfig.model_fields}
+        sources = {}
+        for name, source in values["sources"].items():
+            plain = plain_values(source)
+            own = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
+            sources[name] = {**plain, "augment": {**shared, **own}} if isinstance(own, dict) else source
+        return {**values, "sources": sources}

@@ -1,0 +1,28 @@
+"""The place of a process among the ranks, in the variables that the trainer reads, whoever started it."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_OF_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+)
+"""Open MPI's; those of Hydra, which starts MPICH and Intel MPI. In the order of `NAMES`."""
+
+
+def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
+    """Say RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE where an MPI launcher has said them in words of its own.
+
+    Those of Slurm are not read: a batch script has them too, outside `srun`, and its one process would wait for others.
+
+    Args:
+        environment: of this process; is changed. Where RANK is set, nothing is.
+    """
+    if "RANK" in environment:
+        return
+    for theirs in _OF_MPI:
+        if all(name in environment for name in theirs):
+            environment.update({ours: environment[name] for ours, name in zip(NAMES, theirs, strict=True)})
+            return

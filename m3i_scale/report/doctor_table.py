@@ -1,0 +1,61 @@
+"""Findings of the doctor for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "fault": ("✗", "red")}
+_NAMED = 2
+_SHOWN = 3
+
+
+def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
+    """What is well, a line a check; what asks for something, a line a host with why and what to do; and the sum."""
+    table = Table("", "check", "host", "found", box=None, pad_edge=False)
+    counts = dict.fromkeys(_MARKS, 0)
+    by_check: dict[str, list[Mapping[str, Any]]] = {}
+    for finding in findings:
+        by_check.setdefault(finding["check"], []).append(finding)
+        counts[_kind(finding)] += 1
+    for check, found in by_check.items():
+        well = [finding for finding in found if _kind(finding) == "ok"]
+        if well:
+            table.add_row(_mark("ok"), check, _hosts(well), _together(well))
+        for finding in found:
+            if _kind(finding) != "ok":
+                table.add_row(_mark(_kind(finding)), check, finding["host"], _found(finding))
+    said = f"{counts['ok']} ✓, {counts['warning']} !, {counts['fault']} ✗"
+    return Group(table, Text(said, "bold red" if counts["fault"] else "bold green"))
+
+
+def _kind(finding: Mapping[str, Any]) -> str:
+    return "fault" if not finding["ok"] else "warning" if finding["warning"] else "ok"
+
+
+def _mark(kind: str) -> Text:
+    mark, colour = _MARKS[kind]
+    return Text(mark, colour)
+
+
+def _hosts(found: list[Mapping[str, Any]]) -> str:
+    return ", ".join(finding["host"] for finding in found) if len(found) <= _NAMED else f"{len(found)} hosts"
+
+
+def _together(found: list[Mapping[str, Any]]) -> Text:
+    """Their values, each once; of many, the first ones."""
+    values = list(dict.fromkeys(finding["value"] for finding in found))
+    more = f"\n… and {len(values) - _SHOWN} more (--json)" if len(values) > _SHOWN else ""
+    return Text("\n".join(values[:_SHOWN]) + more)
+
+
+def _found(finding: Mapping[str, Any]) -> Text:
+    text = Text(finding["value"])
+    for name in ("why", "fix"):
+        if finding[name]:
+            text.append(f"\n{name}: {finding[name]}", "dim")
+    return text

@@ -1,0 +1,99 @@
+"""A plan for the terminal: bars of memory, then traffic and time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+ERROR = 0.1
+"""Room that a plan should leave: its error, and what an accelerator's allocator loses between tensors."""
+
+
+def plan_table(document: dict[str, Any]) -> Group:
+    """What `RunPlan.document` says."""
+    peak, limit = document["peak_gib_per_rank"], document["memory_gib"]
+    verdict, style = _verdict(peak, limit)
+    ranks = f"{document['ranks']:,} rank" + ("s" if document["ranks"] != 1 else "")
+    head = Text(f"{document['name']} on {ranks}: {peak:.2f} of {limit:g} GiB a rank, {verdict}")
+    head.stylize(f"bold {style}")
+    return Group(head, _memory(document, max(peak, limit)), _figures(document), *_suggestion(document))
+
+
+def _verdict(peak: float, limit: float) -> tuple[str, str]:
+    """What to say of it, and in which colour."""
+    if peak > limit:
+        return "does not fit", "red"
+    if peak > (1 - ERROR) * limit:
+        return f"fits if the plan errs by less than {limit / peak - 1:.1%}: leave more room", "yellow"
+    return "fits", "green"
+
+
+def _memory(document: dict[str, Any], whole: float) -> Table:
+    table = Table("at the peak", "GiB", "", box=None)
+    table.columns[1].justify = "right"
+    start = 0.0
+    for name, size in document["parts"].items():
+        table.add_row(name, f"{size:.2f}", Bar(whole, start, start + size, width=40))
+        start += size
+    for name, size in document["host_parts"].items():
+        table.add_row(f"in host memory: {name}", f"{size:.2f}", "")
+    node, limit = document["host_gib_per_node"], document["host_memory_gib"]
+    checked = "size not given, not checked (--host-memory-gib)" if limit is None else _of_host(node, limit)
+    table.add_row("host memory of a node", f"{node:.2f}", checked)
+    return table
+
+
+def _of_host(taken: float, limit: float) -> Text:
+    return Text(f"of {limit:g}: does not fit", "red") if taken > limit else Text(f"of {limit:g}", "green")
+
+
+def _figures(document: dict[str, Any]) -> Table:
+    counts, links = document["parameters"], document["comm_gib_per_step_by_link"]
+    table = Table("", "", box=None, show_header=False)
+    parameters = ", ".join(f"{count / 1e6:,.1f}M {role}" for role, count in counts.items() if count)
+    table.add_row("parameters", parameters)
+    table.add_row("arithmetic", f"{document['flop_per_sample'] / 1e12:.3g} TFLOP a sample, recomputation included")
+    traffic = f"{links['intra']:.3g} GiB within a node, {links['inter']:.3g} GiB between nodes, a rank and step"
+    table.add_row("communication", traffic)
+    for kind, size in document["comm_gib_per_step_by_kind"].items():
+        table.add_row("", f"{kind}: {size:.3g} GiB")
+    seconds = f"{document['step_time_s']:.3g} s ({document['compute_s']:.3g} s arithmetic, "
+    table.add_row("step", seconds + f"{document['communication_s']:.3g} s communication)")
+    table.add_row("samples a day", f"{document['samples_per_day']:,.0f}")
+    table.add_row(
+        f"{document['samples']:,} samples", f"{document['days']:.3g} days, {document['gpu_hours']:,.0f} GPU hours"
+    )
+    _costs(table, document)
+    table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
+    for text in document["assumed"]:
+        table.add_row("assumed", f"{text}: the run's shards are not here")
+    return table
+
+
+def _costs(table: Table, document: dict[str, Any]) -> None:
+    """Checkpoints, failures, money."""
+    saved, failures = document["checkpoint"], document["failures"]
+    written = "" if saved["write_s"] is None else f", written in {saved['write_s']:.3g} s"
+    table.add_row("checkpoint", f"{saved['gib']:.3g} GiB{written}")
+    if failures is not None:
+        table.add_row("failures", f"one in {failures['mtbf_hours_job']:.3g} hours, of any of the nodes")
+        best = f"checkpoint.every_steps={failures['every_steps']} ({failures['interval_s']:.3g} s, Young/Daly)"
+        table.add_row("", f"{best} loses {failures['lost_share']:.2%} of the time")
+        table.add_row("", f"the run's {failures['own_every_steps']:,} steps lose {failures['own_lost_share']:.2%}")
+        ends = failures["days"] is not None
+        ended = f"{failures['days']:.3g} days, {failures['gpu_hours']:,.0f} GPU hours" if ends else "it never ends"
+        table.add_row("with them", ended)
+    if document["dollars"] is not None:
+        table.add_row("price", f"{document['dollars']:,.0f} dollars")
+
+
+def _suggestion(document: dict[str, Any]) -> list[Text]:
+    found = document["suggestion"]
+    if found is None:
+        return [Text("nothing that was tried fits", style="red")]
+    figures = f"{found['peak_gib_per_rank']:.2f} GiB, {found['step_time_s']:.3g} s a step"
+    return [Text(f"suggested ({figures}): {' '.join(found['overrides'])}")]

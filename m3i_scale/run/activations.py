@@ -1,0 +1,50 @@
+"""The policy of activations of a run once the engine stands: a budget is met, and what recomputes is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.run.fetch import Fetcher
+from m3i_scale.scale.activation_budget import fit_activations
+from m3i_scale.scale.activations import read_policy, recomputing, summarize_layers
+
+
+def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:
+    """Say which layers recompute (`start_engine` has set it), and with a budget find out, on a first batch that the
+    stream gives again. Every rank calls it.
+
+    Raises:
+        ConfigError: the budget is too small.
+        DataError: some rank has no first batch.
+    """
+    text = run.backbone.activation_checkpointing
+    policy = read_policy(text)
+    if policy.kind == "budget":
+        first = next(Fetcher(_first_batch(stream)))  # all ranks have one, or none goes on
+        batch = _longest(first, run.text.max_tokens).to(get_accelerator().current_device_name())
+        return str(fit_activations(engine.module, lambda: engine(batch), policy.budget_gib))
+    names = recomputing(engine.module)
+    told = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
+    return f"activations ({text}): {told}"
+
+
+def _first_batch(stream: TrainStream) -> Iterator[Batch]:
+    yield stream.peek()
+
+
+def _longest(batch: Batch, max_tokens: int) -> Batch:
+    """Captions padded to the most that a later batch may have."""
+    missing = max(max_tokens - batch.text_ids_BT.shape[1], 0)
+    return replace(
+        batch,
+        text_ids_BT=F.pad(batch.text_ids_BT, (0, missing)),
+        text_mask_BT=F.pad(batch.text_mask_BT, (0, missing)),
+    )

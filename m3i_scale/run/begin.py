@@ -1,0 +1,132 @@
+"""A run up to its first step: the lock, the checkpoint to go on from, what is written beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.launch.place import Place
+from m3i_scale.run.callbacks.base import Callback
+from m3i_scale.run.opening import check_together
+from m3i_scale.run.preflight import check_machines
+from m3i_scale.run.rewind import finish_rewind
+from m3i_scale.run.setup import Plan, check_resume, make_plan, open_data, run_yaml
+from m3i_scale.run.trainer import Status, Trainer
+from m3i_scale.scale.checkpoint.commit import lock_directory, newest_good, sweep, verify
+from m3i_scale.scale.checkpoint.reading import reading
+from m3i_scale.scale.checkpoint.shared import check_shared
+from m3i_scale.scale.checkpoint.space import explain
+from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.together import from_rank_0
+from m3i_scale.scale.collectives import ProcessGroupRanks
+
+
+def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what was passed over (rank 0 only: it reads every byte).
+
+    Raises:
+        CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
+            of which none is good.
+    """
+    root = run.output_dir / "checkpoints"
+    if run.checkpoint.resume not in ("auto", "never"):
+        named = Path(run.checkpoint.resume)
+        faults = verify(named) if named.is_dir() else ["no such folder"]
+        if faults:
+            raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
+        own, _ = newest_good(root)
+        if own is None or int(read_meta(own)["step"]) <= int(read_meta(named)["step"]):
+            return named, []
+        if named.resolve().parent == root.resolve():
+            raise CheckpointError(
+                f"the run has newer good checkpoints than the named one: {own.name}",
+                where=str(named),
+                fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
+            )
+        return own, [f"going on from the run's own {own.name}, which is newer than {named}"]
+    newest, passed = newest_good(root)
+    notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
+    if run.checkpoint.resume == "never" and (newest or passed):
+        raise CheckpointError(
+            "checkpoint.resume is 'never', and there are checkpoints",
+            where=str(root),
+            fix="take another output_dir, or checkpoint.resume=auto",
+        )
+    if newest is None and passed:
+        raise CheckpointError(
+            "there are checkpoints, and none of them is good",
+            where="; ".join(notes),
+            fix="move them away to start anew",
+        )
+    return newest, notes
+
+
+Announce = Callable[[Plan, Path | None, list[str]], None]
+
+
+def train(
+    run: RunConfig,
+    ranks: ProcessGroupRanks,
+    callbacks: list[Callback],
+    announce: Announce,
+    tell: Callable[[str], None],
+    place: Place | None = None,
+) -> Status:
+    """Check, lock, resume, train. Every rank calls it; `callbacks`, `announce` and `tell` only serve rank 0."""
+    place = place or Place(None)
+    place.at("open")
+    plan = check_together(lambda: make_plan(run, ranks.world_size))
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as source:
+        from_rank_0(lambda: _lock(run, stack))
+        check_shared(run.output_dir)
+        resume_from, notes = from_rank_0(lambda: find_resume(run))
+        if resume_from is not None:
+            from_rank_0(lambda: _hold(resume_from, run, source))
+            notes = notes + from_rank_0(lambda: check_resume(plan, resume_from, ranks.world_size))
+        elif run.data.changed_sources:
+            raise ConfigError(
+                "data.changed_sources has no effect: the run starts anew",
+                where="data.changed_sources",
+                fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
+            )
+        check_machines(plan)
+        from_rank_0(lambda: _write_settings(plan))
+        # Before the tables about the engine: what is wrong with the data should not stand below them.
+        stream, validation = open_data(plan, ranks)
+        if ranks.rank == 0:
+            announce(plan, resume_from, notes)
+        trainer = Trainer(plan, ranks, callbacks, resume_from, stream, validation, tell, place)
+        trainer.when_resumed = source.close
+        if ranks.rank == 0:
+            tell(trainer.activations)
+        return trainer.fit()
+
+
+def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
+    """Hold the run's folder, and clear what a killed job left half written."""
+    lock = stack.enter_context(lock_directory(run.output_dir))
+    sweep(run.output_dir / "checkpoints", lock)
+    finish_rewind(run.output_dir)
+
+
+def _hold(checkpoint: Path, run: RunConfig, stack: contextlib.ExitStack) -> None:
+    """Keep another run from removing its checkpoint until it is loaded; this run's own are under its lock."""
+    if checkpoint.resolve().parent != (run.output_dir / "checkpoints").resolve():
+        stack.enter_context(reading(checkpoint))
+
+
+def _write_settings(plan: Plan) -> None:
+    """Keep what the run was given, and the tokenizer that an export needs. Only once nothing is left to refuse."""
+    folder = plan.run.output_dir
+    _ = plan.identity  # that of the teacher's files as they are now, not as they are at the first save
+    try:
+        (folder / "run.yaml").write_text(run_yaml(plan.run), encoding="utf-8")
+        (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed.config, indent=1), encoding="utf-8")
+        if plan.tokenizer is not None:
+            plan.tokenizer.save_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise explain(error, folder / "checkpoints") from None

@@ -1,0 +1,92 @@
+"""`m3i-scale doctor`: from a run file and a description of hosts to findings."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from m3i_scale.config import find_run_file, known_runs, load_run
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.doctor.channel import Way
+from m3i_scale.launch.doctor.examine import Examination
+from m3i_scale.launch.doctor.findings import Finding
+from m3i_scale.launch.doctor.needs import Needs
+from m3i_scale.launch.doctor.patient import Patient
+from m3i_scale.launch.environment import travelling
+
+DEADLINE_S, DEADLINE_OF_A_HOST_S = 300.0, 20.0
+"""A probe that nobody ends is over after so long, and so much more for every host: rounds of links take their time."""
+
+
+def examine(
+    run: str | None,
+    overrides: list[str],
+    cluster: Cluster,
+    *,
+    connect_s: float = 10.0,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Finding]:
+    """Examine the hosts of a description, or this machine where it names none.
+
+    Args:
+        run: a run file, or the name of a built-in one; None: hosts alone are looked at.
+        overrides: `section.key=value`.
+        cluster: hosts, and how they are reached.
+        connect_s: seconds that ssh may take to connect.
+        tell: is told what is being done.
+
+    Raises:
+        ConfigError: the run file, its DeepSpeed file, or a hostfile does not hold together.
+    """
+    if overrides and run is None:
+        raise ConfigError("overrides have no effect without a run file", where=" ".join(overrides))
+    with Examination(_patient(run, overrides, cluster, connect_s), tell=tell) as examination:
+        return examination.findings()
+
+
+def _patient(run: str | None, overrides: list[str], cluster: Cluster, connect_s: float) -> Patient:
+    named = cluster.named_hosts()
+    if not named and (cluster.nodes or 1) > 1:
+        raise ConfigError(
+            f"which are the {cluster.nodes} machines?",
+            where=f"nodes: {cluster.nodes}",
+            fix="--hostfile FILE, with a line `name slots=N` for every one",
+        )
+    slots = {host.name: host.slots for host in named} or {socket.gethostname(): cluster.ranks_per_node or 1}
+    way = Way(
+        python=cluster.python or sys.executable,
+        workdir=cluster.workdir or str(Path.cwd()),
+        variables=travelling(cluster.environment, os.environ, interface=cluster.interface),
+        ssh=cluster.ssh,
+        connect_s=connect_s,
+        deadline_s=DEADLINE_S + DEADLINE_OF_A_HOST_S * len(slots),
+        local=not named,
+    )
+    return Patient(
+        slots=slots,
+        way=way,
+        port=cluster.master_port,
+        interface=cluster.interface,
+        master_address=cluster.master_address,
+        run=None if run is None else _same_everywhere(run),
+        overrides=tuple(overrides),
+        needs=None if run is None else _needs(run, overrides, slots),
+    )
+
+
+def _same_everywhere(run: str) -> str:
+    """A built-in name, or the path from the root on: as launchers give it to ranks."""
+    path = find_run_file(run)
+    return run if known_runs().get(run) == path else str(path.absolute())
+
+
+def _needs(run: str, overrides: list[str], slots: dict[str, int]) -> dict[str, Needs]:
+    from m3i_scale.run.preflight import needs_of
+
+    config, world = load_run(run, overrides), sum(slots.values())
+    by_slots = {count: needs_of(config, world_size=world, ranks_here=count) for count in set(slots.values())}
+    return {host: by_slots[count] for host, count in slots.items()}

@@ -1,0 +1,122 @@
+"""What is left of a step that was not finite: who had which samples, and what was not finite. For a person to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3i_scale.run.files import write_json
+from m3i_scale.scale.checkpoint.together import from_rank_0
+
+FOLDER = "failure"
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is kept of a forward pass until the ranks have agreed that the step is good."""
+
+    loss: Tensor
+    figures: dict[str, Tensor]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank's part of a step."""
+
+    rank: int
+    losses: list[float]
+    """Of its micro-batches."""
+    groups: list[str]
+    """Figures, and gradients at the encoder output, that are not finite here."""
+    keys: list[str]
+    """Of its samples: of the micro-batches whose loss is not finite where there are any, else all."""
+
+    @property
+    def bad(self) -> bool:
+        """Whether anything that this rank sees of its own is not finite."""
+        return bool(self.groups) or not all(map(math.isfinite, self.losses))
+
+
+def report_of(rank: int, seen: Sequence[MicroBatch], gradients: Iterable[tuple[str, Tensor]]) -> RankReport:
+    """Read a step back from the device.
+
+    Args:
+        rank: this one.
+        seen: its micro-batches.
+        gradients: names and norms at the encoder output.
+    """
+    losses = torch.stack([micro.loss for micro in seen]).tolist()
+    bad = [micro for micro, loss in zip(seen, losses, strict=True) if not math.isfinite(loss)]
+    figures = [pair for micro in seen for pair in micro.figures.items()]
+    groups = dict.fromkeys(name for name, value in [*figures, *gradients] if not math.isfinite(float(value)))
+    return RankReport(rank, losses, list(groups), [key for micro in bad or seen for key in micro.keys])
+
+
+def gather_reports(own: RankReport) -> list[RankReport]:
+    """Those of all ranks whose own figures are not finite; of all ranks where nobody's are. Every rank calls it."""
+    reports: list[Any] = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        reports = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, own)
+    return [report for report in reports if report.bad] or reports
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that was not finite."""
+
+    step: int
+    what: str
+    """`loss` or `gradient`."""
+    grad_norm: float | None
+    """Of the whole gradient, over all ranks."""
+    ranks: list[RankReport]
+
+    @property
+    def where(self) -> str:
+        """Ranks and groups, in a line."""
+        if not any(report.bad for report in self.ranks):
+            return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
+        told = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
+        return "; ".join(told[:_LISTED]) + (" …" if len(told) > _LISTED else "")
+
+    @property
+    def samples(self) -> str:
+        """The first keys of the first rank."""
+        return f"samples of rank {self.ranks[0].rank}: {', '.join(self.ranks[0].keys[:_LISTED])} …"
+
+
+def write_failure(output_dir: Path, step: int, why: str, steps: Iterable[BadStep], records: Iterable[Any]) -> str:
+    """Write `output_dir/failure/step-00000100.json` on rank 0; every rank calls it.
+
+    Args:
+        output_dir: of the run.
+        step: where the run ends.
+        why: in a sentence.
+        steps: the last ones that were not finite.
+        records: the last lines of metrics.jsonl.
+
+    Returns:
+        Where it lies, or that the disk refused it: that must not hide why the run ends.
+    """
+    path = output_dir / FOLDER / f"step-{step:08d}.json"
+    content = {"step": step, "why": why, "steps": [asdict(bad) for bad in steps], "records": list(records)}
+    said: str = from_rank_0(lambda: _write(path, content))
+    return said
+
+
+def _write(path: Path, content: dict[str, Any]) -> str:
+    try:
+        write_json(path, content)
+    except OSError as error:
+        return f"{path} could not be written: {error.strerror}"
+    return str(path)

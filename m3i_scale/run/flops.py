@@ -1,0 +1,125 @@
+"""Counted FLOPs of a training step, from the modules themselves. Nothing is allocated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m3i_scale.backbones.flops import counter as flop_counter
+from m3i_scale.config import RunConfig
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.information import Objective
+from m3i_scale.scale.activations import apply_activation_checkpointing, read_policy
+
+
+def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:
+    """FLOPs of one optimizer step over the global batch, all ranks together; a multiply-add counts as two.
+
+    Matrix products, convolutions and attention are counted, on a batch in which every sample has every target and
+    every caption fills `text.max_tokens`. Sums over other ranks' samples (similarities of a global batch) are not:
+    they are counted within a micro-batch.
+
+    Args:
+        run: the run file.
+        label_sets: class names by label set.
+        vocab_size: of the tokenizer; None without a text target.
+
+    Returns:
+        `forward` (student), `target` (momentum, teacher and text tower), `decoder` (decoders, heads, losses),
+        `backward`, `model` (the sum of these four, what MFU is made of), `text` (of `model`, what the text tower
+        takes), and `recompute` (what activation checkpointing computes a second time; not part of `model`; of a budget
+        what it computes where every layer must recompute).
+    """
+    micro = run.optim.micro_batch_size
+    scale = run.optim.batch_size / micro
+    with torch.device("meta"):
+        objective = build_objective(run, label_sets, vocab_size)
+        batch = synthetic_batch(
+            micro,
+            objective.recipe.views,
+            image=objective.student.image_size,
+            tokens=run.text.max_tokens if objective.text is not None else 1,
+            classes=min((len(names) for names in label_sets.values()), default=1),
+            vocabulary=vocab_size or 100,
+        )
+        parts = _count_parts(objective, batch)
+        recompute = 0.0
+        if apply_activation_checkpointing(objective, _counted_policy(run)):
+            recompute = _count_parts(objective, batch)["backward"] - parts["backward"]
+    parts["model"] = sum(parts[name] for name in ("forward", "target", "decoder", "backward"))
+    return {name: value * scale for name, value in (parts | {"recompute": recompute}).items()}
+
+
+def _counted_policy(run: RunConfig) -> str:
+    """A policy that recomputes the same and needs no device: where inputs wait says nothing about products."""
+    text = run.backbone.activation_checkpointing
+    return "full" if read_policy(text).kind in ("offload", "budget") else text
+
+
+def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
+    parts = dict.fromkeys(("forward", "target", "decoder", "backward", "text"), 0.0)
+    counter = flop_counter()
+
+    @contextlib.contextmanager
+    def span(name: str) -> Iterator[None]:
+        before = counter.get_total_flops()
+        yield
+        parts[name] += counter.get_total_flops() - before
+
+    every_row = _EveryRow()  # type: ignore[no-untyped-call]
+    with every_row, sdpa_kernel(SDPBackend.MATH), counter:
+        objective.span = span
+        hooks = _around(objective.text, lambda: span("text")) if objective.text is not None else []
+        loss, _ = objective(batch)
+        with span("backward"):
+            loss.backward()
+    for hook in hooks:
+        hook.remove()
+    parts["text"] *= 3  # and a backward pass of twice the products
+    objective.span = contextlib.nullcontext
+    objective.zero_grad()
+    return parts
+
+
+def _around(module: torch.nn.Module, span: Callable[[], contextlib.AbstractContextManager[None]]) -> list[Any]:
+    """Hooks that open a span before a module's forward pass and close it after."""
+    opened: list[contextlib.ExitStack] = []
+
+    def enter(*_: Any) -> None:
+        opened.append(contextlib.ExitStack())
+        opened[-1].enter_context(span())
+
+    return [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(lambda *_: opened.pop().close()),
+    ]
+
+
+class _EveryRow(TorchDispatchMode):
+    """Meta tensors hold no values: what a mask says of rows or tokens is taken to be true of all."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        if function is torch.ops.aten.index.Tensor:
+            tensor, indices = args[0], args[1]
+            args = (tensor, [_all_rows(index) for index in indices])
+        return function(*args, **(kwargs or {}))
+
+
+def _all_rows(index: Tensor | None) -> Tensor | None:
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return index
+    if index.dim() != 1:
+        raise NotImplementedError(f"a mask of {index.dim()} dimensions")
+    return torch.arange(len(index), device=index.device)

@@ -1,0 +1,244 @@
+"""What a run does about steps that are not finite: leave them out, count them, end when they do not cease.
+
+The engine itself skips a step whose global gradient norm is not finite, on every ZeRO stage and on all ranks alike;
+`spread_nonfinite` makes that of a loss that is not finite. Here is what follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import GuardConfig, RunConfig
+from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.run.callbacks.base import Rewind, StepRecord
+from m3i_scale.run.failure import BadStep, RankReport, gather_reports, write_failure
+from m3i_scale.run.spike import Spike, SpikeWatch
+
+RECORDS = 20
+"""How many of the last records go into the file about a failure."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What all ranks know about a step before the optimizer has it."""
+
+    loss: float
+    """Mean over the ranks and micro-batches."""
+    finite: bool
+    """Every loss of every rank is."""
+    asked: bool
+    """Some rank was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the engine made of a step."""
+
+    applied: bool
+    overflows: bool
+    """The run computes in fp16, where the loss scale answers for gradients that are not finite."""
+    grad_norm: Callable[[], float]
+    """Asked for after a bad step only: it waits for the device."""
+    report: Callable[[], RankReport]
+    """As `grad_norm`."""
+
+
+class RunEndedError(UserError):
+    """The run must not go on. All ranks raise it together."""
+
+    everywhere = True
+
+
+Warn = Callable[[int, dict[str, str]], None]
+
+
+class Guard:
+    """Of one run, with the same values on every rank.
+
+    Args:
+        config: the section `guard` of the run file.
+        output_dir: of the run.
+        warn: the callbacks' `on_warning`.
+    """
+
+    def __init__(self, config: GuardConfig, output_dir: Path, warn: Warn) -> None:
+        self._config, self._output_dir, self._warn = config, output_dir, warn
+        self.skipped = 0
+        """Steps left out so far, those of undone steps not counted."""
+        self._in_a_row = 0
+        self._bad: deque[BadStep] = deque(maxlen=config.max_skipped_in_a_row)
+        self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
+        self._spikes = SpikeWatch(config.spike) if config.spike is not None else None
+
+    def after_step(self, step: int, vote: Vote, outcome: Outcome) -> Spike | None:
+        """Judge a step that is over; every rank calls it. Nothing is exchanged unless the step is bad.
+
+        Returns:
+            A loss spike that has just been confirmed.
+
+        Raises:
+            UserError: the run must not go on; names the file that tells more.
+        """
+        spike = self._spikes.add(step, vote.loss if vote.finite else math.nan) if self._spikes is not None else None
+        what = None if vote.finite else "loss"
+        if what is None and not outcome.applied and not outcome.overflows:
+            what = "gradient"
+        if what is None:
+            self._in_a_row = 0
+        else:
+            self._leave_out(step, what, outcome, spiked=spike is not None)
+        return spike
+
+    def _leave_out(self, step: int, what: str, outcome: Outcome, *, spiked: bool) -> None:
+        bad = BadStep(step, what, outcome.grad_norm(), gather_reports(outcome.report()))
+        self._bad.append(bad)
+        self._in_a_row += 1
+        if outcome.applied:
+            raise self.ended(step, f"the loss is not finite at step {step}, and the optimizer has taken the step", bad)
+        if self._config.nonfinite == "stop":
+            raise self.ended(step, f"the {what} is not finite at step {step}", bad)
+        if self._in_a_row >= self._config.max_skipped_in_a_row and not spiked:
+            raise self.ended(
+                step, f"the {what} is not finite at step {step}, as {self._in_a_row} times in a row now", bad
+            )
+        self.skipped += 1
+        fault = {
+            "group": "guard",
+            "what": f"the {what} is not finite, the step is left out",
+            "why": f"{bad.where}; {bad.samples}",
+            "fix": f"nothing yet: the run ends after {self._config.max_skipped_in_a_row} such steps in a row",
+        }
+        self._warn(step, fault)
+
+    def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
+        """The error to end with, on every rank, once the file about it is written."""
+        path = write_failure(self._output_dir, step, what, self._bad, self._records)
+        return RunEndedError(
+            what,
+            where=f"{bad.where}; {path}" if bad is not None else path,
+            why=bad.samples if bad is not None else None,
+            fix="start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm; "
+            "look at the samples that the file names",
+        )
+
+    def told_only(self, spike: Spike) -> None:
+        """Say a spike that has no checkpoint from before it."""
+        fault = {
+            "group": "guard",
+            "what": "the loss has spiked, and there is no checkpoint to go back to",
+            "why": str(spike),
+            "fix": "checkpoint.every_steps smaller, a lower optim.lr",
+        }
+        self._warn(spike.step, fault)
+
+    def told(self, rewind: Rewind) -> None:
+        """Say that the run went back."""
+        fault = {
+            "group": "guard",
+            "what": "the loss has spiked, and the run has gone back to a checkpoint",
+            "why": str(rewind),
+            "fix": f"nothing yet: the run ends at the next spike after {rewind.most} rewinds; a lower optim.lr",
+        }
+        self._warn(rewind.rewound_to, fault)
+
+    def remember(self, record: StepRecord) -> None:
+        """Keep a record for the file about a failure."""
+        self._records.append({"step": record.step, **record.scalars()})
+
+    def state(self) -> dict[str, Any]:
+        """For meta.json: what a resumed run needs to judge as this one would have."""
+        spikes = self._spikes.state() if self._spikes is not None else None
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": spikes}
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what a checkpoint knows; one from before there was a guard knows nothing, and so it begins anew."""
+        state = state or {}
+        self.skipped, self._in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
+        if self._spikes is not None and state.get("spikes") is not None:
+            self._spikes.load(state["spikes"])
+
+
+def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
+    """Refuse a guard that could do nothing.
+
+    Args:
+        run: the run file.
+        deepspeed: resolved DeepSpeed configuration.
+
+    Raises:
+        ConfigError: no spike could be confirmed, or would find a checkpoint; or gradients are not looked at.
+    """
+    if deepspeed.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ConfigError(
+            "'bf16.check_grad_overflow' is false: a gradient that is not finite would reach the weights",
+            where=run.deepspeed,
+            fix="take it out; guard.nonfinite needs it",
+        )
+    spike, steps, saves = run.guard.spike, run.optim.steps, run.checkpoint
+    if spike is None:
+        return
+    judged = spike.min_history + spike.patience
+    if judged > steps:
+        raise ConfigError(
+            f"guard.spike has no effect in {steps} steps: it judges after {spike.min_history}, for {spike.patience}",
+            where="guard.spike.min_history",
+            fix="a smaller min_history, or no guard.spike",
+        )
+    if saves.every_steps + 1 + spike.patience > steps:
+        raise ConfigError(
+            f"guard.spike has no effect: with {steps} steps no spike comes after the first checkpoint",
+            where=f"checkpoint.every_steps: {saves.every_steps}",
+            fix="save more often, or no guard.spike",
+        )
+    if saves.keep_latest < _checkpoints_needed(spike.patience, saves.every_steps):
+        raise ConfigError(
+            "when a spike is confirmed, the checkpoints from before it may be gone",
+            where=f"checkpoint.keep_latest: {saves.keep_latest}, checkpoint.every_steps: {saves.every_steps}",
+            why=f"guard.spike.patience is {spike.patience} steps, and what is saved in these is no good",
+            fix="checkpoint.keep_latest so that (keep_latest − 1) × every_steps is at least patience",
+        )
+
+
+def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
+    """Refuse a `checkpoint.max_gib` that may remove what a rewind goes back to: `check_guard` with the size of a
+    checkpoint, which is known once the engine stands.
+
+    Args:
+        run: the run file.
+        checkpoint_bytes: of one.
+
+    Raises:
+        ConfigError: too few of them find room.
+    """
+    spike, saves = run.guard.spike, run.checkpoint
+    if spike is None or saves.max_gib is None:
+        return
+    late = _checkpoints_needed(spike.patience, saves.every_steps)
+    best = 0 if saves.keep_best is None else saves.keep_best.count  # they go later than late ones
+    wanted_gib = (late + best) * checkpoint_bytes / 2**30
+    if wanted_gib > saves.max_gib:
+        beside = f", beside the {best} of keep_best" if best else ""
+        raise ConfigError(
+            "when a spike is confirmed, the checkpoints from before it may be gone: the budget is too small",
+            where=f"checkpoint.max_gib: {saves.max_gib:g}, checkpoint.every_steps: {saves.every_steps}",
+            why=f"guard.spike.patience is {spike.patience} steps, so {late} late checkpoints have to stay{beside}, "
+            f"and one takes about {checkpoint_bytes / 2**30:.3g} GiB",
+            fix=f"checkpoint.max_gib of {_rounded_up(wanted_gib):g} or more, a larger checkpoint.every_steps, or no"
+            " guard.spike",
+        )
+
+
+def _checkpoints_needed(patience: int, every_steps: int) -> int:
+    """How many of the newest ones reach back to before a spike at the moment it is confirmed."""
+    return 1 + math.ceil(patience / every_steps)
+
+
+def _rounded_up(gib: float) -> float:
+    """With room for the small files, in three digits."""
+    step = 10.0 ** (math.floor(math.log10(gib)) - 2)
+    return math.ceil(1.02 * gib / step) * step

@@ -1,0 +1,94 @@
+"""Where the time of a step goes, without waiting for the device before a step is logged."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.launch.place import PHASES
+
+__all__ = ["PHASES", "Phases"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Phases:
+    """Time by phase since the last reset. Phases that lie inside others do not count there too.
+
+    Every change of phase sets a mark. On an accelerator that runs beside the host, a mark is an event in its stream:
+    what is measured is when the device gets there, and no mark waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._accelerator = get_accelerator()
+        self._host = bool(self._accelerator.is_synchronized_device())
+        self._now = "other"
+        self.tell: Callable[[str], object] = lambda phase: None
+        """Called at every change of phase, but for those after an error."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, in the phase that is on."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._marks: deque[tuple[str, Any]] = deque()
+        self._mark(self._now)
+
+    @contextlib.contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """What happens inside is `phase`; the phase around it goes on afterwards. After an error nobody is told of
+        that: it came up in here."""
+        around = self._now
+        self._mark(phase)
+        try:
+            yield
+        except BaseException:
+            self._mark(around, told=False)
+            raise
+        self._mark(around)
+
+    def timed(self, phase: str, function: Callable[P, R]) -> Callable[P, R]:
+        """`function`, whose calls are `phase`."""
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self.span(phase):
+                return function(*args, **kwargs)
+
+        return call
+
+    def end_step(self) -> None:
+        """Add up what the device has passed, so that marks do not pile up between logged steps."""
+        while len(self._marks) > 1 and (self._host or self._marks[1][1].query()):
+            self._take()
+
+    def shares(self) -> dict[str, float]:
+        """Share of every phase in the time since the last reset; waits for the device."""
+        self._mark(self._now)
+        self._accelerator.synchronize()
+        while len(self._marks) > 1:
+            self._take()
+        total = sum(self.seconds.values())
+        return {name: value / total if total > 0 else 0.0 for name, value in self.seconds.items()}
+
+    def _mark(self, phase: str, *, told: bool = True) -> None:
+        self._now = phase
+        if told:
+            self.tell(phase)
+        if self._host:
+            mark: Any = time.perf_counter()
+        else:
+            mark = self._accelerator.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((phase, mark))
+
+    def _take(self) -> None:
+        phase, begin = self._marks.popleft()
+        end = self._marks[0][1]
+        self.seconds[phase] += end - begin if self._host else begin.elapsed_time(end) / 1e3  # events tell ms

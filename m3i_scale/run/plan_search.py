@@ -1,0 +1,348 @@
+"""The plan of a run as it is written, and the search for what would be better."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.plan_costs import UNKNOWN, Costs, costs_of
+from m3i_scale.run.planning import GIB, Choice, Estimate, Machine, Model, estimate, read_vocabulary
+from m3i_scale.run.setup import check_batch, resolve_engine
+from m3i_scale.scale.activations import read_policy
+from m3i_scale.scale.ds_config import Resolved, load_ds_config
+from m3i_scale.scale.ds_rules import offloads_optimizer
+from m3i_scale.scale.plan.counts import numel_of
+from m3i_scale.scale.plan.replay import SNAPSHOT
+from m3i_scale.scale.plan.settings import settings_of
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the run as it is written takes, and what would be better."""
+
+    run: RunConfig
+    model: Model
+    machine: Machine
+    own: Estimate
+    suggestion: Estimate | None
+    samples: int
+    costs: Costs
+
+    @property
+    def fits(self) -> bool:
+        """As it is written."""
+        return self.own.fits(self.machine)
+
+    @cached_property
+    def hopeless(self) -> bool:
+        """It would not fit with the smallest micro-batch either."""
+        return not self.fits and not _fits_smaller(self.model, self.machine, self.own.choice)
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document."""
+        own, batch = self.own, self.run.optim.batch_size
+        world = self.machine.links.world
+        seconds = self.samples / batch * own.step_s
+        return {
+            "name": self.run.name,
+            "ranks": world,
+            "peak_gib_per_rank": own.peak_bytes / GIB,
+            "memory_gib": self.machine.memory_gib,
+            "fits": self.fits,
+            "parts": {name: size / GIB for name, size in sorted(own.parts.items(), key=lambda item: -item[1])},
+            "host_gib_per_rank": own.host_bytes / GIB,
+            "host_parts": {name: size / GIB for name, size in own.host_parts.items()},
+            "host_gib_per_node": own.host_of_node(self.machine) / GIB,
+            "host_memory_gib": self.machine.host_memory_gib,
+            "parameters": {role: numel_of(self.model.parameters, role) for role in ("trained", "momentum", "teacher")},
+            "flop_per_sample": own.flop * world / batch,
+            "comm_gib_per_step": sum(own.traffic.rank_bytes.values()) / GIB,
+            "comm_gib_per_step_by_kind": {kind: size / GIB for kind, size in own.traffic.rank_bytes.items()},
+            "comm_gib_per_step_by_link": {
+                "intra": own.traffic.intra_bytes / GIB,
+                "inter": own.traffic.inter_bytes / GIB,
+            },
+            "mfu": self.machine.mfu,
+            "tflops_per_rank": self.machine.tflops[own.settings.precision],
+            "compute_s": own.compute_s,
+            "communication_s": own.traffic.time_s,
+            "step_time_s": own.step_s,
+            "samples_per_day": batch / own.step_s * 86400,
+            "samples": self.samples,
+            "days": seconds / 86400,
+            "gpu_hours": seconds / 3600 * world,
+            **costs_of(self.run, self.model, self.machine, own, self.costs, seconds),
+            "assumed": list(self.model.vocabulary.assumed),
+            "suggestion": None if self.suggestion is None else described(self.suggestion),
+        }
+
+
+def described(found: Estimate) -> dict[str, Any]:
+    """A choice in the words of a run file."""
+    choice = found.choice
+    return {
+        "overrides": [
+            f"deepspeed={choice.deepspeed}",
+            f"backbone.activation_checkpointing={choice.policy}",
+            f"optim.micro_batch_size={choice.micro_batch}",
+        ],
+        "stage": found.settings.stage,
+        "micro_batch_size": choice.micro_batch,
+        "accumulation": found.settings.accumulation_steps,
+        "activation_checkpointing": choice.policy,
+        "peak_gib_per_rank": found.peak_bytes / GIB,
+        "step_time_s": found.step_s,
+        "knobs": {key: value for key, value, _ in found.resolved.explained if key.startswith("zero_optimization.")},
+    }
+
+
+def plan_run(
+    run: RunConfig,
+    machine: Machine,
+    *,
+    classes: int | None = None,
+    tokens: int | None = None,
+    samples: int | None,
+    costs: Costs = UNKNOWN,
+) -> RunPlan:
+    """Plan a run.
+
+    Args:
+        run: the run file; its shards need not be there.
+        machine: where it is to run.
+        classes: of a category target, where the shards are not to be read.
+        tokens: of the vocabulary, likewise.
+        samples: how many are to be seen; None for the run's steps × batch size.
+        costs: of storage, failures and GPU hours, as far as they are known.
+
+    Raises:
+        ConfigError, DataError: what does not hold together.
+    """
+    recipe = parse_recipe(run.recipe)
+    world = machine.links.world
+    costs.check(run)
+    check_batch(run, recipe, world)
+    config = backbone_config(run.backbone)
+    _check_policy(run.backbone.activation_checkpointing)
+    resolved = resolve_engine(run, world, config.hidden_size)
+    _check_counted(resolved)
+    precision = settings_of(resolved.config, world=world, on_host=machine.on_host).precision
+    model = Model(run, read_vocabulary(run, recipe, classes, tokens), world, precision)
+    choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)
+    own = estimate(model, machine, choice)
+    total = samples if samples is not None else run.optim.steps * run.optim.batch_size
+    return RunPlan(run, model, machine, own, suggest(model, machine, choice), total, costs)
+
+
+POLICIES = ("none", "every_2", "full")
+"""Of recomputation, that are tried beside the run's own."""
+_FILES = {
+    ("bf16", False): ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_cpu_offload"),
+    ("bf16", True): ("zero3_cpu",),
+    ("fp32", True): ("zero1_cpu_fp32", "zero3_cpu_fp32"),
+    ("fp16", False): ("zero3_fp16",),
+}
+"""Built-in files by precision, and whether the host computes."""
+_ON_DEVICES = {
+    "zero1_cpu_fp32": "zero1_bf16",
+    "zero3_cpu": "zero3_bf16",
+    "zero3_cpu_fp32": "zero3_bf16",
+    "zero3_cpu_lean": "zero3_bf16_lean",
+}
+"""Built-in files that are meant for hosts, and the one of the same kind that is meant for accelerators."""
+
+
+def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
+    """The fastest choice that fits: for every file and policy the largest micro-batch is looked for. None where none
+    fits.
+
+    What offloads is taken where nothing else fits: its copies and the host's arithmetic are not in the time. A file
+    that is meant for hosts is not suggested for accelerators, but the one of the same kind that is meant for them.
+    """
+    if not machine.on_host and own.deepspeed in _ON_DEVICES:
+        own = replace(own, deepspeed=_ON_DEVICES[own.deepspeed])
+        model = Model(model.run, model.vocabulary, model.world, "bf16")
+    files = list(dict.fromkeys([own.deepspeed, *_FILES.get((model.precision, machine.on_host), ())]))
+    offloading = [file for file in files if offloads_optimizer(load_ds_config(file))]
+    for some in ([file for file in files if file not in offloading], offloading):
+        best = _fastest(model, machine, own, some)
+        if best is not None:
+            return best
+    return None
+
+
+def _fastest(model: Model, machine: Machine, own: Choice, files: list[str]) -> Estimate | None:
+    best: Estimate | None = None
+    for file in files:
+        for policy in dict.fromkeys([own.policy, *POLICIES]):
+            found = _largest(model, machine, Choice(file, policy, own.micro_batch))
+            if found is not None and (best is None or found.step_s < best.step_s * 0.999):
+                best = found
+    if best is None:
+        return None
+    exact = estimate(model, machine, best.choice)
+    return exact if exact.fits(machine) else _smaller(model, machine, exact)
+
+
+def _smaller(model: Model, machine: Machine, found: Estimate) -> Estimate | None:
+    """The next smaller micro-batch that fits, counted exactly."""
+    for size in reversed(list(_sizes(model, machine))):
+        if size < found.choice.micro_batch:
+            exact = estimate(model, machine, replace(found.choice, micro_batch=size))
+            if exact.fits(machine):
+                return exact
+    return None
+
+
+def _sizes(model: Model, machine: Machine) -> Iterator[int]:
+    """Micro-batches that divide the global batch and that the recipe allows, up to 512 or the run's own."""
+    per_rank, rest = divmod(model.run.optim.batch_size, machine.links.world)
+    if rest:
+        return
+    most = min(per_rank, max(512, model.run.optim.micro_batch_size))
+    yield from (size for size in range(model.smallest, most + 1) if per_rank % size == 0)
+
+
+def _largest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
+    """The largest micro-batch that fits, by halving the range."""
+    sizes = list(_sizes(model, machine))
+    low, high, best = 0, len(sizes) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        found = estimate(model, machine, replace(choice, micro_batch=sizes[middle]), quick=True)
+        if found.fits(machine):
+            best, low = found, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _fits_smaller(model: Model, machine: Machine, choice: Choice) -> bool:
+    smallest = next(iter(_sizes(model, machine)), None)
+    if smallest is None:
+        return False
+    found = estimate(model, machine, replace(choice, micro_batch=smallest))
+    return found.fits(machine)
+
+
+def nodes_that_fit(model: Model, machine: Machine, choice: Choice, *, most: int = 1024) -> tuple[int, int, int] | None:
+    """Nodes that the run would fit on as it is, with the batch size and the smallest micro-batch that fit them; None
+    where none of them do."""
+    nodes = machine.links.nodes
+    while (nodes := nodes * 2) * machine.links.ranks_per_node <= most:
+        wider = replace(machine, links=replace(machine.links, nodes=nodes))
+        batch = math.lcm(model.run.optim.batch_size, wider.links.world * model.smallest)
+        run = model.run.model_copy(update={"optim": model.run.optim.model_copy(update={"batch_size": batch})})
+        other = Model(run, model.vocabulary, wider.links.world, model.precision)
+        if _fits_smaller(other, wider, choice):
+            return nodes, batch, other.smallest
+    return None
+
+
+def refuse_hopeless(plan: RunPlan) -> None:
+    """Refuse a run that does not fit even with the smallest micro-batch.
+
+    Raises:
+        ConfigError: names the cheapest change that would.
+    """
+    if not plan.hopeless:
+        return
+    fix = None
+    if plan.own.peak_bytes <= plan.machine.memory_gib * GIB:
+        raise _no_host_memory(plan)
+    if plan.suggestion is not None:
+        fix = " ".join(described(plan.suggestion)["overrides"])
+    elif found := nodes_that_fit(plan.model, plan.machine, plan.own.choice):
+        nodes, batch, micro_batch = found
+        sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
+        fix = f"{nodes} nodes instead of {plan.machine.links.nodes}, with {sizes}"
+    raise ConfigError(
+        f"the run does not fit: {plan.own.peak_bytes / GIB:.4g} GiB a rank of {plan.machine.memory_gib:g}, and too "
+        f"much with a micro-batch of {plan.model.smallest} too",
+        where=f"deepspeed={plan.own.choice.deepspeed}, activation_checkpointing={plan.own.choice.policy}",
+        fix=fix or "a smaller backbone, or devices with more memory",
+    )
+
+
+def _no_host_memory(plan: RunPlan) -> ConfigError:
+    """The devices suffice, the host does not."""
+    taken, ranks = plan.own.host_of_node(plan.machine), plan.machine.links.ranks_per_node
+    limit = float(plan.machine.host_memory_gib or 0)
+    parts = plan.own.parts if plan.machine.on_host else plan.own.host_parts
+    snapshot = parts.get(SNAPSHOT, 0) * ranks
+    fix = "fewer ranks on a node, or a DeepSpeed file that offloads less"
+    if snapshot and taken - snapshot <= limit * GIB:
+        fix = "checkpoint.background=false: the training then waits for every save; or more nodes"
+    return ConfigError(
+        f"the run does not fit into host memory: {taken / GIB:.4g} GiB a node of {limit:g}",
+        where=f"--host-memory-gib {limit:g}, {ranks} ranks on a node",
+        why=f"{snapshot / GIB:.4g} GiB of it are copies that saves in the background write from",
+        fix=fix,
+    )
+
+
+def write_deepspeed(plan: RunPlan, path: Path) -> str:
+    """The DeepSpeed JSON of the suggestion, or of the run where there is none, with every size as a number.
+
+    What the run file says stays "auto", so that the two cannot contradict each other.
+
+    Returns:
+        The overrides to train with, the file among them.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    found = plan.suggestion or plan.own
+    config = load_ds_config(found.choice.deepspeed)
+    config["zero_optimization"] = found.resolved.config["zero_optimization"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
+    return " ".join([f"deepspeed={path}", *described(found)["overrides"][1:]])
+
+
+_COUNTED = {
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "reduce_scatter": True,
+    "contiguous_gradients": True,
+    "stage3_use_all_reduce_for_fetch_params": False,
+    "stage3_module_granularity_threshold": 0,
+}
+"""Settings of DeepSpeed that change memory or traffic, with the value that the plan counts with."""
+
+
+def _check_counted(resolved: Resolved) -> None:
+    zero = resolved.config["zero_optimization"]
+    other = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
+        other.append("offload_optimizer.ratio")
+    if other:
+        raise ConfigError(
+            f"the plan does not count 'zero_optimization.{other[0]}'",
+            where=resolved.where,
+            why="it changes what memory or communication DeepSpeed takes, and would be left out in silence",
+            fix="plan without it: the numbers are then those of DeepSpeed's plain way",
+        )
+
+
+def _check_policy(text: str) -> None:
+    if read_policy(text).kind in ("selective", "offload", "budget"):
+        raise ConfigError(
+            f"the plan does not count activations under '{text}'",
+            where="backbone.activation_checkpointing",
+            why="what such a layer keeps is decided while it runs",
+            fix="plan with full, which keeps least, and with none, which keeps most",
+        )

@@ -1,0 +1,353 @@
+"""`m3i-scale plan`: from a run file to what it takes, without data, weights or a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.loader import PREFETCH_PARTS, find_tokenizer, read_label_sets
+from m3i_scale.data.shards import shard_folder
+from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.information import Objective
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.run.setup import resolve_engine
+from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.scale.checkpoint.state import buffers_of
+from m3i_scale.scale.ds_config import Resolved
+from m3i_scale.scale.engine import is_matrix
+from m3i_scale.scale.host_memory import keeps_host_memory
+from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
+from m3i_scale.scale.plan.counts import Parameter
+from m3i_scale.scale.plan.engines import engine_for
+from m3i_scale.scale.plan.hardware import hardware, step_time
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.replay import PLAYED
+from m3i_scale.scale.plan.settings import Settings, settings_of
+from m3i_scale.scale.plan.trace import Trace, record, scaled
+
+GIB = 2**30
+CLASSES, VOCABULARY = 1000, 30522
+"""What a run without its shards is planned with: ImageNet's classes, BERT's tokens."""
+ACCELERATOR_WORKSPACE_GIB = 1.0
+"""Beside tensors: the context, workspaces of libraries, NCCL's channels. An allowance, not measured."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run is to run."""
+
+    links: Links
+    memory_gib: float
+    """Of one rank's device."""
+    tflops: dict[str, float]
+    """By precision: the peak rate of a rank's device."""
+    mfu: float
+    on_host: bool
+    """Ranks compute on CPUs."""
+    workspace_gib: float
+    """What a rank holds beside tensors."""
+    host_memory_gib: float | None = None
+    """Of a node; None where it is not said, and not checked."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model needs to know of data."""
+
+    label_sets: dict[str, list[str]]
+    tokens: int
+    assumed: tuple[str, ...]
+    """What was not read but taken for granted."""
+
+
+class _PlannedRanks:
+    """A world of sizes: a gather has the rows of all ranks, a sum is one."""
+
+    rank = 0
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        return x_B if self.world_size == 1 else torch.cat([x_B] * self.world_size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def sum_with_gradient(self, x: Tensor) -> Tensor:
+        return x * 1
+
+
+def beside_tensors_gib(*, hosts: bool) -> float:
+    """What a rank holds beside tensors: of a host, what this process does, which has imported the same."""
+    if not hosts:
+        return ACCELERATOR_WORKSPACE_GIB
+    return float(psutil.Process().memory_info().rss) / GIB
+
+
+def on_host() -> bool:
+    """Whether DeepSpeed finds no accelerator here."""
+    return bool(get_accelerator().device_name() == "cpu")
+
+
+def machine_of(
+    name: str,
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    memory_gib: float,
+    mfu: float,
+    tflops: float | None = None,
+    intra_gb_s: float | None = None,
+    inter_gb_s: float | None = None,
+    latency_us: float | None = None,
+    intra_latency_us: float | None = None,
+    workspace_gib: float | None = None,
+    host_memory_gib: float | None = None,
+) -> Machine:
+    """A machine by the name of its devices; what is given takes the place of the preset's numbers.
+
+    Raises:
+        ConfigError: no hardware of that name.
+    """
+    found = hardware(name)
+    hosts = name == "cpu"
+    links = Links(
+        nodes,
+        ranks_per_node,
+        found.intra_gb_s if intra_gb_s is None else intra_gb_s,
+        found.inter_gb_s if inter_gb_s is None else inter_gb_s,
+        found.latency_us if latency_us is None else latency_us,
+        found.intra_latency_us if intra_latency_us is None else intra_latency_us,
+        gloo=hosts,
+    )
+    rates = found.tflops if tflops is None else dict.fromkeys(found.tflops, tflops)
+    workspace = beside_tensors_gib(hosts=hosts) if workspace_gib is None else workspace_gib
+    return Machine(links, memory_gib, rates, mfu, hosts, workspace, host_memory_gib)
+
+
+def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:
+    """Label sets and number of tokens: as given, else as the run's shards have them, else as stated.
+
+    Raises:
+        ConfigError, DataError: shards that are there and do not fit.
+    """
+    assumed = []
+    folders = [shard_folder(source.shards) for source in run.data.sources.values()]
+    # A plan asks no server: shards elsewhere count as not there, and what it assumes then is told.
+    there = bool(folders) and all(isinstance(folder, Path) and folder.is_dir() for folder in folders)
+    label_sets: dict[str, list[str]] = {}
+    if recipe.uses_categories:
+        if classes is None and there:
+            label_sets = read_label_sets(run.data.sources)
+        else:
+            label_sets = {"classes": [str(number) for number in range(classes or CLASSES)]}
+            assumed += [f"{CLASSES} classes"] if classes is None else []
+    if tokens is None and recipe.uses_text and (there or run.text.tokenizer):
+        tokens = len(find_tokenizer(run.data.sources, run.text.tokenizer))
+    elif tokens is None and recipe.uses_text:
+        assumed.append(f"a vocabulary of {VOCABULARY} tokens")
+    return Vocabulary(label_sets, tokens or VOCABULARY, tuple(assumed))
+
+
+@dataclass
+class Model:
+    """A run's objective on `meta`, and what micro-batches of it do."""
+
+    run: RunConfig
+    vocabulary: Vocabulary
+    world: int
+    precision: str
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Of the run."""
+        return parse_recipe(self.run.recipe)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """On `meta`, in the type that is computed in.
+
+        Raises:
+            ConfigError: recipe and backbone do not fit together.
+        """
+        tokens = self.vocabulary.tokens if self.recipe.uses_text else None
+        ranks = _PlannedRanks(self.world)
+        with torch.device("meta"):
+            objective = build_objective(self.run, self.vocabulary.label_sets, tokens, ranks)
+        return objective.to(_DTYPES[self.precision]).train()
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Of the whole model."""
+        found = []
+        for name, parameter in self.objective.named_parameters():
+            role = name.partition(".")[0]
+            kind: Any = role if role in ("momentum", "teacher") else "trained"
+            found.append(Parameter(parameter.numel(), kind, is_matrix(parameter)))
+        return tuple(found)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Buffers that outlast a batch, which a checkpoint has too."""
+        return sum(buffer.nbytes for buffer in buffers_of(self.objective).values())
+
+    @cached_property
+    def _traces(self) -> dict[tuple[str, int], Trace]:
+        return {}
+
+    def trace(self, policy: str, micro_batch: int) -> Trace:
+        """One micro-batch, recorded."""
+        if (policy, micro_batch) not in self._traces:
+            self._traces[policy, micro_batch] = self._record(policy, micro_batch)
+        return self._traces[policy, micro_batch]
+
+    def quick_trace(self, policy: str, micro_batch: int) -> Trace:
+        """The same, from two small ones: every tensor's size is a number plus a number for every sample."""
+        small = self.smallest
+        if micro_batch <= 2 * small:
+            return self.trace(policy, micro_batch)
+        found = scaled(self.trace(policy, small), self.trace(policy, 2 * small), small, micro_batch)
+        return found if found is not None else self.trace(policy, micro_batch)
+
+    @property
+    def smallest(self) -> int:
+        """The smallest micro-batch that the recipe allows."""
+        if self.recipe.mix is not None:
+            return len(self.recipe.mix.inputs)
+        return 2 if self.recipe.compares_samples and self.world == 1 else 1
+
+    def _record(self, policy: str, micro_batch: int) -> Trace:
+        objective, recipe, run = self.objective, self.recipe, self.run
+        apply_activation_checkpointing(objective, policy)
+        classes = len(next(iter(self.vocabulary.label_sets.values()), [""]))
+        with torch.device("meta"):
+            batch = synthetic_batch(
+                micro_batch,
+                recipe.views,
+                image=objective.student.image_size,
+                tokens=run.text.max_tokens,
+                classes=classes,
+                vocabulary=self.vocabulary.tokens,
+            )
+            inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+            return record(objective, lambda: objective(batch)[0], inputs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What can be changed without changing what is learnt (in stages 1 to 3, and short of rounding)."""
+
+    deepspeed: str
+    policy: str
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one choice takes."""
+
+    choice: Choice
+    resolved: Resolved
+    settings: Settings
+    peak_bytes: int
+    """Of a rank's device, workspace included."""
+    parts: dict[str, int]
+    """At the peak, bytes."""
+    host_parts: dict[str, int]
+    """Host memory beside the device, bytes of a rank; nothing where the host is the device."""
+    flop: int
+    """Of one step, on one rank."""
+    collectives: tuple[Traffic, Traffic]
+    """Of a step with few micro-batches, and of the last one of these."""
+    traffic: StepTraffic
+    compute_s: float
+    step_s: float
+
+    @property
+    def host_bytes(self) -> int:
+        """Of a rank, beside its device."""
+        return sum(self.host_parts.values())
+
+    def host_of_node(self, machine: Machine) -> int:
+        """Bytes of host memory that the ranks of a node take."""
+        return (self.peak_bytes if machine.on_host else self.host_bytes) * machine.links.ranks_per_node
+
+    def fits(self, machine: Machine) -> bool:
+        """On its device, and, where the memory of a node is known, on its host."""
+        on_device = self.peak_bytes <= machine.memory_gib * GIB
+        limit = machine.host_memory_gib
+        return on_device and (limit is None or self.host_of_node(machine) <= limit * GIB)
+
+
+def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = False) -> Estimate:
+    """Memory, traffic and time of a step.
+
+    Raises:
+        ConfigError: the DeepSpeed file, or a batch size that ranks and micro-batch do not divide.
+    """
+    run = _with(model.run, choice)
+    resolved = resolve_engine(run, machine.links.world, model.objective.student.width)
+    settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)
+    settings = replace(settings, snapshot=model.remembered_bytes if run.checkpoint.background else None)
+    trace = (model.quick_trace if quick else model.trace)(choice.policy, choice.micro_batch)
+    near = Ledger(heap=machine.on_host and keeps_host_memory())
+    far = near if machine.on_host else Ledger(heap=False)
+    engine = engine_for(model.parameters, trace, settings, near, far)
+    engine.run()
+    kept = sum(buffer.nbytes for buffer in model.objective.buffers())
+    workspace = round(machine.workspace_gib * GIB) + kept
+    flop = trace.flop * settings.accumulation_steps
+    compute_s = flop / (machine.tflops[settings.precision] * 1e12 * machine.mfu)
+    found = Estimate(
+        choice,
+        resolved,
+        settings,
+        near.peak + workspace,
+        {**near.at_peak, "workspace": workspace},
+        {} if machine.on_host else host_parts(model, choice, far),
+        flop,
+        (engine.traffic, engine.again),
+        StepTraffic({}, 0.0, 0.0, 0.0, 0.0),
+        compute_s,
+        compute_s,
+    )
+    return over(found, machine.links)
+
+
+def over(found: Estimate, links: Links) -> Estimate:
+    """The same step over other links between as many ranks; or over the same, with other `collectives`."""
+    settings, (traffic, again) = found.settings, found.collectives
+    further = settings.accumulation_steps - min(settings.accumulation_steps, PLAYED)
+    sent = step_traffic(traffic, again, links, further=further, group=settings.hpz)
+    seconds = step_time(
+        compute_s=found.compute_s, communication_s=sent.time_s, once_s=sent.once_s, overlap=settings.overlap
+    )
+    return replace(found, traffic=sent, step_s=seconds)
+
+
+def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
+    """What a rank of a device holds in host memory: what is offloaded, the copy of a save, batches that workers have
+    ready, and its process."""
+    found = dict(far.at_peak)
+    if model.run.data.workers:
+        side, views = model.objective.student.image_size, model.recipe.views
+        found["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * views * 3 * side**2
+    found["process"] = round(beside_tensors_gib(hosts=True) * GIB)
+    return found
+
+
+def _with(run: RunConfig, choice: Choice) -> RunConfig:
+    backbone = run.backbone.model_copy(update={"activation_checkpointing": choice.policy})
+    optim = run.optim.model_copy(update={"micro_batch_size": choice.micro_batch})
+    return run.model_copy(update={"backbone": backbone, "optim": optim, "deepspeed": choice.deepspeed})

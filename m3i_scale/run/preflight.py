@@ -1,0 +1,118 @@
+"""What a run needs of its hosts, and the cheap checks before the engine starts; the rest is `m3i-scale doctor`."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import CheckpointConfig, RunConfig
+from m3i_scale.data.loader import PREFETCH_PARTS
+from m3i_scale.data.reader import OPEN_SHARDS
+from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
+from m3i_scale.launch.doctor.machine import disk_finding, look, machine_findings
+from m3i_scale.launch.doctor.needs import Needs
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.plan_costs import tensor_bytes
+from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
+from m3i_scale.run.retention import GIB
+from m3i_scale.run.setup import Plan, resolve_engine
+from m3i_scale.scale.checkpoint.locate import step_name
+from m3i_scale.scale.checkpoint.together import together
+from m3i_scale.scale.plan.settings import settings_of
+
+_FILES_OF_A_RANK = 128
+"""Libraries, logs, pipes."""
+_FILES_OF_A_WORKER = 8
+_GROUPS = 4
+"""Groups of ranks, in each of which a rank may have a connection to every other."""
+
+
+def needs_of(
+    run: RunConfig, *, world_size: int, ranks_here: int, vocabulary: Vocabulary | None = None, config: Any = None
+) -> Needs:
+    """What a run needs of a host, at least; the model is built without memory for it.
+
+    Args:
+        run: the run file.
+        world_size: ranks on all hosts.
+        ranks_here: ranks on the host.
+        vocabulary: label sets and tokens; default: those of the shards, where they are here, else as plans assume them.
+        config: the resolved DeepSpeed configuration, where it is known.
+
+    Raises:
+        ConfigError, DataError: what does not hold together.
+    """
+    recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
+    if config is None:
+        config = resolve_engine(run, world_size, model.hidden_size).config
+    known = vocabulary or read_vocabulary(run, recipe, None, None)
+    settings = settings_of(config, world=world_size, on_host=on_host())
+    with torch.random.fork_rng(devices=[]):  # a run must begin as if it had not been looked at
+        checkpoint = tensor_bytes(Model(run, known, world_size, settings.precision), settings)
+    of_this_host = ranks_here / world_size
+    copies = checkpoint * of_this_host if run.checkpoint.background else 0
+    far = checkpoint * of_this_host if settings.far_optimizer else 0
+    pixels = 3 * model.image_size**2 * recipe.views * run.optim.micro_batch_size
+    count = kept_checkpoints(run.checkpoint, run.optim.steps)
+    return Needs(
+        ranks=ranks_here,
+        world_size=world_size,
+        checkpoint_bytes=checkpoint,
+        kept_checkpoints=count,
+        kept_bytes=_kept_bytes(run.checkpoint, checkpoint, count),
+        memory_bytes=int(copies + far),
+        state_bytes=0 if settings.far_optimizer else int(checkpoint * of_this_host),
+        shm_bytes=ranks_here * PREFETCH_PARTS * pixels if run.data.workers else 0,
+        open_files=_FILES_OF_A_RANK + OPEN_SHARDS + _FILES_OF_A_WORKER * run.data.workers + _GROUPS * world_size,
+    )
+
+
+def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
+    """How many lie on the disk at the same time at most, the one being written included."""
+    saves = math.ceil(steps / config.every_steps)
+    kept = config.keep_latest + (config.keep_best.count if config.keep_best is not None else 0)
+    if config.keep_every_steps is not None:
+        kept += steps // math.lcm(config.keep_every_steps, config.every_steps)
+    return min(saves, kept + 1)
+
+
+def _kept_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> int:
+    whole = count * checkpoint
+    if config.max_gib is None:
+        return whole
+    return min(whole, max(int(config.max_gib * GIB), checkpoint) + checkpoint)
+
+
+def check_machines(plan: Plan) -> None:
+    """The cheap part of the doctor, on every host of a run that is about to start: memory, /dev/shm, file limits, and
+    room for a checkpoint. Every rank calls it.
+
+    Raises:
+        HostsNotReadyError: all that was found, on all ranks.
+    """
+    looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
+    own: list[Finding] = together(lambda: _findings_here(plan) if looks else [])
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, own)
+    faults = faults_of(dict.fromkeys(finding for findings in told for finding in findings))
+    if faults:
+        raise not_ready(faults)
+
+
+def _findings_here(plan: Plan) -> list[Finding]:
+    """Of this host, by one of its ranks."""
+    host, run, world = socket.gethostname(), plan.run, dist.get_world_size()
+    vocabulary = Vocabulary(plan.label_sets, plan.vocab_size or 0, ())
+    ranks_here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # where nobody says so, at least this one
+    needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=plan.deepspeed.config)
+    found = machine_findings(host, look(), needs, on_host=on_host())
+    if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save
+        one = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention will keep is for the doctor to weigh
+        found.append(disk_finding(host, run.output_dir, one))
+    return found

@@ -1,0 +1,140 @@
+"""A few samples that travel with a checkpoint, and their loss: whoever resumes computes it again.
+
+The loss is that of these samples alone, as if there were one rank, so it is the same in every shape of the run. It
+notices what norms cannot: weights that are in the wrong place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.errors import CheckpointError
+from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.scale.checkpoint.together import together
+
+FILE = "probe.safetensors"
+SAMPLES = 2
+"""As few as every loss is defined for."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
+"""Relative, by precision: another machine, stage or number of threads adds up in another order."""
+OTHER_PRECISION_TOLERANCE = 2e-2
+
+
+def probe_of(batch: Batch) -> Batch:
+    """The first samples of the global micro-batch, the same on all ranks. Collective."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, _first(batch, SAMPLES).to("cpu"))
+    return _first(Batch.cat(parts), SAMPLES)
+
+
+@torch.no_grad()
+def probe_loss(engine: Any, batch: Batch) -> float:
+    """The objective of these samples alone, without augmentation of the state: nothing is remembered. Every rank calls
+    it, with the same batch."""
+    with evaluating(engine.module), _alone(engine.module):
+        loss, _ = engine(batch.to(get_accelerator().current_device_name()))
+    return float(loss)
+
+
+@contextlib.contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """The module as it is evaluated between two steps: nothing of it counts as part of a step."""
+    span, module.span = module.span, contextlib.nullcontext
+    module.measure_health = False
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
+        module.span = span
+
+
+def write_probe(folder: Path, batch: Batch) -> None:
+    """Store the samples beside the weights."""
+    tensors = {name: value.contiguous() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    save_file(tensors, folder / FILE, metadata={"keys": json.dumps(batch.keys)})
+
+
+def read_probe(folder: Path) -> Batch:
+    """The samples of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with safe_open(folder / FILE, framework="pt") as opened:
+            tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name != "keys"}
+            return Batch(**tensors, keys=json.loads(opened.metadata()["keys"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the stored samples cannot be read: {error}",
+            where=str(folder / FILE),
+            fix="resume from another checkpoint: checkpoint.resume=…",
+        ) from None
+
+
+def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> float | None:
+    """See that the stored samples have the loss that they had when they were saved. Collective.
+
+    Args:
+        folder: the checkpoint that was loaded.
+        meta: its meta.json.
+        engine: that loaded it.
+        precision: that the run computes in; the checkpoint's may be another.
+
+    Returns:
+        The loss; None where the run that saved was told not to store any samples.
+
+    Raises:
+        CheckpointError: another loss; on every rank.
+    """
+    wanted = meta.get("probe_loss")
+    if wanted is None:
+        return None
+    found = probe_loss(engine, together(lambda: read_probe(folder)))
+    tolerance = TOLERANCE[precision] if meta.get("precision") == precision else OTHER_PRECISION_TOLERANCE
+    if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance / 10):
+        raise CheckpointError(
+            f"what was loaded is not what was saved: the loss of {SAMPLES} stored samples was {wanted:.9g}, and is "
+            f"{found:.9g}",
+            where=str(folder),
+            why="the weights are in other places, or the model computes something else than it did",
+            fix="resume with the versions of torch, transformers and this package that saved it; docs/checkpoints.md",
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """No loss looks at other ranks."""
+    looking: list[Any] = [child for child in module.modules() if hasattr(child, "ranks")]
+    ranks = [child.ranks for child in looking]
+    for child in looking:
+        child.ranks = SingleProcess()
+    try:
+        yield
+    finally:
+        for child, own in zip(looking, ranks, strict=True):
+            child.ranks = own
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    values: dict[str, Any] = {}
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        values[field.name] = value[:, :count].clone() if "_VB" in field.name else value[:count]
+    return Batch(**values)

@@ -1,0 +1,143 @@
+"""Which checkpoints a run keeps: its rules checked before step 1, and the figures that they ask for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3i_scale.config import CheckpointConfig, RunConfig
+from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
+from m3i_scale.objective.recipe import Recipe
+from m3i_scale.run.callbacks.metrics import METRICS
+from m3i_scale.scale.checkpoint.pruning import Metrics, Pruned
+from m3i_scale.scale.checkpoint.retention import Best, Rules
+
+PREFIX = "evaluation/"
+GIB = 2**30
+
+
+def rules_of(config: CheckpointConfig) -> Rules:
+    """The run file's `keep_…` and `max_gib`."""
+    best = config.keep_best
+    return Rules(
+        config.keep_latest,
+        config.keep_every_steps,
+        None if best is None else Best(best.metric, best.mode, best.count),
+        None if config.max_gib is None else max(1, int(config.max_gib * GIB)),
+    )
+
+
+def rules_and_metrics(config: CheckpointConfig, output_dir: Path) -> tuple[Rules, Metrics]:
+    """What `prune` needs after a save; the figures only where a rule asks for them."""
+    return rules_of(config), evaluations(output_dir) if config.keep_best is not None else {}
+
+
+def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
+    """By step, the figures of the last evaluation at that step, from the run's metrics.jsonl; {} where there is none.
+
+    Lines of steps that a resumed run does again are no longer in that file, so no figure is of weights that are gone.
+
+    Raises:
+        CheckpointError: the file is there and cannot be read.
+    """
+    found: dict[int, dict[str, float]] = {}
+    path = output_dir / METRICS
+    try:
+        lines = path.open(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise CheckpointError(
+            f"the figures of evaluations cannot be read: {error.strerror}",
+            where=str(path),
+            why="without them nobody knows which checkpoints are the best",
+            fix="make the file readable",
+        ) from None
+    with lines:
+        for line in lines:
+            if '"kind": "evaluation"' not in line:
+                continue
+            try:
+                record = json.loads(line)
+                figures = {name: float(value) for name, value in record.items() if name.startswith(PREFIX)}
+                found[int(record["step"])] = figures
+            except (ValueError, KeyError, TypeError):  # a line torn by a kill
+                continue
+    return found
+
+
+def evaluated_figures(recipe: Recipe) -> set[str]:
+    """Names of all figures that every evaluation of a recipe writes. Nats of Gaussian groups are estimated on logged
+    training steps alone."""
+    names = {f"{PREFIX}loss"}
+    for target in recipe.targets:
+        figures = ["loss", "count"] + (["nats"] if target.distribution != "gaussian" else [])
+        names |= {f"{PREFIX}{target.name}/{figure}" for figure in figures}
+    return names
+
+
+def check_retention(run: RunConfig, recipe: Recipe) -> None:
+    """Refuse rules of `checkpoint` that can never have an effect, and figures that the run does not produce.
+
+    Raises:
+        ConfigError: names the rule.
+    """
+    checkpoint = run.checkpoint
+    saves, steps, every = checkpoint.every_steps, run.optim.steps, checkpoint.keep_every_steps
+    if every is not None and not _meet(saves, every, steps):
+        raise ConfigError(
+            f"checkpoint.keep_every_steps has no effect: no checkpoint is of a multiple of {every} steps",
+            where=f"checkpoint.every_steps: {saves}, optim.steps: {steps}",
+            fix=f"take a multiple of {saves} that is not larger than {steps}",
+        )
+    if checkpoint.keep_best is None:
+        return
+    _check_best(run, recipe, checkpoint.keep_best.metric)
+    evaluates = run.evaluation.every_steps
+    if every is not None and evaluates % every == 0 and checkpoint.max_gib is None:
+        raise ConfigError(
+            "checkpoint.keep_best has no effect: keep_every_steps keeps every checkpoint that is evaluated",
+            where=f"checkpoint.keep_every_steps: {every}, evaluation.every_steps: {evaluates}",
+            fix="take keep_best out, raise keep_every_steps, or set checkpoint.max_gib",
+        )
+
+
+def _check_best(run: RunConfig, recipe: Recipe, metric: str) -> None:
+    evaluates, saves = run.evaluation.every_steps, run.checkpoint.every_steps
+    known = evaluated_figures(recipe)
+    if not evaluates:
+        raise ConfigError(
+            "checkpoint.keep_best has no effect: the run evaluates nothing",
+            where="evaluation.every_steps: 0",
+            fix=f"evaluation.every_steps={saves}, and data.validation",
+        )
+    if metric not in known:
+        near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
+        raise ConfigError(f"no evaluation of this run writes '{metric}'", where="checkpoint.keep_best.metric", fix=near)
+    if not _meet(saves, evaluates, run.optim.steps):
+        raise ConfigError(
+            "checkpoint.keep_best has no effect: no checkpoint is of a step that is evaluated",
+            where=f"checkpoint.every_steps: {saves}, evaluation.every_steps: {evaluates}",
+            fix=f"evaluation.every_steps={saves}",
+        )
+
+
+def _meet(saves: int, every: int, steps: int) -> bool:
+    """Whether a checkpoint, saved at multiples of `saves` and at the last step, is ever of a multiple of `every`."""
+    return math.lcm(saves, every) <= steps or steps % every == 0
+
+
+@dataclass
+class LimitTold:
+    """Says once that `max_gib` is less than one checkpoint."""
+
+    done: bool = False
+
+    def tell(self, pruned: Pruned, tell: Callable[[str], None]) -> None:
+        """Tell it where it is so."""
+        if pruned.over_limit and not self.done:
+            self.done = True
+            tell("checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept")

@@ -1,0 +1,154 @@
+"""Going back to a checkpoint while the data go on: which one, and how a restart knows.
+
+`output_dir/rewinds.json` lists every rewind with the position of the data at that moment. A checkpoint says in its
+meta.json how many rewinds there had been when it was written. So a run that was killed between a rewind and its next
+checkpoint finds the weights in the checkpoint that it had gone back to, and the data position in this file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.run.callbacks.base import Rewind
+from m3i_scale.run.files import write_json
+from m3i_scale.run.spike import Spike
+from m3i_scale.scale.checkpoint.commit import checkpoints, step_of, verify, withdraw
+from m3i_scale.scale.checkpoint.space import explain
+from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.together import from_rank_0
+
+REWINDS = "rewinds.json"
+
+
+class Rewinds:
+    """Those of one run so far, restarts included; the same on every rank."""
+
+    def __init__(self, output_dir: Path, *, anew: bool) -> None:
+        """Read the file; every rank makes one.
+
+        Args:
+            output_dir: of the run.
+            anew: the run starts at step 0, and rewinds of an earlier one that lay here do not count.
+        """
+        self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
+        self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(anew))
+
+    def _first(self, anew: bool) -> list[dict[str, Any]]:
+        if anew:
+            self._path.unlink(missing_ok=True)
+        return read_rewinds(self._path)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def data_states(self, checkpoint: Path) -> list[dict[str, Any]] | None:
+        """Where the data stood when the run last went back to `checkpoint`; None where it did not since it was
+        written."""
+        if checkpoint.parent.resolve() != self._root.resolve():
+            return None  # of another run
+        later = self._entries[int(read_meta(checkpoint).get("rewinds", 0)) :]
+        found = [entry["data"] for entry in later if entry["rewound_to"] == step_of(checkpoint)]
+        states: list[dict[str, Any]] | None = found[-1] if found else None
+        return states
+
+    def begin(
+        self, spike: Spike, data_state: dict[str, Any], *, batch_size: int, most: int
+    ) -> tuple[Path, Rewind] | None:
+        """Choose the checkpoint to go back to, note it, and withdraw those from after it. Every rank calls it.
+
+        A checkpoint of step s is good here if the loss of step s + 1, which its weights gave, was within the limit.
+
+        Args:
+            spike: what was confirmed.
+            data_state: this rank's position now, where the data will go on.
+            batch_size: samples of a step.
+            most: rewinds that are allowed.
+
+        Returns:
+            None where no verified checkpoint lies before the spike.
+        """
+        checkpoint: Path | None = from_rank_0(lambda: newest_before(self._root, spike.since - 1))
+        if checkpoint is None:
+            return None
+        to = step_of(checkpoint) or 0
+        rewind = Rewind(
+            rewound_from=spike.step,
+            rewound_to=to,
+            skipped_samples=(spike.step - to) * batch_size,
+            spike_since=spike.since,
+            loss=spike.loss,
+            limit=spike.limit,
+            number=len(self) + 1,
+            most=most,
+        )
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, data_state)
+        self._entries.append({**asdict(rewind), "data": states})
+        from_rank_0(self._note)
+        return checkpoint, rewind
+
+    def _note(self) -> None:
+        """The file first: from then on a restart withdraws what is left to withdraw."""
+        try:
+            write_json(self._path, self._entries)
+        except OSError as error:
+            raise explain(error, self._root) from None
+        finish_rewind(self._path.parent)
+
+
+def read_rewinds(path: Path) -> list[dict[str, Any]]:
+    """The entries of `rewinds.json`; [] where there is none.
+
+    Raises:
+        CheckpointError: it is not what was written.
+    """
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        for entry in entries:
+            int(entry["rewound_to"]), list(entry["data"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read which checkpoints the run went back to: {error}",
+            where=str(path),
+            why="the data would go on at the wrong place",
+            fix="restore the file; without it (remove it) a spike that was skipped may be met again",
+        ) from None
+    return entries
+
+
+def newest_before(root: Path, step: int) -> Path | None:
+    """The newest checkpoint below `step` that verifies. Reads every byte of it: call it on one rank."""
+    return next((path for path in checkpoints(root) if (step_of(path) or 0) < step and not verify(path)), None)
+
+
+def finish_rewind(output_dir: Path) -> None:
+    """Remove checkpoints of steps that the last rewind has undone. Again at every start: a kill may have come between.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    entries, root = read_rewinds(output_dir / REWINDS), output_dir / "checkpoints"
+    if not entries:
+        return
+    to = int(entries[-1]["rewound_to"])
+    found = checkpoints(root)
+    undone = [path for path in found if (step_of(path) or 0) > to and _rewinds_before(path) < len(entries)]
+    kept = [path for path in found if path not in undone]
+    if undone and kept:
+        withdraw(undone, kept[0])
+
+
+def _rewinds_before(checkpoint: Path) -> int:
+    """How many rewinds there had been; of a damaged checkpoint, which no resume takes, as if it were new."""
+    try:
+        return int(read_meta(checkpoint).get("rewinds", 0))
+    except (OSError, ValueError):
+        return 2**31

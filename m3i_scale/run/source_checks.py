@@ -1,0 +1,74 @@
+"""Settings of sources that say nothing in this run, or something else than was meant, refused before step 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.places import without_secrets
+from m3i_scale.data.remote import Access
+from m3i_scale.data.shards import read_label_sets
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.objective.recipe import Recipe
+
+
+def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None) -> None:
+    """Refuse settings of sources without effect, and targets that no source has left.
+
+    Args:
+        run: the run file.
+        recipe: of the run.
+        access: how servers are asked.
+
+    Raises:
+        ConfigError: names the source and the setting.
+    """
+    sources = run.data.sources
+    for name, source in sources.items():
+        where = f"data.sources.{name}"
+        if source.captions != "one" and not recipe.uses_text:
+            raise ConfigError(
+                f"`captions: {source.captions}` has no effect: the recipe has no text target", where=where
+            )
+        if not source.labels and not recipe.uses_categories:
+            raise ConfigError("`labels: false` has no effect: the recipe has no category target", where=where)
+        if source.label_set is not None and not recipe.uses_categories:
+            raise ConfigError("`label_set` has no effect: the recipe has no category target", where=where)
+        told = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
+        if told and not read_label_sets({name: source.model_copy(update={"labels": True})}, access):
+            raise ConfigError(
+                f"{told} has no effect: the source has no labels.json",
+                where=f"{where}: {without_secrets(source.shards)}",
+                fix="leave it out, or put labels.json, a list of class names, beside the shards",
+            )
+    if recipe.uses_text and all(source.captions == "none" for source in sources.values()):
+        raise ConfigError(
+            "the recipe has a text target, and every source has `captions: none`",
+            where="data.sources",
+            fix="read captions of some source, or take a recipe without a text target",
+        )
+    for name, source in run.data.validation.items():
+        idle = [key for key in ("epochs", "augment") if getattr(source, key) is not None]
+        idle += ["weight, as a schedule"] if isinstance(source.weight, list) else []
+        if idle:
+            raise ConfigError(
+                f"{idle[0]} has no effect: the same validation batches are read every time, without augmentation",
+                where=f"data.validation.{name}",
+            )
+
+
+def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    """Refuse label sets in another order: heads are numbered, so each would go on with the weights of another.
+
+    Raises:
+        CheckpointError: names the order that was.
+    """
+    if saved and now and set(saved) == set(now) and list(saved) != list(now):
+        raise CheckpointError(
+            f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
+            where=str(checkpoint),
+            why="every label set has a head of its own, by number; each would go on with the weights of another",
+            fix="write data.sources in the order in which the run began",
+        )

@@ -1,0 +1,64 @@
+"""Policies of activations by the command line: the same run, told at the start, or refused before step 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import TESTS, Job, environment, free_port
+from shapes import metrics, write_run
+
+POLICIES = {
+    "none": "none",
+    "selective": "selective",
+    "budget": "budget_0.00065",
+    "small": "budget_0.0001",
+    "offload": "offload",
+}
+
+
+@pytest.fixture(scope="module")
+def done(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("activations")
+    calls = []
+    for name, policy in POLICIES.items():
+        run_file = write_run(root / name, shards, "m3i", "optim.steps=3", f"backbone.activation_checkpointing={policy}")
+        calls.append({"arguments": ["train", str(run_file)]})
+    (root / "calls.json").write_text(json.dumps(calls))
+    (root / "results").mkdir()
+    script = [str(TESTS / "run" / "attempts.py"), str(root / "calls.json"), str(root / "results")]
+    job = Job([[sys.executable, *script]], [environment()], root / "logs", free_port())
+    assert job.wait(600) == [0], job.text()[-4000:]
+    results = {name: json.loads((root / "results" / f"{n}.json").read_text()) for n, name in enumerate(POLICIES)}
+    return results | {"root": root}
+
+
+def test_the_run_is_that_of_no_recomputation(done: dict[str, Any]) -> None:
+    """Counting a budget reads a batch, moves states and random numbers, and all of it is put back."""
+    figures = {name: metrics(done["root"] / name / "run.yaml") for name in ("none", "selective", "budget")}
+    assert sorted(figures["none"]) == [1, 2, 3]
+    assert figures["selective"] == figures["budget"] == figures["none"]
+
+
+def test_what_recomputes_is_told(done: dict[str, Any]) -> None:
+    assert "activations (none): no layer recomputes" in done["none"]["text"]
+    told = "activations (selective): 3 layers recompute: student.model.layers 0-1, text.model.encoder.layer 0"
+    assert told in done["selective"]["text"]
+    assert "of 3 layers recompute: student.model.layers 0" in done["budget"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("offload", "activation checkpointing 'offload' has no effect here"),
+        ("small", "activations do not fit into 0.0001 GiB even when every layer recomputes"),
+    ],
+)
+def test_what_cannot_hold_is_refused_before_step_1(done: dict[str, Any], name: str, words: str) -> None:
+    assert done[name]["code"] == 2, done[name]["text"]
+    assert words in done[name]["text"]
+    assert done[name]["traceback"] is None
+    assert not (done["root"] / name / "out" / "metrics.jsonl").exists()

@@ -1,0 +1,74 @@
+"""FLOPs of a step are counted without values, and are those of a step with values."""
+
+from collections.abc import Iterator
+
+import pytest
+import tiny
+import torch
+from tiny import LABEL_SETS, VOCABULARY, first_weights, tiny_run
+
+from m3i_scale.backbones.flops import count_flop
+from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.objective.build import build_objective
+from m3i_scale.run.flops import step_flop
+
+RECIPES = {name: (name,) for name in tiny.RECIPES} | {
+    "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
+    "m3i_eager": ("m3i", "backbone.attention_kernel=eager"),
+}
+
+
+def counted(name: str, *overrides: str) -> dict[str, float]:
+    run = tiny_run(*RECIPES[name], "optim.batch_size=8", *overrides)
+    return step_flop(run, LABEL_SETS, VOCABULARY)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_counting_without_values_gives_what_a_real_step_computes(name):
+    run = tiny_run(*RECIPES[name], "optim.batch_size=8")
+    objective = build_objective(run, LABEL_SETS, VOCABULARY)
+    first_weights(objective, 0)
+    image = objective.student.image_size
+    batch = synthetic_batch(
+        4, objective.recipe.views, image=image, tokens=run.text.max_tokens, classes=2, vocabulary=VOCABULARY
+    )
+
+    def step() -> None:
+        objective(batch)[0].backward()
+
+    real = count_flop(step)
+    assert counted(name)["model"] == 2 * real  # two micro-batches a step
+
+
+def test_parts_of_a_step():
+    parts = counted("m3i")
+    assert parts["model"] == sum(parts[name] for name in ("forward", "target", "decoder", "backward"))
+    assert min(parts[name] for name in ("forward", "target", "decoder", "backward", "text")) > 0
+    assert parts["recompute"] == 0
+
+
+def test_a_frozen_target_has_no_backward_pass():
+    without, parts = counted("supervised"), counted("byol")
+    assert without["target"] == 0
+    trained = parts["forward"] + parts["decoder"]
+    assert 1.8 * trained < parts["backward"] < 2.01 * trained
+
+
+def test_recomputed_layers_are_told_apart_from_the_model():
+    none, every, full = (
+        counted("supervised", f"backbone.activation_checkpointing={policy}") for policy in ("none", "every_2", "full")
+    )
+    assert none["model"] == every["model"] == full["model"]
+    assert 0 < every["recompute"] < full["recompute"] < full["forward"]
+    kept, moved, fitted = (
+        counted("supervised", f"backbone.activation_checkpointing={policy}")
+        for policy in ("selective", "offload", "budget_1")
+    )
+    assert 0 <= kept["recompute"] < full["recompute"]
+    assert moved["recompute"] == fitted["recompute"] == full["recompute"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_on_the_meta_device() -> Iterator[None]:
+    yield
+    assert torch.empty(1).device.type != "meta"

@@ -1,0 +1,51 @@
+"""What a run does once: it sets which layers recompute, and reads a teacher for its hash."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import LABEL_SETS, tiny_objective, tiny_run
+
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run import setup
+from m3i_scale.run.activations import set_activations
+from m3i_scale.run.setup import Plan, check_resume, meta_of, run_yaml
+from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.scale.ds_config import Resolved
+
+CONFIG = {
+    "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1, "torch_adam": True}},
+}
+
+
+def test_what_recomputes_is_set_when_the_engine_starts_and_then_only_told() -> None:
+    objective = tiny_objective("m3i")
+    apply_activation_checkpointing(objective, "full")
+    kept = object()
+    for layer in objective.student.layers:
+        layer._gradient_checkpointing_func = kept
+    run = tiny_run("m3i", "backbone.activation_checkpointing=full")
+    told = set_activations(run, SimpleNamespace(module=objective), None)
+    assert told == "activations (full): 3 layers recompute: student.model.layers 0-1, text.model.encoder.layer 0"
+    assert all(layer._gradient_checkpointing_func is kept for layer in objective.student.layers)
+
+
+def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reads: list[Any] = []
+    monkeypatch.setattr(setup, "teacher_sha256", lambda recipe: reads.append(recipe) or "0" * 64)
+    run = tiny_run("dense_distillation")
+    plan = Plan(run, parse_recipe(run.recipe), LABEL_SETS, None, Resolved(CONFIG, [], "test"), 32, 1)
+    metas = [meta_of(plan, step=step, world_size=1) for step in (1, 2, 3)]
+    (tmp_path / "meta.json").write_text(json.dumps(metas[0]))
+    (tmp_path / "run.yaml").write_text(run_yaml(run))
+    check_resume(plan, tmp_path, 1)
+    assert len(reads) == 1
+    assert all(meta["identity"]["teacher_sha256"] == "0" * 64 for meta in metas)
+    check_resume(replace(plan), tmp_path, 1)  # another run has its own
+    assert len(reads) == 2

@@ -1,0 +1,416 @@
+"""`m3i-scale plan`: from a run file to memory, traffic and time."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import LABEL_SETS, MAPS, VOCABULARY, random_batch, tiny_objective, tiny_overrides, tiny_run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
+
+from m3i_scale.backbones.flops import count_flop
+from m3i_scale.cli import app
+from m3i_scale.config import known_recipes, known_runs, load_run
+from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.build import build_objective, initialize_module
+from m3i_scale.report.plan_table import plan_table
+from m3i_scale.run.plan_costs import Costs
+from m3i_scale.run.plan_search import nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
+from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
+from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.scale.checkpoint.state import buffers_of
+from m3i_scale.scale.ds_config import load_ds_config
+from m3i_scale.scale.partition import initialize_sharded
+from m3i_scale.scale.plan.counts import numel_of
+from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.trace import scaled
+
+DEEP_VIT = (
+    "backbone.config={hidden_size: 64, num_hidden_layers: 8, num_attention_heads: 2, intermediate_size: 128, "
+    "image_size: 64, patch_size: 8}",
+)
+DEEP_MAPS = (MAPS[0], MAPS[1].replace("depths: [1, 1, 2, 1]", "depths: [4, 4, 4, 1]"))
+SMALL = ("optim.batch_size=64", "optim.micro_batch_size=4")
+
+
+def model_of(recipe: str, *overrides: str, world: int = 2) -> Model:
+    return Model(tiny_run(recipe, *SMALL, *overrides), Vocabulary(LABEL_SETS, VOCABULARY, ()), world, "fp32")
+
+
+def machine(memory_gib: float = 4.0, nodes: int = 1, ranks: int = 2, name: str = "h100"):
+    return machine_of(name, nodes=nodes, ranks_per_node=ranks, memory_gib=memory_gib, mfu=0.4, workspace_gib=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["m3i", "clip", "sim", "mae"])
+def test_flops_on_meta_are_those_of_a_real_step(recipe):
+    run = tiny_run(recipe, "text.max_tokens=8") if recipe in ("m3i", "clip") else tiny_run(recipe)
+    batch = random_batch(4)
+    objective = tiny_objective(recipe)
+
+    def step() -> None:
+        objective(batch)[0].backward()
+
+    counted = Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, "fp32").trace("none", 4).flop
+    assert counted == pytest.approx(count_flop(step), rel=0.02)
+
+
+def test_saved_bytes_are_what_autograd_really_saves():
+    """Against the hooks of a real pass: storages that are no parameters, each once."""
+    objective = tiny_objective("mae")
+    batch = random_batch(4)
+    own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = objective(batch)
+    saved = Model(tiny_run("mae"), Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, "fp32").trace("none", 4).saved_bytes
+    del loss
+    assert sum(found.values()) == pytest.approx(saved, rel=0.1)
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes that storages of a real pass take at a time."""
+
+    def __init__(self, there: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.alive = {tensor.untyped_storage()._cdata for tensor in there}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.alive:
+                self.meet(leaf.untyped_storage())
+        return output
+
+    def meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.alive.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def end() -> None:
+            self.alive.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, end)
+
+
+@pytest.mark.parametrize(("backbone", "more"), [(DEEP_VIT, 0.1), (DEEP_MAPS, 0.3)], ids=["vit", "maps"])
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_the_most_live_bytes_are_those_of_a_real_pass(backbone, more, policy):
+    """Whatever the garbage collector does: what a layer recomputed is gone before the next one recomputes.
+
+    On `meta` a bag counts one number an index more than on a host, as it does on a GPU.
+    """
+    run = tiny_run("supervised", *SMALL, *backbone)
+    objective = build_objective(run, LABEL_SETS, None).train()
+    batch = synthetic_batch(4, objective.recipe.views, image=64, tokens=8, classes=3, vocabulary=VOCABULARY)
+    there = [*objective.parameters(), *objective.buffers()]
+    there += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    initialize_sharded(objective, initialize_module, seed=0)
+    apply_activation_checkpointing(objective, policy)
+    for parameter in objective.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    gc.collect()
+    gc.disable()
+    try:
+        with _Live(there) as real:
+            objective(batch)[0].backward()
+        trace = Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, "fp32").trace(policy, 4)
+    finally:
+        gc.enable()
+    ledger, held = Ledger(heap=False), {}
+    for event in trace.events:
+        if event.kind == "take":
+            held[event.number] = ledger.take("", event.size)
+        elif event.kind in ("give", "gradient") and event.number in held:
+            ledger.give(held.pop(event.number))
+    assert 0.9 * real.peak <= ledger.peak <= (1 + more) * real.peak
+
+
+@pytest.mark.parametrize("recipe", ["m3i", "supervised", "clip"])
+def test_recomputation_saves_activations_and_costs_arithmetic(recipe):
+    model = model_of(recipe)
+    none, every, full = (model.trace(policy, 4) for policy in ("none", "every_2", "full"))
+    assert none.saved_bytes > every.saved_bytes > full.saved_bytes
+    assert none.flop < every.flop < full.flop
+
+
+def test_larger_micro_batches_take_more_activations():
+    model = model_of("m3i")
+    sizes = [model.trace("none", size).saved_bytes for size in (2, 3, 4, 8)]
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("recipe", ["m3i", "sim"])
+def test_a_large_micro_batch_follows_from_two_small_ones(recipe):
+    model = model_of(recipe)
+    one, two, wanted = (model.trace("full", size) for size in (2, 4, 12))
+    guessed = scaled(one, two, 2, 12)
+    assert guessed is not None
+    assert guessed.saved_bytes == pytest.approx(wanted.saved_bytes, rel=0.02)
+    assert guessed.flop == pytest.approx(wanted.flop, rel=0.02)
+
+
+def test_everything_that_is_taken_is_given_back():
+    events = model_of("m3i").trace("every_2", 4).events
+    taken = {e.number for e in events if e.kind == "take"}
+    given = {e.number for e in events if e.kind in ("give", "gradient")}
+    assert len(taken - given) < 20  # what the objective remembers, and the loss
+    assert sum(e.kind == "keep" for e in events) == sum(e.kind == "drop" for e in events)
+
+
+def test_more_ranks_take_less_under_zero_3():
+    peaks = []
+    for ranks in (2, 4, 8):
+        run = tiny_run("supervised", *SMALL)
+        model = Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), ranks, "bf16")
+        peaks.append(estimate(model, machine(ranks=ranks), Choice("zero3_bf16", "none", 4)).peak_bytes)
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_document_has_its_keys_and_adds_up():
+    document = plan_run(tiny_run("m3i", *SMALL), machine(), tokens=VOCABULARY, samples=640).document()
+    assert {"peak_gib_per_rank", "parts", "step_time_s", "comm_gib_per_step", "suggestion"} <= document.keys()
+    assert sum(document["parts"].values()) == pytest.approx(document["peak_gib_per_rank"])
+    assert document["assumed"] == ["1000 classes"]
+    assert document["days"] * 86400 == pytest.approx(10 * document["step_time_s"])
+    assert document["suggestion"]["peak_gib_per_rank"] <= 4.0
+    json.dumps(document)
+
+
+def test_a_suggestion_can_be_taken(tmp_path):
+    found = plan_run(tiny_run("sim", *SMALL), machine(), samples=None)
+    path = tmp_path / "not there yet" / "suggested.json"
+    overrides = write_deepspeed(found, path).replace(f"deepspeed={path} ", "").split()
+    assert overrides == found.document()["suggestion"]["overrides"][1:]
+    overrides.append(f"deepspeed={path}")
+    again = plan_run(tiny_run("sim", *SMALL, *overrides), machine(), samples=None)
+    assert again.own.peak_bytes == found.suggestion.peak_bytes
+    assert "auto" not in load_ds_config(str(path))["zero_optimization"].values()
+
+
+def test_a_suggestion_is_never_slower_than_a_run_that_fits():
+    """Micro-batches are all that divide the batch, not powers of two alone."""
+    run = tiny_run("supervised", "optim.batch_size=24", "optim.micro_batch_size=12", "deepspeed=zero3_bf16")
+    found = plan_run(run, machine(), samples=None)
+    assert found.fits
+    assert found.suggestion.choice.micro_batch == 12
+    assert found.suggestion.step_s <= found.own.step_s * 1.001
+
+
+@pytest.mark.parametrize("file", ["zero1_cpu_fp32", "zero3_cpu", "zero3_cpu_fp32", "zero3_cpu_lean"])
+def test_files_for_hosts_are_not_suggested_for_gpus(file):
+    run = tiny_run("sim", *SMALL, f"deepspeed={file}")
+    found = plan_run(run, machine(), samples=None)
+    assert found.own.choice.deepspeed == file
+    assert "_cpu" not in found.suggestion.choice.deepspeed.replace("_cpu_offload", "")
+    assert found.suggestion.settings.precision == "bf16"
+    on_hosts = plan_run(run, machine(name="cpu"), samples=None)
+    assert "_cpu" in on_hosts.suggestion.choice.deepspeed
+
+
+def test_offloading_is_suggested_where_nothing_else_fits():
+    """What it costs in time is not counted."""
+    found = plan_run(tiny_run("sim", *SMALL, "deepspeed=zero3_bf16_cpu_offload"), machine(), samples=None)
+    assert found.own.host_parts["optimizer"] > 0
+    assert "optimizer" not in found.suggestion.host_parts
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("zero_quantized_gradients", True), ("offload_optimizer", {"device": "cpu", "ratio": 0.5})]
+)
+def test_what_is_not_counted_is_refused(tmp_path, key, value):
+    raw = load_ds_config("zero3_bf16_cpu_offload")
+    raw["zero_optimization"][key] = value
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=f"does not count 'zero_optimization.{key}"):
+        plan_run(tiny_run("sim", *SMALL, f"deepspeed={path}"), machine(), samples=None)
+
+
+def test_a_save_in_the_background_is_planned_and_one_in_the_foreground_takes_nothing():
+    """On hosts at the peak; beside accelerators in host memory, a rank and a node."""
+    runs = {way: tiny_run("sim", *SMALL, f"checkpoint.background={way}") for way in ("true", "false")}
+    gpu, none = (plan_run(runs[way], machine(), samples=None).document() for way in ("true", "false"))
+    assert gpu["host_parts"]["snapshot"] > 0
+    assert "snapshot" not in none["host_parts"]
+    assert gpu["parts"] == none["parts"]
+    assert sum(gpu["host_parts"].values()) == pytest.approx(gpu["host_gib_per_rank"])
+    assert gpu["host_gib_per_node"] == pytest.approx(2 * gpu["host_gib_per_rank"])
+    host, less = (plan_run(runs[way], machine(name="cpu"), samples=None).document() for way in ("true", "false"))
+    # Pools are a device's; a host has the bytes themselves: 12 a trained parameter, 4 an averaged one.
+    numel = host["parameters"]
+    wanted = (12 * numel["trained"] + 4 * numel["momentum"]) / 2 / 2**30
+    assert host["parts"]["snapshot"] == pytest.approx(wanted, rel=1e-3)
+    assert "snapshot" not in less["parts"]
+    assert host["peak_gib_per_rank"] > less["peak_gib_per_rank"]
+
+
+def test_workers_and_buffers_are_counted():
+    document = plan_run(tiny_run("sim", *SMALL, "data.workers=2"), machine(), samples=None).document()
+    assert document["host_parts"]["batches of workers"] == pytest.approx(2 * 4 * 2 * 3 * 32**2 / 2**30)
+    kept = buffers_of(tiny_objective("densecl"))
+    assert model_of("densecl").remembered_bytes == sum(buffer.nbytes for buffer in kept.values()) > 0
+
+
+def test_a_host_without_the_memory_is_refused_with_what_would_do():
+    run = tiny_run("sim", *SMALL)
+    needed = plan_run(run, machine(), samples=None)
+    node, copies = needed.own.host_of_node(needed.machine), 2 * needed.own.host_parts["snapshot"]
+    tight = replace(machine(), host_memory_gib=(node - copies / 2) / 2**30)
+    found = plan_run(run, tight, samples=None)
+    assert not found.fits
+    with pytest.raises(ConfigError, match="into host memory") as fault:
+        refuse_hopeless(found)
+    assert "checkpoint.background=false" in fault.value.fix
+    assert plan_run(tiny_run("sim", *SMALL, "checkpoint.background=false"), tight, samples=None).fits
+    with pytest.raises(ConfigError, match="into host memory") as fault:
+        refuse_hopeless(plan_run(run, replace(machine(), host_memory_gib=0.1), samples=None))
+    assert "checkpoint.background" not in fault.value.fix
+
+
+def test_failures_storage_and_money_are_in_the_plan():
+    run = tiny_run("sim", *SMALL, "checkpoint.every_steps=50")
+    costs = Costs(mtbf_hours=1_000, save_s=0.5, storage_gb_s=1e-4, dollars_per_gpu_hour=2.0)
+    found = plan_run(run, machine(nodes=2), samples=10**9, costs=costs)
+    document, numel = found.document(), numel_of(found.model.parameters, "trained")
+    averaged = numel_of(found.model.parameters, "momentum")
+    size = 12 * numel + 4 * averaged + found.model.remembered_bytes
+    assert document["checkpoint"] == {"gib": size / 2**30, "write_s": pytest.approx(size / 1e5)}
+    failures = document["failures"]
+    assert failures["mtbf_hours_job"] == 500
+    assert failures["interval_s"] >= document["checkpoint"]["write_s"] - document["step_time_s"]
+    assert failures["own_every_steps"] == 50
+    assert failures["lost_share"] <= failures["own_lost_share"]
+    own_s, write_s = 50 * document["step_time_s"], document["checkpoint"]["write_s"]
+    assert own_s < write_s  # then every save waits for the one before it
+    assert failures["own_lost_share"] > 1 - own_s / write_s
+    assert failures["days"] == pytest.approx(document["days"] / (1 - failures["lost_share"]))
+    assert document["dollars"] == pytest.approx(2 * failures["gpu_hours"])
+    without = plan_run(run, machine(), samples=640).document()
+    assert (without["failures"], without["dollars"], without["checkpoint"]["write_s"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        (Costs(save_s=1.0), "--save-s has no effect"),
+        (Costs(restart_s=1.0), "--restart-s has no effect"),
+        (Costs(mtbf_hours=1_000), "needs --save-s"),
+        (Costs(mtbf_hours=1_000, storage_gb_s=1.0), "needs --save-s"),
+    ],
+)
+def test_costs_that_say_too_little_are_refused(costs, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_run(tiny_run("sim", *SMALL), machine(), samples=None, costs=costs)
+
+
+def test_a_save_in_the_foreground_stops_the_run_for_as_long_as_it_writes():
+    run = tiny_run("sim", *SMALL, "checkpoint.background=false")
+    costs = Costs(mtbf_hours=1_000, storage_gb_s=1e-3)
+    document = plan_run(run, machine(), samples=640, costs=costs).document()
+    assert document["failures"]["stall_s"] == document["checkpoint"]["write_s"]
+
+
+@pytest.mark.parametrize("option", ["--tflops-per-gpu", "--intra-gb-s", "--inter-gb-s"])
+def test_a_rate_of_nothing_is_refused(option):
+    refused = CliRunner().invoke(app, ["plan", "m3i", option, "0"])
+    assert refused.exit_code == 2
+    assert "Invalid value" in refused.output
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would():
+    needed = plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(), samples=None).own.peak_bytes / 2**30
+    tight = plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(memory_gib=needed * 0.75), samples=None)
+    assert not tight.fits
+    with pytest.raises(ConfigError, match="does not fit") as fault:
+        refuse_hopeless(tight)
+    assert fault.value.fix
+
+
+def test_more_nodes_are_named_with_sizes_that_divide():
+    run = tiny_run("m3i", *SMALL, "deepspeed=zero3_bf16")
+    needed = plan_run(run, machine(memory_gib=1e-3), samples=None)
+    found = nodes_that_fit(needed.model, machine(memory_gib=needed.own.peak_bytes / 2**30 * 0.6), needed.own.choice)
+    nodes, batch, micro_batch = found
+    sizes = (f"optim.batch_size={batch}", f"optim.micro_batch_size={micro_batch}", "deepspeed=zero3_bf16")
+    room = machine(memory_gib=needed.own.peak_bytes / 2**30 * 0.6, nodes=nodes)
+    assert plan_run(tiny_run("m3i", *sizes), room, samples=None).fits
+
+
+@pytest.mark.parametrize(("limit", "said"), [(4.1, "leave more room"), (8.0, "fits"), (3.9, "does not fit")])
+def test_a_plan_near_the_limit_says_so(limit, said):
+    document = plan_run(tiny_run("sim", *SMALL), machine(), samples=None).document()
+    printed = Console(width=200, record=True, file=io.StringIO())
+    printed.print(plan_table(document | {"peak_gib_per_rank": 4.0, "memory_gib": limit, "fits": limit > 4}))
+    assert said in printed.export_text().splitlines()[0]
+
+
+def test_batch_arithmetic_and_heads_are_refused():
+    with pytest.raises(ConfigError, match="accumulation"):
+        plan_run(tiny_run("m3i", "optim.batch_size=10", "optim.micro_batch_size=4"), machine(), samples=None)
+    bad = tiny_run(
+        "sim",
+        *SMALL,
+        "recipe.decoders.dense.width=36",
+        "recipe.decoders.dense.heads=null",
+        "backbone.config.num_attention_heads=3",
+    )
+    with pytest.raises(ConfigError, match="heads"):
+        plan_run(bad, machine(), samples=None)
+
+
+def test_the_command_prints_a_table_and_refuses_with_its_numbers():
+    options = ["--gpus-per-node", "2", "--vocabulary", "50", "--workspace-gib", "0.01", "--host-memory-gib", "64"]
+    options += ["--mtbf-hours", "1000", "--save-s", "1", "--dollars-per-gpu-hour", "2"]
+    given = [*tiny_overrides("m3i"), *SMALL]
+    shown = CliRunner().invoke(app, ["plan", "m3i", *given, *options, "--memory-gib", "4"])
+    assert shown.exit_code == 0, shown.output
+    assert "at the peak" in shown.output
+    assert "on 2 ranks: " in shown.output
+    assert "a rank reaches 0.4 of 989 TFLOP/s (--mfu)" in shown.output
+    assert "in host memory: snapshot" in shown.output
+    assert "of 64" in shown.output
+    assert "Young/Daly" in shown.output
+    assert "dollars" in shown.output
+    refused = CliRunner().invoke(
+        app,
+        [
+            "plan",
+            "m3i",
+            *given,
+            *options,
+            "--memory-gib",
+            "0.1",
+            "text.max_tokens=16",
+            "backbone.config.hidden_size=2048",
+            "backbone.config.intermediate_size=8192",
+        ],
+    )
+    assert isinstance(refused.exception, ConfigError)
+    assert "does not fit" in refused.output
+
+
+def test_sizes_of_a_recipe_are_found_by_name_and_are_no_recipes():
+    assert "m3i_vit_g14" in known_runs()
+    assert "m3i_vit_g14" not in known_recipes()
+    run = load_run("m3i_vit_g14")
+    assert run.recipe == load_run("m3i").recipe
+    assert run.backbone.preset == "vit-g/14"

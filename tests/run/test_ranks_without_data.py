@@ -1,0 +1,101 @@
+"""Data that fail on one rank end the run on every rank, with one message: no rank waits for one that has left."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launch import Job
+from shapes import metrics, train, write_run
+
+from m3i_scale.data.index import scan_shard
+from m3i_scale.data.order import deal
+
+STREAMS, WORLD = 4, 2
+BAD_LABEL = b"99"
+
+
+def relabel(shard: Path, is_bad: Callable[[int], bool]) -> None:
+    """Give samples a label that the label set does not have."""
+    with tarfile.open(shard) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    labels = [name for name, _ in members if name.endswith(".cls")]
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            content = BAD_LABEL if name in labels and is_bad(labels.index(name)) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def bad_on_the_last_rank(shards: Path, copy: Path, split: str, is_bad: Callable[[int], bool]) -> Path:
+    """A copy of the shards in which only streams of the last rank meet bad samples."""
+    shutil.copytree(shards, copy)
+    paths = sorted((copy / split).glob("*.tar"))
+    dealt = deal([len(scan_shard(path)) for path in paths], STREAMS, split)
+    for stream in range(STREAMS // WORLD, STREAMS):
+        for number in dealt[stream]:
+            relabel(paths[number], is_bad)
+    shutil.rmtree(copy / split / "index", ignore_errors=True)
+    return copy
+
+
+def told_by_rank_0(job: Job) -> str:
+    """What rank 0 says. The others say in one line that they end."""
+    logs = [job.log(rank).read_text() for rank in range(WORLD)]
+    assert "Traceback" not in "".join(logs)
+    for rank, log in enumerate(logs[1:], start=1):
+        (line,) = [line for line in log.splitlines() if f"[rank {rank}]" in line]
+        assert re.search(r"error: .* \(rank 0 tells more\)$", line)
+        assert "fix:" not in log
+    return logs[0]
+
+
+@pytest.mark.parametrize(
+    ("split", "is_bad", "steps_done", "says"),
+    [
+        ("train", lambda number: number % 3 == 0, range(1, 12), "more than data.max_bad_fraction = 0.05"),
+        ("val", lambda number: True, [2], "label out of range"),  # a first batch, which nothing can stand in for
+    ],
+    ids=["in the middle", "first batch of validation"],
+)
+def test_all_ranks_end_with_the_error_of_one(tmp_path, shards, split, is_bad, steps_done, says):
+    copy = bad_on_the_last_rank(shards, tmp_path / "copy", split, is_bad)
+    run_file = write_run(
+        tmp_path / "run",
+        copy,
+        "supervised",
+        "optim.batch_size=32",  # two micro-batches a step
+        "optim.micro_batch_size=8",
+        "optim.steps=12",
+        f"data.validation.val.shards={copy / 'val'}",
+        "evaluation.every_steps=2",
+        "evaluation.batches=2",
+    )
+    job = train(run_file, world=WORLD)
+    assert job.wait() == [2, 2], job.text()[-4000:]
+    told = told_by_rank_0(job)
+    assert says in told
+    assert re.search(r"\d+ × label out of range", told)
+    assert "where: rank 1" in told or split == "train"  # which all ranks may judge before one is sure by itself
+    assert max(metrics(run_file)) in steps_done
+
+
+def test_what_rank_0_cannot_open_ends_the_ranks_that_wait_for_it(tmp_path, shards):
+    """The others wait for its indices, up to an hour: the limit of the test is the time that they have to know."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    shutil.rmtree(copy / "train" / "index")
+    shard = sorted((copy / "train").glob("*.tar"))[2]
+    shard.write_bytes(shard.read_bytes()[:900])
+    job = train(write_run(tmp_path / "run", copy, "supervised"), world=WORLD)
+    assert job.wait() == [2, 2], job.text()[-4000:]
+    told = told_by_rank_0(job)
+    assert "where: rank 0" in told
+    assert shard.name in told
+    assert "filled in for" not in told  # no tables about the engine above it

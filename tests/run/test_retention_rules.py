@@ -1,0 +1,109 @@
+"""Rules of `checkpoint` in a run file: refused where they can have no effect; figures that they may name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import RECIPES, random_batch, tiny_objective
+
+from m3i_scale.config import load_run
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.begin import _hold
+from m3i_scale.run.retention import LimitTold, check_retention, evaluated_figures, evaluations, rules_and_metrics
+from m3i_scale.scale.checkpoint.commit import begin, commit, step_name, temporary_for
+from m3i_scale.scale.checkpoint.pruning import Pruned, prune
+from m3i_scale.scale.checkpoint.retention import LAST_GOOD, Best, Rules
+
+EVALUATES = ("optim.steps=3000", "optim.warmup_steps=10", "evaluation.every_steps=1000")
+BEST = "checkpoint.keep_best={metric: evaluation/text/loss}"
+
+
+def check(*overrides: str) -> None:
+    run = load_run("m3i", [*EVALUATES, *overrides])
+    check_retention(run, parse_recipe(run.recipe))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (BEST,),
+        (BEST, "evaluation.every_steps=1500"),  # at the last step
+        (BEST, "checkpoint.keep_every_steps=1500"),
+        (BEST, "checkpoint.keep_every_steps=1000", "checkpoint.max_gib=1"),
+        ("checkpoint.keep_every_steps=3000",),
+        ("checkpoint.keep_every_steps=700", "optim.steps=7000"),
+    ],
+)
+def test_rules_with_an_effect_are_taken(overrides: tuple[str, ...]) -> None:
+    check(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("checkpoint.keep_every_steps=700",), "no checkpoint is of a multiple of 700 steps"),
+        (("checkpoint.keep_every_steps=4000",), "no checkpoint is of a multiple of 4000 steps"),
+        ((BEST, "evaluation.every_steps=0"), "the run evaluates nothing"),
+        ((BEST, "evaluation.every_steps=700"), "no checkpoint is of a step that is evaluated"),
+        ((BEST, "checkpoint.keep_every_steps=500"), "keeps every checkpoint that is evaluated"),
+        (("checkpoint.keep_best={metric: val/loss}",), r"'val/loss'[\s\S]*did you mean 'evaluation/loss'"),
+        (("checkpoint.keep_best={metric: evaluation/txt/loss}",), r"did you mean 'evaluation/text/loss'"),
+        (("checkpoint.keep_best={metric: text/loss}",), r"did you mean '?evaluation/"),
+    ],
+)
+def test_rules_without_an_effect_are_refused(overrides: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(*overrides)
+    assert re.search(says, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@torch.no_grad()
+def test_an_evaluation_writes_the_figures_that_a_rule_may_name(recipe: str) -> None:
+    objective = tiny_objective(recipe).eval()
+    _, figures = objective(random_batch(4))
+    written = {f"evaluation/{name}" for name in ["loss", *figures] if not name.endswith("/weight")}
+    assert written == evaluated_figures(objective.recipe)
+
+
+def test_rules_of_a_run_file_and_figures_where_they_are_asked_for(tmp_path: Path) -> None:
+    lines = [{"kind": "evaluation", "step": 10, "evaluation/text/loss": loss} for loss in (2.0, 1.5)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    plain = load_run("m3i", ["checkpoint.max_gib=0.5", "checkpoint.keep_every_steps=5"]).checkpoint
+    assert rules_and_metrics(plain, tmp_path) == (Rules(2, 5, None, 2**29), {})
+    best = load_run("m3i", [BEST]).checkpoint
+    rules = Rules(2, None, Best("evaluation/text/loss"))
+    assert rules_and_metrics(best, tmp_path) == (rules, {10: {"evaluation/text/loss": 1.5}})  # the last one
+    assert evaluations(tmp_path / "nowhere") == {}
+
+
+def test_a_limit_below_one_checkpoint_is_told_once() -> None:
+    told: list[str] = []
+    limit = LimitTold()
+    limit.tell(Pruned({Path("a"): ["latest 1 of 1"]}, []), told.append)
+    for _ in range(2):
+        limit.tell(Pruned({Path("a"): ["latest 1 of 1", LAST_GOOD]}, []), told.append)
+    assert told == ["checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept"]
+
+
+def test_a_run_that_branches_off_holds_the_checkpoint_of_the_other_run(tmp_path: Path) -> None:
+    root = tmp_path / "other" / "checkpoints"
+    for step in (1, 2):
+        final = root / step_name(step)
+        (begin(final) / "meta.json").write_text("{}")
+        commit(final, temporary_for(final), {})
+    run = load_run("m3i", [f"output_dir={tmp_path / 'new'}"])
+    own = run.model_copy(update={"output_dir": tmp_path / "other"})
+    with contextlib.ExitStack() as stack:
+        _hold(root / step_name(1), run, stack)
+        assert prune(root, Rules()).in_use == [root / step_name(1)]
+        stack.close()  # as the trainer does once it has loaded
+        _hold(root / step_name(1), own, stack)  # under the run's own lock
+        assert prune(root, Rules()).removed == [root / step_name(1)]

@@ -1,0 +1,121 @@
+"""Two ranks: sources that come to an end, are told in the metrics, and change on purpose at a resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import count
+from pathlib import Path
+
+import pytest
+from shapes import metrics, train, write_run
+
+from m3i_scale.config import load_run
+from m3i_scale.data.loader import merge_states
+from m3i_scale.errors import CheckpointError, DataError
+from m3i_scale.run import supply
+from m3i_scale.run.setup import check_resume, make_plan
+from m3i_scale.scale.ds_rules import precision
+
+WAIT_S = 600
+
+
+def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_path: Path) -> None:
+    both = {
+        "shapes": {"shards": str(shards / "train"), "epochs": 1, "weight": 2},
+        "val": {"shards": str(shards / "val"), "epochs": 1},
+    }
+    sources = json.dumps(both)
+    run_file = write_run(tmp_path, shards, "mae", f"data.sources={sources}", "optim.steps=30")
+    job = train(run_file, world=2)
+    assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
+    told = re.search(r"the sources are exhausted after step (\d+) of 30", job.text())
+    assert told, job.text()[-4000:]
+    end = int(told[1])
+    assert 8 <= end <= 12  # 96 samples in batches of 8, of streams that are not quite equal
+    assert re.search(rf"the sources end after step {end} of 30", job.text())  # said before step 1: no sample is bad
+    lines = metrics(run_file)
+    assert sorted(lines) == list(range(1, end + 1))
+    first = lines[1]
+    assert first["source/shapes/share"] + first["source/val/share"] == pytest.approx(1)
+    assert first["source/shapes/recent_asked"] == pytest.approx(2 / 3)
+    for line in lines.values():
+        assert line["source/shapes/share"] == pytest.approx(line["source/shapes/asked"], abs=0.5)
+    assert lines[end]["source/val/epoch"] == pytest.approx(1, abs=0.2)
+    newest = tmp_path / "out" / "checkpoints" / f"step-{end:08d}"
+    states = [json.loads(file.read_text()) for file in sorted((newest / "data").glob("rank-*.json"))]
+    assert {stream["taken"] for stream in merge_states(states)["streams"].values()} == {2 * end}
+
+    on = [f"data.sources={{shapes: {{shards: {shards / 'train'}}}}}", f"optim.steps={end + 2}"]
+    job = train(run_file, *on, "data.changed_sources=[shapes, val]", world=2, logs="on")
+    assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
+    assert re.search(r"source val: removed \(\d+ shards, \d+ samples\)", job.text())
+    assert "source shapes: epochs was 1, is None; weight was 2.0, is 1.0" in job.text()
+    assert sorted(metrics(run_file)) == list(range(1, end + 3))
+
+
+class Ends:
+    """A stream of a few micro-batches, and its state."""
+
+    ends = True
+
+    def __init__(self, batches: int) -> None:
+        self.at, self.batches = 0, batches
+
+    def __iter__(self):
+        while self.at < self.batches:
+            self.at += 1
+            yield self.at
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize(("batches", "others", "steps"), [(9, 4, 4), (8, 4, 4), (7, 4, 3), (9, 2, 2)])
+def test_all_ranks_end_at_the_same_whole_step(monkeypatch, batches, others, steps) -> None:
+    """This rank has so many micro-batches, two to a step, and the other ranks whole steps."""
+    stream, asked = Ends(batches), count(1)
+    monkeypatch.setattr(supply, "agree", lambda ended, failed: (ended or next(asked) > others, failed))
+    batches_of = supply.Supply(stream, iter(stream), 2)
+    taken = []
+    while not batches_of.ended():
+        taken += [next(batches_of), next(batches_of)]
+    assert taken == list(range(1, 2 * steps + 1))
+    assert stream.at == 2 * steps  # what it was after the last whole step
+
+
+def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
+    """Also the ranks that have all they need, and before anybody is told that the sources are exhausted."""
+
+    def fails():
+        yield 1
+        raise DataError("the shard is gone")
+
+    votes = []
+    monkeypatch.setattr(supply, "agree", lambda *flags: votes.append(flags) or flags)
+    with pytest.raises(DataError, match="the shard is gone"):
+        supply.Supply(Ends(9), fails(), 2).ended()
+    assert votes == [(True, True)]
+
+
+def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -> None:
+    def plan(*names: str):
+        own = ", ".join(f"{name}: {{shards: {shards / name}}}" for name in names)
+        run_file = write_run(tmp_path, shards, "supervised", f"data.sources={{{own}}}")
+        return make_plan(load_run(str(run_file)), 1)
+
+    one, other = plan("train", "val"), plan("val", "train")
+    meta = {
+        "identity": one.identity,
+        "world_size": 1,
+        "zero_stage": 3,
+        "step": 2,
+        "precision": precision(one.deepspeed.config),
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    check_resume(one, tmp_path, 1)
+    with pytest.raises(CheckpointError, match="another order than those of the checkpoint: train, val"):
+        check_resume(other, tmp_path, 1)

@@ -1,0 +1,153 @@
+"""When a loss is a spike, what a restart knows of it, and settings that would make no sense."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import tiny_run
+
+from m3i_scale.config import SpikeConfig, load_run
+from m3i_scale.errors import ConfigError
+from m3i_scale.run.guard import check_guard, check_guard_room
+from m3i_scale.run.spike import Spike, SpikeWatch
+
+CONFIG = SpikeConfig(z=8, window=16, min_history=8, patience=3)
+
+
+def feed(watch: SpikeWatch, losses: Iterable[float], start: int = 1) -> list[Spike]:
+    found = [watch.add(step, loss) for step, loss in enumerate(losses, start)]
+    return [spike for spike in found if spike is not None]
+
+
+def noise(count: int, level: float = 5.0, seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    return [level + draw.gauss(0, 0.05) for _ in range(count)]
+
+
+def test_the_limit_is_that_of_the_formula() -> None:
+    watch = SpikeWatch(CONFIG)
+    feed(watch, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert watch.limit() is None  # seven of eight
+    feed(watch, [8.0])
+    assert watch.limit() == (4.5, pytest.approx(4.5 + 8 * 1.4826 * 2.0))
+
+
+def test_so_many_in_a_row_make_a_spike_which_is_told_once() -> None:
+    watch = SpikeWatch(CONFIG)
+    assert feed(watch, noise(20)) == []
+    assert feed(watch, [9.0, 9.0, 5.0, 9.0, 9.0], 21) == []  # never three
+    (spike,) = feed(watch, [9.0] * 6, 26)
+    # The row began with the last two of those before.
+    assert (spike.step, spike.since, spike.loss) == (26, 24, 9.0)
+    assert 5.0 < spike.limit < 6.0
+
+
+def test_a_level_that_stays_becomes_the_normal_one_and_is_judged_again() -> None:
+    watch = SpikeWatch(CONFIG)
+    feed(watch, noise(20))
+    assert len(feed(watch, noise(40, 9.0), 21)) == 1
+    assert len(feed(watch, noise(3, 20.0), 61)) == 1
+
+
+def test_a_falling_loss_is_no_spike_and_losses_that_do_not_move_make_none() -> None:
+    assert feed(SpikeWatch(CONFIG), [10.0 * 0.9**step for step in range(100)]) == []
+    still = SpikeWatch(CONFIG)
+    assert feed(still, [5.0] * 20 + [5.0 * (1 + 7e-3)] * 5) == []  # below 8 thousandths
+    assert len(feed(still, [5.1] * 5, 30)) == 1
+
+
+def test_a_loss_that_is_not_finite_is_above_every_limit_and_never_remembered() -> None:
+    young = SpikeWatch(CONFIG)
+    assert feed(young, [math.nan] * 20) == []  # nothing to compare with
+    feed(young, noise(8))
+    (spike,) = feed(young, [9.0, math.nan, math.inf], 30)
+    assert (spike.step, spike.since) == (32, 30)
+    feed(young, [math.inf] * 30, 33)
+    bounds = young.limit()
+    assert bounds is not None
+    assert bounds[1] < 6.0
+
+
+def test_a_restart_judges_as_the_run_before_it_at_every_point() -> None:
+    losses = [*noise(20), *[9.0] * 5, *noise(10, seed=2), *[9.0] * 5]
+    whole = feed(SpikeWatch(CONFIG), losses)
+    assert len(whole) == 2
+    for cut in range(len(losses)):
+        first, second = SpikeWatch(CONFIG), SpikeWatch(CONFIG)
+        found = feed(first, losses[:cut])
+        second.load(json.loads(json.dumps(first.state())))
+        assert found + feed(second, losses[cut:], cut + 1) == whole
+
+
+NONE: dict[str, Any] = {}
+REFUSED = {
+    "no rewinds": (["guard.spike.max_rewinds=0"], NONE, "the guard would have no effect"),
+    "short window": (["guard.spike={window: 32, min_history: 64}"], NONE, "window .32. is less than min_history"),
+    "no row": (["guard.nonfinite=stop", "guard.max_skipped_in_a_row=5"], NONE, "no effect with nonfinite: stop"),
+    "unknown": (["guard.spikes={}"], NONE, "guard.spikes"),
+    "few steps": (["guard.spike={}", "optim.steps=66"], NONE, "no effect in 66 steps"),
+    "rare": (["guard.spike={}", "checkpoint.every_steps=997"], NONE, "no spike comes after the first checkpoint"),
+    "none kept": (["guard.spike={}", "checkpoint.keep_latest=1"], NONE, "may be gone"),
+    "few kept": (["guard.spike={}", "checkpoint.every_steps=2"], NONE, "may be gone"),
+    "unseen": (NONE, {"bf16": {"enabled": True, "check_grad_overflow": False}}, "would reach the weights"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_guard_without_effect_is_refused(name: str) -> None:
+    overrides, deepspeed, says = REFUSED[name]
+    with pytest.raises(ConfigError, match=says):
+        check_guard(guarded(*overrides), deepspeed)
+
+
+def guarded(*overrides: str) -> Any:
+    return tiny_run("mae", "optim.steps=1000", "optim.warmup_steps=10", "checkpoint.every_steps=100", *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["guard.spike={}"],
+        ["guard.nonfinite=stop"],
+        ["guard.spike={}", "optim.steps=67", "checkpoint.every_steps=63"],
+        ["guard.spike={}", "checkpoint.every_steps=3", "checkpoint.keep_latest=2"],
+    ],
+)
+def test_a_guard_with_an_effect_is_taken_and_written_whole(overrides: list[str], tmp_path: Path) -> None:
+    run = guarded(*overrides)
+    check_guard(run, {})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    assert load_run(str(path)).guard == run.guard
+
+
+BEST = "checkpoint.keep_best={metric: evaluation/loss, count: 2}"
+SMALL_BUDGETS = {
+    "two late ones": (["checkpoint.keep_latest=2"], 2.0, "2 late checkpoints have to stay, and one takes about 1 GiB"),
+    "saved more often": (["checkpoint.keep_latest=9", "checkpoint.every_steps=1"], 4.0, "4 late checkpoints"),
+    "the best as well": (["checkpoint.keep_latest=2", BEST], 4.0, "2 late checkpoints have to stay, beside the 2"),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_BUDGETS)
+def test_a_budget_that_removes_what_a_rewind_needs_is_refused(name: str) -> None:
+    overrides, needed_gib, says = SMALL_BUDGETS[name]
+    run = guarded("guard.spike={patience: 3}", *overrides, f"checkpoint.max_gib={needed_gib}")
+    check_guard(run, {})
+    check_guard_room(run, 2**30)
+    check_guard_room(guarded("guard.spike={patience: 3}", *overrides), 2**60)  # without a budget
+    check_guard_room(guarded(*overrides, "checkpoint.max_gib=0.1"), 2**30)  # nothing goes back
+    with pytest.raises(ConfigError, match=says) as caught:
+        check_guard_room(run, 2**30 + 2**20)
+    fix = re.search(r"max_gib of (\S+) or more", str(caught.value))
+    assert fix is not None
+    check_guard_room(guarded("guard.spike={patience: 3}", *overrides, f"checkpoint.max_gib={fix[1]}"), 2**30 + 2**20)

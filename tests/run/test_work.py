@@ -1,0 +1,37 @@
+"""FLOPs of a step by the captions that were seen, and the share of the peak."""
+
+import pytest
+import torch
+from tiny import tiny_objective
+
+from m3i_scale.run.meter import Meter, Work
+from m3i_scale.scale.peak import Peak
+
+FLOP = {"model": 10e9, "text": 4e9}
+
+
+def test_the_text_tower_counts_by_the_length_of_captions():
+    work = Work(FLOP, 32, Peak(1.0, "given"))
+    assert work.step_flop(32) == 10e9
+    assert work.step_flop(8) == 7e9
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
+    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(2.0, "given")))
+    for tokens in (8, 24):
+        meter.add_micro_batch(torch.tensor(1.0), {}, 1, 0.0, tokens)
+    meter.end_step()
+    told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=world_size)
+    assert told.flop_per_s == pytest.approx(8e9 / told.step_s)
+    assert told.mfu == pytest.approx(told.flop_per_s / (2e12 * world_size))
+    assert sum(told.phases.values()) == pytest.approx(1.0)
+
+
+def test_without_a_count_there_is_no_mfu():
+    meter = Meter(tiny_objective("supervised"), 10, 8)
+    meter.add_micro_batch(torch.tensor(1.0), {}, 1, 0.0)
+    meter.end_step()
+    told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=1)
+    assert told.flop_per_s is None
+    assert told.mfu is None
