@@ -22,7 +22,7 @@ from _cost import count_flop, recipe_step, synthetic_batch
 from transformers import AutoTokenizer
 
 from m3i_scale.config import RunConfig, load_run, parse_section
-from m3i_scale.data.make import FACTS
+from m3i_scale.data.whole import FACTS
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.objective.recipe import parse_recipe
 
@@ -47,11 +47,10 @@ class Entry:
 
 
 ONE_STAGE = Path(__file__).parent / "one_stage"
-POOL = "recipe.decoders.pool={{kind: attention_pool, width: {}}}"
-"""One pooling and no label smoothing for all: m3i's, so that rows differ in inputs and targets alone."""
 RECIPES = (
-    Entry("supervised", "supervised", (POOL.format(WIDTH), "recipe.targets.0.label_smoothing=0.0")),
-    Entry("clip", "clip", (POOL.format(WIDTH),)),
+    # One pooling, a mean, and no label smoothing for all, so that rows differ in inputs and targets alone.
+    Entry("supervised", "supervised", ("recipe.targets.0.label_smoothing=0.0",)),
+    Entry("clip", "clip"),
     Entry("mae", "mae"),
     Entry("sim", "sim"),
     Entry("supervised_sim", str(ONE_STAGE / "supervised_sim.yaml")),
@@ -65,7 +64,7 @@ ABLATIONS = (
     Entry("balance gradient_norm", "m3i", ("recipe.balance={kind: gradient_norm}",), "fixed"),
     Entry("balance learned", "m3i", ("recipe.balance={kind: learned}",), "fixed"),
     Entry("mask block", "m3i", ("recipe.mix.form=block",), "random"),
-    Entry("pooling mean_pool", "m3i", ("recipe.decoders.pool={kind: mean_pool}",), "attention_pool"),
+    Entry("pooling attention_pool", "m3i", ("recipe.decoders.pool={kind: attention_pool}",), "mean_pool"),
     Entry("text loss forward", "m3i", ("recipe.targets.2.direction=forward",), "both"),
 )
 """What the paper leaves open: `m3i` with the other choice."""
@@ -247,6 +246,7 @@ class Job:
             least = math.ceil(FEWEST_STEPS * self.flop * BATCH / 1e10) / 100
             raise ConfigError(
                 f"{self.budget / 1e12:g} TFLOP pay for {steps} steps of '{self.entry.name}'",
+                why=f"with fewer than {FEWEST_STEPS} neither is compute equal nor anything trained",
                 fix=f"--budget {least:g} or more",
             )
         return steps

@@ -48,18 +48,18 @@ LEVEL = 0.95
 
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
-    data: Path = typer.Option(None, help="Folder of `m3i-scale shards make` with train and val; default: emoji."),  # noqa: B008
-    output: Path = typer.Option(Path("runs/one_stage"), help="Keeps every training's result."),  # noqa: B008
+    data: Path = typer.Option(None, help="Folder of `m3i-scale shards make` with train and val; default: emoji."),
+    output: Path = typer.Option(Path("runs/one_stage"), help="Keeps every training's result."),
     budget: float = typer.Option(6.0, min=1e-6, help="TFLOP of one training."),
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
     points: int = typer.Option(3, min=1, help="Measurements along the first seed's training; 1: at the end alone."),
-    only: list[str] = typer.Option([], help="Only these recipes."),  # noqa: B008
+    only: list[str] = typer.Option([], help="Only these recipes."),
     ablations: bool | None = typer.Option(
         None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
     ),
-    markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),  # noqa: B008
-    plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),  # noqa: B008
+    markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),
+    plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),
 ) -> None:
     """Print {recipe: {measure: {mean, low, high, seeds}}}, ablations, curves, controls, settings, machine."""
     if plot_file is not None:
@@ -108,8 +108,7 @@ def compare(
     jobs = [
         job for entry in every for job in _jobs(entry, data, output, budget, seeds, points if entry in entries else 1)
     ]
-    for job in jobs:
-        job.key()  # a budget that is too small ends here
+    check_budget(jobs)
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
@@ -136,6 +135,15 @@ def compare(
         "curves": {entry.name: _curve(by_name[entry.name][0], budget) for entry in entries},
         "machine": machine(),
     }
+
+
+def check_budget(jobs: list[Job]) -> None:
+    """Refuse a budget that is too small for some training, and name one that is enough for all.
+
+    Raises:
+        ConfigError: see `Job.steps`.
+    """
+    _ = max((job for job in jobs if job.entry.trained), key=lambda job: job.flop).steps
 
 
 def _document(by_name: dict[str, list[dict[str, Any]]], entries: list[Entry], others: list[Entry]) -> dict[str, Any]:

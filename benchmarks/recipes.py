@@ -36,7 +36,7 @@ LABEL_SETS = {"classes": [str(number) for number in range(1000)]}
 
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
-    only: list[str] = typer.Option([], help="Only these recipes."),  # noqa: B008
+    only: list[str] = typer.Option([], help="Only these recipes."),
     batch: int = 32,
     repeats: int = 3,
     threads: int = 0,

@@ -19,10 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import typer
 from _common import emit, machine, say
-from PIL import Image, ImageDraw
+from _shards import make_shards
 
 from m3i_scale.scale.checkpoint.commit import newest_good, step_name
 from m3i_scale.scale.checkpoint.consolidate import load_weights
@@ -48,7 +47,6 @@ deepspeed: zero3_cpu
 checkpoint: {{every_steps: 4}}
 log: {{every_steps: 1, progress: false}}
 """
-SHAPES, COLORS = ("circle", "square", "bar"), ("red", "green", "blue", "black", "orange")
 
 
 def main(
@@ -61,7 +59,7 @@ def main(
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shards = _make_shards(folder)
+        shards = make_shards(folder)
         (folder / "run.yaml").write_text(RUN)
         say("the run that is left alone …")
         _finish(folder, shards, folder / "whole")
@@ -109,26 +107,6 @@ def _train_until_killed(folder: Path, shards: Path, output: Path, draw: random.R
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return newest_good(output / "checkpoints")[0]
-
-
-def _make_shards(folder: Path) -> Path:
-    """Coloured shapes with captions and categories, as an image folder turned into shards."""
-    images, random_numbers = folder / "images", np.random.default_rng(0)
-    for index in range(160):
-        shape, color = SHAPES[index % len(SHAPES)], COLORS[index % len(COLORS)]
-        picture = Image.fromarray(random_numbers.integers(160, 255, (48, 48, 3), dtype=np.uint8))
-        left, top = (int(value) for value in random_numbers.integers(4, 20, 2))
-        box = (left, top, left + 22, top + (6 if shape == "bar" else 22))
-        pen = ImageDraw.Draw(picture)
-        pen.ellipse(box, fill=color) if shape == "circle" else pen.rectangle(box, fill=color)
-        path = images / shape / f"{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        path.with_suffix(".txt").write_text(f"a {color} {shape} number {index}")
-    command = [sys.executable, "-m", "m3i_scale", "shards", "make", "imagefolder"]
-    command += ["--input", str(images), "--output", str(folder / "shards"), "--samples-per-shard", "20"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return folder / "shards" / "train"
 
 
 def _start(folder: Path, shards: Path, output: Path) -> subprocess.Popen[bytes]:

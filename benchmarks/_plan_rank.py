@@ -1,0 +1,74 @@
+"""One rank of `plan_error.py`: the real trainer for a few steps, without its last save, and the most memory it took."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.config import load_run
+from m3i_scale.run.setup import make_plan
+from m3i_scale.run.trainer import Trainer
+from m3i_scale.scale.collectives import free_port, start_ranks, stop_ranks
+
+
+def peak_bytes() -> int:
+    """The most that this process has held: on the accelerator, or of resident memory where the host computes."""
+    if get_accelerator().device_name() != "cpu":
+        return int(get_accelerator().max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Measured(Trainer):
+    """The trainer, noting the peak after its start and after every step; it saves nothing."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.peaks = {"built": peak_bytes()}
+
+    def _train_step(self, batches: Any, logs: bool) -> bool:
+        asked = super()._train_step(batches, logs)
+        self.peaks[f"step_{self.step}"] = peak_bytes()
+        return asked
+
+    def save(self) -> None:
+        self.saves.step = self.step
+
+
+def train(rank: int, world: int, port: int, run_file: Path, out: Path) -> None:
+    """As rank `rank`; writes {moment: bytes}."""
+    log = os.open(out.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run = load_run(str(run_file))
+    trainer = Measured(make_plan(run, world), start_ranks(), [], None)
+    trainer.fit()
+    out.with_suffix(f".{rank}.json").write_text(json.dumps(trainer.peaks))
+    stop_ranks(wait=True)
+    sys.stdout.flush()
+    os._exit(0)  # nothing of the parent's is to be closed here
+
+
+def measure(run_file: Path, world: int) -> int:
+    """The peak of the rank that takes most, bytes. On a host the ranks are copies of this process, which has imported
+    everything; elsewhere they start anew, since a device must not be shared with a parent."""
+    on_host = get_accelerator().device_name() == "cpu"
+    context = multiprocessing.get_context("fork" if on_host else "spawn")
+    port, out = free_port(), run_file.with_suffix("")
+    ranks = [context.Process(target=train, args=(rank, world, port, run_file, out)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    found = [out.with_suffix(f".{rank}.json") for rank in range(world)]
+    if not all(path.exists() for path in found):
+        raise RuntimeError(f"'{out.name}' did not train:\n{out.with_suffix('.0.log').read_text()[-4000:]}")
+    return max(max(json.loads(path.read_text()).values()) for path in found)

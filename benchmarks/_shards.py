@@ -1,0 +1,39 @@
+"""Small shards that benchmarks make for themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES, COLORS = ("circle", "square", "bar"), ("red", "green", "blue", "black", "orange")
+
+
+def make_shards(folder: Path, samples_per_shard: int = 20) -> Path:
+    """Coloured shapes with captions and categories, as an image folder turned into shards; the training split."""
+    images, random_numbers = folder / "images", np.random.default_rng(0)
+    for index in range(160):
+        shape, color = SHAPES[index % len(SHAPES)], COLORS[index % len(COLORS)]
+        picture = Image.fromarray(random_numbers.integers(160, 255, (48, 48, 3), dtype=np.uint8))
+        left, top = (int(value) for value in random_numbers.integers(4, 20, 2))
+        box = (left, top, left + 22, top + (6 if shape == "bar" else 22))
+        pen = ImageDraw.Draw(picture)
+        pen.ellipse(box, fill=color) if shape == "circle" else pen.rectangle(box, fill=color)
+        path = images / shape / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        path.with_suffix(".txt").write_text(f"a {color} {shape} number {index}")
+    command = [sys.executable, "-m", "m3i_scale", "shards", "make", "imagefolder"]
+    command += [
+        "--input",
+        str(images),
+        "--output",
+        str(folder / "shards"),
+        "--samples-per-shard",
+        str(samples_per_shard),
+    ]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder / "shards" / "train"
