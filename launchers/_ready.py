@@ -13,7 +13,7 @@ from pathlib import Path
 from m3i_scale.launch.commands import read_job
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.launchers import render
-from m3i_scale.launch.plan import LaunchPlan
+from m3i_scale.launch.plan import ENDS, LaunchPlan
 from m3i_scale.launch.shell import quoted, wrapped
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ def script(plan: LaunchPlan) -> str:
     for command in plan.commands:
         words = [f"{name}={shlex.quote(value)}" for name, value in sorted(command.environment.items())]
         commands.append(wrapped([*words, *quoted(command.argv), *(["&"] if many else [])]))
-    ends = ["code=0", 'for rank in $(jobs -p); do wait "$rank" || code=$?; done', 'exit "$code"'] if many else []
+    ends = ENDS if many else ()
     return "\n".join(["#!/bin/bash", "set -e", f"cd {plan.workdir}", *commands, *ends]) + "\n"
 
 

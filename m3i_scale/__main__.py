@@ -4,6 +4,7 @@ import os
 import sys
 
 from m3i_scale.cli import main
+from m3i_scale.launch.processes import obey_tie
 
 
 def run() -> None:
@@ -13,6 +14,7 @@ def run() -> None:
     of the process group, and, after an error, a thread that still writes a checkpoint: an interpreter that goes down
     under them is aborted now and then, or waits for them.
     """
+    obey_tie()
     try:
         main()
         code: object = 0

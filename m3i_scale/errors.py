@@ -11,6 +11,9 @@ from typing_extensions import Self
 EXIT_USER_ERROR = 2
 """The input, the configuration or the machine is at fault; the message says how to mend it."""
 
+EXIT_FAILED = 1
+"""Anything else went wrong. Whoever supervises may start the run again from its last checkpoint."""
+
 EXIT_PREEMPTED = 75
 """The run was asked to stop (SIGTERM, SIGUSR2), saved a checkpoint and can be started again (EX_TEMPFAIL)."""
 
@@ -75,6 +78,12 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Shards, samples or labels that cannot be used."""
+
+
+class LostWorkerError(DataError):
+    """A loader process that something else has ended. Nothing has to be mended before the run goes on."""
+
+    exit_code = EXIT_FAILED
 
 
 class CheckpointError(UserError):

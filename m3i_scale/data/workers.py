@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
-from m3i_scale.errors import DataError
+from m3i_scale.errors import LostWorkerError
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -64,7 +64,7 @@ class DeathWatch:
         """For the code that waits for workers.
 
         Raises:
-            DataError: a worker was killed.
+            LostWorkerError: a worker was killed.
         """
         _WAITING.append(self)
         try:
@@ -81,7 +81,7 @@ class DeathWatch:
         if not dead:
             return
         end = signal.Signals(-dead[0]).name if dead[0] < 0 else f"exit code {dead[0]}"
-        raise DataError(
+        raise LostWorkerError(
             f"a loader process has died ({end})",
             where=f"data.workers: {len(self._workers)}",
             why="most often the machine had no memory left for it" + (f"; torch says: {told.strip()}" if told else ""),

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
+from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
 from m3i_scale.hub.programs import check_also, write_programs
 from m3i_scale.hub.push import PROVENANCE, listed_files, push
-from m3i_scale.hub.secrets import masked
 from m3i_scale.hub.source import (
     Source,
     compute_of,

@@ -8,7 +8,7 @@ import yaml
 
 from m3i_scale.launch import ssh
 from m3i_scale.launch.job import OVER_HOSTS, Job
-from m3i_scale.launch.plan import PRIVATE, Command, LaunchFile, LaunchPlan
+from m3i_scale.launch.plan import LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
 HONOURS = OVER_HOSTS
@@ -26,9 +26,9 @@ def render(job: Job) -> LaunchPlan:
         folder=job.folder,
         files=(
             LaunchFile(CONFIG, _config(job)),
-            LaunchFile(SCRIPT, _script(job), PRIVATE if job.secret else 0o644),
+            LaunchFile(SCRIPT, _script(job), job.mode),
         ),
-        commands=tuple(commands) or (Command(("/bin/bash", str(script), "0")),),
+        commands=tuple(commands) or (ssh.script_here(script, 0),),
         workdir=job.workdir,
         needs=ssh.needs(job),
         stops=ssh.stop_commands(job),

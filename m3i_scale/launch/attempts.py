@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from m3i_scale.launch.failures import FAILURE, failure_text, write_failure, write_whole
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import is_here
@@ -26,8 +26,6 @@ from m3i_scale.launch.worlds import World, largest_world
 
 EXIT_INTERRUPTED = 130
 """Interrupted twice, or before the first step: nothing was saved."""
-EXIT_FAILED = 1
-"""Ranks died, and the launch did not start them again."""
 ATTEMPTS = "attempts.json"
 _LONGEST_PAUSE_S = 300.0
 

@@ -12,8 +12,11 @@ from m3i_scale.config import find_run_file, load_run, run_values
 from m3i_scale.launch.description import Cluster, read_cluster
 from m3i_scale.launch.environment import without_secrets
 from m3i_scale.launch.execute import execute, write_files
+from m3i_scale.launch.failures import forget_records
 from m3i_scale.launch.job import Job, make_job
 from m3i_scale.launch.launchers import LAUNCHERS, render
+from m3i_scale.launch.plan import LaunchPlan
+from m3i_scale.launch.verdict import conclude
 from m3i_scale.output import print_json, release_stdout
 
 
@@ -67,7 +70,17 @@ def launch(
         from m3i_scale.launch.elastic import FILE, start
 
         raise typer.Exit(start(plan.folder / FILE))
-    raise typer.Exit(execute(plan, render(launcher, job.shown()), without_secrets(os.environ, job.variables)))
+    raise typer.Exit(_run(plan, render(launcher, job.shown()), job))
+
+
+def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
+    """Run a plan; where a run has failed, say what it died of at the end."""
+    forget_records(job.output_dir)
+    ending = execute(plan, shown, without_secrets(os.environ, job.variables))
+    told = conclude(job.output_dir, ending, shown) if plan.waits else None
+    if told is not None:
+        typer.echo(told, err=True)
+    return ending.code
 
 
 def read_job(run: str, overrides: list[str], cluster: Cluster) -> Job:

@@ -14,7 +14,7 @@ from m3i_scale.launch.attempts import Launch, Policy, Work, new_launch
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import OVER_HOSTS, Job
 from m3i_scale.launch.link import Site
-from m3i_scale.launch.plan import PRIVATE, Command, LaunchFile, LaunchPlan
+from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.ssh import SSH
 
 FILE = "elastic.json"
@@ -58,7 +58,7 @@ def render(job: Job) -> LaunchPlan:
     return LaunchPlan(
         launcher="elastic",
         folder=job.folder,
-        files=(LaunchFile(FILE, text, PRIVATE if job.secret else 0o644),),
+        files=(LaunchFile(FILE, text, job.mode),),
         commands=(Command((sys.executable, "-m", "m3i_scale.launch.elastic", str(job.folder / FILE))),),
         workdir=job.workdir,
         needs=(SSH,) if job.hosts else (),

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
@@ -78,16 +79,29 @@ def check_needs(plan: LaunchPlan) -> None:
                 ) from None
 
 
-def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> int:
+@dataclass
+class Ending:
+    """How the commands of a plan have ended."""
+
+    code: int = 0
+    """Of the first one that failed, as a shell has it; 0 where none did."""
+    codes: list[int] = field(default_factory=list)
+    """Of all of them, in their order; negative: the signal that ended it."""
+    times: list[float] = field(default_factory=list)
+    """When they did, in Unix seconds."""
+    forced: set[int] = field(default_factory=set)
+    """Those that were ended because another one had failed."""
+    asked: int = 0
+    """How often a signal asked the launch to stop."""
+
+
+def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> Ending:
     """Run the commands until all have ended.
 
     Args:
         plan: whose files are written.
         shown: the same without secrets, for people.
         environment: of the commands.
-
-    Returns:
-        The exit code of the first command that failed, as a shell has it; 0 where none did.
 
     Raises:
         UserError: see `check_needs`.
@@ -105,16 +119,16 @@ class Running:
         self._plan = plan
         self._environment = environment
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._asked = 0
+        self._ended = Ending()
 
-    def wait(self) -> int:
+    def wait(self) -> Ending:
         """Start the commands, hand signals on to them, and wait for them."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
             for command in self._plan.commands:
                 self._processes.append(self._start(command))
-            if self._asked and not self._plan.stops:  # while they were being started
+            if self._ended.asked and not self._plan.stops:  # while they were being started
                 self._pass_on(signal.SIGTERM)
             return self._until_all_have_ended()
         finally:
@@ -131,21 +145,31 @@ class Running:
             start_new_session=True,
         )
 
-    def _until_all_have_ended(self) -> int:
-        code, ends_at = 0, float("inf")
-        while None in (codes := [process.poll() for process in self._processes]):
-            failed = [number for number in codes if number]
-            if failed and not code:
-                code, ends_at = failed[0], time.monotonic() + _GRACE_S
+    def _until_all_have_ended(self) -> Ending:
+        ended, ends_at = self._ended, float("inf")
+        ended.times = [float("inf")] * len(self._processes)
+        while self._look():
+            if ended.code and ends_at == float("inf"):
+                ends_at = time.monotonic() + _GRACE_S
             if time.monotonic() > ends_at:
+                ended.forced = {place for place, process in enumerate(self._processes) if process.poll() is None}
                 _end(self._processes)
             time.sleep(_POLL_S)
-        code = code or next((process.returncode for process in self._processes if process.returncode), 0)
-        return 128 - code if code < 0 else code
+        ended.codes = [process.returncode for process in self._processes]
+        ended.code = 128 - ended.code if ended.code < 0 else ended.code
+        return ended
+
+    def _look(self) -> bool:
+        """Note what has ended; whether anything still runs."""
+        for place, process in enumerate(self._processes):
+            if self._ended.times[place] == float("inf") and process.poll() is not None:
+                self._ended.times[place] = time.time()
+                self._ended.code = self._ended.code or process.returncode
+        return float("inf") in self._ended.times
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked += 1
-        if self._plan.stops and self._asked == 1:
+        self._ended.asked += 1
+        if self._plan.stops and self._ended.asked == 1:
             # Not in the handler: it may take as long as ssh does.
             threading.Thread(target=self._ask_ranks, daemon=True).start()
         else:
@@ -158,7 +182,7 @@ class Running:
 
     def _ask_ranks(self) -> None:
         """Until somebody has heard it: ranks may not have been started yet."""
-        while self._asked == 1:
+        while self._ended.asked == 1:
             asking = [self._start(command) for command in self._plan.stops]
             codes = [process.wait() for process in asking]
             if 0 in codes:

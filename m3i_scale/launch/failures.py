@@ -16,7 +16,9 @@ FAILURE = "failure.json"
 RANK_RECORDS = "failure"
 """Folder of the output folder where ranks leave their records when no agent has given them another one."""
 
-Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang"]
+Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended"]
+"""`silent`: it left no word, so something ended it from outside, and nobody saw what; `ended`: by its launch, after
+another one had failed."""
 LAST_LINES = 20
 
 # Words of a rank that only noticed that another one was gone. Of gloo, of NCCL's watchdog and communicator, of the
@@ -56,8 +58,10 @@ class Failure:
     def consequence(self) -> bool:
         """Whether it only tells of the end of another rank."""
         # A message to users tells of what they can mend, also where a server of shards has closed its connection.
-        if self.kind in ("host", "hang", "signal", "user_error"):
+        if self.kind in ("host", "hang", "signal", "silent", "user_error"):
             return False
+        if self.kind == "ended":
+            return True
         told = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
         return _CONSEQUENCES.search(told) is not None
 
@@ -79,8 +83,9 @@ class Failure:
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
-    """The earliest cause; where there are only consequences, the earliest of them."""
-    ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.time))
+    """The earliest cause that is known; then a rank that was ended and nobody knows by what: launchers end those that
+    are left when one has failed; then the earliest consequence."""
+    ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.kind == "silent", failure.time))
     return ordered[0] if ordered else None
 
 
@@ -163,14 +168,24 @@ def read_record(path: Path) -> Failure | None:
         return None
 
 
-def read_records(output_dir: Path, since: float) -> list[Failure]:
-    """What the ranks of other launchers have left in OUTPUT/failure since then (Unix seconds)."""
-    found = []
-    for path in sorted((output_dir / RANK_RECORDS).glob("rank-*.json")):
-        record = read_record(path)
-        if record is not None and record.time >= since:
-            found.append(record)
-    return found
+def read_records(output_dir: Path) -> list[Failure]:
+    """What the ranks of other launchers than an agent have left in OUTPUT/failure."""
+    records = [read_record(path) for path in _records(output_dir)]
+    return [record for record in records if record is not None]
+
+
+def forget_records(output_dir: Path) -> None:
+    """Before a launch: what ranks of an earlier one have left is none of it.
+
+    Raises:
+        OSError: they cannot be removed.
+    """
+    for path in _records(output_dir):
+        path.unlink(missing_ok=True)
+
+
+def _records(output_dir: Path) -> list[Path]:
+    return sorted((output_dir / RANK_RECORDS).glob("rank-*.json"))
 
 
 def on_clock(failure: Failure, offset_s: float) -> Failure:

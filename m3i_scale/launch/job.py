@@ -13,10 +13,12 @@ from typing import Any
 import psutil
 
 from m3i_scale.config import RunConfig, find_run_file, known_runs
+from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.plan import PRIVATE, PUBLIC
 
 FOLDER = "launch"
 """In the run's output folder."""
@@ -131,6 +133,13 @@ class Job:
         """Variables that may not."""
         return tuple(variable for variable in self.variables if variable.secret)
 
+    @property
+    def mode(self) -> int:
+        """Of files with all that ranks are told: for nobody else where a variable is a secret or an address of shards
+        holds a login or a signature."""
+        told = [self.overrides, dict(self.values)]
+        return PRIVATE if self.secret or masked(told) != [list(self.overrides), told[1]] else PUBLIC
+
     def head_address(self) -> str:
         """Where rank 0 waits.
 
@@ -145,8 +154,9 @@ class Job:
         return self.hosts[0].name if self.hosts else "127.0.0.1"
 
     def shown(self) -> Job:
-        """The same, without the values of secrets."""
-        return replace(self, variables=hidden(self.variables))
+        """The same, without the values of secrets, and without what is secret in addresses."""
+        overrides = tuple("=".join(map(masked, override.split("=", 1))) for override in self.overrides)
+        return replace(self, variables=hidden(self.variables), overrides=overrides, values=masked(dict(self.values)))
 
 
 def is_here(host: str) -> bool:

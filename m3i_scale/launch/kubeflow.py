@@ -13,7 +13,7 @@ import yaml
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch.plan import Command, Executable, LaunchFile, LaunchPlan
 
 HONOURS = frozenset(
     {
@@ -71,9 +71,10 @@ def render(job: Job) -> LaunchPlan:
     return LaunchPlan(
         launcher="kubeflow",
         folder=job.folder,
-        files=(LaunchFile(MANIFEST, manifest, PRIVATE if job.secret else 0o644),),
+        files=(LaunchFile(MANIFEST, manifest, job.mode),),
         commands=(Command(("kubectl", "apply", "-f", str(job.folder / MANIFEST))),),
         workdir=job.workdir,
+        waits=False,
         needs=(Executable("kubectl", "apt-get install kubernetes-client"),),
     )
 

@@ -10,6 +10,10 @@ from typing import Any
 
 PRIVATE = 0o600
 """Mode of a file that may hold secrets."""
+PUBLIC = 0o644
+"""Mode of any other."""
+ENDS = ("code=0", 'for one in $(jobs -p); do wait "$one" || code=$?; done', 'exit "$code"')
+"""Of a script that has started several commands at once."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class LaunchFile:
 
     name: str
     text: str
-    mode: int = 0o644
+    mode: int = PUBLIC
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class LaunchPlan:
     before they have saved. None: the commands get the signal."""
     port: int | None = None
     """Must be free on this machine before the start."""
+    ranks: bool = False
+    """Whether every command is a rank, in their order."""
+    waits: bool = True
+    """Whether the run is over when the commands are."""
 
     def document(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,7 +91,7 @@ class LaunchPlan:
         lines.append(f"cd {shlex.quote(str(self.workdir))}")
         lines += [str(command) + (" &" if len(self.commands) > 1 else "") for command in self.commands]
         if len(self.commands) > 1:
-            lines.append("wait")
+            lines += ENDS
         if self.stops:
             lines += ["", "# when asked to stop"]
             lines += [str(command) for command in self.stops]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 MARK = "M3I_SCALE_LAUNCH"
 """Environment variable of every rank and of what it starts: launch, host and output folder, as `mark_of` joins them."""
+TIED = "M3I_SCALE_TIED"
+"""Environment variable of ranks, and of their launchers on other hosts: they end with their parent, however it ends."""
 
 _PR_SET_PDEATHSIG = 1
 _END_S = 10.0
@@ -89,6 +91,16 @@ def die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
+
+
+def obey_tie() -> None:
+    """End with the parent, where it has asked for that.
+
+    Raises:
+        OSError: as `die_with_parent`.
+    """
+    if os.environ.get(TIED):
+        die_with_parent()
 
 
 def main() -> None:

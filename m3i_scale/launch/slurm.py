@@ -7,8 +7,9 @@ import shlex
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.failures import RANK_RECORDS
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch.plan import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
 HONOURS = frozenset(
@@ -34,6 +35,8 @@ HONOURS = frozenset(
 )
 """Slurm itself chooses the hosts."""
 SCRIPT = "slurm.sbatch"
+VERDICT = "m3i_scale.launch.verdict"
+"""What a run died of, once for all ranks."""
 NOTICE_S = 120
 """Ranks are told so long before the end of the time limit."""
 EARLIER_S = 60
@@ -68,9 +71,10 @@ def render(job: Job) -> LaunchPlan:
     return LaunchPlan(
         launcher="slurm",
         folder=job.folder,
-        files=(LaunchFile(SCRIPT, script, 0o755),),
+        files=(LaunchFile(SCRIPT, script, 0o755 if job.mode == PUBLIC else 0o700),),
         commands=(Command(("sbatch", str(path))),),  # secrets stay in the environment, which --export names
         workdir=job.workdir,
+        waits=False,
         needs=(Executable("sbatch", "apt-get install slurm-client"),),
     )
 
@@ -136,7 +140,11 @@ def _body(job: Job) -> list[str]:
         ]
     lines += [f"export MASTER_PORT={cluster.master_port}"]
     lines += export_lines(job.plain)
+    records, told = shlex.quote(str(job.output_dir / RANK_RECORDS)), shlex.quote(str(job.output_dir))
+    lines += ["", f"rm -f {records}/rank-*.json  # of ranks of an earlier attempt"]
     lines += ["", *_SIGNALS, _srun(job), "code=$?"]
+    if cluster.container_image is None:
+        lines.append(f'[ "$code" -eq {EXIT_PREEMPTED} ] || {shlex.quote(job.python)} -m {VERDICT} {told} "$code"')
     if cluster.requeue:
         lines += [
             "",

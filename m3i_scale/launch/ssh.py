@@ -10,6 +10,7 @@ from pathlib import Path
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.launch.job import Job, is_here
 from m3i_scale.launch.plan import Command, Executable
+from m3i_scale.launch.processes import TIED
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 PKILL = Executable("pkill", "apt-get install procps")
@@ -29,17 +30,23 @@ def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
     return Command((*_ssh(job), host, shlex.join(argv)))
 
 
+def script_here(script: Path, place: int) -> Command:
+    """A script of the launch folder on this machine; what it becomes ends with the launch, however that ends."""
+    return Command(("/bin/bash", str(script), str(place)), {TIED: "1"})
+
+
 def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
     """A script of the launch folder on a host, which is told its place; exit code 2 where it does not see it."""
     if is_here(host):
-        return Command(("/bin/bash", str(script), str(place)))
+        return script_here(script, place)
     path = shlex.quote(str(script))
     said = shlex.quote(
         f"{host} does not see {script}\n"
         "  why: launch files and checkpoints lie in the output directory, which all hosts share\n"
         "  fix: set output_dir to a folder of a file system that all hosts have mounted"
     )
-    line = f"[ -r {path} ] || {{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}; exec /bin/bash {path} {place}"
+    unseen = f"{{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}"
+    line = f"[ -r {path} ] || {unseen}; {TIED}=1 exec /bin/bash {path} {place}"
     return Command((*_ssh(job), host, line))
 
 

@@ -6,7 +6,7 @@ import shlex
 
 from m3i_scale.launch import ssh
 from m3i_scale.launch.job import OVER_HOSTS, Job
-from m3i_scale.launch.plan import PRIVATE, Command, LaunchFile, LaunchPlan
+from m3i_scale.launch.plan import LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
 HONOURS = OVER_HOSTS
@@ -23,8 +23,8 @@ def render(job: Job) -> LaunchPlan:
     return LaunchPlan(
         launcher="torchrun",
         folder=job.folder,
-        files=(LaunchFile(SCRIPT, _script(job), PRIVATE if job.secret else 0o644),),
-        commands=tuple(commands) or (Command(("/bin/bash", str(script), "0")),),
+        files=(LaunchFile(SCRIPT, _script(job), job.mode),),
+        commands=tuple(commands) or (ssh.script_here(script, 0),),
         workdir=job.workdir,
         needs=ssh.needs(job),
         stops=ssh.stop_commands(job),

@@ -1,12 +1,14 @@
 """`torchrun` that ends as its ranks do: `python -m m3i_scale.launch.torchrun_agent`, with torchrun's own arguments.
 
 torchrun itself ends with 1 whatever happened, so that nobody could tell a run that was asked to stop and has saved (75)
-from a crash; and it ends its ranks half a minute after a signal, whether they have saved or not.
+from a crash; it ends its ranks half a minute after a signal, whether they have saved or not; and ranks outlive it where
+it is killed itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -15,6 +17,8 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from m3i_scale.launch.processes import TIED, obey_tie
+
 
 def main(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code of the rank that failed first, as a shell has it."""
@@ -22,6 +26,8 @@ def main(arguments: list[str]) -> int:
     options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, _ask_ranks)
+    obey_tie()
+    os.environ[TIED] = "1"
     try:
         run(options)
     except ChildFailedError as error:

@@ -12,18 +12,21 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from m3i_scale.errors import UserError
+from m3i_scale.errors import EXIT_USER_ERROR, UserError
 from m3i_scale.launch.failures import RANK_RECORDS, Failure, record_file, write_record
 from m3i_scale.launch.place import RECORDS, Place, own_place
 from m3i_scale.rank_variables import adopt_rank_variables
 
 _TRACE = 30
+_SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
 
 
 @contextlib.contextmanager
 def recorded(output_dir: Path) -> Iterator[Place]:
     """Whatever ends the work inside leaves a record. Under an agent it lies where the agent looks, under other
-    launchers of several ranks in OUTPUT/failure; a rank that is alone tells its error itself.
+    launchers in OUTPUT/failure; a rank without a launcher tells its error itself.
+
+    An agent sees what a signal ends. Nobody else does: there a rank leaves its record at its start, and takes it back.
 
     Args:
         output_dir: of the run.
@@ -37,7 +40,7 @@ def recorded(output_dir: Path) -> Iterator[Place]:
     folder = _folder(output_dir)
     if folder is not None:
         with contextlib.suppress(OSError):  # what is wrong with the folder is explained when the run opens it
-            record_file(folder, rank).unlink()
+            _begin(folder, rank)
         if not faulthandler.is_enabled():
             faulthandler.enable()  # a crash in native code shows at least its Python lines
     try:
@@ -46,17 +49,33 @@ def recorded(output_dir: Path) -> Iterator[Place]:
         if folder is not None:
             _leave(folder, _failure(error, rank, place))
         raise
+    if folder is not None:
+        _take_back(folder, rank)
+
+
+def _begin(folder: Path, rank: int) -> None:
+    if os.environ.get(RECORDS):
+        record_file(folder, rank).unlink(missing_ok=True)
+    else:
+        write_record(folder, Failure(time.time(), socket.gethostname(), rank, None, None, "silent", _SILENT))
+
+
+def _take_back(folder: Path, rank: int) -> None:
+    with contextlib.suppress(OSError):  # a folder that was lost meanwhile is told by who writes into it
+        record_file(folder, rank).unlink(missing_ok=True)
+        if not os.environ.get(RECORDS):
+            folder.rmdir()  # where this was the last one
 
 
 def _folder(output_dir: Path) -> Path | None:
     under_agent = os.environ.get(RECORDS)
     if under_agent:
         return Path(under_agent)
-    return output_dir / RANK_RECORDS if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    return output_dir / RANK_RECORDS if "WORLD_SIZE" in os.environ else None
 
 
 def _failure(error: BaseException, rank: int, place: Place) -> Failure:
-    explained = isinstance(error, UserError)
+    explained = error if isinstance(error, UserError) else None
     trace = [] if explained else traceback.format_exception(error)
     return Failure(
         time=time.time(),
@@ -64,7 +83,7 @@ def _failure(error: BaseException, rank: int, place: Place) -> Failure:
         rank=rank,
         step=place.step,
         phase=place.phase,
-        kind="user_error" if explained else "exception",
+        kind="user_error" if explained and explained.exit_code == EXIT_USER_ERROR else "exception",
         message=str(error) if explained else f"{type(error).__name__}: {error}",
         trace="".join(trace).splitlines()[-_TRACE:],
     )

@@ -7,7 +7,10 @@ minute or more, whenever the other one has: their paths differ, so each takes th
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import random
 import shutil
 import sys
 import time
@@ -17,6 +20,8 @@ import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
+_TRIES, _PAUSE_S = 30, 0.05
+"""Ranks that sweep at the same time hold a lock file open for a moment, too."""
 FOREIGN_AGE_S = 1800.0
 """On a shared file system the builder may run on another host, out of sight: a lock is believed for so long."""
 
@@ -46,7 +51,8 @@ def find_ninja() -> None:
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     """Remove lock files of builders that no longer exist; returns them.
 
-    A live builder holds its lock file open. Locks in use, and locks of other users, stay.
+    A live builder holds its lock file open, also in a container whose processes cannot be seen from here. Locks in use,
+    and locks of other users, stay.
 
     Args:
         root: the folder of extensions; default: where PyTorch builds them.
@@ -56,7 +62,7 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     removed = []
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         seen = _identity(lock)
-        if seen is None or _may_be_foreign(lock) or _is_open(seen) or _identity(lock) != seen:
+        if seen is None or _may_be_foreign(lock) or _is_held(lock, seen) or _identity(lock) != seen:
             continue
         lock.unlink(missing_ok=True)  # other ranks sweep at the same time
         removed.append(lock)
@@ -84,6 +90,36 @@ def _file_system(path: Path) -> str:
     path = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+
+
+def _is_held(lock: Path, identity: tuple[int, int, int]) -> bool:
+    """Whether a process has the file open. The kernel knows it of all: to nobody else's file it grants a lease."""
+    for _try in range(_TRIES):
+        try:
+            descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return True
+        except OSError:  # leased for a moment by another rank that sweeps; of another user: never granted
+            refused = errno.EAGAIN
+        else:
+            refused = _lease(descriptor)
+            os.close(descriptor)
+        if refused == 0:
+            return False
+        if refused not in (errno.EAGAIN, errno.EACCES):  # network file systems have none
+            return _is_open(identity)
+        time.sleep(random.uniform(0, _PAUSE_S))
+    return True
+
+
+def _lease(descriptor: int) -> int:
+    """Take a lease and give it back; why it was refused, or 0."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno or errno.EAGAIN
+    return 0
 
 
 def _is_open(identity: tuple[int, int, int]) -> bool:

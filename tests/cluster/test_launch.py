@@ -3,14 +3,16 @@ others, the interface that was named, and nothing left behind."""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hosts import Hosts
 from launch import environment
 from shapes import train, write_run
-from watch import losses, watch
+from watch import losses, ranks, watch
 
 SHORT = ("optim.steps=3", "optim.warmup_steps=1", "checkpoint.every_steps=3")
 LAUNCHERS = {
@@ -67,6 +69,26 @@ def test_two_hosts_train_as_one_does(
     assert not any(SECRET in text or UNNAMED in text for text in [said, *seen.commands])
     sent = {card: hosts.traffic("node1", card) - before[card] for card in before}
     assert sent["eth1"] > 10 * sent["eth0"], sent
+
+
+@pytest.mark.parametrize("name", ["pdsh", "torchrun", "mpirun"])
+def test_a_rank_that_is_killed_ends_the_run_on_all_hosts_and_is_told(
+    hosts: Hosts, shards: Path, tmp_path: Path, name: str
+):
+    run = write_run(tmp_path, shards, "clip", "optim.steps=100000", "optim.warmup_steps=1")
+    process = hosts.start("node0", launch(hosts, run, *LAUNCHERS[name]), log=tmp_path / "log", env=variables())
+    figures, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 240
+    while not (figures.exists() and "loss" in figures.read_text()):
+        assert time.monotonic() < deadline, process.text()[-6000:]
+        time.sleep(0.1)
+    (rank,) = ranks(hosts, "node1")
+    rank.kill()
+    assert hosts.wait(process) not in (0, 2, 75)
+    assert hosts.left() == {}
+    cause = json.loads((tmp_path / "out" / "failure.json").read_text())["cause"]
+    assert (cause["host"], cause["rank"], cause["kind"]) == ("node1", 1, "silent")
+    assert cause["step"] >= 1
+    assert process.text().count("first cause: the rank ended without a word") == 1
 
 
 def test_hosts_without_a_shared_output_folder_are_told_before_the_first_step(

@@ -133,6 +133,11 @@ def copy_of(reference: Path, folder: Path) -> Path:
     return folder / "run.yaml"
 
 
+def failure(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "out" / "failure.json").read_text())
+    return dict(content["cause"])
+
+
 def test_near_its_limit_requeued_by_hand_and_off_a_lost_node_it_stays_one_run(
     cluster: Slurm, reference: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +184,10 @@ def test_a_rank_that_dies_ends_the_job_everywhere(cluster: Slurm, reference: Pat
     assert cluster.job(job.number)["ExitCode"] == f"{128 + signal.SIGKILL}:0"
     assert not job.ranks()
     assert job.starts == 1
+    cause = failure(tmp_path / "run")
+    assert (cause["rank"], cause["kind"]) == (1, "silent")
+    assert cause["step"] >= 1
+    assert job.log().count("first cause: the rank ended without a word") == 1
 
 
 def test_a_mistake_is_told_and_not_repeated(cluster: Slurm, reference: Path, tmp_path: Path) -> None:
@@ -187,6 +196,8 @@ def test_a_mistake_is_told_and_not_repeated(cluster: Slurm, reference: Path, tmp
     assert cluster.job(job.number)["ExitCode"] == "2:0"
     assert "/nowhere" in job.log()
     assert job.starts == 1
+    assert failure(tmp_path / "run")["kind"] == "user_error"
+    assert job.log().count("first cause: ") == 1
 
 
 # ---------------------------------------------------------------- ranks that are no ranks, for the script alone

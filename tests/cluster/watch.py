@@ -39,6 +39,14 @@ def watch(hosts: Hosts, process: Process, timeout_s: float = 400) -> tuple[int, 
     return hosts.wait(process, max(1.0, end - time.monotonic())), seen
 
 
+def ranks(hosts: Hosts, name: str) -> list[psutil.Process]:
+    """Training processes on a host, without what has started them or what they have started."""
+    found = [psutil.Process(pid) for pid, command in hosts.processes(name).items() if "m3i_scale train" in command]
+    ranked = [process for process in found if RANK & process.environ().keys()]
+    numbers = {process.pid for process in ranked}
+    return [process for process in ranked if process.ppid() not in numbers]
+
+
 def _environment(pid: int) -> dict[str, str]:
     with contextlib.suppress(psutil.Error, OSError):
         return psutil.Process(pid).environ()

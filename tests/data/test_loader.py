@@ -18,7 +18,7 @@ from m3i_scale.data.loader import merge_states
 from m3i_scale.data.reader import NOT_A_MEMBER
 from m3i_scale.data.stream import Account, too_many_bad
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError, DataError, LostWorkerError
 
 STREAMS, GLOBAL = 4, 16
 
@@ -277,7 +277,7 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
     victim = next(child for child in multiprocessing.active_children() if child not in others)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()  # torch would raise here, or in the middle of a training step
-    with pytest.raises(DataError, match=r"a loader process has died \(SIGKILL\)") as caught:
+    with pytest.raises(LostWorkerError, match=r"a loader process has died \(SIGKILL\)") as caught:
         take(batches, 20)
     assert "memory" in caught.value.why
 

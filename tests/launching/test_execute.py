@@ -34,15 +34,15 @@ def a_plan(folder, *programs, **more):
 def test_the_exit_code_is_that_of_the_command_that_failed(tmp_path):
     for codes, expected in (((0, 0), 0), ((0, 3), 3), ((75, 0), 75)):
         plan = a_plan(tmp_path, *(f"raise SystemExit({code})" for code in codes))
-        assert execute(plan, plan, os.environ) == expected
+        assert execute(plan, plan, os.environ).code == expected
     plan = a_plan(tmp_path, "import os; os.kill(os.getpid(), 9)")
-    assert execute(plan, plan, os.environ) == 137
+    assert execute(plan, plan, os.environ).code == 137
 
 
 def test_the_first_failure_counts_and_ends_those_that_wait_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 0.5)
     plan = a_plan(tmp_path, "import time; time.sleep(60); open('waited', 'w')", "raise SystemExit(4)")
-    assert execute(plan, plan, os.environ) == 4
+    assert execute(plan, plan, os.environ).code == 4
     assert not (tmp_path / "waited").exists()
 
 
@@ -59,7 +59,7 @@ def test_ranks_in_sessions_of_their_own_end_with_the_launcher_that_does_not(tmp_
     monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 0.5)
     waits = "import os, time\nwhile not (os.path.exists('rank') and open('rank').read()): time.sleep(0.05)\n"
     plan = a_plan(tmp_path, STAYS, f"{waits}raise SystemExit(4)")
-    assert execute(plan, plan, os.environ) == 4
+    assert execute(plan, plan, os.environ).code == 4
     rank, deadline = int((tmp_path / "rank").read_text()), time.monotonic() + 10
     while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
@@ -158,7 +158,7 @@ def test_ranks_below_another_launcher_are_asked_themselves(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=ask, daemon=True).start()
-    assert execute(plan, plan, os.environ) == 75
+    assert execute(plan, plan, os.environ).code == 75
 
 
 def test_torchrun_waits_for_its_ranks_and_ends_as_they_do(tmp_path):

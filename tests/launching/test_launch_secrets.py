@@ -66,6 +66,30 @@ def test_a_secret_stands_on_no_command_line_and_only_in_private_files(launcher, 
     assert carried
 
 
+ADDRESSES = ("https://me:plutonium@data.example.org/a.tar", "https://data.example.org/b.tar?X-Amz-Signature=plutonium")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_logins_and_signatures_in_addresses_are_shown_to_nobody(launcher, address, tmp_path):
+    shards = f"data.sources.main.shards={address}"
+    job = a_job(shards, output_dir=str(tmp_path), **FIELDS[launcher])
+    plan = render(launcher, job)
+    told = [file.text for file in plan.files if "plutonium" in file.text]
+    assert told or any("plutonium" in str(command) for command in plan.commands)  # ranks do get it
+    assert all(file.mode in (0o600, 0o700) for file in plan.files if "plutonium" in file.text)
+    shown = render(launcher, job.shown())
+    assert "plutonium" not in shown.text()
+    assert "plutonium" not in json.dumps(shown.document())
+    assert "data.example.org" in shown.text()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_files_without_secrets_can_be_read_by_all(launcher, tmp_path):
+    plan = render(launcher, a_job("data.sources.main.shards=/data/train", output_dir=str(tmp_path), **FIELDS[launcher]))
+    assert all(file.mode in (0o644, 0o755) for file in plan.files)
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_dry_run_shows_no_secret_and_is_the_same_every_time(launcher, as_json, tmp_path, monkeypatch):

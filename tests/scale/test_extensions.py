@@ -1,10 +1,12 @@
 """Lock files of killed builders go; those of living ones stay."""
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.utils.file_baton import FileBaton
@@ -44,6 +46,46 @@ def test_the_lock_of_a_living_builder_stays_and_that_of_a_killed_one_goes(tmp_pa
         builder.wait()
 
 
+SWEEPER = """
+import sys
+from pathlib import Path
+from m3i_scale.scale.extensions import sweep_stale_locks
+print(len(sweep_stale_locks(Path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of processes want root")
+def test_the_lock_of_a_builder_in_another_container_stays(tmp_path, lock):
+    """Neither sees the processes of the other."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    sweep = [*apart, sys.executable, "-c", SWEEPER, str(tmp_path)]
+    builder = subprocess.Popen([sys.executable, "-c", BUILDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert builder.stdout.readline() == "building\n"
+        assert subprocess.run(sweep, capture_output=True, text=True, check=True).stdout == "0\n"
+        assert lock.exists()
+    finally:
+        builder.kill()
+        builder.wait()
+    assert subprocess.run(sweep, capture_output=True, text=True, check=True).stdout == "1\n"
+    assert not lock.exists()
+
+
+def test_many_ranks_that_sweep_at_once_do_not_keep_a_stale_lock(tmp_path, lock):
+    for _time in range(5):
+        lock.touch()
+        with ThreadPoolExecutor(8) as pool:
+            swept = list(pool.map(lambda _rank: sweep_stale_locks(tmp_path), range(8)))
+        assert not lock.exists(), swept
+
+
+def test_a_file_system_without_leases_is_searched_for_holders(tmp_path, lock, monkeypatch):
+    monkeypatch.setattr(extensions, "_lease", lambda descriptor: errno.EINVAL)
+    with lock.open("w"):
+        assert sweep_stale_locks(tmp_path) == []
+    assert sweep_stale_locks(tmp_path) == [lock]
+
+
 def test_the_folder_of_torch_is_swept_by_default(tmp_path, lock, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent.parent))
     lock.touch()
@@ -62,12 +104,12 @@ def test_on_a_shared_file_system_a_fresh_lock_is_believed(tmp_path, lock, monkey
 def test_a_lock_that_was_taken_anew_during_the_sweep_stays(tmp_path, lock, monkeypatch):
     lock.touch()
 
-    def taken_anew(identity):
+    def taken_anew(lock, identity):
         lock.rename(lock.with_name("old"))
         lock.touch()
         return False
 
-    monkeypatch.setattr(extensions, "_is_open", taken_anew)
+    monkeypatch.setattr(extensions, "_is_held", taken_anew)
     assert sweep_stale_locks(tmp_path) == []
     assert lock.exists()
 

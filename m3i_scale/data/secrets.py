@@ -1,4 +1,4 @@
-"""What must not leave the machine with a model: logins and signatures in addresses, access tokens."""
+"""What must leave the machine with no model and stand in no log: logins, signatures in addresses, access tokens."""
 
 from __future__ import annotations
 

@@ -1,0 +1,124 @@
+"""What is told, once, of a run whose launcher watches no rank: ranks are real processes that die in real ways."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3i_scale.launch.execute import Ending, execute
+from m3i_scale.launch.failures import FAILURE, RANK_RECORDS, Failure, read_records, write_failure
+from m3i_scale.launch.plan import Command, LaunchPlan
+from m3i_scale.launch.verdict import conclude, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAYS = str(ROOT / "tests" / "cluster" / "playing_rank.py")
+PORT = "29500"
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 20.0)
+
+
+def ranks(folder, *parts, ranks=True, steps=4):
+    """A launch of two ranks that play parts; its ending and what is told of it."""
+    common = {"WORLD_SIZE": "2", "MASTER_PORT": PORT}
+    commands = tuple(
+        Command((sys.executable, PLAYS, str(folder), str(steps), *parts), {**common, "RANK": str(rank)})
+        for rank in range(2)
+    )
+    plan = LaunchPlan("test", folder / "launch", (), commands, folder, ranks=ranks)
+    ending = execute(plan, plan, os.environ)
+    return ending, conclude(folder, ending, plan)
+
+
+def cause(folder):
+    return json.loads((folder / FAILURE).read_text())["cause"]
+
+
+def test_a_killed_rank_is_told_with_its_signal_and_the_step_that_others_know(tmp_path):
+    ending, told = ranks(tmp_path, "kill@1@3", "patient@0")
+    assert ending.code == 137
+    found = cause(tmp_path)
+    assert (found["rank"], found["kind"], found["exit_code"], found["step"]) == (1, "signal", -9, 2)
+    assert told.startswith("first cause: the rank was ended by signal 9 (SIGKILL)\n")
+    assert told.count("first cause") == 1
+    assert "1 × RuntimeError: [gloo/transport" in told
+    assert str(tmp_path / FAILURE) in told
+
+
+def test_where_nobody_sees_the_ranks_the_one_that_said_nothing_is_told(tmp_path):
+    _, told = ranks(tmp_path, "kill@1@3", "patient@0", ranks=False)
+    found = cause(tmp_path)
+    assert (found["rank"], found["kind"], found["step"]) == (1, "silent", 2)
+    assert "the rank ended without a word" in told
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_error_comes_before_those_that_were_ended_for_it(tmp_path, monkeypatch, seen):
+    monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 0.5)
+    ending, told = ranks(tmp_path, "user@1@3", ranks=seen)
+    assert ending.code == 1
+    assert ending.forced == {0}
+    found = cause(tmp_path)
+    assert (found["rank"], found["kind"], found["step"]) == (1, "user_error", 2)
+    assert "fix: copy it again" in told
+
+
+def test_a_run_that_finishes_leaves_no_word_of_any_failure(tmp_path):
+    write_failure(tmp_path, Failure(1.0, "node1", 0, 1, "step", "exit", "of an earlier launch"), [])
+    ending, told = ranks(tmp_path)
+    assert (ending.code, told) == (0, None)
+    assert not (tmp_path / FAILURE).exists()
+    assert not (tmp_path / RANK_RECORDS).exists()
+
+
+def test_while_it_runs_each_rank_has_left_what_is_told_if_it_is_killed(tmp_path):
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": PORT}
+    done = subprocess.run([sys.executable, PLAYS, str(tmp_path), "3", "kill@0@2"], env=environment, check=False)
+    assert done.returncode == -9
+    (record,) = read_records(tmp_path)
+    assert (record.rank, record.kind, record.host) == (0, "silent", os.uname().nodename)
+
+
+def failed(code=1, **more):
+    return Ending(code=code, codes=[code], times=[1.0], **more)
+
+
+def test_what_is_preempted_or_interrupted_has_not_failed(tmp_path):
+    write_failure(tmp_path, Failure(1.0, "node1", 0, 1, "step", "exit", "of an earlier launch"), [])
+    plan = LaunchPlan("test", tmp_path, (), (Command(("torchrun",)),), tmp_path)
+    assert conclude(tmp_path, failed(75), plan) is None
+    assert conclude(tmp_path, failed(143, asked=1), plan) is None  # by the signal, before it could save
+    assert conclude(tmp_path, failed(130, asked=2), plan) is None
+    assert cause(tmp_path)["message"] == "of an earlier launch"
+
+
+def test_a_command_that_starts_no_rank_is_told_itself(tmp_path):
+    plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2", "…", "x" * 500)),), tmp_path)
+    told = conclude(tmp_path, failed(255), plan)
+    assert "no rank has left a word, and this ended with exit code 255: ssh node2" in told
+    assert len(told) < 700
+    assert cause(tmp_path)["rank"] is None
+
+
+def test_a_folder_that_takes_no_file_hides_nothing(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2")),), tmp_path)
+    told = conclude(tmp_path / "out", failed(255), plan)
+    assert "exit code 255" in told
+    assert "not written" in told
+
+
+def test_a_job_script_says_the_same_at_its_end(tmp_path, monkeypatch, capsys):
+    ranks(tmp_path, "exception@0@2", "patient@1", ranks=False)
+    (tmp_path / FAILURE).unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["verdict", str(tmp_path), "1"])
+    main()
+    assert capsys.readouterr().err.startswith("first cause: RuntimeError: the cause: a value that nobody thought of\n")
+    assert cause(tmp_path)["rank"] == 0
