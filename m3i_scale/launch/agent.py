@@ -8,6 +8,7 @@ network is gone). Ranks die with it: the kernel kills them when it is killed. It
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import shutil
@@ -32,6 +33,9 @@ _TICK_S = 0.1
 _CHUNK = 1 << 16
 _UNTOLD_S = 60.0
 """How long an agent that has not been told what to do waits for it to be said."""
+_PREFIX = "m3i-scale-agent-"
+_YOUNG_S = 60.0
+"""A folder without a lock may be about to get one."""
 
 
 class Agent:
@@ -99,6 +103,7 @@ class Agent:
         fault = None
         try:
             self.records = _folder_for_records()
+            self._held = _hold(self.records)  # until this process ends
         except OSError as error:
             fault = f"no room for the places of its ranks: {error}"
         self.writer.say("hello", version=__version__, time=time.time(), pid=os.getpid(), left=left, fault=fault)
@@ -195,7 +200,8 @@ def _folder_for_records() -> Path:
     """
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    folder = Path(tempfile.mkdtemp(prefix="m3i-scale-", dir=parent))
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
         (folder / "room").write_bytes(bytes(1 << 16))
         (folder / "room").unlink()
@@ -203,6 +209,29 @@ def _folder_for_records() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of agents that were killed. One that lives holds a lock, which is seen from any container."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            young = time.time() - folder.stat().st_mtime < _YOUNG_S
+            descriptor = _hold(folder)
+        except OSError:  # held, another user's, or gone
+            continue
+        if not young:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _hold(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def main() -> None:

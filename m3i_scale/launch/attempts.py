@@ -343,17 +343,23 @@ def _refuse_left(links: Sequence[Link]) -> None:
 
 
 def _await(inbox: Inbox, link: Link, kind: str, timeout_s: float) -> dict[str, Any] | None:
-    deadline = time.monotonic() + timeout_s
+    """The next message of that kind; None where the agent ends before, or says nothing. What others say meanwhile is
+    put back: that one is gone is said once."""
+    deadline, of_others = time.monotonic() + timeout_s, []
+    answer = None
     while (left := deadline - time.monotonic()) > 0:
         try:
             other, message = inbox.get(timeout=left)
         except queue.Empty:
-            return None
-        if other is link and message["kind"] == kind:
-            return message
-        if other is link and message["kind"] == "gone":
-            return None
-    return None
+            break
+        if other is not link:
+            of_others.append((other, message))
+        elif message["kind"] in (kind, "gone"):
+            answer = message if message["kind"] == kind else None
+            break
+    for said in of_others:
+        inbox.put(said)
+    return answer
 
 
 class _Signals:

@@ -191,16 +191,16 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
         except queue.Empty:
             continue
         name = link.host.name
-        if waiting.get(name) is not link:  # a link of an earlier attempt says that it is gone
+        if link not in links or name in reasons:  # a link of an earlier attempt says that it is gone
             continue
         if message["kind"] == "hello":
             link.hello = message
             fault = _fault_of(message)
-            del waiting[name]
+            waiting.pop(name, None)
             if fault is not None:
                 reasons[name] = fault
         elif message["kind"] == "gone":
-            del waiting[name]
+            waiting.pop(name, None)  # or it has answered, and ended while others were waited for
             reasons[name] = link.why_gone()
     for name in waiting:
         reasons[name] = f"no answer in {site.connect_s:g} s"
