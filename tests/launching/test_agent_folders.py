@@ -1,0 +1,32 @@
+"""Folders in memory of agents that were killed go with the next agent; those of living ones stay."""
+
+import os
+
+from m3i_scale.launch import agent
+
+
+def aged(folder):
+    long_ago = folder.stat().st_mtime - 2 * agent._YOUNG_S
+    os.utime(folder, (long_ago, long_ago))
+    return folder
+
+
+def made(parent, name):
+    folder = parent / f"{agent._PREFIX}{name}"
+    folder.mkdir()
+    (folder / "rank-00000.place").write_bytes(b"x")
+    return folder
+
+
+def test_the_folder_of_a_killed_agent_goes_and_that_of_a_living_one_stays(tmp_path):
+    dead, alive, young = made(tmp_path, "dead"), made(tmp_path, "alive"), made(tmp_path, "young")
+    held = agent._hold(aged(alive))
+    aged(dead)
+    other = tmp_path / "m3i-scale-other"
+    other.mkdir()
+    aged(other)
+    agent._sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, young.name, other.name])
+    os.close(held)
+    agent._sweep(tmp_path)
+    assert not alive.exists()
