@@ -3,7 +3,6 @@
 import os
 import sys
 
-from m3i_scale.cli import main
 from m3i_scale.launch.processes import obey_tie
 
 
@@ -14,7 +13,9 @@ def run() -> None:
     of the process group, and, after an error, a thread that still writes a checkpoint: an interpreter that goes down
     under them is aborted now and then, or waits for them.
     """
-    obey_tie()
+    obey_tie()  # before seconds of imports, in which the parent may end
+    from m3i_scale.cli import main
+
     try:
         main()
         code: object = 0

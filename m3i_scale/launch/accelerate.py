@@ -7,8 +7,10 @@ import shlex
 import yaml
 
 from m3i_scale.launch import ssh
+from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.job import OVER_HOSTS, Job
 from m3i_scale.launch.plan import LaunchFile, LaunchPlan
+from m3i_scale.launch.processes import PARENT, TIED
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
 HONOURS = OVER_HOSTS
@@ -62,7 +64,7 @@ def _script(job: Job) -> str:
         f"# On every host: bash {SCRIPT} PLACE, which counts the hosts from 0, the head.",
         "set -eu",
         f"cd {shlex.quote(str(job.workdir))}",
-        *export_lines(job.variables),
+        *export_lines([*job.variables, Variable(TIED, PARENT)]),
         wrapped(["exec", *quoted(words), '--machine_rank="$1"', "--module", *quoted(job.train)]),
     ]
     return "\n".join(lines) + "\n"

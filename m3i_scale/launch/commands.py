@@ -11,10 +11,11 @@ import typer
 from m3i_scale.config import find_run_file, load_run, run_values
 from m3i_scale.launch.description import Cluster, read_cluster
 from m3i_scale.launch.environment import without_secrets
-from m3i_scale.launch.execute import execute, write_files
+from m3i_scale.launch.execute import check_needs, execute, write_files
 from m3i_scale.launch.failures import forget_records
 from m3i_scale.launch.job import Job, make_job
 from m3i_scale.launch.launchers import LAUNCHERS, render
+from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.verdict import conclude
 from m3i_scale.output import print_json, release_stdout
@@ -75,9 +76,14 @@ def launch(
 
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     """Run a plan; where a run has failed, say what it died of at the end."""
-    forget_records(job.output_dir)
-    ending = execute(plan, shown, without_secrets(os.environ, job.variables))
-    told = conclude(job.output_dir, ending, shown) if plan.waits else None
+    environment = without_secrets(os.environ, job.variables)
+    check_needs(plan)
+    if not plan.waits:
+        return execute(plan, shown, environment).code
+    with launch_lock(job.output_dir):
+        forget_records(job.output_dir)
+        ending = execute(plan, shown, environment)
+        told = conclude(job.output_dir, ending, shown, job.world_size)
     if told is not None:
         typer.echo(told, err=True)
     return ending.code

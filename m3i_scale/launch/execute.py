@@ -19,6 +19,7 @@ import psutil
 
 from m3i_scale.errors import UserError
 from m3i_scale.launch.plan import Command, LaunchPlan
+from m3i_scale.launch.processes import TIED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _GRACE_S = 60.0
@@ -103,10 +104,8 @@ def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str])
         shown: the same without secrets, for people.
         environment: of the commands.
 
-    Raises:
-        UserError: see `check_needs`.
+    The programs have been found: see `check_needs`.
     """
-    check_needs(plan)
     for command in shown.commands:
         print(f"+ {command}", file=sys.stderr, flush=True)
     return Running(plan, environment).wait()
@@ -123,7 +122,9 @@ class Running:
 
     def wait(self) -> Ending:
         """Start the commands, hand signals on to them, and wait for them."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # A terminal that is lost is an end like any other; under nohup it is none.
+        hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        before = {number: signal.signal(number, self._note) for number in (*SIGNALS, *hung_up)}
         try:
             # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
             for command in self._plan.commands:
@@ -137,10 +138,11 @@ class Running:
                 signal.signal(number, handler)
 
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
+        tie = {TIED: str(os.getpid())} if self._plan.tied else {}
         return subprocess.Popen(
             command.argv,
             cwd=self._plan.workdir,
-            env={**self._environment, **command.environment},
+            env={**self._environment, **command.environment, **tie},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -173,7 +175,7 @@ class Running:
             # Not in the handler: it may take as long as ssh does.
             threading.Thread(target=self._ask_ranks, daemon=True).start()
         else:
-            self._pass_on(number)
+            self._pass_on(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _pass_on(self, number: int) -> None:
         for process in self._processes:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.data.secrets import masked
+from m3i_scale.errors import EXIT_USER_ERROR, UserError
 
 FAILURE = "failure.json"
 RANK_RECORDS = "failure"
@@ -53,6 +54,11 @@ class Failure:
     """The last ones of its log."""
     trace: list[str] = field(default_factory=list)
     """Of an exception that is no message to users."""
+
+    def __post_init__(self) -> None:
+        """What stands here is written and shown to others: logins and tokens in it are cut out."""
+        for name in ("message", "lines", "trace"):
+            object.__setattr__(self, name, masked(getattr(self, name)))
 
     @property
     def consequence(self) -> bool:
@@ -161,10 +167,10 @@ def write_record(folder: Path, failure: Failure) -> None:
 
 
 def read_record(path: Path) -> Failure | None:
-    """What a rank has left; None where it has left nothing."""
+    """What a rank has left; None where it has left nothing that can be read."""
     try:
         return Failure(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):  # TypeError: of another version of this package
         return None
 
 
@@ -178,10 +184,17 @@ def forget_records(output_dir: Path) -> None:
     """Before a launch: what ranks of an earlier one have left is none of it.
 
     Raises:
-        OSError: they cannot be removed.
+        UserError: they cannot be removed.
     """
-    for path in _records(output_dir):
-        path.unlink(missing_ok=True)
+    try:
+        for path in _records(output_dir):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"what ranks of an earlier launch have left cannot be removed: {error.strerror}",
+            where=str(error.filename),
+            fix="remove it, or take another output_dir",
+        ) from None
 
 
 def _records(output_dir: Path) -> list[Path]:

@@ -63,6 +63,8 @@ class Job:
     variables: tuple[Variable, ...]
     values: Mapping[str, Any]
     """The whole run file, `extends` and overrides applied."""
+    masked: bool = False
+    """Whether something secret has been taken out."""
 
     @property
     def folder(self) -> Path:
@@ -137,8 +139,9 @@ class Job:
     def mode(self) -> int:
         """Of files with all that ranks are told: for nobody else where a variable is a secret or an address of shards
         holds a login or a signature."""
-        told = [self.overrides, dict(self.values)]
-        return PRIVATE if self.secret or masked(told) != [list(self.overrides), told[1]] else PUBLIC
+        values = dict(self.values)
+        hides = any(_shown(override) != override for override in self.overrides) or masked(values) != values
+        return PRIVATE if self.secret or hides or self.masked else PUBLIC
 
     def head_address(self) -> str:
         """Where rank 0 waits.
@@ -155,8 +158,14 @@ class Job:
 
     def shown(self) -> Job:
         """The same, without the values of secrets, and without what is secret in addresses."""
-        overrides = tuple("=".join(map(masked, override.split("=", 1))) for override in self.overrides)
-        return replace(self, variables=hidden(self.variables), overrides=overrides, values=masked(dict(self.values)))
+        overrides = tuple(map(_shown, self.overrides))
+        values, secret = masked(dict(self.values)), self.mode == PRIVATE
+        return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, masked=secret)
+
+
+def _shown(override: str) -> str:
+    """Without logins and signatures, and without the commands of `pipe:`, which hold both."""
+    return re.sub(r"\bpipe:.*", "pipe:…", str(masked(override)), flags=re.DOTALL)
 
 
 def is_here(host: str) -> bool:

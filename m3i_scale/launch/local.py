@@ -5,7 +5,6 @@ from __future__ import annotations
 from m3i_scale.launch.environment import INTERFACE
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import Command, LaunchPlan
-from m3i_scale.launch.processes import TIED
 
 HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "workdir"})
 
@@ -20,6 +19,7 @@ def render(job: Job) -> LaunchPlan:
         workdir=job.workdir,
         port=job.cluster.master_port,
         ranks=True,
+        tied=True,
     )
 
 
@@ -34,5 +34,4 @@ def _variables(job: Job, rank: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": ranks,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(job.cluster.master_port),
-        TIED: "1",
     }

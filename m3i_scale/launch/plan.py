@@ -66,6 +66,8 @@ class LaunchPlan:
     """Must be free on this machine before the start."""
     ranks: bool = False
     """Whether every command is a rank, in their order."""
+    tied: bool = False
+    """Whether the commands obey `processes.TIED`: they end with the launch, however that ends."""
     waits: bool = True
     """Whether the run is over when the commands are."""
 

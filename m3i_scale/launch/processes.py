@@ -13,7 +13,10 @@ from pathlib import Path
 MARK = "M3I_SCALE_LAUNCH"
 """Environment variable of every rank and of what it starts: launch, host and output folder, as `mark_of` joins them."""
 TIED = "M3I_SCALE_TIED"
-"""Environment variable of ranks, and of their launchers on other hosts: they end with their parent, however it ends."""
+"""Environment variable of ranks, and of their launchers on other hosts: they end with their parent, however it ends.
+Its value is the parent's number, or PARENT."""
+PARENT = "parent"
+"""Whichever it is."""
 
 _PR_SET_PDEATHSIG = 1
 _END_S = 10.0
@@ -94,13 +97,17 @@ def die_with_parent() -> None:
 
 
 def obey_tie() -> None:
-    """End with the parent, where it has asked for that.
+    """End with the parent, where it has asked for that; at once where it has ended already.
 
     Raises:
         OSError: as `die_with_parent`.
     """
-    if os.environ.get(TIED):
-        die_with_parent()
+    parent = os.environ.get(TIED)
+    if not parent:
+        return
+    die_with_parent()
+    if parent != PARENT and os.getppid() != int(parent):
+        os._exit(1)
 
 
 def main() -> None:

@@ -144,7 +144,8 @@ def _body(job: Job) -> list[str]:
     lines += ["", f"rm -f {records}/rank-*.json  # of ranks of an earlier attempt"]
     lines += ["", *_SIGNALS, _srun(job), "code=$?"]
     if cluster.container_image is None:
-        lines.append(f'[ "$code" -eq {EXIT_PREEMPTED} ] || {shlex.quote(job.python)} -m {VERDICT} {told} "$code"')
+        words = f'{shlex.quote(job.python)} -m {VERDICT} {told} "$code" "$SLURM_NTASKS"'
+        lines.append(f'[ "$code" -eq {EXIT_PREEMPTED} ] || {words}')
     if cluster.requeue:
         lines += [
             "",

@@ -10,7 +10,7 @@ from pathlib import Path
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.launch.job import Job, is_here
 from m3i_scale.launch.plan import Command, Executable
-from m3i_scale.launch.processes import TIED
+from m3i_scale.launch.processes import PARENT, TIED
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 PKILL = Executable("pkill", "apt-get install procps")
@@ -31,8 +31,8 @@ def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
 
 
 def script_here(script: Path, place: int) -> Command:
-    """A script of the launch folder on this machine; what it becomes ends with the launch, however that ends."""
-    return Command(("/bin/bash", str(script), str(place)), {TIED: "1"})
+    """A script of the launch folder on this machine."""
+    return Command(("/bin/bash", str(script), str(place)))
 
 
 def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
@@ -46,7 +46,7 @@ def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
         "  fix: set output_dir to a folder of a file system that all hosts have mounted"
     )
     unseen = f"{{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}"
-    line = f"[ -r {path} ] || {unseen}; {TIED}=1 exec /bin/bash {path} {place}"
+    line = f"[ -r {path} ] || {unseen}; exec env {TIED}={PARENT} /bin/bash {path} {place}"
     return Command((*_ssh(job), host, line))
 
 

@@ -28,6 +28,7 @@ def render(job: Job) -> LaunchPlan:
         workdir=job.workdir,
         needs=ssh.needs(job),
         stops=ssh.stop_commands(job),
+        tied=True,
         port=None if hosts else job.cluster.master_port,
     )
 

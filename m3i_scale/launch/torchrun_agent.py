@@ -14,20 +14,21 @@ import sys
 from types import FrameType
 
 import psutil
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
 
 from m3i_scale.launch.processes import TIED, obey_tie
 
 
 def main(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code of the rank that failed first, as a shell has it."""
+    obey_tie()  # before seconds of imports, in which the parent may end
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
     options = parse_args(arguments)
     options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, _ask_ranks)
-    obey_tie()
-    os.environ[TIED] = "1"
+    os.environ[TIED] = str(os.getpid())
     try:
         run(options)
     except ChildFailedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
@@ -16,15 +17,19 @@ from m3i_scale.launch.failures import FAILURE, Failure, failure_text, first_caus
 from m3i_scale.launch.plan import LaunchPlan
 
 _SHOWN = 300
+_LISTED = 8
+_ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
+"""Exit codes of ranks that were asked to stop before they could save."""
 
 
-def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan) -> str | None:
+def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: int) -> str | None:
     """Write OUTPUT/failure.json where a run has failed; remove that of an earlier launch where it has finished.
 
     Args:
         output_dir: of the run.
         ending: of the launcher's commands.
         shown: their plan, without secrets.
+        world_size: ranks in all.
 
     Returns:
         What a person reads at the end. None: it has not failed, or was interrupted.
@@ -32,45 +37,71 @@ def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan) -> str | None:
     records = read_records(output_dir)
     if shown.ranks:
         records = _seen_here(records, ending)
-    if not records and ending.code:
+    if not records and ending.code not in (0, EXIT_PREEMPTED):
         records = [_no_rank_has_begun(ending, shown)]
-    # A rank that has not yet begun to train cannot save, and ends by the signal.
-    interrupted = ending.asked and all(_by_signal(record) for record in records)
-    return None if interrupted or ending.asked > 1 else tell(output_dir, ending.code, records)
+    interrupted = ending.asked and ending.code in _ASKED and all(_by_signal(record) for record in records)
+    return None if interrupted or ending.asked > 1 else tell(output_dir, ending.code, records, world_size)
 
 
 def _by_signal(record: Failure) -> bool:
     """Whether it may have ended by a signal that asked it to stop."""
-    return record.kind in ("silent", "ended", "exit") or -(record.exit_code or 0) in SIGNALS
+    interrupted = record.message.startswith("KeyboardInterrupt")
+    return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
 
 
-def tell(output_dir: Path, code: int, records: Sequence[Failure]) -> str | None:
+def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
     """The same, once it is known what the ranks have left.
 
     Args:
         output_dir: of the run.
         code: that the launch ends with.
         records: of ranks that have not ended as they should.
+        world_size: ranks in all, where that is known.
     """
-    if code == EXIT_PREEMPTED:
-        return None
-    cause = first_cause(records)
+    if code == EXIT_PREEMPTED:  # all have saved, or one has failed while it did
+        records = [record for record in records if not record.consequence and record.kind != "silent"]
+        if not records:
+            return None
     if code == 0:
-        (output_dir / FAILURE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can be read only does not make a finished run a failed one
+            (output_dir / FAILURE).unlink(missing_ok=True)
         return None
-    if cause is None:
-        cause = Failure(time.time(), socket.gethostname(), None, None, None, "exit", "no rank has left a word", code)
+    cause = _cause(records, world_size)
     # Who was killed cannot say when. Those that waited for it can.
     steps = [record.step for record in records if record.step is not None and record.step >= 0]
     if cause.step is None and steps:
         cause = replace(cause, step=max(steps))
-    others = [record for record in records if record is not cause and record.rank != cause.rank]
+    others = [record for record in records if record.rank != cause.rank]
     text = failure_text(cause, others)
     try:
         path = write_failure(output_dir, cause, others, exit_code=code)
     except OSError as error:
         return f"{text}\n  (not written: {error})"
     return f"{text}\n  written to: {path}"
+
+
+def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
+    found = first_cause(records)
+    if found is None:
+        return Failure(time.time(), socket.gethostname(), None, None, None, "exit", "no rank has left a word")
+    silent = [record for record in records if record.kind == "silent"]
+    heard = {record.rank for record in records}
+    unheard = [rank for rank in range(world_size or 0) if rank not in heard]
+    if found.kind != "silent" or (len(silent) == 1 and not unheard):
+        return found
+    # A launcher ends those that are left when one has failed: which one that was, none of them says.
+    told = f"{_named([record.rank for record in silent])} ended without a word: killed (for want of memory, most often)"
+    told += ", their host is gone, or their launcher ended them"
+    if unheard:
+        told += f"; {_named(unheard)} left nothing: ended before it began, or as it should; see what it printed"
+    elif len(silent) > 1:
+        told += "; which was the first is not known"
+    return replace(found, rank=None if len(silent) > 1 or unheard else found.rank, message=told)
+
+
+def _named(ranks: Sequence[int | None]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:_LISTED]) + (" …" if len(ranks) > _LISTED else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
@@ -80,16 +111,20 @@ def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
     for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
         unheard = Failure(at, host, rank, None, None, "silent", f"the rank ended with exit code {code}")
         record = told.get(rank, unheard)
-        if rank in ending.forced:
+        if record.kind == "silent" and rank in ending.forced:
             record = replace(record, time=at, kind="ended", message="ended by the launch: another rank had failed")
         elif record.kind == "silent" and code < 0:
-            name = signal.Signals(-code).name
-            record = replace(record, time=at, kind="signal", message=f"the rank was ended by signal {-code} ({name})")
+            record = replace(record, time=at, kind="signal", message=f"the rank was ended by signal {_signal(-code)}")
         elif record.kind == "silent":
-            record = replace(record, time=at, kind="exit")
+            record = replace(record, time=at, kind="exit", message=f"the rank ended with exit code {code}")
         if code not in (0, EXIT_PREEMPTED):
             seen.append(replace(record, exit_code=code))
     return seen
+
+
+def _signal(number: int) -> str:
+    known = {int(one): one.name for one in signal.Signals}
+    return f"{number} ({known[number]})" if number in known else str(number)
 
 
 def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
@@ -101,9 +136,9 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
 
 
 def main() -> None:
-    """`python -m m3i_scale.launch.verdict OUTPUT CODE`, at the end of a job script."""
-    output_dir, code = Path(sys.argv[1]), int(sys.argv[2])
-    text = tell(output_dir, code, read_records(output_dir))
+    """`python -m m3i_scale.launch.verdict OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
+    output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    text = tell(output_dir, code, read_records(output_dir), world_size)
     if text is not None:
         print(text, file=sys.stderr)
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from m3i_scale.errors import EXIT_USER_ERROR, UserError
+from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from m3i_scale.launch.failures import RANK_RECORDS, Failure, record_file, write_record
 from m3i_scale.launch.place import RECORDS, Place, own_place
 from m3i_scale.rank_variables import adopt_rank_variables
@@ -45,12 +45,18 @@ def recorded(output_dir: Path) -> Iterator[Place]:
             faulthandler.enable()  # a crash in native code shows at least its Python lines
     try:
         yield place
-    except (Exception, KeyboardInterrupt) as error:
-        if folder is not None:
+    except BaseException as error:
+        if folder is not None and not _as_it_should(error):
             _leave(folder, _failure(error, rank, place))
+        elif folder is not None:
+            _take_back(folder, rank)
         raise
     if folder is not None:
         _take_back(folder, rank)
+
+
+def _as_it_should(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
 
 
 def _begin(folder: Path, rank: int) -> None:
@@ -91,6 +97,10 @@ def _failure(error: BaseException, rank: int, place: Place) -> Failure:
 
 def _leave(folder: Path, failure: Failure) -> None:
     try:
-        write_record(folder, failure)
-    except OSError as fault:  # a full disk must not hide why the rank ends
+        try:
+            write_record(folder, failure)
+        except OSError:  # a full disk may have room for this one instead of the one from the start, which is wrong now
+            record_file(folder, failure.rank or 0).unlink(missing_ok=True)
+            write_record(folder, failure)
+    except OSError as fault:  # it must not hide why the rank ends
         print(f"no record of this failure ({fault}): {failure.where()}: {failure.message}", file=sys.stderr)

@@ -12,6 +12,7 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -93,7 +94,10 @@ def _file_system(path: Path) -> str:
 
 
 def _is_held(lock: Path, identity: tuple[int, int, int]) -> bool:
-    """Whether a process has the file open. The kernel knows it of all: to nobody else's file it grants a lease."""
+    """Whether a process has the file open. The kernel knows it of all, and grants a lease of a file only to who has it
+    alone; a network file system may refuse it for reasons of its own."""
+    if _file_system(lock) not in LOCAL_FILE_SYSTEMS:
+        return _is_open(identity)
     for _try in range(_TRIES):
         try:
             descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
@@ -106,7 +110,7 @@ def _is_held(lock: Path, identity: tuple[int, int, int]) -> bool:
             os.close(descriptor)
         if refused == 0:
             return False
-        if refused not in (errno.EAGAIN, errno.EACCES):  # network file systems have none
+        if refused not in (errno.EAGAIN, errno.EACCES):
             return _is_open(identity)
         time.sleep(random.uniform(0, _PAUSE_S))
     return True
@@ -115,6 +119,7 @@ def _is_held(lock: Path, identity: tuple[int, int, int]) -> bool:
 def _lease(descriptor: int) -> int:
     """Take a lease and give it back; why it was refused, or 0."""
     try:
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # else who opens it meanwhile ends us with SIGIO
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as error:

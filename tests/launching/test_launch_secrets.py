@@ -66,7 +66,12 @@ def test_a_secret_stands_on_no_command_line_and_only_in_private_files(launcher, 
     assert carried
 
 
-ADDRESSES = ("https://me:plutonium@data.example.org/a.tar", "https://data.example.org/b.tar?X-Amz-Signature=plutonium")
+ADDRESSES = (
+    "https://me:plutonium@data.example.org/a.tar",
+    "https://data.example.org/b.tar?X-Amz-Signature=plutonium",
+    "pipe:curl -su me:plutonium https://data.example.org/c.tar",
+    "'pipe:curl -s --header plutonium https://data.example.org/d.tar'",
+)
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -81,7 +86,7 @@ def test_logins_and_signatures_in_addresses_are_shown_to_nobody(launcher, addres
     shown = render(launcher, job.shown())
     assert "plutonium" not in shown.text()
     assert "plutonium" not in json.dumps(shown.document())
-    assert "data.example.org" in shown.text()
+    assert [(file.name, file.mode) for file in shown.files] == [(file.name, file.mode) for file in plan.files]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -27,7 +27,8 @@ class Launched:
     """`m3i-scale launch` of two ranks that would train for ever, once it trains."""
 
     def __init__(self, folder: Path, shards: Path, launcher: str) -> None:
-        self.log, self.out = folder / "log", folder / "out"
+        self.launcher, self.log, self.out = launcher, folder / "log", folder / "out"
+        self.below = []
         run = write_run(folder, shards, "clip", *EVER)
         words = ["launch", str(run), "--with", launcher, "--ranks-per-node", "2", "--master-port", str(free_port())]
         with self.log.open("w") as log:
@@ -38,7 +39,14 @@ class Launched:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.until(lambda: (self.out / "metrics.jsonl").exists() and "loss" in (self.out / "metrics.jsonl").read_text())
+
+    def begun(self) -> bool:
+        figures = self.out / "metrics.jsonl"
+        return figures.exists() and "loss" in figures.read_text()
+
+    def look(self) -> None:
+        """At its processes, once it trains."""
+        self.until(self.begun)
         self.below = psutil.Process(self.process.pid).children(recursive=True)
         self.ranks = {}
         for process in self.below:
@@ -57,6 +65,7 @@ class Launched:
         return not [process for process in self.below if process.is_running() and process.status() != "zombie"]
 
     def end(self) -> None:
+        self.below = self.below or psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         for process in self.below:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -67,8 +76,11 @@ class Launched:
 @pytest.fixture(params=["local", "torchrun"])
 def launched(request, tmp_path, shards):
     launch = Launched(tmp_path, shards, request.param)
-    yield launch
-    launch.end()
+    try:
+        launch.look()
+        yield launch
+    finally:
+        launch.end()
 
 
 def test_a_rank_that_is_killed_is_the_first_cause(launched):
@@ -78,10 +90,9 @@ def test_a_rank_that_is_killed_is_the_first_cause(launched):
     said = launched.log.read_text()
     cause = json.loads((launched.out / "failure.json").read_text())["cause"]
     assert (cause["rank"], cause["host"]) == (1, os.uname().nodename)
-    assert cause["kind"] in ("signal", "silent")
+    assert cause["kind"] == ("signal" if launched.launcher == "local" else "silent")
     assert cause["step"] >= 1
     assert said.count("first cause: ") == 1
-    assert said.index("first cause: the rank") > said.rindex("Traceback")  # at the end
 
 
 def test_a_launch_that_is_killed_takes_its_ranks_with_it(launched):

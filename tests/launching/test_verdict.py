@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from m3i_scale.launch.execute import Ending, execute
-from m3i_scale.launch.failures import FAILURE, RANK_RECORDS, Failure, read_records, write_failure
+from m3i_scale.launch.failures import FAILURE, RANK_RECORDS, Failure, read_records, write_failure, write_record
 from m3i_scale.launch.plan import Command, LaunchPlan
-from m3i_scale.launch.verdict import conclude, main
+from m3i_scale.launch.verdict import conclude, main, tell
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYS = str(ROOT / "tests" / "cluster" / "playing_rank.py")
@@ -33,7 +33,7 @@ def ranks(folder, *parts, ranks=True, steps=4):
     )
     plan = LaunchPlan("test", folder / "launch", (), commands, folder, ranks=ranks)
     ending = execute(plan, plan, os.environ)
-    return ending, conclude(folder, ending, plan)
+    return ending, conclude(folder, ending, plan, 2)
 
 
 def cause(folder):
@@ -92,15 +92,63 @@ def failed(code=1, **more):
 def test_what_is_preempted_or_interrupted_has_not_failed(tmp_path):
     write_failure(tmp_path, Failure(1.0, "node1", 0, 1, "step", "exit", "of an earlier launch"), [])
     plan = LaunchPlan("test", tmp_path, (), (Command(("torchrun",)),), tmp_path)
-    assert conclude(tmp_path, failed(75), plan) is None
-    assert conclude(tmp_path, failed(143, asked=1), plan) is None  # by the signal, before it could save
-    assert conclude(tmp_path, failed(130, asked=2), plan) is None
+    assert conclude(tmp_path, failed(75), plan, 2) is None
+    assert conclude(tmp_path, failed(143, asked=1), plan, 2) is None  # by the signal, before it could save
+    write_record(tmp_path / RANK_RECORDS, record(0, "exception", "KeyboardInterrupt: "))
+    assert conclude(tmp_path, failed(130, asked=1), plan, 2) is None
+    assert conclude(tmp_path, failed(130, asked=2), plan, 2) is None
     assert cause(tmp_path)["message"] == "of an earlier launch"
+
+
+def record(rank, kind, message="x", time=1.0, **more):
+    return Failure(time, "node1", rank, more.pop("step", None), None, kind, message, **more)
+
+
+def test_of_several_that_say_nothing_none_is_named_the_first(tmp_path):
+    """A launcher ends those that are left: what is blocked in a collective dies like the one that was killed."""
+    told = tell(tmp_path, 1, [record(0, "silent"), record(1, "silent")], 2)
+    assert "ranks 0, 1 ended without a word" in told
+    assert "which was the first is not known" in told
+    assert cause(tmp_path)["rank"] is None
+
+
+def test_a_rank_that_never_began_is_named_beside_those_that_were_ended_for_it(tmp_path):
+    told = tell(tmp_path, 1, [record(0, "silent")], 2)
+    assert "rank 1 left nothing: ended before it began" in told
+    assert cause(tmp_path)["rank"] is None
+
+
+def test_what_fails_while_others_save_is_told(tmp_path):
+    words = [record(0, "silent"), record(1, "user_error", "the disk is full", exit_code=2)]
+    assert "first cause: the disk is full" in tell(tmp_path, 75, words, 2)
+    assert tell(tmp_path, 75, [record(0, "silent"), record(1, "exception", "Connection closed by peer")], 2) is None
+
+
+def test_an_end_that_was_forced_keeps_what_the_rank_has_said(tmp_path):
+    """It may hang after its last words, and others give up waiting for it first."""
+    write_record(tmp_path / RANK_RECORDS, record(0, "exception", "ValueError: the real cause", 1.0))
+    write_record(tmp_path / RANK_RECORDS, record(1, "exception", "Timed out waiting 1000ms", 2.0))
+    plan = LaunchPlan("test", tmp_path, (), (), tmp_path, ranks=True)
+    ending = Ending(code=1, codes=[-15, 1], times=[62.0, 2.0], forced={0})
+    assert "first cause: ValueError: the real cause" in conclude(tmp_path, ending, plan, 2)
+
+
+def test_no_secret_stands_in_what_is_written_or_told(tmp_path):
+    told = tell(tmp_path, 1, [record(0, "exception", "403: https://me:plutonium@h/a.tar?sig=plutonium")], 1)
+    assert "403: https://" in told
+    assert "plutonium" not in told + (tmp_path / FAILURE).read_text()
+
+
+def test_a_kill_after_a_request_to_stop_is_told_all_the_same(tmp_path):
+    """Out of memory while it saves."""
+    write_record(tmp_path / RANK_RECORDS, record(0, "silent", "ended without a word"))
+    plan = LaunchPlan("test", tmp_path, (), (Command(("torchrun",)),), tmp_path)
+    assert "without a word" in conclude(tmp_path, failed(137, asked=1), plan, 1)
 
 
 def test_a_command_that_starts_no_rank_is_told_itself(tmp_path):
     plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2", "…", "x" * 500)),), tmp_path)
-    told = conclude(tmp_path, failed(255), plan)
+    told = conclude(tmp_path, failed(255), plan, 2)
     assert "no rank has left a word, and this ended with exit code 255: ssh node2" in told
     assert len(told) < 700
     assert cause(tmp_path)["rank"] is None
@@ -109,7 +157,7 @@ def test_a_command_that_starts_no_rank_is_told_itself(tmp_path):
 def test_a_folder_that_takes_no_file_hides_nothing(tmp_path):
     (tmp_path / "out").write_text("a file")
     plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2")),), tmp_path)
-    told = conclude(tmp_path / "out", failed(255), plan)
+    told = conclude(tmp_path / "out", failed(255), plan, 2)
     assert "exit code 255" in told
     assert "not written" in told
 
@@ -118,7 +166,7 @@ def test_a_job_script_says_the_same_at_its_end(tmp_path, monkeypatch, capsys):
     ranks(tmp_path, "exception@0@2", "patient@1", ranks=False)
     (tmp_path / FAILURE).unlink()
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["verdict", str(tmp_path), "1"])
+    monkeypatch.setattr(sys, "argv", ["verdict", str(tmp_path), "1", "2"])
     main()
     assert capsys.readouterr().err.startswith("first cause: RuntimeError: the cause: a value that nobody thought of\n")
     assert cause(tmp_path)["rank"] == 0
