@@ -40,11 +40,11 @@ def test_a_document_arrives_whole():
 
 def test_interrupted_it_leaves_as_a_shell_expects_and_waits_for_no_thread():
     script = (
-        "import threading, time, m3i_scale.__main__ as door\n"
+        "import threading, time, m3i_scale.cli, m3i_scale.__main__ as door\n"
         "def interrupted():\n"
         "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
         "    raise KeyboardInterrupt\n"
-        "door.main = interrupted\n"
+        "m3i_scale.cli.main = interrupted\n"
         "door.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
