@@ -29,7 +29,7 @@ AT_CHECKOUT = {"workdir": "/data/m3i-scale"}
 def plan(launcher: str, output_dir: str = "/data/runs/first", **fields: object) -> LaunchPlan:
     """The example, with one launcher."""
     cluster = Cluster.model_validate({**COMMON, **fields})
-    return render(launcher, read_job("m3i", [*OVERRIDES, f"output_dir={output_dir}"], cluster))
+    return render(launcher, read_job("m3i", [*OVERRIDES, f"output_dir={output_dir}"], cluster)[1])
 
 
 def script(plan: LaunchPlan) -> str:

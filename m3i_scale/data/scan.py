@@ -212,6 +212,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     with os.fdopen(handle, "wb") as stream:
+        os.fchmod(handle, 0o666 & ~_umask())  # whoever can read the shards can read this, too
         np.savez(
             stream,
             format=np.int64(INDEX_FORMAT),
@@ -222,6 +223,12 @@ def save_index(index: ShardIndex, path: Path) -> None:
             sha256=np.str_(index.sha256),
         )
     os.replace(temporary, path)
+
+
+def _umask() -> int:
+    """It can be read only by setting it, unless the kernel tells."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))
 
 
 def load_saved(path: Place, saved: Path) -> ShardIndex | None:

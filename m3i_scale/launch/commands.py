@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from m3i_scale.config import find_run_file, load_run, run_values
+from m3i_scale.config import RunConfig, find_run_file, load_run, run_values
+from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.launch.description import Cluster, read_cluster
 from m3i_scale.launch.environment import without_secrets
 from m3i_scale.launch.execute import check_needs, execute, write_files
 from m3i_scale.launch.failures import forget_records
+from m3i_scale.launch.fit import check_fit
 from m3i_scale.launch.job import Job, make_job
 from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.launch.lock import launch_lock
@@ -52,6 +54,7 @@ def launch(
     time_limit: Annotated[str | None, typer.Option(help="Of Slurm: [days-]hours:minutes:seconds.")] = None,
     requeue: Annotated[bool | None, typer.Option(help="Slurm starts a preempted job again.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch: --sbatch=--qos=high.")] = None,
+    data_claim: Annotated[str | None, typer.Option(help="Of Kubernetes: a volume claim with shards, at /data.")] = None,
     container_image: Annotated[str | None, typer.Option(help="What ranks run in.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
@@ -59,13 +62,22 @@ def launch(
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
     known = Cluster.model_fields
     options = {key: value for key, value in context.params.items() if key in known}
-    job = read_job(run, overrides or [], read_cluster(cluster, options))
+    config, job = read_job(run, overrides or [], read_cluster(cluster, options))
     if dry_run:
         plan = render(launcher, job.shown())
         print_json(plan.document()) if as_json else typer.echo(plan.text())
+        try:
+            check_fit(config, job, launcher)
+        except UserError as error:
+            typer.echo(f"the ranks would refuse this: {error}", err=True)
         return
+    if as_json:
+        raise ConfigError(
+            "--json has no effect without --dry-run", where="--json", fix="add --dry-run, or leave it out"
+        )
     release_stdout()
     plan = render(launcher, job)
+    check_fit(config, job, launcher)
     write_files(plan)
     if launcher == "elastic":  # in this process, whose end every agent notices
         from m3i_scale.launch.elastic import FILE, start
@@ -89,7 +101,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     return ending.code
 
 
-def read_job(run: str, overrides: list[str], cluster: Cluster) -> Job:
+def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfig, Job]:
     """A run and a description, checked as far as it can be without data.
 
     Raises:
@@ -99,4 +111,4 @@ def read_job(run: str, overrides: list[str], cluster: Cluster) -> Job:
     from m3i_scale.objective.recipe import parse_recipe
 
     parse_recipe(config.recipe, where=str(find_run_file(run)))
-    return make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)
+    return config, make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)

@@ -56,7 +56,7 @@ def _on_this_machine(job: Job) -> LaunchPlan:
         launcher="deepspeed",
         folder=job.folder,
         files=(hostfile([here]),),
-        commands=(Command((*_launcher(job), *_trained(job.train)), variables),),
+        commands=(Command((*_launcher(job, "--no_ssh_check"), *_trained(job.train)), variables),),
         workdir=job.workdir,
         needs=ssh.needs(job),
         stops=ssh.stop_commands(job),

@@ -50,6 +50,10 @@ AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 
 
+_OPTIONS = {"environment": "--env"}
+"""Options of the command line that are not called as their fields are."""
+
+
 class Cluster(Section):
     """Where a run is started. A field that the chosen launcher cannot honour is an error."""
 
@@ -120,6 +124,14 @@ class Cluster(Section):
     """Of the volume that holds `output_dir`, in Kubernetes."""
     data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
     """An existing volume claim of Kubernetes that holds the shards, mounted read-only at /data."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _is_a_list(cls, entries: object) -> object:
+        # A mapping may hold secrets, which no message may repeat.
+        if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError("a list of NAME (as it is here) or NAME=value, e.g. [HF_TOKEN, OMP_NUM_THREADS=8]")
+        return entries
 
     @field_validator("environment")
     @classmethod
@@ -202,6 +214,6 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
     # Hosts of the command line take the place of those of the file, however either of them says it.
     if given.keys() & {"hostfile", "hosts"}:
         values = {key: value for key, value in values.items() if key not in ("hostfile", "hosts")}
-    names = " ".join("--" + key.replace("_", "-") for key in given)
+    names = " ".join(_OPTIONS.get(key, "--" + key.replace("_", "-")) for key in given)
     where = " and ".join(part for part in (str(path) if path else "", names) if part)
     return parse_section(Cluster, values | given, where=where or "the command line")

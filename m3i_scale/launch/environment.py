@@ -71,7 +71,7 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
             raise ConfigError(
                 f"{name} is to travel to the ranks, and is not set here",
                 where=f"environment: {name}",
-                fix=f"set it, write {name}=value, or take it off the list",
+                fix="set it, or take it off the list" + ("" if is_secret(name) else f", or write {name}=value"),
             )
         found.append(Variable(name, value if equals else here[name], is_secret(name)))
     return tuple(sorted(found, key=lambda variable: variable.name))

@@ -62,7 +62,7 @@ def check_needs(plan: LaunchPlan) -> None:
     for executable in plan.needs:
         if shutil.which(executable.name) is None:
             raise UserError(
-                f"'{executable.name}' is not installed here",
+                f"'{executable.name}' {'cannot be run' if '/' in executable.name else 'is not installed'} here",
                 where=f"--with {plan.launcher}",
                 fix=executable.package,
             )

@@ -89,12 +89,25 @@ def _check(job: Job) -> None:
             where=f"name: {job.name}",
             fix="name=first-run",
         )
+    shards = [text for text in _shards(job) if PurePosixPath(text.removeprefix("file://")).is_relative_to(DATA)]
+    if shards and job.cluster.data_claim is None:
+        raise ConfigError(
+            f"nothing is mounted at {DATA}, where the shards are said to lie",
+            where=f"shards: {shards[0]}",
+            fix="--data-claim with an existing volume claim that holds them, or the address of a store: s3://…",
+        )
     if job.cluster.data_claim is not None and PurePosixPath(job.output_dir).is_relative_to(DATA):
         raise ConfigError(
             f"output_dir lies below {DATA}, where the shards are mounted to be read only",
             where=f"output_dir: {job.output_dir}",
             fix="output_dir=/output/first",
         )
+
+
+def _shards(job: Job) -> list[str]:
+    sources = (job.values.get("data") or {}).get("sources") or {}
+    found = [source.get("shards", []) for source in sources.values()]
+    return [text for shards in found for text in ([shards] if isinstance(shards, str) else shards)]
 
 
 def _name(job: Job) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m3i_scale.launch import ssh
 from m3i_scale.launch.environment import INTERFACE
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import Command, LaunchPlan
@@ -18,6 +19,7 @@ def render(job: Job) -> LaunchPlan:
         commands=tuple(Command(job.rank_argv, _variables(job, rank)) for rank in range(job.world_size)),
         workdir=job.workdir,
         port=job.cluster.master_port,
+        needs=(ssh.interpreter(job),),
         ranks=True,
         tied=True,
     )

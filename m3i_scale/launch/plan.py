@@ -32,6 +32,8 @@ class Command:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set on top of what the launching process has."""
+    host: str | None = None
+    """Where ssh runs it; None: here."""
 
     def __str__(self) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
@@ -93,7 +95,7 @@ class LaunchPlan:
         lines.append(f"cd {shlex.quote(str(self.workdir))}")
         lines += [str(command) + (" &" if len(self.commands) > 1 else "") for command in self.commands]
         if len(self.commands) > 1:
-            lines += ENDS
+            lines += [*ENDS[:-1], f"({ENDS[-1]})"]
         if self.stops:
             lines += ["", "# when asked to stop"]
             lines += [str(command) for command in self.stops]

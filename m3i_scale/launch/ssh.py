@@ -27,7 +27,7 @@ def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
     """A command on a host; without ssh where the host is this one. ssh hands one line to a shell of the host."""
     if is_here(host):
         return Command(tuple(argv))
-    return Command((*_ssh(job), host, shlex.join(argv)))
+    return Command((*_ssh(job), host, shlex.join(argv)), host=host)
 
 
 def script_here(script: Path, place: int) -> Command:
@@ -47,7 +47,7 @@ def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
     )
     unseen = f"{{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}"
     line = f"[ -r {path} ] || {unseen}; exec env {TIED}={PARENT} /bin/bash {path} {place}"
-    return Command((*_ssh(job), host, line))
+    return Command((*_ssh(job), host, line), host=host)
 
 
 def stop_commands(job: Job) -> tuple[Command, ...]:
@@ -65,7 +65,12 @@ def needs(job: Job) -> tuple[Executable, ...]:
     """The programs of the commands of this file."""
     away = any(not is_here(host.name) for host in job.hosts)
     here = not job.hosts or any(is_here(host.name) for host in job.hosts)
-    return ((SSH,) if away else ()) + ((PKILL,) if here else ())
+    return ((SSH,) if away else ()) + ((PKILL, interpreter(job)) if here else ())
+
+
+def interpreter(job: Job) -> Executable:
+    """What ranks run in, where this machine has some of them."""
+    return Executable(job.python, "--python PATH of an interpreter that has this package")
 
 
 def as_pattern(text: str) -> str:

@@ -16,7 +16,8 @@ from m3i_scale.launch.execute import SIGNALS, Ending
 from m3i_scale.launch.failures import FAILURE, Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 
-_SHOWN = 300
+_SHOWN = 200
+_SSH_FAILED = 255
 _LISTED = 8
 _ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 """Exit codes of ranks that were asked to stop before they could save."""
@@ -130,9 +131,14 @@ def _signal(number: int) -> str:
 def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
     failed = [place for place, code in enumerate(ending.codes) if code]
     first = min(failed, key=lambda place: ending.times[place])
-    code, command = ending.codes[first], str(shown.commands[first])[:_SHOWN]
-    told = f"no rank has left a word, and this ended with exit code {code}: {command}"
-    return Failure(ending.times[first], socket.gethostname(), None, None, "start", "exit", told, code)
+    code, command = ending.codes[first], shown.commands[first]
+    why = {126: "something cannot be run there", 127: "something is not found there"}.get(code, "")
+    if command.host is not None and code == _SSH_FAILED:
+        why = "ssh did not reach the host, or lost it"
+    line = str(command)
+    line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+    told = f"{why or 'no rank has left a word'} (exit code {code}): {line}"
+    return Failure(ending.times[first], command.host or socket.gethostname(), None, None, "start", "exit", told, code)
 
 
 def main() -> None:

@@ -149,7 +149,12 @@ def resolve(
     return _fill(raw, wanted, where)
 
 
-def _batch(world_size: int, batch_size: int, micro_batch_size: int, where: str) -> dict[str, _Wanted]:
+def check_batch(world_size: int, batch_size: int, micro_batch_size: int, *, where: str) -> int:
+    """Micro-batches of a rank in an optimizer step.
+
+    Raises:
+        ConfigError: ranks × micro-batch does not divide the batch; with batches that they divide.
+    """
     accumulation, rest = divmod(batch_size, micro_batch_size * world_size)
     if rest or not accumulation:
         raise ConfigError(
@@ -159,6 +164,11 @@ def _batch(world_size: int, batch_size: int, micro_batch_size: int, where: str) 
             why="every rank runs the same number of micro-batches of the same size",
             fix=_batch_advice(world_size, batch_size, micro_batch_size),
         )
+    return accumulation
+
+
+def _batch(world_size: int, batch_size: int, micro_batch_size: int, where: str) -> dict[str, _Wanted]:
+    accumulation = check_batch(world_size, batch_size, micro_batch_size, where=where)
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
     return {
         "train_batch_size": _Wanted(batch_size, "optim.batch_size"),

@@ -63,7 +63,7 @@ class Submitted:
             "workdir": str(run_file.parent),
             "environment": [f"{name}={cluster.environment[name]}" for name in travels],
         }
-        plan = render("slurm", read_job(str(run_file), list(overrides), read_cluster(None, given | options)))
+        plan = render("slurm", read_job(str(run_file), list(overrides), read_cluster(None, given | options))[1])
         write_files(plan)
         self.number = cluster.command(*plan.commands[0].argv).split()[-1]  # Submitted batch job 7
 

@@ -201,7 +201,7 @@ def test_the_head_waits_at_the_address_of_the_interface():
 def test_paths_are_absolute_on_all_hosts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("extends: m3i\n")
-    job = read_job("mine.yaml", [], Cluster(ranks_per_node=1))
+    _, job = read_job("mine.yaml", [], Cluster(ranks_per_node=1))
     assert job.run == str(tmp_path / "mine.yaml")
     assert job.folder == tmp_path / "runs" / "run" / "launch"
     assert a_job().folder == Path(OUTPUT) / "launch"

@@ -115,7 +115,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def launched(tmp_path, *words):
     """`m3i-scale launch` in a process of its own, with a rank's Python that waits for a signal."""
     a_script(tmp_path, "python-waits", SAVES.replace("; ", "\n"), f"{sys.executable} -u")
-    command = [sys.executable, "-m", "m3i_scale", "launch", "m3i", f"output_dir={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "m3i_scale",
+        "launch",
+        "m3i",
+        f"output_dir={tmp_path / 'run'}",
+        "data.sources.main.shards=/data/train",
+    ]
     command += ["--python", str(tmp_path / "python-waits"), "--workdir", str(tmp_path), *words]
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -185,3 +193,9 @@ def test_a_mistake_in_the_run_file_ends_a_launch_before_anything_is_written(tmp_
     assert result.exit_code != 0
     assert "optim.lrr" in str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interpreter_that_is_not_here_is_named(tmp_path):
+    with pytest.raises(UserError, match="'/nowhere/python' cannot be run here") as caught:
+        check_needs(render("local", a_job(output_dir=str(tmp_path), ranks_per_node=1, python="/nowhere/python")))
+    assert "--python" in str(caught.value)

@@ -91,7 +91,9 @@ def test_logins_and_signatures_in_addresses_are_shown_to_nobody(launcher, addres
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_files_without_secrets_can_be_read_by_all(launcher, tmp_path):
-    plan = render(launcher, a_job("data.sources.main.shards=/data/train", output_dir=str(tmp_path), **FIELDS[launcher]))
+    plan = render(
+        launcher, a_job("data.sources.main.shards=/shards/train", output_dir=str(tmp_path), **FIELDS[launcher])
+    )
     assert all(file.mode in (0o644, 0o755) for file in plan.files)
 
 

@@ -10,7 +10,7 @@ from m3i_scale.launch.launchers import render
 
 def script(**fields: object) -> str:
     cluster = Cluster.model_validate({"nodes": 2, "ranks_per_node": 2, **fields})
-    (file,) = render("slurm", read_job("m3i", ["output_dir=/data/runs/first"], cluster)).files
+    (file,) = render("slurm", read_job("m3i", ["output_dir=/data/runs/first"], cluster)[1]).files
     return file.text
 
 

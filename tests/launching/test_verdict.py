@@ -149,7 +149,7 @@ def test_a_kill_after_a_request_to_stop_is_told_all_the_same(tmp_path):
 def test_a_command_that_starts_no_rank_is_told_itself(tmp_path):
     plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2", "…", "x" * 500)),), tmp_path)
     told = conclude(tmp_path, failed(255), plan, 2)
-    assert "no rank has left a word, and this ended with exit code 255: ssh node2" in told
+    assert "no rank has left a word (exit code 255): ssh node2" in told
     assert len(told) < 700
     assert cause(tmp_path)["rank"] is None
 
@@ -170,3 +170,10 @@ def test_a_job_script_says_the_same_at_its_end(tmp_path, monkeypatch, capsys):
     main()
     assert capsys.readouterr().err.startswith("first cause: RuntimeError: the cause: a value that nobody thought of\n")
     assert cause(tmp_path)["rank"] == 0
+
+
+def test_a_host_that_ssh_does_not_reach_is_named(tmp_path):
+    plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2", "x"), host="node2"),), tmp_path)
+    told = conclude(tmp_path, failed(255), plan, 2)
+    assert "first cause: ssh did not reach the host, or lost it (exit code 255)" in told
+    assert "where: host node2" in told

@@ -1,0 +1,33 @@
+"""Whether a run can begin where it is launched: what every rank would refuse, told before a scheduler queues for it."""
+
+from __future__ import annotations
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.places import to_place
+from m3i_scale.data.shares import check_shares
+from m3i_scale.launch.job import Job
+from m3i_scale.scale.ds_config import check_batch
+
+
+def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
+    """Check data and ranks against each other, without reading any data.
+
+    Args:
+        run: overrides applied.
+        job: with the number of ranks.
+        launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
+
+    Raises:
+        ConfigError: no data, or a batch that ranks cannot share out.
+        DataError: an address of shards that no rank would read.
+    """
+    check_weights(run.data.sources)
+    for name, source in run.data.sources.items():
+        for text in [source.shards] if isinstance(source.shards, str) else source.shards:
+            to_place(text, f"data.sources.{name}.shards")
+    if launcher == "elastic":
+        return
+    size = run.optim.micro_batch_size
+    check_batch(job.world_size, run.optim.batch_size, size, where=f"{job.world_size} ranks")
+    check_shares(run.data, micro_batch_size=size, world_size=job.world_size)
