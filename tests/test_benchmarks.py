@@ -138,7 +138,7 @@ def test_shuffles_are_compared_as_observed():
     for row in told["loaders"]:
         rows.setdefault((row["loader"], row["ranks"]), []).append(row)
     ours, one_rank, two_ranks = rows["ours", 1], rows["webdataset", 1], rows["webdataset", 2]
-    assert [row["options"]["shuffle_shards"] for row in ours] == [1, 4, 16, 4]
+    assert [row["options"]["shuffle_shards"] for row in ours] == [1, 4, 8, 16, 4]
     assert all(row["held_samples"] == 0 and row["seen_in_one_pass"] == 1.0 for row in ours)
     # A stream's window of one shard gives a batch 8 samples each of 4 shards: of what is alike in a shard, 7 of 31.
     assert ours[0]["batch"]["own_shard"] == pytest.approx(7 / 31)
