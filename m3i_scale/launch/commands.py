@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,8 @@ from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.verdict import conclude
 from m3i_scale.output import print_json, release_stdout
+
+_ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
 
 def launch(
@@ -64,6 +67,7 @@ def launch(
     options = {key: value for key, value in context.params.items() if key in known}
     config, job = read_job(run, overrides or [], read_cluster(cluster, options))
     if dry_run:
+        job = _with_image(job, launcher)
         plan = render(launcher, job.shown())
         print_json(plan.document()) if as_json else typer.echo(plan.text())
         try:
@@ -84,6 +88,14 @@ def launch(
 
         raise typer.Exit(start(plan.folder / FILE))
     raise typer.Exit(_run(plan, render(launcher, job.shown()), job))
+
+
+def _with_image(job: Job, launcher: str) -> Job:
+    """A dry run shows a manifest also before there is an image."""
+    if launcher != "kubeflow" or job.cluster.container_image is not None:
+        return job
+    typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
+    return replace(job, cluster=job.cluster.model_copy(update={"container_image": _ANY_IMAGE}))
 
 
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:

@@ -60,7 +60,7 @@ class Cluster(Section):
     nodes: int | None = Field(default=None, ge=1, le=100_000)
     """Machines, where no hosts are named. Default: 1."""
     ranks_per_node: int | None = Field(default=None, ge=1, le=1024)
-    """Ranks on each of them, where no hosts are named."""
+    """Ranks on each of them, where no hosts are named. Default: the accelerators of the machine that launches, or 1."""
     hostfile: Path | None = None
     """A file with a line `name slots=N` for every machine; the first one is the head."""
     hosts: tuple[str, ...] = ()

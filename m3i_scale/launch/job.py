@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.plan import PRIVATE, PUBLIC
+from m3i_scale.output import leave_out_accelerator_warning
 
 FOLDER = "launch"
 """In the run's output folder."""
@@ -80,8 +82,10 @@ class Job:
     def ranks_per_node(self) -> int:
         """Ranks on every machine.
 
+        Where nobody says how many, as many as this machine has accelerators, and one where it has none.
+
         Raises:
-            ConfigError: nobody says how many, or hosts differ in it.
+            ConfigError: hosts differ in it.
         """
         if self.hosts:
             slots = {host.slots for host in self.hosts}
@@ -94,7 +98,7 @@ class Job:
                 )
             return slots.pop()
         if self.cluster.ranks_per_node is None:
-            raise ConfigError("how many ranks does a machine have?", fix="--ranks-per-node 8, or hosts with slots")
+            return devices_here()
         return self.cluster.ranks_per_node
 
     @property
@@ -166,6 +170,16 @@ class Job:
 def _shown(override: str) -> str:
     """Without logins and signatures, and without the commands of `pipe:`, which hold both."""
     return re.sub(r"\bpipe:.*", "pipe:…", str(masked(override)), flags=re.DOTALL)
+
+
+@cache
+def devices_here() -> int:
+    """Accelerators of this machine, by DeepSpeed's word; one where ranks compute on CPUs."""
+    leave_out_accelerator_warning()
+    from deepspeed.accelerator import get_accelerator  # seconds, and only where nobody says how many ranks
+
+    accelerator = get_accelerator()
+    return 1 if accelerator.device_name() == "cpu" else max(1, int(accelerator.device_count()))
 
 
 def is_here(host: str) -> bool:

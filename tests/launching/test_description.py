@@ -179,12 +179,6 @@ def test_this_machine_by_two_names_is_refused(monkeypatch):
         a_job(hosts=("node1 slots=2", "node1.example.org slots=2"))
 
 
-@pytest.mark.parametrize("launcher", sorted(set(LAUNCHERS) - {"kubeflow"}))
-def test_somebody_says_how_many_ranks(launcher):
-    with pytest.raises(ConfigError, match="how many ranks"):
-        render(launcher, a_job())
-
-
 def test_the_address_of_an_interface_of_another_machine_is_not_guessed():
     with pytest.raises(ConfigError, match="is not this machine") as caught:
         render("torchrun", a_job(hosts=("node1 slots=2", "node2 slots=2"), interface="eth0"))

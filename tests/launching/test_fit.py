@@ -1,11 +1,15 @@
 """What every rank would refuse is told where the run is launched."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from launch_case import a_job
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.launch.job import devices_here
+from m3i_scale.launch.launchers import LAUNCHERS
 
 DATA = "data.sources.main.shards=/data/train"
 
@@ -61,3 +65,31 @@ def test_pods_without_the_shards_are_refused(tmp_path):
     refused = CliRunner().invoke(app, words)
     assert "nothing is mounted at /data" in str(refused.exception)
     assert CliRunner().invoke(app, [*words, "--data-claim", "shards"]).exit_code == 0
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_shows_a_plan_of_a_built_in_run_alone(launcher):
+    devices_here()  # DeepSpeed's first words, which the command line keeps from its document
+    done = CliRunner().invoke(app, ["launch", "m3i", "--with", launcher, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.exception
+    plan = json.loads(done.stdout)
+    assert plan["launcher"] == launcher
+    assert plan["commands"]
+    assert "the run has no data" in done.stderr
+
+
+def test_a_real_launch_into_pods_wants_an_image(tmp_path):
+    words = ["launch", "clip", "--with", "kubeflow", "--ranks-per-node", "1", "output_dir=/output/x"]
+    done = CliRunner().invoke(app, [*words, "data.sources.main.shards=s3://bucket/train"])
+    assert "which image do the ranks run in?" in str(done.exception)
+
+
+@pytest.mark.parametrize(("name", "count", "ranks"), [("cpu", 2, 1), ("cuda", 4, 4), ("cuda", 0, 1)])
+def test_without_a_number_a_machine_has_as_many_ranks_as_accelerators(name, count, ranks, monkeypatch):
+    accelerator = SimpleNamespace(device_name=lambda: name, device_count=lambda: count)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    devices_here.cache_clear()
+    try:
+        assert a_job().ranks_per_node == ranks
+    finally:
+        devices_here.cache_clear()
