@@ -144,6 +144,10 @@ class Hosts:
         self._processes.append(process)
         return process
 
+    def command(self, host: str, argv: Sequence[str | Path], cwd: Path) -> list[str]:
+        """What runs a command on a host, for a caller that keeps its outputs apart."""
+        return [*self._enter(host, cwd), *map(str, argv)]
+
     def wait(self, process: Process, timeout_s: float = 400) -> int:
         """Its exit code. After `timeout_s` all hosts are swept and the test fails with the end of the output."""
         try:

@@ -101,3 +101,12 @@ def test_nothing_outlives_a_test_that_was_killed(two_hosts: Hosts, tmp_path: Pat
             return
         time.sleep(0.05)
     pytest.fail("the hosts outlived their test")
+
+
+def test_a_command_can_be_tried_on_hosts_by_hand():
+    script = [sys.executable, str(TESTS / "cluster" / "on_hosts.py"), "2", "--"]
+    done = subprocess.run([*script, "ssh", "node1", "hostname"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "node1\n"), done.stderr
+    assert subprocess.run([*script, "sh", "-c", "exit 7"], capture_output=True, check=False).returncode == 7
+    names = [line.split()[0] for line in (TESTS / "cluster" / "hostfile").read_text().splitlines()]
+    assert names == ["node0", "node1"]
