@@ -101,6 +101,18 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path):
     assert not Path("/tmp/never").exists()
 
 
+def test_the_folder_that_one_host_has_made_goes_when_the_others_have_left_it(tmp_path: Path):
+    folder = tmp_path / "out" / "of" / "it"
+    maker: list[Path] = []
+    other: list[Path] = []
+    write_note(folder, "a", maker)
+    write_note(folder, "b", other)
+    for left in (maker, other, maker, other):
+        remove_notes(left)
+    assert (maker, other) == ([], [])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_host_that_says_nothing_is_given_up():
     channel = Channel("silent", way())
     with pytest.raises(ProbeError, match="no answer after") as caught:

@@ -61,7 +61,8 @@ class Examination:
 
     def __exit__(self, *_: object) -> None:
         assert self._pool is not None
-        self._ask_all(list(self._channels), 5.0, do="clean")
+        for _notes_then_folders in range(2):
+            self._ask_all(list(self._channels), 5.0, do="clean")
         list(self._pool.map(lambda channel: channel.end(), self._channels.values()))
         self._pool.shutdown()
 

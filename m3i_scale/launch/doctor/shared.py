@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -69,10 +70,12 @@ def _content(path: Path) -> str | None:
 
 
 def remove_notes(left: list[Path]) -> None:
-    """Remove a note, and the folders that were made for it and are empty."""
-    while left:
-        path = left.pop(0)
+    """Remove a note, and the folders that were made for it and are empty. What others still use stays in `left`, for
+    when they have removed their notes: they did not make the folder, and will leave it."""
+    for path in list(left):
         try:
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        except OSError:  # another host has removed it, or uses it
-            continue
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                continue
+        left.remove(path)
