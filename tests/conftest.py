@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from m3i_scale.output import release_stdout
+
 settings.register_profile("shared_machine", deadline=None, max_examples=50)
 settings.load_profile("shared_machine")
 
@@ -22,3 +24,10 @@ def repeatable() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def nobody_keeps_stdout() -> Iterator[None]:
+    """A command that ran in this process may have reserved it for its document."""
+    yield
+    release_stdout()
