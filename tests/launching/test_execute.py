@@ -115,7 +115,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def launched(tmp_path, *words):
     """`m3i-scale launch` in a process of its own, with a rank's Python that waits for a signal."""
     a_script(tmp_path, "python-waits", SAVES.replace("; ", "\n"), f"{sys.executable} -u")
-    command = [
+    command = ["env", "--default-signal=HUP"]  # whatever these tests are run under
+    command += [
         sys.executable,
         "-m",
         "m3i_scale",
@@ -138,7 +139,7 @@ def until_ready(process, count):
         lines.append(line)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path, number):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
