@@ -14,7 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make import make_shards
 from m3i_scale.data.records import FileImage, FileMask, Record
 from m3i_scale.errors import ConfigError, DataError, UserError
 

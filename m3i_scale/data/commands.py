@@ -1,17 +1,18 @@
-"""`m3i-scale shards`: the commands; those for shards of others are in `tools`, further inputs in `inputs`."""
+"""`m3i-scale shards`: the commands; those for shards of others are in `tools`, further inputs in `inputs`.
+
+What takes long to import is imported by the command that needs it: help has to come at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3i_scale.data.emoji import GROUPS, Background, emoji_records
-from m3i_scale.data.index import build_index
+from m3i_scale.data.cut import ShardOptions
 from m3i_scale.data.inputs import commands as inputs
-from m3i_scale.data.make import ShardOptions, make_shards, parse_splits
 from m3i_scale.data.option_sets import takes_shard_options
 from m3i_scale.data.options import (
     AsJson,
@@ -26,13 +27,13 @@ from m3i_scale.data.options import (
     print_summary,
     sample_bar,
 )
-from m3i_scale.data.records import Record
-from m3i_scale.data.shards import local_shards
 from m3i_scale.data.shuffle_command import shuffle
-from m3i_scale.data.sources import Captions, Columns, imagefolder_records, manifest_records, read_labels
 from m3i_scale.data.tools import commands as tools
 from m3i_scale.data.tools import reshard
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+
+if TYPE_CHECKING:
+    from m3i_scale.data.records import Record
 
 EMOJI_SAMPLES_PER_SHARD = 160
 
@@ -75,6 +76,8 @@ def make_imagefolder(
     as_json: AsJson = False,
 ) -> None:
     """A folder of images, one folder per class, captions beside."""
+    from m3i_scale.data.sources import Captions, imagefolder_records
+
     records, labels = imagefolder_records(input_folder, choice("--captions", captions, Captions))
     _make(records, labels, output, name, split, options, {"source": "imagefolder"}, as_json)
 
@@ -103,6 +106,8 @@ def make_manifest(
     as_json: AsJson = False,
 ) -> None:
     """A table of image paths, captions and labels."""
+    from m3i_scale.data.sources import Columns, manifest_records, read_labels
+
     records, labels = manifest_records(
         manifest,
         columns=Columns(path_column, caption_column, label_column, split_column, mask_column),
@@ -125,6 +130,8 @@ def make_emoji(
     as_json: AsJson = False,
 ) -> None:
     """Emoji in four art styles with captions and nine categories; one style and whole families are held out."""
+    from m3i_scale.data.emoji import GROUPS, Background, emoji_records
+
     records = emoji_records(
         cache or output.parent / ".cache" / "emoji",
         image_size=image_size,
@@ -143,6 +150,9 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Scan shards and write `index/` beside them. Training does it where it is missing, but into its own cache."""
+    from m3i_scale.data.index import build_index
+    from m3i_scale.data.shards import local_shards
+
     found = []
     for pattern in shards:
         paths = local_shards(pattern)
@@ -165,6 +175,8 @@ def _make(
     info: dict[str, Any],
     as_json: bool,
 ) -> None:
+    from m3i_scale.data.make import make_shards, parse_splits
+
     with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
             records,

@@ -8,12 +8,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from webdataset.writer import TarWriter
 
+from m3i_scale.data.cut import ShardOptions, check_options, shard_count
 from m3i_scale.data.encode import Outcome, encoder
 from m3i_scale.data.records import Record
 from m3i_scale.data.tokenizer import train_tokenizer
@@ -22,25 +22,6 @@ from m3i_scale.errors import ConfigError, DataError
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How records are cut into shards."""
-
-    samples_per_shard: int = 10_000
-    """At most so many samples a shard."""
-    max_mb: float = 500.0
-    """About so many megabytes (10⁶ bytes) a shard at most."""
-    multiple_of: int = 8
-    """The number of shards of a split is rounded up to a multiple of this, so that all streams (8 by default) hold the
-    same number of shards; a split with fewer samples gets one shard a sample."""
-    vocabulary: int = 8_192
-    """Size of the tokenizer trained on the captions; 0 trains none."""
-    skip_bad: bool = False
-    """Leave out (and count) samples that cannot be used, instead of stopping."""
-    workers: int = 1
-    """Processes that read and encode images."""
 
 
 def make_shards(
@@ -114,16 +95,6 @@ def parse_splits(text: str) -> dict[str, float]:
     if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise ConfigError(f"the shares of the splits add up to {sum(shares.values()):g}", fix="make them add up to 1")
     return shares
-
-
-def check_options(options: ShardOptions) -> None:
-    """All of them must be positive.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if min(options.samples_per_shard, options.multiple_of, options.workers) < 1 or options.max_mb <= 0:
-        raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
 
 
 def _check(records: Sequence[Record], output: Path, labels: Sequence[str], name: str, options: ShardOptions) -> None:
@@ -225,12 +196,6 @@ def _cut(records: list[Record], options: ShardOptions) -> Iterator[list[Record]]
     count = shard_count(len(records), sum(record.size_hint for record in records), options)
     for number in range(count):
         yield records[number * len(records) // count : (number + 1) * len(records) // count]
-
-
-def shard_count(samples: int, size: int, options: ShardOptions) -> int:
-    """How many shards a split of so many samples and bytes gets."""
-    wanted = max(math.ceil(samples / options.samples_per_shard), math.ceil(size / 1e6 / options.max_mb))
-    return min(samples, math.ceil(wanted / options.multiple_of) * options.multiple_of)
 
 
 def members_of(record: Record, encoded: dict[str, bytes]) -> dict[str, bytes]:

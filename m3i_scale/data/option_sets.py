@@ -13,9 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.make import ShardOptions
+from m3i_scale.data.cut import Cut, ShardOptions
 from m3i_scale.data.options import DEFAULTS, MaxMb, MultipleOf, PerShard, SkipBad, Vocabulary, Workers
-from m3i_scale.data.tools.layout import Cut
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
 
 Command = Callable[..., None]

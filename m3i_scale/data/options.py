@@ -6,16 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from m3i_scale.data.make import Progress as Tell
-from m3i_scale.data.make import ShardOptions
+from m3i_scale.data.cut import ShardOptions
 from m3i_scale.errors import ConfigError
 from m3i_scale.output import print_json
+
+if TYPE_CHECKING:  # importing it takes seconds, which --help has not
+    from m3i_scale.data.make import Progress as Tell
 
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
 Output = Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")]

@@ -6,16 +6,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.index import load_index
 from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams
-from m3i_scale.data.shards import expand_shards
-from m3i_scale.data.shuffle import ShuffleQuality, shuffle_quality
 from m3i_scale.output import print_json
+
+if TYPE_CHECKING:  # importing it takes seconds, which --help has not
+    from m3i_scale.data.shuffle import ShuffleQuality
 
 DEFAULTS = DataConfig()
 
@@ -30,6 +30,10 @@ def shuffle(
     as_json: AsJson = False,
 ) -> None:
     """How far batches are from uniform draws, from the order alone: no image is read. 1 is uniform, more is worse."""
+    from m3i_scale.data.index import load_index
+    from m3i_scale.data.shards import expand_shards
+    from m3i_scale.data.shuffle import shuffle_quality
+
     paths = expand_shards(shards)
     with tempfile.TemporaryDirectory() as cache:
         sizes = [len(index) for index in load_index(paths, Path(cache))]

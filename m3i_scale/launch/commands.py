@@ -15,7 +15,6 @@ from m3i_scale.launch.description import Cluster, read_cluster
 from m3i_scale.launch.environment import without_secrets
 from m3i_scale.launch.execute import check_needs, execute, write_files
 from m3i_scale.launch.failures import forget_records
-from m3i_scale.launch.fit import check_fit
 from m3i_scale.launch.job import Job, make_job
 from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.launch.lock import launch_lock
@@ -63,6 +62,8 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
+    from m3i_scale.launch.fit import check_fit
+
     known = Cluster.model_fields
     options = {key: value for key, value in context.params.items() if key in known}
     config, job = read_job(run, overrides or [], read_cluster(cluster, options))

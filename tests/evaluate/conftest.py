@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make import make_shards
 from m3i_scale.data.records import Record
 
 LABELS = ["warm", "cold", "green"]

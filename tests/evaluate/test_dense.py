@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make import make_shards
 from m3i_scale.data.records import NO_CLASS, Record
 from m3i_scale.data.samples import open_mask
 from m3i_scale.evaluate import samples

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make import make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters

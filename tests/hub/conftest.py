@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
-from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make import make_shards
 from m3i_scale.data.records import Record
 from m3i_scale.hub import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from tiny import in_parts, tiny_overrides
 
 from m3i_scale.config import load_run
-from m3i_scale.data.make import ShardOptions, make_shards
+from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make import make_shards
 from m3i_scale.data.sources import imagefolder_records
 from m3i_scale.run.setup import run_yaml
 

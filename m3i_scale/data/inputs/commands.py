@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3i_scale.data.inputs.columns import Columns
-from m3i_scale.data.inputs.huggingface import huggingface_input
-from m3i_scale.data.inputs.streamed import Input, make_streamed
-from m3i_scale.data.inputs.webdataset import img2dataset_input, webdataset_input
-from m3i_scale.data.make import ShardOptions, parse_splits
+from m3i_scale.data.cut import Cut, ShardOptions
 from m3i_scale.data.option_sets import takes_shard_options
 from m3i_scale.data.options import (
     AsJson,
@@ -23,9 +19,10 @@ from m3i_scale.data.options import (
     print_summary,
     sample_bar,
 )
-from m3i_scale.data.sources import read_labels
-from m3i_scale.data.tools.layout import Cut
 from m3i_scale.errors import ConfigError
+
+if TYPE_CHECKING:  # importing it takes seconds, which --help has not
+    from m3i_scale.data.inputs.streamed import Input
 
 CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
 Group = Annotated[str | None, typer.Option(help="Field of the json members; samples of one value share a split.")]
@@ -46,6 +43,8 @@ def img2dataset(
     as_json: AsJson = False,
 ) -> None:
     """What img2dataset downloaded, as tars or as files, held against its tables."""
+    from m3i_scale.data.inputs.webdataset import img2dataset_input
+
     source = img2dataset_input(
         input_folder, caption_field=caption_field, group=group, workers=options.workers, skip_incomplete=skip_incomplete
     )
@@ -67,6 +66,9 @@ def huggingface(
     as_json: AsJson = False,
 ) -> None:
     """A data set of Hugging Face `datasets`, saved or as Parquet; its splits are kept."""
+    from m3i_scale.data.inputs.columns import Columns
+    from m3i_scale.data.inputs.huggingface import huggingface_input
+
     found = huggingface_input(source, Columns(image_column, caption_column, label_column, key_column, group_column))
     if split is not None and all(file.split is not None for file in found.files):
         raise ConfigError("--split does nothing: the data set has splits", fix="leave it out")
@@ -86,6 +88,9 @@ def webdataset(
     as_json: AsJson = False,
 ) -> None:
     """Existing shards: every sample is verified, images of other formats become PNGs, captions train a tokenizer."""
+    from m3i_scale.data.inputs.webdataset import webdataset_input
+    from m3i_scale.data.sources import read_labels
+
     source = webdataset_input(
         shards,
         labels=None if labels_file is None else read_labels(labels_file),
@@ -97,6 +102,9 @@ def webdataset(
 
 
 def _make(source: Input, output: Path, name: str, split: str | None, options: ShardOptions, as_json: bool) -> None:
+    from m3i_scale.data.inputs.streamed import make_streamed
+    from m3i_scale.data.make import parse_splits
+
     with sample_bar(quiet=as_json) as tell:
         summary = make_streamed(
             source,

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from m3i_scale.data.cut import Cut
 from m3i_scale.data.encode import Outcome, encoder
 from m3i_scale.data.make import hash_of, members_of
 from m3i_scale.data.records import Record
 from m3i_scale.data.tokenizer import train_tokenizer
-from m3i_scale.data.tools.layout import Cut, Layout, Outline, RepeatedKeysError, plan_layout
+from m3i_scale.data.tools.layout import Layout, Outline, RepeatedKeysError, plan_layout
 from m3i_scale.data.tools.tar import printable
 from m3i_scale.data.tools.writer import ShardWriter
 from m3i_scale.data.whole import check_name, made_whole, refuse_existing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,19 +15,14 @@ from rich.text import Text
 
 from m3i_scale.config import DataConfig
 from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
-from m3i_scale.data.shards import local_shards
-from m3i_scale.data.shares import check_shares
-from m3i_scale.data.shuffle import ShuffleQuality, shuffle_quality
 from m3i_scale.data.shuffle_command import shuffle_lines
-from m3i_scale.data.tools.check import CheckReport, check_shards
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
-from m3i_scale.data.tools.peek import peek
-from m3i_scale.data.tools.repair import repair
-from m3i_scale.data.tools.stats import stats_of
-from m3i_scale.data.tools.verify import Rules
-from m3i_scale.data.whole import made_whole, refuse_existing
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
 from m3i_scale.output import print_json, wide_console
+
+if TYPE_CHECKING:  # importing them takes seconds, which --help has not
+    from m3i_scale.data.shuffle import ShuffleQuality
+    from m3i_scale.data.tools.check import CheckReport
 
 DEFAULTS = DataConfig()
 MAX_PIXELS = DEFAULTS.max_image_pixels
@@ -61,6 +56,12 @@ def check(
 
     Exit code 2 where something is bad; nothing is changed.
     """
+    from m3i_scale.data.shares import check_shares
+    from m3i_scale.data.tools.check import check_shards
+    from m3i_scale.data.tools.repair import repair
+    from m3i_scale.data.tools.verify import Rules
+    from m3i_scale.data.whole import made_whole, refuse_existing
+
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
     if repair_to is not None:
@@ -96,6 +97,8 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Count samples, sizes, captions, classes and exact duplicates."""
+    from m3i_scale.data.tools.stats import stats_of
+
     with progress_bar([shards], quiet=as_json) as advance:
         found = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
     if as_json:
@@ -116,6 +119,8 @@ def look(
     as_json: AsJson = False,
 ) -> None:
     """Draw random samples onto a contact sheet: a picture, and a page with captions, labels and keys."""
+    from m3i_scale.data.tools.peek import peek
+
     with progress_bar([shards], quiet=as_json) as advance:
         summary = peek(
             shards,
@@ -138,6 +143,8 @@ def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator
     if quiet:
         yield None
         return
+    from m3i_scale.data.shards import local_shards
+
     total = times * sum(path.stat().st_size for source in shards for path in local_shards(source))
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -147,6 +154,8 @@ def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator
 
 def _shuffle(report: CheckReport, streams: int, shuffle_shards: int, batch_size: int) -> ShuffleQuality | None:
     """Of the samples that are there, good or bad; a note says why there is none."""
+    from m3i_scale.data.shuffle import shuffle_quality
+
     try:
         return shuffle_quality(
             [shard.samples for shard in report.shards if shard.samples],

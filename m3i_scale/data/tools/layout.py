@@ -11,7 +11,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.make import ShardOptions, check_options, draw_split, hash_of, shard_count
+from m3i_scale.data.cut import Cut, check_options
+from m3i_scale.data.make import draw_split, hash_of
 from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
 from m3i_scale.errors import ConfigError, DataError
 
@@ -33,29 +34,6 @@ class Outline:
     """Where it goes whatever the rule says."""
     place: str = ""
     """Names it in errors."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How samples are cut into shards."""
-
-    options: ShardOptions
-    shards: int | None = None
-    """Exactly so many shards a split, instead of what the options say."""
-    keep_order: bool = False
-    """Fill shards in order of the input; else by a hash of the key, as `make` does."""
-
-    def count(self, samples: int, size: int) -> int:
-        """Number of shards of a split.
-
-        Raises:
-            DataError: more shards than samples.
-        """
-        if self.shards is None:
-            return shard_count(samples, size, self.options)
-        if self.shards > samples:
-            raise DataError(f"{samples} samples cannot fill {self.shards} shards", fix="ask for fewer --shards")
-        return self.shards
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.make import parse_splits
+from m3i_scale.data.cut import Cut
 from m3i_scale.data.option_sets import takes_cut
 from m3i_scale.data.options import AsJson, Name, Output, Shards, choice, made_lines, print_summary
 from m3i_scale.data.tools.commands import progress_bar
-from m3i_scale.data.tools.layout import Cut
-from m3i_scale.data.tools.split import Keys, merge_shards, split_shards
 
 
 @takes_cut
@@ -30,6 +28,9 @@ def split(
     as_json: AsJson = False,
 ) -> None:
     """Deal samples into splits, or only cut shards anew. Contents of members stay as they are."""
+    from m3i_scale.data.make import parse_splits
+    from m3i_scale.data.tools.split import split_shards
+
     with progress_bar([shards], quiet=as_json, times=2) as advance:
         summary = split_shards(
             shards,
@@ -55,6 +56,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Put the samples of several sources into one folder; label sets are joined by the names of the classes."""
+    from m3i_scale.data.tools.split import Keys, merge_shards
+
     with progress_bar(sources, quiet=as_json, times=2) as advance:
         summary = merge_shards(sources, output, cut=cut, name=name, keys=choice("--keys", keys, Keys), advance=advance)
     print_summary(summary, as_json, _text(summary, output))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from m3i_scale.data.cut import Cut
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import local_shards
-from m3i_scale.data.tools.layout import WHOLE, Cut, RepeatedKeysError, plan_layout
+from m3i_scale.data.tools.layout import WHOLE, RepeatedKeysError, plan_layout
 from m3i_scale.data.tools.origin import Origin, common_labels, contents, outlines
 from m3i_scale.data.tools.tar import printable
 from m3i_scale.data.tools.writer import ShardWriter
