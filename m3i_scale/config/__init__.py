@@ -211,18 +211,18 @@ class RunConfig(Section):
     """Of first weights, of the order of samples and of their views and masks."""
     recipe: dict[str, Any]
     """Inputs × targets (docs/recipes.md)."""
-    backbone: BackboneConfig = BackboneConfig()
-    text: TextConfig = TextConfig()
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
     deepspeed: str = "zero3_bf16"
     """A DeepSpeed JSON: a name from ds_configs/, or a path."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    guard: GuardConfig = GuardConfig()
-    log: LogConfig = LogConfig()
-    hardware: HardwareConfig = HardwareConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    timeouts: TimeoutsConfig = TimeoutsConfig()
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
 
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:

@@ -121,7 +121,7 @@ class DataConfig(Section):
     """Of every read that fails, with growing random pauses between them."""
     allow_shell: bool = False
     """Whether `pipe:COMMAND` may run commands."""
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
     changed_sources: list[str] = Field(default_factory=list)
     """Names of the sources that a resumed run means to add, remove or change (docs/data.md). A resume refuses every
     other change."""

@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3i_scale.config import RunConfig, find_run_file, load_run, run_values
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.launch.description import Cluster, read_cluster
-from m3i_scale.launch.environment import without_secrets
-from m3i_scale.launch.execute import check_needs, execute, write_files
-from m3i_scale.launch.failures import forget_records
-from m3i_scale.launch.job import Job, make_job
 from m3i_scale.launch.launchers import LAUNCHERS, render
-from m3i_scale.launch.lock import launch_lock
-from m3i_scale.launch.plan import LaunchPlan
-from m3i_scale.launch.verdict import conclude
 from m3i_scale.output import print_json, release_stdout
+
+if TYPE_CHECKING:  # --help has no time to import them
+    from m3i_scale.config import RunConfig
+    from m3i_scale.launch.description import Cluster
+    from m3i_scale.launch.job import Job
+    from m3i_scale.launch.plan import LaunchPlan
 
 _ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
@@ -62,6 +59,8 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
+    from m3i_scale.launch.description import Cluster, read_cluster
+    from m3i_scale.launch.execute import write_files
     from m3i_scale.launch.fit import check_fit
 
     known = Cluster.model_fields
@@ -101,6 +100,12 @@ def _with_image(job: Job, launcher: str) -> Job:
 
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     """Run a plan; where a run has failed, say what it died of at the end."""
+    from m3i_scale.launch.environment import without_secrets
+    from m3i_scale.launch.execute import check_needs, execute
+    from m3i_scale.launch.failures import forget_records
+    from m3i_scale.launch.lock import launch_lock
+    from m3i_scale.launch.verdict import conclude
+
     environment = without_secrets(os.environ, job.variables)
     check_needs(plan)
     if not plan.waits:
@@ -120,8 +125,11 @@ def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfi
     Raises:
         ConfigError: what does not hold together.
     """
-    config = load_run(run, overrides)
+    from m3i_scale.config import find_run_file, load_run, run_values
+    from m3i_scale.launch.job import make_job
     from m3i_scale.objective.recipe import parse_recipe
+
+    config = load_run(run, overrides)
 
     parse_recipe(config.recipe, where=str(find_run_file(run)))
     return config, make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import LaunchPlan
+
+if TYPE_CHECKING:  # the names are for --help, which has no time for more
+    from m3i_scale.launch.job import Job
+    from m3i_scale.launch.plan import LaunchPlan
 
 _NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
 LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "mpirun", "accelerate", "kubeflow", "elastic")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help has not
     from m3i_scale.data.shuffle import ShuffleQuality
     from m3i_scale.data.tools.check import CheckReport
 
-DEFAULTS = DataConfig()
-MAX_PIXELS = DEFAULTS.max_image_pixels
+DEFAULTS = {name: field.default for name, field in DataConfig.model_fields.items()}
+MAX_PIXELS = DEFAULTS["max_image_pixels"]
 BATCH_SIZE = 256
 
 BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
@@ -46,8 +46,8 @@ def check(
     ] = False,
     headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not decode images: much faster.")] = False,
     max_image_pixels: MaxPixels = MAX_PIXELS,
-    streams: Streams = DEFAULTS.streams,
-    shuffle_shards: ShuffleShards = DEFAULTS.shuffle_shards,
+    streams: Streams = DEFAULTS["streams"],
+    shuffle_shards: ShuffleShards = DEFAULTS["shuffle_shards"],
     batch_size: BatchSize = BATCH_SIZE,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
