@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from typing_extensions import Self
 
@@ -16,6 +18,9 @@ EXIT_FAILED = 1
 
 EXIT_PREEMPTED = 75
 """The run was asked to stop (SIGTERM, SIGUSR2), saved a checkpoint and can be started again (EX_TEMPFAIL)."""
+
+
+Looked = TypeVar("Looked")
 
 
 class UserError(Exception):
@@ -76,6 +81,58 @@ class ConfigError(UserError):
     """A run file, a recipe or a DeepSpeed JSON that does not hold together."""
 
 
+class FaultsError(ConfigError):
+    """Several faults, found by one look.
+
+    Args:
+        faults: each as it would have been raised alone.
+    """
+
+    def __init__(self, faults: Sequence[UserError]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(f"{len(faults)} faults")
+
+    def __str__(self) -> str:
+        parts = [f"{number}. " + str(fault).replace("\n", "\n   ") for number, fault in enumerate(self.faults, 1)]
+        return "\n".join([self.what, *parts])
+
+    def on_rank(self, rank: int) -> FaultsError:
+        """The same faults for all ranks to raise, with the rank that met them."""
+        return FaultsError([fault.on_rank(rank) for fault in self.faults])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (FaultsError, (self.faults,))
+
+
+class Faults:
+    """Collects what several looks find, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.found: list[UserError] = []
+
+    def note(self, look: Callable[[], Looked]) -> Looked | None:
+        """What `look` gives; None where it raises a UserError, which is kept."""
+        try:
+            return look()
+        except FaultsError as error:
+            self.found += error.faults
+        except UserError as error:
+            self.found.append(error)
+        return None
+
+    def end(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            UserError: the one fault that was found.
+            FaultsError: several.
+        """
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise FaultsError(self.found)
+
+
 class DataError(UserError):
     """Shards, samples or labels that cannot be used."""
 
@@ -100,9 +157,14 @@ _LISTED = 32  # the built-in recipes are fewer
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint for a misspelt name: the nearest known names, or the whole (short) list."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    same = [name for name in names if _plain(name) == _plain(word)]  # but for case and punctuation
+    near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     if len(names) <= _LISTED:
         return "known: " + ", ".join(names)
     return "known: " + ", ".join(names[:_LISTED]) + ", …"
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", word.casefold())

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class FixableError(ValueError):
+    """A rule of ours that values break, with what to write instead.
+
+    Args:
+        what: the fault.
+        fix: `key=value`, or words.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values do not change after reading."""
+    """Base of every section: unknown keys are refused, values do not change after reading, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # built when first used: not for --help
+    # Schemas are built when they are first used: help has no time for it.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and pydantic true as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = set(_types_in(annotation))
+        for key, leaf in _leaves(value):
+            if isinstance(leaf, bool) and types & {int, float} and bool not in types:
+                raise ValueError(f"{leaf} is no number" + (f" ({key})" if key else ""))
+            if Any in types and isinstance(leaf, float) and not math.isfinite(leaf):  # others say so by themselves
+                raise ValueError(f"'{key}' is {leaf}, which nothing can be computed with")
+        return value
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -19,3 +48,20 @@ SectionT = TypeVar("SectionT", bound=Section)
 def plain_values(value: Any) -> Any:
     """What was set of a section that is one already."""
     return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """All types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Plain values within lists and mappings, with their dotted keys."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield key, value
+        return
+    for name, part in items:
+        yield from _leaves(part, f"{key}.{name}" if key else str(name))

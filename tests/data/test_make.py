@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.commands import shards_app
-from m3i_scale.data.loader import find_tokenizer
 from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.loader import find_tokenizer
 from m3i_scale.data.make import make_shards, parse_splits
 from m3i_scale.data.records import Record, Unusable
 from m3i_scale.data.sources import Columns, imagefolder_records, key_of, manifest_records

@@ -14,11 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.data.commands import shards_app
+from m3i_scale.data.cut import Cut, ShardOptions
 from m3i_scale.data.inputs.columns import Columns
 from m3i_scale.data.inputs.huggingface import huggingface_input
 from m3i_scale.data.inputs.streamed import CaptionSample, make_streamed
 from m3i_scale.data.inputs.webdataset import img2dataset_input, webdataset_input
-from m3i_scale.data.cut import Cut, ShardOptions
 from m3i_scale.data.tools.check import check_shards
 from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import ConfigError, DataError

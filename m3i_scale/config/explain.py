@@ -1,0 +1,222 @@
+"""What pydantic found in a section, as errors that name the key and what would be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from m3i_scale.config.sections import Section, SectionT
+from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
+
+Place = tuple[int | str, ...]
+_BRANCHES = ("float", "int", "str")
+"""How pydantic names the alternatives of a union, as if they were keys."""
+
+MEANT = {
+    "epochs": "optim.steps (samples × epochs / optim.batch_size); the passes of one source are data.sources.NAME.epochs",
+    "num_epochs": "optim.steps (samples × epochs / optim.batch_size)",
+    "max_steps": "optim.steps",
+    "total_steps": "optim.steps",
+    "iterations": "optim.steps",
+    "learning_rate": "optim.lr",
+    "base_lr": "optim.lr",
+    "max_lr": "optim.lr",
+    "end_lr": "optim.min_lr",
+    "final_lr": "optim.min_lr",
+    "batch": "optim.batch_size (over all ranks)",
+    "global_batch_size": "optim.batch_size",
+    "train_batch_size": "optim.batch_size",
+    "bs": "optim.batch_size (over all ranks)",
+    "micro_batch": "optim.micro_batch_size",
+    "per_device_batch_size": "optim.micro_batch_size",
+    "per_device_train_batch_size": "optim.micro_batch_size",
+    "batch_size_per_gpu": "optim.micro_batch_size",
+    "gradient_accumulation_steps": "optim.batch_size: it is micro_batch_size × accumulation × ranks",
+    "accumulation": "optim.batch_size: it is micro_batch_size × accumulation × ranks",
+    "warmup": "optim.warmup_steps",
+    "warmup_epochs": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_steps",
+    "wd": "optim.weight_decay",
+    "beta1": "optim.betas",
+    "beta2": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "clip_grad": "optim.clip_grad_norm",
+    "grad_clip": "optim.clip_grad_norm",
+    "max_grad_norm": "optim.clip_grad_norm",
+    "model": "backbone.preset",
+    "arch": "backbone.preset",
+    "architecture": "backbone.preset",
+    "pretrained": "backbone.from_pretrained",
+    "img_size": "backbone.config.image_size",
+    "image_size": "backbone.config.image_size",
+    "input_size": "backbone.config.image_size",
+    "resolution": "backbone.config.image_size",
+    "gradient_checkpointing": "backbone.activation_checkpointing",
+    "num_workers": "data.workers",
+    "dataset": "data.sources.NAME.shards",
+    "shards": "data.sources.NAME.shards",
+    "data_path": "data.sources.NAME.shards",
+    "train_data": "data.sources.NAME.shards",
+    "val_data": "data.validation.NAME.shards",
+    "max_length": "text.max_tokens",
+    "output": "output_dir",
+    "out": "output_dir",
+    "save_dir": "output_dir",
+    "work_dir": "output_dir",
+    "zero_stage": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
+    "precision": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
+    "dtype": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
+    "bf16": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
+    "fp16": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_fp16",
+    "save_steps": "checkpoint.every_steps",
+    "save_every": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_latest",
+    "resume_from": "checkpoint.resume",
+    "logging_steps": "log.every_steps",
+    "log_every": "log.every_steps",
+    "eval_steps": "evaluation.every_steps",
+    "eval_every": "evaluation.every_steps",
+    "ema_decay": "recipe.momentum.start",
+}
+"""What keys of other code bases are called here."""
+
+
+def parse_section(kind: type[SectionT], values: Any, *, where: str, below: str = "") -> SectionT:
+    """`values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
+
+    Args:
+        kind: the section.
+        values: what was read.
+        where: named in errors.
+        below: the key of the run file that holds the section.
+
+    Raises:
+        ConfigError: what does not hold together; a FaultsError where that are several things.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        fault = explained(kind, error, lambda place: where, below)
+    raise fault
+
+
+def explained(
+    kind: type[Section], error: ValidationError, where_of: Callable[[Place], str], below: str = ""
+) -> ConfigError:
+    """What to raise for a ValidationError, once for every key.
+
+    Args:
+        kind: the section that was read.
+        error: of pydantic.
+        where_of: names the place that a key was written at.
+        below: the key of the run file that holds the section.
+    """
+    found: dict[str, ConfigError] = {}
+    details = error.errors()
+    for fault in details:
+        if fault["type"] == "missing" and _is_misspelt(fault["loc"], details):
+            continue
+        key = ".".join(map(str, _without_branches(fault["loc"])))
+        found.setdefault(key, _explain(kind, fault, where_of(fault["loc"]), below))
+    # Of the alternatives of a union, that which got furthest tells most.
+    faults = [fault for key, fault in found.items() if not any(other.startswith(f"{key}.") for other in found)]
+    return faults[0] if len(faults) == 1 else FaultsError(faults)
+
+
+def _is_misspelt(missing: Place, faults: Sequence[Any]) -> bool:
+    """Whether a key that is missing is there under a wrong name, which is told instead."""
+    beside = [
+        str(fault["loc"][-1])
+        for fault in faults
+        if fault["type"] == "extra_forbidden" and fault["loc"][:-1] == missing[:-1]
+    ]
+    return bool(get_close_matches(str(missing[-1]), beside, n=1, cutoff=0.6))
+
+
+def origin(place: Place, overrides: Sequence[str], path: Path) -> str:
+    """Where a key was written: the last override of it or of a part of it, else the run file."""
+    fault = [str(part) for part in place]
+    for override in reversed(overrides):
+        key = override.partition("=")[0].split(".")
+        shorter = min(len(key), len(fault))
+        if key[:shorter] == fault[:shorter]:
+            return f"override {override}"
+    return str(path)
+
+
+def _without_branches(place: Place) -> list[int | str]:
+    return [part for part in place if part not in _BRANCHES and not str(part).startswith("list[")]
+
+
+def _explain(kind: type[Section], fault: Any, where: str, below: str) -> ConfigError:
+    loc = _without_branches(fault["loc"])
+    key = ".".join([*([below] if below and loc else []), *map(str, loc)])
+    if fault["type"] == "extra_forbidden":
+        hint = _nearest(kind, fault["loc"])
+        return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
+    if fault["type"] == "missing":
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_at(kind, fault["loc"]))
+    default = _default_at(kind, fault["loc"])
+    fix = None if default is None else f"e.g. the default, {key}={default}"
+    if fault["type"] == "value_error":  # a rule of ours: its sentence says all
+        rule = fault["ctx"]["error"]
+        return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
+    return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where, fix=fix)
+
+
+def _nearest(kind: type[BaseModel], path: Place) -> str:
+    """What an unknown key may have been meant to be: by its meaning, by its name in another section, or nearby."""
+    name = str(path[-1])
+    meant = MEANT.get(name.casefold())
+    if meant is not None and re.split(r"[ ,.:]", meant)[0] in kind.model_fields:
+        return f"did you mean {meant}?"
+    elsewhere = sorted(found for found in _keys_of(kind) if found.rpartition(".")[2] == name)
+    if elsewhere:
+        return "did you mean " + " or ".join(f"'{found}'" for found in elsewhere) + "?"
+    return did_you_mean(name, _fields_at(kind, path[:-1]))
+
+
+def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
+    """All keys of a section and of those in it, with dots; none below keys that the user names, as of sources."""
+    found = []
+    for name, field in kind.model_fields.items():
+        found.append(f"{above}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _keys_of(field.annotation, f"{above}{name}.")
+    return found
+
+
+def _choices_at(kind: type[BaseModel], path: Place) -> str | None:
+    """The values of a field that has a few; None for others."""
+    field = _section_at(kind, path[:-1]).model_fields.get(str(path[-1]))
+    values = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+    return f"one of {', '.join(map(str, values))}" if values else None
+
+
+def _default_at(kind: type[BaseModel], path: Place) -> str | None:
+    """The default value of a plain field, as it is written on the command line; None where there is none."""
+    field = _section_at(kind, path[:-1]).model_fields.get(str(path[-1])) if path else None
+    default = field.get_default() if field is not None else None
+    return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None
+
+
+def _fields_at(kind: type[BaseModel], path: Place) -> list[str]:
+    """Field names of the section that `path` leads to; the whole of `kind` where the path leaves typed sections."""
+    return list(_section_at(kind, path).model_fields)
+
+
+def _section_at(kind: type[BaseModel], path: Place) -> type[BaseModel]:
+    here: type[BaseModel] = kind
+    for part in path:
+        field = here.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if sections:
+            here = sections[0]
+    return here

@@ -1,0 +1,195 @@
+"""Run files as they are written: where they lie, `extends`, `key=value` overrides. Nothing is checked but YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from m3i_scale.errors import ConfigError, Faults, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""That of libyaml, where PyYAML was built with it, is seven times as fast."""
+
+
+def resource_folder(name: Literal["recipes", "ds_configs"]) -> Path:
+    """The folder of built-in files: beside the package in a checkout, inside it when installed as a wheel."""
+    beside = _PACKAGE.parent / name
+    return beside if beside.is_dir() else _PACKAGE / f"_{name}"
+
+
+def known_runs() -> dict[str, Path]:
+    """Built-in run files by name: recipes, and sizes of them."""
+    return {path.stem: path for path in sorted(resource_folder("recipes").glob("*.yaml"))}
+
+
+def known_recipes() -> dict[str, Path]:
+    """Built-in run files that define a recipe of their own; those that extend another one are sizes of it."""
+    return {name: path for name, path in known_runs().items() if "extends" not in read_yaml(path)}
+
+
+def find_run_file(name_or_path: str) -> Path:
+    """A built-in name (`m3i`) or a path.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    built_in = known_runs()
+    if name_or_path in built_in:
+        return built_in[name_or_path]
+    raise ConfigError(
+        f"no run file '{name_or_path}'",
+        where=str(path.absolute()),
+        fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+    )
+
+
+def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a run file says, `extends` and `key=value` overrides applied, and nothing else checked.
+
+    Raises:
+        ConfigError: unreadable YAML, a key that stands twice, overrides that are none, or a cycle of `extends`.
+    """
+    values = _read_with_base(find_run_file(name_or_path), ())
+    faults = Faults()
+    for override in overrides or []:
+        faults.note(lambda override=override: _apply_override(values, override))  # type: ignore[misc]
+    faults.end()
+    return values
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError("run files extend each other in a circle", where=" → ".join(map(str, [*seen, path])))
+    values = read_yaml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    beside = path.parent / str(base)
+    base_path = beside if beside.is_file() else find_run_file(str(base))
+    return _merge(_read_with_base(base_path, (*seen, path)), values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key that stands twice, or not a mapping.
+    """
+    try:
+        values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the run file: {error}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
+    return values
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    """A document.
+
+    Raises:
+        yaml.YAMLError: it is none.
+        ConfigError: a key stands twice in a mapping, of which YAML would take the last.
+    """
+    loader = _LOADER(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        repeated = dict(_repeated_keys(node, "", set()))
+        if repeated:
+            raise ConfigError(
+                f"{' and '.join(repr(key) for key in repeated)} {'stands' if len(repeated) == 1 else 'stand'} twice",
+                where="; ".join(f"{where}, lines {first} and {second}" for first, second in repeated.values()),
+                why="of two values one would be dropped without a word",
+                fix="leave one of them",
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Dotted keys that stand twice in their mapping, and on which lines, counted from 1."""
+    if id(node) in seen:  # an anchor may hold itself
+        return
+    seen.add(id(node))
+    lines: dict[tuple[str, str], int] = {}
+    for position, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        name = str(position) if key is None else str(key.value)
+        dotted = f"{above}.{name}" if above else name
+        if isinstance(key, yaml.ScalarNode):
+            same, line = (key.tag, key.value), key.start_mark.line + 1
+            if same in lines:
+                yield dotted, (lines[same], line)
+            lines[same] = line
+        yield from _repeated_keys(value, dotted, seen)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{override}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+    try:
+        value = _parse_yaml(text, f"override {override}")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
+    if isinstance(value, str) and text.strip() == value and _is_number(value):
+        value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant
+    *parents, last = key.split(".")
+    node: Any = values
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"'{key}' goes below a single value")
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"'{key}' goes below a single value")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        names = [
+            f"{number} {item['name']}" for number, item in enumerate(node) if isinstance(item, dict) and "name" in item
+        ]
+        fix = f"count from 0: {', '.join(names)}" if names else None
+        raise ConfigError(f"'{part}' in '{key}' is no index of a list of {len(node)}", fix=fix)
+    return int(part)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return any(character.isdigit() for character in text)
