@@ -27,7 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.cli import main
 from m3i_scale.config import RunConfig
 from m3i_scale.run import begin, trainer
-from m3i_scale.run.setup import make_plan
+from m3i_scale.run.check import make_plan
 from m3i_scale.scale.checkpoint import commit, pruning, saver, stream
 from m3i_scale.scale.extensions import keep_to_environment
 

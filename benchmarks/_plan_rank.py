@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import load_run
-from m3i_scale.run.setup import make_plan
+from m3i_scale.run.check import make_plan
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.collectives import free_port, start_ranks, stop_ranks
 

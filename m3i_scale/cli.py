@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -11,9 +12,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.config import find_run_file, load_run
+from m3i_scale import __version__
+from m3i_scale.config import load_run
 from m3i_scale.data.commands import shards_app
-from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
 from m3i_scale.launch.commands import launch
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
@@ -22,12 +24,31 @@ from m3i_scale.run.checkpoints.commands import checkpoint_app
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="M3I pre-training of vision backbones with DeepSpeed. Exit codes: 0 done, 2 a mistake that the message "
     "explains, 75 stopped by a signal after saving (start again to go on).",
 )
 _ERRORS = wide_console(stderr=True, soft_wrap=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"m3i-scale {__version__}")
+        raise typer.Exit
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+RunFile = Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …")]
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 recipes_app = typer.Typer(invoke_without_command=True)
@@ -49,8 +70,8 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
         wide_console().print(RecipeTable(rows))
 
 
-@recipes_app.command(epilog="Example: m3i-scale recipes show m3i --svg m3i.svg")
-def show(
+@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --svg m3i.svg")
+def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
     svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
@@ -79,7 +100,7 @@ def backbones(
     names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: Json = False
 ) -> None:
     """Sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
-    from m3i_scale.backbones.cost import describe_presets
+    from m3i_scale.backbones.sizes import describe_presets
     from m3i_scale.report.backbone_table import backbone_table
 
     rows = describe_presets(names or [])
@@ -98,14 +119,57 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
 ) -> None:
     """Train, or go on from the newest good checkpoint. Start it with any launcher; alone it runs on one rank."""
-    config = load_run(run, overrides)
-    from m3i_scale.objective.recipe import parse_recipe
+    from m3i_scale.objective.recipe import load_run_and_recipe
 
-    parse_recipe(config.recipe, where=str(find_run_file(run)))  # before DeepSpeed is imported and builds anything
+    try:
+        config, _ = load_run_and_recipe(run, overrides)  # before DeepSpeed is imported and builds anything
+    except UserError:
+        leave_out_accelerator_warning()
+        from m3i_scale.run.check import check_run
+
+        check_run(run, overrides)  # which tells all else that is wrong, too
+        raise
     from m3i_scale.run.start import start
 
     if start(config) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
+
+
+@app.command(epilog="Example: m3i-scale check run.yaml --ranks 64 --json")
+def check(
+    run: RunFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """All that `train` would refuse, at once; nothing is started. Exit code 2 where there is anything."""
+    leave_out_accelerator_warning()
+    from m3i_scale.run.check import check_run, faults_of
+
+    if as_json:
+        faults = faults_of(run, overrides, ranks)
+        print_json({"faults": [fault.to_json() for fault in faults]})
+        if faults:
+            raise typer.Exit(EXIT_USER_ERROR)
+    else:
+        check_run(run, overrides, ranks)
+        wide_console().print("nothing to refuse", markup=False, highlight=False)
+
+
+@app.command(epilog="Example: m3i-scale show m3i optim.steps=10")
+def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """The whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden."""
+    import yaml
+
+    from m3i_scale.data.secrets import masked
+    from m3i_scale.objective.recipe import load_run_and_recipe
+
+    config, _ = load_run_and_recipe(run, overrides)
+    values = masked(config.model_dump(mode="json"))
+    if as_json:
+        print_json(values)
+    else:
+        typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
 
 
 @app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --gpus-per-node 8 --memory-gib 80")
@@ -328,12 +392,25 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return [item for item in arguments if not item.startswith("--local_rank=")]
 
 
+def _refuse_dotted_options(arguments: list[str]) -> None:
+    """`--optim.lr 1e-3`, as other command lines have it: no option here has a dot.
+
+    Raises:
+        ConfigError: there is such a one.
+    """
+    for item in arguments:
+        found = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
+        if found:
+            raise ConfigError(f"there is no option {item}", fix=f"write {found[1]}{found[2] or '=VALUE'}")
+
+
 def main() -> None:
     """Run the command line; a UserError becomes its message and its exit code."""
     sys.argv[1:] = _without_local_rank(sys.argv[1:])
     if "--json" in sys.argv:
         reserve_stdout()
     try:
+        _refuse_dotted_options(sys.argv[1:])
         app()
     except UserError as error:
         adopt_rank_variables(os.environ)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from typing_extensions import Self
+from typing_extensions import ParamSpec, Self
 
 EXIT_USER_ERROR = 2
 """The input, the configuration or the machine is at fault; the message says how to mend it."""
@@ -20,6 +20,7 @@ EXIT_PREEMPTED = 75
 """The run was asked to stop (SIGTERM, SIGUSR2), saved a checkpoint and can be started again (EX_TEMPFAIL)."""
 
 
+Given = ParamSpec("Given")
 Looked = TypeVar("Looked")
 
 
@@ -47,6 +48,11 @@ class UserError(Exception):
             if text:
                 lines.append(f"  {name}: {text}")
         return "\n".join(lines)
+
+    def to_json(self) -> dict[str, str | None]:
+        """`where, message, fix`."""
+        message = self.what if self.why is None else f"{self.what}; {self.why}"
+        return {"where": self.where, "message": message, "fix": self.fix}
 
     def on_rank(self, rank: int) -> UserError:
         """The same fault for all ranks to raise, with the rank that met it."""
@@ -110,10 +116,10 @@ class Faults:
     def __init__(self) -> None:
         self.found: list[UserError] = []
 
-    def note(self, look: Callable[[], Looked]) -> Looked | None:
-        """What `look` gives; None where it raises a UserError, which is kept."""
+    def note(self, look: Callable[Given, Looked], *given: Given.args, **named: Given.kwargs) -> Looked | None:
+        """What `look` gives for what it is given; None where it raises a UserError, which is kept."""
         try:
-            return look()
+            return look(*given, **named)
         except FaultsError as error:
             self.found += error.faults
         except UserError as error:

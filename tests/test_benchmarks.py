@@ -89,7 +89,7 @@ def test_the_billion_runs_leave_nothing_of_the_recipe_out(monkeypatch, tmp_path,
     import billion
 
     from m3i_scale.config import load_run
-    from m3i_scale.run.setup import make_plan
+    from m3i_scale.run.check import make_plan
 
     shards = billion._make_shards(tmp_path)
     values = billion.run_values(tmp_path, shards, backbone, "zero3_cpu_lean")

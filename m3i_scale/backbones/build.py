@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, Dinov2Config, PreTrainedModel, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, PretrainedConfig, PreTrainedModel, ViTConfig
+from transformers.activations import ACT2FN
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
@@ -101,10 +102,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
     for key, value in fields.items():
         if key not in known:
             raise ConfigError(f"{name} has no field '{key}'", where=f"{where}.config", fix=did_you_mean(key, known))
-        try:
-            setattr(config, key, value)
-        except (TypeError, ValueError, StrictDataclassError) as error:
-            raise ConfigError(f"'{key}: {value!r}': {error}", where=f"{where}.config") from None
+        set_field(config, key, value, f"{where}.config")
     if isinstance(config, ViTConfig) and "hidden_size" in fields and "pooler_output_size" not in fields:
         config.pooler_output_size = config.hidden_size
     if isinstance(config, ViTConfig | CLIPVisionConfig):
@@ -115,6 +113,30 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
         return type(config)(**kept)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(str(error), where=f"{where}.config") from None
+
+
+def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> None:
+    """Set a field of a `transformers` configuration, which takes much that its model then computes nonsense with.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    before, place = getattr(config, key), f"{where}.{key}: {value!r}"
+    number = isinstance(before, int | float) and not isinstance(before, bool)
+    if number and isinstance(value, bool):
+        raise ConfigError(f"'{key}' is a number", where=place, fix=f"e.g. {where}.{key}={before}")
+    if number and isinstance(value, int | float):
+        rate = "dropout" in key or key.endswith(("_prob", "drop_path_rate"))
+        if rate and not 0 <= value < 1:
+            raise ConfigError(f"'{key}' is a probability below 1", where=place, fix=f"e.g. {where}.{key}={before}")
+        if (key.endswith("_eps") and value <= 0) or (key == "initializer_range" and value < 0):
+            raise ConfigError(f"'{key}' is above 0", where=place, fix=f"e.g. {where}.{key}={before}")
+    if key == "hidden_act" and value not in ACT2FN:
+        raise ConfigError(f"no activation '{value}'", where=place, fix=did_you_mean(str(value), ACT2FN))
+    try:
+        setattr(config, key, value)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"'{key}: {value!r}': {error}", where=where) from None
 
 
 def _check_tokens(config: TokenConfig, where: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +12,6 @@ from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.flops import counter
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.config import BackboneConfig
-from m3i_scale.errors import ConfigError, did_you_mean
 
 
 def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
@@ -47,13 +48,6 @@ def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
     }
 
 
-def describe_presets(names: list[str]) -> list[dict[str, Any]]:
-    """The named presets; all of them where none is named.
-
-    Raises:
-        ConfigError: no such preset.
-    """
-    for name in names:
-        if name not in PRESETS:
-            raise ConfigError(f"no backbone '{name}'", fix=did_you_mean(name, PRESETS))
-    return [describe_backbone(BackboneConfig(preset=name), name) for name in names or PRESETS]
+if __name__ == "__main__":  # python -m m3i_scale.backbones.cost > m3i_scale/backbones/sizes.json
+    rows = (json.dumps(describe_backbone(BackboneConfig(preset=name), name)) for name in PRESETS)
+    sys.stdout.write("[\n" + ",\n".join(rows) + "\n]\n")

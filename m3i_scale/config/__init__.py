@@ -25,6 +25,7 @@ __all__ = [
     "DataConfig",
     "DistortionConfig",
     "EvaluationConfig",
+    "FixableError",
     "GuardConfig",
     "HardwareConfig",
     "KeepBestConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "read_yaml",
     "resource_folder",
     "run_values",
+    "sections_that_hold",
 ]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -263,3 +265,20 @@ def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig
         path = find_run_file(name_or_path)
         fault = explained(RunConfig, error, lambda place: origin(place, overrides or [], path))
     raise fault
+
+
+def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
+    """What can be looked at of a run file with faults: its sound sections, the others as by default.
+
+    Returns:
+        The run, None where not even that holds together; and the names of the sections that are at fault.
+    """
+    try:
+        return RunConfig.model_validate(values), frozenset()
+    except ValidationError as error:
+        broken = frozenset(str(fault["loc"][0]) for fault in error.errors() if fault["loc"])
+    sound = {key: value for key, value in values.items() if key not in broken}
+    try:
+        return RunConfig.model_validate({"recipe": {}, **sound}), broken
+    except ValidationError:  # sections that do not fit to each other
+        return None, broken

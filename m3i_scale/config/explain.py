@@ -14,11 +14,12 @@ from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 
 Place = tuple[int | str, ...]
+WhereOf = Callable[[Place], str]
 _BRANCHES = ("float", "int", "str")
 """How pydantic names the alternatives of a union, as if they were keys."""
 
 MEANT = {
-    "epochs": "optim.steps (samples × epochs / optim.batch_size); the passes of one source are data.sources.NAME.epochs",
+    "epochs": "optim.steps (samples × epochs / optim.batch_size); of one source: data.sources.NAME.epochs",
     "num_epochs": "optim.steps (samples × epochs / optim.batch_size)",
     "max_steps": "optim.steps",
     "total_steps": "optim.steps",
@@ -86,13 +87,13 @@ MEANT = {
 """What keys of other code bases are called here."""
 
 
-def parse_section(kind: type[SectionT], values: Any, *, where: str, below: str = "") -> SectionT:
+def parse_section(kind: type[SectionT], values: Any, *, where: str | WhereOf, below: str = "") -> SectionT:
     """`values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
 
     Args:
         kind: the section.
         values: what was read.
-        where: named in errors.
+        where: named in errors; or what names the place that a key below the section was written at.
         below: the key of the run file that holds the section.
 
     Raises:
@@ -101,13 +102,11 @@ def parse_section(kind: type[SectionT], values: Any, *, where: str, below: str =
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        fault = explained(kind, error, lambda place: where, below)
+        fault = explained(kind, error, where if callable(where) else lambda place: where, below)
     raise fault
 
 
-def explained(
-    kind: type[Section], error: ValidationError, where_of: Callable[[Place], str], below: str = ""
-) -> ConfigError:
+def explained(kind: type[Section], error: ValidationError, where_of: WhereOf, below: str = "") -> ConfigError:
     """What to raise for a ValidationError, once for every key.
 
     Args:

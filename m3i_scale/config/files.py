@@ -61,7 +61,7 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
     values = _read_with_base(find_run_file(name_or_path), ())
     faults = Faults()
     for override in overrides or []:
-        faults.note(lambda override=override: _apply_override(values, override))  # type: ignore[misc]
+        faults.note(_apply_override, values, override)
     faults.end()
     return values
 

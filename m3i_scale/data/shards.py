@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.faults import FaultError, start_fix
 from m3i_scale.data.places import Place, Url, is_remote, to_place, without_secrets
-from m3i_scale.data.remote import Access, list_folder, read_file
+from m3i_scale.data.remote import Access, facts, list_folder, read_file
 from m3i_scale.errors import DataError, did_you_mean
 
 
@@ -51,6 +51,28 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
         hint = did_you_mean(missing[0].name, known) if known else "check the path"
         raise DataError(f"{len(missing)} of {len(named)} shards are missing", where=f"{where}: {missing[0]}", fix=hint)
     return _by_name(named, f"{where}: {shards}")
+
+
+def check_shards(shards: str, where: str, access: Access | None = None) -> None:
+    """See whether there are shards where a source says so; of those at addresses the first is asked for.
+
+    Raises:
+        DataError: see `expand_shards`; or the server does not have the first one.
+    """
+    if shards.startswith("pipe:"):  # a command, which is not run to see what it gives
+        return
+    first = expand_shards(shards, where, access)[0]
+    if not isinstance(first, Url):
+        return
+    try:
+        facts(first, access or Access())
+    except FaultError as fault:
+        raise DataError(
+            f"cannot read the first shard: {fault.reason}",
+            where=f"{where}: {first}",
+            why=fault.detail,
+            fix=start_fix(fault),
+        ) from None
 
 
 def local_shards(shards: str, where: str = "shards") -> list[Path]:

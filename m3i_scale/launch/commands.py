@@ -125,11 +125,10 @@ def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfi
     Raises:
         ConfigError: what does not hold together.
     """
-    from m3i_scale.config import find_run_file, load_run, run_values
+    from m3i_scale.config import run_values
     from m3i_scale.launch.job import make_job
-    from m3i_scale.objective.recipe import parse_recipe
+    from m3i_scale.objective.recipe import load_run_and_recipe
 
-    config = load_run(run, overrides)
+    config, _ = load_run_and_recipe(run, overrides)
 
-    parse_recipe(config.recipe, where=str(find_run_file(run)))
     return config, make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)

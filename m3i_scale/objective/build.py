@@ -6,12 +6,11 @@ import math
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import BertConfig, CLIPVisionModel, PreTrainedModel
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.backbones.build import backbone_config, build_backbone, set_field
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, did_you_mean
@@ -42,10 +41,7 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
         if key not in known or key == "vocab_size":
             hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, known)
             raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
-        try:
-            setattr(config, key, value)
-        except (TypeError, ValueError, StrictDataclassError) as error:
-            raise ConfigError(f"'{key}: {value!r}': {error}", where="text.config") from None
+        set_field(config, key, value, "text.config")
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if getattr(config, key) < 1:
             raise ConfigError(f"'{key}' must be at least 1", where="text.config")

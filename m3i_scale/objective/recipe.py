@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config import Section, parse_section
-from m3i_scale.errors import ConfigError
+from m3i_scale.config import FixableError, RunConfig, Section, find_run_file, load_run, parse_section, run_values
+from m3i_scale.config.explain import WhereOf, origin
+from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.recipe_rules import faults
 
 Modality = Literal["category", "text", "pixels", "image"]
@@ -141,6 +142,15 @@ class MomentumSpec(Section):
     end: float = Field(default=1.0, ge=0, le=1)
     projector_depth: int = Field(default=2, ge=0)
     """Residual MLP blocks after the backbone for dense targets, online and averaged; 0 for none."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.end < self.start:
+            raise FixableError(
+                f"end ({self.end:g}) is below start ({self.start:g}): the average would forget faster and faster",
+                f"end: {self.start:g} for a constant one, or 1, the default",
+            )
+        return self
 
 
 class TeacherSpec(Section):
@@ -302,12 +312,35 @@ class Recipe(Section):
         return self
 
 
-def parse_recipe(values: dict[str, Any], *, where: str = "recipe") -> Recipe:
+def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe") -> Recipe:
     """A checked recipe.
 
     Raises:
         ConfigError: an unknown key, or inputs and targets that do not hold together.
     """
     if not values:
-        raise ConfigError("the run file has no recipe", where=where, fix="extend a built-in one: `extends: m3i`")
+        place = where(()) if callable(where) else where
+        raise ConfigError("the run file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
     return parse_section(Recipe, values, where=where, below="recipe")
+
+
+def load_run_and_recipe(name_or_path: str, overrides: list[str] | None = None) -> tuple[RunConfig, Recipe]:
+    """A run file and its recipe.
+
+    Raises:
+        ConfigError: see `load_run` and `parse_recipe`; a FaultsError with the faults of both.
+    """
+    values, faults = run_values(name_or_path, overrides), Faults()
+    run = faults.note(load_run, name_or_path, overrides)
+    recipe = None
+    if isinstance(values.get("recipe"), dict):  # else the run file lacks it, which is told
+        path = find_run_file(name_or_path)
+        recipe = faults.note(
+            lambda: parse_recipe(
+                values["recipe"], where=lambda place: origin(("recipe", *place), overrides or [], path)
+            )
+        )
+    faults.end()
+    if run is None or recipe is None:
+        raise RuntimeError("nothing is at fault, and nothing is there")
+    return run, recipe

@@ -11,10 +11,11 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.launch.place import Place
 from m3i_scale.run.callbacks.base import Callback
+from m3i_scale.run.check import make_plan
 from m3i_scale.run.opening import check_together
 from m3i_scale.run.preflight import check_machines
 from m3i_scale.run.rewind import finish_rewind
-from m3i_scale.run.setup import Plan, check_resume, make_plan, open_data, run_yaml
+from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
 from m3i_scale.scale.checkpoint.commit import lock_directory, newest_good, sweep, verify
 from m3i_scale.scale.checkpoint.reading import reading

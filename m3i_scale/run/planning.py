@@ -16,8 +16,8 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import PREFETCH_PARTS, find_tokenizer, read_label_sets
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.synthetic import synthetic_batch
-from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
@@ -179,12 +179,11 @@ class Model:
         """On `meta`, in the type that is computed in.
 
         Raises:
-            ConfigError: recipe and backbone do not fit together.
+            ConfigError: see `build_on_meta`.
         """
         tokens = self.vocabulary.tokens if self.recipe.uses_text else None
         ranks = _PlannedRanks(self.world)
-        with torch.device("meta"):
-            objective = build_objective(self.run, self.vocabulary.label_sets, tokens, ranks)
+        objective = build_on_meta(self.run, self.vocabulary.label_sets, tokens, ranks)
         return objective.to(_DTYPES[self.precision]).train()
 
     @cached_property

@@ -17,32 +17,27 @@ from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
-from m3i_scale.config import RunConfig, TextConfig, read_yaml
-from m3i_scale.data.access import check_access
-from m3i_scale.data.loader import TrainStream, find_tokenizer, read_label_sets
-from m3i_scale.data.mixing import check_weights
+from m3i_scale.config import RunConfig, read_yaml
+from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
 from m3i_scale.run.differences import told_differences
-from m3i_scale.run.guard import check_guard
 from m3i_scale.run.opening import open_together
-from m3i_scale.run.retention import check_retention
 from m3i_scale.run.schedule import learning_rate
-from m3i_scale.run.source_checks import check_label_order, check_sources
-from m3i_scale.scale.activations import apply_activation_checkpointing, check_policy
+from m3i_scale.run.source_checks import check_label_order
+from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.checkpoint.state import read_meta
 from m3i_scale.scale.checkpoint.together import from_rank_0
 from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.compilation import check_compile, compile_layers
-from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config, resolve
+from m3i_scale.scale.compilation import compile_layers
+from m3i_scale.scale.ds_config import Resolved, load_ds_config, resolve
 from m3i_scale.scale.ds_effective import check_effective
 from m3i_scale.scale.ds_rules import precision
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
-from m3i_scale.scale.peak import compute_dtype, named_peak
 
 _SHOWN_CHANGES = 5
 _TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
@@ -93,50 +88,6 @@ class Plan:
         return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def make_plan(run: RunConfig, world_size: int) -> Plan:
-    """Check a run file against its data, its engine configuration and the number of ranks.
-
-    Raises:
-        ConfigError, DataError: what does not hold together.
-    """
-    recipe = parse_recipe(run.recipe)
-    check_weights(run.data.sources)
-    access = check_access(run.data, run.data.sources).at_start()
-    model = backbone_config(run.backbone)
-    check_policy(run.backbone.activation_checkpointing)
-    if run.backbone.compile:
-        check_compile(run.backbone.activation_checkpointing)
-    label_sets = read_label_sets(run.data.sources, access) if recipe.uses_categories else {}
-    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access) if recipe.uses_text else None
-    if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
-        raise ConfigError("`text` has no effect: the recipe has no text target", where="text")
-    check_sources(run, recipe, access)
-    if run.evaluation.every_steps and not run.data.validation:
-        raise ConfigError(
-            "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
-        )
-    if run.data.validation and not run.evaluation.every_steps:
-        raise ConfigError(
-            "data.validation has no effect", where="evaluation.every_steps: 0", fix="set it, e.g. to 1000"
-        )
-    check_retention(run, recipe)
-    if tokenizer is not None and tokenizer.pad_token_id != 0:
-        raise ConfigError(
-            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
-            where="text.tokenizer",
-            fix="take a BERT-type tokenizer, or the one that `shards make` trains",
-        )
-    check_batch(run, recipe, world_size)
-    run = _with_validation_labels(run, label_sets)
-    resolved = resolve_engine(run, world_size, model.hidden_size)
-    check_accelerator(resolved)
-    check_guard(run, resolved.config)
-    if run.hardware.peak_tflops is not None:
-        named_peak(run.hardware.peak_tflops, compute_dtype(resolved.config))
-    accumulation = run.optim.batch_size // (run.optim.micro_batch_size * world_size)
-    return Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
-
-
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
     """Refuse a micro-batch whose losses would say nothing.
 
@@ -173,30 +124,6 @@ def resolve_engine(run: RunConfig, world_size: int, hidden_size: int) -> Resolve
         hidden_size=hidden_size,
         where=run.deepspeed,
     )
-
-
-def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
-    """Validation sources under the training label set that they share; they never add one to the model.
-
-    Raises:
-        ConfigError: validation labels that no training source has.
-    """
-    if not label_sets or not run.data.validation:
-        return run
-    sources = {}
-    for name, source in run.data.validation.items():
-        (found, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
-        same = [key for key in label_sets if label_sets[key] == names]
-        if found is not None and not same:
-            raise ConfigError(
-                f"the labels of validation source '{name}' are those of no training source",
-                where=f"data.validation.{name}: {source.shards}",
-                fix="make both from one folder or manifest (`shards make … --split`), so that labels.json is the same",
-            )
-        # The same names under another set name: the model has one head for them.
-        chosen = found if found in same else (same[0] if same else source.label_set)
-        sources[name] = source.model_copy(update={"label_set": chosen})
-    return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})
 
 
 def open_stream(plan: Plan, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:

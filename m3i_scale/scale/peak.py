@@ -23,6 +23,8 @@ PEAK_TFLOPS = {
 }
 """Dense matrix products, of the vendor's data sheets (SXM modules)."""
 
+_MOST_TFLOPS = 1e6
+"""Hundreds of times the fastest device: what is above was meant in FLOP/s."""
 _LONG_ENOUGH_S, _MEASURED_S, _LARGEST = 5e-3, 0.2, 8192
 
 
@@ -64,8 +66,12 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
                 fix="the name or the number for that type; or leave it out, and it is measured",
             )
         return Peak(PEAK_TFLOPS[given], given)
-    if not given > 0:
-        raise ConfigError("a peak is a positive number of TFLOP/s", where=where)
+    if not 0 < given <= _MOST_TFLOPS:
+        raise ConfigError(
+            "a peak is a positive number of TFLOP/s, 10¹² FLOPs a second",
+            where=where,
+            fix=f"hardware.peak_tflops={given / 1e12:g}" if given > _MOST_TFLOPS else None,
+        )
     return Peak(float(given), "given")
 
 

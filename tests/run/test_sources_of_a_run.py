@@ -14,7 +14,8 @@ from m3i_scale.config import load_run
 from m3i_scale.data.loader import merge_states
 from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import supply
-from m3i_scale.run.setup import check_resume, make_plan
+from m3i_scale.run.check import make_plan
+from m3i_scale.run.setup import check_resume
 from m3i_scale.scale.ds_rules import precision
 
 WAIT_S = 600

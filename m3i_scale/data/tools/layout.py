@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.cut import Cut, check_options
+from m3i_scale.data.cut import Cut, ShardOptions, check_options
 from m3i_scale.data.make import draw_split, hash_of
 from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
 from m3i_scale.errors import ConfigError, DataError

@@ -1,0 +1,24 @@
+"""Sizes of the presets, counted once (`python -m m3i_scale.backbones.cost`): counting all takes half a minute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.errors import ConfigError, did_you_mean
+
+SIZES = Path(__file__).with_name("sizes.json")
+
+
+def describe_presets(names: list[str]) -> list[dict[str, Any]]:
+    """What `describe_backbone` gives for the named presets; for all of them where none is named.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    rows = {row["name"]: row for row in json.loads(SIZES.read_text(encoding="utf-8"))}
+    for name in names:
+        if name not in rows:
+            raise ConfigError(f"no backbone '{name}'", fix=did_you_mean(name, rows))
+    return [rows[name] for name in names or rows]

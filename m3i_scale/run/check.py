@@ -1,0 +1,245 @@
+"""Everything that can be checked of a run before anything is started, checked at once."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, sections_that_hold
+from m3i_scale.data.access import check_access
+from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.remote import Access
+from m3i_scale.data.shards import check_shards, read_label_sets
+from m3i_scale.data.shares import check_shares
+from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.errors import ConfigError, Faults, UserError
+from m3i_scale.objective.meta import build_on_meta
+from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
+from m3i_scale.run.guard import check_guard
+from m3i_scale.run.retention import check_retention
+from m3i_scale.run.setup import Plan, check_batch, resolve_engine
+from m3i_scale.run.source_checks import check_sources
+from m3i_scale.scale.activations import check_policy
+from m3i_scale.scale.compilation import check_compile
+from m3i_scale.scale.ds_config import Resolved, check_accelerator
+from m3i_scale.scale.peak import compute_dtype, named_peak
+
+_ANY_WIDTH = 768
+"""Of a backbone that is at fault: buckets of the DeepSpeed file are filled in with it, and thrown away."""
+
+
+def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
+    """All that `train` would refuse before it starts anything, but for what only the machines of the run can tell.
+
+    Args:
+        name_or_path: a run file, or the name of a built-in one.
+        overrides: `section.key=value`.
+        ranks: that the run would have; None: what depends on their number is not looked at.
+    """
+    faults = Faults()
+    values = faults.note(run_values, name_or_path, overrides)
+    if values is None:
+        return faults.found
+    faults.note(load_run_and_recipe, name_or_path, overrides)
+    run, broken = sections_that_hold(values)
+    if run is not None:
+        recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
+        at_fault = broken if recipe_holds else broken | {"recipe"}
+        Examination(run, ranks, at_fault, here=False).plan(faults)
+    for fault in faults.found:
+        fault.where = fault.where or str(find_run_file(name_or_path))
+    return faults.found
+
+
+def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
+    """As `faults_of`.
+
+    Raises:
+        UserError: what was found; a FaultsError where that are several things.
+    """
+    faults = Faults()
+    faults.found = faults_of(name_or_path, overrides, ranks)
+    faults.end()
+
+
+def make_plan(run: RunConfig, world_size: int) -> Plan:
+    """Check a run file against its data, its engine configuration, the number of ranks and this machine.
+
+    Raises:
+        ConfigError, DataError: what does not hold together; a FaultsError where that are several things.
+    """
+    faults = Faults()
+    plan = Examination(run, world_size).plan(faults)
+    faults.end()
+    if plan is None:
+        raise RuntimeError("nothing is at fault, and there is no plan")
+    return plan
+
+
+class Examination:
+    """The checks of one run, those left out that need what is at fault already.
+
+    Args:
+        run: the run file.
+        ranks: of the run; None: not known.
+        at_fault: names of sections that hold defaults, because what was written there has faults.
+        here: whether this machine would be a part of the run.
+    """
+
+    def __init__(
+        self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset(), *, here: bool = True
+    ) -> None:
+        self.run, self.ranks, self.at_fault, self.here = run, ranks, at_fault, here
+
+    def sound(self, *sections: str) -> bool:
+        """Whether nothing in these sections is known to be at fault."""
+        return not self.at_fault.intersection(sections)
+
+    def plan(self, faults: Faults) -> Plan | None:
+        """Look at everything.
+
+        Args:
+            faults: what is found is added.
+
+        Returns:
+            None where something does not hold together.
+        """
+        run, before = self.run, len(faults.found)
+        recipe = faults.note(parse_recipe, run.recipe) if self.sound("recipe") else None
+        access = self._access(faults) if self.sound("data") else None
+        model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
+        faults.note(check_policy, run.backbone.activation_checkpointing)
+        if run.backbone.compile:
+            faults.note(check_compile, run.backbone.activation_checkpointing)
+        label_sets: dict[str, list[str]] = {}
+        tokenizer = None
+        if recipe is not None:
+            self._check_without_data(recipe, faults)
+            if access is not None:
+                faults.note(check_sources, run, recipe, access)
+                if recipe.uses_categories:
+                    label_sets = faults.note(read_label_sets, run.data.sources, access) or {}
+                if recipe.uses_text and self.sound("text"):
+                    tokenizer = faults.note(_tokenizer, self.run, access)
+                run = faults.note(_with_validation_labels, self.run, label_sets) or run
+        resolved = None
+        if self.sound("optim", "deepspeed"):
+            width = _ANY_WIDTH if model is None else model.hidden_size
+            resolved = faults.note(resolve_engine, run, self.ranks or 1, width)
+            if resolved is not None:
+                self._check_engine(resolved, faults)
+        if recipe is None or model is None or resolved is None or len(faults.found) > before:
+            return None
+        plan = Plan(
+            run,
+            recipe,
+            label_sets,
+            tokenizer,
+            resolved,
+            model.image_size,
+            run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1)),
+        )
+        if faults.note(build_on_meta, run, label_sets, plan.vocab_size) is None:
+            return None
+        return plan
+
+    def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
+        run = self.run
+        if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
+            faults.found.append(
+                ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
+            )
+        if self.sound("evaluation", "data", "optim"):
+            faults.note(_check_evaluation, run)
+            if self.sound("checkpoint"):
+                faults.note(check_retention, run, recipe)
+        if self.ranks is not None and self.sound("optim"):
+            ranks = self.ranks
+            faults.note(check_batch, run, recipe, ranks)
+
+    def _check_engine(self, resolved: Resolved, faults: Faults) -> None:
+        if self.here:
+            faults.note(check_accelerator, resolved)
+        if self.sound("guard", "checkpoint"):
+            faults.note(check_guard, self.run, resolved.config)
+        peak = self.run.hardware.peak_tflops
+        if peak is not None:
+            faults.note(named_peak, peak, compute_dtype(resolved.config))
+
+    def _access(self, faults: Faults) -> Access | None:
+        """How servers are asked; None where the data cannot be looked at any further."""
+        data, before = self.run.data, len(faults.found)
+        faults.note(check_weights, data.sources)
+        access = faults.note(check_access, data, data.sources).at_start()
+        if access is None:
+            return None
+        for kind, sources in (("sources", data.sources), ("validation", data.validation)):
+            for name, source in sources.items():
+                faults.note(check_shards, source.shards, f"data.{kind}.{name}.shards", access)
+        if self.ranks is not None and self.sound("optim"):
+            size, ranks = self.run.optim.micro_batch_size, self.ranks
+            faults.note(check_shares, data, micro_batch_size=size, world_size=ranks)
+        return access if len(faults.found) == before else None
+
+
+def _check_evaluation(run: RunConfig) -> None:
+    """Losses on validation data need both, data and an interval, and a run that is long enough.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    every, steps = run.evaluation.every_steps, run.optim.steps
+    if every and not run.data.validation:
+        raise ConfigError(
+            "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
+        )
+    if run.data.validation and not every:
+        raise ConfigError(
+            "data.validation has no effect", where="evaluation.every_steps: 0", fix="set it, e.g. to 1000"
+        )
+    if every > steps:
+        raise ConfigError(
+            f"the run has {steps} steps: nothing would ever be evaluated",
+            where=f"evaluation.every_steps: {every}",
+            fix=f"evaluation.every_steps={steps} or less",
+        )
+
+
+def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, of which padding is token 0.
+
+    Raises:
+        ConfigError: see `find_tokenizer`; or it pads with another token.
+    """
+    found = find_tokenizer(run.data.sources, run.text.tokenizer, access)
+    if found.pad_token_id != 0:
+        raise ConfigError(
+            f"the text tower pads with token 0, and the tokenizer with {found.pad_token_id}",
+            where="text.tokenizer",
+            fix="take a BERT-type tokenizer, or the one that `shards make` trains",
+        )
+    return found
+
+
+def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
+    """Validation sources under the training label set that they share; they never add one to the model.
+
+    Raises:
+        ConfigError: validation labels that no training source has.
+    """
+    if not label_sets or not run.data.validation:
+        return run
+    sources = {}
+    for name, source in run.data.validation.items():
+        (found, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
+        same = [key for key in label_sets if label_sets[key] == names]
+        if found is not None and not same:
+            raise ConfigError(
+                f"the labels of validation source '{name}' are those of no training source",
+                where=f"data.validation.{name}: {source.shards}",
+                fix="make both from one folder or manifest (`shards make … --split`), so that labels.json is the same",
+            )
+        # The same names under another set name: the model has one head for them.
+        chosen = found if found in same else (same[0] if same else source.label_set)
+        sources[name] = source.model_copy(update={"label_set": chosen})
+    return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})
