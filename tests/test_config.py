@@ -1,10 +1,15 @@
 """Faults of a run file say where they were written, and what would be right."""
 
-import pytest
+import itertools
+import re
 
-from m3i_scale.config import known_runs, load_run
-from m3i_scale.errors import ConfigError
-from m3i_scale.objective.recipe import parse_recipe
+import pytest
+import yaml
+
+from m3i_scale.config import RunConfig, known_recipes, known_runs, load_run, read_yaml
+from m3i_scale.config.explain import MEANT
+from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
+from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 
 
 def fault(*overrides):
@@ -20,7 +25,7 @@ def fault(*overrides):
         (["optim={steps: ten}"], 0),
         (["data.sources.a.shards=/data/a", "data.sources.a.wieght=2"], 1),
         (["optim.steps=ten", "optim.steps=100.5"], 1),
-        (["optim.steps=50"], 0),  # less than the warm-up of the recipe
+        (["optim.steps=50", "optim.warmup_steps=60"], 1),
     ],
 )
 def test_a_fault_of_an_override_is_blamed_on_it(overrides, blamed):
@@ -46,6 +51,11 @@ def test_a_fault_of_the_file_is_blamed_on_the_file(tmp_path):
         ("steps=5", "did you mean 'optim.steps'?"),
         ("flip=0.5", "did you mean 'data.augment.flip'?"),
         ("batch_size=8", "did you mean 'optim.batch_size'?"),
+        ("epochs=8", "did you mean optim.steps"),
+        ("optim.epochs=8", "data.sources.NAME.epochs"),
+        ("learning_rate=1", "did you mean optim.lr?"),
+        ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("batch=8", "did you mean optim.batch_size"),
         ("every_steps=8", "did you mean 'checkpoint.every_steps' or 'evaluation.every_steps' or 'log.every_steps'?"),
     ],
 )
@@ -95,3 +105,126 @@ def test_ranks_wait_for_each_other_longer_than_a_reader_for_its_data(name):
 def test_a_number_in_quotes_is_text():
     run = load_run("m3i", ['name="1e3"', "optim.lr=3e-4"])
     assert (run.name, run.optim.lr) == ("1e3", 3e-4)
+
+
+@pytest.mark.parametrize("meant", sorted(set(MEANT.values())))
+def test_what_other_code_bases_call_differently_is_a_key_here(meant):
+    """What follows on the key is for the reader."""
+    key = re.split(r"[ ,:]", meant)[0]
+    kind = RunConfig
+    for part in key.split("."):
+        if kind is None:  # below fields that hold anything, or names that the user gives
+            break
+        assert part in kind.model_fields, key
+        inside = kind.model_fields[part].annotation
+        kind = inside if isinstance(inside, type) and hasattr(inside, "model_fields") else None
+
+
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [
+        ("seed: 1\nextends: m3i\nseed: 2\n", "seed"),
+        ("extends: m3i\noptim: {lr: 1, steps: 9, lr: 2}\n", "optim.lr"),
+        ("extends: m3i\noptim: {lr: 1}\noptim: {lr: 1}\n", "optim"),
+        ("extends: m3i\nrecipe: {targets: [{a: 1, a: 1}]}\n", "recipe.targets.0.a"),
+        ('extends: m3i\n"seed": 1\nseed: 1\n', "seed"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, twice):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"'{re.escape(twice)}' stands twice") as caught:
+        load_run(str(path))
+    assert str(path) in caught.value.where
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused():
+    assert "'lr' stands twice" in fault("optim={lr: 1, lr: 2}").what
+
+
+def test_yaml_reads_as_before_but_for_keys_that_stand_twice(tmp_path):
+    """Anchors, merges that are overridden, and one key in two mappings are fine."""
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {x: 1, y: [1, .5, yes, null, 1e3]}\nb: {<<: *a, x: 2}\nc: {x: {x: 1}}\nd: *a\n")
+    assert read_yaml(path) == yaml.safe_load(path.read_text())
+    for built_in in known_recipes().values():
+        assert read_yaml(built_in) == yaml.safe_load(built_in.read_text())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optim.lr=yes", "optim.lr"),
+        ("optim.steps=on", "optim.steps"),
+        ("optim.betas=[0.9, true]", "optim.betas"),
+        ("hardware.peak_tflops=true", "hardware.peak_tflops"),
+        ("checkpoint.max_gib=no", "checkpoint.max_gib"),
+        ("guard.spike={z: yes}", "guard.spike.z"),
+        ("data.sources.a={shards: a, weight: yes}", "data.sources.a.weight"),
+        ("data.sources.a={shards: a, weight: [[0, 1], [yes, 2]]}", "data.sources.a.weight"),
+        ("data.augment.flip=yes", "data.augment.flip"),
+        ("recipe.targets.0.weight=yes", "recipe.targets.0.weight"),
+        ("recipe.momentum.start=no", "recipe.momentum.start"),
+        ("optim.weight_decay=.inf", "optim.weight_decay"),
+        ("optim.lr=.nan", "optim.lr"),
+        ("timeouts.step_s=.inf", "timeouts.step_s"),
+        ("backbone.config.layer_norm_eps=.nan", "backbone.config"),
+        ("text.config={hidden_dropout_prob: .inf}", "text.config"),
+        ("data.sources.a={shards: a, weight: [[0, 1], [9, .inf]]}", "data.sources.a.weight"),
+        ("recipe.targets.0.sigma2=.inf", "recipe.targets.0.sigma2"),
+        ("optim.betas=[0.9, 1.5]", "optim.betas.1"),
+        ("recipe.momentum.end=0.5", "recipe.momentum"),
+    ],
+)
+def test_what_is_no_number_to_compute_with_is_refused_anywhere(override, key):
+    with pytest.raises(ConfigError) as caught:
+        load_run_and_recipe("m3i", [override])
+    assert not isinstance(caught.value, FaultsError)
+    assert f"'{key}" in caught.value.what
+    assert caught.value.where == f"override {override}"
+
+
+def test_a_truth_value_is_one_still():
+    run = load_run("m3i", ["checkpoint.probe=no", "backbone.config={qkv_bias: false}", "hardware.peak_tflops=3"])
+    assert (run.checkpoint.probe, run.backbone.config["qkv_bias"]) == (False, False)
+
+
+def test_the_default_warm_up_fits_any_run():
+    for steps, warmup in ((1, 0), (10, 1), (20_000, 2_000), (25_000, 2_500), (100_000, 2_500)):
+        assert load_run("m3i", [f"optim.steps={steps}"]).optim.warmup_steps == warmup
+    assert load_run("m3i").optim.warmup_steps == 2_500
+    assert load_run("m3i", ["optim.steps=10", "optim.warmup_steps=9"]).optim.warmup_steps == 9
+
+
+@pytest.mark.parametrize(
+    "overrides", [["optim.steps=10", "optim.warmup_steps=10"], ["optim.lr=1e-3", "optim.min_lr=1e-2"]]
+)
+def test_a_schedule_that_does_not_hold_says_what_would(overrides):
+    fix = fault(*overrides).fix
+    changed = next(word for word in re.split(r"[ ,]", fix) if "=" in word)
+    load_run("m3i", [*overrides, changed])
+
+
+def test_all_faults_are_told_at_once():
+    faults = {"optim.lr=fast": "optim.lr", "optim.epochs=3": "optim.epochs", "recipe.targets.0.weight=-1": "weight"}
+    with pytest.raises(FaultsError) as caught:
+        load_run_and_recipe("m3i", list(faults))
+    assert {told.where for told in caught.value.faults} == {f"override {override}" for override in faults}
+    for told, key in itertools.product(caught.value.faults, faults):
+        assert (faults[key] in told.what) == (told.where == f"override {key}")
+    assert all(told.where.startswith("rank 3: ") for told in caught.value.on_rank(3).faults)
+
+
+def test_all_overrides_that_are_none_are_told_at_once():
+    with pytest.raises(FaultsError) as caught:
+        load_run("m3i", ["optim.lr", "optim.lr.x=1", "seed=["])
+    assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("ViT-B/16", ["vit-b/16"]), ("vit_b_16", ["vit-b/16"]), ("VIT-G/14", ["vit-G/14", "vit-g/14"])],
+)
+def test_case_and_punctuation_are_no_spelling_mistake(word, near):
+    presets = [f"vit-{size}/{patch}" for size in ("s", "b", "g", "G") for patch in (14, 16)]
+    assert re.findall(r"'(.*?)'", did_you_mean(word, presets)) == near

@@ -21,8 +21,46 @@ def call(*arguments):
     return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False)
 
 
+HELP_OF_ALL = """
+import sys
+import click, typer
+from m3i_scale.cli import app
+
+def tell_all(command, context):
+    command.get_help(context)
+    told = 1
+    for name, part in getattr(command, "commands", {}).items():
+        told += tell_all(part, click.Context(part, info_name=name, parent=context))
+    return told
+
+root = typer.main.get_command(app)
+print(tell_all(root, click.Context(root, info_name="m3i-scale")))
+for arguments in (["--version"], ["-h"], ["recipes"], ["recipes", "show", "m3i"], ["backbones"], ["show", "m3i"]):
+    app(arguments, standalone_mode=False)
+print(*sorted({module.partition(".")[0] for module in sys.modules}), file=sys.stderr)
+"""
+HEAVY = {"torch", "torchvision", "transformers", "deepspeed", "pyarrow", "webdataset", "numpy", "sklearn", "PIL"}
+
+
+def test_help_and_tables_import_nothing_that_takes_long():
+    """Seconds of a processor for one line of help, as it was."""
+    done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=True)
+    assert "imagefolder" in done.stdout
+    assert "internimage-g" in done.stdout
+    imported = set(done.stderr.split())
+    assert "typer" in imported
+    assert imported & HEAVY == set()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"), [(["train", "nope.yaml"], 2, "no run file"), (["--help"], 0, ""), ([], 2, "")]
+    ("arguments", "code", "says"),
+    [
+        (["train", "nope.yaml"], 2, "no run file"),
+        (["--help"], 0, ""),
+        ([], 2, ""),
+        (["train", "m3i", "--optim.lr", "1e-3"], 2, "write optim.lr=VALUE"),
+        (["launch", "m3i", "--with", "local", "--optim.lr=1e-3"], 2, "write optim.lr=1e-3"),
+    ],
 )
 def test_codes(arguments, code, says):
     done = call(*arguments)

@@ -49,5 +49,6 @@ def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":  # python -m m3i_scale.backbones.cost > m3i_scale/backbones/sizes.json
-    rows = (json.dumps(describe_backbone(BackboneConfig(preset=name), name)) for name in PRESETS)
-    sys.stdout.write("[\n" + ",\n".join(rows) + "\n]\n")
+    rows = (describe_backbone(BackboneConfig(preset=name), name) for name in PRESETS)
+    lines = (json.dumps(row | {"gmac": round(row["gmac"], 4)}) for row in rows)
+    sys.stdout.write("[\n" + ",\n".join(lines) + "\n]\n")

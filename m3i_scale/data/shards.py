@@ -45,6 +45,10 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
             raise DataError("no .tar shards in the folder", where=f"{where}: {shards}", fix=hint)
         return list(found)
     named = [Path(item) for item in _braces(str(path), where)]
+    if named == [path] and path.suffix != ".tar" and not path.exists():
+        beside = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, beside) if beside else "check the path"
+        raise DataError("there is no such folder of shards", where=f"{where}: {shards}", fix=hint)
     missing = [item for item in named if not item.is_file()]
     if missing:
         known = sorted(item.name for item in missing[0].parent.glob("*.tar")) if missing[0].parent.is_dir() else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config
@@ -126,19 +127,11 @@ class Examination:
         if self.sound("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
             resolved = faults.note(resolve_engine, run, self.ranks or 1, width)
-            if resolved is not None:
-                self._check_engine(resolved, faults)
+        self._check_engine(resolved, faults)
         if recipe is None or model is None or resolved is None or len(faults.found) > before:
             return None
-        plan = Plan(
-            run,
-            recipe,
-            label_sets,
-            tokenizer,
-            resolved,
-            model.image_size,
-            run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1)),
-        )
+        accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
+        plan = Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
         if faults.note(build_on_meta, run, label_sets, plan.vocab_size) is None:
             return None
         return plan
@@ -157,12 +150,16 @@ class Examination:
             ranks = self.ranks
             faults.note(check_batch, run, recipe, ranks)
 
-    def _check_engine(self, resolved: Resolved, faults: Faults) -> None:
+    def _check_engine(self, resolved: Resolved | None, faults: Faults) -> None:
+        peak = self.run.hardware.peak_tflops
+        if resolved is None:
+            if not isinstance(peak, str | None):  # a name is one of some precision
+                faults.note(named_peak, peak, torch.float32)
+            return
         if self.here:
             faults.note(check_accelerator, resolved)
         if self.sound("guard", "checkpoint"):
             faults.note(check_guard, self.run, resolved.config)
-        peak = self.run.hardware.peak_tflops
         if peak is not None:
             faults.note(named_peak, peak, compute_dtype(resolved.config))
 

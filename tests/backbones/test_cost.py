@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from m3i_scale.backbones.cost import describe_backbone, describe_presets
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.cost import describe_backbone
 from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -38,6 +40,37 @@ def test_multiply_adds_are_those_of_published_transformers(preset: str, publishe
     row = describe_backbone(BackboneConfig(preset=preset), preset)
     assert row["gmac"] == pytest.approx(published_gmac, rel=0.01)
     assert row["mask_cell"] == row["patch_size"]
+
+
+def test_every_preset_has_its_size_stored() -> None:
+    assert tuple(row["name"] for row in describe_presets([])) == PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_stored_sizes_are_those_that_are_counted(preset: str) -> None:
+    """Mend it with `python -m m3i_scale.backbones.cost > m3i_scale/backbones/sizes.json`."""
+    counted = describe_backbone(BackboneConfig(preset=preset), preset)
+    assert describe_presets([preset]) == [counted | {"gmac": pytest.approx(counted["gmac"], abs=1e-4)}]
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "value"),
+    [
+        ("vit-b/16", "hidden_act", "gelru"),
+        ("clip-b/16", "hidden_act", "gelru"),
+        ("vit-b/16", "hidden_dropout_prob", 5),
+        ("vit-b/16", "attention_probs_dropout_prob", -0.1),
+        ("clip-b/16", "attention_dropout", 1),
+        ("dinov2-s/14", "drop_path_rate", 2),
+        ("vit-b/16", "initializer_range", -0.02),
+        ("internimage-t", "layer_norm_eps", 0),
+        ("vit-b/16", "num_hidden_layers", True),
+    ],
+)
+def test_a_field_that_its_model_can_do_nothing_with_is_named(preset: str, field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        backbone_config(BackboneConfig(preset=preset, config={field: value}))
+    assert f"backbone.config.{field}" in str(caught.value.where)
 
 
 def test_a_preset_that_is_none() -> None:

@@ -1,0 +1,135 @@
+"""`check` and `show`: a run file without a start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from shapes import write_run
+
+from m3i_scale.config import load_run
+from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.errors import ConfigError, FaultsError
+from m3i_scale.objective import meta
+from m3i_scale.run.check import faults_of, make_plan
+
+
+def places(*arguments: str, ranks: int | None = None) -> list[str]:
+    """Where the faults are."""
+    run, *overrides = arguments
+    return [str(fault.where) for fault in faults_of(run, overrides, ranks)]
+
+
+def test_a_recipe_alone_has_no_data() -> None:
+    assert places("m3i") == ["data.sources"]
+
+
+def test_a_run_that_could_start_has_no_faults(shards: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    assert places(run_file) == places(run_file, ranks=1) == []
+    assert [path for path in tmp_path.rglob("*") if path not in before] == [Path(run_file)]  # nothing is started
+
+
+def test_faults_of_all_kinds_are_told_at_once(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    mistakes = {
+        "optim.lr=yes": "override optim.lr=yes",
+        "data.sources.other.shards=/nowhere/shards": "data.sources.other.shards",
+        "backbone.config.hidden_act=gelru": "backbone.config.hidden_act",
+        "hardware.peak_tflops=989e12": "hardware.peak_tflops",
+        "recipe.momentum.end=0.5": "override recipe.momentum.end=0.5",
+        "deepspeed=zero9": "",
+    }
+    found = places(run_file, *mistakes)
+    assert len(found) == len(mistakes) - 1, found  # the DeepSpeed file is filled in from `optim`, which is at fault
+    for where in filter(None, mistakes.values()):
+        assert sum(place.startswith(where) for place in found) == 1, (where, found)
+
+
+def test_what_depends_on_what_is_at_fault_is_not_told(shards: Path, tmp_path: Path) -> None:
+    """No tokenizer is missed where there are no shards, and no data where their section cannot be read."""
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    for wrong in (shards.parent / "shrads", shards / "train" / "shapes-{000000..000099}.tar", tmp_path):
+        assert len(places(run_file, f"data.sources.shapes.shards={wrong}")) == 1
+    assert places(run_file, "data.sources.shapes.wieght=1") == ["override data.sources.shapes.wieght=1"]
+
+
+@pytest.mark.parametrize("recipe", ["m3i", "clip", "supervised", "mae"])
+def test_a_wrong_path_of_shards_is_told_as_that(shards: Path, tmp_path: Path, recipe: str) -> None:
+    run = load_run(str(write_run(tmp_path, shards, recipe)), ["data.sources.shapes.shards=/nowhere/shards"])
+    with pytest.raises(Exception, match="no such folder of shards") as caught:
+        make_plan(run, 1)
+    assert caught.value.where == "data.sources.shapes.shards: /nowhere/shards"
+
+
+def test_ranks_are_looked_at_where_their_number_is_known(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    assert places(run_file) == []
+    assert "data.streams" in places(run_file, ranks=7)
+
+
+def test_an_interval_of_evaluations_that_never_comes_is_refused(shards: Path, tmp_path: Path) -> None:
+    overrides = [f"data.validation.val.shards={shards / 'val'}", "evaluation.every_steps=9"]
+    run_file = str(write_run(tmp_path, shards, "mae", *overrides))
+    assert places(run_file, "optim.steps=8") == ["evaluation.every_steps: 9"]
+    assert places(run_file, "optim.steps=9") == []
+
+
+def test_make_plan_tells_all_it_finds(shards: Path, tmp_path: Path) -> None:
+    run_file = write_run(tmp_path, shards, "m3i", "optim.batch_size=6", "backbone.config.patch_size=7")
+    with pytest.raises(FaultsError) as caught:
+        make_plan(load_run(str(run_file)), 1)
+    assert len(caught.value.faults) == 2
+
+
+def test_whatever_a_model_refuses_is_told_with_its_key(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """Also what no rule here knows of, and where the model is one of a library that raises what it likes."""
+
+    def refuses(run, *others):
+        if run.text.config.get("position_embedding_type") == "nosuch":
+            raise KeyError("nosuch")
+
+    monkeypatch.setattr(meta, "build_objective", refuses)
+    run = load_run(str(write_run(tmp_path, shards, "m3i", "text.config.position_embedding_type=nosuch")))
+    with pytest.raises(ConfigError) as caught:
+        meta.build_on_meta(run, {}, 64)
+    assert caught.value.where == "text.config.position_embedding_type: 'nosuch'"
+
+
+def test_the_text_tower_is_built_before_anything_starts(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    assert places(run_file, "text.config.hidden_act=gelru") == ["text.config.hidden_act: 'gelru'"]
+    assert places(run_file, "text.config.num_attention_heads=3") == ["text.config"]
+    assert find_tokenizer(load_run(run_file).data.sources, None).pad_token_id == 0
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "m3i_scale", *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    done = command("check", "m3i", "--json")
+    assert done.returncode == 2
+    (fault,) = json.loads(done.stdout)["faults"]
+    assert set(fault) == {"where", "message", "fix"}
+    assert fault["where"] == "data.sources"
+
+    done = command("show", "m3i", "optim.steps=10", "data.sources.a.shards=https://user:pass@host/a/0.tar")
+    assert done.returncode == 0, done.stderr
+    assert "pass" not in done.stdout
+    path = tmp_path / "shown.yaml"
+    path.write_text(done.stdout)
+    shown, run = load_run(str(path)), load_run("m3i", ["optim.steps=10"])
+    assert shown.optim == run.optim
+    assert shown.recipe == run.recipe
+    assert set(yaml.safe_load(done.stdout)) == set(type(run).model_fields)
+
+    again = command("show", str(path), "--json")
+    assert json.loads(again.stdout) == yaml.safe_load(done.stdout)
