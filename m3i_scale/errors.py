@@ -96,11 +96,13 @@ class FaultsError(ConfigError):
 
     def __init__(self, faults: Sequence[UserError]) -> None:
         self.faults = tuple(faults)
-        super().__init__(f"{len(faults)} faults")
+        places = dict.fromkeys(fault.where for fault in faults if fault.where)
+        what = f"{len(faults)} faults: " + "; ".join(fault.what for fault in faults)
+        super().__init__(what, where="; ".join(places) or None)
 
     def __str__(self) -> str:
         parts = [f"{number}. " + str(fault).replace("\n", "\n   ") for number, fault in enumerate(self.faults, 1)]
-        return "\n".join([self.what, *parts])
+        return "\n".join([f"{len(self.faults)} faults", *parts])
 
     def on_rank(self, rank: int) -> FaultsError:
         """The same faults for all ranks to raise, with the rank that met them."""
