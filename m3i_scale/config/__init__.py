@@ -16,7 +16,7 @@ from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, S
 from m3i_scale.config.explain import explained, origin, parse_section
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
-from m3i_scale.config.sections import FixableError, Section, SectionT
+from m3i_scale.config.sections import FixableError, ModelFields, Section, SectionT
 
 __all__ = [
     "AugmentConfig",
@@ -60,7 +60,7 @@ class BackboneConfig(Section):
     from_pretrained: str | None = None
     """Start from published weights instead of random ones: a folder or Hub id of `transformers`, timm or open_clip, or
     one file with the names of timm or open_clip (docs/backbones.md)."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
     attention: Literal["own", "mixed"] = "own"
     """In mixed inputs, tokens attend within their own image (own) or across both images (mixed)."""
@@ -85,7 +85,7 @@ class BackboneConfig(Section):
 class TextConfig(Section):
     """The text target encoder, trained jointly. Only built when the recipe has a text target."""
 
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
     tokenizer: str | None = None
     """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""

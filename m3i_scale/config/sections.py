@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class FixableError(ValueError):
@@ -37,8 +37,6 @@ class Section(BaseModel):
         for key, leaf in _leaves(value):
             if isinstance(leaf, bool) and types & {int, float} and bool not in types:
                 raise ValueError(f"{leaf} is no number" + (f" ({key})" if key else ""))
-            if Any in types and isinstance(leaf, float) and not math.isfinite(leaf):  # others say so by themselves
-                raise ValueError(f"'{key}' is {leaf}, which nothing can be computed with")
         return value
 
 
@@ -48,6 +46,17 @@ SectionT = TypeVar("SectionT", bound=Section)
 def plain_values(value: Any) -> Any:
     """What was set of a section that is one already."""
     return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    for key, leaf in _leaves(fields):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ValueError(f"'{key}' is {leaf}, which nothing can be computed with")
+    return fields
+
+
+ModelFields = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Fields of a configuration of `transformers`."""
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
