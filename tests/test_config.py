@@ -228,3 +228,16 @@ def test_all_overrides_that_are_none_are_told_at_once():
 def test_case_and_punctuation_are_no_spelling_mistake(word, near):
     presets = [f"vit-{size}/{patch}" for size in ("s", "b", "g", "G") for patch in (14, 16)]
     assert re.findall(r"'(.*?)'", did_you_mean(word, presets)) == near
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5_000, "a: 2024-13-01", "a: [1", "a: \x00", "{[1]: 2}", "3", "3: 4\nextends: m3i"]
+)
+def test_what_cannot_be_read_is_a_fault_of_the_file(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(str(path))
+    assert caught.value.where == str(path)
+    if text.startswith(("[", "a")):
+        assert fault(f"optim={text}")

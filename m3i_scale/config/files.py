@@ -13,6 +13,8 @@ from m3i_scale.errors import ConfigError, Faults, did_you_mean
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""Bytes that are no text, what is no YAML, a date that is none (2024-13-01), or nesting without end."""
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """That of libyaml, where PyYAML was built with it, is seven times as fast."""
 
@@ -87,7 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_NOT_YAML) as error:
         raise ConfigError(f"cannot read the run file: {error}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
@@ -151,7 +153,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"'{override}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
     try:
         value = _parse_yaml(text, f"override {override}")
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant

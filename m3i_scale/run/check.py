@@ -22,7 +22,7 @@ from m3i_scale.run.setup import Plan, check_batch, resolve_engine
 from m3i_scale.run.source_checks import check_sources
 from m3i_scale.scale.activations import check_policy
 from m3i_scale.scale.compilation import check_compile
-from m3i_scale.scale.ds_config import Resolved, check_accelerator
+from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
 
 _ANY_WIDTH = 768
@@ -127,6 +127,8 @@ class Examination:
         if self.sound("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
             resolved = faults.note(resolve_engine, run, self.ranks or 1, width)
+        elif self.sound("deepspeed"):  # which is filled in from `optim`
+            faults.note(load_ds_config, run.deepspeed)
         self._check_engine(resolved, faults)
         if recipe is None or model is None or resolved is None or len(faults.found) > before:
             return None
