@@ -216,9 +216,10 @@ def test_all_faults_are_told_at_once():
 
 
 def test_all_overrides_that_are_none_are_told_at_once():
+    overrides = ["optim.lr", "optim.lr.x=1", "seed=["]
     with pytest.raises(FaultsError) as caught:
-        load_run("m3i", ["optim.lr", "optim.lr.x=1", "seed=["])
-    assert len(caught.value.faults) == 3
+        load_run("m3i", overrides)
+    assert [told.where for told in caught.value.faults] == [f"override {given}" for given in overrides]
 
 
 @pytest.mark.parametrize(

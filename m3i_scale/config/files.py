@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from m3i_scale.errors import ConfigError, Faults, did_you_mean
+from m3i_scale.errors import ConfigError, Faults, did_you_mean, named
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -148,11 +148,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
+    with named(f"override {override}"):
+        _set(values, override)
+
+
+def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{override}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
     try:
-        value = _parse_yaml(text, f"override {override}")
+        value = _parse_yaml(text, f"'{key}'")
     except _NOT_YAML as error:
         raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):

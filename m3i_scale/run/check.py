@@ -46,7 +46,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     if run is not None:
         recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
         at_fault = broken if recipe_holds else broken | {"recipe"}
-        Examination(run, ranks, at_fault, here=False).plan(faults)
+        Checks(run, ranks, at_fault, here=False).plan(faults)
     for fault in faults.found:
         fault.where = fault.where or str(find_run_file(name_or_path))
     return faults.found
@@ -70,14 +70,14 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         ConfigError, DataError: what does not hold together; a FaultsError where that are several things.
     """
     faults = Faults()
-    plan = Examination(run, world_size).plan(faults)
+    plan = Checks(run, world_size).plan(faults)
     faults.end()
     if plan is None:
         raise RuntimeError("nothing is at fault, and there is no plan")
     return plan
 
 
-class Examination:
+class Checks:
     """The checks of one run, those left out that need what is at fault already.
 
     Args:
@@ -107,7 +107,7 @@ class Examination:
         """
         run, before = self.run, len(faults.found)
         recipe = faults.note(parse_recipe, run.recipe) if self.sound("recipe") else None
-        access = self._access(faults) if self.sound("data") else None
+        access, there = self._access(faults) if self.sound("data") else (None, False)
         model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compile:
@@ -116,8 +116,9 @@ class Examination:
         tokenizer = None
         if recipe is not None:
             self._check_without_data(recipe, faults)
-            if access is not None:
-                faults.note(check_sources, run, recipe, access)
+            if self.sound("data"):
+                faults.note(check_sources, run, recipe, access, there=there)
+            if access is not None and there:
                 if recipe.uses_categories:
                     label_sets = faults.note(read_label_sets, run.data.sources, access) or {}
                 if recipe.uses_text and self.sound("text"):
@@ -165,20 +166,20 @@ class Examination:
         if peak is not None:
             faults.note(named_peak, peak, compute_dtype(resolved.config))
 
-    def _access(self, faults: Faults) -> Access | None:
-        """How servers are asked; None where the data cannot be looked at any further."""
-        data, before = self.run.data, len(faults.found)
-        faults.note(check_weights, data.sources)
-        access = faults.note(check_access, data, data.sources).at_start()
-        if access is None:
-            return None
-        for kind, sources in (("sources", data.sources), ("validation", data.validation)):
-            for name, source in sources.items():
-                faults.note(check_shards, source.shards, f"data.{kind}.{name}.shards", access)
+    def _access(self, faults: Faults) -> tuple[Access | None, bool]:
+        """How servers are asked, and whether the shards are there."""
+        data = self.run.data
         if self.ranks is not None and self.sound("optim"):
-            size, ranks = self.run.optim.micro_batch_size, self.ranks
-            faults.note(check_shares, data, micro_batch_size=size, world_size=ranks)
-        return access if len(faults.found) == before else None
+            size = self.run.optim.micro_batch_size
+            faults.note(check_shares, data, micro_batch_size=size, world_size=self.ranks)
+        before = len(faults.found)
+        faults.note(check_weights, data.sources)
+        access = faults.note(lambda: check_access(data, data.sources).at_start())
+        if access is not None:
+            for kind, sources in (("sources", data.sources), ("validation", data.validation)):
+                for name, source in sources.items():
+                    faults.note(check_shards, source.shards, f"data.{kind}.{name}.shards", access)
+        return access, len(faults.found) == before
 
 
 def _check_evaluation(run: RunConfig) -> None:

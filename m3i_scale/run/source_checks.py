@@ -14,13 +14,14 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import Recipe
 
 
-def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None) -> None:
+def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, *, there: bool = True) -> None:
     """Refuse settings of sources without effect, and targets that no source has left.
 
     Args:
         run: the run file.
         recipe: of the run.
         access: how servers are asked.
+        there: whether the shards are; else nothing is looked for beside them.
 
     Raises:
         ConfigError: names the source and the setting.
@@ -37,7 +38,7 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None) 
         if source.label_set is not None and not recipe.uses_categories:
             raise ConfigError("`label_set` has no effect: the recipe has no category target", where=where)
         told = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
-        if told and not read_label_sets({name: source.model_copy(update={"labels": True})}, access):
+        if told and there and not read_label_sets({name: source.model_copy(update={"labels": True})}, access):
             raise ConfigError(
                 f"{told} has no effect: the source has no labels.json",
                 where=f"{where}: {without_secrets(source.shards)}",
