@@ -44,7 +44,7 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
                 where=f"{where}: {without_secrets(source.shards)}",
                 fix="leave it out, or put labels.json, a list of class names, beside the shards",
             )
-    if recipe.uses_text and all(source.captions == "none" for source in sources.values()):
+    if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
             "the recipe has a text target, and every source has `captions: none`",
             where="data.sources",
