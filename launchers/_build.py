@@ -9,11 +9,13 @@ import sys
 
 from deepspeed.accelerator import get_accelerator
 
-from m3i_scale.scale.extensions import sweep_stale_locks
+from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
 
 
 def main() -> None:
     """On a CPU the collectives, which DeepSpeed builds when ranks join, used or not; on a GPU the optimizer."""
+    keep_to_environment()  # where training looks for them
+    find_ninja()
     sweep_stale_locks()
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"

@@ -17,8 +17,8 @@ from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.scale.checkpoint.locate import newest_good, step_of
-from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file, verify
+from m3i_scale.scale.checkpoint.locate import newest_good
+from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file, step_of, verify
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,15 @@ def train(
     announce: Announce,
     tell: Callable[[str], None],
     place: Place | None = None,
+    plan_of_run: Callable[[], Plan] | None = None,
 ) -> Status:
-    """Check, lock, resume, train. Every rank calls it; `callbacks`, `announce` and `tell` only serve rank 0."""
+    """Check, lock, resume, train. Every rank calls it; `callbacks`, `announce` and `tell` only serve rank 0.
+
+    `plan_of_run` gives the plan where it was made before the ranks met, or raises its fault.
+    """
     place = place or Place(None)
     place.at("open")
-    plan = check_together(lambda: make_plan(run, ranks.world_size))
+    plan = check_together(plan_of_run or (lambda: make_plan(run, ranks.world_size)))
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as source:
         from_rank_0(lambda: _lock(run, stack))
         check_shared(run.output_dir)

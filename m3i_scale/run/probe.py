@@ -87,7 +87,7 @@ def read_probe(folder: Path) -> Batch:
         ) from None
 
 
-def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> float | None:
+def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> Batch | None:
     """See that the stored samples have the loss that they had when they were saved. Collective.
 
     Args:
@@ -97,7 +97,7 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
         precision: that the run computes in; the checkpoint's may be another.
 
     Returns:
-        The loss; None where the run that saved was told not to store any samples.
+        The samples; None where the run that saved was told not to store any.
 
     Raises:
         CheckpointError: another loss; on every rank.
@@ -105,7 +105,8 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
     wanted = meta.get("probe_loss")
     if wanted is None:
         return None
-    found = probe_loss(engine, together(lambda: read_probe(folder)))
+    probe: Batch = together(lambda: read_probe(folder))
+    found = probe_loss(engine, probe)
     tolerance = TOLERANCE[precision] if meta.get("precision") == precision else OTHER_PRECISION_TOLERANCE
     if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance / 10):
         raise CheckpointError(
@@ -115,7 +116,7 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
             why="the weights are in other places, or the model computes something else than it did",
             fix="resume with the versions of torch, transformers and this package that saved it; docs/checkpoints.md",
         )
-    return found
+    return probe
 
 
 @contextlib.contextmanager

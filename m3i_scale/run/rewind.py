@@ -7,12 +7,12 @@ checkpoint finds the weights in the checkpoint that it had gone back to, and the
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.run.callbacks.base import Rewind
@@ -24,6 +24,19 @@ from m3i_scale.scale.checkpoint.state import read_meta
 from m3i_scale.scale.checkpoint.together import from_rank_0
 
 REWINDS = "rewinds.json"
+
+
+class _Entry(BaseModel):
+    """What a restart reads of an entry of `rewinds.json`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    rewound_to: int
+    data: list[dict[str, Any]] = Field(min_length=1)
+    """Position of every rank in the data."""
+
+
+_ENTRIES = TypeAdapter(list[_Entry])
 
 
 class Rewinds:
@@ -109,19 +122,16 @@ def read_rewinds(path: Path) -> list[dict[str, Any]]:
         CheckpointError: it is not what was written.
     """
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        for entry in entries:
-            int(entry["rewound_to"]), list(entry["data"])
+        return [entry.model_dump() for entry in _ENTRIES.validate_json(path.read_bytes())]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"cannot read which checkpoints the run went back to: {error}",
             where=str(path),
             why="the data would go on at the wrong place",
             fix="restore the file; without it (remove it) a spike that was skipped may be met again",
         ) from None
-    return entries
 
 
 def newest_before(root: Path, step: int) -> Path | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from m3i_scale.config import RunConfig
+from m3i_scale.errors import UserError
 from m3i_scale.output import wide_console
 from m3i_scale.run.begin import train
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.last_words import recorded
-from m3i_scale.run.setup import Plan
+from m3i_scale.run.setup import Plan, make_plan
 from m3i_scale.run.trainer import Status
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import explain_table
@@ -45,16 +48,45 @@ def start(run: RunConfig) -> Status:
     torch.manual_seed(run.seed)
     with recorded(run.output_dir) as place:
         callbacks = make_callbacks(run)
+        place.at("check")
+        plan_of_run = check_first(run)
         place.at("join")
-        ranks = start_ranks(run.timeouts.start_s)
+        ranks = start_ranks(run.timeouts.start_s, tell)
         clean = False
         try:
             with count_waits(place.waited) if place.read else contextlib.nullcontext():
-                status = train(run, ranks, callbacks, announce, tell, place)
+                status = train(run, ranks, callbacks, announce, tell, place, plan_of_run)
             clean = True
         finally:
             stop_ranks(wait=clean)
     return status
+
+
+def check_first(run: RunConfig) -> Callable[[], Plan]:
+    """Check the run before the ranks meet and before anything is built for them.
+
+    Returns:
+        What gives the plan, or raises its fault once the ranks have met: a host alone with a fault would leave the
+        others waiting.
+
+    Raises:
+        UserError: what does not hold together, where all ranks are on this host and see the same.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        plan = make_plan(run, world)
+    except UserError as error:
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun, deepspeed
+        if int(ranks_here) == world:
+            raise
+        fault = error
+    else:
+        return lambda: plan
+
+    def raises() -> Plan:
+        raise fault
+
+    return raises
 
 
 def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:

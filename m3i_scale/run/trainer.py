@@ -27,7 +27,7 @@ from m3i_scale.run.guard import Guard, Outcome, RunEndedError, Vote, check_guard
 from m3i_scale.run.meter import Meter, Work
 from m3i_scale.run.patience import Patience
 from m3i_scale.run.preemption import Preemption
-from m3i_scale.run.probe import check_probe, evaluating, read_probe
+from m3i_scale.run.probe import check_probe, evaluating
 from m3i_scale.run.records import Records
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.saves import Saves
@@ -341,9 +341,9 @@ class Trainer:
         resume_from = self.saves.loaded
         states = load_checkpoint(resume_from, self.engine, self.momentum)
         meta = together(lambda: read_meta(resume_from))
-        check_probe(resume_from, meta, self.engine, precision=precision(self.plan.deepspeed.config))
-        if self.run.checkpoint.probe and meta.get("probe_loss") is not None:
-            self.saves.probe = read_probe(resume_from)
+        probe = check_probe(resume_from, meta, self.engine, precision=precision(self.plan.deepspeed.config))
+        if self.run.checkpoint.probe:
+            self.saves.probe = probe
         states = together(lambda: self.rewinds.data_states(resume_from)) or states
         changed = self.stream.load_state_dict(merge_states(states), self.run.data.changed_sources)
         for name, text in changed.items():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m3i_scale.errors import UserError
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
+from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
 from m3i_scale.scale.store import listen_at_master_address
 
@@ -93,8 +93,12 @@ class ProcessGroupRanks:
         return total
 
 
-def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
+def start_ranks(timeout_s: float = 1800.0, tell: Callable[[str], None] = lambda text: None) -> ProcessGroupRanks:
     """Join the process group that the launcher describes in RANK, WORLD_SIZE, …, or MPI's; a world of one without one.
+
+    Args:
+        timeout_s: how long a rank waits for the others.
+        tell: told on one rank of every host what joining waits for, where it waits for a build.
 
     Raises:
         UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
@@ -121,6 +125,11 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
     find_ninja()
     sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # as DeepSpeed asks when it joins
+        awaited = awaited_build(builder.name)
+        if awaited is not None and os.environ["LOCAL_RANK"] == "0":
+            tell(awaited)
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes

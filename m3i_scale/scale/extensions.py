@@ -49,6 +49,30 @@ def find_ninja() -> None:
         os.environ["PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PATH", "")]))
 
 
+def awaited_build(name: str) -> str | None:
+    """Say what loading an extension of DeepSpeed's will wait for, silently and for up to some minutes.
+
+    Call it after `sweep_stale_locks`: a lock that is left is that of a living builder.
+
+    Args:
+        name: of the extension, e.g. "fused_adam".
+
+    Returns:
+        None where it is built.
+    """
+    root = _build_root()
+    for folder in (root / name, *root.glob(f"*/{name}")):
+        if (folder / "lock").exists():
+            return f"waiting for another process that builds DeepSpeed's {name}: it holds {folder / 'lock'}"
+        if any(folder.glob(f"{name}*.so")):
+            return None
+    return f"building DeepSpeed's {name}, once in this environment, for a minute or more: {root}"
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     """Remove lock files of builders that no longer exist; returns them.
 
@@ -59,7 +83,7 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
         root: the folder of extensions; default: where PyTorch builds them.
     """
     if root is None:
-        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        root = _build_root()
     removed = []
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         seen = _identity(lock)

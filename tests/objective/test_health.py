@@ -39,6 +39,16 @@ def test_a_single_sample_gives_finite_figures() -> None:
     assert all(math.isfinite(float(value)) for value in health.values())
 
 
+def test_a_decomposition_that_does_not_converge_is_nan_and_no_error_on_one_rank(monkeypatch) -> None:
+    def fails(matrix: torch.Tensor) -> torch.Tensor:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    health = feature_health(torch.randn(20, 4))
+    assert math.isnan(float(health["rank"]))
+    assert float(health["std"]) > 0
+
+
 def test_only_so_many_rows_are_read() -> None:
     features = torch.randn(100, 4)
     features[10:] = 1e6

@@ -7,6 +7,7 @@ Importing torch, transformers and DeepSpeed costs more than most of what is trie
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import logging
@@ -55,4 +56,5 @@ def run_all(calls: list[dict[str, Any]], results: Path) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
+    faulthandler.enable()  # ranks do; the streams of a call have no file for it
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -22,6 +22,8 @@ from shapes import metrics, write_run
 from m3i_scale.scale.checkpoint.consolidate import load_weights
 
 LONE_RANK = {"RANK": "0"}
+FIRST_OF_TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+"""The other rank never comes: whoever waited for it would wait for half an hour."""
 
 
 @dataclass
@@ -239,6 +241,11 @@ MISTAKES = {
     "output in a file": Mistake(r"occupied", make=file_in_the_way),
     "peak of another type": Mistake(
         r"'h100-fp16' is not the peak of bf16, in which this run computes", ["hardware.peak_tflops=h100-fp16"]
+    ),
+    "before the ranks meet": Mistake(
+        r"/nowhere/shards",
+        ["data.sources.shapes.shards=/nowhere/shards"],
+        environment=FIRST_OF_TWO | {"MASTER_PORT": str(free_port())},
     ),
     "half a launcher": Mistake(r"LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT", environment=LONE_RANK),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,32 @@ def test_a_good_checkpoint_is_never_written_over_and_a_broken_one_is_replaced(tm
     save(tmp_path, 100)
     assert newest_good(tmp_path) == (final, [])
     assert list(tmp_path.glob(".tmp-*")) == []
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_its_name_is_free(tmp_path: Path) -> None:
+    good = save(tmp_path, 100)
+    shutil.copytree(good, tmp_path / step_name(200))
+    newest, passed_over = newest_good(tmp_path)
+    assert newest == good
+    assert [path for path, _ in passed_over] == [tmp_path / step_name(200)]
+    assert newest_good(tmp_path, contents=False)[0] == good
+    again = save(tmp_path, 200)  # the run trains on, and saves under that name
+    assert newest_good(tmp_path) == (again, [])
+    shutil.copytree(good, tmp_path / "kept")  # a name of one's own says nothing of a step
+    assert verify(tmp_path / "kept") == []
+
+
+def test_a_folder_in_the_place_of_latest_is_refused_at_the_start(tmp_path: Path) -> None:
+    good = save(tmp_path / "checkpoints", 100)
+    latest = good.parent / "latest"
+    latest.unlink()
+    latest.mkdir()
+    with lock_directory(tmp_path) as lock:
+        with pytest.raises(CheckpointError) as caught:
+            sweep(good.parent, lock)
+        assert caught.value.where == str(latest)
+        latest.rmdir()
+        assert sweep(good.parent, lock) == []
 
 
 def test_begin_starts_from_an_empty_folder(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from torch.utils.file_baton import FileBaton
 
 from m3i_scale.scale import extensions
-from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
+from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 
 BUILDER = """
 import sys, time
@@ -44,6 +45,28 @@ def test_the_lock_of_a_living_builder_stays_and_that_of_a_killed_one_goes(tmp_pa
     finally:
         builder.kill()
         builder.wait()
+
+
+def test_what_a_start_waits_for_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    name = "fused_adam"
+    assert str(tmp_path) in awaited_build(name)
+    folder = tmp_path / "py311_cpu" / name
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    assert str(folder / "lock") in awaited_build(name)
+    (folder / "lock").unlink()
+    (folder / f"{name}.so").touch()
+    assert awaited_build(name) is None
+
+
+def test_the_build_by_hand_builds_where_training_looks(tmp_path):
+    own = {name: value for name, value in os.environ.items() if name != "TORCH_EXTENSIONS_DIR"}
+    environment = own | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    script = Path(__file__).parents[2] / "launchers" / "_build.py"
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, capture_output=True)
+    assert list(tmp_path.rglob("*.so")) == []
+    assert list((Path(sys.prefix) / "torch_extensions").glob("*/*.so"))
 
 
 SWEEPER = """

@@ -42,6 +42,22 @@ def test_a_disk_that_fills_up_during_a_save(small_disk: Path) -> None:
     assert newest_good(small_disk) == (again, [])
 
 
+def test_the_last_good_checkpoint_is_named_without_being_read_again(small_disk: Path) -> None:
+    good = begin(small_disk / step_name(100))
+    fill(good, {"weights": b"x" * (1 << 19)})
+    commit(small_disk / step_name(100), good, {"step": 100})
+    before = _bytes_read()
+    with pytest.raises(CheckpointError) as caught:
+        ensure_space(small_disk, 1 << 40)
+    assert step_name(100) in (caught.value.why or "")
+    assert _bytes_read() - before < 1 << 18
+
+
+def _bytes_read() -> int:
+    """Count what this process has asked files for, in bytes."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_torch_and_safetensors_on_a_full_disk_are_recognised(small_disk: Path) -> None:
     import torch
     from safetensors.torch import save_file

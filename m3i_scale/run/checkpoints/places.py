@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from m3i_scale.config import CheckpointConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.retention import rules_of
-from m3i_scale.scale.checkpoint.locate import TEMPORARY_PREFIX, checkpoints, step_of
-from m3i_scale.scale.checkpoint.manifest import MANIFEST, verify
+from m3i_scale.scale.checkpoint.locate import TEMPORARY_PREFIX, checkpoints
+from m3i_scale.scale.checkpoint.manifest import MANIFEST, step_of, verify
 from m3i_scale.scale.checkpoint.retention import Rules
 
 

@@ -23,7 +23,6 @@ from m3i_scale.scale.checkpoint.locate import (
     checkpoints,
     newest_good,
     step_name,
-    step_of,
     temporary_for,
 )
 from m3i_scale.scale.checkpoint.lock import DirectoryLock, lock_directory
@@ -34,6 +33,7 @@ from m3i_scale.scale.checkpoint.manifest import (
     list_directories,
     list_files,
     read_manifest,
+    step_of,
     sync,
     verify,
     write_manifest,
@@ -129,10 +129,17 @@ def sweep(root: Path, lock: DirectoryLock) -> list[Path]:
 
     Raises:
         ValueError: the lock is that of another directory, or was released.
-        CheckpointError: the disk refused.
+        CheckpointError: the disk refused, or a folder lies where `latest` will be written.
     """
     if not lock.covers(root):
         raise ValueError(f"'{root}' is not in the directory that is locked, '{lock.output_dir}'")
+    if (root / LATEST).is_dir() and not (root / LATEST).is_symlink():
+        raise CheckpointError(
+            "'latest' is a folder",
+            where=str(root / LATEST),
+            why="it is the text file that names the newest checkpoint, so no save could be completed",
+            fix="move the folder out of there",
+        )
     left = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
     for path in left:
         with write_guard(root, path):

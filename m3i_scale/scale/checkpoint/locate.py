@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 from pathlib import Path
 
-from m3i_scale.scale.checkpoint.manifest import verify
+from m3i_scale.scale.checkpoint.manifest import step_of, verify
 
 TEMPORARY_PREFIX = ".tmp-"
 """What begins like this is being written or being removed, and does not exist for a reader."""
@@ -14,18 +13,10 @@ TEMPORARY_PREFIX = ".tmp-"
 LATEST = "latest"
 """A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
 
-_STEP = re.compile(r"step-(\d{8,})")
-
 
 def step_name(step: int) -> str:
     """`step-00000100` for step 100."""
     return f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int | None:
-    """The step of a checkpoint folder by its name, None for anything else."""
-    match = _STEP.fullmatch(path.name)
-    return int(match.group(1)) if match else None
 
 
 def temporary_for(final: Path) -> Path:
@@ -41,14 +32,16 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def newest_good(root: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones that were passed over, each with the reason.
 
-    Reads every byte of the checkpoint that it returns: call it on one rank.
+    Args:
+        root: the folder of checkpoints.
+        contents: read every byte of the checkpoint that is returned: call it on one rank. False: see `verify`.
     """
     passed_over: list[tuple[Path, str]] = []
     for path in checkpoints(root):
-        faults = verify(path)
+        faults = verify(path, contents=contents)
         if not faults:
             return path, passed_over
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

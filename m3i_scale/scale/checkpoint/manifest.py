@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ MANIFEST = "manifest.json"
 """Written last; a folder without it is not a checkpoint."""
 
 FORMAT = 1
+_STEP = re.compile(r"step-(\d{8,})")
 _BLOCK_BYTES = 1 << 20
 _THREADS = 4  # hashing releases the interpreter lock; more threads than this only make a disk seek
 
@@ -210,7 +212,8 @@ def find_faults(
     except OSError as error:
         what = f"the folder cannot be read: {error.strerror}"
         return [Fault(".", what, what)]
-    faults = [_named(name, "missing") for name in sorted(manifest.files.keys() - present)]
+    faults = [Fault(".", what, what)] if (what := _misnamed(path, manifest)) else []
+    faults += [_named(name, "missing") for name in sorted(manifest.files.keys() - present)]
     faults += [_named(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
 
     def one(name: str) -> Fault | None:
@@ -221,6 +224,21 @@ def find_faults(
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         found = pool.map(one, sorted(present & manifest.files.keys()))
         return faults + [fault for fault in found if fault is not None]
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint folder by its name; None for anything else."""
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def _misnamed(path: Path, manifest: Manifest) -> str | None:
+    """Tell a folder that was copied or renamed to another step: a run would go back to the step that it holds, and find
+    its name taken when it saves."""
+    named, held = step_of(path), manifest.extra.get("step")
+    if named is None or held is None or named == held:
+        return None
+    return f"the folder is named as step {named}, and holds step {held}"
 
 
 def _named(name: str, what: str) -> Fault:

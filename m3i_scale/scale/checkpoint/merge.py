@@ -15,8 +15,8 @@ import torch
 from m3i_scale.errors import CheckpointError, did_you_mean
 from m3i_scale.scale.checkpoint.consolidate import KindOf, SavedWeights, Which
 from m3i_scale.scale.checkpoint.layouts import write_shards, write_universal, write_zero3
-from m3i_scale.scale.checkpoint.locate import TEMPORARY_PREFIX, newest_good, step_of
-from m3i_scale.scale.checkpoint.manifest import MANIFEST, list_directories, sync, verify
+from m3i_scale.scale.checkpoint.locate import TEMPORARY_PREFIX, newest_good
+from m3i_scale.scale.checkpoint.manifest import MANIFEST, list_directories, step_of, sync, verify
 from m3i_scale.scale.checkpoint.reading import reading
 from m3i_scale.scale.checkpoint.space import failed_write, remove
 from m3i_scale.scale.checkpoint.state import read_meta

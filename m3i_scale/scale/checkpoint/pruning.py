@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from m3i_scale.scale.checkpoint.commit import point_latest
-from m3i_scale.scale.checkpoint.locate import checkpoints, named_latest, step_of
-from m3i_scale.scale.checkpoint.manifest import verify
+from m3i_scale.scale.checkpoint.locate import checkpoints, named_latest
+from m3i_scale.scale.checkpoint.manifest import step_of, verify
 from m3i_scale.scale.checkpoint.reading import alone_with
 from m3i_scale.scale.checkpoint.retention import LAST_GOOD, Entry, Rules, which_to_keep
 from m3i_scale.scale.checkpoint.space import discard, doomed, write_guard
