@@ -131,7 +131,9 @@ class Checks:
         elif self.sound("deepspeed"):  # which is filled in from `optim`
             faults.note(load_ds_config, run.deepspeed)
         self._check_engine(resolved, faults)
-        if recipe is None or model is None or resolved is None or len(faults.found) > before:
+        if recipe is None or model is None or resolved is None or not self.sound("data", "text"):
+            return None
+        if len(faults.found) > before:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
         plan = Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
