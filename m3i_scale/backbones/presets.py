@@ -21,6 +21,9 @@ _VIT = {
 }
 """Width, depth, heads, MLP (Zhai et al., Scaling Vision Transformers; H: Dosovitskiy et al.)."""
 
+_PLAIN_VIT = {"mini": (192, 6, 3, 768), **_VIT}
+"""`mini` is half a Ti, ours, for a first run."""
+
 _DINOV2 = {"s": (384, 12, 6, False), "b": (768, 12, 12, False), "l": (1024, 24, 16, False), "g": (1536, 40, 24, True)}
 """Width, depth, heads, SwiGLU (Oquab et al.)."""
 
@@ -52,7 +55,7 @@ _EVA_STD = 0.015
 """Of the first weights of EVA's billion parameters (Fang et al.)."""
 
 PRESETS = (
-    *(f"vit-{size}/{patch}" for size in _VIT for patch in (14, 16, 32)),
+    *(f"vit-{size}/{patch}" for size in _PLAIN_VIT for patch in (14, 16, 32)),
     "eva-g/14",
     *(f"clip-{size}/{patch}" for size, patches in _CLIP_PATCHES.items() for patch in patches),
     *(f"dinov2-{size}/14" for size in _DINOV2),
@@ -76,7 +79,7 @@ def preset_config(name: str) -> VisionConfig:
             hidden_act="gelu",
         )
     if kind in ("vit", "eva"):
-        width, depth, heads, mlp = _VIT[size]
+        width, depth, heads, mlp = _PLAIN_VIT[size]
         return ViTConfig(
             hidden_size=width,
             num_hidden_layers=depth,

@@ -108,6 +108,8 @@ def train(
         trainer.when_resumed = source.close
         if ranks.rank == 0:
             tell(trainer.activations)
+            if (note := trainer.long_run_note()) is not None:
+                tell(note)
         return trainer.fit()
 
 

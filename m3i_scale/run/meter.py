@@ -33,6 +33,29 @@ class Work:
         return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 
+USUAL_MFU = 0.3
+"""Of a run that nobody has timed yet; a guess, for a first word on its length."""
+
+
+def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
+    """Say how long a run will take, before its first step, where that is more than a day.
+
+    Args:
+        work: of a step.
+        steps: that are left.
+        batch_size: samples of a step.
+        ranks: that share it.
+    """
+    seconds = steps * work.flop["model"] / (USUAL_MFU * work.peak.tflops * 1e12 * ranks)
+    if seconds < 86400:
+        return None
+    return (
+        f"this run will take about {seconds / 86400:,.0f} days: {steps:,} steps of {batch_size:,} samples "
+        f"({steps * batch_size:,}) at {USUAL_MFU:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
+        "optim.steps, optim.batch_size or a smaller backbone.preset; `m3i-scale plan` says more"
+    )
+
+
 class _Sums:
     """Means of figures by name."""
 

@@ -16,8 +16,9 @@ from m3i_scale.output import wide_console
 from m3i_scale.run.begin import train
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.check import make_plan
 from m3i_scale.run.last_words import recorded
-from m3i_scale.run.setup import Plan, make_plan
+from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import explain_table

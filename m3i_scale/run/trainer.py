@@ -24,7 +24,7 @@ from m3i_scale.run.fetch import Fetcher
 from m3i_scale.run.first_weights import tell_start
 from m3i_scale.run.flops import step_flop
 from m3i_scale.run.guard import Guard, Outcome, RunEndedError, Vote, check_guard_room
-from m3i_scale.run.meter import Meter, Work
+from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.patience import Patience
 from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.probe import check_probe, evaluating
@@ -103,6 +103,11 @@ class Trainer:
         dtype = compute_dtype(plan.deepspeed.config)
         peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
         return Work(step_flop(self.run, plan.label_sets, plan.vocab_size), self.run.text.max_tokens, peak)
+
+    def long_run_note(self) -> str | None:
+        """See `m3i_scale.run.meter.long_run_note`; of the whole run, which may have begun before."""
+        optim = self.run.optim
+        return long_run_note(self.work, optim.steps, optim.batch_size, self.ranks.world_size)
 
     def fit(self) -> Status:
         """Train. Returns how it ended; raises a UserError where the run must not go on."""

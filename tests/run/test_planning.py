@@ -408,9 +408,10 @@ def test_the_command_prints_a_table_and_refuses_with_its_numbers():
     assert "does not fit" in refused.output
 
 
-def test_sizes_of_a_recipe_are_found_by_name_and_are_no_recipes():
-    assert "m3i_vit_g14" in known_runs()
-    assert "m3i_vit_g14" not in known_recipes()
-    run = load_run("m3i_vit_g14")
+@pytest.mark.parametrize(("name", "preset"), [("m3i_vit_g14", "vit-g/14"), ("m3i_mini", "vit-mini/16")])
+def test_sizes_of_a_recipe_are_found_by_name_and_are_no_recipes(name, preset):
+    assert name in known_runs()
+    assert name not in known_recipes()
+    run = load_run(name)
     assert run.recipe == load_run("m3i").recipe
-    assert run.backbone.preset == "vit-g/14"
+    assert run.backbone.preset == preset
