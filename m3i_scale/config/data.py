@@ -28,10 +28,11 @@ class DistortionConfig(Section):
     """Probability of colour jitter."""
     grayscale: float = Field(default=0.2, ge=0, le=1)
     """Probability of a grey image."""
-    blur: list[float] = Field(default=[1.0, 0.1], min_length=1)
-    """Probability of Gaussian blur, per view."""
-    solarize: list[float] = Field(default=[0.0, 0.2], min_length=1)
-    """Probability of solarisation, per view."""
+    blur: list[float] = Field(default=[0.0], min_length=1)
+    """Probability of Gaussian blur, per view. What a view is for, an input or a target, is known to the recipe: those
+    with pairs of views state it (docs/recipes.md)."""
+    solarize: list[float] = Field(default=[0.0], min_length=1)
+    """Probability of solarisation, per view; stated by recipes as `blur` is."""
 
 
 class AugmentConfig(DistortionConfig):
