@@ -151,7 +151,8 @@ def _fingerprint(folder: Path) -> str:
 
 def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str, Any]:
     """The run file of an entry, without its number of steps: the same backbone, data and optimizer for all."""
-    recipe = load_run(entry.base, list(entry.overrides)).recipe
+    base = load_run(entry.base, list(entry.overrides))
+    recipe, augment = base.recipe, base.data.augment
     for decoder in recipe["decoders"].values():
         if decoder["kind"] == "transformer":
             decoder |= {"width": 64, "heads": 1, "depth": 2}
@@ -163,7 +164,6 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
     for target in recipe["targets"]:
         if target["modality"] == "text":
             target["width"] = WIDTH
-    attention = load_run(entry.base, list(entry.overrides)).backbone.attention
     return {
         "name": "run",
         "output_dir": str(folder / "run"),
@@ -171,7 +171,7 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
         "recipe": recipe,
         "backbone": {
             "config": _shape(LAYERS) | {"image_size": IMAGE, "patch_size": PATCH},
-            "attention": attention,
+            "attention": base.backbone.attention,
             "attention_kernel": "eager",  # short sequences; and every product is counted
         },
         **({"text": text} if any(target["modality"] == "text" for target in recipe["targets"]) else {}),
@@ -181,9 +181,9 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
             "augment": {
                 "crop_scale": [0.3, 1.0],
                 "color_jitter": [0.3, 0.3, 0.2, 0.05],
-                "blur": [0.1],  # lists hold a value per view: the same for whatever view a recipe trains on
-                "solarize": [0.0],
                 "grayscale": 0.1,
+                "blur": augment.blur,  # by what a view is for, which the recipe knows
+                "solarize": augment.solarize,
             },
         },
         "deepspeed": "zero1_bf16",

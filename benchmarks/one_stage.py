@@ -1,8 +1,9 @@
 """One stage with everything against its parts, at equal compute: the paper's second claim, at a small scale.
 
-Every recipe trains the same small ViT on the same shards with the same augmentation and optimizer, for as many steps as
-the same number of counted FLOPs pays for (student, decoders, heads and targets, forward and backward). Frozen features
-are then measured in what each part is good at. Several seeds; figures are means with 95 % intervals over seeds.
+Every recipe trains the same small ViT on the same shards with the same crops, colours and optimizer, for as many steps
+as the same number of counted FLOPs pays for (student, decoders, heads and targets, forward and backward). Frozen
+features are then measured in what each part is good at. Several seeds; figures are means with 95 % intervals over
+seeds.
 
     python benchmarks/one_stage.py --json [--data FOLDER] [--markdown tables.md] [--plot curves.svg]
 

@@ -63,6 +63,57 @@ def test_what_would_be_right(override, fix):
     assert fix in fault(override).fix
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "mean=[123.675, 116.28, 103.53]",
+        "mean=[0.5, 0.5, .nan]",
+        "mean=[-0.1, 0.5, 0.5]",
+        "std=[58.395, 57.12, 57.375]",
+        "std=[0, 0, 0]",
+        "std=[0.2, 0.0, 0.2]",
+        "std=[.inf, 0.2, 0.2]",
+        "crop_scale=[8, 100]",
+        "crop_scale=[0, 1]",
+        "crop_scale=[1.0, 0.08]",
+        "crop_scale=[.nan, 1]",
+        "crop_ratio=[0, 1]",
+        "crop_ratio=[75, 133]",
+        "crop_ratio=[2.0, 0.5]",
+        "crop_ratio=[0.75, .inf]",
+        "color_jitter=[40, 40, 20, 10]",
+        "color_jitter=[0.4, 0.4, 0.2, 0.6]",
+        "color_jitter=[-0.4, 0.4, 0.2, 0.1]",
+        "color_jitter=[.inf, 0.4, 0.2, 0.1]",
+        "color_jitter_p=80",
+        "flip=.nan",
+        "grayscale=.inf",
+        "blur=50",
+        "blur=[50]",
+        "blur=[0.1, -1]",
+        "blur=[.nan]",
+        "solarize=[0.0, 20]",
+    ],
+)
+def test_augmentation_out_of_its_range_is_refused_wherever_it_is_set(setting):
+    key, value = setting.split("=", 1)
+    assert f"'data.augment.{key}" in str(fault(f"data.augment.{setting}"))
+    if key not in ("mean", "std"):
+        own = fault(f"data.sources={{a: {{shards: x, augment: {{{key}: {value}}}}}}}")
+        assert f"'data.sources.a.augment.{key}" in str(own)
+
+
+def test_normalisation_in_units_of_255_is_told_in_those_of_1():
+    assert "[0.485, 0.456, 0.406]" in str(fault("data.augment.mean=[123.675, 116.28, 103.53]"))
+
+
+def test_blur_that_a_file_states_holds_and_no_other():
+    stated = load_run("supervised", ["data.augment.blur=[1.0, 0.1]", "data.augment.solarize=[0.0, 0.2]"]).data.augment
+    assert (stated.blur, stated.solarize) == ([1.0, 0.1], [0.0, 0.2])
+    source = load_run("sim", ["data.sources={a: {shards: x, augment: {flip: 0.0}}}"]).data.sources["a"].augment
+    assert (source.blur, source.solarize) == ([0.1, 1.0], [0.2, 0.0])  # the recipe's
+
+
 def test_a_missing_field_of_a_recipe_shows_its_values_under_its_whole_key():
     run = load_run("m3i")
     del run.recipe["targets"][0]["regularizer"]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from m3i_scale.config import load_run
 from m3i_scale.data.cut import ShardOptions
 from m3i_scale.data.make import make_shards
 from m3i_scale.data.records import FileImage, FileMask, Record
@@ -135,8 +136,11 @@ def test_all_train_the_same_backbone_on_the_same_data(folder):
     from _one_stage import ABLATIONS, RECIPES, open_data, run_values
 
     data = open_data(folder)
-    found = [run_values(entry, data, 0, folder) for entry in (*RECIPES, *ABLATIONS)]
-    for values in found:
+    entries = (*RECIPES, *ABLATIONS)
+    found = [run_values(entry, data, 0, folder) for entry in entries]
+    for entry, values in zip(entries, found, strict=True):
+        own = {kind: values["data"]["augment"].pop(kind) for kind in ("blur", "solarize")}  # as a run of it has
+        assert own == load_run(entry.base).data.augment.model_dump(include={"blur", "solarize"})
         assert values["data"] == found[0]["data"]
         assert values["backbone"]["config"] == found[0]["backbone"]["config"]
     assert {values["backbone"]["attention"] for values in found} == {"own", "mixed"}

@@ -5,42 +5,93 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.sections import Section, plain_values
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+_EXTREME_RATIO = 20.0
+_STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
 
 
 class DistortionConfig(Section):
     """How views are drawn from an image. A list holds one value per view; the last one serves all further views."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a random crop, as a share of the image."""
+    """Smallest and largest area of a random crop, as a share of the image: above 0, at most 1."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    """Width : height of a random crop."""
-    flip: float = Field(default=0.5, ge=0, le=1)
+    """Smallest and largest width : height of a random crop, from 1/20 to 20."""
+    flip: Probability = 0.5
     """Probability of a horizontal flip (before the crop)."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Strength of brightness, contrast, saturation, hue."""
-    color_jitter_p: float = Field(default=0.8, ge=0, le=1)
+    """Strength of brightness, contrast, saturation (0 to 2: factors between 1 − strength and 1 + strength) and hue
+    (0 to 0.5, in turns of the colour circle)."""
+    color_jitter_p: Probability = 0.8
     """Probability of colour jitter."""
-    grayscale: float = Field(default=0.2, ge=0, le=1)
+    grayscale: Probability = 0.2
     """Probability of a grey image."""
-    blur: list[float] = Field(default=[1.0, 0.1], min_length=1)
-    """Probability of Gaussian blur, per view."""
-    solarize: list[float] = Field(default=[0.0, 0.2], min_length=1)
-    """Probability of solarisation, per view."""
+    blur: list[Probability] = Field(default=[0.0], min_length=1)
+    """Probability of Gaussian blur, per view. What a view is for, an input or a target, is known to the recipe: those
+    with pairs of views state it (docs/recipes.md)."""
+    solarize: list[Probability] = Field(default=[0.0], min_length=1)
+    """Probability of solarisation, per view; stated by recipes as `blur` is."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _crops_lie_inside(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        smallest, largest = scale
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(
+                f"[{smallest:g}, {largest:g}] is no range of shares of an image's area: above 0, the smallest first, "
+                "at most 1, as in [0.08, 1.0]"
+            )
+        return scale
+
+    @field_validator("crop_ratio")
+    @classmethod
+    def _crops_have_a_shape(cls, ratio: tuple[float, float]) -> tuple[float, float]:
+        narrowest, widest = ratio
+        if not 1 / _EXTREME_RATIO <= narrowest <= widest <= _EXTREME_RATIO:
+            raise ValueError(
+                f"[{narrowest:g}, {widest:g}] is no range of width : height: the smallest first, from "
+                f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.75, 1.3333]"
+            )
+        return ratio
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _jitter_leaves_an_image(cls, strengths: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        if not all(0 <= strength <= most for strength, most in zip(strengths, _STRONGEST_JITTER, strict=True)):
+            raise ValueError(
+                f"{[*strengths]} are no strengths of brightness, contrast, saturation (0 to 2) and hue (0 to 0.5), as "
+                "in [0.4, 0.4, 0.2, 0.1]"
+            )
+        return strengths
 
 
 class AugmentConfig(DistortionConfig):
     """Views of an image, and how their pixels are normalised."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means that the model's input is normalised with; written into the export."""
+    """Channel means that the model's input is normalised with, of pixels from 0 to 1; written into the export."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel standard deviations that the model's input is normalised with; written into the export."""
+    """Channel standard deviations that the model's input is normalised with, of pixels from 0 to 1; written into the
+    export."""
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _pixels_are_from_0_to_1(
+        cls, channels: tuple[float, float, float], info: ValidationInfo
+    ) -> tuple[float, float, float]:
+        least = "above 0" if info.field_name == "std" else "0"
+        if not all(0 <= channel <= 1 for channel in channels) or (info.field_name == "std" and 0 in channels):
+            shares = ", ".join(f"{channel / 255:.4g}" for channel in channels)
+            hint = f": divide by 255, [{shares}]" if all(1 < channel <= 255 for channel in channels) else ""
+            raise ValueError(f"{[*channels]} is not of pixels from 0 to 1 ({least} to 1){hint}")
+        return channels
 
 
 class SourceConfig(Section):

@@ -84,6 +84,21 @@ def test_a_diff_says_which_shards_and_settings():
     assert told(shards, scattered) == "5 shards removed: s-000.tar s-002.tar s-004.tar s-006.tar …"
 
 
+def test_a_run_that_began_with_other_blur_is_told_and_goes_on_where_it_is_stated():
+    shards = [("s-000.tar", 1000, 10, "h")]
+    old, new = {"blur": [1.0, 0.1], "solarize": [0.0, 0.2]}, {"blur": [0.1, 1.0], "solarize": [0.2, 0.0]}
+
+    def diff(before, now):
+        prints = [{"s": fingerprint(shards, SourceConfig(shards="x"), AugmentConfig(**one))} for one in (before, now)]
+        return changes(*prints, {"s": listing(shards)}, {"s": shards}).get("s")
+
+    assert diff(old, new) == (
+        "augment.blur was [1.0, 0.1], is [0.1, 1.0]; augment.solarize was [0.0, 0.2], is [0.2, 0.0]"
+    )
+    assert "augment.blur was [1.0, 0.1], is [0.0]" in diff(old, {})
+    assert diff(old, old) is None
+
+
 def test_changed_data_are_refused_with_a_diff(tools, folders, cache):
     state = saved(tools.make_loader(folders, cache, streams=STREAMS))
     (folders["b"] / "s-002.tar").unlink()

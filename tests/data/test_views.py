@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from m3i_scale.config import AugmentConfig
+from m3i_scale.config import AugmentConfig, known_runs, load_run
 from m3i_scale.data.pixels import on_white, orientation
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.records import encoded_image
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import Crop, ViewMaker, per_view, random_crop, shift_hue
+from m3i_scale.objective.recipe import parse_recipe
 
 PLAIN = AugmentConfig(color_jitter_p=0, grayscale=0, blur=[0], solarize=[0])
 
@@ -229,3 +230,39 @@ def test_a_crop_of_the_views_size_is_cut_out_as_it_is():
         assert np.array_equal(views.pixels_VCHW[0], cut.transpose(2, 0, 1))
         flips.add(crop.flip)
     assert flips == {True, False}
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8))
+
+
+def share_changed_by(kind, augment, views):
+    """Share of a picture's views that blur, or solarisation, alone changes: view number → 0 … 1."""
+
+    def pixels(**kinds):
+        maker = ViewMaker(PLAIN.model_copy(update=kinds), views=views, image_size=32, augment=True)
+        return np.stack([maker(NOISE, seed).pixels_VCHW for seed in range(40)])  # the crops are drawn first
+
+    changed = (pixels(**{kind: getattr(augment, kind)}) != pixels()).any(axis=(2, 3, 4)).mean(axis=0)
+    return {view: float(share) for view, share in enumerate(changed, start=1)}
+
+
+@pytest.mark.parametrize("name", known_runs())
+def test_built_in_recipes_blur_a_view_by_what_it_is_for(name, monkeypatch):
+    monkeypatch.setattr("m3i_scale.data.views.BLUR_REFERENCE_SIZE", 32)  # small views, and no blur too faint to see
+    run = load_run(name)
+    recipe = parse_recipe(run.recipe)
+    blurred, solarized = (share_changed_by(kind, run.data.augment, recipe.views) for kind in ("blur", "solarize"))
+    seen = [(recipe.input(one).view, target) for target in recipe.targets if target.view for one in target.inputs]
+    pairs = [(view, target) for view, target in seen if view != target.view]
+    if not pairs:
+        assert {*blurred.values(), *solarized.values()} == {0}
+    for _, target in seen:
+        if target.encoder == "patchify":
+            assert blurred[target.view] == solarized[target.view] == 0  # nothing regresses blurred pixels
+    for view, target in pairs:
+        if target.encoder == "momentum" and target.dense and target.regularizer == "unigrad":  # as SIM has it
+            assert (blurred[view], solarized[view]) == (1, 0)
+            assert 0 < blurred[target.view] < 0.25
+            assert 0 < solarized[target.view] < 0.4
+    averaged = {target.view for _, target in seen if target.encoder == "momentum"}
+    assert all(np.mean([blurred[view] for view in averaged]) < 0.75 for _ in averaged)  # sharp images are seen too
