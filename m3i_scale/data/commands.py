@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from m3i_scale.data.emoji import GROUPS, Background, emoji_records
+from m3i_scale.data.imagefolder import Captions, Layout, imagefolder_records
 from m3i_scale.data.index import build_index
 from m3i_scale.data.inputs import commands as inputs
 from m3i_scale.data.make import ShardOptions, make_shards, parse_splits
@@ -29,10 +30,11 @@ from m3i_scale.data.options import (
 from m3i_scale.data.records import Record
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.shuffle_command import shuffle
-from m3i_scale.data.sources import Captions, Columns, imagefolder_records, manifest_records, read_labels
+from m3i_scale.data.sources import Columns, manifest_records, read_labels
 from m3i_scale.data.tools import commands as tools
 from m3i_scale.data.tools import reshard
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+from m3i_scale.errors import ConfigError
 
 EMOJI_SAMPLES_PER_SHARD = 160
 
@@ -64,18 +66,25 @@ make_app.command(epilog="Example: m3i-scale shards make webdataset --input /data
 )
 @takes_shard_options
 def make_imagefolder(
-    input_folder: Annotated[Path, typer.Option("--input", help="One folder per class, images below.")],
+    input_folder: Annotated[
+        Path, typer.Option("--input", help="One folder per class, images below; or such folders in train, val …")
+    ],
     output: Output,
     options: ShardOptions,
     name: Name = "images",
     captions: Annotated[
         str, typer.Option(help="NAME.txt beside an image: auto (all have one or none has), none, optional, required")
     ] = "auto",
+    layout: Annotated[
+        str, typer.Option(help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the folders' names")
+    ] = "auto",
     split: Split = None,
     as_json: AsJson = False,
 ) -> None:
     """A folder of images, one folder per class, captions beside."""
-    records, labels = imagefolder_records(input_folder, choice("--captions", captions, Captions))
+    records, labels = imagefolder_records(
+        input_folder, choice("--captions", captions, Captions), choice("--layout", layout, Layout)
+    )
     _make(records, labels, output, name, split, options, {"source": "imagefolder"}, as_json)
 
 
@@ -165,6 +174,13 @@ def _make(
     info: dict[str, Any],
     as_json: bool,
 ) -> None:
+    if split is not None and all(record.split is not None for record in records):
+        raise ConfigError(
+            "--split has no effect: every image is of a split already",
+            where=f"--split {split}",
+            why=f"the input has {', '.join(sorted({str(record.split) for record in records}))}",
+            fix="leave it out; or, where the folders are classes: --layout classes",
+        )
     with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
             records,
