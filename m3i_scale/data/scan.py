@@ -31,6 +31,8 @@ from m3i_scale.errors import DataError
 INDEX_FORMAT = 2
 PROBES = 16
 """Samples whose headers are compared where the time of a shard is not that of its index."""
+MAX_NAME = 1_024
+"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
 MAX_HEADER_BYTES = 16_384
 """Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
 _EXTENSIONS = (
@@ -197,10 +199,12 @@ def _refuse_hostile(member: tarfile.TarInfo, path: Place) -> None:
         kind = "a link or a device"
     elif member.issparse() or member.type == tarfile.GNUTYPE_SPARSE:
         kind = "a sparse member"
+    elif len(member.name) > MAX_NAME:
+        kind = "a name that is too long"
     else:
         return
     raise DataError(
-        f"the shard holds {kind}: {member.name!r}",
+        f"the shard holds {kind}: {member.name[:MAX_NAME]!r}",
         where=str(path),
         why="no data set needs that; the file may be hostile",
         fix="take the shard from a source you trust, or make it anew",

@@ -23,6 +23,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """In order of their ids: padding is 0."""
 
 MAX_ALPHABET = 1_000
+_LONG_LETTERS = 200
 _ADDED = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -118,11 +119,20 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     scores = parts["model"]["vocab"] if isinstance(parts["model"]["vocab"], list) else None
     added = [[token.get(field) for field in _ADDED] for token in parts["added_tokens"]]
     return {
-        **{part: parts[part] for part in ("normalizer", "pre_tokenizer", "post_processor")},
+        **{part: _shortened(parts[part]) for part in ("normalizer", "pre_tokenizer", "post_processor")},
         "model": {**model, "merges_sha256": _sha256(merges), "scores_sha256": _sha256(scores)},
         "added_tokens_sha256": _sha256(added),
         "truncation_side": tokenizer.truncation_side,
     }
+
+
+def _shortened(value: Any) -> Any:
+    """Long texts, such as tables of characters, by their hash."""
+    if isinstance(value, dict):
+        return {key: _shortened(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shortened(part) for part in value]
+    return _sha256(value) if isinstance(value, str) and len(value) > _LONG_LETTERS else value
 
 
 def _sha256(value: Any) -> str | None:

@@ -80,9 +80,10 @@ def blocks(kind: bytes, content: bytes, name: str = "a.png") -> bytes:
         (blocks(b"x", b"16 size=-100000\n"), "cannot read the shard"),
         (blocks(b"x", b"7 a=bc\n") * 5_000, "cannot read the shard"),
         (blocks(b"x", b"20012 comment=" + b"a" * 19_997 + b"\n"), "cannot read the shard"),
+        (blocks(b"L", b"a/" * 2_000 + b"\0"), "a name that is too long"),
         (blocks(b"S", b""), "a sparse member"),
     ],
-    ids=["negative size", "thousands of headers", "a large header", "old sparse member"],
+    ids=["negative size", "thousands of headers", "a large header", "a long name", "old sparse member"],
 )
 def test_made_up_headers_are_refused(tmp_path, before, told):
     path = tmp_path / "s.tar"

@@ -17,10 +17,8 @@ from typing import BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
-from m3i_scale.data.scan import MAX_HEADER_BYTES, headers_of
+from m3i_scale.data.scan import MAX_HEADER_BYTES, MAX_NAME, headers_of
 
-MAX_NAME = 1_024
-"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
 RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
 """What webdataset calls its own fields of a sample."""
 UNREADABLE = "shard cannot be read"
