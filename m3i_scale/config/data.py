@@ -12,6 +12,9 @@ from typing_extensions import Self
 
 from m3i_scale.config.sections import Section, plain_values
 
+MAX_CAPTION_BYTES = 2**16
+MAX_SAMPLE_BYTES = 2**29
+"""No image of `max_image_pixels` is so large."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 _EXTREME_RATIO = 20.0
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
@@ -151,6 +154,10 @@ class DataConfig(Section):
     """Samples are shuffled across this many shards of a stream at a time."""
     max_image_pixels: int = Field(default=89_478_485, ge=1)
     """Images with more pixels are quarantined instead of decoded."""
+    max_caption_bytes: int = Field(default=MAX_CAPTION_BYTES, ge=1)
+    """Samples whose `.txt` member has more bytes are quarantined: a tokenizer takes seconds for a megabyte."""
+    max_sample_bytes: int = Field(default=MAX_SAMPLE_BYTES, ge=1)
+    """Samples of which all members together take more bytes in the shard are quarantined instead of read."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of the samples read so far (after the first 100) is bad, or more than
     this share of a pass is lost with its shards."""

@@ -48,5 +48,6 @@ def _access(data: DataConfig) -> Access:
         cache_bytes=int(data.cache_gib * 2**30),
         allow_shell=data.allow_shell,
         start_timeout_s=data.start_timeout_s,
+        max_sample_bytes=data.max_sample_bytes,
     )
     return known if data.cache_dir is None else dataclasses.replace(known, cache_dir=data.cache_dir.expanduser())

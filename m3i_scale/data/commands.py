@@ -31,6 +31,7 @@ from m3i_scale.data.shuffle_command import shuffle
 from m3i_scale.data.tools import commands as tools
 from m3i_scale.data.tools import reshard
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+from m3i_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from m3i_scale.data.records import Record
@@ -65,20 +66,27 @@ make_app.command(epilog="Example: m3i-scale shards make webdataset --input /data
 )
 @takes_shard_options
 def make_imagefolder(
-    input_folder: Annotated[Path, typer.Option("--input", help="One folder per class, images below.")],
+    input_folder: Annotated[
+        Path, typer.Option("--input", help="One folder per class, images below; or such folders in train, val …")
+    ],
     output: Output,
     options: ShardOptions,
     name: Name = "images",
     captions: Annotated[
         str, typer.Option(help="NAME.txt beside an image: auto (all have one or none has), none, optional, required")
     ] = "auto",
+    layout: Annotated[
+        str, typer.Option(help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the folders' names")
+    ] = "auto",
     split: Split = None,
     as_json: AsJson = False,
 ) -> None:
     """A folder of images, one folder per class, captions beside."""
-    from m3i_scale.data.sources import Captions, imagefolder_records
+    from m3i_scale.data.imagefolder import Captions, Layout, imagefolder_records
 
-    records, labels = imagefolder_records(input_folder, choice("--captions", captions, Captions))
+    records, labels = imagefolder_records(
+        input_folder, choice("--captions", captions, Captions), choice("--layout", layout, Layout)
+    )
     _make(records, labels, output, name, split, options, {"source": "imagefolder"}, as_json)
 
 
@@ -177,6 +185,13 @@ def _make(
 ) -> None:
     from m3i_scale.data.make import make_shards, parse_splits
 
+    if split is not None and all(record.split is not None for record in records):
+        raise ConfigError(
+            "--split has no effect: every image is of a split already",
+            where=f"--split {split}",
+            why=f"the input has {', '.join(sorted({str(record.split) for record in records}))}",
+            fix="leave it out; or, where the folders are classes: --layout classes",
+        )
     with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
             records,

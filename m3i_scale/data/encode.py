@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from PIL import Image
 
 from m3i_scale.data.records import MASK, READ_FORMATS, Record
+from m3i_scale.data.workers import end_with_parent
 from m3i_scale.errors import DataError
 
 Outcome = dict[str, bytes] | DataError
@@ -58,7 +59,7 @@ def encoder(workers: int) -> Iterator[Callable[[Sequence[Record]], Iterator[Outc
     # spawn: the caller may run threads (progress bar), which a forked child would inherit half-locked.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
             yield lambda members: pool.map(encode, members, chunksize=16)
     except BrokenProcessPool:
         raise DataError("a process that encodes images died", fix="is memory short? try --workers 1") from None

@@ -21,11 +21,13 @@ _FIXES = {
     "access refused": "credentials are found by the usual chains of the service (docs/data.md)",
     "replaced": "bring the indexed version back; if the new one is meant, start a new run, which indexes it",
     "no ranges": "set data.cache_gib: what a server sends only whole goes through the cache",
+    "answer too long": "the server does not send what was asked for; what a pipe gives may take data.cache_gib at most",
 }
 _START_FIXES = {
     "not found": "check the address, and that the file is there",
     "access refused": _FIXES["access refused"],
     "no ranges": _FIXES["no ranges"],
+    "answer too long": _FIXES["answer too long"],
 }
 _FOREIGN = (
     ("aiohttp", "ClientError"),

@@ -149,6 +149,7 @@ class TrainStream:
             collator=Collator(tokenizer, max_tokens),
             seed=seed,
             max_pixels=data.max_image_pixels,
+            max_caption_bytes=data.max_caption_bytes,
             max_bad_fraction=data.max_bad_fraction,
             access=self._access,
             keep_on=data.bad_shards == "quarantine",
@@ -384,6 +385,7 @@ class PartRecipe:
     collator: Collator
     seed: int
     max_pixels: int
+    max_caption_bytes: int
     max_bad_fraction: float
     access: Access
     keep_on: bool
@@ -417,6 +419,7 @@ class PartDataset(IterableDataset[Part | UserError | None]):
                 reader,
                 seed=recipe.seed,
                 max_pixels=recipe.max_pixels,
+                max_caption_bytes=recipe.max_caption_bytes,
                 max_bad_fraction=recipe.max_bad_fraction,
                 keep_on=recipe.keep_on,
             )

@@ -35,6 +35,20 @@ class BadSampleError(Exception):
         super().__init__(reason, detail, key)
 
 
+def refuse_large_sample(size: int, limit: int) -> None:
+    """Called before a sample is read.
+
+    Args:
+        size: bytes of its members in the shard.
+        limit: data.max_sample_bytes.
+
+    Raises:
+        BadSampleError: it is larger.
+    """
+    if size > limit:
+        raise BadSampleError("sample too large", f"{size} bytes, data.max_sample_bytes is {limit}")
+
+
 class ShardReader:
     """Samples by (shard, number). Keeps the last few shards open.
 
@@ -53,10 +67,11 @@ class ShardReader:
         """Members of a sample by extension, and its `__key__`.
 
         Raises:
-            BadSampleError: the bytes are no sample, or another one than was indexed.
+            BadSampleError: the bytes are too many, no sample, or another one than was indexed.
             BadShardError: the shard cannot be read any more, after all attempts.
         """
         start, end = (int(value) for value in index.ranges_N2[number])
+        refuse_large_sample(end - start, self._access.max_sample_bytes)
         self._activity.begin(index.path)
         if isinstance(index.path, Path):
             data = self._read(index, index.path, start, end)

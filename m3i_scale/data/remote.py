@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import sync
@@ -32,10 +32,13 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.faults import FaultError, RemoteReadError, to_fault
 from m3i_scale.data.places import Place, Url
 from m3i_scale.errors import ConfigError, DataError
 
+SMALL_FILE_BYTES = 256 << 20
+"""Labels, manifests, indices and tokenizers beside shards are not larger; the most that is read of one."""
 PART_BYTES = 8 << 20
 """Whole shards are fetched in requests of this size: a fault costs one of them, and a slow server is soon noticed."""
 BACKOFF_S = 0.5
@@ -43,6 +46,7 @@ MAX_BACKOFF_S = 30.0
 MAX_PAUSE_S = 300.0
 """A server that wants to be left alone for longer is asked after this time all the same."""
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
+_HTTP = ("http", "https")
 _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": True}}
 """How `info` is told to ask the server, and not a listing that it remembers."""
 _EXACT = {"hf": {"cache_type": "none"}}
@@ -59,7 +63,7 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Access:
-    """How remote shards are read."""
+    """How shards are read, remote ones above all."""
 
     attempts: int = 8
     """Of every request, before the shard counts as bad."""
@@ -73,6 +77,8 @@ class Access:
     """Of a small request before the first step, all its attempts together."""
     patience_s: float = math.inf
     """Of any request, all its attempts together; pauses that the server asked for are not cut short."""
+    max_sample_bytes: int = MAX_SAMPLE_BYTES
+    """A larger sample is not read, wherever it lies."""
 
     def at_start(self) -> Access:
         """For small requests before the first step: somebody waits for the answer, and may mend what is wrong."""
@@ -128,6 +134,8 @@ def read_file(place: Place, access: Access | None = None) -> bytes:
 
     def whole() -> bytes | None:
         try:
+            if place.scheme in _HTTP:
+                return _http(place, access, SMALL_FILE_BYTES)
             data: bytes = _call(place, "cat_file", access)
         except FileNotFoundError:  # most folders lack most of these files: that is no reason to ask again
             return None
@@ -210,7 +218,7 @@ def filesystem(url: Url, access: Access) -> Any:
         ConfigError: the package that reads the scheme is not installed.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
-    if url.scheme in ("http", "https"):
+    if url.scheme in _HTTP:
         options["client_kwargs"] = {"trust_env": True}  # proxies, ~/.netrc
     elif url.scheme == "s3":
         seconds = {"connect_timeout": access.timeout_s, "read_timeout": access.timeout_s}
@@ -295,9 +303,8 @@ def _facts(url: Url, access: Access) -> Facts:
 
 
 def _range(url: Url, start: int, end: int, access: Access, version: str) -> bytes:
-    if url.scheme in ("http", "https"):
-        files = filesystem(url, access)
-        data: bytes = sync(files.loop, _http_range, files, url.address, start, end, version, timeout=access.timeout_s)
+    if url.scheme in _HTTP:
+        data = _http(url, access, end - start, version, f"bytes={start}-{end - 1}")
     else:
         data = _call(url, "cat_file", access, start=start, end=end, **_EXACT.get(url.scheme, {}))
     if len(data) != end - start:
@@ -305,27 +312,62 @@ def _range(url: Url, start: int, end: int, access: Access, version: str) -> byte
     return data
 
 
-async def _http_range(files: Any, address: str, start: int, end: int, version: str) -> bytes:
-    """fsspec's own would read all of a file whose server knows no ranges, and does not see another version."""
+def _http(url: Url, access: Access, most: int, version: str = "", ranged: str = "") -> bytes:
+    """The answer to one request, of which no more than `most` bytes are read.
+
+    Raises:
+        FaultError: it is longer, or not what was asked for.
+        FileNotFoundError: there is no such file.
+    """
+    files = filesystem(url, access)
+    found = sync(files.loop, _answer, files, url.address, most, version, ranged, timeout=access.timeout_s)
+    return cast(bytes, found)
+
+
+async def _answer(files: Any, address: str, most: int, version: str, ranged: str) -> bytes:
+    """fsspec's own would read all of a file whose server knows no ranges, or never ends, and sees no other version."""
     session = await files.set_session()
-    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity", **({"Range": ranged} if ranged else {})}
     async with session.get(files.encode_url(address), headers=headers) as answer:
+        if answer.status == 404 and not ranged:
+            raise FileNotFoundError(errno.ENOENT, "no such file", address)
         answer.raise_for_status()
-        if answer.status != 206:
+        if ranged and answer.status != 206:
             raise FaultError("no ranges", "the server sends whole files only", not_ranged=True, lasting=True)
         told = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         if version and told != version:
             raise FaultError(
                 "replaced", f"version {version} was indexed, the server has {told or 'none'}", lasting=True
             )
-        data: bytes = await answer.read()
-        return data
+        data = bytearray()
+        async for block in answer.content.iter_any():
+            data += block
+            if len(data) > most:
+                raise _too_long(most)
+        return bytes(data)
+
+
+def _too_long(most: int) -> FaultError:
+    return FaultError("answer too long", f"more than {most} bytes")
+
+
+class _Limited:
+    """A file for fsspec to write to, up to a size."""
+
+    def __init__(self, out: BinaryIO, size: int) -> None:
+        self._out, self._size = out, size
+        self.read, self.tell, self.close = out.read, out.tell, out.close
+
+    def write(self, data: bytes) -> int:
+        if self._out.tell() + len(data) > self._size:
+            raise _too_long(self._size)
+        return self._out.write(data)
 
 
 def _stream(url: Url, out: BinaryIO, access: Access, size: int) -> None:
     """A file from beginning to end, from a server that knows no ranges."""
     out.seek(0)
-    _call(url, "get_file", _whole(access, size), lpath=out, headers={"Accept-Encoding": "identity"})
+    _call(url, "get_file", _whole(access, size), lpath=_Limited(out, size), headers={"Accept-Encoding": "identity"})
     if out.tell() != size:
         raise FaultError("cut off", f"{out.tell()} of {size} bytes")
 
@@ -339,7 +381,7 @@ def _run_pipe(url: Url, out: BinaryIO, access: Access, size: int | None) -> int:
     """Run a command and keep what it writes. A failing part of a pipeline fails the whole."""
     out.seek(0)
     command = ["bash", "-o", "pipefail", "-c", url.address.removeprefix("pipe:")]
-    total = 0
+    total, most = 0, access.cache_bytes if size is None else size  # what is larger than the cache cannot be kept
     with (
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
@@ -347,8 +389,10 @@ def _run_pipe(url: Url, out: BinaryIO, access: Access, size: int | None) -> int:
         _ended(process),
     ):
         for block in _blocks(process, access.timeout_s):
-            out.write(block)
             total += len(block)
+            if total > most:
+                raise _too_long(most)
+            out.write(block)
         code = process.wait(access.timeout_s)
     if code:
         raise FaultError("the command failed", f"exit code {code}")
@@ -442,7 +486,7 @@ def no_whole_files(url: Url, access: Access) -> None:
         DataError: see the message.
         FaultError: it does not answer.
     """
-    if access.cache_bytes or url.scheme not in ("http", "https"):
+    if access.cache_bytes or url.scheme not in _HTTP:
         return
     try:
         read_range(url, 0, 1, access)

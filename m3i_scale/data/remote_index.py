@@ -102,7 +102,7 @@ def _from_beside(url: Url, now: Facts, access: Access) -> ShardIndex | None:
         index = parse_index(url, read_file(place, access.at_start()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError) as error:
         fix = start_fix(error) or "remove or renew it"
         raise DataError(f"cannot read the index: {error}", where=str(place), fix=fix) from None
     return index if index is not None and index.size == now.size else None
@@ -158,7 +158,7 @@ def _checksums(shards: Sequence[Url], access: Access) -> dict[Url, str]:
             known = {folder / name: str(entry.get("sha256", "")) for name, entry in _entries(listed).items()}
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fix = start_fix(error) or "renew or remove it"
             raise DataError(f"cannot read the manifest: {error}", where=str(place), fix=fix) from None
         sums.update(known)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from m3i_scale.config.data import MAX_CAPTION_BYTES
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, fault_text, mask_fault
 
@@ -130,7 +131,12 @@ def _undecodable(error: Exception) -> BadSampleError:
 
 
 def read_annotations(
-    members: Mapping[str, bytes], classes: int | None, draw: int | None = None, *, captions: bool = True
+    members: Mapping[str, bytes],
+    classes: int | None,
+    draw: int | None = None,
+    *,
+    captions: bool = True,
+    max_caption_bytes: int = MAX_CAPTION_BYTES,
 ) -> Annotations:
     """Label (`cls`) and caption (`txt`) of a sample, as far as it has them.
 
@@ -139,11 +145,12 @@ def read_annotations(
         classes: size of the source's label set; None where it has none, then labels are not looked at.
         draw: a random number that picks one of several captions, a line each; None where all of it is one caption.
         captions: False leaves the caption out, and unread.
+        max_caption_bytes: of the member, one caption or several.
 
     Raises:
-        BadSampleError: a label that is no integer or out of range, a caption that is not UTF-8.
+        BadSampleError: a label that is no integer or out of range, a caption that is too large or not UTF-8.
     """
-    return Annotations(_label(members, classes), _caption(members, draw) if captions else None)
+    return Annotations(_label(members, classes), _caption(members, draw, max_caption_bytes) if captions else None)
 
 
 def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
@@ -159,10 +166,25 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
     return label
 
 
-def _caption(members: Mapping[str, bytes], draw: int | None) -> str | None:
+def refuse_large_caption(data: bytes, limit: int) -> None:
+    """Called before a caption is read.
+
+    Args:
+        data: the `txt` member.
+        limit: data.max_caption_bytes.
+
+    Raises:
+        BadSampleError: it is larger.
+    """
+    if len(data) > limit:
+        raise BadSampleError("caption too large", f"{len(data)} bytes, data.max_caption_bytes is {limit}")
+
+
+def _caption(members: Mapping[str, bytes], draw: int | None, max_bytes: int) -> str | None:
     data = members.get("txt")
     if data is None:
         return None
+    refuse_large_caption(data, max_bytes)
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
+import struct
 import tarfile
 import tempfile
+import tokenize
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
+from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.places import Place, Url
 from m3i_scale.errors import DataError
 
 INDEX_FORMAT = 2
 PROBES = 16
 """Samples whose headers are compared where the time of a shard is not that of its index."""
+MAX_NAME = 1_024
+"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
+MAX_HEADER_BYTES = 16_384
+"""Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -88,7 +97,7 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
     keys: set[str] = set()
     current: str | None = None
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
+        with tarfile.open(fileobj=headers_of(stream), mode="r:") as tar:
             for member in tar:
                 _refuse_hostile(member, path)
                 end = member.offset_data + member.size
@@ -120,6 +129,33 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
     if not ranges:
         raise DataError("the shard holds no samples", where=str(path), fix="remove it, or make it anew")
     return np.asarray(ranges, dtype=np.int64), np.asarray(heads, dtype=np.uint32)
+
+
+class _HeaderFile:
+    """The part of a file that tarfile may see: short reads."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.name = getattr(stream, "name", "")
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return self._stream.read(size)
+
+    def seek(self, offset: int) -> int:
+        return self._stream.seek(offset)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def close(self) -> None:
+        """The owner closes the file."""
+
+
+def headers_of(stream: BinaryIO) -> BinaryIO:
+    """A tar of which tarfile can read headers, none of them large, and nothing else."""
+    return cast(BinaryIO, _HeaderFile(stream))
 
 
 def head_of(data: bytes) -> int | None:
@@ -163,10 +199,12 @@ def _refuse_hostile(member: tarfile.TarInfo, path: Place) -> None:
         kind = "a link or a device"
     elif member.issparse() or member.type == tarfile.GNUTYPE_SPARSE:
         kind = "a sparse member"
+    elif len(member.name) > MAX_NAME:
+        kind = "a name that is too long"
     else:
         return
     raise DataError(
-        f"the shard holds {kind}: {member.name!r}",
+        f"the shard holds {kind}: {member.name[:MAX_NAME]!r}",
         where=str(path),
         why="no data set needs that; the file may be hostile",
         fix="take the shard from a source you trust, or make it anew",
@@ -241,8 +279,10 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
         return None
     try:
         index = parse_index(path, saved.read_bytes())
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"cannot read the index: {error}", where=str(saved), fix="remove the file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is made anew"
+        ) from None
     if index is None or isinstance(path, Url):
         return index
     facts = _stat(path)
@@ -252,20 +292,59 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Place, data: bytes) -> ShardIndex | None:
-    """An index out of the bytes of its file; None where it is of another format.
+    """An index out of the bytes of its file, which may be damaged or hostile; None where it is of another format.
 
     Raises:
-        ValueError, KeyError, EOFError: no index.
+        ValueError: no index.
     """
-    with np.load(io.BytesIO(data), allow_pickle=False) as values:
-        if int(values["format"]) != INDEX_FORMAT:
+    arrays = _arrays(data)
+    try:
+        if int(arrays["format"]) != INDEX_FORMAT:
             return None
-        size, ranges, heads = int(values["size"]), values["ranges"], values["heads"]
-        version, sha256 = str(values["version"]), str(values["sha256"])
-    sound = ranges.ndim == 2 and ranges.shape[1] == 2 and len(ranges) and ranges.dtype == np.int64
-    if not sound or heads.shape != (len(ranges),) or heads.dtype != np.uint32:
-        return None
+        size, ranges, heads = int(arrays["size"]), arrays["ranges"], arrays["heads"]
+        version, sha256 = str(arrays["version"]), str(arrays["sha256"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a part is missing or is none: {error}") from None
+    if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] != 2 or not len(ranges):
+        raise ValueError("the ranges of its samples are none")
+    if heads.dtype != np.uint32 or heads.shape != (len(ranges),):
+        raise ValueError("the checksums of its samples are none")
+    if ranges.min() < 0 or ranges.max() > size or (ranges[:, 0] >= ranges[:, 1]).any():
+        raise ValueError("samples lie outside of the shard")
     return ShardIndex(path, size, ranges, heads, version, sha256)
+
+
+def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """What `np.savez` wrote. `np.load` takes the size of an array from a header whose checksum it has not seen yet.
+
+    Raises:
+        ValueError: damaged, or packed so that it could grow.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
+                raise ValueError("it is packed")
+            return {entry.filename.removesuffix(".npy"): _array(archive.read(entry)) for entry in entries}
+    # Of bytes that are no archive it says so in many ways: another compression, a password, an offset before the start.
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+        raise ValueError(str(error)) from None
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    """One array, of no more elements than there are bytes for."""
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("an array of another format")
+    try:
+        shape, turned, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (SyntaxError, tokenize.TokenError, RecursionError) as error:
+        raise ValueError(f"no array: {error}") from None
+    if dtype.hasobject or turned or min(shape, default=1) < 0:
+        raise ValueError("an array of another kind")
+    if dtype.itemsize * math.prod(shape) != len(data) - stream.tell():
+        raise ValueError("an array of another size")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
 
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:
@@ -274,6 +353,8 @@ def _has_heads(path: Path, index: ShardIndex) -> bool:
         with path.open("rb") as stream:
             for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):
                 start, end = (int(value) for value in index.ranges_N2[number])
+                if end - start > MAX_SAMPLE_BYTES:
+                    continue
                 stream.seek(start)
                 if head_of(stream.read(end - start)) != index.heads_N[number]:
                     return False

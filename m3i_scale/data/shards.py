@@ -168,7 +168,7 @@ def _read_labels(path: Place, whose: str = "", access: Access | None = None) -> 
         labels = json.loads(read_file(path, access).decode("utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the labels: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise DataError("labels.json must be a list of names", where=f"{whose}{path}")

@@ -1,4 +1,4 @@
-"""Records out of what people have: folders of images by class, and tables of paths, captions and labels."""
+"""Records out of tables of paths, captions and labels."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from m3i_scale.data.records import FileImage, FileMask, ImageSource, Record, Unusable
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
-
-FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
-Captions = Literal["auto", "none", "optional", "required"]
-"""auto: all images of a folder have a caption file or none has."""
 
 
 @dataclass(frozen=True)
@@ -32,59 +27,6 @@ class Columns:
     split: str = "split"
     mask: str | None = None
     """Paths of masks; only read where it is named."""
-
-
-def imagefolder_records(folder: Path, captions: Captions = "auto") -> tuple[list[Record], list[str]]:
-    """Images below `folder`; the first folder on the way is the class, `NAME.txt` beside an image its caption.
-
-    Returns:
-        Records (unusable ones included, see `Unusable`) and the class names in order of their index.
-
-    Raises:
-        DataError: no such folder, or no images.
-    """
-    if not folder.is_dir():
-        raise DataError("there is no such folder", where=str(folder))
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FILE_EXTENSIONS and path.is_file())
-    if not images:
-        raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
-    classes = sorted({path.relative_to(folder).parts[0] for path in images if path.parent != folder})
-    if captions == "auto":
-        captions = "required" if any(path.with_suffix(".txt").is_file() for path in images) else "none"
-    return [_folder_record(path, folder, classes, captions) for path in images], classes
-
-
-def _folder_record(path: Path, folder: Path, classes: Sequence[str], captions: Captions) -> Record:
-    relative = path.relative_to(folder)
-    label = classes.index(relative.parts[0]) if len(relative.parts) > 1 else None
-    image: ImageSource = FileImage(path)
-    caption = None
-    try:
-        caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
-    except DataError as error:
-        image = Unusable(error)
-    meta = {"path": relative.as_posix()}
-    return Record(key_of(relative), image, caption, label, meta, size_hint=path.stat().st_size)
-
-
-def read_caption(path: Path, captions: Captions) -> str | None:
-    """The caption file's text; None where it is empty, or missing and optional.
-
-    Raises:
-        DataError: missing though required, or not UTF-8.
-    """
-    if not path.is_file():
-        if captions == "optional":
-            return None
-        raise DataError(
-            "the caption file is missing",
-            where=str(path),
-            fix="write it, or allow images without caption (--captions optional), or leave them out (--skip-bad)",
-        )
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the caption file cannot be read: {error}", where=str(path), fix="save it as UTF-8") from None
 
 
 def manifest_records(
@@ -124,7 +66,7 @@ def _row_record(
     name = row.get(columns.path)
     if not name:
         fault = DataError("the path is missing", where=where)
-        return Record(f"{number:09d}", Unusable(fault), split=_split_name(row.get(columns.split), where))
+        return Record(f"{number:09d}", Unusable(fault), split=split_name(row.get(columns.split), where))
     path = root / str(name)
     image: ImageSource = FileImage(path)
     label = None
@@ -140,7 +82,7 @@ def _row_record(
         label=label,
         mask=None if mask is None else FileMask(mask),
         meta={"path": str(name)} | _further(row, columns),
-        split=_split_name(row.get(columns.split), where),
+        split=split_name(row.get(columns.split), where),
         split_by=str(name),  # several captions of one image stay on one side
         size_hint=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
     )
@@ -161,7 +103,12 @@ def _mask_path(row: dict[str, Any], columns: Columns, root: Path) -> Path | None
     return root / str(name) if name else None
 
 
-def _split_name(value: Any, where: str) -> str | None:
+def split_name(value: Any, where: str) -> str | None:
+    """The folder of shards that a name of a split stands for; None where there is no name.
+
+    Raises:
+        DataError: it cannot be one.
+    """
     if not value:
         return None
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
@@ -277,8 +224,3 @@ def read_labels(path: Path) -> list[str]:
     if len(set(labels)) < len(labels):
         raise ConfigError("a label stands twice", where=str(path))
     return labels
-
-
-def key_of(relative: Path) -> str:
-    """A sample's key: dots end a key in a shard, and a leading __ marks what webdataset skips."""
-    return re.sub(r"[^\w-]+", "-", relative.with_suffix("").as_posix().replace("/", "_")).lstrip("_-") or "image"

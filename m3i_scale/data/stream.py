@@ -58,6 +58,7 @@ class Stream:
         reader: reads shards.
         seed: seed of the run.
         max_pixels: larger images are bad.
+        max_caption_bytes: larger captions are bad.
         max_bad_fraction: gives up (DataError) where a stream is bad beyond this and no good sample is in sight.
         keep_on: whether a shard that cannot be read is given up for the pass, and does not stop the run.
     """
@@ -71,6 +72,7 @@ class Stream:
         *,
         seed: int,
         max_pixels: int,
+        max_caption_bytes: int,
         max_bad_fraction: float,
         keep_on: bool = False,
     ) -> None:
@@ -82,6 +84,7 @@ class Stream:
         self._reader = reader
         self._seed = seed
         self._max_pixels = max_pixels
+        self._max_caption_bytes = max_caption_bytes
         self._max_bad_fraction = max_bad_fraction
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
@@ -130,7 +133,13 @@ class Stream:
         try:
             identity = (self._seed, source.name, place.epoch, index.path.name, key)
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
-            annotations = read_annotations(members, source.classes, draw, captions=source.captions != "none")
+            annotations = read_annotations(
+                members,
+                source.classes,
+                draw,
+                captions=source.captions != "none",
+                max_caption_bytes=self._max_caption_bytes,
+            )
             views = source.views(open_image(members, self._max_pixels), seed_of("views", *identity))
         except BadSampleError as bad:
             bad.key = key

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,6 +23,8 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """In order of their ids: padding is 0."""
 
 MAX_ALPHABET = 1_000
+_LONG_LETTERS = 200
+_ADDED = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
@@ -97,6 +102,41 @@ def find_tokenizer(
         where="text.tokenizer; looked in " + ", ".join(places or ["no source"]),
         fix="make the shards with `m3i-scale shards make`, which trains one, or set text.tokenizer",
     )
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What makes tokens of a caption, beside the vocabulary: as JSON types, small parts as they are, large ones hashed.
+
+    How captions are cut and padded is left out: it is set anew at each call.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python, which has no description
+        return {"class": type(tokenizer).__name__}
+    parts = json.loads(backend.to_str())
+    model = {key: value for key, value in parts["model"].items() if not isinstance(value, list | dict)}
+    # Older versions of the package write a merge as one text.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"].get("merges") or ()]
+    scores = parts["model"]["vocab"] if isinstance(parts["model"]["vocab"], list) else None
+    added = [[token.get(field) for field in _ADDED] for token in parts["added_tokens"]]
+    return {
+        **{part: _shortened(parts[part]) for part in ("normalizer", "pre_tokenizer", "post_processor")},
+        "model": {**model, "merges_sha256": _sha256(merges), "scores_sha256": _sha256(scores)},
+        "added_tokens_sha256": _sha256(added),
+        "truncation_side": tokenizer.truncation_side,
+    }
+
+
+def _shortened(value: Any) -> Any:
+    """Long texts, such as tables of characters, by their hash."""
+    if isinstance(value, dict):
+        return {key: _shortened(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shortened(part) for part in value]
+    return _sha256(value) if isinstance(value, str) and len(value) > _LONG_LETTERS else value
+
+
+def _sha256(value: Any) -> str | None:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest() if value else None
 
 
 def _load(name: str, where: str) -> PreTrainedTokenizerBase:

@@ -1,21 +1,29 @@
-"""Loader processes and signals: who may end a worker.
+"""Worker processes: who may end one, and what is left of one that was killed.
 
 A scheduler that preempts a job signals every process of it. The training process then finishes its step and saves, for
 which it needs its workers; a worker that died would end the run with an error instead. So a worker obeys SIGTERM,
 SIGUSR2 and SIGINT only when its parent sends them (multiprocessing ends workers so at exit, and waits for them), and it
-ends when its parent is gone.
+ends when its parent is gone. Processes of a pool (`end_with_parent`) do the latter alone.
+
+A worker sends tensors through a socket in a temporary folder. It holds a lock there: a folder without one has lost its
+worker, and is removed when workers are started next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +35,8 @@ PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 START_METHOD = "fork"
 """Workers inherit the signal mask of the process that forks them, which a fork server would not have."""
 _LOOK_AFTER_PARENT_S = 1.0
+_HELD = "m3i-scale-worker"
+"""A file in the temporary folder of a worker, which holds a lock on it as long as it lives."""
 
 
 @contextlib.contextmanager
@@ -52,6 +62,7 @@ class DeathWatch:
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """For the code that starts the workers."""
+        _sweep_temporary_folders()
         earlier, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         yield
         self._workers = [child for child in multiprocessing.active_children() if child not in earlier]
@@ -104,12 +115,58 @@ def leave_signals_to_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         raise RuntimeError("not a worker process")
-    threading.Thread(target=_obey, args=(parent.pid,), daemon=True, name="signals").start()
+    folder = _own_temporary_folder()
+    threading.Thread(target=_obey, args=(parent.pid, folder), daemon=True, name="signals").start()
 
 
-def _obey(parent: int) -> None:
+def end_with_parent() -> None:
+    """In a process of a pool: from now on, end as soon as the process that started the pool has, however it did."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("not a worker process")
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()
+
+
+def _obey(parent: int, folder: Path | None) -> None:
     while os.getppid() == parent:
         heard = signal.sigtimedwait(PREEMPTION_SIGNALS, _LOOK_AFTER_PARENT_S)
         if heard is not None and heard.si_pid == parent:
             break
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
+
+
+def _own_temporary_folder() -> Path | None:
+    """The temporary folder of this worker, held until it ends; None where it shares that of its parent."""
+    parent = Path(tempfile.gettempdir())
+    before = set(os.listdir(parent))
+    folder = Path(get_temp_dir())
+    if folder.parent != parent or folder.name in before:
+        return None
+    descriptor = os.open(folder / f"{_HELD}.partial", os.O_RDWR | os.O_CREAT, 0o600)  # never closed
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(folder / f"{_HELD}.partial", folder / _HELD)
+    return folder
+
+
+def _sweep_temporary_folders() -> None:
+    """Remove those of workers that were killed. A lock is seen from any container that shares the folder."""
+    for held in Path(tempfile.gettempdir()).glob(f"pymp-*/{_HELD}"):
+        try:
+            descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # another user's, or gone meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # its worker lives
+            continue
+        else:
+            shutil.rmtree(held.parent, ignore_errors=True)
+        finally:
+            os.close(descriptor)

@@ -35,6 +35,16 @@ def told_differences(key: str, before: Any, now: Any) -> list[str]:
     return [f"{name} was {short(was)}, and is {short(present)}" for name, was, present in found]
 
 
+def known_part(before: Any, now: Any) -> Any:
+    """What is, without the fields that whoever wrote down what was did not know: a newer version of a package may
+    describe the same thing with more of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {key: known_part(before[key], value) for key, value in now.items() if key in before}
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [known_part(one, other) for one, other in zip(before, now, strict=True)]
+    return now
+
+
 def short(value: Any) -> str:
     """A JSON value in at most about a hundred letters."""
     text = json.dumps(value, sort_keys=True)

@@ -19,11 +19,12 @@ from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig, read_yaml
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
-from m3i_scale.run.differences import told_differences
+from m3i_scale.run.differences import known_part, told_differences
 from m3i_scale.run.opening import open_together
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.source_checks import check_label_order
@@ -40,6 +41,8 @@ from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
 
 _SHOWN_CHANGES = 5
+_NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
+"""Parts that checkpoints of earlier versions have not; those are resumed without a look at them."""
 _TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
 
 
@@ -80,6 +83,9 @@ class Plan:
             "vocab_size": self.vocab_size,
             "teacher_sha256": teacher_sha256(self.recipe),
             "vocabulary_sha256": self._vocabulary_sha256(),
+            "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
+            "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
+            "pixels": {"mean": list(run.data.augment.mean), "std": list(run.data.augment.std)},
         }
 
     def _vocabulary_sha256(self) -> str | None:
@@ -280,6 +286,11 @@ def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved = meta["identity"]
     now = json.loads(json.dumps(plan.identity))
     check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
+    for key in _NEWER_IDENTITY:
+        if key in saved and key in now:
+            now[key] = known_part(saved[key], now[key])
+        else:
+            now.pop(key, None)
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]

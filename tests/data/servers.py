@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import http.server
+import itertools
 import os
 import re
 import shutil
@@ -19,11 +20,14 @@ from urllib.request import Request, urlopen
 
 WAIT_S = 30
 STALL_S = 120
+ENDLESS_BLOCKS = 1_000
+"""Of 64 KiB, so that a reader that reads on fails a test and not the machine."""
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Files of a folder over HTTP, with ranges and ETags. `faults[name]` are what happens to the next requests for a
-    file: a status, `cut` (half of the body), `reset`, `stall`; `always[name]` happens every time.
+    file: a status, `cut` (half of the body), `reset`, `stall`, `endless` (the body, and zeros as long as somebody
+    reads them); `always[name]` happens every time.
     """
 
     daemon_threads = True
@@ -108,6 +112,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         if self.server.versions:
             self.send_header("ETag", f'"{facts.st_mtime_ns:x}-{total:x}"')
+        if fault == "endless" and self.command == "GET":
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            for block in itertools.chain([data], itertools.repeat(bytes(1 << 16), ENDLESS_BLOCKS)):
+                self.wfile.write(block)
+            return
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command == "HEAD":

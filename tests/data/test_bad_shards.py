@@ -20,7 +20,7 @@ from m3i_scale.data.faults import FaultError, to_fault
 from m3i_scale.data.index import build_index
 from m3i_scale.data.loader import find_tokenizer, merge_states
 from m3i_scale.data.places import Url
-from m3i_scale.data.remote import Access, facts, read_file, read_range
+from m3i_scale.data.remote import Access, facts, fetch, fetch_pipe, read_file, read_range
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import DataError
@@ -137,6 +137,30 @@ def test_a_resumed_run_does_without_the_shard_too_until_the_pass_ends(tools, ser
     expected = [next(batches).keys for _ in range(8)]
     assert [one + two for one, two in zip(*parts, strict=True)] == expected
     assert any("s-003" in key for batch in expected for key in batch)
+
+
+def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", 1_000)
+    served.everywhere, access = "endless", Access(attempts=1, timeout_s=30)
+    shard = Url(f"{served.address}/{BAD}")
+    size = (served.folder / BAD).stat().st_size
+    with pytest.raises(FaultError) as caught:
+        read_range(shard, 0, 100, access)
+    assert caught.value.reason == "answer too long"
+    with pytest.raises(OSError, match="answer too long"):
+        read_file(Url(f"{served.address}/labels.json"), access)
+    served.ranges = False
+    with (tmp_path / "whole.tar").open("w+b") as out, pytest.raises(FaultError) as caught:
+        fetch(shard, size, out, access)
+    assert caught.value.reason == "answer too long"
+    assert (tmp_path / "whole.tar").stat().st_size <= size
+
+
+def test_of_a_pipe_that_never_ends_no_more_is_kept_than_the_cache_holds(tmp_path):
+    with (tmp_path / "out").open("w+b") as out, pytest.raises(FaultError) as caught:
+        fetch_pipe(Url("pipe:head -c 100M /dev/zero; echo x-01.tar"), out, Access(attempts=1, cache_bytes=1 << 20))
+    assert caught.value.reason == "answer too long"
+    assert (tmp_path / "out").stat().st_size <= 1 << 20
 
 
 def test_too_many_lost_shards_stop_the_run(tools, served, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import struct
 import zlib
 
@@ -11,6 +12,8 @@ import pytest
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.index import scan_shard
 from m3i_scale.errors import DataError
+
+MAX_SAMPLE_BYTES, MAX_CAPTION_BYTES = 1_000_000, 5_000
 
 
 def bomb():
@@ -37,8 +40,12 @@ FAULTS = {
     22: ("label out of range", lambda members: {**members, "cls": b"3"}),
     29: ("label is not an integer", lambda members: {**members, "cls": b"three"}),
     34: ("caption is not UTF-8", lambda members: {**members, "txt": b"\xff\xfe"}),
+    38: ("sample too large", lambda members: {**members, "json": bytes(MAX_SAMPLE_BYTES)}),
     41: ("no image", without_image),
+    44: ("caption too large", lambda members: {**members, "txt": b"a" * (MAX_CAPTION_BYTES + 1)}),
 }
+UNREAD = 38
+"""A sample of which nothing is known but where it lies."""
 EMPTY_CAPTION = 46
 
 
@@ -65,6 +72,8 @@ def two_passes(tools, folder, cache, world, workers, quarantine=None):
             streams=4,
             workers=workers,
             max_bad_fraction=0.5,
+            max_sample_bytes=MAX_SAMPLE_BYTES,
+            max_caption_bytes=MAX_CAPTION_BYTES,
             quarantine=quarantine,
         )
         for rank in range(world)
@@ -83,7 +92,7 @@ def test_faults_are_replaced_counted_and_written_down(tools, spoilt, cache, tmp_
 
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert {(entry["key"], entry["reason"]) for entry in entries} == {
-        (f"k{number:04d}", reason) for number, (reason, _) in FAULTS.items()
+        ("?" if number == UNREAD else f"k{number:04d}", reason) for number, (reason, _) in FAULTS.items()
     }
     counts: dict[str, int] = {}
     for loader in loaders:
@@ -91,7 +100,7 @@ def test_faults_are_replaced_counted_and_written_down(tools, spoilt, cache, tmp_
             counts[reason] = counts.get(reason, 0) + count
     assert counts == {reason: sum(entry["reason"] == reason for entry in entries) for reason in counts}
     for entry in entries:
-        number = int(entry["key"][1:])
+        number = UNREAD if entry["key"] == "?" else int(entry["key"][1:])
         assert entry["url"] == str(spoilt / f"s-{number // 6:03d}.tar")
         assert entry["offset"] == scan_shard(spoilt / f"s-{number // 6:03d}.tar").ranges_N2[number % 6, 0]
 
@@ -107,6 +116,18 @@ def test_the_good_samples_come_in_the_order_in_which_they_would_come_without_the
         good = [key for batch in wanted for key in batch.keys[rows] if key.rsplit("/", 1)[1] not in bad]
         got = [key for batch in found for key in batch.keys[rows]]
         assert got[: len(good)] == good
+
+
+def test_of_a_sample_that_is_too_large_nothing_is_read(tools, spoilt, cache, monkeypatch):
+    sizes, read = [], os.pread
+
+    def noted(descriptor, size, offset):
+        sizes.append(size)
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", noted)
+    two_passes(tools, spoilt, cache, 1, 0)
+    assert 0 < max(sizes) <= MAX_SAMPLE_BYTES
 
 
 def test_an_empty_caption_is_an_absent_one(tools, spoilt, cache):
@@ -131,7 +152,8 @@ def test_a_key_that_is_not_utf8_is_a_fault_like_others(tools, tmp_path, cache):
 
 def test_too_many_stop_the_run_with_the_table(tools, spoilt, cache, tmp_path):
     path = tmp_path / "quarantine.jsonl"
-    loader = tools.make_loader({"s": spoilt}, cache, streams=4, max_bad_fraction=0.1, quarantine=path)
+    limits = {"max_sample_bytes": MAX_SAMPLE_BYTES, "max_caption_bytes": MAX_CAPTION_BYTES}
+    loader = tools.make_loader({"s": spoilt}, cache, streams=4, max_bad_fraction=0.1, quarantine=path, **limits)
     with pytest.raises(DataError, match="are bad") as caught:
         list(itertools.islice(loader, 40))
     for reason in {reason for reason, _ in FAULTS.values()}:

@@ -6,6 +6,8 @@ import io
 import lzma
 import tarfile
 import threading
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.index import build_index, load_index, scan_shard
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
+from m3i_scale.data.scan import parse_index, save_index
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
 
@@ -76,9 +79,11 @@ def blocks(kind: bytes, content: bytes, name: str = "a.png") -> bytes:
     [
         (blocks(b"x", b"16 size=-100000\n"), "cannot read the shard"),
         (blocks(b"x", b"7 a=bc\n") * 5_000, "cannot read the shard"),
+        (blocks(b"x", b"20012 comment=" + b"a" * 19_997 + b"\n"), "cannot read the shard"),
+        (blocks(b"L", b"a/" * 2_000 + b"\0"), "a name that is too long"),
         (blocks(b"S", b""), "a sparse member"),
     ],
-    ids=["negative size", "thousands of headers", "old sparse member"],
+    ids=["negative size", "thousands of headers", "a large header", "a long name", "old sparse member"],
 )
 def test_made_up_headers_are_refused(tmp_path, before, told):
     path = tmp_path / "s.tar"
@@ -136,10 +141,78 @@ def test_a_stale_index_is_built_anew(tools, tmp_path):
 
 def test_a_damaged_index_is_named(tools, tmp_path):
     path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "s.tar.npz").write_bytes(b"junk")
-    with pytest.raises(DataError, match="cannot read the index"):
+    build_index([path], tmp_path / "index")
+    saved = tmp_path / "index" / "s.tar.npz"
+    whole = saved.read_bytes()
+    for damaged in (b"junk", b"", whole[: len(whole) // 2], whole[:-1], whole.replace(b"<i8", b"<U8", 1)):
+        saved.write_bytes(damaged)
+        with pytest.raises(DataError) as caught:
+            load_index([path], tmp_path / "cache")
+        assert caught.value.where == str(saved)
+
+
+def test_no_changed_bit_of_an_index_goes_by_as_another_index(tools, tmp_path):
+    index = scan_shard(tools.write_tar(tmp_path / "s.tar", [("a.png", b"1"), ("b.png", b"2")]))
+    save_index(index, tmp_path / "s.npz")
+    whole, refused = (tmp_path / "s.npz").read_bytes(), 0
+    for place in range(0, len(whole), 2):
+        data = bytearray(whole)
+        data[place] ^= 1 << place // 2 % 8
+        try:
+            found = parse_index(index.path, bytes(data))
+        except ValueError:
+            refused += 1
+        else:
+            assert found is not None
+            assert np.array_equal(found.ranges_N2, index.ranges_N2)
+            assert (found.size, found.version, found.digest) == (index.size, index.version, index.digest)
+    assert refused > len(whole) // 4
+
+
+def index_file(path: Path, **parts: bytes | np.ndarray) -> Path:
+    """An index of which every part is as given; bytes are those of the part's own file."""
+    whole = {
+        **{"format": np.int64(2), "size": np.int64(path.stat().st_size), "ranges": np.array([[0, 1024]])},
+        **{"heads": np.zeros(1, np.uint32), "version": np.str_(path.stat().st_mtime_ns), "sha256": np.str_("")},
+    }
+    saved = path.parent / "index" / f"{path.name}.npz"
+    saved.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(saved, "w") as archive:
+        for name, part in (whole | parts).items():
+            buffer = io.BytesIO()
+            if not isinstance(part, bytes):
+                np.lib.format.write_array(buffer, np.asarray(part), allow_pickle=False)
+            archive.writestr(f"{name}.npy", part if isinstance(part, bytes) else buffer.getvalue())
+    return saved
+
+
+def array_header(shape: tuple[int, ...], kind: str = "<i8") -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": kind, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"ranges": array_header((1 << 50, 2))},
+        {"ranges": array_header((1, 2), "|O") + bytes(16)},
+        {"ranges": array_header((1, 2)).replace(b"(1, 2)", b"((((((") + bytes(16)},
+        {"ranges": np.array([[-512, 1024]])},
+        {"ranges": np.array([[0, 1 << 60]])},
+        {"ranges": np.array([[1024, 512]])},
+        {"ranges": np.array([[0.0, 1024.0]])},
+        {"heads": np.zeros(2, np.uint32)},
+        {"size": np.zeros(3, np.int64)},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_a_hostile_index_is_refused_before_anything_is_read_by_it(tools, tmp_path, parts):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
+    saved = index_file(path, **parts)
+    with pytest.raises(DataError) as caught:
         load_index([path], tmp_path / "cache")
+    assert caught.value.where == str(saved)
 
 
 def test_other_ranks_wait_for_rank_zero(tools, tmp_path):
@@ -191,6 +264,8 @@ def test_label_sets(folder, tools, tmp_path):
     clash = {name: SourceConfig(shards=str(path), label_set="same") for name, path in (("a", folder), ("b", other))}
     with pytest.raises(DataError, match="two different label lists"):
         read_label_sets(clash)
-    (other / "labels.json").write_text("{}")
-    with pytest.raises(DataError, match="list of names"):
-        read_label_sets(sources)
+    for broken in ("{}", "[" * 100_000):
+        (other / "labels.json").write_text(broken)
+        with pytest.raises(DataError) as caught:
+            read_label_sets(sources)
+        assert "labels.json" in caught.value.where

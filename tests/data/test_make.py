@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.imagefolder import imagefolder_records, key_of
 from m3i_scale.data.loader import find_tokenizer
 from m3i_scale.data.make import make_shards, parse_splits
 from m3i_scale.data.records import Record, Unusable
-from m3i_scale.data.sources import Columns, imagefolder_records, key_of, manifest_records
+from m3i_scale.data.sources import Columns, manifest_records
 from m3i_scale.errors import ConfigError, DataError
 
 
@@ -219,6 +220,75 @@ def test_missing_captions_and_damaged_images(photos, tmp_path):
     assert "the caption file is missing" in summary["skipped"]
     optional, _ = imagefolder_records(photos, "optional")
     assert next(record for record in optional if record.key == "cats_p0").caption is None
+
+
+def tree(tools, root, *paths):
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(tools.encode(number))
+    return root
+
+
+def test_the_splits_of_a_folder_are_kept(tools, tmp_path):
+    """The layout of ImageNet: train and val, with the same folders of classes in each."""
+    names = [f"{split}/{kind}/{n}.png" for split in ("train", "val") for kind in ("n01", "n02") for n in range(3)]
+    root = tree(tools, tmp_path / "in", *names, "train/n03/0.png")
+    arguments = ["make", "imagefolder", "--input", str(root), "--workers", "1", "--json"]
+    result = CliRunner().invoke(shards_app, [*arguments, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert {split: facts["samples"] for split, facts in json.loads(result.stdout)["splits"].items()} == {
+        "train": 7,
+        "val": 6,
+    }
+    for split in ("train", "val"):
+        assert json.loads((tmp_path / "out" / split / "labels.json").read_text()) == ["n01", "n02", "n03"]
+        for key, sample in read(tmp_path / "out" / split).items():
+            assert key.startswith(f"{split}_n0{int(sample['cls']) + 1}_")
+    with pytest.raises(ConfigError) as caught:
+        CliRunner().invoke(
+            shards_app, [*arguments, "--output", str(tmp_path / "b"), "--split", "a=1"], catch_exceptions=False
+        )
+    assert "--split" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels", "splits"),
+    [
+        (("Training/a/0.png", "Training/b/0.png", "Test/b/0.png"), ["a", "b"], {"Training", "Test"}),
+        (("train/a/0.png",), ["a"], {"train"}),
+        (("train/0.png", "car/0.png"), ["car", "train"], {None}),
+        (("trains/a/0.png", "val2/a/0.png"), ["trains", "val2"], {None}),
+    ],
+)
+def test_first_folders_are_splits_or_classes(tools, tmp_path, paths, labels, splits):
+    records, found = imagefolder_records(tree(tools, tmp_path, *paths))
+    assert found == labels
+    assert {record.split for record in records} == splits
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("train/a/0.png", "val/a/0.png", "extra/a/0.png"),
+        ("train/a/0.png", "val/0.png"),
+        ("train/0.png", "val/0.png"),
+        ("train/a/0.png", "test/unknown/0.png"),
+        ("train/a/0.png", "0.png"),
+    ],
+)
+def test_what_may_be_splits_or_classes_is_refused_until_it_is_said(tools, tmp_path, paths):
+    root = tree(tools, tmp_path, *paths)
+    with pytest.raises(DataError) as caught:
+        imagefolder_records(root)
+    assert caught.value.where == str(root)
+    assert "--layout" in caught.value.fix
+    records, labels = imagefolder_records(root, layout="classes")
+    assert {record.split for record in records} == {None}
+    assert labels == sorted({path.partition("/")[0] for path in paths if "/" in path})
+    if all("/" in path for path in paths):
+        records, labels = imagefolder_records(root, layout="splits")
+        assert {record.split for record in records} == {path.partition("/")[0] for path in paths}
+        assert not {"train", "val"} & set(labels)
 
 
 def test_a_folder_without_captions_trains_no_tokenizer(photos, tmp_path):

@@ -105,6 +105,10 @@ def test_labels_and_captions():
     assert read_annotations({"txt": b" \n"}, 3).caption is None
     with pytest.raises(BadSampleError, match="UTF-8"):
         read_annotations({"txt": b"\xff\xfe"}, 3)
+    with pytest.raises(BadSampleError) as caught:
+        read_annotations({"txt": b"a" * 100}, 3, 0, max_caption_bytes=99)
+    assert caught.value.reason == "caption too large"
+    assert read_annotations({"txt": b"a" * 100}, 3, captions=False, max_caption_bytes=99).caption is None
 
 
 def test_one_of_several_captions_is_drawn():

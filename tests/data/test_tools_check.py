@@ -103,6 +103,23 @@ def test_the_loader_refuses_what_check_refuses_and_takes_the_rest(odd, tools, tm
     }
 
 
+def test_what_is_too_large_is_bad(tmp_path):
+    members = [
+        *foreign.sample("a", 1),
+        *foreign.sample("b", 1, txt=b"b" * 3_000),
+        *foreign.sample("c", 1, npy=bytes(90_000)),
+    ]
+    path = foreign.write_tar(tmp_path / "0.tar", members)
+    for limits, wanted in (
+        ([], set()),
+        (["--max-caption-bytes", "2000"], {"caption too large"}),
+        (["--max-sample-bytes", "80000", "--max-caption-bytes", "2000"], {"caption too large", "sample too large"}),
+    ):
+        result = CliRunner().invoke(shards_app, ["check", str(path), "--workers", "1", "--json", *limits])
+        assert set(json.loads(result.stdout)["reasons"]) == wanted
+        assert result.exit_code == (2 if wanted else 0)
+
+
 def test_repair_keeps_good_bytes_and_trains(odd, tmp_path):
     before = {path.name: path.read_bytes() for path in odd.iterdir()}
     out = tmp_path / "clean"

@@ -1,5 +1,6 @@
 """`shards stats` and `shards peek` on shards that others made."""
 
+import io
 import json
 import random
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
-from m3i_scale.data.tools.peek import Card, page, peek
+from m3i_scale.data.tools.peek import Card, page, peek, read_cards
 from m3i_scale.data.tools.stats import stats_of
 from m3i_scale.data.tools.tally import Tally
 from m3i_scale.errors import DataError
@@ -125,6 +126,23 @@ def test_a_sheet_of_hostile_samples(tmp_path):
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width >= 4 * 160
+
+
+@pytest.mark.parametrize(("size", "shown"), [((8, 8), (160, 160)), ((7, 3), (154, 66)), ((320, 160), (160, 80))])
+def test_pictures_fill_their_place_whatever_their_size(tmp_path, size, shown):
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 90).convert("RGB").save(buffer, "PNG")
+    path = foreign.write_tar(tmp_path / "0.tar", foreign.sample("a", 1, jpg=None, png=buffer.getvalue()))
+    (card,) = read_cards(path, [0], 160, 10**6)
+    assert card.size == size
+    with Image.open(io.BytesIO(card.picture)) as picture:
+        assert picture.size == shown
+        if shown > size:  # every pixel as it is, only larger
+            step = shown[0] // size[0]
+            with Image.open(buffer) as small:
+                assert [picture.getpixel((step * x + 1, step)) for x in range(size[0])] == [
+                    small.getpixel((x, 1)) for x in range(size[0])
+                ]
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,5 +1,6 @@
 """Who may end a loader worker."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,9 @@ import time
 import psutil
 import pytest
 
+from m3i_scale.data.encode import encoder
+from m3i_scale.data.records import Record
+from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, signals_held
 
 WAIT_S = 30
@@ -88,6 +92,75 @@ def test_it_ends_when_its_parent_is_gone(tmp_path):
     parent.wait()
     _, alive = psutil.wait_procs([child], timeout=WAIT_S)
     assert not alive or child.status() == psutil.STATUS_ZOMBIE
+
+
+def stay(task) -> None:
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
+class Staying:
+    """An image that takes for ever to encode."""
+
+    encoded = stay
+
+
+def map_in_order() -> None:
+    list(in_order(stay, range(4), 2))
+
+
+def encode_two() -> None:
+    with encoder(2) as encode:
+        list(encode([Record(str(number), Staying()) for number in range(32)]))
+
+
+@pytest.mark.parametrize("pool", [map_in_order, encode_two])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_of_a_pool_end_with_the_one_that_started_it(pool, number):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    script = f"import test_workers\nif __name__ == '__main__':\n    test_workers.{pool.__name__}()"
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert int(parent.stdout.readline()) != int(parent.stdout.readline())  # both have begun
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2
+    parent.send_signal(number)
+    parent.wait(WAIT_S)
+    _, alive = psutil.wait_procs(children, timeout=WAIT_S)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_temporary_folders_of_killed_workers_are_removed_and_others_stay(tmp_path):
+    script = """
+        import json, multiprocessing, os, signal
+        from test_workers import work
+        from m3i_scale.data.workers import START_METHOD, DeathWatch, signals_held
+        context, workers, seen = multiprocessing.get_context(START_METHOD), [], []
+        os.mkdir(os.environ["TMPDIR"] + "/pymp-others")
+        def look():
+            with DeathWatch().starting():
+                seen.append(len(os.listdir(os.environ["TMPDIR"])))
+        for _ in range(2):
+            ready = context.Event()
+            with signals_held():
+                workers.append(context.Process(target=work, args=(ready,), daemon=True))
+                workers[-1].start()
+            ready.wait()
+        look()
+        workers[0].kill(), workers[0].join()
+        look()
+        workers[1].terminate(), workers[1].join()  # by its parent: it leaves nothing
+        seen.append(os.listdir(os.environ["TMPDIR"]))
+        print(json.dumps(seen))
+    """
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    both, one, none = json.loads(done.stdout)
+    assert (both, one, none) == (3, 2, ["pymp-others"])
 
 
 def test_it_is_refused_outside_a_worker():

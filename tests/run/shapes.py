@@ -12,8 +12,8 @@ from tiny import in_parts, tiny_overrides
 
 from m3i_scale.config import load_run
 from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.imagefolder import imagefolder_records
 from m3i_scale.data.make import make_shards
-from m3i_scale.data.sources import imagefolder_records
 from m3i_scale.run.setup import run_yaml
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}

@@ -108,6 +108,30 @@ def test_only_what_fits_is_resumed(tmp_path, changed, told):
     assert told in f"{caught.value} {caught.value.why}"
 
 
+@pytest.mark.parametrize(
+    ("saved", "now", "fits"),
+    [
+        ({}, {"max_tokens": 16, "tokenizer": {"a": 1}, "pixels": {"mean": [0.5]}}, True),
+        ({"max_tokens": 16}, {"max_tokens": 24}, False),
+        ({"pixels": {"mean": [0.5]}}, {"pixels": {"mean": [0.4]}}, False),
+        ({"tokenizer": {"parts": [{"a": 1}]}}, {"tokenizer": {"parts": [{"a": 1, "newer": None}]}}, True),
+        ({"tokenizer": {"parts": [{"a": 1}]}}, {"tokenizer": {"parts": [{"a": 2, "newer": None}]}}, False),
+        ({"tokenizer": {"a": 1, "older": 2}}, {"tokenizer": {"a": 1}}, False),
+        ({"tokenizer": None}, {"tokenizer": {"a": 1}}, False),
+    ],
+)
+def test_what_earlier_checkpoints_do_not_tell_is_not_compared(tmp_path, saved, now, fits):
+    plan, meta = plan_of(None)
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"identity": plan.identity | saved}))
+    plan.identity = plan.identity | now
+    if fits:
+        assert check_resume(plan, tmp_path, 1) == []
+        return
+    with pytest.raises(CheckpointError) as caught:
+        check_resume(plan, tmp_path, 1)
+    assert next(iter(now)) in caught.value.why
+
+
 def test_recipes_of_other_names_are_told_by_them():
     assert _difference("recipe", {"name": "mae", "x": 1}, {"name": "sim"}) == "recipe was 'mae', and is 'sim'"
 

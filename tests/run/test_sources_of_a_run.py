@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from shapes import metrics, train, write_run
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from m3i_scale.config import load_run
 from m3i_scale.data.loader import merge_states
@@ -100,6 +102,30 @@ def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
     with pytest.raises(DataError, match="the shard is gone"):
         supply.Supply(Ends(9), fails(), 2).ended()
     assert votes == [(True, True)]
+
+
+def test_pixels_and_tokens_of_another_kind_are_refused(shards: Path, tmp_path: Path) -> None:
+    def plan(*overrides: str):
+        run_file = write_run(tmp_path, shards, "clip", f"text.tokenizer={shards / 'tokenizer'}", *overrides)
+        return make_plan(load_run(str(run_file)), 1)
+
+    tokenizer = AutoTokenizer.from_pretrained(shards / "tokenizer")
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.save_pretrained(tmp_path / "cased")
+    one = plan()
+    shape = {"world_size": 1, "zero_stage": 3, "compared": 4, "precision": precision(one.deepspeed.config)}
+    (tmp_path / "meta.json").write_text(json.dumps({"identity": one.identity, "step": 8, **shape}))
+    one.tokenizer(["a caption"], truncation=True, max_length=2)  # says nothing about it
+    assert check_resume(one, tmp_path, 1) == check_resume(plan(), tmp_path, 1) == []
+    for override, where in (
+        (f"text.max_tokens={one.run.text.max_tokens - 1}", "max_tokens"),
+        (f"text.tokenizer={tmp_path / 'cased'}", "tokenizer.normalizer.lowercase"),
+        ("data.augment.mean=[0.5, 0.5, 0.5]", "pixels.mean"),
+        ("data.augment.std=[0.25, 0.25, 0.25]", "pixels.std"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            check_resume(plan(override), tmp_path, 1)
+        assert where in caught.value.why
 
 
 def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -> None:

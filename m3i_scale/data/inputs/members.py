@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from m3i_scale.data.imagefolder import FILE_EXTENSIONS
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.records import MASK, BytesImage, BytesMask, ImageSource, Record, Unusable
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.sources import FILE_EXTENSIONS
 from m3i_scale.data.tools.origin import field_of
 from m3i_scale.errors import DataError
 

@@ -27,7 +27,7 @@ from m3i_scale.data.tools.tar import (
     read_members,
     read_shard,
 )
-from m3i_scale.data.tools.verify import MAX_SAMPLE_BYTES, Rules, faults_of, good_label
+from m3i_scale.data.tools.verify import Rules, faults_of, good_label
 from m3i_scale.errors import DataError
 
 EXAMPLES = 3
@@ -183,8 +183,8 @@ def _contents(raw: RawShard, rules: Rules, members: Counter[str], labels: Counte
     with raw.path.open("rb") as stream:
         for sample in raw.samples:
             members.update(member.extension for member in sample.members)
-            if sum(member.size for member in sample.members) > MAX_SAMPLE_BYTES:
-                sample.blame("sample too large", f"over {MAX_SAMPLE_BYTES} bytes")
+            if sample.size > rules.max_sample_bytes:
+                sample.blame("sample too large", f"{sample.size} bytes, the limit is {rules.max_sample_bytes}")
             elif not any(fault.reason == "cut off" for fault in sample.faults):
                 for reason, detail in _faults(stream, sample, rules, labels):
                     sample.blame(reason, printable(detail))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help has not
 
 DEFAULTS = {name: field.default for name, field in DataConfig.model_fields.items()}
 MAX_PIXELS = DEFAULTS["max_image_pixels"]
+MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES = DEFAULTS["max_caption_bytes"], DEFAULTS["max_sample_bytes"]
 BATCH_SIZE = 256
 
 BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
@@ -46,6 +47,12 @@ def check(
     ] = False,
     headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not decode images: much faster.")] = False,
     max_image_pixels: MaxPixels = MAX_PIXELS,
+    max_caption_bytes: Annotated[
+        int, typer.Option(min=1, help="Larger captions are bad, as in data.max_caption_bytes.")
+    ] = MAX_CAPTION_BYTES,
+    max_sample_bytes: Annotated[
+        int, typer.Option(min=1, help="Larger samples are bad, as in data.max_sample_bytes.")
+    ] = MAX_SAMPLE_BYTES,
     streams: Streams = DEFAULTS["streams"],
     shuffle_shards: ShuffleShards = DEFAULTS["shuffle_shards"],
     batch_size: BatchSize = BATCH_SIZE,
@@ -67,7 +74,14 @@ def check(
     if repair_to is not None:
         refuse_existing(repair_to)
     check_shares(DataConfig(streams=streams), micro_batch_size=batch_size, world_size=1)
-    rules = Rules(max_image_pixels, classes, tuple(require or ()), decode=not headers_only)
+    rules = Rules(
+        max_image_pixels,
+        classes,
+        tuple(require or ()),
+        decode=not headers_only,
+        max_caption_bytes=max_caption_bytes,
+        max_sample_bytes=max_sample_bytes,
+    )
     with progress_bar([shards], quiet=as_json) as advance:
         report = check_shards(
             shards,

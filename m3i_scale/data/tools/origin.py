@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tools.layout import Outline
 from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.tools.tar import RawSample, RawShard, printable, read_members, read_shard
-from m3i_scale.data.tools.verify import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
 
@@ -88,7 +88,7 @@ def sound_shard(path: Path) -> RawShard:
     """
     shard = read_shard(path)
     faults = [*shard.faults, *(fault for sample in shard.samples for fault in sample.faults)]
-    large = [sample for sample in shard.samples if sum(member.size for member in sample.members) > MAX_SAMPLE_BYTES]
+    large = [sample for sample in shard.samples if sample.size > MAX_SAMPLE_BYTES]
     if large:
         large[0].blame("sample too large", f"over {MAX_SAMPLE_BYTES} bytes")
         faults += large[0].faults

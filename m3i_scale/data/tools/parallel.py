@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from m3i_scale.data.workers import end_with_parent
 from m3i_scale.errors import DataError
 
 Task = TypeVar("Task")
@@ -33,7 +34,7 @@ def in_order(function: Callable[[Task], Result], tasks: Sequence[Task], workers:
     context.set_forkserver_preload([function.__module__])
     waiting: deque[Future[Result]] = deque()
     left = iter(tasks)
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=end_with_parent) as pool:
         try:
             for task in left:
                 waiting.append(pool.submit(function, task))

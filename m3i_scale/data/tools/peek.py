@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale.config.data import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
-from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.samples import decoding, open_image, read_annotations
+from m3i_scale.data.reader import BadSampleError, refuse_large_sample
+from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.tools.tar import RawSample, printable, read_members, read_shard
-from m3i_scale.data.tools.verify import MAX_SAMPLE_BYTES
 from m3i_scale.data.whole import made_whole
 from m3i_scale.errors import DataError
 
@@ -121,18 +121,18 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
     caption = label = size = fault = None
     picture = Image.new("RGB", (side, side), (240, 224, 224))
     try:
-        if sum(member.size for member in sample.members) > MAX_SAMPLE_BYTES:
-            raise BadSampleError("sample too large")
+        refuse_large_sample(sample.size, MAX_SAMPLE_BYTES)
         members = read_members(stream, sample)
         label = _label(members.get("cls"), labels)
-        caption = printable((members.get("txt") or b"").decode("utf-8", "backslashreplace").strip()) or None
+        text = members.get("txt", b"")
+        refuse_large_caption(text, MAX_CAPTION_BYTES)
+        caption = printable(text.decode("utf-8", "backslashreplace").strip()) or None
         image = open_image(members, max_pixels)
         lies = orientation(image)
         size = upright_size(image.size, lies)
         with image, decoding():
             image.draft("RGB", (side, side))
-            picture = upright(on_white(image), lies)  # as in training
-            picture.thumbnail((side, side))
+            picture = _fitting(upright(on_white(image), lies), side)  # as in training
     except BadSampleError as bad:
         fault = printable(f"{bad.reason} {bad.detail}".strip())
     except OSError as error:
@@ -140,6 +140,15 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return Card(path.name, printable(sample.key), caption, label, size, fault, buffer.getvalue())
+
+
+def _fitting(picture: Image.Image, side: int) -> Image.Image:
+    """At most `side` high and wide, and more than half of that: small pictures are shown with larger pixels."""
+    factor = side // max(picture.size)
+    if factor > 1:
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((side, side))
+    return picture
 
 
 def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:

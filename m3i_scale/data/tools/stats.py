@@ -11,8 +11,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.pixels import orientation, upright_size
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.records import MASK
 from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
 from m3i_scale.data.shards import labels_beside, local_shards
@@ -20,7 +21,7 @@ from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
 from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.tools.tally import Tally
 from m3i_scale.data.tools.tar import RawSample, key_at, read_members, read_shard
-from m3i_scale.data.tools.verify import MAX_SAMPLE_BYTES, image_extensions
+from m3i_scale.data.tools.verify import image_extensions
 
 EXAMPLES = 5
 TALLIES = ("width", "height", "aspect_ratio", "pixels", "image_bytes", "caption_characters", "caption_words")
@@ -78,8 +79,7 @@ def shard_stats(task: StatsTask) -> ShardStats:
 
 
 def _members(stream: Any, sample: RawSample) -> dict[str, bytes]:
-    if sum(member.size for member in sample.members) > MAX_SAMPLE_BYTES:
-        raise BadSampleError("sample too large")
+    refuse_large_sample(sample.size, MAX_SAMPLE_BYTES)
     return read_members(stream, sample)
 
 

@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
-MAX_HEADER_BYTES = 16_384
-"""Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
-MAX_NAME = 1_024
-"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
+from m3i_scale.data.scan import MAX_HEADER_BYTES, MAX_NAME, headers_of
+
 RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
 """What webdataset calls its own fields of a sample."""
 UNREADABLE = "shard cannot be read"
@@ -78,6 +76,11 @@ class RawSample:
     def start(self) -> int:
         """First byte of the first header."""
         return self.members[0].start
+
+    @property
+    def size(self) -> int:
+        """Bytes of its members, headers included."""
+        return sum(member.stop - member.start for member in self.members)
 
     def blame(self, reason: str, detail: str = "") -> None:
         """Add a fault."""
@@ -157,31 +160,9 @@ def printable(text: str) -> str:
     )
 
 
-class _HeaderFile:
-    """The part of a file that tarfile may see: short reads."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.name = getattr(stream, "name", "")
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        return self._stream.read(size)
-
-    def seek(self, offset: int) -> int:
-        return self._stream.seek(offset)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def close(self) -> None:
-        """The owner closes the file."""
-
-
 @contextmanager
 def _tar(stream: BinaryIO) -> Iterator[tarfile.TarFile]:
-    with tarfile.open(fileobj=cast(BinaryIO, _HeaderFile(stream)), mode="r:") as tar:
+    with tarfile.open(fileobj=headers_of(stream), mode="r:") as tar:
         yield tar
 
 

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from m3i_scale.config.data import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.data.pixels import on_white
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.records import IMAGE_EXTENSIONS, MASK
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
-
-MAX_SAMPLE_BYTES = 2**29
-"""Larger samples are not read: no image below `max_pixels` is so large."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,10 @@ class Rules:
     """Members that every sample must have beside its image."""
     decode: bool = True
     """Decode images and masks fully, not only their headers."""
+    max_caption_bytes: int = MAX_CAPTION_BYTES
+    """Larger captions are bad."""
+    max_sample_bytes: int = MAX_SAMPLE_BYTES
+    """Larger samples are bad, and not read."""
 
 
 def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str]]:
@@ -74,7 +76,10 @@ def _decode(image: Image.Image) -> None:
 
 
 def _caption(members: Mapping[str, bytes], rules: Rules) -> None:
-    if "txt" in members and read_annotations({"txt": members["txt"]}, None).caption is None:
+    if "txt" not in members:
+        return
+    found = read_annotations({"txt": members["txt"]}, None, max_caption_bytes=rules.max_caption_bytes)
+    if found.caption is None:
         raise BadSampleError("caption is empty")
 
 

@@ -1,0 +1,139 @@
+"""Records out of a folder of images: by class, or by split and class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from m3i_scale.data.records import FileImage, ImageSource, Record, Unusable
+from m3i_scale.data.sources import split_name
+from m3i_scale.errors import DataError
+
+FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+Captions = Literal["auto", "none", "optional", "required"]
+"""auto: all images of a folder have a caption file or none has."""
+
+Layout = Literal["auto", "classes", "splits"]
+"""classes: FOLDER/CLASS/…; splits: FOLDER/SPLIT/CLASS/…; auto: the second where all first folders have names of splits
+and one of them has all classes, the first where none has such a name."""
+
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
+"""In any case of letters."""
+
+
+def imagefolder_records(
+    folder: Path, captions: Captions = "auto", layout: Layout = "auto"
+) -> tuple[list[Record], list[str]]:
+    """Images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
+
+    Args:
+        folder: where they lie; what lies directly in it, or in the folder of a split, has no label.
+        captions: which images have one.
+        layout: what the first folder on the way to an image is; see `Layout`.
+
+    Returns:
+        Records (unusable ones included, see `Unusable`) and the class names in order of their index.
+
+    Raises:
+        DataError: no such folder, no images, or it is not clear what the first folders are.
+    """
+    if not folder.is_dir():
+        raise DataError("there is no such folder", where=str(folder))
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FILE_EXTENSIONS and path.is_file())
+    if not images:
+        raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+    ways = [path.relative_to(folder).parts[:-1] for path in images]
+    if layout == "auto":
+        layout = "splits" if _has_splits(ways, folder) else "classes"
+    if layout == "splits" and not all(ways):
+        raise DataError(
+            "an image lies in no split", where=str(images[ways.index(())]), fix="move it, or --layout classes"
+        )
+    depth = 1 if layout == "splits" else 0
+    classes = sorted({way[depth] for way in ways if len(way) > depth})
+    if captions == "auto":
+        captions = "required" if any(path.with_suffix(".txt").is_file() for path in images) else "none"
+    records, numbers = [], {name: number for number, name in enumerate(classes)}
+    for path, way in zip(images, ways, strict=True):
+        label = numbers[way[depth]] if len(way) > depth else None
+        split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
+        records.append(_folder_record(path, folder, label, split, captions))
+    return records, classes
+
+
+def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
+    """Whether the first folders are splits and no classes.
+
+    Args:
+        ways: the folders on the way to every image.
+        folder: where they begin.
+
+    Raises:
+        DataError: some of it looks like splits, and some like classes.
+    """
+    first = {way[0] for way in ways if way}
+    splits = sorted(name for name in first if name.lower() in SPLIT_NAMES)
+    others = sorted(first.difference(splits))
+    one_of_the_classes = others and len(splits) == 1 and all(len(way) == 1 for way in ways if way and way[0] in splits)
+    if not splits or one_of_the_classes:  # a train is also a vehicle
+        return False
+    inside = {split: {way[1] for way in ways if len(way) > 1 and way[0] == split} for split in splits}
+    most = max(splits, key=lambda split: len(inside[split]))
+    bare = sorted({way[0] for way in ways if way and way[0] in splits and len(way) == 1})
+    alone = {split: sorted(inside[split] - inside[most]) for split in splits}
+    why = None
+    if others or not all(ways):
+        why = f"{', '.join(others) or 'an image'} beside {', '.join(splits)}"
+    elif bare:
+        why = f"images lie directly in {', '.join(bare)}, in no folder of a class"
+    elif any(alone.values()):
+        split = next(split for split in splits if alone[split])
+        why = f"{split} has folders that {most} has not: {', '.join(alone[split][:3])}"
+    if why is not None:
+        raise DataError(
+            f"it is not clear whether {', '.join(splits)} are splits or classes",
+            where=str(folder),
+            why=why,
+            fix="--layout splits for FOLDER/SPLIT/CLASS/…, or --layout classes for FOLDER/CLASS/…",
+        )
+    return True
+
+
+def _folder_record(path: Path, folder: Path, label: int | None, split: str | None, captions: Captions) -> Record:
+    relative = path.relative_to(folder)
+    image: ImageSource = FileImage(path)
+    caption = None
+    try:
+        caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
+    except DataError as error:
+        image = Unusable(error)
+    meta = {"path": relative.as_posix()}
+    return Record(key_of(relative), image, caption, label, meta, split=split, size_hint=path.stat().st_size)
+
+
+def read_caption(path: Path, captions: Captions) -> str | None:
+    """The caption file's text; None where it is empty, or missing and optional.
+
+    Raises:
+        DataError: missing though required, or not UTF-8.
+    """
+    if not path.is_file():
+        if captions == "optional":
+            return None
+        raise DataError(
+            "the caption file is missing",
+            where=str(path),
+            fix="write it, or allow images without caption (--captions optional), or leave them out (--skip-bad)",
+        )
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the caption file cannot be read: {error}", where=str(path), fix="save it as UTF-8") from None
+
+
+def key_of(relative: Path) -> str:
+    """A sample's key: dots end a key in a shard, and a leading __ marks what webdataset skips."""
+    return re.sub(r"[^\w-]+", "-", relative.with_suffix("").as_posix().replace("/", "_")).lstrip("_-") or "image"
