@@ -24,6 +24,9 @@ from m3i_scale.data.places import Place, Url
 from m3i_scale.errors import DataError
 
 INDEX_FORMAT = 2
+TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
+"""At most so many lie between the last byte of the last member of a tar and the end of the file: padding of the member,
+two blocks of zeros, and padding up to a whole record."""
 PROBES = 16
 """Samples whose headers are compared where the time of a shard is not that of its index."""
 _EXTENSIONS = (
@@ -79,8 +82,8 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
     """Read all headers of a tar: `ranges_N2` and `heads_N` of its index.
 
     Raises:
-        DataError: not a tar, truncated, no samples, a key in two places, or members that no shard should have
-            (absolute paths, `..`, links, devices).
+        DataError: not a tar, truncated, no samples, a key in two places, data behind the end mark, or members that no
+            shard should have (absolute paths, `..`, links, devices).
         OSError: the stream cannot be read.
     """
     ranges: list[list[int]] = []
@@ -117,6 +120,13 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
         raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
     if end_of_members > size or not _is_closed(stream, end_of_members, size):
         raise _truncated(path)
+    if any(any(piece) for piece in iter(lambda: stream.read(1 << 20), b"")):
+        raise DataError(
+            f"data lie behind the end of the tar, which is at byte {end_of_members} of {size}",
+            where=str(path),
+            why="several tars in one file, most likely: readers stop at the first end, so the others would be left out",
+            fix="keep the tars apart, or join them by `tar --concatenate`; `tar --ignore-zeros -x` unpacks this one",
+        )
     if not ranges:
         raise DataError("the shard holds no samples", where=str(path), fix="remove it, or make it anew")
     return np.asarray(ranges, dtype=np.int64), np.asarray(heads, dtype=np.uint32)
@@ -221,6 +231,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
             heads=index.heads_N,
             version=np.str_(index.version),
             sha256=np.str_(index.sha256),
+            read_to_end=np.bool_(True),
         )
     os.replace(temporary, path)
 
@@ -252,7 +263,8 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Place, data: bytes) -> ShardIndex | None:
-    """An index out of the bytes of its file; None where it is of another format.
+    """An index out of the bytes of its file; None where it is of another format, or its scan did not look behind the
+    end of a tar that has more there than padding.
 
     Raises:
         ValueError, KeyError, EOFError: no index.
@@ -262,8 +274,11 @@ def parse_index(path: Place, data: bytes) -> ShardIndex | None:
             return None
         size, ranges, heads = int(values["size"]), values["ranges"], values["heads"]
         version, sha256 = str(values["version"]), str(values["sha256"])
+        read_to_end = "read_to_end" in values
     sound = ranges.ndim == 2 and ranges.shape[1] == 2 and len(ranges) and ranges.dtype == np.int64
     if not sound or heads.shape != (len(ranges),) or heads.dtype != np.uint32:
+        return None
+    if not read_to_end and size - int(ranges[-1, 1]) > TAIL_BYTES:
         return None
     return ShardIndex(path, size, ranges, heads, version, sha256)
 
