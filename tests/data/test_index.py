@@ -13,6 +13,7 @@ import pytest
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.index import build_index, load_index, scan_shard
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
+from m3i_scale.data.scan import INDEX_FORMAT
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
 

@@ -195,7 +195,7 @@ def test_a_run_that_goes_on_writes_no_bad_sample_down_twice(tools, mixed, cache,
 
 
 def test_ranks_that_read_from_one_shard_write_and_count_its_bad_samples_once(tools, tmp_path, cache):
-    """Three shards of seven for four streams: two lie across streams, and which samples do changes from pass to pass."""
+    """Three shards of seven for four streams: which samples of a shard are whose changes from pass to pass."""
 
     def spoil(number, members):
         return {**members, "cls": b"7"} if number % 3 == 2 else members

@@ -74,8 +74,11 @@ class Ends:
     def load_state_dict(self, state):
         self.at = state["at"]
 
-    quarantined = {"label out of range": 3}
     account = Account(0, 3, 30)
+
+    @property
+    def quarantined(self):
+        return {"label out of range": 3}
 
     def stop_if_bad(self, account, reasons, *, begun):
         assert account == self.account
@@ -100,7 +103,7 @@ def test_all_ranks_end_at_the_same_whole_step(monkeypatch, batches, others, step
 def test_sources_that_end_before_the_first_step_are_no_finished_run(monkeypatch) -> None:
     """Though every source may be read to its end: one stream has no good sample left."""
     monkeypatch.setattr(supply, "agree", lambda *flags: flags)
-    with pytest.raises(DataError, match="before the first step: .*label out of range"):
+    with pytest.raises(DataError, match=r"before the first step: .*label out of range"):
         supply.Supply(Ends(1), iter(Ends(1)), 2).ended()
 
 
