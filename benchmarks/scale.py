@@ -70,7 +70,7 @@ class Premade:
         self.quarantined_samples: dict[str, int] = {}
         self.account = Account(0, 0, 0)
 
-    def stop_if_bad(self, account: Account, reasons: object = None) -> None:
+    def stop_if_bad(self, account: Account, reasons: object = None, *, begun: bool = True) -> None:
         """Nothing is read, and so nothing can be bad."""
 
     def __iter__(self) -> Iterator[Batch]:

@@ -146,8 +146,8 @@ class DataConfig(Section):
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
     """Sources that the evaluation hook measures losses on."""
     streams: int = Field(default=8, ge=1)
-    """Number of virtual streams that shards are dealt to. Ranks × workers share them out; the order of samples depends
-    on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
+    """Number of virtual streams that samples are dealt to, evenly. Ranks × workers share them out; the order of samples
+    depends on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
     workers: int = Field(default=0, ge=0)
     """Loader processes per rank; 0 loads in the training process."""
     shuffle_shards: int = Field(default=8, ge=1)

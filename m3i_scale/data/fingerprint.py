@@ -20,6 +20,8 @@ _DIGEST_LETTERS = 2
 """12 bits for the size of a shard, and as many for its number of samples and for its headers. They serve the words of
 the diff; that there is one is known by the whole hash."""
 _SHOWN = 4
+_DEAL = 2
+"""By which rule samples are dealt to streams: 2, evenly. Fingerprints that say nothing are of 1, by whole shards."""
 _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 
@@ -39,7 +41,7 @@ def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentC
         samples += number
     distortions = (source.augment or augment).model_dump(mode="json", include=set(DistortionConfig.model_fields))
     settings = source.model_dump(mode="json", exclude={"shards", "augment"}) | {"augment": distortions}
-    return {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "settings": settings}
+    return {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "deal": _DEAL, "settings": settings}
 
 
 def listing(shards: Sequence[Shard]) -> dict[str, Any]:
@@ -75,15 +77,17 @@ def changes(
             found[name] = f"removed ({_amount(before)})"
         elif before is not None and now is not None and before != now:
             parts = list(_settings("", before["settings"], now["settings"]))
-            if not same_shards(before, now):
+            if before.get("deal", 1) != now.get("deal", 1):
+                parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
+            if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
             found[name] = "; ".join(parts)
     return found
 
 
-def same_shards(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of the same shards, whatever the settings."""
-    return bool(before["sha256"] == now["sha256"])
+def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same shards, dealt to streams by the same rule, whatever the settings."""
+    return all(before.get(key) == now.get(key) for key in ("sha256", "deal"))
 
 
 def _amount(source: Mapping[str, Any]) -> str:

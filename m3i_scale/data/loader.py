@@ -21,7 +21,7 @@ from m3i_scale.data.collate import Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import Mix, check_weights, samples_at_most, whole_passes
-from m3i_scale.data.order import StreamOrder, deal, seed_of
+from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote import Access
@@ -65,9 +65,13 @@ PREFETCH_PARTS = 2
 class Part:
     """What one worker gives to one micro-batch: the samples of its streams, and where the streams stand after them."""
 
-    batch: Batch
+    batch: Batch | None
+    """None: there is no further whole one."""
     states: dict[int, dict[str, Any]]
     quarantine: list[dict[str, Any]]
+    fault: UserError | None = None
+    """Why there is none, where the sources have not ended. As a value: an exception would lose its parts on the way out
+    of a worker."""
 
 
 class TrainStream:
@@ -137,11 +141,16 @@ class TrainStream:
             return ViewMaker(source.augment or data.augment, views=views, image_size=image_size, augment=augment)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views)
-        indices = [index for plan in plans.values() for source in plan.values() for index in source.indices.values()]
-        self._quarantine = Quarantine(quarantine_path, {str(index.path): len(index) for index in indices})
+        read = [source for plan in plans.values() for source in plan.values()]
+        self._quarantine = Quarantine(
+            quarantine_path,
+            {str(index.path): len(index) for source in read for index in source.indices.values()},
+            {str(source.indices[shard].path) for source in read for shard in source.order.own_shards},
+        )
         # Made once: with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
         self._states = {stream: first_state(sources) for stream in self._streams}
+        self._reached: dict[int, StreamState] = {}
         self._recipe = PartRecipe(
             plans=plans,
             mix=Mix({name: source.weight for name, source in sources.items()}, data.streams),
@@ -153,6 +162,7 @@ class TrainStream:
             max_bad_fraction=data.max_bad_fraction,
             access=self._access,
             keep_on=data.bad_shards == "quarantine",
+            quarantine=quarantine_path,
         )
 
     def __iter__(self) -> Generator[Batch]:
@@ -165,21 +175,27 @@ class TrainStream:
             DataError: too many bad samples, a shard that cannot be read any more, no sample for `stall_timeout_s`, or
                 a worker that was killed.
         """
+        self._reached = {}
         activities = [Activity() for _ in range(max(1, self._data.workers))]
         parts = self._parts(activities)
         try:
             while True:
-                # Workers hand out their parts in turn.
-                with self._watch.waiting():
-                    waited = [self._await(parts, activity, number) for number, activity in enumerate(activities)]
-                taken = [part for part in waited if part is not None]
-                if len(taken) < len(waited):
-                    return
-                for part in taken:
-                    self._states.update({stream: StreamState.from_json(state) for stream, state in part.states.items()})
+                states: dict[int, StreamState] = {}
+                batches: list[Batch] = []
+                for number, activity in enumerate(activities):  # workers hand out their parts in turn
+                    with self._watch.waiting():
+                        part = self._await(parts, activity, number)
                     self._quarantine.add(part.quarantine)
+                    if part.fault is not None:
+                        raise part.fault
+                    states.update({stream: StreamState.from_json(state) for stream, state in part.states.items()})
+                    batches += [] if part.batch is None else [part.batch]
+                if len(batches) < len(activities):
+                    self._reached = states
+                    return
+                self._states.update(states)
                 self._stop_if_surely_bad()
-                yield Batch.cat([part.batch for part in taken])
+                yield Batch.cat(batches)
         finally:
             parts.close()
 
@@ -202,19 +218,21 @@ class TrainStream:
             raise DataError("the sources end before the first batch", fix="raise epochs or leave it out")
         return batch
 
-    def _await(self, parts: Parts, activity: Activity, number: int) -> Part | None:
+    def _await(self, parts: Parts, activity: Activity, number: int) -> Part:
         limit_s = self._data.stall_timeout_s
         try:
-            return _unwrap(await_item(parts, activity, limit_s))
+            part: Part = await_item(parts, activity, limit_s)
+            return part
         except NotYetError:
             worker = number if self._data.workers else None
             raise stalled(activity, rank=self._rank, worker=worker, timeout_s=limit_s) from None
 
     @property
     def quarantined(self) -> dict[str, int]:
-        """How often samples of this rank's streams were bad so far, by reason: once a pass each."""
+        """How often samples of this rank's streams were bad so far, by reason: once a pass each. At the end of the
+        sources with those on the way to the batch that could not be whole any more."""
         counts: Counter[str] = Counter()
-        for state in self._states.values():
+        for state in self._counted.values():
             counts.update(state.bad)
         return dict(counts)
 
@@ -225,26 +243,37 @@ class TrainStream:
 
     @property
     def account(self) -> Account:
-        """What is bad on this rank; the sums over all ranks are judged by `stop_if_bad`."""
-        bad, read = single_faults(self.quarantined, sum(state.read for state in self._states.values()))
-        return Account(lost_of_pass(self._states, self._recipe.plans), sum(bad.values()), read)
+        """What is bad on this rank, as `quarantined` counts; the sums over all ranks are judged by `stop_if_bad`."""
+        bad, read = single_faults(self.quarantined, sum(state.read for state in self._counted.values()))
+        return Account(lost_of_pass(self._counted, self._recipe.plans), sum(bad.values()), read)
 
-    def stop_if_bad(self, account: Account, reasons: Callable[[], Mapping[str, int]] | None = None) -> None:
+    @property
+    def _counted(self) -> dict[int, StreamState]:
+        return self._states | self._reached
+
+    def stop_if_bad(
+        self, account: Account, reasons: Callable[[], Mapping[str, int]] | None = None, *, begun: bool = True
+    ) -> None:
         """Judge what all ranks have met: a shard, or a few samples, are much of what one of many ranks reads.
 
         Args:
             account: sums over all ranks.
             reasons: asked for the counts by reason over all ranks where the run stops; those of this rank otherwise.
+            begun: False where the sources have ended before the first step.
 
         Raises:
-            DataError: more than data.max_bad_fraction is bad, or lost.
+            DataError: more than data.max_bad_fraction is bad, or lost; or the run has not begun.
         """
         limit, where = self._data.max_bad_fraction, self._quarantine.path
         place = None if where is None else str(where)
         too_bad = account.read >= FRACTION_COUNTS_AFTER and account.bad > limit * account.read
-        if not too_bad and account.lost <= limit * self._pass_samples:
+        if begun and not too_bad and account.lost <= limit * self._pass_samples:
             return
         counts = self.quarantined if reasons is None else reasons()
+        if not begun:
+            what = "some stream ends before the first step, and with it the run"
+            read = account.read + sum(counts.values()) - account.bad
+            raise too_many_bad(counts, read, limit, place, what)
         if too_bad:
             raise too_many_bad(single_faults(counts, 0)[0], account.read, limit, place)
         raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
@@ -302,6 +331,7 @@ class TrainStream:
         self._states = {
             stream: carry_over(old, found, state["sources"], self._fingerprints) for stream, old in before.items()
         }
+        self._reached = {}
         self._changes = list(state["changes"])
         if found:
             samples = before[self._streams.start].taken * self._data.streams
@@ -318,36 +348,38 @@ class TrainStream:
         make_views: Callable[[SourceConfig], ViewMaker],
     ) -> dict[int, dict[str, StreamSource]]:
         plans: dict[int, dict[str, StreamSource]] = {stream: {} for stream in self._streams}
-        passes: list[list[tuple[int, int | None]]] = [[] for _ in range(self._data.streams)]
+        ends: list[list[int | None]] = [[] for _ in range(self._data.streams)]
+        self._pass_samples = 0
         set_numbers = {name: number for number, name in enumerate(label_sets)}
         for name, source in sources.items():
             where = f"source '{name}'"
             places = expand_shards(source.shards, where, self._access.at_start())
             with named(where):
                 indices = load_index(places, cache_dir, rank=rank, access=self._access)
-            dealt = deal([len(index) for index in indices], self._data.streams, where)
+            shard_ends = ends_of([len(index) for index in indices], self._data.streams, where)
+            samples = int(shard_ends[-1])
+            self._pass_samples += samples
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
             self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment)
-            for stream, shards in enumerate(dealt):
-                passes[stream].append((sum(len(indices[shard]) for shard in shards), source.epochs))
+            for stream, of_stream in enumerate(ends):
+                passes = source.epochs
+                end = None if passes is None else position_of_pass(passes, samples, stream, self._data.streams)
+                of_stream.append(end)
             label_set = (source.label_set or name) if source.labels else ""
             for stream in self._streams:
-                shards = dealt[stream]
                 order_seed = seed_of("order", seed, name, stream)
-                sizes = [len(indices[shard]) for shard in shards]
-                order = StreamOrder(shards, sizes, self._data.shuffle_shards, order_seed)
+                order = StreamOrder(shard_ends, stream, self._data.streams, self._data.shuffle_shards, order_seed)
                 plans[stream][name] = StreamSource(
                     name=name,
                     order=order,
-                    indices={shard: indices[shard] for shard in shards},
+                    indices={shard: indices[shard] for shard in order.shards},
                     label_set=set_numbers.get(label_set, -1),
                     classes=len(label_sets[label_set]) if label_set in label_sets else None,
                     views=make_views(source),
                     captions=source.captions,
-                    end=None if source.epochs is None else source.epochs * order.total,
+                    end=ends[stream][-1],
                 )
-        self.samples_at_most = samples_at_most(passes)
-        self._pass_samples = sum(samples for stream in passes for samples, _ in stream)
+        self.samples_at_most = samples_at_most(ends)
         return plans
 
     def _parts(self, activities: Sequence[Activity]) -> Parts:
@@ -389,16 +421,17 @@ class PartRecipe:
     max_bad_fraction: float
     access: Access
     keep_on: bool
+    quarantine: Path | None
 
 
-Parts = InThread[Part | UserError | None] | FromWorkers[Part | UserError | None]
+Parts = InThread[Part] | FromWorkers[Part]
 
 
-class PartDataset(IterableDataset[Part | UserError | None]):
+class PartDataset(IterableDataset[Part]):
     """Parts of micro-batches; each worker makes those of its share of the rank's streams.
 
-    Mistakes of the user come out as values: an exception would lose its parts on the way out of a worker. So does the
-    end, as None: a worker that simply ended would be left out of the turn, and its part be taken from the next.
+    The end comes out as a part too: a worker that simply ended would be left out of the turn, and its part be taken
+    from the next.
     """
 
     def __init__(self, recipe: PartRecipe, states: dict[int, dict[str, Any]], activities: Sequence[Activity]) -> None:
@@ -406,8 +439,8 @@ class PartDataset(IterableDataset[Part | UserError | None]):
         self._states = states
         self._activities = activities
 
-    def __iter__(self) -> Generator[Part | UserError | None]:
-        """Parts; ends after an error, or after None where there is no further whole part."""
+    def __iter__(self) -> Generator[Part]:
+        """Parts; the last one has no batch."""
         recipe = self._recipe
         worker = get_worker_info()
         reader = ShardReader(recipe.access, self._activities[0 if worker is None else worker.id])
@@ -422,24 +455,32 @@ class PartDataset(IterableDataset[Part | UserError | None]):
                 max_caption_bytes=recipe.max_caption_bytes,
                 max_bad_fraction=recipe.max_bad_fraction,
                 keep_on=recipe.keep_on,
+                quarantine=recipe.quarantine,
             )
             for number in _share_of_worker(list(recipe.plans))
         }
         try:
             while True:
-                yield self._part(streams)
-        except ExhaustedError:
-            yield None
-        except UserError as error:
-            yield error
+                part = self._part(streams)
+                yield part
+                if part.batch is None:
+                    return
         finally:
             reader.close()
 
     def _part(self, streams: dict[int, Stream]) -> Part:
         quarantine: list[dict[str, Any]] = []
-        samples = [stream.take(quarantine) for stream in streams.values() for _ in range(self._recipe.per_stream)]
+        batch: Batch | None = None
+        fault: UserError | None = None
+        try:
+            samples = [stream.take(quarantine) for stream in streams.values() for _ in range(self._recipe.per_stream)]
+            batch = self._recipe.collator(samples)
+        except ExhaustedError:
+            pass
+        except UserError as error:
+            fault = error
         states = {number: stream.state.to_json() for number, stream in streams.items()}
-        return Part(self._recipe.collator(samples), states, quarantine)
+        return Part(batch, states, quarantine, fault)
 
 
 def _share_of_worker(streams: list[int]) -> list[int]:
@@ -454,9 +495,3 @@ def _start_worker(_: int) -> None:
     # Otherwise the tokenizer warns of the fork, and every worker starts as many threads as there are cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     leave_signals_to_parent()
-
-
-def _unwrap(part: Part | UserError | None) -> Part | None:
-    if isinstance(part, UserError):
-        raise part
-    return part

@@ -109,12 +109,12 @@ def whole_passes(sources: Mapping[str, SourceConfig]) -> bool:
     return any(source.epochs is not None for source in sources.values())
 
 
-def samples_at_most(passes: Sequence[Sequence[tuple[int, int | None]]]) -> int | None:
+def samples_at_most(ends: Sequence[Sequence[int | None]]) -> int | None:
     """Samples that can be taken evenly from all streams, were none of them bad; None where some source never ends.
 
     Args:
-        passes: for every stream and source the samples of a pass, and how many passes there are.
+        ends: for every stream the samples of each source until it is exhausted; None: never.
     """
-    if any(epochs is None for stream in passes for _, epochs in stream):
+    if any(end is None for stream in ends for end in stream):
         return None
-    return len(passes) * min(sum(total * (epochs or 0) for total, epochs in stream) for stream in passes)
+    return len(ends) * min(sum(end or 0 for end in stream) for stream in ends)

@@ -1,8 +1,9 @@
 """The order of samples: a pure function of (seed, stream, position), with no buffer to save and none to fill again.
 
-Every source deals its shards to the same number of virtual streams. In each stream-epoch a stream permutes its shards,
-reads them in windows of a few shards, and permutes the samples inside a window. So position p of a stream is a known
-sample of a known shard, and going on from p needs no reading up to p.
+The samples of a source are one list, shard after shard. Every pass cuts it into a stretch for each virtual stream,
+whose ends may lie within shards: so a pass holds every sample once, however long the shards are. In a pass a stream
+permutes the parts of shards in its stretch, reads them in windows of a few shards, and permutes the samples inside a
+window. So position p of a stream is a known sample of a known shard, and going on from p needs no reading up to p.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,34 +31,35 @@ def permutation(count: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
-def deal(sizes: Sequence[int], streams: int, where: str) -> list[list[int]]:
-    """Deal shards to streams so that streams hold nearly the same number of samples, once for all epochs.
+def ends_of(sizes: Sequence[int], streams: int, where: str) -> NDArray[np.int64]:
+    """Where each shard ends in the list of all samples of a source.
 
     Args:
         sizes: samples per shard, in order of the shards' names.
-        streams: number of streams.
+        streams: number of streams that are to share the samples.
         where: the source, for the error.
 
-    Returns:
-        For every stream the indices of its shards, ascending.
-
     Raises:
-        DataError: fewer shards than streams.
+        DataError: fewer samples than streams.
     """
-    if len(sizes) < streams:
+    ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+    if ends[-1] < streams:
         raise DataError(
-            f"{len(sizes)} shards cannot be dealt to {streams} streams",
+            f"{ends[-1]} samples cannot be dealt to {streams} streams",
             where=where,
-            why="every stream reads shards of its own, so that no sample is seen twice",
-            fix=f"set data.streams to at most {len(sizes)}, or make more shards (shards make --samples-per-shard)",
+            why="every pass of a stream has samples of its own",
+            fix=f"set data.streams to at most {ends[-1]}",
         )
-    dealt: list[list[int]] = [[] for _ in range(streams)]
-    loads = [0] * streams
-    for shard in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
-        stream = min(range(streams), key=lambda number: (loads[number], len(dealt[number]), number))
-        dealt[stream].append(shard)
-        loads[stream] += sizes[shard]
-    return [sorted(shards) for shards in dealt]
+    return ends
+
+
+def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int:
+    """The position at which a stream begins a pass over so many samples.
+
+    Position p of stream s is number p · streams + s of all that the streams give in turn, and pass e is the numbers
+    from e · samples on: streams are in one pass together, and none is through it more than a sample before another.
+    """
+    return -((stream - epoch * samples) // streams)
 
 
 @dataclass(frozen=True)
@@ -64,71 +67,119 @@ class Place:
     """Where a position of a stream leads."""
 
     epoch: int
-    """Stream-epoch: how many times the stream has gone through its shards before."""
+    """How many passes over the source came before."""
     shard: int
     """Index of the shard within the source."""
     sample: int
     """Index of the sample within the shard."""
 
 
+class _Pass(NamedTuple):
+    """What a stream reads in one pass, in order of reading."""
+
+    shards: NDArray[np.int64]
+    """Indices of the shards within the source."""
+    firsts: NDArray[np.int64]
+    """The first sample of each that is the stream's."""
+    counts: NDArray[np.int64]
+    """How many of its samples are."""
+
+
 class StreamOrder:
     """The order in which one stream reads one source.
 
     Args:
-        shards: indices of the stream's shards within the source.
-        sizes: samples of each of these shards.
+        ends: of the source, from `ends_of`.
+        stream: which stream it is.
+        streams: of how many.
         shuffle_shards: shards per window.
         seed: seed of this (run, source, stream).
     """
 
-    def __init__(self, shards: Sequence[int], sizes: Sequence[int], shuffle_shards: int, seed: int) -> None:
-        self._shards = np.asarray(shards, dtype=np.int64)
-        self._sizes = np.asarray(sizes, dtype=np.int64)
+    def __init__(self, ends: NDArray[np.int64], stream: int, streams: int, shuffle_shards: int, seed: int) -> None:
+        self._samples = int(ends[-1])
+        self._stream, self._streams = stream, streams
         self._shuffle_shards = shuffle_shards
         self._seed = seed
         self._window: tuple[int, int, list[int], NDArray[np.int64]] | None = None
-        self._epoch: tuple[int, NDArray[np.int64], list[int]] | None = None
-        self.total = int(self._sizes.sum())
-        """Samples of a stream-epoch."""
+        self._epoch: tuple[int, _Pass, list[int]] | None = None
+        each, left = divmod(self._samples, streams)
+        lowest = each * stream + max(0, stream + left - streams)
+        highest = each * (stream + 1) + min(stream + 1, left)
+        first, last = np.searchsorted(ends, (lowest, highest - 1), side="right").tolist()
+        self.shards = range(first, last + 1)
+        """Shards of the source that any pass of the stream reads from."""
+        self._ends = ends[first : last + 1]
+        self._begins = np.concatenate((ends[first - 1 : first] if first else [0], self._ends[:-1]))
+        owners = self._begins * streams // self._samples
+        self.own_shards = [first + int(number) for number in np.flatnonzero(owners == stream)]
+        """Of a shard that several streams read from, one is the owner."""
+        self.longest = -(-self._samples // streams)
+        """Samples of the stream in a pass at most; one less at least."""
+        self.share = self._samples / streams
+        """The same on average over passes."""
+
+    def begin(self, epoch: int) -> int:
+        """The position at which a pass begins."""
+        return position_of_pass(epoch, self._samples, self._stream, self._streams)
 
     def locate(self, position: int) -> Place:
         """The sample at a position ≥ 0. Costs one permutation per window; asking for neighbours is cheap."""
-        epoch, offset = divmod(position, self.total)
-        shards, starts = self._shards_of(epoch)
-        window = bisect.bisect_right(starts, offset) - 1
-        ends, order = self._window_of(epoch, window, shards)
-        number = int(order[offset - starts[window]])
+        epoch, window = self.window_at(position)
+        parts, starts = self._parts_of(epoch)
+        ends, order = self._window_of(epoch, window)
+        number = int(order[position - self.begin(epoch) - starts[window]])
         which = bisect.bisect_right(ends, number)
-        first = ends[which - 1] if which else 0
-        shard = shards[window * self._shuffle_shards + which]
-        return Place(epoch, int(self._shards[shard]), number - first)
+        before = ends[which - 1] if which else 0
+        part = window * self._shuffle_shards + which
+        return Place(epoch, int(parts.shards[part]), int(parts.firsts[part]) + number - before)
 
     def window_at(self, position: int) -> tuple[int, int]:
-        """Stream-epoch and number of the window that a position lies in."""
-        epoch, offset = divmod(position, self.total)
-        return epoch, bisect.bisect_right(self._shards_of(epoch)[1], offset) - 1
+        """Pass and number of the window that a position lies in."""
+        epoch = (position * self._streams + self._stream) // self._samples
+        return epoch, bisect.bisect_right(self._parts_of(epoch)[1], position - self.begin(epoch)) - 1
 
     def shards_of_window(self, epoch: int, window: int) -> list[int]:
-        """Shards of a window, within the source; past the last one of an epoch, of the first one of the next."""
-        if window * self._shuffle_shards >= len(self._shards):
-            epoch, window = epoch + 1, 0
+        """Shards of a window, within the source; past the last one of a pass, of the first one of the next."""
         first = window * self._shuffle_shards
-        order = permutation(len(self._shards), seed_of(self._seed, "shards", epoch))
-        return [int(shard) for shard in self._shards[order[first : first + self._shuffle_shards]]]
+        shards = self._pass(epoch).shards
+        if first >= len(shards):
+            first, shards = 0, self._pass(epoch + 1).shards
+        return [int(shard) for shard in shards[first : first + self._shuffle_shards]]
 
-    def _shards_of(self, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
-        """The epoch's order of shards, and the offset at which each window starts."""
+    def samples_of(self, epoch: int, shard: int) -> int:
+        """How many samples of a shard the stream has in a pass."""
+        parts = self._pass(epoch)
+        return int(parts.counts[parts.shards == shard].sum())
+
+    def _pass(self, epoch: int) -> _Pass:
+        first, end = (self._before(stream, epoch) for stream in (self._stream, self._stream + 1))
+        lows, highs = np.maximum(self._begins, first), np.minimum(self._ends, end)
+        mine = np.flatnonzero(lows < highs)
+        mine = mine[permutation(len(mine), seed_of(self._seed, "shards", epoch))]
+        return _Pass(mine + self.shards.start, (lows - self._begins)[mine], (highs - lows)[mine])
+
+    def _before(self, stream: int, epoch: int) -> int:
+        """Samples of the streams before one in a pass: where its stretch of the list begins."""
+        low, high = (
+            number // self._streams * stream + min(number % self._streams, stream)
+            for number in (epoch * self._samples, (epoch + 1) * self._samples)
+        )
+        return high - low
+
+    def _parts_of(self, epoch: int) -> tuple[_Pass, list[int]]:
+        """The pass, and the offset in it at which each window starts."""
         if self._epoch is None or self._epoch[0] != epoch:
-            shards = permutation(len(self._shards), seed_of(self._seed, "shards", epoch))
-            before = np.concatenate(([0], np.cumsum(self._sizes[shards])[:-1]))
-            self._epoch = (epoch, shards, before[:: self._shuffle_shards].tolist())
+            parts = self._pass(epoch)
+            before = np.concatenate(([0], np.cumsum(parts.counts)[:-1]))
+            self._epoch = (epoch, parts, before[:: self._shuffle_shards].tolist())
         return self._epoch[1:]
 
-    def _window_of(self, epoch: int, window: int, shards: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
-        """Where each shard of the window ends in it, and the order of its samples."""
+    def _window_of(self, epoch: int, window: int) -> tuple[list[int], NDArray[np.int64]]:
+        """Where each part of the window ends in it, and the order of its samples."""
         if self._window is None or self._window[:2] != (epoch, window):
             first = window * self._shuffle_shards
-            ends = np.cumsum(self._sizes[shards[first : first + self._shuffle_shards]])
+            ends = np.cumsum(self._parts_of(epoch)[0].counts[first : first + self._shuffle_shards])
             order = permutation(int(ends[-1]), seed_of(self._seed, "samples", epoch, window))
             self._window = (epoch, window, ends.tolist(), order)
         return self._window[2:]

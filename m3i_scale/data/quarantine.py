@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from m3i_scale.data.order import seed_of
 from m3i_scale.errors import DataError
@@ -18,26 +19,28 @@ _SAME = ("url", "key", "offset", "reason")
 
 
 class Quarantine:
-    """What one rank adds to the file, and how many samples of its shards stand there.
+    """What one rank adds to the file, and how many samples it counts of those that stand there.
 
-    Streams own their shards, so what one rank writes no other does in the same run. Of what ranks have written before,
-    however many they were, every rank reads the whole when it opens its data: later, one that cannot would end alone.
+    A shard may be read by several ranks. What one of them has written the others do not write again, and do not count:
+    they read the file on, under its lock, before they add to it. Of what ranks have written before, however many they
+    were, every rank reads the whole when it opens its data: later, one that cannot would end alone.
 
     Args:
         path: JSON lines, added to; None writes none.
         sizes: samples of every shard of this rank, by its address.
+        counted: addresses of the shards whose lines from before this rank counts; each shard is one rank's.
 
     Raises:
         DataError: the file cannot be read.
     """
 
-    def __init__(self, path: Path | None, sizes: Mapping[str, int]) -> None:
+    def __init__(self, path: Path | None, sizes: Mapping[str, int], counted: Collection[str] = ()) -> None:
         self.path = path
         self._sizes = sizes
         self._known: set[int] = set()
         self._samples: Counter[str] = Counter()
-        self._torn = False
-        self._read()
+        self._read_bytes = 0
+        self._read(set(counted))
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
         """Write down what does not stand there yet.
@@ -45,47 +48,66 @@ class Quarantine:
         Raises:
             DataError: the file cannot be written.
         """
-        new = [entry for entry in entries if self._note(entry)]
+        new = [entry for entry in entries if _digest(entry) not in self._known]
         if not new or self.path is None:
+            self._count(new)
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                if self._torn:
-                    stream.write("\n")
-                stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new)
-                self._torn = False
+            with self.path.open("a+b") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                torn = self._read_on(stream)
+                new = self._count(new)
+                lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in new]
+                stream.write("".join(["\n" if torn and new else "", *lines]).encode())
+                self._read_bytes = stream.tell()
         except OSError as error:
             raise DataError(f"cannot write the quarantine file: {error}", where=str(self.path)) from None
 
     @property
     def samples(self) -> dict[str, int]:
-        """Different samples of this rank's shards that were bad in any pass, by reason; of a lost shard all."""
+        """Different samples that were bad in any pass, by reason; of a lost shard all. Over all ranks these add up."""
         return dict(self._samples)
 
-    def _read(self) -> None:
-        """What is there. A line that a kill cut short counts as none, and the next begins on a line of its own."""
+    def _read(self, counted: Collection[str]) -> None:
         try:
-            content = b"" if self.path is None else self.path.read_bytes()
+            if self.path is not None:
+                with self.path.open("rb") as stream:
+                    self._read_on(stream, counted)
         except FileNotFoundError:
             return
         except OSError as error:
             raise DataError(f"cannot read the quarantine file: {error}", where=str(self.path)) from None
-        self._torn = bool(content) and not content.endswith(b"\n")
-        for line in content.splitlines():
-            entry = _parsed(line)
-            if entry is not None:
-                self._note(entry)
 
-    def _note(self, entry: Mapping[str, Any]) -> bool:
-        digest = seed_of(*(entry[name] for name in _SAME))
-        if digest in self._known:
-            return False
-        self._known.add(digest)
-        size = self._sizes.get(entry["url"])
-        if size is not None:
-            self._samples[entry["reason"]] += size if entry["key"] == WHOLE_SHARD else 1
-        return True
+    def _read_on(self, stream: BinaryIO, counted: Collection[str] = ()) -> bool:
+        """What has been added since the last time; whether it ends within a line.
+
+        A line that a kill cut short counts as none, and the next begins on a line of its own.
+        """
+        stream.seek(max(0, self._read_bytes - 1))  # one byte of what is known: does it end a line?
+        content = stream.read()
+        self._read_bytes = stream.tell()
+        for entry in filter(None, map(_parsed, content.splitlines())):
+            if entry["url"] in counted:
+                self._count([entry])
+            self._known.add(_digest(entry))
+        return bool(content) and not content.endswith(b"\n")
+
+    def _count(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those that were not known; they are counted."""
+        new = []
+        for entry in entries:
+            digest = _digest(entry)
+            if digest not in self._known:
+                self._known.add(digest)
+                new.append(entry)
+                whole = entry["key"] == WHOLE_SHARD
+                self._samples[entry["reason"]] += self._sizes.get(entry["url"], 0) if whole else 1
+        return new
+
+
+def _digest(entry: Mapping[str, Any]) -> int:
+    return seed_of(*(entry[name] for name in _SAME))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -29,6 +29,9 @@ from m3i_scale.data.places import Place, Url
 from m3i_scale.errors import DataError
 
 INDEX_FORMAT = 2
+TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
+"""At most so many lie between the last byte of the last member of a tar and the end of the file: padding of the member,
+two blocks of zeros, and padding up to a whole record."""
 PROBES = 16
 """Samples whose headers are compared where the time of a shard is not that of its index."""
 MAX_NAME = 1_024
@@ -88,8 +91,8 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
     """Read all headers of a tar: `ranges_N2` and `heads_N` of its index.
 
     Raises:
-        DataError: not a tar, truncated, no samples, a key in two places, or members that no shard should have
-            (absolute paths, `..`, links, devices).
+        DataError: not a tar, truncated, no samples, a key in two places, data behind the end mark, or members that no
+            shard should have (absolute paths, `..`, links, devices).
         OSError: the stream cannot be read.
     """
     ranges: list[list[int]] = []
@@ -126,6 +129,13 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
         raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
     if end_of_members > size or not _is_closed(stream, end_of_members, size):
         raise _truncated(path)
+    if any(any(piece) for piece in iter(lambda: stream.read(1 << 20), b"")):
+        raise DataError(
+            f"data lie behind the end of the tar, which is at byte {end_of_members} of {size}",
+            where=str(path),
+            why="several tars in one file, most likely: readers stop at the first end, so the others would be left out",
+            fix="keep the tars apart, or join them by `tar --concatenate`; `tar --ignore-zeros -x` unpacks this one",
+        )
     if not ranges:
         raise DataError("the shard holds no samples", where=str(path), fix="remove it, or make it anew")
     return np.asarray(ranges, dtype=np.int64), np.asarray(heads, dtype=np.uint32)
@@ -259,6 +269,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
             heads=index.heads_N,
             version=np.str_(index.version),
             sha256=np.str_(index.sha256),
+            read_to_end=np.bool_(True),
         )
     os.replace(temporary, path)
 
@@ -292,7 +303,8 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Place, data: bytes) -> ShardIndex | None:
-    """An index out of the bytes of its file, which may be damaged or hostile; None where it is of another format.
+    """An index out of the bytes of its file, which may be damaged or hostile; None where it is of another format, or its
+    scan did not look behind the end of a tar that has more there than padding.
 
     Raises:
         ValueError: no index.
@@ -311,6 +323,8 @@ def parse_index(path: Place, data: bytes) -> ShardIndex | None:
         raise ValueError("the checksums of its samples are none")
     if ranges.min() < 0 or ranges.max() > size or (ranges[:, 0] >= ranges[:, 1]).any():
         raise ValueError("samples lie outside of the shard")
+    if "read_to_end" not in arrays and size - int(ranges[-1, 1]) > TAIL_BYTES:
+        return None
     return ShardIndex(path, size, ranges, heads, version, sha256)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.order import StreamOrder, deal, seed_of
+from m3i_scale.data.order import StreamOrder, ends_of, seed_of
 from m3i_scale.data.shares import check_shares
 from m3i_scale.errors import ConfigError, DataError
 
@@ -191,13 +191,12 @@ def _between_shards(labels: Sequence[Mapping[int, int]], samples: int) -> float 
     return (spread - within) / spread if spread > 0 else 0.0
 
 
-def closeness(batches: Iterable[Indices], sizes: Sequence[int], means: NDArray[np.float64] | None = None) -> Closeness:
+def closeness(batches: Iterable[Indices], sizes: Sequence[int]) -> Closeness:
     """Of any loader's batches.
 
     Args:
         batches: stored indices (over all shards, in order) of the samples of each; all of one size.
         sizes: samples per shard.
-        means: samples per shard in a batch, on average; as the sizes are to each other, where it is not given.
     """
     ends = np.cumsum(sizes)
     total, share = int(ends[-1]), np.asarray(sizes) / ends[-1]
@@ -209,7 +208,7 @@ def closeness(batches: Iterable[Indices], sizes: Sequence[int], means: NDArray[n
         stored = np.sort(batch)
         shards = np.searchsorted(ends, stored, side="right")
         per_shard = np.bincount(shards, minlength=len(sizes))
-        squares += float(np.sum((per_shard - (size * share if means is None else means)) ** 2))
+        squares += float(np.sum((per_shard - size * share) ** 2))
         own += float(np.sum(per_shard * (per_shard - 1.0))) / (size * (size - 1)) if size > 1 else 0.0
         met += int(np.sum((np.diff(stored) == 1) & (np.diff(shards) == 0)))
     uniform = size * (1 - float(np.sum(share**2))) * (total - size) / (total - 1)
@@ -222,10 +221,9 @@ def closeness(batches: Iterable[Indices], sizes: Sequence[int], means: NDArray[n
 
 
 def correlation(first: Indices, second: Indices) -> float:
-    """Of the places that the same samples have in two passes."""
-    places = np.empty(max(int(first.max()), int(second.max())) + 1, dtype=np.int64)
-    places[first] = np.arange(len(first))
-    return float(np.corrcoef(places[second], np.arange(len(second)))[0, 1])
+    """Of the places that samples have in two passes; of those that are in both."""
+    _, one, two = np.intersect1d(first, second, assume_unique=True, return_indices=True)
+    return float(np.corrcoef(one, two)[0, 1]) if len(one) > 1 else 0.0
 
 
 class _Order:
@@ -234,22 +232,16 @@ class _Order:
     def __init__(
         self, sizes: Sequence[int], streams: int, shuffle_shards: int, batch_size: int, seed: int, where: str
     ) -> None:
-        dealt = deal(sizes, streams, where)
+        ends = ends_of(sizes, streams, where)
         self._orders = [
-            StreamOrder(
-                shards, [sizes[shard] for shard in shards], shuffle_shards, seed_of("order", seed, where, stream)
-            )
-            for stream, shards in enumerate(dealt)
+            StreamOrder(ends, stream, streams, shuffle_shards, seed_of("order", seed, where, stream))
+            for stream in range(streams)
         ]
         self._sizes, self._batch_size = sizes, batch_size
-        # A stream gives as much to a batch as any other, however short it is.
-        self._means = np.zeros(len(sizes))
-        for shards, order in zip(dealt, self._orders, strict=True):
-            self._means[shards] = np.asarray(sizes)[shards] / order.total * batch_size / streams
-        self._starts = np.concatenate(([0], np.cumsum(sizes)))
+        self._starts = np.concatenate(([0], ends))
 
     def closeness(self, streams: int) -> Closeness:
-        return closeness(self._batches(streams), self._sizes, self._means if streams == len(self._orders) else None)
+        return closeness(self._batches(streams), self._sizes)
 
     def _batches(self, streams: int) -> Iterator[Indices]:
         """Batches spread over the first pass, of the first `streams` streams; over several passes of small sets."""
@@ -269,11 +261,13 @@ class _Order:
         found, seen = [], 0
         for order in self._orders:
             passes = [
-                np.asarray([self._stored(order, start + place) for place in range(order.total)])
-                for start in (0, order.total)
+                np.asarray(
+                    [self._stored(order, position) for position in range(order.begin(epoch), order.begin(epoch + 1))]
+                )
+                for epoch in (0, 1)
             ]
-            found.append(correlation(*passes) if order.total > 1 else 0.0)
-            seen += order.total
+            found.append(correlation(*passes))
+            seen += order.longest
             if seen > CORRELATED_SAMPLES:
                 break
         return float(np.mean(found))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from m3i_scale.data.fingerprint import Shard, changes, same_shards
+from m3i_scale.data.fingerprint import Shard, changes, same_order
 from m3i_scale.errors import DataError
 
 STATE_FORMAT = 2
@@ -195,15 +195,16 @@ def carry_over(
 ) -> StreamState:
     """A stream's state under the present sources.
 
-    What did not change goes on exactly, and so does a source with other settings. Shards that changed are read from
-    their beginning. The account of shares begins anew, or a new weight would be made up for in one go.
+    What did not change goes on exactly, and so does a source with other settings. Shards that changed, or are dealt to
+    streams by another rule, are read from their beginning. The account of shares begins anew, or a new weight would be
+    made up for in one go.
     """
     if not changed:
         return stream
     sources = {}
     for name, now in present.items():
         old = stream.sources.get(name)
-        goes_on = old is not None and same_shards(saved[name], now)
+        goes_on = old is not None and same_order(saved[name], now)
         kept = SourceState(old.position, old.served, 0, old.bad, old.bad_shards) if old and goes_on else None
         sources[name] = kept or SourceState()
     return StreamState(stream.taken, sources)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3i_scale.data.collate import Sample
@@ -21,6 +22,8 @@ from m3i_scale.errors import DataError
 
 _TOLD = ""
 """The key of a sample whose shard stands there already."""
+_SHARDS_NAMED = 4
+"""An error names no more of the shards in question."""
 FRACTION_COUNTS_AFTER = 100
 """The share of bad samples is not judged before so many samples have been read."""
 
@@ -32,7 +35,7 @@ class StreamSource:
     name: str
     order: StreamOrder
     indices: Mapping[int, ShardIndex]
-    """The stream's shards by their number within the source."""
+    """The shards that the stream reads from, by their number within the source."""
     label_set: int
     """Index of the label set; −1 for none."""
     classes: int | None
@@ -61,6 +64,7 @@ class Stream:
         max_caption_bytes: larger captions are bad.
         max_bad_fraction: gives up (DataError) where a stream is bad beyond this and no good sample is in sight.
         keep_on: whether a shard that cannot be read is given up for the pass, and does not stop the run.
+        quarantine: the file that lists bad samples, for errors.
     """
 
     def __init__(
@@ -75,10 +79,12 @@ class Stream:
         max_caption_bytes: int,
         max_bad_fraction: float,
         keep_on: bool = False,
+        quarantine: Path | None = None,
     ) -> None:
         self._sources = sources
         self._mix = mix
         self._keep_on = keep_on
+        self._quarantine = quarantine
         self._windows: dict[str, tuple[int, int]] = {}
         self.state = state
         self._reader = reader
@@ -113,7 +119,7 @@ class Stream:
     def _next_of(self, source: StreamSource, quarantine: list[dict[str, Any]]) -> Sample | None:
         """The next good sample of a source; None where it ends before one."""
         state = self.state.sources[source.name]
-        in_a_row = 0
+        in_a_row, shards = 0, dict[int, None]()
         while source.end is None or state.position < source.end:
             place = source.order.locate(state.position)
             state.position += 1
@@ -121,9 +127,10 @@ class Stream:
                 return self._read(source, place)
             except BadSampleError as bad:
                 in_a_row += 1
+                shards[place.shard] = None
                 state.bad[bad.reason] = state.bad.get(bad.reason, 0) + 1
                 quarantine += [_note(source, place, bad)] if bad.key != _TOLD else []
-                self._give_up_if_hopeless(source, in_a_row)
+                self._give_up_if_hopeless(source, in_a_row, shards)
         return None
 
     def _read(self, source: StreamSource, place: Place) -> Sample:
@@ -178,14 +185,19 @@ class Stream:
             [source.indices[shard] for shard in then],
         )
 
-    def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int) -> None:
+    def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
         """The loader judges the share of bad samples per batch; a stream without good samples never completes one."""
         bad, read = single_faults(self.state.bad, self.state.read)
         too_many = sum(bad.values()) > self._max_bad_fraction * read
         # The last of one pass and the first of the next may be bad, and yet one in every pass be good.
-        no_good_one = in_a_row > 2 * (source.order.total - 1)
+        no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
-            raise too_many_bad(self.state.bad, self.state.read, self._max_bad_fraction)
+            paths = [str(source.indices[shard].path) for shard in shards]
+            where = ", ".join(paths[:_SHARDS_NAMED]) + (" …" if len(paths) > _SHARDS_NAMED else "")
+            what = f"a stream of source '{source.name}' has no good sample" if no_good_one else None
+            raise too_many_bad(
+                self.state.bad, self.state.read, self._max_bad_fraction, where, what, listed_in=self._quarantine
+            )
 
 
 class Account(NamedTuple):
@@ -211,10 +223,11 @@ def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], in
 def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[str, StreamSource]]) -> int:
     """Samples that are lost in this pass with their shards, over streams and sources."""
     return sum(
-        len(source.indices[int(shard)])
+        source.order.samples_of(lost["epoch"], int(shard))
         for number, plan in plans.items()
         for name, source in plan.items()
-        for shard in states[number].sources[name].bad_shards.get("shards", {})
+        if (lost := states[number].sources[name].bad_shards)
+        for shard in lost["shards"]
     )
 
 
@@ -242,7 +255,7 @@ def standing_of(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) 
         counts["served"] += state.served
         counts["asked"] += state.served + state.credit / UNIT
         counts["read"] += state.position
-        counts["pass"] += source.order.total
+        counts["pass"] += source.order.share
         counts["left"] += 0 if source.end is None else source.end - state.position
     return counts
 
@@ -259,15 +272,25 @@ def _note(source: StreamSource, place: Place, bad: BadSampleError) -> dict[str, 
     }
 
 
-def too_many_bad(bad: Mapping[str, int], read: int, limit: float, quarantine: str | None = None) -> DataError:
-    """The error that stops a run which is losing data."""
+def too_many_bad(
+    bad: Mapping[str, int],
+    read: int,
+    limit: float,
+    where: str | None = None,
+    what: str | None = None,
+    listed_in: Path | None = None,
+) -> DataError:
+    """The error that stops a run which is losing data; `what` says it where it is not the share that is too large."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
     fix = "mend the shards, or raise data.max_bad_fraction if you know why they are bad"
+    if what is not None:
+        fix = "mend the shards, or leave out those without a good sample"
     if NOT_A_MEMBER in bad:
         fix = "if shards were replaced by others of the same size, index them anew: m3i-scale shards index FOLDER"
+    count = f"{sum(bad.values())} of {read} samples read are bad"
     return DataError(
-        f"{sum(bad.values())} of {read} samples read are bad, more than data.max_bad_fraction = {limit:g}",
-        where=quarantine,
-        why=table,
+        f"{count}, more than data.max_bad_fraction = {limit:g}" if what is None else f"{what}: {count}",
+        where=where,
+        why=table + (f"; one by one in {listed_in}" if listed_in is not None else ""),
         fix=fix,
     )

@@ -9,9 +9,10 @@ from itertools import islice
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.data.stream import Account
+from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.run.callbacks.base import SourceFigures
-from m3i_scale.scale.collectives import agree, mean_over_ranks, raise_together
+from m3i_scale.scale.collectives import agree, mean_over_ranks, raise_together, summed_counts
 
 
 class Supply(Iterator[Batch]):
@@ -28,6 +29,8 @@ class Supply(Iterator[Batch]):
         self._held: deque[Batch] = deque()
         self.waited_s = 0.0
         """Of `ended`, the last time it was called."""
+        self.bad = 0
+        """How often samples of all ranks were bad, once the sources have ended."""
 
     def __next__(self) -> Batch:
         """The next micro-batch."""
@@ -39,7 +42,7 @@ class Supply(Iterator[Batch]):
         Without `epochs` nothing is fetched and nobody is asked. The stream's state is then that before the step.
 
         Raises:
-            UserError: the data of some rank failed.
+            UserError: the data of some rank failed, too much is bad, or the sources end before the first step.
         """
         self.waited_s = 0.0
         if not self._stream.ends:
@@ -56,9 +59,44 @@ class Supply(Iterator[Batch]):
         if failed:
             raise_together(fault)
         if ended:
+            # Judged here with what was read on the way to a step that is not taken: nobody comes to it any more.
+            begun = any(stream["taken"] for stream in before["streams"].values())
+            reasons = summed_counts(self._stream.quarantined)
+            stop_if_bad(self._stream, account_of_all(self._stream), reasons, begun=begun)
+            self.bad = sum(reasons.values())
             self._held.clear()
             self._stream.load_state_dict(before)
         return ended
+
+
+def account_of_all(stream: TrainStream) -> Account:
+    """What is bad over all ranks; every rank calls it."""
+    sums = summed_counts(stream.account._asdict())
+    return Account(*(sums.get(name, 0) for name in Account._fields))
+
+
+def stop_if_bad(
+    stream: TrainStream, account: Account, reasons: dict[str, int] | None = None, *, begun: bool = True
+) -> None:
+    """All ranks have the same account, and so the same word.
+
+    Args:
+        stream: of this rank.
+        account: of all ranks.
+        reasons: of all ranks; they are asked where it matters, if not given.
+        begun: False where the sources have ended before the first step.
+
+    Raises:
+        DataError: see `TrainStream.stop_if_bad`.
+    """
+
+    def of_all() -> dict[str, int]:
+        return summed_counts(stream.quarantined) if reasons is None else reasons
+
+    try:
+        stream.stop_if_bad(account, of_all, begun=begun)
+    except DataError as fault:
+        raise fault.raised_everywhere() from None
 
 
 def check_supply(stream: TrainStream, batch_size: int, steps: int) -> str | None:
@@ -79,11 +117,12 @@ def check_supply(stream: TrainStream, batch_size: int, steps: int) -> str | None
     return f"the sources end after step {most // batch_size} of {steps}, or earlier if samples are bad (epochs)"
 
 
-def ending_words(stream: TrainStream, step: int, steps: int, world_size: int) -> str:
-    """What is said of a run whose sources have ended; every rank calls it."""
+def ending_words(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
+    """What is said of a run whose sources have ended, with so many bad samples; every rank calls it."""
     left = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
     over = ", ".join(f"{name} {round(count * world_size)}" for name, count in left.items())
-    return f"the sources are exhausted after step {step} of {steps} (epochs); samples that fill no batch: {over}"
+    told = f", {bad} were bad on the way" if bad else ""
+    return f"the sources are exhausted after step {step} of {steps} (epochs); samples that fill no batch: {over}{told}"
 
 
 class Shares:

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream, merge_states
 from m3i_scale.data.stream import Account
-from m3i_scale.errors import DataError, UserError
+from m3i_scale.errors import UserError
 from m3i_scale.launch.place import Place
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo
@@ -34,10 +34,10 @@ from m3i_scale.run.saves import Saves
 from m3i_scale.run.schedule import learning_rate, momentum_at
 from m3i_scale.run.setup import Plan, open_data, start_engine
 from m3i_scale.run.spike import Spike
-from m3i_scale.run.supply import Shares, Supply, check_supply, ending_words
+from m3i_scale.run.supply import Shares, Supply, account_of_all, check_supply, ending_words, stop_if_bad
 from m3i_scale.scale.checkpoint.state import bytes_wanted, load_checkpoint, read_meta
 from m3i_scale.scale.checkpoint.together import together
-from m3i_scale.scale.collectives import ProcessGroupRanks, agree_and_average, mean_over_ranks, summed_counts
+from m3i_scale.scale.collectives import ProcessGroupRanks, agree_and_average, mean_over_ranks
 from m3i_scale.scale.ds_rules import precision
 from m3i_scale.scale.loss_scale import loss_scale, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.scale.peak import compute_dtype, measured_peak, named_peak
@@ -179,7 +179,7 @@ class Trainer:
             ended = supply.ended()
         self.meter.add_wait(supply.waited_s)
         if ended:
-            self.tell(ending_words(self.stream, self.step, self.run.optim.steps, self.ranks.world_size))
+            self.tell(ending_words(self.stream, self.step, self.run.optim.steps, self.ranks.world_size, supply.bad))
         return ended
 
     def _train_step(self, batches: Iterator[Batch], logs: bool) -> tuple[bool, Spike | None]:
@@ -269,7 +269,7 @@ class Trainer:
         with self._ending_together():
             if starved:
                 self.fetcher.raise_together()
-            _stop_if_bad(self.stream, Account(*sums))
+            stop_if_bad(self.stream, Account(*sums))
         return Vote(loss, finite=not bad, asked=asked)
 
     @contextlib.contextmanager
@@ -331,8 +331,7 @@ class Trainer:
                         continue
                     totals[name] = totals.get(name, 0.0) + float(value) / count
         batches.raise_together()
-        sums = summed_counts(self.validation.account._asdict())  # a rank by itself is sure of the worst only
-        _stop_if_bad(self.validation, Account(*(sums.get(name, 0) for name in Account._fields)))
+        stop_if_bad(self.validation, account_of_all(self.validation))  # a rank by itself is sure of the worst only
         return mean_over_ranks(totals)
 
     def save(self) -> None:
@@ -360,11 +359,3 @@ class Trainer:
         self.step = self.saves.step = int(meta["step"])
         self.guard.load(meta.get("guard"))
         self.when_resumed()
-
-
-def _stop_if_bad(stream: TrainStream, account: Account) -> None:
-    """All ranks have the same account, and so the same word."""
-    try:
-        stream.stop_if_bad(account, lambda: summed_counts(stream.quarantined))
-    except DataError as fault:
-        raise fault.raised_everywhere() from None

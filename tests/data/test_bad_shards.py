@@ -201,6 +201,20 @@ def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
     assert caught.value.why == "6 × no image"
 
 
+def test_a_shard_of_several_streams_is_lost_once(tools, tmp_path):
+    """Four streams share three shards, one of which is gone; each loses its part of it."""
+    folder, path = tools.write_folder(tmp_path / "data", [16] * 3), tmp_path / "quarantine.jsonl"
+    options = {"streams": 4, "bad_shards": "quarantine", "max_bad_fraction": 1.0, "quarantine": path}
+    loaders = [tools.make_loader({"s": folder}, tmp_path, world=4, rank=rank, micro=1, **options) for rank in range(4)]
+    (folder / "s-001.tar").unlink()
+    for _ in zip(*(itertools.islice(loader, 4) for loader in loaders), strict=True):
+        pass
+    assert sum(loader.account.lost for loader in loaders) == 16
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["key"] == "*"
+    assert sum(sum(loader.quarantined_samples.values()) for loader in loaders) == 16
+
+
 def with_manifest(folder, wrong=()):
     """A manifest.json with the checksum of every shard, that of some of them not theirs."""
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")}

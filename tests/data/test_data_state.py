@@ -99,6 +99,21 @@ def test_a_run_that_began_with_other_blur_is_told_and_goes_on_where_it_is_stated
     assert diff(old, old) is None
 
 
+def test_a_state_from_when_whole_shards_were_dealt_is_told_and_may_begin_its_sources_anew(tools, folders, cache):
+    loader = tools.make_loader(folders, cache, streams=STREAMS)
+    keys_of(loader, 3)
+    state = saved(loader)
+    for source in state["sources"].values():
+        del source["deal"]
+    now = tools.make_loader(folders, cache, streams=STREAMS)
+    with pytest.raises(DataError, match="since the checkpoint: a, b") as caught:
+        now.load_state_dict(state)
+    assert "another rule" in caught.value.why
+    assert "data.changed_sources=[a, b]" in caught.value.fix
+    assert set(now.load_state_dict(state, ["a", "b"])) == {"a", "b"}
+    assert keys_of(now, 4) == keys_of(tools.make_loader(folders, cache, streams=STREAMS), 4)
+
+
 def test_changed_data_are_refused_with_a_diff(tools, folders, cache):
     state = saved(tools.make_loader(folders, cache, streams=STREAMS))
     (folders["b"] / "s-002.tar").unlink()

@@ -15,7 +15,7 @@ import pytest
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.index import build_index, load_index, scan_shard
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
-from m3i_scale.data.scan import parse_index, save_index
+from m3i_scale.data.scan import INDEX_FORMAT, parse_index, save_index
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
 
@@ -99,6 +99,38 @@ def test_cut_off_tars_are_refused(tools, tmp_path, cut):
     path.write_bytes(data[:cut])
     with pytest.raises(DataError, match=r"cut off|cannot read"):
         scan_shard(path)
+
+
+def cut_in_two(tools, folder):
+    """One file of two tars, as `cat` makes it, and the index that was made of it when only the first was looked at."""
+    one = tools.write_tar(folder / "s.tar", [("a.png", b"1")])
+    (first,) = build_index([one], folder / "index")
+    data = one.read_bytes() + tools.write_tar(folder / "other" / "t.tar", [("b.png", b"2")]).read_bytes()
+    one.write_bytes(data)
+    np.savez(
+        folder / "index" / "s.tar.npz",
+        format=np.int64(INDEX_FORMAT), size=np.int64(len(data)), ranges=first.ranges_N2, heads=first.heads_N,
+        version=np.str_(one.stat().st_mtime_ns), sha256=np.str_(""),
+    )  # fmt: skip
+    return one
+
+
+def test_data_behind_the_end_of_a_tar_are_refused_whatever_an_older_index_says(tools, tmp_path):
+    path = cut_in_two(tools, tmp_path)
+    for read in (scan_shard, lambda path: load_index([path], tmp_path / "cache")):
+        with pytest.raises(DataError, match="behind the end of the tar") as caught:
+            read(path)
+        assert caught.value.where == str(path)
+    with tarfile.open(path, ignore_zeros=True) as both:  # what the fix says
+        assert both.getnames() == ["a.png", "b.png"]
+
+
+def test_padding_of_any_length_is_no_data_and_is_looked_at_once(tools, tmp_path, monkeypatch):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
+    path.write_bytes(path.read_bytes() + bytes(2**20))
+    assert len(load_index([path], tmp_path / "cache")[0]) == 1
+    monkeypatch.setattr("m3i_scale.data.index.scan_shard", None)
+    assert len(load_index([path], tmp_path / "cache")[0]) == 1
 
 
 def test_not_a_tar_an_empty_one_and_a_scattered_sample_are_refused(tools, tmp_path):

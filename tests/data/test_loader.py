@@ -194,6 +194,23 @@ def test_a_run_that_goes_on_writes_no_bad_sample_down_twice(tools, mixed, cache,
     assert path.read_text().splitlines()[-2:] == ['{"url": "cut sho', lost.rstrip("\n")]
 
 
+def test_ranks_that_read_from_one_shard_write_and_count_its_bad_samples_once(tools, tmp_path, cache):
+    """Three shards of seven for four streams: which samples of a shard are whose changes from pass to pass."""
+
+    def spoil(number, members):
+        return {**members, "cls": b"7"} if number % 3 == 2 else members
+
+    folder, path = tools.write_folder(tmp_path / "bad", [7] * 3, change=spoil), tmp_path / "quarantine.jsonl"
+    options = {"streams": 4, "max_bad_fraction": 1.0, "quarantine": path, "world": 4, "micro": 1}
+    ranks = [tools.make_loader({"s": folder}, cache, rank=rank, **options) for rank in range(4)]
+    for batches in zip(*(itertools.islice(rank, 30) for rank in ranks), strict=True):
+        assert len(batches) == 4
+    assert len(path.read_text().splitlines()) == 7
+    assert sum(sum(rank.quarantined_samples.values()) for rank in ranks) == 7
+    again = [tools.make_loader({"s": folder}, cache, rank=rank, **options) for rank in range(4)]
+    assert sum(sum(rank.quarantined_samples.values()) for rank in again) == 7
+
+
 def test_the_share_of_bad_samples_is_that_of_all_ranks(tools, tmp_path, cache):
     """All bad samples are of one rank of four: 17 % of what it reads, and 4.8 % of what all read."""
     folder = tools.write_folder(
@@ -243,13 +260,50 @@ def test_too_many_bad_samples_stop_the_run(tools, tmp_path, cache, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_but_bad_samples_ends_and_keeps_its_message(tools, tmp_path, cache, workers):
-    folder = tools.write_folder(tmp_path / "bad", [3] * 4, change=lambda number, members: {"txt": b"no picture"})
-    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_bad_fraction=1.0)
-    with pytest.raises(DataError) as caught:
+def test_a_stream_without_a_good_sample_names_its_shards_and_lists_them(tools, tmp_path, cache, workers):
+    def spoil(number, members):
+        return {"txt": b"no picture"} if 6 <= number < 9 else members
+
+    folder, path = tools.write_folder(tmp_path / "bad", [3] * 4, change=spoil), tmp_path / "quarantine.jsonl"
+    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_bad_fraction=1.0, quarantine=path)
+    with pytest.raises(DataError, match="a stream of source 's' has no good sample") as caught:
         take(loader, 1)
-    assert "5 × no image" in str(caught.value)
-    assert "Traceback" not in str(caught.value)
+    assert caught.value.where == str(folder / "s-002.tar")
+    assert "5 × no image" in caught.value.why
+    assert str(path) in caught.value.why
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(entry["url"], entry["key"]) for entry in entries] == [
+        (str(folder / "s-002.tar"), key) for key in sorted(entry["key"] for entry in entries)
+    ]
+    assert len(entries) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_on_the_way_to_a_batch_that_never_comes_are_counted_and_listed(tools, tmp_path, cache, workers):
+    """The third of four streams has no good sample in its only pass."""
+    folder, path = (
+        tools.write_folder(
+            tmp_path / "bad",
+            [10] * 4,
+            change=lambda number, members: {**members, "cls": b"7"} if 20 <= number < 30 else members,
+        ),
+        tmp_path / "quarantine.jsonl",
+    )
+    options = {"streams": 4, "epochs": {"s": 1}, "max_bad_fraction": 0.2}
+    loader = tools.make_loader({"s": folder}, cache, workers=workers, quarantine=path, **options)
+    start = loader.state_dict()
+    assert take(loader, 1) == []
+    assert loader.quarantined == {"label out of range": 10}
+    assert loader.quarantined_samples == {"label out of range": 10}
+    assert loader.account.bad == 10
+    assert len(path.read_text().splitlines()) == 10
+    assert loader.state_dict() == start  # a resume goes on from what was handed out
+    with pytest.raises(DataError, match="ends before the first step") as caught:
+        loader.stop_if_bad(loader.account, begun=False)
+    assert caught.value.where == str(path)
+    assert caught.value.why == "10 × label out of range"
+    loader.load_state_dict(start)
+    assert loader.quarantined == {}
 
 
 def test_one_good_sample_in_every_pass_is_enough(tools, tmp_path, cache):
@@ -296,9 +350,11 @@ def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, match, f
     assert fix in caught.value.fix
 
 
-def test_fewer_shards_than_streams_and_no_source(tools, folder, cache):
-    with pytest.raises(DataError, match="10 shards cannot be dealt to 16 streams"):
-        tools.make_loader({"s": folder}, cache, streams=16, micro=16)
+def test_more_streams_than_shards_share_them_and_fewer_samples_than_streams_are_refused(tools, folder, cache):
+    batch = next(iter(tools.make_loader({"s": folder}, cache, streams=61, micro=61)))
+    assert len(set(batch.keys)) == 61  # of ten shards
+    with pytest.raises(DataError, match="61 samples cannot be dealt to 64 streams"):
+        tools.make_loader({"s": folder}, cache, streams=64, micro=64)
     with pytest.raises(ConfigError, match="the run has no data"):
         tools.make_loader({}, cache)
 

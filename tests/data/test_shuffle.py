@@ -157,7 +157,7 @@ def test_check_tells_it_too(tools, tmp_path):
     assert json.loads(done.stdout)["shuffle"] == wanted.to_json()
     told = CliRunner().invoke(shards_app, command)
     assert f"batch of 8: clumping {wanted.batch.clumping:.2f}" in told.stdout
-    # With the defaults, six shards cannot be dealt to eight streams: a note, since the samples are good.
+    # With the defaults, a batch is more than there is: a note, since the samples are good.
     plain = json.loads(CliRunner().invoke(shards_app, ["check", str(folder), "--workers", "1", "--json"]).stdout)
     assert plain["shuffle"] is None
     assert any("48 samples fill no more than one batch of 256" in note for note in plain["notes"])

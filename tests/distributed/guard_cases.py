@@ -117,7 +117,9 @@ class GuardCases(RankParts):
             preemption=preemption,
             fetcher=Fetcher(iter(())),
             saves=saves,
-            stream=SimpleNamespace(account=account, stop_if_bad=lambda total, reasons: judged.append(tuple(total))),
+            stream=SimpleNamespace(
+                account=account, stop_if_bad=lambda total, reasons, begun: judged.append(tuple(total))
+            ),
             _ending_together=nullcontext,
         )
         with (counter := Collectives()):

@@ -14,7 +14,7 @@ from launch import Job
 from shapes import metrics, train, write_run
 
 from m3i_scale.data.index import scan_shard
-from m3i_scale.data.order import deal
+from m3i_scale.data.order import StreamOrder, ends_of
 
 STREAMS, WORLD = 4, 2
 BAD_LABEL = b"99"
@@ -37,10 +37,11 @@ def bad_on_the_last_rank(shards: Path, copy: Path, split: str, is_bad: Callable[
     """A copy of the shards in which only streams of the last rank meet bad samples."""
     shutil.copytree(shards, copy)
     paths = sorted((copy / split).glob("*.tar"))
-    dealt = deal([len(scan_shard(path)) for path in paths], STREAMS, split)
-    for stream in range(STREAMS // WORLD, STREAMS):
-        for number in dealt[stream]:
-            relabel(paths[number], is_bad)
+    ends = ends_of([len(scan_shard(path)) for path in paths], STREAMS, split)
+    read = [set(StreamOrder(ends, stream, STREAMS, 1, 0).shards) for stream in range(STREAMS)]
+    first_of_last_rank = STREAMS // WORLD * (WORLD - 1)
+    for number in set().union(*read[first_of_last_rank:]) - set().union(*read[:first_of_last_rank]):
+        relabel(paths[number], is_bad)
     shutil.rmtree(copy / split / "index", ignore_errors=True)
     return copy
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from m3i_scale.config import load_run
 from m3i_scale.data.loader import merge_states
+from m3i_scale.data.stream import Account
 from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import supply
 from m3i_scale.run.check import make_plan
@@ -71,10 +72,21 @@ class Ends:
             yield self.at
 
     def state_dict(self):
-        return {"at": self.at}
+        return {"at": self.at, "streams": {"0": {"taken": self.at}}}
 
     def load_state_dict(self, state):
         self.at = state["at"]
+
+    account = Account(0, 3, 30)
+
+    @property
+    def quarantined(self):
+        return {"label out of range": 3}
+
+    def stop_if_bad(self, account, reasons, *, begun):
+        assert account == self.account
+        if not begun:
+            raise DataError(f"over before the first step: {reasons()}")
 
 
 @pytest.mark.parametrize(("batches", "others", "steps"), [(9, 4, 4), (8, 4, 4), (7, 4, 3), (9, 2, 2)])
@@ -88,6 +100,14 @@ def test_all_ranks_end_at_the_same_whole_step(monkeypatch, batches, others, step
         taken += [next(batches_of), next(batches_of)]
     assert taken == list(range(1, 2 * steps + 1))
     assert stream.at == 2 * steps  # what it was after the last whole step
+    assert batches_of.bad == 3
+
+
+def test_sources_that_end_before_the_first_step_are_no_finished_run(monkeypatch) -> None:
+    """Though every source may be read to its end: one stream has no good sample left."""
+    monkeypatch.setattr(supply, "agree", lambda *flags: flags)
+    with pytest.raises(DataError, match=r"before the first step: .*label out of range"):
+        supply.Supply(Ends(1), iter(Ends(1)), 2).ended()
 
 
 def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
