@@ -83,7 +83,7 @@ def load_towers(folder: Path, device: torch.device) -> Towers:
             fix="export the checkpoint anew",
         )
     target = next(item.name for item in objective.recipe.targets if item.modality == "text")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True, trust_remote_code=False)
     return Towers(objective.to(device).eval(), tokenizer, target, run.text.max_tokens, device)
 
 

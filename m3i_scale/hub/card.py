@@ -23,6 +23,9 @@ _PIPELINES = {
 }
 _HIDDEN_FIGURES = ("kind", "time", "step")
 
+OLDEST_TRANSFORMERS = "4.57"
+"""That loads every kind of export: the proof of them runs in it, too (tests/hub/test_oldest_transformers.py)."""
+
 
 def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
     """README.md of an export.
@@ -47,6 +50,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
     return environment.get_template("card.md.j2").render(
         name=source.run.name,
         version=__version__,
+        oldest_transformers=OLDEST_TRANSFORMERS,
         license=provenance["license"],
         architecture=config["architectures"][0],
         model_type=config["model_type"],

@@ -91,7 +91,7 @@ def write_folder(
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
-        tokenizer.save_pretrained(folder / next(part.folder for part in parts if "input_ids" in part.inputs))
+        write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
     if wanted.task == "features" and wanted.format == "transformers":
         found["heads"] = write_heads(folder / "heads", source, weights, dtype)
     return found
@@ -158,6 +158,16 @@ def write_processor(folder: Path, source: Source) -> None:
         image_std=list(augment.std),
         do_convert_rgb=True,
     ).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer's files; one of no model of its own under the name that every version of transformers knows."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":  # since 5
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
