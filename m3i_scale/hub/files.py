@@ -139,8 +139,10 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
 
 
 def _file_name(part: Part, key: str) -> str:
-    """The name in the file. CLIP's vision tower lies one level deeper there: `transformers` reads it so in every version,
-    and before 5 in no other way."""
-    towers = [name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)]
+    """The name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers` reads
+    that, and those before 5 nothing else."""
+    towers = [
+        name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
+    ]
     tower = next((tower for tower in towers if key.startswith(tower)), None)
     return key.removeprefix(part.strip) if tower is None else f"{tower}vision_model.{key.removeprefix(tower)}"

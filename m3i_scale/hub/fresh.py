@@ -127,13 +127,12 @@ def main(export: Path, work: Path) -> None:
 
     job = json.loads((work / "job.json").read_text(encoding="utf-8"))
     inputs, outputs = load_file(work / "inputs.safetensors"), {}
-    local = {"local_files_only": True, "trust_remote_code": False}
-    processor = AutoImageProcessor.from_pretrained(export, **local)
+    processor = AutoImageProcessor.from_pretrained(export, local_files_only=True, trust_remote_code=False)
     # The one that filters as training did; a timm folder's is of that kind anyway.
     exact = processor
     if not type(processor).__name__.startswith("TimmWrapper"):
         by_pillow: dict[str, Any] = {"use_fast": False} if __version__.startswith("4.") else {"backend": "pil"}
-        exact = AutoImageProcessor.from_pretrained(export, **local, **by_pillow)
+        exact = AutoImageProcessor.from_pretrained(export, local_files_only=True, trust_remote_code=False, **by_pillow)
     for path in sorted(work.glob("*.png")):
         with Image.open(path) as image:
             for name, chosen in (("pixels", processor), ("exact", exact)):
@@ -141,7 +140,9 @@ def main(export: Path, work: Path) -> None:
     report: dict[str, Any] = {"transformers": __version__, "processor": type(processor).__name__, "models": {}}
     if job["tokenizer"] is not None and (export / job["tokenizer"]).is_dir():
         captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(export / job["tokenizer"], **local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            export / job["tokenizer"], local_files_only=True, trust_remote_code=False
+        )
         tokens = dict(tokenizer(captions, padding=True, truncation=True, return_tensors="pt"))
         inputs |= {key: tokens[key].contiguous() for key in ("input_ids", "attention_mask")}
         outputs["tokens"] = inputs["input_ids"]

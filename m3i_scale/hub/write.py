@@ -111,10 +111,8 @@ def _in_timm(source: Source, wanted: Wanted) -> Part:
 
 def _vision_part(source: Source) -> Part:
     config = backbone_config(source.run.backbone)
-    names = class_names(source.label_sets)
-    if names:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+    # No classifier lies in the folder: with classes, a pipeline would add one with random weights and answer from it.
+    config.num_labels = 0
     kind, options = vision_class(config)
     model = empty(lambda: kind(config, **options))
     auto_map, files = model_files(config)
@@ -201,10 +199,3 @@ def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     if not recipe.get("teacher"):
         return recipe
     return recipe | {"teacher": {"from_pretrained": Path(recipe["teacher"]["from_pretrained"]).name}}
-
-
-def class_names(label_sets: dict[str, list[str]]) -> list[str]:
-    """Class names in the order of all label sets' logits side by side, told apart by set where there are several."""
-    if len(label_sets) == 1:
-        return list(next(iter(label_sets.values())))
-    return [f"{label_set}: {name}" for label_set, names in label_sets.items() for name in names]

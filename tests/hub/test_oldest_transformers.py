@@ -33,10 +33,7 @@ for line in sys.stdin:
 """
 CASES = (
     ("vit", "mean_pool", Wanted()),
-    ("vit", "class_token", Wanted("zero_shot")),
     ("vit", "class_token", Wanted("classification")),
-    ("vit", "mean_pool", Wanted("backbone")),
-    ("vit", "mean_pool", Wanted("classification", "timm")),
     ("dinov2", "mean_pool", Wanted(max_shard_size="20KB")),
     ("dinov2", "class_token", Wanted("classification")),
     ("dinov2", "mean_pool", Wanted("zero_shot")),
