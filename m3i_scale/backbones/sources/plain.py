@@ -132,8 +132,8 @@ def _grid_side(given: str, rows: int, facts: Facts) -> int:
             given,
             f"its table of positions has {rows} rows, and a bare file does not say what they are",
             f"{side} × {side} places, or a class token and {rows - 1} places of images that are not square",
-            fix="give a folder with this file as model.safetensors or pytorch_model.bin, and a config.json that tells timm"
-            ' what it is: {"architecture": "deit3_base_patch16_224"}',
+            fix="give a folder with this file as model.safetensors or pytorch_model.bin, and a config.json that tells"
+            ' timm what it is: {"architecture": "deit3_base_patch16_224"}',
         )
     return square_side(rows - (facts.class_row is not False), given, "its table of positions")
 
