@@ -144,7 +144,11 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             why="they would be random numbers, and so would the measures",
         )
     if getattr(model.config, "text_config", None) is not None:
-        raise ExportError(f"a {model.config.model_type} is no plain vision model", where=str(folder))
+        raise ExportError(
+            f"a {model.config.model_type} is no plain vision model",
+            where=str(folder),
+            fix="export it with --task features",
+        )
     return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
 
 

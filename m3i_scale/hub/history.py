@@ -31,7 +31,7 @@ def compute_of(source: Source) -> dict[str, Any]:
     """
     flop = seconds = per_step = None
     devices: set[str] = set()
-    for record, steps, world in _counted(source):
+    for record, steps, world, _ in _counted(source):
         per_step = record.get("flop_per_step", per_step)
         if isinstance(record.get("device"), str):
             devices.add(record["device"])
@@ -51,16 +51,15 @@ def compute_of(source: Source) -> dict[str, Any]:
 
 def supervision_of(source: Source) -> dict[str, float]:
     """By target, how many of the samples that were seen had it; empty where metrics.jsonl does not say it."""
-    optim = source.run.optim
     samples: dict[str, float] = {}
-    for record, steps, world in _counted(source):
+    for record, steps, world, micro_batch in _counted(source):
         if world is None:
             continue
         for target in source.recipe.targets:
             count = record.get(f"group/{target.name}/count")  # of a micro-batch of all ranks
             if isinstance(count, int | float):
-                share = count / (optim.micro_batch_size * world)
-                samples[target.name] = samples.get(target.name, 0.0) + share * steps * optim.batch_size
+                seen = steps * source.run.optim.batch_size
+                samples[target.name] = samples.get(target.name, 0.0) + seen * count / (micro_batch * world)
     return samples
 
 
@@ -86,16 +85,17 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None]]:
-    """Run and train records, the steps that each stands for, and the ranks that did them."""
-    world, before = source.meta.get("world_size"), 0
+def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
+    """Run and train records, the steps that each stands for, the ranks that did them, and a rank's micro-batch."""
+    world, micro_batch, before = source.meta.get("world_size"), source.run.optim.micro_batch_size, 0
     for record in _records(source.run_dir / "metrics.jsonl"):
         step = record.get("step", 0)
         if record.get("kind") == "run":
             world, before = record.get("world_size", world), step
-            yield record, 0, None
+            micro_batch = record.get("micro_batch_size", micro_batch)
+            yield record, 0, None, micro_batch
         elif record.get("kind") == "train" and step <= source.step:
-            yield record, step - before, world if isinstance(world, int) else None
+            yield record, step - before, world if isinstance(world, int) else None, micro_batch
             before = step
 
 
