@@ -154,7 +154,9 @@ def _trained_heads(
 ) -> tuple[Classifier | None, Towers | None, str | None]:
     """The trained classifier and both towers of a text target, where they are there and asked for; else why there are
     no towers."""
-    classifier, towers, no_towers = None, None, why_no_towers(folder)
+    classifier: Classifier | None = None
+    towers: Towers | None = None
+    no_towers = why_no_towers(folder)
     wants_text = no_towers is None and bool({"zero_shot", "retrieval"} & measures)
     if "classifier" in measures and has_own_head(folder):
         classifier = own_head(folder, vision)

@@ -73,8 +73,8 @@ class VisionModel:
 
     def _patches(self) -> int | None:
         if isinstance(self.model, TimmWrapperModel):
-            embedding = getattr(self.model.timm_model, "patch_embed", None)
-            return getattr(embedding, "num_patches", None)
+            patches: int | None = getattr(getattr(self.model.timm_model, "patch_embed", None), "num_patches", None)
+            return patches
         patch = getattr(self.model.config, "patch_size", None)
         return (self.size // patch) ** 2 if isinstance(patch, int) else None
 

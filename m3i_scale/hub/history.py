@@ -29,7 +29,9 @@ def compute_of(source: Source) -> dict[str, Any]:
         `steps`; `samples`; `flop`, of the model alone, recomputation not counted; `rank_hours`, by the duration of the
         logged steps, each counted for those since the record before it; `device` of a rank: `cpu`, or a GPU's name.
     """
-    flop = seconds = per_step = None
+    flop: float | None = None
+    seconds: float | None = None
+    per_step: Any = None
     devices: set[str] = set()
     for record, steps, world, _ in _counted(source):
         per_step = record.get("flop_per_step", per_step)
