@@ -135,7 +135,7 @@ def padded_tokens(folder: Path) -> int:
                 captions += [text.read().decode("utf-8")] if text is not None else []
         if len(captions) >= SAMPLED_CAPTIONS:
             break
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
     lengths = [min(len(ids), TOKENS) for ids in tokenizer(captions)["input_ids"]]
     longest = [max(lengths[start : start + BATCH]) for start in range(0, len(lengths), BATCH)]
     return round(statistics.fmean(longest))

@@ -28,8 +28,8 @@ def first_picture(shards: Path) -> Image.Image:
 
 def main(export: Path, shards: Path) -> None:
     """See the module."""
-    model = AutoModel.from_pretrained(export, local_files_only=True).eval()
-    processor = AutoImageProcessor.from_pretrained(export, local_files_only=True)
+    model = AutoModel.from_pretrained(export, local_files_only=True, trust_remote_code=False).eval()
+    processor = AutoImageProcessor.from_pretrained(export, local_files_only=True, trust_remote_code=False)
     inputs = processor(first_picture(shards), return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs).last_hidden_state

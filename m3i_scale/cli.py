@@ -294,7 +294,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Shards to measure on.")],
     train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probes learn from.")] = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="knn, linear, dense, zero_shot, retrieval. Default: all.")
+        list[str] | None, typer.Option(help="knn, linear, dense, classifier, zero_shot, retrieval. Default: all.")
     ] = None,
     pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
     baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
@@ -306,7 +306,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """What frozen features are worth: kNN, linear and dense probe, zero-shot, retrieval, with intervals by concept."""
+    """What frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a trained head
+    is right (top-1, top-5), with intervals by concept."""
     from m3i_scale.evaluate.commands import MEASURES
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render

@@ -131,3 +131,56 @@ def test_one_file_touches_the_internals_of_the_partition():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+LOADS = ("from_pretrained", "from_config")
+ROOT = PACKAGE.parent
+OWN_CODE = {"hub/fresh.py", "hub/fresh_programs.py"}
+"""Load a folder that this very package has just written, with code of its own where it put that there."""
+
+
+def trusting_loads(source: str, *, own_code: bool = False) -> list[int]:
+    """Lines that load by a class that may run code of what it loads, without saying that it must not."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADS):
+            continue
+        chosen = node.func.value
+        if isinstance(chosen, ast.Name) and not chosen.id.startswith("Auto"):
+            continue  # one class, whose code is installed
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        says = given.get("trust_remote_code")
+        never = isinstance(says, ast.Constant) and says.value is False
+        if not never and not (own_code and isinstance(says, ast.Name) and says.id == "own"):
+            lines.append(node.lineno)
+    return lines
+
+
+LOADING = [
+    path
+    for room in (PACKAGE, ROOT / "benchmarks", ROOT / "launchers", ROOT / "examples")
+    for path in room.rglob("*.py")
+]
+
+
+def test_no_load_runs_code_of_what_it_loads():
+    faults = {}
+    for path in LOADING:
+        own = path.is_relative_to(PACKAGE) and path.relative_to(PACKAGE).as_posix() in OWN_CODE
+        faults |= {f"{path}:{line}": line for line in trusting_loads(path.read_text(encoding="utf-8"), own_code=own)}
+    assert faults == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "faulty"),
+    [
+        ("AutoTokenizer.from_pretrained(folder)", True),
+        ("transformers.AutoModel.from_config(config, trust_remote_code=True)", True),
+        ("getattr(transformers, name).from_pretrained(folder, trust_remote_code=own)", True),
+        ("AutoModel.from_pretrained(folder, **options)", True),
+        ("AutoModel.from_pretrained(folder, trust_remote_code=False)", False),
+        ("ViTModel.from_pretrained(folder)", False),
+    ],
+)
+def test_a_load_that_may_run_code_is_found(source, faulty):
+    assert bool(trusting_loads(source)) is faulty

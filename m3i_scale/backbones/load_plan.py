@@ -47,6 +47,8 @@ class LoadPlan:
     report: dict[str, Any]
     where: str
     antialias: bool = True
+    class_row: bool = True
+    """As in `Source`."""
 
     @property
     def names(self) -> list[str]:
@@ -75,22 +77,24 @@ class LoadPlan:
                             fix="start from the weights before they were quantised",
                         )
                     yield (
-                        fit_positions(value, take.shape, self.antialias) if take.resized else value.reshape(take.shape)
+                        fit_positions(value, take.shape, antialias=self.antialias, class_row=self.class_row)
+                        if take.resized
+                        else value.reshape(take.shape)
                     )
 
 
-def fit_positions(table: Tensor, shape: Shape, antialias: bool) -> Tensor:
+def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bool) -> Tensor:
     """A table of positions for another grid: bicubic. The row of the class token is kept, or is nought.
 
     Args:
         table: (…, G² or 1 + G², D), row by row.
         shape: wanted, (…, 1 + N², D).
         antialias: whether a smaller grid is filtered.
+        class_row: whether the first row is that of the class token.
     """
     rows_LD = table.reshape(-1, shape[-1]).float()
-    has_class = not _is_square(len(rows_LD))
-    class_1D = rows_LD[:1] if has_class else torch.zeros(1, shape[-1])
-    grid_LD = rows_LD[1:] if has_class else rows_LD
+    class_1D = rows_LD[:1] if class_row else torch.zeros(1, shape[-1])
+    grid_LD = rows_LD[1:] if class_row else rows_LD
     old, new = math.isqrt(len(grid_LD)), math.isqrt(shape[-2] - 1)
     if old != new:
         map_1DHW = grid_LD.view(1, old, old, -1).permute(0, 3, 1, 2)
@@ -99,16 +103,13 @@ def fit_positions(table: Tensor, shape: Shape, antialias: bool) -> Tensor:
     return torch.cat([class_1D, grid_LD]).view(shape)
 
 
-def _is_square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
-
-
 @dataclass
 class Matching:
     """What has been found so far."""
 
     wanted: dict[str, Shape]
     positions: str | None = None
+    class_row: bool = True
     takes: dict[str, Take] = field(default_factory=dict)
     renamed: dict[str, list[str]] = field(default_factory=dict)
     resized: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -140,7 +141,7 @@ class Matching:
         if fits and _plain(share) == _plain(take.shape):
             self.takes[take.name] = take
         elif take.name == self.positions and shape[-1] == take.shape[-1]:
-            square_side(shape[-2] - (not _is_square(shape[-2])), take.tensor, "its table of positions")
+            square_side(shape[-2] - self.class_row, take.tensor, "its table of positions")
             self.takes[take.name] = Take(**{**vars(take), "resized": True})
             self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
         else:
@@ -190,6 +191,7 @@ def plan_model(
         all_placed: whether a tensor that finds no place is an error.
     """
     match = Matching({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, positions)
+    match.class_row = source.class_row
     place = source.place(model)
     files = source_files(source, where)
     for name, (path, shape) in read_headers(files, where).items():
@@ -221,7 +223,7 @@ def plan_model(
         "assumed": {name: f"{getattr(model.config, name)}: {why}" for name, why in source.assumed.items()},
         "normalisation": dict(source.normalisation),
     }
-    return LoadPlan(takes, report, where, source.antialias)
+    return LoadPlan(takes, report, where, source.antialias, source.class_row)
 
 
 def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> None:

@@ -303,8 +303,11 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Place, data: bytes) -> ShardIndex | None:
-    """An index out of the bytes of its file, which may be damaged or hostile; None where it is of another format, or its
-    scan did not look behind the end of a tar that has more there than padding.
+    """An index out of the bytes of its file, which may be damaged or hostile.
+
+    Returns:
+        None where it is of another format, or its scan did not look behind the end of a tar that has more there than
+        padding.
 
     Raises:
         ValueError: no index.

@@ -141,9 +141,13 @@ def _sha256(value: Any) -> str | None:
 
 def _load(name: str, where: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=os.path.isdir(name), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer '{name}': {error}", where=where) from None
+        # of a folder that brings code: transformers goes on to recommend running it
+        reason = "it brings code of its own" if "trust_remote_code" in str(error) else str(error)
+        raise ConfigError(f"cannot load the tokenizer '{name}': {reason}", where=where) from None
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer '{name}' has no padding token", where=where, fix="set pad_token in its files")
     return tokenizer

@@ -13,17 +13,18 @@ import torch
 from m3i_scale.data.places import Place
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate import measures as measure
+from m3i_scale.evaluate.classifier import Classifier, has_own_head, head_of_targets, measure_classifier, own_head
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
 from m3i_scale.evaluate.samples import Table, open_table
-from m3i_scale.evaluate.towers import Towers, load_towers, why_no_towers
+from m3i_scale.evaluate.towers import Towers, has_heads, load_objective, towers_of, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
 """What learns from training data."""
-MEASURES = (*PROBES, "zero_shot", "retrieval")
+MEASURES = (*PROBES, "classifier", "zero_shot", "retrieval")
 Baseline = Literal["none", "pixels"]
 Progress = Callable[[str, int], None]
 """Called with what is read ("data", "train data") and the number of samples so far."""
@@ -38,6 +39,7 @@ class _Job:
     clusters: Clusters
     towers: Towers | None
     no_towers: str | None
+    classifier: Classifier | None
     templates: tuple[str, ...]
 
 
@@ -55,7 +57,9 @@ def evaluate(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure what the frozen features of a model are worth. Changes nothing on disk; the same call, the same figures.
+    """Measure what the frozen features of a model are worth, and how often its trained head is right.
+
+    Changes nothing on disk; the same call, the same figures.
 
     Args:
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
@@ -84,10 +88,8 @@ def evaluate(
     train_table = open_table(train_data, "--train-data") if train_data is not None else None
     _refuse_same_shards(test_table, train_table)
     vision = load_vision(folder, pool, where)
-    wants_text = bool({"zero_shot", "retrieval"} & set(measures))
-    no_towers = why_no_towers(folder)
-    towers = load_towers(folder, where) if wants_text and no_towers is None else None
-    encoders = _encoders(vision, towers, baseline)
+    classifier, towers, no_towers = _trained_heads(folder, vision, set(measures), test_table.classes)
+    encoders = _encoders(vision, classifier, towers, baseline)
     dense = vision.with_patches if "dense" in measures and train_table is not None else None
     read = _Reader(vision.size, batch_size, dense, exclude_groups, progress)
     test = read(test_table, encoders, "data")
@@ -95,9 +97,10 @@ def evaluate(
         raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
     train = None
     if train_table is not None and set(PROBES) & set(measures):
-        train = read(train_table, {name: encode for name, encode in encoders.items() if name != "joint"}, "train data")
+        fitted = {name: encode for name, encode in encoders.items() if name in ("model", "pixels")}
+        train = read(train_table, fitted, "train data")
     _refuse_unknown_groups(exclude_groups, [test_table, *([train.table] if train else [])])
-    job = _Job(train, test, clusters_of(test_table), towers, no_towers, templates)
+    job = _Job(train, test, clusters_of(test_table), towers, no_towers, classifier, templates)
     found, absent, right = _measure(measures, "model", job)
     if not found:
         raise DataError(
@@ -146,8 +149,31 @@ class _Reader:
         return Side(table, features, collector.patches(), collector.fault)
 
 
-def _encoders(vision: VisionModel, towers: Towers | None, baseline: Baseline) -> dict[str, Encoder]:
+def _trained_heads(
+    folder: Path, vision: VisionModel, measures: set[str], classes: list[str]
+) -> tuple[Classifier | None, Towers | None, str | None]:
+    """The trained classifier and both towers of a text target, where they are there and asked for; else why there are
+    no towers."""
+    classifier: Classifier | None = None
+    towers: Towers | None = None
+    no_towers = why_no_towers(folder)
+    wants_text = no_towers is None and bool({"zero_shot", "retrieval"} & measures)
+    if "classifier" in measures and has_own_head(folder):
+        classifier = own_head(folder, vision)
+    elif has_heads(folder) and (wants_text or "classifier" in measures):
+        objective, run, label_sets = load_objective(folder, vision.device)
+        if "classifier" in measures and objective.recipe.uses_categories and label_sets:
+            classifier = head_of_targets(objective, label_sets, classes)
+        towers = towers_of(objective, run, folder, vision.device) if wants_text else None
+    return classifier, towers, no_towers
+
+
+def _encoders(
+    vision: VisionModel, classifier: Classifier | None, towers: Towers | None, baseline: Baseline
+) -> dict[str, Encoder]:
     encoders: dict[str, Encoder] = {"model": vision}
+    if classifier is not None:
+        encoders["classifier"] = classifier
     if towers is not None:
         encoders["joint"] = towers.images
     if baseline == "pixels":
@@ -166,11 +192,19 @@ def _measure(
         try:
             if name in PROBES:
                 found[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
+            elif name == "classifier":
+                found[name] = _of_head(job)
             else:
                 found[name] = _with_text(name, job)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
     return found, absent, right
+
+
+def _of_head(job: _Job) -> dict[str, Any]:
+    if job.classifier is None:
+        raise NotMeasuredError("the model folder has no trained classifier")
+    return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
 
 
 def _with_text(name: str, job: _Job) -> dict[str, Any]:

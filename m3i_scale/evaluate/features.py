@@ -13,12 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    TimmWrapperImageProcessor,
+    TimmWrapperModel,
+)
 
 from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
+from m3i_scale.objective.inputs import normalize
 
 Pool = Literal["mean", "cls", "both"]
 Encoder = Callable[[Tensor], Tensor]
@@ -50,12 +58,23 @@ class VisionModel:
         hidden, patches = self._hidden(images_BCHW), self._patches()
         return pool_tokens(hidden, patches, self.pool), patch_tokens(hidden, patches)
 
-    def _hidden(self, images_BCHW: Tensor) -> Tensor:
+    def pixels(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) at `size` → what the model reads, on its device."""
+        if isinstance(self.processor, TimmWrapperImageProcessor):  # it takes no options: it would cut once more
+            facts = self.processor.data_config
+            return normalize(images_BCHW.to(self.device), facts["mean"], facts["std"])
         inputs = self.processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
-        hidden: Tensor = self.model(pixel_values=inputs["pixel_values"].to(self.device)).last_hidden_state
+        pixels_BCHW: Tensor = inputs["pixel_values"].to(self.device)
+        return pixels_BCHW
+
+    def _hidden(self, images_BCHW: Tensor) -> Tensor:
+        hidden: Tensor = self.model(pixel_values=self.pixels(images_BCHW)).last_hidden_state
         return last_norm(self.model, hidden)
 
     def _patches(self) -> int | None:
+        if isinstance(self.model, TimmWrapperModel):
+            patches: int | None = getattr(getattr(self.model.timm_model, "patch_embed", None), "num_patches", None)
+            return patches
         patch = getattr(self.model.config, "patch_size", None)
         return (self.size // patch) ** 2 if isinstance(patch, int) else None
 
@@ -125,7 +144,11 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             why="they would be random numbers, and so would the measures",
         )
     if getattr(model.config, "text_config", None) is not None:
-        raise ExportError(f"a {model.config.model_type} is no plain vision model", where=str(folder))
+        raise ExportError(
+            f"a {model.config.model_type} is no plain vision model",
+            where=str(folder),
+            fix="export it with --task features",
+        )
     return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
 
 
@@ -138,6 +161,11 @@ def no_pooling_layer(folder: Path) -> dict[str, bool]:
 
 
 def _input_size(processor: Any, folder: Path) -> int:
+    if isinstance(processor, TimmWrapperImageProcessor):
+        _, height, width = processor.data_config["input_size"]
+        if height == width:
+            return int(height)
+        raise ExportError(f"its images are {height} × {width} pixels, and not square", where=str(folder))
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = dict(crop or processor.size)
     if size.get("shortest_edge"):

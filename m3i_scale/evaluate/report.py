@@ -13,6 +13,7 @@ _NAMES = {
     "knn": "kNN",
     "linear": "linear probe",
     "dense": "dense probe",
+    "classifier": "trained head",
     "zero_shot": "zero-shot",
     "retrieval": "retrieval",
 }
@@ -51,8 +52,10 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
             label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
-            guess = f"majority {figure.get('majority', figures['majority']):.3f}"
-            guess = guess if "majority" in figure else f"chance {figures['chance']:.3f}, {guess}"
+            own = "majority" in figure  # then the chance of the other figures is not this one's
+            chance = figure.get("chance", None if own else figures["chance"])
+            guess = f"majority {figure['majority'] if own else figures['majority']:.3f}"
+            guess = guess if chance is None else f"chance {chance:.3f}, {guess}"
             yield label, f"{figure['value']:.3f}", _interval(figure), guess
 
 

@@ -59,8 +59,16 @@ def why_no_towers(folder: Path) -> str | None:
     return f"the model folder has no {' and no '.join(absent)}: it is no export with a text target" if absent else None
 
 
-def load_towers(folder: Path, device: torch.device) -> Towers:
-    """The image and the text encoder of an export whose recipe has a text target.
+def has_heads(folder: Path) -> bool:
+    """Whether a model folder says what was trained on top of its features."""
+    return (folder / "heads" / "objective.json").is_file()
+
+
+def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:
+    """The training modules of an export of features, filled.
+
+    Returns:
+        The modules, what their run file said of them, and the class names by label set.
 
     Raises:
         ExportError: heads/objective.json is broken, or weights and recipe do not fit together.
@@ -82,9 +90,14 @@ def load_towers(folder: Path, device: torch.device) -> Towers:
             where=str(folder),
             fix="export the checkpoint anew",
         )
+    return objective.to(device).eval(), run, values["label_sets"]
+
+
+def towers_of(objective: Objective, run: RunConfig, folder: Path, device: torch.device) -> Towers:
+    """The image and the text encoder of an export whose recipe has a text target."""
     target = next(item.name for item in objective.recipe.targets if item.modality == "text")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True)
-    return Towers(objective.to(device).eval(), tokenizer, target, run.text.max_tokens, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True, trust_remote_code=False)
+    return Towers(objective, tokenizer, target, run.text.max_tokens, device)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -100,6 +113,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """By full name. The models are read by their stock classes: names in the files may be those of older versions."""
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
+        if not (place / "config.json").is_file():  # a recipe without text
+            continue
         model, info = AutoModel.from_pretrained(
             place,
             dtype=torch.float32,

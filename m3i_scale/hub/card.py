@@ -21,7 +21,10 @@ _PIPELINES = {
     "classification": "image-classification",
     "zero_shot": "zero-shot-image-classification",
 }
-_HIDDEN_FIGURES = ("kind", "time", "step")
+_KINDS = {"category": "class labels", "text": "captions", "image": "the image itself"}
+
+OLDEST_TRANSFORMERS = "4.57"
+"""That loads every kind of export: the proof of them runs in it, too (tests/hub/test_oldest_transformers.py)."""
 
 
 def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
@@ -47,6 +50,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
     return environment.get_template("card.md.j2").render(
         name=source.run.name,
         version=__version__,
+        oldest_transformers=OLDEST_TRANSFORMERS,
         license=provenance["license"],
         architecture=config["architectures"][0],
         model_type=config["model_type"],
@@ -61,20 +65,40 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         width=shape.hidden_size,
         patch=shape.patch_size,
         side=shape.image_size // shape.patch_size,
-        labels=len(config.get("id2label") or config.get("label_names") or ()) if source.label_sets else 0,
+        classes={name: len(names) for name, names in source.label_sets.items()},
         text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=describe(source.recipe),
         optim=source.run.optim.model_dump(mode="json"),
         datasets=json.dumps(sorted({str(item.get("dataset", item["name"])) for item in provenance["data"]})),
-        figures={key: value for key, value in provenance["figures"].items() if key not in _HIDDEN_FIGURES},
-        figures_step=provenance["figures"].get("step"),
+        supervision=list(_supervision(source, provenance)),
+        curve=_table(provenance["curve"]),
         evaluation=evaluation,
         evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],
         difference=max(provenance["verified"]["largest_output_difference"].values()),
         **{key: provenance[key] for key in _TAKEN_OVER},
     )
+
+
+def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Target, what it is taken from, samples that had it, and their share."""
+    seen = provenance["samples"]
+    for target in source.recipe.targets:
+        samples = provenance["supervision"].get(target.name)
+        if samples is not None and seen:
+            yield target.name, _KINDS[target.modality], f"{samples:,.0f}", f"{samples / seen:.1%}"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of figures under the names of all of them; where a row has none, nothing."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    body = [[_figure(row[name]) if name in row else "" for name in names] for row in rows]
+    return [names, *body] if rows else []
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else cell(value)
 
 
 def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str, str]]:

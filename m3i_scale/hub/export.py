@@ -22,16 +22,15 @@ from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
+from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of
 from m3i_scale.hub.programs import check_also, write_programs
 from m3i_scale.hub.push import PROVENANCE, listed_files, push
 from m3i_scale.hub.source import (
     Source,
-    compute_of,
     describe_data,
     evaluation_of,
     find_source,
     hash_folder,
-    last_figures,
     source_tokenizer,
 )
 from m3i_scale.hub.tensors import DTYPES
@@ -108,6 +107,7 @@ def export(
         facts["files"] = hash_folder(folder)
         text = json.dumps(facts, indent=1, ensure_ascii=False)
         (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+        _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return {"output": str(target), "bytes": size, "warning": _passed_over(source), **facts}
 
@@ -188,6 +188,8 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "data": describe_data(source),
         "figures": last_figures(source),
         "compute": compute_of(source),
+        "supervision": supervision_of(source),
+        "curve": curve_of(source),
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
         "files": hash_folder(folder),
     }
@@ -245,6 +247,15 @@ def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
             why="--overwrite would remove what something else wrote",
             fix="remove it yourself, or give another folder",
         )
+
+
+def _follow_umask(folder: Path) -> None:
+    """Files that libraries make by way of a temporary one can be read by their owner alone; the folder itself has what
+    the umask leaves."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _sweep(target: Path) -> None:

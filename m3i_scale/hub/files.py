@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.errors import ExportError
@@ -58,8 +58,8 @@ def write_part(
     fingerprints: dict[str, str] = {}
     distinct = Distinct()
     stored = _stored(part.model)
-    shapes = {_stripped(key, part.strip): shape for key, (shape, _) in stored.items()}
-    names = {_stripped(key, part.strip): key for key in stored}
+    names = {_file_name(part, key): key for key in stored}
+    shapes = {name: stored[key][0] for name, key in names.items()}
     plan = split_torch_state_dict_into_shards(
         {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()},
         filename_pattern="model{suffix}.safetensors",
@@ -138,5 +138,11 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
     return packed
 
 
-def _stripped(key: str, prefix: str) -> str:
-    return key.removeprefix(prefix)
+def _file_name(part: Part, key: str) -> str:
+    """The name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers` reads
+    that, and those before 5 nothing else."""
+    towers = [
+        name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
+    ]
+    tower = next((tower for tower in towers if key.startswith(tower)), None)
+    return key.removeprefix(part.strip) if tower is None else f"{tower}vision_model.{key.removeprefix(tower)}"

@@ -74,9 +74,8 @@ def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[st
     import transformers
 
     own = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
-    trust = {"trust_remote_code": own} if auto.startswith("Auto") else {}
     model, info = getattr(transformers, auto).from_pretrained(
-        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", **trust, **kwargs
+        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=own, **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 
@@ -124,23 +123,26 @@ def main(export: Path, work: Path) -> None:
     """See the module."""
     from PIL import Image
     from safetensors.torch import load_file, save_file
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, __version__
 
     job = json.loads((work / "job.json").read_text(encoding="utf-8"))
     inputs, outputs = load_file(work / "inputs.safetensors"), {}
-    processor = AutoImageProcessor.from_pretrained(export, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(export, local_files_only=True, trust_remote_code=False)
     # The one that filters as training did; a timm folder's is of that kind anyway.
     exact = processor
     if not type(processor).__name__.startswith("TimmWrapper"):
-        exact = AutoImageProcessor.from_pretrained(export, local_files_only=True, backend="pil")
+        by_pillow: dict[str, Any] = {"use_fast": False} if __version__.startswith("4.") else {"backend": "pil"}
+        exact = AutoImageProcessor.from_pretrained(export, local_files_only=True, trust_remote_code=False, **by_pillow)
     for path in sorted(work.glob("*.png")):
         with Image.open(path) as image:
             for name, chosen in (("pixels", processor), ("exact", exact)):
                 outputs[f"{name}.{path.stem}"] = chosen(image, return_tensors="pt")["pixel_values"].contiguous()
-    report: dict[str, Any] = {"processor": type(processor).__name__, "models": {}}
+    report: dict[str, Any] = {"transformers": __version__, "processor": type(processor).__name__, "models": {}}
     if job["tokenizer"] is not None and (export / job["tokenizer"]).is_dir():
         captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(export / job["tokenizer"], local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            export / job["tokenizer"], local_files_only=True, trust_remote_code=False
+        )
         tokens = dict(tokenizer(captions, padding=True, truncation=True, return_tensors="pt"))
         inputs |= {key: tokens[key].contiguous() for key in ("input_ids", "attention_mask")}
         outputs["tokens"] = inputs["input_ids"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +116,14 @@ def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+_KINDS = ("with_label", "with_caption")
+
+
+def _told(key: str, shards: dict[str, Any]) -> bool:
+    """Whether a manifest counts this; those that others have written need not."""
+    return key == "samples" or all(key in shard for shard in shards.values())
+
+
 def describe_data(source: Source) -> list[dict[str, Any]]:
     """What the shards beside every training source say about themselves, with a hash that names them exactly.
 
@@ -133,7 +140,11 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
             facts |= {
                 "manifest_sha256": hashlib.sha256(raw).hexdigest(),
                 "shards": len(shards),
-                "samples": sum(shard["samples"] for shard in shards.values()),
+                **{
+                    key: sum(shard[key] for shard in shards.values())
+                    for key in ("samples", *_KINDS)
+                    if _told(key, shards)
+                },
                 **{key: manifest[key] for key in ("split", "source", "licenses") if key in manifest},
                 "dataset": manifest.get("name", name),
             }
@@ -143,58 +154,6 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
             facts["note"] = f"the manifest cannot be read: {type(error).__name__}"
         described.append(facts)
     return described
-
-
-def last_figures(source: Source) -> dict[str, Any]:
-    """The last train record at or before the checkpoint's step in metrics.jsonl; empty where there is none."""
-    last: dict[str, Any] = {}
-    for record in _records(source.run_dir / "metrics.jsonl"):
-        if record.get("kind") == "train" and record.get("step", 0) <= source.step:
-            last = record
-    return last
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no such file."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line torn by a kill
-                continue
-            if isinstance(record, dict):
-                yield record
-
-
-def compute_of(source: Source) -> dict[str, Any]:
-    """What the training up to the checkpoint cost, by its own metrics.jsonl; None where that does not say it. Steps
-    that were done over, or that a rewind has undone, no longer stand there and do not count.
-
-    Returns:
-        `steps`; `samples`; `flop`, of the model alone, recomputation not counted; `gpu_hours`, by the duration of the
-        logged steps, each counted for those since the record before it.
-    """
-    flop = seconds = None
-    per_step, world, before = None, source.meta.get("world_size"), 0
-    for record in _records(source.run_dir / "metrics.jsonl"):
-        step = record.get("step", 0)
-        if record.get("kind") == "run":
-            per_step, world, before = record.get("flop_per_step", per_step), record.get("world_size", world), step
-        elif record.get("kind") == "train" and step <= source.step:
-            step_s = record.get("speed/step_s")
-            known = isinstance(step_s, int | float) and isinstance(world, int)
-            seconds = (seconds or 0.0) + step_s * (step - before) * world if known else seconds
-            before = step
-    if isinstance(per_step, int | float):
-        flop = per_step * source.step
-    return {
-        "steps": source.step,
-        "samples": source.step * source.run.optim.batch_size,
-        "flop": flop,
-        "gpu_hours": None if seconds is None else seconds / 3600,
-    }
 
 
 def evaluation_of(source: Source, given: Path | None = None) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ def write_folder(
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
-        tokenizer.save_pretrained(folder / next(part.folder for part in parts if "input_ids" in part.inputs))
+        write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
     if wanted.task == "features" and wanted.format == "transformers":
         found["heads"] = write_heads(folder / "heads", source, weights, dtype)
     return found
@@ -111,10 +111,8 @@ def _in_timm(source: Source, wanted: Wanted) -> Part:
 
 def _vision_part(source: Source) -> Part:
     config = backbone_config(source.run.backbone)
-    names = class_names(source.label_sets)
-    if names:
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: number for number, name in enumerate(names)}
+    # No classifier lies in the folder: with classes, a pipeline would add one with random weights and answer from it.
+    config.num_labels = 0
     kind, options = vision_class(config)
     model = empty(lambda: kind(config, **options))
     auto_map, files = model_files(config)
@@ -160,6 +158,16 @@ def write_processor(folder: Path, source: Source) -> None:
     ).save_pretrained(folder)
 
 
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer's files; one of no model of its own under the name that every version of transformers knows."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":  # since 5
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
     """objective.json, from which the joint space is built again, and the weights of heads, decoders and projections."""
     folder.mkdir()
@@ -191,10 +199,3 @@ def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     if not recipe.get("teacher"):
         return recipe
     return recipe | {"teacher": {"from_pretrained": Path(recipe["teacher"]["from_pretrained"]).name}}
-
-
-def class_names(label_sets: dict[str, list[str]]) -> list[str]:
-    """Class names in the order of all label sets' logits side by side, told apart by set where there are several."""
-    if len(label_sets) == 1:
-        return list(next(iter(label_sets.values())))
-    return [f"{label_set}: {name}" for label_set, names in label_sets.items() for name in names]

@@ -176,7 +176,7 @@ class FrozenTeacher(nn.Module):
     def __init__(self, config: Any, mean: tuple[float, ...], std: tuple[float, ...], grid: tuple[int, int]) -> None:
         super().__init__()
         with no_init_weights():
-            self.model = AutoModel.from_config(config)
+            self.model = AutoModel.from_config(config, trust_remote_code=False)
         self.mean, self.std, self.grid = mean, std, grid
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)

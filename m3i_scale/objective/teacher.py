@@ -102,7 +102,7 @@ def teacher_plan(recipe: Recipe) -> LoadPlan:
     source, config = (recipe.teacher.from_pretrained if recipe.teacher else ""), teacher_config(recipe)
     _check_outputs(config, source)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
     # A pooling layer is no part of the tokens that are read, and a head no part of the model.
     pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
     files = Source(source, "transformers", pretrained_folder(source, _WHERE), config, hub_places)
@@ -123,7 +123,7 @@ def _check_outputs(config: Any, source: str) -> None:
     if isinstance(getattr(config, "num_hidden_layers", None), int):
         shallow.num_hidden_layers = 1
     with torch.random.fork_rng():
-        model = AutoModel.from_config(shallow).eval()
+        model = AutoModel.from_config(shallow, trust_remote_code=False).eval()
         kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
         if kept:
             raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)

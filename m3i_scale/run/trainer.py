@@ -126,6 +126,7 @@ class Trainer:
             flop_per_step=self.work.flop["model"],
             peak_tflops=self.work.peak.tflops,
             peak_source=self.work.peak.source,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         )
         self.callbacks.on_start(info)
         status: Status | Literal["failed"] = "failed"

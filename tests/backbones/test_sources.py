@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Model, ViTModel
@@ -59,7 +60,7 @@ def test_a_bare_file(tmp_path: Path, wrapped: str | None) -> None:
     backbone = started(path, num_attention_heads=4)
     torch.testing.assert_close(backbone.last_hidden_state(IMAGES), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
     assert planned(path, num_attention_heads=4).report["assumed"].keys() == {
-        *("num_attention_heads", "hidden_act", "layer_norm_eps"),
+        *("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size"),
     }
 
 
@@ -77,6 +78,44 @@ def test_a_bare_file_of_a_published_size_knows_its_heads(tmp_path: Path) -> None
     model = timm_model(embed_dim=192, depth=12, num_heads=3)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     assert started(tmp_path / "vit.safetensors").model.config.num_attention_heads == 3
+
+
+def test_a_bare_file_whose_positions_may_be_those_of_another_grid_is_refused(tmp_path: Path) -> None:
+    """25 rows: 5 × 5 places without one for the class token, or 3 × 8 with one. A folder of timm says which."""
+    square = timm_model(no_embed_class=True, img_size=40)
+    wide = timm_model(img_size=(24, 64))
+    for name, model in {"square": square, "wide": wide}.items():
+        assert model.pos_embed.shape[1] == 25
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+        with pytest.raises(ConfigError, match="25 rows") as caught:
+            planned(tmp_path / f"{name}.safetensors", num_attention_heads=4)
+        assert "config.json" in caught.value.fix
+    assert planned(timm_folder(tmp_path / "square", square), image_size=64).report["resized"]
+    with pytest.raises(ConfigError, match="3 × 8 patches"):
+        planned(timm_folder(tmp_path / "wide", wide))
+    clip, _ = open_clip_model(image_size=(24, 64))
+    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
+    with pytest.raises(ConfigError, match="24 places"):
+        planned(tmp_path / "clip.safetensors", num_attention_heads=4, hidden_act="gelu")
+
+
+def test_positions_of_another_grid_than_the_configuration_says(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path, timm_model())
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"pos_embed": torch.ones(1, 25, 64)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="24 places"):
+        planned(folder)
+
+
+def test_a_bare_file_of_a_size_whose_norms_stand_behind(tmp_path: Path) -> None:
+    """EVA-02-E has the names and shapes of a ViT, and computes something else."""
+    with torch.device("meta"):
+        weights = timm.create_model("eva02_enormous_patch14_clip_224", num_classes=0).state_dict()
+    small = {name: torch.zeros(tuple(min(side, 1792 if name == "cls_token" else 8) for side in value.shape))
+             for name, value in weights.items()}  # fmt: skip
+    save_file(small, tmp_path / "eva.safetensors")
+    with pytest.raises(ConfigError, match="norms stand behind"):
+        planned(tmp_path / "eva.safetensors", num_attention_heads=16)
 
 
 OPEN_CLIP = {
@@ -165,8 +204,6 @@ REFUSED = {
 
 
 def _resnet():
-    import timm
-
     return timm.create_model("resnet18", num_classes=2)
 
 

@@ -374,6 +374,24 @@ def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
         find_tokenizer({}, str(tmp_path))
 
 
+def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_path, monkeypatch):
+    train_tokenizer(["one", "two"], tmp_path, 50)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    with pytest.raises(ConfigError, match="code of its own") as caught:
+        find_tokenizer({}, str(tmp_path))
+    assert caught.value.where == "text.tokenizer"
+    assert not ran.exists()
+
+
 def test_shards_replaced_by_others_of_the_same_size_are_told_from_bad_ones():
     error = too_many_bad({NOT_A_MEMBER: 59, "label out of range": 9}, 116, 0.05)
     assert "m3i-scale shards index" in error.fix

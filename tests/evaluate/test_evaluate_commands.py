@@ -64,6 +64,7 @@ def test_what_lacks_is_listed(result):
         "knn",
         "linear",
         "dense",
+        "classifier",
         "zero_shot",
         "retrieval",
     }

@@ -163,7 +163,15 @@ def run_dir(make_run, tmp_path_factory):
     folder, objective = make_run(tmp_path_factory.mktemp("runs") / "tiny")
     records = [
         {"kind": "run", "step": 0, "name": "tiny"},
-        {"kind": "train", "step": 10, "loss": 1.25, "intra/loss": 0.5},
+        {"kind": "train", "step": 1, "loss": 1.5, "group/text/loss": 3.0, "group/text/count": 64.0},
+        {
+            "kind": "train",
+            "step": 10,
+            "loss": 1.25,
+            "group/text/loss": 2.5,
+            "group/text/count": 32.0,
+            "memory_gib": 7.25,
+        },
         {"kind": "train", "step": 20, "loss": 0.75},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')

@@ -5,16 +5,18 @@ import shutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTModel, pipeline
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale.errors import CheckpointError, ExportError
 from m3i_scale.hub import export as export_module
 from m3i_scale.hub.card import cell, evaluation_rows
 from m3i_scale.hub.export import export
-from m3i_scale.hub.source import hash_folder
+from m3i_scale.hub.history import curve_of
+from m3i_scale.hub.source import find_source, hash_folder
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.output import leave_out_accelerator_warning
 
@@ -46,7 +48,7 @@ def test_folder_and_provenance(exported, run_dir):
     folder, result = exported
     config = json.loads((folder / "config.json").read_text())
     assert (config["architectures"], config["dtype"], config["image_size"]) == (["ViTModel"], "float32", 32)
-    assert config["id2label"] == {"0": "warm-things", "1": "cold-things", "2": "green-things"}
+    assert config["id2label"] == {}  # the classifier lies in heads/
     provenance = json.loads((folder / "export.json").read_text())
     files = hash_folder(folder)
     del files["export.json"]
@@ -56,6 +58,8 @@ def test_folder_and_provenance(exported, run_dir):
     assert provenance["figures"]["loss"] == 1.25
     assert provenance["data"][0]["samples"] == 54
     assert result["warning"] is None
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert modes == {folder.stat().st_mode & 0o666}
     for path in folder.rglob("*"):
         # nothing of the training machine goes with the weights
         assert path.is_dir() or str(run_dir[0]).encode() not in path.read_bytes(), path
@@ -72,6 +76,26 @@ def test_card(exported):
     assert exported[1]["data"][0]["manifest_sha256"] in body
     assert exported[1]["files"]["model.safetensors"] in body
     assert "had not been evaluated" in body
+    # 9 of 10 steps with a caption for half of the samples
+    assert exported[1]["supervision"] == {"text": pytest.approx(0.55 * 40_960)}
+    assert "| text | captions | 22,528 | 55.0% |" in body
+    assert "| things | things | 54 | 54 | 54 |" in body
+    assert [row["step"] for row in exported[1]["curve"]] == [1, 10]
+    assert "| 10 | 1.25 | 2.5 |" in body
+    assert "memory" not in body  # what a run looks like from inside is no figure of the model
+
+
+def test_a_pipeline_does_not_answer_from_a_head_that_nobody_trained(exported):
+    with pytest.raises(KeyError):
+        pipeline("image-classification", str(exported[0]))(Image.new("RGB", (40, 40)))
+
+
+def test_the_curve_is_short_however_long_the_run(run_dir, make_run, tmp_path):
+    folder, _ = make_run(tmp_path / "run", steps=(1000,))
+    lines = [{"kind": "train", "step": step, "loss": float(step)} for step in range(1, 1101)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = curve_of(find_source(folder))
+    assert [row["step"] for row in curve] == [1, *range(100, 1001, 100)]
 
 
 def test_a_cell_cannot_break_the_table():

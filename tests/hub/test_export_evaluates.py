@@ -7,12 +7,14 @@ from transformers import AutoTokenizer
 
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.towers import load_towers
+from m3i_scale.evaluate.samples import open_table, read_samples
+from m3i_scale.evaluate.towers import load_objective, towers_of
 
 
 def test_towers_are_the_trained_ones(exported, run_dir):
     folder, objective = exported[0], run_dir[1]
-    towers = load_towers(folder, torch.device("cpu"))
+    filled, run, _ = load_objective(folder, torch.device("cpu"))
+    towers = towers_of(filled, run, folder, torch.device("cpu"))
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(towers.images(images), objective.embed_images(images, "text"))
     captions = ["thing number 3", "cold things of a kind that is cut after some tokens and more"]
@@ -38,6 +40,16 @@ def test_all_measures_of_an_export(exported, shards):
     zero_shot = found["measures"]["zero_shot"]
     assert zero_shot["classes"] == ["warm-things", "cold-things", "green-things"]
     assert zero_shot["majority"] == pytest.approx(1 / 3)
+
+
+def test_the_trained_head_of_an_export(exported, run_dir, shards):
+    """It lies in heads/, and is asked about the data's classes."""
+    found = evaluate(exported[0], str(shards / "val"), measures=("classifier",))["measures"]["classifier"]
+    samples = list(read_samples(open_table(str(shards / "val"), "--data"), 32))
+    logits = run_dir[1].embed_images(torch.from_numpy(np.stack([sample.pixels for sample in samples])), "category")
+    right = logits.argmax(dim=1).numpy() == [sample.label for sample in samples]
+    assert found["top-1"]["value"] == pytest.approx(right.mean())
+    assert (found["classes"], found["label_set"], found["top-1"]["samples"]) == (3, "things", 18)
 
 
 def test_an_export_that_lost_its_heads(exported, shards, tmp_path):

@@ -87,10 +87,10 @@ def test_masks():
     assert masked("a question? 3 and hf_short") == "a question? 3 and hf_short"
 
 
-def write_metrics(folder, *, world_size, start, steps):
+def write_metrics(folder, *, world_size, start, steps, device=None):
     """As a run does it: seconds of a step by the step of the record."""
     writer = MetricsWriter()
-    writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, flop_per_step=2e12))
+    writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, flop_per_step=2e12, device=device))
     for step, step_s in steps.items():
         record = StepRecord(
             step=step,
@@ -114,14 +114,20 @@ def write_metrics(folder, *, world_size, start, steps):
     writer.on_end("finished")
 
 
-def test_compute_on_the_card(make_run, tmp_path, same_process):
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("cpu", "rank-hours on a CPU"), ("A100", "GPU-hours (A100)"), (None, "rank-hours (device not recorded)")],
+)
+def test_compute_on_the_card(make_run, tmp_path, same_process, device, told):
     folder, _ = make_run(tmp_path / "run")
-    write_metrics(folder, world_size=4, start=0, steps={4: 90.0})
-    write_metrics(folder, world_size=8, start=4, steps={10: 30.0, 12: 30.0})  # one after the checkpoint
+    write_metrics(folder, world_size=4, start=0, steps={4: 90.0}, device=device)
+    write_metrics(folder, world_size=8, start=4, steps={10: 30.0, 12: 30.0}, device=device)  # one after the checkpoint
     result = export(folder, tmp_path / "out")
-    assert result["compute"] == {"steps": 10, "samples": 40_960, "flop": 2e13, "gpu_hours": 0.8}
+    found = {"steps": 10, "samples": 40_960, "flop": 2e13, "rank_hours": 0.8, "device": device}
+    assert result["compute"] == found
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| GPU-hours | 0.8 |" in card
+    assert f"| {told} | 0.8 |" in card
+    assert ("GPU" in card) is (device == "A100")
     assert "| floating-point operations of the model | 2e+13 |" in card
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,8 +17,12 @@ from transformers import (
     AutoModelForImageClassification,
     pipeline,
 )
+from weights import started
 
 from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.evaluate.features import load_vision
+from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.hub.export import export
 from m3i_scale.hub.verify import real_pictures
 from m3i_scale.hub.write import Wanted
@@ -132,6 +137,30 @@ def test_timm_features(runs, tmp_path, same_process, kind):
         wanted = torch.cat(objective.student.encode_whole(pixels), dim=1)
         torch.testing.assert_close(model.forward_features(pixels), wanted, atol=1e-5, rtol=1e-4)
     assert model.pretrained_cfg["mean"] == pytest.approx(objective.mean)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [("vit", "mean_pool"), ("vit", "class_token"), ("dinov2", "mean_pool"), ("internimage", "mean_pool")],
+)
+def test_a_classifier_is_evaluated_and_trained_further(runs, shards, tmp_path, same_process, kind, pool):
+    """Its head's top-1 is that of the trained head, its features are the backbone's, and a run starts from them."""
+    folder, objective = runs(kind, pool)
+    export(folder, tmp_path / "out", wanted=Wanted("classification"))
+    found = evaluate(tmp_path / "out", str(shards / "val"), train_data=str(shards / "train"), measures=("classifier",))
+    table = open_table(str(shards / "val"), "--data")
+    read = list(read_samples(table, objective.student.image_size))
+    images = torch.from_numpy(np.stack([sample.pixels for sample in read]))
+    right = objective.embed_images(images, "category").argmax(dim=1) == torch.tensor(table.labels)
+    assert found["measures"]["classifier"]["top-1"]["value"] == pytest.approx(right.float().mean().item())
+    pixels = normalize(images, objective.mean, objective.std)
+    with torch.no_grad():
+        patches = objective.student.encode_whole(pixels)[1]
+        if kind != "internimage":  # its features are another map than its dense tokens
+            vision = load_vision(tmp_path / "out", "mean", torch.device("cpu"))
+            torch.testing.assert_close(vision(images), patches.mean(dim=1), atol=1e-5, rtol=1e-4)
+        further = started(tmp_path / "out", **({"fusion_width": 64} if kind == "internimage" else {}))
+        torch.testing.assert_close(further.encode_whole(pixels)[1], patches, atol=1e-5, rtol=1e-4)
 
 
 def test_timm_classifier(runs, tmp_path, same_process):

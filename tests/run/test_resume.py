@@ -111,6 +111,8 @@ def test_the_run_tells_its_phases_and_its_share_of_the_peak(reference: Path) -> 
     lines = [json.loads(line) for line in (reference.parent / "out" / "metrics.jsonl").read_text().splitlines()]
     start = next(line for line in lines if line["kind"] == "run")
     assert start["peak_source"] == "measured"
+    assert start["device"]
+    assert start["micro_batch_size"]
     for line in (line for line in lines if line["kind"] == "train"):
         phases = {key.removeprefix("phases/"): value for key, value in line.items() if key.startswith("phases/")}
         assert set(phases) == set(PHASES)

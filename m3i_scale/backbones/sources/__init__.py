@@ -36,7 +36,7 @@ def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.fr
     values, clip = read_json(folder / "config.json"), read_json(folder / "open_clip_config.json")
     if clip and values.get("model_type") not in _STOCK:  # a folder may hold one model in both forms
         return open_clip_folder(given, folder, clip, fields)
-    if "architecture" in values and "model_type" not in values:
+    if "architecture" in values and values.get("model_type") in (None, "timm_wrapper"):
         return timm_folder(given, folder, values, fields)
     return hub_source(given, folder, where)
 

@@ -36,6 +36,8 @@ class Source:
     """Configuration fields that the source does not state, with the reason for the value; a run file may set them."""
     zeros: tuple[tuple[str, str], ...] = ()
     """(pattern, reason) of parameters that the source has not and that are nought there."""
+    class_row: bool = True
+    """Whether the class token has a row in the source's table of positions."""
     antialias: bool = True
     """Whether its code base filters a position table that becomes smaller."""
     normalisation: Mapping[str, list[float]] = field(default_factory=dict)

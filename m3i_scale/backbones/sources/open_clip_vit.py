@@ -64,7 +64,8 @@ def open_clip_source(
     if prefix is None:
         raise refusal(given, "it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
     names = NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
-    config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
+    facts = replace(facts or Facts(), class_row=True)
+    config, assumed, zeros = plain_config(given, names, shapes, facts, fields, _REFUSED)
     ours = OURS[type(config)]
     return Source(
         given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros

@@ -29,6 +29,8 @@ class Facts:
     heads: int | None = None
     hidden_act: str | None = None
     layer_norm_eps: float | None = None
+    class_row: bool | None = None
+    """Whether the class token has a row in the table of positions."""
 
 
 def plain_config(
@@ -59,18 +61,18 @@ def plain_config(
     _require(given, parts)
     width, depth = parts["class"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
     patch = _patch_side(given, parts["patch.weight"])
-    rows = parts["positions"][-2]
-    class_rows = 0 if _is_square(rows) else 1
+    assumed: dict[str, str] = {}
     common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": depth,
         "patch_size": patch,
-        "image_size": patch * square_side(rows - class_rows, given, "its table of positions"),
+        "image_size": patch * _grid_side(given, parts["positions"][-2], facts),
     }
+    if facts.class_row is None:
+        assumed["image_size"] = "a bare file does not say its grid: its places beside the class token as a square"
     pre_norm = "pre_norm.weight" in parts
     # All that shapes say comes first: what is no stock model here need not be told its heads.
     kind, own = (_clip if pre_norm else _dinov2 if "0.scale1" in parts else _vit)(given, parts, width)
-    assumed: dict[str, str] = {}
     common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(given, pre_norm, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
@@ -123,8 +125,17 @@ def _patch_side(given: str, shape: tuple[int, ...]) -> int:
     return shape[3]
 
 
-def _is_square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
+def _grid_side(given: str, rows: int, facts: Facts) -> int:
+    if facts.class_row is None and math.isqrt(rows) ** 2 == rows:
+        side = math.isqrt(rows)
+        raise refusal(
+            given,
+            f"its table of positions has {rows} rows, and a bare file does not say what they are",
+            f"{side} × {side} places, or a class token and {rows - 1} places of images that are not square",
+            fix="give a folder with this file as model.safetensors or pytorch_model.bin, and a config.json that tells"
+            ' timm what it is: {"architecture": "deit3_base_patch16_224"}',
+        )
+    return square_side(rows - (facts.class_row is not False), given, "its table of positions")
 
 
 def _heads(given: str, width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> int:

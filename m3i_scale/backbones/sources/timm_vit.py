@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -34,6 +35,8 @@ _LEFT_OUT = (
     (r"mask_token$", "mask token: hidden patches are left out here"),
     (r"lm_head\.", "head of its pre-training"),
 )
+_POST_NORM = {(1792, 64): "EVA-02-E"}
+"""Published sizes, (width, depth)."""
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 """What stock configurations call them."""
 
@@ -62,11 +65,31 @@ def timm_source(
     if prefix is None:
         raise refusal(given, "it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
     names = _names(prefix, shapes)
+    _refuse_post_norm(given, prefix, shapes)
     config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
     ours = OURS[type(config)]
     return Source(
-        given, "timm", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros
+        given,
+        "timm",
+        place,
+        config,
+        lambda _: lambda name: names.place(name, ours),
+        assumed=assumed,
+        zeros=zeros,
+        class_row=facts is None or facts.class_row is not False,
     )
+
+
+def _refuse_post_norm(given: str, prefix: str, shapes: Shapes) -> None:
+    """Norms behind attention and MLP have the names and shapes of those in front: only the size tells."""
+    width = shapes.get(f"{prefix}cls_token", (0,))[-1]
+    depth = sum(re.fullmatch(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)
+    if (width, depth) in _POST_NORM:
+        raise refusal(
+            given,
+            f"{depth} layers of width {width} are {_POST_NORM[width, depth]}: its norms stand behind attention and MLP",
+            "those of the stock models stand in front, and no shape differs",
+        )
 
 
 def _names(prefix: str, shapes: Shapes) -> NameMap:
@@ -156,12 +179,16 @@ def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes,
         raise refusal(given, f"'{architecture}' has a {type(model.blocks[0]).__name__}", "a plain ViT has none")
     if getattr(model, "rope", None) is not None:
         raise refusal(given, f"'{architecture}' rotates queries and keys by position", "the stock models do not")
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _facts(given, model.blocks[0])
+    rows, columns = model.patch_embed.grid_size
+    if rows != columns:
+        raise refusal(given, f"its images have {rows} × {columns} patches", "a backbone's grid is square")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _facts(given, model)
 
 
-def _facts(given: str, block: Any) -> Facts:
+def _facts(given: str, model: Any) -> Facts:
     from timm.layers import GluMlp
 
+    block = model.blocks[0]
     act = type(block.mlp.act).__name__
     if act == "GELU" and block.mlp.act.__dict__.get("approximate", "none") == "tanh":
         act = "GELUTanh"
@@ -171,4 +198,4 @@ def _facts(given: str, block: Any) -> Facts:
         raise refusal(
             given, f"its MLP is gated by {act}", "a gate of the stock models is SiLU whatever `hidden_act` says"
         )
-    return Facts(int(block.attn.num_heads), _ACTIVATIONS[act], float(block.norm1.eps))
+    return Facts(int(block.attn.num_heads), _ACTIVATIONS[act], float(block.norm1.eps), not model.no_embed_class)

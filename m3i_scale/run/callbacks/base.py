@@ -41,6 +41,8 @@ class RunInfo:
     """Of one rank's device, in 10¹² FLOPs a second; what MFU is a share of."""
     peak_source: str | None = None
     """`measured`, `given`, or the preset."""
+    device: str | None = None
+    """What a rank computes on: `cpu`, or the name of rank 0's GPU."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""The trained head of a model folder: is the right class the first that it names, or among the first five?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForImageClassification
+
+from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.features import Encoder, VisionModel
+from m3i_scale.evaluate.intervals import Clusters, mean_interval
+from m3i_scale.evaluate.measures import NotMeasuredError, Side
+from m3i_scale.objective.information import Objective
+
+DEPTHS = (1, 5)
+
+
+@dataclass
+class Classifier:
+    """A head, and what its classes are called."""
+
+    logits: Encoder
+    classes: list[str]
+    label_set: str | None = None
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) at the model's size → numbers of the classes that come first, best first (B, ≤ 5)."""
+        return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
+
+
+def has_own_head(folder: Path) -> bool:
+    """Whether the folder is that of an image classifier."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return any(str(name).endswith("ForImageClassification") for name in values.get("architectures") or ())
+
+
+def own_head(folder: Path, vision: VisionModel) -> Classifier:
+    """The head of a stock image classifier.
+
+    Raises:
+        ExportError: its weights do not fill it.
+    """
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"the classifier does not load: {str(error).splitlines()[0]}", where=str(folder)) from None
+    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
+    if faulty:
+        raise ExportError(f"{len(faulty)} tensors do not fill the classifier, e.g. {faulty[0]}", where=str(folder))
+    model = model.to(vision.device).eval()
+    names: dict[int, str] = model.config.id2label
+
+    def logits(images_BCHW: Tensor) -> Tensor:
+        found: Tensor = model(pixel_values=vision.pixels(images_BCHW)).logits
+        return found
+
+    return Classifier(logits, [str(names[number]) for number in range(len(names))])
+
+
+def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], classes: list[str]) -> Classifier:
+    """The head of a category target, kept beside the features of an export.
+
+    Args:
+        objective: put together from `heads/`.
+        label_sets: class names by label set, in the order of the head.
+        classes: of the test data; with several label sets the first one that has them all is taken.
+    """
+    target = next(item.name for item in objective.recipe.targets if item.modality == "category")
+    chosen = next((name for name, own in label_sets.items() if set(classes) <= set(own)), next(iter(label_sets)))
+    before = list(label_sets)[: list(label_sets).index(chosen)]
+    start = sum(len(label_sets[name]) for name in before)
+    end = start + len(label_sets[chosen])
+    device = next(objective.parameters()).device
+
+    def logits(images_BCHW: Tensor) -> Tensor:
+        return objective.embed_images(images_BCHW.to(device), target)[:, start:end]
+
+    return Classifier(logits, label_sets[chosen], chosen)
+
+
+def measure_classifier(
+    classifier: Classifier, ranked_NK: NDArray[np.float32], test: Side, clusters: Clusters
+) -> dict[str, Any]:
+    """Top-1 and, with more than five classes, top-5 accuracy among all classes of the head.
+
+    Args:
+        classifier: the head.
+        ranked_NK: what it gave for the test samples.
+        test: the test samples.
+        clusters: what they belong to.
+
+    Raises:
+        NotMeasuredError: no labels, or classes that the head does not know by name.
+    """
+    asked = test.labelled()
+    if not len(asked):
+        raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
+    truth_M = _numbers_in_head(test.table.classes, test.table.label_array[asked], classifier.classes)
+    right_MK = ranked_NK[asked].astype(np.int64) == truth_M[:, None]
+    commonest = np.sort(np.bincount(truth_M))[::-1] / len(truth_M)
+    figures: dict[str, Any] = {}
+    for depth in (depth for depth in DEPTHS if depth == 1 or depth < len(classifier.classes)):
+        estimate = mean_interval(right_MK[:, :depth].any(axis=1), clusters.take(asked)).as_dict()
+        guess = {"chance": depth / len(classifier.classes), "majority": float(commonest[:depth].sum())}
+        figures[f"top-{depth}"] = {**estimate, **guess}
+    known = {} if classifier.label_set is None else {"label_set": classifier.label_set}
+    return {**figures, "classes": len(classifier.classes), **known}
+
+
+def _numbers_in_head(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
+    if classes == head:
+        return labels_M
+    number_of = {name: number for number, name in enumerate(head)}
+    present = [classes[label] for label in np.unique(labels_M)]
+    unknown = [name for name in present if name not in number_of]
+    if unknown:
+        raise NotMeasuredError(
+            f"the trained head does not know {len(unknown)} of the {len(present)} classes of the test data, e.g."
+            f" '{unknown[0]}'; its own are called '{head[0]}', …"
+        )
+    if len(number_of) < len(head):
+        raise NotMeasuredError("several classes of the trained head have one name, and labels.json is not in its order")
+    return np.asarray([number_of[classes[label]] for label in labels_M], dtype=np.int64)

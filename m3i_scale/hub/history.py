@@ -1,0 +1,115 @@
+"""What metrics.jsonl says of the training up to a checkpoint: its cost, what it learnt from, its losses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.hub.source import Source
+
+CURVE_ROWS = 10
+
+
+def last_figures(source: Source) -> dict[str, Any]:
+    """The last train record at or before the checkpoint's step; empty where there is none."""
+    last: dict[str, Any] = {}
+    for record in _trained(source):
+        last = record
+    return last
+
+
+def compute_of(source: Source) -> dict[str, Any]:
+    """What the training up to the checkpoint cost; None where metrics.jsonl does not say it. Steps that were done over,
+    or that a rewind has undone, no longer stand there and do not count.
+
+    Returns:
+        `steps`; `samples`; `flop`, of the model alone, recomputation not counted; `rank_hours`, by the duration of the
+        logged steps, each counted for those since the record before it; `device` of a rank: `cpu`, or a GPU's name.
+    """
+    flop: float | None = None
+    seconds: float | None = None
+    per_step: Any = None
+    devices: set[str] = set()
+    for record, steps, world, _ in _counted(source):
+        per_step = record.get("flop_per_step", per_step)
+        if isinstance(record.get("device"), str):
+            devices.add(record["device"])
+        step_s = record.get("speed/step_s")
+        if isinstance(step_s, int | float) and world is not None:
+            seconds = (seconds or 0.0) + step_s * steps * world
+    if isinstance(per_step, int | float):
+        flop = per_step * source.step
+    return {
+        "steps": source.step,
+        "samples": source.step * source.run.optim.batch_size,
+        "flop": flop,
+        "rank_hours": None if seconds is None else seconds / 3600,
+        "device": ", ".join(sorted(devices)) or None,
+    }
+
+
+def supervision_of(source: Source) -> dict[str, float]:
+    """By target, how many of the samples that were seen had it; empty where metrics.jsonl does not say it."""
+    samples: dict[str, float] = {}
+    for record, steps, world, micro_batch in _counted(source):
+        if world is None:
+            continue
+        for target in source.recipe.targets:
+            count = record.get(f"group/{target.name}/count")  # of a micro-batch of all ranks
+            if isinstance(count, int | float):
+                seen = steps * source.run.optim.batch_size
+                samples[target.name] = samples.get(target.name, 0.0) + seen * count / (micro_batch * world)
+    return samples
+
+
+def curve_of(source: Source) -> list[dict[str, Any]]:
+    """Step, loss and the targets' losses: of the first record, and of the last one in every tenth of the training."""
+    rows: dict[int, dict[str, Any]] = {}
+    for record in _trained(source):
+        rows[0 if not rows else math.ceil(record["step"] * CURVE_ROWS / source.step)] = record
+    losses = {target.name: f"group/{target.name}/loss" for target in source.recipe.targets}
+    return [
+        {
+            "step": row["step"],
+            "loss": row.get("loss"),
+            **{name: row[key] for name, key in losses.items() if key in row},
+        }
+        for row in rows.values()
+    ]
+
+
+def _trained(source: Source) -> Iterator[dict[str, Any]]:
+    for record in _records(source.run_dir / "metrics.jsonl"):
+        if record.get("kind") == "train" and record.get("step", 0) <= source.step:
+            yield record
+
+
+def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
+    """Run and train records, the steps that each stands for, the ranks that did them, and a rank's micro-batch."""
+    world, micro_batch, before = source.meta.get("world_size"), source.run.optim.micro_batch_size, 0
+    for record in _records(source.run_dir / "metrics.jsonl"):
+        step = record.get("step", 0)
+        if record.get("kind") == "run":
+            world, before = record.get("world_size", world), step
+            micro_batch = record.get("micro_batch_size", micro_batch)
+            yield record, 0, None, micro_batch
+        elif record.get("kind") == "train" and step <= source.step:
+            yield record, step - before, world if isinstance(world, int) else None, micro_batch
+            before = step
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no such file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:  # a line torn by a kill
+                continue
+            if isinstance(record, dict):
+                yield record
