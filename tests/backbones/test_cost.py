@@ -43,7 +43,9 @@ def test_multiply_adds_are_those_of_published_transformers(preset: str, publishe
     assert row["mask_cell"] == row["patch_size"]
 
 
-@pytest.mark.parametrize("preset", ["vit-s/16", "eva-g/14", "clip-b/32", "dinov2-s/14", "internimage-t", "internimage-h"])
+@pytest.mark.parametrize(
+    "preset", ["vit-s/16", "eva-g/14", "clip-b/32", "dinov2-s/14", "internimage-t", "internimage-h"]
+)
 def test_a_backward_pass_has_twice_the_products_of_the_forward_pass(preset: str) -> None:
     config = backbone_config(BackboneConfig(preset=preset))
     with torch.device("meta"), counter() as counted:
