@@ -18,7 +18,7 @@ _PASSES = {"all-reduce": 2, "all-reduce of the step": 2, AVERAGED: 2}
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way in which NCCL sends, in the numbers of its own tuner (`src/graph/tuning.cc`, version 2.20, NVLink within a
+    """A way in which NCCL sends, in the numbers of its own tuner (`src/graph/tuning.cc` at b647562, NVLink within a
     node). Latencies in µs."""
 
     ring_us: float
