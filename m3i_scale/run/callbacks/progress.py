@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
@@ -17,15 +18,25 @@ from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
 
 
-class _Bar(Progress):
-    """A bar with the newest figures under it, broken between figures where the terminal ends."""
+@dataclass(frozen=True)
+class _Figures:
+    """Figures of a step, broken between them where the terminal ends."""
 
-    figures: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n".join(filled(self.parts, options.max_width)))
+
+
+class _Bar(Progress):
+    """A bar with the newest figures under it."""
+
+    figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bar, then the figures."""
         yield self.make_tasks_table(self.tasks)
-        yield Text("\n".join(filled(self.figures, self.console.width)))
+        yield self.figures
 
 
 class ProgressDisplay(Callback):
@@ -88,7 +99,7 @@ class ProgressDisplay(Callback):
         if self._bar is None:
             self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
         else:
-            self._bar.figures = figures
+            self._bar.figures = _Figures(figures)
             self._bar.update(self._task, completed=record.step, description=rate, left=left)
 
     def _left(self, step: int, step_s: float) -> str:
