@@ -34,6 +34,7 @@ from m3i_scale.run.planning import (
 )
 from m3i_scale.scale.ds_config import load_ds_config
 from m3i_scale.scale.plan.communication import Traffic, step_traffic
+from m3i_scale.scale.plan.hardware import hardware
 
 RUN, POLICY = "m3i_vit_g14", "full"
 RANKS_PER_NODE, MICRO_BATCH = 8, 32
@@ -53,12 +54,13 @@ class Fabric:
 
     intra_gb_s: float
     inter_gb_s: float
-    latency_us: float
+    latency_us: float | None = None
+    """None: what NCCL's tuner takes."""
 
 
 FABRICS = {
-    "400 Gb/s a GPU": Fabric(450.0, 50.0, 4.0),
-    "200 Gb/s a GPU": Fabric(450.0, 25.0, 4.0),
+    "400 Gb/s a GPU": Fabric(450.0, 50.0),
+    "200 Gb/s a GPU": Fabric(450.0, 25.0),
     "100 Gb/s a node": Fabric(450.0, 12.5 / RANKS_PER_NODE, 30.0),
 }
 """NVLink within the node. The last is Ethernet, with a latency of TCP."""
@@ -86,7 +88,7 @@ def main(
         tables = make_tables(Path(folder), wanted)
     if write is not None:
         write.write_text(with_tables(write.read_text(encoding="utf-8"), tables), encoding="utf-8")
-    assumed = {"mfu": 0.4, "sample_kb": SAMPLE_KB, "storage_gb_s": STORAGE_GB_S, "stall_s": STALL_S}
+    assumed = {"mfu": hardware("h100").mfu, "sample_kb": SAMPLE_KB, "storage_gb_s": STORAGE_GB_S, "stall_s": STALL_S}
     assumed |= {"restart_s": RESTART_S, "dollars_per_gpu_hour": DOLLARS, "mtbf_hours_node": MTBF_HOURS}
     emit({"tables": {name: {"columns": t[0], "rows": t[1:]} for name, t in tables.items()}, "assumed": assumed})
 
@@ -161,8 +163,9 @@ def compressed(collectives: tuple[Traffic, Traffic]) -> tuple[Traffic, Traffic]:
     found = []
     for traffic in collectives:
         less = Traffic()
-        for kind, size in traffic.bytes.items():
-            less.add(kind, size // factors.get(kind, 1), traffic.calls[kind])
+        for kind, sizes in traffic.sizes.items():
+            for size, calls in sizes.items():
+                less.add(kind, size * calls / factors.get(kind, 1), calls)
         found.append(less)
     return found[0], found[1]
 
@@ -174,7 +177,6 @@ def machine(gpus: int, fabric: Fabric) -> Machine:
         nodes=gpus // RANKS_PER_NODE,
         ranks_per_node=RANKS_PER_NODE,
         memory_gib=80.0,
-        mfu=0.4,
         intra_gb_s=fabric.intra_gb_s,
         inter_gb_s=fabric.inter_gb_s,
         latency_us=fabric.latency_us,

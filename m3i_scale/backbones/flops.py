@@ -18,6 +18,16 @@ def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
     return 2 * torch.Size(_shape(index)).numel() * _shape(weight)[1]
 
 
+def _bag_backward(gradient: Any, index: Any, *_: Any, **__: Any) -> int:
+    """Of the gradient of the rows: a product and a sum for every row that was fetched."""
+    return 2 * torch.Size(_shape(index)).numel() * _shape(gradient)[-1]
+
+
+def _bag_weights_backward(gradient: Any, _weight: Any, index: Any, *_: Any, **__: Any) -> int:
+    """Of the gradient of the weights of a bag: a product with every row that was fetched."""
+    return _bag_backward(gradient, index)
+
+
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Of fused attention: its two matrix products."""
     return int(sdpa_flop_count(_shape(query), _shape(key), _shape(value)))
@@ -30,12 +40,39 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return int(sdpa_backward_flop_count(*shapes)) - again
 
 
+def _convolution_backward(
+    gradient: Any,
+    image: Any,
+    weight: Any,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: Any,
+    **_: Any,
+) -> int:
+    """Of each gradient as much as of the forward pass: both have its products, summed over other dimensions.
+
+    torch's own formula does as if every channel of the output came from every channel of the image, whatever the
+    groups: for a depthwise one of 64 channels 64 times too much for the weights' gradient.
+    """
+    places = _shape(image if transposed else gradient)
+    forward = 2 * places[0] * torch.Size(places[2:]).numel() * torch.Size(_shape(weight)).numel()
+    return forward * sum(map(bool, output_mask[:2]))
+
+
 def _shape(value: Any) -> _Shape:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value)
 
 
 FORMULAS: dict[Any, Formula] = {
     torch.ops.aten._embedding_bag: _bag,
+    torch.ops.aten._embedding_bag_backward: _bag_backward,
+    torch.ops.aten._embedding_bag_per_sample_weights_backward: _bag_weights_backward,
+    torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

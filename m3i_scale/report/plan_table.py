@@ -20,7 +20,35 @@ def plan_table(document: dict[str, Any]) -> Group:
     ranks = f"{document['ranks']:,} rank" + ("s" if document["ranks"] != 1 else "")
     head = Text(f"{document['name']} on {ranks}: {peak:.2f} of {limit:g} GiB a rank, {verdict}")
     head.stylize(f"bold {style}")
-    return Group(head, _memory(document, max(peak, limit)), _figures(document), *_suggestion(document))
+    memory = _memory(document, max(peak, limit))
+    return Group(
+        head, _planned(document["planned"], document["ranks"]), memory, _figures(document), *_suggestion(document)
+    )
+
+
+def _planned(choice: dict[str, Any], ranks: int) -> Text:
+    """What was planned, in words."""
+    accumulation = choice["accumulation"]
+    batch = f"{choice['micro_batch_size'] * accumulation * ranks:,} samples a step"
+    return Text(
+        f"planned: deepspeed={choice['deepspeed']} (ZeRO-{choice['stage']} in {choice['precision']}), {batch} = "
+        f"{choice['micro_batch_size']} × {accumulation} × {ranks:,} ranks, "
+        f"activation_checkpointing={choice['activation_checkpointing']}"
+    )
+
+
+def duration(days: float) -> str:
+    """Days in the unit that a person would take."""
+    for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= 2 * size:
+            return f"{days / size:,.3g} {unit}" if days < 1000 * size else f"{days / size:,.0f} {unit}"
+    return f"{days * 86400:.3g} seconds"
+
+
+def _rank_hours(document: dict[str, Any], hours: float) -> str:
+    """Of all ranks together, by what a rank computes on."""
+    shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    return f"{shown} {'CPU-rank' if document['on_host'] else 'GPU'} hours"
 
 
 def _verdict(peak: float, limit: float) -> tuple[str, str]:
@@ -39,6 +67,9 @@ def _memory(document: dict[str, Any], whole: float) -> Table:
     for name, size in document["parts"].items():
         table.add_row(name, f"{size:.2f}", Bar(whole, start, start + size, width=40))
         start += size
+    most = document["activations_gib"]
+    if most > document["parts"].get("activations", 0.0):
+        table.add_row("activations, at their most", f"{most:.2f}", "not at the moment of the peak")
     for name, size in document["host_parts"].items():
         table.add_row(f"in host memory: {name}", f"{size:.2f}", "")
     node, limit = document["host_gib_per_node"], document["host_memory_gib"]
@@ -65,7 +96,8 @@ def _figures(document: dict[str, Any]) -> Table:
     table.add_row("step", seconds + f"{document['communication_s']:.3g} s communication)")
     table.add_row("samples a day", f"{document['samples_per_day']:,.0f}")
     table.add_row(
-        f"{document['samples']:,} samples", f"{document['days']:.3g} days, {document['gpu_hours']:,.0f} GPU hours"
+        f"{document['samples']:,} samples",
+        f"{duration(document['days'])}, {_rank_hours(document, document['gpu_hours'])}",
     )
     _costs(table, document)
     table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
@@ -85,8 +117,8 @@ def _costs(table: Table, document: dict[str, Any]) -> None:
         table.add_row("", f"{best} loses {failures['lost_share']:.2%} of the time")
         table.add_row("", f"the run's {failures['own_every_steps']:,} steps lose {failures['own_lost_share']:.2%}")
         ends = failures["days"] is not None
-        ended = f"{failures['days']:.3g} days, {failures['gpu_hours']:,.0f} GPU hours" if ends else "it never ends"
-        table.add_row("with them", ended)
+        ended = f"{duration(failures['days'])}, {_rank_hours(document, failures['gpu_hours'])}" if ends else ""
+        table.add_row("with them", ended or "it never ends")
     if document["dollars"] is not None:
         table.add_row("price", f"{document['dollars']:,.0f} dollars")
 
@@ -96,4 +128,8 @@ def _suggestion(document: dict[str, Any]) -> list[Text]:
     if found is None:
         return [Text("nothing that was tried fits", style="red")]
     figures = f"{found['peak_gib_per_rank']:.2f} GiB, {found['step_time_s']:.3g} s a step"
-    return [Text(f"suggested ({figures}): {' '.join(found['overrides'])}")]
+    told = [Text(f"suggested ({figures}): {' '.join(found['overrides'])}")]
+    if found["larger"]:
+        sizes = ", ".join(f"{key.removeprefix('zero_optimization.')} {size:,}" for key, size in found["larger"].items())
+        told.append(Text(f"with larger buckets, which --write puts into the DeepSpeed file: {sizes}"))
+    return told

@@ -35,7 +35,7 @@ class Fault:
     """Something a person should look at."""
 
     group: str
-    """The group of targets, or `backbone`."""
+    """The group of targets, `backbone`, or `speed`."""
     what: str
     why: str
     fix: str
@@ -70,6 +70,14 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
                 name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
             )
     yield from _share_faults(record)
+    if record.mfu is not None and record.mfu > 1:
+        yield Fault(
+            "speed",
+            "the peak that MFU is a share of is wrong",
+            f"MFU {record.mfu:.0%}: no device computes more than its peak",
+            "hardware.peak_tflops, in 10¹² FLOP/s of one rank's device; a measured one is too low where other work had "
+            "the machine at the start",
+        )
     for name in ("dense", "pooled"):
         value = health.get(f"{name}_std")
         if value is not None and (value < LEAST_STD or math.isnan(value)):

@@ -55,10 +55,13 @@ class RunPlan:
         return {
             "name": self.run.name,
             "ranks": world,
+            "on_host": self.machine.on_host,
+            "planned": described(own),
             "peak_gib_per_rank": own.peak_bytes / GIB,
             "memory_gib": self.machine.memory_gib,
             "fits": self.fits,
             "parts": {name: size / GIB for name, size in sorted(own.parts.items(), key=lambda item: -item[1])},
+            "activations_gib": own.activation_bytes / GIB,
             "host_gib_per_rank": own.host_bytes / GIB,
             "host_parts": {name: size / GIB for name, size in own.host_parts.items()},
             "host_gib_per_node": own.host_of_node(self.machine) / GIB,
@@ -89,19 +92,24 @@ class RunPlan:
 def described(found: Estimate) -> dict[str, Any]:
     """A choice in the words of a run file."""
     choice = found.choice
+    larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
     return {
         "overrides": [
             f"deepspeed={choice.deepspeed}",
             f"backbone.activation_checkpointing={choice.policy}",
             f"optim.micro_batch_size={choice.micro_batch}",
         ],
+        "deepspeed": choice.deepspeed,
         "stage": found.settings.stage,
+        "precision": found.settings.precision,
         "micro_batch_size": choice.micro_batch,
         "accumulation": found.settings.accumulation_steps,
         "activation_checkpointing": choice.policy,
         "peak_gib_per_rank": found.peak_bytes / GIB,
         "step_time_s": found.step_s,
-        "knobs": {key: value for key, value, _ in found.resolved.explained if key.startswith("zero_optimization.")},
+        "knobs": {key: value for key, value, _ in found.resolved.explained if key.startswith("zero_optimization.")}
+        | larger,
+        "larger": larger,
     }
 
 
@@ -162,8 +170,8 @@ _ON_DEVICES = {
 
 
 def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
-    """The fastest choice that fits: for every file and policy the largest micro-batch is looked for. None where none
-    fits.
+    """The fastest choice that fits: for every file and policy the largest micro-batch is looked for, then for every
+    file larger buckets. None where none fits.
 
     What offloads is taken where nothing else fits: its copies and the host's arithmetic are not in the time. A file
     that is meant for hosts is not suggested for accelerators, but the one of the same kind that is meant for them.
@@ -180,13 +188,51 @@ def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
     return None
 
 
+BUCKETS = {
+    1: (("reduce_bucket_size", 1),),
+    2: (("reduce_bucket_size", 1),),
+    3: (
+        ("reduce_bucket_size", 1),
+        ("stage3_prefetch_bucket_size", 1),
+        ("stage3_max_live_parameters", 6),
+        ("stage3_max_reuse_distance", 6),
+    ),
+}
+"""Sizes by stage that decide how many collectives a step has, as multiples of a bucket."""
+ELEMENTS = (12_500_000, 25_000_000, 50_000_000, 100_000_000, 200_000_000)
+"""Of a bucket, that are tried."""
+PAYS = 0.98
+"""Larger buckets are proposed where a step takes no more than this share of what it takes without."""
+
+
+def _with_larger_buckets(model: Model, machine: Machine, found: Estimate) -> Estimate:
+    """The smallest buckets that come within a hundredth of the fastest ones, where they pay."""
+    zero = found.resolved.config["zero_optimization"]
+    tried = []
+    for elements in () if found.settings.bf16_optimizer else ELEMENTS:  # that one reduces everything at once
+        wanted = ((key, elements * count) for key, count in BUCKETS[found.settings.stage])
+        sizes = tuple((key, size) for key, size in wanted if size > zero.get(key, 0))
+        if sizes:
+            tried.append(estimate(model, machine, replace(found.choice, sizes=sizes), quick=True))
+    fitting = [other for other in tried if other.fits(machine) and other.step_s <= PAYS * found.step_s]
+    if not fitting:
+        return found
+    fastest = min(other.step_s for other in fitting)
+    return next(other for other in fitting if other.step_s <= 1.01 * fastest)
+
+
 def _fastest(model: Model, machine: Machine, own: Choice, files: list[str]) -> Estimate | None:
     best: Estimate | None = None
     for file in files:
+        fastest: Estimate | None = None
         for policy in dict.fromkeys([own.policy, *POLICIES]):
             found = _largest(model, machine, Choice(file, policy, own.micro_batch))
-            if found is not None and (best is None or found.step_s < best.step_s * 0.999):
-                best = found
+            if found is not None and (fastest is None or found.step_s < fastest.step_s * 0.999):
+                fastest = found
+        if fastest is not None:
+            fastest = _with_larger_buckets(model, machine, fastest)
+            if best is None or fastest.step_s < best.step_s * 0.999:
+                best = fastest
     if best is None:
         return None
     exact = estimate(model, machine, best.choice)

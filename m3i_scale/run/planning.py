@@ -30,7 +30,7 @@ from m3i_scale.scale.plan.counts import Parameter
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import hardware, step_time
 from m3i_scale.scale.plan.ledger import Ledger
-from m3i_scale.scale.plan.replay import PLAYED
+from m3i_scale.scale.plan.replay import ACTIVATIONS, PLAYED
 from m3i_scale.scale.plan.settings import Settings, settings_of
 from m3i_scale.scale.plan.trace import Trace, record, scaled
 
@@ -106,7 +106,7 @@ def machine_of(
     nodes: int,
     ranks_per_node: int,
     memory_gib: float,
-    mfu: float,
+    mfu: float | None = None,
     tflops: float | None = None,
     intra_gb_s: float | None = None,
     inter_gb_s: float | None = None,
@@ -133,7 +133,8 @@ def machine_of(
     )
     rates = found.tflops if tflops is None else dict.fromkeys(found.tflops, tflops)
     workspace = beside_tensors_gib(hosts=hosts) if workspace_gib is None else workspace_gib
-    return Machine(links, memory_gib, rates, mfu, hosts, workspace, host_memory_gib)
+    reached = found.mfu if mfu is None else mfu
+    return Machine(links, memory_gib, rates, reached, hosts, workspace, host_memory_gib)
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:
@@ -250,6 +251,8 @@ class Choice:
     deepspeed: str
     policy: str
     micro_batch: int
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Of `zero_optimization`, in elements, in place of the file's."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,8 @@ class Estimate:
     """Of a rank's device, workspace included."""
     parts: dict[str, int]
     """At the peak, bytes."""
+    activation_bytes: int
+    """The most that activations take at a moment, which need not be the peak."""
     host_parts: dict[str, int]
     """Host memory beside the device, bytes of a rank; nothing where the host is the device."""
     flop: int
@@ -296,7 +301,7 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
         ConfigError: the DeepSpeed file, or a batch size that ranks and micro-batch do not divide.
     """
     run = _with(model.run, choice)
-    resolved = resolve_engine(run, machine.links.world, model.objective.student.width)
+    resolved = _sized(resolve_engine(run, machine.links.world, model.objective.student.width), choice.sizes)
     settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)
     settings = replace(settings, snapshot=model.remembered_bytes if run.checkpoint.background else None)
     trace = (model.quick_trace if quick else model.trace)(choice.policy, choice.micro_batch)
@@ -314,6 +319,7 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
         settings,
         near.peak + workspace,
         {**near.at_peak, "workspace": workspace},
+        near.most[ACTIVATIONS],
         {} if machine.on_host else host_parts(model, choice, far),
         flop,
         (engine.traffic, engine.again),
@@ -344,6 +350,12 @@ def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
         found["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * views * 3 * side**2
     found["process"] = round(beside_tensors_gib(hosts=True) * GIB)
     return found
+
+
+def _sized(resolved: Resolved, sizes: tuple[tuple[str, int], ...]) -> Resolved:
+    """The same configuration with other sizes."""
+    zero = resolved.config["zero_optimization"] | dict(sizes)
+    return replace(resolved, config=resolved.config | {"zero_optimization": zero})
 
 
 def _with(run: RunConfig, choice: Choice) -> RunConfig:

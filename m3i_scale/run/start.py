@@ -22,6 +22,7 @@ from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import explain_table
+from m3i_scale.scale.ds_rules import precision
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
@@ -92,13 +93,14 @@ def check_first(run: RunConfig) -> Callable[[], Plan]:
 
 def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:
     """What will run, before it runs."""
-    run = plan.run
+    run, config = plan.run, plan.deepspeed.config
     _CONSOLE.print(explain_table(plan.deepspeed))
     for note in notes:
         _CONSOLE.print(f"[yellow]{note}[/]")
     origin = f"from {resume_from}" if resume_from else "from step 0"
     _CONSOLE.print(
-        f"[bold]{run.name}[/]: recipe {plan.recipe.name}, {run.optim.steps} steps of {run.optim.batch_size} samples "
+        f"[bold]{run.name}[/]: recipe {plan.recipe.name}, ZeRO-{config['zero_optimization']['stage']} in "
+        f"{precision(config)}, {run.optim.steps} steps of {run.optim.batch_size} samples "
         f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, "
         f"into {run.output_dir}"
     )

@@ -208,6 +208,8 @@ class Trainer:
         self.meter.end_step(applied=applied, finite=vote.finite)
         if logs:
             self.records.write(self.step, lr=lr, momentum=momentum, applied=applied)
+        else:
+            self.callbacks.on_progress(self.step)
         return vote.asked, spike
 
     def _outcome(self, seen: list[MicroBatch], *, applied: bool) -> Outcome:

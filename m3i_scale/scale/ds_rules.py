@@ -162,7 +162,8 @@ def _check_stage(raw: dict[str, Any], where: str) -> int:
             why = f"only stage 3 reads it, and the stage is {stage}"
             raise _refuse(f"zero_optimization.{key}", why, "remove it, or set stage to 3", where)
         if stage == 3 and key in STAGE12_ONLY:
-            raise _refuse(f"zero_optimization.{key}", "only stages 1 and 2 read it, and the stage is 3", None, where)
+            fix = "write stage3_prefetch_bucket_size in its place" if key == "allgather_bucket_size" else None
+            raise _refuse(f"zero_optimization.{key}", "only stages 1 and 2 read it, and the stage is 3", fix, where)
         if takes_bf16_optimizer(raw) and key not in BF16_OPTIMIZER_KEYS:
             why = "stage 1 with bf16 and fp32 accumulation is served by DeepSpeed's BF16 optimizer, which ignores it"
             raise _refuse(f"zero_optimization.{key}", why, None, where)
@@ -202,7 +203,10 @@ def _check_precision(raw: dict[str, Any], stage: int, where: str) -> None:
     wanted = raw.get("data_types", {}).get("param_dtype")
     if wanted is not None and wanted != precision(raw):
         why = f"parameters are {precision(raw)}: the sections bf16 and fp16 decide"
-        raise ConfigError(f"'data_types.param_dtype' is {wanted}", where=where, why=why, fix="remove it")
+        fix = f"remove it, to compute in {precision(raw)}; or " + (
+            "disable both sections" if wanted == "fp32" else f'write "{wanted}": {{"enabled": true}}'
+        )
+        raise ConfigError(f"'data_types.param_dtype' is {wanted}", where=where, why=why, fix=fix)
 
 
 def _check_offload(zero: dict[str, Any], stage: int, where: str) -> None:
@@ -210,7 +214,10 @@ def _check_offload(zero: dict[str, Any], stage: int, where: str) -> None:
         if name not in zero:
             continue
         block, path = zero[name], f"zero_optimization.{name}"
-        device = block.get("device", "none")
+        if "device" not in block:
+            why = "DeepSpeed then takes none, and offloads nothing"
+            raise ConfigError(f"'{path}.device' is left out", where=where, why=why, fix='write "device": "cpu"')
+        device = block["device"]
         if device == "nvme":
             raise ConfigError(
                 f"'{path}.device' is nvme",
@@ -223,7 +230,8 @@ def _check_offload(zero: dict[str, Any], stage: int, where: str) -> None:
         idle = [key for key in block if key != "device" and (device == "none" or key in NVME_ONLY)]
         if idle:
             why = f"the device is {device}" + (" and only nvme offload reads it" if device == "cpu" else "")
-            raise _refuse(f"{path}.{idle[0]}", why, None, where)
+            fix = f"set '{path}.device' to cpu, or remove '{path}'" if device == "none" else None
+            raise _refuse(f"{path}.{idle[0]}", why, fix, where)
         if "ratio" in block and stage != 3:
             raise _refuse(f"{path}.ratio", f"only stage 3 reads it, and the stage is {stage}", None, where)
 
@@ -278,7 +286,9 @@ def _check_optimizer(raw: dict[str, Any], where: str) -> None:
     if str(block.get("type")).lower() != "adamw":
         why = "DeepSpeed's 'Adam' is AdamW too" if str(block.get("type")).lower() == "adam" else None
         why = why or "the section optim of the run file (betas, eps, decoupled weight decay) describes AdamW"
-        raise ConfigError(f"'optimizer.type' must be AdamW (got {block.get('type')!r})", where=where, why=why)
+        raise ConfigError(
+            f"'optimizer.type' must be AdamW (got {block.get('type')!r})", where=where, why=why, fix='write "AdamW"'
+        )
     params = block["params"]
     for key in ("lr", "betas", "eps", "weight_decay"):
         if key not in params:
@@ -288,7 +298,8 @@ def _check_optimizer(raw: dict[str, Any], where: str) -> None:
         why = "type AdamW always decouples the weight decay"
         raise _refuse("optimizer.params.adam_w_mode", why, None, where)
     if "fp32_optimizer_states" in params and raw.get("bf16", {}).get("bf16_optimizer_states"):
-        raise _refuse("optimizer.params.fp32_optimizer_states", "bf16.bf16_optimizer_states decides", None, where)
+        fix = "remove bf16.bf16_optimizer_states" if params["fp32_optimizer_states"] is True else None
+        raise _refuse("optimizer.params.fp32_optimizer_states", "bf16.bf16_optimizer_states decides", fix, where)
     _check_optimizer_keys(raw, where)
 
 

@@ -45,13 +45,12 @@ _OWN_RESUME = "checkpoints are committed, verified and resumed by this trainer (
 _NEVER_COMPILED = "it takes effect only through engine.compile(), which is never called"
 
 REFUSED: dict[str, str] = {
-    "scheduler": "the trainer sets the learning rate at every step (optim.lr, optim.warmup_steps, optim.min_lr)",
-    "activation_checkpointing": "it only configures deepspeed.checkpointing.checkpoint, which no model here calls; "
-    "use backbone.activation_checkpointing in the run file",
-    "gradient_accumulation_dtype": "DeepSpeed does not read it; the key is data_types.grad_accum_dtype",
+    "scheduler": "the trainer sets the learning rate at every step",
+    "activation_checkpointing": "it only configures deepspeed.checkpointing.checkpoint, which no model here calls",
+    "gradient_accumulation_dtype": "DeepSpeed does not read it",
     "zero_allow_untested_optimizer": _CLIENT_OPTIMIZER,
     "zero_force_ds_cpu_optimizer": _CLIENT_OPTIMIZER,
-    "bfloat16": "it is the old spelling, ignored as soon as there is a 'bf16' section; write bf16",
+    "bfloat16": "it is the old spelling of bf16, ignored as soon as there is a 'bf16' section",
     "torch_autocast": "precision is bf16, fp16 or fp32 for the whole model; autocast is not supported",
     "managed_gradient_accumulation": "the trainer relies on DeepSpeed counting the micro-steps",
     "compile": _NEVER_COMPILED,
@@ -73,7 +72,7 @@ REFUSED: dict[str, str] = {
     "aio": "it configures NVMe offload, which is not supported",
     "zero_optimization.allgather_partitions": "DeepSpeed reads it and never uses it",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "it concerns save_16bit_model, which is never "
-    "called; exports gather the weights themselves",
+    "called",
     "zero_optimization.elastic_checkpoint": _OWN_RESUME,
     "zero_optimization.pipeline_loading_checkpoint": _OWN_RESUME,
     "zero_optimization.load_from_fp32_weights": "a run goes on from the fp32 weights of its checkpoint; without them "
@@ -93,34 +92,72 @@ REFUSED: dict[str, str] = {
 }
 """Keys that DeepSpeed knows (or knew), with the reason why they do nothing here. Dotted paths."""
 
-FOREIGN: dict[str, str] = {
-    "learning_rate": "optimizer.params.lr",
-    "weight_decay": "optimizer.params.weight_decay",
-    "adam_beta1": "optimizer.params.betas",
-    "adam_beta2": "optimizer.params.betas",
-    "adam_epsilon": "optimizer.params.eps",
-    "max_grad_norm": "gradient_clipping",
-    "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
-    "gradient_checkpointing": "backbone.activation_checkpointing in the run file",
-    "num_train_epochs": "optim.steps in the run file",
-    "max_steps": "optim.steps in the run file",
-    "warmup_steps": "optim.warmup_steps in the run file",
-    "warmup_ratio": "optim.warmup_steps in the run file",
-    "lr_scheduler_type": "optim.min_lr and optim.warmup_steps in the run file",
-    "mixed_precision": "bf16.enabled or fp16.enabled",
-    "zero_stage": "zero_optimization.stage",
-    "zero3_init_flag": "nothing: large models are always built partitioned under stage 3",
-    "zero3_save_16bit_model": "`m3i-scale export`",
-    "offload_optimizer_device": "zero_optimization.offload_optimizer.device",
-    "offload_param_device": "zero_optimization.offload_param.device",
-    "offload_optimizer_nvme_path": "zero_optimization.offload_optimizer (cpu only)",
-    "offload_param_nvme_path": "zero_optimization.offload_param (cpu only)",
-    "distributed_type": "nothing: the launcher's rank variables decide",
-    "deepspeed_config_file": "`deepspeed:` in the run file",
-    "deepspeed_hostfile": "`deepspeed --hostfile`",
-    "deepspeed_multinode_launcher": "`deepspeed --launcher`",
+INSTEAD: dict[str, str] = {
+    "scheduler": "set optim.lr, optim.warmup_steps and optim.min_lr in the run file, and remove it",
+    "activation_checkpointing": "set backbone.activation_checkpointing in the run file, and remove it",
+    "gradient_accumulation_dtype": "write data_types.grad_accum_dtype in its place",
+    "zero_force_ds_cpu_optimizer": "the optimizer runs on the CPU with zero_optimization.offload_optimizer.device cpu; "
+    "remove it",
+    "bfloat16": 'write "bf16": {"enabled": true} in its place: without a section bf16 or fp16 the run computes in fp32',
+    "torch_autocast": 'write "bf16": {"enabled": true}, or the same of fp16, in its place: without either the run '
+    "computes in fp32",
+    "amp": 'write "bf16": {"enabled": true}, or the same of fp16, in its place: without either the run computes in '
+    "fp32",
+    "compile": "set backbone.compile in the run file, and remove it",
+    "data_efficiency": "set data.sources and their weights in the run file, and remove it",
+    "curriculum_learning": "set data.sources and their weights in the run file, and remove it",
+    "elasticity": "remove it: `m3i-scale launch --with elastic` goes on with the hosts that remain",
+    "nebula": "set checkpoint.background in the run file, and remove it",
+    "datastates_ckpt": "set checkpoint.background in the run file, and remove it",
+    "sparse_gradients": "remove it; gradients are reduced whole",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "remove it, and take the weights with "
+    "`m3i-scale export`",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "remove it, and take the weights with "
+    "`m3i-scale export`",
+    "zero_optimization.cpu_offload": "write zero_optimization.offload_optimizer.device cpu in its place",
+    "zero_optimization.cpu_offload_param": "write zero_optimization.offload_param.device cpu in its place",
+    "zero_optimization.cpu_offload_use_pin_memory": "write zero_optimization.offload_optimizer.pin_memory, or that of "
+    "offload_param, in its place",
+    "zero_optimization.offload_optimizer.super_offload": "remove it: the states are then offloaded plainly",
+    "zero_optimization.zenflow": "remove it: the states are then offloaded as zero_optimization.offload_optimizer says",
+    "zero_optimization.mics_shard_size": "remove it; under stage 3 zero_optimization.zero_hpz_partition_size keeps the "
+    "gathers of the backward pass within a group of ranks",
+    "checkpoint.load_universal": "remove it: checkpoints load on any number of ranks and any stage",
+    "checkpoint.use_node_local_storage": "remove it, and give output_dir on a shared file system",
+    "checkpoint.writer": "set checkpoint.background in the run file, and remove it",
+    "checkpoint.parallel_write": "remove it: all ranks write",
 }
-"""Keys of the Trainer and accelerate convention, which DeepSpeed does not read: what to use instead."""
+"""What does that which a refused key was to do. Where none is named, nothing here does it, and removing the key changes
+nothing."""
+
+FOREIGN: dict[str, str] = {
+    "learning_rate": "write optimizer.params.lr",
+    "weight_decay": "write optimizer.params.weight_decay",
+    "adam_beta1": "write optimizer.params.betas",
+    "adam_beta2": "write optimizer.params.betas",
+    "adam_epsilon": "write optimizer.params.eps",
+    "max_grad_norm": "write gradient_clipping",
+    "per_device_train_batch_size": "write train_micro_batch_size_per_gpu",
+    "gradient_checkpointing": "set backbone.activation_checkpointing in the run file",
+    "num_train_epochs": "set optim.steps in the run file, or the epochs of a source in data.sources",
+    "max_steps": "set optim.steps in the run file",
+    "warmup_steps": "set optim.warmup_steps in the run file",
+    "warmup_ratio": "set optim.warmup_steps in the run file",
+    "lr_scheduler_type": "set optim.min_lr and optim.warmup_steps in the run file: a cosine",
+    "mixed_precision": "write bf16.enabled or fp16.enabled",
+    "zero_stage": "write zero_optimization.stage",
+    "zero3_init_flag": "remove it: under stage 3 large models are always built partitioned",
+    "zero3_save_16bit_model": "remove it, and take the weights with `m3i-scale export`",
+    "offload_optimizer_device": "write zero_optimization.offload_optimizer.device",
+    "offload_param_device": "write zero_optimization.offload_param.device",
+    "offload_optimizer_nvme_path": "write zero_optimization.offload_optimizer.device cpu: nothing goes to NVMe",
+    "offload_param_nvme_path": "write zero_optimization.offload_param.device cpu: nothing goes to NVMe",
+    "distributed_type": "remove it: the launcher's rank variables decide",
+    "deepspeed_config_file": "set deepspeed in the run file",
+    "deepspeed_hostfile": "give `deepspeed --hostfile`",
+    "deepspeed_multinode_launcher": "give `deepspeed --launcher`",
+}
+"""Keys of the Trainer and accelerate convention, which DeepSpeed does not read: what to do instead."""
 
 
 @lru_cache(maxsize=1)
@@ -204,14 +241,18 @@ def _check_section(section: dict[str, Any], tree: Tree, prefix: str, where: str)
     for key, value in section.items():
         path = prefix + key
         if path in _refused():
-            raise ConfigError(f"'{path}' has no effect here", where=where, why=_refused()[path], fix=f"remove '{path}'")
+            fix = INSTEAD.get(path, f"remove '{path}'")
+            raise ConfigError(f"'{path}' has no effect here", where=where, why=_refused()[path], fix=fix)
         if key not in tree:
             raise _unknown(key, path, tree, where)
         subtree = tree[key]
         if subtree is None:
             continue
         if not isinstance(value, dict):
-            raise ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {value!r})", where=where)
+            fix = None
+            if "enabled" in subtree and isinstance(value, bool):
+                fix = f'"{key}": {{"enabled": {str(value).lower()}}}'
+            raise ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {value!r})", where=where, fix=fix)
         if path != "optimizer.params":
             _check_section(value, subtree, path + ".", where)
 
@@ -226,7 +267,7 @@ def _unknown(key: str, path: str, tree: Tree, where: str) -> ConfigError:
         return ConfigError(f"'{path}' is not the documented spelling", where=where, fix=f"write 'stage3_{key}'")
     if key in FOREIGN:
         why = "it is a key of the Trainer or accelerate convention, which DeepSpeed does not read"
-        return ConfigError(f"'{path}' has no effect here", where=where, why=why, fix=f"use {FOREIGN[key]}")
+        return ConfigError(f"'{path}' has no effect here", where=where, why=why, fix=FOREIGN[key])
     return ConfigError(f"unknown key '{path}'", where=where, why=ignored, fix=did_you_mean(key, tree))
 
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.cost import describe_backbone
+from m3i_scale.backbones.flops import count_flop, counter
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.config import BackboneConfig
@@ -71,6 +73,28 @@ def test_a_field_that_its_model_can_do_nothing_with_is_named(preset: str, field:
     with pytest.raises(ConfigError) as caught:
         backbone_config(BackboneConfig(preset=preset, config={field: value}))
     assert f"backbone.config.{field}" in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    "preset", ["vit-s/16", "eva-g/14", "clip-b/32", "dinov2-s/14", "internimage-t", "internimage-h"]
+)
+def test_a_backward_pass_has_twice_the_products_of_the_forward_pass(preset: str) -> None:
+    config = backbone_config(BackboneConfig(preset=preset))
+    with torch.device("meta"), counter() as counted:
+        tokens_BLD = build_backbone(config).last_hidden_state(torch.zeros(1, 3, 224, 224))
+        forward = counted.get_total_flops()
+        tokens_BLD.sum().backward()
+    assert 1.9 < counted.get_total_flops() / forward - 1 < 2.1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_the_gradients_of_a_convolution_cost_what_it_does_whatever_its_groups(kind: type, groups: int) -> None:
+    layer, image_BCHW = kind(8, 16, 3, stride=2, groups=groups), torch.zeros(2, 8, 9, 9)
+    forward = count_flop(lambda: layer(image_BCHW))
+    assert count_flop(lambda: layer(image_BCHW).sum().backward()) == 2 * forward  # the image has no gradient
+    image_BCHW.requires_grad_()
+    assert count_flop(lambda: layer(image_BCHW).sum().backward()) == 3 * forward
 
 
 def test_a_preset_that_is_none() -> None:

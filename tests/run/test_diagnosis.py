@@ -40,6 +40,7 @@ FAULTS = {
         "text",
         "it swallows the gradient",
     ),
+    "peak": ({"mfu": 7.8}, "speed", "the peak that MFU is a share of is wrong"),
     "gradient": (
         {"groups": {"text": {"grad_norm": float("inf")}, "intra": {"grad_norm": 0.01}}},
         "text",

@@ -361,6 +361,7 @@ def test_a_bad_run_file_is_explained(attempts: Attempts, name: str) -> None:
 def test_a_finished_run_is_left_as_it_is(attempts: Attempts) -> None:
     assert attempts.results["whole"]["code"] == attempts.results["again from what it wrote"]["code"] == 0
     assert "from step 0" in attempts.results["whole"]["text"]
+    assert "ZeRO-3 in fp32" in attempts.results["whole"]["text"]
     assert re.search(r"from \S*step-00000004", attempts.results["again from what it wrote"]["text"])
     check(attempts.results["never resume"], "checkpoint.resume is 'never', and there are checkpoints")
 

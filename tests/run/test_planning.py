@@ -7,6 +7,7 @@ import io
 import json
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.data.synthetic import synthetic_batch
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module
-from m3i_scale.report.plan_table import plan_table
+from m3i_scale.report.plan_table import duration, plan_table
+from m3i_scale.run import plan_search
 from m3i_scale.run.plan_costs import Costs
 from m3i_scale.run.plan_search import nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
 from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
@@ -31,6 +33,7 @@ from m3i_scale.scale.checkpoint.state import buffers_of
 from m3i_scale.scale.ds_config import load_ds_config
 from m3i_scale.scale.partition import initialize_sharded
 from m3i_scale.scale.plan.counts import numel_of
+from m3i_scale.scale.plan.hardware import hardware
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.trace import scaled
 
@@ -193,6 +196,98 @@ def test_a_document_has_its_keys_and_adds_up():
     assert document["days"] * 86400 == pytest.approx(10 * document["step_time_s"])
     assert document["suggestion"]["peak_gib_per_rank"] <= 4.0
     json.dumps(document)
+
+
+def test_a_plan_says_what_was_planned_and_what_activations_take():
+    """Under stage 1 the peak is in the optimizer's step, when activations are gone."""
+    run = tiny_run("sim", *SMALL, "deepspeed=zero1_bf16", "backbone.activation_checkpointing=full")
+    found = plan_run(run, machine(), samples=None)
+    document = found.document()
+    assert (
+        document["planned"].items()
+        >= {
+            "deepspeed": "zero1_bf16",
+            "stage": 1,
+            "precision": "bf16",
+            "micro_batch_size": 4,
+            "accumulation": 8,
+            "activation_checkpointing": "full",
+        }.items()
+    )
+    kept = found.model.trace("full", 4).saved_bytes / 2**30
+    assert document["activations_gib"] >= max(kept, document["parts"].get("activations", 0.0))
+    shown = text_of(plan_table(document | {"parts": document["parts"] | {"activations": 0.0}}))
+    assert "activations, at their most" in shown
+    assert "activations, at their most" not in text_of(plan_table(document | {"activations_gib": 0.0}))
+
+
+def text_of(table) -> str:
+    printed = Console(width=200, record=True, file=io.StringIO())
+    printed.print(table)
+    return printed.export_text()
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [
+        (0.00368, "5.3 minutes"),
+        (1e-5, "0.864 seconds"),
+        (0.5, "12 hours"),
+        (1.5, "36 hours"),
+        (8.7, "8.7 days"),
+        (1234.5, "1,234 days"),
+    ],
+)
+def test_a_duration_has_a_unit_that_a_person_would_take(days, said):
+    assert duration(days) == said
+
+
+def test_hours_of_ranks_on_hosts_are_no_gpu_hours():
+    hosts, gpus = (
+        text_of(
+            plan_table(
+                plan_run(tiny_run("sim", *SMALL, "deepspeed=zero3_cpu"), machine(name=name), samples=None).document()
+            )
+        )
+        for name in ("cpu", "h100")
+    )
+    assert "GPU hours" in gpus
+    assert "GPU" not in hosts
+
+
+@pytest.mark.parametrize("name", ["h100", "a100"])
+def test_the_share_that_is_reached_is_what_the_page_cites(name):
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"an MFU of {hardware('a100').mfu} and {hardware('h100').mfu}" in page
+    found = machine_of(name, nodes=1, ranks_per_node=1, memory_gib=1.0)
+    assert found.mfu == hardware(name).mfu
+
+
+@pytest.mark.parametrize(("engine", "proposed"), [("zero1_bf16", False), ("zero2_bf16", True), ("zero3_bf16", True)])
+def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engine, proposed):
+    """With buckets of a hundred elements a step waits for its collectives; stage 1 in bf16 has one all the same."""
+    raw = load_ds_config(engine)
+    if proposed:
+        raw["zero_optimization"]["reduce_bucket_size"] = 100
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(raw))
+    monkeypatch.setattr(plan_search, "_FILES", {})
+    where, batch = machine(nodes=8, ranks=8), "optim.batch_size=256"
+    run = tiny_run("supervised", batch, "optim.micro_batch_size=4", f"deepspeed={path}")
+    found = plan_run(run, where, samples=None)
+    larger = found.document()["suggestion"]["larger"]
+    assert bool(larger) == proposed
+    if proposed:
+        assert larger["zero_optimization.reduce_bucket_size"] > 100
+        overrides = [batch, *found.document()["suggestion"]["overrides"][1:]]
+        written = tmp_path / "larger.json"
+        write_deepspeed(found, written)
+        without, with_them = (
+            plan_run(tiny_run("supervised", *overrides, f"deepspeed={file}"), where, samples=None)
+            for file in (path, written)
+        )
+        assert with_them.own.step_s < 0.98 * without.own.step_s
+        assert with_them.own.step_s == pytest.approx(found.suggestion.step_s)
 
 
 def test_a_suggestion_can_be_taken(tmp_path):
@@ -385,7 +480,10 @@ def test_the_command_prints_a_table_and_refuses_with_its_numbers():
     assert shown.exit_code == 0, shown.output
     assert "at the peak" in shown.output
     assert "on 2 ranks: " in shown.output
-    assert "a rank reaches 0.4 of 989 TFLOP/s (--mfu)" in shown.output
+    assert "a rank reaches 0.21 of 989 TFLOP/s (--mfu)" in shown.output
+    assert "ZeRO-3 in bf16" in shown.output
+    assert "64 samples a step = 4 × 8 × 2 ranks" in shown.output
+    assert "days" not in shown.output  # ten steps of a tiny model
     assert "in host memory: snapshot" in shown.output
     assert "of 64" in shown.output
     assert "Young/Daly" in shown.output

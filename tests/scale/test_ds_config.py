@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from ds_files import GONE, RUN, changed, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.ds_config import (
     check_accelerator,
@@ -152,6 +154,56 @@ def test_mistake_is_refused_and_explained(base, changes, words):
     assert "mine.json" in message
 
 
+BF16 = '"bf16": {"enabled": true}'
+MEANT: list[tuple[str, dict[str, Any], str]] = [
+    ("zero3_bf16", {"bf16": GONE, "bfloat16": {"enabled": True}}, BF16),
+    ("zero3_bf16", {"bf16": GONE, "amp": {"enabled": True}}, BF16),
+    ("zero3_bf16", {"bf16": GONE, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, BF16),
+    ("zero3_bf16", {"bf16": GONE, "mixed_precision": "bf16"}, "bf16.enabled"),
+    ("zero3_bf16", {"bf16": True}, BF16),
+    ("zero3_bf16", {"bf16": GONE, "data_types": {"param_dtype": "bf16"}}, BF16),
+    ("zero3_bf16", {"gradient_accumulation_dtype": "fp32"}, "data_types.grad_accum_dtype"),
+    ("zero3_bf16", {"compile": {"deepcompile": True}}, "backbone.compile"),
+    ("zero3_bf16", {Z + "cpu_offload": True}, Z + "offload_optimizer.device"),
+    ("zero3_bf16", {Z + "cpu_offload_param": True}, Z + "offload_param.device"),
+    ("zero3_bf16", {Z + "cpu_offload_use_pin_memory": True}, Z + "offload_optimizer.pin_memory"),
+    ("zero3_bf16", {Z + "offload_optimizer": {"pin_memory": True}}, '"device": "cpu"'),
+    ("zero3_bf16", {Z + "offload_param": {}}, '"device": "cpu"'),
+    ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "none"}, Z + "offload_optimizer.device"),
+    ("zero3_bf16", {Z + "stage3_gather_16bit_weights_on_model_save": True}, "m3i-scale export"),
+    ("zero3_bf16", {Z + "allgather_bucket_size": 2**20}, "stage3_prefetch_bucket_size"),
+    ("zero3_bf16", {"optimizer.type": "Adam"}, "AdamW"),
+    ("zero3_bf16", {"num_train_epochs": 30}, "optim.steps"),
+]
+
+
+@pytest.mark.parametrize(("base", "changes", "fix"), MEANT, ids=[f"{b}+{'+'.join(c)}" for b, c, _ in MEANT])
+def test_a_fix_names_what_does_what_was_meant(base, changes, fix):
+    """Removing the key would leave the run in another precision, without offloading, and so on."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(changed(load_ds_config(base), changes), **RUN, where="mine.json")
+    assert fix in caught.value.fix
+
+
+def test_fixes_of_refused_and_foreign_keys_name_keys_that_are_there():
+    from m3i_scale.scale.ds_schema import FOREIGN, INSTEAD, _refused
+
+    good = set(_known()) - set(_refused())
+    assert set(INSTEAD) <= set(_refused())
+    for fix in (*INSTEAD.values(), *FOREIGN.values()):
+        for path in re.findall(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+", fix):
+            assert path in good or _in_run_file(path), fix
+
+
+def _in_run_file(path):
+    node: Any = RunConfig
+    for name in path.split("."):
+        if name not in node.model_fields:
+            return False
+        node = node.model_fields[name].annotation
+    return True
+
+
 @pytest.mark.parametrize(
     ("base", "changes"),
     [
@@ -246,10 +298,14 @@ def _all_paths(tree, prefix=""):
         yield from _all_paths(subtree or {}, f"{prefix}{key}.")
 
 
-def _known_paths():
+def _known():
     from m3i_scale.scale.ds_schema import known_tree
 
-    return st.sampled_from(sorted(_all_paths(known_tree())))
+    return sorted(_all_paths(known_tree()))
+
+
+def _known_paths():
+    return st.sampled_from(_known())
 
 
 JSON = st.recursive(

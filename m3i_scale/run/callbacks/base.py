@@ -191,6 +191,9 @@ class Callback:
     def on_step(self, record: StepRecord) -> None:
         """On every logged step, with values that are reduced over the ranks."""
 
+    def on_progress(self, step: int) -> None:
+        """On every step that is not logged; nothing is known of it but that it is done."""
+
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """After an evaluation; `values` are numbers by name, and may be nested."""
 
@@ -219,6 +222,11 @@ class CallbackList(Callback):
         """Tell every callback."""
         for callback in self.callbacks:
             callback.on_step(record)
+
+    def on_progress(self, step: int) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            callback.on_progress(step)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Tell every callback."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from m3i_scale.output import wide_console
@@ -15,21 +18,47 @@ from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """Figures of a step, broken between them where the terminal ends."""
+
+    parts: tuple[str, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n".join(filled(self.parts, options.max_width)))
+
+
+class _Bar(Progress):
+    """A bar with the newest figures under it."""
+
+    figures = _Figures()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the figures."""
+        yield self.make_tasks_table(self.tasks)
+        yield self.figures
+
+
 class ProgressDisplay(Callback):
-    """Step, loss by group, learning rate, throughput, share of time spent waiting for data, time left."""
+    """Step, time left and throughput; under them loss by group, learning rate, share of time spent waiting for data."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Show on `console`, by default stderr: stdout belongs to `--json`."""
         self.console = console or wide_console(stderr=True, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task = TaskID(0)
         self._step_s: float | None = None
+        """Of logged steps; None until there is one."""
         self._moving = False
+        self._total_steps = 0
+        self._first: tuple[int, float] | None = None
+        """The first step that ended, and when."""
 
     def on_start(self, run_info: RunInfo) -> None:
         """Show where the run starts."""
         balance = run_info.config.get("recipe", {}).get("balance") or {}
         self._moving = balance.get("kind", "fixed") != "fixed"
+        self._total_steps = run_info.total_steps
         start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
         ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
         self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
@@ -38,24 +67,43 @@ class ProgressDisplay(Callback):
             self._print(f"{run_info.flop_per_step / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
         if not self.console.is_terminal:
             return
-        self._bar = Progress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+        self._bar = _Bar(
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
+            BarColumn(bar_width=12),
             TextColumn("{task.description}", markup=False),
             console=self.console,
             redirect_stdout=False,  # what is printed on stdout must stay there
         )
-        self._task = self._bar.add_task("", total=run_info.total_steps, completed=run_info.start_step)
+        self._task = self._bar.add_task("", total=run_info.total_steps, completed=run_info.start_step, left="ETA -")
         self._bar.start()
+
+    def on_progress(self, step: int) -> None:
+        """Move the bar; where there is none, say that the first step is done."""
+        now = time.monotonic()
+        if self._bar is not None:
+            step_s = self._step_s
+            if step_s is None and self._first is not None and step > self._first[0]:  # the first step warms up
+                step_s = (now - self._first[1]) / (step - self._first[0])
+            left = {} if step_s is None else {"left": self._left(step, step_s)}
+            self._bar.update(self._task, completed=step, **left)
+        elif self._first is None and self._step_s is None:
+            self._print(f"step {step:,}/{self._total_steps:,}  the first one is done")
+        self._first = self._first or (step, now)
 
     def on_step(self, record: StepRecord) -> None:
         """Move the bar, or write a line."""
         self._step_s = smooth(self._step_s, record.step_s)
-        text = summary(record, self._step_s, moving=self._moving)
+        left, rate = self._left(record.step, self._step_s), f"{record.samples_per_s:,.1f} samples/s"
+        figures = summary(record, moving=self._moving)
         if self._bar is None:
-            self._print(f"step {record.step:,}/{record.total_steps:,}  {text}")
+            self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
         else:
-            self._bar.update(self._task, completed=record.step, description=text)
+            self._bar.figures = _Figures(figures)
+            self._bar.update(self._task, completed=record.step, description=rate, left=left)
+
+    def _left(self, step: int, step_s: float) -> str:
+        return f"ETA {timedelta(seconds=round((self._total_steps - step) * step_s))}"
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write a line, above the bar."""
@@ -88,12 +136,11 @@ def smooth(mean_s: float | None, newest_s: float) -> float:
     return newest_s if mean_s is None else mean_s + _SMOOTHING * (newest_s - mean_s)
 
 
-def summary(record: StepRecord, step_s: float, *, moving: bool = False) -> str:
-    """One line about a step.
+def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
+    """What is told about a step, figure by figure, the most important ones first.
 
     Args:
         record: what is told.
-        step_s: the step time that the time left is reckoned with.
         moving: whether weights change. Then their sum says nothing from step to step and every group shows its own.
     """
     told = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
@@ -101,18 +148,23 @@ def summary(record: StepRecord, step_s: float, *, moving: bool = False) -> str:
         f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in told
     )
     total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
-    left = timedelta(seconds=round((record.total_steps - record.step) * step_s))
-    parts = [
-        f"loss {losses}" if moving else total,
-        f"lr {record.lr:.2e}",
-        f"{record.samples_per_s:,.1f} samples/s",
-        f"{record.tokens_per_s:,.0f} tokens/s",
-        f"data wait {record.data_wait_share:.0%}",
-    ]
-    if record.mfu is not None:
-        parts.append(f"MFU {record.mfu:.1%}")
-    if record.quarantined:
-        parts.append(f"quarantined {record.quarantined:,} ({record.quarantined_samples:,} samples)")
+    parts = [f"loss {losses}" if moving else total]
     if record.skipped_nonfinite:
         parts.append(f"not finite, skipped {record.skipped_nonfinite:,}")
-    return "  ".join([*parts, f"ETA {left}"])
+    if record.quarantined:
+        parts.append(f"quarantined {record.quarantined:,} ({record.quarantined_samples:,} samples)")
+    parts += [f"lr {record.lr:.2e}", f"data wait {record.data_wait_share:.0%}"]
+    if record.mfu is not None:
+        parts.append(f"MFU {record.mfu:.1%}" + (" (the peak must be wrong)" if record.mfu > 1 else ""))
+    return (*parts, f"{record.tokens_per_s:,.0f} tokens/s")
+
+
+def filled(parts: Iterable[str], width: int) -> list[str]:
+    """Lines of whole parts, no longer than `width` where no part is."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines

@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-ONCE_A_STEP = ("update", "all-reduce of the step")
+AVERAGED = "all-reduce for the momentum target"
+"""Under stages 1 and 2, of each averaged parameter by itself."""
+ONCE_A_STEP = ("update", "all-reduce of the step", AVERAGED)
 """Traffic that does not grow with the number of micro-batches."""
 IN_GROUP = "gather in the group"
 """Gathers from second copies of the shards (`zero_hpz_partition_size`)."""
-_PASSES = {"all-reduce": 2, "all-reduce of the step": 2}
+_PASSES = {"all-reduce": 2, "all-reduce of the step": 2, AVERAGED: 2}
 """How often a ring carries its data: an all-reduce is a reduce-scatter and an all-gather."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way in which NCCL sends, in the numbers of its own tuner (`src/graph/tuning.cc` at b647562, NVLink within a
+    node). Latencies in µs."""
+
+    ring_us: float
+    """Of a collective, whatever its steps."""
+    ring_intra_us: float
+    """Of a step of a ring within a node, and to another one."""
+    ring_inter_us: float
+    tree_us: float
+    tree_intra_us: float
+    tree_inter_us: float
+    overhead_us: float
+    """Least latency of a step within a node where the ring leaves it: posting to the network."""
+    share: float
+    """Of the bandwidth: the rest is flags."""
+    tree_share: float
+    most_gb_s: tuple[float, float, float] = (math.inf, math.inf, math.inf)
+    """Of a ring in one node, over two, and over more."""
+
+
+PROTOCOLS = (
+    Protocol(6.6, 0.6, 2.7, 6.8, 0.6, 5.0, 1.0, 1 / 4, 0.92 / 3.8, (87.7, 22.5, 19.0)),  # LL: for small tensors
+    Protocol(14.0, 1.9, 4.0, 14.0, 1.25, 8.5, 1.0, 0.92, 0.92 * 0.92),  # LL128
+    Protocol(8.4, 3.4, 14.0, 0.0, 28.0, 28.0, 3.0, 1.0, 0.92),  # Simple: for large ones
+)
 
 
 @dataclass
 class Traffic:
-    """Bytes and calls by kind: the size of the whole tensor of every collective."""
+    """Collectives by kind: how many of which size, the bytes of their whole tensors."""
 
-    bytes: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    calls: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    sizes: defaultdict[str, Counter[float]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def add(self, kind: str, size: int, calls: int = 1) -> None:
+    def add(self, kind: str, size: float, calls: int = 1) -> None:
         """Collectives over `size` bytes together."""
         if size:
-            self.bytes[kind] += size
-            self.calls[kind] += calls
+            self.sizes[kind][size / calls] += calls
 
     def __add__(self, other: Traffic) -> Traffic:
-        found = Traffic(self.bytes.copy(), self.calls.copy())
-        for kind, size in other.bytes.items():
-            found.bytes[kind] += size
-            found.calls[kind] += other.calls[kind]
+        found = Traffic()
+        for traffic in (self, other):
+            for kind, sizes in traffic.sizes.items():
+                found.sizes[kind] += sizes
         return found
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """By kind."""
+        return {kind: round(sum(size * n for size, n in sizes.items())) for kind, sizes in self.sizes.items()}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """By kind."""
+        return {kind: sum(sizes.values()) for kind, sizes in self.sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -43,10 +82,10 @@ class Links:
     ranks_per_node: int
     intra_gb_s: float
     inter_gb_s: float
-    latency_us: float
-    """Of one step of a ring from a node to the next."""
-    intra_latency_us: float = 0.0
-    """Of one step within a node."""
+    latency_us: float | None
+    """Of one step of a ring or tree from a node to the next; None for what NCCL's tuner takes, by protocol."""
+    intra_latency_us: float | None = None
+    """Of one step within a node, likewise."""
     gloo: bool = False
     """Gloo carries it, not NCCL: a reduce-scatter is an all-reduce of which a rank keeps its part, and there are rings
     only."""
@@ -79,7 +118,7 @@ def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int
     A ring of n ranks sends (n − 1)/n of the tensor over every one of its links. Where it spans nodes, the rings of a
     node leave it over all of its network ports, so that a port carries the ring's share of one rank. It takes n − 1
     steps, of which as many go from node to node as there are nodes but one; an all-reduce takes twice that, or goes up
-    and down NCCL's trees, where that is quicker.
+    and down NCCL's trees. Every collective takes the protocol that is quickest for its size, as NCCL's tuner chooses.
 
     Args:
         traffic: of a step with few micro-batches.
@@ -90,31 +129,51 @@ def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int
     """
     rank_bytes: dict[str, float] = {}
     intra = inter = time_s = once_s = 0.0
-    for kind in traffic.bytes:
+    for kind in traffic.sizes:
         repeats = 0 if kind in ONCE_A_STEP else further
-        size = traffic.bytes[kind] + repeats * again.bytes[kind]
-        calls = traffic.calls[kind] + repeats * again.calls[kind]
+        last = again.sizes.get(kind, Counter())
+        calls = traffic.sizes[kind] + Counter({size: n * repeats for size, n in last.items()})
         ranks = group if kind == IN_GROUP else links.world
         passes = 2 if links.gloo and kind == "reduce-scatter" else _PASSES.get(kind, 1)
-        sent = size * passes * (ranks - 1) / ranks
+        sent = sum(size * n for size, n in calls.items()) * passes * (ranks - 1) / ranks
         rank_bytes[kind] = sent
         within = ranks <= links.ranks_per_node and links.ranks_per_node % ranks == 0
         crossing = 0.0 if within else sent / links.ranks_per_node
         inter += crossing
         intra += sent - crossing
-        slowest = max((sent - crossing) / links.intra_gb_s, crossing / links.inter_gb_s) / 1e9
         nodes = 1 if within else max(2, math.ceil(ranks / links.ranks_per_node))
-        seconds = slowest + calls * _latency_s(links, ranks, nodes, passes)
+        seconds = sum(n * _call_s(links, size, ranks, nodes, passes) for size, n in calls.items())
         time_s += seconds
         once_s += seconds if kind in ONCE_A_STEP else 0.0
     return StepTraffic(rank_bytes, intra, inter, time_s, once_s)
 
 
-def _latency_s(links: Links, ranks: int, nodes: int, passes: int) -> float:
-    """Of one collective, in the steps that NCCL's own tuner counts (`src/graph/tuning.cc`)."""
-    between = passes * (nodes - 1)
-    steps_us = between * links.latency_us + (passes * (ranks - 1) - between) * links.intra_latency_us
-    if passes == 2 and not links.gloo:
-        tree_us = 2 * ((ranks // nodes - 1) * links.intra_latency_us + math.log2(nodes) * links.latency_us)
-        steps_us = min(steps_us, tree_us)
-    return steps_us * 1e-6
+def _call_s(links: Links, size: float, ranks: int, nodes: int, passes: int) -> float:
+    """Of one collective over a tensor of `size` bytes."""
+    if ranks == 1:
+        return 0.0
+    sent_gb = size * passes * (ranks - 1) / ranks / 1e9
+    ring_gb_s = links.intra_gb_s if nodes == 1 else links.inter_gb_s * links.ranks_per_node
+    if nodes > 1 and links.ranks_per_node > 1:  # a ring also goes through its nodes, which carry all but its way out
+        ring_gb_s = min(ring_gb_s, links.intra_gb_s * links.ranks_per_node / (links.ranks_per_node - 1))
+    between, all_steps = passes * (nodes - 1), passes * (ranks - 1)
+    if links.gloo:
+        inside_us = (all_steps - between) * (links.intra_latency_us or 0.0)
+        return sent_gb / ring_gb_s + (between * (links.latency_us or 0.0) + inside_us) * 1e-6
+    ways = []
+    for protocol in PROTOCOLS:
+        most = protocol.most_gb_s[min(nodes, 3) - 1]
+        intra_us = max(protocol.ring_intra_us, protocol.overhead_us if nodes > 1 else 0.0)
+        ring_us = (all_steps - between) * _given(links.intra_latency_us, intra_us)
+        ring_us += between * _given(links.latency_us, protocol.ring_inter_us) + protocol.ring_us
+        ways.append(sent_gb / min(ring_gb_s * protocol.share, most) + ring_us * 1e-6)
+        if passes == 2:
+            tree_us = (ranks // nodes - 1) * _given(links.intra_latency_us, protocol.tree_intra_us)
+            tree_us += math.log2(nodes) * _given(links.latency_us, protocol.tree_inter_us)
+            seconds = sent_gb / min(ring_gb_s * protocol.tree_share, most)
+            ways.append(seconds + (2 * tree_us + protocol.tree_us) * 1e-6)
+    return min(ways)
+
+
+def _given(latency_us: float | None, otherwise_us: float) -> float:
+    return otherwise_us if latency_us is None else latency_us

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from m3i_scale.errors import ConfigError, did_you_mean
 
-MFU = 0.4
-"""Share of the peak rate that the arithmetic is assumed to reach; `--mfu` changes it."""
-
-_LATENCY = "latencies are those that NCCL's tuner takes for a step of a ring (src/graph/tuning.cc, hwLat, LL128)"
+_REACHED = "MFU of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md)"
 
 
 @dataclass(frozen=True)
@@ -20,10 +17,13 @@ class Hardware:
     """By precision: 10¹² FLOP/s."""
     intra_gb_s: float
     inter_gb_s: float
-    latency_us: float
-    """Of one step of a ring from a node to the next, and within a node."""
-    intra_latency_us: float
+    mfu: float
+    """Share of the peak rate that the arithmetic is assumed to reach."""
     source: str
+    latency_us: float | None = None
+    """Of one step of a ring from a node to the next, and within a node; None for what NCCL's tuner takes, by protocol
+    and size (`PROTOCOLS` in communication.py)."""
+    intra_latency_us: float | None = None
 
 
 PRESETS = {
@@ -31,27 +31,26 @@ PRESETS = {
         {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0},
         intra_gb_s=450.0,
         inter_gb_s=50.0,
-        latency_us=4.0,
-        intra_latency_us=1.9,
+        mfu=0.21,
         source="NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one "
-        f"400 Gb/s port a GPU); {_LATENCY}",
+        f"400 Gb/s port a GPU); {_REACHED}",
     ),
     "a100": Hardware(
         {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5},
         intra_gb_s=300.0,
         inter_gb_s=25.0,
-        latency_us=4.0,
-        intra_latency_us=1.9,
+        mfu=0.39,
         source="NVIDIA's data sheet of the A100 SXM (dense rates, NVLink 600 GB/s both ways) and of the DGX A100 (one "
-        f"200 Gb/s port a GPU); {_LATENCY}",
+        f"200 Gb/s port a GPU); {_REACHED}",
     ),
     "cpu": Hardware(
         {"bf16": 0.2, "fp16": 0.09, "fp32": 0.09},
         intra_gb_s=2.0,
         inter_gb_s=1.0,
+        mfu=0.4,
         latency_us=100.0,
         intra_latency_us=100.0,
-        source="matrix products on one core of an AMD EPYC; bandwidths and latencies are assumptions",
+        source="matrix products on one core of an AMD EPYC; bandwidths, latencies and the MFU are assumptions",
     ),
 }
 

@@ -88,6 +88,8 @@ class Ledger:
     def __init__(self, *, heap: bool) -> None:
         self.parts: defaultdict[str, int] = defaultdict(int)
         self.live = self.peak = 0
+        self.most: defaultdict[str, int] = defaultdict(int)
+        """By part, its own largest sum at a moment."""
         self.at_peak: dict[str, int] = {}
         """By part, at the peak; on a host with `fragmentation`, what the heap's holes take."""
         self._heap = Heap() if heap else None
@@ -107,6 +109,7 @@ class Ledger:
         chunk = self._heap.take(size) if self._heap is not None and inside else None
         self._held[self._count] = part, size, chunk
         self.parts[part] += size
+        self.most[part] = max(self.most[part], self.parts[part])
         self.live += size
         self._apart += 0 if inside else size
         total = self._heap.top + self._apart if self._heap is not None else self.live

@@ -4,6 +4,7 @@ of the engine to the end of a step. The methods follow those of DeepSpeed's file
 
 from __future__ import annotations
 
+from m3i_scale.scale.plan.communication import AVERAGED
 from m3i_scale.scale.plan.counts import momentum_state_bytes, share_of
 from m3i_scale.scale.plan.replay import (
     BUCKETS,
@@ -75,6 +76,13 @@ class WholeEngine(Engine):
 
     def _after_groups(self) -> None:
         """Nothing more, by default."""
+
+    def average(self) -> None:
+        """`safe_get_full_fp32_param` for the momentum target: master weights, parameter by parameter, whole, in fp32.
+        Where parameters are fp32 every rank has them already."""
+        if self.settings.precision != "fp32":
+            for place in self.averaged:
+                self.traffic.add(AVERAGED, self.parameters[place].numel * 4)
 
     def gather_groups(self) -> None:
         """Updated shards to all ranks, in place; gloo collects into a buffer of its own."""
@@ -228,6 +236,7 @@ class ZeroEngine(WholeEngine):
         self._release(self.owned)
         self.owned = []
         self.gather_groups()
+        self.average()
 
 
 class Bf16Engine(WholeEngine):
@@ -266,3 +275,4 @@ class Bf16Engine(WholeEngine):
         for numel in self.flat:
             self.take_states(numel // self.settings.world)
         self.gather_groups()
+        self.average()
