@@ -16,6 +16,7 @@ from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.last_words import recorded
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
+from m3i_scale.scale.checkpoint.locate import stopped_words
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import explain_table
 
@@ -46,7 +47,7 @@ def start(run: RunConfig) -> Status:
     with recorded(run.output_dir) as place:
         callbacks = make_callbacks(run)
         place.at("join")
-        ranks = start_ranks(run.timeouts.start_s)
+        ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s))
         clean = False
         try:
             with count_waits(place.waited) if place.read else contextlib.nullcontext():
@@ -54,6 +55,8 @@ def start(run: RunConfig) -> Status:
             clean = True
         finally:
             stop_ranks(wait=clean)
+    if status == "preempted" and ranks.rank == 0:
+        tell(stopped_words(run.output_dir / "checkpoints"))
     return status
 
 

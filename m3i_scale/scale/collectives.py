@@ -23,7 +23,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
-from m3i_scale.scale.store import listen_at_master_address
+from m3i_scale.scale.store import await_ranks, listen_at_master_address
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -93,10 +93,15 @@ class ProcessGroupRanks:
         return total
 
 
-def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
+def start_ranks(timeout_s: float = 1800.0, join_s: float = 300.0) -> ProcessGroupRanks:
     """Join the process group that the launcher describes in RANK, WORLD_SIZE, …, or MPI's; a world of one without one.
 
+    Args:
+        timeout_s: of the group's collectives.
+        join_s: until all ranks have come.
+
     Raises:
+        MissingRanksError: some have not; names them.
         UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
     """
     adopt_rank_variables(os.environ)
@@ -128,6 +133,7 @@ def start_ranks(timeout_s: float = 1800.0) -> ProcessGroupRanks:
     local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
     timeout = timedelta(seconds=timeout_s)
     listen_at_master_address(timeout)
+    await_ranks(join_s)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if local is not None:
         os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket
