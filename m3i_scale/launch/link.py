@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -167,7 +167,7 @@ def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
     return f"the agent ended with exit code {code}" + (f": {last}" if last else "")
 
 
-def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link], dict[str, str]]:
+def connect(hosts: Sequence[Host], site: Site, inbox: Inbox) -> tuple[list[Link], dict[str, str]]:
     """Reach all hosts at once.
 
     Args:
@@ -176,7 +176,7 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
         inbox: of the links.
 
     Returns:
-        Those that answer, in order, and why each of the others does not.
+        Those that answer and why each of the others does not, both in order.
     """
     links: list[Link] = []
     reasons: dict[str, str] = {}
@@ -212,7 +212,8 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
     for link in links:
         if link.host.name in reasons:
             link.drop()
-    return [link for link in links if link.host.name not in reasons], reasons
+    in_order = {host.name: reasons[host.name] for host in hosts if host.name in reasons}
+    return [link for link in links if link.host.name not in reasons], in_order
 
 
 def _fault_of(hello: Message, own_code: Mapping[str, Any]) -> str | None:
