@@ -109,7 +109,7 @@ def await_ranks(timeout_s: float) -> None:
     store.set(f"{_HERE}/{rank}", socket.gethostname())
     if rank == 0:
         missing = _await_all(store, world, timeout_s)
-        answer = f"{_named(missing)} of {world} have not come in {timeout_s:g} s" if missing else ""
+        answer = f"{_named(missing)} of {world} did not come in {timeout_s:g} s" if missing else ""
         store.set(_ANSWER, answer)
         if answer:
             time.sleep(_HEARD_S)  # the store ends with this process, and the others have to read this

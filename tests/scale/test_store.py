@@ -91,5 +91,5 @@ def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(rank
     command = [sys.executable, "-c", LAUNCHER, f"--world_info={world}", str(free_port()), *ranks]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 1, done.stderr
-    told = "ranks 1, 3 (two, three) of 4 have not come" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
+    told = "ranks 1, 3 (two, three) of 4 did not come" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
     assert done.stderr.count(f"MissingRanksError: {told}") == len(ranks), done.stderr
