@@ -109,7 +109,10 @@ def await_ranks(timeout_s: float) -> None:
     store.set(f"{_HERE}/{rank}", socket.gethostname())
     if rank == 0:
         missing = _await_all(store, world, timeout_s)
-        answer = f"{_named(missing)} of {world} did not come in {timeout_s:g} s" if missing else ""
+        answer = ""
+        if missing:
+            came = {store.get(f"{_HERE}/{other}").decode(): None for other in range(world) if other not in missing}
+            answer = f"{_named(missing)} of {world} did not come in {timeout_s:g} s; those of {', '.join(came)} did"
         store.set(_ANSWER, answer)
         if answer:
             time.sleep(_HEARD_S)  # the store ends with this process, and the others have to read this
