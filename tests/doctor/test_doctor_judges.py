@@ -100,6 +100,21 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
     assert bad[0].fix
 
 
+COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARED if name not in ("a package without files", "no run file")])
+def test_what_ranks_compare_first_differs_where_a_fault_would_be_found(name: str):
+    _, (*above, last), value, _ = PLANTED[name]
+    own, head = answer(1), answer(0)
+    assert judge.digest(own) == judge.digest(head)
+    place = own
+    for key in above:
+        place = place[key]
+    place[last] = value
+    assert judge.digest(own) != judge.digest(head)
+
+
 def test_a_name_that_is_loopback_on_its_own_host_alone_is_well_where_an_interface_is_chosen(answers):
     """Debian and Ubuntu write `127.0.1.1 NAME` into /etc/hosts."""
     answers["two"]["names"]["two"] = {"addresses": ["127.0.1.1"]}
