@@ -15,7 +15,7 @@ from rich.text import Text
 from m3i_scale import __version__
 from m3i_scale.config import load_run
 from m3i_scale.data.commands import shards_app
-from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
+from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
 from m3i_scale.launch.commands import launch
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
@@ -170,6 +170,22 @@ def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
         print_json(values)
     else:
         typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command(epilog="Example: m3i-scale stop /data/runs/first")
+def stop(
+    run: Annotated[str, typer.Argument(help="The output folder of a run, its run file, or a built-in name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … of the run file")] = None,
+    wait: Annotated[bool, typer.Option(help="Until the run has ended.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Have a run finish its step, save and leave, on whichever hosts it runs; the same command goes on with it."""
+    from m3i_scale.run.stop import stop as stop_run
+
+    result = stop_run(run, overrides or [], wait=wait, tell=lambda text: typer.echo(text, err=True))
+    print_json(result) if as_json else typer.echo(result["text"])
+    if result["status"] == "ended":
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --gpus-per-node 8 --memory-gib 80")

@@ -198,9 +198,11 @@ class HardwareConfig(Section):
 
 
 class TimeoutsConfig(Section):
-    """How long ranks wait for each other before they take one for dead (docs/failures.md). Longer than
-    data.stall_timeout_s, so that data that cannot be had are told as that."""
+    """How long ranks wait for each other before they take one for dead (docs/failures.md). Once data are read, longer
+    than data.stall_timeout_s, so that data that cannot be had are told as that."""
 
+    join_s: float = Field(default=300.0, gt=0)
+    """Until all ranks have started and reached rank 0; torchrun waits by itself."""
     start_s: float = Field(default=1800.0, gt=0)
     """Until the second step is done, and while the run saves, evaluates or goes back."""
     step_s: float = Field(default=960.0, gt=0)
@@ -243,7 +245,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:
         for name, limit_s in self.timeouts:
-            if limit_s <= self.data.stall_timeout_s:
+            if name != "join_s" and limit_s <= self.data.stall_timeout_s:  # nothing is read yet while ranks join
                 raise ValueError(
                     f"timeouts.{name} ({limit_s:g}) must be longer than data.stall_timeout_s "
                     f"({self.data.stall_timeout_s:g}): a reader that stalls would be taken for a dead rank"

@@ -23,6 +23,7 @@ from typing import IO
 import psutil
 
 from m3i_scale import __version__
+from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.place import RECORDS
 from m3i_scale.launch.processes import MARK, end_marked, mark_of, marked
 from m3i_scale.launch.rank import Rank
@@ -106,7 +107,8 @@ class Agent:
             self._held = _hold(self.records)  # until this process ends
         except OSError as error:
             fault = f"no room for the places of its ranks: {error}"
-        self.writer.say("hello", version=__version__, time=time.time(), pid=os.getpid(), left=left, fault=fault)
+        told = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
+        self.writer.say("hello", **told, left=left, fault=fault)
 
     def _say_port(self, wanted: int | None, interface: str | None) -> None:
         """A port where rank 0 can wait, and the address of the interface."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError
 from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.output import print_json, release_stdout
 
@@ -86,8 +86,14 @@ def launch(
     if launcher == "elastic":  # in this process, whose end every agent notices
         from m3i_scale.launch.elastic import FILE, start
 
-        raise typer.Exit(start(plan.folder / FILE))
-    raise typer.Exit(_run(plan, render(launcher, job.shown()), job))
+        code = start(plan.folder / FILE)
+    else:
+        code = _run(plan, render(launcher, job.shown()), job)
+    if code == EXIT_PREEMPTED:
+        from m3i_scale.scale.checkpoint.locate import stopped_words
+
+        typer.echo(stopped_words(job.output_dir / "checkpoints"), err=True)
+    raise typer.Exit(code)
 
 
 def _with_image(job: Job, launcher: str) -> Job:
@@ -111,6 +117,10 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     if not plan.waits:
         return execute(plan, shown, environment).code
     with launch_lock(job.output_dir):
+        if job.hosts:
+            from m3i_scale.launch.link import check_hosts
+
+            check_hosts(job)
         forget_records(job.output_dir)
         ending = execute(plan, shown, environment)
         told = conclude(job.output_dir, ending, shown, job.world_size)

@@ -83,9 +83,11 @@ def _by_pdsh(job: Job) -> LaunchPlan:
         script = job.folder / PRIVATE_ENVIRONMENT
         files.append(LaunchFile(PRIVATE_ENVIRONMENT, "\n".join(export_lines(private)) + "\n", PRIVATE))
         options.append(f"--venv_script={_for_pdsh(shlex.quote(str(script)))}")
-    variables = {"DS_ENV_FILE": str(job.folder / ENVIRONMENT)}
-    if job.cluster.ssh:
-        variables["PDSH_SSH_ARGS_APPEND"] = " ".join(job.cluster.ssh)
+    limits = [f"-o{option}" for option in ("BatchMode=yes", *ssh.UNLESS_GIVEN)]
+    variables = {
+        "DS_ENV_FILE": str(job.folder / ENVIRONMENT),
+        "PDSH_SSH_ARGS_APPEND": " ".join([*job.cluster.ssh, *limits]),
+    }
     return LaunchPlan(
         launcher="deepspeed",
         folder=job.folder,

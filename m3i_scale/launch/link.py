@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import shlex
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from m3i_scale import __version__
+from m3i_scale.errors import UserError
+from m3i_scale.launch.doctor.facts import code
+from m3i_scale.launch.doctor.judge import other_files
 from m3i_scale.launch.environment import LAUNCHERS, is_secret
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import is_here
+from m3i_scale.launch.job import Job, is_here
 from m3i_scale.launch.wire import BEAT_S, Message, decode, encode
 
 Inbox = queue.SimpleQueue[tuple["Link", Message]]
@@ -163,7 +167,7 @@ def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
     return f"the agent ended with exit code {code}" + (f": {last}" if last else "")
 
 
-def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link], dict[str, str]]:
+def connect(hosts: Sequence[Host], site: Site, inbox: Inbox) -> tuple[list[Link], dict[str, str]]:
     """Reach all hosts at once.
 
     Args:
@@ -172,7 +176,7 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
         inbox: of the links.
 
     Returns:
-        Those that answer, in order, and why each of the others does not.
+        Those that answer and why each of the others does not, both in order.
     """
     links: list[Link] = []
     reasons: dict[str, str] = {}
@@ -181,6 +185,7 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
             links.append(Link(host, site, inbox))
         except OSError as error:  # no ssh here, or no room for another process
             reasons[host.name] = f"{error.filename or 'a process'} cannot be started here: {error.strerror}"
+    own_code = code()
     waiting = {link.host.name: link for link in links}
     deadline = time.monotonic() + site.connect_s
     while waiting and (left := deadline - time.monotonic()) > 0:
@@ -195,7 +200,7 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
             continue
         if message["kind"] == "hello":
             link.hello = message
-            fault = _fault_of(message)
+            fault = _fault_of(message, own_code)
             waiting.pop(name, None)
             if fault is not None:
                 reasons[name] = fault
@@ -207,12 +212,45 @@ def connect(hosts: Iterable[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
     for link in links:
         if link.host.name in reasons:
             link.drop()
-    return [link for link in links if link.host.name not in reasons], reasons
+    in_order = {host.name: reasons[host.name] for host in hosts if host.name in reasons}
+    return [link for link in links if link.host.name not in reasons], in_order
 
 
-def _fault_of(hello: Message) -> str | None:
+def _fault_of(hello: Message, own_code: Mapping[str, Any]) -> str | None:
     if hello["fault"] is not None:
         return str(hello["fault"])
     if hello["version"] != __version__:
         return f"m3i_scale is {hello['version']} there and {__version__} here"
+    there = hello["code"]
+    if there["sha256"] != own_code["sha256"]:
+        commits = f"commit {there['commit'] or 'unknown'} there and {own_code['commit'] or 'unknown'} here"
+        return f"the code in {there['path']} is another one than here ({commits}): {other_files(there, own_code)}"
     return None
+
+
+def check_hosts(job: Job) -> None:
+    """Reach all hosts of a launch at once, before a launcher that would start ranks on those that answer.
+
+    Raises:
+        UserError: hosts that cannot be reached or used, or have other code than this one; all of them.
+    """
+    site = Site(
+        python=job.python,
+        workdir=str(job.workdir),
+        output_dir=str(job.output_dir),
+        launch=secrets.token_hex(8),
+        ssh=job.cluster.ssh,
+        python_path=next((item.value for item in job.plain if item.name == "PYTHONPATH"), ""),
+    )
+    links, reasons = connect(job.hosts, site, Inbox())
+    for link in links:
+        link.say("end")
+    for link in links:
+        link.close()
+    if reasons:
+        raise UserError(
+            f"{len(reasons)} of {len(job.hosts)} hosts cannot be used",
+            where="; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
+            why="ranks on the others would wait for theirs",
+            fix="mend them or take them out of the hostfile",
+        )

@@ -37,7 +37,7 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
             raise UserError(
                 f"another launch of this run is under way: {_holder(file.read())}",
                 where=str(output_dir),
-                fix="wait for it or end it, or take another output_dir",
+                fix=f"wait for it or m3i-scale stop {output_dir}, or take another output_dir",
             ) from None
         except OSError as error:
             raise UserError(
@@ -48,6 +48,18 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
+
+
+def launch_of(output_dir: Path) -> str | None:
+    """Who launches the run of an output folder at the moment, for a person; None: nobody."""
+    try:
+        with (output_dir / _LOCK).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _holder((output_dir / _LOCK).read_text(encoding="utf-8"))
+    except OSError:  # there is no such file, or no locks
+        return None
 
 
 def _holder(text: str) -> str:

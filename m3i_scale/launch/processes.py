@@ -50,8 +50,8 @@ def marked(host: str, output_dir: str) -> list[Marked]:
         start = f"{MARK}=".encode()
         for variable in environment.split(b"\0"):
             if variable.startswith(start):
-                launch, where, output = variable[len(start) :].decode(errors="replace").split("|", 2)
-                if (where, output) == (host, output_dir) and command:  # without a command line: a zombie
+                launch, _, rest = variable[len(start) :].decode(errors="replace").partition("|")
+                if rest == f"{host}|{output_dir}" and command:  # without a command line: a zombie
                     found.append(Marked(int(folder.name), launch, command))
     return sorted(found, key=lambda process: process.pid)
 

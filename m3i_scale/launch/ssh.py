@@ -14,12 +14,12 @@ from m3i_scale.launch.processes import PARENT, TIED
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 PKILL = Executable("pkill", "apt-get install procps")
-_UNLESS_GIVEN = ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+UNLESS_GIVEN = ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 """A host without power says nothing, and ssh alone would wait for it for hours. Of two values the first counts."""
 
 
 def _ssh(job: Job) -> tuple[str, ...]:
-    limits = [word for option in _UNLESS_GIVEN for word in ("-o", option)]
+    limits = [word for option in UNLESS_GIVEN for word in ("-o", option)]
     return ("ssh", "-o", "BatchMode=yes", *job.cluster.ssh, *limits)
 
 

@@ -47,10 +47,20 @@ def _hosts(found: list[Mapping[str, Any]]) -> str:
 
 
 def _together(found: list[Mapping[str, Any]]) -> Text:
-    """Their values, each once; of many, the first ones."""
-    values = list(dict.fromkeys(finding["value"] for finding in found))
-    more = f"\n… and {len(values) - _SHOWN} more (--json)" if len(values) > _SHOWN else ""
-    return Text("\n".join(values[:_SHOWN]) + more)
+    """Their values, each once, with the hosts that it is of where there are several; of many, the first ones."""
+    hosts_of: dict[str, list[str]] = {}
+    for finding in found:
+        hosts_of.setdefault(finding["value"], []).append(finding["host"])
+    if len(hosts_of) == 1:
+        return Text(found[0]["value"])
+    lines = [f"{_listed(hosts)}: {value}" for value, hosts in list(hosts_of.items())[:_SHOWN]]
+    more = f"\n… and {len(hosts_of) - _SHOWN} more (--json)" if len(hosts_of) > _SHOWN else ""
+    return Text("\n".join(lines) + more)
+
+
+def _listed(hosts: list[str]) -> str:
+    more = f" and {len(hosts) - _SHOWN} more" if len(hosts) > _SHOWN else ""
+    return ", ".join(hosts[:_SHOWN]) + more
 
 
 def _found(finding: Mapping[str, Any]) -> Text:

@@ -13,7 +13,7 @@ from m3i_scale.launch.place import Place
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.check import make_plan
 from m3i_scale.run.opening import check_together
-from m3i_scale.run.preflight import check_machines
+from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
@@ -84,6 +84,7 @@ def train(
     """
     place = place or Place(None)
     place.at("open")
+    check_software(run)
     plan = check_together(plan_of_run or (lambda: make_plan(run, ranks.world_size)))
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as source:
         from_rank_0(lambda: _lock(run, stack))
@@ -115,7 +116,7 @@ def train(
 
 def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
     """Hold the run's folder, and clear what a killed job left half written."""
-    lock = stack.enter_context(lock_directory(run.output_dir))
+    lock = stack.enter_context(lock_directory(run.output_dir, trains=True))
     sweep(run.output_dir / "checkpoints", lock)
     finish_rewind(run.output_dir)
 

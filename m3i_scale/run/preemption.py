@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR2 and SIGINT ask the run to finish its step, save and leave with exit code 75.
+"""SIGTERM, SIGUSR2, SIGINT and `m3i-scale stop` ask the run to finish its step, save and leave with exit code 75.
 
 A second SIGINT ends it at once.
 """
@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
+from m3i_scale.scale.checkpoint.lock import stop_requested
 
 
 class Preemption:
-    """Remembers that a signal arrived. The training loop asks between steps, and all ranks agree before they act."""
+    """Remembers that a signal arrived. The training loop asks between steps, and all ranks agree before they act.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Args:
+        output_dir: where requests to stop are looked for; None on ranks that do not.
+    """
+
+    def __init__(self, output_dir: Path | None = None) -> None:
+        self._output_dir = output_dir
+        self._signalled = False
         self._interrupted = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been asked."""
+        return self._signalled or (self._output_dir is not None and stop_requested(self._output_dir))
 
     def install(self) -> None:
         """Take over the signals of this process; the main thread must call it."""
@@ -32,4 +44,4 @@ class Preemption:
             self._interrupted = True
             # Not through a console, which the handler may have interrupted while it held its lock.
             os.write(2, b"saving after this step; once more to stop at once, unsaved\n")
-        self.requested = True
+        self._signalled = True

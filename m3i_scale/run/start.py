@@ -20,6 +20,7 @@ from m3i_scale.run.check import make_plan
 from m3i_scale.run.last_words import recorded
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
+from m3i_scale.scale.checkpoint.locate import stopped_words
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.ds_config import explain_table
 from m3i_scale.scale.ds_rules import precision
@@ -53,7 +54,7 @@ def start(run: RunConfig) -> Status:
         place.at("check")
         plan_of_run = check_first(run)
         place.at("join")
-        ranks = start_ranks(run.timeouts.start_s, tell)
+        ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
         clean = False
         try:
             with count_waits(place.waited) if place.read else contextlib.nullcontext():
@@ -61,6 +62,8 @@ def start(run: RunConfig) -> Status:
             clean = True
         finally:
             stop_ranks(wait=clean)
+    if status == "preempted" and ranks.rank == 0:
+        tell(stopped_words(run.output_dir / "checkpoints"))
     return status
 
 

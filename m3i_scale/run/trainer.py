@@ -88,7 +88,7 @@ class Trainer:
         self.saves = Saves(plan, ranks, self.engine, self.momentum, self.tell)
         self.saves.loaded = resume_from
         self.fetcher = Fetcher(iter(()))
-        self.preemption = Preemption()
+        self.preemption = Preemption(self.run.output_dir if ranks.rank == 0 else None)
         self.when_resumed: Callable[[], None] = lambda: None
         """Called once the checkpoint has been loaded."""
         self.guard = Guard(self.run.guard, self.run.output_dir, self.callbacks.on_warning)

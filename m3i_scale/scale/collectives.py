@@ -23,7 +23,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
-from m3i_scale.scale.store import listen_at_master_address
+from m3i_scale.scale.store import await_ranks, listen_at_master_address
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -93,14 +93,18 @@ class ProcessGroupRanks:
         return total
 
 
-def start_ranks(timeout_s: float = 1800.0, tell: Callable[[str], None] = lambda text: None) -> ProcessGroupRanks:
+def start_ranks(
+    timeout_s: float = 1800.0, join_s: float = 300.0, tell: Callable[[str], None] = lambda text: None
+) -> ProcessGroupRanks:
     """Join the process group that the launcher describes in RANK, WORLD_SIZE, …, or MPI's; a world of one without one.
 
     Args:
-        timeout_s: how long a rank waits for the others.
-        tell: told on one rank of every host what joining waits for, where it waits for a build.
+        timeout_s: of the group's collectives.
+        join_s: until all ranks have come.
+        tell: told on one rank of every host that an extension has to be built, or is being built by another process.
 
     Raises:
+        MissingRanksError: some have not; names them.
         UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
     """
     adopt_rank_variables(os.environ)
@@ -125,11 +129,6 @@ def start_ranks(timeout_s: float = 1800.0, tell: Callable[[str], None] = lambda 
     find_ninja()
     sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
     accelerator = get_accelerator()
-    builder = accelerator.create_op_builder("ShareMemCommBuilder")
-    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # as DeepSpeed asks when it joins
-        awaited = awaited_build(builder.name)
-        if awaited is not None and os.environ["LOCAL_RANK"] == "0":
-            tell(awaited)
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes
@@ -137,6 +136,12 @@ def start_ranks(timeout_s: float = 1800.0, tell: Callable[[str], None] = lambda 
     local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
     timeout = timedelta(seconds=timeout_s)
     listen_at_master_address(timeout)
+    await_ranks(join_s)
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # as DeepSpeed asks when it joins
+        awaited = awaited_build(builder.name)
+        if awaited is not None and os.environ["LOCAL_RANK"] == "0":
+            tell(awaited)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if local is not None:
         os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket

@@ -1,19 +1,37 @@
-"""The store in which ranks find each other. Where an interface is chosen, it listens there and nowhere else."""
+"""The store in which ranks find each other. Where an interface is chosen, it listens there and nowhere else; who has
+not come is named."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import ipaddress
+import json
 import os
 import socket
+import sys
+import time
+from collections.abc import Sequence
 from datetime import timedelta
+from itertools import groupby
 
+import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from m3i_scale.errors import UserError
+from m3i_scale.errors import EXIT_FAILED, UserError
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Whoever sets one of them has chosen."""
 _KEPT: list[TCPStore] = []
+_HERE, _ANSWER = "m3i_scale/here", "m3i_scale/all"
+"""Keys: the host of a rank that has come; what rank 0 says in the end, nothing where all have."""
+_LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
+
+
+class MissingRanksError(UserError):
+    """Ranks that have not come. Nothing has to be mended here before the run is started again."""
+
+    exit_code = EXIT_FAILED
 
 
 def listen_at_master_address(timeout: timedelta) -> None:
@@ -29,8 +47,7 @@ def listen_at_master_address(timeout: timedelta) -> None:
         UserError: MASTER_ADDR is no address of this host, or one that other hosts cannot reach, or the port is taken.
     """
     chosen = [os.environ[name] for name in INTERFACES if name in os.environ]
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if os.environ["RANK"] != "0" or not chosen or of_agent:
+    if os.environ["RANK"] != "0" or not chosen or _of_agent():
         return
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = socket.socket()
@@ -68,6 +85,117 @@ def listen_at_master_address(timeout: timedelta) -> None:
             master_listen_fd=listener.detach(),
         )
     )
+
+
+def _of_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def await_ranks(timeout_s: float) -> None:
+    """Wait at rank 0's store until all ranks have come; rank 0 tells meanwhile who has not. Every rank calls it, before
+    the process group is made, which would wait for them without a word. torchrun's agents have done so already.
+
+    Args:
+        timeout_s: how long at most.
+
+    Raises:
+        MissingRanksError: on all ranks that can be reached: who has not come; or rank 0 cannot be reached.
+        UserError: rank 0's port is taken.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world == 1 or _of_agent():
+        return
+    store = _store(rank, timeout_s)
+    store.set(f"{_HERE}/{rank}", socket.gethostname())
+    if rank == 0:
+        missing = _await_all(store, world, timeout_s)
+        answer = ""
+        if missing:
+            came = {store.get(f"{_HERE}/{other}").decode(): None for other in range(world) if other not in missing}
+            answer = f"{_named(missing)} of {world} did not come in {timeout_s:g} s; those of {', '.join(came)} did"
+        store.set(_ANSWER, answer)
+        if answer:
+            time.sleep(_HEARD_S)  # the store ends with this process, and the others have to read this
+    else:
+        with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network has
+            store.wait([_ANSWER], timedelta(seconds=timeout_s + _HEARD_S))
+        answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 was there, and is gone"
+    if answer:
+        raise MissingRanksError(
+            answer,
+            why="their hosts cannot be reached, or they ended before they could join: see what the launcher printed",
+            fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.join_s where they only need longer",
+        )
+
+
+def _has(store: TCPStore, key: str) -> bool:
+    try:
+        return bool(store.check([key]))
+    except RuntimeError:  # the store is gone
+        return False
+
+
+def _store(rank: int, timeout_s: float) -> TCPStore:
+    """Rank 0's, which PyTorch finds and uses then, or the way to it."""
+    host, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_s)
+    if rank == 0 and _KEPT:
+        return _KEPT[-1]
+    try:
+        if rank != 0:
+            return TCPStore(host, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(host, port, world, True, timeout, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if rank == 0:
+            raise UserError(
+                f"rank 0 cannot listen at port {port}: {reason}",
+                where="MASTER_PORT",
+                fix="a port that nobody uses: --master_port of the launcher",
+            ) from None
+        raise MissingRanksError(
+            f"rank 0 cannot be reached at {host}, port {port}, in {timeout_s:g} s",
+            where=f"rank {rank} on {socket.gethostname()}",
+            why=f"it has not started, its host is down, or a firewall is between: {reason}",
+            fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.join_s where it only needs longer",
+        ) from None
+    _KEPT.append(store)
+    return store
+
+
+def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
+    """The ranks that have not come."""
+    began = told = time.monotonic()
+    missing = list(range(1, world))
+    while missing and time.monotonic() - began < timeout_s:
+        missing = [rank for rank in missing if not store.check([f"{_HERE}/{rank}"])]
+        if missing and time.monotonic() - told > _TELL_S:
+            told = time.monotonic()
+            left = f"{timeout_s - (told - began):.0f} s more"
+            print(f"rank 0 waits for {_named(missing)} of {world}, {left}", file=sys.stderr, flush=True)
+        if missing:
+            time.sleep(_LOOK_S)
+    return missing
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """`ranks 8–15 (node1)`; hosts where the launcher has said which they are."""
+    host_of = _hosts_of_deepspeed()
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    spans = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    hosts = ", ".join(dict.fromkeys(host_of[rank] for rank in ranks if rank in host_of))
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans}" + (f" ({hosts})" if hosts else "")
+
+
+def _hosts_of_deepspeed() -> dict[int, str]:
+    """By rank, from the command line of the `deepspeed` launcher's process on this host; else nothing."""
+    start = "--world_info="
+    try:
+        words = [word for word in psutil.Process().parent().cmdline() if word.startswith(start)]  # type: ignore[union-attr]
+        world = json.loads(base64.urlsafe_b64decode(words[0].removeprefix(start)))
+        return dict(enumerate(host for host, slots in world.items() for _ in slots))
+    except (psutil.Error, AttributeError, IndexError, ValueError, TypeError):
+        return {}
 
 
 def _several_hosts() -> bool:

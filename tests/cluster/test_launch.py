@@ -91,6 +91,45 @@ def test_a_rank_that_is_killed_ends_the_run_on_all_hosts_and_is_told(
     assert process.text().count("first cause: the rank ended without a word") == 1
 
 
+def test_a_run_is_stopped_from_any_host_and_the_last_words_say_where_it_goes_on(
+    hosts: Hosts, shards: Path, tmp_path: Path
+):
+    run = write_run(tmp_path, shards, "clip", "optim.steps=100000", "optim.warmup_steps=1")
+    process = hosts.start("node0", launch(hosts, run, *LAUNCHERS["pdsh"]), log=tmp_path / "log", env=variables())
+    figures, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 240
+    while not (figures.exists() and "loss" in figures.read_text()):
+        assert time.monotonic() < deadline, process.text()[-6000:]
+        time.sleep(0.1)
+    asked = hosts.run("node1", [sys.executable, "-m", "m3i_scale", "stop", tmp_path / "out"], env=variables())
+    assert asked.returncode == 0, asked.stdout
+    assert hosts.wait(process) == 75, process.text()[-6000:]
+    assert hosts.left() == {}
+    last_words = asked.stdout.splitlines()[-1]
+    assert last_words.startswith("stopped at step ")
+    assert process.text().splitlines()[-1] == last_words
+
+
+def test_a_host_that_deepspeed_itself_does_not_reach_is_named_by_the_ranks_of_the_others(
+    hosts: Hosts, shards: Path, tmp_path: Path
+):
+    run = write_run(tmp_path, shards, "clip", "timeouts.join_s=8")
+    hostfile = hosts.hostfile(tmp_path / "hostfile")
+    words = ["--hostfile", hostfile, "--master_addr", hosts.address("node0"), "--no_local_rank", "--module"]
+    hosts.link("node1", up=False)
+    keep_alive = {"PDSH_SSH_ARGS_APPEND": "-oConnectTimeout=2"}
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={environment()[name]}\n" for name in TRAVEL[:4]))
+    done = hosts.run(
+        "node0",
+        [Path(sys.executable).with_name("deepspeed"), *words, "m3i_scale", "train", run],
+        env=variables() | keep_alive | {"DS_ENV_FILE": str(tmp_path / ".deepspeed_env")},
+        cwd=tmp_path,
+    )
+    hosts.link("node1", up=True)
+    assert done.returncode not in (0, 2, 75)
+    assert "rank 1 (node1) of 2 did not come in 8 s" in done.stdout, done.stdout[-6000:]
+    assert hosts.left() == {}
+
+
 def test_hosts_without_a_shared_output_folder_are_told_before_the_first_step(
     hosts: Hosts, shards: Path, tmp_path: Path
 ):

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from m3i_scale.launch.doctor import judge, judge_network
+from m3i_scale.launch.doctor import facts, judge, judge_network
 from m3i_scale.launch.doctor.examine import rounds
 from m3i_scale.launch.doctor.findings import Finding, fault, faults_of, good, not_ready
 from m3i_scale.launch.doctor.machine import Machine, disk_finding, look, machine_findings
 from m3i_scale.launch.doctor.needs import Needs
+from m3i_scale.report.doctor_table import doctor_table
 
 GIB = 2**30
 HOSTS = ("one", "two", "three")
+OTHER_CODE = {"sha256": "ef" * 32, "commit": "abc", "path": "/m3i_scale", "files": {"a.py": "ef", "b.py": "ef"}}
 
 
 def answer(number: int) -> dict[str, Any]:
     return {
         "python": {"version": "3.11.7", "path": "/venv/bin/python", "packages": {"torch": "2.9", "deepspeed": "0.19"}},
-        "code": {"sha256": "ab" * 32, "commit": "abc", "path": "/m3i_scale"},
+        "code": {"sha256": "ab" * 32, "commit": "abc", "path": "/m3i_scale", "files": {"a.py": "ab"}},
         "config": {"sha256": "cd" * 32, "values": {"run.seed": "0"}},
         "devices": {"kind": "cuda", "count": 8, "names": ["H100"] * 8, "driver": "570", "memory": [80 * GIB] * 8},
         "interfaces": {"lo": ["127.0.0.1", "::1"], "eth0": [f"10.0.0.{number + 1}"]},
@@ -63,7 +67,8 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "another Python": ("python", ("python", "version"), "3.12.1", "3.11.7"),
     "another package": ("packages", ("python", "packages", "torch"), "2.8", "torch 2.8, the head has 2.9"),
     "no package": ("packages", ("python", "packages", "deepspeed"), None, "deepspeed"),
-    "other files": ("commit", ("code", "sha256"), "ef" * 32, "ranks would differ"),
+    "a package without files": ("packages", ("python", "incomplete"), {"pillow": "gone"}, "pillow is gone"),
+    "other files": ("commit", ("code",), OTHER_CODE, "ranks would differ: a.py, b.py; the head has abc"),
     "another run file": ("config", ("config",), {"sha256": "0", "values": {"run.seed": "7"}}, "run.seed: 7, not 0"),
     "no run file": ("config", ("config",), {"fault": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
     "no devices": ("accelerator", ("devices", "kind"), "cpu", "the head has cuda"),
@@ -75,6 +80,8 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "a wrong address": ("names", ("names", "three"), {"addresses": ["10.0.0.9"]}, "three means 10.0.0.9"),
     "an unknown name": ("names", ("names", "one"), {"fault": "Name or service not known"}, "one is unknown"),
     "its own name is loopback": ("names", ("names", "vm2"), {"addresses": ["127.0.1.1"]}, "vm2 means 127.0.1.1"),
+    "its listed name is loopback": ("names", ("names", "two"), {"addresses": ["127.0.1.1"]}, "two means 127.0.1.1"),
+    "another's name is loopback": ("names", ("names", "one"), {"addresses": ["127.0.1.1"]}, "one means 127.0.1.1"),
 }
 
 
@@ -91,6 +98,50 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
     assert told in f"{bad[0].value} {bad[0].why}"
     assert bad[0].why
     assert bad[0].fix
+
+
+COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARED if name not in ("a package without files", "no run file")])
+def test_what_ranks_compare_first_differs_where_a_fault_would_be_found(name: str):
+    _, (*above, last), value, _ = PLANTED[name]
+    own, head = answer(1), answer(0)
+    assert judge.digest(own) == judge.digest(head)
+    place = own
+    for key in above:
+        place = place[key]
+    place[last] = value
+    assert judge.digest(own) != judge.digest(head)
+
+
+def test_a_name_that_is_loopback_on_its_own_host_alone_is_well_where_an_interface_is_chosen(answers):
+    """Debian and Ubuntu write `127.0.1.1 NAME` into /etc/hosts."""
+    answers["two"]["names"]["two"] = {"addresses": ["127.0.1.1"]}
+    assert faults_of(judge_network.name_findings(answers, chosen=True)) == []
+    answers["two"]["names"]["one"] = {"addresses": ["127.0.1.1"]}
+    assert [item.host for item in faults_of(judge_network.name_findings(answers, chosen=True))] == ["two"]
+
+
+def test_a_package_whose_files_are_gone_is_found_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert facts.incomplete_packages() == {}
+    left = tmp_path / "webdataset-1.0.2.dist-info"
+    left.mkdir()
+    (left / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 1.0.2\n")
+    (left / "RECORD").write_text("webdataset/__init__.py,,\nwebdataset/cache.py,,\n")
+    (tmp_path / "webdataset").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert facts.interpreter()["packages"]["webdataset"] == "1.0.2"
+    assert list(facts.incomplete_packages()) == ["webdataset"]
+
+
+def test_grouped_values_say_whose_they_are():
+    values = {"one": "3.11 at /a", "two": "3.11 at /b", "three": "3.11 at /a"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(doctor_table(good("python", host, value).to_json() for host, value in values.items()))
+    text = console.export_text()
+    assert "one, three: 3.11 at /a" in text
+    assert "two: 3.11 at /b" in text
 
 
 NOTED: dict[str, tuple[str, tuple[str, ...], Any]] = {
@@ -223,5 +274,5 @@ def test_rounds_have_every_two_hosts_once_and_nobody_twice_at_a_time(count: int)
 
 def test_faults_become_one_error():
     error = not_ready([fault("shm", "a", "1 MiB", why="w", fix="f"), fault("disk", "b", "2 MiB", why="x", fix="g")])
-    assert (error.what, error.where, error.fix) == ("shm: 1 MiB", "a; disk on b: 2 MiB", "f; g")
+    assert (error.what, error.where, error.fix) == ("shm: 1 MiB", "a; disk on b: 2 MiB (x)", "f; g")
     assert faults_of([good("shm", "a", "")]) == []

@@ -1,8 +1,12 @@
-"""Folders in memory of agents that were killed go with the next agent; those of living ones stay."""
+"""What an agent finds on its host: folders in memory of agents that were killed, and processes of other launches."""
 
 import os
+import subprocess
+
+import pytest
 
 from m3i_scale.launch import agent
+from m3i_scale.launch.processes import MARK, mark_of, marked
 
 
 def aged(folder):
@@ -30,3 +34,15 @@ def test_the_folder_of_a_killed_agent_goes_and_that_of_a_living_one_stays(tmp_pa
     os.close(held)
     agent._sweep(tmp_path)
     assert not alive.exists()
+
+
+@pytest.mark.parametrize("foreign", ["", "yes", "one|two", "|", "a|b|c|d"])
+def test_a_mark_that_is_none_is_somebody_elses_and_breaks_nothing(foreign):
+    marks = [foreign, mark_of("first", "node0", "/out|put")]
+    processes = [subprocess.Popen(["sleep", "60"], env={MARK: mark}) for mark in marks]
+    try:
+        assert [(found.pid, found.launch) for found in marked("node0", "/out|put")] == [(processes[1].pid, "first")]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -1,10 +1,15 @@
 """What a host is told over ssh, run by a shell as ssh hands it to one."""
 
+import shutil
 import subprocess
 
 import pytest
-from launch_case import TWO_HOSTS, a_job
+from launch import ROOT
+from launch_case import TWO_HOSTS, a_job, a_script, path_with
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
+from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.launchers import render
 from m3i_scale.launch.link import Inbox, Site, connect
@@ -35,3 +40,56 @@ def test_agents_without_an_ssh_to_start_them_are_told_of_as_hosts_that_cannot_be
     links, reasons = connect([Host("node1", 1), Host("node2", 1)], site, Inbox())
     assert links == []
     assert reasons == dict.fromkeys(("node1", "node2"), "ssh cannot be started here: No such file or directory")
+
+
+def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first():
+    (command,) = render("deepspeed", a_job(ssh=("-oServerAliveInterval=3",), **TWO_HOSTS)).commands
+    arguments = command.environment["PDSH_SSH_ARGS_APPEND"].split()
+    asked = subprocess.run(["ssh", "-G", *arguments, "node1"], capture_output=True, text=True, check=True)
+    known = dict(line.split(" ", 1) for line in asked.stdout.splitlines())
+    assert (known["serveraliveinterval"], known["serveralivecountmax"], known["connecttimeout"]) == ("3", "4", "30")
+
+
+SSH = r"""
+case "${@: -2:1}" in
+  node1) exec bash -c "${@: -1}" ;;
+  node2) exec bash -c 'cd() { builtin cd "$OTHER"; }; '"${@: -1}" ;;
+  *) echo "ssh: connect to host node3 port 22: No route to host" >&2; exit 255 ;;
+esac
+"""
+STARTED = 'touch "$(dirname "$0")/started"'
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A folder on PATH with an `ssh` that knows three hosts: one as this, one with other code, one that is down."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    a_script(folder, "ssh", SSH)
+    for name in ("pdsh", "ompi_info", "mpirun"):
+        a_script(folder, name, STARTED)
+    for name in ("m3i_scale", "recipes", "ds_configs"):
+        shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other" / "m3i_scale" / "cli.py").open("a") as file:
+        file.write("# another commit\n")
+    monkeypatch.setenv("OTHER", str(tmp_path / "other"))
+    monkeypatch.setenv("PATH", path_with(folder))
+    return folder
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate", "mpirun"])
+def test_hosts_that_cannot_be_used_are_all_told_before_a_launcher_starts(programs, tmp_path, launcher):
+    cluster, out = tmp_path / "cluster.yaml", tmp_path / "out"
+    cluster.write_text("hosts: [node1 slots=1, node2 slots=1, node3 slots=1]\n")
+    overrides = ["data.sources.main.shards=/data/train", "data.streams=3", "optim.batch_size=3072"]
+    done = CliRunner().invoke(
+        app, ["launch", "mae", "--with", launcher, "--cluster", str(cluster), *overrides, f"output_dir={out}"]
+    )
+    assert isinstance(done.exception, UserError), done.output
+    assert "2 of 3 hosts cannot be used" in done.exception.what
+    of_node2, of_node3 = str(done.exception.where).split("; ")
+    assert of_node2.startswith("node2: the code in ")
+    assert of_node2.endswith("m3i_scale/cli.py")
+    assert of_node3 == "node3: ssh: ssh: connect to host node3 port 22: No route to host"
+    assert not (programs / "started").exists()
+    assert not (out / "failure.json").exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
-from launch import start_ranks
+from launch import ROOT, start_ranks
 from shapes import write_run
 from tiny import tiny_overrides
 
@@ -17,6 +19,15 @@ from m3i_scale.run.preflight import kept_checkpoints, needs_of
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv[1:] = sys.argv[2:]
+runpy.run_module("m3i_scale", run_name="__main__", alter_sys=True)
+"""
+
+OTHER = """
+import os, runpy, sys
+if os.environ["RANK"] == "1":
+    sys.path.insert(0, sys.argv[1])
+    sys.argv.append("seed=7")
 sys.argv[1:] = sys.argv[2:]
 runpy.run_module("m3i_scale", run_name="__main__", alter_sys=True)
 """
@@ -79,3 +90,22 @@ def test_a_run_that_may_not_open_enough_files_ends_on_all_ranks_with_all_faults(
         assert "a rank opens about 168" in text
         assert "Traceback" not in text
     assert not list((tmp_path / "out").glob("run.yaml"))  # nothing has begun
+
+
+def test_ranks_with_other_code_or_another_run_file_are_refused_with_what_differs(shards: Path, tmp_path: Path):
+    for name in ("m3i_scale", "recipes", "ds_configs"):
+        shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other" / "m3i_scale" / "objective" / "targets.py").open("a") as file:
+        file.write("# another commit\n")
+    run_file = write_run(tmp_path, shards, "mae")
+    (tmp_path / "other.py").write_text(OTHER)
+    job = start_ranks(
+        [str(tmp_path / "other.py"), str(tmp_path / "other"), "train", str(run_file)], 2, tmp_path / "logs"
+    )
+    assert job.wait() == [2, 2], job.text()[-4000:]
+    told = job.log(0).read_text()
+    assert f"{socket.gethostname()}, rank 1" in told
+    assert "ranks would differ: m3i_scale/objective/targets.py; the head has" in told
+    assert "run.seed: 7, not 0" in told
+    assert "Traceback" not in job.text()
+    assert not (run_file.parent / "out" / "checkpoints").exists()

@@ -22,6 +22,7 @@ from launch import Job
 from shapes import metrics, train, write_run
 
 from m3i_scale.run.phases import PHASES
+from m3i_scale.run.stop import stop
 from m3i_scale.scale.checkpoint.consolidate import load_weights
 from m3i_scale.scale.checkpoint.manifest import verify
 
@@ -155,15 +156,25 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
 
 @pytest.mark.parametrize(
     ("number", "hearers"),
-    [(signal.SIGTERM, "one rank"), (signal.SIGUSR2, "one rank"), (signal.SIGTERM, "all, workers too")],
+    [
+        (signal.SIGTERM, "one rank"),
+        (signal.SIGUSR2, "one rank"),
+        (signal.SIGTERM, "all, workers too"),
+        (None, "its folder"),
+    ],
 )
 def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
-    number: int, hearers: str, reference: Path, tmp_path: Path
+    number: int | None, hearers: str, reference: Path, tmp_path: Path
 ) -> None:
     run_file = copy_of_run(reference, tmp_path / "asked")
-    job = train(run_file, f"data.workers={0 if hearers == 'one rank' else 2}", world=2, launcher=True)
+    out, told = run_file.parent / "out", []
+    job = train(run_file, f"data.workers={2 if hearers == 'all, workers too' else 0}", world=2, launcher=True)
     wait_for_step(job, run_file, 1)  # early: the rest of the run takes a second or two
-    if hearers == "one rank":
+    if number is None:
+        result = stop(str(out), [], wait=True, tell=told.append)
+        assert (result["status"], len(told)) == ("stopped", 1)
+        assert Path(result["checkpoint"]) == checkpoints(run_file)[-1]
+    elif hearers == "one rank":
         ranks_of(job)[-1].send_signal(number)
     else:
         members = [child for rank in ranks_of(job) for child in (*rank.children(), rank)]
@@ -177,6 +188,10 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
     assert verify(newest) == []
     assert steps_done(run_file) == step
     assert "Traceback" not in job.text()
+    assert job.text().count(f"stopped at step {step}, saved in {newest}; the same command goes on") == 1, job.text()[
+        -4000:
+    ]
+    assert stop(str(run_file), [], wait=True, tell=told.append)["status"] == "idle"
     again = train(run_file, world=2, launcher=True, logs="again")
     assert again.wait(WAIT_S) == [0], again.text()[-4000:]
     same_run(run_file, reference)

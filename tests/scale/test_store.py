@@ -1,5 +1,6 @@
-"""Where an interface is chosen, nothing of rank 0 listens on another."""
+"""Where an interface is chosen, nothing of rank 0 listens on another; ranks that do not come are named."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -71,3 +72,24 @@ def test_the_loopback_is_no_place_for_ranks_of_other_hosts(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="no other host can reach it"):
         listen_at_master_address(timedelta(seconds=5))
+
+
+# In place of DeepSpeed's launcher, which names all hosts on its command line, and starts those of its own.
+LAUNCHER = """
+import os, subprocess, sys
+port, ranks = sys.argv[2], sys.argv[3:]
+rank = "from m3i_scale.scale.collectives import start_ranks; start_ranks(join_s=6)"
+place = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+started = [subprocess.Popen([sys.executable, "-c", rank], env={**os.environ, **place, "RANK": own}) for own in ranks]
+sys.exit(max(process.wait() for process in started))
+"""
+
+
+@pytest.mark.parametrize("ranks", [["0", "2"], ["3"]])
+def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(ranks):
+    world = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0, 1], "three": [0]}).encode()).decode()
+    command = [sys.executable, "-c", LAUNCHER, f"--world_info={world}", str(free_port()), *ranks]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 1, done.stderr
+    told = "ranks 1, 3 (two, three) of 4 did not come" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
+    assert done.stderr.count(f"MissingRanksError: {told}") == len(ranks), done.stderr

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 _TELLING = re.compile(r"(NCCL|GLOO|TORCH|DS|OMP|CUDA|UCX|HF|XDG)_\w+|LD_LIBRARY_PATH|PYTHONPATH|TZ|LANG|LC_ALL")
 _SECRET = re.compile(r"TOKEN|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _GIT_S = 5
+_MODULE = re.compile(r"^[A-Za-z_]\w*(?:/__init__)?\.py(?=,)", re.MULTILINE)
+"""What `import` begins with, in the list of files of an installed package."""
 READ_BYTES = 1 << 16
 """Of the first shard of every source."""
 
@@ -48,16 +50,41 @@ def interpreter() -> dict[str, Any]:
     return {"version": platform.python_version(), "path": sys.executable, "packages": versions}
 
 
+def incomplete_packages() -> dict[str, str]:
+    """Packages that this one requires and that are not whole here, and why: a removal or an installation that was cut
+    off may leave a version and no files."""
+    try:
+        wanted = [
+            re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requires("m3i-scale") or [] if "extra ==" not in line
+        ]
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        wanted = [name for name in PACKAGES if name != "m3i-scale"]
+    found: dict[str, str] = {}
+    for name in wanted:
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+            continue
+        modules = _MODULE.findall(installed.read_text("RECORD") or "")  # some installers write none
+        gone = [path for path in modules if not Path(str(installed.locate_file(path))).is_file()]
+        if gone:
+            found[name] = f"installed without {', '.join(gone)}"
+    return found
+
+
 def code() -> dict[str, Any]:
-    """Hash of the package's files, recipes and DeepSpeed files, and the commit where they are a checkout's."""
-    digest = hashlib.sha256()
+    """Hashes of the package's files, recipes and DeepSpeed files, one over all, and the commit where they are a
+    checkout's."""
+    files: dict[str, str] = {}
     for folder in (_PACKAGE, resource_folder("recipes"), resource_folder("ds_configs")):
         for path in sorted(folder.rglob("*")):
             again = path.relative_to(folder).parts[0] in ("_recipes", "_ds_configs")  # of a wheel: read below
             if path.suffix in (".py", ".yaml", ".json") and not again:
-                digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-                digest.update(path.read_bytes())
-    return {"sha256": digest.hexdigest(), "commit": _commit(), "path": str(_PACKAGE)}
+                name = f"{folder.name.removeprefix('_')}/{path.relative_to(folder).as_posix()}"
+                files[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode())
+    return {"sha256": digest.hexdigest(), "commit": _commit(), "path": str(_PACKAGE), "files": files}
 
 
 def _commit() -> str | None:
@@ -72,17 +99,25 @@ def _commit() -> str | None:
 
 
 def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
-    """The run as this host resolves it, and what there is to tell of it: the hash of all its values and of its
-    DeepSpeed file, or why it cannot be read."""
-    from m3i_scale.scale.ds_config import load_ds_config
-
+    """The run as this host resolves it, and what there is to tell of it: see `run_values`, or why it cannot be read."""
     try:
         run = load_run(name, list(overrides))
-        whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
+        return run, run_values(run)
     except UserError as error:
         return None, {"fault": error.what, "where": error.where, "fix": error.fix}
+
+
+def run_values(run: RunConfig) -> dict[str, Any]:
+    """All values of a run and of its DeepSpeed file, and their hash.
+
+    Raises:
+        ConfigError: the DeepSpeed file cannot be read.
+    """
+    from m3i_scale.scale.ds_config import load_ds_config
+
+    whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
     text = json.dumps(whole, sort_keys=True)
-    return run, {"sha256": hashlib.sha256(text.encode()).hexdigest(), "values": _flat(whole)}
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "values": _flat(whole)}
 
 
 def _flat(values: Any, below: str = "") -> dict[str, str]:

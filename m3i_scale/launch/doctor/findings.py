@@ -60,7 +60,10 @@ class HostsNotReadyError(UserError):
 def not_ready(found: list[Finding]) -> HostsNotReadyError:
     """All faults as one error; the first says what, the rest stand with where."""
     first, *rest = found
-    told = [f"{item.check} on {item.host}: {item.value}" for item in rest[:_LISTED]]
+    told = [
+        f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")
+        for item in rest[:_LISTED]
+    ]
     more = [f"and {len(rest) - _LISTED} more"] if len(rest) > _LISTED else []
     return HostsNotReadyError(
         f"{first.check}: {first.value}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,13 @@ Answers = Mapping[str, Mapping[str, Any]]
 """By host, in the order of the hosts; those that answered."""
 MOST_SKEW_S, NOTED_SKEW_S = 30.0, 1.0
 _SHOWN = 4
+
+
+def digest(answer: Mapping[str, Any]) -> str:
+    """Of Python, packages, code and run file: equal where the findings about them have no fault."""
+    python = answer["python"]
+    same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 
 def python_findings(answers: Answers) -> Iterator[Finding]:
@@ -27,18 +36,19 @@ def python_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def package_findings(answers: Answers) -> Iterator[Finding]:
-    """One version of every package on all hosts."""
+    """One version of every package on all hosts, with its files."""
     head = next(iter(answers.values()))["python"]["packages"]
     for host, answer in answers.items():
         own = answer["python"]["packages"]
         value = ", ".join(f"{name} {own[name] or 'missing'}" for name in own)
-        missing = [name for name in own if own[name] is None]
-        other = [f"{name} {own[name]}, the head has {head[name]}" for name in own if own[name] != head[name]]
-        if not missing and not other:
+        faults = [f"{name} is {why}" for name, why in answer["python"].get("incomplete", {}).items()]
+        faults += [f"{name} missing" for name in own if own[name] is None]
+        faults += [f"{name} {own[name]}, the head has {head[name]}" for name in own if own[name] != head[name]]
+        if not faults:
             yield good("packages", host, value)
             continue
-        why = "; ".join(other) if other else f"{', '.join(missing)} missing"
-        yield fault("packages", host, value, why=why, fix="the same environment on all hosts")
+        fix = "the same environment on all hosts, installed anew where files are missing"
+        yield fault("packages", host, value, why="; ".join(faults), fix=fix)
 
 
 def code_findings(answers: Answers) -> Iterator[Finding]:
@@ -48,13 +58,20 @@ def code_findings(answers: Answers) -> Iterator[Finding]:
         own = answer["code"]
         value = f"{own['commit'] or 'no commit'}, files {own['sha256'][:12]} in {own['path']}"
         if own["sha256"] != head["sha256"]:
-            why = f"the head has {head['commit'] or 'no commit'}, files {head['sha256'][:12]}: ranks would differ"
+            why = f"ranks would differ: {other_files(own, head)}; the head has {head['commit'] or 'no commit'}"
             yield fault("commit", host, value, why=why, fix="check out or install the same on all hosts")
         elif own["commit"] != head["commit"]:
             why = f"the head says {head['commit'] or 'no commit'}; the files are the same"
             yield warning("commit", host, value, why=why, fix="nothing, if that is meant")
         else:
             yield good("commit", host, value)
+
+
+def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Which files of the code differ between two answers, the first ones by name."""
+    mine, theirs = own["files"], other["files"]
+    names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def config_findings(answers: Answers) -> Iterator[Finding]:

@@ -49,11 +49,12 @@ def name_findings(answers: Answers, *, chosen: bool) -> Iterator[Finding]:
     for host, answer in answers.items():
         faults, notes = [], []
         for name, told in answer["names"].items():
-            wrong = _wrong_address(name, told, answers)
-            if wrong:
-                faults.append(wrong)
-            elif "fault" not in told and (name == host or name not in answers) and _loopback(told["addresses"]):
+            own = "fault" not in told and (name == host or name not in answers) and _loopback(told["addresses"])
+            wrong = None if own else _wrong_address(name, told, answers)
+            if own:  # Debian and Ubuntu give a host's name 127.0.1.1
                 notes.append(f"its own name {name} means {', '.join(told['addresses'])}")
+            elif wrong:
+                faults.append(wrong)
         value = "; ".join(faults or notes) or f"{len(answer['names'])} names are known, with the right addresses"
         fix = "/etc/hosts or the name server of this host"
         if faults:

@@ -26,7 +26,7 @@ def look(request: dict[str, Any], left: list[Path]) -> dict[str, Any]:
     devices = facts.devices()
     found: list[Finding] = machine_findings(host, look_at_machine(), needs, on_host=devices["kind"] == "cpu")
     answer: dict[str, Any] = {
-        "python": facts.interpreter(),
+        "python": {**facts.interpreter(), "incomplete": facts.incomplete_packages()},
         "code": facts.code(),
         "interfaces": facts.interfaces(),
         "names": facts.names(request["hosts"]),

@@ -32,6 +32,18 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
+def stopped_words(root: Path) -> str:
+    """The last words of a run that was asked to stop and has saved.
+
+    Args:
+        root: of its checkpoints.
+    """
+    newest = next(iter(checkpoints(root)), None)
+    if newest is None:
+        return f"stopped; there is no checkpoint in {root}"
+    return f"stopped at step {step_of(newest)}, saved in {newest}; the same command goes on from there"
+
+
 def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones that were passed over, each with the reason.
 

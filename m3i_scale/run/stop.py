@@ -1,0 +1,107 @@
+"""`m3i-scale stop`: have a run finish its step, save and leave, wherever it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import load_run
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.launch.lock import launch_of
+from m3i_scale.scale.checkpoint.locate import checkpoints, step_of, stopped_words
+from m3i_scale.scale.checkpoint.lock import Holder, holder_of, is_run_folder, request_stop
+
+_LOOK_S = 0.5
+_TELL_S = 60.0
+
+
+def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Ask a run to stop: through a file in its output folder, which rank 0 looks for after every step. So it does not
+    matter on which host, in which container or under which launcher it runs.
+
+    Args:
+        run: its output folder, or its run file (or the name of a built-in one).
+        overrides: of the run file.
+        wait: until it has ended.
+        tell: is told what happens meanwhile.
+
+    Returns:
+        `status` (`idle`, `asked`, `stopped`, or `ended`: nothing was saved since), `output_dir`, `step` and
+        `checkpoint` (the newest, or None), `text`.
+
+    Raises:
+        ConfigError: no such run.
+        CheckpointError: who holds its folder does not listen, or is just starting; the folder cannot be written.
+    """
+    folder = _folder(run, overrides)
+    holder = holder_of(folder)
+    if holder is None:
+        launch = launch_of(folder)
+        if launch is not None:
+            raise CheckpointError(
+                f"a launch of this run is under way whose ranks do not train: {launch}",
+                where=str(folder),
+                fix="again when they do, or kill -USR2 of that process on that host",
+            )
+        return _result("idle", folder, f"nothing runs in {folder}")
+    if not holder.trains:
+        raise CheckpointError(
+            f"the folder is held by {holder}, which is no training run of this version", where=str(folder)
+        )
+    before = checkpoints(folder / "checkpoints")
+    request_stop(folder, holder)
+    text = f"asked {holder}: it finishes its step, saves and leaves"
+    if not wait:
+        return _result("asked", folder, text)
+    tell(text)
+    _await_end(folder, holder, tell)
+    after = checkpoints(folder / "checkpoints")
+    if after[:1] == before[:1]:
+        text = "the run has ended, and has saved nothing since it was asked: what it printed says why"
+        return _result("ended", folder, text)
+    return _result("stopped", folder, stopped_words(folder / "checkpoints"))
+
+
+def _folder(run: str, overrides: list[str]) -> Path:
+    folder = Path(run)
+    if not folder.is_dir():
+        folder = load_run(run, overrides).output_dir
+    elif overrides:
+        raise ConfigError("overrides have no effect beside a folder", where=" ".join(overrides), fix="leave them out")
+    if not is_run_folder(folder) and launch_of(folder) is None:
+        raise ConfigError(
+            "no run has begun in this folder",
+            where=str(folder.absolute()),
+            fix="the output_dir of a run, or its run file with the overrides that it was started with",
+        )
+    return folder
+
+
+def _await_end(folder: Path, holder: Holder, tell: Callable[[str], None]) -> None:
+    began = told = time.monotonic()
+    while _holds(folder, holder):
+        now = time.monotonic()
+        if now - told > _TELL_S:
+            told = now
+            tell(f"it still runs after {now - began:.0f} s; it stops after a step, an evaluation or a save")
+        time.sleep(_LOOK_S)
+
+
+def _holds(folder: Path, holder: Holder) -> bool:
+    try:
+        return holder_of(folder) == holder
+    except CheckpointError:  # it has removed its note and lets go, or another one is just starting
+        return False
+
+
+def _result(status: str, folder: Path, text: str) -> dict[str, Any]:
+    newest = next(iter(checkpoints(folder / "checkpoints")), None)
+    return {
+        "status": status,
+        "output_dir": str(folder.absolute()),
+        "step": None if newest is None else step_of(newest),
+        "checkpoint": None if newest is None else str(newest),
+        "text": text,
+    }

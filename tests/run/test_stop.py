@@ -1,0 +1,67 @@
+"""Asking a run to stop: who listens, who does not, and what is no run. That a run obeys is tested in test_resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from m3i_scale.cli import app
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.launch.lock import launch_lock
+from m3i_scale.run.preemption import Preemption
+from m3i_scale.run.stop import stop
+from m3i_scale.scale.checkpoint.lock import lock_directory
+
+
+def asked(run: str, *overrides: str) -> dict[str, object]:
+    return stop(run, list(overrides), wait=False, tell=print)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        asked(str(tmp_path))
+    assert caught.value.where == str(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        asked("m3i", f"output_dir={tmp_path / 'none'}")
+    assert caught.value.where == str(tmp_path / "none")
+    with pytest.raises(ConfigError, match="no run file"):
+        asked(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="no effect"):
+        asked(str(tmp_path), "seed=1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_runs_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
+    told = CliRunner().invoke(app, ["stop", "m3i", f"output_dir={tmp_path}", "--json"])
+    assert told.exit_code == 0
+    assert {"status": "idle", "step": 8}.items() <= json.loads(told.stdout).items()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_run_hears_of_its_own_request_and_of_no_other(tmp_path: Path) -> None:
+    with lock_directory(tmp_path, trains=True):
+        rank_0, other = Preemption(tmp_path), Preemption()
+        request = tmp_path / ".stop-request.json"
+        request.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))  # to the run that was here before
+        assert not rank_0.requested
+        assert asked(str(tmp_path))["status"] == "asked"
+        assert rank_0.requested
+        assert not other.requested
+    assert asked(str(tmp_path))["status"] == "idle"
+    (tmp_path / ".lock-holder.json").write_text("{}")
+    with lock_directory(tmp_path, trains=True):
+        assert not Preemption(tmp_path).requested
+
+
+def test_who_does_not_listen_is_not_asked(tmp_path: Path) -> None:
+    with lock_directory(tmp_path), pytest.raises(CheckpointError, match="no training run") as caught:
+        asked(str(tmp_path))
+    assert caught.value.where == str(tmp_path)
+    with launch_lock(tmp_path), pytest.raises(CheckpointError, match="whose ranks do not train: pid ") as caught:
+        asked(str(tmp_path))
+    assert caught.value.where == str(tmp_path)
+    assert not (tmp_path / ".stop-request.json").exists()
