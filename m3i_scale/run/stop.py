@@ -10,7 +10,8 @@ from typing import Any
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.launch.lock import launch_of
-from m3i_scale.scale.checkpoint.locate import checkpoints, step_of, stopped_words
+from m3i_scale.scale.checkpoint.locate import checkpoints, stopped_words
+from m3i_scale.scale.checkpoint.manifest import step_of
 from m3i_scale.scale.checkpoint.lock import Holder, holder_of, is_run_folder, request_stop
 
 _LOOK_S = 0.5
