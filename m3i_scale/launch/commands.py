@@ -48,13 +48,19 @@ def launch(
     runner: Annotated[str | None, typer.Option(help="pdsh or openmpi: how `deepspeed` reaches hosts.")] = None,
     max_restarts: Annotated[int | None, typer.Option(help="elastic: starts after a failure. Default: 0.")] = None,
     min_nodes: Annotated[int | None, typer.Option(help="elastic: go on with so many hosts. Default: all.")] = None,
+    min_compared: Annotated[
+        int | None, typer.Option(help="elastic: go on where losses compare so many samples at a time. Default: any.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="elastic: of a rank, for larger micro-batches. Default: the host says.")
+    ] = None,
     restart_pause_s: Annotated[float | None, typer.Option(help="elastic: before a restart, then doubled.")] = None,
     probe_s: Annotated[float | None, typer.Option(help="elastic: how often lost hosts are asked.")] = None,
     silence_s: Annotated[float | None, typer.Option(help="elastic: a host that is silent so long is lost.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="To reserve; 0 where ranks compute on CPUs.")] = None,
     partition: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
     account: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
-    time_limit: Annotated[str | None, typer.Option(help="Of Slurm: [days-]hours:minutes:seconds.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help=r"Of Slurm: \[days-]HH:MM:SS.")] = None,
     requeue: Annotated[bool | None, typer.Option(help="Slurm starts a preempted job again.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch: --sbatch=--qos=high.")] = None,
     data_claim: Annotated[str | None, typer.Option(help="Of Kubernetes: a volume claim with shards, at /data.")] = None,
@@ -74,6 +80,7 @@ def launch(
             check_fit(config, job, launcher)
         except UserError as error:
             typer.echo(f"the ranks would refuse this: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
         return
     if as_json:
         raise ConfigError(
@@ -82,11 +89,6 @@ def launch(
     release_stdout()
     plan = render(launcher, job)
     check_fit(config, job, launcher)
-    write_files(plan)
-    if launcher == "elastic":  # in this process, whose end every agent notices
-        from m3i_scale.launch.elastic import FILE, start
-
-        raise typer.Exit(start(plan.folder / FILE))
     raise typer.Exit(_run(plan, render(launcher, job.shown()), job))
 
 
@@ -101,10 +103,18 @@ def _with_image(job: Job, launcher: str) -> Job:
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     """Run a plan; where a run has failed, say what it died of at the end."""
     environment = without_secrets(os.environ, job.variables)
-    check_needs(plan)
     if not plan.waits:
+        check_needs(plan)
+        write_files(plan)
         return execute(plan, shown, environment).code
-    with launch_lock(job.output_dir):
+    with launch_lock(job.output_dir):  # first: a run that lives there must not find other files
+        if plan.launcher == "elastic":  # in this process, whose end every agent notices
+            from m3i_scale.launch.elastic import FILE, read_launch
+
+            write_files(plan)
+            return read_launch(plan.folder / FILE).run()
+        check_needs(plan)
+        write_files(plan)
         forget_records(job.output_dir)
         ending = execute(plan, shown, environment)
         told = conclude(job.output_dir, ending, shown, job.world_size)
