@@ -20,7 +20,9 @@ from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
 from m3i_scale.launch.gathering import CannotStartError, Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Site, connect
+from m3i_scale.launch.memory import RankMemory
 from m3i_scale.launch.processes import MARK
+from m3i_scale.launch.worlds import World
 
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
 SICK = f"""
@@ -40,9 +42,10 @@ def hosts_are_this_machine(monkeypatch):
     monkeypatch.setattr(link, "is_here", lambda name: True)
 
 
-def a_site(folder: Path, **more: object) -> Site:
+def a_site(folder: Path) -> Site:
     paths = environment()["PYTHONPATH"]
-    return Site(sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, **more)
+    on_cpus = {"DS_ACCELERATOR": "cpu"}
+    return Site(sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus)
 
 
 def a_launch(folder: Path, hosts: int, policy: Policy, command: tuple[str, ...], recipe: str = "m3i") -> Launch:
@@ -79,7 +82,14 @@ def test_a_host_that_fails_first_twice_running_is_left_out_where_the_others_are_
 def compared(tmp_path, monkeypatch, policy: Policy, refusal: str | None = "no room", recipe: str = "m3i") -> Launch:
     """Four hosts, two of which are gone; what `plan` says of a larger micro-batch is given."""
     unreachable(monkeypatch, "node2", "node3")
-    monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", lambda *_: refusal)
+
+    def plan(words: tuple[str, ...], world: World, memory: RankMemory, *_: object) -> str | None:
+        assert (words, world.micro_batch_size) == ((recipe,), 48)
+        assert memory.on_host
+        assert memory.gib
+        return refusal
+
+    monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", plan)
     return a_launch(tmp_path, 4, policy, (sys.executable, "-c", "pass"), recipe)
 
 
