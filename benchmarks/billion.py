@@ -138,7 +138,7 @@ def run_values(folder: Path, shards: Path, backbone: str, deepspeed: str) -> dic
 def _planned(run_file: Path) -> dict[str, Any]:
     """What `m3i-scale plan` says of the run before it starts: the peak of its steps, not of a checkpoint."""
     device = "cpu" if get_accelerator().device_name() == "cpu" else "h100"
-    command = [sys.executable, "-m", "m3i_scale", "plan", str(run_file), "--gpus-per-node", str(RANKS)]
+    command = [sys.executable, "-m", "m3i_scale", "plan", str(run_file), "--ranks-per-node", str(RANKS)]
     command += ["--hardware", device, "--memory-gib", "1024", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, env=ENVIRONMENT | os.environ, check=True)
     found: dict[str, Any] = json.loads(done.stdout)

@@ -188,12 +188,12 @@ def stop(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --gpus-per-node 8 --memory-gib 80")
+@app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --ranks-per-node 8 --memory-gib 80")
 def plan(
     run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each of them.")] = 8,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each of them.")] = 8,
     memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a rank's device.")] = 80.0,
     device: Annotated[str, typer.Option("--hardware", help="h100, a100, or cpu: ranks compute on hosts.")] = "h100",
     tflops_per_gpu: Annotated[
@@ -243,7 +243,7 @@ def plan(
     where = machine_of(
         device,
         nodes=nodes,
-        ranks_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
         memory_gib=memory_gib,
         mfu=mfu,
         tflops=tflops_per_gpu,

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 
 from m3i_scale.__main__ import run
+from m3i_scale.cli import app
 
 SCRIPT = """
 import atexit, runpy, sys
@@ -92,3 +95,20 @@ def test_interrupted_it_leaves_as_a_shell_expects_and_waits_for_no_thread():
 def test_the_command_and_the_module_have_the_same_door():
     project = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
     assert f'm3i-scale = "{run.__module__}:{run.__name__}"' in project
+
+
+def texts(command, path=()):
+    """Every word of help, below a command."""
+    yield path, command.help or ""
+    yield path, command.epilog or ""
+    for parameter in command.params:
+        yield (*path, parameter.name), getattr(parameter, "help", None) or ""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from texts(below, (*path, name))
+
+
+def test_no_brackets_of_help_are_taken_for_markup():
+    found = list(texts(typer.main.get_command(app)))
+    assert any("[" in text for _, text in found)
+    for path, text in found:
+        assert Text.from_markup(text).plain == text.replace("\\[", "["), path

@@ -24,6 +24,7 @@ import psutil
 
 from m3i_scale import __version__
 from m3i_scale.launch.doctor.facts import code
+from m3i_scale.launch.memory import rank_memory
 from m3i_scale.launch.place import RECORDS
 from m3i_scale.launch.processes import MARK, end_marked, mark_of, marked
 from m3i_scale.launch.rank import Rank
@@ -87,6 +88,10 @@ class Agent:
             self._greet(message)
         elif kind == "port":
             self._say_port(message["port"], message["interface"])
+        elif kind == "memory":
+            found = rank_memory(message["slots"], on_host=message["on_host"])
+            self.writer.say("memory", **asdict(found))
+            self.heard = time.monotonic()  # it may have taken seconds
         elif kind == "start":
             self._start(message)
         elif kind == "signal":

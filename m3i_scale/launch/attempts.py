@@ -3,66 +3,29 @@
 from __future__ import annotations
 
 import json
-import queue
 import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from m3i_scale.config import RunConfig
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from m3i_scale.launch.execute import signals_to_note
 from m3i_scale.launch.failures import FAILURE, failure_text, write_failure, write_whole
-from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.gathering import CannotStartError, Gathering, Policy, Work
 from m3i_scale.launch.job import is_here
-from m3i_scale.launch.link import Inbox, Link, Site, connect
-from m3i_scale.launch.lock import launch_lock
+from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.supervise import Attempt, Limits, Outcome, Tell, Wish
 from m3i_scale.launch.watch import Watch
-from m3i_scale.launch.worlds import World, largest_world
+from m3i_scale.launch.worlds import World
 
 EXIT_INTERRUPTED = 130
 """Interrupted twice, or before the first step: nothing was saved."""
 ATTEMPTS = "attempts.json"
 _LONGEST_PAUSE_S = 300.0
-
-
-class CannotStartError(UserError):
-    """Not enough hosts answer, or rank 0 has no port. At the start that ends the launch, later it may pass."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """When to go on."""
-
-    max_restarts: int = 0
-    """After so many failed attempts the launch ends. Attempts that end because a host has come back do not count."""
-    min_hosts: int | None = None
-    """Go on with so many hosts; None: with all or not at all."""
-    pause_s: float = 5.0
-    """Before the first restart; doubled with every further one, up to 300 s."""
-    probe_s: float = 30.0
-    """So often lost hosts are asked whether they are back."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is launched, and where."""
-
-    run: RunConfig
-    command: tuple[str, ...]
-    """Of every rank: interpreter, module, `train`, run file, overrides."""
-    hosts: tuple[Host, ...]
-    site: Site
-    master_address: str | None = None
-    """Of the first host; None: that of `interface`, else its name."""
-    interface: str | None = None
-    """Of all hosts, that ranks talk over."""
-    master_port: int | None = None
-    """None: one that is free there."""
 
 
 class Launch:
@@ -79,9 +42,10 @@ class Launch:
         self.attempts: list[dict[str, Any]] = []
         self._signals = 0
         self._inbox: Inbox = Inbox()
+        self._gathering = Gathering(work, policy, self._inbox, tell, lambda: self._signals > 0)
 
     def run(self) -> int:
-        """Launch, and launch again as long as the policy has it.
+        """Launch, and launch again as long as the policy has it. The caller holds the output folder.
 
         Returns:
             The exit code: 0, 75 (asked to stop, and saved), 130 (interrupted, nothing saved), 2 (a mistake that the log
@@ -92,7 +56,7 @@ class Launch:
         """
         if any(is_here(host.name) for host in self.work.hosts) and len(self.work.hosts) > 1:
             self._refuse_loopback()
-        with launch_lock(self.work.run.output_dir), _Signals(self._note):
+        with _Signals(self._note):
             return self._loop()
 
     def _refuse_loopback(self) -> None:
@@ -105,11 +69,11 @@ class Launch:
             )
 
     def _loop(self) -> int:
-        restarts, kept = 0, self.work.hosts
+        restarts = 0
         while True:
             try:
-                links, reasons, world = self._gather(kept, first=not self.attempts)
-                address, logs = self._address(links), self._logs(links)
+                links, reasons, world = self._gathering.gather(first=not self.attempts)
+                address, logs = self._gathering.address(links), self._logs(links)
             except CannotStartError as error:
                 if not self.attempts:
                     raise
@@ -117,7 +81,7 @@ class Launch:
                 code, failed = EXIT_FAILED if self._signals else None, True
             else:
                 outcome, back = self._attempt(links, world, reasons, address, logs)
-                kept = self._order(world, outcome)
+                self._gathering.learn(world, outcome)
                 code, failed = self._code_after(outcome, back), outcome.status == "failed"
             if code is None and failed and restarts == self.policy.max_restarts:
                 code = EXIT_FAILED
@@ -143,12 +107,6 @@ class Launch:
             code = EXIT_INTERRUPTED if outcome.cause is None else EXIT_FAILED
         return code
 
-    def _order(self, world: World, outcome: Outcome) -> tuple[Host, ...]:
-        """Hosts that have just worked come first, those that were lost last."""
-        last = [host for host in self.work.hosts if host.name in outcome.lost]
-        rest = [host for host in self.work.hosts if host not in last]
-        return (*[host for host in rest if host in world.hosts], *[h for h in rest if h not in world.hosts], *last)
-
     def _pause(self, restarts: int) -> None:
         doubled = 2.0 ** min(restarts - 1, 32)  # of ten thousand restarts, no number could hold the last
         pause_s = min(self.policy.pause_s * doubled, _LONGEST_PAUSE_S)
@@ -156,41 +114,6 @@ class Launch:
         deadline = time.monotonic() + pause_s
         while time.monotonic() < deadline and not self._signals:
             time.sleep(0.1)
-
-    def _gather(self, hosts: Sequence[Host], *, first: bool) -> tuple[list[Link], dict[str, str], World]:
-        """Hosts that answer, and the world that they make."""
-        run, fewest = self.work.run, self.policy.min_hosts or len(self.work.hosts)
-        links, reasons = connect(hosts, self.work.site, self._inbox)
-        try:
-            told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            if len(links) < fewest:
-                raise CannotStartError(
-                    f"{len(reasons)} of {len(hosts)} hosts cannot be used",
-                    where=told,
-                    why=f"the run is to have {fewest} hosts or more" if self.policy.min_hosts else None,
-                    fix="mend them or take them out of the hostfile",
-                )
-            if first:
-                _refuse_left(links)
-            world = largest_world(run, [link.host for link in links], fewest)
-            if world is None:
-                raise CannotStartError(
-                    f"no number of these hosts from {fewest} to {len(links)} fits the run",
-                    where=", ".join(f"{link.host.name} slots={link.host.slots}" for link in links),
-                    why="ranks must divide data.streams and optim.batch_size, and workers a rank's streams",
-                    fix=f"data.streams is {run.data.streams}, optim.batch_size {run.optim.batch_size}",
-                )
-        except UserError:
-            for link in links:
-                link.close()
-            raise
-        if told:
-            self.tell(f"without {told}")
-        for link in links:
-            if link.host not in world.hosts:
-                link.close()
-        chosen = {link.host: link for link in links if link.host in world.hosts}
-        return [chosen[host] for host in world.hosts], reasons, world
 
     def _attempt(
         self, links: list[Link], world: World, reasons: dict[str, str], address: tuple[str, int], logs: Logs
@@ -204,7 +127,8 @@ class Launch:
             f"attempt {number}: {world.ranks} ranks on {', '.join(world.names)}, {world.micro_batch_size} samples "
             f"per rank and forward pass; logs in {logs.folder}"
         )
-        out = [host for host in work.hosts if host not in world.hosts]
+        failing = self._gathering.standing.failing
+        out = [host for host in work.hosts if host not in world.hosts and host.name not in failing]
         watch = Watch(work.run, world, out, work.site, self.policy.probe_s)
         limits = Limits(work.run.timeouts.start_s, work.run.timeouts.step_s)
         attempt = Attempt(links, self._inbox, command, work.site, limits, address, logs, self.tell)
@@ -221,24 +145,6 @@ class Launch:
             watch.tell_once(self.tell)
             return "stop later"
         return "go on"
-
-    def _address(self, links: list[Link]) -> tuple[str, int]:
-        """Where rank 0 waits, asked of its host: only there can be known which ports are free."""
-        head = links[0]
-        head.say("port", port=self.work.master_port, interface=self.work.interface)
-        answer = _await(self._inbox, head, "port", self.work.site.connect_s)
-        fault = "its agent has ended" if answer is None else answer["fault"]
-        if answer is None or fault is not None:
-            for link in links:
-                link.close()
-            raise CannotStartError(
-                f"rank 0 cannot wait for the others: {fault}",
-                where=f"host {head.host.name}",
-                fix="choose another master_port, or leave it out" if self.work.master_port else None,
-            )
-        given = self.work.master_address if head.host == self.work.hosts[0] else None
-        name = "127.0.0.1" if len(links) == 1 and is_here(head.host.name) else head.host.name
-        return given or answer["address"] or name, int(answer["port"])
 
     def _logs(self, links: list[Link]) -> Logs:
         try:
@@ -326,52 +232,14 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _refuse_left(links: Sequence[Link]) -> None:
-    """Processes of a former launch of this run must not write beside this one."""
-    left = [
-        f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
-        for link in links
-        for process in (link.hello or {}).get("left", [])
-    ]
-    if left:
-        raise UserError(
-            "processes of a former launch of this run are still there",
-            where="; ".join(left[:8]) + (" …" if len(left) > 8 else ""),
-            why="they and the new ones would write into the same output folder",
-            fix="end the former launch, or these processes by `kill -9`",
-        )
-
-
-def _await(inbox: Inbox, link: Link, kind: str, timeout_s: float) -> dict[str, Any] | None:
-    """The next message of that kind; None where the agent ends before, or says nothing. What others say meanwhile is
-    put back: that one is gone is said once."""
-    deadline, of_others = time.monotonic() + timeout_s, []
-    answer = None
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            other, message = inbox.get(timeout=left)
-        except queue.Empty:
-            break
-        if other is not link:
-            of_others.append((other, message))
-        elif message["kind"] in (kind, "gone"):
-            answer = message if message["kind"] == kind else None
-            break
-    for said in of_others:
-        inbox.put(said)
-    return answer
-
-
 class _Signals:
-    """SIGINT, SIGTERM and SIGUSR2 are noted while this is entered."""
+    """SIGINT, SIGTERM, SIGUSR2 and the loss of the terminal are noted while this is entered."""
 
     def __init__(self, note: Callable[[int, FrameType | None], None]) -> None:
         self._note = note
 
     def __enter__(self) -> None:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-        }
+        self._before = {number: signal.signal(number, self._note) for number in signals_to_note()}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -44,13 +44,19 @@ def launch(
     runner: Annotated[str | None, typer.Option(help="pdsh or openmpi: how `deepspeed` reaches hosts.")] = None,
     max_restarts: Annotated[int | None, typer.Option(help="elastic: starts after a failure. Default: 0.")] = None,
     min_nodes: Annotated[int | None, typer.Option(help="elastic: go on with so many hosts. Default: all.")] = None,
+    min_compared: Annotated[
+        int | None, typer.Option(help="elastic: go on where losses compare so many samples at a time. Default: any.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="elastic: of a rank, for larger micro-batches. Default: the host says.")
+    ] = None,
     restart_pause_s: Annotated[float | None, typer.Option(help="elastic: before a restart, then doubled.")] = None,
     probe_s: Annotated[float | None, typer.Option(help="elastic: how often lost hosts are asked.")] = None,
     silence_s: Annotated[float | None, typer.Option(help="elastic: a host that is silent so long is lost.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="To reserve; 0 where ranks compute on CPUs.")] = None,
     partition: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
     account: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
-    time_limit: Annotated[str | None, typer.Option(help="Of Slurm: [days-]hours:minutes:seconds.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help=r"Of Slurm: \[days-]HH:MM:SS.")] = None,
     requeue: Annotated[bool | None, typer.Option(help="Slurm starts a preempted job again.")] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch: --sbatch=--qos=high.")] = None,
     data_claim: Annotated[str | None, typer.Option(help="Of Kubernetes: a volume claim with shards, at /data.")] = None,
@@ -60,7 +66,6 @@ def launch(
 ) -> None:
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
     from m3i_scale.launch.description import Cluster, read_cluster
-    from m3i_scale.launch.execute import write_files
     from m3i_scale.launch.fit import check_fit
 
     known = Cluster.model_fields
@@ -74,6 +79,7 @@ def launch(
             check_fit(config, job, launcher)
         except UserError as error:
             typer.echo(f"the ranks would refuse this: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
         return
     if as_json:
         raise ConfigError(
@@ -82,13 +88,7 @@ def launch(
     release_stdout()
     plan = render(launcher, job)
     check_fit(config, job, launcher)
-    write_files(plan)
-    if launcher == "elastic":  # in this process, whose end every agent notices
-        from m3i_scale.launch.elastic import FILE, start
-
-        code = start(plan.folder / FILE)
-    else:
-        code = _run(plan, render(launcher, job.shown()), job)
+    code = _run(plan, render(launcher, job.shown()), job)
     if code == EXIT_PREEMPTED:
         from m3i_scale.scale.checkpoint.locate import stopped_words
 
@@ -107,20 +107,28 @@ def _with_image(job: Job, launcher: str) -> Job:
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     """Run a plan; where a run has failed, say what it died of at the end."""
     from m3i_scale.launch.environment import without_secrets
-    from m3i_scale.launch.execute import check_needs, execute
+    from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.failures import forget_records
     from m3i_scale.launch.lock import launch_lock
     from m3i_scale.launch.verdict import conclude
 
     environment = without_secrets(os.environ, job.variables)
-    check_needs(plan)
     if not plan.waits:
+        check_needs(plan)
+        write_files(plan)
         return execute(plan, shown, environment).code
-    with launch_lock(job.output_dir):
+    with launch_lock(job.output_dir):  # first: a run that lives there must not find other files
+        if plan.launcher == "elastic":  # in this process, whose end every agent notices
+            from m3i_scale.launch.elastic import FILE, read_launch
+
+            write_files(plan)
+            return read_launch(plan.folder / FILE).run()
+        check_needs(plan)
         if job.hosts:
             from m3i_scale.launch.link import check_hosts
 
             check_hosts(job)
+        write_files(plan)
         forget_records(job.output_dir)
         ending = execute(plan, shown, environment)
         told = conclude(job.output_dir, ending, shown, job.world_size)

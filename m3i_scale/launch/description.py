@@ -92,6 +92,12 @@ class Cluster(Section):
     """So often `elastic` starts again after a failure."""
     min_nodes: int | None = Field(default=None, ge=1)
     """`elastic` goes on with so many hosts while others are lost. Default: with all or not at all."""
+    min_compared: int | None = Field(default=None, ge=2)
+    """`elastic` goes on only where losses compare so many samples at a time (micro-batch × ranks). Default: with any
+    number, which it tells."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Of a rank: `elastic` gives fewer ranks a larger micro-batch as far as it suffices, by `plan`. Default: what
+    nvidia-smi says, or a rank's share of the host's where there is no accelerator."""
     restart_pause_s: float = Field(default=5.0, ge=0, le=3600)
     """Before the first restart of `elastic`; doubled with every further one, up to 300 s."""
     probe_s: float = Field(default=30.0, gt=0, le=3600)

@@ -10,22 +10,33 @@ from typing import Any
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.launch.attempts import Launch, Policy, Work, new_launch
+from m3i_scale.launch.attempts import Launch, new_launch
+from m3i_scale.launch.gathering import Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import OVER_HOSTS, Job
 from m3i_scale.launch.link import Site
+from m3i_scale.launch.lock import launch_lock
+from m3i_scale.launch.logs import show
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.ssh import SSH
 
 FILE = "elastic.json"
-HONOURS = OVER_HOSTS | {"max_restarts", "min_nodes", "restart_pause_s", "probe_s", "silence_s"}
+HONOURS = OVER_HOSTS | {
+    "max_restarts",
+    "min_nodes",
+    "min_compared",
+    "memory_gib",
+    "restart_pause_s",
+    "probe_s",
+    "silence_s",
+}
 
 
 def render(job: Job) -> LaunchPlan:
     """A file with all that the launch needs, and the command that reads it, on this machine.
 
     Raises:
-        ConfigError: `min_nodes` without effect, or more of them than there are.
+        ConfigError: `min_nodes` or `min_compared` without effect, or more of either than there are.
     """
     cluster = job.cluster
     hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
@@ -49,9 +60,12 @@ def render(job: Job) -> LaunchPlan:
         "silence_s": cluster.silence_s,
         "max_restarts": cluster.max_restarts,
         "min_hosts": cluster.min_nodes,
+        "min_compared": cluster.min_compared,
+        "memory_gib": cluster.memory_gib,
         "pause_s": cluster.restart_pause_s,
         "probe_s": cluster.probe_s,
         "command": list(job.rank_argv),
+        "words": [job.run, *job.overrides],
         "run": {**job.values, "output_dir": str(job.output_dir)},
     }
     text = json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n"
@@ -65,17 +79,14 @@ def render(job: Job) -> LaunchPlan:
     )
 
 
-def start(path: Path) -> int:
-    """Launch what a file describes, and launch again as it has it.
+def read_launch(path: Path) -> Launch:
+    """What a file describes, to be run by who holds the lock of its output folder.
 
     Args:
         path: as `render` writes it.
 
-    Returns:
-        The exit code of `attempts.Launch.run`.
-
     Raises:
-        UserError: as that says, or the file cannot be read.
+        ConfigError: it cannot be read.
     """
     try:
         given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -101,15 +112,20 @@ def start(path: Path) -> int:
         given["master_address"],
         given["interface"],
         given["master_port"],
+        tuple(given.get("words", ())),
+        given.get("memory_gib"),
     )
-    policy = Policy(given["max_restarts"], given["min_hosts"], given["pause_s"], given["probe_s"])
-    return Launch(work, policy, lambda text: print(text, file=sys.stderr, flush=True)).run()
+    least = given.get("min_compared")
+    policy = Policy(given["max_restarts"], given["min_hosts"], given["pause_s"], given["probe_s"], least)
+    return Launch(work, policy, lambda text: show(f"{text}\n"))
 
 
 def main() -> None:
     """`python -m m3i_scale.launch.elastic FILE`."""
     try:
-        sys.exit(start(Path(sys.argv[1])))
+        launch = read_launch(Path(sys.argv[1]))
+        with launch_lock(launch.work.run.output_dir):
+            sys.exit(launch.run())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

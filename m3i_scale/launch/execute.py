@@ -28,6 +28,12 @@ _POLL_S = 0.1
 _ASK_AGAIN_S = 2.0
 
 
+def signals_to_note() -> list[signal.Signals]:
+    """Those that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is none."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [*SIGNALS, *hung_up]
+
+
 def write_files(plan: LaunchPlan) -> None:
     """Write the files; each has its mode from its first byte on.
 
@@ -122,9 +128,7 @@ class Running:
 
     def wait(self) -> Ending:
         """Start the commands, hand signals on to them, and wait for them."""
-        # A terminal that is lost is an end like any other; under nohup it is none.
-        hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-        before = {number: signal.signal(number, self._note) for number in (*SIGNALS, *hung_up)}
+        before = {number: signal.signal(number, self._note) for number in signals_to_note()}
         try:
             # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
             for command in self._plan.commands:
@@ -159,6 +163,8 @@ class Running:
             time.sleep(_POLL_S)
         ended.codes = [process.returncode for process in self._processes]
         ended.code = 128 - ended.code if ended.code < 0 else ended.code
+        if ended.asked and 256 - ended.code in SIGNALS:  # DeepSpeed ends with the number of a rank's signal below zero
+            ended.code = 128 + (256 - ended.code)
         return ended
 
     def _look(self) -> bool:

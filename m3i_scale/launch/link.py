@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -28,6 +28,8 @@ Inbox = queue.SimpleQueue[tuple["Link", Message]]
 _AGENT = ("-u", "-m", "m3i_scale.launch.agent")
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _CLOSE_S = 5.0
+DOUBTFUL_S = 5.0
+"""Patience with a host that has not answered before: the others do not wait for it at every restart."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,16 @@ class Link:
         host: name and slots.
         site: how it is reached.
         inbox: shared by all links.
+        patience_s: until ssh gives up where nothing answers. Default: half of `site.connect_s`.
     """
 
-    def __init__(self, host: Host, site: Site, inbox: Inbox) -> None:
+    def __init__(self, host: Host, site: Site, inbox: Inbox, patience_s: float | None = None) -> None:
         self.host, self.site, self._inbox = host, site, inbox
         self.heard = time.monotonic()
         self.hello: Message | None = None
         self._said: deque[str] = deque(maxlen=20)
         self._process = subprocess.Popen(
-            agent_command(host.name, site),
+            agent_command(host.name, site, patience_s),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -134,12 +137,13 @@ def _own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
 
 
-def agent_command(name: str, site: Site) -> list[str]:
-    """What starts the agent of a host."""
+def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
+    """What starts the agent of a host; `patience_s` as `Link` has it."""
     if is_here(name):
         inner = _inner(site)
         return ["bash", "-c", inner]
-    return ["ssh", *_SSH, "-o", f"ConnectTimeout={max(1, int(site.connect_s / 2))}", *site.ssh, name, _inner(site)]
+    until_s = max(1, int(site.connect_s / 2 if patience_s is None else patience_s))
+    return ["ssh", *_SSH, "-o", f"ConnectTimeout={until_s}", *site.ssh, name, _inner(site)]
 
 
 def _inner(site: Site) -> str:
@@ -167,13 +171,23 @@ def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
     return f"the agent ended with exit code {code}" + (f": {last}" if last else "")
 
 
-def connect(hosts: Sequence[Host], site: Site, inbox: Inbox) -> tuple[list[Link], dict[str, str]]:
+def connect(
+    hosts: Iterable[Host],
+    site: Site,
+    inbox: Inbox,
+    *,
+    doubtful: Collection[str] = (),
+    over: Callable[[], bool] = lambda: False,
+) -> tuple[list[Link], dict[str, str]]:
     """Reach all hosts at once.
 
     Args:
         hosts: in their order.
         site: how.
         inbox: of the links.
+        doubtful: names of hosts that did not answer when they were last asked, and need not now: they have
+            `DOUBTFUL_S`.
+        over: whether nobody wants to know any more.
 
     Returns:
         Those that answer and why each of the others does not, both in order.
@@ -182,13 +196,13 @@ def connect(hosts: Sequence[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
     reasons: dict[str, str] = {}
     for host in hosts:
         try:
-            links.append(Link(host, site, inbox))
+            links.append(Link(host, site, inbox, DOUBTFUL_S if host.name in doubtful else None))
         except OSError as error:  # no ssh here, or no room for another process
             reasons[host.name] = f"{error.filename or 'a process'} cannot be started here: {error.strerror}"
     own_code = code()
-    waiting = {link.host.name: link for link in links}
-    deadline = time.monotonic() + site.connect_s
-    while waiting and (left := deadline - time.monotonic()) > 0:
+    waiting = {link.host.name: DOUBTFUL_S if link.host.name in doubtful else site.connect_s for link in links}
+    started = time.monotonic()
+    while waiting and not over() and (left := started + max(waiting.values()) - time.monotonic()) > 0:
         for other in links:  # those that wait for others must not take the launch for dead
             other.say("beat")
         try:
@@ -207,8 +221,8 @@ def connect(hosts: Sequence[Host], site: Site, inbox: Inbox) -> tuple[list[Link]
         elif message["kind"] == "gone":
             waiting.pop(name, None)  # or it has answered, and ended while others were waited for
             reasons[name] = link.why_gone()
-    for name in waiting:
-        reasons[name] = f"no answer in {site.connect_s:g} s"
+    for name, patience_s in waiting.items():
+        reasons[name] = f"no answer in {patience_s:g} s"
     for link in links:
         if link.host.name in reasons:
             link.drop()

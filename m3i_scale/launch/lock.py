@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m3i_scale.errors import UserError
+from m3i_scale.scale.checkpoint.lock import lock_directory
 
 _LOCK = ".launch-lock"
 
@@ -21,7 +22,8 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
     """Hold the output folder for this launch. The kernel releases it however the process ends.
 
     Raises:
-        UserError: another launch holds it, or the folder cannot be written.
+        UserError: another launch holds it, ranks of a launch that has ended still train into it, or the folder cannot
+            be written.
     """
     path = output_dir / _LOCK
     try:
@@ -43,6 +45,8 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
             raise UserError(
                 f"the file system of the output folder has no locks: {error.strerror}", where=str(path)
             ) from None
+        with lock_directory(output_dir):  # as rank 0 does: it is free where no rank is left that would write
+            pass
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
         file.flush()

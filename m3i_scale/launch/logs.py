@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import IO
@@ -32,8 +33,7 @@ class Logs:
     def add(self, host: str, rank: int, text: str) -> None:
         """Lines, or parts of them, of a rank."""
         if rank == self._shown:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            show(text)
         try:
             if rank not in self._files:
                 self._files[rank] = (self.folder / f"{host}-rank{rank}.log").open("a", encoding="utf-8")
@@ -49,3 +49,15 @@ class Logs:
                 file.close()
             except OSError as error:
                 self.fault = f"logs are incomplete: {error}"
+
+
+def show(text: str) -> None:
+    """Write to the screen. Where its terminal is lost, all further words go nowhere: the run has to save."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # else the interpreter fails at its end, and its exit code is another
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)

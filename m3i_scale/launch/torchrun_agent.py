@@ -15,6 +15,7 @@ from types import FrameType
 
 import psutil
 
+from m3i_scale.launch.execute import signals_to_note
 from m3i_scale.launch.processes import TIED, obey_tie
 
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
     options = parse_args(arguments)
     options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in signals_to_note():
         signal.signal(number, _ask_ranks)
     os.environ[TIED] = str(os.getpid())
     try:

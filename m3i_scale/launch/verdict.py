@@ -18,6 +18,7 @@ from m3i_scale.launch.plan import LaunchPlan
 
 _SHOWN = 200
 _SSH_FAILED = 255
+_LOST = "ssh did not reach the host, or lost it"
 _LISTED = 8
 _ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 """Exit codes of ranks that were asked to stop before they could save."""
@@ -40,6 +41,8 @@ def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: in
         records = _seen_here(records, ending)
     if not records and ending.code not in (0, EXIT_PREEMPTED):
         records = [_no_rank_has_begun(ending, shown)]
+    elif (lost := _lost_host(ending, shown)) is not None:
+        records = [*records, lost]
     interrupted = ending.asked and ending.code in _ASKED and all(_by_signal(record) for record in records)
     return None if interrupted or ending.asked > 1 else tell(output_dir, ending.code, records, world_size)
 
@@ -72,7 +75,7 @@ def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: in
     steps = [record.step for record in records if record.step is not None and record.step >= 0]
     if cause.step is None and steps:
         cause = replace(cause, step=max(steps))
-    others = [record for record in records if record.rank != cause.rank]
+    others = [record for record in records if (record.rank, record.kind) != (cause.rank, cause.kind)]
     text = failure_text(cause, others)
     try:
         path = write_failure(output_dir, cause, others, exit_code=code)
@@ -97,7 +100,8 @@ def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
         told += f"; {_named(unheard)} left nothing: ended before it began, or as it should; see what it printed"
     elif len(silent) > 1:
         told += "; which was the first is not known"
-    return replace(found, rank=None if len(silent) > 1 or unheard else found.rank, message=told)
+    hosts = ", ".join(dict.fromkeys(record.host for record in silent))
+    return replace(found, host=hosts, rank=None if len(silent) > 1 or unheard else found.rank, message=told)
 
 
 def _named(ranks: Sequence[int | None]) -> str:
@@ -123,6 +127,21 @@ def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
     return seen
 
 
+def _lost_host(ending: Ending, shown: LaunchPlan) -> Failure | None:
+    """The first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of its
+    ranks can say so, and those of others wait for them until they are ended."""
+    lost = [
+        place
+        for place, command in enumerate(shown.commands)
+        if command.host is not None and ending.codes[place] == _SSH_FAILED and place not in ending.forced
+    ]
+    if not lost:
+        return None
+    first = min(lost, key=lambda place: ending.times[place])
+    at, host = ending.times[first], str(shown.commands[first].host)
+    return Failure(at, host, None, None, None, "host", f"{_LOST} (exit code {_SSH_FAILED})", _SSH_FAILED)
+
+
 def _signal(number: int) -> str:
     known = {int(one): one.name for one in signal.Signals}
     return f"{number} ({known[number]})" if number in known else str(number)
@@ -134,7 +153,7 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
     code, command = ending.codes[first], shown.commands[first]
     why = {126: "something cannot be run there", 127: "something is not found there"}.get(code, "")
     if command.host is not None and code == _SSH_FAILED:
-        why = "ssh did not reach the host, or lost it"
+        why = _LOST
     line = str(command)
     line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
     told = f"{why or 'no rank has left a word'} (exit code {code}): {line}"

@@ -49,7 +49,8 @@ class Watch:
 
     def _look(self) -> None:
         while not self._stop.wait(self._every_s) and not self.back:
-            links, _ = connect(self._out, self._site, Inbox())
+            # Not to the end where the attempt is over: an agent that begins after the next one would end its ranks.
+            links, _ = connect(self._out, self._site, Inbox(), over=self._stop.is_set)
             for link in links:
                 link.close()
             found = tuple(link.host for link in links)

@@ -25,6 +25,11 @@ class World:
         return sum(host.slots for host in self.hosts)
 
     @property
+    def compared(self) -> int:
+        """Samples of a micro-batch over all ranks, which some losses compare with each other."""
+        return self.ranks * self.micro_batch_size
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of the hosts."""
         return tuple(host.name for host in self.hosts)

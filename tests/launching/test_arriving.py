@@ -163,3 +163,18 @@ def lines_of_deepspeed(plan: LaunchPlan) -> list[str]:
 def _pdsh(line: str, place: str) -> str:
     known = {"%%": "%", "%n": place, "%h": f"node{place}", "%u": "me"}
     return re.sub("%[%nhu]", lambda found: known[found.group()], line)
+
+
+def test_torchrun_knows_all_hosts_and_looks_for_none(teller):
+    """A rendezvous that hosts may join or leave complains, when all is over, that the head has left."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    plan = render("torchrun", the_job(teller, "", "", hosts=("node1 slots=3", "node2 slots=2"), master_port=29511))
+    write_files(plan)
+    run_here(teller, plan)
+    places = {}
+    for arguments, _ in teller.take():
+        config, _, _ = config_from_args(parse_args(arguments[2:]))
+        places[config.rdzv_configs["rank"]] = (config.rdzv_backend, config.rdzv_endpoint, config.nproc_per_node)
+        assert (config.min_nodes, config.max_nodes, config.max_restarts) == (2, 2, 0)
+    assert places == {0: ("static", "node1:29511", 3), 1: ("static", "node1:29511", 2)}

@@ -9,7 +9,8 @@ import pytest
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.launch.agent import Agent
-from m3i_scale.launch.attempts import Launch, Policy
+from m3i_scale.launch.attempts import Launch
+from m3i_scale.launch.gathering import Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link, Site
 from m3i_scale.launch.logs import Logs
@@ -22,6 +23,10 @@ from m3i_scale.launch.worlds import largest_world, micro_batch_for
 
 def a_run(*overrides: str) -> RunConfig:
     return load_run("m3i", ["data.streams=24", "optim.batch_size=96", "optim.micro_batch_size=6", *overrides])
+
+
+def some_work() -> Work:
+    return Work(a_run(), (), (Host("node0", 1),), Site(python="python3", workdir="/", output_dir="/out", launch="one"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_hosts_that_differ_a_little_are_not_slow():
 
 def test_the_last_of_ten_thousand_restarts_is_still_one():
     told: list[str] = []
-    Launch(cast(Any, None), Policy(max_restarts=10_000, pause_s=0.0), told.append)._pause(9_999)
+    Launch(some_work(), Policy(max_restarts=10_000, pause_s=0.0), told.append)._pause(9_999)
     assert told == ["restart 9999 of 10000 in 0 s"]
 
 
@@ -145,7 +150,7 @@ def test_ranks_that_were_ended_before_they_began_have_saved_nothing(tmp_path):
     saved = an_attempt(link, tmp_path)
     saved._take(link, {"kind": "exit", "rank": 0, "code": 75, "failure": None, "place": None})
     assert saved._conclude().status == "preempted"
-    launch = Launch(cast(Any, None), Policy(), lambda text: None)
+    launch = Launch(some_work(), Policy(), lambda text: None)
     launch._signals = 1
     assert launch._code_after(ended._conclude(), ()) == 130
     assert launch._code_after(saved._conclude(), ()) == 75

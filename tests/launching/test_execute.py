@@ -15,11 +15,14 @@ from launch_case import a_job, a_script
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.errors import UserError
+from m3i_scale.errors import CheckpointError, UserError
 from m3i_scale.launch.execute import check_needs, execute, write_files
+from m3i_scale.launch.failures import RANK_RECORDS, Failure, write_record
 from m3i_scale.launch.launchers import render
+from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.ssh import as_pattern
+from m3i_scale.scale.checkpoint.lock import lock_directory
 
 # One write a line: two ranks share a pipe, and unbuffered print writes the end of its line apart.
 SAVES = "import os, signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))"
@@ -200,3 +203,25 @@ def test_an_interpreter_that_is_not_here_is_named(tmp_path):
     with pytest.raises(UserError, match="'/nowhere/python' cannot be run here") as caught:
         check_needs(render("local", a_job(output_dir=str(tmp_path), ranks_per_node=1, python="/nowhere/python")))
     assert "--python" in str(caught.value)
+
+
+def test_a_launch_beside_ranks_that_still_train_writes_nothing(tmp_path):
+    """Their launcher has been killed, and they hold the folder themselves."""
+    with lock_directory(tmp_path):
+        write_record(tmp_path / RANK_RECORDS, Failure(1.0, "node1", 0, 1, None, "silent", "of the run that lives"))
+        before = sorted(tmp_path.rglob("*"))
+        words = ["launch", "m3i", "--with", "local", "--ranks-per-node", "1", f"output_dir={tmp_path}"]
+        result = CliRunner().invoke(app, [*words, "data.sources.main.shards=/data/train"])
+        after = [path for path in sorted(tmp_path.rglob("*")) if path.name != ".launch-lock"]
+    assert isinstance(result.exception, CheckpointError)
+    assert result.exception.where == str(tmp_path)
+    assert after == before
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "elastic"])
+def test_a_launch_beside_another_leaves_its_files(tmp_path, launcher):
+    words = ["launch", "m3i", "--with", launcher, "--ranks-per-node", "1", f"output_dir={tmp_path}"]
+    with launch_lock(tmp_path):
+        result = CliRunner().invoke(app, [*words, "data.sources.main.shards=/data/train"])
+    assert isinstance(result.exception, UserError)
+    assert not (tmp_path / "launch").exists()

@@ -8,6 +8,9 @@ from launch_case import a_job
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.config import load_run
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
+from m3i_scale.launch.fit import check_fit
 from m3i_scale.launch.job import devices_here
 from m3i_scale.launch.launchers import LAUNCHERS
 
@@ -34,7 +37,7 @@ def test_it_is_refused_and_a_dry_run_says_so(words, told, tmp_path):
     assert told in str(done.exception)
     assert not (tmp_path / "run").exists()
     dry = launch(*words, out, "--dry-run")
-    assert dry.exit_code == 0
+    assert dry.exit_code == EXIT_USER_ERROR
     assert f"the ranks would refuse this: {str(done.exception).splitlines()[0]}" in dry.stderr
     assert "sbatch" in dry.stdout
     assert "plutonium" not in dry.output + str(done.exception)
@@ -71,7 +74,7 @@ def test_pods_without_the_shards_are_refused(tmp_path):
 def test_every_launcher_shows_a_plan_of_a_built_in_run_alone(launcher):
     devices_here()  # DeepSpeed's first words, which the command line keeps from its document
     done = CliRunner().invoke(app, ["launch", "m3i", "--with", launcher, "--dry-run", "--json"])
-    assert done.exit_code == 0, done.exception
+    assert done.exit_code == EXIT_USER_ERROR
     plan = json.loads(done.stdout)
     assert plan["launcher"] == launcher
     assert plan["commands"]
@@ -93,3 +96,19 @@ def test_without_a_number_a_machine_has_as_many_ranks_as_accelerators(name, coun
         assert a_job().ranks_per_node == ranks
     finally:
         devices_here.cache_clear()
+
+
+def check_elastic(*overrides, **fields):
+    job = a_job(DATA, *overrides, hosts=("node1 slots=2", "node2 slots=2"), **fields)
+    check_fit(load_run("m3i", list(job.overrides)), job, "elastic")
+
+
+def test_a_number_of_compared_samples_that_is_never_reached_or_never_compared_is_refused():
+    sizes = ("optim.batch_size=192", "optim.micro_batch_size=24")
+    check_elastic(*sizes, min_compared=96)
+    with pytest.raises(ConfigError, match="compare 96 samples") as caught:
+        check_elastic(*sizes, min_compared=97)
+    assert caught.value.where == "min_compared: 97"
+    alone = load_run("mae", ["data.sources.main.shards=/data/train"])
+    with pytest.raises(ConfigError, match="no effect"):
+        check_fit(alone, a_job(DATA, hosts=("node1 slots=2",), min_compared=2), "elastic")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,44 @@ def test_a_host_that_ssh_does_not_reach_is_named(tmp_path):
     told = conclude(tmp_path, failed(255), plan, 2)
     assert "first cause: ssh did not reach the host, or lost it (exit code 255)" in told
     assert "where: host node2" in told
+
+
+def over_ssh(tmp_path):
+    commands = (Command(("bash", "torchrun.sh", "0")), Command(("ssh", "node2", "x"), host="node2"))
+    return LaunchPlan("test", tmp_path, (), commands, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["silent", "exception"])
+def test_a_host_that_ssh_loses_is_the_cause_and_not_the_ranks_that_waited_for_it(tmp_path, kind):
+    """They are ended when nobody comes back, or notice themselves that a connection is gone."""
+    write_record(tmp_path / RANK_RECORDS, record(0, kind, "Connection closed by peer", step=7))
+    write_record(tmp_path / RANK_RECORDS, record(1, "silent"))
+    conclude(tmp_path, Ending(code=255, codes=[-9, 255], times=[180.0, 60.0], forced={0}), over_ssh(tmp_path), 2)
+    found = cause(tmp_path)
+    assert (found["host"], found["rank"], found["kind"], found["step"]) == ("node2", None, "host", 7)
+
+
+def test_an_ssh_that_the_launch_has_ended_itself_is_no_lost_host(tmp_path):
+    write_record(tmp_path / RANK_RECORDS, record(0, "user_error", "the disk is full", exit_code=2))
+    write_record(tmp_path / RANK_RECORDS, record(1, "silent"))
+    conclude(tmp_path, Ending(code=2, codes=[2, 255], times=[60.0, 120.0], forced={1}), over_ssh(tmp_path), 2)
+    assert cause(tmp_path)["message"] == "the disk is full"
+
+
+def test_ranks_of_several_hosts_that_say_nothing_blame_none_of_them(tmp_path):
+    silent = [record(0, "silent"), Failure(2.0, "node2", 1, None, None, "silent", "x")]
+    tell(tmp_path, 1, silent, 2)
+    assert cause(tmp_path)["host"] == "node1, node2"
+
+
+def test_a_stop_that_comes_before_ranks_can_save_has_not_failed_under_deepspeed(tmp_path):
+    """Its launcher ends with the number of their signal below zero."""
+    plan = a_rank_that_is_asked_early(tmp_path)
+    ending = execute(plan, plan, os.environ)
+    assert ending.code == 128 + signal.SIGUSR2
+    assert conclude(tmp_path, ending, plan, 1) is None
+
+
+def a_rank_that_is_asked_early(folder):
+    program = f"import os, signal; os.kill({os.getpid()}, signal.SIGUSR2); raise SystemExit(-signal.SIGUSR2)"
+    return LaunchPlan("test", folder, (), (Command((sys.executable, "-c", program)),), folder)

@@ -473,7 +473,7 @@ def test_batch_arithmetic_and_heads_are_refused():
 
 
 def test_the_command_prints_a_table_and_refuses_with_its_numbers():
-    options = ["--gpus-per-node", "2", "--vocabulary", "50", "--workspace-gib", "0.01", "--host-memory-gib", "64"]
+    options = ["--ranks-per-node", "2", "--vocabulary", "50", "--workspace-gib", "0.01", "--host-memory-gib", "64"]
     options += ["--mtbf-hours", "1000", "--save-s", "1", "--dollars-per-gpu-hour", "2"]
     given = [*tiny_overrides("m3i"), *SMALL]
     shown = CliRunner().invoke(app, ["plan", "m3i", *given, *options, "--memory-gib", "4"])

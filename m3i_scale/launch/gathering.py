@@ -1,0 +1,253 @@
+"""Before an attempt: hosts that answer, the world that they make, and where rank 0 waits."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import UserError
+from m3i_scale.launch.compared import Compared, refusal_of_plan
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.job import is_here
+from m3i_scale.launch.link import Inbox, Link, Site, connect
+from m3i_scale.launch.memory import RankMemory
+from m3i_scale.launch.standing import FAILS, Standing
+from m3i_scale.launch.supervise import Outcome, Tell
+from m3i_scale.launch.worlds import World, largest_world
+
+
+class CannotStartError(UserError):
+    """Not enough hosts answer, or rank 0 has no port. At the start that ends the launch, later it may pass."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When to go on."""
+
+    max_restarts: int = 0
+    """After so many failed attempts the launch ends. Attempts that end because a host has come back do not count."""
+    min_hosts: int | None = None
+    """Go on with so many hosts; None: with all or not at all."""
+    pause_s: float = 5.0
+    """Before the first restart; doubled with every further one, up to 300 s."""
+    probe_s: float = 30.0
+    """So often lost hosts are asked whether they are back."""
+    min_compared: int | None = None
+    """Go on where losses compare so many samples at a time; None: whatever the number, which is told."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is launched, and where."""
+
+    run: RunConfig
+    command: tuple[str, ...]
+    """Of every rank: interpreter, module, `train`, run file, overrides."""
+    hosts: tuple[Host, ...]
+    site: Site
+    master_address: str | None = None
+    """Of the first host; None: that of `interface`, else its name."""
+    interface: str | None = None
+    """Of all hosts, that ranks talk over."""
+    master_port: int | None = None
+    """None: one that is free there."""
+    words: tuple[str, ...] = ()
+    """Run file and overrides, for `plan`; none: nothing is planned."""
+    memory_gib: float | None = None
+    """Of a rank; None: what its host says."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether ranks are told to compute on CPUs."""
+        return self.site.environment.get("DS_ACCELERATOR") == "cpu"
+
+
+class Gathering:
+    """The hosts of a launch, gathered for one attempt after the other.
+
+    Args:
+        work: what is launched, and where.
+        policy: how many hosts it takes.
+        inbox: of all links.
+        tell: a line for a person.
+        stopped: whether the launch has been asked to end.
+    """
+
+    def __init__(self, work: Work, policy: Policy, inbox: Inbox, tell: Tell, stopped: Callable[[], bool]) -> None:
+        self.work, self.policy, self.tell, self._inbox, self._stopped = work, policy, tell, inbox, stopped
+        self._fewest = policy.min_hosts or len(work.hosts)
+        self.standing = Standing(work.hosts)
+        self.compared = Compared(work.run, work.hosts, self._fewest)
+        self._planned: dict[World, str | None] = {}
+
+    def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
+        """Links to the hosts of the next attempt, why others are out, and the world that they make.
+
+        Raises:
+            CannotStartError: too few hosts answer or fit the run, or losses would compare too few samples.
+            UserError: processes of a former launch are left (`first`).
+        """
+        run, fewest, standing = self.work.run, self._fewest, self.standing
+        hosts = standing.order
+        links, reasons = connect(hosts, self.work.site, self._inbox, doubtful=standing.doubtful(fewest))
+        standing.answered(reasons)
+        try:
+            if len(links) < fewest:
+                raise CannotStartError(
+                    f"{len(reasons)} of {len(hosts)} hosts cannot be used",
+                    where=_told(reasons),
+                    why=f"the run is to have {fewest} hosts or more" if self.policy.min_hosts else None,
+                    fix="mend them or take them out of the hostfile",
+                )
+            if first:
+                _refuse_left(links)
+            world = self._without_failing(links, reasons) or largest_world(run, [link.host for link in links], fewest)
+            if world is None:
+                raise CannotStartError(
+                    f"no number of these hosts from {fewest} to {len(links)} fits the run",
+                    where=", ".join(f"{link.host.name} slots={link.host.slots}" for link in links),
+                    why="ranks must divide data.streams and optim.batch_size, and workers a rank's streams",
+                    fix=f"data.streams is {run.data.streams}, optim.batch_size {run.optim.batch_size}",
+                )
+            if reasons:
+                self.tell(f"without {_told(reasons)}")
+            world = self._keep_compared(world, links)
+        except UserError:
+            for link in links:
+                link.close()
+            raise
+        for link in links:
+            if link.host not in world.hosts:
+                link.close()
+        chosen = {link.host: link for link in links if link.host in world.hosts}
+        return [chosen[host] for host in world.hosts], reasons, world
+
+    def learn(self, world: World, outcome: Outcome) -> None:
+        """What an attempt says for the next."""
+        if outcome.status == "failed":
+            self.compared.note(outcome.cause)
+        failing = self.standing.ended(world, outcome)
+        if failing is None or len(self.work.hosts) == 1:
+            return
+        enough = len(self.work.hosts) - len(self.standing.failing) >= self._fewest
+        then = "it is left out" if enough else f"it stays, because the run is to have {self._fewest} hosts (min_nodes)"
+        self.tell(f"host {failing}: {FAILS}; {then}")
+
+    def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
+        """The world of the others, where hosts fail again and again and the others are enough."""
+        failing = [link.host.name for link in links if link.host.name in self.standing.failing]
+        others = [link.host for link in links if link.host.name not in failing]
+        if not failing or len(others) < self._fewest:
+            return None
+        world = largest_world(self.work.run, others, self._fewest)
+        if world is not None:
+            reasons |= dict.fromkeys(failing, FAILS)
+        return world
+
+    def _keep_compared(self, world: World, links: Sequence[Link]) -> World:
+        """With the micro-batch that keeps the losses what they are, where there is room for it.
+
+        Raises:
+            CannotStartError: losses would compare fewer samples than they may.
+        """
+        found = self.compared.keep(world, lambda wanted: self._refusal(wanted, links))
+        least = self.policy.min_compared
+        if least is not None and found.world.compared < least:
+            raise CannotStartError(
+                found.told or f"losses compare {found.world.compared} samples at a time",
+                where=f"min_compared: {least}, {found.world.ranks} ranks on {', '.join(found.world.names)}",
+                why="their values would be others",
+                fix="mend the hosts that are out, or lower min_compared",
+            )
+        if found.told is not None:
+            self.tell(found.told)
+        return found.world
+
+    def _refusal(self, world: World, links: Sequence[Link]) -> str | None:
+        """Why the ranks have no room for a micro-batch; None: they have."""
+        if not self.work.words:
+            return f"a micro-batch of {world.micro_batch_size} cannot be planned here"
+        if world in self._planned:
+            return self._planned[world]
+        asked = [link for link in links if link.host in world.hosts]
+        for link in asked:
+            link.say("memory", slots=link.host.slots, on_host=self.work.on_host)
+        found = [_await(self._inbox, link, "memory", self.work.site.connect_s) for link in asked]
+        said = [RankMemory(answer["gib"], answer["on_host"]) for answer in found if answer is not None]
+        least = min(said, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
+
+        def meanwhile() -> bool:
+            for link in links:
+                link.say("beat")  # they must not take the launch for dead
+            return not self._stopped()
+
+        self.tell(f"planning whether a micro-batch of {world.micro_batch_size} has room")
+        why = refusal_of_plan(self.work.words, world, least, meanwhile, self.work.memory_gib)
+        self._planned[world] = why
+        return why
+
+    def address(self, links: list[Link]) -> tuple[str, int]:
+        """Where rank 0 waits, asked of its host: only there can be known which ports are free.
+
+        Raises:
+            CannotStartError: it has no port.
+        """
+        head = links[0]
+        head.say("port", port=self.work.master_port, interface=self.work.interface)
+        answer = _await(self._inbox, head, "port", self.work.site.connect_s)
+        fault = "its agent has ended" if answer is None else answer["fault"]
+        if answer is None or fault is not None:
+            for link in links:
+                link.close()
+            raise CannotStartError(
+                f"rank 0 cannot wait for the others: {fault}",
+                where=f"host {head.host.name}",
+                fix="choose another master_port, or leave it out" if self.work.master_port else None,
+            )
+        given = self.work.master_address if head.host == self.work.hosts[0] else None
+        name = "127.0.0.1" if len(links) == 1 and is_here(head.host.name) else head.host.name
+        return given or answer["address"] or name, int(answer["port"])
+
+
+def _told(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def _refuse_left(links: Sequence[Link]) -> None:
+    """Processes of a former launch of this run must not write beside this one."""
+    left = [
+        f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
+        for link in links
+        for process in (link.hello or {}).get("left", [])
+    ]
+    if left:
+        raise UserError(
+            "processes of a former launch of this run are still there",
+            where="; ".join(left[:8]) + (" …" if len(left) > 8 else ""),
+            why="they and the new ones would write into the same output folder",
+            fix="end the former launch, or these processes by `kill -9`",
+        )
+
+
+def _await(inbox: Inbox, link: Link, kind: str, timeout_s: float) -> dict[str, Any] | None:
+    """The next message of that kind; None where the agent ends before, or says nothing. What others say meanwhile is
+    put back: that one is gone is said once."""
+    deadline, of_others = time.monotonic() + timeout_s, []
+    answer = None
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            other, message = inbox.get(timeout=left)
+        except queue.Empty:
+            break
+        if other is not link:
+            of_others.append((other, message))
+        elif message["kind"] in (kind, "gone"):
+            answer = message if message["kind"] == kind else None
+            break
+    for said in of_others:
+        inbox.put(said)
+    return answer

@@ -1,0 +1,62 @@
+"""What the attempts of a launch have shown of its hosts: which come first, are not waited for, or are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.supervise import Outcome
+from m3i_scale.launch.worlds import World
+
+FAILS = "its ranks were the first to fail, twice running"
+
+
+class Standing:
+    """Hosts from attempt to attempt.
+
+    Args:
+        hosts: in the order in which they were named.
+    """
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self._named = tuple(hosts)
+        self.order = self._named
+        """Those first that have just worked, those last that are not to be relied on."""
+        self.silent: set[str] = set()
+        """Names of those that were lost, or did not answer when they were last asked."""
+        self.failing: set[str] = set()
+        """Names of those that were the first cause of two failures running. They answer, and it is no use."""
+        self._blamed: str | None = None
+
+    def doubtful(self, fewest: int) -> frozenset[str]:
+        """Those that nobody has to wait for: where the others are enough."""
+        return frozenset(self.silent) if len(self.order) - len(self.silent) >= fewest else frozenset()
+
+    def answered(self, reasons: dict[str, str]) -> None:
+        """All have been asked.
+
+        Args:
+            reasons: why a host cannot be used, by name.
+        """
+        self.silent = set(reasons)
+
+    def ended(self, world: World, outcome: Outcome) -> str | None:
+        """After an attempt.
+
+        Returns:
+            The name of a host that has just become a failing one.
+        """
+        self.silent |= set(outcome.lost)
+        newly = None
+        if outcome.status == "failed":
+            cause = outcome.cause
+            blamed = cause.host if cause is not None and not cause.consequence else None
+            if blamed is not None and blamed == self._blamed and blamed not in self.failing:
+                newly = blamed
+                self.failing.add(blamed)
+            self._blamed = blamed
+        last = [host for host in self._named if host.name in self.failing or host.name in outcome.lost]
+        rest = [host for host in self._named if host not in last]
+        worked = [host for host in rest if host in world.hosts]
+        self.order = (*worked, *[host for host in rest if host not in worked], *last)
+        return newly

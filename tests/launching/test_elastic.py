@@ -1,0 +1,189 @@
+"""The loop of attempts, with agents and ranks as real processes of this machine in place of hosts."""
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch import ROOT, environment
+
+from m3i_scale.config import load_run
+from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.launch import link
+from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
+from m3i_scale.launch.gathering import CannotStartError, Policy, Work
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.link import Inbox, Site, connect
+from m3i_scale.launch.memory import RankMemory
+from m3i_scale.launch.processes import MARK
+from m3i_scale.launch.worlds import World
+
+PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
+SICK = f"""
+import os, sys
+sys.exit(3 if "|node1|" in os.environ["{MARK}"] else 0)
+"""
+AT_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+OVERRIDES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=24"]
+
+
+@pytest.fixture(autouse=True)
+def hosts_are_this_machine(monkeypatch):
+    monkeypatch.setattr(link, "is_here", lambda name: True)
+
+
+def a_site(folder: Path) -> Site:
+    paths = environment()["PYTHONPATH"]
+    on_cpus = {"DS_ACCELERATOR": "cpu"}
+    return Site(sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus)
+
+
+def a_launch(folder: Path, hosts: int, policy: Policy, command: tuple[str, ...], recipe: str = "m3i") -> Launch:
+    run = load_run(recipe, [*OVERRIDES, f"output_dir={folder / 'out'}"])
+    names = tuple(Host(f"node{number}", 1) for number in range(hosts))
+    return Launch(Work(run, command, names, a_site(folder), words=(recipe,)), policy, print)
+
+
+def attempts(folder: Path) -> list[dict]:
+    return json.loads((folder / "out" / ATTEMPTS).read_text())
+
+
+def unreachable(monkeypatch, *names: str) -> None:
+    reach = link.agent_command
+    monkeypatch.setattr(link, "agent_command", lambda name, *given: ["false"] if name in names else reach(name, *given))
+
+
+@pytest.mark.parametrize(
+    ("min_hosts", "worlds", "code"), [(2, [3, 3, 2], 0), (3, [3, 3, 3], 1)], ids=["left out", "wanted"]
+)
+def test_a_host_that_fails_first_twice_running_is_left_out_where_the_others_are_enough(
+    tmp_path, capsys, min_hosts, worlds, code
+):
+    policy = Policy(max_restarts=2, min_hosts=min_hosts, pause_s=0.0, probe_s=0.1)
+    assert a_launch(tmp_path, 3, policy, (sys.executable, "-c", SICK)).run() == code
+    found = attempts(tmp_path)
+    assert [len(item["hosts"]) for item in found] == worlds
+    assert [item["cause"]["host"] for item in found if item["cause"]] == ["node1"] * (3 if code else 2)
+    assert list(found[-1]["without"]) == ([] if code else ["node1"])
+    assert found[-1]["came_back"] == []  # it answers, and nobody stops for it
+    assert "host node1: " in capsys.readouterr().out
+
+
+def compared(tmp_path, monkeypatch, policy: Policy, refusal: str | None = "no room", recipe: str = "m3i") -> Launch:
+    """Four hosts, two of which are gone; what `plan` says of a larger micro-batch is given."""
+    unreachable(monkeypatch, "node2", "node3")
+
+    def plan(words: tuple[str, ...], world: World, memory: RankMemory, *_: object) -> str | None:
+        assert (words, world.micro_batch_size) == ((recipe,), 48)
+        assert memory.on_host
+        assert memory.gib
+        return refusal
+
+    monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", plan)
+    return a_launch(tmp_path, 4, policy, (sys.executable, "-c", "pass"), recipe)
+
+
+@pytest.mark.parametrize(("refusal", "micro_batch_size"), [(None, 48), ("no room", 24)])
+def test_fewer_ranks_compare_as_many_samples_where_there_is_room_and_else_it_is_told(
+    tmp_path, monkeypatch, capsys, refusal, micro_batch_size
+):
+    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), refusal).run() == 0
+    (item,) = attempts(tmp_path)
+    assert (item["ranks"], item["micro_batch_size"]) == (2, micro_batch_size)
+    told = "losses compare 48 samples at a time, were 96: no room"
+    assert (told in capsys.readouterr().out) == (refusal is not None)
+
+
+def test_fewer_compared_samples_are_refused_where_they_are_not_wanted(tmp_path, monkeypatch):
+    with pytest.raises(CannotStartError) as caught:
+        compared(tmp_path, monkeypatch, Policy(min_hosts=2, min_compared=49)).run()
+    assert "min_compared: 49" in str(caught.value.where)
+    assert not (tmp_path / "out" / ATTEMPTS).exists()
+
+
+def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
+    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), None, "mae").run() == 0
+    assert attempts(tmp_path)[0]["micro_batch_size"] == 24
+    assert "losses compare" not in capsys.readouterr().out
+
+
+def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited_for(tmp_path, monkeypatch):
+    reach = link.agent_command
+    asked: list[float | None] = []
+
+    def silent(name: str, site: Site, patience_s: float | None = None) -> list[str]:
+        asked.append(patience_s)
+        return ["sleep", "60"] if name == "node1" else reach(name, site, patience_s)
+
+    monkeypatch.setattr(link, "agent_command", silent)
+    monkeypatch.setattr(link, "DOUBTFUL_S", 0.2)
+    hosts = [Host("node0", 1), Host("node1", 1)]
+    links, reasons = connect(hosts, a_site(tmp_path), Inbox(), doubtful={"node1"})
+    for one in links:
+        one.close()
+    assert asked == [None, 0.2]
+    assert [one.host.name for one in links] == ["node0"]
+    assert list(reasons) == ["node1"]
+
+
+def test_nobody_asks_on_when_nobody_waits_for_the_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(link, "agent_command", lambda *_: ["sleep", "60"])
+    links, reasons = connect([Host("node1", 1)], a_site(tmp_path), Inbox(), over=lambda: True)
+    assert (links, list(reasons)) == ([], ["node1"])
+
+
+def test_a_terminal_that_is_lost_lets_the_ranks_save(tmp_path):
+    """It goes with its last writer: what is told from then on cannot be written."""
+    out = tmp_path / "out"
+    out.mkdir()
+    given = {
+        "run": load_run("m3i", [*OVERRIDES, f"output_dir={out}"]).model_dump(mode="json"),
+        "python": sys.executable,
+        "workdir": str(tmp_path),
+        "environment": {"PYTHONPATH": environment()["PYTHONPATH"]},
+        "ssh": [],
+        "hosts": ["localhost slots=2"],
+        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
+        "silence_s": 30,
+        "max_restarts": 0,
+        "pause_s": 0,
+        "probe_s": 30,
+        "command": [sys.executable, str(PLAYS), str(out), "100000"],
+    }
+    (tmp_path / "elastic.json").write_text(json.dumps(given))
+    own, others = pty.openpty()
+    command = ["env", "--default-signal=HUP", sys.executable, "-c", AT_TERMINAL]
+    command += [sys.executable, "-m", "m3i_scale.launch.elastic"]
+    launched = subprocess.Popen(
+        [*command, str(tmp_path / "elastic.json")],
+        env=environment(),
+        stdin=others,
+        stdout=others,
+        stderr=others,
+        start_new_session=True,
+    )
+    os.close(others)
+    try:
+        deadline, said = time.monotonic() + 120, b""
+        while b" at step 80 " not in said:  # which the launch has heard of
+            assert time.monotonic() < deadline, said
+            with contextlib.suppress(OSError):
+                said += os.read(own, 1 << 16)
+        os.close(own)
+        assert launched.wait(60) == EXIT_PREEMPTED
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(launched.pid, signal.SIGKILL)
+        launched.wait()
+    (item,) = attempts(tmp_path)
+    assert item["status"] == "preempted"
