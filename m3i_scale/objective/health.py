@@ -29,7 +29,7 @@ def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
     std = covariance_DD.diagonal().sqrt().mean()
     try:
         eigenvalues_D = torch.linalg.eigvalsh(covariance_DD).clamp(min=0)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return {"std": std, "rank": nan}
     share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
     entropy = -(share_D * share_D.clamp(min=1e-12).log()).sum()

@@ -241,8 +241,8 @@ def _check_section(section: dict[str, Any], tree: Tree, prefix: str, where: str)
     for key, value in section.items():
         path = prefix + key
         if path in _refused():
-            fix = INSTEAD.get(path, f"remove '{path}'")
-            raise ConfigError(f"'{path}' has no effect here", where=where, why=_refused()[path], fix=fix)
+            instead = INSTEAD.get(path, f"remove '{path}'")
+            raise ConfigError(f"'{path}' has no effect here", where=where, why=_refused()[path], fix=instead)
         if key not in tree:
             raise _unknown(key, path, tree, where)
         subtree = tree[key]

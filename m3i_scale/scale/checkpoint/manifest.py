@@ -212,7 +212,8 @@ def find_faults(
     except OSError as error:
         what = f"the folder cannot be read: {error.strerror}"
         return [Fault(".", what, what)]
-    faults = [Fault(".", what, what)] if (what := _misnamed(path, manifest)) else []
+    misnamed = _misnamed(path, manifest)
+    faults = [] if misnamed is None else [Fault(".", misnamed, misnamed)]
     faults += [_named(name, "missing") for name in sorted(manifest.files.keys() - present)]
     faults += [_named(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
 
