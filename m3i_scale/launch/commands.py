@@ -90,9 +90,10 @@ def launch(
     check_fit(config, job, launcher)
     code = _run(plan, render(launcher, job.shown()), job)
     if code == EXIT_PREEMPTED:
+        from m3i_scale.launch.logs import show  # the terminal may be what was lost
         from m3i_scale.scale.checkpoint.locate import stopped_words
 
-        typer.echo(stopped_words(job.output_dir / "checkpoints"), err=True)
+        show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
     raise typer.Exit(code)
 
 
@@ -110,6 +111,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.failures import forget_records
     from m3i_scale.launch.lock import launch_lock
+    from m3i_scale.launch.logs import show
     from m3i_scale.launch.verdict import conclude
 
     environment = without_secrets(os.environ, job.variables)
@@ -133,7 +135,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         ending = execute(plan, shown, environment)
         told = conclude(job.output_dir, ending, shown, job.world_size)
     if told is not None:
-        typer.echo(told, err=True)
+        show(f"{told}\n")
     return ending.code
 
 
