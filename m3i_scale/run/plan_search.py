@@ -188,7 +188,7 @@ def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
     return None
 
 
-BUCKETS = {
+BUCKETS: dict[int, tuple[tuple[str, int], ...]] = {
     1: (("reduce_bucket_size", 1),),
     2: (("reduce_bucket_size", 1),),
     3: (

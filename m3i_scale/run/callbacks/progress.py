@@ -85,8 +85,9 @@ class ProgressDisplay(Callback):
             step_s = self._step_s
             if step_s is None and self._first is not None and step > self._first[0]:  # the first step warms up
                 step_s = (now - self._first[1]) / (step - self._first[0])
-            left = "ETA -" if step_s is None else self._left(step, step_s)
-            self._bar.update(self._task, completed=step, left=left)
+            self._bar.update(self._task, completed=step)
+            if step_s is not None:
+                self._bar.update(self._task, left=self._left(step, step_s))
         elif self._first is None and self._step_s is None:
             self._print(f"step {step:,}/{self._total_steps:,}  the first one is done")
         self._first = self._first or (step, now)
