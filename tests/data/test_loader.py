@@ -272,10 +272,8 @@ def test_a_stream_without_a_good_sample_names_its_shards_and_lists_them(tools, t
     assert "5 × no image" in caught.value.why
     assert str(path) in caught.value.why
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(entry["url"], entry["key"]) for entry in entries] == [
-        (str(folder / "s-002.tar"), key) for key in sorted(entry["key"] for entry in entries)
-    ]
-    assert len(entries) == 3
+    assert {entry["url"] for entry in entries} == {str(folder / "s-002.tar")}
+    assert len(entries) == len({entry["key"] for entry in entries}) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
