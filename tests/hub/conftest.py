@@ -162,7 +162,7 @@ def run_dir(make_run, tmp_path_factory):
     """A run with one checkpoint, with metrics, and its objective."""
     folder, objective = make_run(tmp_path_factory.mktemp("runs") / "tiny")
     records = [
-        {"kind": "run", "step": 0, "name": "tiny"},
+        {"kind": "run", "step": 0, "name": "tiny", "micro_batch_size": 32},
         {"kind": "train", "step": 1, "loss": 1.5, "group/text/loss": 3.0, "group/text/count": 64.0},
         {
             "kind": "train",

@@ -20,6 +20,7 @@ from m3i_scale.errors import ConfigError
 _LEFT_OUT = (
     (r"(.*\.)?pooler\.", "pooling layer"),
     (r"(.*\.)?(classifier|cls_classifier|head|fc)\.", "classifier"),
+    (r"pool_norm\.", "norm before InternImage's classifier"),
     (r"(.*\.)?embeddings\.mask_token$", "mask token: hidden patches are left out here"),
     (r"decoder\.", "decoder of its pre-training"),
     (r"(.*\.)?position_ids$", "no weight"),
