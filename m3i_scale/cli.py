@@ -127,7 +127,10 @@ def train(
         leave_out_accelerator_warning()
         from m3i_scale.run.check import check_run
 
-        check_run(run, overrides)  # which tells all else that is wrong, too
+        adopt_rank_variables(os.environ)
+        world = os.environ.get("WORLD_SIZE", "")
+        ranks = int(world) if world.isdecimal() else 0
+        check_run(run, overrides, ranks or None)  # which tells all else that is wrong, too
         raise
     from m3i_scale.run.start import start
 
