@@ -121,11 +121,20 @@ def _parse_yaml(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Dotted keys that stand twice in their mapping, and on which lines, counted from 1."""
-    if id(node) in seen:  # an anchor may hold itself
+def _repeated_keys(
+    node: yaml.Node, above: str, seen: set[int], inside: tuple[int, ...] = ()
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Dotted keys that stand twice in their mapping, and on which lines, counted from 1.
+
+    Raises:
+        yaml.YAMLError: an anchor holds itself.
+    """
+    if id(node) in inside:
+        raise yaml.MarkedYAMLError(problem="an anchor holds itself", problem_mark=node.start_mark)
+    if id(node) in seen:
         return
     seen.add(id(node))
+    inside = (*inside, id(node))
     lines: dict[tuple[str, str], int] = {}
     for position, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
         key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
@@ -136,7 +145,7 @@ def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tupl
             if same in lines:
                 yield dotted, (lines[same], line)
             lines[same] = line
-        yield from _repeated_keys(value, dotted, seen)
+        yield from _repeated_keys(value, dotted, seen, inside)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
