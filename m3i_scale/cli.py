@@ -164,8 +164,8 @@ def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     """The whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden."""
     import yaml
 
-    from m3i_scale.data.secrets import masked
     from m3i_scale.objective.recipe import load_run_and_recipe
+    from m3i_scale.redaction import masked
 
     config, _ = load_run_and_recipe(run, overrides)
     values = masked(config.model_dump(mode="json"))

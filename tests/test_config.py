@@ -275,6 +275,35 @@ def test_all_overrides_that_are_none_are_told_at_once():
 
 
 @pytest.mark.parametrize(
+    "shards",
+    [
+        "https://u:SECRET@h/x.tar",
+        "s3://b/x.tar?X-Amz-Signature=SECRET",
+        "pipe:curl -u u:SECRET https://h/x.tar",
+        "hf_SECRETSECRET",
+    ],
+)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources.a={{shards: '{}', wieght: 1}}",
+        "data.sources.a.shards=['{}']",
+        "data.sources.a.wieght='{}'",
+        "data.sources.a.shards=['{}",
+        "optim.lr.x='{}'",
+        "{}",
+    ],
+)
+def test_secrets_of_overrides_are_not_told(override, shards):
+    told = (
+        fault(override.format(shards), "optim.lr=fast")
+        if override.startswith("data")
+        else fault(override.format(shards))
+    )
+    assert "SECRET" not in f"{told} {told.to_json()}"
+
+
+@pytest.mark.parametrize(
     ("word", "near"),
     [("ViT-B/16", ["vit-b/16"]), ("vit_b_16", ["vit-b/16"]), ("VIT-G/14", ["vit-G/14", "vit-g/14"])],
 )

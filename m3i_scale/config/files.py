@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from m3i_scale.errors import ConfigError, Faults, did_you_mean, named
+from m3i_scale.redaction import shown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -90,7 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *_NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {error}", where=str(path)) from None
+        raise ConfigError(f"cannot read the run file: {shown(str(error))}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
     return values
@@ -157,18 +158,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    with named(f"override {override}"):
+    with named(f"override {shown(override)}"):
         _set(values, override)
 
 
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{override}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+        raise ConfigError(f"'{shown(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
     try:
         value = _parse_yaml(text, f"'{key}'")
     except _NOT_YAML as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
+        raise ConfigError(f"the value of '{key}' is not YAML: {shown(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant
     *parents, last = key.split(".")
