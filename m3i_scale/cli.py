@@ -127,7 +127,10 @@ def train(
         leave_out_accelerator_warning()
         from m3i_scale.run.check import check_run
 
-        check_run(run, overrides)  # which tells all else that is wrong, too
+        adopt_rank_variables(os.environ)
+        world = os.environ.get("WORLD_SIZE", "")
+        ranks = int(world) if world.isdecimal() else 0
+        check_run(run, overrides, ranks or None)  # which tells all else that is wrong, too
         raise
     from m3i_scale.run.start import start
 
@@ -161,8 +164,8 @@ def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     """The whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden."""
     import yaml
 
-    from m3i_scale.data.secrets import masked
     from m3i_scale.objective.recipe import load_run_and_recipe
+    from m3i_scale.redaction import masked
 
     config, _ = load_run_and_recipe(run, overrides)
     values = masked(config.model_dump(mode="json"))

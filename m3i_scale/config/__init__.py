@@ -107,7 +107,7 @@ class OptimConfig(Section):
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the last step."""
     warmup_steps: int = Field(default=2_500, ge=0)
-    """Linear warm-up. Default: 2,500, or a tenth of the steps where that is less."""
+    """Linear warm-up. Default: 2,500, or a tenth of the steps where 2,500 would not fit."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled decay of matrices; biases, norms and other vectors have none."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -118,14 +118,16 @@ class OptimConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_warmup(cls, values: Any) -> Any:
-        """So that a written run file says what holds."""
+        """Make a short run need no second setting; runs that the default fits keep their schedule."""
         if not isinstance(values, dict) or "warmup_steps" in values:
             return values
         try:
-            tenth = int(values["steps"]) // 10
-        except (KeyError, TypeError, ValueError):  # told of the key itself, where it is there
+            steps = int(values["steps"])
+        except (KeyError, TypeError, ValueError, OverflowError):  # told of the key itself, where it is there
             return values
-        return {**values, "warmup_steps": max(min(tenth, cls.model_fields["warmup_steps"].default), 0)}
+        if steps > cls.model_fields["warmup_steps"].default:
+            return values
+        return {**values, "warmup_steps": max(steps // 10, 0)}
 
     @model_validator(mode="after")
     def _schedule_holds(self) -> Self:

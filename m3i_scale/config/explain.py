@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
+from m3i_scale.redaction import shown
 
 Place = tuple[int | str, ...]
 WhereOf = Callable[[Place], str]
@@ -138,13 +139,13 @@ def _is_misspelt(missing: Place, faults: Sequence[Any]) -> bool:
 
 
 def origin(place: Place, overrides: Sequence[str], path: Path) -> str:
-    """Where a key was written: the last override of it or of a part of it, else the run file."""
+    """Where a key was written: the last override of it or of a part of it, without secrets, else the run file."""
     fault = [str(part) for part in place]
     for override in reversed(overrides):
         key = override.partition("=")[0].split(".")
         shorter = min(len(key), len(fault))
         if key[:shorter] == fault[:shorter]:
-            return f"override {override}"
+            return f"override {shown(override)}"
     return str(path)
 
 
@@ -165,7 +166,7 @@ def _explain(kind: type[Section], fault: Any, where: str, below: str) -> ConfigE
     if fault["type"] == "value_error":  # a rule of ours: its sentence says all
         rule = fault["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {fault['msg']} (got {fault['input']!r})", where=where, fix=fix)
+    return ConfigError(f"'{key}': {fault['msg']} (got {shown(repr(fault['input']))})", where=where, fix=fix)
 
 
 def _nearest(kind: type[BaseModel], path: Place) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from m3i_scale.errors import ConfigError, Faults, did_you_mean, named
+from m3i_scale.redaction import shown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -90,7 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *_NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {error}", where=str(path)) from None
+        raise ConfigError(f"cannot read the run file: {shown(str(error))}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
     return values
@@ -121,11 +122,20 @@ def _parse_yaml(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Dotted keys that stand twice in their mapping, and on which lines, counted from 1."""
-    if id(node) in seen:  # an anchor may hold itself
+def _repeated_keys(
+    node: yaml.Node, above: str, seen: set[int], inside: tuple[int, ...] = ()
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Dotted keys that stand twice in their mapping, and on which lines, counted from 1.
+
+    Raises:
+        yaml.YAMLError: an anchor holds itself.
+    """
+    if id(node) in inside:
+        raise yaml.MarkedYAMLError(problem="an anchor holds itself", problem_mark=node.start_mark)
+    if id(node) in seen:
         return
     seen.add(id(node))
+    inside = (*inside, id(node))
     lines: dict[tuple[str, str], int] = {}
     for position, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
         key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
@@ -136,7 +146,7 @@ def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tupl
             if same in lines:
                 yield dotted, (lines[same], line)
             lines[same] = line
-        yield from _repeated_keys(value, dotted, seen)
+        yield from _repeated_keys(value, dotted, seen, inside)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -148,18 +158,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    with named(f"override {override}"):
+    with named(f"override {shown(override)}"):
         _set(values, override)
 
 
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{override}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+        raise ConfigError(f"'{shown(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
     try:
         value = _parse_yaml(text, f"'{key}'")
     except _NOT_YAML as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {error}") from None
+        raise ConfigError(f"the value of '{key}' is not YAML: {shown(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant
     *parents, last = key.split(".")

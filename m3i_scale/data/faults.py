@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from http.client import IncompleteRead
 from typing import Any
 
-from m3i_scale.data.places import Place, without_secrets
+from m3i_scale.data.places import Place
 from m3i_scale.errors import DataError, UserError
+from m3i_scale.redaction import without_secrets
 
 SHARD = "shard: "
 """The reasons of samples that are lost with their shard begin so."""

@@ -8,22 +8,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from m3i_scale.errors import DataError
+from m3i_scale.redaction import without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "pipe")
 """What is not a path of this host. `file://` is one."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|:(?=[^\\/]))")
 _PIPED_SHARD = re.compile(r"([^\s/'\"=;|&]+\.tar)(?![^\s'\";|&])")
-_LOGIN = re.compile(r"://(?:[^\s/]*|[^\s/:]+:(?!\d+/)[^\s@]*)@")
-_QUERY = re.compile(r"(\w+://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
-_NAMED_SECRET = re.compile(
-    r"((?:signature|credential|token|secret|password|api_?key|access_?key(?:_?id)?|\bsig)['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)]+",
-    re.IGNORECASE,
-)
-_HEADER_SECRET = re.compile(r"\b((?:Bearer|Basic)\s+)[\w.~+/=-]+", re.IGNORECASE)
-_TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{8,}|ya29\.[\w-]+|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
-)
-"""Tokens that are known by their beginnings: of the Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
 
 
 @dataclass(frozen=True, order=True)
@@ -121,11 +111,3 @@ def _has_login(text: str) -> bool:
     host = urlsplit(text).netloc
     port = host.rpartition("]")[2].partition(":")[2]  # an IPv6 address stands in brackets
     return "@" in host or (bool(port) and not port.isdecimal())
-
-
-def without_secrets(text: str) -> str:
-    """The text of somebody else's message, with logins and queries of addresses, signatures and tokens cut out."""
-    if text.startswith("pipe:"):
-        return "pipe:…"
-    text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
-    return _TOKEN.sub("…", _NAMED_SECRET.sub(r"\1…", _HEADER_SECRET.sub(r"\1…", text)))

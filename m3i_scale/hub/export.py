@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
-from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
@@ -36,6 +35,7 @@ from m3i_scale.hub.source import (
 from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
+from m3i_scale.redaction import masked
 from m3i_scale.scale.checkpoint.consolidate import SavedWeights
 from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file
 from m3i_scale.scale.checkpoint.reading import reading

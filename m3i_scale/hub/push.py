@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ExportError
+from m3i_scale.redaction import masked
 from m3i_scale.scale.checkpoint.manifest import hash_file
 
 PROVENANCE = "export.json"

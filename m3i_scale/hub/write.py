@@ -14,7 +14,6 @@ from transformers import BertModel, BitImageProcessor, PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
 from m3i_scale.config import RunConfig
-from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.as_timm import timm_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
@@ -22,6 +21,7 @@ from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, copied
 from m3i_scale.objective.build import is_kept, text_config
+from m3i_scale.redaction import masked
 
 Task = Literal["features", "classification", "zero_shot", "backbone"]
 Format = Literal["transformers", "timm"]

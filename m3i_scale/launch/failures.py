@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from m3i_scale.data.secrets import masked
 from m3i_scale.errors import EXIT_USER_ERROR, UserError
+from m3i_scale.redaction import masked
 
 FAILURE = "failure.json"
 RANK_RECORDS = "failure"

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 
 from m3i_scale.config import RunConfig, find_run_file, known_runs
-from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.plan import PRIVATE, PUBLIC
 from m3i_scale.output import leave_out_accelerator_warning
+from m3i_scale.redaction import masked, shown
 
 FOLDER = "launch"
 """In the run's output folder."""
@@ -144,7 +144,7 @@ class Job:
         """Of files with all that ranks are told: for nobody else where a variable is a secret or an address of shards
         holds a login or a signature."""
         values = dict(self.values)
-        hides = any(_shown(override) != override for override in self.overrides) or masked(values) != values
+        hides = any(shown(override) != override for override in self.overrides) or masked(values) != values
         return PRIVATE if self.secret or hides or self.masked else PUBLIC
 
     def head_address(self) -> str:
@@ -162,14 +162,9 @@ class Job:
 
     def shown(self) -> Job:
         """The same, without the values of secrets, and without what is secret in addresses."""
-        overrides = tuple(map(_shown, self.overrides))
+        overrides = tuple(map(shown, self.overrides))
         values, secret = masked(dict(self.values)), self.mode == PRIVATE
         return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, masked=secret)
-
-
-def _shown(override: str) -> str:
-    """Without logins and signatures, and without the commands of `pipe:`, which hold both."""
-    return re.sub(r"\bpipe:.*", "pipe:…", str(masked(override)), flags=re.DOTALL)
 
 
 @cache

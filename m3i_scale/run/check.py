@@ -127,7 +127,7 @@ class Checks:
         resolved = None
         if self.sound("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
-            resolved = faults.note(resolve_engine, run, self.ranks or 1, width)
+            resolved = faults.note(resolve_engine, run, self.ranks, width)
         elif self.sound("deepspeed"):  # which is filled in from `optim`
             faults.note(load_ds_config, run.deepspeed)
         self._check_engine(resolved, faults)

@@ -153,7 +153,7 @@ def plan_run(
 
 POLICIES = ("none", "every_2", "full")
 """Of recomputation, that are tried beside the run's own."""
-_FILES = {
+ENGINE_FILES = {
     ("bf16", False): ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_cpu_offload"),
     ("bf16", True): ("zero3_cpu",),
     ("fp32", True): ("zero1_cpu_fp32", "zero3_cpu_fp32"),
@@ -179,7 +179,7 @@ def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
     if not machine.on_host and own.deepspeed in _ON_DEVICES:
         own = replace(own, deepspeed=_ON_DEVICES[own.deepspeed])
         model = Model(model.run, model.vocabulary, model.world, "bf16")
-    files = list(dict.fromkeys([own.deepspeed, *_FILES.get((model.precision, machine.on_host), ())]))
+    files = list(dict.fromkeys([own.deepspeed, *ENGINE_FILES.get((model.precision, machine.on_host), ())]))
     offloading = [file for file in files if offloads_optimizer(load_ds_config(file))]
     for some in ([file for file in files if file not in offloading], offloading):
         best = _fastest(model, machine, own, some)

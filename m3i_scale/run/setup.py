@@ -110,7 +110,7 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
         )
 
 
-def resolve_engine(run: RunConfig, world_size: int, hidden_size: int) -> Resolved:
+def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> Resolved:
     """The run's DeepSpeed file, filled in.
 
     Raises:

@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Resolved:
-    """A DeepSpeed configuration without any "auto"."""
+    """A DeepSpeed configuration without any "auto", but for accumulation where the number of ranks is not known."""
 
     config: dict[str, Any]
     """What `deepspeed.initialize(config=…)` is given."""
@@ -109,7 +109,7 @@ def _refuse_constant(name: str, path: Path) -> None:
 def resolve(
     raw: dict[str, Any],
     *,
-    world_size: int,
+    world_size: int | None,
     batch_size: int,
     micro_batch_size: int,
     clip_grad_norm: float,
@@ -124,7 +124,7 @@ def resolve(
 
     Args:
         raw: as read by `load_ds_config`; left unchanged.
-        world_size: number of ranks.
+        world_size: number of ranks; None: not known, and what depends on it is not looked at.
         batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank and forward pass.
         hidden_size: width of the widest Transformer of the model; bucket sizes follow from it.
@@ -167,13 +167,14 @@ def check_batch(world_size: int, batch_size: int, micro_batch_size: int, *, wher
     return accumulation
 
 
-def _batch(world_size: int, batch_size: int, micro_batch_size: int, where: str) -> dict[str, _Wanted]:
-    accumulation = check_batch(world_size, batch_size, micro_batch_size, where=where)
+def _batch(world_size: int | None, batch_size: int, micro_batch_size: int, where: str) -> dict[str, _Wanted]:
+    accumulation = check_batch(world_size or 1, batch_size, micro_batch_size, where=where)  # what one cannot, none can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
+    unknown = _Wanted(AUTO, "the number of ranks is not known", binding=False)
     return {
         "train_batch_size": _Wanted(batch_size, "optim.batch_size"),
         "train_micro_batch_size_per_gpu": _Wanted(micro_batch_size, "optim.micro_batch_size"),
-        "gradient_accumulation_steps": _Wanted(accumulation, why),
+        "gradient_accumulation_steps": unknown if world_size is None else _Wanted(accumulation, why),
     }
 
 

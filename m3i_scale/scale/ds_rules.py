@@ -236,16 +236,17 @@ def _check_offload(zero: dict[str, Any], stage: int, where: str) -> None:
             raise _refuse(f"{path}.ratio", f"only stage 3 reads it, and the stage is {stage}", None, where)
 
 
-def check_groups(raw: dict[str, Any], *, world_size: int, where: str) -> None:
+def check_groups(raw: dict[str, Any], *, world_size: int | None, where: str) -> None:
     """Refuse second copies of the parameters within groups of ranks that this number of ranks does not make up.
 
     Raises:
         ConfigError: `zero_hpz_partition_size` that does not divide the number of ranks.
     """
     size = raw["zero_optimization"].get("zero_hpz_partition_size", 1)
-    if size < 1 or world_size % size:
+    if size < 1 or (world_size is not None and world_size % size):
         raise ConfigError(
-            f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",
+            f"'zero_optimization.zero_hpz_partition_size' is {size}"
+            + ("" if world_size is None else f", with {world_size} ranks"),
             where=where,
             why="every group of this many ranks, as a rule those of one machine, holds a second copy of the parameters",
             fix="a divisor of the number of ranks, e.g. the GPUs of a machine",

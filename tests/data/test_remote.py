@@ -16,10 +16,11 @@ from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.access import check_access
 from m3i_scale.data.index import build_index
 from m3i_scale.data.loader import merge_states
-from m3i_scale.data.places import Url, to_place, without_secrets
+from m3i_scale.data.places import Url, to_place
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.redaction import without_secrets
 
 SIZES = [6, 5, 7, 6, 5, 7, 6, 6]
 

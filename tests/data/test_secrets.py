@@ -12,9 +12,10 @@ from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data import remote
 from m3i_scale.data.access import check_access
 from m3i_scale.data.faults import FaultError
-from m3i_scale.data.places import Url, without_secrets
+from m3i_scale.data.places import Url
 from m3i_scale.data.remote import Access, facts, read_range
 from m3i_scale.errors import DataError
+from m3i_scale.redaction import without_secrets
 
 SIZES = [6, 5, 7, 6]
 BAD = "s-002.tar"

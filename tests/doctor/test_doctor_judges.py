@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
     assert told in f"{bad[0].value} {bad[0].why}"
     assert bad[0].why
     assert bad[0].fix
+
+
+@pytest.mark.parametrize("shards", ["https://u:SECRET@h/x.tar", "s3://b/x?sig=SECRET", "pipe:curl -u u:SECRET x.tar"])
+def test_run_files_are_compared_without_their_secrets(shards: str, answers: dict[str, dict[str, Any]]):
+    for host, value in (("one", json.dumps(shards)), ("two", json.dumps("/data/x.tar"))):
+        answers[host]["config"] = {"sha256": host, "values": {"run.data.sources.a.shards": value}}
+    assert "SECRET" not in repr([item.to_json() for item in judge.config_findings(answers)])
+    assert "run.data.sources.a.shards" in str([item.why for item in judge.config_findings(answers)])
 
 
 COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]

@@ -9,10 +9,10 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-from m3i_scale.data.secrets import masked
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import files as files_module
 from m3i_scale.hub.export import export
+from m3i_scale.redaction import masked
 from m3i_scale.run.callbacks.base import RunInfo, StepRecord
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 

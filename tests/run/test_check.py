@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 from shapes import write_run
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, FaultsError
 from m3i_scale.objective import meta
 from m3i_scale.run.check import faults_of, make_plan
+from m3i_scale.scale.ds_config import load_ds_config
 
 
 def places(*arguments: str, ranks: int | None = None) -> list[str]:
@@ -71,6 +74,35 @@ def test_ranks_are_looked_at_where_their_number_is_known(shards: Path, tmp_path:
     run_file = str(write_run(tmp_path, shards, "mae"))
     assert places(run_file) == []
     assert "data.streams" in places(run_file, ranks=7)
+
+
+@pytest.fixture
+def of_two_ranks(tmp_path: Path) -> str:
+    """The override for a DeepSpeed file that holds for two ranks, or four, and not for one."""
+    raw = load_ds_config("zero3_cpu")
+    raw["zero_optimization"]["zero_hpz_partition_size"] = 2
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(raw | {"gradient_accumulation_steps": 1}))
+    return f"deepspeed={path}"
+
+
+def test_a_deepspeed_file_for_more_ranks_than_one_is_not_refused(shards: Path, tmp_path: Path, of_two_ranks) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae", of_two_ranks))
+    assert places(run_file) == places(run_file, ranks=2) == []
+    assert places(run_file, ranks=1) == [of_two_ranks.partition("=")[2]]
+    assert len(places(run_file, "optim.batch_size=6")) == 1  # which no number of ranks would make up
+
+
+@pytest.mark.parametrize(("ranks", "faults"), [("2", 1), ("3", 3)])
+def test_a_rank_with_a_mistake_is_told_what_else_is_wrong_for_all_ranks(
+    shards: Path, tmp_path: Path, of_two_ranks: str, monkeypatch: pytest.MonkeyPatch, ranks: str, faults: int
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, value)
+    run_file = str(write_run(tmp_path, shards, "mae", of_two_ranks))
+    error = CliRunner().invoke(app, ["train", run_file, "log.progress=9"]).exception
+    assert isinstance(error, ConfigError)
+    assert len(getattr(error, "faults", [error])) == faults
 
 
 def test_an_interval_of_evaluations_that_never_comes_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engin
         raw["zero_optimization"]["reduce_bucket_size"] = 100
     path = tmp_path / "small.json"
     path.write_text(json.dumps(raw))
-    monkeypatch.setattr(plan_search, "_FILES", {})
+    monkeypatch.setattr(plan_search, "ENGINE_FILES", {})
     where, batch = machine(nodes=8, ranks=8), "optim.batch_size=256"
     run = tiny_run("supervised", batch, "optim.micro_batch_size=4", f"deepspeed={path}")
     found = plan_run(run, where, samples=None)

@@ -215,9 +215,10 @@ def _sources(run: RunConfig) -> dict[str, Any]:
 
 def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
     from m3i_scale.data.faults import FaultError
-    from m3i_scale.data.places import Url, without_secrets
+    from m3i_scale.data.places import Url
     from m3i_scale.data.remote import Access, facts, read_range
     from m3i_scale.data.shards import expand_shards
+    from m3i_scale.redaction import without_secrets
 
     began = time.perf_counter()
     first: Any = without_secrets(shards)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m3i_scale.launch.doctor.findings import Finding, fault, gib, good, warning
+from m3i_scale.redaction import shown
 
 Answers = Mapping[str, Mapping[str, Any]]
 """By host, in the order of the hosts; those that answered."""
@@ -97,7 +98,7 @@ def config_findings(answers: Answers) -> Iterator[Finding]:
 
 def _different(own: Mapping[str, str], head: Mapping[str, str]) -> str:
     keys = sorted(key for key in {*own, *head} if own.get(key) != head.get(key))
-    told = [f"{key}: {own.get(key, 'not there')}, not {head.get(key, 'there')}" for key in keys[:_SHOWN]]
+    told = [f"{key}: {shown(own.get(key, 'not there'))}, not {shown(head.get(key, 'there'))}" for key in keys[:_SHOWN]]
     return "; ".join(told) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 
 
