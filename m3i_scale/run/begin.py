@@ -17,13 +17,14 @@ from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
-from m3i_scale.scale.checkpoint.commit import lock_directory, newest_good, sweep, verify
+from m3i_scale.scale.checkpoint.commit import lock_directory, newest_good, step_of, sweep, verify
 from m3i_scale.scale.checkpoint.reading import reading
 from m3i_scale.scale.checkpoint.shared import check_shared
 from m3i_scale.scale.checkpoint.space import explain
 from m3i_scale.scale.checkpoint.state import read_meta
 from m3i_scale.scale.checkpoint.together import from_rank_0
 from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.engine import awaited_optimizer
 
 
 def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
@@ -105,11 +106,13 @@ def train(
         stream, validation = open_data(plan, ranks)
         if ranks.rank == 0:
             announce(plan, resume_from, notes)
+            if (awaited := awaited_optimizer(plan.deepspeed.config)) is not None:
+                tell(awaited)
         trainer = Trainer(plan, ranks, callbacks, resume_from, stream, validation, tell, place)
         trainer.when_resumed = source.close
         if ranks.rank == 0:
             tell(trainer.activations)
-            if (note := trainer.long_run_note()) is not None:
+            if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
                 tell(note)
         return trainer.fit()
 

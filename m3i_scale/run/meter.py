@@ -16,6 +16,7 @@ from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
 from m3i_scale.run.phases import Phases
 from m3i_scale.scale.collectives import max_over_ranks, mean_over_ranks
 from m3i_scale.scale.peak import Peak
+from m3i_scale.scale.plan.hardware import PRESETS
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,8 @@ class Work:
         return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 
-USUAL_MFU = 0.3
-"""Of a run that nobody has timed yet; a guess, for a first word on its length."""
-
-
 def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Say how long a run will take, before its first step, where that is more than a day.
+    """Say how long a run will take, before its first step, where that is more than a day at the MFU that plans assume.
 
     Args:
         work: of a step.
@@ -46,12 +43,14 @@ def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | 
         batch_size: samples of a step.
         ranks: that share it.
     """
-    seconds = steps * work.flop["model"] / (USUAL_MFU * work.peak.tflops * 1e12 * ranks)
+    device = work.peak.source.partition("-")[0]
+    mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
+    seconds = steps * work.flop["model"] / (mfu * work.peak.tflops * 1e12 * ranks)
     if seconds < 86400:
         return None
     return (
         f"this run will take about {seconds / 86400:,.0f} days: {steps:,} steps of {batch_size:,} samples "
-        f"({steps * batch_size:,}) at {USUAL_MFU:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
+        f"({steps * batch_size:,}) at {mfu:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
         "optim.steps, optim.batch_size or a smaller backbone.preset; `m3i-scale plan` says more"
     )
 

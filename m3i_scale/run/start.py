@@ -80,9 +80,9 @@ def check_first(run: RunConfig) -> Callable[[], Plan]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         plan = make_plan(run, world)
-    except UserError as error:
+    except Exception as error:  # raised when the ranks have met
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun, deepspeed
-        if int(ranks_here) == world:
+        if isinstance(error, UserError) and int(ranks_here) == world:
             raise
         fault = error
     else:

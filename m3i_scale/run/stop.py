@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.launch.lock import launch_of
+from m3i_scale.run.callbacks.metrics import METRICS
 from m3i_scale.scale.checkpoint.locate import checkpoints, stopped_words
 from m3i_scale.scale.checkpoint.lock import Holder, holder_of, is_run_folder, request_stop
 from m3i_scale.scale.checkpoint.manifest import step_of
@@ -29,7 +32,7 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
         tell: is told what happens meanwhile.
 
     Returns:
-        `status` (`idle`, `asked`, `stopped`, or `ended`: nothing was saved since), `output_dir`, `step` and
+        `status` (`idle`, `asked`, `stopped`, `finished`, or `ended`: by something else), `output_dir`, `step` and
         `checkpoint` (the newest, or None), `text`.
 
     Raises:
@@ -51,18 +54,28 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
         raise CheckpointError(
             f"the folder is held by {holder}, which is no training run of this version", where=str(folder)
         )
-    before = checkpoints(folder / "checkpoints")
     request_stop(folder, holder)
     text = f"asked {holder}: it finishes its step, saves and leaves"
     if not wait:
         return _result("asked", folder, text)
     tell(text)
     _await_end(folder, holder, tell)
-    after = checkpoints(folder / "checkpoints")
-    if after[:1] == before[:1]:
-        text = "the run has ended, and has saved nothing since it was asked: what it printed says why"
-        return _result("ended", folder, text)
-    return _result("stopped", folder, stopped_words(folder / "checkpoints"))
+    status = _last_status(folder)
+    if status == "preempted":
+        return _result("stopped", folder, stopped_words(folder / "checkpoints"))
+    if status == "finished":
+        return _result("finished", folder, "the run has taken its last step: there is nothing to go on with")
+    return _result("ended", folder, "the run has ended by something else: what it printed says why")
+
+
+def _last_status(folder: Path) -> str | None:
+    """Return what the run wrote into metrics.jsonl when it left; None where it did not get so far."""
+    try:
+        with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
+            last = json.loads(deque(file, maxlen=1)[0])
+        return str(last["status"]) if last.get("kind") == "end" else None
+    except (OSError, ValueError, LookupError, AttributeError):
+        return None
 
 
 def _folder(run: str, overrides: list[str]) -> Path:

@@ -104,10 +104,10 @@ class Trainer:
         peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
         return Work(step_flop(self.run, plan.label_sets, plan.vocab_size), self.run.text.max_tokens, peak)
 
-    def long_run_note(self) -> str | None:
-        """See `m3i_scale.run.meter.long_run_note`; of the whole run, which may have begun before."""
+    def long_run_note(self, first_step: int) -> str | None:
+        """See `m3i_scale.run.meter.long_run_note`; from a step on."""
         optim = self.run.optim
-        return long_run_note(self.work, optim.steps, optim.batch_size, self.ranks.world_size)
+        return long_run_note(self.work, optim.steps - first_step, optim.batch_size, self.ranks.world_size)
 
     def fit(self) -> Status:
         """Train. Returns how it ended; raises a UserError where the run must not go on."""

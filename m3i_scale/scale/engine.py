@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from m3i_scale.scale.extensions import awaited_build
 from m3i_scale.scale.partition import construct, full_shape
 
 
@@ -38,6 +40,22 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             (matrices if is_matrix(parameter) else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
+    """Say what starting the engine will wait for, where the extension of its optimizer has to be built.
+
+    Args:
+        ds_config: resolved DeepSpeed configuration.
+
+    Returns:
+        None where it is built, or where the optimizer is torch's.
+    """
+    if ds_config["optimizer"]["params"].get("torch_adam"):
+        return None
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offload else "FusedAdamBuilder")
+    return None if builder is None else awaited_build(builder.name)
 
 
 def build_engine(

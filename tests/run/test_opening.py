@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from launch import start_ranks
 
+from m3i_scale.config import load_run
+from m3i_scale.errors import DataError
+from m3i_scale.run import start
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
@@ -33,3 +37,20 @@ def test_a_rank_that_waits_for_another_hears_of_its_fault(told):
 def test_a_mistake_in_the_code_stays_one_where_it_is_made(told):
     assert told[1]["mistake"] == ["KeyError", "'a mistake'"]
     assert told[0]["mistake"] == ["UserError", "KeyError: 'a mistake'\n  where: rank 1"]
+
+
+@pytest.mark.parametrize("error", [DataError("no such folder", where="/data/x"), PermissionError("not yours")])
+def test_what_one_of_several_hosts_finds_is_raised_when_the_ranks_have_met(monkeypatch, error):
+    def fails(run, world):
+        raise error
+
+    monkeypatch.setattr(start, "make_plan", fails)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    plan_of_run = start.check_first(load_run("m3i"))
+    with pytest.raises(type(error)):
+        plan_of_run()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    if isinstance(error, DataError):
+        with pytest.raises(DataError):
+            start.check_first(load_run("m3i"))

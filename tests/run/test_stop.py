@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,32 @@ def test_a_run_hears_of_its_own_request_and_of_no_other(tmp_path: Path) -> None:
     (tmp_path / ".lock-holder.json").write_text("{}")
     with lock_directory(tmp_path, trains=True):
         assert not Preemption(tmp_path).requested
+
+
+@pytest.mark.parametrize(
+    ("left", "status", "code"), [("preempted", "stopped", 0), ("finished", "finished", 0), ("failed", "ended", 1)]
+)
+def test_how_the_run_has_left_is_told_whether_it_saved_since_or_not(
+    tmp_path: Path, left: str, status: str, code: int
+) -> None:
+    (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
+    begun = threading.Event()
+
+    def run() -> None:
+        with lock_directory(tmp_path, trains=True):
+            asked_to_stop = Preemption(tmp_path)
+            begun.set()
+            while not asked_to_stop.requested:
+                time.sleep(0.01)
+            (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "end", "step": 8, "status": left}) + "\n")
+
+    trains = threading.Thread(target=run)
+    trains.start()
+    assert begun.wait(60)
+    told = CliRunner().invoke(app, ["stop", str(tmp_path), "--json"])
+    trains.join()
+    assert told.exit_code == code
+    assert json.loads(told.stdout[told.stdout.index("{") :])["status"] == status
 
 
 def test_who_does_not_listen_is_not_asked(tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ def test_the_text_tower_counts_by_the_length_of_captions():
 
 
 def test_only_a_run_of_more_than_a_day_is_told_how_long_it_takes():
-    work = Work({"model": 3e17, "text": 0.0}, 32, Peak(10.0, "given"))  # 1e5 s a step on one rank at 30 % of the peak
+    work = Work({"model": 3e17, "text": 0.0}, 32, Peak(10.0, "given"))  # 75,000 s a step on one rank
     note = long_run_note(work, steps=100, batch_size=8, ranks=1)
     assert note is not None
-    assert "116 days" in note
+    assert "87 days" in note
     assert "800" in note
     assert long_run_note(work, steps=100, batch_size=8, ranks=200) is None
+    h100 = Work(work.flop, 32, Peak(10.0, "h100-bf16"))  # at the MFU that `plan` takes for it
+    assert "165 days" in (long_run_note(h100, steps=100, batch_size=8, ranks=1) or "")
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

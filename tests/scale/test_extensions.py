@@ -13,6 +13,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from m3i_scale.scale import extensions
+from m3i_scale.scale.engine import awaited_optimizer
 from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 
 BUILDER = """
@@ -58,6 +59,15 @@ def test_what_a_start_waits_for_is_said(tmp_path, monkeypatch):
     (folder / "lock").unlink()
     (folder / f"{name}.so").touch()
     assert awaited_build(name) is None
+
+
+def test_the_optimizer_that_has_to_be_built_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    own, zero = {"optimizer": {"params": {}}}, {"stage": 3}
+    assert "fused_adam" in awaited_optimizer({**own, "zero_optimization": zero})
+    zero_offload = zero | {"offload_optimizer": {"device": "cpu"}}
+    assert "cpu_adam" in awaited_optimizer({**own, "zero_optimization": zero_offload})
+    assert awaited_optimizer({"optimizer": {"params": {"torch_adam": True}}, "zero_optimization": zero}) is None
 
 
 def test_the_build_by_hand_builds_where_training_looks(tmp_path):
