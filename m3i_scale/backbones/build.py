@@ -131,7 +131,7 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
             raise ConfigError(f"'{key}' is a probability below 1", where=place, fix=f"e.g. {where}.{key}={before}")
         if (key.endswith("_eps") and value <= 0) or (key == "initializer_range" and value < 0):
             raise ConfigError(f"'{key}' is above 0", where=place, fix=f"e.g. {where}.{key}={before}")
-    if key == "hidden_act" and value not in ACT2FN:
+    if key == "hidden_act" and (not isinstance(value, str) or value not in ACT2FN):
         raise ConfigError(f"no activation '{value}'", where=place, fix=did_you_mean(str(value), ACT2FN))
     try:
         setattr(config, key, value)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.features import Encoder, VisionModel
 from m3i_scale.evaluate.intervals import Clusters, mean_interval
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
@@ -46,19 +45,24 @@ def own_head(folder: Path, vision: VisionModel) -> Classifier:
     """The head of a stock image classifier.
 
     Raises:
-        ExportError: its weights do not fill it.
+        NotMeasuredError: its weights do not fill it, or its classes have no names. The features are sound all the same.
     """
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"the classifier does not load: {str(error).splitlines()[0]}", where=str(folder)) from None
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NotMeasuredError(f"the classifier does not load: {first_line}") from None
     faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
     if faulty:
-        raise ExportError(f"{len(faulty)} tensors do not fill the classifier, e.g. {faulty[0]}", where=str(folder))
+        raise NotMeasuredError(f"{len(faulty)} tensors do not fill the classifier, e.g. {faulty[0]}")
+    names: dict[int, str] = model.config.id2label or {}
+    if not names or sorted(names) != list(range(len(names))):
+        raise NotMeasuredError(
+            f"id2label of the classifier does not name classes from 0 on, but {sorted(names)[:3]}, …"
+        )
     model = model.to(vision.device).eval()
-    names: dict[int, str] = model.config.id2label
 
     def logits(images_BCHW: Tensor) -> Tensor:
         found: Tensor = model(pixel_values=vision.pixels(images_BCHW)).logits

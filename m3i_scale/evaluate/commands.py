@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from m3i_scale.data.places import Place
-from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, has_own_head, head_of_targets, measure_classifier, own_head
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
@@ -19,7 +19,7 @@ from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, loa
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
 from m3i_scale.evaluate.samples import Table, open_table
-from m3i_scale.evaluate.towers import Towers, has_heads, load_objective, towers_of, why_no_towers
+from m3i_scale.evaluate.towers import Towers, has_category_head, load_objective, towers_of, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
@@ -40,6 +40,7 @@ class _Job:
     towers: Towers | None
     no_towers: str | None
     classifier: Classifier | None
+    no_classifier: str | None
     templates: tuple[str, ...]
 
 
@@ -88,7 +89,11 @@ def evaluate(
     train_table = open_table(train_data, "--train-data") if train_data is not None else None
     _refuse_same_shards(test_table, train_table)
     vision = load_vision(folder, pool, where)
-    classifier, towers, no_towers = _trained_heads(folder, vision, set(measures), test_table.classes)
+    no_towers = why_no_towers(folder)
+    wants_text = no_towers is None and bool({"zero_shot", "retrieval"} & set(measures))
+    classifier, no_classifier, towers = _trained_heads(
+        folder, vision, test_table.classes, wants_text=wants_text, wants_classifier="classifier" in measures
+    )
     encoders = _encoders(vision, classifier, towers, baseline)
     dense = vision.with_patches if "dense" in measures and train_table is not None else None
     read = _Reader(vision.size, batch_size, dense, exclude_groups, progress)
@@ -100,7 +105,7 @@ def evaluate(
         fitted = {name: encode for name, encode in encoders.items() if name in ("model", "pixels")}
         train = read(train_table, fitted, "train data")
     _refuse_unknown_groups(exclude_groups, [test_table, *([train.table] if train else [])])
-    job = _Job(train, test, clusters_of(test_table), towers, no_towers, classifier, templates)
+    job = _Job(train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
     found, absent, right = _measure(measures, "model", job)
     if not found:
         raise DataError(
@@ -150,22 +155,27 @@ class _Reader:
 
 
 def _trained_heads(
-    folder: Path, vision: VisionModel, measures: set[str], classes: list[str]
-) -> tuple[Classifier | None, Towers | None, str | None]:
-    """The trained classifier and both towers of a text target, where they are there and asked for; else why there are
-    no towers."""
+    folder: Path, vision: VisionModel, classes: list[str], *, wants_text: bool, wants_classifier: bool
+) -> tuple[Classifier | None, str | None, Towers | None]:
+    """The trained classifier or, where it is asked for, why there is none; and both towers of a text target."""
     classifier: Classifier | None = None
+    no_classifier: str | None = None
     towers: Towers | None = None
-    no_towers = why_no_towers(folder)
-    wants_text = no_towers is None and bool({"zero_shot", "retrieval"} & measures)
-    if "classifier" in measures and has_own_head(folder):
-        classifier = own_head(folder, vision)
-    elif has_heads(folder) and (wants_text or "classifier" in measures):
-        objective, run, label_sets = load_objective(folder, vision.device)
-        if "classifier" in measures and objective.recipe.uses_categories and label_sets:
-            classifier = head_of_targets(objective, label_sets, classes)
-        towers = towers_of(objective, run, folder, vision.device) if wants_text else None
-    return classifier, towers, no_towers
+    try:
+        if wants_classifier and has_own_head(folder):
+            classifier = own_head(folder, vision)
+        elif wants_text or (wants_classifier and has_category_head(folder)):
+            objective, run, label_sets = load_objective(folder, vision.device)
+            if wants_classifier and objective.recipe.uses_categories and label_sets:
+                classifier = head_of_targets(objective, label_sets, classes)
+            towers = towers_of(objective, run, folder, vision.device) if wants_text else None
+    except NotMeasuredError as reason:
+        no_classifier = str(reason)
+    except UserError as fault:
+        if wants_text:
+            raise
+        no_classifier = f"{fault.what} ({fault.where})"  # the features can be measured all the same
+    return classifier, no_classifier, towers
 
 
 def _encoders(
@@ -203,7 +213,7 @@ def _measure(
 
 def _of_head(job: _Job) -> dict[str, Any]:
     if job.classifier is None:
-        raise NotMeasuredError("the model folder has no trained classifier")
+        raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
     return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
 
 

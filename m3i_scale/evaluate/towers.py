@@ -59,9 +59,22 @@ def why_no_towers(folder: Path) -> str | None:
     return f"the model folder has no {' and no '.join(absent)}: it is no export with a text target" if absent else None
 
 
-def has_heads(folder: Path) -> bool:
-    """Whether a model folder says what was trained on top of its features."""
-    return (folder / "heads" / "objective.json").is_file()
+def has_category_head(folder: Path) -> bool:
+    """Whether a model folder is an export of features with the head of a category target beside them.
+
+    Raises:
+        ExportError: heads/objective.json is there and broken.
+    """
+    path = folder / "heads" / "objective.json"
+    if not path.is_file():
+        return False
+    values = _read(path)
+    try:
+        return bool(values["label_sets"]) and "category" in {
+            target["modality"] for target in values["run"]["recipe"]["targets"]
+        }
+    except (KeyError, TypeError) as error:
+        raise ExportError(f"the heads' description does not name its targets: {error}", where=str(path)) from None
 
 
 def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:

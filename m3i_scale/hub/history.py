@@ -69,11 +69,11 @@ def curve_of(source: Source) -> list[dict[str, Any]]:
     """Step, loss and the targets' losses: of the first record, and of the last one in every tenth of the training."""
     rows: dict[int, dict[str, Any]] = {}
     for record in _trained(source):
-        rows[0 if not rows else math.ceil(record["step"] * CURVE_ROWS / source.step)] = record
+        rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record
     losses = {target.name: f"group/{target.name}/loss" for target in source.recipe.targets}
     return [
         {
-            "step": row["step"],
+            "step": row.get("step", 0),
             "loss": row.get("loss"),
             **{name: row[key] for name, key in losses.items() if key in row},
         }

@@ -60,6 +60,8 @@ def test_stored_sizes_are_those_that_are_counted(preset: str) -> None:
     [
         ("vit-b/16", "hidden_act", "gelru"),
         ("clip-b/16", "hidden_act", "gelru"),
+        ("vit-b/16", "hidden_act", ["gelu"]),
+        ("dinov2-s/14", "hidden_act", {}),
         ("vit-b/16", "hidden_dropout_prob", 5),
         ("vit-b/16", "attention_probs_dropout_prob", -0.1),
         ("clip-b/16", "attention_dropout", 1),

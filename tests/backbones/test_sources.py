@@ -99,6 +99,14 @@ def test_a_bare_file_whose_positions_may_be_those_of_another_grid_is_refused(tmp
         planned(tmp_path / "clip.safetensors", num_attention_heads=4, hidden_act="gelu")
 
 
+def test_a_bare_file_of_as_many_places_as_a_square_names_the_grid_it_is_taken_for(tmp_path: Path) -> None:
+    """4 × 9 places are 36, and so are 6 × 6: no shape differs."""
+    save_file(timm_model(img_size=(32, 72)).state_dict(), tmp_path / "wide.safetensors")
+    assumed = planned(tmp_path / "wide.safetensors", num_attention_heads=4).report["assumed"]
+    assert "36 places" in assumed["image_size"]
+    assert "6 × 6" in assumed["image_size"]
+
+
 def test_positions_of_another_grid_than_the_configuration_says(tmp_path: Path) -> None:
     folder = timm_folder(tmp_path, timm_model())
     weights = load_file(folder / "model.safetensors")

@@ -1,5 +1,7 @@
 """Top-1 and top-5 of a head, by the names of its classes."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -54,12 +56,34 @@ def test_two_classes_of_one_name_in_the_order_of_the_head():
     assert measured(head, [2, 0, 0, 0, 1], head)["top-1"]["value"] == pytest.approx(4 / 5)
 
 
-def test_a_stock_classifier_of_other_classes(shards, tmp_path):
+@pytest.fixture
+def stock_classifier(tmp_path):
+    """A Hub folder of a ViT with a head for two classes."""
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
     )
     ViTForImageClassification(config).save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    found = evaluate(tmp_path, str(shards / "val"), train_data=str(shards / "train"), measures=("classifier", "knn"))
+    return tmp_path
+
+
+def evaluated(folder, shards):
+    return evaluate(folder, str(shards / "val"), train_data=str(shards / "train"), measures=("classifier", "knn"))
+
+
+def test_a_stock_classifier_of_other_classes(shards, stock_classifier):
+    found = evaluated(stock_classifier, shards)
     assert "LABEL_0" in found["not_measured"]["classifier"]
     assert "knn" in found["measures"]
+
+
+@pytest.mark.parametrize("names", [["1", "2"], ["0", "1", "2"], []])
+def test_a_faulty_head_does_not_keep_the_features_from_being_measured(shards, stock_classifier, names):
+    """Numbers from 1 on, names of more classes than the stored head has, and of none."""
+    path = stock_classifier / "config.json"
+    values = json.loads(path.read_text()) | {"id2label": {name: f"class {name}" for name in names}}
+    values.pop("label2id", None)
+    path.write_text(json.dumps(values))
+    found = evaluated(stock_classifier, shards)
+    assert list(found["measures"]) == ["knn"]
+    assert "classifier" in found["not_measured"]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import shutil
@@ -11,13 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTModel, pipeline
 from transformers.utils import logging as transformers_logging
 
+from m3i_scale.config import known_recipes, read_yaml, resource_folder
 from m3i_scale.errors import CheckpointError, ExportError
 from m3i_scale.hub import export as export_module
-from m3i_scale.hub.card import cell, evaluation_rows
+from m3i_scale.hub.card import cell, evaluation_rows, render_card
 from m3i_scale.hub.export import export
 from m3i_scale.hub.history import curve_of
 from m3i_scale.hub.source import find_source, hash_folder
 from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import leave_out_accelerator_warning
 
 
@@ -85,6 +88,16 @@ def test_card(exported):
     assert "memory" not in body  # what a run looks like from inside is no figure of the model
 
 
+@pytest.mark.parametrize("name", known_recipes())
+def test_the_card_of_every_recipe_tells_what_its_targets_are_taken_from(exported, run_dir, name):
+    folder, provenance = exported
+    recipe = parse_recipe(read_yaml(resource_folder("recipes") / f"{name}.yaml")["recipe"])
+    source = dataclasses.replace(find_source(run_dir[0]), recipe=recipe)
+    seen = provenance | {"supervision": {target.name: 20_480.0 for target in recipe.targets}}
+    card = render_card(source, seen, json.loads((folder / "config.json").read_text()))
+    assert card.count("| 20,480 | 50.0% |") == len(recipe.targets)
+
+
 def test_a_pipeline_does_not_answer_from_a_head_that_nobody_trained(exported):
     with pytest.raises(KeyError):
         pipeline("image-classification", str(exported[0]))(Image.new("RGB", (40, 40)))
@@ -96,6 +109,13 @@ def test_the_curve_is_short_however_long_the_run(run_dir, make_run, tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     curve = curve_of(find_source(folder))
     assert [row["step"] for row in curve] == [1, *range(100, 1001, 100)]
+
+
+def test_a_record_of_no_step_counts_as_one_of_the_start(run_dir, make_run, tmp_path):
+    folder, _ = make_run(tmp_path / "run")
+    lines = [{"kind": "train", "loss": 2.0}, {"kind": "train", "step": 10, "loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [row["step"] for row in curve_of(find_source(folder))] == [0, 10]
 
 
 def test_a_cell_cannot_break_the_table():

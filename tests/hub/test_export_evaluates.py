@@ -1,5 +1,8 @@
 """An export goes into `evaluate` with its text tower and its heads."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -53,9 +56,22 @@ def test_the_trained_head_of_an_export(exported, run_dir, shards):
 
 
 def test_an_export_that_lost_its_heads(exported, shards, tmp_path):
-    import shutil
-
     folder = shutil.copytree(exported[0], tmp_path / "copy")
     (folder / "heads" / "heads.safetensors").unlink()
     with pytest.raises(ExportError, match="parameters are missing"):
         evaluate(folder, str(shards / "val"))
+    found = evaluate(folder, str(shards / "val"), train_data=str(shards / "train"), measures=("classifier", "knn"))
+    assert list(found["measures"]) == ["knn"]
+    assert "parameters are missing" in found["not_measured"]["classifier"]
+
+
+def test_without_a_category_target_no_head_is_built(exported, shards, tmp_path, monkeypatch):
+    folder = shutil.copytree(exported[0], tmp_path / "copy")
+    path = folder / "heads" / "objective.json"
+    values = json.loads(path.read_text())
+    for target in values["run"]["recipe"]["targets"]:
+        target["modality"] = "image"
+    path.write_text(json.dumps(values))
+    monkeypatch.setattr("m3i_scale.evaluate.towers.build_objective", None)
+    found = evaluate(folder, str(shards / "val"), train_data=str(shards / "train"), measures=("classifier", "knn"))
+    assert found["not_measured"]["classifier"] == "the model folder has no trained classifier"

@@ -13,7 +13,7 @@ from test_export_backbones import BACKBONES
 from m3i_scale.hub import fresh
 from m3i_scale.hub.card import OLDEST_TRANSFORMERS
 from m3i_scale.hub.export import export
-from m3i_scale.hub.write import Wanted
+from m3i_scale.hub.write import FORMATS, TASKS, Wanted
 
 REQUIREMENTS = (f"transformers=={OLDEST_TRANSFORMERS}.0", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
 """As that version asks for them; all else is that of the environment."""
@@ -33,12 +33,20 @@ for line in sys.stdin:
 """
 CASES = (
     ("vit", "mean_pool", Wanted()),
+    ("vit", "mean_pool", Wanted("classification")),
     ("vit", "class_token", Wanted("classification")),
+    ("vit", "mean_pool", Wanted("zero_shot")),
+    ("vit", "mean_pool", Wanted("backbone")),
+    ("vit", "mean_pool", Wanted("features", "timm")),
     ("dinov2", "mean_pool", Wanted(max_shard_size="20KB")),
+    ("dinov2", "mean_pool", Wanted("classification")),
     ("dinov2", "class_token", Wanted("classification")),
     ("dinov2", "mean_pool", Wanted("zero_shot")),
+    ("dinov2", "mean_pool", Wanted("backbone")),
+    ("dinov2", "mean_pool", Wanted("classification", "timm")),
     ("clip", "mean_pool", Wanted()),
     ("clip", "class_token", Wanted("zero_shot")),
+    ("clip", "mean_pool", Wanted("features", "timm")),
     ("internimage", "mean_pool", Wanted()),
     ("internimage", "mean_pool", Wanted("classification")),
 )
@@ -93,6 +101,8 @@ def proven_there(oldest, tmp_path, monkeypatch):
 
 
 def test_every_kind_of_export(proven_there, make_run, tmp_path):
+    assert {wanted.task for *_, wanted in CASES} == set(TASKS)
+    assert {wanted.format for *_, wanted in CASES} == set(FORMATS)
     runs = {}
     for number, (kind, pool, wanted) in enumerate(CASES):
         if (kind, pool) not in runs:

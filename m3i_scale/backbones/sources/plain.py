@@ -62,14 +62,18 @@ def plain_config(
     width, depth = parts["class"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
     patch = _patch_side(given, parts["patch.weight"])
     assumed: dict[str, str] = {}
+    side = _grid_side(given, parts["positions"][-2], facts)
     common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": depth,
         "patch_size": patch,
-        "image_size": patch * _grid_side(given, parts["positions"][-2], facts),
+        "image_size": patch * side,
     }
     if facts.class_row is None:
-        assumed["image_size"] = "a bare file does not say its grid: its places beside the class token as a square"
+        assumed["image_size"] = (
+            f"a bare file does not say its grid: its {side * side} places beside the class token as {side} × {side}, "
+            "which is another model where it was trained on images that are not square"
+        )
     pre_norm = "pre_norm.weight" in parts
     # All that shapes say comes first: what is no stock model here need not be told its heads.
     kind, own = (_clip if pre_norm else _dinov2 if "0.scale1" in parts else _vit)(given, parts, width)
