@@ -63,7 +63,7 @@ def test_neighbouring_shards_are_of_different_streams_and_the_order_is_that_of_t
     batches = list(itertools.islice(tools.make_loader({"s": folder}, cache, streams=4, micro=4, shuffle_shards=2), 8))
     keys = np.asarray([[int(key[-4:]) for key in batch.keys] for batch in batches])
     assert sorted(keys.ravel()) == list(range(32))
-    assert all(np.ptp(of_stream // 2) >= 8 for of_stream in keys.T)
+    assert all(np.ptp(of_stream // 2) > 3 for of_stream in keys.T)  # 4 shards each
     order = _Order([2] * 16, 4, 2, 4, 3, "s")
     assert [batch.tolist() for batch in itertools.islice(order._batches(4), 8)] == keys.tolist()
 
