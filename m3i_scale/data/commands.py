@@ -82,10 +82,10 @@ def make_imagefolder(
     as_json: AsJson = False,
 ) -> None:
     """A folder of images, one folder per class, captions beside."""
-    from m3i_scale.data.imagefolder import Captions, Layout, imagefolder_records
+    from m3i_scale.data.imagefolder import Captions, FolderLayout, imagefolder_records
 
     records, labels = imagefolder_records(
-        input_folder, choice("--captions", captions, Captions), choice("--layout", layout, Layout)
+        input_folder, choice("--captions", captions, Captions), choice("--layout", layout, FolderLayout)
     )
     _make(records, labels, output, name, split, options, {"source": "imagefolder"}, as_json)
 

@@ -17,8 +17,8 @@ class ShardOptions:
     max_mb: float = 500.0
     """About so many megabytes (10⁶ bytes) a shard at most."""
     multiple_of: int = 8
-    """The number of shards of a split is rounded up to a multiple of this, so that all streams (8 by default) hold the
-    same number of shards; a split with fewer samples gets one shard a sample."""
+    """The number of shards of a split is rounded up to a multiple of this, so that streams (8 by default) hardly share
+    shards, which each of them would read or fetch; a split with fewer samples gets one shard a sample."""
     vocabulary: int = 8_192
     """Size of the tokenizer trained on the captions; 0 trains none."""
     skip_bad: bool = False

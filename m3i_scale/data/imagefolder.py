@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from m3i_scale.data.records import FileImage, ImageSource, Record, Unusable
-from m3i_scale.data.sources import split_name
+from m3i_scale.data.records import FileImage, ImageSource, Record, Unusable, split_name
 from m3i_scale.errors import DataError
 
 FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -16,7 +15,7 @@ FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".t
 Captions = Literal["auto", "none", "optional", "required"]
 """auto: all images of a folder have a caption file or none has."""
 
-Layout = Literal["auto", "classes", "splits"]
+FolderLayout = Literal["auto", "classes", "splits"]
 """classes: FOLDER/CLASS/…; splits: FOLDER/SPLIT/CLASS/…; auto: the second where all first folders have names of splits
 and one of them has all classes, the first where none has such a name."""
 
@@ -25,14 +24,14 @@ SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "tes
 
 
 def imagefolder_records(
-    folder: Path, captions: Captions = "auto", layout: Layout = "auto"
+    folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto"
 ) -> tuple[list[Record], list[str]]:
     """Images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
 
     Args:
         folder: where they lie; what lies directly in it, or in the folder of a split, has no label.
         captions: which images have one.
-        layout: what the first folder on the way to an image is; see `Layout`.
+        layout: what the first folder on the way to an image is; see `FolderLayout`.
 
     Returns:
         Records (unusable ones included, see `Unusable`) and the class names in order of their index.

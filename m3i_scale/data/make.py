@@ -210,9 +210,14 @@ def members_of(record: Record, encoded: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def _training_captions(by_split: dict[str, list[Record]]) -> list[str]:
-    """Captions that the tokenizer may see: those of `train`, where there is such a split."""
-    members = by_split.get("train") or [record for records in by_split.values() for record in records]
-    return [record.caption for record in members if record.caption]
+    seen = training_splits(by_split)
+    return [record.caption for split in by_split if split in seen for record in by_split[split] if record.caption]
+
+
+def training_splits(splits: Iterable[str]) -> set[str]:
+    """Splits whose captions the tokenizer may see: `train`, also as `Training`; all where there is none such."""
+    named = set(splits)
+    return {split for split in named if split.lower() in ("train", "training")} or named
 
 
 def _tell(progress: Progress | None, before: int, total: int, written: int) -> None:

@@ -1,16 +1,18 @@
 """The order of samples: a pure function of (seed, stream, position), with no buffer to save and none to fill again.
 
-The samples of a source are one list, shard after shard. Every pass cuts it into a stretch for each virtual stream,
-whose ends may lie within shards: so a pass holds every sample once, however long the shards are. In a pass a stream
-permutes the parts of shards in its stretch, reads them in windows of a few shards, and permutes the samples inside a
-window. So position p of a stream is a known sample of a known shard, and going on from p needs no reading up to p.
+The samples of a source are one list, shard after shard, the shards in an order that is drawn once: neighbours in names
+are often of one class, and would all be in the stretch of one stream. Every pass cuts the list into a stretch for each
+virtual stream, whose ends may lie within shards: so a pass holds every sample once, however long the shards are. In a
+pass a stream permutes the parts of shards in its stretch, reads them in windows of a few shards, and permutes the
+samples inside a window. So position p of a stream is a known sample of a known shard, and going on from p needs no
+reading up to p.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,11 +33,16 @@ def permutation(count: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
+def dealt(shards: int, seed: int, source: str) -> NDArray[np.int64]:
+    """The order in which the shards of a source make up the list of its samples, by their numbers in order of names."""
+    return permutation(shards, seed_of("deal", seed, source))
+
+
 def ends_of(sizes: Sequence[int], streams: int, where: str) -> NDArray[np.int64]:
     """Where each shard ends in the list of all samples of a source.
 
     Args:
-        sizes: samples per shard, in order of the shards' names.
+        sizes: samples per shard, in the order of `dealt`.
         streams: number of streams that are to share the samples.
         where: the source, for the error.
 
@@ -69,7 +76,7 @@ class Place:
     epoch: int
     """How many passes over the source came before."""
     shard: int
-    """Index of the shard within the source."""
+    """Index of the shard within the source, in the order of `dealt`."""
     sample: int
     """Index of the sample within the shard."""
 
@@ -147,13 +154,18 @@ class StreamOrder:
             first, shards = 0, self._pass(epoch + 1).shards
         return [int(shard) for shard in shards[first : first + self._shuffle_shards]]
 
-    def samples_of(self, epoch: int, shard: int) -> int:
-        """How many samples of a shard the stream has in a pass."""
-        parts = self._pass(epoch)
-        return int(parts.counts[parts.shards == shard].sum())
+    def samples_of(self, epoch: int, shards: Iterable[int]) -> int:
+        """How many samples of some shards the stream has in a pass; asked at every step, so without a permutation."""
+        numbers = np.asarray([shard - self.shards.start for shard in shards if shard in self.shards], dtype=np.int64)
+        first, end = self._stretch(epoch)
+        lows, highs = np.maximum(self._begins[numbers], first), np.minimum(self._ends[numbers], end)
+        return int(np.maximum(highs - lows, 0).sum())
+
+    def _stretch(self, epoch: int) -> tuple[int, int]:
+        return self._before(self._stream, epoch), self._before(self._stream + 1, epoch)
 
     def _pass(self, epoch: int) -> _Pass:
-        first, end = (self._before(stream, epoch) for stream in (self._stream, self._stream + 1))
+        first, end = self._stretch(epoch)
         lows, highs = np.maximum(self._begins, first), np.minimum(self._ends, end)
         mine = np.flatnonzero(lows < highs)
         mine = mine[permutation(len(mine), seed_of(self._seed, "shards", epoch))]

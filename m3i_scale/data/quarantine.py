@@ -14,8 +14,8 @@ from m3i_scale.errors import DataError
 
 WHOLE_SHARD = "*"
 """The key of a shard that was given up."""
-_SAME = ("url", "key", "offset", "reason")
-"""What two lines about one fault have in common."""
+_SAME = {"url": str, "key": str, "offset": int, "reason": str}
+"""What two lines about one fault have in common, and of which type it is."""
 
 
 class Quarantine:
@@ -84,9 +84,9 @@ class Quarantine:
 
         A line that a kill cut short counts as none, and the next begins on a line of its own.
         """
-        stream.seek(max(0, self._read_bytes - 1))  # one byte of what is known: does it end a line?
+        begin = stream.seek(max(0, self._read_bytes - 1))  # one byte of what is known: does it end a line?
         content = stream.read()
-        self._read_bytes = stream.tell()
+        self._read_bytes = begin + content.rfind(b"\n") + 1  # the rest may still be on its way, from another rank
         for entry in filter(None, map(_parsed, content.splitlines())):
             if entry["url"] in counted:
                 self._count([entry])
@@ -115,4 +115,5 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and all(name in entry for name in _SAME) else None
+    known = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _SAME.items())
+    return entry if known else None

@@ -212,3 +212,16 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     on_white(image).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def split_name(value: Any, where: str) -> str | None:
+    """The folder of shards that a name of a split stands for; None where there is no name.
+
+    Raises:
+        DataError: it cannot be one.
+    """
+    if not value:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
+        raise DataError(f"'{value}' is no name for a split", where=where, fix="letters, digits, - and _ only")
+    return str(value)

@@ -136,7 +136,10 @@ def read_file(place: Place, access: Access | None = None) -> bytes:
         try:
             if place.scheme in _HTTP:
                 return _http(place, access, SMALL_FILE_BYTES)
-            data: bytes = _call(place, "cat_file", access)
+            more = SMALL_FILE_BYTES + 1  # one byte more than may be tells that there are more
+            data: bytes = _call(place, "cat_file", access, start=0, end=more, **_EXACT.get(place.scheme, {}))
+            if len(data) == more:
+                raise _too_long(SMALL_FILE_BYTES)
         except FileNotFoundError:  # most folders lack most of these files: that is no reason to ask again
             return None
         return data
@@ -334,6 +337,10 @@ async def _answer(files: Any, address: str, most: int, version: str, ranged: str
         answer.raise_for_status()
         if ranged and answer.status != 206:
             raise FaultError("no ranges", "the server sends whole files only", not_ranged=True, lasting=True)
+        sent = answer.headers.get("Content-Range")  # of what ends early the length tells
+        wanted = ranged.replace("=", " ").rpartition("-")[0]
+        if ranged and sent is not None and not sent.startswith(f"{wanted}-"):
+            raise FaultError("another range", f"asked for {ranged}, the server sent {sent[:100]}")
         told = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         if version and told != version:
             raise FaultError(
@@ -348,7 +355,7 @@ async def _answer(files: Any, address: str, most: int, version: str, ranged: str
 
 
 def _too_long(most: int) -> FaultError:
-    return FaultError("answer too long", f"more than {most} bytes")
+    return FaultError("answer too long", f"more than {most} bytes", lasting=True)
 
 
 class _Limited:

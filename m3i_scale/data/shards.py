@@ -58,7 +58,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
     return _by_name(named, f"{where}: {shards}")
 
 
-def check_shards(shards: str, where: str, access: Access | None = None) -> None:
+def require_shards(shards: str, where: str, access: Access | None = None) -> None:
     """See whether there are shards where a source says so; of those at addresses the first is asked for.
 
     Raises:

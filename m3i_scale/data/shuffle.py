@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.order import StreamOrder, ends_of, seed_of
+from m3i_scale.data.order import StreamOrder, dealt, ends_of, seed_of
 from m3i_scale.data.shares import check_shares
 from m3i_scale.errors import ConfigError, DataError
 
@@ -102,7 +102,7 @@ def shuffle_quality(
 
     Raises:
         ConfigError: streams, ranks and batch do not fit.
-        DataError: fewer shards than streams, or fewer samples than a batch.
+        DataError: fewer samples than streams, or no more than a batch.
     """
     if batch_size % world_size:
         raise ConfigError(f"a batch of {batch_size} cannot be shared out evenly over {world_size} ranks")
@@ -232,13 +232,14 @@ class _Order:
     def __init__(
         self, sizes: Sequence[int], streams: int, shuffle_shards: int, batch_size: int, seed: int, where: str
     ) -> None:
-        ends = ends_of(sizes, streams, where)
+        shards = dealt(len(sizes), seed, where)
+        ends = ends_of([sizes[shard] for shard in shards], streams, where)
         self._orders = [
             StreamOrder(ends, stream, streams, shuffle_shards, seed_of("order", seed, where, stream))
             for stream in range(streams)
         ]
         self._sizes, self._batch_size = sizes, batch_size
-        self._starts = np.concatenate(([0], ends))
+        self._starts = (np.cumsum(sizes) - sizes)[shards]
 
     def closeness(self, streams: int) -> Closeness:
         return closeness(self._batches(streams), self._sizes)

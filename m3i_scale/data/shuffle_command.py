@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3i_scale.config import DataConfig
-from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams
+from m3i_scale.data.options import DATA_DEFAULTS, AsJson, Shards, ShuffleShards, Streams
 from m3i_scale.output import print_json
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
     from m3i_scale.data.shuffle import ShuffleQuality
 
-DEFAULTS = {name: field.default for name, field in DataConfig.model_fields.items()}
-
 
 def shuffle(
     shards: Shards,
     batch_size: Annotated[int, typer.Option(min=2, help="Samples of one forward pass, over all ranks.")],
-    streams: Streams = DEFAULTS["streams"],
-    shuffle_shards: ShuffleShards = DEFAULTS["shuffle_shards"],
+    streams: Streams = DATA_DEFAULTS["streams"],
+    shuffle_shards: ShuffleShards = DATA_DEFAULTS["shuffle_shards"],
     world_size: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     as_json: AsJson = False,

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from m3i_scale.data.records import FileImage, FileMask, ImageSource, Record, Unusable
+from m3i_scale.data.records import FileImage, FileMask, ImageSource, Record, Unusable, split_name
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 
@@ -101,19 +101,6 @@ def _further(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
 def _mask_path(row: dict[str, Any], columns: Columns, root: Path) -> Path | None:
     name = None if columns.mask is None else row.get(columns.mask)
     return root / str(name) if name else None
-
-
-def split_name(value: Any, where: str) -> str | None:
-    """The folder of shards that a name of a split stands for; None where there is no name.
-
-    Raises:
-        DataError: it cannot be one.
-    """
-    if not value:
-        return None
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
-        raise DataError(f"'{value}' is no name for a split", where=where, fix="letters, digits, - and _ only")
-    return str(value)
 
 
 def _label_number(value: Any, numbers: dict[str, int], where: str) -> int | None:

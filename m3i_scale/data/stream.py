@@ -223,11 +223,10 @@ def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], in
 def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[str, StreamSource]]) -> int:
     """Samples that are lost in this pass with their shards, over streams and sources."""
     return sum(
-        source.order.samples_of(lost["epoch"], int(shard))
+        source.order.samples_of(lost["epoch"], map(int, lost["shards"]))
         for number, plan in plans.items()
         for name, source in plan.items()
         if (lost := states[number].sources[name].bad_shards)
-        for shard in lost["shards"]
     )
 
 

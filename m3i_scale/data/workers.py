@@ -159,7 +159,7 @@ def _sweep_temporary_folders() -> None:
     """Remove those of workers that were killed. A lock is seen from any container that shares the folder."""
     for held in Path(tempfile.gettempdir()).glob(f"pymp-*/{_HELD}"):
         try:
-            descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe of another user would wait
         except OSError:  # another user's, or gone meanwhile
             continue
         try:

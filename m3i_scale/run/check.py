@@ -10,7 +10,7 @@ from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, s
 from m3i_scale.data.access import check_access
 from m3i_scale.data.mixing import check_weights
 from m3i_scale.data.remote import Access
-from m3i_scale.data.shards import check_shards, read_label_sets
+from m3i_scale.data.shards import read_label_sets, require_shards
 from m3i_scale.data.shares import check_shares
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, Faults, UserError
@@ -180,7 +180,7 @@ class Checks:
         if access is not None:
             for kind, sources in (("sources", data.sources), ("validation", data.validation)):
                 for name, source in sources.items():
-                    faults.note(check_shards, source.shards, f"data.{kind}.{name}.shards", access)
+                    faults.note(require_shards, source.shards, f"data.{kind}.{name}.shards", access)
         return access, len(faults.found) == before
 
 

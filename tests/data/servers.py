@@ -26,8 +26,8 @@ ENDLESS_BLOCKS = 1_000
 
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Files of a folder over HTTP, with ranges and ETags. `faults[name]` are what happens to the next requests for a
-    file: a status, `cut` (half of the body), `reset`, `stall`, `endless` (the body, and zeros as long as somebody
-    reads them); `always[name]` happens every time.
+    file: a status, `cut` (half of the body), `reset`, `stall`, `shifted` (the range one byte further), `endless` (the
+    body, and zeros as long as somebody reads them); `always[name]` happens every time.
     """
 
     daemon_threads = True
@@ -104,7 +104,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data, facts = path.read_bytes(), path.stat()
         total, found = len(data), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if found and self.server.ranges:
-            first, last = int(found[1]), min(int(found[2]), total - 1)
+            shift = int(fault == "shifted")
+            first, last = int(found[1]) + shift, min(int(found[2]) + shift, total - 1)
             data = data[first : last + 1]
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{last}/{total}")

@@ -141,12 +141,13 @@ def test_a_resumed_run_does_without_the_shard_too_until_the_pass_ends(tools, ser
 
 def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "SMALL_FILE_BYTES", 1_000)
-    served.everywhere, access = "endless", Access(attempts=1, timeout_s=30)
+    served.everywhere, access = "endless", Access(attempts=2, timeout_s=30)
     shard = Url(f"{served.address}/{BAD}")
     size = (served.folder / BAD).stat().st_size
     with pytest.raises(FaultError) as caught:
         read_range(shard, 0, 100, access)
     assert caught.value.reason == "answer too long"
+    assert served.fetched(BAD) == 1  # another attempt would end the same
     with pytest.raises(OSError, match="answer too long"):
         read_file(Url(f"{served.address}/labels.json"), access)
     served.ranges = False
@@ -156,10 +157,21 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
     assert (tmp_path / "whole.tar").stat().st_size <= size
 
 
+def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(served):
+    shard = Url(f"{served.address}/{BAD}")
+    served.faults[BAD].append("shifted")
+    with pytest.raises(FaultError) as caught:
+        read_range(shard, 100, 200, Access(attempts=1))
+    assert caught.value.reason == "another range"
+    assert read_range(shard, 100, 200, Access(attempts=1)) == (served.folder / BAD).read_bytes()[100:200]
+
+
 def test_of_a_pipe_that_never_ends_no_more_is_kept_than_the_cache_holds(tmp_path):
+    command = Url(f"pipe:echo >> {tmp_path}/runs; head -c 100M /dev/zero; echo x-01.tar")
     with (tmp_path / "out").open("w+b") as out, pytest.raises(FaultError) as caught:
-        fetch_pipe(Url("pipe:head -c 100M /dev/zero; echo x-01.tar"), out, Access(attempts=1, cache_bytes=1 << 20))
+        fetch_pipe(command, out, Access(attempts=2, cache_bytes=1 << 20))
     assert caught.value.reason == "answer too long"
+    assert (tmp_path / "runs").read_text() == "\n"  # run once
     assert (tmp_path / "out").stat().st_size <= 1 << 20
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.index import scan_shard
+from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.errors import DataError
 
 MAX_SAMPLE_BYTES, MAX_CAPTION_BYTES = 1_000_000, 5_000
@@ -182,3 +183,18 @@ def test_no_damage_to_an_image_gets_through_as_another_error(tools):
             except BadSampleError as error:
                 outcomes.add(error.reason)
     assert "image does not decode" in outcomes
+
+
+def test_foreign_lines_of_the_quarantine_file_count_for_nothing_and_one_on_its_way_is_read_when_it_is_whole(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    entry = {"url": "s-0.tar", "key": "k", "offset": 0, "reason": "image does not decode"}
+    foreign = [{**entry, name: [value]} for name, value in entry.items()]
+    line = json.dumps(entry)
+    path.write_text("".join(json.dumps(one) + "\n" for one in foreign) + line[:20])
+    opened = Quarantine(path, {}, {"s-0.tar"})
+    assert opened.samples == {}
+    with path.open("a") as stream:  # the other rank ends its line
+        stream.write(line[20:] + "\n")
+    before = path.read_bytes()
+    opened.add([entry])
+    assert path.read_bytes() == before

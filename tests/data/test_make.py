@@ -266,6 +266,18 @@ def test_first_folders_are_splits_or_classes(tools, tmp_path, paths, labels, spl
     assert {record.split for record in records} == splits
 
 
+def test_the_tokenizer_learns_from_the_training_split_however_it_is_spelt(tools, tmp_path):
+    root = tree(tools, tmp_path / "in", "Training/a/0.png", "Validation/a/0.png")
+    (root / "Training/a/0.txt").write_text("bird bird bird")
+    (root / "Validation/a/0.txt").write_text("zebra zebra zebra")
+    records, labels = imagefolder_records(root)
+    made = make_shards(records, tmp_path / "out", labels=labels, name="p", options=ShardOptions(vocabulary=300))
+    assert set(made["splits"]) == {"Training", "Validation"}
+    words = json.loads((tmp_path / "out/tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    assert any("bird" in word for word in words)
+    assert not any("zebra" in word for word in words)
+
+
 @pytest.mark.parametrize(
     "paths",
     [

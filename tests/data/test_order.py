@@ -67,7 +67,11 @@ def test_a_stream_reads_only_its_shards_and_every_shard_has_one_owner(data, size
     assert sorted(shard for order in orders for shard in order.own_shards) == list(range(len(sizes)))
     for epoch in (0, 3):
         for shard, size in enumerate(sizes):
-            assert sum(order.samples_of(epoch, shard) for order in orders) == size
+            assert sum(order.samples_of(epoch, [shard]) for order in orders) == size
+        some = range(0, len(sizes), 2)
+        for order in orders:
+            read = [order.locate(at).shard for at in range(order.begin(epoch), order.begin(epoch + 1))]
+            assert order.samples_of(epoch, some) == sum(shard in some for shard in read)
 
 
 @given(

@@ -13,10 +13,12 @@ import torch
 from hub import REPO, hub
 
 from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.data import remote
 from m3i_scale.data.access import check_access
 from m3i_scale.data.index import build_index
 from m3i_scale.data.loader import merge_states
 from m3i_scale.data.places import Url, to_place
+from m3i_scale.data.remote import read_file
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
 from m3i_scale.errors import ConfigError, DataError
@@ -111,6 +113,16 @@ def test_s3(tools, s3, tmp_path, expected, cache_gib, workers):
     loader = tools.make_loader({"s": source}, tmp_path, workers=workers, **options(tmp_path, cache_gib))
     same(take(loader, 8), expected)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRETKEY" in path.read_bytes()]
+
+
+def test_of_a_file_beside_s3_shards_no_more_is_read_than_such_files_hold(s3, monkeypatch):
+    labels = Url("s3://bucket/photos/labels.json")
+    size = len(read_file(labels))
+    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", size)
+    assert len(read_file(labels)) == size
+    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", size - 1)
+    with pytest.raises(OSError, match="answer too long"):
+        read_file(labels)
 
 
 def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path):

@@ -1,5 +1,6 @@
 """The figure for shuffles: one for uniform draws, large for clumps, and of the order that training reads."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -54,6 +55,17 @@ def test_the_order_is_that_of_training(tools, tmp_path, cache):
     batch = next(iter(loader))
     assert sorted(key.split("/")[1] for key in batch.keys) == [f"s-{n:03d}" for n in range(4) for _ in range(2)]
     assert shuffle_quality([8] * 4, streams=4, shuffle_shards=1, batch_size=8).batch.clumping == pytest.approx(0)
+
+
+def test_neighbouring_shards_are_of_different_streams_and_the_order_is_that_of_training(tools, tmp_path, cache):
+    """Shards are often sorted by class: with a contiguous stretch of them a stream would see a few classes alone."""
+    folder = tools.write_folder(tmp_path / "s", [2] * 16)
+    batches = list(itertools.islice(tools.make_loader({"s": folder}, cache, streams=4, micro=4, shuffle_shards=2), 8))
+    keys = np.asarray([[int(key[-4:]) for key in batch.keys] for batch in batches])
+    assert sorted(keys.ravel()) == list(range(32))
+    assert all(np.ptp(of_stream // 2) > 3 for of_stream in keys.T)  # 4 shards each
+    order = _Order([2] * 16, 4, 2, 4, 3, "s")
+    assert [batch.tolist() for batch in itertools.islice(order._batches(4), 8)] == keys.tolist()
 
 
 def test_wide_windows_are_close_to_uniform_and_narrow_ones_are_named():

@@ -265,4 +265,5 @@ def test_built_in_recipes_blur_a_view_by_what_it_is_for(name, monkeypatch):
             assert 0 < blurred[target.view] < 0.25
             assert 0 < solarized[target.view] < 0.4
     averaged = {target.view for _, target in seen if target.encoder == "momentum"}
-    assert all(np.mean([blurred[view] for view in averaged]) < 0.75 for _ in averaged)  # sharp images are seen too
+    if averaged:
+        assert np.mean([blurred[view] for view in averaged]) < 0.75  # sharp images are seen too

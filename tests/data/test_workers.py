@@ -136,6 +136,8 @@ def test_temporary_folders_of_killed_workers_are_removed_and_others_stay(tmp_pat
         from m3i_scale.data.workers import START_METHOD, DeathWatch, signals_held
         context, workers, seen = multiprocessing.get_context(START_METHOD), [], []
         os.mkdir(os.environ["TMPDIR"] + "/pymp-others")
+        os.mkdir(os.environ["TMPDIR"] + "/pymp-pipe")
+        os.mkfifo(os.environ["TMPDIR"] + "/pymp-pipe/m3i-scale-worker")  # opening it must not wait for a writer
         def look():
             with DeathWatch().starting():
                 seen.append(len(os.listdir(os.environ["TMPDIR"])))
@@ -158,6 +160,7 @@ def test_temporary_folders_of_killed_workers_are_removed_and_others_stay(tmp_pat
         env=os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         check=True,
+        timeout=WAIT_S,
     )
     both, one, none = json.loads(done.stdout)
     assert (both, one, none) == (3, 2, ["pymp-others"])

@@ -14,7 +14,7 @@ from launch import Job
 from shapes import metrics, train, write_run
 
 from m3i_scale.data.index import scan_shard
-from m3i_scale.data.order import StreamOrder, ends_of
+from m3i_scale.data.order import StreamOrder, dealt, ends_of
 
 STREAMS, WORLD = 4, 2
 BAD_LABEL = b"99"
@@ -33,10 +33,11 @@ def relabel(shard: Path, is_bad: Callable[[int], bool]) -> None:
             tar.addfile(info, io.BytesIO(content))
 
 
-def bad_on_the_last_rank(shards: Path, copy: Path, split: str, is_bad: Callable[[int], bool]) -> Path:
+def bad_on_the_last_rank(shards: Path, copy: Path, split: str, source: str, is_bad: Callable[[int], bool]) -> Path:
     """A copy of the shards in which only streams of the last rank meet bad samples."""
     shutil.copytree(shards, copy)
     paths = sorted((copy / split).glob("*.tar"))
+    paths = [paths[number] for number in dealt(len(paths), 0, source)]
     ends = ends_of([len(scan_shard(path)) for path in paths], STREAMS, split)
     read = [set(StreamOrder(ends, stream, STREAMS, 1, 0).shards) for stream in range(STREAMS)]
     first_of_last_rank = STREAMS // WORLD * (WORLD - 1)
@@ -58,15 +59,15 @@ def told_by_rank_0(job: Job) -> str:
 
 
 @pytest.mark.parametrize(
-    ("split", "is_bad", "steps_done", "says"),
+    ("split", "source", "is_bad", "steps_done", "says"),
     [
-        ("train", lambda number: number % 3 == 0, range(1, 12), "more than data.max_bad_fraction = 0.05"),
-        ("val", lambda number: True, [2], "label out of range"),  # a first batch, which nothing can stand in for
+        ("train", "shapes", lambda number: number % 3 == 0, range(1, 12), "more than data.max_bad_fraction = 0.05"),
+        ("val", "val", lambda number: True, [2], "label out of range"),  # a first batch, which nothing can stand in for
     ],
     ids=["in the middle", "first batch of validation"],
 )
-def test_all_ranks_end_with_the_error_of_one(tmp_path, shards, split, is_bad, steps_done, says):
-    copy = bad_on_the_last_rank(shards, tmp_path / "copy", split, is_bad)
+def test_all_ranks_end_with_the_error_of_one(tmp_path, shards, split, source, is_bad, steps_done, says):
+    copy = bad_on_the_last_rank(shards, tmp_path / "copy", split, source, is_bad)
     run_file = write_run(
         tmp_path / "run",
         copy,

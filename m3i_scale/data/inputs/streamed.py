@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from m3i_scale.data.cut import Cut
 from m3i_scale.data.encode import Outcome, encoder
-from m3i_scale.data.make import hash_of, members_of
+from m3i_scale.data.make import hash_of, members_of, training_splits
 from m3i_scale.data.records import Record
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.tools.layout import Layout, Outline, RepeatedKeysError, plan_layout
@@ -142,7 +142,7 @@ def _write(
         skipped[outcome.what.partition(":")[0]] += 1
         return
     writer.add(number, record.key, members_of(record, outcome))
-    if record.caption and (layout.place(number)[0] == "train" or "train" not in layout.splits):
+    if record.caption and layout.place(number)[0] in training_splits(layout.splits):
         captions.add(record.key, record.caption)
 
 

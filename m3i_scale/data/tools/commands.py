@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
+from m3i_scale.data.options import DATA_DEFAULTS, AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
 from m3i_scale.data.shuffle_command import shuffle_lines
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
@@ -24,9 +24,8 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help has not
     from m3i_scale.data.shuffle import ShuffleQuality
     from m3i_scale.data.tools.check import CheckReport
 
-DEFAULTS = {name: field.default for name, field in DataConfig.model_fields.items()}
-MAX_PIXELS = DEFAULTS["max_image_pixels"]
-MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES = DEFAULTS["max_caption_bytes"], DEFAULTS["max_sample_bytes"]
+MAX_PIXELS = DATA_DEFAULTS["max_image_pixels"]
+MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES = DATA_DEFAULTS["max_caption_bytes"], DATA_DEFAULTS["max_sample_bytes"]
 BATCH_SIZE = 256
 
 BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
@@ -53,8 +52,8 @@ def check(
     max_sample_bytes: Annotated[
         int, typer.Option(min=1, help="Larger samples are bad, as in data.max_sample_bytes.")
     ] = MAX_SAMPLE_BYTES,
-    streams: Streams = DEFAULTS["streams"],
-    shuffle_shards: ShuffleShards = DEFAULTS["shuffle_shards"],
+    streams: Streams = DATA_DEFAULTS["streams"],
+    shuffle_shards: ShuffleShards = DATA_DEFAULTS["shuffle_shards"],
     batch_size: BatchSize = BATCH_SIZE,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
