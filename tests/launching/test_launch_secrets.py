@@ -107,7 +107,7 @@ def test_a_dry_run_shows_no_secret_and_is_the_same_every_time(launcher, as_json,
     cluster.write_text(json.dumps(fields))
     output = tmp_path / "run"
     words = ["launch", "m3i", "--with", launcher, "--cluster", str(cluster), "--env", "HF_TOKEN", "--dry-run"]
-    words += [*(["--json"] if as_json else []), "data.sources.main.shards=/data/train", f"output_dir={output}"]
+    words += [*(["--json"] if as_json else []), "data.sources.main.shards=/shards/train", f"output_dir={output}"]
     first, second = (CliRunner().invoke(app, words) for _ in range(2))
     assert first.exit_code == 0, first.output
     assert first.stdout == second.stdout
