@@ -29,6 +29,8 @@ OTHER_VALUES = {
     "mpi": "hydra",
     "max_restarts": 7,
     "min_nodes": 1,
+    "min_compared": 64,
+    "memory_gib": 7.0,
     "restart_pause_s": 7.0,
     "probe_s": 7.0,
     "silence_s": 77.0,
