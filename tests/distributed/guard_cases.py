@@ -19,7 +19,6 @@ from m3i_scale.errors import UserError
 from m3i_scale.run.failure import MicroBatch, report_of
 from m3i_scale.run.fetch import Fetcher
 from m3i_scale.run.guard import Guard, Outcome, Vote
-from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.setup import start_engine
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
@@ -108,13 +107,11 @@ class GuardCases(RankParts):
             MicroBatch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, [f"r{self.rank}m{number}"])
             for number, loss in enumerate(losses)
         ]
-        preemption = Preemption()
-        preemption.requested = asked_here and last
         saves = SimpleNamespace(writing=False)
         judged: list[tuple[int, ...]] = []
         account = Account(6 * (self.rank + 1), self.rank, 100)
         trainer = SimpleNamespace(
-            preemption=preemption,
+            preemption=SimpleNamespace(requested=asked_here and last),
             fetcher=Fetcher(iter(())),
             saves=saves,
             stream=SimpleNamespace(
