@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 import psutil
@@ -18,12 +19,23 @@ import psutil
 from m3i_scale.launch.execute import signals_to_note
 from m3i_scale.launch.processes import TIED, obey_tie
 
+_STORE_STAYS_S = 3.0
+
 
 def main(arguments: list[str]) -> int:
     """Run torchrun; returns the exit code of the rank that failed first, as a shell has it."""
     obey_tie()  # before seconds of imports, in which the parent may end
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
     from torch.distributed.run import parse_args, run
+
+    def shutdown(self: StaticTCPRendezvous) -> bool:
+        """Keep the head's store a little longer: agents of other hosts that still ask it would print a stack trace."""
+        if self.rank == 0 and self.world_size > 1:
+            time.sleep(_STORE_STAYS_S)
+        return True
+
+    StaticTCPRendezvous.shutdown = shutdown  # type: ignore[method-assign]
 
     options = parse_args(arguments)
     options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
