@@ -35,7 +35,7 @@ from tenacity import (
 from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.faults import FaultError, RemoteReadError, to_fault
 from m3i_scale.data.places import Place, Url
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError
 
 SMALL_FILE_BYTES = 256 << 20
 """Labels, manifests, indices and tokenizers beside shards are not larger; the most that is read of one."""
@@ -461,47 +461,3 @@ class RangedFile(io.RawIOBase):
         buffer[:count] = read_range(self._url, self._position, self._position + count, self._access)
         self._position += count
         return count
-
-
-def no_pipes(url: Url, access: Access) -> None:
-    """Refuse shells where they are not allowed, or cannot work.
-
-    Raises:
-        DataError: see the message.
-    """
-    if url.scheme != "pipe":
-        return
-    if not access.allow_shell:
-        raise DataError(
-            "the shards come out of a shell command, and those are not run",
-            where=str(url),
-            why="whoever can change the run file or a list of shards could run any program",
-            fix="if you trust the commands: data.allow_shell=true",
-        )
-    if not access.cache_bytes:
-        raise DataError(
-            "a pipe cannot seek, so its shards must go through the cache, which is off",
-            where=str(url),
-            fix="set data.cache_gib",
-        )
-
-
-def no_whole_files(url: Url, access: Access) -> None:
-    """Refuse a server that knows no ranges where there is no cache; asks it for one byte.
-
-    Raises:
-        DataError: see the message.
-        FaultError: it does not answer.
-    """
-    if access.cache_bytes or url.scheme not in _HTTP:
-        return
-    try:
-        read_range(url, 0, 1, access)
-    except FaultError as fault:
-        if not fault.not_ranged:
-            raise
-        raise DataError(
-            "the server sends whole files only, so its shards must go through the cache, which is off",
-            where=str(url),
-            fix="set data.cache_gib, or take a server that knows range requests",
-        ) from None

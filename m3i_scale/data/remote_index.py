@@ -23,9 +23,8 @@ from m3i_scale.data.remote import (
     facts,
     fetch,
     fetch_pipe,
-    no_pipes,
-    no_whole_files,
     read_file,
+    read_range,
 )
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, parse_index, save_index, scan_stream
 from m3i_scale.errors import DataError
@@ -169,3 +168,47 @@ def _entries(listed: object) -> Mapping[str, Mapping[str, object]]:
     if not isinstance(listed, dict):
         raise TypeError("'shards' is no mapping")
     return cast("Mapping[str, Mapping[str, object]]", listed)
+
+
+def no_pipes(url: Url, access: Access) -> None:
+    """Refuse shells where they are not allowed, or cannot work.
+
+    Raises:
+        DataError: see the message.
+    """
+    if url.scheme != "pipe":
+        return
+    if not access.allow_shell:
+        raise DataError(
+            "the shards come out of a shell command, and those are not run",
+            where=str(url),
+            why="whoever can change the run file or a list of shards could run any program",
+            fix="if you trust the commands: data.allow_shell=true",
+        )
+    if not access.cache_bytes:
+        raise DataError(
+            "a pipe cannot seek, so its shards must go through the cache, which is off",
+            where=str(url),
+            fix="set data.cache_gib",
+        )
+
+
+def no_whole_files(url: Url, access: Access) -> None:
+    """Refuse a server that knows no ranges where there is no cache; asks it for one byte.
+
+    Raises:
+        DataError: see the message.
+        FaultError: it does not answer.
+    """
+    if access.cache_bytes or url.scheme not in ("http", "https"):
+        return
+    try:
+        read_range(url, 0, 1, access)
+    except FaultError as fault:
+        if not fault.not_ranged:
+            raise
+        raise DataError(
+            "the server sends whole files only, so its shards must go through the cache, which is off",
+            where=str(url),
+            fix="set data.cache_gib, or take a server that knows range requests",
+        ) from None
