@@ -47,14 +47,13 @@ class Standing:
             The name of a host that has just become a failing one.
         """
         self.silent |= set(outcome.lost)
-        newly = None
-        if outcome.status == "failed":
-            cause = outcome.cause
-            blamed = cause.host if cause is not None and not cause.consequence else None
-            if blamed is not None and blamed == self._blamed and blamed not in self.failing:
-                newly = blamed
-                self.failing.add(blamed)
-            self._blamed = blamed
+        cause = outcome.cause if outcome.status == "failed" else None
+        # One that was lost is another matter: it may be back for good.
+        blamed = cause.host if cause is not None and cause.kind != "host" and not cause.consequence else None
+        newly = blamed if blamed == self._blamed and blamed not in self.failing else None
+        if newly is not None:
+            self.failing.add(newly)
+        self._blamed = blamed
         last = [host for host in self._named if host.name in self.failing or host.name in outcome.lost]
         rest = [host for host in self._named if host not in last]
         worked = [host for host in rest if host in world.hosts]

@@ -10,15 +10,17 @@ import pytest
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.launch.agent import Agent
 from m3i_scale.launch.attempts import Launch
+from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.gathering import Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link, Site
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.place import PHASES
+from m3i_scale.launch.standing import Standing
 from m3i_scale.launch.straggler import STEPS, Stragglers
-from m3i_scale.launch.supervise import Attempt, Limits
+from m3i_scale.launch.supervise import Attempt, Limits, Outcome
 from m3i_scale.launch.wire import decode
-from m3i_scale.launch.worlds import largest_world, micro_batch_for
+from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
 
 
 def a_run(*overrides: str) -> RunConfig:
@@ -93,6 +95,25 @@ def test_the_last_of_ten_thousand_restarts_is_still_one():
     told: list[str] = []
     Launch(some_work(), Policy(max_restarts=10_000, pause_s=0.0), told.append)._pause(9_999)
     assert told == ["restart 9999 of 10000 in 0 s"]
+
+
+def ended(standing: Standing, *outcomes: Outcome) -> set[str]:
+    """Hosts that are failing ones after these attempts."""
+    for outcome in outcomes:
+        standing.ended(World(HOSTS, 6), outcome)
+    return standing.failing
+
+
+HOSTS = (Host("node0", 1), Host("node1", 1))
+KILLED = Outcome("failed", cause=Failure(1.0, "node1", 1, 3, "forward", "signal", "ended by signal 9"))
+LOST = Outcome("failed", cause=Failure(1.0, "node1", None, 3, "forward", "host", "down"), lost=["node1"])
+
+
+def test_a_host_fails_twice_running_by_its_ranks_and_not_by_being_lost():
+    assert ended(Standing(HOSTS), KILLED, KILLED) == {"node1"}
+    assert ended(Standing(HOSTS), LOST, LOST, LOST) == set()
+    assert ended(Standing(HOSTS), KILLED, LOST, KILLED) == set()
+    assert ended(Standing(HOSTS), KILLED, Outcome("preempted"), KILLED) == set()
 
 
 def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not():
