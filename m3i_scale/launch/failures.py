@@ -17,9 +17,9 @@ FAILURE = "failure.json"
 RANK_RECORDS = "failure"
 """Folder of the output folder where ranks leave their records when no agent has given them another one."""
 
-Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended"]
+Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended", "missing"]
 """`silent`: it left no word, so something ended it from outside, and nobody saw what; `ended`: by its launch, after
-another one had failed."""
+another one had failed; `missing`: it waited for ranks that did not come."""
 LAST_LINES = 20
 
 # Words of a rank that only noticed that another one was gone. Of gloo, of NCCL's watchdog and communicator, of the
@@ -66,7 +66,7 @@ class Failure:
         # A message to users tells of what they can mend, also where a server of shards has closed its connection.
         if self.kind in ("host", "hang", "signal", "silent", "user_error"):
             return False
-        if self.kind == "ended":
+        if self.kind in ("ended", "missing"):
             return True
         told = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
         return _CONSEQUENCES.search(told) is not None

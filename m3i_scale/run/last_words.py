@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from m3i_scale.launch.failures import RANK_RECORDS, Failure, record_file, write_record
+from m3i_scale.launch.failures import RANK_RECORDS, Failure, Kind, record_file, write_record
 from m3i_scale.launch.place import RECORDS, Place, own_place
 from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.scale.store import MissingRanksError
 
 _TRACE = 30
 _SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
@@ -82,6 +83,7 @@ def _folder(output_dir: Path) -> Path | None:
 
 def _failure(error: BaseException, rank: int, place: Place) -> Failure:
     explained = error if isinstance(error, UserError) else None
+    kind: Kind = "user_error" if explained and explained.exit_code == EXIT_USER_ERROR else "exception"
     trace = [] if explained else traceback.format_exception(error)
     return Failure(
         time=time.time(),
@@ -89,7 +91,7 @@ def _failure(error: BaseException, rank: int, place: Place) -> Failure:
         rank=rank,
         step=place.step,
         phase=place.phase,
-        kind="user_error" if explained and explained.exit_code == EXIT_USER_ERROR else "exception",
+        kind="missing" if isinstance(error, MissingRanksError) else kind,
         message=str(error) if explained else f"{type(error).__name__}: {error}",
         trace="".join(trace).splitlines()[-_TRACE:],
     )

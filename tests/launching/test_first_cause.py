@@ -12,13 +12,16 @@ from m3i_scale.launch.failures import (
     first_cause,
     forget_records,
     on_clock,
+    read_record,
     read_records,
+    record_file,
     write_failure,
 )
 from m3i_scale.launch.failures import write_record as leave
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.place import RECORDS, Place, place_file, read_place
 from m3i_scale.run.last_words import recorded
+from m3i_scale.scale.store import MissingRanksError
 
 
 def failure(time: float, message: str, kind: str = "exception", **more: object) -> Failure:
@@ -165,3 +168,18 @@ def test_the_lock_names_its_holder(tmp_path):
         pass
     with launch_lock(tmp_path):
         pass
+
+
+def test_a_rank_that_waited_for_others_that_did_not_come_is_not_to_blame(tmp_path, monkeypatch):
+    """Its host is well. Theirs may say nothing, or only that they did not reach it."""
+    monkeypatch.setenv(RECORDS, str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(MissingRanksError), recorded(tmp_path / "out"):
+        raise MissingRanksError("ranks 8–15 of 16 did not come in 600 s")
+    waited = read_record(record_file(tmp_path, 0))
+    assert waited is not None
+    assert waited.consequence
+    assert not waited.user_error
+    lost = failure(waited.time + 9, "the connection to the host ended", kind="host", rank=None)
+    assert first_cause([waited, lost]) == lost
+    assert first_cause([waited, failure(waited.time + 9, PEERS[0])]) == waited  # where nothing else is known
