@@ -116,8 +116,9 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
 
     environment = without_secrets(os.environ, job.variables)
     if not plan.waits:
-        check_needs(plan)
-        write_files(plan)
+        with launch_lock(job.output_dir):
+            check_needs(plan)
+            write_files(plan)
         return execute(plan, shown, environment).code
     with launch_lock(job.output_dir):  # first: a run that lives there must not find other files
         if plan.launcher == "elastic":  # in this process, whose end every agent notices

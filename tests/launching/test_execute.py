@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_case import a_job, a_script
+from launch_case import a_job, a_script, path_with
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
@@ -205,12 +205,16 @@ def test_an_interpreter_that_is_not_here_is_named(tmp_path):
     assert "--python" in str(caught.value)
 
 
-def test_a_launch_beside_ranks_that_still_train_writes_nothing(tmp_path):
-    """Their launcher has been killed, and they hold the folder themselves."""
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_launch_beside_ranks_that_still_train_writes_nothing(tmp_path, tmp_path_factory, monkeypatch, launcher):
+    """Their launcher has been killed, or was sbatch, and they hold the folder themselves."""
+    programs = tmp_path_factory.mktemp("bin")
+    a_script(programs, "sbatch", "exit 1")
+    monkeypatch.setenv("PATH", path_with(programs))
     with lock_directory(tmp_path):
         write_record(tmp_path / RANK_RECORDS, Failure(1.0, "node1", 0, 1, None, "silent", "of the run that lives"))
         before = sorted(tmp_path.rglob("*"))
-        words = ["launch", "m3i", "--with", "local", "--ranks-per-node", "1", f"output_dir={tmp_path}"]
+        words = ["launch", "m3i", "--with", launcher, "--ranks-per-node", "1", f"output_dir={tmp_path}"]
         result = CliRunner().invoke(app, [*words, "data.sources.main.shards=/data/train"])
         after = [path for path in sorted(tmp_path.rglob("*")) if path.name != ".launch-lock"]
     assert isinstance(result.exception, CheckpointError)
