@@ -9,6 +9,7 @@ into a file that the hosts read (`--venv_script`).
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ HOSTFILE = "hostfile"
 ENVIRONMENT = "deepspeed_env"
 PRIVATE_ENVIRONMENT = "environment.sh"
 _MODULE = "deepspeed.launcher.runner"
+_SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
+"""Of pdsh; what somebody has set counts before what is added here."""
 _PASTED = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 """What a shell and pdsh take as it is."""
 
@@ -86,7 +89,7 @@ def _by_pdsh(job: Job) -> LaunchPlan:
     limits = [f"-o{option}" for option in ("BatchMode=yes", *ssh.UNLESS_GIVEN)]
     variables = {
         "DS_ENV_FILE": str(job.folder / ENVIRONMENT),
-        "PDSH_SSH_ARGS_APPEND": " ".join([*job.cluster.ssh, *limits]),
+        _SSH_ARGUMENTS: " ".join(filter(None, [*job.cluster.ssh, os.environ.get(_SSH_ARGUMENTS), *limits])),
     }
     return LaunchPlan(
         launcher="deepspeed",

@@ -42,12 +42,14 @@ def test_agents_without_an_ssh_to_start_them_are_told_of_as_hosts_that_cannot_be
     assert reasons == dict.fromkeys(("node1", "node2"), "ssh cannot be started here: No such file or directory")
 
 
-def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first():
+def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first(monkeypatch):
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222 -oConnectTimeout=7")
     (command,) = render("deepspeed", a_job(ssh=("-oServerAliveInterval=3",), **TWO_HOSTS)).commands
     arguments = command.environment["PDSH_SSH_ARGS_APPEND"].split()
     asked = subprocess.run(["ssh", "-G", *arguments, "node1"], capture_output=True, text=True, check=True)
     known = dict(line.split(" ", 1) for line in asked.stdout.splitlines())
-    assert (known["serveraliveinterval"], known["serveralivecountmax"], known["connecttimeout"]) == ("3", "4", "30")
+    assert (known["serveraliveinterval"], known["serveralivecountmax"], known["connecttimeout"]) == ("3", "4", "7")
+    assert known["port"] == "2222"
 
 
 SSH = r"""
