@@ -10,9 +10,10 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from m3i_scale.errors import UserError
-from m3i_scale.scale.checkpoint.lock import lock_directory
+from m3i_scale.scale.checkpoint.lock import LOOKED_AT_S, POLL_S, lock_directory
 
 _LOCK = ".launch-lock"
 
@@ -33,7 +34,7 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
         raise UserError(f"the output folder cannot be written: {error.strerror}", where=str(path)) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -52,6 +53,17 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
+
+
+def _lock(file: IO[str]) -> None:
+    deadline = time.monotonic() + LOOKED_AT_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
 
 
 def launch_of(output_dir: Path) -> str | None:

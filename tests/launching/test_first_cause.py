@@ -1,5 +1,6 @@
 """Which of many last words is the cause, and what is read of a rank that was killed."""
 
+import fcntl
 import json
 import os
 
@@ -21,6 +22,7 @@ from m3i_scale.launch.failures import write_record as leave
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.place import RECORDS, Place, place_file, read_place
 from m3i_scale.run.last_words import recorded
+from m3i_scale.scale.checkpoint.lock import lock_directory
 from m3i_scale.scale.store import MissingRanksError
 
 
@@ -168,6 +170,18 @@ def test_the_lock_names_its_holder(tmp_path):
         pass
     with launch_lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("hold", [launch_lock, lock_directory])
+def test_who_looks_at_a_lock_in_that_instant_does_not_keep_it(tmp_path, monkeypatch, hold):
+    with hold(tmp_path):
+        pass
+    looks = [path.open("rb") for path in tmp_path.glob(".*lock")]
+    for file in looks:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda seconds: [file.close() for file in looks])
+    with hold(tmp_path):
+        assert all(file.closed for file in looks)
 
 
 def test_a_rank_that_waited_for_others_that_did_not_come_is_not_to_blame(tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ from m3i_scale.errors import CheckpointError
 _LOCK = ".lock"
 _HOLDER = ".lock-holder.json"
 _STOP = ".stop-request.json"
+LOOKED_AT_S, POLL_S = 1.0, 0.05
+"""So long a lock is asked for, again and again: somebody who looks who holds it has it for an instant."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def stop_requested(output_dir: Path) -> bool:
 
 
 def _acquire(output_dir: Path) -> FileLock:
-    lock = FileLock(output_dir / _LOCK, timeout=0, thread_local=False)
+    lock = FileLock(output_dir / _LOCK, timeout=LOOKED_AT_S, poll_interval=POLL_S, thread_local=False)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
