@@ -6,7 +6,6 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
@@ -17,6 +16,7 @@ from m3i_scale.launch.link import Inbox, Link, Site, connect
 from m3i_scale.launch.memory import RankMemory
 from m3i_scale.launch.standing import FAILS, Standing
 from m3i_scale.launch.supervise import Outcome, Tell
+from m3i_scale.launch.wire import BEAT_S, Message
 from m3i_scale.launch.worlds import World, largest_world
 
 
@@ -130,22 +130,21 @@ class Gathering:
         """What an attempt says for the next."""
         if outcome.status == "failed":
             self.compared.note(outcome.cause)
-        failing = self.standing.ended(world, outcome)
-        if failing is None or len(self.work.hosts) == 1:
-            return
-        enough = len(self.work.hosts) - len(self.standing.failing) >= self._fewest
-        then = "it is left out" if enough else f"it stays, because the run is to have {self._fewest} hosts (min_nodes)"
-        self.tell(f"host {failing}: {FAILS}; {then}")
+        self.standing.ended(world, outcome)
 
     def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
         """The world of the others, where hosts fail again and again and the others are enough."""
         failing = [link.host.name for link in links if link.host.name in self.standing.failing]
         others = [link.host for link in links if link.host.name not in failing]
-        if not failing or len(others) < self._fewest:
+        if not failing or not others:
             return None
         world = largest_world(self.work.run, others, self._fewest)
         if world is not None:
             reasons |= dict.fromkeys(failing, FAILS)
+        else:
+            few = f"no number of the others from {self._fewest} (min_nodes) to {len(others)} fits the run"
+            few = few if len(others) >= self._fewest else f"the run is to have {self._fewest} hosts (min_nodes)"
+            self.tell(f"host {', '.join(failing)}: {FAILS}; it stays, because {few}")
         return world
 
     def _keep_compared(self, world: World, links: Sequence[Link]) -> World:
@@ -176,7 +175,7 @@ class Gathering:
         asked = [link for link in links if link.host in world.hosts]
         for link in asked:
             link.say("memory", slots=link.host.slots, on_host=self.work.on_host)
-        found = [_await(self._inbox, link, "memory", self.work.site.connect_s) for link in asked]
+        found = self._await("memory", asked, links)
         said = [RankMemory(answer["gib"], answer["on_host"]) for answer in found if answer is not None]
         least = min(said, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
 
@@ -190,6 +189,32 @@ class Gathering:
         self._planned[world] = why
         return why
 
+    def _await(self, kind: str, asked: Sequence[Link], links: Sequence[Link]) -> list[Message | None]:
+        """Of each that was asked the next message of that kind; None where its agent ends before, or says nothing.
+
+        What others say meanwhile, and that one is gone, is put back: whoever reads next has to hear it. None of `links`
+        is left without a beat: it would take the launch for dead.
+        """
+        answers: dict[Link, Message | None] = {}
+        put_back = []
+        deadline = time.monotonic() + self.work.site.connect_s
+        while len(answers) < len(asked) and (left := deadline - time.monotonic()) > 0:
+            for link in links:
+                link.say("beat")
+            try:
+                link, message = self._inbox.get(timeout=min(left, BEAT_S))
+            except queue.Empty:
+                continue
+            if link in asked and message["kind"] == kind:
+                answers[link] = message
+                continue
+            put_back.append((link, message))
+            if link in asked and message["kind"] == "gone":
+                answers[link] = None
+        for said in put_back:
+            self._inbox.put(said)
+        return [answers.get(link) for link in asked]
+
     def address(self, links: list[Link]) -> tuple[str, int]:
         """Where rank 0 waits, asked of its host: only there can be known which ports are free.
 
@@ -198,7 +223,7 @@ class Gathering:
         """
         head = links[0]
         head.say("port", port=self.work.master_port, interface=self.work.interface)
-        answer = _await(self._inbox, head, "port", self.work.site.connect_s)
+        (answer,) = self._await("port", [head], links)
         fault = "its agent has ended" if answer is None else answer["fault"]
         if answer is None or fault is not None:
             for link in links:
@@ -231,23 +256,3 @@ def _refuse_left(links: Sequence[Link]) -> None:
             why="they and the new ones would write into the same output folder",
             fix="end the former launch, or these processes by `kill -9`",
         )
-
-
-def _await(inbox: Inbox, link: Link, kind: str, timeout_s: float) -> dict[str, Any] | None:
-    """The next message of that kind; None where the agent ends before, or says nothing. What others say meanwhile is
-    put back: that one is gone is said once."""
-    deadline, of_others = time.monotonic() + timeout_s, []
-    answer = None
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            other, message = inbox.get(timeout=left)
-        except queue.Empty:
-            break
-        if other is not link:
-            of_others.append((other, message))
-        elif message["kind"] in (kind, "gone"):
-            answer = message if message["kind"] == kind else None
-            break
-    for said in of_others:
-        inbox.put(said)
-    return answer

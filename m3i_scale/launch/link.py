@@ -237,9 +237,7 @@ def _fault_of(hello: Message, own_code: Mapping[str, Any]) -> str | None:
         return f"m3i_scale is {hello['version']} there and {__version__} here"
     there = hello.get("code")
     if there is None:  # the version is that of the package, which is not raised with every commit
-        return (
-            f"the code there is older than here (commit {own_code['commit'] or 'unknown'})"
-        )
+        return f"the code there is older than here (commit {own_code['commit'] or 'unknown'})"
     if there["sha256"] != own_code["sha256"]:
         commits = f"commit {there['commit'] or 'unknown'} there and {own_code['commit'] or 'unknown'} here"
         return f"the code in {there['path']} is another one than here ({commits}): {other_files(there, own_code)}"

@@ -40,22 +40,16 @@ class Standing:
         """
         self.silent = set(reasons)
 
-    def ended(self, world: World, outcome: Outcome) -> str | None:
-        """After an attempt.
-
-        Returns:
-            The name of a host that has just become a failing one.
-        """
+    def ended(self, world: World, outcome: Outcome) -> None:
+        """After an attempt."""
         self.silent |= set(outcome.lost)
         cause = outcome.cause if outcome.status == "failed" else None
         # One that was lost is another matter: it may be back for good.
         blamed = cause.host if cause is not None and cause.kind != "host" and not cause.consequence else None
-        newly = blamed if blamed == self._blamed and blamed not in self.failing else None
-        if newly is not None:
-            self.failing.add(newly)
+        if blamed is not None and blamed == self._blamed:
+            self.failing.add(blamed)
         self._blamed = blamed
         last = [host for host in self._named if host.name in self.failing or host.name in outcome.lost]
         rest = [host for host in self._named if host not in last]
         worked = [host for host in rest if host in world.hosts]
         self.order = (*worked, *[host for host in rest if host not in worked], *last)
-        return newly

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from launch import ROOT, environment
 
+from m3i_scale import __version__
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch import link
 from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
+from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.gathering import CannotStartError, Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Site, connect
@@ -48,9 +51,11 @@ def a_site(folder: Path) -> Site:
     return Site(sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus)
 
 
-def a_launch(folder: Path, hosts: int, policy: Policy, command: tuple[str, ...], recipe: str = "m3i") -> Launch:
+def a_launch(
+    folder: Path, slots: tuple[int, ...], policy: Policy, command: tuple[str, ...], recipe: str = "m3i"
+) -> Launch:
     run = load_run(recipe, [*OVERRIDES, f"output_dir={folder / 'out'}"])
-    names = tuple(Host(f"node{number}", 1) for number in range(hosts))
+    names = tuple(Host(f"node{number}", count) for number, count in enumerate(slots))
     return Launch(Work(run, command, names, a_site(folder), words=(recipe,)), policy, print)
 
 
@@ -64,19 +69,22 @@ def unreachable(monkeypatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("min_hosts", "worlds", "code"), [(2, [3, 3, 2], 0), (3, [3, 3, 3], 1)], ids=["left out", "wanted"]
+    ("slots", "min_hosts", "worlds", "exit_code"),
+    [((1, 1, 1), 2, [3, 3, 2], 0), ((1, 1, 1), 3, [3, 3, 3], 1), ((5, 1), 1, [2, 2, 2], 1)],
+    ids=["left out", "wanted", "five ranks do not fit"],
 )
 def test_a_host_that_fails_first_twice_running_is_left_out_where_the_others_are_enough(
-    tmp_path, capsys, min_hosts, worlds, code
+    tmp_path, capsys, slots, min_hosts, worlds, exit_code
 ):
     policy = Policy(max_restarts=2, min_hosts=min_hosts, pause_s=0.0, probe_s=0.1)
-    assert a_launch(tmp_path, 3, policy, (sys.executable, "-c", SICK)).run() == code
+    assert a_launch(tmp_path, slots, policy, (sys.executable, "-c", SICK)).run() == exit_code
     found = attempts(tmp_path)
     assert [len(item["hosts"]) for item in found] == worlds
-    assert [item["cause"]["host"] for item in found if item["cause"]] == ["node1"] * (3 if code else 2)
-    assert list(found[-1]["without"]) == ([] if code else ["node1"])
+    assert [item["cause"]["host"] for item in found if item["cause"]] == ["node1"] * (3 if exit_code else 2)
+    assert list(found[-1]["without"]) == ([] if exit_code else ["node1"])
     assert found[-1]["came_back"] == []  # it answers, and nobody stops for it
-    assert "host node1: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (told.count("host node1: "), told.count("without node1: ")) == ((1, 0) if exit_code else (0, 1))
 
 
 def compared(tmp_path, monkeypatch, policy: Policy, refusal: str | None = "no room", recipe: str = "m3i") -> Launch:
@@ -90,7 +98,7 @@ def compared(tmp_path, monkeypatch, policy: Policy, refusal: str | None = "no ro
         return refusal
 
     monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", plan)
-    return a_launch(tmp_path, 4, policy, (sys.executable, "-c", "pass"), recipe)
+    return a_launch(tmp_path, (1, 1, 1, 1), policy, (sys.executable, "-c", "pass"), recipe)
 
 
 @pytest.mark.parametrize(("refusal", "micro_batch_size"), [(None, 48), ("no room", 24)])
@@ -109,6 +117,34 @@ def test_fewer_compared_samples_are_refused_where_they_are_not_wanted(tmp_path, 
         compared(tmp_path, monkeypatch, Policy(min_hosts=2, min_compared=49)).run()
     assert "min_compared: 49" in str(caught.value.where)
     assert not (tmp_path / "out" / ATTEMPTS).exists()
+
+
+MUTE = """
+import json, os, pathlib, sys
+print(sys.argv[1], flush=True)
+asked = False
+for line in sys.stdin:
+    kind = json.loads(line)["kind"]
+    if asked and kind == "beat":
+        pathlib.Path(sys.argv[2], str(os.getpid())).touch()
+    asked = asked or kind == "memory"
+"""
+
+
+def test_hosts_that_do_not_say_their_memory_are_waited_for_at_once_and_hear_that_the_launch_lives(
+    tmp_path, monkeypatch
+):
+    heard = tmp_path / "heard"
+    heard.mkdir()
+    hello = json.dumps({"kind": "hello", "version": __version__, "code": code(), "left": [], "fault": None})
+    mute = [sys.executable, "-S", "-c", MUTE, hello, str(heard)]
+    monkeypatch.setattr(link, "agent_command", lambda name, *_: mute if name in ("node0", "node1") else ["false"])
+    monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", lambda *_: "no room")
+    launch = a_launch(tmp_path, (1, 1, 1, 1), Policy(min_hosts=2, min_compared=49), ("false",))
+    work = replace(launch.work, site=replace(launch.work.site, connect_s=3.0))
+    with pytest.raises(CannotStartError):
+        Launch(work, launch.policy, print).run()
+    assert len(list(heard.iterdir())) == 2
 
 
 def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
@@ -206,3 +242,8 @@ def test_a_terminal_that_is_lost_lets_the_ranks_save(tmp_path):
         launched.wait()
     (item,) = attempts(tmp_path)
     assert item["status"] == "preempted"
+
+
+def test_a_launch_whose_ranks_were_asked_to_stop_says_last_of_all_that_it_has(tmp_path, capsys):
+    assert a_launch(tmp_path, (1,), Policy(), (sys.executable, "-c", "raise SystemExit(75)")).run() == EXIT_PREEMPTED
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped")
