@@ -21,6 +21,7 @@ from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.supervise import Attempt, Limits, Outcome, Tell, Wish
 from m3i_scale.launch.watch import Watch
 from m3i_scale.launch.worlds import World
+from m3i_scale.scale.checkpoint.locate import stopped_words
 
 EXIT_INTERRUPTED = 130
 """Interrupted twice, or before the first step: nothing was saved."""
@@ -206,6 +207,8 @@ class Launch:
             self.tell(f"host {host}: processes that could not be ended: {', '.join(map(str, pids))}")
         if code in (EXIT_FAILED, EXIT_USER_ERROR) and last.cause is not None:
             self.tell(failure_text(last.cause, last.others))
+        elif code == EXIT_PREEMPTED:
+            self.tell(stopped_words(self.work.run.output_dir / "checkpoints"))
         elif code == EXIT_INTERRUPTED:
             self.tell("interrupted: the ranks were ended, and nothing was saved")
         elif code == 0:

@@ -88,13 +88,7 @@ def launch(
     release_stdout()
     plan = render(launcher, job)
     check_fit(config, job, launcher)
-    code = _run(plan, render(launcher, job.shown()), job)
-    if code == EXIT_PREEMPTED:
-        from m3i_scale.launch.logs import show  # the terminal may be what was lost
-        from m3i_scale.scale.checkpoint.locate import stopped_words
-
-        show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
-    raise typer.Exit(code)
+    raise typer.Exit(_run(plan, render(launcher, job.shown()), job))
 
 
 def _with_image(job: Job, launcher: str) -> Job:
@@ -113,6 +107,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.lock import launch_lock
     from m3i_scale.launch.logs import show
     from m3i_scale.launch.verdict import conclude
+    from m3i_scale.scale.checkpoint.locate import stopped_words
 
     environment = without_secrets(os.environ, job.variables)
     if not plan.waits:
@@ -137,6 +132,8 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         told = conclude(job.output_dir, ending, shown, job.world_size)
     if told is not None:
         show(f"{told}\n")
+    if ending.code == EXIT_PREEMPTED:
+        show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
     return ending.code
 
 

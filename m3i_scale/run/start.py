@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
+from m3i_scale.launch.lock import launch_of
 from m3i_scale.output import wide_console
 from m3i_scale.run.begin import train
 from m3i_scale.run.callbacks.base import Callback
@@ -62,7 +63,7 @@ def start(run: RunConfig) -> Status:
             clean = True
         finally:
             stop_ranks(wait=clean)
-    if status == "preempted" and ranks.rank == 0:
+    if status == "preempted" and ranks.rank == 0 and launch_of(run.output_dir) is None:  # else the launch says it
         tell(stopped_words(run.output_dir / "checkpoints"))
     return status
 
