@@ -165,7 +165,7 @@ def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     import yaml
 
     from m3i_scale.objective.recipe import load_run_and_recipe
-    from m3i_scale.redaction import masked
+    from m3i_scale.text import masked
 
     config, _ = load_run_and_recipe(run, overrides)
     values = masked(config.model_dump(mode="json"))

@@ -13,7 +13,7 @@ LEVELS = {
     "errors": 0,
     "output": 0,
     "rank_variables": 0,
-    "redaction": 0,
+    "text": 0,
     "config": 1,
     "data": 2,
     "backbones": 3,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
-from m3i_scale.redaction import shown
+from m3i_scale.text import shown
 
 Place = tuple[int | str, ...]
 WhereOf = Callable[[Place], str]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from m3i_scale.errors import ConfigError, Faults, did_you_mean, named
-from m3i_scale.redaction import shown
+from m3i_scale.text import shown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

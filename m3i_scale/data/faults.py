@@ -13,7 +13,7 @@ from typing import Any
 
 from m3i_scale.data.places import Place
 from m3i_scale.errors import DataError, UserError
-from m3i_scale.redaction import without_secrets
+from m3i_scale.text import without_secrets
 
 SHARD = "shard: "
 """The reasons of samples that are lost with their shard begin so."""

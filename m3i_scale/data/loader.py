@@ -21,7 +21,7 @@ from m3i_scale.data.collate import Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import Mix, check_weights, samples_at_most, whole_passes
-from m3i_scale.data.order import StreamOrder, dealt, ends_of, position_of_pass, seed_of
+from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote import Access
@@ -358,7 +358,7 @@ class TrainStream:
                 indices = load_index(places, cache_dir, rank=rank, access=self._access)
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
             self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment)
-            indices = [indices[shard] for shard in dealt(len(indices), seed, name)]
+            indices = [indices[shard] for shard in shard_order(len(indices), seed, name)]
             shard_ends = ends_of([len(index) for index in indices], self._data.streams, where)
             samples = int(shard_ends[-1])
             self._pass_samples += samples

@@ -33,7 +33,7 @@ def permutation(count: int, seed: int) -> NDArray[np.int64]:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
-def dealt(shards: int, seed: int, source: str) -> NDArray[np.int64]:
+def shard_order(shards: int, seed: int, source: str) -> NDArray[np.int64]:
     """The order in which the shards of a source make up the list of its samples, by their numbers in order of names."""
     return permutation(shards, seed_of("deal", seed, source))
 
@@ -42,7 +42,7 @@ def ends_of(sizes: Sequence[int], streams: int, where: str) -> NDArray[np.int64]
     """Where each shard ends in the list of all samples of a source.
 
     Args:
-        sizes: samples per shard, in the order of `dealt`.
+        sizes: samples per shard, in the order of `shard_order`.
         streams: number of streams that are to share the samples.
         where: the source, for the error.
 
@@ -76,7 +76,7 @@ class Place:
     epoch: int
     """How many passes over the source came before."""
     shard: int
-    """Index of the shard within the source, in the order of `dealt`."""
+    """Index of the shard within the source, in the order of `shard_order`."""
     sample: int
     """Index of the sample within the shard."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from m3i_scale.errors import DataError
-from m3i_scale.redaction import without_secrets
+from m3i_scale.text import without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "pipe")
 """What is not a path of this host. `file://` is one."""

@@ -13,7 +13,7 @@ from m3i_scale.data.faults import FaultError, start_fix
 from m3i_scale.data.places import Place, Url, is_remote, to_place
 from m3i_scale.data.remote import Access, facts, list_folder, read_file
 from m3i_scale.errors import DataError, did_you_mean
-from m3i_scale.redaction import without_secrets
+from m3i_scale.text import without_secrets
 
 
 def shard_folder(shards: str) -> Place:

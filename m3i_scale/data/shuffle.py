@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.order import StreamOrder, dealt, ends_of, seed_of
+from m3i_scale.data.order import StreamOrder, ends_of, seed_of, shard_order
 from m3i_scale.data.shares import check_shares
 from m3i_scale.errors import ConfigError, DataError
 
@@ -232,7 +232,7 @@ class _Order:
     def __init__(
         self, sizes: Sequence[int], streams: int, shuffle_shards: int, batch_size: int, seed: int, where: str
     ) -> None:
-        shards = dealt(len(sizes), seed, where)
+        shards = shard_order(len(sizes), seed, where)
         ends = ends_of([sizes[shard] for shard in shards], streams, where)
         self._orders = [
             StreamOrder(ends, stream, streams, shuffle_shards, seed_of("order", seed, where, stream))

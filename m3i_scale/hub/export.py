@@ -35,10 +35,10 @@ from m3i_scale.hub.source import (
 from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
-from m3i_scale.redaction import masked
 from m3i_scale.scale.checkpoint.consolidate import SavedWeights
 from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file
 from m3i_scale.scale.checkpoint.reading import reading
+from m3i_scale.text import masked
 
 Weights = Literal["student", "momentum"]
 Dtype = Literal["float32", "bfloat16"]

@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils._validators import validate_repo_id
 
 from m3i_scale.errors import ExportError
-from m3i_scale.redaction import masked
 from m3i_scale.scale.checkpoint.manifest import hash_file
+from m3i_scale.text import masked
 
 PROVENANCE = "export.json"
 

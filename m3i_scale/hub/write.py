@@ -21,7 +21,7 @@ from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, copied
 from m3i_scale.objective.build import is_kept, text_config
-from m3i_scale.redaction import masked
+from m3i_scale.text import masked
 
 Task = Literal["features", "classification", "zero_shot", "backbone"]
 Format = Literal["transformers", "timm"]

@@ -14,10 +14,10 @@ from typing import Any
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from m3i_scale.launch.execute import signals_to_note
 from m3i_scale.launch.failures import FAILURE, failure_text, write_failure, write_whole
-from m3i_scale.launch.gathering import CannotStartError, Gathering, Policy, Work
 from m3i_scale.launch.job import is_here
 from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Work
 from m3i_scale.launch.supervise import Attempt, Limits, Outcome, Tell, Wish
 from m3i_scale.launch.watch import Watch
 from m3i_scale.launch.worlds import World
@@ -43,7 +43,7 @@ class Launch:
         self.attempts: list[dict[str, Any]] = []
         self._signals = 0
         self._inbox: Inbox = Inbox()
-        self._gathering = Gathering(work, policy, self._inbox, tell, lambda: self._signals > 0)
+        self._rendezvous = Rendezvous(work, policy, self._inbox, tell, lambda: self._signals > 0)
 
     def run(self) -> int:
         """Launch, and launch again as long as the policy has it. The caller holds the output folder.
@@ -73,8 +73,8 @@ class Launch:
         restarts = 0
         while True:
             try:
-                links, reasons, world = self._gathering.gather(first=not self.attempts)
-                address, logs = self._gathering.address(links), self._logs(links)
+                links, reasons, world = self._rendezvous.gather(first=not self.attempts)
+                address, logs = self._rendezvous.address(links), self._logs(links)
             except CannotStartError as error:
                 if not self.attempts:
                     raise
@@ -82,7 +82,7 @@ class Launch:
                 code, failed = EXIT_FAILED if self._signals else None, True
             else:
                 outcome, back = self._attempt(links, world, reasons, address, logs)
-                self._gathering.learn(world, outcome)
+                self._rendezvous.learn(world, outcome)
                 code, failed = self._code_after(outcome, back), outcome.status == "failed"
             if code is None and failed and restarts == self.policy.max_restarts:
                 code = EXIT_FAILED
@@ -128,7 +128,7 @@ class Launch:
             f"attempt {number}: {world.ranks} ranks on {', '.join(world.names)}, {world.micro_batch_size} samples "
             f"per rank and forward pass; logs in {logs.folder}"
         )
-        failing = self._gathering.standing.failing
+        failing = self._rendezvous.history.failing
         out = [host for host in work.hosts if host not in world.hosts and host.name not in failing]
         watch = Watch(work.run, world, out, work.site, self.policy.probe_s)
         limits = Limits(work.run.timeouts.start_s, work.run.timeouts.step_s)

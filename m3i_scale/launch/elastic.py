@@ -11,13 +11,13 @@ from typing import Any
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.launch.attempts import Launch, new_launch
-from m3i_scale.launch.gathering import Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import OVER_HOSTS, Job
 from m3i_scale.launch.link import Site
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.logs import show
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
+from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.ssh import SSH
 
 FILE = "elastic.json"

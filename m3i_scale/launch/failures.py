@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import EXIT_USER_ERROR, UserError
-from m3i_scale.redaction import masked
+from m3i_scale.text import masked
 
 FAILURE = "failure.json"
 RANK_RECORDS = "failure"

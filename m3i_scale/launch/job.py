@@ -20,7 +20,7 @@ from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.plan import PRIVATE, PUBLIC
 from m3i_scale.output import leave_out_accelerator_warning
-from m3i_scale.redaction import masked, shown
+from m3i_scale.text import masked, shown
 
 FOLDER = "launch"
 """In the run's output folder."""

@@ -28,7 +28,7 @@ Inbox = queue.SimpleQueue[tuple["Link", Message]]
 _AGENT = ("-u", "-m", "m3i_scale.launch.agent")
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _CLOSE_S = 5.0
-DOUBTFUL_S = 5.0
+UNRESPONSIVE_S = 5.0
 """Patience with a host that has not answered before: the others do not wait for it at every restart."""
 
 
@@ -176,7 +176,7 @@ def connect(
     site: Site,
     inbox: Inbox,
     *,
-    doubtful: Collection[str] = (),
+    unresponsive: Collection[str] = (),
     over: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Link], dict[str, str]]:
     """Reach all hosts at once.
@@ -185,8 +185,8 @@ def connect(
         hosts: in their order.
         site: how.
         inbox: of the links.
-        doubtful: names of hosts that did not answer when they were last asked, and need not now: they have
-            `DOUBTFUL_S`.
+        unresponsive: names of hosts that did not answer when they were last asked, and need not now: they have
+            `UNRESPONSIVE_S`.
         over: whether nobody wants to know any more.
 
     Returns:
@@ -196,11 +196,11 @@ def connect(
     reasons: dict[str, str] = {}
     for host in hosts:
         try:
-            links.append(Link(host, site, inbox, DOUBTFUL_S if host.name in doubtful else None))
+            links.append(Link(host, site, inbox, UNRESPONSIVE_S if host.name in unresponsive else None))
         except OSError as error:  # no ssh here, or no room for another process
             reasons[host.name] = f"{error.filename or 'a process'} cannot be started here: {error.strerror}"
     own_code = code()
-    waiting = {link.host.name: DOUBTFUL_S if link.host.name in doubtful else site.connect_s for link in links}
+    waiting = {link.host.name: UNRESPONSIVE_S if link.host.name in unresponsive else site.connect_s for link in links}
     started = time.monotonic()
     while waiting and not over() and (left := started + max(waiting.values()) - time.monotonic()) > 0:
         for other in links:  # those that wait for others must not take the launch for dead

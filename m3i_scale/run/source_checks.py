@@ -11,7 +11,7 @@ from m3i_scale.data.remote import Access
 from m3i_scale.data.shards import read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.redaction import without_secrets
+from m3i_scale.text import without_secrets
 
 
 def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, *, there: bool = True) -> None:

@@ -19,7 +19,7 @@ from m3i_scale.data import remote
 from m3i_scale.data.faults import FaultError, to_fault
 from m3i_scale.data.index import build_index
 from m3i_scale.data.loader import find_tokenizer, merge_states
-from m3i_scale.data.order import dealt
+from m3i_scale.data.order import shard_order
 from m3i_scale.data.places import Url
 from m3i_scale.data.remote import Access, facts, fetch, fetch_pipe, read_file, read_range
 from m3i_scale.data.shards import expand_shards
@@ -219,7 +219,7 @@ def test_a_shard_of_several_streams_is_lost_once(tools, tmp_path):
     folder, path = tools.write_folder(tmp_path / "data", [16] * 3), tmp_path / "quarantine.jsonl"
     options = {"streams": 4, "bad_shards": "quarantine", "max_bad_fraction": 1.0, "quarantine": path}
     loaders = [tools.make_loader({"s": folder}, tmp_path, world=4, rank=rank, micro=1, **options) for rank in range(4)]
-    (folder / f"s-{dealt(3, 3, 's')[1]:03d}.tar").unlink()
+    (folder / f"s-{shard_order(3, 3, 's')[1]:03d}.tar").unlink()
     for _ in zip(*(itertools.islice(loader, 4) for loader in loaders), strict=True):
         pass
     assert sum(loader.account.lost for loader in loaders) == 16

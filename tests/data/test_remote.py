@@ -22,7 +22,7 @@ from m3i_scale.data.remote import read_file
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.redaction import without_secrets
+from m3i_scale.text import without_secrets
 
 SIZES = [6, 5, 7, 6, 5, 7, 6, 6]
 

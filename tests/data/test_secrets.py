@@ -15,7 +15,7 @@ from m3i_scale.data.faults import FaultError
 from m3i_scale.data.places import Url
 from m3i_scale.data.remote import Access, facts, read_range
 from m3i_scale.errors import DataError
-from m3i_scale.redaction import without_secrets
+from m3i_scale.text import without_secrets
 
 SIZES = [6, 5, 7, 6]
 BAD = "s-002.tar"

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import files as files_module
 from m3i_scale.hub.export import export
-from m3i_scale.redaction import masked
 from m3i_scale.run.callbacks.base import RunInfo, StepRecord
 from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.text import masked
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 

@@ -11,12 +11,12 @@ from m3i_scale.config import RunConfig, load_run
 from m3i_scale.launch.agent import Agent
 from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.failures import Failure
-from m3i_scale.launch.gathering import Policy, Work
+from m3i_scale.launch.host_history import HostHistory
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link, Site
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.place import PHASES
-from m3i_scale.launch.standing import Standing
+from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.straggler import STEPS, Stragglers
 from m3i_scale.launch.supervise import Attempt, Limits, Outcome
 from m3i_scale.launch.wire import decode
@@ -97,11 +97,11 @@ def test_the_last_of_ten_thousand_restarts_is_still_one():
     assert told == ["restart 9999 of 10000 in 0 s"]
 
 
-def ended(standing: Standing, *outcomes: Outcome) -> set[str]:
+def ended(history: HostHistory, *outcomes: Outcome) -> set[str]:
     """Hosts that are failing ones after these attempts."""
     for outcome in outcomes:
-        standing.ended(World(HOSTS, 6), outcome)
-    return standing.failing
+        history.ended(World(HOSTS, 6), outcome)
+    return history.failing
 
 
 HOSTS = (Host("node0", 1), Host("node1", 1))
@@ -110,10 +110,10 @@ LOST = Outcome("failed", cause=Failure(1.0, "node1", None, 3, "forward", "host",
 
 
 def test_a_host_fails_twice_running_by_its_ranks_and_not_by_being_lost():
-    assert ended(Standing(HOSTS), KILLED, KILLED) == {"node1"}
-    assert ended(Standing(HOSTS), LOST, LOST, LOST) == set()
-    assert ended(Standing(HOSTS), KILLED, LOST, KILLED) == set()
-    assert ended(Standing(HOSTS), KILLED, Outcome("preempted"), KILLED) == set()
+    assert ended(HostHistory(HOSTS), KILLED, KILLED) == {"node1"}
+    assert ended(HostHistory(HOSTS), LOST, LOST, LOST) == set()
+    assert ended(HostHistory(HOSTS), KILLED, LOST, KILLED) == set()
+    assert ended(HostHistory(HOSTS), KILLED, Outcome("preempted"), KILLED) == set()
 
 
 def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not():

@@ -20,11 +20,11 @@ from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch import link
 from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
 from m3i_scale.launch.doctor.facts import code
-from m3i_scale.launch.gathering import CannotStartError, Policy, Work
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Site, connect
 from m3i_scale.launch.memory import RankMemory
 from m3i_scale.launch.processes import MARK
+from m3i_scale.launch.rendezvous import CannotStartError, Policy, Work
 from m3i_scale.launch.worlds import World
 
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
@@ -97,7 +97,7 @@ def compared(tmp_path, monkeypatch, policy: Policy, refusal: str | None = "no ro
         assert memory.gib
         return refusal
 
-    monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", plan)
+    monkeypatch.setattr("m3i_scale.launch.rendezvous.refusal_of_plan", plan)
     return a_launch(tmp_path, (1, 1, 1, 1), policy, (sys.executable, "-c", "pass"), recipe)
 
 
@@ -139,7 +139,7 @@ def test_hosts_that_do_not_say_their_memory_are_waited_for_at_once_and_hear_that
     hello = json.dumps({"kind": "hello", "version": __version__, "code": code(), "left": [], "fault": None})
     mute = [sys.executable, "-S", "-c", MUTE, hello, str(heard)]
     monkeypatch.setattr(link, "agent_command", lambda name, *_: mute if name in ("node0", "node1") else ["false"])
-    monkeypatch.setattr("m3i_scale.launch.gathering.refusal_of_plan", lambda *_: "no room")
+    monkeypatch.setattr("m3i_scale.launch.rendezvous.refusal_of_plan", lambda *_: "no room")
     launch = a_launch(tmp_path, (1, 1, 1, 1), Policy(min_hosts=2, min_compared=49), ("false",))
     work = replace(launch.work, site=replace(launch.work.site, connect_s=3.0))
     with pytest.raises(CannotStartError):
@@ -162,9 +162,9 @@ def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited
         return ["sleep", "60"] if name == "node1" else reach(name, site, patience_s)
 
     monkeypatch.setattr(link, "agent_command", silent)
-    monkeypatch.setattr(link, "DOUBTFUL_S", 0.2)
+    monkeypatch.setattr(link, "UNRESPONSIVE_S", 0.2)
     hosts = [Host("node0", 1), Host("node1", 1)]
-    links, reasons = connect(hosts, a_site(tmp_path), Inbox(), doubtful={"node1"})
+    links, reasons = connect(hosts, a_site(tmp_path), Inbox(), unresponsive={"node1"})
     for one in links:
         one.close()
     assert asked == [None, 0.2]

@@ -19,7 +19,7 @@ import yaml
 from launch import TESTS, Job, environment, free_port
 from shapes import metrics, write_run
 
-from m3i_scale.data.order import dealt
+from m3i_scale.data.order import shard_order
 from m3i_scale.scale.checkpoint.consolidate import load_weights
 
 LONE_RANK = {"RANK": "0"}
@@ -77,7 +77,7 @@ def labels_out_of_range(folder: Path) -> None:
 
 def a_stream_out_of_range(folder: Path) -> None:
     shards = sorted(folder.glob("*.tar"))
-    first_stream = dealt(len(shards), 0, "shapes")[:5]  # a quarter of 16, and what it may share with the next one
+    first_stream = shard_order(len(shards), 0, "shapes")[:5]  # a quarter of 16, and what it may share with the next one
     spoil(folder, [shards[number] for number in first_stream])
 
 

@@ -14,7 +14,7 @@ from launch import Job
 from shapes import metrics, train, write_run
 
 from m3i_scale.data.index import scan_shard
-from m3i_scale.data.order import StreamOrder, dealt, ends_of
+from m3i_scale.data.order import StreamOrder, ends_of, shard_order
 
 STREAMS, WORLD = 4, 2
 BAD_LABEL = b"99"
@@ -37,7 +37,7 @@ def bad_on_the_last_rank(shards: Path, copy: Path, split: str, source: str, is_b
     """A copy of the shards in which only streams of the last rank meet bad samples."""
     shutil.copytree(shards, copy)
     paths = sorted((copy / split).glob("*.tar"))
-    paths = [paths[number] for number in dealt(len(paths), 0, source)]
+    paths = [paths[number] for number in shard_order(len(paths), 0, source)]
     ends = ends_of([len(scan_shard(path)) for path in paths], STREAMS, split)
     read = [set(StreamOrder(ends, stream, STREAMS, 1, 0).shards) for stream in range(STREAMS)]
     first_of_last_rank = STREAMS // WORLD * (WORLD - 1)

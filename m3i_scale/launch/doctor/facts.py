@@ -218,7 +218,7 @@ def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
     from m3i_scale.data.places import Url
     from m3i_scale.data.remote import Access, facts, read_range
     from m3i_scale.data.shards import expand_shards
-    from m3i_scale.redaction import without_secrets
+    from m3i_scale.text import without_secrets
 
     began = time.perf_counter()
     first: Any = without_secrets(shards)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m3i_scale.launch.doctor.findings import Finding, fault, gib, good, warning
-from m3i_scale.redaction import shown
+from m3i_scale.text import shown
 
 Answers = Mapping[str, Mapping[str, Any]]
 """By host, in the order of the hosts; those that answered."""

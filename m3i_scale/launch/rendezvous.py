@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 from m3i_scale.launch.compared import Compared, refusal_of_plan
+from m3i_scale.launch.host_history import FAILS, HostHistory
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import is_here
 from m3i_scale.launch.link import Inbox, Link, Site, connect
 from m3i_scale.launch.memory import RankMemory
-from m3i_scale.launch.standing import FAILS, Standing
 from m3i_scale.launch.supervise import Outcome, Tell
 from m3i_scale.launch.wire import BEAT_S, Message
 from m3i_scale.launch.worlds import World, largest_world
@@ -66,7 +66,7 @@ class Work:
         return self.site.environment.get("DS_ACCELERATOR") == "cpu"
 
 
-class Gathering:
+class Rendezvous:
     """The hosts of a launch, gathered for one attempt after the other.
 
     Args:
@@ -80,7 +80,7 @@ class Gathering:
     def __init__(self, work: Work, policy: Policy, inbox: Inbox, tell: Tell, stopped: Callable[[], bool]) -> None:
         self.work, self.policy, self.tell, self._inbox, self._stopped = work, policy, tell, inbox, stopped
         self._fewest = policy.min_hosts or len(work.hosts)
-        self.standing = Standing(work.hosts)
+        self.history = HostHistory(work.hosts)
         self.compared = Compared(work.run, work.hosts, self._fewest)
         self._planned: dict[World, str | None] = {}
 
@@ -91,10 +91,10 @@ class Gathering:
             CannotStartError: too few hosts answer or fit the run, or losses would compare too few samples.
             UserError: processes of a former launch are left (`first`).
         """
-        run, fewest, standing = self.work.run, self._fewest, self.standing
-        hosts = standing.order
-        links, reasons = connect(hosts, self.work.site, self._inbox, doubtful=standing.doubtful(fewest))
-        standing.answered(reasons)
+        run, fewest, history = self.work.run, self._fewest, self.history
+        hosts = history.order
+        links, reasons = connect(hosts, self.work.site, self._inbox, unresponsive=history.unresponsive(fewest))
+        history.answered(reasons)
         try:
             if len(links) < fewest:
                 raise CannotStartError(
@@ -130,11 +130,11 @@ class Gathering:
         """What an attempt says for the next."""
         if outcome.status == "failed":
             self.compared.note(outcome.cause)
-        self.standing.ended(world, outcome)
+        self.history.ended(world, outcome)
 
     def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
         """The world of the others, where hosts fail again and again and the others are enough."""
-        failing = [link.host.name for link in links if link.host.name in self.standing.failing]
+        failing = [link.host.name for link in links if link.host.name in self.history.failing]
         others = [link.host for link in links if link.host.name not in failing]
         if not failing or not others:
             return None

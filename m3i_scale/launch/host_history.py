@@ -11,7 +11,7 @@ from m3i_scale.launch.worlds import World
 FAILS = "its ranks were the first to fail, twice running"
 
 
-class Standing:
+class HostHistory:
     """Hosts from attempt to attempt.
 
     Args:
@@ -22,15 +22,15 @@ class Standing:
         self._named = tuple(hosts)
         self.order = self._named
         """Those first that have just worked, those last that are not to be relied on."""
-        self.silent: set[str] = set()
+        self.without_answer: set[str] = set()
         """Names of those that were lost, or did not answer when they were last asked."""
         self.failing: set[str] = set()
         """Names of those that were the first cause of two failures running. They answer, and it is no use."""
         self._blamed: str | None = None
 
-    def doubtful(self, fewest: int) -> frozenset[str]:
+    def unresponsive(self, fewest: int) -> frozenset[str]:
         """Those that nobody has to wait for: where the others are enough."""
-        return frozenset(self.silent) if len(self.order) - len(self.silent) >= fewest else frozenset()
+        return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
 
     def answered(self, reasons: dict[str, str]) -> None:
         """All have been asked.
@@ -38,11 +38,11 @@ class Standing:
         Args:
             reasons: why a host cannot be used, by name.
         """
-        self.silent = set(reasons)
+        self.without_answer = set(reasons)
 
     def ended(self, world: World, outcome: Outcome) -> None:
         """After an attempt."""
-        self.silent |= set(outcome.lost)
+        self.without_answer |= set(outcome.lost)
         cause = outcome.cause if outcome.status == "failed" else None
         # One that was lost is another matter: it may be back for good.
         blamed = cause.host if cause is not None and cause.kind != "host" and not cause.consequence else None
