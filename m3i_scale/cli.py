@@ -48,7 +48,7 @@ def main_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")
     ] = False,
 ) -> None:
-    """Options of no command."""
+    """Hold the options of no command."""
 
 
 recipes_app = typer.Typer(invoke_without_command=True)
@@ -145,7 +145,7 @@ def check(
     ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """All that `train` would refuse, at once; nothing is started. Exit code 2 where there is anything."""
+    """Tell all that `train` would refuse, at once, and start nothing. Exit code 2 where there is anything."""
     leave_out_accelerator_warning()
     from m3i_scale.run.check import check_run, faults_of
 
@@ -161,7 +161,7 @@ def check(
 
 @app.command(epilog="Example: m3i-scale show m3i optim.steps=10")
 def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """The whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden."""
+    """Print the whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden."""
     import yaml
 
     from m3i_scale.objective.recipe import load_run_and_recipe
@@ -328,8 +328,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """What frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a trained head
-    is right (top-1, top-5), with intervals by concept."""
+    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
+    trained head is right (top-1, top-5), with intervals by concept."""
     from m3i_scale.evaluate.commands import MEASURES
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
@@ -416,7 +416,7 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _refuse_dotted_options(arguments: list[str]) -> None:
-    """`--optim.lr 1e-3`, as other command lines have it: no option here has a dot.
+    """Refuse `--optim.lr 1e-3`, as other command lines have it: no option here has a dot.
 
     Raises:
         ConfigError: there is such a one.

@@ -50,7 +50,7 @@ class UserError(Exception):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, str | None]:
-        """`where, message, fix`."""
+        """Return `where, message, fix`."""
         message = self.what if self.why is None else f"{self.what}; {self.why}"
         return {"where": self.where, "message": message, "fix": self.fix}
 
@@ -105,7 +105,7 @@ class FaultsError(ConfigError):
         return "\n".join([f"{len(self.faults)} faults", *parts])
 
     def on_rank(self, rank: int) -> FaultsError:
-        """The same faults for all ranks to raise, with the rank that met them."""
+        """Return the same faults for all ranks to raise, with the rank that met them."""
         return FaultsError([fault.on_rank(rank) for fault in self.faults])
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ class Faults:
         self.found: list[UserError] = []
 
     def note(self, look: Callable[Given, Looked], *given: Given.args, **named: Given.kwargs) -> Looked | None:
-        """What `look` gives for what it is given; None where it raises a UserError, which is kept."""
+        """Return what `look` gives for what it is given; None where it raises a UserError, which is kept."""
         try:
             return look(*given, **named)
         except FaultsError as error:

@@ -27,7 +27,7 @@ def without_secrets(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """What a user wrote, fit for logs: `without_secrets`, and without commands of `pipe:`, wherever one begins."""
+    """Return what a user wrote, fit for logs: `without_secrets`, and without commands of `pipe:`."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
 

@@ -19,12 +19,12 @@ def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
 
 
 def _bag_backward(gradient: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Of the gradient of the rows: a product and a sum for every row that was fetched."""
+    """Count the gradient of the rows: a product and a sum for every row that was fetched."""
     return 2 * torch.Size(_shape(index)).numel() * _shape(gradient)[-1]
 
 
 def _bag_weights_backward(gradient: Any, _weight: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Of the gradient of the weights of a bag: a product with every row that was fetched."""
+    """Count the gradient of the weights of a bag: a product with every row that was fetched."""
     return _bag_backward(gradient, index)
 
 
@@ -54,7 +54,7 @@ def _convolution_backward(
     output_mask: Any,
     **_: Any,
 ) -> int:
-    """Of each gradient as much as of the forward pass: both have its products, summed over other dimensions.
+    """Count each gradient as the forward pass: both have its products, summed over other dimensions.
 
     torch's own formula does as if every channel of the output came from every channel of the image, whatever the
     groups: for a depthwise one of 64 channels 64 times too much for the weights' gradient.

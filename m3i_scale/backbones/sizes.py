@@ -12,7 +12,7 @@ SIZES = Path(__file__).with_name("sizes.json")
 
 
 def describe_presets(names: list[str]) -> list[dict[str, Any]]:
-    """What `describe_backbone` gives for the named presets; for all of them where none is named.
+    """Return what `describe_backbone` gives for the named presets; for all of them where none is named.
 
     Raises:
         ConfigError: no such preset.

@@ -255,14 +255,20 @@ class RunConfig(Section):
         return self
 
 
-def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig:
+def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict[str, Any] | None = None) -> RunConfig:
     """Read a run file, follow `extends`, apply `key=value` overrides, check everything.
+
+    Args:
+        name_or_path: the run file, or the name of a built-in one.
+        overrides: `section.key=value`.
+        values: what `run_values` gave for both, where it has been asked.
 
     Raises:
         ConfigError: unreadable YAML, an unknown key, a value of the wrong type, or a cycle of `extends`; a FaultsError
             where that are several things.
     """
-    values = run_values(name_or_path, overrides)
+    if values is None:
+        values = run_values(name_or_path, overrides)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -272,7 +278,7 @@ def load_run(name_or_path: str, overrides: list[str] | None = None) -> RunConfig
 
 
 def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
-    """What can be looked at of a run file with faults: its sound sections, the others as by default.
+    """Return what can be looked at of a run file with faults: its sound sections, the others as by default.
 
     Returns:
         The run, None where not even that holds together; and the names of the sections that are at fault.

@@ -89,7 +89,7 @@ MEANT = {
 
 
 def parse_section(kind: type[SectionT], values: Any, *, where: str | WhereOf, below: str = "") -> SectionT:
-    """`values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
+    """Read `values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
 
     Args:
         kind: the section.
@@ -108,7 +108,7 @@ def parse_section(kind: type[SectionT], values: Any, *, where: str | WhereOf, be
 
 
 def explained(kind: type[Section], error: ValidationError, where_of: WhereOf, below: str = "") -> ConfigError:
-    """What to raise for a ValidationError, once for every key.
+    """Return what to raise for a ValidationError, once for every key.
 
     Args:
         kind: the section that was read.
@@ -129,7 +129,7 @@ def explained(kind: type[Section], error: ValidationError, where_of: WhereOf, be
 
 
 def _is_misspelt(missing: Place, faults: Sequence[Any]) -> bool:
-    """Whether a key that is missing is there under a wrong name, which is told instead."""
+    """Return whether a key that is missing is there under a wrong name, which is told instead."""
     beside = [
         str(fault["loc"][-1])
         for fault in faults
@@ -139,7 +139,7 @@ def _is_misspelt(missing: Place, faults: Sequence[Any]) -> bool:
 
 
 def origin(place: Place, overrides: Sequence[str], path: Path) -> str:
-    """Where a key was written: the last override of it or of a part of it, without secrets, else the run file."""
+    """Return where a key was written: its last override or that of a part, without secrets, else the run file."""
     fault = [str(part) for part in place]
     for override in reversed(overrides):
         key = override.partition("=")[0].split(".")
@@ -170,7 +170,7 @@ def _explain(kind: type[Section], fault: Any, where: str, below: str) -> ConfigE
 
 
 def _nearest(kind: type[BaseModel], path: Place) -> str:
-    """What an unknown key may have been meant to be: by its meaning, by its name in another section, or nearby."""
+    """Return what an unknown key may have meant: by its meaning, by its name in another section, or nearby."""
     name = str(path[-1])
     meant = MEANT.get(name.casefold())
     if meant is not None and re.split(r"[ ,.:]", meant)[0] in kind.model_fields:

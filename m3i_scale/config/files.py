@@ -98,7 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
-    """A document.
+    """Read a document.
 
     Raises:
         yaml.YAMLError: it is none.
@@ -125,7 +125,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _repeated_keys(
     node: yaml.Node, above: str, seen: set[int], inside: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Dotted keys that stand twice in their mapping, and on which lines, counted from 1.
+    """Find dotted keys that stand twice in their mapping, and on which lines, counted from 1.
 
     Raises:
         yaml.YAMLError: an anchor holds itself.

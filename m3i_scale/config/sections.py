@@ -31,7 +31,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes` and `on` as true, and pydantic true as 1."""
+        """Refuse truth values for numbers: YAML reads `yes` and `on` as true, and pydantic true as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         types = set(_types_in(annotation))
         for key, leaf in _leaves(value):
@@ -60,14 +60,14 @@ ModelFields = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
-    """All types that an annotation is made of."""
+    """Walk through all types that an annotation is made of."""
     yield annotation
     for part in get_args(annotation):
         yield from _types_in(part)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Plain values within lists and mappings, with their dotted keys."""
+    """Walk through plain values within lists and mappings, with their dotted keys."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield key, value

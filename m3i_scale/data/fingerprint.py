@@ -87,7 +87,7 @@ def changes(
 
 
 def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of the same shards, dealt to streams by the same rule, whatever the settings."""
+    """Return whether two fingerprints are of the same shards, dealt to streams by the same rule."""
     return all(before.get(key) == now.get(key) for key in ("sha256", "deal"))
 
 

@@ -26,7 +26,7 @@ SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "tes
 def imagefolder_records(
     folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto"
 ) -> tuple[list[Record], list[str]]:
-    """Images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
+    """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
 
     Args:
         folder: where they lie; what lies directly in it, or in the folder of a split, has no label.
@@ -64,7 +64,7 @@ def imagefolder_records(
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
-    """Whether the first folders are splits and no classes.
+    """Return whether the first folders are splits and no classes.
 
     Args:
         ways: the folders on the way to every image.

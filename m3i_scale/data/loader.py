@@ -229,8 +229,8 @@ class TrainStream:
 
     @property
     def quarantined(self) -> dict[str, int]:
-        """How often samples of this rank's streams were bad so far, by reason: once a pass each. At the end of the
-        sources with those on the way to the batch that could not be whole any more."""
+        """Return how often samples of this rank's streams were bad so far, by reason: once a pass each. At the end of
+        the sources with those on the way to the batch that could not be whole any more."""
         counts: Counter[str] = Counter()
         for state in self._counted.values():
             counts.update(state.bad)
@@ -243,7 +243,8 @@ class TrainStream:
 
     @property
     def account(self) -> Account:
-        """What is bad on this rank, as `quarantined` counts; the sums over all ranks are judged by `stop_if_bad`."""
+        """Return what is bad on this rank, as `quarantined` counts; the sums over all ranks are judged by
+        `stop_if_bad`."""
         bad, read = single_faults(self.quarantined, sum(state.read for state in self._counted.values()))
         return Account(lost_of_pass(self._counted, self._recipe.plans), sum(bad.values()), read)
 
@@ -441,7 +442,7 @@ class PartDataset(IterableDataset[Part]):
         self._activities = activities
 
     def __iter__(self) -> Generator[Part]:
-        """Parts; the last one has no batch."""
+        """Give parts; the last one has no batch."""
         recipe = self._recipe
         worker = get_worker_info()
         reader = ShardReader(recipe.access, self._activities[0 if worker is None else worker.id])

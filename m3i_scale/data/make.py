@@ -215,7 +215,7 @@ def _training_captions(by_split: dict[str, list[Record]]) -> list[str]:
 
 
 def training_splits(splits: Iterable[str]) -> set[str]:
-    """Splits whose captions the tokenizer may see: `train`, also as `Training`; all where there is none such."""
+    """Return splits whose captions the tokenizer may see: `train`, also as `Training`; all where there is none such."""
     named = set(splits)
     return {split for split in named if split.lower() in ("train", "training")} or named
 

@@ -34,12 +34,13 @@ def permutation(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def shard_order(shards: int, seed: int, source: str) -> NDArray[np.int64]:
-    """The order in which the shards of a source make up the list of its samples, by their numbers in order of names."""
+    """Return the order in which the shards of a source make up the list of its samples, by their numbers in order of
+    names."""
     return permutation(shards, seed_of("deal", seed, source))
 
 
 def ends_of(sizes: Sequence[int], streams: int, where: str) -> NDArray[np.int64]:
-    """Where each shard ends in the list of all samples of a source.
+    """Return where each shard ends in the list of all samples of a source.
 
     Args:
         sizes: samples per shard, in the order of `shard_order`.
@@ -61,7 +62,7 @@ def ends_of(sizes: Sequence[int], streams: int, where: str) -> NDArray[np.int64]
 
 
 def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int:
-    """The position at which a stream begins a pass over so many samples.
+    """Return the position at which a stream begins a pass over so many samples.
 
     Position p of stream s is number p · streams + s of all that the streams give in turn, and pass e is the numbers
     from e · samples on: streams are in one pass together, and none is through it more than a sample before another.
@@ -127,7 +128,7 @@ class StreamOrder:
         """The same on average over passes."""
 
     def begin(self, epoch: int) -> int:
-        """The position at which a pass begins."""
+        """Return the position at which a pass begins."""
         return position_of_pass(epoch, self._samples, self._stream, self._streams)
 
     def locate(self, position: int) -> Place:
@@ -142,12 +143,12 @@ class StreamOrder:
         return Place(epoch, int(parts.shards[part]), int(parts.firsts[part]) + number - before)
 
     def window_at(self, position: int) -> tuple[int, int]:
-        """Pass and number of the window that a position lies in."""
+        """Return pass and number of the window that a position lies in."""
         epoch = (position * self._streams + self._stream) // self._samples
         return epoch, bisect.bisect_right(self._parts_of(epoch)[1], position - self.begin(epoch)) - 1
 
     def shards_of_window(self, epoch: int, window: int) -> list[int]:
-        """Shards of a window, within the source; past the last one of a pass, of the first one of the next."""
+        """Return shards of a window, within the source; past the last one of a pass, of the first one of the next."""
         first = window * self._shuffle_shards
         shards = self._pass(epoch).shards
         if first >= len(shards):
@@ -155,7 +156,8 @@ class StreamOrder:
         return [int(shard) for shard in shards[first : first + self._shuffle_shards]]
 
     def samples_of(self, epoch: int, shards: Iterable[int]) -> int:
-        """How many samples of some shards the stream has in a pass; asked at every step, so without a permutation."""
+        """Count the samples of some shards that the stream has in a pass; asked at every step, so without a
+        permutation."""
         numbers = np.asarray([shard - self.shards.start for shard in shards if shard in self.shards], dtype=np.int64)
         first, end = self._stretch(epoch)
         lows, highs = np.maximum(self._begins[numbers], first), np.minimum(self._ends[numbers], end)
@@ -172,7 +174,7 @@ class StreamOrder:
         return _Pass(mine + self.shards.start, (lows - self._begins)[mine], (highs - lows)[mine])
 
     def _before(self, stream: int, epoch: int) -> int:
-        """Samples of the streams before one in a pass: where its stretch of the list begins."""
+        """Count the samples of the streams before one in a pass: where its stretch of the list begins."""
         low, high = (
             number // self._streams * stream + min(number % self._streams, stream)
             for number in (epoch * self._samples, (epoch + 1) * self._samples)
@@ -180,7 +182,7 @@ class StreamOrder:
         return high - low
 
     def _parts_of(self, epoch: int) -> tuple[_Pass, list[int]]:
-        """The pass, and the offset in it at which each window starts."""
+        """Return the pass, and the offset in it at which each window starts."""
         if self._epoch is None or self._epoch[0] != epoch:
             parts = self._pass(epoch)
             before = np.concatenate(([0], np.cumsum(parts.counts)[:-1]))
@@ -188,7 +190,7 @@ class StreamOrder:
         return self._epoch[1:]
 
     def _window_of(self, epoch: int, window: int) -> tuple[list[int], NDArray[np.int64]]:
-        """Where each part of the window ends in it, and the order of its samples."""
+        """Return where each part of the window ends in it, and the order of its samples."""
         if self._window is None or self._window[:2] != (epoch, window):
             first = window * self._shuffle_shards
             ends = np.cumsum(self._parts_of(epoch)[0].counts[first : first + self._shuffle_shards])

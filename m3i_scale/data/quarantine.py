@@ -66,7 +66,8 @@ class Quarantine:
 
     @property
     def samples(self) -> dict[str, int]:
-        """Different samples that were bad in any pass, by reason; of a lost shard all. Over all ranks these add up."""
+        """Count different samples that were bad in any pass, by reason; of a lost shard all. Over all ranks these add
+        up."""
         return dict(self._samples)
 
     def _read(self, counted: Collection[str]) -> None:
@@ -80,7 +81,7 @@ class Quarantine:
             raise DataError(f"cannot read the quarantine file: {error}", where=str(self.path)) from None
 
     def _read_on(self, stream: BinaryIO, counted: Collection[str] = ()) -> bool:
-        """What has been added since the last time; whether it ends within a line.
+        """Read what has been added since the last time; return whether it ends within a line.
 
         A line that a kill cut short counts as none, and the next begins on a line of its own.
         """
@@ -94,7 +95,7 @@ class Quarantine:
         return bool(content) and not content.endswith(b"\n")
 
     def _count(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those that were not known; they are counted."""
+        """Count those that were not known, and return them."""
         new = []
         for entry in entries:
             digest = _digest(entry)

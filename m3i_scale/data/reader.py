@@ -36,7 +36,7 @@ class BadSampleError(Exception):
 
 
 def refuse_large_sample(size: int, limit: int) -> None:
-    """Called before a sample is read.
+    """Refuse a sample before it is read.
 
     Args:
         size: bytes of its members in the shard.

@@ -215,7 +215,7 @@ def to_png(image: Image.Image) -> bytes:
 
 
 def split_name(value: Any, where: str) -> str | None:
-    """The folder of shards that a name of a split stands for; None where there is no name.
+    """Return the folder of shards that a name of a split stands for; None where there is no name.
 
     Raises:
         DataError: it cannot be one.

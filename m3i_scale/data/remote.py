@@ -316,7 +316,7 @@ def _range(url: Url, start: int, end: int, access: Access, version: str) -> byte
 
 
 def _http(url: Url, access: Access, most: int, version: str = "", ranged: str = "") -> bytes:
-    """The answer to one request, of which no more than `most` bytes are read.
+    """Return the answer to one request, of which no more than `most` bytes are read.
 
     Raises:
         FaultError: it is longer, or not what was asked for.
@@ -328,7 +328,8 @@ def _http(url: Url, access: Access, most: int, version: str = "", ranged: str = 
 
 
 async def _answer(files: Any, address: str, most: int, version: str, ranged: str) -> bytes:
-    """fsspec's own would read all of a file whose server knows no ranges, or never ends, and sees no other version."""
+    """Read an answer as fsspec's own would not: that reads all of a file whose server knows no ranges, or never ends,
+    and sees no other version."""
     session = await files.set_session()
     headers = {"Accept-Encoding": "identity", **({"Range": ranged} if ranged else {})}
     async with session.get(files.encode_url(address), headers=headers) as answer:

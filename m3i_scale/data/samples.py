@@ -167,7 +167,7 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
 
 
 def refuse_large_caption(data: bytes, limit: int) -> None:
-    """Called before a caption is read.
+    """Refuse a caption before it is read.
 
     Args:
         data: the `txt` member.

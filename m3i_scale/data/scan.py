@@ -164,7 +164,7 @@ class _HeaderFile:
 
 
 def headers_of(stream: BinaryIO) -> BinaryIO:
-    """A tar of which tarfile can read headers, none of them large, and nothing else."""
+    """Open a tar of which tarfile can read headers, none of them large, and nothing else."""
     return cast(BinaryIO, _HeaderFile(stream))
 
 
@@ -303,7 +303,7 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Place, data: bytes) -> ShardIndex | None:
-    """An index out of the bytes of its file, which may be damaged or hostile.
+    """Read an index out of the bytes of its file, which may be damaged or hostile.
 
     Returns:
         None where it is of another format, or its scan did not look behind the end of a tar that has more there than
@@ -332,7 +332,8 @@ def parse_index(path: Place, data: bytes) -> ShardIndex | None:
 
 
 def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """What `np.savez` wrote. `np.load` takes the size of an array from a header whose checksum it has not seen yet.
+    """Read what `np.savez` wrote. `np.load` takes the size of an array from a header whose checksum it has not seen
+    yet.
 
     Raises:
         ValueError: damaged, or packed so that it could grow.
@@ -349,7 +350,7 @@ def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
 
 
 def _array(data: bytes) -> NDArray[Any]:
-    """One array, of no more elements than there are bytes for."""
+    """Read one array, of no more elements than there are bytes for."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("an array of another format")

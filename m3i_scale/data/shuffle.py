@@ -221,7 +221,7 @@ def closeness(batches: Iterable[Indices], sizes: Sequence[int]) -> Closeness:
 
 
 def correlation(first: Indices, second: Indices) -> float:
-    """Of the places that samples have in two passes; of those that are in both."""
+    """Measure the correlation of the places that samples have in two passes; of those that are in both."""
     _, one, two = np.intersect1d(first, second, assume_unique=True, return_indices=True)
     return float(np.corrcoef(one, two)[0, 1]) if len(one) > 1 else 0.0
 

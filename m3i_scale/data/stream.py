@@ -279,7 +279,8 @@ def too_many_bad(
     what: str | None = None,
     listed_in: Path | None = None,
 ) -> DataError:
-    """The error that stops a run which is losing data; `what` says it where it is not the share that is too large."""
+    """Return the error that stops a run which is losing data; `what` says it where it is not the share that is too
+    large."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
     fix = "mend the shards, or raise data.max_bad_fraction if you know why they are bad"
     if what is not None:

@@ -105,7 +105,8 @@ def find_tokenizer(
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What makes tokens of a caption, beside the vocabulary: as JSON types, small parts as they are, large ones hashed.
+    """Describe what makes tokens of a caption, beside the vocabulary: as JSON types, small parts as they are, large
+    ones hashed.
 
     How captions are cut and padded is left out: it is set anew at each call.
     """
@@ -127,7 +128,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _shortened(value: Any) -> Any:
-    """Long texts, such as tables of characters, by their hash."""
+    """Replace long texts, such as tables of characters, by their hash."""
     if isinstance(value, dict):
         return {key: _shortened(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -120,7 +120,8 @@ def leave_signals_to_parent() -> None:
 
 
 def end_with_parent() -> None:
-    """In a process of a pool: from now on, end as soon as the process that started the pool has, however it did."""
+    """End, from now on, as soon as the process that started the pool has, however it did; called in a process of a
+    pool."""
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("not a worker process")
@@ -143,7 +144,7 @@ def _obey(parent: int, folder: Path | None) -> None:
 
 
 def _own_temporary_folder() -> Path | None:
-    """The temporary folder of this worker, held until it ends; None where it shares that of its parent."""
+    """Make the temporary folder of this worker, held until it ends; None where it shares that of its parent."""
     parent = Path(tempfile.gettempdir())
     before = set(os.listdir(parent))
     folder = Path(get_temp_dir())

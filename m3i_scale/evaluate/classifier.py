@@ -31,18 +31,19 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) at the model's size → numbers of the classes that come first, best first (B, ≤ 5)."""
+        """Return numbers of the classes that come first, best first (B, ≤ 5), for uint8 (B, 3, H, W) at the model's
+        size."""
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether the folder is that of an image classifier."""
+    """Return whether the folder is that of an image classifier."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return any(str(name).endswith("ForImageClassification") for name in values.get("architectures") or ())
 
 
 def own_head(folder: Path, vision: VisionModel) -> Classifier:
-    """The head of a stock image classifier.
+    """Return the head of a stock image classifier.
 
     Raises:
         NotMeasuredError: its weights do not fill it, or its classes have no names. The features are sound all the same.
@@ -72,7 +73,7 @@ def own_head(folder: Path, vision: VisionModel) -> Classifier:
 
 
 def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], classes: list[str]) -> Classifier:
-    """The head of a category target, kept beside the features of an export.
+    """Return the head of a category target, kept beside the features of an export.
 
     Args:
         objective: put together from `heads/`.
@@ -95,7 +96,7 @@ def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], clas
 def measure_classifier(
     classifier: Classifier, ranked_NK: NDArray[np.float32], test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Top-1 and, with more than five classes, top-5 accuracy among all classes of the head.
+    """Measure top-1 and, with more than five classes, top-5 accuracy among all classes of the head.
 
     Args:
         classifier: the head.

@@ -157,7 +157,7 @@ class _Reader:
 def _trained_heads(
     folder: Path, vision: VisionModel, classes: list[str], *, wants_text: bool, wants_classifier: bool
 ) -> tuple[Classifier | None, str | None, Towers | None]:
-    """The trained classifier or, where it is asked for, why there is none; and both towers of a text target."""
+    """Return the trained classifier or, where it is asked for, why there is none; and both towers of a text target."""
     classifier: Classifier | None = None
     no_classifier: str | None = None
     towers: Towers | None = None

@@ -59,7 +59,7 @@ class VisionModel:
         return pool_tokens(hidden, patches, self.pool), patch_tokens(hidden, patches)
 
     def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) at `size` → what the model reads, on its device."""
+        """Return what the model reads, on its device, for uint8 (B, 3, H, W) at `size`."""
         if isinstance(self.processor, TimmWrapperImageProcessor):  # it takes no options: it would cut once more
             facts = self.processor.data_config
             return normalize(images_BCHW.to(self.device), facts["mean"], facts["std"])

@@ -60,7 +60,7 @@ def why_no_towers(folder: Path) -> str | None:
 
 
 def has_category_head(folder: Path) -> bool:
-    """Whether a model folder is an export of features with the head of a category target beside them.
+    """Return whether a model folder is an export of features with the head of a category target beside them.
 
     Raises:
         ExportError: heads/objective.json is there and broken.
@@ -78,7 +78,7 @@ def has_category_head(folder: Path) -> bool:
 
 
 def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:
-    """The training modules of an export of features, filled.
+    """Load the training modules of an export of features, filled.
 
     Returns:
         The modules, what their run file said of them, and the class names by label set.

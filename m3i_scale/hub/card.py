@@ -82,7 +82,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
 
 
 def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Target, what it is taken from, samples that had it, and their share."""
+    """List targets, what each is taken from, samples that had it, and their share."""
     seen = provenance["samples"]
     for target in source.recipe.targets:
         samples = provenance["supervision"].get(target.name)
@@ -91,7 +91,7 @@ def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[s
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of figures under the names of all of them; where a row has none, nothing."""
+    """Lay out rows of figures under the names of all of them; where a row has none, nothing."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     body = [[_figure(row[name]) if name in row else "" for name in names] for row in rows]
     return [names, *body] if rows else []

@@ -250,8 +250,8 @@ def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Files that libraries make by way of a temporary one can be read by their owner alone; the folder itself has what
-    the umask leaves."""
+    """Give files and folder the mode that the umask leaves: those that libraries make by way of a temporary one can be
+    read by their owner alone."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():

@@ -139,8 +139,8 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
 
 
 def _file_name(part: Part, key: str) -> str:
-    """The name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers` reads
-    that, and those before 5 nothing else."""
+    """Return the name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers`
+    reads that, and those before 5 nothing else."""
     towers = [
         name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
     ]

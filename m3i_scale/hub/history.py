@@ -14,7 +14,7 @@ CURVE_ROWS = 10
 
 
 def last_figures(source: Source) -> dict[str, Any]:
-    """The last train record at or before the checkpoint's step; empty where there is none."""
+    """Return the last train record at or before the checkpoint's step; empty where there is none."""
     last: dict[str, Any] = {}
     for record in _trained(source):
         last = record
@@ -22,8 +22,8 @@ def last_figures(source: Source) -> dict[str, Any]:
 
 
 def compute_of(source: Source) -> dict[str, Any]:
-    """What the training up to the checkpoint cost; None where metrics.jsonl does not say it. Steps that were done over,
-    or that a rewind has undone, no longer stand there and do not count.
+    """Return what the training up to the checkpoint cost; None where metrics.jsonl does not say it. Steps that were
+    done over, or that a rewind has undone, no longer stand there and do not count.
 
     Returns:
         `steps`; `samples`; `flop`, of the model alone, recomputation not counted; `rank_hours`, by the duration of the
@@ -52,7 +52,7 @@ def compute_of(source: Source) -> dict[str, Any]:
 
 
 def supervision_of(source: Source) -> dict[str, float]:
-    """By target, how many of the samples that were seen had it; empty where metrics.jsonl does not say it."""
+    """Count, by target, the samples that were seen and had it; empty where metrics.jsonl does not say it."""
     samples: dict[str, float] = {}
     for record, steps, world, micro_batch in _counted(source):
         if world is None:
@@ -66,7 +66,7 @@ def supervision_of(source: Source) -> dict[str, float]:
 
 
 def curve_of(source: Source) -> list[dict[str, Any]]:
-    """Step, loss and the targets' losses: of the first record, and of the last one in every tenth of the training."""
+    """List step, loss and the targets' losses: of the first record, and of the last in every tenth of the training."""
     rows: dict[int, dict[str, Any]] = {}
     for record in _trained(source):
         rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record

@@ -120,7 +120,7 @@ _KINDS = ("with_label", "with_caption")
 
 
 def _told(key: str, shards: dict[str, Any]) -> bool:
-    """Whether a manifest counts this; those that others have written need not."""
+    """Return whether a manifest counts this; those that others have written need not."""
     return key == "samples" or all(key in shard for shard in shards.values())
 
 

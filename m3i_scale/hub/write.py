@@ -159,7 +159,7 @@ def write_processor(folder: Path, source: Source) -> None:
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer's files; one of no model of its own under the name that every version of transformers knows."""
+    """Write the tokenizer's files; one of no model of its own under the name that all versions of transformers know."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))

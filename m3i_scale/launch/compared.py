@@ -51,7 +51,7 @@ class Compared:
         self._raised = False
 
     def keep(self, world: World, refusal: Callable[[World], str | None]) -> Comparison:
-        """The same hosts with the micro-batch that keeps what losses compare, where there is room for it.
+        """Return the same hosts with the micro-batch that keeps what losses compare, where there is room for it.
 
         Args:
             world: that an attempt is to have.
@@ -71,7 +71,7 @@ class Compared:
         return Comparison(world, f"losses compare {world.compared} samples at a time, were {self.usual}: {why}")
 
     def note(self, cause: Failure | None) -> None:
-        """How an attempt has failed: with a larger micro-batch for want of memory, and none is larger again."""
+        """Note how an attempt has failed: with a larger micro-batch for want of memory, and none is larger again."""
         if self._raised and cause is not None and _OUT_OF_MEMORY.search(cause.message):
             self._ran_out = True
 
@@ -102,7 +102,7 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
 def refusal_of_plan(
     words: Sequence[str], world: World, memory: RankMemory, meanwhile: Callable[[], bool], given_gib: float | None
 ) -> str | None:
-    """Why ranks have no room for a world's micro-batch, according to `m3i-scale plan`; None: they have.
+    """Return why ranks have no room for a world's micro-batch, according to `m3i-scale plan`; None: they have.
 
     Args:
         words: run file and overrides, as `train` gets them.
@@ -131,7 +131,7 @@ def refusal_of_plan(
 
 
 def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | None, str, str]:
-    """Exit code, and both outputs."""
+    """Run a command; return its exit code and both outputs."""
     process = subprocess.Popen(
         command,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},  # it computes nothing

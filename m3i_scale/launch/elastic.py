@@ -80,7 +80,7 @@ def render(job: Job) -> LaunchPlan:
 
 
 def read_launch(path: Path) -> Launch:
-    """What a file describes, to be run by who holds the lock of its output folder.
+    """Read what a file describes, to be run by who holds the lock of its output folder.
 
     Args:
         path: as `render` writes it.

@@ -29,7 +29,8 @@ _ASK_AGAIN_S = 2.0
 
 
 def signals_to_note() -> list[signal.Signals]:
-    """Those that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is none."""
+    """Return the signals that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is
+    none."""
     hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     return [*SIGNALS, *hung_up]
 

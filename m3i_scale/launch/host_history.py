@@ -29,11 +29,11 @@ class HostHistory:
         self._blamed: str | None = None
 
     def unresponsive(self, fewest: int) -> frozenset[str]:
-        """Those that nobody has to wait for: where the others are enough."""
+        """Return the names of hosts that nobody has to wait for: where the others are enough."""
         return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
 
     def answered(self, reasons: dict[str, str]) -> None:
-        """All have been asked.
+        """Note who has answered, once all have been asked.
 
         Args:
             reasons: why a host cannot be used, by name.
@@ -41,7 +41,7 @@ class HostHistory:
         self.without_answer = set(reasons)
 
     def ended(self, world: World, outcome: Outcome) -> None:
-        """After an attempt."""
+        """Note how an attempt has ended."""
         self.without_answer |= set(outcome.lost)
         cause = outcome.cause if outcome.status == "failed" else None
         # One that was lost is another matter: it may be back for good.

@@ -138,7 +138,7 @@ def _own_environment() -> dict[str, str]:
 
 
 def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
-    """What starts the agent of a host; `patience_s` as `Link` has it."""
+    """Return what starts the agent of a host; `patience_s` as `Link` has it."""
     if is_here(name):
         inner = _inner(site)
         return ["bash", "-c", inner]

@@ -67,7 +67,7 @@ def _lock(file: IO[str]) -> None:
 
 
 def launch_of(output_dir: Path) -> str | None:
-    """Who launches the run of an output folder at the moment, for a person; None: nobody."""
+    """Return who launches the run of an output folder at the moment, for a person; None: nobody."""
     try:
         with (output_dir / _LOCK).open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -26,7 +26,7 @@ class RankMemory:
 
 
 def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> RankMemory:
-    """What a rank has.
+    """Return the memory that a rank has.
 
     Args:
         slots: ranks on this host.

@@ -62,7 +62,7 @@ class Work:
 
     @property
     def on_host(self) -> bool:
-        """Whether ranks are told to compute on CPUs."""
+        """Return whether ranks are told to compute on CPUs."""
         return self.site.environment.get("DS_ACCELERATOR") == "cpu"
 
 
@@ -85,7 +85,7 @@ class Rendezvous:
         self._planned: dict[World, str | None] = {}
 
     def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
-        """Links to the hosts of the next attempt, why others are out, and the world that they make.
+        """Return links to the hosts of the next attempt, why others are out, and the world that they make.
 
         Raises:
             CannotStartError: too few hosts answer or fit the run, or losses would compare too few samples.
@@ -127,13 +127,13 @@ class Rendezvous:
         return [chosen[host] for host in world.hosts], reasons, world
 
     def learn(self, world: World, outcome: Outcome) -> None:
-        """What an attempt says for the next."""
+        """Note what an attempt says for the next."""
         if outcome.status == "failed":
             self.compared.note(outcome.cause)
         self.history.ended(world, outcome)
 
     def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
-        """The world of the others, where hosts fail again and again and the others are enough."""
+        """Return the world of the others, where hosts fail again and again and the others are enough."""
         failing = [link.host.name for link in links if link.host.name in self.history.failing]
         others = [link.host for link in links if link.host.name not in failing]
         if not failing or not others:
@@ -148,7 +148,7 @@ class Rendezvous:
         return world
 
     def _keep_compared(self, world: World, links: Sequence[Link]) -> World:
-        """With the micro-batch that keeps the losses what they are, where there is room for it.
+        """Choose the micro-batch that keeps the losses what they are, where there is room for it.
 
         Raises:
             CannotStartError: losses would compare fewer samples than they may.
@@ -167,7 +167,7 @@ class Rendezvous:
         return found.world
 
     def _refusal(self, world: World, links: Sequence[Link]) -> str | None:
-        """Why the ranks have no room for a micro-batch; None: they have."""
+        """Return why the ranks have no room for a micro-batch; None: they have."""
         if not self.work.words:
             return f"a micro-batch of {world.micro_batch_size} cannot be planned here"
         if world in self._planned:
@@ -190,7 +190,8 @@ class Rendezvous:
         return why
 
     def _await(self, kind: str, asked: Sequence[Link], links: Sequence[Link]) -> list[Message | None]:
-        """Of each that was asked the next message of that kind; None where its agent ends before, or says nothing.
+        """Wait for the next message of that kind from each that was asked; None where its agent ends before, or says
+        nothing.
 
         What others say meanwhile, and that one is gone, is put back: whoever reads next has to hear it. None of `links`
         is left without a beat: it would take the launch for dead.

@@ -128,8 +128,8 @@ def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
 
 
 def _lost_host(ending: Ending, shown: LaunchPlan) -> Failure | None:
-    """The first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of its
-    ranks can say so, and those of others wait for them until they are ended."""
+    """Return the first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of
+    its ranks can say so, and those of others wait for them until they are ended."""
     lost = [
         place
         for place, command in enumerate(shown.commands)

@@ -26,7 +26,7 @@ class World:
 
     @property
     def compared(self) -> int:
-        """Samples of a micro-batch over all ranks, which some losses compare with each other."""
+        """Return samples of a micro-batch over all ranks, which some losses compare with each other."""
         return self.ranks * self.micro_batch_size
 
     @property

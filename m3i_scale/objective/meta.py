@@ -16,7 +16,7 @@ from m3i_scale.objective.ranks import Ranks
 def build_on_meta(
     run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None, ranks: Ranks | None = None
 ) -> Objective:
-    """As `build_objective`, on `meta`.
+    """Build as `build_objective`, on `meta`.
 
     Raises:
         ConfigError: the recipe, the backbone and the data do not fit together, or a field of `backbone.config` or
@@ -42,7 +42,7 @@ def build_on_meta(
 
 
 def _keys_at_fault(run: RunConfig, build: Callable[[RunConfig], Objective]) -> Iterator[str]:
-    """Fields of configurations without which the model can be built."""
+    """Find the fields of configurations without which the model can be built."""
     for name in ("backbone", "text"):
         section = getattr(run, name)
         for key, value in section.config.items():

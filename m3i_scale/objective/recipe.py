@@ -324,21 +324,23 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe") -> 
     return parse_section(Recipe, values, where=where, below="recipe")
 
 
-def load_run_and_recipe(name_or_path: str, overrides: list[str] | None = None) -> tuple[RunConfig, Recipe]:
-    """A run file and its recipe.
+def load_run_and_recipe(
+    name_or_path: str, overrides: list[str] | None = None, values: dict[str, Any] | None = None
+) -> tuple[RunConfig, Recipe]:
+    """Read a run file and its recipe; arguments as of `load_run`.
 
     Raises:
         ConfigError: see `load_run` and `parse_recipe`; a FaultsError with the faults of both.
     """
-    values, faults = run_values(name_or_path, overrides), Faults()
-    run = faults.note(load_run, name_or_path, overrides)
-    recipe = None
-    if isinstance(values.get("recipe"), dict):  # else the run file lacks it, which is told
+    if values is None:
+        values = run_values(name_or_path, overrides)
+    faults, recipe = Faults(), None
+    run = faults.note(load_run, name_or_path, overrides, values)
+    described = values.get("recipe")
+    if isinstance(described, dict):  # else the run file lacks it, which is told
         path = find_run_file(name_or_path)
         recipe = faults.note(
-            lambda: parse_recipe(
-                values["recipe"], where=lambda place: origin(("recipe", *place), overrides or [], path)
-            )
+            lambda: parse_recipe(described, where=lambda place: origin(("recipe", *place), overrides or [], path))
         )
     faults.end()
     if run is None or recipe is None:

@@ -47,7 +47,7 @@ def _hosts(found: list[Mapping[str, Any]]) -> str:
 
 
 def _together(found: list[Mapping[str, Any]]) -> Text:
-    """Their values, each once, with the hosts that it is of where there are several; of many, the first ones."""
+    """Join values, each once, with the hosts that it is of where there are several; of many, the first ones."""
     hosts_of: dict[str, list[str]] = {}
     for finding in found:
         hosts_of.setdefault(finding["value"], []).append(finding["host"])

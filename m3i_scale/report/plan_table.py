@@ -27,7 +27,7 @@ def plan_table(document: dict[str, Any]) -> Group:
 
 
 def _planned(choice: dict[str, Any], ranks: int) -> Text:
-    """What was planned, in words."""
+    """Return what was planned, in words."""
     accumulation = choice["accumulation"]
     batch = f"{choice['micro_batch_size'] * accumulation * ranks:,} samples a step"
     return Text(
@@ -38,7 +38,7 @@ def _planned(choice: dict[str, Any], ranks: int) -> Text:
 
 
 def duration(days: float) -> str:
-    """Days in the unit that a person would take."""
+    """Write days in the unit that a person would take."""
     for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
         if days >= 2 * size:
             return f"{days / size:,.3g} {unit}" if days < 1000 * size else f"{days / size:,.0f} {unit}"
@@ -46,7 +46,7 @@ def duration(days: float) -> str:
 
 
 def _rank_hours(document: dict[str, Any], hours: float) -> str:
-    """Of all ranks together, by what a rank computes on."""
+    """Write the hours of all ranks together, by what a rank computes on."""
     shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     return f"{shown} {'CPU-rank' if document['on_host'] else 'GPU'} hours"
 

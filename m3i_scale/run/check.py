@@ -30,7 +30,7 @@ _ANY_WIDTH = 768
 
 
 def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
-    """All that `train` would refuse before it starts anything, but for what only the machines of the run can tell.
+    """List all that `train` would refuse before it starts anything, but for what only the machines of the run can tell.
 
     Args:
         name_or_path: a run file, or the name of a built-in one.
@@ -41,7 +41,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     values = faults.note(run_values, name_or_path, overrides)
     if values is None:
         return faults.found
-    faults.note(load_run_and_recipe, name_or_path, overrides)
+    faults.note(load_run_and_recipe, name_or_path, overrides, values)
     run, broken = sections_that_hold(values)
     if run is not None:
         recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
@@ -53,7 +53,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
-    """As `faults_of`.
+    """Raise what `faults_of` finds.
 
     Raises:
         UserError: what was found; a FaultsError where that are several things.
@@ -93,7 +93,7 @@ class Checks:
         self.run, self.ranks, self.at_fault, self.here = run, ranks, at_fault, here
 
     def sound(self, *sections: str) -> bool:
-        """Whether nothing in these sections is known to be at fault."""
+        """Return whether nothing in these sections is known to be at fault."""
         return not self.at_fault.intersection(sections)
 
     def plan(self, faults: Faults) -> Plan | None:
@@ -169,7 +169,7 @@ class Checks:
             faults.note(named_peak, peak, compute_dtype(resolved.config))
 
     def _access(self, faults: Faults) -> tuple[Access | None, bool]:
-        """How servers are asked, and whether the shards are there."""
+        """Return how servers are asked, and whether the shards are there."""
         data = self.run.data
         if self.ranks is not None and self.sound("optim"):
             size = self.run.optim.micro_batch_size
@@ -185,7 +185,7 @@ class Checks:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    """Losses on validation data need both, data and an interval, and a run that is long enough.
+    """Check that losses on validation data have both, data and an interval, and a run that is long enough.
 
     Raises:
         ConfigError: one of them is missing.
@@ -208,7 +208,7 @@ def _check_evaluation(run: RunConfig) -> None:
 
 
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run, of which padding is token 0.
+    """Return the tokenizer of a run, of which padding is token 0.
 
     Raises:
         ConfigError: see `find_tokenizer`; or it pads with another token.

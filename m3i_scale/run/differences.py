@@ -36,8 +36,8 @@ def told_differences(key: str, before: Any, now: Any) -> list[str]:
 
 
 def known_part(before: Any, now: Any) -> Any:
-    """What is, without the fields that whoever wrote down what was did not know: a newer version of a package may
-    describe the same thing with more of them."""
+    """Drop the fields that the older description does not have: a newer version of a package may describe the same
+    thing with more of them."""
     if isinstance(before, dict) and isinstance(now, dict):
         return {key: known_part(before[key], value) for key, value in now.items() if key in before}
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):

@@ -170,8 +170,8 @@ _ON_DEVICES = {
 
 
 def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
-    """The fastest choice that fits: for every file and policy the largest micro-batch is looked for, then for every
-    file larger buckets. None where none fits.
+    """Find the fastest choice that fits: for every file and policy the largest micro-batch is looked for, then for
+    every file larger buckets. None where none fits.
 
     What offloads is taken where nothing else fits: its copies and the host's arithmetic are not in the time. A file
     that is meant for hosts is not suggested for accelerators, but the one of the same kind that is meant for them.
@@ -206,7 +206,7 @@ PAYS = 0.98
 
 
 def _with_larger_buckets(model: Model, machine: Machine, found: Estimate) -> Estimate:
-    """The smallest buckets that come within a hundredth of the fastest ones, where they pay."""
+    """Find the smallest buckets that come within a hundredth of the fastest ones, where they pay."""
     zero = found.resolved.config["zero_optimization"]
     tried = []
     for elements in () if found.settings.bf16_optimizer else ELEMENTS:  # that one reduces everything at once

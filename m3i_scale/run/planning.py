@@ -353,7 +353,7 @@ def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
 
 
 def _sized(resolved: Resolved, sizes: tuple[tuple[str, int], ...]) -> Resolved:
-    """The same configuration with other sizes."""
+    """Return the same configuration with other sizes."""
     zero = resolved.config["zero_optimization"] | dict(sizes)
     return replace(resolved, config=resolved.config | {"zero_optimization": zero})
 

@@ -28,7 +28,7 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank has been asked."""
+        """Return whether this rank has been asked."""
         return self._signalled or (self._output_dir is not None and stop_requested(self._output_dir))
 
     def install(self) -> None:

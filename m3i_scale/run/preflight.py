@@ -92,7 +92,7 @@ def _kept_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> int:
 
 
 def check_software(run: RunConfig) -> None:
-    """The same code, Python, packages and run file on all ranks, whoever started them. Every rank calls it, before
+    """Compare code, Python, packages and run file of all ranks, whoever started them. Every rank calls it, before
     anything else that they do together.
 
     Raises:

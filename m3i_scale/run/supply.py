@@ -70,7 +70,7 @@ class Supply(Iterator[Batch]):
 
 
 def account_of_all(stream: TrainStream) -> Account:
-    """What is bad over all ranks; every rank calls it."""
+    """Return what is bad over all ranks; every rank calls it."""
     sums = summed_counts(stream.account._asdict())
     return Account(*(sums.get(name, 0) for name in Account._fields))
 
@@ -118,7 +118,7 @@ def check_supply(stream: TrainStream, batch_size: int, steps: int) -> str | None
 
 
 def ending_words(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
-    """What is said of a run whose sources have ended, with so many bad samples; every rank calls it."""
+    """Return what is said of a run whose sources have ended, with so many bad samples; every rank calls it."""
     left = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
     over = ", ".join(f"{name} {round(count * world_size)}" for name, count in left.items())
     told = f", {bad} were bad on the way" if bad else ""

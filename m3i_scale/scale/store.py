@@ -136,7 +136,7 @@ def _has(store: TCPStore, key: str) -> bool:
 
 
 def _store(rank: int, timeout_s: float) -> TCPStore:
-    """Rank 0's, which PyTorch finds and uses then, or the way to it."""
+    """Open rank 0's store, which PyTorch finds and uses then, or the way to it."""
     host, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
     if rank == 0 and _KEPT:
@@ -164,7 +164,7 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
 
 
 def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
-    """The ranks that have not come."""
+    """Wait for all ranks; return those that have not come."""
     began = told = time.monotonic()
     missing = list(range(1, world))
     while missing and time.monotonic() - began < timeout_s:
@@ -179,7 +179,7 @@ def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """`ranks 8–15 (node1)`; hosts where the launcher has said which they are."""
+    """Write `ranks 8–15 (node1)`; hosts where the launcher has said which they are."""
     host_of = _hosts_of_deepspeed()
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     spans = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
@@ -188,7 +188,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _hosts_of_deepspeed() -> dict[int, str]:
-    """By rank, from the command line of the `deepspeed` launcher's process on this host; else nothing."""
+    """Return hosts by rank, from the command line of the `deepspeed` launcher's process on this host; else nothing."""
     start = "--world_info="
     try:
         words = [word for word in psutil.Process().parent().cmdline() if word.startswith(start)]  # type: ignore[union-attr]

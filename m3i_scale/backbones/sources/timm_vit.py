@@ -81,7 +81,7 @@ def timm_source(
 
 
 def _refuse_post_norm(given: str, prefix: str, shapes: Shapes) -> None:
-    """Norms behind attention and MLP have the names and shapes of those in front: only the size tells."""
+    """Refuse norms behind attention and MLP: they have the names and shapes of those in front; only the size tells."""
     width = shapes.get(f"{prefix}cls_token", (0,))[-1]
     depth = sum(re.fullmatch(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)
     if (width, depth) in _POST_NORM:

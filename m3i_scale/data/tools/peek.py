@@ -143,7 +143,8 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
 
 
 def _fitting(picture: Image.Image, side: int) -> Image.Image:
-    """At most `side` high and wide, and more than half of that: small pictures are shown with larger pixels."""
+    """Resize a picture to at most `side` high and wide, and more than half of that: small ones are shown with larger
+    pixels."""
     factor = side // max(picture.size)
     if factor > 1:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -79,7 +79,7 @@ class RawSample:
 
     @property
     def size(self) -> int:
-        """Bytes of its members, headers included."""
+        """Return the bytes of its members, headers included."""
         return sum(member.stop - member.start for member in self.members)
 
     def blame(self, reason: str, detail: str = "") -> None:

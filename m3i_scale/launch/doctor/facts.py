@@ -51,8 +51,8 @@ def interpreter() -> dict[str, Any]:
 
 
 def incomplete_packages() -> dict[str, str]:
-    """Packages that this one requires and that are not whole here, and why: a removal or an installation that was cut
-    off may leave a version and no files."""
+    """Find packages that this one requires and that are not whole here, and why: a removal or an installation that was
+    cut off may leave a version and no files."""
     try:
         wanted = [
             re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requires("m3i-scale") or [] if "extra ==" not in line
@@ -74,7 +74,7 @@ def incomplete_packages() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Hashes of the package's files, recipes and DeepSpeed files, one over all, and the commit where they are a
+    """Hash the package's files, recipes and DeepSpeed files, one over all, and name the commit where they are a
     checkout's."""
     files: dict[str, str] = {}
     for folder in (_PACKAGE, resource_folder("recipes"), resource_folder("ds_configs")):
@@ -99,7 +99,7 @@ def _commit() -> str | None:
 
 
 def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
-    """The run as this host resolves it, and what there is to tell of it: see `run_values`, or why it cannot be read."""
+    """Describe the run as this host resolves it (see `run_values`), or why it cannot be read."""
     try:
         run = load_run(name, list(overrides))
         return run, run_values(run)
@@ -108,7 +108,7 @@ def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dic
 
 
 def run_values(run: RunConfig) -> dict[str, Any]:
-    """All values of a run and of its DeepSpeed file, and their hash.
+    """Return all values of a run and of its DeepSpeed file, and their hash.
 
     Raises:
         ConfigError: the DeepSpeed file cannot be read.

@@ -17,7 +17,7 @@ _SHOWN = 4
 
 
 def digest(answer: Mapping[str, Any]) -> str:
-    """Of Python, packages, code and run file: equal where the findings about them have no fault."""
+    """Hash Python, packages, code and run file: equal where the findings about them have no fault."""
     python = answer["python"]
     same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
@@ -37,7 +37,7 @@ def python_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def package_findings(answers: Answers) -> Iterator[Finding]:
-    """One version of every package on all hosts, with its files."""
+    """Check that every package has one version on all hosts, with its files."""
     head = next(iter(answers.values()))["python"]["packages"]
     for host, answer in answers.items():
         own = answer["python"]["packages"]
@@ -69,7 +69,7 @@ def code_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Which files of the code differ between two answers, the first ones by name."""
+    """Name the files of the code that differ between two answers, the first ones."""
     mine, theirs = own["files"], other["files"]
     names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

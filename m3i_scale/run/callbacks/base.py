@@ -192,7 +192,7 @@ class Callback:
         """On every logged step, with values that are reduced over the ranks."""
 
     def on_progress(self, step: int) -> None:
-        """On every step that is not logged; nothing is known of it but that it is done."""
+        """Hear of every step that is not logged; nothing is known of it but that it is done."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """After an evaluation; `values` are numbers by name, and may be nested."""

@@ -34,7 +34,7 @@ class _Bar(Progress):
     figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, then the figures."""
+        """Give the bar, then the figures."""
         yield self.make_tasks_table(self.tasks)
         yield self.figures
 
@@ -138,7 +138,7 @@ def smooth(mean_s: float | None, newest_s: float) -> float:
 
 
 def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
-    """What is told about a step, figure by figure, the most important ones first.
+    """Tell about a step, figure by figure, the most important ones first.
 
     Args:
         record: what is told.
@@ -161,7 +161,7 @@ def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
 
 
 def filled(parts: Iterable[str], width: int) -> list[str]:
-    """Lines of whole parts, no longer than `width` where no part is."""
+    """Fill lines with whole parts, no longer than `width` where no part is."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:

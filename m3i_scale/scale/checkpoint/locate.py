@@ -33,7 +33,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def stopped_words(root: Path) -> str:
-    """The last words of a run that was asked to stop and has saved.
+    """Return the last words of a run that was asked to stop and has saved.
 
     Args:
         root: of its checkpoints.

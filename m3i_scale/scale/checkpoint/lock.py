@@ -84,12 +84,12 @@ def _remove_notes(output_dir: Path) -> None:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run has begun in it."""
+    """Return whether a run has begun in it."""
     return any((folder / name).exists() for name in (_LOCK, "run.yaml", "checkpoints"))
 
 
 def holder_of(output_dir: Path) -> Holder | None:
-    """Who holds `output_dir`; None: nobody.
+    """Return who holds `output_dir`; None: nobody.
 
     Raises:
         CheckpointError: the lock cannot be looked at, or whoever holds it has not yet said who it is.
@@ -128,7 +128,7 @@ def request_stop(output_dir: Path, holder: Holder) -> None:
 
 
 def stop_requested(output_dir: Path) -> bool:
-    """Whether somebody has asked this process, which holds `output_dir`, to stop."""
+    """Return whether somebody has asked this process, which holds `output_dir`, to stop."""
     try:
         request = json.loads((output_dir / _STOP).read_text(encoding="utf-8"))
         return bool((request["pid"], request["host"]) == (os.getpid(), socket.gethostname()))

@@ -65,12 +65,12 @@ class Traffic:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By kind."""
+        """Return bytes by kind."""
         return {kind: round(sum(size * n for size, n in sizes.items())) for kind, sizes in self.sizes.items()}
 
     @property
     def calls(self) -> dict[str, int]:
-        """By kind."""
+        """Return calls by kind."""
         return {kind: sum(sizes.values()) for kind, sizes in self.sizes.items()}
 
 
@@ -149,7 +149,7 @@ def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int
 
 
 def _call_s(links: Links, size: float, ranks: int, nodes: int, passes: int) -> float:
-    """Of one collective over a tensor of `size` bytes."""
+    """Return the seconds of one collective over a tensor of `size` bytes."""
     if ranks == 1:
         return 0.0
     sent_gb = size * passes * (ranks - 1) / ranks / 1e9

@@ -78,8 +78,8 @@ class WholeEngine(Engine):
         """Nothing more, by default."""
 
     def average(self) -> None:
-        """`safe_get_full_fp32_param` for the momentum target: master weights, parameter by parameter, whole, in fp32.
-        Where parameters are fp32 every rank has them already."""
+        """Replay `safe_get_full_fp32_param` for the momentum target: master weights, parameter by parameter, whole, in
+        fp32. Where parameters are fp32 every rank has them already."""
         if self.settings.precision != "fp32":
             for place in self.averaged:
                 self.traffic.add(AVERAGED, self.parameters[place].numel * 4)
