@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from m3i_scale.config import RunConfig, known_recipes, known_runs, load_run, read_yaml
+from m3i_scale.config import RunConfig, known_recipes, known_runs, load_run, parse_section, read_yaml, run_values
 from m3i_scale.config.explain import MEANT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
@@ -101,6 +101,19 @@ def test_augmentation_out_of_its_range_is_refused_wherever_it_is_set(setting):
     if key not in ("mean", "std"):
         own = fault(f"data.sources={{a: {{shards: x, augment: {{{key}: {value}}}}}}}")
         assert f"'data.sources.a.augment.{key}" in str(own)
+
+
+def test_what_a_training_that_is_over_had_out_of_range_is_read():
+    augment = {"crop_scale": [8, 100], "blur": [50], "color_jitter": [40, 40, 20, 10], "mean": [123.7, 116.3, 103.5]}
+    values = run_values("supervised", ["optim.lr=1e-4", "optim.min_lr=1e-3"]) | {"data": {"augment": augment}}
+    with pytest.raises(FaultsError):
+        parse_section(RunConfig, values, where="run.yaml")
+    run = parse_section(RunConfig, values, where="run.yaml", stored=True)
+    assert run.data.augment.crop_scale == (8, 100)
+    assert run.data.augment.mean == (123.7, 116.3, 103.5)
+    assert run.optim.min_lr == 1e-3
+    with pytest.raises(ConfigError):  # what was never read is no more read now
+        parse_section(RunConfig, values | {"optim": {"lr": "fast"}}, where="run.yaml", stored=True)
 
 
 def test_normalisation_in_units_of_255_is_told_in_those_of_1():

@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
 from m3i_scale.config.explain import explained, origin, parse_section
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
-from m3i_scale.config.sections import FixableError, ModelFields, Section, SectionT
+from m3i_scale.config.sections import FixableError, ModelFields, Section, SectionT, is_stored
 
 __all__ = [
     "AugmentConfig",
@@ -130,13 +130,13 @@ class OptimConfig(Section):
         return {**values, "warmup_steps": max(steps // 10, 0)}
 
     @model_validator(mode="after")
-    def _schedule_holds(self) -> Self:
+    def _schedule_holds(self, info: ValidationInfo) -> Self:
         if self.warmup_steps >= self.steps:
             raise FixableError(
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})",
                 f"optim.warmup_steps={self.steps // 10}, or leave it out",
             )
-        if self.min_lr > self.lr:
+        if self.min_lr > self.lr and not is_stored(info):
             raise FixableError(
                 f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g}): the rate would rise to the end",
                 f"optim.min_lr={self.lr / 100:g}, or 0, the default",

@@ -7,17 +7,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.sections import Section, plain_values
+from m3i_scale.config.sections import Section, is_stored, plain_values
 
 MAX_CAPTION_BYTES = 2**16
 MAX_SAMPLE_BYTES = 2**29
 """No image of `max_image_pixels` is so large."""
-Probability = Annotated[float, Field(ge=0, le=1)]
 _EXTREME_RATIO = 20.0
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
+
+
+def _is_probability(value: float, info: ValidationInfo) -> float:
+    if not 0 <= value <= 1 and not is_stored(info):
+        raise ValueError(f"{value:g} is no probability, from 0 to 1")
+    return value
+
+
+Probability = Annotated[float, AfterValidator(_is_probability)]
 
 
 class DistortionConfig(Section):
@@ -44,9 +52,9 @@ class DistortionConfig(Section):
 
     @field_validator("crop_scale")
     @classmethod
-    def _crops_lie_inside(cls, scale: tuple[float, float]) -> tuple[float, float]:
+    def _crops_lie_inside(cls, scale: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         smallest, largest = scale
-        if not 0 < smallest <= largest <= 1:
+        if not 0 < smallest <= largest <= 1 and not is_stored(info):
             raise ValueError(
                 f"[{smallest:g}, {largest:g}] is no range of shares of an image's area: above 0, the smallest first, "
                 "at most 1, as in [0.08, 1.0]"
@@ -55,9 +63,9 @@ class DistortionConfig(Section):
 
     @field_validator("crop_ratio")
     @classmethod
-    def _crops_have_a_shape(cls, ratio: tuple[float, float]) -> tuple[float, float]:
+    def _crops_have_a_shape(cls, ratio: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         narrowest, widest = ratio
-        if not 1 / _EXTREME_RATIO <= narrowest <= widest <= _EXTREME_RATIO:
+        if not 1 / _EXTREME_RATIO <= narrowest <= widest <= _EXTREME_RATIO and not is_stored(info):
             raise ValueError(
                 f"[{narrowest:g}, {widest:g}] is no range of width : height: the smallest first, from "
                 f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.75, 1.3333]"
@@ -66,8 +74,12 @@ class DistortionConfig(Section):
 
     @field_validator("color_jitter")
     @classmethod
-    def _jitter_leaves_an_image(cls, strengths: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-        if not all(0 <= strength <= most for strength, most in zip(strengths, _STRONGEST_JITTER, strict=True)):
+    def _jitter_leaves_an_image(
+        cls, strengths: tuple[float, float, float, float], info: ValidationInfo
+    ) -> tuple[float, float, float, float]:
+        if not is_stored(info) and not all(
+            0 <= strength <= most for strength, most in zip(strengths, _STRONGEST_JITTER, strict=True)
+        ):
             raise ValueError(
                 f"{[*strengths]} are no strengths of brightness, contrast, saturation (0 to 2) and hue (0 to 0.5), as "
                 "in [0.4, 0.4, 0.2, 0.1]"
@@ -89,6 +101,8 @@ class AugmentConfig(DistortionConfig):
     def _pixels_are_from_0_to_1(
         cls, channels: tuple[float, float, float], info: ValidationInfo
     ) -> tuple[float, float, float]:
+        if is_stored(info):
+            return channels
         least = "above 0" if info.field_name == "std" else "0"
         if not all(0 <= channel <= 1 for channel in channels) or (info.field_name == "std" and 0 in channels):
             shares = ", ".join(f"{channel / 255:.4g}" for channel in channels)

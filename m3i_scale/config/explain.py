@@ -88,7 +88,9 @@ MEANT = {
 """What keys of other code bases are called here."""
 
 
-def parse_section(kind: type[SectionT], values: Any, *, where: str | WhereOf, below: str = "") -> SectionT:
+def parse_section(
+    kind: type[SectionT], values: Any, *, where: str | WhereOf, below: str = "", stored: bool = False
+) -> SectionT:
     """Read `values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
 
     Args:
@@ -96,12 +98,13 @@ def parse_section(kind: type[SectionT], values: Any, *, where: str | WhereOf, be
         values: what was read.
         where: named in errors; or what names the place that a key below the section was written at.
         below: the key of the run file that holds the section.
+        stored: they are of a training that is over (see `is_stored`).
 
     Raises:
         ConfigError: what does not hold together; a FaultsError where that are several things.
     """
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values, context={"stored": stored})
     except ValidationError as error:
         fault = explained(kind, error, where if callable(where) else lambda place: where, below)
     raise fault

@@ -43,6 +43,11 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+def is_stored(info: ValidationInfo) -> bool:
+    """Return whether values are those of a training that is over: its export does not ask for ranges of training."""
+    return bool(info.context and info.context.get("stored"))
+
+
 def plain_values(value: Any) -> Any:
     """What was set of a section that is one already."""
     return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value

@@ -20,9 +20,8 @@ _DIGEST_LETTERS = 2
 """12 bits for the size of a shard, and as many for its number of samples and for its headers. They serve the words of
 the diff; that there is one is known by the whole hash."""
 _SHOWN = 4
-_DEAL = 3
-"""By which rule samples are dealt to streams: 3, evenly, with the shards in an order that is drawn; 2, in that of their
-names. Fingerprints that say nothing are of 1, by whole shards."""
+_DEAL = 2
+"""By which rule samples are dealt to streams: evenly. Fingerprints that say nothing are of 1, by whole shards."""
 _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 

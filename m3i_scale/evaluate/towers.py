@@ -87,7 +87,7 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
         ExportError: heads/objective.json is broken, or weights and recipe do not fit together.
     """
     values = _read(folder / "heads" / "objective.json")
-    run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"))
+    run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"), stored=True)
     try:
         with init_empty_weights(include_buffers=False):
             objective = build_objective(run, values["label_sets"], values["vocab_size"], target_encoders=False)

@@ -57,7 +57,8 @@ def find_source(path: Path) -> Source:
     """
     checkpoint, passed_over = _resolve(path)
     try:
-        run = parse_section(RunConfig, read_yaml(checkpoint / "run.yaml"), where=str(checkpoint / "run.yaml"))
+        file = checkpoint / "run.yaml"
+        run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
         meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
         step = int(meta["step"])
     except ConfigError as error:
