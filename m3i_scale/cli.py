@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale import __version__
-from m3i_scale.config import load_run
 from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
 from m3i_scale.launch.commands import launch
@@ -238,6 +237,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory, communication and time of a run, before anything runs; needs neither data nor a GPU."""
+    from m3i_scale.config import load_run
+
     config = load_run(run, overrides)
     from m3i_scale.run.plan_costs import Costs
     from m3i_scale.run.plan_search import plan_run, refuse_hopeless, write_deepspeed

@@ -10,6 +10,7 @@ from m3i_scale.backbones.internimage import SOURCE_FILES
 PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 
 LEVELS = {
+    "defaults": 0,
     "errors": 0,
     "output": 0,
     "rank_variables": 0,

@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
+from m3i_scale import defaults
 from m3i_scale.config.sections import Section, is_stored, plain_values
 
-MAX_CAPTION_BYTES = 2**16
-MAX_SAMPLE_BYTES = 2**29
-"""No image of `max_image_pixels` is so large."""
 _EXTREME_RATIO = 20.0
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
 
@@ -159,18 +157,18 @@ class DataConfig(Section):
     """Training sources by name."""
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
     """Sources that the evaluation hook measures losses on."""
-    streams: int = Field(default=8, ge=1)
+    streams: int = Field(default=defaults.STREAMS, ge=1)
     """Number of virtual streams that samples are dealt to, evenly. Ranks × workers share them out; the order of samples
     depends on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
     workers: int = Field(default=0, ge=0)
     """Loader processes per rank; 0 loads in the training process."""
-    shuffle_shards: int = Field(default=8, ge=1)
+    shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1)
     """Samples are shuffled across this many shards of a stream at a time."""
-    max_image_pixels: int = Field(default=89_478_485, ge=1)
+    max_image_pixels: int = Field(default=defaults.MAX_IMAGE_PIXELS, ge=1)
     """Images with more pixels are quarantined instead of decoded."""
-    max_caption_bytes: int = Field(default=MAX_CAPTION_BYTES, ge=1)
+    max_caption_bytes: int = Field(default=defaults.MAX_CAPTION_BYTES, ge=1)
     """Samples whose `.txt` member has more bytes are quarantined: a tokenizer takes seconds for a megabyte."""
-    max_sample_bytes: int = Field(default=MAX_SAMPLE_BYTES, ge=1)
+    max_sample_bytes: int = Field(default=defaults.MAX_SAMPLE_BYTES, ge=1)
     """Samples of which all members together take more bytes in the shard are quarantined instead of read."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of the samples read so far (after the first 100) is bad, or more than

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from m3i_scale.config import DataConfig
 from m3i_scale.data.cut import ShardOptions
 from m3i_scale.errors import ConfigError
 from m3i_scale.output import print_json
@@ -39,8 +38,6 @@ ShuffleShards = Annotated[int, typer.Option(min=1, help="data.shuffle_shards, li
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 
 DEFAULTS = ShardOptions()
-DATA_DEFAULTS = {name: field.default for name, field in DataConfig.model_fields.items()}
-"""Of the `data` section of run files."""
 
 
 def made_lines(summary: dict[str, Any], output: Path) -> list[str]:

@@ -32,9 +32,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.faults import FaultError, RemoteReadError, to_fault
 from m3i_scale.data.places import Place, Url
+from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import ConfigError
 
 SMALL_FILE_BYTES = 256 << 20

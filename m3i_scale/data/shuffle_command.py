@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3i_scale.data.options import DATA_DEFAULTS, AsJson, Shards, ShuffleShards, Streams
+from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams
+from m3i_scale.defaults import SHUFFLE_SHARDS, STREAMS
 from m3i_scale.output import print_json
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
@@ -20,8 +21,8 @@ if TYPE_CHECKING:  # importing it takes seconds, which --help has not
 def shuffle(
     shards: Shards,
     batch_size: Annotated[int, typer.Option(min=2, help="Samples of one forward pass, over all ranks.")],
-    streams: Streams = DATA_DEFAULTS["streams"],
-    shuffle_shards: ShuffleShards = DATA_DEFAULTS["shuffle_shards"],
+    streams: Streams = STREAMS,
+    shuffle_shards: ShuffleShards = SHUFFLE_SHARDS,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     as_json: AsJson = False,

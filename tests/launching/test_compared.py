@@ -1,6 +1,7 @@
 """Whether a larger micro-batch has room: what hosts have, what `plan` says, and what ranks then do."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ from launch_case import a_script
 from tiny import tiny_overrides
 
 from m3i_scale.config import load_run
-from m3i_scale.launch import compared
 from m3i_scale.launch.compared import Compared, refusal_of_plan
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.hosts import Host
@@ -36,13 +36,13 @@ def test_plan_is_asked_with_the_larger_micro_batch():
         ("", "could not be planned (the policy is not counted)"),
     ],
 )
-def test_what_has_no_room_or_cannot_be_planned_is_told(monkeypatch, said, told):
-    commands = []
-    errors = "error: the policy is not counted\n  where: x"
-    monkeypatch.setattr(compared, "_run", lambda command, _: (commands.append(command), (2, said, errors))[1])
+def test_what_has_no_room_or_cannot_be_planned_is_told(tmp_path, monkeypatch, said, told):
+    (tmp_path / "said").write_text(said)
+    plan = 'cd "$(dirname "$0")"; echo "$*" > asked; cat said; echo "error: the policy is not counted" >&2; exit 2'
+    a_script(tmp_path, "python", plan)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert told in str(asked(ON_HOST, 80.0))
-    (command,) = commands
-    assert command[command.index("--memory-gib") + 1] == "80.000"
+    assert "--memory-gib 80.000 " in (tmp_path / "asked").read_text()
 
 
 def test_memory_that_nobody_knows_is_no_room():

@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from callback_records import REWIND, info, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.run.callbacks.base import Callback, CallbackList, Rewind, RunInfo, StepRecord, flatten, hide_secrets
+from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StepRecord, flatten, hide_secrets
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.callbacks.progress import ProgressDisplay, smooth, summary
 from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
 from m3i_scale.run.callbacks.wandb import WandbWriter
 from m3i_scale.run.phases import PHASES
-
-CONFIG = {"name": "demo", "data": {"sources": {"a": {"shards": "https://me:hunter2@host/x.tar?signature=abc"}}}}
-
-
-def info(output_dir: Path, start_step: int = 0, total_steps: int = 100) -> RunInfo:
-    return RunInfo("demo", output_dir, total_steps, start_step, 2, CONFIG)
-
-
-def record(step: int, **changes: Any) -> StepRecord:
-    made = StepRecord(
-        step=step,
-        total_steps=100,
-        samples=step * 64,
-        loss=3.5,
-        lr=1e-3,
-        grad_norm=0.9,
-        groups={"text": {"loss": 1.5, "nats": 2.0}, "intra": {"loss": 2.0}},
-        information=2.0,
-        health={"dense_std": 0.5, "health/pooled_rank": 12.0},
-        momentum=0.996,
-        step_s=2.0,
-        data_wait_s=0.5,
-        samples_per_s=32.0,
-        tokens_per_s=3136.0,
-        quarantined=0,
-        memory_gib=1.25,
-        phases={"backward": 0.6, "other": 0.4},
-        flop_per_s=2e12,
-        mfu=0.25,
-    )
-    return replace(made, **changes)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -238,18 +203,6 @@ def test_a_resumed_run_writes_no_step_twice_and_keeps_what_it_replaces(tmp_path:
     assert [line["step"] for line in replaced] == [21, 22, 23, 24, 25]
 
 
-REWIND = Rewind(
-    rewound_from=25,
-    rewound_to=20,
-    skipped_samples=320,
-    spike_since=23,
-    loss=math.nan,
-    limit=4.5,
-    number=1,
-    most=3,
-)
-
-
 def test_a_rewind_stands_in_the_file_in_place_of_the_steps_that_it_undoes(tmp_path: Path) -> None:
     writer = MetricsWriter()
     writer.on_start(info(tmp_path))
@@ -333,104 +286,6 @@ def test_an_end_before_the_start_is_no_fault(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="on_start"):
         MetricsWriter().on_step(record(1))
     assert list(tmp_path.iterdir()) == []
-
-
-# ------------------------------------------------------------------ progress
-
-
-def show(terminal: bool, width: int = 200) -> tuple[ProgressDisplay, io.StringIO]:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=width, soft_wrap=True)
-    return ProgressDisplay(console), stream
-
-
-def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
-    display, stream = show(terminal=False)
-    display.on_start(info(tmp_path, start_step=10))
-    groups = {"[odd]": {"loss": 1.5}, "intra": {"loss": 2.0}}
-    display.on_step(record(20, quarantined=3, quarantined_samples=2, groups=groups))
-    display.on_evaluation(20, {"text": {"loss": 1.25}})
-    display.on_end("finished")
-    assert stream.getvalue().splitlines() == [
-        f"demo resumes after step 10, 100 steps on 2 ranks, in {tmp_path}",
-        "step 20/100  ETA 0:02:40  loss 3.5 ([odd] 1.5, intra 2)  quarantined 3 (2 samples)  lr 1.00e-03  "
-        "data wait 25%  MFU 25.0%  3,136 tokens/s  32.0 samples/s",
-        "step 20  evaluation/text/loss 1.25",
-        "run finished",
-    ]
-
-
-@pytest.mark.parametrize("width", [80, 60, 200])
-def test_a_bar_on_a_terminal(tmp_path: Path, width: int) -> None:
-    display, stream = show(terminal=True, width=width)
-    display.on_start(replace(info(tmp_path), total_steps=100_000))
-    groups = {name: {"loss": 1.234} for name in ("dense", "text", "class", "inter")}
-    display.on_step(record(40, total_steps=100_000, groups=groups, step_s=30.0))
-    display.on_end("preempted")
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n")
-    assert shown.rstrip().endswith("run preempted")
-    frame = [line.rstrip() for line in shown[shown.rindex("step 40/100,000") :].splitlines() if line.strip()][:-1]
-    assert all(len(line) <= width for line in frame)
-    assert "ETA 34 days" in frame[0]
-    told = " ".join(frame)
-    for figure in ("dense 1.234", "inter 1.234", "lr 1.00e-03", "data wait", "MFU 25.0%", "tokens/s", "samples/s"):
-        assert figure in told
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_steps_that_are_not_logged_are_seen_too(tmp_path: Path, terminal: bool) -> None:
-    display, stream = show(terminal=terminal)
-    display.on_start(info(tmp_path))
-    for step in (1, 2, 3):
-        display.on_progress(step)
-    display.on_end("preempted")
-    assert ("step 3/100" if terminal else "step 1/100") in stream.getvalue()
-    assert ("ETA 0:" in stream.getvalue()) == terminal
-
-
-def test_a_bar_goes_back_with_the_run(tmp_path: Path) -> None:
-    display = ProgressDisplay(Console(file=io.StringIO(), force_terminal=True, width=160))
-    display.on_start(info(tmp_path))
-    display.on_step(record(25))
-    display.on_rewind(REWIND)
-    assert display._bar is not None
-    assert display._bar.tasks[0].completed == 20
-    display.on_end("finished")
-
-
-def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    display = ProgressDisplay()
-    display.on_start(info(tmp_path))
-    display.on_step(record(1))
-    print('{"one": "document"}')
-    display.on_end("finished")
-    captured = capsys.readouterr()
-    assert captured.out == '{"one": "document"}\n'
-    assert "run finished" in captured.err
-
-
-@pytest.mark.parametrize(
-    ("balance", "told"),
-    [
-        ({}, "loss 9.75 (text 3.5) "),
-        ({"kind": "fixed"}, "loss 9.75 (text 3.5) "),
-        ({"kind": "learned"}, "loss text 3.5 × 2.5 "),
-        ({"kind": "gradient_norm"}, "loss text 3.5 × 2.5 "),
-    ],
-)
-def test_weights_that_move_stand_beside_their_losses_in_place_of_the_sum_from_the_first_record_on(
-    balance: dict[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    display = ProgressDisplay()
-    display.on_start(replace(info(tmp_path), config={**CONFIG, "recipe": {"balance": balance}}))
-    display.on_step(replace(record(1), loss=9.75, groups={"text": {"loss": 3.5, "weight": 2.5}}))
-    assert told in capsys.readouterr().err
-
-
-def test_time_left_follows_the_step_time() -> None:
-    assert smooth(None, 4.0) == 4.0
-    assert smooth(4.0, 2.0) == pytest.approx(3.4)
-    assert "data wait 0%" in summary(record(1, step_s=0.0, data_wait_s=0.0))
 
 
 # ------------------------------------------------------------------ TensorBoard

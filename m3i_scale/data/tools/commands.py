@@ -13,10 +13,10 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.config import DataConfig
-from m3i_scale.data.options import DATA_DEFAULTS, AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
+from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
 from m3i_scale.data.shuffle_command import shuffle_lines
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES, SHUFFLE_SHARDS, STREAMS
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
 from m3i_scale.output import print_json, wide_console
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help has not
     from m3i_scale.data.shuffle import ShuffleQuality
     from m3i_scale.data.tools.check import CheckReport
 
-MAX_PIXELS = DATA_DEFAULTS["max_image_pixels"]
-MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES = DATA_DEFAULTS["max_caption_bytes"], DATA_DEFAULTS["max_sample_bytes"]
 BATCH_SIZE = 256
 
 BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
@@ -45,15 +43,15 @@ def check(
         bool, typer.Option("--keys-per-shard", help="Every shard numbers its samples anew.")
     ] = False,
     headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not decode images: much faster.")] = False,
-    max_image_pixels: MaxPixels = MAX_PIXELS,
+    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     max_caption_bytes: Annotated[
         int, typer.Option(min=1, help="Larger captions are bad, as in data.max_caption_bytes.")
     ] = MAX_CAPTION_BYTES,
     max_sample_bytes: Annotated[
         int, typer.Option(min=1, help="Larger samples are bad, as in data.max_sample_bytes.")
     ] = MAX_SAMPLE_BYTES,
-    streams: Streams = DATA_DEFAULTS["streams"],
-    shuffle_shards: ShuffleShards = DATA_DEFAULTS["shuffle_shards"],
+    streams: Streams = STREAMS,
+    shuffle_shards: ShuffleShards = SHUFFLE_SHARDS,
     batch_size: BatchSize = BATCH_SIZE,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
@@ -62,6 +60,7 @@ def check(
 
     Exit code 2 where something is bad; nothing is changed.
     """
+    from m3i_scale.config import DataConfig
     from m3i_scale.data.shares import check_shares
     from m3i_scale.data.tools.check import check_shards
     from m3i_scale.data.tools.repair import repair
@@ -105,7 +104,7 @@ def check(
 
 def stats(
     shards: Shards,
-    max_image_pixels: MaxPixels = MAX_PIXELS,
+    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
@@ -127,7 +126,7 @@ def look(
     seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
     side: Annotated[int, typer.Option(min=16, max=1_024, help="Of a picture, in pixels.")] = 160,
     columns: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a row of sheet.png.")] = 6,
-    max_image_pixels: MaxPixels = MAX_PIXELS,
+    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:

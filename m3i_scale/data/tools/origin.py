@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tools.layout import Outline
 from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.tools.tar import RawSample, RawShard, printable, read_members, read_shard
+from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
 

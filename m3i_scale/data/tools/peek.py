@@ -16,7 +16,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-from m3i_scale.config.data import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
 from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
@@ -24,6 +23,7 @@ from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.tools.tar import RawSample, printable, read_members, read_shard
 from m3i_scale.data.whole import made_whole
+from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
 PADDING = 8

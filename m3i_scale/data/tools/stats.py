@@ -11,7 +11,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from m3i_scale.config.data import MAX_SAMPLE_BYTES
 from m3i_scale.data.pixels import orientation, upright_size
 from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.records import MASK
@@ -22,6 +21,7 @@ from m3i_scale.data.tools.parallel import in_order
 from m3i_scale.data.tools.tally import Tally
 from m3i_scale.data.tools.tar import RawSample, key_at, read_members, read_shard
 from m3i_scale.data.tools.verify import image_extensions
+from m3i_scale.defaults import MAX_SAMPLE_BYTES
 
 EXAMPLES = 5
 TALLIES = ("width", "height", "aspect_ratio", "pixels", "image_bytes", "caption_characters", "caption_words")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from m3i_scale.config.data import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.data.pixels import on_white
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.records import IMAGE_EXTENSIONS, MASK
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
+from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 
 
 @dataclass(frozen=True)
