@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Install what the tests need, then lint, check types and run every test. Arguments go to pytest.
 #
-#   bash launchers/test.sh [pytest argument …]
+#   bash launchers/test.sh [--all] [pytest argument …]
 #
+# --all: the tests of benchmarks/ too. test-report.xml (JUnit) stays.
 # Exit code: pytest's; 1 where all tests pass but lint or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,6 +37,12 @@ build_extensions --optimizers
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+chosen=(-m "not bench")
+if [ "${1:-}" = --all ]; then
+  chosen=()
+  shift
+fi
+
 passed=()
 failed=()
 check() {
@@ -46,15 +53,23 @@ check() {
 }
 check lint ruff check .
 check format ruff format --check .
-check types mypy
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+mypy >"$types" 2>&1 & # it takes a minute of one core
+types_pid=$!
 
 echo "== tests: pytest $*" >&2
-results=$(mktemp)
-trap 'rm -f "$results"' EXIT
 code=0
-pytest --junitxml="$results" "$@" || code=$?
+pytest --junitxml=test-report.xml --durations=40 "${chosen[@]}" "$@" || code=$?
 
+finish_types() {
+  local code=0
+  wait "$types_pid" || code=$?
+  cat "$types"
+  return "$code"
+}
+check types finish_types
 echo "passed checks: ${passed[*]:-none}; failed checks: ${failed[*]:-none}"
-python launchers/_count.py "$results"
+python launchers/_count.py test-report.xml
 if [ "$code" -eq 0 ] && [ ${#failed[@]} -gt 0 ]; then code=1; fi
 exit "$code"

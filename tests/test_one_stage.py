@@ -20,6 +20,7 @@ from m3i_scale.data.make import make_shards
 from m3i_scale.data.records import FileImage, FileMask, Record
 from m3i_scale.errors import ConfigError, DataError, UserError
 
+pytestmark = pytest.mark.bench
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LABELS = ["warm", "cold", "green"]
 

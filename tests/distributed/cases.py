@@ -72,6 +72,22 @@ RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
+PARTITIONED = (
+    "m3i",
+    "m3i_maps",
+    "m3i_clip",
+    "m3i_learned",
+    "m3i_followed",
+    "densecl",
+    "unigrad",
+    "barlow",
+    "simsiam",
+    "siglip",
+    "global_distillation",
+    "dense_distillation",
+    "mae",
+)
+"""Every kind of module, head and memory once: the engine cannot know which recipe they make."""
 RECOMPUTED = {
     "m3i": (("m3i",), ("full", "every_2", "selective", "offload")),
     "eager": (("m3i", "backbone.attention_kernel=eager"), ("none", "selective")),
@@ -99,7 +115,8 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         }
         for name, arguments in RECIPES.items():
             cases[f"plain_{name}"] = lambda arguments=arguments: self.plain_gradients(*arguments)
-            cases[f"zero3_{name}"] = lambda arguments=arguments: self.engine_gradients(*arguments)
+        for name in PARTITIONED:
+            cases[f"zero3_{name}"] = lambda name=name: self.engine_gradients(*RECIPES[name])
         for name, (arguments, policies) in RECOMPUTED.items():
             for policy in policies:
                 given = (*arguments, f"backbone.activation_checkpointing={policy}")

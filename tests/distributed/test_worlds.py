@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import ENGINES, PLANNED, RECIPES, RECOMPUTED, REMEMBERED
+from cases import ENGINES, PARTITIONED, PLANNED, RECIPES, RECOMPUTED, REMEMBERED
 from compile_cases import COMPILED
 from guard_cases import NONFINITE
 from precision_cases import FIRST_POWER
@@ -38,15 +38,16 @@ def same(one: dict, two: dict, share: float = 1e-6) -> None:
         assert close, f"{name}: {float((two['gradients'][name] - gradient).abs().max())}, largest {largest}"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("engine", ["plain", "zero3"])
+@pytest.mark.parametrize(
+    ("engine", "recipe"), [("plain", name) for name in RECIPES] + [("zero3", name) for name in PARTITIONED]
+)
 def test_two_ranks_have_the_loss_and_the_gradients_of_one(worlds, engine: str, recipe: str) -> None:
     one, two = worlds.result(f"{engine}_{recipe}", 1), worlds.result(f"{engine}_{recipe}", 2)
     same(one, two, share=1e-5 if recipe in ROUNDED else 1e-6)
     assert sum(float(gradient.abs().sum()) for gradient in one["gradients"].values()) > 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", PARTITIONED)
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_engine_has_the_gradients_of_plain_modules(worlds, world: int, recipe: str) -> None:
     same(worlds.result(f"plain_{recipe}", world), worlds.result(f"zero3_{recipe}", world))

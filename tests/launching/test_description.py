@@ -48,7 +48,6 @@ OTHER_VALUES = {
     "storage_gib": 7,
     "data_claim": "shards",
 }
-PAIRS = [(launcher, field) for launcher in LAUNCHERS for field in OTHER_VALUES]
 
 
 def fields_with(launcher: str, field: str, hostfile: Path) -> tuple[dict, dict]:
@@ -75,21 +74,24 @@ def test_every_field_is_tried_here():
     assert set(OTHER_VALUES) == set(Cluster.model_fields)
 
 
-@pytest.mark.parametrize(("launcher", "field"), [pair for pair in PAIRS if pair[1] in find_launcher(pair[0]).HONOURS])
-def test_a_field_that_is_honoured_changes_something(launcher, field, tmp_path):
-    before, after = fields_with(launcher, field, tmp_path / "hostfile")
-    assert rendered(launcher, before) != rendered(launcher, after)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_field_that_is_honoured_changes_something(launcher, tmp_path):
+    idle = []
+    for field in find_launcher(launcher).HONOURS:
+        before, after = fields_with(launcher, field, tmp_path / "hostfile")
+        if rendered(launcher, before) == rendered(launcher, after):
+            idle.append(field)
+    assert idle == []
 
 
-@pytest.mark.parametrize(
-    ("launcher", "field"), [pair for pair in PAIRS if pair[1] not in find_launcher(pair[0]).HONOURS]
-)
-def test_a_field_without_effect_is_an_error(launcher, field):
-    fields = {field: OTHER_VALUES[field] or Path("/data/hostfile")}
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_field_without_effect_is_an_error(launcher):
     job = a_job()
-    strange = Cluster.model_construct(_fields_set=set(fields), **fields)  # whatever it would need beside it
-    with pytest.raises(ConfigError, match=f"`{field}` has no effect with {launcher}"):
-        render(launcher, type(job)(**{**vars(job), "cluster": strange}))
+    for field in set(OTHER_VALUES) - set(find_launcher(launcher).HONOURS):
+        fields = {field: OTHER_VALUES[field] or Path("/data/hostfile")}
+        strange = Cluster.model_construct(_fields_set=set(fields), **fields)  # whatever it would need beside it
+        with pytest.raises(ConfigError, match=f"`{field}` has no effect with {launcher}"):
+            render(launcher, type(job)(**{**vars(job), "cluster": strange}))
 
 
 @pytest.mark.parametrize(
