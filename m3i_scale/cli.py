@@ -69,29 +69,31 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
         wide_console().print(RecipeTable(rows))
 
 
-@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --svg m3i.svg")
+@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --mermaid m3i.md")
 def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
-    svg: Annotated[Path | None, typer.Option(help="Also draw it into this file.")] = None,
+    mermaid: Annotated[
+        Path | None, typer.Option(help="Also write it as a Mermaid flowchart: FILE.mmd, FILE.md.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """One recipe as a graph: x → f_θ → f_ψ ↔ f_φ ← y."""
     from m3i_scale.objective.describe import describe
     from m3i_scale.report.recipe_graph import graph_of, read_recipe
-    from m3i_scale.report.recipe_svg import write_svg
+    from m3i_scale.report.recipe_mermaid import write_mermaid
     from m3i_scale.report.recipe_terminal import render_terminal
 
     recipe = read_recipe(name)
     graph = graph_of(recipe)
-    if svg is not None:
-        write_svg(graph, svg)
+    if mermaid is not None:
+        write_mermaid(graph, mermaid)
     if as_json or context.obj:
         print_json(describe(recipe))
     else:
         wide_console().print(render_terminal(graph))
-        if svg is not None:
-            wide_console().print(f"also drawn into {svg}", markup=False, highlight=False)
+        if mermaid is not None:
+            wide_console().print(f"also drawn into {mermaid}", markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
+import re
 import subprocess
 import sys
-from itertools import combinations
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -23,12 +23,10 @@ from m3i_scale.config import known_recipes
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.report.recipe_graph import graph_of, printable, read_recipe
-from m3i_scale.report.recipe_layout import Box, layout
-from m3i_scale.report.recipe_svg import render_svg, write_svg
+from m3i_scale.report.recipe_mermaid import render_mermaid, write_mermaid
 from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows
 from m3i_scale.report.recipe_terminal import render_terminal
 
-SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ["<script>", "a & b", "\"q\" 'r'", "[bold]", "[/]", ":smile:", "]]>", "{{ 7*7 }}", "&amp;"]
 UNPRINTABLE = "\x1b[31m\0\n\r\u202e\ufffe"
 
@@ -39,9 +37,23 @@ def printed(renderable: Any, width: int = 80) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def texts(svg: str) -> list[str]:
-    root = ElementTree.fromstring(svg.encode())
-    return [element.text or "" for element in root.iter() if element.tag in (f"{SVG}text", f"{SVG}title")]
+LINE = re.compile(
+    r'  (?:  )?(?:end|subgraph mix\["[^"]*"\]|[xfdepy]\d*(?:\["[^"]*"\]|\(\["[^"]*"\]\))|\w+ (?:-->|-\.->) \w+)'
+)
+"""A node, an edge, or the frame of a mix: nothing else stands in a flowchart below its first line."""
+
+
+def texts(chart: str) -> list[str]:
+    """What stands in the boxes of a flowchart, a list of its lines, as a reader sees it."""
+    first, *lines = chart.splitlines()
+    assert first == "flowchart LR"
+    assert all(LINE.fullmatch(line) for line in lines), chart
+    labels = re.findall(r'"([^"]*)"', chart)
+    return [html.unescape(re.sub(r"#(\d+);", r"&#\1;", text)) for label in labels for text in label.split("<br>")]
+
+
+def edges(chart: str) -> list[tuple[str, str]]:
+    return re.findall(r"^  (\w+) -[-.]-?> (\w+)$", chart, re.MULTILINE)
 
 
 def called(name: str) -> dict[str, Any]:
@@ -95,50 +107,25 @@ def is_stopped(target):
     return not learns and target.encoder != "patchify"
 
 
-def test_every_recipe_is_drawn_as_svg(recipe):
-    graph = graph_of(recipe)
-    found = texts(render_svg(graph))
-    for name in [recipe.name, *graph.decoders, *(spec.name for spec in recipe.inputs)]:
+def test_every_recipe_is_drawn_as_a_flowchart(recipe):
+    chart = render_mermaid(graph_of(recipe))
+    found = texts(chart)
+    for name in [*recipe.decoders, *(spec.name for spec in recipe.inputs), *(target.name for target in recipe.targets)]:
         assert name in found
-    assert all(target.name in found for target in recipe.targets)
     assert found.count("f_θ") == 1
-    boxes = layout(graph).boxes
-    assert sum(box.column == "decoder" for box in boxes) == len(recipe.decoders)
-    assert sum(box.column == "target" for box in boxes) == len(recipe.targets)
-
-
-def overlap(one: Box, other: Box) -> bool:
-    apart = one.x + one.width <= other.x or other.x + other.width <= one.x
-    return not (apart or one.y + one.height <= other.y or other.y + other.height <= one.y)
-
-
-def assert_tidy(recipe: Recipe) -> None:
-    drawing = layout(graph_of(recipe))
-    assert not [pair for pair in combinations(drawing.boxes, 2) if overlap(*pair)]
-    for box in [*drawing.boxes, *([drawing.frame] if drawing.frame else [])]:
-        assert box.x >= 0
-        assert box.y >= 80  # headings
-        assert box.out[0] <= drawing.width
-        assert box.y + box.height <= drawing.height
-        assert all(cell_len(line) * 7.3 <= box.width for line in (*box.title, *box.details))
-    ends = {point for box in drawing.boxes for point in (box.into, box.out)} | {drawing.frame and drawing.frame.out}
-    assert all({edge.start, edge.end} <= ends for edge in drawing.edges)
-
-
-def test_nothing_is_covered_or_cut(recipe):
-    assert_tidy(recipe)
+    into = [end for _, end in edges(chart)]
+    assert into.count("f") == (1 if recipe.mix else len(recipe.inputs))
+    assert all(into.count(f"p{number}") == 2 for number in range(len(recipe.targets)))
+    assert chart.count("-.->") == sum(is_stopped(target) for target in recipe.targets)
 
 
 def test_a_mix_has_one_frame_around_its_inputs():
-    drawing = layout(graph_of(read_recipe("m3i")))
-    inputs = [box for box in drawing.boxes if box.column == "input"]
-    assert drawing.frame is not None
-    assert all(overlap(drawing.frame, box) for box in inputs)
-    assert layout(graph_of(read_recipe("m3i_no_mix"))).frame is None
+    assert ("mix", "f") in edges(render_mermaid(graph_of(read_recipe("m3i"))))
+    assert "subgraph" not in render_mermaid(graph_of(read_recipe("m3i_no_mix")))
 
 
 def test_drawings_say_what_a_recipe_is():
-    text = " ".join(texts(render_svg(graph_of(read_recipe("m3i")))))
+    text = " ".join(texts(render_mermaid(graph_of(read_recipe("m3i")))))
     for words in ("mixed, random patches", "from a, b", "momentum copy", "m 0.995 → 1", "Transformer × 4", "UniGrad"):
         assert words in text
     byol = printed(render_terminal(graph_of(read_recipe("byol"))))
@@ -151,47 +138,32 @@ def test_drawings_say_what_a_recipe_is():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_only_names(name):
     graph = graph_of(parse_recipe(called(name)))
-    svg = render_svg(graph)
-    assert texts(svg).count(name) >= 4  # heading, input, decoder, target
-    assert "<script" not in svg
-    text = printed(render_terminal(graph))
-    assert text.count(name) >= 5
-    assert_tidy(parse_recipe(called(name)))
+    chart = render_mermaid(graph)
+    assert texts(chart).count(name) >= 3  # input, decoder, target
+    assert "<script" not in chart
+    assert printed(render_terminal(graph)).count(name) >= 5
 
 
 def test_what_steers_a_terminal_is_replaced():
     name = f"a{UNPRINTABLE}b"
     graph = graph_of(parse_recipe(called(name)))
-    for text in (printed(render_terminal(graph)), render_svg(graph)):
-        assert not set(UNPRINTABLE) - set("[31m\n") & set(text)
-        assert printable(name) in text
+    text, chart = printed(render_terminal(graph)), render_mermaid(graph)
+    assert not set(UNPRINTABLE) - set("[31m\n") & set(text + chart)
     assert printable(name) == "a�[31m�����b"
+    assert printable(name) in text
+    assert printable(name) in texts(chart)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=300))
-def test_any_name_gives_valid_xml(name):
-    recipe = parse_recipe(called(name))
-    assert any(printable(name) == text.split("\n")[0] for text in texts(render_svg(graph_of(recipe))))
-    assert_tidy(recipe)
+def test_any_name_stays_in_its_box(name):
+    assert printable(name) in texts(render_mermaid(graph_of(parse_recipe(called(name)))))
 
 
-def test_many_inputs_decoders_and_targets_have_room():
-    values = called("x")
-    values["inputs"] += [{"name": f"i{number}", "view": 1} for number in range(9)]
-    values["decoders"] |= {f"d{number}": {"kind": "class_token"} for number in range(9)}
-    values["targets"] += [
-        {"name": f"t{number}", "inputs": [f"i{number}"], "modality": "category", "encoder": "embedding"}
-        | {"decoder": f"d{8 - number}", "distribution": "boltzmann", "regularizer": "negatives"}
-        for number in range(9)
-    ]
-    assert_tidy(parse_recipe(values))
-
-
-@pytest.mark.parametrize(("place", "fix"), [("missing/x.svg", "mkdir"), (".", "can be written"), ("file/x.svg", "")])
-def test_an_svg_that_cannot_be_written(tmp_path, place, fix):
+@pytest.mark.parametrize(("place", "fix"), [("missing/x.md", "mkdir"), (".", "can be written"), ("file/x.md", "")])
+def test_a_drawing_that_cannot_be_written(tmp_path, place, fix):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
-        write_svg(graph_of(read_recipe("mae")), tmp_path / place)
+        write_mermaid(graph_of(read_recipe("mae")), tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
     assert fix in str(caught.value)
 
@@ -243,27 +215,28 @@ def test_the_table_as_json_has_its_keys(tmp_path):
 def test_show_draws_a_run_file(tmp_path):
     run = {"extends": "mae", "recipe": {"name": "[bold]mine[/]", "balance": {"kind": "learned"}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
-    done = call("show", "run.yaml", "--svg", "out.svg", folder=tmp_path)
+    done = call("show", "run.yaml", "--mermaid", "out.mmd", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[bold]mine[/]" in done.stdout
     assert "weights: learned" in done.stdout
-    assert "[bold]mine[/]" in texts((tmp_path / "out.svg").read_text(encoding="utf-8"))
+    assert "Transformer" in (tmp_path / "out.mmd").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("arguments", [("show", "m3i", "--json", "--svg", "out.svg"), ("--json", "show", "m3i")])
+@pytest.mark.parametrize("arguments", [("show", "m3i", "--json", "--mermaid", "out.md"), ("--json", "show", "m3i")])
 def test_show_as_json_is_one_document(tmp_path, arguments):
     done = call(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == next(row for row in built_in_rows() if row["name"] == "m3i")
-    assert (tmp_path / "out.svg").is_file() == ("--svg" in arguments)
+    if "--mermaid" in arguments:
+        assert re.fullmatch(r"```mermaid\n(.*)```\n", (tmp_path / "out.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("m3ii",), "did you mean 'm3i'"),
-        (("mae", "--svg", "missing/out.svg"), "mkdir -p"),
-        (("mae", "--json", "--svg", "."), "cannot write"),
+        (("mae", "--mermaid", "missing/out.md"), "mkdir -p"),
+        (("mae", "--json", "--mermaid", "."), "cannot write"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, arguments, says):
@@ -281,4 +254,4 @@ def test_one_direction_of_a_text_target_is_drawn() -> None:
     forward = parse_recipe(values)
     assert "image → text" not in printed(render_terminal(graph_of(both)), 200)
     assert "image → text" in printed(render_terminal(graph_of(forward)), 200)
-    assert "image → text" in texts(render_svg(graph_of(forward)))
+    assert "image → text" in texts(render_mermaid(graph_of(forward)))

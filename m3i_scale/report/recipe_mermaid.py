@@ -1,0 +1,67 @@
+"""A recipe's graph as a Mermaid flowchart, which GitHub and most editors draw."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.report.recipe_graph import Graph, Node
+
+_NOT_PLAIN = re.compile(r"[^\w ·.,:=+/()→-]")
+"""What may mean something to Mermaid, Markdown or HTML; it stands as a character code."""
+
+
+def write_mermaid(graph: Graph, path: Path) -> None:
+    """Write the flowchart of a graph; an existing file is replaced. `.md` files get it as a Markdown block.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    chart = render_mermaid(graph)
+    try:
+        path.write_text(f"```mermaid\n{chart}```\n" if path.suffix == ".md" else chart, encoding="utf-8")
+    except OSError as error:
+        folder = path.absolute().parent
+        fix = "give a file that can be written" if folder.is_dir() else f"make the folder first: mkdir -p '{folder}'"
+        raise ConfigError(f"cannot write the drawing: {error.strerror}", where=str(path), fix=fix) from None
+
+
+def render_mermaid(graph: Graph) -> str:
+    """Return the flowchart: x → f_θ → f_ψ → P̂ ← f_φ ← y; dotted: no gradient reaches the encoder."""
+    inputs, decoders, encoders = (
+        {name: f"{letter}{number}" for number, name in enumerate(nodes)}
+        for letter, nodes in (("x", graph.inputs), ("d", graph.decoders), ("e", graph.encoders))
+    )
+    lines = ["flowchart LR", *(f"  {inputs[name]}{_box(node)}" for name, node in graph.inputs.items())]
+    if graph.mix:
+        lines = [lines[0], f'  subgraph mix["{_escaped(graph.mix)}"]', *(f"  {line}" for line in lines[1:]), "  end"]
+    lines.append(f"  f{_box(graph.backbone)}")
+    lines += [f"  {decoders[name]}{_box(node)}" for name, node in graph.decoders.items()]
+    lines += [f"  {encoders[name]}{_box(node)}" for name, node in graph.encoders.items()]
+    lines += [f"  {source} --> f" for source in (["mix"] if graph.mix else inputs.values())]
+    lines += [f"  f --> {decoder}" for decoder in decoders.values()]
+    for number, link in enumerate(graph.links):
+        names = [graph.inputs[name].title for name in link.inputs]
+        origin = (f"from {', '.join(names)}",) if len(graph.inputs) > 1 else ()
+        likelihood = Node(link.likelihood.title, (*link.likelihood.details, *origin))
+        lines += [
+            f"  p{number}([{_label(likelihood)}])",
+            f"  y{number}{_box(link.target)}",
+            f"  {decoders[link.decoder]} --> p{number}",
+            f"  {encoders[link.encoder]} {'-.->' if link.stopped else '-->'} p{number}",
+            f"  y{number} --> {encoders[link.encoder]}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _box(node: Node) -> str:
+    return f"[{_label(node)}]"
+
+
+def _label(node: Node) -> str:
+    return f'"{"<br>".join(_escaped(text) for text in (node.title, *node.details))}"'
+
+
+def _escaped(text: str) -> str:
+    return _NOT_PLAIN.sub(lambda letter: f"#{ord(letter.group())};", text)
