@@ -16,11 +16,11 @@ from pathlib import Path
 
 import typer
 from _common import emit, say
+from _failures import best_interval, lost_share
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.plan_costs import Costs, checkpoint_bytes, costs_of
 from m3i_scale.run.planning import (
     GIB,
     Choice,
@@ -255,15 +255,24 @@ def failures(planned: Planned, wanted: set[int]) -> Rows:
     heads = ["fails every, h", "save every, s", "steps", "lost", "lost at 1,000 steps"]
     rows = [["GPUs", "failures as in", *heads]]
     for gpus in (count for count in RUNS if count in wanted):
-        where = machine(gpus, FABRICS["400 Gb/s a GPU"])
         step = planned.over("ZeRO-1", gpus, FABRICS["400 Gb/s a GPU"], BATCH)
         model = planned.model(gpus, BATCH)
+        written_s = model.checkpoint_bytes(step.settings) / (STORAGE_GB_S * 1e9)
         for name, hours in MTBF_HOURS.items():
-            costs = Costs(hours, STALL_S, STORAGE_GB_S, RESTART_S)
-            seconds = SAMPLES / BATCH * step.step_s
-            found = costs_of(model.run, model, where, step, costs, seconds)["failures"]
-            cells = [f"{found['mtbf_hours_job']:.1f}", f"{found['interval_s']:,.0f}", f"{found['every_steps']:,}"]
-            rows.append([f"{gpus:,}", name, *cells, f"{found['lost_share']:.2%}", f"{found['own_lost_share']:.2%}"])
+            job_s = hours * 3600 / (gpus / RANKS_PER_NODE)
+            best = max(1, round(best_interval(STALL_S, job_s, least_s=written_s) / step.step_s))
+            lost = [
+                lost_share(
+                    steps * step.step_s,
+                    stall_s=STALL_S + max(0.0, written_s - steps * step.step_s),  # a save waits for the one before it
+                    between_failures_s=job_s,
+                    restart_s=RESTART_S,
+                    behind_s=written_s,
+                )
+                for steps in (best, model.run.checkpoint.every_steps)
+            ]
+            cells = [f"{job_s / 3600:.1f}", f"{best * step.step_s:,.0f}", f"{best:,}"]
+            rows.append([f"{gpus:,}", name, *cells, *(f"{share:.2%}" for share in lost)])
     return rows
 
 
@@ -273,7 +282,7 @@ def storms(planned: Planned, wanted: set[int]) -> Rows:
     rows = [["GPUs", "GB a save", "MB a rank", "files", *(f"s at {speed} GB/s" for speed in speeds)]]
     for gpus in (count for count in RUNS if count in wanted):
         model = planned.model(gpus, BATCH)
-        size = checkpoint_bytes(model, planned.step("ZeRO-1", gpus, BATCH))
+        size = model.checkpoint_bytes(planned.step("ZeRO-1", gpus, BATCH).settings)
         # Of every rank: tensors, random states, position in the data; buffers, probe, index and four small ones.
         cells = [f"{size / 1e9:.1f}", f"{size / gpus / 1e6:.0f}", f"{3 * gpus + 7:,}"]
         rows.append([f"{gpus:,}", *cells, *(f"{size / speed / 1e9:.2f}" for speed in speeds)])

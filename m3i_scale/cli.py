@@ -221,15 +221,6 @@ def plan(
     host_memory_gib: Annotated[
         float | None, typer.Option(min=0.1, help="Host memory of a node; not checked where it is not given.")
     ] = None,
-    mtbf_hours: Annotated[
-        float | None, typer.Option(min=1e-3, help="Mean time between failures of one node; needs --save-s.")
-    ] = None,
-    save_s: Annotated[float | None, typer.Option(min=1e-6, help="For which a save holds the run up.")] = None,
-    storage_gb_s: Annotated[float | None, typer.Option(min=1e-3, help="That all ranks together write.")] = None,
-    restart_s: Annotated[
-        float | None, typer.Option(min=0.0, help="From a failure to the next step; default: 300.")
-    ] = None,
-    dollars_per_gpu_hour: Annotated[float | None, typer.Option(min=0.0, help="Price of a rank.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To be seen; default: steps × batch size.")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Of a category target; default: the shards'.")] = None,
     vocabulary: Annotated[
@@ -242,7 +233,6 @@ def plan(
     from m3i_scale.config import load_run
 
     config = load_run(run, overrides)
-    from m3i_scale.run.plan_costs import Costs
     from m3i_scale.run.plan_search import plan_run, refuse_hopeless, write_deepspeed
     from m3i_scale.run.planning import machine_of
 
@@ -260,8 +250,7 @@ def plan(
         workspace_gib=workspace_gib,
         host_memory_gib=host_memory_gib,
     )
-    costs = Costs(mtbf_hours, save_s, storage_gb_s, restart_s, dollars_per_gpu_hour)
-    found = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples, costs=costs)
+    found = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
     if as_json:
         print_json(found.document())
     else:

@@ -99,28 +99,11 @@ def _figures(document: dict[str, Any]) -> Table:
         f"{document['samples']:,} samples",
         f"{duration(document['days'])}, {_rank_hours(document, document['gpu_hours'])}",
     )
-    _costs(table, document)
+    table.add_row("checkpoint", f"{document['checkpoint_gib']:.3g} GiB")
     table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
     for text in document["assumed"]:
         table.add_row("assumed", f"{text}: the run's shards are not here")
     return table
-
-
-def _costs(table: Table, document: dict[str, Any]) -> None:
-    """Checkpoints, failures, money."""
-    saved, failures = document["checkpoint"], document["failures"]
-    written = "" if saved["write_s"] is None else f", written in {saved['write_s']:.3g} s"
-    table.add_row("checkpoint", f"{saved['gib']:.3g} GiB{written}")
-    if failures is not None:
-        table.add_row("failures", f"one in {failures['mtbf_hours_job']:.3g} hours, of any of the nodes")
-        best = f"checkpoint.every_steps={failures['every_steps']} ({failures['interval_s']:.3g} s, Young/Daly)"
-        table.add_row("", f"{best} loses {failures['lost_share']:.2%} of the time")
-        table.add_row("", f"the run's {failures['own_every_steps']:,} steps lose {failures['own_lost_share']:.2%}")
-        ends = failures["days"] is not None
-        ended = f"{duration(failures['days'])}, {_rank_hours(document, failures['gpu_hours'])}" if ends else ""
-        table.add_row("with them", ended or "it never ends")
-    if document["dollars"] is not None:
-        table.add_row("price", f"{document['dollars']:,.0f} dollars")
 
 
 def _suggestion(document: dict[str, Any]) -> list[Text]:

@@ -14,7 +14,6 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.plan_costs import UNKNOWN, Costs, costs_of
 from m3i_scale.run.planning import GIB, Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.run.setup import check_batch, resolve_engine
 from m3i_scale.scale.activations import read_policy
@@ -35,7 +34,6 @@ class RunPlan:
     own: Estimate
     suggestion: Estimate | None
     samples: int
-    costs: Costs
 
     @property
     def fits(self) -> bool:
@@ -83,7 +81,7 @@ class RunPlan:
             "samples": self.samples,
             "days": seconds / 86400,
             "gpu_hours": seconds / 3600 * world,
-            **costs_of(self.run, self.model, self.machine, own, self.costs, seconds),
+            "checkpoint_gib": self.model.checkpoint_bytes(own.settings) / GIB,
             "assumed": list(self.model.vocabulary.assumed),
             "suggestion": None if self.suggestion is None else described(self.suggestion),
         }
@@ -120,7 +118,6 @@ def plan_run(
     classes: int | None = None,
     tokens: int | None = None,
     samples: int | None,
-    costs: Costs = UNKNOWN,
 ) -> RunPlan:
     """Plan a run.
 
@@ -130,14 +127,12 @@ def plan_run(
         classes: of a category target, where the shards are not to be read.
         tokens: of the vocabulary, likewise.
         samples: how many are to be seen; None for the run's steps × batch size.
-        costs: of storage, failures and GPU hours, as far as they are known.
 
     Raises:
         ConfigError, DataError: what does not hold together.
     """
     recipe = parse_recipe(run.recipe)
     world = machine.links.world
-    costs.check(run)
     check_batch(run, recipe, world)
     config = backbone_config(run.backbone)
     _check_policy(run.backbone.activation_checkpointing)
@@ -148,7 +143,7 @@ def plan_run(
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)
     own = estimate(model, machine, choice)
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
-    return RunPlan(run, model, machine, own, suggest(model, machine, choice), total, costs)
+    return RunPlan(run, model, machine, own, suggest(model, machine, choice), total)
 
 
 POLICIES = ("none", "every_2", "full")

@@ -26,7 +26,7 @@ from m3i_scale.scale.ds_config import Resolved
 from m3i_scale.scale.engine import is_matrix
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
-from m3i_scale.scale.plan.counts import Parameter
+from m3i_scale.scale.plan.counts import Parameter, numel_of
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import hardware, step_time
 from m3i_scale.scale.plan.ledger import Ledger
@@ -35,6 +35,8 @@ from m3i_scale.scale.plan.settings import Settings, settings_of
 from m3i_scale.scale.plan.trace import Trace, record, scaled
 
 GIB = 2**30
+AVERAGE_BYTES = 4
+"""Of an element of a momentum target in a checkpoint."""
 CLASSES, VOCABULARY = 1000, 30522
 """What a run without its shards is planned with: ImageNet's classes, BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0
@@ -201,6 +203,11 @@ class Model:
     def remembered_bytes(self) -> int:
         """Buffers that outlast a batch, which a checkpoint has too."""
         return sum(buffer.nbytes for buffer in buffers_of(self.objective).values())
+
+    def checkpoint_bytes(self, settings: Settings) -> int:
+        """Return the bytes of a checkpoint's tensors: master weights, moments, fp32 averages, buffers."""
+        trained = numel_of(self.parameters, "trained") * (settings.master_bytes + 2 * settings.state_bytes)
+        return trained + numel_of(self.parameters, "momentum") * AVERAGE_BYTES + self.remembered_bytes
 
     @cached_property
     def _traces(self) -> dict[tuple[str, int], Trace]:

@@ -20,7 +20,6 @@ from m3i_scale.launch.doctor.machine import disk_finding, look, machine_findings
 from m3i_scale.launch.doctor.needs import Needs
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.opening import check_together
-from m3i_scale.run.plan_costs import tensor_bytes
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.retention import GIB
 from m3i_scale.run.setup import Plan, resolve_engine
@@ -56,7 +55,7 @@ def needs_of(
     known = vocabulary or read_vocabulary(run, recipe, None, None)
     settings = settings_of(config, world=world_size, on_host=on_host())
     with torch.random.fork_rng(devices=[]):  # a run must begin as if it had not been looked at
-        checkpoint = tensor_bytes(Model(run, known, world_size, settings.precision), settings)
+        checkpoint = Model(run, known, world_size, settings.precision).checkpoint_bytes(settings)
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0
     far = checkpoint * of_this_host if settings.far_optimizer else 0

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
-from m3i_scale.scale.plan.failures import best_interval, lost_share
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from _failures import best_interval, lost_share
+
+pytestmark = pytest.mark.bench
 
 
 def simulated(interval_s: float, stall_s: float, mean_s: float, restart_s: float, behind_s: float = 0.0) -> float:
