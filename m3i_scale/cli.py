@@ -146,7 +146,10 @@ def check(
     ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell all that `train` would refuse, at once, and start nothing. Exit code 2 where there is anything."""
+    """Tell all that `train` would refuse before it reads samples; start nothing. Exit code 2 where there is anything.
+
+    `shards check` reads the samples.
+    """
     leave_out_accelerator_warning()
     from m3i_scale.run.check import check_run, faults_of
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -268,6 +269,19 @@ def test_a_schedule_that_does_not_hold_says_what_would(overrides):
     fix = fault(*overrides).fix
     changed = next(word for word in re.split(r"[ ,]", fix) if "=" in word)
     load_run("m3i", [*overrides, changed])
+
+
+def test_a_value_in_place_of_a_section_is_told_the_key_that_was_meant(tmp_path):
+    with pytest.raises(ConfigError, match=r"'data\.sources\.photos' is a section") as caught:
+        load_run("m3i", ["data.sources.photos=/data/photos"])
+    assert caught.value.fix == "data.sources.photos.shards=…"
+
+
+def test_a_tilde_is_the_home_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    run = load_run("m3i", ["data.sources.photos.shards=~/shards/train", "output_dir=~/runs/first"])
+    assert run.data.sources["photos"].shards == "/home/me/shards/train"
+    assert run.output_dir == Path("/home/me/runs/first")
 
 
 def test_all_faults_are_told_at_once():

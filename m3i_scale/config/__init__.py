@@ -16,7 +16,7 @@ from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, S
 from m3i_scale.config.explain import explained, origin, parse_section
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
-from m3i_scale.config.sections import FixableError, ModelFields, Section, SectionT, is_stored
+from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
 
 __all__ = [
     "AugmentConfig",
@@ -225,7 +225,7 @@ class RunConfig(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run."""
-    output_dir: Path = Path("runs/run")
+    output_dir: Annotated[Path, InHome] = Path("runs/run")
     """Everything the run writes lies here."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of first weights, of the order of samples and of their views and masks."""

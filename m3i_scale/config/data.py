@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from typing_extensions import Self
 
 from m3i_scale import defaults
-from m3i_scale.config.sections import Section, is_stored, plain_values
+from m3i_scale.config.sections import InHome, Section, is_stored, plain_values
 
 _EXTREME_RATIO = 20.0
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
@@ -112,7 +112,7 @@ class AugmentConfig(DistortionConfig):
 class SourceConfig(Section):
     """One source of samples."""
 
-    shards: str
+    shards: Annotated[str, InHome]
     """A folder of .tar shards, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one shard; a path, or an
     address that begins with http(s)://, s3://, gs:// or hf:// (docs/data.md)."""
     weight: float | list[tuple[int, float]] = 1.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -46,6 +48,17 @@ SectionT = TypeVar("SectionT", bound=Section)
 def is_stored(info: ValidationInfo) -> bool:
     """Return whether values are those of a training that is over: its export does not ask for ranges of training."""
     return bool(info.context and info.context.get("stored"))
+
+
+PathT = TypeVar("PathT", str, Path)
+
+
+def _in_home(path: PathT) -> PathT:
+    return type(path)(os.path.expanduser(path))
+
+
+InHome = AfterValidator(_in_home)
+"""Of a path: `~` is the home of the user, as in a shell, which leaves it alone behind `key=`."""
 
 
 def plain_values(value: Any) -> Any:

@@ -116,7 +116,9 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
                     heads[-1] = zlib.crc32(head, heads[-1])
                 elif key in keys:
                     raise DataError(
-                        f"members of sample '{key}' do not lie together", where=str(path), fix="make the shard anew"
+                        f"members of sample '{key}' do not lie together",
+                        where=str(path),
+                        fix="`m3i-scale shards check SHARDS --repair FOLDER` writes a copy in which they do",
                     )
                 else:
                     keys.add(key)

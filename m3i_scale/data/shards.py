@@ -155,6 +155,22 @@ def read_label_sets(sources: dict[str, SourceConfig], access: Access | None = No
     return {name: labels for name, labels in sets.items() if labels}
 
 
+def captions_beside(shards: str, access: Access | None = None) -> int | None:
+    """Return how many samples have a caption, as the manifest beside the shards counts them; None where there is none.
+
+    Args:
+        shards: the `shards` value of a source.
+        access: how servers are asked.
+    """
+    if shards.startswith("pipe:"):
+        return None
+    try:
+        manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
+        return sum(int(facts["with_caption"]) for facts in manifest["shards"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # shards of another tool need no such file
+        return None
+
+
 def labels_beside(folder: Place) -> list[str] | None:
     """Class names of the labels.json in a folder of shards; None where there is none.
 

@@ -85,7 +85,7 @@ def export(
     reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
     tokenizer = source_tokenizer(source) if source.recipe.uses_text and reads_text else None
     parts = plan_parts(source, wanted, tokenizer)
-    evaluation = evaluation_of(source, evaluation_file)
+    evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
     tensors = SavedWeights(source.checkpoint, weights)
     with reading(source.checkpoint), _takes_name(target) as folder, _without_progress_bars():  # a run may prune it
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
@@ -109,7 +109,7 @@ def export(
         (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"output": str(target), "bytes": size, "warning": _passed_over(source), **facts}
+    return {"output": str(target), "bytes": size, "warning": _joined(_passed_over(source), other_evaluation), **facts}
 
 
 def export_and_push(
@@ -146,13 +146,14 @@ def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[
         return None
     wanted = options.get("wanted") or Wanted()
     source = find_source(Path(run_dir_or_checkpoint))
+    weights = options.get("weights", "student")
     same = {
         "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
-        "weights": options.get("weights", "student"),
+        "weights": weights,
         "dtype": options.get("dtype", "float32"),
         "license": options.get("license_id", "other"),
         "request": _request(wanted, options.get("also", ())),
-        "evaluation": masked(evaluation_of(source, options.get("evaluation_file"))),
+        "evaluation": masked(evaluation_of(source, weights, options.get("evaluation_file"))[0]),
     }
     if any(facts.get(key) != value for key, value in same.items()):
         return None
@@ -161,6 +162,10 @@ def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[
 
 def _request(wanted: Wanted, also: tuple[str, ...]) -> dict[str, Any]:
     return {**asdict(wanted), "also": sorted(also)}
+
+
+def _joined(*warnings: str | None) -> str | None:
+    return "; ".join(text for text in warnings if text) or None
 
 
 def _passed_over(source: Source) -> str | None:

@@ -93,7 +93,8 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
     for record in _records(source.run_dir / "metrics.jsonl"):
         step = record.get("step", 0)
         if record.get("kind") == "run":
-            world, before = record.get("world_size", world), step
+            # A stop between two records leaves steps that none of them is of: they count with the next one.
+            world, before = record.get("world_size", world), min(before, step)
             micro_batch = record.get("micro_batch_size", micro_batch)
             yield record, 0, None, micro_batch
         elif record.get("kind") == "train" and step <= source.step:

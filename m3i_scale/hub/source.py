@@ -157,15 +157,23 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
     return described
 
 
-def evaluation_of(source: Source, given: Path | None = None) -> dict[str, Any] | None:
-    """What `m3i-scale evaluate --json` printed: the given file, or evaluation.json of the run, where there is one.
+def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tuple[dict[str, Any] | None, str | None]:
+    """Read what `m3i-scale evaluate --json` printed: the given file, or evaluation.json of the run, where there is one.
+
+    Args:
+        source: the checkpoint.
+        weights: of it: `student` or `momentum`.
+        given: the file.
+
+    Returns:
+        The document; None where there is none, or where that of the run is of other weights, which the text says.
 
     Raises:
-        ExportError: it is there and not what `evaluate` writes, or it was given and is not there.
+        ExportError: it is there and not what `evaluate` writes, or it was given and is not there, or of other weights.
     """
     path = given or source.run_dir / "evaluation.json"
     if given is None and not path.is_file():
-        return None
+        return None, None
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -176,7 +184,20 @@ def evaluation_of(source: Source, given: Path | None = None) -> dict[str, Any] |
     named = isinstance(data, dict) and {"samples", "cluster_unit"} <= data.keys()
     if not isinstance(values, dict) or not named or not isinstance(values.get("measures"), dict):
         raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
-    return values
+    model = values.get("model")
+    of = model.get("export") if isinstance(model, dict) else None
+    if not isinstance(of, dict):
+        return values, None
+    if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (hash_file(source.checkpoint / MANIFEST), weights):
+        return values, None
+    theirs, ours = f"the {of.get('weights')} weights of {of.get('checkpoint')}", f"the {weights} weights of"
+    if given is not None:
+        raise ExportError(
+            f"the evaluation is of {theirs}, and this export has {ours} {source.checkpoint.name}",
+            where=str(path),
+            fix="evaluate this export, then export again with that file and --overwrite",
+        )
+    return None, f"{path.name} is of {theirs}: the model card has no evaluation"
 
 
 def hash_folder(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.mixing import check_weights
 from m3i_scale.data.places import to_place
 from m3i_scale.data.shares import check_shares
+from m3i_scale.errors import Faults
 from m3i_scale.launch.compared import check_least
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
@@ -21,17 +22,18 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
         launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
 
     Raises:
-        ConfigError: no data, a batch that ranks cannot share out, or more compared samples than they have.
+        ConfigError: no data, a batch or streams that ranks cannot share out, or more compared samples than they have.
         DataError: an address of shards that no rank would read.
     """
     check_weights(run.data.sources)
     for name, source in run.data.sources.items():
-        for text in [source.shards] if isinstance(source.shards, str) else source.shards:
-            to_place(text, f"data.sources.{name}.shards")
+        to_place(source.shards, f"data.sources.{name}.shards")
     if launcher == "elastic":
         hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
         check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))
         return
     size = run.optim.micro_batch_size
-    check_batch(job.world_size, run.optim.batch_size, size, where=f"{job.world_size} ranks")
-    check_shares(run.data, micro_batch_size=size, world_size=job.world_size)
+    faults = Faults()
+    faults.note(check_batch, job.world_size, run.optim.batch_size, size)
+    faults.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
+    faults.end()

@@ -10,7 +10,7 @@ from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, s
 from m3i_scale.data.access import check_access
 from m3i_scale.data.mixing import check_weights
 from m3i_scale.data.remote import Access
-from m3i_scale.data.shards import read_label_sets, require_shards
+from m3i_scale.data.shards import captions_beside, read_label_sets, require_shards
 from m3i_scale.data.shares import check_shares
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, Faults, UserError
@@ -24,6 +24,7 @@ from m3i_scale.scale.activations import check_policy
 from m3i_scale.scale.compilation import check_compile
 from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
+from m3i_scale.text import shown
 
 _ANY_WIDTH = 768
 """Of a backbone that is at fault: buckets of the DeepSpeed file are filled in with it, and thrown away."""
@@ -211,8 +212,16 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run, of which padding is token 0.
 
     Raises:
-        ConfigError: see `find_tokenizer`; or it pads with another token.
+        ConfigError: no source has captions; see `find_tokenizer`; or it pads with another token.
     """
+    read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
+    if read and all(captions_beside(source.shards, access) == 0 for source in read.values()):
+        raise ConfigError(
+            "the recipe has a text target, and no source has captions",
+            where=", ".join(f"data.sources.{name}.shards: {shown(source.shards)}" for name, source in read.items()),
+            why="the manifest beside the shards counts none",
+            fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text: m3i_no_text, supervised",
+        )
     found = find_tokenizer(run.data.sources, run.text.tokenizer, access)
     if found.pad_token_id != 0:
         raise ConfigError(

@@ -65,6 +65,13 @@ class Diagnosis:
 def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[Fault]:
     for name, figures in record.groups.items():
         yield from _target_faults(name, health, young, figures.get("nats", 0.0))
+        if figures.get("count") == 0:
+            yield Fault(
+                name,
+                "no sample has its target",
+                "none in the batches that were logged",
+                "look at the shards: `m3i-scale shards stats` counts labels and captions",
+            )
         if not math.isfinite(figures.get("grad_norm", 0.0)):
             yield Fault(
                 name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"

@@ -136,7 +136,7 @@ def resolve(
     """
     check_keys(raw, where=where)
     check_values(raw, where=where)
-    wanted = _batch(world_size, batch_size, micro_batch_size, where)
+    wanted = _batch(world_size, batch_size, micro_batch_size)
     wanted["gradient_clipping"] = _Wanted(clip_grad_norm, "optim.clip_grad_norm")
     wanted["optimizer.params.lr"] = _Wanted(lr, "optim.lr; the trainer sets the learning rate at every step")
     wanted["optimizer.params.betas"] = _Wanted(list(betas), "optim.betas")
@@ -149,7 +149,7 @@ def resolve(
     return _fill(raw, wanted, where)
 
 
-def check_batch(world_size: int, batch_size: int, micro_batch_size: int, *, where: str) -> int:
+def check_batch(world_size: int, batch_size: int, micro_batch_size: int) -> int:
     """Micro-batches of a rank in an optimizer step.
 
     Raises:
@@ -160,15 +160,15 @@ def check_batch(world_size: int, batch_size: int, micro_batch_size: int, *, wher
         raise ConfigError(
             f"optim.batch_size {batch_size} is not micro_batch_size {micro_batch_size} × accumulation × "
             f"{world_size} ranks",
-            where=where,
+            where=f"optim.batch_size: {batch_size}, on {world_size} ranks",
             why="every rank runs the same number of micro-batches of the same size",
             fix=_batch_advice(world_size, batch_size, micro_batch_size),
         )
     return accumulation
 
 
-def _batch(world_size: int | None, batch_size: int, micro_batch_size: int, where: str) -> dict[str, _Wanted]:
-    accumulation = check_batch(world_size or 1, batch_size, micro_batch_size, where=where)  # what one cannot, none can
+def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _Wanted]:
+    accumulation = check_batch(world_size or 1, batch_size, micro_batch_size)  # what one cannot, none can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
     unknown = _Wanted(AUTO, "the number of ranks is not known", binding=False)
     return {

@@ -17,7 +17,7 @@ from m3i_scale.errors import CheckpointError, ExportError
 from m3i_scale.hub import export as export_module
 from m3i_scale.hub.card import cell, evaluation_rows, render_card
 from m3i_scale.hub.export import export
-from m3i_scale.hub.history import curve_of
+from m3i_scale.hub.history import curve_of, supervision_of
 from m3i_scale.hub.source import find_source, hash_folder
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.recipe import parse_recipe
@@ -74,7 +74,7 @@ def test_card(exported):
     front = yaml.safe_load(front)
     assert front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "image-feature-extraction"
-    assert front["datasets"] == ["things"]
+    assert "datasets" not in front  # "things" is no data set of the Hub
     assert "intra" in body
     assert exported[1]["data"][0]["manifest_sha256"] in body
     assert exported[1]["files"]["model.safetensors"] in body
@@ -262,6 +262,33 @@ def test_evaluation_goes_into_the_card(make_run, tmp_path, same_process):
         (folder / "evaluation.json").write_text(json.dumps(wrong))
         with pytest.raises(ExportError, match="not an evaluation"):
             export(folder, tmp_path / "other")
+
+
+def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path, same_process):
+    folder, _ = make_run(tmp_path / "run")
+    facts = export(folder, tmp_path / "student")
+    of = {key: facts[key] for key in ("checkpoint", "checkpoint_manifest_sha256", "weights")}
+    figures = {"knn": {"k=10": {"value": 0.5, "low": 0.4, "high": 0.6}}}
+    data = {"samples": 80, "cluster_unit": "concept"}
+    file = folder / "evaluation.json"
+    file.write_text(json.dumps({"model": {"export": of}, "measures": figures, "data": data}))
+    again = export(folder, tmp_path / "again")
+    assert (again["evaluation"]["measures"], again["warning"]) == (figures, None)
+    other = export(folder, tmp_path / "momentum", weights="momentum")
+    assert other["evaluation"] is None
+    assert "evaluation.json is of the student weights" in other["warning"]
+    with pytest.raises(ExportError, match="the evaluation is of the student weights") as caught:
+        export(folder, tmp_path / "given", weights="momentum", evaluation_file=file)
+    assert caught.value.where == str(file)
+
+
+def test_steps_between_the_last_record_and_a_stop_count_with_the_next_one(make_run, tmp_path):
+    folder, _ = make_run(tmp_path / "run")
+    run = {"kind": "run", "name": "tiny", "micro_batch_size": 32}
+    train = {"kind": "train", "group/text/count": 64.0}
+    records = [run | {"step": 0}, train | {"step": 2}, run | {"step": 5}, train | {"step": 10}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert supervision_of(find_source(folder)) == {"text": 40_960}
 
 
 def test_a_figure_with_a_guess_of_its_own_does_not_take_that_of_its_measure():

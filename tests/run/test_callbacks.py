@@ -257,7 +257,8 @@ def test_kill_9_loses_no_line(tmp_path: Path) -> None:
 import os, signal, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from pathlib import Path
-from test_callbacks import MetricsWriter, info, record
+from callback_records import info, record
+from m3i_scale.run.callbacks.metrics import MetricsWriter
 writer = MetricsWriter()
 writer.on_start(info(Path({str(tmp_path)!r})))
 for step in (1, 2, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_a_wrong_path_of_shards_is_told_as_that(shards: Path, tmp_path: Path, re
     with pytest.raises(Exception, match="no such folder of shards") as caught:
         make_plan(run, 1)
     assert caught.value.where == "data.sources.shapes.shards: /nowhere/shards"
+
+
+@pytest.mark.parametrize("recipe", ["m3i", "clip"])
+def test_captions_that_no_sample_has_are_missed(shards: Path, tmp_path: Path, recipe: str) -> None:
+    """Training would go on to the end with a loss of 0."""
+    train = shutil.copytree(shards / "train", tmp_path / "train")
+    manifest = json.loads((train / "manifest.json").read_text())
+    for facts in manifest["shards"].values():
+        facts["with_caption"] = 0
+    (train / "manifest.json").write_text(json.dumps(manifest))
+    run_file = str(write_run(tmp_path, shards, recipe))
+    alone = f"data.sources={{shapes: {{shards: {train}}}}}"
+    where = [f"data.sources.shapes.shards: {train}"]
+    assert places(run_file, alone) == places(run_file, alone, f"text.tokenizer={shards / 'tokenizer'}") == where
+    assert places(run_file, f"data.sources.bare.shards={train}") == []  # another source has captions
 
 
 def test_ranks_are_looked_at_where_their_number_is_known(shards: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_callbacks import record
+from callback_records import record
 from tiny import random_batch, tiny_objective
 
 from m3i_scale.run.callbacks.base import StepRecord
@@ -40,6 +40,7 @@ FAULTS = {
         "text",
         "it swallows the gradient",
     ),
+    "absent": ({"groups": {"text": {"count": 0.0}, "intra": {"count": 64.0}}}, "text", "no sample has its target"),
     "peak": ({"mfu": 7.8}, "speed", "the peak that MFU is a share of is wrong"),
     "gradient": (
         {"groups": {"text": {"grad_norm": float("inf")}, "intra": {"grad_norm": 0.01}}},
