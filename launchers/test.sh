@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install what the tests need, then lint, check types and run every test. Arguments go to pytest.
+# Install what the tests need, then lint, check types and run the tests. Arguments go to pytest.
 #
 #   bash launchers/test.sh [--all] [pytest argument …]
 #
-# --all: the tests of benchmarks/ too. test-report.xml (JUnit) stays.
+# --all: the tests of benchmarks/ too, which are left out otherwise. test-report.xml (JUnit) stays.
 # Exit code: pytest's; 1 where all tests pass but lint or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -54,21 +54,22 @@ check() {
 check lint ruff check .
 check format ruff format --check .
 types=$(mktemp)
-trap 'rm -f "$types"' EXIT
 mypy >"$types" 2>&1 & # it takes a minute of one core
 types_pid=$!
+trap 'kill "$types_pid" 2>/dev/null || true; rm -f "$types"' EXIT
 
 echo "== tests: pytest $*" >&2
+: >test-report.xml # pytest writes it at its end
 code=0
 pytest --junitxml=test-report.xml --durations=40 "${chosen[@]}" "$@" || code=$?
 
-finish_types() {
+mypy_result() {
   local code=0
   wait "$types_pid" || code=$?
   cat "$types"
   return "$code"
 }
-check types finish_types
+check types mypy_result
 echo "passed checks: ${passed[*]:-none}; failed checks: ${failed[*]:-none}"
 python launchers/_count.py test-report.xml
 if [ "$code" -eq 0 ] && [ ${#failed[@]} -gt 0 ]; then code=1; fi

@@ -20,9 +20,9 @@ SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if not path.stem.
 
 
 def test_what_libraries_print_goes_elsewhere():
-    script = (
-        f"import os, {', '.join(SCRIPTS)}; os.system('echo of a child'); print('of a library'); step.emit({{'a': 1}})"
-    )
+    prints = "os.system('echo of a child'); print('of a library')"
+    emits = " and ".join(f"{name}.emit is _common.emit" for name in SCRIPTS)
+    script = f"import os, _common, {', '.join(SCRIPTS)}; {prints}; assert {emits}; step.emit(dict(a=1))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])},

@@ -57,7 +57,7 @@ class BackboneConfig(Section):
 
     preset: str | None = None
     """A size by name, vit-b/16 where nothing else is said; `config` overrides single fields."""
-    from_pretrained: str | None = None
+    from_pretrained: Annotated[str, InHome] | None = None
     """Start from published weights instead of random ones: a folder or Hub id of `transformers`, timm or open_clip, or
     one file with the names of timm or open_clip (docs/backbones.md)."""
     config: ModelFields = Field(default_factory=dict)
@@ -87,7 +87,7 @@ class TextConfig(Section):
 
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str, InHome] | None = None
     """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""
     max_tokens: int = Field(default=64, ge=4)
     """Captions are cut to this many tokens."""
@@ -173,7 +173,7 @@ class CheckpointConfig(Section):
     """Training goes on while a checkpoint is written, from a copy in host memory; false: it waits, and needs none."""
     probe: bool = True
     """Two samples and their loss are saved too, and the loss is computed again at a resume; costs a forward pass."""
-    resume: str = "auto"
+    resume: Annotated[str, InHome] = "auto"
     """auto: go on from the newest good checkpoint of output_dir, start anew where there is none;
     never: refuse to run where there is one; or the path of a checkpoint."""
 
@@ -235,7 +235,7 @@ class RunConfig(Section):
     text: TextConfig = Field(default_factory=TextConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
-    deepspeed: str = "zero3_bf16"
+    deepspeed: Annotated[str, InHome] = "zero3_bf16"
     """A DeepSpeed JSON: a name from ds_configs/, or a path."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)

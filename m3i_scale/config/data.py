@@ -180,7 +180,7 @@ class DataConfig(Section):
     """The run stops when a reader has got no sample for so long."""
     cache_gib: float = Field(default=50.0, ge=0)
     """Room on the host's disk for whole remote shards; 0 keeps none, and reads every sample by range."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path, InHome] | None = None
     """Where they lie, shared by all ranks of a host and by runs. Default: m3i-scale in $XDG_CACHE_HOME or ~/.cache."""
     read_timeout_s: float = Field(default=60.0, gt=0)
     """A request for a part of a remote shard (8 MiB at most) counts as failed after so long."""

@@ -166,10 +166,9 @@ def _explain(kind: type[Section], fault: Any, where: str, below: str) -> ConfigE
         return ConfigError(f"'{key}' is missing", where=where, fix=_choices_at(kind, fault["loc"]))
     if fault["type"] == "model_type":
         section = _section_at(kind, fault["loc"])
-        first = next((name for name, field in section.model_fields.items() if field.is_required()), "KEY")
-        return ConfigError(
-            f"'{key}' is a section, and got {shown(repr(fault['input']))}", where=where, fix=f"{key}.{first}=…"
-        )
+        required = [name for name, field in section.model_fields.items() if field.is_required()]
+        keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
+        return ConfigError(f"'{key}' is a section, and got {shown(repr(fault['input']))}", where=where, fix=keys)
     default = _default_at(kind, fault["loc"])
     fix = None if default is None else f"e.g. the default, {key}={default}"
     if fault["type"] == "value_error":  # a rule of ours: its sentence says all

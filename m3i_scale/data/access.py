@@ -50,4 +50,4 @@ def _access(data: DataConfig) -> Access:
         start_timeout_s=data.start_timeout_s,
         max_sample_bytes=data.max_sample_bytes,
     )
-    return known if data.cache_dir is None else dataclasses.replace(known, cache_dir=data.cache_dir.expanduser())
+    return known if data.cache_dir is None else dataclasses.replace(known, cache_dir=data.cache_dir)

@@ -166,9 +166,10 @@ def captions_beside(shards: str, access: Access | None = None) -> int | None:
         return None
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
-        return sum(int(facts["with_caption"]) for facts in manifest["shards"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # shards of another tool need no such file
-        return None
+        counts = [int(facts["with_caption"]) for facts in manifest["shards"].values()]
+        return sum(counts) if counts else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # shards of other tools have no such file
 
 
 def labels_beside(folder: Place) -> list[str] | None:

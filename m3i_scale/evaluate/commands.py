@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from m3i_scale.data.places import Place
-from m3i_scale.errors import ConfigError, DataError, ExportError, UserError, did_you_mean
+from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, has_own_head, head_of_targets, measure_classifier, own_head
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
@@ -248,14 +248,11 @@ def _document(folder: Path, vision: VisionModel, job: _Job, data: str, train_dat
 
 def _exported_from(folder: Path) -> dict[str, Any] | None:
     """Return which weights of which checkpoint an export has, as its export.json says; None for other folders."""
-    path = folder / "export.json"
-    if not path.is_file():
-        return None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         return {key: facts[key] for key in ("checkpoint", "checkpoint_manifest_sha256", "weights")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ExportError("cannot read what the export says of itself", where=str(path), fix="export it anew") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _describe(table: Table, shards: str) -> dict[str, Any]:

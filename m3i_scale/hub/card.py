@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ _PIPELINES = {
 }
 _KINDS = {"category": "class labels", "text": "captions", "pixels": "the image itself", "image": "the image itself"}
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-"""USER/NAME: the Hub looks for a data set of any other name, too."""
 OLDEST_TRANSFORMERS = "4.57"
 """That loads every kind of export: the proof of them runs in it, too (tests/hub/test_oldest_transformers.py)."""
 
@@ -73,7 +70,6 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         vocab_size=source.vocab_size,
         recipe=describe(source.recipe),
         optim=source.run.optim.model_dump(mode="json"),
-        datasets=sorted(filter(_HUB_ID.fullmatch, {str(item.get("dataset")) for item in provenance["data"]})),
         supervision=list(_supervision(source, provenance)),
         curve=_table(provenance["curve"]),
         evaluation=evaluation,

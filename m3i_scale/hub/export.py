@@ -147,17 +147,18 @@ def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[
     wanted = options.get("wanted") or Wanted()
     source = find_source(Path(run_dir_or_checkpoint))
     weights = options.get("weights", "student")
+    evaluation, other_evaluation = evaluation_of(source, weights, options.get("evaluation_file"))
     same = {
         "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
         "weights": weights,
         "dtype": options.get("dtype", "float32"),
         "license": options.get("license_id", "other"),
         "request": _request(wanted, options.get("also", ())),
-        "evaluation": masked(evaluation_of(source, weights, options.get("evaluation_file"))[0]),
+        "evaluation": masked(evaluation),
     }
     if any(facts.get(key) != value for key, value in same.items()):
         return None
-    return {"output": str(target), "bytes": sum(listed_files(target).values()), "warning": None, **facts}
+    return {"output": str(target), "bytes": sum(listed_files(target).values()), "warning": other_evaluation, **facts}
 
 
 def _request(wanted: Wanted, also: tuple[str, ...]) -> dict[str, Any]:

@@ -89,16 +89,18 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
 
 def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
     """Run and train records, the steps that each stands for, the ranks that did them, and a rank's micro-batch."""
-    world, micro_batch, before = source.meta.get("world_size"), source.run.optim.micro_batch_size, 0
+    world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
+    before: int | None = None
     for record in _records(source.run_dir / "metrics.jsonl"):
         step = record.get("step", 0)
         if record.get("kind") == "run":
-            # A stop between two records leaves steps that none of them is of: they count with the next one.
-            world, before = record.get("world_size", world), min(before, step)
+            # The file of a run that goes on from elsewhere begins at that step. Later, a stop between two records
+            # leaves steps that none of them is of: they count with the next one.
+            world, before = record.get("world_size", world), step if before is None else before
             micro_batch = record.get("micro_batch_size", micro_batch)
             yield record, 0, None, micro_batch
         elif record.get("kind") == "train" and step <= source.step:
-            yield record, step - before, world if isinstance(world, int) else None, micro_batch
+            yield record, step - (before or 0), world if isinstance(world, int) else None, micro_batch
             before = step
 
 

@@ -185,15 +185,15 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     if not isinstance(values, dict) or not named or not isinstance(values.get("measures"), dict):
         raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
     model = values.get("model")
-    of = model.get("export") if isinstance(model, dict) else None
-    if not isinstance(of, dict):
+    if not isinstance(model, dict) or "export" not in model:  # of a version that did not say it
         return values, None
+    of = model["export"] if isinstance(model["export"], dict) else {}
     if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (hash_file(source.checkpoint / MANIFEST), weights):
         return values, None
-    theirs, ours = f"the {of.get('weights')} weights of {of.get('checkpoint')}", f"the {weights} weights of"
+    theirs = f"the {of.get('weights')} weights of {of.get('checkpoint')}" if of else "another model"
     if given is not None:
         raise ExportError(
-            f"the evaluation is of {theirs}, and this export has {ours} {source.checkpoint.name}",
+            f"the evaluation is of {theirs}, and this export has the {weights} weights of {source.checkpoint.name}",
             where=str(path),
             fix="evaluate this export, then export again with that file and --overwrite",
         )

@@ -10,6 +10,8 @@ from m3i_scale.report.recipe_graph import Graph, Node
 
 _NOT_PLAIN = re.compile(r"[^\w ·.,:=+/()→-]")
 """What may mean something to Mermaid, Markdown or HTML; it stands as a character code."""
+_LIST_MARK = re.compile(r"^(\d*)([.)+-])(?= )")
+"""What makes a list of a text, in Markdown."""
 
 
 def write_mermaid(graph: Graph, path: Path) -> None:
@@ -20,7 +22,9 @@ def write_mermaid(graph: Graph, path: Path) -> None:
     """
     chart = render_mermaid(graph)
     try:
-        path.write_text(f"```mermaid\n{chart}```\n" if path.suffix == ".md" else chart, encoding="utf-8")
+        path.write_text(
+            f"```mermaid\n{chart}```\n" if path.suffix.lower() in (".md", ".markdown") else chart, encoding="utf-8"
+        )
     except OSError as error:
         folder = path.absolute().parent
         fix = "give a file that can be written" if folder.is_dir() else f"make the folder first: mkdir -p '{folder}'"
@@ -36,6 +40,7 @@ def render_mermaid(graph: Graph) -> str:
     lines = ["flowchart LR", *(f"  {inputs[name]}{_box(node)}" for name, node in graph.inputs.items())]
     if graph.mix:
         lines = [lines[0], f'  subgraph mix["{_escaped(graph.mix)}"]', *(f"  {line}" for line in lines[1:]), "  end"]
+    lines.append(f"  r{_box(Node(graph.name, graph.notes))}")
     lines.append(f"  f{_box(graph.backbone)}")
     lines += [f"  {decoders[name]}{_box(node)}" for name, node in graph.decoders.items()]
     lines += [f"  {encoders[name]}{_box(node)}" for name, node in graph.encoders.items()]
@@ -64,4 +69,5 @@ def _label(node: Node) -> str:
 
 
 def _escaped(text: str) -> str:
-    return _NOT_PLAIN.sub(lambda letter: f"#{ord(letter.group())};", text)
+    coded = _NOT_PLAIN.sub(lambda letter: f"#{ord(letter.group())};", text)
+    return _LIST_MARK.sub(lambda mark: f"{mark[1]}#{ord(mark[2])};", coded)

@@ -219,7 +219,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "the recipe has a text target, and no source has captions",
             where=", ".join(f"data.sources.{name}.shards: {shown(source.shards)}" for name, source in read.items()),
-            why="the manifest beside the shards counts none",
+            why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text: m3i_no_text, supervised",
         )
     found = find_tokenizer(run.data.sources, run.text.tokenizer, access)

@@ -69,8 +69,8 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
             yield Fault(
                 name,
                 "no sample has its target",
-                "none in the batches that were logged",
-                "look at the shards: `m3i-scale shards stats` counts labels and captions",
+                "none in the batches since the last records",
+                "look at weights and epochs of data.sources; `m3i-scale shards stats` counts labels and captions",
             )
         if not math.isfinite(figures.get("grad_norm", 0.0)):
             yield Fault(

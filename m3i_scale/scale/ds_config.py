@@ -149,26 +149,27 @@ def resolve(
     return _fill(raw, wanted, where)
 
 
-def check_batch(world_size: int, batch_size: int, micro_batch_size: int) -> int:
-    """Micro-batches of a rank in an optimizer step.
+def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> int:
+    """Micro-batches of a rank in an optimizer step; where the number of ranks is not known, of one rank.
 
     Raises:
         ConfigError: ranks × micro-batch does not divide the batch; with batches that they divide.
     """
-    accumulation, rest = divmod(batch_size, micro_batch_size * world_size)
+    ranks = world_size or 1
+    accumulation, rest = divmod(batch_size, micro_batch_size * ranks)
     if rest or not accumulation:
         raise ConfigError(
-            f"optim.batch_size {batch_size} is not micro_batch_size {micro_batch_size} × accumulation × "
-            f"{world_size} ranks",
-            where=f"optim.batch_size: {batch_size}, on {world_size} ranks",
+            f"optim.batch_size {batch_size} is not micro_batch_size {micro_batch_size} × accumulation"
+            + (f" × {world_size} ranks" if world_size else ""),
+            where=f"optim.batch_size: {batch_size}" + (f", on {world_size} ranks" if world_size else ""),
             why="every rank runs the same number of micro-batches of the same size",
-            fix=_batch_advice(world_size, batch_size, micro_batch_size),
+            fix=_batch_advice(ranks, batch_size, micro_batch_size),
         )
     return accumulation
 
 
 def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _Wanted]:
-    accumulation = check_batch(world_size or 1, batch_size, micro_batch_size)  # what one cannot, none can
+    accumulation = check_batch(world_size, batch_size, micro_batch_size)  # what one cannot, none can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
     unknown = _Wanted(AUTO, "the number of ranks is not known", binding=False)
     return {

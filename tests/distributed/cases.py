@@ -76,8 +76,10 @@ PARTITIONED = (
     "m3i",
     "m3i_maps",
     "m3i_clip",
+    "m3i_mixed",
     "m3i_learned",
     "m3i_followed",
+    "byol",
     "densecl",
     "unigrad",
     "barlow",
@@ -87,7 +89,7 @@ PARTITIONED = (
     "dense_distillation",
     "mae",
 )
-"""Every kind of module, head and memory once: the engine cannot know which recipe they make."""
+"""Kinds of module, head and memory: the engine cannot know which recipe they make."""
 RECOMPUTED = {
     "m3i": (("m3i",), ("full", "every_2", "selective", "offload")),
     "eager": (("m3i", "backbone.attention_kernel=eager"), ("none", "selective")),

@@ -11,7 +11,10 @@ from cases import ENGINES, PARTITIONED, PLANNED, RECIPES, RECOMPUTED, REMEMBERED
 from compile_cases import COMPILED
 from guard_cases import NONFINITE
 from precision_cases import FIRST_POWER
+from tiny import tiny_run
 from traffic_cases import COUNTED
+
+from m3i_scale.objective.recipe import parse_recipe
 
 
 def test_all_ranks_end_well_and_leave_no_shared_memory(worlds) -> None:
@@ -36,6 +39,21 @@ def same(one: dict, two: dict, share: float = 1e-6) -> None:
     for name, gradient in one["gradients"].items():
         close = torch.allclose(two["gradients"][name], gradient, rtol=1e-4, atol=share * largest)
         assert close, f"{name}: {float((two['gradients'][name] - gradient).abs().max())}, largest {largest}"
+
+
+def kinds_of(name: str) -> set[tuple[str, str | None]]:
+    """What a recipe's modules are made of."""
+    recipe = parse_recipe(tiny_run(*RECIPES[name]).recipe)
+    kinds: set[tuple[str, str | None]] = {("decoder", decoder.kind) for decoder in recipe.decoders.values()}
+    for target in recipe.targets:
+        fields = ("modality", "tokens", "encoder", "distribution", "regularizer")
+        kinds |= {(field, getattr(target, field)) for field in fields}
+    return kinds
+
+
+def test_the_engine_is_asked_for_every_kind_of_module() -> None:
+    partitioned = set().union(*(kinds_of(name) for name in PARTITIONED))
+    assert set().union(*(kinds_of(name) for name in RECIPES)) - partitioned == set()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_card(exported):
     front = yaml.safe_load(front)
     assert front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "image-feature-extraction"
-    assert "datasets" not in front  # "things" is no data set of the Hub
+    assert "datasets" not in front  # the Hub would look for one called "things"
     assert "intra" in body
     assert exported[1]["data"][0]["manifest_sha256"] in body
     assert exported[1]["files"]["model.safetensors"] in body
@@ -289,6 +289,9 @@ def test_steps_between_the_last_record_and_a_stop_count_with_the_next_one(make_r
     records = [run | {"step": 0}, train | {"step": 2}, run | {"step": 5}, train | {"step": 10}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert supervision_of(find_source(folder)) == {"text": 40_960}
+    gone_on = [run | {"step": 5}, train | {"step": 10}]  # from a checkpoint of another run, which is not known here
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in gone_on))
+    assert supervision_of(find_source(folder)) == {"text": 20_480}
 
 
 def test_a_figure_with_a_guess_of_its_own_does_not_take_that_of_its_measure():

@@ -114,6 +114,10 @@ def test_it_loads_here_without_remote_code(made):
 def test_it_is_evaluated(made, shards):
     found = evaluate(made[0] / "export", str(shards / "val"), train_data=str(shards / "train"))
     assert {"linear", "knn", "zero_shot", "retrieval"} <= found["measures"].keys()
+    facts = json.loads((made[0] / "export" / "export.json").read_text())
+    of = found["model"]["export"]
+    assert of.keys() == {"checkpoint", "checkpoint_manifest_sha256", "weights"}
+    assert of.items() <= facts.items()
 
 
 def test_a_class_token_where_there_is_none_is_refused(made, kind, shards):
