@@ -58,7 +58,7 @@ def _in_home(path: PathT) -> PathT:
 
 
 InHome = AfterValidator(_in_home)
-"""Of a path: `~` is the home of the user, as in a shell, which leaves it alone behind `key=`."""
+"""Expands `~` in a path to the home of the user: a shell leaves it alone behind `key=`."""
 
 
 def plain_values(value: Any) -> Any:

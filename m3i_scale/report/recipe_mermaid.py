@@ -9,9 +9,9 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.report.recipe_graph import Graph, Node
 
 _NOT_PLAIN = re.compile(r"[^\w ·.,:=+/()→-]")
-"""What may mean something to Mermaid, Markdown or HTML; it stands as a character code."""
+"""Matches letters that may mean something to Mermaid, Markdown or HTML; they stand as character codes."""
 _LIST_MARK = re.compile(r"^(\d*)([.)+-])(?= )")
-"""What makes a list of a text, in Markdown."""
+"""Matches what makes a list of a text, in Markdown."""
 
 
 def write_mermaid(graph: Graph, path: Path) -> None:

@@ -36,7 +36,7 @@ from m3i_scale.scale.plan.trace import Trace, record, scaled
 
 GIB = 2**30
 AVERAGE_BYTES = 4
-"""Of an element of a momentum target in a checkpoint."""
+"""A checkpoint takes so many for an element of the momentum target."""
 CLASSES, VOCABULARY = 1000, 30522
 """What a run without its shards is planned with: ImageNet's classes, BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0

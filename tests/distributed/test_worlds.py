@@ -42,7 +42,7 @@ def same(one: dict, two: dict, share: float = 1e-6) -> None:
 
 
 def kinds_of(name: str) -> set[tuple[str, str | None]]:
-    """What a recipe's modules are made of."""
+    """Return what a recipe's modules are made of."""
     recipe = parse_recipe(tiny_run(*RECIPES[name]).recipe)
     kinds: set[tuple[str, str | None]] = {("decoder", decoder.kind) for decoder in recipe.decoders.values()}
     for target in recipe.targets:

@@ -44,7 +44,7 @@ LINE = re.compile(
 
 
 def texts(chart: str) -> list[str]:
-    """What stands in the boxes of a flowchart, a list of its lines, as a reader sees it."""
+    """Return what a reader sees in the boxes of a flowchart, line by line."""
     first, *lines = chart.splitlines()
     assert first == "flowchart LR"
     assert all(LINE.fullmatch(line) for line in lines), chart

@@ -1,4 +1,4 @@
-"""What callbacks are told of a run that never ran."""
+"""Records of a run that never ran, for callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `plan` counts without running anything, compared with real steps."""
+"""Compare what `plan` counts without running anything with real steps."""
 
 from __future__ import annotations
 
