@@ -29,7 +29,7 @@ ENVIRONMENT = "deepspeed_env"
 PRIVATE_ENVIRONMENT = "environment.sh"
 _MODULE = "deepspeed.launcher.runner"
 _SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
-"""Of pdsh; what somebody has set counts before what is added here."""
+"""Names the variable with arguments that pdsh gives to ssh; what somebody has set counts before what is added here."""
 _PASTED = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 """What a shell and pdsh take as it is."""
 
