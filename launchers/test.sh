@@ -3,7 +3,8 @@
 #
 #   bash launchers/test.sh [--all] [pytest argument …]
 #
-# --all: the tests of benchmarks/ too, which are left out otherwise. test-report.xml (JUnit) stays.
+# --all: the tests of benchmarks/ too, which are left out otherwise. Where no file is named, two files run at a time, and
+# then those that measure silence and time-outs, by themselves. test-report*.xml (JUnit) stay.
 # Exit code: pytest's; 1 where all tests pass but lint or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,10 +59,24 @@ mypy >"$types" 2>&1 & # it takes a minute of one core
 types_pid=$!
 trap 'kill "$types_pid" 2>/dev/null || true; rm -f "$types"' EXIT
 
-echo "== tests: pytest $*" >&2
-: >test-report.xml # pytest writes it at its end
 code=0
-pytest --junitxml=test-report.xml --durations=40 "${chosen[@]}" "$@" || code=$?
+rm -f test-report*.xml
+run_tests() {
+  local report=$1 result=0
+  shift
+  echo "== tests: pytest $*" >&2
+  : >"$report" # pytest writes it at its end
+  pytest --junitxml="$report" "${chosen[@]}" "$@" || result=$?
+  if [ "$result" -ne 0 ]; then code=$result; fi
+}
+
+alone=(tests/cluster tests/doctor tests/launching)
+if [[ " $*" =~ \ [^-] ]]; then
+  run_tests test-report.xml "$@"
+else
+  run_tests test-report.xml -n 2 --dist loadfile "${alone[@]/#/--ignore=}" "$@"
+  run_tests test-report-alone.xml "${alone[@]}" "$@"
+fi
 
 mypy_result() {
   local code=0
@@ -71,6 +86,6 @@ mypy_result() {
 }
 check types mypy_result
 echo "passed checks: ${passed[*]:-none}; failed checks: ${failed[*]:-none}"
-python launchers/_count.py test-report.xml
+python launchers/_count.py test-report*.xml
 if [ "$code" -eq 0 ] && [ ${#failed[@]} -gt 0 ]; then code=1; fi
 exit "$code"

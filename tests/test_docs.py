@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import Forks
 from PIL import Image, ImageDraw
 
 from m3i_scale.config import load_run
@@ -120,11 +121,11 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def run_commands(page: Path, data: Path) -> str | None:
-    """Run a page in the folder beside `data`; what went wrong, or None."""
+def run_commands(page: Path, data: Path, *commands: Path) -> str | None:
+    """Run a page in the folder beside `data`; return what went wrong. Folders `commands` come first on PATH."""
     port = free_port()
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(map(str, (*commands, Path(sys.executable).parent, os.environ["PATH"]))),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -159,13 +160,20 @@ def test_the_commands_of_the_readme_run(after_readme):
     assert after_readme[2] is None, after_readme[2]
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "bash")], ids=name_of)
-def test_the_commands_of_a_page_run(page, after_readme):
+def test_the_commands_of_a_page_run(page, after_readme, forks):
     data, left, _ = after_readme
     # The same path for every page, because a run remembers where its data lie.
     shutil.copytree(left, data)
     try:
-        fault = run_commands(page, data)
+        fault = run_commands(page, data, forks.folder)
         assert fault is None, fault
     finally:
         shutil.rmtree(data)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from _count import count
+from _count import count, read_suites, slowest
 from _quickstart import Stages, make_shards
 from _training import Training, TrainingPlan, half_way, kill_all, read_lines
 
@@ -134,13 +134,23 @@ def test_a_folder_without_shards_is_refused(tmp_path):
         make_shards(tmp_path)
 
 
-def test_count_adds_up():
-    report = (
-        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/>'
-        '<testsuite tests="1" failures="0" errors="0" skipped="0"/></testsuites>'
-    )
-    assert count(report) == "tests: 6 passed, 2 failed, 2 skipped"
-    assert count("") == "tests: 0 passed, 0 failed, 0 skipped"
+def test_reports_add_up():
+    reports = [
+        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2">'
+        '<testcase classname="a" name="quick" time="0.5"/>'
+        '<testcase classname="a" name="slow" time="70"/></testsuite></testsuites>',
+        '<testsuites><testsuite tests="1" failures="0" errors="0" skipped="0">'
+        '<testcase classname="b" name="slower" time="80.25"/></testsuite></testsuites>',
+        "",
+    ]
+    suites = read_suites(reports)
+    assert count(suites) == "tests: 6 passed, 2 failed, 2 skipped"
+    assert [line.split() for line in slowest(suites)] == [
+        ["80.2", "s", "b::slower"],
+        ["70.0", "s", "a::slow"],
+        ["0.5", "s", "a::quick"],
+    ]
+    assert count(read_suites([""])) == "tests: 0 passed, 0 failed, 0 skipped"
 
 
 def machine_with(tmp_path, *commands):
