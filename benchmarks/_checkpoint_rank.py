@@ -26,7 +26,7 @@ from m3i_scale.run.setup import Plan, start_engine
 from m3i_scale.scale.checkpoint.saver import Saver
 from m3i_scale.scale.checkpoint.state import load_checkpoint
 from m3i_scale.scale.collectives import max_over_ranks, start_ranks, stop_ranks
-from m3i_scale.scale.ds_config import load_ds_config, resolve
+from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.scale.loss_scale import take_step
 
 MIB = 2**20

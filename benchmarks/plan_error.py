@@ -29,8 +29,8 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import release_stdout
 from m3i_scale.run.planning import GIB, Choice, Machine, Model, estimate, on_host, read_vocabulary
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.scale.ds_config import load_ds_config
-from m3i_scale.scale.ds_rules import precision
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
+from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.plan.communication import Links
 
 RANKS, STEPS = 2, 2

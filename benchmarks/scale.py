@@ -50,7 +50,7 @@ from m3i_scale.run.phases import PHASES
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.collectives import ProcessGroupRanks, max_over_ranks, start_ranks, stop_ranks
-from m3i_scale.scale.ds_config import load_ds_config, resolve
+from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.partition import construct, initialize_sharded
 from m3i_scale.scale.peak import compute_dtype

@@ -32,7 +32,7 @@ from m3i_scale.run.planning import (
     over,
     read_vocabulary,
 )
-from m3i_scale.scale.ds_config import load_ds_config
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.communication import Traffic, step_traffic
 from m3i_scale.scale.plan.hardware import hardware
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import EXIT_USER_ERROR, DataError, UserError
-from m3i_scale.scale.ds_config import load_ds_config
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 RUN_FILE = "launchers/quickstart.yaml"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)

@@ -358,7 +358,7 @@ def export(
     file_format: Annotated[str, typer.Option("--format", help="transformers or timm.")] = "transformers",
     label_set: Annotated[str | None, typer.Option(help="Whose classes a classifier has.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
-    also: Annotated[str | None, typer.Option(help="Programs beside the weights: torch_export,onnx.")] = None,
+    also: Annotated[str | None, typer.Option(help="A program beside the weights: onnx.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     license_id: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub spells it, for the model card.")

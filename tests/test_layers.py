@@ -142,7 +142,7 @@ def test_files_stay_short():
 
 LOADS = ("from_pretrained", "from_config")
 ROOT = PACKAGE.parent
-OWN_CODE = {"hub/fresh.py", "hub/fresh_programs.py"}
+OWN_CODE = {"hub/fresh.py", "hub/fresh_onnx.py"}
 """Load a folder that this very package has just written, with code of its own where it put that there."""
 
 

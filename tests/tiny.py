@@ -17,7 +17,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
-from m3i_scale.scale.ds_config import load_ds_config
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.partition import initialize_sharded
 
 SMALL_BUCKETS = {

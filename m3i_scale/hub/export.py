@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
 from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of
-from m3i_scale.hub.programs import check_also, write_programs
 from m3i_scale.hub.push import PROVENANCE, listed_files, push
 from m3i_scale.hub.source import (
     Source,
@@ -64,7 +65,7 @@ def export(
         weights: the trained weights, or their moving average.
         dtype: of the written tensors.
         wanted: which model the folder holds, in which format; default: the features, for `AutoModel`.
-        also: `torch_export`, `onnx`: the model as a program beside its weights.
+        also: `onnx`: the model as a program beside its weights.
         overwrite: replace an earlier export; any other folder with something in it is refused.
         license_id: licence of the weights for the model card, as the Hub spells it.
         evaluation_file: what `m3i-scale evaluate --json` printed; default: evaluation.json of the run, if any.
@@ -91,7 +92,8 @@ def export(
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
-        proven["programs"] = write_programs(folder, reference, also)
+        if also:
+            proven["programs"] = {"onnx": write_onnx(folder, reference)}
         facts = _provenance(source, folder, weights, dtype) | {
             "task": wanted.task,
             "format": wanted.format,
@@ -215,10 +217,10 @@ def _parameters(folder: Path) -> int:
 
 
 def check_wanted(wanted: Wanted) -> None:
-    """Whether there is such a task, format and size.
+    """Refuse a task, format or size that there is not.
 
     Raises:
-        ExportError: there is not.
+        ExportError: there is not, or what it needs is not installed.
     """
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
@@ -232,6 +234,8 @@ def check_wanted(wanted: Wanted) -> None:
         )
     if wanted.format not in FORMATS:
         raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
+    if wanted.format == "timm" and find_spec("timm") is None:
+        raise ExportError("timm is not installed", where="--format timm", fix="pip install 'm3i-scale[timm]'")
     check_shard_size(wanted.max_shard_size)
 
 

@@ -10,7 +10,7 @@ from m3i_scale.errors import Faults
 from m3i_scale.launch.compared import check_least
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.scale.ds_config import check_batch
+from m3i_scale.scale.deepspeed.resolve import check_batch
 
 
 def check_fit(run: RunConfig, job: Job, launcher: str) -> None:

@@ -22,7 +22,7 @@ from m3i_scale.run.setup import Plan, check_batch, resolve_engine
 from m3i_scale.run.source_checks import check_sources
 from m3i_scale.scale.activations import check_policy
 from m3i_scale.scale.compilation import check_compile
-from m3i_scale.scale.ds_config import Resolved, check_accelerator, load_ds_config
+from m3i_scale.scale.deepspeed.resolve import Resolved, check_accelerator, load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
 from m3i_scale.text import shown
 

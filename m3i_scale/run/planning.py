@@ -22,7 +22,7 @@ from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.checkpoint.state import buffers_of
-from m3i_scale.scale.ds_config import Resolved
+from m3i_scale.scale.deepspeed.resolve import Resolved
 from m3i_scale.scale.engine import is_matrix
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic

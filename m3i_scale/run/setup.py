@@ -33,9 +33,9 @@ from m3i_scale.scale.checkpoint.state import read_meta
 from m3i_scale.scale.checkpoint.together import from_rank_0
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
-from m3i_scale.scale.ds_config import Resolved, load_ds_config, resolve
-from m3i_scale.scale.ds_effective import check_effective
-from m3i_scale.scale.ds_rules import precision
+from m3i_scale.scale.deepspeed.effective import check_effective
+from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded

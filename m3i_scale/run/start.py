@@ -23,8 +23,8 @@ from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
 from m3i_scale.scale.checkpoint.locate import stopped_words
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
-from m3i_scale.scale.ds_config import explain_table
-from m3i_scale.scale.ds_rules import precision
+from m3i_scale.scale.deepspeed.resolve import explain_table
+from m3i_scale.scale.deepspeed.rules import precision
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 

@@ -38,7 +38,7 @@ from m3i_scale.run.supply import Shares, Supply, account_of_all, check_supply, e
 from m3i_scale.scale.checkpoint.state import bytes_wanted, load_checkpoint, read_meta
 from m3i_scale.scale.checkpoint.together import together
 from m3i_scale.scale.collectives import ProcessGroupRanks, agree_and_average, mean_over_ranks
-from m3i_scale.scale.ds_rules import precision
+from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.loss_scale import loss_scale, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.scale.peak import compute_dtype, measured_peak, named_peak
 

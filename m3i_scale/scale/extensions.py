@@ -7,12 +7,8 @@ minute or more, whenever the other one has: their paths differ, so each takes th
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import random
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,8 +17,6 @@ import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
-_TRIES, _PAUSE_S = 30, 0.05
-"""Ranks that sweep at the same time hold a lock file open for a moment, too."""
 FOREIGN_AGE_S = 1800.0
 """On a shared file system the builder may run on another host, out of sight: a lock is believed for so long."""
 
@@ -74,95 +68,47 @@ def _build_root() -> Path:
 
 
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
-    """Remove lock files of builders that no longer exist; returns them.
+    """Remove lock files of builders that no longer exist; return them.
 
-    A live builder holds its lock file open, also in a container whose processes cannot be seen from here. Locks in use,
-    and locks of other users, stay.
+    A builder holds its lock file open. One that cannot be seen from here, on another host, is given some time.
 
     Args:
         root: the folder of extensions; default: where PyTorch builds them.
     """
-    if root is None:
-        root = _build_root()
+    root = root or _build_root()
     removed = []
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
-        seen = _identity(lock)
-        if seen is None or _may_be_foreign(lock) or _is_held(lock, seen) or _identity(lock) != seen:
+        # Other ranks sweep at the same time, and the first of them may already build under a new lock.
+        seen = _status(lock)
+        if seen is None or _is_believed(lock, seen) or _is_open(lock) or _status(lock) != seen:
             continue
-        lock.unlink(missing_ok=True)  # other ranks sweep at the same time
+        lock.unlink(missing_ok=True)
         removed.append(lock)
     return removed
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _status(lock: Path) -> tuple[int, float] | None:
+    """Return what tells a lock file from a later one of the same name, its age among it; None where there is none."""
     try:
-        status = path.stat()
+        status = lock.stat()
     except FileNotFoundError:
         return None
-    return status.st_dev, status.st_ino, status.st_ctime_ns
+    return status.st_ino, status.st_mtime
 
 
-def _may_be_foreign(lock: Path) -> bool:
-    try:
-        age_s = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
-        return True
-    return age_s < FOREIGN_AGE_S and _file_system(lock) not in LOCAL_FILE_SYSTEMS
+def _is_believed(lock: Path, status: tuple[int, float]) -> bool:
+    return time.time() - status[1] < FOREIGN_AGE_S and _file_system(lock) not in LOCAL_FILE_SYSTEMS
 
 
 def _file_system(path: Path) -> str:
-    """Type of the file system that holds `path`: the mount with the longest matching path."""
+    """Return the type of the file system that holds `path`: the mount with the longest matching path."""
     path = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
 
 
-def _is_held(lock: Path, identity: tuple[int, int, int]) -> bool:
-    """Whether a process has the file open. The kernel knows it of all, and grants a lease of a file only to who has it
-    alone; a network file system may refuse it for reasons of its own."""
-    if _file_system(lock) not in LOCAL_FILE_SYSTEMS:
-        return _is_open(identity)
-    for _try in range(_TRIES):
-        try:
-            descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return True
-        except OSError:  # leased for a moment by another rank that sweeps; of another user: never granted
-            refused = errno.EAGAIN
-        else:
-            refused = _lease(descriptor)
-            os.close(descriptor)
-        if refused == 0:
-            return False
-        if refused not in (errno.EAGAIN, errno.EACCES):
-            return _is_open(identity)
-        time.sleep(random.uniform(0, _PAUSE_S))
-    return True
-
-
-def _lease(descriptor: int) -> int:
-    """Take a lease and give it back; why it was refused, or 0."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # else who opens it meanwhile ends us with SIGIO
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        return error.errno or errno.EAGAIN
-    return 0
-
-
-def _is_open(identity: tuple[int, int, int]) -> bool:
-    """Whether a process of this user, on this host, has the file open."""
-    for pid in psutil.pids():
-        try:
-            files = list(Path(f"/proc/{pid}/fd").iterdir())
-        except (FileNotFoundError, PermissionError, ProcessLookupError):
-            continue  # gone, or of another user, whose extensions lie elsewhere
-        for file in files:
-            try:
-                status = file.stat()
-            except OSError:  # closed in the meantime
-                continue
-            if (status.st_dev, status.st_ino) == identity[:2]:
-                return True
-    return False
+def _is_open(lock: Path) -> bool:
+    """Return whether a process on this host has the file open, of those that this user may look at."""
+    path = str(lock.resolve())
+    processes = psutil.process_iter(["open_files"])
+    return any(file.path == path for process in processes for file in process.info["open_files"] or ())

@@ -15,7 +15,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import Plan
 from m3i_scale.scale.collectives import start_ranks
-from m3i_scale.scale.ds_config import resolve
+from m3i_scale.scale.deepspeed.resolve import resolve
 from m3i_scale.scale.partition import whole
 
 GLOBAL_BATCH = 8

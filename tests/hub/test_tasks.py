@@ -271,15 +271,13 @@ def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_programs(runs, tmp_path):
-    """Real processes: one that traces, and one without transformers that runs what was written."""
+def test_onnx(runs, tmp_path):
+    """Real processes: one that translates, and one without transformers that runs what was written."""
     folder, objective = runs("vit", "class_token")
-    result = export(folder, tmp_path / "out", wanted=Wanted("classification"), also=("torch_export", "onnx"))
-    assert result["verified"]["programs"].keys() == {"torch_export", "onnx"}
+    result = export(folder, tmp_path / "out", wanted=Wanted("classification"), also=("onnx",))
+    assert result["verified"]["programs"].keys() == {"onnx"}
     images, pixels = pixels_of(objective)
     wanted = objective.embed_images(images, "category")
-    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    torch.testing.assert_close(program(pixels), wanted, atol=1e-5, rtol=1e-4)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
@@ -287,12 +285,21 @@ def test_programs(runs, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_programs_that_cannot_be(runs, tmp_path, monkeypatch):
-    with pytest.raises(ExportError, match="no program 'onyx'"):
-        export(runs("vit")[0], tmp_path / "out", also=("onyx",))
-    monkeypatch.setattr("m3i_scale.hub.programs.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match="onnx and onnxscript and onnxruntime not installed"):
-        export(runs("vit")[0], tmp_path / "out", also=("onnx",))
+@pytest.mark.parametrize("program", ["onyx", "torch_export"])
+def test_programs_that_there_are_not(runs, tmp_path, program):
+    with pytest.raises(ExportError) as caught:
+        export(runs("vit")[0], tmp_path / "out", also=(program,))
+    assert caught.value.where.startswith("--also")
+    assert "onnx" in caught.value.fix
+
+
+def test_formats_whose_extra_is_not_installed(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("m3i_scale.hub.export.find_spec", lambda name: None)
+    for extra, request in (("onnx", {"also": ("onnx",)}), ("timm", {"wanted": Wanted("features", "timm")})):
+        with pytest.raises(ExportError) as caught:
+            export(tmp_path / "no run", tmp_path / "out", **request)
+        assert f"m3i-scale[{extra}]" in caught.value.fix
 
 
 ALONE = """

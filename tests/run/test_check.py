@@ -19,7 +19,7 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, FaultsError
 from m3i_scale.objective import meta
 from m3i_scale.run.check import faults_of, make_plan
-from m3i_scale.scale.ds_config import load_ds_config
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 
 def places(*arguments: str, ranks: int | None = None) -> list[str]:

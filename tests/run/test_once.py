@@ -16,7 +16,7 @@ from m3i_scale.run import setup
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.setup import Plan, check_resume, meta_of, run_yaml
 from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.ds_config import Resolved
+from m3i_scale.scale.deepspeed.resolve import Resolved
 
 CONFIG = {
     "zero_optimization": {"stage": 3},

@@ -19,7 +19,7 @@ from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import supply
 from m3i_scale.run.check import make_plan
 from m3i_scale.run.setup import check_resume
-from m3i_scale.scale.ds_rules import precision
+from m3i_scale.scale.deepspeed.rules import precision
 
 WAIT_S = 600
 

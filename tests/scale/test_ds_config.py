@@ -14,18 +14,17 @@ from hypothesis import strategies as st
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.ds_config import (
-    check_accelerator,
-    explain_table,
-    load_ds_config,
-    resolve,
-)
+from m3i_scale.scale.deepspeed.hints import FOREIGN, INSTEAD, REFUSED
+from m3i_scale.scale.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.schema import known_paths
+
+KNOWN = dict.fromkeys(known_paths())
 
 # (base file, changes, words of the message)
 Z = "zero_optimization."
 P = "optimizer.params."
 MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("zero3_cpu", {P + "fused": "yes"}, ["optimizer.params.fused", "true or false"]),
+    ("zero3_cpu", {P + "fused": "yes"}, ["optimizer.params.fused", "boolean"]),
     ("zero3_bf16", {P + "fused": True}, ["unknown key 'optimizer.params.fused'"]),
     ("zero3_cpu", {P + "foreach": True}, ["either fused or foreach"]),
     # misspelt or misplaced
@@ -80,7 +79,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero2_bf16", {Z + "sub_group_size": 10}, ["only stage 3"]),
     ("zero3_bf16", {Z + "allgather_bucket_size": 10}, ["only stages 1 and 2"]),
     ("zero3_bf16", {Z + "round_robin_gradients": True}, ["only stages 1 and 2"]),
-    ("zero2_bf16", {Z + "allgather_bucket_size": 11}, ["must be even"]),
+    ("zero2_bf16", {Z + "allgather_bucket_size": 11}, [Z + "allgather_bucket_size"]),
     ("zero1_bf16", {Z + "reduce_bucket_size": 10}, ["BF16 optimizer"]),
     ("zero3_bf16", {Z + "stage": 4}, ["zero_optimization.stage"]),
     ("zero3_bf16", {Z + "stage": 0}, ["must be 1, 2 or 3"]),
@@ -98,7 +97,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_fp16", {"fp16.fp16_master_weights_and_grads": True}, ["CPU optimizer"]),
     ("zero3_fp16", {"fp16.loss_scale_window": 0}, ["loss_scale_window"]),
     ("zero3_bf16", {"data_types.param_dtype": "fp32"}, ["data_types.param_dtype", "bf16"]),
-    ("zero3_bf16", {"data_types.grad_accum_dtype": "float"}, ["fp32, fp16 or bf16"]),
+    ("zero3_bf16", {"data_types.grad_accum_dtype": "float"}, ["data_types.grad_accum_dtype", "fp32"]),
     ("zero3_bf16", {"torch_autocast": {"enabled": True}}, ["autocast"]),
     # offload
     ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "nvme"}, ["nvme", "shards", "take cpu"]),
@@ -108,17 +107,17 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "none"}, ["the device is none"]),
     ("zero2_bf16", {Z + "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, ["only stage 3"]),
     # optimizer
-    ("zero3_bf16", {"optimizer": GONE}, ["'optimizer' is missing"]),
-    ("zero3_bf16", {"optimizer.params": GONE}, ["has no 'params'"]),
+    ("zero3_bf16", {"optimizer": GONE}, ["'optimizer' is left out"]),
+    ("zero3_bf16", {"optimizer.params": GONE}, ["'optimizer.params' is left out"]),
     ("zero3_bf16", {"optimizer.type": "Lion"}, ["must be AdamW"]),
-    ("zero3_bf16", {"optimizer.type": "Adam"}, ["must be AdamW", "AdamW too"]),
+    ("zero3_bf16", {"optimizer.type": "Adam"}, ["must be AdamW"]),
     ("zero3_bf16", {P + "lr": GONE}, [P + "lr", "left out"]),
     ("zero3_bf16", {P + "adam_w_mode": False}, ["always decouples"]),
     ("zero3_bf16", {P + "max_grad_norm": 1.0}, ["gradient_clipping"]),
     ("zero3_bf16", {P + "weight_dekay": 0.1}, ["weight_dekay", "weight_decay"]),
     ("zero3_bf16", {P + "fp32_optimizer_states": True}, ["fp32_optimizer_states", "FusedAdam"]),
     ("zero3_bf16", {P + "amsgrad": True}, ["amsgrad"]),
-    ("zero3_bf16", {P + "betas": [0.9]}, ["two numbers"]),
+    ("zero3_bf16", {P + "betas": [0.9]}, [P + "betas"]),
     # values that contradict the run file, or are of the wrong type
     ("zero3_bf16", {"gradient_clipping": GONE}, ["left out", "1.0"]),
     ("zero3_bf16", {"gradient_clipping": 1.0}, ["the run file says 0.5"]),
@@ -127,11 +126,11 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {"gradient_accumulation_steps": 1}, ["the run file says 2"]),
     ("zero3_bf16", {P + "lr": 1e-3}, ["the run file says 0.01"]),
     ("zero3_bf16", {P + "betas": [0.9, 0.999]}, ["the run file says [0.9, 0.95]"]),
-    ("zero3_bf16", {"train_batch_size": "8"}, ["whole number"]),
-    ("zero3_bf16", {"gradient_clipping": True}, ["number, 0 or more"]),
+    ("zero3_bf16", {"train_batch_size": "8"}, ["train_batch_size", "integer"]),
+    ("zero3_bf16", {"gradient_clipping": True}, ["gradient_clipping", "number"]),
     ("zero3_bf16", {Z + "reduce_bucket_size": -1}, ["reduce_bucket_size", "greater than 0"]),
     ("zero3_bf16", {Z + "overlap_comm": "sometimes"}, ["overlap_comm"]),
-    ("zero3_bf16", {"communication_data_type": "half"}, ["fp32, fp16 or bf16"]),
+    ("zero3_bf16", {"communication_data_type": "half"}, ["communication_data_type", "fp32"]),
     ("zero3_bf16", {"gradient_allreduce_op": "sum"}, ["mean"]),
     ("zero3_bf16", {"prescale_gradients": True}, ["reduce_scatter"]),
     # "auto" that nothing can fill in
@@ -186,20 +185,11 @@ def test_a_fix_names_what_does_what_was_meant(base, changes, fix):
 
 
 def test_fixes_of_refused_and_foreign_keys_name_keys_that_are_there():
-    from m3i_scale.scale.ds_schema import FOREIGN, INSTEAD, check_keys
-
-    def refused(path):
-        try:
-            check_keys(changed({}, {path: {}}), where="x")
-        except ConfigError:
-            return True
-        return False
-
-    assert all(map(refused, INSTEAD))
-    good = {path for path in _known() if not refused(path)}
+    assert not (REFUSED.keys() | FOREIGN.keys()) & KNOWN.keys()
+    assert INSTEAD.keys() <= REFUSED.keys()
     for fix in (*INSTEAD.values(), *FOREIGN.values()):
         for path in re.findall(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+", fix):
-            assert path in good or _in_run_file(path), fix
+            assert path in KNOWN or _in_run_file(path), fix
 
 
 def _in_run_file(path):
@@ -299,22 +289,6 @@ def test_batch_smaller_than_one_round_is_refused():
     assert "batch_size to 16" in str(caught.value.fix)
 
 
-def _all_paths(tree, prefix=""):
-    for key, subtree in tree.items():
-        yield prefix + key
-        yield from _all_paths(subtree or {}, f"{prefix}{key}.")
-
-
-def _known():
-    from m3i_scale.scale.ds_schema import known_tree
-
-    return sorted(_all_paths(known_tree()))
-
-
-def _known_paths():
-    return st.sampled_from(_known())
-
-
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -327,7 +301,11 @@ JSON = st.recursive(
 
 
 @settings(deadline=None, max_examples=300)
-@given(value=JSON, path=st.deferred(_known_paths), base=st.sampled_from(["zero3_bf16", "zero2_bf16", "zero3_fp16"]))
+@given(
+    value=JSON,
+    path=st.sampled_from([*KNOWN, *REFUSED]),
+    base=st.sampled_from(["zero3_bf16", "zero2_bf16", "zero3_fp16"]),
+)
 def test_any_value_is_explained_or_good_for_deepspeed(value, path, base):
     from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -17,14 +17,9 @@ import pytest
 from ds_files import RUN, changed
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.ds_config import (
-    Resolved,
-    check_effective,
-    known_ds_configs,
-    load_ds_config,
-    resolve,
-)
-from m3i_scale.scale.ds_rules import accumulation
+from m3i_scale.scale.deepspeed.effective import check_effective
+from m3i_scale.scale.deepspeed.resolve import Resolved, known_ds_configs, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.rules import accumulation, precision
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +158,6 @@ def _difference(engine: Any, resolved: Resolved, path: str, value: Any) -> str:
 def _worker(report: str) -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-
-    from m3i_scale.scale.ds_rules import precision
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     # torch computes in fp16 on any CPU, if slowly; DeepSpeed only asks whether it would be fast

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
+from deepspeed.runtime import config
 from ds_files import RUN
 
-from m3i_scale.scale.ds_config import (
-    known_ds_configs,
-    load_ds_config,
-    resolve,
-)
+from m3i_scale.scale.deepspeed.hints import REFUSED
+from m3i_scale.scale.deepspeed.resolve import known_ds_configs, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.rules import READ_BY
+from m3i_scale.scale.deepspeed.schema import fields_at
 
 
 def test_documentation_is_true():
@@ -64,35 +66,46 @@ def test_lists_agree_with_what_deepspeed_reads():
     """Every key that the installed version asks for is allowed or has a reason, and no allowed key goes unread."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from m3i_scale.scale.ds_schema import REFUSED, known_tree
-
     sections = {name: recorder({}) for name in ("data_types", "checkpoint", "flops_profiler")}
     top = recorder({"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {}}, **sections})
     DeepSpeedConfig(top)
-    explained = set(REFUSED) | set(known_tree())
-    assert top.seen - explained - _removed() == set()
-    assert set(known_tree()) - top.seen == set()
+    assert top.seen - REFUSED.keys() - fields_at(()) == set()
+    assert fields_at(()) - top.seen == set()
     for name, section in sections.items():
-        own = {path.removeprefix(name + ".") for path in REFUSED if path.startswith(name + ".")}
-        allowed = set(known_tree()[name])
-        assert section.seen - own - allowed == set()
-        assert allowed - section.seen == set()
+        assert section.seen - _below(name, REFUSED) - fields_at((name,)) == set()
+        assert fields_at((name,)) - section.seen == set()
 
 
-def _removed():
-    from deepspeed.runtime import config
-
-    return set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+def _below(name, paths):
+    return {path.removeprefix(name + ".") for path in paths if path.startswith(name + ".")}
 
 
-def test_stage_tables_name_real_keys():
-    from m3i_scale.scale.ds_rules import DYNAMIC_SCALE_ONLY, NVME_ONLY, STAGE3_ONLY, STAGE12_ONLY
-    from m3i_scale.scale.ds_schema import REFUSED, known_tree
+def test_typed_sections_have_the_keys_that_deepspeed_types():
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-    zero = known_tree()["zero_optimization"]
-    assert zero.keys() >= STAGE3_ONLY | STAGE12_ONLY
-    assert known_tree()["fp16"].keys() >= DYNAMIC_SCALE_ONLY
-    assert zero["offload_optimizer"].keys() | zero["offload_param"].keys() >= NVME_ONLY
-    for path in REFUSED:
-        if path.startswith("zero_optimization."):
-            assert path.split(".")[1] in zero
+    sections = {name: field.annotation for name, field in DeepSpeedMonitorConfig.model_fields.items()}
+    sections |= {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    sections |= {"comms_logger": CommsLoggerConfig, "timers.throughput": DeepSpeedThroughputTimerConfig}
+    zero = DeepSpeedZeroConfig.model_fields
+    for name in ("offload_optimizer", "offload_param", "leaf_module"):
+        kinds = (zero[name].annotation, *get_args(zero[name].annotation))
+        sections[f"zero_optimization.{name}"] = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+    removed = {"zero_optimization": set(config._REMOVED_ZERO_CONFIG_KEYS)}
+    for name, kind in sections.items():
+        typed = {field.alias or key for key, field in kind.model_fields.items()}
+        explained = fields_at(tuple(name.split("."))) | _below(name, REFUSED)
+        assert {key for key in explained if "." not in key} == typed | removed.get(name, set()), name
+
+
+def test_optimizers_have_the_keys_that_are_read():
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from torch.optim import AdamW
+
+    for kind in (AdamW, DeepSpeedCPUAdam, FusedAdam):
+        keys = set(inspect.signature(kind.__init__).parameters)
+        keys -= {"self", "params", "model_params", "lr", "betas", "eps", "weight_decay", "adamw_mode", "adam_w_mode"}
+        assert keys == READ_BY[kind.__name__]

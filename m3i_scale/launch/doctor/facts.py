@@ -113,7 +113,7 @@ def run_values(run: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the DeepSpeed file cannot be read.
     """
-    from m3i_scale.scale.ds_config import load_ds_config
+    from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
     whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
     text = json.dumps(whole, sort_keys=True)

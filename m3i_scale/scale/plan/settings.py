@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from m3i_scale.scale.ds_rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
+from m3i_scale.scale.deepspeed.rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 

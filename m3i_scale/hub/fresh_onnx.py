@@ -1,9 +1,9 @@
-"""Run in a fresh, isolated Python, twice: `trace` writes an export's model as programs, `run` runs them.
+"""Run in a fresh, isolated Python, twice: `trace` writes an export's model as ONNX, `run` runs that.
 
-    python -I fresh_programs.py trace|run EXPORT WORK
+    python -I fresh_onnx.py trace|run EXPORT WORK
 
-Read: `WORK/job.json`, `WORK/inputs.safetensors`. Written: `EXPORT/model.pt2`, `EXPORT/model.onnx`; by `run`
-`WORK/outputs.safetensors`. `run` imports neither `transformers` nor this package.
+Read: `WORK/job.json`, `WORK/inputs.safetensors`. Written: `EXPORT/model.onnx`; by `run` `WORK/outputs.safetensors`.
+`run` imports neither `transformers` nor this package.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FILES = {"torch_export": "model.pt2", "onnx": "model.onnx"}
+FILE = "model.onnx"
 
 
 def trace(export: Path, work: Path) -> None:
-    """Write the programs."""
+    """Write the file."""
     import torch
     import transformers
     from safetensors.torch import load_file
@@ -43,40 +43,30 @@ def trace(export: Path, work: Path) -> None:
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}}
     with torch.no_grad():
         program = torch.export.export(module, (pixels,), dynamic_shapes=shapes)
-    if "torch_export" in job["also"]:
-        torch.export.save(program, export / FILES["torch_export"])
-    if "onnx" in job["also"]:
-        torch.onnx.export(
-            program,
-            (),
-            export / FILES["onnx"],
-            input_names=["pixel_values"],
-            output_names=[name],
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
+    torch.onnx.export(
+        program,
+        (),
+        export / FILE,
+        input_names=["pixel_values"],
+        output_names=[name],
+        external_data=False,
+        dynamo=True,
+        verbose=False,
+    )
 
 
 def run(export: Path, work: Path) -> None:
-    """Run them on all images at once and on the first one alone."""
+    """Run it on all images at once and on the first one alone."""
+    import onnxruntime
     import torch
     from safetensors.torch import load_file, save_file
 
-    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
     pixels = load_file(work / "inputs.safetensors")["pixel_values"]
+    session = onnxruntime.InferenceSession(export / FILE, providers=["CPUExecutionProvider"])
     outputs: dict[str, Any] = {}
-    for also in job["also"]:
-        for what, images in (("all", pixels), ("one", pixels[:1])):
-            if also == "torch_export":
-                with torch.no_grad():
-                    found = torch.export.load(export / FILES[also]).module()(images)
-            else:
-                import onnxruntime
-
-                session = onnxruntime.InferenceSession(export / FILES[also], providers=["CPUExecutionProvider"])
-                found = torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
-            outputs[f"{also}.{what}"] = found.contiguous()
+    for name, images in (("all", pixels), ("one", pixels[:1])):
+        (output,) = session.run(None, {"pixel_values": images.numpy()})
+        outputs[name] = torch.from_numpy(output).contiguous()
     save_file(outputs, work / "outputs.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read it, refuse what would do nothing, and turn every "auto" into a number that is explained.
+"""Read the DeepSpeed JSON, turn every "auto" into a number that is explained, and refuse what would do nothing.
 
 raw = load_ds_config("zero3_bf16")
 resolved = resolve(raw, world_size=8, batch_size=4096, …, where="zero3_bf16")
@@ -12,29 +12,18 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.table import Table
 
 from m3i_scale.config import resource_folder
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.scale.ds_effective import check_effective
-from m3i_scale.scale.ds_rules import check_groups, check_rules, precision, quantized
-from m3i_scale.scale.ds_schema import check_keys
-from m3i_scale.scale.ds_values import AUTO, check_values
-
-__all__ = [
-    "Resolved",
-    "check_accelerator",
-    "check_effective",
-    "explain_table",
-    "known_ds_configs",
-    "load_ds_config",
-    "resolve",
-]
+from m3i_scale.scale.deepspeed.hints import check_auto, explained
+from m3i_scale.scale.deepspeed.rules import check_rules, precision, quantized
+from m3i_scale.scale.deepspeed.schema import AUTO, DeepSpeedFile
 
 
 @dataclass(frozen=True)
@@ -60,12 +49,12 @@ class _Wanted:
 
 
 def known_ds_configs() -> dict[str, Path]:
-    """Built-in DeepSpeed files by name."""
+    """Return the built-in DeepSpeed files by name."""
     return {path.stem: path for path in sorted(resource_folder("ds_configs").glob("*.json"))}
 
 
 def load_ds_config(name_or_path: str) -> dict[str, Any]:
-    """The JSON of a built-in name (`zero3_bf16`) or of a path, unchanged.
+    """Read the JSON of a built-in name (`zero3_bf16`) or of a path, unchanged.
 
     Raises:
         ConfigError: no such file or name, not JSON, a key that occurs twice, NaN or Infinity, or not an object.
@@ -134,23 +123,34 @@ def resolve(
         ConfigError: an unknown or ineffective setting, "auto" where nothing can be filled in, a value that contradicts
             the run file, or a batch size that ranks × micro-batch does not divide.
     """
-    check_keys(raw, where=where)
-    check_values(raw, where=where)
-    wanted = _batch(world_size, batch_size, micro_batch_size)
+    wanted = _batch(world_size, batch_size, micro_batch_size) | _sizes(hidden_size)
     wanted["gradient_clipping"] = _Wanted(clip_grad_norm, "optim.clip_grad_norm")
     wanted["optimizer.params.lr"] = _Wanted(lr, "optim.lr; the trainer sets the learning rate at every step")
     wanted["optimizer.params.betas"] = _Wanted(list(betas), "optim.betas")
     wanted["optimizer.params.eps"] = _Wanted(eps, "optim.eps")
     wanted["optimizer.params.weight_decay"] = _Wanted(weight_decay, "optim.weight_decay; vectors have none")
-    wanted |= _sizes(hidden_size)
-    _check_auto(raw, "", wanted, where)
-    check_rules(raw, where=where)
-    check_groups(raw, world_size=world_size, where=where)
-    return _fill(raw, wanted, where)
+    config = copy.deepcopy(raw)
+    filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
+    _check(config, world_size, where)
+    return Resolved(config, filled + _complete(config, wanted, where), where)
+
+
+def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
+    """Refuse keys, values and combinations that do nothing here, or something else than they say."""
+    known = dict(config)
+    if world_size is None and known.get("gradient_accumulation_steps") == AUTO:
+        del known["gradient_accumulation_steps"]
+    try:
+        DeepSpeedFile.model_validate(known)
+    except ValidationError as error:
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+        raise explained(faults[0], config, where) from None
+    check_auto(known, where)
+    check_rules(known, world_size=world_size, where=where)
 
 
 def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> int:
-    """Micro-batches of a rank in an optimizer step; where the number of ranks is not known, of one rank.
+    """Return the micro-batches of a rank in an optimizer step; where the number of ranks is not known, of one rank.
 
     Raises:
         ConfigError: ranks × micro-batch does not divide the batch; with batches that they divide.
@@ -196,7 +196,7 @@ MEBI = 2**20
 
 
 def _sizes(hidden_size: int) -> dict[str, _Wanted]:
-    """Sizes in elements. A Transformer layer has about 12 · hidden² weights.
+    """Return sizes in elements. A Transformer layer has about 12 · hidden² weights.
 
     The floors are for small models: a bucket of one small matrix costs more calls than transfer, and a few MiB gathered
     cost nothing (docs/performance.md).
@@ -220,45 +220,43 @@ def _sizes(hidden_size: int) -> dict[str, _Wanted]:
     return {f"zero_optimization.{key}": _Wanted(value, why, binding=False) for key, (value, why) in values.items()}
 
 
-def _check_auto(section: dict[str, Any], prefix: str, wanted: dict[str, _Wanted], where: str) -> None:
-    for key, value in section.items():
-        path = prefix + key
-        if isinstance(value, dict):
-            _check_auto(value, path + ".", wanted, where)
-        elif value == AUTO and path not in wanted:
-            dropped = (
-                "DeepSpeed takes it for off and goes on" if key == "enabled" else "DeepSpeed drops it or fails later"
-            )
-            raise ConfigError(
-                f"'{path}' cannot be \"auto\"",
-                where=where,
-                why=f"nothing in the run file says what it should be, and {dropped}",
-                fix='give a value. "auto" works for: ' + ", ".join(wanted),
-            )
+def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
+    """Put a value in the place of an "auto"; return whether there was one."""
+    *parents, key = path.split(".")
+    section: Any = config
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or section.get(key) != AUTO:
+        return False
+    section[key] = value
+    return True
 
 
-def _fill(raw: dict[str, Any], wanted: dict[str, _Wanted], where: str) -> Resolved:
-    config = copy.deepcopy(raw)
-    explained: list[tuple[str, Any, str]] = []
+def _complete(config: dict[str, Any], wanted: dict[str, _Wanted], where: str) -> list[tuple[str, Any, str]]:
+    """Add what the file leaves out and the run file says; return (key, value, why) of it.
+
+    Raises:
+        ConfigError: a value that contradicts the run file.
+    """
+    added = []
     for path, want in wanted.items():
         *parents, key = path.split(".")
         section = config
         for parent in parents:
             section = section[parent]
-        if section.get(key) == AUTO:
+        if not want.binding:
+            continue
+        if key not in section:
             section[key] = want.value
-            explained.append((path, want.value, want.why))
-        elif key not in section and want.binding:
-            section[key] = want.value
-            explained.append((path, want.value, f"left out in the file: {want.why}"))
-        elif want.binding and not _same(section[key], want.value):
+            added.append((path, want.value, f"left out in the file: {want.why}"))
+        elif not _same(section[key], want.value):
             raise ConfigError(
                 f"'{path}' is {section[key]!r}, but the run file says {want.value!r}",
                 where=where,
                 why=want.why,
                 fix='write "auto", or change the run file',
             )
-    return Resolved(config, explained, where)
+    return added
 
 
 def _same(given: Any, wanted: Any) -> bool:
@@ -268,7 +266,7 @@ def _same(given: Any, wanted: Any) -> bool:
 
 
 def explain_table(resolved: Resolved) -> Table:
-    """Every value that the file left to us, as a table for the terminal."""
+    """Return every value that the file left to us, as a table for the terminal."""
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
         table.add_column(heading, overflow="fold")
@@ -286,24 +284,21 @@ def check_accelerator(resolved: Resolved) -> None:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    supported: dict[str, Callable[[], Any]] = {
-        "bf16": accelerator.is_bf16_supported,
-        "fp16": accelerator.is_fp16_supported,
-    }
-    kind = precision(resolved.config)
-    if kind in supported and not supported[kind]():
-        others = [name for name, ask in supported.items() if name != kind and ask()]
+    name, kind = accelerator.device_name(), precision(resolved.config)
+    supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported(), "fp32": True}
+    if not supported[kind]:
+        others = " or ".join(other for other, there in supported.items() if there)
         raise ConfigError(
-            f"'{kind}.enabled' is true, but the accelerator '{accelerator.device_name()}' has no {kind}",
+            f"'{kind}.enabled' is true, but the accelerator '{name}' has no {kind}",
             where=resolved.where,
-            fix=f"take {' or '.join([*others, 'fp32'])}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
+            fix=f"take {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
         )
-    names = quantized(resolved.config)
     builder = accelerator.get_op_builder("QuantizerBuilder")
-    if names and (builder is None or builder.__name__ == "NotImplementedBuilder" or not builder().is_compatible()):
+    kernels = builder is not None and builder.__name__ != "NotImplementedBuilder" and builder().is_compatible()
+    for key in [] if kernels else quantized(resolved.config):
         raise ConfigError(
-            f"'zero_optimization.{names[0]}' is set, but the accelerator '{accelerator.device_name()}' cannot quantise",
+            f"'zero_optimization.{key}' is set, but the accelerator '{name}' cannot quantise",
             where=resolved.where,
             why="DeepSpeed has the kernels for CUDA devices, and this machine cannot build them",
-            fix=f"remove '{names[0]}'",
+            fix=f"remove '{key}'",
         )

@@ -1,0 +1,74 @@
+"""The model as an ONNX file beside its weights, for any number of images."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.hub import fresh_onnx
+from m3i_scale.hub.process import run_fresh
+from m3i_scale.hub.verify import Reference, close, difference
+
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_also(also: tuple[str, ...]) -> None:
+    """Refuse what cannot be written beside the weights.
+
+    Raises:
+        ExportError: it is not `onnx`, or what makes and runs that is not installed.
+    """
+    for name in also:
+        if name == "torch_export":
+            raise ExportError(
+                "exports bring no torch.export program",
+                where="--also torch_export",
+                fix="--also onnx; or torch.export.export of the model that AutoModel loads from the folder",
+            )
+        if name != "onnx":
+            raise ExportError(f"no program '{name}'", where="--also", fix=did_you_mean(name, ("onnx",)))
+    missing = [name for name in _NEEDED if also and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{' and '.join(missing)} not installed", where="--also onnx", fix="pip install 'm3i-scale[onnx]'"
+        )
+
+
+def write_onnx(folder: Path, reference: Reference) -> float:
+    """Write the first model of a proven folder as `model.onnx`; return the largest difference from training's outputs.
+
+    A fresh process translates the model as the folder gives it; another one, which has neither the model's class nor
+    `transformers`, runs what was written, on the reference's images all at once and one alone.
+
+    Raises:
+        ExportError: the model cannot be translated, or the file computes something else.
+    """
+    part = reference.parts[0]
+    if part.inputs != ("pixel_values",):
+        raise ExportError(
+            f"a {part.name} model reads {', '.join(part.inputs)}, and ONNX files are made of models that read images",
+            where="--also onnx",
+        )
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        save_file({"pixel_values": reference.pixels.contiguous()}, work / "inputs.safetensors")
+        job = {"auto": part.auto, "options": part.options, "output": part.output}
+        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        program = str(Path(fresh_onnx.__file__).resolve())
+        for phase in ("trace", "run"):
+            run_fresh([program, phase, str(folder.resolve()), str(work)], folder, work)
+        outputs = load_file(work / "outputs.safetensors")
+    largest = 0.0
+    for count, output in ((len(reference.pixels), outputs["all"]), (1, outputs["one"])):
+        expected = reference.outputs[part.name][:count]
+        largest = max(largest, difference(output, expected))
+        if not close(output, expected):
+            raise ExportError(
+                f"the ONNX file differs by {largest:.3g} from training on {count} images", where="--also onnx"
+            )
+    return largest

@@ -1,0 +1,300 @@
+"""The keys of a DeepSpeed JSON that do something in a run of this trainer, with their types and ranges.
+
+DeepSpeed ignores most keys it does not know, and reads many that do nothing here. A key is let through if it is a
+field below; a test compares the fields with what the installed version reads. What holds between sections is in
+`rules.py`, what is said of other keys in `hints.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+AUTO = "auto"
+
+
+def _whole(value: Any) -> Any:
+    """Read 5e7 as the whole number it is; beyond 2**53 a float is not exact."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+"""In elements."""
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+DType = Literal["fp32", "fp16", "bf16"]
+Names = list[str] | str
+
+
+class Section(BaseModel):
+    """A part of the file. Values are of the type that is written here, or refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Switched(Section):
+    """A section that does nothing unless it says so."""
+
+    enabled: bool
+
+
+class Bf16(Switched):
+    """Parameters in bf16."""
+
+    immediate_grad_update: bool = False
+    check_grad_overflow: bool = True
+    bf16_master_weights_and_grads: bool = False
+    bf16_optimizer_states: bool = False
+
+
+class Fp16(Switched):
+    """Parameters in fp16."""
+
+    auto_cast: bool = False
+    loss_scale: NotNegative = 0
+    """Fixed; 0 for dynamic scaling, to which the next five belong."""
+    initial_scale_power: Whole = 16
+    loss_scale_window: Count = 1000
+    hysteresis: Whole = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: Count = 1
+    fp16_master_weights_and_grads: bool = False
+
+
+class DataTypes(Section):
+    """Types of what is not a parameter."""
+
+    grad_accum_dtype: DType | None = None
+    param_dtype: DType | None = None
+    buffer_dtype: DType | None = None
+    keep_in_fp32_modules: list[str] = []
+    """Name patterns; left out, the model's own list is taken."""
+
+
+class Offload(Section):
+    """Where a part of the states lies. `none` is DeepSpeed's default, and offloads nothing."""
+
+    device: Literal["cpu", "none"]
+    pin_memory: bool = True
+
+
+class PartialOffload(Offload):
+    """Optimizer states under stage 3."""
+
+    ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class LeafModule(Section):
+    """Modules whose parameters are gathered together."""
+
+    classes: Names = []
+    names: Names = []
+    name_suffixes: Names = []
+
+
+class Zero(Section):
+    """What all stages read."""
+
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    reduce_bucket_size: Count = 500_000_000
+    overlap_comm: bool | None = None
+    offload_optimizer: Offload = Offload(device="none")
+
+
+class Zero12(Zero):
+    """What the optimizer of stages 1 and 2 reads."""
+
+    stage: Literal[1, 2]
+    allgather_bucket_size: Annotated[Size, Field(multiple_of=2)] = 500_000_000
+    use_multi_rank_bucket_allreduce: bool = True
+    ignore_unused_parameters: bool = True
+    round_robin_gradients: bool = False
+    parameter_alignment: bool = False
+
+
+class Zero3(Zero):
+    """What the optimizer of stage 3 reads."""
+
+    stage: Literal[3]
+    offload_optimizer: PartialOffload = PartialOffload(device="none")
+    offload_param: Offload = Offload(device="none")
+    sub_group_size: Size = 1_000_000_000
+    stage3_prefetch_bucket_size: Size = 50_000_000
+    stage3_param_persistence_threshold: Size = 100_000
+    stage3_model_persistence_threshold: Size = 2**63 - 1
+    stage3_max_live_parameters: Size = 1_000_000_000
+    stage3_max_reuse_distance: Size = 1_000_000_000
+    stage3_module_granularity_threshold: Whole = 0
+    stage3_use_all_reduce_for_fetch_params: bool = False
+    stage3_allgather_sequential: bool = False
+    zero_hpz_partition_size: Count = 1
+    zero_quantized_weights: bool = False
+    zero_quantized_nontrainable_weights: bool = False
+    zero_quantized_gradients: bool = False
+    memory_efficient_linear: bool = True
+    override_module_apply: bool = True
+    log_trace_cache_warnings: bool = False
+    enable_sanity_checks: bool = False
+    leaf_module: LeafModule = LeafModule()
+
+
+class AdamW(Section):
+    """The numbers of the optimizer. Which of the further keys are read depends on the class that DeepSpeed builds."""
+
+    lr: Positive
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    eps: Positive
+    weight_decay: NotNegative
+    adam_w_mode: bool = True
+    torch_adam: bool = False
+    """Build PyTorch's AdamW."""
+    amsgrad: bool = False
+    fused: bool = False
+    foreach: bool = False
+    maximize: bool = False
+    capturable: bool = False
+    differentiable: bool = False
+    bias_correction: bool = True
+    set_grad_none: bool = True
+    fp32_optimizer_states: bool = True
+
+
+class Optimizer(Section):
+    """The optimizer, which is built from this file."""
+
+    type: Annotated[Literal["adamw"], BeforeValidator(_lower)]
+    params: AdamW
+
+
+class Checkpoint(Section):
+    """Checks while saving."""
+
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
+
+
+class FlopsProfiler(Switched):
+    """DeepSpeed's profiler."""
+
+    recompute_fwd_factor: NotNegative = 0.0
+    profile_step: Count = 1
+    module_depth: Whole = -1
+    top_modules: Count = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class CommsLogger(Section):
+    """Timing of collectives; on as soon as the section is there."""
+
+    enabled: bool = True
+    prof_all: bool = True
+    prof_ops: list[Any] = []
+    verbose: bool = False
+    debug: bool = False
+
+
+class ThroughputTimer(Section):
+    """Samples per second in DeepSpeed's log."""
+
+    enabled: bool = True
+    synchronized: bool = True
+
+
+class Timers(Section):
+    """DeepSpeed's timers."""
+
+    throughput: ThroughputTimer = ThroughputTimer()
+
+
+class FileMonitor(Switched):
+    """DeepSpeed's own curves, in files."""
+
+    output_path: str = ""
+    job_name: str = ""
+
+
+class Wandb(Switched):
+    """DeepSpeed's own curves, at Weights & Biases."""
+
+    group: str | None = None
+    team: str | None = None
+    project: str = ""
+
+
+class Comet(Switched):
+    """DeepSpeed's own curves, at Comet."""
+
+    samples_log_interval: Whole = 100
+    project: str | None = None
+    workspace: str | None = None
+    api_key: str | None = None
+    experiment_name: str | None = None
+    experiment_key: str | None = None
+    online: bool | None = None
+    mode: str | None = None
+
+
+class DeepSpeedFile(Section):
+    """The whole file, without any "auto"."""
+
+    train_batch_size: Count = 1
+    train_micro_batch_size_per_gpu: Count = 1
+    gradient_accumulation_steps: Count = 1
+    gradient_clipping: NotNegative
+    gradient_allreduce_op: Literal["mean"] = "mean"
+    """Losses are means over the ranks."""
+    gradient_predivide_factor: Positive = 1.0
+    prescale_gradients: bool = False
+    communication_data_type: DType | None = None
+    bf16: Bf16 = Bf16(enabled=False)
+    fp16: Fp16 = Fp16(enabled=False)
+    data_types: DataTypes = DataTypes()
+    zero_optimization: Annotated[Zero12 | Zero3, Field(discriminator="stage")]
+    optimizer: Optimizer
+    checkpoint: Checkpoint = Checkpoint()
+    steps_per_print: Count | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    disable_python_gc: bool = False
+    dump_state: bool = False
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "warning"
+    timers: Timers = Timers()
+    comms_logger: CommsLogger = CommsLogger()
+    flops_profiler: FlopsProfiler = FlopsProfiler(enabled=False)
+    tensorboard: FileMonitor = FileMonitor(enabled=False)
+    csv_monitor: FileMonitor = FileMonitor(enabled=False)
+    wandb: Wandb = Wandb(enabled=False)
+    comet: Comet = Comet(enabled=False)
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a value of this type may be: one for each kind of stage, none for a plain value."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for item in get_args(annotation) for section in sections_of(item)]
+
+
+def fields_at(path: tuple[str, ...]) -> set[str]:
+    """Return the keys that the section at a place may hold, under any stage; none where there is no section."""
+    here: list[type[Section]] = [DeepSpeedFile]
+    for name in path:
+        fields = [section.model_fields[name] for section in here if name in section.model_fields]
+        here = [section for field in fields for section in sections_of(field.annotation)]
+    return {name for section in here for name in section.model_fields}
+
+
+def known_paths(above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield every key of the file, sections included, as `zero_optimization.stage`."""
+    for name in sorted(fields_at(above)):
+        yield ".".join((*above, name))
+        yield from known_paths((*above, name))
