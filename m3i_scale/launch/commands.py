@@ -41,7 +41,6 @@ def launch(
     ] = None,
     python: Annotated[str | None, typer.Option(help="The interpreter on all machines.")] = None,
     workdir: Annotated[str | None, typer.Option(help="The working directory on all machines.")] = None,
-    runner: Annotated[str | None, typer.Option(help="pdsh or openmpi: how `deepspeed` reaches hosts.")] = None,
     max_restarts: Annotated[int | None, typer.Option(help="elastic: starts after a failure. Default: 0.")] = None,
     min_nodes: Annotated[int | None, typer.Option(help="elastic: go on with so many hosts. Default: all.")] = None,
     min_compared: Annotated[

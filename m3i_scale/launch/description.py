@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config import parse_section, read_yaml
-from m3i_scale.config.sections import Section
+from m3i_scale.config.sections import FixableError, Section
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.environment import check_variable
 from m3i_scale.launch.hosts import Host, is_host_name, parse_hosts, read_hostfile, select
@@ -84,10 +84,6 @@ class Cluster(Section):
     """The working directory of all ranks. Default: the one that is launched from."""
     ssh: tuple[Line, ...] = ()
     """Further arguments of ssh, e.g. `-i`, `/home/me/.ssh/cluster`."""
-    runner: Literal["pdsh", "openmpi"] = "pdsh"
-    """What `deepspeed` reaches the hosts with."""
-    mpi: Literal["openmpi", "hydra"] = "openmpi"
-    """Whose `mpirun` it is: that of Open MPI, or the Hydra of MPICH and Intel MPI."""
     max_restarts: int = Field(default=0, ge=0, le=10_000)
     """So often `elastic` starts again after a failure."""
     min_nodes: int | None = Field(default=None, ge=1)
@@ -130,6 +126,17 @@ class Cluster(Section):
     """Of the volume that holds `output_dir`, in Kubernetes."""
     data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
     """An existing volume claim of Kubernetes that holds the shards, mounted read-only at /data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_mpi(cls, values: Any) -> Any:
+        for field in ("runner", "mpi"):
+            if isinstance(values, dict) and field in values:
+                raise FixableError(
+                    f"`{field}` is no key any more: `deepspeed` reaches hosts with pdsh, and `launch` starts no MPI",
+                    "leave it out; for MPI start launchers/deepspeed/openmpi.sh or launchers/mpirun.sh (docs/launching.md)",
+                )
+        return values
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -175,7 +182,7 @@ class Cluster(Section):
                 if field in given:
                     raise ValueError(f"`{field}` has no effect where hosts are named; `include` chooses among them")
         else:
-            for field in ("include", "exclude", "ssh", "runner"):
+            for field in ("include", "exclude", "ssh"):
                 if field in given:
                     raise ValueError(f"`{field}` has no effect where no hosts are named (hostfile, hosts)")
         if "container_runtime" in given and self.container_image is None:

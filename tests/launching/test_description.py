@@ -9,7 +9,7 @@ from launch_case import FIELDS, OUTPUT, a_job
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.commands import read_job
 from m3i_scale.launch.description import Cluster, read_cluster
-from m3i_scale.launch.launchers import LAUNCHERS, find_launcher, render
+from m3i_scale.launch.launchers import LAUNCHERS, READY_FILES, find_launcher, render
 
 OTHER_VALUES = {
     "nodes": 3,
@@ -25,8 +25,6 @@ OTHER_VALUES = {
     "python": "/data/other/bin/python",
     "workdir": "/data/elsewhere",
     "ssh": ("-4",),
-    "runner": "openmpi",
-    "mpi": "hydra",
     "max_restarts": 7,
     "min_nodes": 1,
     "min_compared": 64,
@@ -156,17 +154,28 @@ def test_a_file_that_is_no_description_is_named(tmp_path):
     assert "did you mean 'interface'" in str(caught.value)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun", "accelerate", "local"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "local"])
 def test_several_machines_must_have_names(launcher):
     fields = {"nodes": 2, "ranks_per_node": 2}
     with pytest.raises(ConfigError, match="`nodes` has no effect"):
         render(launcher, a_job(**fields))
 
 
-@pytest.mark.parametrize("launcher", ["accelerate"])
-def test_hosts_of_different_sizes_are_refused_where_they_cannot_be(launcher):
-    with pytest.raises(ConfigError, match="as many ranks on every host"):
-        render(launcher, a_job(hosts=("node1 slots=2", "node2 slots=3")))
+@pytest.mark.parametrize("launcher", READY_FILES)
+def test_a_launcher_that_people_start_themselves_has_a_ready_file(launcher):
+    with pytest.raises(ConfigError) as caught:
+        render(launcher, a_job())
+    assert caught.value.where == "--with"
+    assert f"launchers/{launcher}.sh" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("field", ["runner", "mpi"])
+def test_a_key_of_former_days_is_told_what_takes_its_place(field, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"hosts: [node1 slots=1]\n{field}: openmpi\n")
+    with pytest.raises(ConfigError) as caught:
+        read_cluster(path, {})
+    assert "launchers/mpirun.sh" in str(caught.value.fix)
 
 
 def test_hosts_that_are_one_machine_are_refused():
