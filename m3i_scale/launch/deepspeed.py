@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch import ssh
+from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import OVER_HOSTS, Job
+from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines
 

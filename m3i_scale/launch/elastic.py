@@ -11,8 +11,9 @@ from typing import Any
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.launch.attempts import Launch, new_launch
+from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import OVER_HOSTS, Job
+from m3i_scale.launch.job import Job
 from m3i_scale.launch.link import Site
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.logs import show

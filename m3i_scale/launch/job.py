@@ -28,25 +28,6 @@ _NO_COMMON_INTERPRETER = "python3"
 """Of a container, where nothing else is said."""
 
 
-OVER_HOSTS = frozenset(
-    {
-        "ranks_per_node",
-        "hostfile",
-        "hosts",
-        "include",
-        "exclude",
-        "interface",
-        "master_address",
-        "master_port",
-        "environment",
-        "python",
-        "workdir",
-        "ssh",
-    }
-)
-"""Fields that every launcher honours which starts ranks over named hosts, or here."""
-
-
 @dataclass(frozen=True)
 class Job:
     """What renderers turn into files and commands."""

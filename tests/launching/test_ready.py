@@ -1,8 +1,7 @@
-"""The ready-to-edit files in launchers/: most are what the renderers make of one example; ranks of the others find their
-place all the same."""
+"""The ready-to-edit files in launchers/: what the renderers make of one example, and some that nobody renders, under
+which ranks find their place all the same."""
 
 import json
-import os
 import runpy
 import shutil
 import socket
