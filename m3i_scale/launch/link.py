@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from m3i_scale import __version__
 from m3i_scale.errors import UserError
+from m3i_scale.launch.doctor.checks import other_files
 from m3i_scale.launch.doctor.facts import code
-from m3i_scale.launch.doctor.judge import other_files
 from m3i_scale.launch.environment import LAUNCHERS, is_secret
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job, is_here
@@ -54,6 +54,8 @@ class Site:
     """Patience with a host that is to answer."""
     silence_s: float = 30.0
     """A host that says nothing for so long is lost."""
+    ssh_to_all: bool = False
+    """Also to this machine, where it is one of the hosts."""
     grace_s: float = 10.0
     """So long other ranks have for their own last words once one has ended."""
 
@@ -110,20 +112,25 @@ class Link:
         self._process.kill()
         self._process.wait()
 
-    def why_gone(self) -> str:
-        """Why the agent cannot be talked to any more, for a person."""
+    def ended(self) -> tuple[int | None, list[str]]:
+        """Return the exit code of ssh or the agent, None where it does not end, and the last lines of its errors."""
         try:
             code: int | None = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
             code = None
         self._errors.join(1.0)
-        return explain_end(code, list(self._said), self.site)
+        return code, list(self._said)
+
+    def why_gone(self) -> str:
+        """Return why the agent cannot be talked to any more, for a person."""
+        return explain_end(*self.ended(), self.site)
 
     def _read(self, output: IO[bytes]) -> None:
         for line in output:
             message = decode(line)
             self.heard = time.monotonic()
             if message is not None:
+                self.hello = message if message["kind"] == "hello" else self.hello
                 self._inbox.put((self, message))
         self._inbox.put((self, {"kind": "gone"}))
 
@@ -139,9 +146,8 @@ def _own_environment() -> dict[str, str]:
 
 def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
     """Return what starts the agent of a host; `patience_s` as `Link` has it."""
-    if is_here(name):
-        inner = _inner(site)
-        return ["bash", "-c", inner]
+    if is_here(name) and not site.ssh_to_all:
+        return ["bash", "-c", _inner(site)]
     until_s = max(1, int(site.connect_s / 2 if patience_s is None else patience_s))
     return ["ssh", *_SSH, "-o", f"ConnectTimeout={until_s}", *site.ssh, name, _inner(site)]
 
@@ -213,7 +219,6 @@ def connect(
         if link not in links or name in reasons:  # a link of an earlier attempt says that it is gone
             continue
         if message["kind"] == "hello":
-            link.hello = message
             fault = _fault_of(message, own_code)
             waiting.pop(name, None)
             if fault is not None:
