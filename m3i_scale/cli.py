@@ -267,7 +267,7 @@ def plan(
 
 
 @app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")
-@takes_cluster(field for field in Cluster.model_fields if field in OVER_HOSTS)
+@takes_cluster(field for field in Cluster.model_fields if field in {*OVER_HOSTS, "transport"})
 def doctor(
     cluster: Cluster,
     run: Annotated[str | None, typer.Argument(help="A run file, or the name of a built-in one.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from m3i_scale.config import parse_section, read_yaml
 from m3i_scale.config.sections import FixableError, Section
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.environment import check_variable
-from m3i_scale.launch.hosts import Host, is_host_name, parse_hosts, read_hostfile, select
+from m3i_scale.launch.hosts import Host, allocated_hosts, is_host_name, parse_hosts, read_hostfile, select
 
 _TIME_LIMIT = re.compile(r"(?:\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d")
 _IMAGE = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/:@#+-]*")
@@ -106,6 +107,9 @@ class Cluster(Section):
     """The working directory of all ranks. Default: the one that is launched from."""
     ssh: tuple[Line, ...] = ()
     """A further argument of ssh; once for each: --ssh=-i --ssh=/home/me/.ssh/cluster."""
+    transport: Literal["ssh", "srun"] = "ssh"
+    """elastic and doctor: what reaches the hosts, ssh, or srun for the hosts of the allocation of Slurm that this runs
+    in. Default: ssh."""
     max_restarts: int = Field(default=0, ge=0, le=10_000)
     """elastic: start again so often after a failure. Default: 0."""
     min_nodes: int | None = Field(default=None, ge=1)
@@ -202,14 +206,16 @@ class Cluster(Section):
                 raise ValueError(f"`{field}` names no host; leave it out for a run on this machine alone")
         if self.hostfile is not None and self.hosts:
             raise ValueError("`hostfile` and `hosts` both name the hosts; give one of them")
-        if self.hostfile is not None or self.hosts:
-            for field in ("nodes", "ranks_per_node"):
-                if field in given:
-                    raise ValueError(f"`{field}` has no effect where hosts are named; `include` chooses among them")
+        idle: tuple[str, ...]
+        if self.transport == "srun":
+            idle, why = ("hostfile", "hosts", "ssh"), "with srun, which has the hosts of its allocation"
+        elif self.hostfile is not None or self.hosts:
+            idle, why = ("nodes", "ranks_per_node"), "where hosts are named; `include` chooses among them"
         else:
-            for field in ("include", "exclude", "ssh"):
-                if field in given:
-                    raise ValueError(f"`{field}` has no effect where no hosts are named (hostfile, hosts)")
+            idle, why = ("include", "exclude", "ssh"), "where no hosts are named (hostfile, hosts)"
+        for field in idle:
+            if field in given:
+                raise ValueError(f"`{field}` has no effect {why}")
         if "container_runtime" in given and self.container_image is None:
             raise ValueError("`container_runtime` has no effect without `container_image`")
         return self
@@ -218,12 +224,14 @@ class Cluster(Section):
         """The hosts to run on, the head first; none where only their number is given.
 
         Raises:
-            ConfigError: see `read_hostfile`, `parse_hosts` and `select`.
+            ConfigError: see `read_hostfile`, `parse_hosts`, `allocated_hosts` and `select`.
         """
         if self.hostfile is not None:
             hosts = read_hostfile(self.hostfile)
         elif self.hosts:
             hosts = parse_hosts(self.hosts, where="hosts")
+        elif self.transport == "srun":
+            hosts = allocated_hosts(os.environ, self.ranks_per_node)
         else:
             return ()
         return select(hosts, include=self.include, exclude=self.exclude)

@@ -16,7 +16,7 @@ from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
 from m3i_scale.launch.doctor.machine import Needs
 from m3i_scale.launch.environment import travelling
-from m3i_scale.launch.link import Site
+from m3i_scale.launch.transport import Site
 
 
 def examine(
@@ -60,6 +60,7 @@ def examine(
         ssh=cluster.ssh,
         python_path=variables.get("PYTHONPATH", ""),
         environment=variables,
+        transport=cluster.transport,
         ssh_to_all=bool(named),
     )
     examination = Examination(

@@ -22,7 +22,7 @@ from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
 from m3i_scale.launch.doctor.group import open_store, reach, read_notes, write_note
 from m3i_scale.launch.doctor.host import remove
-from m3i_scale.launch.link import Site
+from m3i_scale.launch.transport import Site
 from m3i_scale.run.doctor import examine as doctor
 
 SSH = r"""#!/bin/bash
@@ -32,7 +32,7 @@ echo "{not ours}"
 case "$host" in
   refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255 ;;
   silent) exec sleep 300 ;;
-  old) exec bash -c "${line/ -u -m/ \/nowhere\/python -m}" ;;
+  old) exec bash -c "${line/exec env /exec env /nowhere/python }" ;;
   poor) exec bash -c "${line/ -u / -S -u }" ;;
   bare) exec bash -c "${line/m3i_scale.launch.agent/m3i_scale.launch.no_agent}" ;;
   lost) export PYTHONPATH="$LOST:$PYTHONPATH" ;;

@@ -12,7 +12,8 @@ from m3i_scale.cli import app
 from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.launchers import render
-from m3i_scale.launch.link import Inbox, Site, connect
+from m3i_scale.launch.link import Inbox, connect
+from m3i_scale.launch.transport import Site
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from m3i_scale.launch.doctor.host import MARK, MODULE, REQUEST
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link, Site
+from m3i_scale.launch.link import Inbox, Link
+from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import BEAT_S, Message
 
 _SSH_FAILED = 255
@@ -63,7 +64,10 @@ class Agents:
         asked: dict[str, float] = {}
         waiting = set(self._links)
         for host, message in self._messages(waiting, self._site.connect_s):
-            if message["kind"] == "hello":
+            if message["kind"] == "hello" and message["fault"] is not None:
+                self.errors[host] = HostError(message["fault"])
+                waiting.discard(host)
+            elif message["kind"] == "hello":
                 answers[host] = {"reached_s": time.monotonic() - self._began}
                 asked[host] = time.time()
                 self._links[host].say("clock")
@@ -74,19 +78,26 @@ class Agents:
         self._give_up(waiting, self._site.connect_s)
         return {host: answers[host] for host in self._links if host not in self.errors}
 
-    def ask(self, verb: str, requests: Mapping[str, Mapping[str, Any]], within_s: float) -> dict[str, dict[str, Any]]:
+    def ask(
+        self,
+        verb: str,
+        requests: Mapping[str, Mapping[str, Any]],
+        within_s: float,
+        over: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda answers: False,
+    ) -> dict[str, dict[str, Any]]:
         """Return the answers of those hosts that give one, in the order of the requests.
 
         Args:
             verb: of `host.py`.
             requests: by host.
             within_s: how long an answer may take.
+            over: whether with these answers nobody needs to wait for the others.
         """
         site, texts = self._site, dict.fromkeys(requests, "")
         answers: dict[str, dict[str, Any]] = {}
-        waiting = set(requests)
-        for host, request in requests.items():
-            variables = {**site.environment, REQUEST: json.dumps(request)}
+        waiting = requests.keys() - self.errors.keys()
+        for host in waiting:
+            variables = {**site.environment, REQUEST: json.dumps(requests[host])}
             command = [site.python, "-u", "-m", MODULE, verb]
             ranks = [{"RANK": str(self._asked)}]  # a number that no process of this agent has had
             self._links[host].say("start", ranks=ranks, command=command, cwd=site.workdir, environment=variables)
@@ -101,6 +112,8 @@ class Agents:
                     self.errors[host] = HostError(answer["error"])
                 else:
                     answers[host] = answer
+                if over(answers):
+                    waiting.clear()
         self._give_up(waiting, within_s)
         return {host: answers[host] for host in requests if host in answers}
 
@@ -115,11 +128,12 @@ class Agents:
             except queue.Empty:
                 continue
             host = link.host.name
-            if message["kind"] == "gone" and host in waiting:
+            if message["kind"] == "gone":
                 waiting.discard(host)
                 code, said = link.ended()
                 what = _last([f"it ended with exit code {code}", *said])
-                self.errors[host] = HostError(what, reached=code != _SSH_FAILED, code=code)
+                not_reached = code == _SSH_FAILED or what.startswith("srun: error")
+                self.errors.setdefault(host, HostError(what, reached=not not_reached, code=code))
             else:
                 yield host, message
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,9 +13,10 @@ from m3i_scale.launch.doctor.agents import Agents, HostError
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.launch.doctor.machine import Needs
-from m3i_scale.launch.link import Site
+from m3i_scale.launch.transport import Site
 
 _NOT_STARTED = (126, 127)
+_NOT_FOUND = re.compile(r"No module named '?(\w+)")
 _GROUP_S, _GROUP_OF_A_HOST_S = 300.0, 20.0
 """What measuring may take, and how much more for every host: rounds of links take their time."""
 
@@ -90,11 +92,14 @@ class Examination:
         if not error.reached:
             why = "launchers start ranks on it in the same way, without anybody to type a password"
             fix = f"until `ssh -o BatchMode=yes {host} true` works: key, known_hosts, address, sshd"
+            if site.transport == "srun":
+                fix = f"until `srun --overlap --nodelist={host} true` works: the state of the node (sinfo)"
             yield finding("ssh", host, error.what, fault=why, fix=fix)
             return
         if self.site.ssh_to_all:
             yield finding("ssh", host, "reached")
-        if "No module named" in error.what and "'m3i_scale" not in error.what:
+        module = _NOT_FOUND.search(error.what)
+        if module is not None and module[1] != "m3i_scale":
             fix = f"the packages of {site.python} on this host"
             yield finding("packages", host, error.what, fault="ranks there would not start", fix=fix)
             return
@@ -132,7 +137,13 @@ class Examination:
                 }
                 for host, answer in looked.items()
             }
-            answers = agents.ask("measure", requests, _GROUP_S + _GROUP_OF_A_HOST_S * len(requests))
+            # What else listens at a port that the head cannot have may hold up the others for ever.
+            answers = agents.ask(
+                "measure",
+                requests,
+                _GROUP_S + _GROUP_OF_A_HOST_S * len(requests),
+                lambda answers: "fault" in answers.get(self.head, {}).get("port", {}),
+            )
         if self.head in answers:
             yield from group_checks.port_findings(answers, self.head, f"{address}:{self.port}")
             yield from group_checks.shared_findings(answers)
