@@ -1,4 +1,4 @@
-"""Write the ready-to-edit files of this folder: what `m3i-scale launch` renders for one example run.
+"""Write those ready-to-edit files of this folder that `m3i-scale launch` renders, for one example run.
 
     python launchers/_ready.py
 
@@ -50,9 +50,7 @@ def ready_files() -> dict[str, str]:
         "deepspeed": plan("deepspeed", **HOSTS, **AT_CHECKOUT),
         "slurm": plan("slurm", **COUNTED, time_limit="24:00:00", **AT_CHECKOUT),
         "torchrun": plan("torchrun", **HOSTS, **AT_CHECKOUT),
-        "mpirun": plan("mpirun", **HOSTS, **AT_CHECKOUT),
         "elastic": plan("elastic", **HOSTS, max_restarts=20, min_nodes=1, **AT_CHECKOUT),
-        "accelerate": plan("accelerate", **HOSTS, **AT_CHECKOUT),
         "kubeflow": plan("kubeflow", "/output/first", **COUNTED, **IN_PODS, python="/usr/bin/python3"),
     }
     files = {name: {file.name: file.text for file in plan.files} for name, plan in plans.items()}
@@ -63,13 +61,10 @@ def ready_files() -> dict[str, str]:
         "deepspeed/run.sh": script(plans["deepspeed"]),
         "slurm.sbatch": files["slurm"]["slurm.sbatch"],
         "torchrun.sh": files["torchrun"]["torchrun.sh"],
-        "mpirun.sh": script(plans["mpirun"]),
         "elastic.json": files["elastic"]["elastic.json"],
-        "accelerate.yaml": files["accelerate"]["accelerate.yaml"],
-        "accelerate.sh": files["accelerate"]["accelerate.sh"],
         "kubeflow.yaml": files["kubeflow"]["kubeflow.yaml"],
     }
-    own_folder = {"deepspeed/run.sh": "deepspeed", "mpirun.sh": "deepspeed"}  # where their hostfile lies
+    own_folder = {"deepspeed/run.sh": "deepspeed"}  # where their hostfile lies
     rendered = str(plans["slurm"].folder)
     return {
         path: text.replace(rendered, "/".join(filter(None, [FOLDER, own_folder.get(path)])))

@@ -16,7 +16,7 @@ install_system_packages() {
   command -v "${CXX:-g++}" >/dev/null 2>&1 || missing+=(g++)
   PATH="$PATH:/usr/sbin" command -v nginx >/dev/null 2>&1 || missing+=(nginx-light) # serves shards to tests
   local pair
-  for pair in tc:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh mpirun:openmpi-bin pkill:procps; do # hosts in tests/cluster
+  for pair in tc:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh mpirun:openmpi-bin pkill:procps; do # hosts in tests/cluster, and a ready file
     PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair#*:}")
   done
   PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null 2>&1 || missing+=(slurm-wlm munge) # a cluster of two nodes

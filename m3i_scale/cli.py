@@ -15,7 +15,8 @@ from rich.text import Text
 from m3i_scale import __version__
 from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
-from m3i_scale.launch.commands import launch
+from m3i_scale.launch.commands import launch, takes_cluster
+from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.checkpoints.commands import checkpoint_app
@@ -266,35 +267,21 @@ def plan(
 
 
 @app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")
+@takes_cluster(field for field in Cluster.model_fields if field in {*OVER_HOSTS, "transport"})
 def doctor(
-    context: typer.Context,
+    cluster: Cluster,
     run: Annotated[str | None, typer.Argument(help="A run file, or the name of a built-in one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="`name slots=N`, a line a machine. Default: this one.")] = None,
-    cluster: Annotated[Path | None, typer.Option(help="YAML, as `launch` reads it.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only these hosts; once for each.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="All hosts but these.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on this machine, without a hostfile.")] = None,
-    interface: Annotated[str | None, typer.Option(help="Network interface that ranks talk over.")] = None,
-    master_address: Annotated[str | None, typer.Option(help="Of the head, as all machines reach it.")] = None,
-    master_port: Annotated[int | None, typer.Option(help="Where rank 0 waits for the others.")] = None,
-    environment: Annotated[
-        list[str] | None, typer.Option("--env", help="NAME or NAME=value that travels to the ranks.")
-    ] = None,
-    python: Annotated[str | None, typer.Option(help="The interpreter on all machines.")] = None,
-    workdir: Annotated[str | None, typer.Option(help="The working directory on all machines.")] = None,
     connect_s: Annotated[float, typer.Option("--connect-timeout", min=1, help="Seconds that ssh may take.")] = 10.0,
     as_json: Json = False,
 ) -> None:
     """Whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards. Exit code 2
     where one is not."""
     leave_out_accelerator_warning()
-    from m3i_scale.launch.description import Cluster, read_cluster
     from m3i_scale.launch.doctor.findings import faults_of
     from m3i_scale.run.doctor import examine
 
-    options = {key: value for key, value in context.params.items() if key in Cluster.model_fields}
-    found = examine(run, overrides or [], read_cluster(cluster, options), connect_s=connect_s, tell=_ERRORS.print)
+    found = examine(run, overrides or [], cluster, connect_s=connect_s, tell=_ERRORS.print)
     if as_json:
         print_json([finding.to_json() for finding in found])
     else:

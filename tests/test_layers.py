@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 LEVELS = {
     "defaults": 0,
     "errors": 0,
+    "options": 0,
     "output": 0,
     "rank_variables": 0,
     "text": 0,

@@ -1,14 +1,7 @@
-"""Sets of options that several commands take, defined once: a command asks for the object that they make.
-
-A function with a parameter `options: ShardOptions` becomes one with the options of the command line in its place, which
-is what typer looks at.
-"""
+"""Sets of options that several commands of `m3i-scale shards` take, defined once."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -16,10 +9,7 @@ import typer
 from m3i_scale.data.cut import Cut, ShardOptions
 from m3i_scale.data.options import DEFAULTS, MaxMb, MultipleOf, PerShard, SkipBad, Vocabulary, Workers
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
-
-Command = Callable[..., None]
-Parts = Mapping[str, tuple[Any, Any]]
-"""Type and default of every option, by name."""
+from m3i_scale.options import Command, Parts, expanded
 
 _SIZES: Parts = {
     "samples_per_shard": (PerShard, DEFAULTS.samples_per_shard),
@@ -51,37 +41,13 @@ _CUT: Parts = {
 
 def takes_shard_options(command: Command) -> Command:
     """Options of everything that makes shards, in place of the parameter `options`."""
-    return _expanded(command, "options", _MAKE, ShardOptions)
+    return expanded(command, "options", _MAKE, ShardOptions)
 
 
 def takes_cut(command: Command) -> Command:
     """Options of everything that cuts shards anew, in place of the parameter `cut`."""
-    return _expanded(command, "cut", _CUT, _cut)
+    return expanded(command, "cut", _CUT, _cut)
 
 
 def _cut(shard_count: int | None, keep_order: bool, **sizes: Any) -> Cut:
     return Cut(ShardOptions(**sizes), shard_count, keep_order)
-
-
-def _expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:
-    signature = inspect.signature(command, eval_str=True)
-    named: list[inspect.Parameter] = []
-    for known in signature.parameters.values():
-        keyword = known.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        named += (
-            [keyword]
-            if known.name != parameter
-            else [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-                for name, (kind, default) in parts.items()
-            ]
-        )
-
-    @functools.wraps(command)
-    def call(**given: Any) -> None:
-        made = build(**{name: given.pop(name) for name in parts})
-        command(**given, **{parameter: made})
-
-    call.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-    call.__annotations__ = {known.name: known.annotation for known in named}
-    return call

@@ -88,6 +88,8 @@ class Agent:
             self._greet(message)
         elif kind == "port":
             self._say_port(message["port"], message["interface"])
+        elif kind == "clock":
+            self.writer.say("clock", time=time.time())
         elif kind == "memory":
             found = rank_memory(message["slots"], on_host=message["on_host"])
             self.writer.say("memory", **asdict(found))

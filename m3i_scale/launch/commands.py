@@ -3,74 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError
+from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
 from m3i_scale.launch.launchers import LAUNCHERS, render
+from m3i_scale.options import Command, Parts, expanded, field_options
 from m3i_scale.output import print_json, release_stdout
 
 if TYPE_CHECKING:  # --help has no time to import them
     from m3i_scale.config import RunConfig
-    from m3i_scale.launch.description import Cluster
     from m3i_scale.launch.job import Job
     from m3i_scale.launch.plan import LaunchPlan
 
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
+]
 _ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
 
+def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
+    """Give a command `--cluster FILE` and an option for each of these fields, in place of its parameter `cluster`."""
+    parts: Parts = {"cluster_file": (ClusterFile, None), **field_options(Cluster, fields, OPTION_NAMES)}
+    return lambda command: expanded(command, "cluster", parts, _described)
+
+
+def _described(cluster_file: Path | None, **options: Any) -> Cluster:
+    return read_cluster(cluster_file, options)
+
+
+@takes_cluster(Cluster.model_fields)
 def launch(
-    context: typer.Context,
     run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
     launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
+    cluster: Cluster,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
-    cluster: Annotated[Path | None, typer.Option(help="YAML with any of the fields of docs/launching.md.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines, where no hosts are named.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each of them.")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="`name slots=N`, a line a machine.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only these hosts; once for each.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="All hosts but these.")] = None,
-    interface: Annotated[str | None, typer.Option(help="Network interface that ranks talk over.")] = None,
-    master_address: Annotated[str | None, typer.Option(help="Of the head, as all machines reach it.")] = None,
-    master_port: Annotated[int | None, typer.Option(help="Where rank 0 waits for the others.")] = None,
-    environment: Annotated[
-        list[str] | None, typer.Option("--env", help="NAME or NAME=value that travels to the ranks.")
-    ] = None,
-    python: Annotated[str | None, typer.Option(help="The interpreter on all machines.")] = None,
-    workdir: Annotated[str | None, typer.Option(help="The working directory on all machines.")] = None,
-    runner: Annotated[str | None, typer.Option(help="pdsh or openmpi: how `deepspeed` reaches hosts.")] = None,
-    max_restarts: Annotated[int | None, typer.Option(help="elastic: starts after a failure. Default: 0.")] = None,
-    min_nodes: Annotated[int | None, typer.Option(help="elastic: go on with so many hosts. Default: all.")] = None,
-    min_compared: Annotated[
-        int | None, typer.Option(help="elastic: go on where losses compare so many samples at a time. Default: any.")
-    ] = None,
-    memory_gib: Annotated[
-        float | None, typer.Option(help="elastic: of a rank, for larger micro-batches. Default: the host says.")
-    ] = None,
-    restart_pause_s: Annotated[float | None, typer.Option(help="elastic: before a restart, then doubled.")] = None,
-    probe_s: Annotated[float | None, typer.Option(help="elastic: how often lost hosts are asked.")] = None,
-    silence_s: Annotated[float | None, typer.Option(help="elastic: a host that is silent so long is lost.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="To reserve; 0 where ranks compute on CPUs.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
-    account: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
-    time_limit: Annotated[str | None, typer.Option(help=r"Of Slurm: \[days-]HH:MM:SS.")] = None,
-    requeue: Annotated[bool | None, typer.Option(help="Slurm starts a preempted job again.")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="A further option of sbatch: --sbatch=--qos=high.")] = None,
-    data_claim: Annotated[str | None, typer.Option(help="Of Kubernetes: a volume claim with shards, at /data.")] = None,
-    container_image: Annotated[str | None, typer.Option(help="What ranks run in.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
-    from m3i_scale.launch.description import Cluster, read_cluster
     from m3i_scale.launch.fit import check_fit
 
-    known = Cluster.model_fields
-    options = {key: value for key, value in context.params.items() if key in known}
-    config, job = read_job(run, overrides or [], read_cluster(cluster, options))
+    config, job = read_job(run, overrides or [], cluster)
     if dry_run:
         job = _with_image(job, launcher)
         plan = render(launcher, job.shown())

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch import ssh
+from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import OVER_HOSTS, Job
-from m3i_scale.launch.mpirun import open_mpi_settings
+from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines
 
-HONOURS = OVER_HOSTS | {"runner"}
+HONOURS = OVER_HOSTS
 HOSTFILE = "hostfile"
 ENVIRONMENT = "deepspeed_env"
 PRIVATE_ENVIRONMENT = "environment.sh"
@@ -40,10 +40,7 @@ def render(job: Job) -> LaunchPlan:
     Raises:
         ConfigError: a path that DeepSpeed would paste into a shell's line, and that is not plain.
     """
-    hosts = job.hosts
-    if not hosts:
-        return _on_this_machine(job)
-    return _by_pdsh(job) if job.cluster.runner == "pdsh" else _by_openmpi(job)
+    return _by_pdsh(job) if job.hosts else _on_this_machine(job)
 
 
 def hostfile(hosts: Sequence[Host]) -> LaunchFile:
@@ -98,38 +95,6 @@ def _by_pdsh(job: Job) -> LaunchPlan:
         commands=(Command((*_launcher(job, *options), *_trained([pasted(word) for word in job.train])), variables),),
         workdir=job.workdir,
         needs=(Executable("pdsh", "apt-get install pdsh"), *ssh.needs(job)),
-        stops=ssh.stop_commands(job),
-    )
-
-
-def _by_openmpi(job: Job) -> LaunchPlan:
-    """Without an environment file: DeepSpeed would hand over the quotes that it puts around values. mpirun takes them
-    from its own environment instead, and no value stands on a command line."""
-    variables = {
-        **{variable.name: variable.value for variable in job.variables},
-        "MASTER_ADDR": job.head_address(),
-        "MASTER_PORT": str(job.cluster.master_port),
-    }
-    words = [word for name in variables for word in ("-x", name)]
-    if job.cluster.interface is not None:
-        words += ["--mca", "btl_tcp_if_include", job.cluster.interface]
-    nowhere = str(job.folder / ENVIRONMENT)  # else one in the home directory would count
-    return LaunchPlan(
-        launcher="deepspeed",
-        folder=job.folder,
-        files=(hostfile(job.hosts), LaunchFile(ENVIRONMENT, "")),
-        commands=(
-            Command(
-                (
-                    *_launcher(job, "--launcher=openmpi", "--no_ssh_check", "--force_multi"),
-                    f"--launcher_args={shlex.join(words)}",
-                    *_trained(job.train),
-                ),
-                {**variables, **open_mpi_settings(job), "DS_ENV_FILE": nowhere},
-            ),
-        ),
-        workdir=job.workdir,
-        needs=(Executable("ompi_info", "apt-get install openmpi-bin"), *ssh.needs(job)),
         stops=ssh.stop_commands(job),
     )
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config import parse_section, read_yaml
-from m3i_scale.config.sections import Section
+from m3i_scale.config.sections import FixableError, Section
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.environment import check_variable
-from m3i_scale.launch.hosts import Host, is_host_name, parse_hosts, read_hostfile, select
+from m3i_scale.launch.hosts import Host, allocated_hosts, is_host_name, parse_hosts, read_hostfile, select
 
 _TIME_LIMIT = re.compile(r"(?:\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d")
 _IMAGE = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/:@#+-]*")
@@ -50,86 +51,121 @@ AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 
 
-_OPTIONS = {"environment": "--env"}
+OPTION_NAMES = {"environment": "--env"}
 """Options of the command line that are not called as their fields are."""
+OVER_HOSTS = frozenset(
+    {
+        "ranks_per_node",
+        "hostfile",
+        "hosts",
+        "include",
+        "exclude",
+        "interface",
+        "master_address",
+        "master_port",
+        "environment",
+        "python",
+        "workdir",
+        "ssh",
+    }
+)
+"""Fields that every launcher honours which starts ranks over named hosts, or here."""
 
 
 class Cluster(Section):
-    """Where a run is started. A field that the chosen launcher cannot honour is an error."""
+    """Where a run is started. A field that the chosen launcher cannot honour is an error.
+
+    Every field is an option of the command line, with its docstring as help.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     nodes: int | None = Field(default=None, ge=1, le=100_000)
     """Machines, where no hosts are named. Default: 1."""
     ranks_per_node: int | None = Field(default=None, ge=1, le=1024)
-    """Ranks on each of them, where no hosts are named. Default: the accelerators of the machine that launches, or 1."""
+    """Ranks on each machine, where no hosts are named. Default: one for each accelerator of this machine, or 1."""
     hostfile: Path | None = None
     """A file with a line `name slots=N` for every machine; the first one is the head."""
     hosts: tuple[str, ...] = ()
-    """The same lines, here instead of in a file."""
+    """A line of a hostfile, instead of the file; once for each host."""
     include: tuple[HostName, ...] = ()
-    """Only these hosts."""
+    """Use only this host; once for each."""
     exclude: tuple[HostName, ...] = ()
-    """All hosts but these."""
+    """Leave out this host; once for each."""
     interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$")
     """The network interface that ranks talk over, of the same name on all machines: Gloo and NCCL use no other."""
     master_address: HostName | None = None
-    """Of the head, as all machines reach it. Default: that of `interface` where this machine is the head, else the name
-    of the head."""
+    """Address of the head, as all machines reach it. Default: that of the interface where this machine is the head,
+    else the head's name."""
     master_port: int = Field(default=29500, ge=1024, le=65535)
-    """Where rank 0 waits for the others."""
+    """Port where rank 0 waits for the others. Default: 29500."""
     environment: tuple[str, ...] = ()
-    """What travels to the ranks: `NAME` (as it is where the run is launched) or `NAME=value`. Nothing else does."""
+    """A variable that travels to the ranks, `NAME` (as it is here) or `NAME=value`; once for each. No other travels."""
     python: AbsolutePath | None = None
     """The interpreter on all machines, for instance of a virtual environment. Default: the one that launches."""
     workdir: AbsolutePath | None = None
     """The working directory of all ranks. Default: the one that is launched from."""
     ssh: tuple[Line, ...] = ()
-    """Further arguments of ssh, e.g. `-i`, `/home/me/.ssh/cluster`."""
-    runner: Literal["pdsh", "openmpi"] = "pdsh"
-    """What `deepspeed` reaches the hosts with."""
-    mpi: Literal["openmpi", "hydra"] = "openmpi"
-    """Whose `mpirun` it is: that of Open MPI, or the Hydra of MPICH and Intel MPI."""
+    """A further argument of ssh; once for each: --ssh=-i --ssh=/home/me/.ssh/cluster."""
+    transport: Literal["ssh", "srun"] = "ssh"
+    """elastic and doctor: what reaches the hosts, ssh, or srun for the hosts of the allocation of Slurm that this runs
+    in. Default: ssh."""
     max_restarts: int = Field(default=0, ge=0, le=10_000)
-    """So often `elastic` starts again after a failure."""
+    """elastic: start again so often after a failure. Default: 0."""
     min_nodes: int | None = Field(default=None, ge=1)
-    """`elastic` goes on with so many hosts while others are lost. Default: with all or not at all."""
+    """elastic: go on with so many hosts while others are lost. Default: all."""
     min_compared: int | None = Field(default=None, ge=2)
-    """`elastic` goes on only where losses compare so many samples at a time (micro-batch × ranks). Default: with any
-    number, which it tells."""
+    """elastic: go on only where losses compare so many samples at a time (micro-batch × ranks). Default: any number,
+    which is told."""
     memory_gib: float | None = Field(default=None, gt=0)
-    """Of a rank: `elastic` gives fewer ranks a larger micro-batch as far as it suffices, by `plan`. Default: what
-    nvidia-smi says, or a rank's share of the host's where there is no accelerator."""
+    """elastic: memory of a rank; fewer ranks get a larger micro-batch as far as it suffices. Default: what the host
+    says."""
     restart_pause_s: float = Field(default=5.0, ge=0, le=3600)
-    """Before the first restart of `elastic`; doubled with every further one, up to 300 s."""
+    """elastic: wait so long before the first restart, twice as long before each further one, at most 300 s.
+    Default: 5."""
     probe_s: float = Field(default=30.0, gt=0, le=3600)
-    """So often `elastic` asks lost hosts whether they are back."""
+    """elastic: ask lost hosts so often whether they are back. Default: 30."""
     silence_s: float = Field(default=30.0, ge=5, le=3600)
-    """A host that says nothing for so long is lost to `elastic`."""
+    """elastic: a host that says nothing for so long is lost. Default: 30."""
     gpus_per_node: int | None = Field(default=None, ge=0, le=1024)
-    """To be reserved. Default: as many as ranks; 0 where ranks compute on CPUs."""
+    """Accelerators of a machine to reserve; 0 where ranks compute on CPUs. Default: as many as ranks."""
     cpus_per_rank: int | None = Field(default=None, ge=1, le=1024)
-    """To be reserved."""
+    """Cores of a rank to reserve."""
     partition: Word | None = None
-    """Of Slurm."""
+    """Slurm: the partition."""
     account: Word | None = None
-    """Of Slurm."""
+    """Slurm: the account."""
     time_limit: str | None = None
-    """Of Slurm, as [days-]hours:minutes:seconds."""
+    """Slurm: the time limit, as [days-]hours:minutes:seconds."""
     requeue: bool = True
-    """Slurm puts a job back into the queue that was preempted, that lost a node, or that ran out of time and saved."""
+    """Slurm: put a job back into the queue that was preempted, lost a node, or ran out of time and saved.
+    Default: yes."""
     sbatch: tuple[Line, ...] = ()
-    """Further `#SBATCH` lines, without that word: `--qos=high`."""
+    """Slurm: a further option of sbatch; once for each: --sbatch=--qos=high."""
     container_image: str | None = None
-    """What ranks run in."""
+    """Slurm and Kubernetes: the image that ranks run in."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """How Slurm starts it."""
+    """Slurm: what starts the image, pyxis or apptainer. Default: pyxis."""
     container_mounts: tuple[AbsolutePath, ...] = ()
-    """Folders of the host that ranks see under the same path, beside the working and the output directory."""
+    """Slurm: a folder of the host that ranks see under the same path, beside working and output directory; once for
+    each."""
     namespace: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    """Of Kubernetes. Default: that of the current context."""
+    """Kubernetes: the namespace. Default: that of the current context."""
     storage_gib: int = Field(default=200, ge=1)
-    """Of the volume that holds `output_dir`, in Kubernetes."""
+    """Kubernetes: size of the volume that holds output_dir. Default: 200."""
     data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
-    """An existing volume claim of Kubernetes that holds the shards, mounted read-only at /data."""
+    """Kubernetes: an existing volume claim that holds the shards, mounted read-only at /data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_mpi(cls, values: Any) -> Any:
+        for field in ("runner", "mpi"):
+            if isinstance(values, dict) and field in values:
+                raise FixableError(
+                    f"`{field}` is no key any more: `deepspeed` reaches hosts with pdsh, and `launch` starts no MPI",
+                    "leave it out; for MPI start launchers/mpirun.sh or launchers/deepspeed/openmpi.sh by hand",
+                )
+        return values
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -170,14 +206,16 @@ class Cluster(Section):
                 raise ValueError(f"`{field}` names no host; leave it out for a run on this machine alone")
         if self.hostfile is not None and self.hosts:
             raise ValueError("`hostfile` and `hosts` both name the hosts; give one of them")
-        if self.hostfile is not None or self.hosts:
-            for field in ("nodes", "ranks_per_node"):
-                if field in given:
-                    raise ValueError(f"`{field}` has no effect where hosts are named; `include` chooses among them")
+        idle: tuple[str, ...]
+        if self.transport == "srun":
+            idle, why = ("hostfile", "hosts", "ssh"), "with srun, which has the hosts of its allocation"
+        elif self.hostfile is not None or self.hosts:
+            idle, why = ("nodes", "ranks_per_node"), "where hosts are named; `include` chooses among them"
         else:
-            for field in ("include", "exclude", "ssh", "runner"):
-                if field in given:
-                    raise ValueError(f"`{field}` has no effect where no hosts are named (hostfile, hosts)")
+            idle, why = ("include", "exclude", "ssh"), "where no hosts are named (hostfile, hosts)"
+        for field in idle:
+            if field in given:
+                raise ValueError(f"`{field}` has no effect {why}")
         if "container_runtime" in given and self.container_image is None:
             raise ValueError("`container_runtime` has no effect without `container_image`")
         return self
@@ -186,12 +224,14 @@ class Cluster(Section):
         """The hosts to run on, the head first; none where only their number is given.
 
         Raises:
-            ConfigError: see `read_hostfile`, `parse_hosts` and `select`.
+            ConfigError: see `read_hostfile`, `parse_hosts`, `allocated_hosts` and `select`.
         """
         if self.hostfile is not None:
             hosts = read_hostfile(self.hostfile)
         elif self.hosts:
             hosts = parse_hosts(self.hosts, where="hosts")
+        elif self.transport == "srun":
+            hosts = allocated_hosts(os.environ, self.ranks_per_node)
         else:
             return ()
         return select(hosts, include=self.include, exclude=self.exclude)
@@ -220,6 +260,6 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
     # Hosts of the command line take the place of those of the file, however either of them says it.
     if given.keys() & {"hostfile", "hosts"}:
         values = {key: value for key, value in values.items() if key not in ("hostfile", "hosts")}
-    names = " ".join(_OPTIONS.get(key, "--" + key.replace("_", "-")) for key in given)
+    names = " ".join(OPTION_NAMES.get(key, "--" + key.replace("_", "-")) for key in given)
     where = " and ".join(part for part in (str(path) if path else "", names) if part)
     return parse_section(Cluster, values | given, where=where or "the command line")

@@ -1,5 +1,5 @@
-"""This package's own launcher: an agent on every host over ssh, failures told by their first cause, and restarts over
-the hosts that remain. Needs no program but ssh."""
+"""This package's own launcher: an agent on every host over ssh or srun, failures told by their first cause, and
+restarts over the hosts that remain. Needs no other program."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.launch.attempts import Launch, new_launch
+from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import OVER_HOSTS, Job
-from m3i_scale.launch.link import Site
+from m3i_scale.launch.job import Job
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.logs import show
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.rendezvous import Policy, Work
-from m3i_scale.launch.ssh import SSH
+from m3i_scale.launch.ssh import SRUN, SSH
+from m3i_scale.launch.transport import Site
 
 FILE = "elastic.json"
 HONOURS = OVER_HOSTS | {
@@ -29,6 +30,7 @@ HONOURS = OVER_HOSTS | {
     "restart_pause_s",
     "probe_s",
     "silence_s",
+    "transport",
 }
 
 
@@ -56,6 +58,7 @@ def render(job: Job) -> LaunchPlan:
         "python": job.python,
         "workdir": str(job.workdir),
         "ssh": list(cluster.ssh),
+        "transport": cluster.transport,
         "environment": {variable.name: variable.value for variable in job.variables},
         "silence_s": cluster.silence_s,
         "max_restarts": cluster.max_restarts,
@@ -75,7 +78,7 @@ def render(job: Job) -> LaunchPlan:
         files=(LaunchFile(FILE, text, job.mode),),
         commands=(Command((sys.executable, "-m", "m3i_scale.launch.elastic", str(job.folder / FILE))),),
         workdir=job.workdir,
-        needs=(SSH,) if job.hosts else (),
+        needs=() if not job.hosts else (SRUN,) if cluster.transport == "srun" else (SSH,),
     )
 
 
@@ -99,6 +102,7 @@ def read_launch(path: Path) -> Launch:
         output_dir=str(run.output_dir),
         launch=new_launch(),
         ssh=tuple(given["ssh"]),
+        transport=given.get("transport", "ssh"),
         python_path=given["environment"].get("PYTHONPATH", ""),
         environment=given["environment"],
         silence_s=given["silence_s"],

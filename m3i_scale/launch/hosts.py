@@ -7,7 +7,8 @@ here both are errors, with the line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,37 @@ def _host(words: str, place: str) -> Host:
     if not (slots.isascii() and slots.isdigit() and 1 <= int(slots[:9]) <= _MOST_SLOTS and len(slots) < 9):
         raise ConfigError(f"slots={slots}: a host has from 1 to {_MOST_SLOTS} ranks", where=place)
     return Host(name, int(slots))
+
+
+def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) -> tuple[Host, ...]:
+    """Return the hosts of the allocation of Slurm that this process runs in.
+
+    Args:
+        environment: of this process.
+        ranks_per_node: on each host. Default: the tasks that the allocation has on each.
+
+    Raises:
+        ConfigError: there is no allocation, or nobody says how many ranks.
+    """
+    nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
+    if nodes is None:
+        raise ConfigError(
+            "srun reaches the hosts of an allocation, and this is none",
+            where="transport: srun",
+            fix="launch within `salloc` or a job script of sbatch, or over ssh: --hostfile",
+        )
+    if ranks_per_node is None and not tasks.isdecimal():
+        raise ConfigError(
+            "nobody says how many ranks each host has",
+            where="transport: srun",
+            fix="--ranks-per-node, or --ntasks-per-node of salloc or sbatch",
+        )
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"Slurm does not say which hosts are {nodes}: {error}", fix="scontrol on PATH") from None
+    return tuple(Host(name, ranks_per_node or int(tasks)) for name in names)
 
 
 def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[str]) -> tuple[Host, ...]:

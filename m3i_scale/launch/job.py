@@ -28,25 +28,6 @@ _NO_COMMON_INTERPRETER = "python3"
 """Of a container, where nothing else is said."""
 
 
-OVER_HOSTS = frozenset(
-    {
-        "ranks_per_node",
-        "hostfile",
-        "hosts",
-        "include",
-        "exclude",
-        "interface",
-        "master_address",
-        "master_port",
-        "environment",
-        "python",
-        "workdir",
-        "ssh",
-    }
-)
-"""Fields that every launcher honours which starts ranks over named hosts, or here."""
-
-
 @dataclass(frozen=True)
 class Job:
     """What renderers turn into files and commands."""
@@ -80,26 +61,11 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on every machine.
+        """Return the ranks of every machine, where no hosts are named.
 
         Where nobody says how many, as many as this machine has accelerators, and one where it has none.
-
-        Raises:
-            ConfigError: hosts differ in it.
         """
-        if self.hosts:
-            slots = {host.slots for host in self.hosts}
-            if len(slots) > 1:
-                listed = ", ".join(f"{host.name} {host.slots}" for host in self.hosts)
-                raise ConfigError(
-                    "this launcher wants as many ranks on every host",
-                    where=listed,
-                    fix="equal slots, or `--with deepspeed`, `mpirun` or `torchrun`",
-                )
-            return slots.pop()
-        if self.cluster.ranks_per_node is None:
-            return devices_here()
-        return self.cluster.ranks_per_node
+        return devices_here() if self.cluster.ranks_per_node is None else self.cluster.ranks_per_node
 
     @property
     def world_size(self) -> int:

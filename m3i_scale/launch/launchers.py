@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # the names are for --help, which has no time for more
     from m3i_scale.launch.plan import LaunchPlan
 
 _NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
-LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "mpirun", "accelerate", "kubeflow", "elastic")
+LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
+READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
+"""Launchers that people start themselves, from a file of a checkout."""
 
 
 class Launcher(Protocol):
@@ -31,6 +33,12 @@ def find_launcher(name: str) -> Launcher:
     Raises:
         ConfigError: no such launcher.
     """
+    if name in READY_FILES:
+        raise ConfigError(
+            f"`launch` does not start {name}",
+            where="--with",
+            fix=f"edit and start {READY_FILES[name]} (docs/launching.md), or launch with deepspeed or torchrun",
+        )
     if name not in LAUNCHERS:
         raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
     return cast(Launcher, import_module(f"m3i_scale.launch.{name}"))

@@ -1,61 +1,30 @@
-"""The connection to one host's agent: over ssh, or direct where the host is this machine."""
+"""The connection to one host's agent, and to those of all hosts at once."""
 
 from __future__ import annotations
 
-import os
 import queue
 import secrets
-import shlex
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import IO, Any
 
 from m3i_scale import __version__
 from m3i_scale.errors import UserError
+from m3i_scale.launch.doctor.checks import other_files
 from m3i_scale.launch.doctor.facts import code
-from m3i_scale.launch.doctor.judge import other_files
-from m3i_scale.launch.environment import LAUNCHERS, is_secret
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import Job, is_here
+from m3i_scale.launch.job import Job
+from m3i_scale.launch.transport import Site, agent_command, explain_end, own_environment
 from m3i_scale.launch.wire import BEAT_S, Message, decode, encode
 
 Inbox = queue.SimpleQueue[tuple["Link", Message]]
 
-_AGENT = ("-u", "-m", "m3i_scale.launch.agent")
-_SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _CLOSE_S = 5.0
 UNRESPONSIVE_S = 5.0
 """Patience with a host that has not answered before: the others do not wait for it at every restart."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """How hosts are reached, and what runs there."""
-
-    python: str
-    """The interpreter, on all hosts."""
-    workdir: str
-    """The working directory, on all hosts."""
-    output_dir: str
-    """Of the run: what processes of a former launch are known by."""
-    launch: str
-    """A name for this launch that no other has."""
-    ssh: tuple[str, ...] = ()
-    """Further arguments of ssh."""
-    python_path: str = ""
-    """PYTHONPATH of agents and ranks."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """What travels to the ranks."""
-    connect_s: float = 60.0
-    """Patience with a host that is to answer."""
-    silence_s: float = 30.0
-    """A host that says nothing for so long is lost."""
-    grace_s: float = 10.0
-    """So long other ranks have for their own last words once one has ended."""
 
 
 class Link:
@@ -80,7 +49,7 @@ class Link:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the supervisor, which passes it on in its own way
             bufsize=0,
-            env=_own_environment(),
+            env=own_environment(),
         )
         self._errors = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
         self._errors.start()
@@ -110,65 +79,31 @@ class Link:
         self._process.kill()
         self._process.wait()
 
-    def why_gone(self) -> str:
-        """Why the agent cannot be talked to any more, for a person."""
+    def ended(self) -> tuple[int | None, list[str]]:
+        """Return the exit code of ssh or the agent, None where it does not end, and the last lines of its errors."""
         try:
             code: int | None = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
             code = None
         self._errors.join(1.0)
-        return explain_end(code, list(self._said), self.site)
+        return code, list(self._said)
+
+    def why_gone(self) -> str:
+        """Return why the agent cannot be talked to any more, for a person."""
+        return explain_end(*self.ended(), self.site)
 
     def _read(self, output: IO[bytes]) -> None:
         for line in output:
             message = decode(line)
             self.heard = time.monotonic()
             if message is not None:
+                self.hello = message if message["kind"] == "hello" else self.hello
                 self._inbox.put((self, message))
         self._inbox.put((self, {"kind": "gone"}))
 
     def _read_errors(self, errors: IO[bytes]) -> None:
         for line in errors:
             self._said.append(line.decode(errors="replace").rstrip())
-
-
-def _own_environment() -> dict[str, str]:
-    """Without what belongs to another launch, and without secrets: those that are named travel as messages."""
-    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
-
-
-def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
-    """Return what starts the agent of a host; `patience_s` as `Link` has it."""
-    if is_here(name):
-        inner = _inner(site)
-        return ["bash", "-c", inner]
-    until_s = max(1, int(site.connect_s / 2 if patience_s is None else patience_s))
-    return ["ssh", *_SSH, "-o", f"ConnectTimeout={until_s}", *site.ssh, name, _inner(site)]
-
-
-def _inner(site: Site) -> str:
-    variables = [f"PYTHONPATH={site.python_path}"] if site.python_path else []
-    start = shlex.join(["exec", "env", *variables, site.python, *_AGENT])
-    folder = os.path.dirname(site.python)  # ranks that build an extension look for their tools there
-    path = f'export PATH={shlex.quote(folder)}:"$PATH" && ' if folder else ""
-    return f"cd {shlex.quote(site.workdir)} && {path}{start}"
-
-
-def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
-    """The end of ssh, or of the agent, in a sentence."""
-    text = [line for line in said if line.strip()]
-    last = text[-1] if text else ""
-    if code in (126, 127):
-        return f"the interpreter {site.python} cannot be started there: {last}"
-    if any("No module named" in line for line in text[-3:]):
-        return f"{site.python} there lacks a package: {last}"
-    if any(line.startswith("bash:") and "cd:" in line for line in text):
-        return f"the working directory cannot be entered: {last}"
-    if code == 255:
-        return f"ssh: {last or 'the connection ended'}"
-    if code is None:
-        return "the connection does not end"
-    return f"the agent ended with exit code {code}" + (f": {last}" if last else "")
 
 
 def connect(
@@ -213,7 +148,6 @@ def connect(
         if link not in links or name in reasons:  # a link of an earlier attempt says that it is gone
             continue
         if message["kind"] == "hello":
-            link.hello = message
             fault = _fault_of(message, own_code)
             waiting.pop(name, None)
             if fault is not None:
@@ -256,6 +190,7 @@ def check_hosts(job: Job) -> None:
         output_dir=str(job.output_dir),
         launch=secrets.token_hex(8),
         ssh=job.cluster.ssh,
+        transport=job.cluster.transport,
         python_path=next((item.value for item in job.plain if item.name == "PYTHONPATH"), ""),
     )
     links, reasons = connect(job.hosts, site, Inbox())

@@ -13,9 +13,10 @@ from m3i_scale.launch.compared import Compared, refusal_of_plan
 from m3i_scale.launch.host_history import FAILS, HostHistory
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import is_here
-from m3i_scale.launch.link import Inbox, Link, Site, connect
+from m3i_scale.launch.link import Inbox, Link, connect
 from m3i_scale.launch.memory import RankMemory
 from m3i_scale.launch.supervise import Outcome, Tell
+from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import BEAT_S, Message
 from m3i_scale.launch.worlds import World, largest_world
 

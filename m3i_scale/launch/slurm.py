@@ -7,6 +7,7 @@ import shlex
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.environment import SLURM_EXPORTS
 from m3i_scale.launch.failures import RANK_RECORDS
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
@@ -44,8 +45,6 @@ EARLIER_S = 60
 ALONE_S = 30
 """Ranks that still run so long after one of them has left are ended, on all nodes. Not at once (--kill-on-bad-exit):
 the script goes by the code that all ranks leave with, 75 or 2 for a mistake; those that Slurm ends have another."""
-_ALWAYS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
-"""What a job of Slurm has of the environment that it was submitted from, beside what is to travel."""
 # A rank's place, as the trainer reads it. In a shell of its own, because each task has other values; `exec`, because
 # Slurm signals every process of a step, and a shell that stayed would die of it, and its task with it.
 _AS_RANK = (
@@ -95,7 +94,7 @@ def _header(job: Job) -> list[str]:
         "--open-mode=append",
         f"--output={str(job.folder).replace('%', '%%')}/slurm-%j.log",
         f"--chdir={job.workdir}",
-        f"--export={','.join([*_ALWAYS, *(variable.name for variable in job.secret)])}",
+        f"--export={','.join([*SLURM_EXPORTS, *(variable.name for variable in job.secret)])}",
     ]
     lines = [f"#SBATCH {_option(option)}" for option in options if option is not None]
     for line in cluster.sbatch:

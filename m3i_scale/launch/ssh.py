@@ -13,6 +13,7 @@ from m3i_scale.launch.plan import Command, Executable
 from m3i_scale.launch.processes import PARENT, TIED
 
 SSH = Executable("ssh", "apt-get install openssh-client")
+SRUN = Executable("srun", "apt-get install slurm-client")
 PKILL = Executable("pkill", "apt-get install procps")
 UNLESS_GIVEN = ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 """A host without power says nothing, and ssh alone would wait for it for hours. Of two values the first counts."""

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch.failures import Failure, first_cause, on_clock
-from m3i_scale.launch.link import Inbox, Link, Site
+from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.place import PHASES
 from m3i_scale.launch.straggler import Slow, Stragglers
+from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import BEAT_S, Message
 
 Tell = Callable[[str], None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 
 from m3i_scale.launch import ssh
-from m3i_scale.launch.job import OVER_HOSTS, Job
+from m3i_scale.launch.description import OVER_HOSTS
+from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 

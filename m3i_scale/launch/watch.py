@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from m3i_scale.config import RunConfig
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Site, connect
+from m3i_scale.launch.link import Inbox, connect
 from m3i_scale.launch.supervise import Tell
+from m3i_scale.launch.transport import Site
 from m3i_scale.launch.worlds import World, largest_world
 
 

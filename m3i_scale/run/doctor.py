@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable
@@ -11,15 +12,11 @@ from pathlib import Path
 from m3i_scale.config import find_run_file, known_runs, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.doctor.channel import Way
 from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
-from m3i_scale.launch.doctor.needs import Needs
-from m3i_scale.launch.doctor.patient import Patient
+from m3i_scale.launch.doctor.machine import Needs
 from m3i_scale.launch.environment import travelling
-
-DEADLINE_S, DEADLINE_OF_A_HOST_S = 300.0, 20.0
-"""A probe that nobody ends is over after so long, and so much more for every host: rounds of links take their time."""
+from m3i_scale.launch.transport import Site
 
 
 def examine(
@@ -44,11 +41,6 @@ def examine(
     """
     if overrides and run is None:
         raise ConfigError("overrides have no effect without a run file", where=" ".join(overrides))
-    with Examination(_patient(run, overrides, cluster, connect_s), tell=tell) as examination:
-        return examination.findings()
-
-
-def _patient(run: str | None, overrides: list[str], cluster: Cluster, connect_s: float) -> Patient:
     named = cluster.named_hosts()
     if not named and (cluster.nodes or 1) > 1:
         raise ConfigError(
@@ -57,25 +49,33 @@ def _patient(run: str | None, overrides: list[str], cluster: Cluster, connect_s:
             fix="--hostfile FILE, with a line `name slots=N` for every one",
         )
     slots = {host.name: host.slots for host in named} or {socket.gethostname(): cluster.ranks_per_node or 1}
-    way = Way(
+    variables = {
+        item.name: item.value for item in travelling(cluster.environment, os.environ, interface=cluster.interface)
+    }
+    site = Site(
         python=cluster.python or sys.executable,
         workdir=cluster.workdir or str(Path.cwd()),
-        variables=travelling(cluster.environment, os.environ, interface=cluster.interface),
+        output_dir="",
+        launch=secrets.token_hex(8),
         ssh=cluster.ssh,
-        connect_s=connect_s,
-        deadline_s=DEADLINE_S + DEADLINE_OF_A_HOST_S * len(slots),
-        local=not named,
+        python_path=variables.get("PYTHONPATH", ""),
+        environment=variables,
+        transport=cluster.transport,
+        ssh_to_all=bool(named),
     )
-    return Patient(
+    examination = Examination(
         slots=slots,
-        way=way,
+        site=site,
         port=cluster.master_port,
         interface=cluster.interface,
         master_address=cluster.master_address,
         run=None if run is None else _same_everywhere(run),
         overrides=tuple(overrides),
         needs=None if run is None else _needs(run, overrides, slots),
+        connect_s=connect_s,
+        tell=tell,
     )
+    return examination.findings()
 
 
 def _same_everywhere(run: str) -> str:

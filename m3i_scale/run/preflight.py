@@ -14,10 +14,9 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import CheckpointConfig, RunConfig
 from m3i_scale.data.loader import PREFETCH_PARTS
 from m3i_scale.data.reader import OPEN_SHARDS
-from m3i_scale.launch.doctor import facts, judge
+from m3i_scale.launch.doctor import checks, facts
 from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
-from m3i_scale.launch.doctor.machine import disk_finding, look, machine_findings
-from m3i_scale.launch.doctor.needs import Needs
+from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.opening import check_together
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
@@ -102,17 +101,17 @@ def check_software(run: RunConfig) -> None:
         return
     own = check_together(lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)})
     digests: list[Any] = [None] * world
-    dist.all_gather_object(digests, judge.digest(own))
+    dist.all_gather_object(digests, checks.digest(own))
     if len(set(digests)) == 1:
         return
     told: list[Any] = [None] * world
     dist.all_gather_object(told, (socket.gethostname(), own))
     answers: dict[str, Any] = {}
     for rank, (host, answer) in enumerate(told):
-        apart = host in answers and judge.digest(answers[host]) != digests[rank]  # two environments on one host
+        apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one host
         answers[f"{host}, rank {rank}" if apart else host] = answer
-    checks = (judge.code_findings, judge.python_findings, judge.package_findings, judge.config_findings)
-    raise not_ready(faults_of(finding for check in checks for finding in check(answers))).raised_everywhere()
+    compared = checks.findings_of(answers, ("commit", "python", "packages", "config"))
+    raise not_ready(faults_of(compared)).raised_everywhere()
 
 
 def check_machines(plan: Plan) -> None:

@@ -15,7 +15,7 @@ import psutil
 INTERFACES = ("eth0", "eth1")
 """Each host is on two networks; its name stands for its address on the first."""
 PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh"}
-PROGRAMS |= {"mpirun": "openmpi-bin", "unshare": "util-linux", "nsenter": "util-linux", "pkill": "procps"}
+PROGRAMS |= {"unshare": "util-linux", "nsenter": "util-linux", "pkill": "procps"}
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
 

@@ -116,7 +116,7 @@ class Hosts:
         return address_of(self._hosts[host].number, interface)
 
     def hostfile(self, path: Path, slots: int = 1, names: Sequence[str] | None = None) -> Path:
-        """For `deepspeed` and `mpirun`."""
+        """A line `name slots=N` for every host."""
         path.write_text("".join(f"{name} slots={slots}\n" for name in names or self.names))
         return path
 

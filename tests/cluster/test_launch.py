@@ -17,10 +17,7 @@ from watch import losses, ranks, watch
 SHORT = ("optim.steps=3", "optim.warmup_steps=1", "checkpoint.every_steps=3")
 LAUNCHERS = {
     "pdsh": ["--with", "deepspeed"],
-    "openmpi": ["--with", "deepspeed", "--runner", "openmpi"],
     "torchrun": ["--with", "torchrun"],
-    "mpirun": ["--with", "mpirun"],
-    "accelerate": ["--with", "accelerate"],
 }
 WORDS = """two words, "double", 'single', $HOME `date` \\ ; & | * ~ #"""
 SECRET, UNNAMED = "a-secret-that-was-named", "a-secret-that-was-not"
@@ -42,8 +39,7 @@ def launch(hosts: Hosts, run: Path, *options: str) -> list[str]:
 
 
 def variables() -> dict[str, str]:
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return environment(M3I_WORDS=WORDS, WANDB_API_KEY=SECRET, HF_TOKEN=UNNAMED, M3I_UNNAMED="here", **as_root)
+    return environment(M3I_WORDS=WORDS, WANDB_API_KEY=SECRET, HF_TOKEN=UNNAMED, M3I_UNNAMED="here")
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

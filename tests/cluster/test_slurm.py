@@ -200,6 +200,50 @@ def test_a_mistake_is_told_and_not_repeated(cluster: Slurm, reference: Path, tmp
     assert job.log().count("first cause: ") == 1
 
 
+ELASTIC = """\
+#!/bin/bash
+set -e
+python=({python} -u -m m3i_scale)
+"${{python[@]}}" doctor --transport srun --interface lo --master-port {port} {travels} --json > {folder}/doctor.json
+exec "${{python[@]}}" launch {folder}/run.yaml --with elastic --transport srun --max-restarts 1 {travels}
+"""
+
+
+def test_elastic_and_the_doctor_reach_the_hosts_of_their_allocation_with_srun(
+    cluster: Slurm, reference: Path, tmp_path: Path
+) -> None:
+    run_file = copy_of(reference, tmp_path / "run")
+    travels = " ".join(f"--env {name}" for name in TRAVELS if name in cluster.environment)
+    script = run_file.parent / "job.sh"
+    words = {"python": sys.executable, "folder": run_file.parent, "travels": travels, "port": free_port()}
+    script.write_text(ELASTIC.format(**words))
+    number = cluster.submit(script, "--nodes=2", "--ntasks-per-node=1", f"--output={script.parent}/log")
+    log = script.parent / "log"
+
+    def state() -> str:
+        return cluster.job(number)["JobState"]
+
+    def ranks() -> dict[str, psutil.Process]:
+        found = cluster.processes("m3i_scale", "train", str(run_file))
+        return {process.environ()["RANK"]: process for process in found if "RANK" in process.environ()}
+
+    def trains() -> bool:
+        assert state() not in ("COMPLETED", "FAILED"), log.read_text()[-6000:]
+        return (run_file.parent / "out" / "metrics.jsonl").exists() and len(ranks()) == 2
+
+    cluster.wait(trains, lambda: log.read_text()[-6000:], WAIT_S)
+    ranks()["1"].kill()
+    cluster.wait(lambda: state() in ("COMPLETED", "FAILED"), lambda: log.read_text()[-6000:], WAIT_S)
+    assert state() == "COMPLETED", log.read_text()[-6000:]
+    attempts = json.loads((run_file.parent / "out" / "attempts.json").read_text())
+    assert [attempt["hosts"] for attempt in attempts] == [["n1", "n2"]] * 2
+    assert (attempts[0]["cause"]["rank"], attempts[0]["cause"]["host"]) == (1, "n2")
+    assert metrics(run_file) == metrics(reference)
+    findings = json.loads((script.parent / "doctor.json").read_text())
+    assert [item["host"] for item in findings if item["check"] == "ssh" and item["ok"]] == ["n1", "n2"]
+    assert [item["ok"] for item in findings if item["check"] == "bandwidth"] == [True]
+
+
 # ---------------------------------------------------------------- ranks that are no ranks, for the script alone
 
 RANKS = """\

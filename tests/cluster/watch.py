@@ -10,9 +10,6 @@ from pathlib import Path
 import psutil
 from hosts import Hosts, Process
 
-RANK = {"RANK", "OMPI_COMM_WORLD_RANK"}
-"""How launchers say it."""
-
 
 @dataclass
 class Seen:
@@ -33,8 +30,8 @@ def watch(hosts: Hosts, process: Process, timeout_s: float = 400) -> tuple[int, 
                 seen.commands.add(command)
                 if "m3i_scale train" in command:
                     variables = _environment(pid)
-                    for variable in RANK.intersection(variables):
-                        seen.ranks[name, variables[variable]] = variables
+                    if "RANK" in variables:
+                        seen.ranks[name, variables["RANK"]] = variables
         time.sleep(0.1)
     return hosts.wait(process, max(1.0, end - time.monotonic())), seen
 
@@ -42,7 +39,7 @@ def watch(hosts: Hosts, process: Process, timeout_s: float = 400) -> tuple[int, 
 def ranks(hosts: Hosts, name: str) -> list[psutil.Process]:
     """Training processes on a host, without what has started them or what they have started."""
     found = [psutil.Process(pid) for pid, command in hosts.processes(name).items() if "m3i_scale train" in command]
-    ranked = [process for process in found if RANK & process.environ().keys()]
+    ranked = [process for process in found if "RANK" in process.environ()]
     numbers = {process.pid for process in ranked}
     return [process for process in ranked if process.ppid() not in numbers]
 

@@ -19,8 +19,6 @@ FIELDS = {
     "deepspeed": TWO_HOSTS,
     "slurm": COUNTED,
     "torchrun": TWO_HOSTS,
-    "mpirun": TWO_HOSTS,
-    "accelerate": TWO_HOSTS,
     "elastic": TWO_HOSTS,
     "kubeflow": {**COUNTED, "container_image": "registry.example.org/m3i:1"},
 }

@@ -13,12 +13,13 @@ from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.host_history import HostHistory
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link, Site
+from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.place import PHASES
 from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.straggler import STEPS, Stragglers
 from m3i_scale.launch.supervise import Attempt, Limits, Outcome
+from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import decode
 from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
 

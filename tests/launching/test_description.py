@@ -4,12 +4,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from launch_case import FIELDS, OUTPUT, a_job
+from launch_case import FIELDS, OUTPUT, a_job, a_script, path_with
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.commands import read_job
 from m3i_scale.launch.description import Cluster, read_cluster
-from m3i_scale.launch.launchers import LAUNCHERS, find_launcher, render
+from m3i_scale.launch.launchers import LAUNCHERS, READY_FILES, find_launcher, render
 
 OTHER_VALUES = {
     "nodes": 3,
@@ -25,8 +25,7 @@ OTHER_VALUES = {
     "python": "/data/other/bin/python",
     "workdir": "/data/elsewhere",
     "ssh": ("-4",),
-    "runner": "openmpi",
-    "mpi": "hydra",
+    "transport": "srun",
     "max_restarts": 7,
     "min_nodes": 1,
     "min_compared": 64,
@@ -57,6 +56,8 @@ def fields_with(launcher: str, field: str, hostfile: Path) -> tuple[dict, dict]:
         before = {"ranks_per_node": 2}
     if field in ("container_runtime", "container_mounts"):
         before["container_image"] = "image:1"
+    if field == "transport":
+        before = {"ranks_per_node": 2}
     if field == "min_nodes":
         before["max_restarts"] = 1
     after = before | {field: OTHER_VALUES[field]}
@@ -70,12 +71,33 @@ def rendered(launcher: str, fields: dict) -> dict:
     return render(launcher, a_job(**fields)).document()
 
 
+def an_allocation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two hosts of Slurm."""
+    a_script(folder, "scontrol", "echo n1; echo n2")
+    monkeypatch.setenv("PATH", path_with(folder))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+
+
+def test_hosts_of_an_allocation_are_those_of_srun(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError) as caught:
+        Cluster(transport="srun", ranks_per_node=2).named_hosts()
+    assert caught.value.where == "transport: srun"
+    an_allocation(tmp_path, monkeypatch)
+    hosts = Cluster(transport="srun", ranks_per_node=2, exclude=("n1",)).named_hosts()
+    assert [(host.name, host.slots) for host in hosts] == [("n2", 2)]
+    with pytest.raises(ConfigError):
+        Cluster(transport="srun").named_hosts()
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    assert [host.slots for host in Cluster(transport="srun").named_hosts()] == [4, 4]
+
+
 def test_every_field_is_tried_here():
     assert set(OTHER_VALUES) == set(Cluster.model_fields)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_field_that_is_honoured_changes_something(launcher, tmp_path):
+def test_a_field_that_is_honoured_changes_something(launcher, tmp_path, monkeypatch):
+    an_allocation(tmp_path, monkeypatch)
     idle = []
     for field in find_launcher(launcher).HONOURS:
         before, after = fields_with(launcher, field, tmp_path / "hostfile")
@@ -102,6 +124,7 @@ def test_a_field_without_effect_is_an_error(launcher):
         ({"hosts": ["a slots=1"], "nodes": 1}, "`nodes` has no effect where hosts are named"),
         ({"include": ["a"]}, "`include` has no effect where no hosts are named"),
         ({"ssh": ["-4"]}, "`ssh` has no effect where no hosts are named"),
+        ({"transport": "srun", "hosts": ["a slots=1"]}, "`hosts` has no effect with srun"),
         ({"container_runtime": "pyxis"}, "no effect without `container_image`"),
         ({"time_limit": "24h"}, "no time limit"),
         ({"time_limit": "0:00:00"}, "no time limit"),
@@ -156,17 +179,28 @@ def test_a_file_that_is_no_description_is_named(tmp_path):
     assert "did you mean 'interface'" in str(caught.value)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun", "accelerate", "local"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "local"])
 def test_several_machines_must_have_names(launcher):
     fields = {"nodes": 2, "ranks_per_node": 2}
     with pytest.raises(ConfigError, match="`nodes` has no effect"):
         render(launcher, a_job(**fields))
 
 
-@pytest.mark.parametrize("launcher", ["accelerate"])
-def test_hosts_of_different_sizes_are_refused_where_they_cannot_be(launcher):
-    with pytest.raises(ConfigError, match="as many ranks on every host"):
-        render(launcher, a_job(hosts=("node1 slots=2", "node2 slots=3")))
+@pytest.mark.parametrize("launcher", READY_FILES)
+def test_a_launcher_that_people_start_themselves_has_a_ready_file(launcher):
+    with pytest.raises(ConfigError) as caught:
+        render(launcher, a_job())
+    assert caught.value.where == "--with"
+    assert f"launchers/{launcher}.sh" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("field", ["runner", "mpi"])
+def test_a_key_of_former_days_is_told_what_takes_its_place(field, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"hosts: [node1 slots=1]\n{field}: openmpi\n")
+    with pytest.raises(ConfigError) as caught:
+        read_cluster(path, {})
+    assert "launchers/mpirun.sh" in str(caught.value.fix)
 
 
 def test_hosts_that_are_one_machine_are_refused():

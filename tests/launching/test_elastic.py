@@ -17,14 +17,15 @@ from launch import ROOT, environment
 from m3i_scale import __version__
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch import link
+from m3i_scale.launch import link, transport
 from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Site, connect
+from m3i_scale.launch.link import Inbox, connect
 from m3i_scale.launch.memory import RankMemory
 from m3i_scale.launch.processes import MARK
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Work
+from m3i_scale.launch.transport import Site
 from m3i_scale.launch.worlds import World
 
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
@@ -42,7 +43,7 @@ OVERRIDES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=
 
 @pytest.fixture(autouse=True)
 def hosts_are_this_machine(monkeypatch):
-    monkeypatch.setattr(link, "is_here", lambda name: True)
+    monkeypatch.setattr(transport, "is_here", lambda name: True)
 
 
 def a_site(folder: Path) -> Site:

@@ -71,11 +71,9 @@ def test_ranks_in_sessions_of_their_own_end_with_the_launcher_that_does_not(tmp_
 
 NEEDED = {
     "deepspeed": ("pdsh", {"hosts": ("node1 slots=1", "node2 slots=1"), "master_address": "node1"}),
-    "mpirun": ("openmpi-bin", {"ranks_per_node": 1}),
     "slurm": ("slurm-client", {"ranks_per_node": 1}),
     "kubeflow": ("kubernetes-client", {"ranks_per_node": 1, "container_image": "a:1"}),
     "torchrun": ("openssh-client", {"hosts": ("node1 slots=1",)}),
-    "accelerate": ("procps", {"ranks_per_node": 1}),
 }
 
 

@@ -21,14 +21,14 @@ REPEATS = 4
 SMALL_REPEATS = 20
 
 
-def measure(store: Any, key: str, rank: int, world: int, seconds: float) -> dict[str, Any]:
+def measure_links(store: Any, key: str, rank: int, world: int, seconds: float) -> dict[str, Any]:
     """Latency and bandwidth of a group; all its members call it at the same time.
 
     Bandwidths are those of a rank's link: what has to pass it, 2(n−1)/n of the bytes of an all-reduce and (n−1)/n of
     the bytes that an all-gather makes, over the time of the best of a few rounds.
 
     Args:
-        store: of `open_store`.
+        store: that all members have joined.
         key: names the group; never used before.
         rank: in the group.
         world: size of the group.

@@ -1,6 +1,6 @@
 """What a host says of itself: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
 
-Every fact is plain JSON. Nothing is judged here: `judge.py` does that where the answers of all hosts lie side by side.
+Every fact is plain JSON. Nothing is judged here: `checks.py` does that where the answers of all hosts lie side by side.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import psutil
 
 from m3i_scale.config import RunConfig, load_run, resource_folder
 from m3i_scale.errors import UserError
+from m3i_scale.launch.environment import is_secret
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
 _PACKAGE = Path(__file__).resolve().parents[2]
 _TELLING = re.compile(r"(NCCL|GLOO|TORCH|DS|OMP|CUDA|UCX|HF|XDG)_\w+|LD_LIBRARY_PATH|PYTHONPATH|TZ|LANG|LC_ALL")
-_SECRET = re.compile(r"TOKEN|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _GIT_S = 5
 _MODULE = re.compile(r"^[A-Za-z_]\w*(?:/__init__)?\.py(?=,)", re.MULTILINE)
 """What `import` begins with, in the list of files of an installed package."""
@@ -176,6 +176,12 @@ def interfaces() -> dict[str, list[str]]:
     }
 
 
+def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list[str]:
+    """Return the IPv4 addresses of an interface, or of all but the loopback."""
+    chosen = [name] if name is not None else [known for known in interfaces if known != "lo"]
+    return [address for known in chosen for address in interfaces.get(known, []) if ":" not in address]
+
+
 def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What this host takes every name for: its addresses, or why there are none."""
     found: dict[str, dict[str, Any]] = {}
@@ -189,18 +195,8 @@ def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def variables() -> dict[str, str]:
-    """Of the environment, what changes how a run computes or talks; no secrets."""
-    return {key: value for key, value in os.environ.items() if _TELLING.fullmatch(key) and not _SECRET.search(key)}
-
-
-def received(wanted: Mapping[str, str]) -> dict[str, bool]:
-    """Which variables have arrived as they were sent, by a hash of their values."""
-    return {name: name in os.environ and fingerprint(os.environ[name]) == digest for name, digest in wanted.items()}
-
-
-def fingerprint(value: str) -> str:
-    """Of a variable's value: it may be long, or a secret."""
-    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    """Return what of the environment changes how a run computes or talks; no secrets."""
+    return {key: value for key, value in os.environ.items() if _TELLING.fullmatch(key) and not is_secret(key)}
 
 
 def first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What was found: one line each, with what to do where it is not as it should be."""
+"""What the doctor says: one line each, with what to do where it is not as it should be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Finding:
     """A host, `a ↔ b` for a pair, `all` for the group."""
     ok: bool
     value: str
-    """What was found."""
+    """What was seen."""
     why: str | None = None
     """What follows from it, where it is not as it should be."""
     fix: str | None = None
@@ -29,52 +29,54 @@ class Finding:
     """Worth a look, and no reason to stop: `ok` is true."""
 
     def to_json(self) -> dict[str, Any]:
-        """With the same keys every time."""
+        """Return it with the same keys every time."""
         return asdict(self)
 
 
-def good(check: str, host: str, value: str) -> Finding:
-    """As it should be."""
-    return Finding(check, host, True, value)
+def finding(
+    check: str, host: str, value: str, *, fault: str | None = None, warning: str | None = None, fix: str | None = None
+) -> Finding:
+    """Return a finding; it is good where neither a fault nor a warning is given.
 
-
-def fault(check: str, host: str, value: str, *, why: str, fix: str) -> Finding:
-    """Not as it should be: the run would fail, or be another one than was meant."""
-    return Finding(check, host, False, value, why, fix)
-
-
-def warning(check: str, host: str, value: str, *, why: str, fix: str) -> Finding:
-    """Worth a look."""
-    return Finding(check, host, True, value, why, fix, warning=True)
+    Args:
+        check: its name.
+        host: where.
+        value: what was seen.
+        fault: why the run would fail, or be another one than was meant.
+        warning: why it is worth a look; a fault comes before it.
+        fix: what to do about either.
+    """
+    why = fault or warning
+    return Finding(check, host, not fault, value, why, fix if why else None, warning=bool(warning and not fault))
 
 
 def faults_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that are not ok."""
-    return [finding for finding in findings if not finding.ok]
+    """Return those that are not ok."""
+    return [item for item in findings if not item.ok]
 
 
 class HostsNotReadyError(UserError):
     """Some host cannot run this as it is. Says all that was found, not only the first."""
 
 
-def not_ready(found: list[Finding]) -> HostsNotReadyError:
-    """All faults as one error; the first says what, the rest stand with where."""
-    first, *rest = found
-    told = [
+def not_ready(faults: list[Finding]) -> HostsNotReadyError:
+    """Return all faults as one error; the first says what, the rest stand with where."""
+    first, *rest = faults
+    others = [
         f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")
         for item in rest[:_LISTED]
     ]
     more = [f"and {len(rest) - _LISTED} more"] if len(rest) > _LISTED else []
     return HostsNotReadyError(
         f"{first.check}: {first.value}",
-        where="; ".join([first.host, *told, *more]),
+        where="; ".join([first.host, *others, *more]),
         why=first.why,
-        fix="; ".join(dict.fromkeys(item.fix for item in found[:_LISTED] if item.fix)),
+        fix="; ".join(dict.fromkeys(item.fix for item in faults[:_LISTED] if item.fix)),
     )
 
 
 def gib(size: float) -> str:
-    """Bytes for a person."""
+    """Return bytes for a person."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(size) >= scale:
             return f"{size / scale:.1f} {unit}"

@@ -1,5 +1,5 @@
-"""The cheap part, of this machine alone: memory, /dev/shm, file limits, free disk. Milliseconds; nothing is imported
-that a training process has not imported anyway."""
+"""The cheap part, of this machine alone: memory, /dev/shm, file limits, free disk, against what a run needs. It takes
+milliseconds and imports nothing that a training process has not imported anyway."""
 
 from __future__ import annotations
 
@@ -11,14 +11,36 @@ from pathlib import Path
 
 import psutil
 
-from m3i_scale.launch.doctor.findings import Finding, fault, gib, good, warning
-from m3i_scale.launch.doctor.needs import Needs
+from m3i_scale.launch.doctor.findings import Finding, finding, gib
 
 SHM = Path("/dev/shm")
 _CGROUP = Path("/sys/fs/cgroup")
 COMFORTABLE_FILES = 4096
 COMFORTABLE_SHM = 2**30
 """NCCL's own advice for containers: --shm-size=1g."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs of one host, with all ranks on it. Zero: nothing is known to be needed."""
+
+    ranks: int = 1
+    """On the host."""
+    world_size: int = 1
+    checkpoint_bytes: int = 0
+    """Of one checkpoint, all ranks together."""
+    kept_checkpoints: int = 0
+    """That lie on the disk at the same time at most, the one being written included."""
+    kept_bytes: int = 0
+    """Of these."""
+    memory_bytes: int = 0
+    """In host memory in any case: what is offloaded, and the copies that checkpoints are written from."""
+    state_bytes: int = 0
+    """On devices: weights, moments, averages. In host memory where hosts compute."""
+    shm_bytes: int = 0
+    """In /dev/shm: what loader processes have ready."""
+    open_files: int = 0
+    """Of one rank."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +59,7 @@ class Machine:
 
 
 def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
-    """Read them.
+    """Read what this machine has.
 
     Args:
         shm: the file system of shared memory.
@@ -83,7 +105,7 @@ def _inactive_file(folder: Path) -> int:
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
-    """Memory, /dev/shm and file limits of a host against what the run needs.
+    """Hold memory, /dev/shm and file limits of a host against what the run needs.
 
     Args:
         host: its name.
@@ -91,69 +113,72 @@ def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool
         needs: what the run needs of it.
         on_host: ranks compute on the CPU.
     """
-    memory = _memory(host, machine, needs.memory_bytes + (needs.state_bytes if on_host else 0), needs.ranks)
-    return [memory, _shm(host, machine, needs, on_host), _files(host, machine, needs)]
+    return [_memory(host, machine, needs, on_host), _shm(host, machine, needs, on_host), _files(host, machine, needs)]
 
 
-def _memory(host: str, machine: Machine, wanted: int, ranks: int) -> Finding:
-    value = f"{gib(machine.memory_available)} of {gib(machine.memory_total)} available"
-    if wanted > machine.memory_available:
-        why = f"{ranks} ranks here hold at least {gib(wanted)}, activations and samples not counted"
-        fix = "more hosts, fewer ranks a host, a smaller model (m3i-scale plan), or checkpoint.background=false"
-        return fault("memory", host, value, why=why, fix=fix)
-    return good("memory", host, value)
+def _memory(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
+    needed = needs.memory_bytes + (needs.state_bytes if on_host else 0)
+    why = f"{needs.ranks} ranks here hold at least {gib(needed)}, activations and samples not counted"
+    return finding(
+        "memory",
+        host,
+        f"{gib(machine.memory_available)} of {gib(machine.memory_total)} available",
+        fault=why if needed > machine.memory_available else None,
+        fix="more hosts, fewer ranks a host, a smaller model (m3i-scale plan), or checkpoint.background=false",
+    )
 
 
 def _shm(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
     if machine.shm_free is None or machine.shm_total is None:
-        return fault(
-            "shm",
-            host,
-            "there is no /dev/shm",
-            why="loader processes and collectives of one host pass their data there",
-            fix="mount a tmpfs at /dev/shm",
-        )
-    value = f"{gib(machine.shm_free)} of {gib(machine.shm_total)} free"
-    fix = "a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm)"
+        why = "loader processes and collectives of one host pass their data there"
+        return finding("shm", host, "there is no /dev/shm", fault=why, fix="mount a tmpfs at /dev/shm")
+    fault = warning = None
     if machine.shm_free < needs.shm_bytes:
-        why = f"the loader processes of {needs.ranks} ranks keep {gib(needs.shm_bytes)} ready there, and die without it"
-        return fault("shm", host, value, why=why, fix=f"{fix}, or fewer data.workers")
+        fault = (
+            f"the loader processes of {needs.ranks} ranks keep {gib(needs.shm_bytes)} ready there, and die without it"
+        )
     if not on_host and needs.ranks > 1 and machine.shm_total < COMFORTABLE_SHM:
-        return warning("shm", host, value, why="NCCL shares buffers between the ranks of a host there", fix=fix)
-    return good("shm", host, value)
+        warning = "NCCL shares buffers between the ranks of a host there"
+    return finding(
+        "shm",
+        host,
+        f"{gib(machine.shm_free)} of {gib(machine.shm_total)} free",
+        fault=fault,
+        warning=warning,
+        fix="a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm), or fewer data.workers",
+    )
 
 
 def _files(host: str, machine: Machine, needs: Needs) -> Finding:
-    value = f"ulimit -n {machine.files_soft} (hard {machine.files_hard})"
     fix = f"ulimit -n {min(machine.files_hard, 65536)} before the launch"
     if machine.files_hard < max(needs.open_files, COMFORTABLE_FILES):
         fix = "a higher `nofile` limit: /etc/security/limits.conf, LimitNOFILE of the service, docker run --ulimit"
+    fault = warning = None
     if machine.files_soft < needs.open_files:
-        why = f"a rank opens about {needs.open_files}: shards, connections to other ranks, loader processes"
-        return fault("files", host, value, why=why, fix=fix)
+        fault = f"a rank opens about {needs.open_files}: shards, connections to other ranks, loader processes"
     if machine.files_soft < COMFORTABLE_FILES <= machine.files_hard:
-        why = "it is enough for this run; with more ranks, shards or workers it may not be"
-        return warning("files", host, value, why=why, fix=fix)
-    return good("files", host, value)
+        warning = "it is enough for this run; with more ranks, shards or workers it may not be"
+    value = f"ulimit -n {machine.files_soft} (hard {machine.files_hard})"
+    return finding("files", host, value, fault=fault, warning=warning, fix=fix)
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
-    """Free space where checkpoints go, against one of them and against all that are kept."""
+    """Hold free space where checkpoints go against one of them, and against all that are kept."""
     existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
+    fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
     try:
         free = shutil.disk_usage(existing).free
-        there = _bytes_below(output_dir / "checkpoints")
+        kept = _bytes_below(output_dir / "checkpoints")
     except OSError as error:
-        return fault("disk", host, f"{existing}: {error.strerror}", why="no checkpoint could be saved", fix="mend it")
-    value = f"{gib(free)} free at {existing}"
-    fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
+        why = "no checkpoint could be saved"
+        return finding("disk", host, f"{existing}: {error.strerror}", fault=why, fix="mend it")
+    fault = None
     if free < needs.checkpoint_bytes:
-        why = f"a checkpoint takes {gib(needs.checkpoint_bytes)}"
-        return fault("disk", host, value, why=why, fix=fix)
-    if free + there < needs.kept_bytes:
-        why = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {gib(needs.kept_bytes)}"
-        return fault("disk", host, value, why=f"{why}; the run would end when the disk is full", fix=fix)
-    return good("disk", host, value)
+        fault = f"a checkpoint takes {gib(needs.checkpoint_bytes)}"
+    elif free + kept < needs.kept_bytes:
+        fault = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {gib(needs.kept_bytes)}"
+        fault += "; the run would end when the disk is full"
+    return finding("disk", host, f"{gib(free)} free at {existing}", fault=fault, fix=fix)
 
 
 def _bytes_below(folder: Path) -> int:

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from m3i_scale.launch.doctor import facts, judge, judge_network
-from m3i_scale.launch.doctor.examine import rounds
-from m3i_scale.launch.doctor.findings import Finding, fault, faults_of, good, not_ready
-from m3i_scale.launch.doctor.machine import Machine, disk_finding, look, machine_findings
-from m3i_scale.launch.doctor.needs import Needs
+from m3i_scale.launch.doctor import checks, facts, group_checks
+from m3i_scale.launch.doctor.findings import Finding, faults_of, finding, not_ready
+from m3i_scale.launch.doctor.group import rounds
+from m3i_scale.launch.doctor.machine import Machine, Needs, disk_finding, look, machine_findings
 from m3i_scale.report.doctor_table import doctor_table
 
 GIB = 2**30
@@ -29,11 +28,12 @@ def answer(number: int) -> dict[str, Any]:
         "python": {"version": "3.11.7", "path": "/venv/bin/python", "packages": {"torch": "2.9", "deepspeed": "0.19"}},
         "code": {"sha256": "ab" * 32, "commit": "abc", "path": "/m3i_scale", "files": {"a.py": "ab"}},
         "config": {"sha256": "cd" * 32, "values": {"run.seed": "0"}},
+        "slots": 8,
         "devices": {"kind": "cuda", "count": 8, "names": ["H100"] * 8, "driver": "570", "memory": [80 * GIB] * 8},
+        "interface": "eth0",
         "interfaces": {"lo": ["127.0.0.1", "::1"], "eth0": [f"10.0.0.{number + 1}"]},
         "names": {name: {"addresses": [f"10.0.0.{other + 1}"]} for other, name in enumerate(HOSTS)},
         "variables": {"OMP_NUM_THREADS": "1"},
-        "received": {"A": True},
         "shards": {"photos": {"shard": "/s/a.tar", "read": 65536, "shards": 3, "seconds": 0.001}},
     }
 
@@ -43,22 +43,9 @@ def answers() -> dict[str, dict[str, Any]]:
     return {name: answer(number) for number, name in enumerate(HOSTS)}
 
 
-JUDGES: dict[str, Any] = {
-    "python": judge.python_findings,
-    "packages": judge.package_findings,
-    "commit": judge.code_findings,
-    "config": judge.config_findings,
-    "accelerator": lambda answers: judge.device_findings(answers, dict.fromkeys(answers, 8)),
-    "environment": lambda answers: judge.variable_findings(answers, ["A"]),
-    "shards": judge.shard_findings,
-    "interface": lambda answers: judge_network.interface_findings(answers, "eth0"),
-    "names": lambda answers: judge_network.name_findings(answers, chosen=False),
-}
-
-
-@pytest.mark.parametrize("check", JUDGES)
+@pytest.mark.parametrize("check", checks.CHECKS)
 def test_equal_hosts_have_no_fault(check: str, answers: dict[str, dict[str, Any]]):
-    found = list(JUDGES[check](answers))
+    found = list(checks.findings_of(answers, [check]))
     assert [(item.check, item.host, item.ok, item.warning) for item in found] == [
         (check, host, True, False) for host in HOSTS
     ]
@@ -74,14 +61,11 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "no run file": ("config", ("config",), {"fault": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
     "no devices": ("accelerator", ("devices", "kind"), "cpu", "the head has cuda"),
     "a device gone": ("accelerator", ("devices", "count"), 7, "8 ranks"),
-    "a lost variable": ("environment", ("received", "A"), False, "A did not arrive"),
     "no shards": ("shards", ("shards", "photos"), {"shard": "/s/a.tar", "fault": "No such file"}, "No such file"),
     "no interface": ("interface", ("interfaces",), {"lo": ["127.0.0.1"]}, "'eth0' is not up"),
     "no address": ("interface", ("interfaces", "eth0"), [], "IPv4"),
     "a wrong address": ("names", ("names", "three"), {"addresses": ["10.0.0.9"]}, "three means 10.0.0.9"),
     "an unknown name": ("names", ("names", "one"), {"fault": "Name or service not known"}, "one is unknown"),
-    "its own name is loopback": ("names", ("names", "vm2"), {"addresses": ["127.0.1.1"]}, "vm2 means 127.0.1.1"),
-    "its listed name is loopback": ("names", ("names", "two"), {"addresses": ["127.0.1.1"]}, "two means 127.0.1.1"),
     "another's name is loopback": ("names", ("names", "one"), {"addresses": ["127.0.1.1"]}, "one means 127.0.1.1"),
 }
 
@@ -94,7 +78,7 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
     for key in above:
         place = place[key]
     place[last] = value
-    bad = faults_of(JUDGES[check](answers))
+    bad = faults_of(checks.findings_of(answers, [check]))
     assert [(item.check, item.host) for item in bad] == [(check, "two")]
     assert told in f"{bad[0].value} {bad[0].why}"
     assert bad[0].why
@@ -105,8 +89,8 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
 def test_run_files_are_compared_without_their_secrets(shards: str, answers: dict[str, dict[str, Any]]):
     for host, value in (("one", json.dumps(shards)), ("two", json.dumps("/data/x.tar"))):
         answers[host]["config"] = {"sha256": host, "values": {"run.data.sources.a.shards": value}}
-    assert "SECRET" not in repr([item.to_json() for item in judge.config_findings(answers)])
-    assert "run.data.sources.a.shards" in str([item.why for item in judge.config_findings(answers)])
+    assert "SECRET" not in repr([item.to_json() for item in checks.findings_of(answers, ["config"])])
+    assert "run.data.sources.a.shards" in str([item.why for item in checks.findings_of(answers, ["config"])])
 
 
 COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]
@@ -116,20 +100,20 @@ COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python",
 def test_what_ranks_compare_first_differs_where_a_fault_would_be_found(name: str):
     _, (*above, last), value, _ = PLANTED[name]
     own, head = answer(1), answer(0)
-    assert judge.digest(own) == judge.digest(head)
+    assert checks.digest(own) == checks.digest(head)
     place = own
     for key in above:
         place = place[key]
     place[last] = value
-    assert judge.digest(own) != judge.digest(head)
+    assert checks.digest(own) != checks.digest(head)
 
 
-def test_a_name_that_is_loopback_on_its_own_host_alone_is_well_where_an_interface_is_chosen(answers):
+def test_a_name_that_is_loopback_on_its_own_host_is_at_fault_where_no_interface_is_chosen(answers):
     """Debian and Ubuntu write `127.0.1.1 NAME` into /etc/hosts."""
-    answers["two"]["names"]["two"] = {"addresses": ["127.0.1.1"]}
-    assert faults_of(judge_network.name_findings(answers, chosen=True)) == []
-    answers["two"]["names"]["one"] = {"addresses": ["127.0.1.1"]}
-    assert [item.host for item in faults_of(judge_network.name_findings(answers, chosen=True))] == ["two"]
+    answers["two"]["names"] |= {name: {"addresses": ["127.0.1.1"]} for name in ("two", "vm2")}
+    assert faults_of(checks.findings_of(answers, ["names"])) == []
+    answers["two"]["interface"] = None
+    assert [item.host for item in faults_of(checks.findings_of(answers, ["names"]))] == ["two"]
 
 
 def test_a_package_whose_files_are_gone_is_found_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,7 +131,7 @@ def test_a_package_whose_files_are_gone_is_found_by_its_metadata(tmp_path: Path,
 def test_grouped_values_say_whose_they_are():
     values = {"one": "3.11 at /a", "two": "3.11 at /b", "three": "3.11 at /a"}
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(doctor_table(good("python", host, value).to_json() for host, value in values.items()))
+    console.print(doctor_table(finding("python", host, value).to_json() for host, value in values.items()))
     text = console.export_text()
     assert "one, three: 3.11 at /a" in text
     assert "two: 3.11 at /b" in text
@@ -170,12 +154,13 @@ def test_what_is_only_worth_a_look_is_a_warning(name: str, answers: dict[str, di
     for key in above:
         place = place[key]
     place[last] = value
-    found = [item for item in JUDGES[check](answers) if item.warning]
+    found = [item for item in checks.findings_of(answers, [check]) if item.warning]
     assert [(item.host, item.ok) for item in found] == [("three", True)]
 
 
 def test_clocks_are_held_against_the_head():
-    found = list(judge.clock_findings({"one": (5.0, 0.01), "two": (5.02, 0.3), "three": (2.0, 0.1), "four": (99, 0.1)}))
+    ahead = {"one": (5.0, 0.01), "two": (5.02, 0.3), "three": (2.0, 0.1), "four": (99, 0.1)}
+    found = list(checks.clock_findings(ahead))
     assert [(item.ok, item.warning) for item in found] == [(True, False), (True, False), (True, True), (False, False)]
 
 
@@ -228,16 +213,26 @@ def test_a_disk_is_held_against_one_checkpoint_and_against_all(tmp_path: Path):
 
 
 def test_ports_folders_and_groups():
-    ports = list(
-        judge_network.port_findings({"one": {"ms": 0.1}, "two": {"fault": "timed out"}}, "one", "10.0.0.1", 29500)
-    )
-    assert [item.ok for item in ports] == [True, False]
-    notes = {host: {"name": host, "path": "/out"} for host in HOSTS}
-    notes["three"] = {"name": "three", "path": "/out", "fault": "Permission denied"}
-    seen = {"one": ["one"], "two": ["two"], "three": []}
-    shared = list(judge_network.shared_findings(notes, seen, "/out"))
-    assert [(item.host, item.ok) for item in shared] == [("one", True), ("two", False), ("three", False)]
-    assert not judge_network.group_finding({"fault": "Connection closed"}, 3).ok
+    answers = {host: {"port": {"ms": 0.1}} for host in HOSTS}
+    answers["two"] = {"port": {"fault": "timed out"}}
+    assert [item.ok for item in group_checks.port_findings(answers, "one", "10.0.0.1:29500")] == [True, False, True]
+    answers["one"] = {"port": {"fault": "Address already in use"}}
+    assert [item.host for item in group_checks.port_findings(answers, "one", "10.0.0.1:29500")] == ["one"]
+    notes = {
+        "one": {"path": "/out", "seen": ["one"]},
+        "two": {"path": "/out", "seen": ["two"]},
+        "three": {"path": "/out", "seen": [], "fault": "Permission denied"},
+        "four": {"path": "/out", "seen": ["one", "four"]},  # a copy: the head does not see its note
+    }
+    shared = list(group_checks.shared_findings({host: {"shared": note} for host, note in notes.items()}))
+    assert [item.host for item in faults_of(shared)] == ["two", "three", "four"]
+    assert not group_checks.group_finding({"fault": "Connection closed"}, 3).ok
+
+
+def test_what_a_group_measured_is_what_its_slowest_member_says():
+    assert group_checks.slowest([link(3.0, 10.0), link(1.0, 5.0)], 2) == link(1.0, 10.0)
+    assert "fault" in group_checks.slowest([link(3.0), {"fault": "Connection closed"}], 2)
+    assert "fault" in group_checks.slowest([link(3.0)], 2)
 
 
 def link(rate: float, latency: float = 50.0) -> dict[str, Any]:
@@ -250,7 +245,7 @@ def pairs_of(hosts: Iterable[str], rates: dict[frozenset[str], Any]) -> dict[tup
 
 
 def bad(measured: dict[tuple[str, str], Any]) -> list[tuple[str, set[str]]]:
-    found: list[Finding] = faults_of(judge_network.pair_findings(measured))
+    found: list[Finding] = faults_of(group_checks.pair_findings(measured))
     return [(item.check, set(item.host.split(" ↔ "))) for item in found]
 
 
@@ -267,7 +262,7 @@ def test_a_pair_that_is_slow_by_itself_is_named_and_a_broken_one():
 
 
 def test_a_slow_answer_is_noted():
-    found = judge_network.pair_findings(pairs_of("abc", {frozenset("ab"): link(10.0, 1000.0)}))
+    found = group_checks.pair_findings(pairs_of("abc", {frozenset("ab"): link(10.0, 1000.0)}))
     assert [set(item.host.split(" ↔ ")) for item in found if item.warning] == [{"a", "b"}]
 
 
@@ -282,6 +277,7 @@ def test_rounds_have_every_two_hosts_once_and_nobody_twice_at_a_time(count: int)
 
 
 def test_faults_become_one_error():
-    error = not_ready([fault("shm", "a", "1 MiB", why="w", fix="f"), fault("disk", "b", "2 MiB", why="x", fix="g")])
+    faults = [finding("shm", "a", "1 MiB", fault="w", fix="f"), finding("disk", "b", "2 MiB", fault="x", fix="g")]
+    error = not_ready(faults)
     assert (error.what, error.where, error.fix) == ("shm: 1 MiB", "a; disk on b: 2 MiB (x)", "f; g")
-    assert faults_of([good("shm", "a", "")]) == []
+    assert faults_of([finding("shm", "a", "")]) == []

@@ -1,0 +1,219 @@
+"""A group of ranks, one on each host: they meet at the head's port, read each other's notes and measure links."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch._C._distributed_c10d import TCPStore
+
+from m3i_scale.launch.doctor.bandwidth import measure_links
+from m3i_scale.launch.doctor.host import remove
+
+NOTE_S = 5.0
+"""A network file system may show a new file a moment later."""
+_LATER_S = 5.0
+"""The head waits so much longer for the others than they for it."""
+_ASK_AGAIN_S = 0.2
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Be one rank; return what it has found, as far as the group has come.
+
+    Args:
+        request: names of all hosts, the head first, and which of them this is; address and port of the head; how long
+            to wait for others and for a measurement; the run's folder and a token for notes, or None.
+    """
+    hosts, own = request["hosts"], request["host"]
+    address, port, join_s = request["address"], request["port"], request["join_s"]
+    head = own == hosts[0]
+    try:
+        reached_ms = None if head else reach(address, port, join_s)
+        store = open_store(address, port, master=head, seconds=join_s)
+    except (RuntimeError, OSError) as error:
+        return {"port": {"fault": f"cannot be opened: {_first_line(error)}" if head else _first_line(error)}}
+    answer: dict[str, Any] = {"port": {"ms": reached_ms}, "links": []}
+    try:
+        members = _members(store, hosts, own, join_s)
+        if own not in members:
+            return {"port": {"fault": "the others had stopped waiting for it"}}
+        group = Group(store, members, own, request["measure_s"])
+        if request["folder"] is not None:
+            answer["shared"] = group.compare_notes(Path(request["folder"]), request["token"])
+        answer["members"] = members
+        group.measure(answer)
+    except (RuntimeError, OSError) as error:
+        answer["fault"] = _first_line(error)
+    return answer
+
+
+def reach(address: str, port: int, seconds: float) -> float:
+    """Connect to the head's port, which may not be open yet; return the milliseconds that it took.
+
+    Raises:
+        OSError: it cannot be reached all that time.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        began = time.perf_counter()
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, until - time.monotonic())):
+                return (time.perf_counter() - began) * 1e3
+        except OSError:
+            if time.monotonic() + _ASK_AGAIN_S > until:
+                raise
+        time.sleep(_ASK_AGAIN_S)
+
+
+def open_store(address: str, port: int, *, master: bool, seconds: float) -> TCPStore:
+    """Open the store of rank 0 at that address and nowhere else, or join it.
+
+    Raises:
+        RuntimeError: it cannot be joined.
+        OSError: the port is taken, or the address is none of this host.
+    """
+    timeout = timedelta(seconds=seconds)
+    if not master:
+        return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((address, port), family=family, backlog=socket.SOMAXCONN)
+    return TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # PyTorch itself would listen on all interfaces
+    )
+
+
+def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> list[str]:
+    """Return the hosts that have come, as the head sees it when its time for that is over or all are there."""
+    store.set(f"here/{own}", "")
+    if own == hosts[0]:
+        until = time.monotonic() + join_s + _LATER_S
+        while True:
+            came = [host for host in hosts if store.check([f"here/{host}"])]
+            if len(came) == len(hosts) or time.monotonic() > until:
+                break
+            time.sleep(_ASK_AGAIN_S)
+        store.set("members", " ".join(came))
+    store.wait(["members"], timedelta(seconds=2 * join_s + 2 * _LATER_S))
+    return store.get("members").decode().split(" ")
+
+
+class Group:
+    """The hosts that have come, as one of them sees it."""
+
+    def __init__(self, store: TCPStore, members: Sequence[str], own: str, seconds: float) -> None:
+        self._store, self._members, self._own, self._seconds = store, members, own, seconds
+
+    def _tell(self, key: str, value: str) -> dict[str, str]:
+        """Tell all members a value; wait until all have told theirs, and return those."""
+        self._store.set(f"{key}/{self._own}", value)
+        keys = [f"{key}/{host}" for host in self._members]
+        self._store.wait(keys, timedelta(seconds=3 * self._seconds))
+        return dict(zip(self._members, (value.decode() for value in self._store.multi_get(keys)), strict=True))
+
+    def compare_notes(self, folder: Path, token: str) -> dict[str, Any]:
+        """Write a note into the folder and look for those of the others; nothing of it stays.
+
+        Args:
+            folder: a run's output_dir.
+            token: of this examination.
+        """
+        made: list[Path] = []
+        note = f".doctor-{token}-{self._own}"
+        fault = write_note(folder, note, made)
+        written = self._tell("written", fault or "")
+        notes = {host: f".doctor-{token}-{host}" for host, what in written.items() if not what}
+        seen = read_notes(folder, list(notes.values())) if fault is None else []
+        self._tell("read", "")
+        remove(made[:1])
+        self._tell("removed", "")
+        remove(made[1:])
+        told = {"path": str(folder), "seen": [host for host, name in notes.items() if name in seen]}
+        return told if fault is None else {**told, "fault": fault}
+
+    def measure(self, answer: dict[str, Any]) -> None:
+        """Measure the link of every two hosts, then of all together; gives to `links` and `group` of the answer."""
+        for number, pairs in enumerate(rounds(self._members)):
+            mine = next((pair for pair in pairs if self._own in pair), None)
+            told = {} if mine is None else self._measured(mine, f"{number}")
+            if mine is not None:
+                answer["links"].append({"pair": mine, **told})
+            outcomes = self._tell(f"round/{number}", "idle" if mine is None else "fault" if "fault" in told else "ok")
+            if "ok" not in outcomes.values():
+                break  # each of them has waited for its time to be over, and so would all others
+        if len(self._members) > 2:
+            answer["group"] = self._measured(self._members, "all")
+
+    def _measured(self, hosts: Sequence[str], key: str) -> dict[str, Any]:
+        key, rank = f"{key} {' '.join(hosts)}", hosts.index(self._own)
+        try:
+            return measure_links(self._store, key, rank, len(hosts), self._seconds)
+        except (RuntimeError, OSError) as error:
+            return {"fault": _first_line(error)}
+
+
+def rounds(hosts: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Return every two hosts once, in as few rounds as there can be, none of them twice in a round (circle method)."""
+    circle: list[str | None] = [*hosts] if len(hosts) % 2 == 0 else [*hosts, None]
+    found = []
+    for _ in range(len(circle) - 1):
+        half = len(circle) // 2
+        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
+        found.append([(one, other) for one, other in pairs if one is not None and other is not None])
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    return found
+
+
+def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
+    """Make the folder where it is missing, as a run would, and write a note there; return why it cannot be.
+
+    Args:
+        folder: a run's output_dir.
+        name: of the note.
+        made: gets the note and the folders, in the order in which they are to be removed.
+    """
+    note = folder / name
+    made += [note, *(path for path in (folder, *folder.parents) if not path.exists())]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with note.open("w", encoding="utf-8") as file:
+            file.write(name)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> list[str]:
+    """Return those of `names` that are seen here with their content."""
+    until = time.monotonic() + wait_s
+    seen: set[str] = set()
+    while True:
+        for path in (folder.parent, folder):  # a client of NFS asks its server anew when a directory is opened
+            with suppress(OSError):
+                os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+        for name in names:
+            with suppress(OSError, UnicodeDecodeError):
+                if (folder / name).read_text(encoding="utf-8") == name:
+                    seen.add(name)
+        if len(seen) == len(names) or time.monotonic() > until:
+            return [name for name in names if name in seen]
+        time.sleep(0.1)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

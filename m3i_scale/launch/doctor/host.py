@@ -1,0 +1,78 @@
+"""One host's part, `python -m m3i_scale.launch.doctor.host VERB`: an agent starts it, and ends it when nobody asks.
+
+The question stands in the environment, where secrets may; the answer is a marked line of its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.launch.doctor import facts, machine
+
+MODULE = "m3i_scale.launch.doctor.host"
+REQUEST = "M3I_SCALE_DOCTOR"
+"""Names the variable with the question, as JSON."""
+MARK = "m3i-scale doctor: "
+"""What the line of the answer begins with: libraries print too."""
+
+
+def look(request: dict[str, Any]) -> dict[str, Any]:
+    """Return facts of this host, and findings that need no other host.
+
+    Args:
+        request: name of the host, its needs, the interface, run file and overrides or None, names of all hosts.
+    """
+    host, needs = request["host"], machine.Needs(**request["needs"])
+    devices = facts.devices()
+    findings = machine.machine_findings(host, machine.look(), needs, on_host=devices["kind"] == "cpu")
+    answer: dict[str, Any] = {
+        "python": {**facts.interpreter(), "incomplete": facts.incomplete_packages()},
+        "code": facts.code(),
+        "interface": request["interface"],
+        "interfaces": facts.interfaces(),
+        "names": facts.names(request["hosts"]),
+        "variables": facts.variables(),
+        "slots": needs.ranks,
+        "devices": devices,
+    }
+    if request["run"] is not None:
+        run, answer["config"] = facts.run_file(request["run"], request["overrides"])
+        if run is not None:
+            output_dir = run.output_dir.absolute()
+            answer |= {"output_dir": str(output_dir), "shards": facts.first_shards(run)}
+            findings.append(machine.disk_finding(host, output_dir, needs))
+    return {**answer, "findings": [item.to_json() for item in findings]}
+
+
+def remove(made: list[Path]) -> None:
+    """Remove a note and the folders that were made for it, in this order; what others still use stays."""
+    for path in made:
+        try:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError:
+            continue
+
+
+def main() -> None:
+    """Answer one question."""
+    request = json.loads(os.environ.pop(REQUEST))
+    try:
+        if sys.argv[1] == "look":
+            answer = look(request)
+        else:
+            from m3i_scale.launch.doctor.group import measure
+
+            answer = measure(request)
+    except Exception as error:  # told to the one who asks, who names the host
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")  # behind whatever else was printed
+    sys.stdout.flush()
+    os._exit(0)  # not held up by what a library still does
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""How a host is reached, and the one command that starts its agent: over ssh, here, or with srun."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from m3i_scale.launch.environment import LAUNCHERS, SLURM_EXPORTS, is_secret
+from m3i_scale.launch.job import is_here
+
+_AGENT = ("-u", "-m", "m3i_scale.launch.agent")
+_SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+_SRUN = (
+    "--overlap",  # beside the step that launches, if there is one
+    "--nodes=1",
+    "--ntasks=1",
+    "--ntasks-per-node=1",
+    "--cpu-bind=none",  # the ranks share out all that the job has on the host
+    "--mem=0",
+    "--unbuffered",
+    f"--export={','.join(SLURM_EXPORTS)}",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """How hosts are reached, and what runs there."""
+
+    python: str
+    """The interpreter, on all hosts."""
+    workdir: str
+    """The working directory, on all hosts."""
+    output_dir: str
+    """Of the run: what processes of a former launch are known by."""
+    launch: str
+    """A name for this launch that no other has."""
+    ssh: tuple[str, ...] = ()
+    """Further arguments of ssh."""
+    python_path: str = ""
+    """PYTHONPATH of agents and ranks."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What travels to the ranks."""
+    connect_s: float = 60.0
+    """Patience with a host that is to answer."""
+    silence_s: float = 30.0
+    """A host that says nothing for so long is lost."""
+    transport: Literal["ssh", "srun"] = "ssh"
+    """What reaches a host: ssh, or srun within an allocation of Slurm."""
+    ssh_to_all: bool = False
+    """Whether ssh reaches this machine, too, where it is one of the hosts."""
+    grace_s: float = 10.0
+    """So long other ranks have for their own last words once one has ended."""
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment of ssh and srun: without what belongs to another launch, and without secrets, which travel
+    as messages where they are named."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
+
+
+def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
+    """Return what starts the agent of a host.
+
+    Args:
+        name: of the host.
+        site: how it is reached.
+        patience_s: until ssh gives up where nothing answers. Default: half of `site.connect_s`.
+    """
+    if site.transport == "srun":
+        return ["srun", *_SRUN, f"--nodelist={name}", "bash", "-c", _agent_line(site)]
+    if is_here(name) and not site.ssh_to_all:
+        return ["bash", "-c", _agent_line(site)]
+    until_s = max(1, int(site.connect_s / 2 if patience_s is None else patience_s))
+    return ["ssh", *_SSH, "-o", f"ConnectTimeout={until_s}", *site.ssh, name, _agent_line(site)]
+
+
+def _agent_line(site: Site) -> str:
+    variables = [f"PYTHONPATH={site.python_path}"] if site.python_path else []
+    start = shlex.join(["exec", "env", *variables, site.python, *_AGENT])
+    folder = os.path.dirname(site.python)  # ranks that build an extension look for their tools there
+    path = f'export PATH={shlex.quote(folder)}:"$PATH" && ' if folder else ""
+    return f"cd {shlex.quote(site.workdir)} && {path}{start}"
+
+
+def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
+    """The end of ssh, or of the agent, in a sentence."""
+    text = [line for line in said if line.strip()]
+    last = text[-1] if text else ""
+    if code in (126, 127):
+        return f"the interpreter {site.python} cannot be started there: {last}"
+    if any("No module named" in line for line in text[-3:]):
+        return f"{site.python} there lacks a package: {last}"
+    if any(line.startswith("bash:") and "cd:" in line for line in text):
+        return f"the working directory cannot be entered: {last}"
+    if code == 255:
+        return f"ssh: {last or 'the connection ended'}"
+    if code is None:
+        return "the connection does not end"
+    return f"the agent ended with exit code {code}" + (f": {last}" if last else "")

@@ -1,0 +1,82 @@
+"""Options of the command line that are defined once: by a set that several commands take, or by a model's fields.
+
+A command asks for the object that they make: a function with a parameter `options: ShardOptions` becomes one with the
+options of the command line in its place, which is what typer looks at.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Command = Callable[..., None]
+Parts = Mapping[str, tuple[Any, Any]]
+"""Type and default of every option, by the name of its parameter."""
+
+
+def expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:
+    """Return the command with options in place of one parameter.
+
+    Args:
+        command: a function that typer is to call.
+        parameter: the one that goes.
+        parts: the options that come.
+        build: makes the value of the parameter from those of the options.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    named: list[inspect.Parameter] = []
+    for known in signature.parameters.values():
+        keyword = known.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        named += (
+            [keyword]
+            if known.name != parameter
+            else [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+                for name, (kind, default) in parts.items()
+            ]
+        )
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        made = build(**{name: given.pop(name) for name in parts})
+        command(**given, **{parameter: made})
+
+    call.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    call.__annotations__ = {known.name: known.annotation for known in named}
+    return call
+
+
+def field_options(model: type[BaseModel], fields: Iterable[str], names: Mapping[str, str]) -> Parts:
+    """Return an option for each field of a model, with its docstring as help; it is None where it is not given.
+
+    Args:
+        model: takes its descriptions from docstrings (`use_attribute_docstrings`).
+        fields: of the model, in this order.
+        names: of options that are not called as their fields are.
+    """
+    parts = {}
+    for name in fields:
+        field = model.model_fields[name]
+        text = escape(" ".join((field.description or "").split()))
+        words = [names[name]] if name in names else []
+        parts[name] = (Annotated[_option_type(field.annotation) | None, typer.Option(*words, help=text)], None)
+    return parts
+
+
+def _option_type(annotation: Any) -> Any:
+    """Return what typer reads: a plain type or a list of one, without None and without rules; the model has those."""
+    origin, inner = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
+    if origin is Literal:
+        return str
+    if origin is tuple:
+        return list[_option_type(inner[0])]  # type: ignore[misc]
+    return _option_type(inner[0]) if inner else annotation

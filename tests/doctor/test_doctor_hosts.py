@@ -1,0 +1,192 @@
+"""Hosts behind a stand-in for ssh: shells that talk, forget, refuse or hang; and nothing stays of an examination."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from launch import ROOT, environment, free_port
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.launch.description import Cluster
+from m3i_scale.launch.doctor.agents import Agents
+from m3i_scale.launch.doctor.examine import Examination
+from m3i_scale.launch.doctor.findings import Finding
+from m3i_scale.launch.doctor.group import open_store, reach, read_notes, write_note
+from m3i_scale.launch.doctor.host import remove
+from m3i_scale.launch.transport import Site
+from m3i_scale.run.doctor import examine as doctor
+
+SSH = r"""#!/bin/bash
+host="${@: -2:1}" line="${@: -1}"
+echo "Welcome to $host."
+echo "{not ours}"
+case "$host" in
+  refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255 ;;
+  silent) exec sleep 300 ;;
+  old) exec bash -c "${line/exec env /exec env /nowhere/python }" ;;
+  poor) exec bash -c "${line/ -u / -S -u }" ;;
+  bare) exec bash -c "${line/m3i_scale.launch.agent/m3i_scale.launch.no_agent}" ;;
+  lost) export PYTHONPATH="$LOST:$PYTHONPATH" ;;
+esac
+exec bash -c "$line"
+"""
+NASTY = "a b'\"$(touch /tmp/never)\n;"
+
+
+@pytest.fixture(autouse=True)
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(SSH)
+    program.chmod(0o755)
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture(autouse=True)
+def none_stays() -> Iterator[None]:
+    before = psutil.Process().children(recursive=True)  # servers that other tests share
+    yield
+    children = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert [process.cmdline() for process in alive] == []
+
+
+def a_site(**more: Any) -> Site:
+    fields = {"python": sys.executable, "workdir": str(ROOT), "output_dir": "", "launch": "one", "connect_s": 30.0}
+    return Site(**{**fields, "ssh_to_all": True, **more})
+
+
+def examine(hosts: list[str], tmp_path: Path, **more: Any) -> dict[tuple[str, str], Finding]:
+    options: dict[str, Any] = {"port": free_port(), "master_address": "127.0.0.1", "interface": "lo", **more}
+    site = a_site(workdir=str(tmp_path), environment={"PLANTED": NASTY, "MY_TOKEN": "secret"})
+    findings = Examination(dict.fromkeys(hosts, 1), site, **options).findings()
+    return {(item.check, item.host): item for item in findings}
+
+
+def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "sitecustomize.py").write_text(
+        "import os, sys\nsys.orig_argv[-1] == 'measure' and os._exit(7)\n"
+    )
+    monkeypatch.setenv("LOST", str(tmp_path / "lost"))
+    run = {"extends": "mae", "output_dir": "out/of/it", "data": {"sources": {"photos": {"shards": "/no/such"}}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    hosts = ["here", "there", "refused", "old", "poor", "bare", "lost"]
+    found = examine(hosts, tmp_path, run=str(tmp_path / "run.yaml"), join_s=5.0)
+    told = {key: (item.ok, item.value) for key, item in found.items()}
+    assert told["ssh", "refused"] == (False, "ssh: connect to host refused port 22: Connection refused")
+    assert told["ssh", "old"] == told["ssh", "bare"] == (True, "reached")
+    assert "No such file" in told["python", "old"][1]
+    assert "no_agent" in told["python", "bare"][1]
+    assert "No module named" in told["packages", "poor"][1]
+    assert not told["packages", "poor"][0]
+    assert "--python" in str(found["python", "old"].fix)
+    assert "import m3i_scale" in str(found["python", "bare"].fix)
+    assert told["clock", "there"][0]
+    assert not told["shards", "here"][0]
+    assert not told["names", "here"][0]  # the names of this test mean nothing
+    assert told["probe", "lost"] == (False, "it ended with exit code 7")
+    # The two that are left measure their link, for what it is worth within one machine.
+    assert found["bandwidth", "here ↔ there"].ok
+    assert told["shared", "there"] == (True, f"{tmp_path}/out/of/it: reads what 1 other hosts write")
+    assert not (tmp_path / "out").exists()
+    assert not Path("/tmp/never").exists()
+
+
+def test_a_host_that_says_nothing_is_given_up():
+    with Agents(["silent"], a_site(connect_s=0.5), 10.0) as agents:
+        assert agents.greet() == {}
+    assert not agents.errors["silent"].reached
+
+
+def test_the_answer_of_a_process_that_takes_too_long_is_not_waited_for(tmp_path: Path):
+    waits = {"host": "two", "hosts": ["one", "two"], "address": "127.0.0.1", "port": free_port(), "join_s": 60}
+    with Agents(["two"], a_site(), 10.0) as agents:
+        assert list(agents.greet()) == ["two"]
+        assert agents.ask("measure", {"two": waits}, 1.0) == {}
+    assert agents.errors["two"].reached
+
+
+def test_a_port_that_is_taken_is_the_heads_fault(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found = examine(["here", "there"], tmp_path, port=listener.getsockname()[1], join_s=1.0)
+    assert [host for (check, host), item in found.items() if check == "port" and not item.ok] == ["here"]
+    assert found["group", "all"].warning
+
+
+def test_a_host_that_cannot_reach_the_head_does_not_hold_up_the_others(tmp_path: Path):
+    port = free_port()
+    requests = {
+        host: {
+            "host": host,
+            "hosts": ["one", "two", "three"],
+            "address": "127.0.0.1",
+            "port": port if host != "three" else free_port(),
+            "join_s": 3.0,
+            "measure_s": 20.0,
+            "folder": str(tmp_path / "out" / "of" / "it"),
+            "token": "token",
+        }
+        for host in ("one", "two", "three")
+    }
+    with Agents(list(requests), a_site(), 10.0) as agents:
+        assert list(agents.greet()) == list(requests)
+        answers = agents.ask("measure", requests, 60)
+    assert agents.errors == {}
+    assert "fault" in answers["three"]["port"]
+    for host in ("one", "two"):
+        assert answers[host]["members"] == ["one", "two"]
+        assert answers[host]["shared"]["seen"] == ["one", "two"]
+        assert [(link["pair"], "fault" in link) for link in answers[host]["links"]] == [(["one", "two"], False)]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_nobody_has_opened_is_waited_for():
+    port = free_port()
+    began = time.monotonic()
+    with pytest.raises(OSError, match="refused"):
+        reach("127.0.0.1", port, 0.5)
+    assert time.monotonic() - began >= 0.2
+    with socket.create_server(("127.0.0.1", port)):
+        assert reach("127.0.0.1", port, 3) > 0
+
+
+def test_the_store_listens_at_its_address_alone():
+    port = free_port()
+    store = open_store("127.0.0.1", port, master=True, seconds=10)
+    joined = open_store("127.0.0.1", port, master=False, seconds=10)
+    joined.set("key", "value")
+    assert store.get("key") == b"value"
+    listening = [item for item in psutil.net_connections("tcp") if item.status == psutil.CONN_LISTEN]
+    assert {item.laddr.ip for item in listening if item.laddr.port == port} == {"127.0.0.1"}
+
+
+def test_notes_are_read_and_removed_with_the_folders_that_were_made(tmp_path: Path):
+    made: list[Path] = []
+    folder = tmp_path / "a" / "b"
+    assert write_note(folder, "note", made) is None
+    began = time.monotonic()
+    assert read_notes(folder, ["note", "another"], wait_s=0.2) == ["note"]
+    assert time.monotonic() - began >= 0.2
+    remove(made)
+    assert list(tmp_path.iterdir()) == [tmp_path / "bin"]
+    (tmp_path / "file").write_text("")
+    assert write_note(tmp_path / "file" / "b", "note", made)
+
+
+def test_what_cannot_be_examined_is_refused():
+    with pytest.raises(ConfigError, match="which are the 2 machines"):
+        doctor(None, [], Cluster(nodes=2))
+    with pytest.raises(ConfigError, match="no effect without a run file"):
+        doctor(None, ["optim.lr=1"], Cluster())
