@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from m3i_scale.data.places import Place, Url
-from m3i_scale.data.remote import Access
-from m3i_scale.data.remote_index import index_remote
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.index import index_remote
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, save_index, scan_shard
 from m3i_scale.errors import DataError
 

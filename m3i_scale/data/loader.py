@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import DataConfig, SourceConfig
-from m3i_scale.data.access import check_access
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.collate import Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
@@ -24,7 +23,7 @@ from m3i_scale.data.mixing import Mix, check_weights, samples_at_most, whole_pas
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
-from m3i_scale.data.remote import Access
+from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.shares import check_shares
 from m3i_scale.data.state import (

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from m3i_scale.data.ahead import RemoteShards
-from m3i_scale.data.faults import FaultError, bad_shard
 from m3i_scale.data.plain_tar import plain_members
-from m3i_scale.data.remote import Access, retried
+from m3i_scale.data.remote.access import Access, retried
+from m3i_scale.data.remote.faults import FaultError, bad_shard
+from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.scan import ShardIndex, head_of
 from m3i_scale.data.watchdog import Activity
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
-from m3i_scale.data.places import Place, Url
+from m3i_scale.data.remote.address import Place, Url
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from m3i_scale.config import SourceConfig
-from m3i_scale.data.faults import FaultError, start_fix
-from m3i_scale.data.places import Place, Url, is_remote, to_place
-from m3i_scale.data.remote import Access, facts, list_folder, read_file
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import Place, Url, is_remote, to_place
+from m3i_scale.data.remote.faults import FaultError, start_fix
+from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.errors import DataError, did_you_mean
 from m3i_scale.text import without_secrets
 

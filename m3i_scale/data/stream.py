@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3i_scale.data.collate import Sample
-from m3i_scale.data.faults import SHARD, BadShardError
 from m3i_scale.data.index import ShardIndex
 from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
 from m3i_scale.data.order import Place, StreamOrder, seed_of
-from m3i_scale.data.places import Url
 from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
+from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.faults import SHARD, BadShardError
 from m3i_scale.data.samples import open_image, read_annotations
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,13 +15,18 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from m3i_scale.config import SourceConfig
-from m3i_scale.data.beside import tokenizer_folder
-from m3i_scale.data.remote import Access
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.faults import start_fix
+from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, DataError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """In order of their ids: padding is 0."""
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.txt")
+"""What a folder that `AutoTokenizer` loads may hold; many servers do not list."""
 
 MAX_ALPHABET = 1_000
 _LONG_LETTERS = 200
@@ -93,9 +99,9 @@ def find_tokenizer(
             continue
         folder = shard_folder(source.shards)
         for place in (folder / "tokenizer", folder.parent / "tokenizer"):
-            found = tokenizer_folder(place, f"source '{name}': ", access)
-            if found is not None:
-                return _load(str(found), f"data.sources.{name}")
+            tokenizer = _load_beside(place, name, access)
+            if tokenizer is not None:
+                return tokenizer
             places.append(str(place))
     raise ConfigError(
         "the recipe has a text target, but there is no tokenizer",
@@ -140,10 +146,41 @@ def _sha256(value: Any) -> str | None:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest() if value else None
 
 
-def _load(name: str, where: str) -> PreTrainedTokenizerBase:
+def _load_beside(place: Place, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer in a folder that may be remote; return None where there is none."""
+    where = f"data.sources.{source}"
+    if isinstance(place, Path):
+        return _load(str(place), where) if place.is_dir() else None
+    with tempfile.TemporaryDirectory() as folder:
+        return _load(folder, where, str(place)) if _copy_files(place, Path(folder), source, access) else None
+
+
+def _copy_files(remote: Url, folder: Path, source: str, access: Access | None) -> bool:
+    """Copy a remote tokenizer; return whether there is one.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for name in TOKENIZER_FILES:
+        try:
+            data = read_file(remote / name, access)
+        except FileNotFoundError:
+            if name == TOKENIZER_FILES[0]:
+                return False
+            continue
+        except OSError as error:
+            raise DataError(
+                f"cannot read the tokenizer: {error}", where=f"source '{source}': {remote / name}", fix=start_fix(error)
+            ) from None
+        (folder / name).write_bytes(data)
+    return True
+
+
+def _load(folder: str, where: str, name: str | None = None) -> PreTrainedTokenizerBase:
+    name = name or folder
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, local_files_only=os.path.isdir(name), trust_remote_code=False
+            folder, local_files_only=os.path.isdir(folder), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         # of a folder that brings code: transformers goes on to recommend running it
@@ -151,4 +188,5 @@ def _load(name: str, where: str) -> PreTrainedTokenizerBase:
         raise ConfigError(f"cannot load the tokenizer '{name}': {reason}", where=where) from None
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer '{name}' has no padding token", where=where, fix="set pad_token in its files")
+    tokenizer.name_or_path = name
     return tokenizer

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from m3i_scale.data.places import Place
+from m3i_scale.data.remote.address import Place
 from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, has_own_head, head_of_targets, measure_classifier, own_head

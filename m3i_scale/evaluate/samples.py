@@ -18,8 +18,8 @@ from PIL import Image
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
 from m3i_scale.data.index import load_index
 from m3i_scale.data.pixels import orientation, upright
-from m3i_scale.data.places import Place
 from m3i_scale.data.reader import BadSampleError, ShardReader
+from m3i_scale.data.remote.address import Place
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.views import ViewMaker

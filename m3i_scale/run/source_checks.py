@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.config import RunConfig
-from m3i_scale.data.remote import Access
+from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import Recipe

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from m3i_scale.config import DataConfig, SourceConfig
-from m3i_scale.data.access import check_access
 from m3i_scale.data.loader import TrainStream, read_label_sets
+from m3i_scale.data.remote.access import check_access
 
 
 def encode(seed=0, size=(20, 16), kind="PNG"):
@@ -97,3 +97,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """Reads that fail are repeated at once."""
+    monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 0.01)
+    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 0.2)

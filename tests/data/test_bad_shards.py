@@ -15,16 +15,18 @@ import servers
 from botocore.exceptions import ClientError
 
 from m3i_scale.config import SourceConfig
-from m3i_scale.data import remote
-from m3i_scale.data.faults import FaultError, to_fault
 from m3i_scale.data.index import build_index
 from m3i_scale.data.loader import find_tokenizer, merge_states
 from m3i_scale.data.order import shard_order
-from m3i_scale.data.places import Url
-from m3i_scale.data.remote import Access, facts, fetch, fetch_pipe, read_file, read_range
+from m3i_scale.data.remote.access import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, Access
+from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.faults import FaultError, to_fault
+from m3i_scale.data.remote.fetch import facts, fetch, read_file, read_range
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 SIZES = [6, 5, 7, 6, 5, 7, 6, 6]
 BAD = "s-003.tar"
@@ -36,12 +38,6 @@ FAULTS = {
     "cut": "cut off",
     "stall": "stalled or slow",
 }
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(remote, "MAX_BACKOFF_S", 0.2)
 
 
 @pytest.fixture
@@ -141,7 +137,7 @@ def test_a_resumed_run_does_without_the_shard_too_until_the_pass_ends(tools, ser
 
 
 def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", 1_000)
+    monkeypatch.setattr("m3i_scale.data.remote.fetch.SMALL_FILE_BYTES", 1_000)
     served.everywhere, access = "endless", Access(attempts=2, timeout_s=30)
     shard = Url(f"{served.address}/{BAD}")
     size = (served.folder / BAD).stat().st_size
@@ -153,7 +149,7 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
         read_file(Url(f"{served.address}/labels.json"), access)
     served.ranges = False
     with (tmp_path / "whole.tar").open("w+b") as out, pytest.raises(FaultError) as caught:
-        fetch(shard, size, out, access)
+        fetch(shard, out, access, size)
     assert caught.value.reason == "answer too long"
     assert (tmp_path / "whole.tar").stat().st_size <= size
 
@@ -170,7 +166,7 @@ def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(serv
 def test_of_a_pipe_that_never_ends_no_more_is_kept_than_the_cache_holds(tmp_path):
     command = Url(f"pipe:echo >> {tmp_path}/runs; head -c 100M /dev/zero; echo x-01.tar")
     with (tmp_path / "out").open("w+b") as out, pytest.raises(FaultError) as caught:
-        fetch_pipe(command, out, Access(attempts=2, cache_bytes=1 << 20))
+        fetch(command, out, Access(attempts=2, cache_bytes=1 << 20, allow_shell=True))
     assert caught.value.reason == "answer too long"
     assert (tmp_path / "runs").read_text() == "\n"  # run once
     assert (tmp_path / "out").stat().st_size <= 1 << 20
@@ -330,12 +326,12 @@ def test_a_local_shard_that_vanishes_or_shrinks_is_set_aside(tools, tmp_path):
 def test_a_server_without_ranges_is_read_through_the_cache(tools, served, tmp_path, cache):
     served.ranges = False
     assert keys_of(loader_of(tools, served, tmp_path), 6) == local_keys(tools, served, cache, 6)
-    with pytest.raises(DataError, match="whole files only, so its shards must go through the cache") as caught:
+    with pytest.raises(DataError, match="through the cache, which is off") as caught:
         loader_of(tools, served, tmp_path / "other", 0)
     assert "data.cache_gib" in caught.value.fix
     # Also where nothing had to be read to open it.
     build_index(sorted(served.folder.glob("*.tar")), served.folder / "index")
-    with pytest.raises(DataError, match="whole files only"):
+    with pytest.raises(DataError, match="through the cache, which is off"):
         loader_of(tools, served, tmp_path / "indexed", 0)
 
 
@@ -388,13 +384,13 @@ def test_a_range_of_another_length_is_no_data(tmp_path):
 
 def test_pauses_between_attempts_are_random_and_grow(monkeypatch, tmp_path):
     pauses = []
-    monkeypatch.setattr(remote, "BACKOFF_S", 8.0)
-    monkeypatch.setattr(remote, "MAX_BACKOFF_S", 30.0)
+    monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 8.0)
+    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 30.0)
     monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
     with servers.faulty_server(tmp_path) as server, pytest.raises(FaultError, match="not found"):
         read_range(Url(f"{server.address}/f"), 0, 1, Access(attempts=40))
     assert len(pauses) == 39
-    assert all(0 <= pause <= remote.MAX_BACKOFF_S for pause in pauses)
+    assert all(0 <= pause <= MAX_BACKOFF_S for pause in pauses)
     assert len({round(pause, 3) for pause in pauses}) > 30
     assert max(pauses) > 16
     assert pauses[0] <= 8
@@ -418,16 +414,16 @@ def test_a_server_that_wants_a_pause_gets_it(tmp_path, pauses, status, asked):
         with pytest.raises(FaultError, match="server error"):
             asked(Url(f"{server.address}/f"), Access(attempts=4))
     assert len(pauses) == 3
-    assert all(17 <= pause <= 17 + remote.MAX_BACKOFF_S for pause in pauses)
+    assert all(17 <= pause <= 17 + MAX_BACKOFF_S for pause in pauses)
     assert len(set(pauses)) == 3  # not all readers come back at one moment
 
 
 @pytest.mark.parametrize(
     ("told", "least", "most"),
     [
-        (formatdate(4e9, usegmt=True), remote.MAX_PAUSE_S, remote.MAX_PAUSE_S),
+        (formatdate(4e9, usegmt=True), MAX_PAUSE_S, MAX_PAUSE_S),
         (formatdate(0, usegmt=True), 0, 0),
-        ("86400", remote.MAX_PAUSE_S, remote.MAX_PAUSE_S),
+        ("86400", MAX_PAUSE_S, MAX_PAUSE_S),
         ("soon", 0, 0),
         ("-5", 0, 0),
     ],
@@ -438,7 +434,7 @@ def test_pauses_that_are_dates_too_long_or_nonsense(tmp_path, pauses, told, leas
         server.headers["Retry-After"] = told
         server.faults["f"].append("429")
         assert read_range(Url(f"{server.address}/f"), 2, 5, Access(attempts=2)) == b"234"
-    assert least <= pauses[0] <= most + remote.BACKOFF_S
+    assert least <= pauses[0] <= most + BACKOFF_S
 
 
 def test_the_pause_that_s3_and_the_hub_tell():
@@ -453,7 +449,7 @@ def test_the_pause_that_s3_and_the_hub_tell():
 
 
 def test_readers_go_on_through_limits_on_requests(tools, served, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(remote, "MAX_PAUSE_S", 0.01)
+    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_PAUSE_S", 0.01)
     loader = loader_of(tools, served, tmp_path)
     served.headers["Retry-After"] = "3600"
     for number in range(8):

@@ -10,7 +10,7 @@ import time
 import pytest
 import servers
 
-from m3i_scale.data.cache import ShardCache
+from m3i_scale.data.remote.cache import ShardCache
 from m3i_scale.errors import DataError
 
 KIB = 1 << 10

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import servers
 
-from m3i_scale.data import remote
-from m3i_scale.data.faults import FaultError
-from m3i_scale.data.places import Url
-from m3i_scale.data.remote import Access, facts, read_range
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.faults import FaultError
+from m3i_scale.data.remote.fetch import facts, read_range
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import DataError
 
@@ -22,8 +22,7 @@ def shards(tools, tmp_path_factory):
 
 
 @pytest.fixture
-def served(shards, monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+def served(shards, monkeypatch, short_pauses):
     with servers.gs(monkeypatch) as address:
         for path in shards.iterdir():
             servers.put(address, f"photos/{path.name}", path.read_bytes())

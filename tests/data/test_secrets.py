@@ -9,11 +9,10 @@ import s3fs
 import servers
 
 from m3i_scale.config import DataConfig, SourceConfig
-from m3i_scale.data import remote
-from m3i_scale.data.access import check_access
-from m3i_scale.data.faults import FaultError
-from m3i_scale.data.places import Url
-from m3i_scale.data.remote import Access, facts, read_range
+from m3i_scale.data.remote.access import Access, check_access
+from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.faults import FaultError
+from m3i_scale.data.remote.fetch import facts, read_range
 from m3i_scale.errors import DataError
 from m3i_scale.text import without_secrets
 
@@ -22,14 +21,13 @@ BAD = "s-002.tar"
 
 
 @pytest.fixture
-def no_aws(monkeypatch, tmp_path):
+def no_aws(monkeypatch, tmp_path, short_pauses):
     """An environment without credentials, and no clients that remember any."""
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "ENDPOINT_URL", "DEFAULT_REGION"):
         monkeypatch.delenv(f"AWS_{name}", raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()
     yield monkeypatch
     s3fs.S3FileSystem.clear_instance_cache()
@@ -92,10 +90,9 @@ def test_credentials_that_are_refused_are_not_told(no_aws, bucket, tmp_path, cha
 SIGNED = "X-Amz-Credential=SECRET&X-Amz-Signature=SECRET&token=SECRET"
 
 
-def test_an_address_that_a_server_signs_shows_nowhere(tools, tmp_path, monkeypatch, caplog, capfd):
+def test_an_address_that_a_server_signs_shows_nowhere(tools, tmp_path, short_pauses, caplog, capfd):
     """Servers answer with a redirect to a signed address; when that fails, its error has the signature in it."""
     caplog.set_level(logging.DEBUG, "m3i_scale")
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
     path = tmp_path / "quarantine.jsonl"
     with servers.faulty_server(tools.write_folder(tmp_path / "data", SIZES)) as server:
         source = {"s": f"{server.address}/s-{{000..003}}.tar"}

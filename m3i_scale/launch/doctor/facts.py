@@ -210,9 +210,10 @@ def _sources(run: RunConfig) -> dict[str, Any]:
 
 
 def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
-    from m3i_scale.data.faults import FaultError
-    from m3i_scale.data.places import Url
-    from m3i_scale.data.remote import Access, facts, read_range
+    from m3i_scale.data.remote.access import Access
+    from m3i_scale.data.remote.address import Url
+    from m3i_scale.data.remote.faults import FaultError
+    from m3i_scale.data.remote.fetch import facts, read_range
     from m3i_scale.data.shards import expand_shards
     from m3i_scale.text import without_secrets
 

@@ -5,11 +5,8 @@
     DIR/lock                 held while room is made
 
 Who reads a shard holds a shared lock on it, who fetches one an exclusive lock on its partial. Both end with their
-process, however it ends. So a partial without a lock is what a cut or a kill left, and a shard under a lock is never
-removed. The next fetch of that shard goes on with what is left; for others it is the first to make room.
-
-Behind the bytes of a partial stands how many have arrived, and since which start of the machine: what a process has
-written survives its kill, and may not survive that of the machine.
+process, however it ends. So a shard under a lock is never removed, and a partial without one is what a kill left: the
+first to make room.
 """
 
 from __future__ import annotations
@@ -17,12 +14,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import os
 import shutil
-import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -31,10 +25,7 @@ from filelock import FileLock
 
 from m3i_scale.errors import ConfigError, DataError
 
-_LOOK_AGAIN_S = 0.05
-_ARRIVED = struct.Struct("<36sQ")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-Fill = Callable[[BinaryIO], None]
+Fill = Callable[[BinaryIO], object]
 
 
 class ShardCache:
@@ -71,7 +62,7 @@ class ShardCache:
             )
 
     def open(self, key: str) -> int | None:
-        """A descriptor of a complete shard, which keeps it from being removed until it is closed; None where absent.
+        """Return a descriptor of a complete shard, which stays until it is closed; None where there is none.
 
         Raises:
             DataError: the disk fails.
@@ -91,14 +82,23 @@ class ShardCache:
             os.utime(path)
         return descriptor
 
+    def open_or_add(self, key: str, size: int | None, fill: Fill) -> int | None:
+        """Return a descriptor as `open` does, of a shard that is fetched where there is none; see `add`.
+
+        None where the shards in use leave no room for it.
+        """
+        descriptor = self.open(key)
+        if descriptor is None and self.add(key, size, fill):
+            descriptor = self.open(key)
+        return descriptor
+
     def add(self, key: str, size: int | None, fill: Fill) -> bool:
         """Make sure that a shard is there. One process fetches it, others wait for that.
 
         Args:
             key: see `key_of`.
             size: in bytes; None where it shows only at the end, and room is made then.
-            fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on. Where it
-                tells `note_arrived`, what has arrived is kept for the next call.
+            fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on.
 
         Returns:
             False where the shards in use leave no room for it.
@@ -108,17 +108,15 @@ class ShardCache:
         """
         path, partial = self._path(key), self._path(key, ".partial")
         try:
-            with self._alone(partial) as out:
+            with self._exclusive(partial) as out:
                 if path.is_file():
                     return True
                 if size is not None and not self._reserve(partial, out, size):
                     return False
-                out.seek(0)
                 fill(out)
                 out.flush()
                 if size is None and not self._reserve(partial, out, out.tell()):
                     return False
-                out.truncate(os.fstat(out.fileno()).st_size - _ARRIVED.size)
                 os.replace(partial, path)
         except OSError as error:
             raise self._failed("write", error) from None
@@ -133,20 +131,18 @@ class ShardCache:
         )
 
     @contextlib.contextmanager
-    def _alone(self, partial: Path) -> Iterator[BinaryIO]:
-        """The partial of a shard, locked for this caller alone; gone at the end unless renamed, or worth keeping."""
+    def _exclusive(self, partial: Path) -> Iterator[BinaryIO]:
+        """Open the partial of a shard, locked for this caller alone; it is gone at the end unless it was renamed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as out:
-                if not _locked(out.fileno()):
-                    time.sleep(_LOOK_AGAIN_S)
-                    continue
+                fcntl.flock(out, fcntl.LOCK_EX)
                 if not _is_at(out.fileno(), partial):  # renamed or removed while this one waited
                     continue
                 try:
                     yield out
                 finally:
-                    if _is_at(out.fileno(), partial) and not arrived(out):
+                    if _is_at(out.fileno(), partial):
                         partial.unlink()
                 return
 
@@ -157,23 +153,22 @@ class ShardCache:
             entries.sort(key=lambda entry: (entry[2].suffix != ".partial", entry))
             total = size + sum(taken for _, taken, _ in entries)
             for _, taken, path in entries:
-                if total > self._limit and _removed(path):
+                if total > self._limit and _remove(path):
                     total -= taken
             if total > self._limit:
                 return False
-            os.posix_fallocate(out.fileno(), 0, size + _ARRIVED.size)
-            out.truncate(size + _ARRIVED.size)
+            os.posix_fallocate(out.fileno(), 0, max(1, size))
+            out.truncate(size)
             return True
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """Last use, bytes and path of everything there."""
-        found = []
+        """Return last use, bytes and path of everything there."""
+        entries = []
         for entry in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):
-                facts, path = entry.stat(), Path(entry.path)
-                behind = _ARRIVED.size if path.suffix == ".partial" else 0
-                found.append((facts.st_mtime, max(0, facts.st_size - behind), path))
-        return found
+                facts = entry.stat()
+                entries.append((facts.st_mtime, facts.st_size, Path(entry.path)))
+        return entries
 
     def _lock(self) -> FileLock:
         return FileLock(self._root / "lock")
@@ -182,38 +177,9 @@ class ShardCache:
         return self._folder / f"{key}{suffix}"
 
 
-def arrived(out: BinaryIO) -> int:
-    """How many bytes of a partial are those of its shard, as an earlier fetch has noted it; 0 where none has."""
-    size = os.fstat(out.fileno()).st_size - _ARRIVED.size
-    if size < 0:
-        return 0
-    boot, count = _ARRIVED.unpack(os.pread(out.fileno(), _ARRIVED.size, size))
-    return int(count) if boot == _boot() and count <= size else 0
-
-
-def note_arrived(out: BinaryIO, count: int) -> None:
-    """Keep the first `count` bytes of a partial, whose size is known, for the next fetch if this one is cut."""
-    out.flush()
-    size = os.fstat(out.fileno()).st_size - _ARRIVED.size
-    os.pwrite(out.fileno(), _ARRIVED.pack(_boot(), count), size)
-
-
-@functools.cache
-def _boot() -> bytes:
-    return _BOOT_ID.read_bytes().strip()
-
-
 def key_of(address: str, version: str, size: int) -> str:
-    """The name of a shard in the cache: another one for another version."""
+    """Return the name of a shard in the cache: another one for another version."""
     return hashlib.sha256(f"{address}\0{version}\0{size}".encode()).hexdigest()[:32]
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -223,16 +189,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _removed(path: Path) -> bool:
-    """Remove a file that nobody holds a lock on."""
+def _remove(path: Path) -> bool:
+    """Remove a file, unless somebody holds a lock on it; return whether it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
     except FileNotFoundError:
-        return True
-    try:
-        if not _locked(descriptor):
-            return False
-        path.unlink(missing_ok=True)
-        return True
-    finally:
-        os.close(descriptor)
+        pass
+    return True

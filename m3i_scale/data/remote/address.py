@@ -1,4 +1,4 @@
-"""Where a file lies: a path, or an address that fsspec reads. Addresses never carry credentials, nor do their names."""
+"""Where a file lies: a path, or an address that fsspec reads. Addresses carry no credentials, nor do their names."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ class Url:
 
     @property
     def scheme(self) -> str:
-        """http, https, s3, gs, hf or pipe."""
+        """Return http, https, s3, gs, hf or pipe."""
         return self.address.partition(":")[0]
 
     @property
     def name(self) -> str:
-        """The last part; of a pipe, the file name that its command mentions last."""
+        """Return the last part; of a pipe, the file name that its command mentions last."""
         if self.scheme == "pipe":
             return str(_PIPED_SHARD.findall(self.address)[-1])
         return self.address.rstrip("/").rpartition("/")[2]
 
     @property
     def stem(self) -> str:
-        """The name without its last suffix."""
+        """Return the name without its last suffix."""
         return Path(self.name).stem
 
     @property
     def suffix(self) -> str:
-        """The last suffix of the name."""
+        """Return the last suffix of the name."""
         return Path(self.name).suffix
 
     @property
     def parent(self) -> Url:
-        """The folder. A pipe has none and is its own, and so is the root of a server."""
+        """Return the folder. A pipe has none and is its own, and so is the root of a server."""
         above = self.address.rstrip("/").rpartition("/")[0]
         return self if self.scheme == "pipe" or above.endswith(("/", ":")) else Url(above)
 
@@ -65,13 +65,13 @@ Place = Path | Url
 
 
 def is_remote(shards: str) -> bool:
-    """Whether a `shards` value is an address, and not a path of this host."""
-    found = _SCHEME.match(shards)
-    return found is not None and found[1].lower() != "file"
+    """Return whether a `shards` value is an address, and not a path of this host."""
+    scheme = _SCHEME.match(shards)
+    return scheme is not None and scheme[1].lower() != "file"
 
 
 def to_place(text: str, where: str = "shards") -> Place:
-    """A path or an address.
+    """Return the path or the address that a text names.
 
     Raises:
         DataError: a scheme that is not read, a password or a query in the address, a pipe that names no shard.
@@ -86,7 +86,7 @@ def to_place(text: str, where: str = "shards") -> Place:
 
 
 def address_fault(text: str) -> tuple[str, str] | None:
-    """What is wrong with an address, and how to mend it; None where nothing is."""
+    """Return what is wrong with an address, and how to mend it; None where nothing is."""
     scheme = text.partition(":")[0]
     if scheme == "pipe":
         nameless = ("the command names no .tar file", "pipe:COMMAND … NAME.tar; the name is that of the shard")
@@ -107,7 +107,7 @@ def address_fault(text: str) -> tuple[str, str] | None:
 
 
 def _has_login(text: str) -> bool:
-    """A password with a slash ends what is split off as the host: a port that is no number gives it away."""
+    # A password with a slash ends what is split off as the host: a port that is no number gives it away.
     host = urlsplit(text).netloc
     port = host.rpartition("]")[2].partition(":")[2]  # an IPv6 address stands in brackets
     return "@" in host or (bool(port) and not port.isdecimal())

@@ -9,22 +9,18 @@ import time
 import pytest
 import servers
 
-from m3i_scale.data import remote
-from m3i_scale.data.ahead import RemoteShards
-from m3i_scale.data.faults import BadShardError
 from m3i_scale.data.index import load_index
-from m3i_scale.data.remote import Access
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.faults import BadShardError
+from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 SIZES = [6, 5]
 BAD = "s-001.tar"
 WAIT_S = 60
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
 
 
 @pytest.fixture
@@ -51,8 +47,8 @@ def until(holds):
 
 
 def failed(reader, name):
-    """Whether a fetch of the shard has ended, and badly."""
-    return name in [place.name for place in reader._outcomes]
+    """Return whether a fetch of the shard has ended, and badly."""
+    return any(url.name == name and future.done() and future.exception() for url, future in reader._fetches.items())
 
 
 def verified(served, index):
@@ -81,17 +77,17 @@ def test_a_fetch_ahead_that_failed_does_not_cost_a_shard_that_has_healed(served,
 def test_a_fetch_that_outlives_its_window_does_not_decide_in_the_next(served, opened, whole, monkeypatch):
     (good, bad), reader = opened
     bad = verified(served, bad) if whole else bad
-    begun, go_on, fill = threading.Event(), threading.Event(), RemoteShards._fill
+    begun, go_on, fetch = threading.Event(), threading.Event(), RemoteShards._fetch
 
-    def late(self, index, out):
+    def late(self, index):
         try:
-            fill(self, index, out)
+            return fetch(self, index)
         except Exception:  # the fault is known, and not yet noted
             begun.set()
             go_on.wait(WAIT_S)
             raise
 
-    monkeypatch.setattr(RemoteShards, "_fill", late)
+    monkeypatch.setattr(RemoteShards, "_fetch", late)
     served.always[BAD] = "404"
     reader.expect("stream", [good, bad])
     assert begun.wait(WAIT_S)
@@ -99,7 +95,7 @@ def test_a_fetch_that_outlives_its_window_does_not_decide_in_the_next(served, op
     served.always.clear()
     threading.Timer(0.1, go_on.set).start()
     assert reader.read(bad, 0, 700) == bytes_of(served, bad)
-    until(lambda: not reader._on_their_way)
+    until(lambda: all(future.done() for future in reader._fetches.values()))
     assert reader.read(bad, 700, 900) == (served.folder / BAD).read_bytes()[700:900]
 
 

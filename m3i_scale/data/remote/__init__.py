@@ -1,0 +1,1 @@
+"""Shards at addresses: how they are named, read, fetched ahead and kept on the host."""

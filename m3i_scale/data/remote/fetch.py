@@ -1,0 +1,372 @@
+"""Read remote files through fsspec: each attempt has a time limit, and is repeated.
+
+Every read is checked to be of the length that was asked for, so what is cut off or not ranged never passes for data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import os
+import selectors
+import signal
+import subprocess
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import fsspec
+from fsspec.asyn import sync
+
+from m3i_scale.data.remote.access import Access, retried
+from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.faults import FaultError, RemoteReadError
+from m3i_scale.errors import ConfigError, DataError
+
+SMALL_FILE_BYTES = 256 << 20
+"""Labels, manifests, indices and tokenizers beside shards are not larger; the most that is read of one."""
+PART_BYTES = 8 << 20
+"""Whole shards are fetched in requests of this size: a fault costs one of them, and a slow server is soon noticed."""
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
+_HTTP = ("http", "https")
+_FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": True}}
+"""How `info` is told to ask the server, and not a listing that it remembers."""
+_EXACT = {"hf": {"cache_type": "none"}}
+"""How `cat_file` is told to read what is asked for, and not megabytes ahead."""
+_PIPE_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server says of a file."""
+
+    size: int
+    version: str
+    """Another one when the content is another: ETag, generation, hash or time; empty where the server has none."""
+    sha256: str = ""
+
+
+class Output(Protocol):
+    """Where a whole file is written to, from its beginning on: again for each attempt."""
+
+    def seek(self, offset: int, /) -> object:
+        """Begin anew; `offset` is 0."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take what comes next."""
+
+
+def facts(url: Url, access: Access) -> Facts:
+    """Return size and version of a file, asked of the server.
+
+    Raises:
+        FaultError: after all attempts.
+    """
+
+    def once() -> Facts:
+        info = _call(url, "info", access, **_FRESH.get(url.scheme, {}))
+        if info.get("size") is None:
+            raise FaultError("size unknown", "the server does not say how long the file is", lasting=True)
+        sha256 = str((info.get("lfs") or {}).get("sha256") or "")
+        names = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified")
+        versions = [sha256, *(str(info.get(name) or "") for name in names)]
+        return Facts(int(info["size"]), next(filter(None, versions), ""), sha256)
+
+    return retried(once, access)
+
+
+def read_range(url: Url, start: int, end: int, access: Access, version: str = "") -> bytes:
+    """Return bytes [start, end) of a file.
+
+    Args:
+        url: no pipe.
+        start: first byte.
+        end: byte after the last.
+        access: attempts and time limit.
+        version: of the file; refuses another where the server tells it with every answer (http).
+
+    Raises:
+        FaultError: after all attempts.
+    """
+
+    def once() -> bytes:
+        if url.scheme in _HTTP:
+            data = _http(url, access, end - start, version, f"bytes={start}-{end - 1}")
+        else:
+            data = _call(url, "cat_file", access, start=start, end=end, **_EXACT.get(url.scheme, {}))
+        if len(data) != end - start:
+            raise FaultError("cut off", f"{len(data)} of {end - start} bytes at {start}")
+        return data
+
+    return retried(once, access)
+
+
+def read_file(place: Place, access: Access | None = None) -> bytes:
+    """Return a whole small file beside shards.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        OSError: it cannot be read.
+    """
+    if not isinstance(place, Url):
+        return place.read_bytes()
+    limits = access or Access().at_start()
+
+    def once() -> bytes | None:
+        try:
+            if place.scheme in _HTTP:
+                return _http(place, limits, SMALL_FILE_BYTES)
+            more = SMALL_FILE_BYTES + 1  # one byte more than may be tells that there are more
+            data: bytes = _call(place, "cat_file", limits, start=0, end=more, **_EXACT.get(place.scheme, {}))
+            if len(data) == more:
+                raise _too_long(SMALL_FILE_BYTES)
+        except FileNotFoundError:  # most folders lack most of these files: that is no reason to ask again
+            return None
+        return data
+
+    try:
+        data = retried(once, limits)
+    except FaultError as fault:
+        raise RemoteReadError(fault) from None
+    if data is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(place))
+    return data
+
+
+def fetch(url: Url, out: Output, access: Access, size: int | None = None, version: str = "") -> int:
+    """Write a whole file to `out`, by ranges; at once where there are none: out of a pipe, from a server without.
+
+    Args:
+        url: of the file.
+        out: may be written to several times.
+        access: attempts and time limit.
+        size: in bytes; None where it shows only at the end, of a pipe.
+        version: of the file.
+
+    Returns:
+        Its size.
+
+    Raises:
+        FaultError: after all attempts.
+        DataError: a pipe, and those are not run.
+    """
+    if url.scheme != "pipe" and size is not None:
+        try:
+            out.seek(0)
+            for start in range(0, size, PART_BYTES):
+                out.write(read_range(url, start, min(size, start + PART_BYTES), access, version))
+        except FaultError as fault:
+            if not fault.not_ranged:
+                raise
+        else:
+            return size
+    return retried(lambda: _fetch_at_once(url, out, access, size, version), access)
+
+
+def list_folder(url: Url, access: Access | None = None) -> list[Url]:
+    """Return the files directly in a folder.
+
+    Raises:
+        FaultError: after all attempts.
+    """
+    access = access or Access().at_start()
+    names = retried(lambda: _call(url, "ls", access, detail=False), access)
+    return sorted({url / str(name).rstrip("/").rpartition("/")[2] for name in names})
+
+
+def require_shell(url: Url, access: Access) -> None:
+    """Refuse a pipe where commands are not allowed.
+
+    Raises:
+        DataError: see the message.
+    """
+    if url.scheme == "pipe" and not access.allow_shell:
+        raise DataError(
+            "the shards come out of a shell command, and those are not run",
+            where=str(url),
+            why="whoever can change the run file or a list of shards could run any program",
+            fix="if you trust the commands: data.allow_shell=true",
+        )
+
+
+def filesystem(url: Url, access: Access) -> Any:
+    """Return fsspec's file system of the scheme, one per process and thread: they do not survive a fork.
+
+    Credentials are found by the usual chains of each.
+
+    Raises:
+        ConfigError: the package that reads the scheme is not installed.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if url.scheme in _HTTP:
+        options["client_kwargs"] = {"trust_env": True}  # proxies, ~/.netrc
+    elif url.scheme == "s3":
+        seconds = {"connect_timeout": access.timeout_s, "read_timeout": access.timeout_s}
+        options["config_kwargs"] = {**seconds, "retries": {"total_max_attempts": 1}}
+    try:
+        files = fsspec.filesystem(url.scheme, **options)
+    except ImportError:
+        package = _PACKAGES[url.scheme]
+        raise ConfigError(
+            f"{url.scheme}:// needs the package {package}",
+            where=str(url),
+            fix=f"pip install {package}",
+        ) from None
+    if url.scheme == "s3":
+        files.retries = 1  # ours are spread out, and counted
+    elif url.scheme == "gs":
+        # Likewise: gcsfs repeats six times, for longer than a request may take here, and has no setting for it.
+        files._request = types.MethodType(type(files)._request.__wrapped__, files)
+    return files
+
+
+def _call(url: Url, method: str, access: Access, **options: Any) -> Any:
+    """Return the answer to one request. Synchronous file systems have time limits of their own."""
+    files = filesystem(url, access)
+    if files.async_impl:
+        options["timeout"] = access.timeout_s
+    return getattr(files, method)(url.address, **options)
+
+
+def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str = "") -> bytes:
+    """Return the answer to one request.
+
+    Raises:
+        FaultError: it is longer than `limit`, or not what was asked for.
+        FileNotFoundError: there is no such file.
+    """
+    data = bytearray()
+    _request(url, access, _Limited(data.extend, limit), version, ranged)
+    return bytes(data)
+
+
+def _request(url: Url, access: Access, write: Callable[[bytes], object], version: str = "", ranged: str = "") -> None:
+    files = filesystem(url, access)
+    sync(files.loop, _answer, files, url.address, write, version, ranged, timeout=access.timeout_s)
+
+
+async def _answer(files: Any, address: str, write: Callable[[bytes], object], version: str, ranged: str) -> None:
+    """Read an answer as fsspec's own would not: that reads all of a file whose server knows no ranges, or never ends,
+    and sees no other version."""
+    from aiohttp import ClientTimeout
+
+    session = await files.set_session()
+    unlimited = ClientTimeout()  # the caller's limit holds; the session's own would cut whole files off after minutes
+    headers = {"Accept-Encoding": "identity", **({"Range": ranged} if ranged else {})}
+    async with session.get(files.encode_url(address), headers=headers, timeout=unlimited) as answer:
+        if answer.status == 404 and not ranged:
+            raise FileNotFoundError(errno.ENOENT, "no such file", address)
+        answer.raise_for_status()
+        if ranged and answer.status != 206:
+            raise FaultError("no ranges", "the server sends whole files only", not_ranged=True, lasting=True)
+        sent_range = answer.headers.get("Content-Range")  # of what ends early the length tells
+        wanted_range = ranged.replace("=", " ").rpartition("-")[0]
+        if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):
+            raise FaultError("another range", f"asked for {ranged}, the server sent {sent_range[:100]}")
+        sent_version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        if version and sent_version != version:
+            detail = f"version {version} was indexed, the server has {sent_version or 'none'}"
+            raise FaultError("replaced", detail, lasting=True)
+        async for block in answer.content.iter_any():
+            write(block)
+
+
+class _Limited:
+    """Passes bytes on, no more than a file may have, and counts them."""
+
+    def __init__(self, write: Callable[[bytes], object], limit: int) -> None:
+        self._write, self._limit, self.count = write, limit, 0
+
+    def __call__(self, data: bytes) -> None:
+        self.count += len(data)
+        if self.count > self._limit:
+            raise _too_long(self._limit)
+        self._write(data)
+
+
+def _too_long(limit: int) -> FaultError:
+    return FaultError("answer too long", f"more than {limit} bytes", lasting=True)
+
+
+def _fetch_at_once(url: Url, out: Output, access: Access, size: int | None, version: str) -> int:
+    out.seek(0)
+    write = _Limited(out.write, access.cache_bytes if size is None else size)  # what is larger cannot be kept
+    if url.scheme == "pipe":
+        require_shell(url, access)
+        _run(url.address.removeprefix("pipe:"), write, access.timeout_s)
+    else:  # with as much time as all its parts would have
+        parts = max(1, (size or 0) // PART_BYTES)
+        _request(url, dataclasses.replace(access, timeout_s=access.timeout_s * parts), write, version)
+    if size is not None and write.count != size:
+        raise FaultError("cut off", f"{write.count} of {size} bytes")
+    return write.count
+
+
+def _run(command: str, write: Callable[[bytes], object], timeout_s: float) -> None:
+    """Run a command and pass on what it writes. A failing part of a pipeline fails the whole."""
+    with subprocess.Popen(
+        ["bash", "-o", "pipefail", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        try:
+            for block in _blocks(process, timeout_s):
+                write(block)
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:  # nothing of the command outlives its use, whatever it has started itself
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        raise FaultError("the command failed", f"exit code {code}")
+
+
+def _blocks(process: subprocess.Popen[bytes], timeout_s: float) -> Iterator[bytes]:
+    if process.stdout is None:
+        raise RuntimeError("no pipe")
+    with selectors.DefaultSelector() as ready:
+        ready.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if not ready.select(timeout_s):
+                raise TimeoutError
+            block = os.read(process.stdout.fileno(), _PIPE_BLOCK)
+            if not block:
+                return
+            yield block
+
+
+class RangedFile(io.RawIOBase):
+    """A remote file that can be sought, for one reading from front to back with gaps. Wrap it in a BufferedReader."""
+
+    def __init__(self, url: Url, size: int, access: Access) -> None:
+        self._url, self._size, self._access = url, size, access
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte; nothing is read."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the file goes."""
+        count = min(len(buffer), self._size - self._position)
+        if count <= 0:
+            return 0
+        buffer[:count] = read_range(self._url, self._position, self._position + count, self._access)
+        self._position += count
+        return count

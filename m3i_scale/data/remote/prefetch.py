@@ -1,0 +1,289 @@
+"""Remote shards as one process reads them: out of the cache where they have come whole, by range until then.
+
+The rule, for every shard that is read:
+
+- It is fetched whole into the cache, by threads that also look one window ahead, where the cache has room for it beside
+  the shards in use.
+- Until it has come, and where there is no room, single samples are read by range.
+- With a checksum in manifest.json, no sample of it is used before the whole has been verified; a pipe, or a server
+  without ranges, can only be read whole. These wait. A shard without room is read through once to be verified: were it
+  used as it is, the room that others leave would decide whether a damaged one is lost, and orders would part.
+- A fetch ahead of need that fails decides nothing: the shard is bad when it cannot be read once it is needed. Otherwise
+  a fault that has passed would cost a shard in one process and not in another, and their orders would part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
+from typing import BinaryIO
+
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.cache import key_of
+from m3i_scale.data.remote.faults import FaultError, bad_shard
+from m3i_scale.data.remote.fetch import Output, facts, fetch, read_range
+from m3i_scale.data.scan import ShardIndex
+from m3i_scale.errors import DataError
+
+FETCHERS = 4
+"""Threads of a process that fetch shards."""
+CHECKSUM_ATTEMPTS = 2
+"""A wrong checksum may be a fault of the way; twice it is one of the shard."""
+
+Fetch = Future[int | None]
+"""A descriptor of the shard in the cache; None where there was no room for it."""
+
+
+class RemoteShards:
+    """What one process reads of remote shards; threads start with the first shard that is expected.
+
+    Args:
+        access: time limits, attempts, cache.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._cache = access.cache
+        self._expected: dict[Hashable, tuple[Sequence[ShardIndex], Sequence[ShardIndex]]] = {}
+        self._wanted: dict[Place, ShardIndex] = {}
+        """All that is expected, the most urgent first."""
+        self._fetches: dict[Place, Fetch] = {}
+        """Of all that is wanted."""
+        self._only_whole: set[Place] = set()
+        """Shards whose server has turned out to know no ranges."""
+        self._same_version: set[Place] = set()
+        """Shards of present windows whose server has been asked for the version."""
+        self._verified: set[Place] = set()
+        """Shards without room whose checksum is right."""
+        self._changed = threading.Condition()
+        self._fetchers: list[threading.Thread] = []
+        self._closed = False
+
+    def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex] = ()) -> None:
+        """Tell which shards a stream reads now, and which it reads next; what it named before is let go."""
+        if self._cache is None:
+            self._same_version.difference_update(index.path for index in now)
+            return
+        with self._changed:
+            self._expected[reader] = (now, then)
+            pairs = self._expected.values()
+            self._wanted = {index.path: index for turn in (0, 1) for pair in pairs for index in pair[turn]}
+            begin = {index.path for index in now}
+            for path, future in list(self._fetches.items()):
+                # What failed in the pass before, or ahead of its time, gets another chance when its time has come.
+                if path not in self._wanted or _had_no_room(future) or (path in begin and _failed(future)):
+                    self._let_go(path)
+            for path in self._wanted:
+                self._fetches.setdefault(path, Future())
+            self._same_version -= begin
+            self._changed.notify_all()
+        if not self._fetchers:
+            self._fetchers = [threading.Thread(target=self._work, daemon=True, name="fetch") for _ in range(FETCHERS)]
+            for fetcher in self._fetchers:
+                fetcher.start()
+
+    def read(self, index: ShardIndex, start: int, end: int) -> bytes:
+        """Return bytes [start, end) of a shard.
+
+        Raises:
+            BadShardError: it cannot be read, after all attempts.
+            DataError: the cache fails, or is too small for a shard that can only be read whole.
+        """
+        try:
+            return self._read(index, start, end)
+        except FaultError as fault:
+            raise bad_shard(index.path, fault) from None
+
+    def close(self) -> None:
+        """Let all shards go; threads end after what they do now."""
+        with self._changed:
+            self._closed = True
+            for path in list(self._fetches):
+                self._let_go(path)
+            self._changed.notify_all()
+
+    def _read(self, index: ShardIndex, start: int, end: int) -> bytes:
+        url = _url(index)
+        descriptor = self._descriptor(index)
+        if descriptor is not None:
+            try:
+                return os.pread(descriptor, end - start, start)
+            except OSError as error:
+                raise FaultError("the cache fails", str(error)) from None
+        try:
+            if url not in self._same_version:
+                check_version(index, self._access)
+                self._same_version.add(url)
+            return read_range(url, start, end, self._access, index.version)
+        except FaultError as fault:
+            if not fault.not_ranged or self._cache is None:
+                raise
+            self._only_whole.add(url)
+            return self._read(index, start, end)
+
+    def _descriptor(self, index: ShardIndex) -> int | None:
+        """Return that of the shard in the cache; None where it is to be read by range."""
+        if self._cache is None:
+            return None
+        url = _url(index)
+        ahead_of_need = url in self._fetches and _is_begun(self._fetches[url])
+        if url not in self._wanted:
+            self.expect(None, [index])
+        not_ranged = url.scheme == "pipe" or url in self._only_whole
+        if index.sha256 or not_ranged:
+            descriptor = self._wait_for(url, ahead_of_need)
+            if descriptor is None and not_ranged:
+                raise no_room(url)
+            return descriptor
+        future = self._fetches[url]
+        if not future.done() or isinstance(future.exception(), FaultError):
+            return None
+        return future.result()
+
+    def _wait_for(self, path: Place, ahead_of_need: bool) -> int | None:
+        """Return what a fetch gives. One that was begun ahead of need and fails is repeated."""
+        try:
+            return self._fetches[path].result()
+        except FaultError:
+            if not ahead_of_need:
+                raise
+        with self._changed:
+            self._fetches[path] = future = Future()
+            self._changed.notify_all()
+        return future.result()
+
+    def _let_go(self, path: Place) -> None:
+        future = self._fetches.pop(path)
+        if not future.cancel():
+            future.add_done_callback(_close)
+
+    def _work(self) -> None:
+        """Fetch the most urgent shard that nobody else fetches, again and again."""
+        while True:
+            with self._changed:
+                while not self._closed and (index := self._next()) is None:
+                    self._changed.wait()
+                if self._closed or index is None:
+                    return
+                future = self._fetches[index.path]
+                future.set_running_or_notify_cancel()
+            try:
+                future.set_result(self._fetch(index))
+            except Exception as error:  # whatever it is, it is raised where the shard is read
+                future.set_exception(error)
+
+    def _next(self) -> ShardIndex | None:
+        waiting = (index for path, index in self._wanted.items() if not _is_begun(self._fetches[path]))
+        return next(waiting, None)
+
+    def _fetch(self, index: ShardIndex) -> int | None:
+        """Return a descriptor of the shard in the cache, fetched if it is not there; None where there is no room."""
+        if self._cache is None:
+            raise RuntimeError("no cache")
+        key = cache_key(_url(index), index.version or index.sha256 or index.digest, index.size)
+        descriptor = self._cache.open_or_add(key, index.size, lambda out: self._fetch_verified(index, out))
+        if descriptor is None and index.sha256 and index.path not in self._verified:
+            try:
+                self._fetch_verified(index, None)
+            except FaultError as fault:
+                if not fault.not_ranged:  # otherwise the reader will say that there is no room
+                    raise
+            else:
+                self._verified.add(index.path)
+        return descriptor
+
+    def _fetch_verified(self, index: ShardIndex, out: BinaryIO | None) -> None:
+        """Fetch a whole shard and verify it; without `out` nothing is kept."""
+        if out is not None and not index.sha256:
+            self._fetch_whole(index, out)
+            return
+        hashed = _Hashed(out)
+        for _ in range(CHECKSUM_ATTEMPTS):
+            self._fetch_whole(index, hashed)
+            if hashed.digest == index.sha256:
+                return
+        detail = f"sha256 is {hashed.digest}, manifest.json has {index.sha256}"
+        raise FaultError("wrong checksum", detail, lasting=True)
+
+    def _fetch_whole(self, index: ShardIndex, out: Output) -> None:
+        check_version(index, self._access)
+        fetch(_url(index), out, self._access, index.size, index.version)
+        check_version(index, self._access)
+
+
+class _Hashed:
+    """A file that is written from its beginning on, and its SHA-256; without `out` nothing is kept."""
+
+    def __init__(self, out: BinaryIO | None) -> None:
+        self._out, self._sha256 = out, hashlib.sha256()
+
+    def seek(self, offset: int, /) -> None:
+        self._sha256 = hashlib.sha256()
+        if self._out is not None:
+            self._out.seek(offset)
+
+    def write(self, data: bytes, /) -> None:
+        self._sha256.update(data)
+        if self._out is not None:
+            self._out.write(data)
+
+    @property
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def check_version(index: ShardIndex, access: Access) -> None:
+    """See that the server still has what was indexed.
+
+    Raises:
+        FaultError: it has not, or does not answer.
+    """
+    url = _url(index)
+    if url.scheme == "pipe":
+        return
+    now = facts(url, access)
+    if now.size != index.size:
+        raise FaultError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
+    if index.version and now.version != index.version:
+        raise FaultError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
+
+
+def cache_key(url: Url, version: str, size: int) -> str:
+    """Return the shard's name in the cache. What a pipe gives has a size only when it has been run."""
+    return key_of(url.address, version, 0 if url.scheme == "pipe" else size)
+
+
+def no_room(url: Url) -> DataError:
+    """Return the error of a shard that can only be read whole, and finds no room."""
+    return DataError(
+        "the shard can only be read whole, and the cache has no room for it beside the shards in use",
+        where=str(url),
+        fix="raise data.cache_gib, or lower data.shuffle_shards",
+    )
+
+
+def _is_begun(future: Fetch) -> bool:
+    return future.running() or future.done()
+
+
+def _failed(future: Fetch) -> bool:
+    return future.done() and future.exception() is not None
+
+
+def _had_no_room(future: Fetch) -> bool:
+    return future.done() and future.exception() is None and future.result() is None
+
+
+def _close(future: Fetch) -> None:
+    if future.exception() is None and (descriptor := future.result()) is not None:
+        os.close(descriptor)
+
+
+def _url(index: ShardIndex) -> Url:
+    if not isinstance(index.path, Url):
+        raise TypeError(f"not remote: {index.path}")
+    return index.path
