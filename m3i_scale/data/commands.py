@@ -19,24 +19,18 @@ from m3i_scale.data.options import (
     LabelsFile,
     Name,
     Output,
-    PerShard,
     Split,
-    Workers,
     choice,
     made_lines,
     print_summary,
     sample_bar,
 )
-from m3i_scale.data.shuffle_command import shuffle
 from m3i_scale.data.tools import commands as tools
 from m3i_scale.data.tools import reshard
-from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from m3i_scale.data.records import Record
-
-EMOJI_SAMPLES_PER_SHARD = 160
 
 shards_app = typer.Typer(
     no_args_is_help=True, help="Make WebDataset shards; look at, mend and rearrange those you have."
@@ -125,33 +119,6 @@ def make_manifest(
     _make(records, labels, output, name, split, options, {"source": "manifest"}, as_json)
 
 
-@make_app.command("emoji", epilog="Example: m3i-scale shards make emoji --output /data/emoji")
-def make_emoji(
-    output: Output,
-    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side of the pictures in pixels.")] = 128,
-    background: Annotated[str, typer.Option(help="white, or plain: one light colour per picture")] = "white",
-    noto_font: Annotated[Path | None, typer.Option(help="NotoColorEmoji.ttf; default: fetched with apt-get.")] = None,
-    limit: Annotated[int | None, typer.Option(min=64, help="Only so many concepts, for a quick try.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Keeps the packages; default: .cache beside the output.")] = None,
-    samples_per_shard: PerShard = EMOJI_SAMPLES_PER_SHARD,
-    workers: Workers = DEFAULT_WORKERS,
-    as_json: AsJson = False,
-) -> None:
-    """Emoji in four art styles with captions and nine categories; one style and whole families are held out."""
-    from m3i_scale.data.emoji import GROUPS, Background, emoji_records
-
-    records = emoji_records(
-        cache or output.parent / ".cache" / "emoji",
-        image_size=image_size,
-        background=choice("--background", background, Background),
-        noto_font=noto_font,
-        limit=limit,
-    )
-    options = ShardOptions(samples_per_shard=samples_per_shard, workers=workers)
-    licenses = {str(record.meta["source"]): str(record.meta["license"]) for record in records}
-    _make(records, GROUPS, output, "emoji", None, options, {"source": "emoji", "licenses": licenses}, as_json)
-
-
 @shards_app.command("index", epilog="Example: m3i-scale shards index '/data/cc12m/{00000..01242}.tar'")
 def index(
     shards: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single shards.")],
@@ -168,9 +135,6 @@ def index(
             found += build_index([path for path in paths if path.parent == folder], folder / "index")
     summary = {"shards": len(found), "samples": sum(map(len, found)), "bytes": sum(item.size for item in found)}
     print_summary(summary, as_json, f"{summary['shards']} shards, {summary['samples']} samples")
-
-
-shards_app.command("shuffle", epilog="Example: m3i-scale shards shuffle /data/shards/train --batch-size 1024")(shuffle)
 
 
 def _make(

@@ -33,8 +33,6 @@ LabelsFile = Annotated[
     Path | None,
     typer.Option("--labels", help="Class names: a JSON list, or one a line; default: as found in the input."),
 ]
-Streams = Annotated[int, typer.Option(min=1, help="data.streams, for how uniform batches are.")]
-ShuffleShards = Annotated[int, typer.Option(min=1, help="data.shuffle_shards, likewise.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 
 DEFAULTS = ShardOptions()

@@ -27,7 +27,7 @@ from m3i_scale.data.tools.tar import (
     read_members,
     read_shard,
 )
-from m3i_scale.data.tools.verify import Rules, faults_of, good_label
+from m3i_scale.data.tools.verify import Rules, faults_of
 from m3i_scale.errors import DataError
 
 EXAMPLES = 3
@@ -66,8 +66,6 @@ class ShardReport:
     """Digests of the keys of samples that are good, or that `--repair` mends."""
     members: Counter[str]
     others: int
-    labels: Counter[int] = field(default_factory=Counter)
-    """Good labels of samples."""
 
     @property
     def clean(self) -> bool:
@@ -157,8 +155,7 @@ def check_shard(task: ShardTask) -> ShardReport:
     """Look at one shard."""
     raw = read_shard(task.path)
     members: Counter[str] = Counter()
-    labels: Counter[int] = Counter()
-    faults = raw.faults + [fault for sample in _contents(raw, task.rules, members, labels) for fault in sample.faults]
+    faults = raw.faults + [fault for sample in _contents(raw, task.rules, members) for fault in sample.faults]
     faults += claim_faults(raw, task.claims)
     kept = [sample for sample in raw.samples if {fault.reason for fault in sample.faults} <= {SCATTERED}]
     return ShardReport(
@@ -173,11 +170,10 @@ def check_shard(task: ShardTask) -> ShardReport:
         ),
         members=members,
         others=raw.others,
-        labels=labels,
     )
 
 
-def _contents(raw: RawShard, rules: Rules, members: Counter[str], labels: Counter[int]) -> Iterator[RawSample]:
+def _contents(raw: RawShard, rules: Rules, members: Counter[str]) -> Iterator[RawSample]:
     if not raw.samples:
         return
     with raw.path.open("rb") as stream:
@@ -186,19 +182,16 @@ def _contents(raw: RawShard, rules: Rules, members: Counter[str], labels: Counte
             if sample.size > rules.max_sample_bytes:
                 sample.blame("sample too large", f"{sample.size} bytes, the limit is {rules.max_sample_bytes}")
             elif not any(fault.reason == "cut off" for fault in sample.faults):
-                for reason, detail in _faults(stream, sample, rules, labels):
+                for reason, detail in _faults(stream, sample, rules):
                     sample.blame(reason, printable(detail))
             yield sample
 
 
-def _faults(stream: BinaryIO, sample: RawSample, rules: Rules, labels: Counter[int]) -> list[tuple[str, str]]:
+def _faults(stream: BinaryIO, sample: RawSample, rules: Rules) -> list[tuple[str, str]]:
     try:
         members = read_members(stream, sample)
     except OSError as error:
         return [("cannot be read", str(error))]
-    label = good_label(members, rules)
-    if label is not None:
-        labels[label] += 1
     return faults_of(members, rules)
 
 

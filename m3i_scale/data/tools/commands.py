@@ -13,20 +13,15 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
-from m3i_scale.data.shuffle_command import shuffle_lines
+from m3i_scale.data.options import AsJson, Shards, Workers, print_summary
 from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
-from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES, SHUFFLE_SHARDS, STREAMS
-from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
+from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.output import print_json, wide_console
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help has not
-    from m3i_scale.data.shuffle import ShuffleQuality
     from m3i_scale.data.tools.check import CheckReport
 
-BATCH_SIZE = 256
-
-BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
 
 
@@ -50,18 +45,13 @@ def check(
     max_sample_bytes: Annotated[
         int, typer.Option(min=1, help="Larger samples are bad, as in data.max_sample_bytes.")
     ] = MAX_SAMPLE_BYTES,
-    streams: Streams = STREAMS,
-    shuffle_shards: ShuffleShards = SHUFFLE_SHARDS,
-    batch_size: BatchSize = BATCH_SIZE,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every member of every sample, and say how uniform batches will be.
+    """Verify every member of every sample.
 
     Exit code 2 where something is bad; nothing is changed.
     """
-    from m3i_scale.config import DataConfig
-    from m3i_scale.data.shares import check_shares
     from m3i_scale.data.tools.check import check_shards
     from m3i_scale.data.tools.repair import repair
     from m3i_scale.data.tools.verify import Rules
@@ -71,7 +61,6 @@ def check(
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
     if repair_to is not None:
         refuse_existing(repair_to)
-    check_shares(DataConfig(streams=streams), micro_batch_size=batch_size, world_size=1)
     rules = Rules(
         max_image_pixels,
         classes,
@@ -89,15 +78,14 @@ def check(
             quarantine=quarantine,
             advance=advance,
         )
-    quality = _shuffle(report, streams, shuffle_shards, batch_size)
-    summary = {**report.summary(), "shuffle": None if quality is None else quality.to_json()}
+    summary = report.summary()
     if repair_to is not None:
         with made_whole(repair_to) as folder:
             summary["repair"] = {"output": str(repair_to), **repair(report, folder, workers, link)}
     if as_json:
         print_json(summary)
     else:
-        _print_check(report, summary, quality, quarantine)
+        _print_check(report, summary, quarantine)
     if report.bad:
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -164,27 +152,7 @@ def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator
         yield lambda size: bar.advance(task, size)
 
 
-def _shuffle(report: CheckReport, streams: int, shuffle_shards: int, batch_size: int) -> ShuffleQuality | None:
-    """Of the samples that are there, good or bad; a note says why there is none."""
-    from m3i_scale.data.shuffle import shuffle_quality
-
-    try:
-        return shuffle_quality(
-            [shard.samples for shard in report.shards if shard.samples],
-            labels=[shard.labels for shard in report.shards if shard.samples],
-            streams=streams,
-            shuffle_shards=shuffle_shards,
-            batch_size=batch_size,
-            where=report.source,
-        )
-    except DataError as error:
-        report.notes.append(f"how uniform batches will be is not known: {error.what} (--streams, --batch-size)")
-        return None
-
-
-def _print_check(
-    report: CheckReport, summary: dict[str, Any], quality: ShuffleQuality | None, quarantine: Path | None
-) -> None:
+def _print_check(report: CheckReport, summary: dict[str, Any], quarantine: Path | None) -> None:
     console = wide_console(soft_wrap=True, markup=False, highlight=False)
     if summary["reasons"]:
         table = Table("reason", "count", "for example")
@@ -197,8 +165,6 @@ def _print_check(
         f"{summary['samples']} samples in {summary['shards']} shards: {summary['bad_samples']} bad samples, "
         f"{summary['shards'] - summary['clean_shards']} bad shards"
     )
-    for line in () if quality is None else shuffle_lines(quality)[1:]:
-        console.print(line)
     for note in report.notes:
         console.print(f"note: {note}")
     if quarantine is not None:

@@ -45,16 +45,6 @@ def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str
     return faults
 
 
-def good_label(members: Mapping[str, bytes], rules: Rules) -> int | None:
-    """The label of a sample; None where it has none, or one that is not good."""
-    if "cls" not in members or rules.classes is None:
-        return None
-    try:
-        return read_annotations({"cls": members["cls"]}, rules.classes).label
-    except BadSampleError:
-        return None
-
-
 def image_extensions(members: Mapping[str, bytes]) -> list[str]:
     """The image members, the one that the loader takes first."""
     return [extension for extension in IMAGE_EXTENSIONS if extension in members]
