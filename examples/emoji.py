@@ -26,11 +26,12 @@ from typing import Annotated, Literal
 import typer
 from PIL import Image
 
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.make import make_shards
+from m3i_scale.data.images import to_png
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
-from m3i_scale.data.records import Record, to_png
-from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+from m3i_scale.data.parallel import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.output import reserve_stdout
 
@@ -127,11 +128,11 @@ class Art:
     size: int
     background: tuple[int, int, int]
 
-    def encoded(self) -> tuple[bytes, str]:
-        """See `ImageSource`."""
+    def read(self) -> bytes:
+        """See `Drawn`."""
         canvas = Image.new("RGBA", (self.size, self.size), (*self.background, 255))
         canvas.alpha_composite(self._centred())
-        return to_png(canvas), "png"
+        return to_png(canvas)
 
     def alpha(self) -> Image.Image:
         """How opaque the art is in every pixel, 0 … 255."""
@@ -167,8 +168,8 @@ class ArtMask:
     art: Art
     label: int
 
-    def mask(self) -> bytes:
-        """See `MaskSource`."""
+    def read(self) -> bytes:
+        """See `Drawn`."""
         buffer = io.BytesIO()
         inside = [0] * 128 + [self.label] * 128
         self.art.alpha().point(inside).save(buffer, "PNG")
@@ -235,7 +236,7 @@ def _record(style: Style, concept: Concept, held_out: bool, image_size: int, bac
             "license": style.license,
         },
         split=val if held_out else train,
-        size_hint=image_size * image_size // 3,
+        size=image_size * image_size // 3,
     )
 
 
@@ -491,11 +492,9 @@ def main(
     licenses = {str(record.meta["source"]): str(record.meta["license"]) for record in records}
     with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
-            records,
+            Listed(records, GROUPS, source="emoji", licenses=licenses),
             output,
-            labels=GROUPS,
             name="emoji",
-            info={"source": "emoji", "licenses": licenses},
             options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),
             progress=tell,
         )

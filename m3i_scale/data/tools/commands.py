@@ -1,4 +1,4 @@
-"""`m3i-scale shards check | stats | peek`: look at shards, whoever made them."""
+"""`m3i-scale shards check | stats | peek | split | merge`: look at shards, whoever made them, and rearrange them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.data.options import AsJson, Shards, Workers, print_summary
-from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
+from m3i_scale.data.make.cut import Cut, parse_splits
+from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, made_lines, print_summary, takes_cut
+from m3i_scale.data.parallel import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.output import print_json, wide_console
@@ -52,10 +53,10 @@ def check(
 
     Exit code 2 where something is bad; nothing is changed.
     """
+    from m3i_scale.data.make.write import made_whole, refuse_existing
     from m3i_scale.data.tools.check import check_shards
     from m3i_scale.data.tools.repair import repair
     from m3i_scale.data.tools.verify import Rules
-    from m3i_scale.data.whole import made_whole, refuse_existing
 
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
@@ -100,11 +101,11 @@ def stats(
     from m3i_scale.data.tools.stats import stats_of
 
     with progress_bar([shards], quiet=as_json) as advance:
-        found = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
+        counts = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
     if as_json:
-        print_json(found)
+        print_json(counts)
     else:
-        _print_stats(found)
+        _print_stats(counts)
 
 
 def look(
@@ -137,9 +138,58 @@ def look(
     print_summary(summary, as_json, shown)
 
 
+@takes_cut
+def split(
+    shards: Shards,
+    output: Output,
+    cut: Cut,
+    name: Name = "images",
+    shares: Annotated[
+        str | None, typer.Option(help="Of samples by split, drawn by a hash of the key: train=0.95,val=0.05")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Field of the json members; samples with the same value stay together.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Deal samples into splits, or only cut shards anew. Contents of members stay as they are."""
+    from m3i_scale.data.tools.rearrange import split_shards
+
+    with progress_bar([shards], quiet=as_json, times=2) as advance:
+        summary = split_shards(
+            shards,
+            output,
+            cut=cut,
+            name=name,
+            shares=None if shares is None else parse_splits(shares),
+            group=group,
+            advance=advance,
+        )
+    print_summary(summary, as_json, _rearranged(summary, output))
+
+
+@takes_cut
+def merge(
+    sources: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single tars.")],
+    output: Output,
+    cut: Cut,
+    name: Name = "images",
+    keys: Annotated[
+        str, typer.Option(help="refuse keys that repeat, or prefix all with number of source and name of shard")
+    ] = "refuse",
+    as_json: AsJson = False,
+) -> None:
+    """Put the samples of several sources into one folder; label sets are joined by the names of the classes."""
+    from m3i_scale.data.tools.rearrange import Keys, merge_shards
+
+    with progress_bar(sources, quiet=as_json, times=2) as advance:
+        summary = merge_shards(sources, output, cut=cut, name=name, keys=choice("--keys", keys, Keys), advance=advance)
+    print_summary(summary, as_json, _rearranged(summary, output))
+
+
 @contextmanager
 def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None] | None]:
-    """A bar over the bytes of all shards, which are read so many times."""
+    """Show a bar over the bytes of all shards, which are read so many times."""
     if quiet:
         yield None
         return
@@ -179,31 +229,39 @@ def _print_check(report: CheckReport, summary: dict[str, Any], quarantine: Path 
         )
 
 
-def _print_stats(found: dict[str, Any]) -> None:
+def _print_stats(counts: dict[str, Any]) -> None:
     console = wide_console(soft_wrap=True, markup=False, highlight=False)
-    console.print(f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB")
-    console.print("  ".join(f"{name}: {share:.1%}" for name, share in found["share_with"].items()))
-    console.print("  ".join(f"{name}: {count}" for name, count in found["formats"].items()))
+    console.print(f"{counts['samples']} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB")
+    console.print("  ".join(f"{name}: {share:.1%}" for name, share in counts["share_with"].items()))
+    console.print("  ".join(f"{name}: {count}" for name, count in counts["formats"].items()))
     table = Table("", "min", "5 %", "median", "95 %", "max", "mean")
     for name in ("width", "height", "aspect_ratio", "image_bytes", "caption_characters", "caption_words"):
-        values = found[name]
+        values = counts[name]
         if values:
             picked = (values[share] for share in ("0%", "5%", "50%", "95%", "100%", "mean"))
             table.add_row(name.replace("_", " "), *(f"{value:g}" for value in picked))
     console.print(table)
-    classes = found["classes"]
+    classes = counts["classes"]
     if classes["present"]:
         console.print(
             f"{classes['present']} classes ({classes['absent']} absent), as many as {classes['effective']:g} equal "
             f"ones; the largest holds {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
         )
-    for kind, facts in found["duplicates"].items():
+    for kind, facts in counts["duplicates"].items():
         example = f", e.g. {' = '.join(facts['examples'][0])}" if facts["examples"] else ""
         console.print(f"equal {kind}: {facts['groups']} groups, {facts['beyond_first']} beyond the first{example}")
-    for reason, count in found["bad"].items():
+    for reason, count in counts["bad"].items():
         console.print(f"not counted: {count} × {reason}")
 
 
 def _plain(*cells: object) -> list[Any]:
-    """Cells whose brackets are no markup."""
+    """Make cells whose brackets are no markup."""
     return [Text(str(cell)) for cell in cells]
+
+
+def _rearranged(summary: dict[str, Any], output: Path) -> str:
+    splits = summary.get("splits", {"": summary})
+    lines = made_lines({"splits": splits}, output)
+    if summary["tokenizer"] is None:
+        lines.append("no tokenizer: the sources have none, or different ones; recipes with text need text.tokenizer")
+    return "\n".join(lines)
