@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.output import print_json, reserve_stdout
 
 reserve_stdout()  # before DeepSpeed is imported, which already prints
 
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+EMOJI = Path(__file__).resolve().parent.parent / "examples" / "emoji.py"
 
 
 def machine() -> dict[str, object]:
@@ -39,6 +42,18 @@ def need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         say(f"error: this benchmark needs '{package}'\n  fix: python -m pip install -e '.[test]'")
         sys.exit(EXIT_USER_ERROR)
+
+
+def emoji_shards() -> Path:
+    """The emoji set of the examples: in M3I_EMOJI_FOLDER or data/emoji, made where it is missing."""
+    folder = Path(os.environ.get("M3I_EMOJI_FOLDER", "data/emoji"))
+    if not folder.exists():
+        say(f"making the emoji shards in {folder}")
+        font = os.environ.get("M3I_NOTO_FONT")
+        command = [sys.executable, str(EMOJI), "--output", str(folder), *(["--noto-font", font] if font else [])]
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            raise ConfigError("the emoji shards could not be made, see above", fix="or name other shards with --data")
+    return folder
 
 
 def in_turn(sides: dict[str, Callable[[], None]], *, repeats: int, warmup: int = 2) -> dict[str, float]:

@@ -22,7 +22,7 @@ from _cost import count_flop, recipe_step, synthetic_batch
 from transformers import AutoTokenizer
 
 from m3i_scale.config import RunConfig, load_run, parse_section
-from m3i_scale.data.whole import FACTS
+from m3i_scale.data.make.write import FACTS
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.objective.recipe import parse_recipe
 

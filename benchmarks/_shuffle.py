@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from clumping import closeness, correlation
 from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.data.shuffle import closeness, correlation
 
 Indices = NDArray[np.int64]
 IMAGE_SIZE = 8

@@ -12,16 +12,14 @@ Libraries that are not installed are named with the reason; `python -m pip insta
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import typer
-from _common import emit, machine, say
+from _common import emit, emoji_shards, machine, say
 from _loaders import Corpus, make_corpus
 from _loaders_process import Process
 from _loaders_sides import OURS, SIDES, prepare
@@ -94,19 +92,7 @@ def _corpus(data: Path | None, place: Path, samples: int, kind: str, crop: int) 
             raise ConfigError(f"it holds {made} samples of kind {kind}", where=str(place), fix="give another --folder")
         return Corpus(place, made, kind)
     say("making the layouts …")
-    return make_corpus(data if data is not None else _emoji() / "train", place, samples, kind, crop)
-
-
-def _emoji() -> Path:
-    folder = Path(os.environ.get("M3I_EMOJI_FOLDER", "data/emoji"))
-    if not folder.exists():
-        say(f"making the emoji shards in {folder}")
-        command = [sys.executable, "-m", "m3i_scale", "shards", "make", "emoji", "--output", str(folder)]
-        font = os.environ.get("M3I_NOTO_FONT")
-        done = subprocess.run([*command, *(["--noto-font", font] if font else [])], stdout=sys.stderr, check=False)
-        if done.returncode:
-            raise ConfigError("the emoji shards could not be made, see above", fix="or name other shards with --data")
-    return folder
+    return make_corpus(data if data is not None else emoji_shards() / "train", place, samples, kind, crop)
 
 
 def _prepare(corpus: Corpus, names: list[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import typer
-from _common import emit, machine, need, say
+from _common import emit, emoji_shards, machine, need, say
 from _one_stage import (
     ABLATIONS,
     BATCH,
@@ -35,7 +35,6 @@ from _one_stage import (
     open_data,
     run_values,
     stop_all,
-    tool,
 )
 from _one_stage_report import markdown, plot
 from filelock import FileLock, Timeout
@@ -49,7 +48,7 @@ LEVEL = 0.95
 
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
-    data: Path = typer.Option(None, help="Folder of `m3i-scale shards make` with train and val; default: emoji."),
+    data: Path = typer.Option(None, help="Folder of shards with train and val; default: the emoji set."),
     output: Path = typer.Option(Path("runs/one_stage"), help="Keeps every training's result."),
     budget: float = typer.Option(6.0, min=1e-6, help="TFLOP of one training."),
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
@@ -104,7 +103,7 @@ def compare(
 ) -> dict[str, Any]:
     """All trainings, in parallel, and what they come to."""
     entries, others = chosen
-    data = open_data(folder if folder is not None else _emoji())
+    data = open_data(folder if folder is not None else emoji_shards())
     every = [UNTRAINED, *entries, *others]
     jobs = [
         job for entry in every for job in _jobs(entry, data, output, budget, seeds, points if entry in entries else 1)
@@ -164,18 +163,6 @@ def _document(by_name: dict[str, list[dict[str, Any]]], entries: list[Entry], ot
     }
     document["not_measured"] = {entry.name: by_name[entry.name][0]["not_measured"] for entry in entries}
     return document
-
-
-def _emoji() -> Path:
-    """The built-in set, made where it is missing."""
-    folder = Path(os.environ.get("M3I_EMOJI_FOLDER", "data/emoji"))
-    if not folder.exists():
-        font = os.environ.get("M3I_NOTO_FONT")
-        say(f"making the emoji shards in {folder}")
-        log = folder.parent / "emoji.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        tool(["shards", "make", "emoji", "--output", str(folder), *(["--noto-font", font] if font else [])], log, {})
-    return folder
 
 
 def _jobs(entry: Entry, data: DataSet, output: Path, budget: float, seeds: int, points: int) -> list[Job]:

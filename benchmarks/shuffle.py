@@ -1,7 +1,7 @@
 """How far from uniform batches are: our order, webdataset's and Megatron-Energon's, with the samples each holds for it.
 
 All read the same shards: one class a shard, as a crawl, a sort or a download leaves them. Measured is the order in
-which keys really came, over two passes, with the measures of `m3i-scale shards shuffle`.
+which keys really came, over two passes, with the measures of `benchmarks/clumping.py`.
 
     python benchmarks/shuffle.py --json
 """

@@ -31,6 +31,7 @@ from m3i_scale.errors import EXIT_USER_ERROR, DataError, UserError
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 RUN_FILE = "launchers/quickstart.yaml"
+EMOJI = "examples/emoji.py"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)
 COMMAND = [sys.executable, "-m", "m3i_scale"]
 TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config", "data", "backbones", "objective", "scale", "run"))
@@ -120,7 +121,9 @@ def make_shards(output: Path) -> list[str]:
             raise DataError("the folder of the shards is there, and holds none", where=str(output), fix="remove it")
     else:
         font = os.environ.get("M3I_NOTO_FONT")
-        tool("shards", "make", "emoji", "--output", str(output), *(["--noto-font", font] if font else []))
+        command = [sys.executable, EMOJI, "--output", str(output), *(["--noto-font", font] if font else [])]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError("the emoji shards could not be made", where=f"{EMOJI} --output {output}", why="see above")
     splits = ("train", "val", "style")
     counts = {split: json.loads((output / split / "sizes.json").read_text(encoding="utf-8")) for split in splits}
     return [f"{split}: {sum(sizes.values())} samples in {len(sizes)} shards" for split, sizes in counts.items()]
@@ -221,7 +224,7 @@ def main(overrides: list[str]) -> None:
     state = run.output_dir / "quickstart"
     done, model = Stages(state), run.output_dir / "export"
     shards = Stages(folder / ".quickstart")  # outlives the run
-    ran = "m3i-scale shards make emoji"
+    ran = EMOJI
     shards.run("shards", ran, folder, lambda: make_shards(folder), shards.key({}, ()))
     done.before = hashlib.sha256((folder / "train" / "manifest.json").read_bytes()).hexdigest()
     done.rows = shards.rows

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -104,6 +105,24 @@ def test_engines_are_compared_on_two_ranks():
         assert sum(told["phases"][stage].values()) == pytest.approx(1.0)
         assert min(told["phases"][stage].values()) > 0
         assert told["momentum_share"][stage] == told["phases"][stage]["momentum"]
+
+
+def test_the_figure_of_a_shuffle(monkeypatch):
+    """One for uniform draws, the most for batches in stored order, and in between as the closed form has it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from clumping import batches_of, closeness, correlation
+
+    sizes, random_numbers = [40] * 25, np.random.default_rng(0)
+    uniform = closeness((random_numbers.permutation(1000)[:50] for _ in range(800)), sizes)
+    assert uniform.clumping == pytest.approx(1, abs=0.06)
+    assert uniform.own_shard == pytest.approx(39 / 999, abs=0.001)
+    stored = closeness(np.arange(1000).reshape(-1, 40), sizes)
+    assert (stored.own_shard, stored.clumping) == (1.0, pytest.approx(40 * 999 / 960))  # B (N − 1) / (N − B)
+    assert closeness(np.arange(1000).reshape(25, 40).T, sizes).clumping == pytest.approx(0)
+    ours = closeness(batches_of([250] * 128, 8, 4, 256, 0), [250] * 128)
+    assert ours.clumping == pytest.approx(1 + 31 / 4 - 32 / 16, rel=0.1)
+    order = random_numbers.permutation(5000)
+    assert correlation(order, order[::-1]) == pytest.approx(-1)
 
 
 def test_shuffles_are_compared_as_observed():

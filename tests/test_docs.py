@@ -183,7 +183,7 @@ def test_the_commands_of_a_page_run(page, after_readme, forks):
 def test_files_of_commands_that_are_not_run_exist(page):
     for block in blocks(page, "console"):
         for word in shlex.split(block, comments=True):
-            if re.match(r"(launchers|benchmarks|ds_configs|recipes|tests)/\w", word):
+            if re.match(r"(launchers|benchmarks|examples|ds_configs|recipes|tests)/\w", word):
                 assert (ROOT / word).exists(), f"{name_of(page)}: {word}"
 
 

@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 
 from m3i_scale.config import load_run
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.make import make_shards
-from m3i_scale.data.records import FileImage, FileMask, Record
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError, UserError
 
 pytestmark = pytest.mark.bench
@@ -50,16 +50,16 @@ def folder(tmp_path_factory):
         records.append(
             Record(
                 f"d{number}",
-                FileImage(root / f"{number}.png"),
+                root / f"{number}.png",
                 caption=f"a {LABELS[label]} disc, number {number % 8}",
                 label=label,
                 meta={"concept": f"c{number}", "family": f"f{number // 2}"},
                 split="val" if number % 4 == 0 else "train",
-                mask=FileMask(root / f"{number}-mask.png"),
+                mask=root / f"{number}-mask.png",
             )
         )
     options = ShardOptions(multiple_of=4, vocabulary=64)
-    make_shards(records, root / "shards", labels=LABELS, name="d", options=options)
+    make_shards(Listed(records, LABELS), root / "shards", name="d", options=options)
     return root / "shards"
 
 

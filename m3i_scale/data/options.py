@@ -1,10 +1,13 @@
-"""Options that the commands of `m3i-scale shards` share."""
+"""Options that the commands of `m3i-scale shards` share; sets of them are defined once, and make an object."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -12,47 +15,149 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from m3i_scale.data.cut import ShardOptions
+from m3i_scale.data.make.cut import Cut, ShardOptions, parse_splits
+from m3i_scale.data.parallel import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.output import print_json
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
-    from m3i_scale.data.make import Progress as Tell
+    from m3i_scale.data.make.records import Input
+    from m3i_scale.data.make.shards import Progress as Tell
 
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
 Output = Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")]
 Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
-Split = Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")]
 PerShard = Annotated[int, typer.Option(help="At most so many samples a shard.")]
-MaxMb = Annotated[float, typer.Option(help="About so many megabytes a shard at most.")]
-MultipleOf = Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")]
-Vocabulary = Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and count what cannot be used.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]
 LabelsFile = Annotated[
     Path | None,
     typer.Option("--labels", help="Class names: a JSON list, or one a line; default: as found in the input."),
 ]
-Streams = Annotated[int, typer.Option(min=1, help="data.streams, for how uniform batches are.")]
-ShuffleShards = Annotated[int, typer.Option(min=1, help="data.shuffle_shards, likewise.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 
-DEFAULTS = ShardOptions()
+Command = Callable[..., None]
+Parts = Mapping[str, tuple[Any, Any]]
+"""Type and default of every option, by name; no default: `inspect.Parameter.empty`."""
+_DEFAULTS = ShardOptions()
+_SIZES: Parts = {
+    "samples_per_shard": (PerShard, _DEFAULTS.samples_per_shard),
+    "max_mb": (Annotated[float, typer.Option(help="About so many megabytes a shard at most.")], _DEFAULTS.max_mb),
+    "multiple_of": (
+        Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")],
+        _DEFAULTS.multiple_of,
+    ),
+    "workers": (Workers, DEFAULT_WORKERS),
+}
+_MAKE: Parts = {
+    "output": (Output, inspect.Parameter.empty),
+    "name": (Name, "images"),
+    "split": (
+        Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")],
+        None,
+    ),
+    **_SIZES,
+    "vocabulary": (
+        Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")],
+        _DEFAULTS.vocabulary,
+    ),
+    "skip_bad": (
+        Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
+        _DEFAULTS.skip_bad,
+    ),
+    "as_json": (AsJson, False),
+}
+_CUT: Parts = {
+    "shard_count": (
+        Annotated[int | None, typer.Option("--shards", min=1, help="Exactly so many shards, of every split.")],
+        None,
+    ),
+    **_SIZES,
+    "keep_order": (
+        Annotated[
+            bool, typer.Option("--keep-order", help="Fill shards in order of the input, not by a hash of the key.")
+        ],
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Making:
+    """What all commands of `shards make` take beside their input."""
+
+    output: Path
+    name: str
+    split: str | None
+    options: ShardOptions
+    as_json: bool
+
+    def make(self, source: Input) -> None:
+        """Make the shards, and tell what was made."""
+        from m3i_scale.data.make.shards import make_shards
+
+        with sample_bar(quiet=self.as_json) as tell:
+            summary = make_shards(
+                source,
+                self.output,
+                name=self.name,
+                options=self.options,
+                shares=None if self.split is None else parse_splits(self.split),
+                progress=tell,
+            )
+        print_summary(summary, self.as_json, "\n".join(made_lines(summary, self.output)))
+
+
+def takes_making(command: Command) -> Command:
+    """Give a command the options of everything that makes shards, in place of the parameter `making`."""
+    return _expanded(command, "making", _MAKE, _making)
+
+
+def takes_cut(command: Command) -> Command:
+    """Give a command the options of everything that cuts shards anew, in place of the parameter `cut`."""
+    return _expanded(command, "cut", _CUT, _cut)
+
+
+def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> Making:
+    return Making(output, name, split, ShardOptions(**options), as_json)
+
+
+def _cut(shard_count: int | None, keep_order: bool, **sizes: Any) -> Cut:
+    return Cut(ShardOptions(**sizes), shard_count, keep_order)
+
+
+def _expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:
+    """Return the command with options of the command line in place of a parameter, which is what typer looks at."""
+    signature = inspect.signature(command, eval_str=True)
+    keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    options = [keyword(name, default=default, annotation=kind) for name, (kind, default) in parts.items()]
+    named: list[inspect.Parameter] = []
+    for known in signature.parameters.values():
+        named += options if known.name == parameter else [known.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        made = build(**{name: given.pop(name) for name in parts})
+        command(**given, **{parameter: made})
+
+    call.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    call.__annotations__ = {known.name: known.annotation for known in named}
+    return call
 
 
 def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
-    """What `make` tells of every split."""
+    """Tell of every split what was made, and of what was left out."""
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
         f"caption, {facts['with_mask']} with mask) in {facts['shards']} shards"
         for which, facts in summary["splits"].items()
     ]
-    return lines + [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
+    lines += [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
+    return lines + ([f"each of them: {summary['skipped_list']}"] if "skipped_list" in summary else [])
 
 
 @contextmanager
 def sample_bar(quiet: bool) -> Iterator[Tell | None]:
-    """A bar over samples; none where standard output is a JSON document."""
+    """Show a bar over samples; none where standard output is a JSON document."""
     if quiet:
         yield None
         return
@@ -63,7 +168,7 @@ def sample_bar(quiet: bool) -> Iterator[Tell | None]:
 
 
 def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    """One JSON document, or text."""
+    """Print one JSON document, or text."""
     if as_json:
         print_json(summary)
     else:
@@ -71,7 +176,7 @@ def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def choice(option: str, value: str, kind: Any) -> Any:
-    """A value out of a `Literal`.
+    """Return a value of a `Literal`.
 
     Raises:
         ConfigError: another one.

@@ -80,7 +80,7 @@ class ShardReader:
         self._activity.end()
         if head_of(data) != index.heads_N[number]:
             raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
-        return parse_members(data, str(index.path), scanned=True)
+        return parse_members(data, str(index.path))
 
     def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex]) -> None:
         """Tell which remote shards a stream reads now and next; see `RemoteShards`."""
@@ -125,13 +125,12 @@ class ShardReader:
         return self._open[path]
 
 
-def parse_members(data: bytes, url: str, *, scanned: bool = False) -> dict[str, bytes]:
+def parse_members(data: bytes, url: str) -> dict[str, bytes]:
     """The one sample in a piece of tar, grouped as webdataset does it.
 
     Args:
-        data: whole members.
+        data: whole members, whose headers are those of the index.
         url: the shard.
-        scanned: see `plain_members`.
 
     Raises:
         BadSampleError: no sample, several, or a member twice.
@@ -139,7 +138,7 @@ def parse_members(data: bytes, url: str, *, scanned: bool = False) -> dict[str, 
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
-        found = plain_members(data, scanned=scanned)
+        found = plain_members(data)
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
         files = found if found is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
         samples = list(group_by_keys({**file, "__url__": url} for file in files))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from m3i_scale.data.images import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, fault_text, mask_fault
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.records import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, fault_text, mask_fault
 from m3i_scale.defaults import MAX_CAPTION_BYTES
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")

@@ -12,19 +12,19 @@ import math
 import os
 import struct
 import tarfile
-import tempfile
 import tokenize
+import uuid
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.tariterators import base_plus_ext
 
 from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.tar import read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
@@ -34,10 +34,6 @@ TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
 two blocks of zeros, and padding up to a whole record."""
 PROBES = 16
 """Samples whose headers are compared where the time of a shard is not that of its index."""
-MAX_NAME = 1_024
-"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
-MAX_HEADER_BYTES = 16_384
-"""Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -68,7 +64,7 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """Of all headers: the same wherever a copy of the shard lies, another one for other samples."""
+        """A digest of all headers: the same wherever a copy of the shard lies, another one for other samples."""
         return hashlib.sha256(self.heads_N.astype("<u4").tobytes()).hexdigest()[:16]
 
 
@@ -91,88 +87,17 @@ def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.in
     """Read all headers of a tar: `ranges_N2` and `heads_N` of its index.
 
     Raises:
-        DataError: not a tar, truncated, no samples, a key in two places, data behind the end mark, or members that no
-            shard should have (absolute paths, `..`, links, devices).
+        DataError: see `read_strictly`.
         OSError: the stream cannot be read.
     """
-    ranges: list[list[int]] = []
-    heads: list[int] = []
-    keys: set[str] = set()
-    current: str | None = None
-    try:
-        with tarfile.open(fileobj=headers_of(stream), mode="r:") as tar:
-            for member in tar:
-                _refuse_hostile(member, path)
-                end = member.offset_data + member.size
-                if end > size:
-                    raise _truncated(path)
-                key = _key(member)
-                stream.seek(member.offset)  # just read, so it is still in the buffer
-                head = stream.read(member.offset_data - member.offset)
-                if key is None:
-                    current = None
-                elif key == current:
-                    ranges[-1][1] = end
-                    heads[-1] = zlib.crc32(head, heads[-1])
-                elif key in keys:
-                    raise DataError(
-                        f"members of sample '{key}' do not lie together",
-                        where=str(path),
-                        fix="`m3i-scale shards check SHARDS --repair FOLDER` writes a copy in which they do",
-                    )
-                else:
-                    keys.add(key)
-                    current = key
-                    ranges.append([member.offset, end])
-                    heads.append(zlib.crc32(head))
-            end_of_members = tar.offset
-    except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError) as error:
-        # Of a made-up header tarfile says so in its own way: a negative size, thousands of headers for one member.
-        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
-    if end_of_members > size or not _is_closed(stream, end_of_members, size):
-        raise _truncated(path)
-    if any(any(piece) for piece in iter(lambda: stream.read(1 << 20), b"")):
-        raise DataError(
-            f"data lie behind the end of the tar, which is at byte {end_of_members} of {size}",
-            where=str(path),
-            why="several tars in one file, most likely: readers stop at the first end, so the others would be left out",
-            fix="keep the tars apart, or join them by `tar --concatenate`; `tar --ignore-zeros -x` unpacks this one",
-        )
-    if not ranges:
-        raise DataError("the shard holds no samples", where=str(path), fix="remove it, or make it anew")
-    return np.asarray(ranges, dtype=np.int64), np.asarray(heads, dtype=np.uint32)
-
-
-class _HeaderFile:
-    """The part of a file that tarfile may see: short reads."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.name = getattr(stream, "name", "")
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        return self._stream.read(size)
-
-    def seek(self, offset: int) -> int:
-        return self._stream.seek(offset)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def close(self) -> None:
-        """The owner closes the file."""
-
-
-def headers_of(stream: BinaryIO) -> BinaryIO:
-    """Open a tar of which tarfile can read headers, none of them large, and nothing else."""
-    return cast(BinaryIO, _HeaderFile(stream))
+    samples = read_strictly(stream, size, str(path)).samples
+    ranges = np.asarray([[sample.start, sample.end] for sample in samples], dtype=np.int64)
+    return ranges, np.asarray([sample.head for sample in samples], dtype=np.uint32)
 
 
 def head_of(data: bytes) -> int | None:
-    """`heads_N` of the sample in a piece of tar; None where that is no piece of tar."""
-    found, offset = 0, 0
+    """Compute `heads_N` of the sample in a piece of tar; None where that is no piece of tar."""
+    head, offset = 0, 0
     while offset < len(data):
         header = data[offset : offset + tarfile.BLOCKSIZE]
         size = _member_size(header)
@@ -180,11 +105,11 @@ def head_of(data: bytes) -> int | None:
             return None
         blocks = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         offset += tarfile.BLOCKSIZE
-        found = zlib.crc32(header, found)
+        head = zlib.crc32(header, head)
         if header[156:157] in _EXTENSIONS:  # what follows belongs to the next header: a long name, say
-            found = zlib.crc32(data[offset : offset + blocks], found)
+            head = zlib.crc32(data[offset : offset + blocks], head)
         offset += blocks
-    return found
+    return head
 
 
 def _member_size(header: bytes) -> int | None:
@@ -193,46 +118,6 @@ def _member_size(header: bytes) -> int | None:
         return int.from_bytes(field[1:], "big")  # of 8 GiB and more
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None
-
-
-def _key(member: tarfile.TarInfo) -> str | None:
-    """The sample a member belongs to, as webdataset sees it; None for what it skips."""
-    if not member.isreg() or member.name.startswith("__"):
-        return None
-    key: str | None = base_plus_ext(member.name)[0]
-    return key
-
-
-def _refuse_hostile(member: tarfile.TarInfo, path: Place) -> None:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts:
-        kind = "a path that leaves the folder"
-    elif not (member.isreg() or member.isdir()):
-        kind = "a link or a device"
-    elif member.issparse() or member.type == tarfile.GNUTYPE_SPARSE:
-        kind = "a sparse member"
-    elif len(member.name) > MAX_NAME:
-        kind = "a name that is too long"
-    else:
-        return
-    raise DataError(
-        f"the shard holds {kind}: {member.name[:MAX_NAME]!r}",
-        where=str(path),
-        why="no data set needs that; the file may be hostile",
-        fix="take the shard from a source you trust, or make it anew",
-    )
-
-
-def _is_closed(stream: BinaryIO, end: int, size: int) -> bool:
-    """A whole tar ends in blocks of zeros; one cut between two members ends without."""
-    if size - end < tarfile.BLOCKSIZE:
-        return False
-    stream.seek(end)
-    return not any(stream.read(tarfile.BLOCKSIZE))
-
-
-def _truncated(path: Place) -> DataError:
-    return DataError("the shard is cut off", where=str(path), fix="copy it again; compare its size with manifest.json")
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -247,7 +132,7 @@ def _version(facts: os.stat_result) -> str:
 
 
 def cached(path: Place, cache_dir: Path) -> Path:
-    """Where the index of a shard lies in a cache of indices."""
+    """Return where the index of a shard lies in a cache of indices."""
     parent = path.address if isinstance(path, Url) and path.scheme == "pipe" else path.parent
     named = str(parent.resolve()) if isinstance(parent, Path) else str(parent)
     folder = hashlib.sha256(named.encode()).hexdigest()[:16]
@@ -260,9 +145,8 @@ def save_index(index: ShardIndex, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    with os.fdopen(handle, "wb") as stream:
-        os.fchmod(handle, 0o666 & ~_umask())  # whoever can read the shards can read this, too
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    with temporary.open("xb") as stream:  # by its plain mode: whoever can read the shards can read this, too
         np.savez(
             stream,
             format=np.int64(INDEX_FORMAT),
@@ -276,14 +160,8 @@ def save_index(index: ShardIndex, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _umask() -> int:
-    """It can be read only by setting it, unless the kernel tells."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))
-
-
 def load_saved(path: Place, saved: Path) -> ShardIndex | None:
-    """The saved index; None where there is none, or it is of another file than the (local) shard is now.
+    """Load a saved index; None where there is none, or it is of another file than the (local) shard is now.
 
     Raises:
         DataError: it cannot be read.
@@ -368,7 +246,7 @@ def _array(data: bytes) -> NDArray[Any]:
 
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:
-    """Whether a file that was copied or replaced still has the headers of its index, tried at places all over it."""
+    """Return whether a file that was copied or replaced still has the headers of its index, at places all over it."""
     try:
         with path.open("rb") as stream:
             for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.records import MASK
+from m3i_scale.data.images import MASK
 from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
 from m3i_scale.evaluate.intervals import Clusters, clusters_of, mean_interval

@@ -1,7 +1,9 @@
 """The order of samples as a pure function, and as even as whole samples allow."""
 
+import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,3 +131,18 @@ def test_the_order_never_changes_between_releases():
 def test_fewer_samples_than_streams_are_an_error():
     with pytest.raises(DataError, match="3 samples cannot be dealt to 4 streams"):
         ends_of([1, 1, 1], 4, "here")
+
+
+def test_neighbouring_shards_are_of_different_streams(tools, tmp_path, cache):
+    """Shards are often sorted by class: with a contiguous stretch of them a stream would see a few classes alone."""
+    folder = tools.write_folder(tmp_path / "s", [2] * 16)
+    batches = list(itertools.islice(tools.make_loader({"s": folder}, cache, streams=4, micro=4, shuffle_shards=2), 8))
+    keys = np.asarray([[int(key[-4:]) for key in batch.keys] for batch in batches])
+    assert sorted(keys.ravel()) == list(range(32))
+    assert all(np.ptp(of_stream // 2) > 3 for of_stream in keys.T)  # 4 shards each
+
+
+def test_a_batch_has_as_many_samples_of_every_stream(tools, tmp_path, cache):
+    folder = tools.write_folder(tmp_path / "s", [8] * 4)
+    batch = next(iter(tools.make_loader({"s": folder}, cache, streams=4, micro=8)))
+    assert sorted(key.split("/")[1] for key in batch.keys) == [f"s-{n:03d}" for n in range(4) for _ in range(2)]

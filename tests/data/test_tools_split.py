@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from m3i_scale.data.commands import shards_app
-from m3i_scale.data.cut import Cut, ShardOptions
 from m3i_scale.data.index import load_index
-from m3i_scale.data.make import draw_split
+from m3i_scale.data.make.cut import Cut, ShardOptions
+from m3i_scale.data.make.layout import draw_split
 from m3i_scale.data.tools.check import check_shards
-from m3i_scale.data.tools.split import join_labels, merge_shards, split_shards
+from m3i_scale.data.tools.rearrange import join_labels, merge_shards, split_shards
 from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import ConfigError, DataError
 

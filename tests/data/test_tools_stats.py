@@ -13,10 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.data.commands import shards_app
-from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
+from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.tools.peek import Card, page, peek, read_cards
-from m3i_scale.data.tools.stats import stats_of
-from m3i_scale.data.tools.tally import Tally
+from m3i_scale.data.tools.stats import Tally, stats_of
 from m3i_scale.errors import DataError
 
 EVIL = "</div><script>alert(1)</script> & \"quotes\" 'n' \x1b[31m 猫"

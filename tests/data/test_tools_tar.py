@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from m3i_scale.data.index import scan_shard
+from m3i_scale.data.tar import MAX_NAME, key_at, printable, read_members, read_shard
 from m3i_scale.data.tools.repair import RepairTask, repair_shard
-from m3i_scale.data.tools.tar import MAX_NAME, key_at, printable, read_members, read_shard
 
 GOOD = foreign.raw_header("a.jpg", 5) + b"hello".ljust(foreign.BLOCK, b"\0")
 END = bytes(2 * foreign.BLOCK)

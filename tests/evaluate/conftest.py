@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.make import make_shards
-from m3i_scale.data.records import Record
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.shards import make_shards
 
 LABELS = ["warm", "cold", "green"]
 _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]
@@ -22,12 +22,12 @@ class Picture:
     def __init__(self, label, seed):
         self.label, self.seed = label, seed
 
-    def encoded(self):
+    def read(self):
         noise = np.random.default_rng(self.seed).integers(-40, 40, (36, 48, 3))
         pixels = np.clip(np.array(_COLOURS[self.label]) + noise, 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        return buffer.getvalue(), "png"
+        return buffer.getvalue()
 
 
 def make_records(count=24, styles=3, meta=True, labels=True):
@@ -49,7 +49,9 @@ def make_records(count=24, styles=3, meta=True, labels=True):
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     output = tmp_path_factory.mktemp("data") / "shards"
-    make_shards(make_records(), output, labels=LABELS, name="things", options=ShardOptions(multiple_of=2, vocabulary=0))
+    make_shards(
+        Listed(make_records(), LABELS), output, name="things", options=ShardOptions(multiple_of=2, vocabulary=0)
+    )
     return output
 
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.make import make_shards
-from m3i_scale.data.records import NO_CLASS, Record
+from m3i_scale.data.images import NO_CLASS
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.samples import open_mask
 from m3i_scale.evaluate import samples
 from m3i_scale.evaluate.commands import evaluate
@@ -45,11 +46,11 @@ class Halves:
         classes[:, (SIDE + self.wide) // 2 :] = self.right
         return classes
 
-    def encoded(self):
+    def image(self):
         colours = np.array([(230, 40, 40), (40, 230, 40), (40, 40, 230)])
         noise = np.random.default_rng(self.seed).integers(-30, 30, (SIDE, SIDE + self.wide, 3))
         pixels = np.clip(colours[self.classes()] + noise, 0, 255).astype(np.uint8)
-        return self._png(pixels), "png"
+        return self._png(pixels)
 
     def mask(self):
         classes = self.classes()
@@ -67,11 +68,11 @@ def halves_records(count=40, wide=0):
     return [
         Record(
             f"h{number}",
-            picture,
+            picture.image(),
             label=picture.left,
             meta={"concept": f"c{number}", "family": f"f{number // 2}"},
             split="val" if number % 5 == 0 else "train",
-            mask=picture,
+            mask=picture.mask(),
         )
         for number, picture in enumerate(pictures)
     ]
@@ -81,7 +82,7 @@ def halves_records(count=40, wide=0):
 def masked(tmp_path_factory):
     output = tmp_path_factory.mktemp("data") / "masked"
     options = ShardOptions(multiple_of=2, vocabulary=0)
-    summary = make_shards(halves_records(), output, labels=["red", "green", "blue"], name="h", options=options)
+    summary = make_shards(Listed(halves_records(), ["red", "green", "blue"]), output, name="h", options=options)
     assert summary["splits"]["train"]["with_mask"] == 32
     return output
 
@@ -178,7 +179,7 @@ def test_the_interval_is_of_the_classes_that_a_draw_has():
 
 def test_masks_follow_the_centre_crop(tmp_path):
     options = ShardOptions(multiple_of=1, vocabulary=0)
-    make_shards(halves_records(10, wide=16), tmp_path / "wide", labels=["a", "b", "c"], name="w", options=options)
+    make_shards(Listed(halves_records(10, wide=16), ["a", "b", "c"]), tmp_path / "wide", name="w", options=options)
     for sample in read_samples(open_table(str(tmp_path / "wide" / "val"), "--data"), 16, masks=True):
         left, right = sample.mask[2, 0], sample.mask[2, -1]
         assert left != right
@@ -226,7 +227,7 @@ def grey(bits):
     [
         (b"no image", "mask is no PNG"),
         (Halves(0, 1, 0, wide=2).mask(), "mask is not of the size of its image"),
-        (Halves(0, 1, 0).encoded()[0], "mask is a PNG of three channels"),
+        (Halves(0, 1, 0).image(), "mask is a PNG of three channels"),
         (grey(4), "mask is a PNG of one grey channel of 4 bit"),
         (Halves(0, 1, 0).mask()[:50], "image does not decode"),
     ],

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.make import make_shards
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed
+from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters
@@ -116,11 +117,9 @@ def test_training_on_the_test_data_is_refused(vit_folder, shards):
 
 def test_shared_families_are_told(vit_folder, shards, tmp_path, records_of):
     make_shards(
-        records_of(count=6),
+        Listed(records_of(count=6), ["warm", "cold", "green"]),
         tmp_path / "other",
-        labels=["warm", "cold", "green"],
         name="o",
-        splits=None,
         options=ShardOptions(multiple_of=1, vocabulary=0),
     )
     found = evaluate(
@@ -131,9 +130,8 @@ def test_shared_families_are_told(vit_folder, shards, tmp_path, records_of):
 
 def test_without_concepts_it_says_so(vit_folder, shards, tmp_path, records_of):
     make_shards(
-        records_of(meta=False),
+        Listed(records_of(meta=False), ["warm", "cold", "green"]),
         tmp_path / "bare",
-        labels=["warm", "cold", "green"],
         name="b",
         options=ShardOptions(multiple_of=1, vocabulary=0),
     )

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.make import make_shards
-from m3i_scale.data.records import Record
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.shards import make_shards
 from m3i_scale.hub import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.run.setup import run_yaml
@@ -30,12 +30,12 @@ class Picture:
     def __init__(self, label, seed):
         self.label, self.seed = label, seed
 
-    def encoded(self):
+    def read(self):
         noise = np.random.default_rng(self.seed).integers(-40, 40, (40, 56, 3))
         pixels = np.clip(np.array(_COLOURS[self.label]) + noise, 0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        return buffer.getvalue(), "png"
+        return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def shards(tmp_path_factory):
                 )
             )
     output = tmp_path_factory.mktemp("data") / "shards"
-    make_shards(records, output, labels=LABELS, name="things", options=ShardOptions(multiple_of=2, vocabulary=200))
+    make_shards(Listed(records, LABELS), output, name="things", options=ShardOptions(multiple_of=2, vocabulary=200))
     return output
 
 

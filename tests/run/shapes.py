@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from tiny import in_parts, tiny_overrides
 
 from m3i_scale.config import load_run
-from m3i_scale.data.cut import ShardOptions
-from m3i_scale.data.imagefolder import imagefolder_records
-from m3i_scale.data.make import make_shards
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.folder import imagefolder_input
+from m3i_scale.data.make.shards import make_shards
 from m3i_scale.run.setup import run_yaml
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
@@ -38,11 +38,9 @@ def make_shapes(root: Path) -> Path:
             colour = list(COLOURS)[number % 4]
             draw(shape, colour, number).save(folder / f"{number:02d}.png")
             (folder / f"{number:02d}.txt").write_text(f"a {colour} {shape} number {number}")
-    records, labels = imagefolder_records(root / "images")
     options = ShardOptions(samples_per_shard=6, multiple_of=8, vocabulary=80)
-    make_shards(
-        records, root / "shards", labels=labels, name="shapes", splits={"train": 0.75, "val": 0.25}, options=options
-    )
+    shares = {"train": 0.75, "val": 0.25}
+    make_shards(imagefolder_input(root / "images"), root / "shards", name="shapes", options=options, shares=shares)
     return root / "shards"
 
 

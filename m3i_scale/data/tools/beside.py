@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from m3i_scale.data.index import index_beside
-from m3i_scale.data.tools.tar import UNREADABLE, Fault, RawShard
-from m3i_scale.data.whole import sha256_of
+from m3i_scale.data.make.write import sha256_of
+from m3i_scale.data.tar import UNREADABLE, Fault, RawShard
 from m3i_scale.errors import DataError
 
 
@@ -70,8 +70,8 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> Beside:
     return beside
 
 
-def claim_faults(shard: RawShard, claims: Claims) -> list[Fault]:
-    """Where a shard is not what is claimed of it; also its index."""
+def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
+    """Find where a shard is not what is claimed of it; also its index."""
     if any(fault.reason == UNREADABLE for fault in shard.faults):
         return []
     faults = [
@@ -81,20 +81,20 @@ def claim_faults(shard: RawShard, claims: Claims) -> list[Fault]:
     ]
     if claims.size is not None and claims.size != shard.size:
         faults.append(Fault("checksum differs", f"{shard.size} bytes, manifest.json says {claims.size}"))
-    elif claims.sha256 is not None and claims.sha256 != sha256_of(shard.path):
+    elif claims.sha256 is not None and claims.sha256 != sha256_of(path):
         faults.append(Fault("checksum differs", "its SHA-256 is not that of manifest.json"))
-    return faults + _index_faults(shard)
+    return faults + _index_faults(path, shard)
 
 
-def _index_faults(shard: RawShard) -> list[Fault]:
-    saved = shard.path.parent / "index" / f"{shard.path.name}.npz"
+def _index_faults(path: Path, shard: RawShard) -> list[Fault]:
+    saved = path.parent / "index" / f"{path.name}.npz"
     if not saved.is_file():
         return []
     try:
-        index = index_beside(shard.path)
+        index = index_beside(path)
     except DataError as error:
         return [Fault("index is stale", error.what)]
-    now = [[sample.start, sample.members[-1].data + sample.members[-1].size] for sample in shard.samples]
+    now = [[sample.start, sample.end] for sample in shard.samples]
     if index is None or not np.array_equal(index.ranges_N2, np.asarray(now, dtype=np.int64).reshape(-1, 2)):
         return [Fault("index is stale", "run `m3i-scale shards index` on the folder")]
     return []

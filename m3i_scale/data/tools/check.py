@@ -13,21 +13,22 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
+from m3i_scale.data.digests import Digests, digest_of, rows_of
+from m3i_scale.data.parallel import in_order
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import labels_beside, local_shards
-from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
-from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
-from m3i_scale.data.tools.parallel import in_order
-from m3i_scale.data.tools.tar import (
+from m3i_scale.data.tar import (
+    CUT_OFF,
     SCATTERED,
     Fault,
     RawSample,
     RawShard,
     key_at,
     printable,
-    read_members,
     read_shard,
 )
-from m3i_scale.data.tools.verify import Rules, faults_of, good_label
+from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
+from m3i_scale.data.tools.verify import Rules, faults_of, readable_members
 from m3i_scale.errors import DataError
 
 EXAMPLES = 3
@@ -66,12 +67,10 @@ class ShardReport:
     """Digests of the keys of samples that are good, or that `--repair` mends."""
     members: Counter[str]
     others: int
-    labels: Counter[int] = field(default_factory=Counter)
-    """Good labels of samples."""
 
     @property
     def clean(self) -> bool:
-        """Nothing is wrong with the shard itself."""
+        """Whether nothing is wrong with the shard itself."""
         return all(fault.reason in BESIDE for fault in self.faults)
 
 
@@ -92,7 +91,7 @@ class CheckReport:
         return bool(self.reasons)
 
     def summary(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return all of it as JSON types."""
         return {
             "source": self.source,
             "shards": len(self.shards),
@@ -157,9 +156,8 @@ def check_shard(task: ShardTask) -> ShardReport:
     """Look at one shard."""
     raw = read_shard(task.path)
     members: Counter[str] = Counter()
-    labels: Counter[int] = Counter()
-    faults = raw.faults + [fault for sample in _contents(raw, task.rules, members, labels) for fault in sample.faults]
-    faults += claim_faults(raw, task.claims)
+    faults = raw.faults + [fault for sample in _contents(task, raw, members) for fault in sample.faults]
+    faults += claim_faults(task.path, raw, task.claims)
     kept = [sample for sample in raw.samples if {fault.reason for fault in sample.faults} <= {SCATTERED}]
     return ShardReport(
         path=task.path,
@@ -173,33 +171,26 @@ def check_shard(task: ShardTask) -> ShardReport:
         ),
         members=members,
         others=raw.others,
-        labels=labels,
     )
 
 
-def _contents(raw: RawShard, rules: Rules, members: Counter[str], labels: Counter[int]) -> Iterator[RawSample]:
+def _contents(task: ShardTask, raw: RawShard, members: Counter[str]) -> Iterator[RawSample]:
     if not raw.samples:
         return
-    with raw.path.open("rb") as stream:
+    with task.path.open("rb") as stream:
         for sample in raw.samples:
             members.update(member.extension for member in sample.members)
-            if sample.size > rules.max_sample_bytes:
-                sample.blame("sample too large", f"{sample.size} bytes, the limit is {rules.max_sample_bytes}")
-            elif not any(fault.reason == "cut off" for fault in sample.faults):
-                for reason, detail in _faults(stream, sample, rules, labels):
+            if not any(fault.reason == CUT_OFF for fault in sample.faults):
+                for reason, detail in _faults(stream, sample, task.rules):
                     sample.blame(reason, printable(detail))
             yield sample
 
 
-def _faults(stream: BinaryIO, sample: RawSample, rules: Rules, labels: Counter[int]) -> list[tuple[str, str]]:
+def _faults(stream: BinaryIO, sample: RawSample, rules: Rules) -> list[tuple[str, str]]:
     try:
-        members = read_members(stream, sample)
-    except OSError as error:
-        return [("cannot be read", str(error))]
-    label = good_label(members, rules)
-    if label is not None:
-        labels[label] += 1
-    return faults_of(members, rules)
+        return faults_of(readable_members(stream, sample, rules.max_sample_bytes), rules)
+    except BadSampleError as bad:
+        return [(bad.reason, bad.detail)]
 
 
 def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list[ShardTask]:
@@ -212,13 +203,13 @@ def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list
         report.notes += beside.notes
         for name, fault in beside.faults:
             _note(report, name, fault, write)
-        own = rules
+        rules_here = rules
         if rules.classes is None:
             labels = labels_beside(folder)
-            own = replace(rules, classes=None if labels is None else len(labels))
+            rules_here = replace(rules, classes=None if labels is None else len(labels))
             if labels is None:
                 report.notes.append(f"{folder} has no labels.json: labels are not judged (--classes)")
-        tasks += [ShardTask(path, numbers[path], own, beside.claims[path.name]) for path in inside]
+        tasks += [ShardTask(path, numbers[path], rules_here, beside.claims[path.name]) for path in inside]
     return sorted(tasks, key=lambda task: task.number)
 
 
@@ -241,7 +232,7 @@ def _note(report: CheckReport, url: str, fault: Fault, write: Write) -> None:
 
 @contextmanager
 def _lines(path: Path | None) -> Iterator[Write]:
-    """Writes JSON lines into a file that appears when it is complete."""
+    """Write JSON lines into a file that appears when it is complete."""
     if path is None:
         yield lambda line: None
         return

@@ -1,4 +1,4 @@
-"""`m3i-scale shards check | stats | peek`: look at shards, whoever made them."""
+"""`m3i-scale shards check | stats | peek | split | merge`: look at shards, whoever made them, and rearrange them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.data.options import AsJson, Shards, ShuffleShards, Streams, Workers, print_summary
-from m3i_scale.data.shuffle_command import shuffle_lines
-from m3i_scale.data.tools.parallel import DEFAULT_WORKERS
-from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES, SHUFFLE_SHARDS, STREAMS
-from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
+from m3i_scale.data.make.cut import Cut, parse_splits
+from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, made_lines, print_summary, takes_cut
+from m3i_scale.data.parallel import DEFAULT_WORKERS
+from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.output import print_json, wide_console
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help has not
-    from m3i_scale.data.shuffle import ShuffleQuality
     from m3i_scale.data.tools.check import CheckReport
 
-BATCH_SIZE = 256
-
-BatchSize = Annotated[int, typer.Option(min=2, help="Samples of one forward pass over all ranks, likewise.")]
 MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
 
 
@@ -50,28 +46,22 @@ def check(
     max_sample_bytes: Annotated[
         int, typer.Option(min=1, help="Larger samples are bad, as in data.max_sample_bytes.")
     ] = MAX_SAMPLE_BYTES,
-    streams: Streams = STREAMS,
-    shuffle_shards: ShuffleShards = SHUFFLE_SHARDS,
-    batch_size: BatchSize = BATCH_SIZE,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every member of every sample, and say how uniform batches will be.
+    """Verify every member of every sample.
 
     Exit code 2 where something is bad; nothing is changed.
     """
-    from m3i_scale.config import DataConfig
-    from m3i_scale.data.shares import check_shares
+    from m3i_scale.data.make.write import made_whole, refuse_existing
     from m3i_scale.data.tools.check import check_shards
     from m3i_scale.data.tools.repair import repair
     from m3i_scale.data.tools.verify import Rules
-    from m3i_scale.data.whole import made_whole, refuse_existing
 
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
     if repair_to is not None:
         refuse_existing(repair_to)
-    check_shares(DataConfig(streams=streams), micro_batch_size=batch_size, world_size=1)
     rules = Rules(
         max_image_pixels,
         classes,
@@ -89,15 +79,14 @@ def check(
             quarantine=quarantine,
             advance=advance,
         )
-    quality = _shuffle(report, streams, shuffle_shards, batch_size)
-    summary = {**report.summary(), "shuffle": None if quality is None else quality.to_json()}
+    summary = report.summary()
     if repair_to is not None:
         with made_whole(repair_to) as folder:
             summary["repair"] = {"output": str(repair_to), **repair(report, folder, workers, link)}
     if as_json:
         print_json(summary)
     else:
-        _print_check(report, summary, quality, quarantine)
+        _print_check(report, summary, quarantine)
     if report.bad:
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -112,11 +101,11 @@ def stats(
     from m3i_scale.data.tools.stats import stats_of
 
     with progress_bar([shards], quiet=as_json) as advance:
-        found = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
+        counts = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
     if as_json:
-        print_json(found)
+        print_json(counts)
     else:
-        _print_stats(found)
+        _print_stats(counts)
 
 
 def look(
@@ -149,9 +138,58 @@ def look(
     print_summary(summary, as_json, shown)
 
 
+@takes_cut
+def split(
+    shards: Shards,
+    output: Output,
+    cut: Cut,
+    name: Name = "images",
+    shares: Annotated[
+        str | None, typer.Option(help="Of samples by split, drawn by a hash of the key: train=0.95,val=0.05")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Field of the json members; samples with the same value stay together.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Deal samples into splits, or only cut shards anew. Contents of members stay as they are."""
+    from m3i_scale.data.tools.rearrange import split_shards
+
+    with progress_bar([shards], quiet=as_json, times=2) as advance:
+        summary = split_shards(
+            shards,
+            output,
+            cut=cut,
+            name=name,
+            shares=None if shares is None else parse_splits(shares),
+            group=group,
+            advance=advance,
+        )
+    print_summary(summary, as_json, _rearranged(summary, output))
+
+
+@takes_cut
+def merge(
+    sources: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single tars.")],
+    output: Output,
+    cut: Cut,
+    name: Name = "images",
+    keys: Annotated[
+        str, typer.Option(help="refuse keys that repeat, or prefix all with number of source and name of shard")
+    ] = "refuse",
+    as_json: AsJson = False,
+) -> None:
+    """Put the samples of several sources into one folder; label sets are joined by the names of the classes."""
+    from m3i_scale.data.tools.rearrange import Keys, merge_shards
+
+    with progress_bar(sources, quiet=as_json, times=2) as advance:
+        summary = merge_shards(sources, output, cut=cut, name=name, keys=choice("--keys", keys, Keys), advance=advance)
+    print_summary(summary, as_json, _rearranged(summary, output))
+
+
 @contextmanager
 def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None] | None]:
-    """A bar over the bytes of all shards, which are read so many times."""
+    """Show a bar over the bytes of all shards, which are read so many times."""
     if quiet:
         yield None
         return
@@ -164,27 +202,7 @@ def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator
         yield lambda size: bar.advance(task, size)
 
 
-def _shuffle(report: CheckReport, streams: int, shuffle_shards: int, batch_size: int) -> ShuffleQuality | None:
-    """Of the samples that are there, good or bad; a note says why there is none."""
-    from m3i_scale.data.shuffle import shuffle_quality
-
-    try:
-        return shuffle_quality(
-            [shard.samples for shard in report.shards if shard.samples],
-            labels=[shard.labels for shard in report.shards if shard.samples],
-            streams=streams,
-            shuffle_shards=shuffle_shards,
-            batch_size=batch_size,
-            where=report.source,
-        )
-    except DataError as error:
-        report.notes.append(f"how uniform batches will be is not known: {error.what} (--streams, --batch-size)")
-        return None
-
-
-def _print_check(
-    report: CheckReport, summary: dict[str, Any], quality: ShuffleQuality | None, quarantine: Path | None
-) -> None:
+def _print_check(report: CheckReport, summary: dict[str, Any], quarantine: Path | None) -> None:
     console = wide_console(soft_wrap=True, markup=False, highlight=False)
     if summary["reasons"]:
         table = Table("reason", "count", "for example")
@@ -197,8 +215,6 @@ def _print_check(
         f"{summary['samples']} samples in {summary['shards']} shards: {summary['bad_samples']} bad samples, "
         f"{summary['shards'] - summary['clean_shards']} bad shards"
     )
-    for line in () if quality is None else shuffle_lines(quality)[1:]:
-        console.print(line)
     for note in report.notes:
         console.print(f"note: {note}")
     if quarantine is not None:
@@ -213,31 +229,39 @@ def _print_check(
         )
 
 
-def _print_stats(found: dict[str, Any]) -> None:
+def _print_stats(counts: dict[str, Any]) -> None:
     console = wide_console(soft_wrap=True, markup=False, highlight=False)
-    console.print(f"{found['samples']} samples in {found['shards']} shards, {found['bytes'] / 1e6:.1f} MB")
-    console.print("  ".join(f"{name}: {share:.1%}" for name, share in found["share_with"].items()))
-    console.print("  ".join(f"{name}: {count}" for name, count in found["formats"].items()))
+    console.print(f"{counts['samples']} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB")
+    console.print("  ".join(f"{name}: {share:.1%}" for name, share in counts["share_with"].items()))
+    console.print("  ".join(f"{name}: {count}" for name, count in counts["formats"].items()))
     table = Table("", "min", "5 %", "median", "95 %", "max", "mean")
     for name in ("width", "height", "aspect_ratio", "image_bytes", "caption_characters", "caption_words"):
-        values = found[name]
+        values = counts[name]
         if values:
             picked = (values[share] for share in ("0%", "5%", "50%", "95%", "100%", "mean"))
             table.add_row(name.replace("_", " "), *(f"{value:g}" for value in picked))
     console.print(table)
-    classes = found["classes"]
+    classes = counts["classes"]
     if classes["present"]:
         console.print(
             f"{classes['present']} classes ({classes['absent']} absent), as many as {classes['effective']:g} equal "
             f"ones; the largest holds {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
         )
-    for kind, facts in found["duplicates"].items():
+    for kind, facts in counts["duplicates"].items():
         example = f", e.g. {' = '.join(facts['examples'][0])}" if facts["examples"] else ""
         console.print(f"equal {kind}: {facts['groups']} groups, {facts['beyond_first']} beyond the first{example}")
-    for reason, count in found["bad"].items():
+    for reason, count in counts["bad"].items():
         console.print(f"not counted: {count} × {reason}")
 
 
 def _plain(*cells: object) -> list[Any]:
-    """Cells whose brackets are no markup."""
+    """Make cells whose brackets are no markup."""
     return [Text(str(cell)) for cell in cells]
+
+
+def _rearranged(summary: dict[str, Any], output: Path) -> str:
+    splits = summary.get("splits", {"": summary})
+    lines = made_lines({"splits": splits}, output)
+    if summary["tokenizer"] is None:
+        lines.append("no tokenizer: the sources have none, or different ones; recipes with text need text.tokenizer")
+    return "\n".join(lines)

@@ -16,13 +16,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale.data.make.write import made_whole
+from m3i_scale.data.parallel import in_order
 from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
-from m3i_scale.data.reader import BadSampleError, refuse_large_sample
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
 from m3i_scale.data.shards import labels_beside, local_shards
-from m3i_scale.data.tools.parallel import in_order
-from m3i_scale.data.tools.tar import RawSample, printable, read_members, read_shard
-from m3i_scale.data.whole import made_whole
+from m3i_scale.data.tar import RawSample, printable, read_shard
+from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
@@ -104,13 +105,13 @@ def peek(
 
 
 def count_samples(path: Path) -> tuple[int, int]:
-    """Bytes and samples of a shard."""
+    """Count the bytes and samples of a shard."""
     shard = read_shard(path)
     return shard.size, len(shard.samples)
 
 
 def read_cards(path: Path, numbers: Sequence[int], side: int, max_pixels: int) -> list[Card]:
-    """Some samples of a shard by their number."""
+    """Make cards of some samples of a shard, by their numbers."""
     shard = read_shard(path)
     labels = labels_beside(path.parent)
     with path.open("rb") as stream:
@@ -121,8 +122,7 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
     caption = label = size = fault = None
     picture = Image.new("RGB", (side, side), (240, 224, 224))
     try:
-        refuse_large_sample(sample.size, MAX_SAMPLE_BYTES)
-        members = read_members(stream, sample)
+        members = readable_members(stream, sample, MAX_SAMPLE_BYTES)
         label = _label(members.get("cls"), labels)
         text = members.get("txt", b"")
         refuse_large_caption(text, MAX_CAPTION_BYTES)
@@ -135,8 +135,6 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
             picture = _fitting(upright(on_white(image), lies), side)  # as in training
     except BadSampleError as bad:
         fault = printable(f"{bad.reason} {bad.detail}".strip())
-    except OSError as error:
-        fault = f"cannot be read: {error}"
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return Card(path.name, printable(sample.key), caption, label, size, fault, buffer.getvalue())
@@ -165,7 +163,7 @@ def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
 
 
 def page(cards: Sequence[Card], source: str, samples: int, seed: int) -> str:
-    """A page that needs nothing else, runs nothing, and escapes all text of others."""
+    """Make a page that needs nothing else, runs nothing, and escapes all text of others."""
     template = _environment().get_template("peek.html.j2")
     return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)
 
@@ -180,7 +178,7 @@ def _environment() -> Environment:
 
 
 def contact_sheet(cards: Sequence[Card], side: int, columns: int) -> Image.Image:
-    """All pictures in a grid, a few lines of text below each."""
+    """Draw all pictures in a grid, a few lines of text below each."""
     columns = min(columns, len(cards))
     line = FONT_SIZE + 2
     width, height = side + PADDING, side + TEXT_LINES * line + 2 * PADDING

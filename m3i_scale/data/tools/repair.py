@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from m3i_scale.data.make.existing import common_labels
+from m3i_scale.data.make.write import close_tar, finish_folder, shard_facts, write_json
+from m3i_scale.data.parallel import in_order
+from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.tools.check import CheckReport
-from m3i_scale.data.tools.origin import common_labels
-from m3i_scale.data.tools.parallel import in_order
-from m3i_scale.data.tools.tar import SCATTERED, RawSample, read_shard
-from m3i_scale.data.whole import finish_folder, sha256_of, write_json
 
 BLOCK_BYTES = 1 << 20
 
@@ -39,30 +40,28 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
         What went where, as in `shards.json`: shards as they are, repaired ones (samples kept and left out), and those
         without a good sample.
     """
+    bad = [shard for shard in report.shards if not shard.clean]
     mendable = _scattered_only(report)
     tasks = [
-        RepairTask(shard.path, folder / shard.path.name, frozenset(shard.bad - mendable.get(shard.number, set())))
-        for shard in report.shards
-        if not shard.clean
+        RepairTask(shard.path, folder / shard.path.name, frozenset(shard.bad - mendable[shard.number])) for shard in bad
     ]
-    facts = dict(zip((task.path for task in tasks), in_order(repair_shard, tasks, workers), strict=True))
-    kept = {path.name: counts for path, counts in facts.items() if counts["samples"]}
+    facts = list(in_order(repair_shard, tasks, workers))
+    kept = {shard.path.name: counts for shard, counts in zip(bad, facts, strict=True) if counts["samples"]}
     good = [shard.path for shard in report.shards if shard.clean]
     if link:
         for path in good:
             (folder / path.name).symlink_to(path.resolve())
-            kept[path.name] = count_shard(path)
+            kept[path.name] = _facts(read_shard(path).samples, path)
     result = {
         "as_they_are": [str(path) for path in good],
         "repaired": {
-            str(shard.path): {
-                "samples": facts[shard.path]["samples"],
-                "left_out": shard.samples - facts[shard.path]["samples"],
-            }
-            for shard in report.shards
-            if shard.path in facts and facts[shard.path]["samples"]
+            str(shard.path): {"samples": counts["samples"], "left_out": shard.samples - counts["samples"]}
+            for shard, counts in zip(bad, facts, strict=True)
+            if counts["samples"]
         },
-        "without_a_good_sample": [str(path) for path, counts in facts.items() if not counts["samples"]],
+        "without_a_good_sample": [
+            str(shard.path) for shard, counts in zip(bad, facts, strict=True) if not counts["samples"]
+        ],
     }
     write_json(folder / "shards.json", result)
     if kept:
@@ -72,46 +71,33 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
 
 def repair_shard(task: RepairTask) -> dict[str, Any]:
     """Copy one shard without its bad samples; returns what the manifest says of it."""
-    raw = read_shard(task.path)
-    good = [sample for sample in raw.samples if sample.start not in task.bad]
+    good = [sample for sample in read_shard(task.path).samples if sample.start not in task.bad]
     if not good:
         return {"samples": 0}
     with task.path.open("rb") as source, task.output.open("wb") as target:
-        for sample in good:
-            for start, stop in sample.pieces():
-                _copy(source, target, start, stop - start)
-        target.write(bytes(2 * tarfile.BLOCKSIZE))
-        target.write(bytes(-target.tell() % tarfile.RECORDSIZE))
+        for member in (member for sample in good for member in sample.members):
+            _copy(source, target, member.start, member.stop - member.start)
+        close_tar(target)
     return _facts(good, task.output)
 
 
-def count_shard(path: Path) -> dict[str, Any]:
-    """What the manifest says of a shard."""
-    return _facts(read_shard(path).samples, path)
-
-
-def _facts(samples: list[RawSample], path: Path) -> dict[str, Any]:
-    extensions = [{member.extension for member in sample.members} for sample in samples]
-    return {
-        "samples": len(samples),
-        "with_label": sum("cls" in names for names in extensions),
-        "with_caption": sum("txt" in names for names in extensions),
-        "with_mask": sum("mask.png" in names for names in extensions),
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-    }
+def _facts(samples: Sequence[RawSample], path: Path) -> dict[str, Any]:
+    members = Counter({"samples": len(samples)})
+    for sample in samples:
+        members.update({member.extension for member in sample.members})
+    return shard_facts(path, members)
 
 
 def _scattered_only(report: CheckReport) -> dict[int, set[int]]:
-    """Offsets, by shard, of samples whose only fault is that their members lie apart: copying puts them together."""
-    found: dict[int, set[int]] = {}
+    """Return offsets, by shard, of samples whose only fault copying mends: that their members lie apart."""
+    mendable: dict[int, set[int]] = {}
     for shard in report.shards:
         reasons: dict[int, set[str]] = {}
         for fault in shard.faults:
             if fault.offset in shard.bad and fault.key != "?":
                 reasons.setdefault(fault.offset, set()).add(fault.reason)
-        found[shard.number] = {offset for offset, names in reasons.items() if names == {SCATTERED}}
-    return found
+        mendable[shard.number] = {offset for offset, names in reasons.items() if names == {SCATTERED}}
+    return mendable
 
 
 def _copy(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:

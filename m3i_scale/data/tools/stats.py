@@ -9,28 +9,53 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
 
+from m3i_scale.data.digests import Digests, digest_of, rows_of
+from m3i_scale.data.images import MASK
+from m3i_scale.data.parallel import in_order
 from m3i_scale.data.pixels import orientation, upright_size
-from m3i_scale.data.reader import BadSampleError, refuse_large_sample
-from m3i_scale.data.records import MASK
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
 from m3i_scale.data.shards import labels_beside, local_shards
-from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
-from m3i_scale.data.tools.parallel import in_order
-from m3i_scale.data.tools.tally import Tally
-from m3i_scale.data.tools.tar import RawSample, key_at, read_members, read_shard
-from m3i_scale.data.tools.verify import image_extensions
+from m3i_scale.data.tar import key_at, read_shard
+from m3i_scale.data.tools.verify import image_extensions, readable_members
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 
 EXAMPLES = 5
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+EQUAL = ("images", "captions")
 TALLIES = ("width", "height", "aspect_ratio", "pixels", "image_bytes", "caption_characters", "caption_words")
 MAX_LABEL = 10**9
 
 
 @dataclass
+class Tally:
+    """Quantiles of any number of values in bounded memory: values are counted, rounded to `digits` significant ones."""
+
+    digits: int = 4
+    counts: Counter[float] = field(default_factory=Counter)
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self.counts[_rounded(value, self.digits)] += 1
+
+    def quantiles(self, shares: Sequence[float] = QUANTILES) -> dict[str, float]:
+        """Return the value at or below which each share of the values lies, by per cent; empty without values."""
+        if not self.counts:
+            return {}
+        values = sorted(self.counts)
+        below = np.cumsum([self.counts[value] for value in values])
+        total = int(below[-1])
+        ranks = {share: max(1, math.ceil(share * total)) for share in shares}
+        mean = sum(value * count for value, count in self.counts.items()) / total
+        quantiles = {f"{share:.0%}": values[int(np.searchsorted(below, rank))] for share, rank in ranks.items()}
+        return quantiles | {"mean": _rounded(mean, 6)}
+
+
+@dataclass
 class ShardStats:
-    """Counts of one shard."""
+    """Counts of one shard, or of several."""
 
     size: int = 0
     samples: int = 0
@@ -41,8 +66,51 @@ class ShardStats:
     labels: Counter[int] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     """What could not be counted, by reason."""
-    images: NDArray[Any] | None = None
-    captions: NDArray[Any] | None = None
+    digests: dict[str, list[tuple[bytes, int]]] = field(default_factory=lambda: {name: [] for name in EQUAL})
+    """Of images and captions: what stands for their bytes, and where the sample begins. Not kept of several shards."""
+
+    def merge(self, other: ShardStats) -> None:
+        """Add the counts of another shard."""
+        self.size += other.size
+        self.samples += other.samples
+        for name, tally in other.tallies.items():
+            self.tallies[name].counts.update(tally.counts)
+        for name in ("formats", "having", "labels", "bad"):
+            getattr(self, name).update(getattr(other, name))
+
+    def count(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+        """Count a sample, each part of it for itself."""
+        self.having.update(name for name, extension in (("mask", MASK), ("json", "json")) if extension in members)
+        for part in (self._image, self._caption, self._label):
+            try:
+                part(members, start, max_pixels)
+            except BadSampleError as bad:
+                self.bad[bad.reason] += 1
+
+    def _image(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+        with open_image(members, max_pixels) as image:
+            width, height = upright_size(image.size, orientation(image))
+            self.formats[str(image.format)] += 1
+        data = members[image_extensions(members)[0]]
+        self.digests["images"].append((digest_of(data), start))
+        self._tally(width, height, width / height, width * height, len(data))
+
+    def _caption(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+        caption = read_annotations(members, None).caption
+        if caption is not None:
+            self.having["caption"] += 1
+            self.digests["captions"].append((digest_of(caption.encode()), start))
+            self._tally(len(caption), len(caption.split()), first=5)
+
+    def _label(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+        label = read_annotations(members, MAX_LABEL, captions=False).label
+        if label is not None:
+            self.having["label"] += 1
+            self.labels[label] += 1
+
+    def _tally(self, *values: float, first: int = 0) -> None:
+        for name, value in zip(TALLIES[first:], values, strict=False):
+            self.tallies[name].add(value)
 
 
 @dataclass(frozen=True)
@@ -50,7 +118,6 @@ class StatsTask:
     """One shard for a worker."""
 
     path: Path
-    number: int
     max_pixels: int
 
 
@@ -59,75 +126,21 @@ def shard_stats(task: StatsTask) -> ShardStats:
     raw = read_shard(task.path)
     stats = ShardStats(size=raw.size, samples=len(raw.samples))
     stats.bad.update(fault.reason for fault in raw.faults)
-    images: list[tuple[bytes, int]] = []
-    captions: list[tuple[bytes, int]] = []
-    if raw.samples:
-        with task.path.open("rb") as stream:
-            for sample in raw.samples:
-                try:
-                    members = _members(stream, sample)
-                except (OSError, BadSampleError) as error:
-                    stats.bad[error.reason if isinstance(error, BadSampleError) else "cut off"] += 1
-                    continue
-                _count_image(stats, members, task.max_pixels, images, sample.start)
-                _count_annotations(stats, members, captions, sample.start)
-    stats.images, stats.captions = (
-        rows_of([digest for digest, _ in found], task.number, [start for _, start in found])
-        for found in (images, captions)
-    )
+    if not raw.samples:
+        return stats
+    with task.path.open("rb") as stream:
+        for sample in raw.samples:
+            try:
+                stats.count(readable_members(stream, sample, MAX_SAMPLE_BYTES), sample.start, task.max_pixels)
+            except BadSampleError as bad:
+                stats.bad[bad.reason] += 1
     return stats
-
-
-def _members(stream: Any, sample: RawSample) -> dict[str, bytes]:
-    refuse_large_sample(sample.size, MAX_SAMPLE_BYTES)
-    return read_members(stream, sample)
-
-
-def _count_image(
-    stats: ShardStats, members: Mapping[str, bytes], max_pixels: int, digests: list[tuple[bytes, int]], start: int
-) -> None:
-    try:
-        with open_image(members, max_pixels) as image:
-            width, height = upright_size(image.size, orientation(image))
-            stats.formats[str(image.format)] += 1
-    except BadSampleError as bad:
-        stats.bad[bad.reason] += 1
-        return
-    data = members[image_extensions(members)[0]]
-    digests.append((digest_of(data), start))
-    values = (width, height, width / height, width * height, len(data))
-    for name, value in zip(TALLIES, values, strict=False):
-        stats.tallies[name].add(value)
-
-
-def _count_annotations(
-    stats: ShardStats, members: Mapping[str, bytes], digests: list[tuple[bytes, int]], start: int
-) -> None:
-    stats.having.update(name for name, extension in (("mask", MASK), ("json", "json")) if extension in members)
-    try:
-        caption = read_annotations({"txt": members["txt"]} if "txt" in members else {}, None).caption
-    except BadSampleError as bad:
-        caption = None
-        stats.bad[bad.reason] += 1
-    if caption is not None:
-        stats.having["caption"] += 1
-        stats.tallies["caption_characters"].add(len(caption))
-        stats.tallies["caption_words"].add(len(caption.split()))
-        digests.append((digest_of(caption.encode()), start))
-    try:
-        label = read_annotations({"cls": members["cls"]} if "cls" in members else {}, MAX_LABEL).label
-    except BadSampleError as bad:
-        label = None
-        stats.bad[bad.reason] += 1
-    if label is not None:
-        stats.having["label"] += 1
-        stats.labels[label] += 1
 
 
 def stats_of(
     source: str, *, max_pixels: int, workers: int = 1, advance: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """Counts, quantiles, class balance and duplicates of shards.
+    """Compute counts, quantiles, class balance and duplicates of shards.
 
     Args:
         source: a folder, a brace pattern or one tar.
@@ -140,13 +153,13 @@ def stats_of(
     """
     paths = local_shards(source)
     total = ShardStats()
-    tasks = [StatsTask(path, number, max_pixels) for number, path in enumerate(paths)]
+    tasks = [StatsTask(path, max_pixels) for path in paths]
     with Digests() as images, Digests() as captions:
-        for stats in in_order(shard_stats, tasks, workers):
-            _merge(total, stats)
-            for digests, rows in ((images, stats.images), (captions, stats.captions)):
-                if rows is not None:
-                    digests.add(rows)
+        for number, stats in enumerate(in_order(shard_stats, tasks, workers)):
+            total.merge(stats)
+            for digests, name in ((images, "images"), (captions, "captions")):
+                pairs = stats.digests[name]
+                digests.add(rows_of([digest for digest, _ in pairs], number, [start for _, start in pairs]))
             if advance is not None:
                 advance(stats.size)
         duplicates = {"images": _duplicates(images, paths), "captions": _duplicates(captions, paths)}
@@ -169,17 +182,8 @@ def stats_of(
     }
 
 
-def _merge(total: ShardStats, stats: ShardStats) -> None:
-    total.size += stats.size
-    total.samples += stats.samples
-    for name, tally in stats.tallies.items():
-        total.tallies[name].update(tally)
-    for name in ("formats", "having", "labels", "bad"):
-        getattr(total, name).update(getattr(stats, name))
-
-
 def _duplicates(digests: Digests, paths: Sequence[Path]) -> dict[str, Any]:
-    """Groups of equal things, samples beyond the first of each, and the largest groups."""
+    """Count groups of equal things, samples beyond the first of each, and the largest groups."""
     groups = beyond = 0
     largest: list[list[tuple[int, int]]] = []
     for places in digests.repeated():
@@ -194,7 +198,7 @@ def _duplicates(digests: Digests, paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _set_aside(total: ShardStats, classes: int) -> None:
-    """Labels that no name belongs to are bad, as in training: no classes, and no samples with a label."""
+    """Count labels that no name belongs to as bad, as in training: no classes, and no samples with a label."""
     outside = [label for label in total.labels if label >= classes]
     count = sum(total.labels.pop(label) for label in outside)
     total.having["label"] -= count
@@ -203,7 +207,7 @@ def _set_aside(total: ShardStats, classes: int) -> None:
 
 
 def _balance(labels: Counter[int], names: Sequence[str] | None) -> dict[str, Any]:
-    """How often each class occurs; `effective` is the exponential of the entropy: as many equal classes."""
+    """Say how often each class occurs; `effective` is the exponential of the entropy: as many equal classes."""
     total = sum(labels.values())
     shares = [count / total for count in labels.values()]
     known = range(len(names)) if names is not None else sorted(labels)
@@ -220,3 +224,8 @@ def _balance(labels: Counter[int], names: Sequence[str] | None) -> dict[str, Any
 
 def _share(count: int, total: int) -> float:
     return round(count / total, 6) if total else 0.0
+
+
+def _rounded(value: float, digits: int) -> float:
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded == int(rounded) else rounded

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from PIL import Image
 
+from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK
 from m3i_scale.data.pixels import on_white
-from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.records import IMAGE_EXTENSIONS, MASK
+from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
+from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 
 
@@ -33,8 +35,21 @@ class Rules:
     """Larger samples are bad, and not read."""
 
 
+def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
+    """Read a sample's members by extension.
+
+    Raises:
+        BadSampleError: they are too large, or cannot be read.
+    """
+    refuse_large_sample(sample.size, max_bytes)
+    try:
+        return read_members(stream, sample)
+    except OSError as error:
+        raise BadSampleError("cannot be read", str(error)) from None
+
+
 def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str]]:
-    """(reason, detail) of all that is wrong with a sample."""
+    """Return (reason, detail) of all that is wrong with a sample."""
     faults = []
     for check in (_image, _caption, _label, _json, _mask):
         try:
@@ -45,26 +60,16 @@ def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str
     return faults
 
 
-def good_label(members: Mapping[str, bytes], rules: Rules) -> int | None:
-    """The label of a sample; None where it has none, or one that is not good."""
-    if "cls" not in members or rules.classes is None:
-        return None
-    try:
-        return read_annotations({"cls": members["cls"]}, rules.classes).label
-    except BadSampleError:
-        return None
-
-
 def image_extensions(members: Mapping[str, bytes]) -> list[str]:
-    """The image members, the one that the loader takes first."""
+    """List the image members, the one that the loader takes first."""
     return [extension for extension in IMAGE_EXTENSIONS if extension in members]
 
 
 def _image(members: Mapping[str, bytes], rules: Rules) -> None:
-    found = image_extensions(members)
-    if not found:
+    extensions = image_extensions(members)
+    if not extensions:
         open_image(members, rules.max_pixels)  # tells which members there are
-    for extension in found:
+    for extension in extensions:
         image = open_image({extension: members[extension]}, rules.max_pixels)
         if rules.decode:
             _decode(image)
@@ -78,14 +83,12 @@ def _decode(image: Image.Image) -> None:
 def _caption(members: Mapping[str, bytes], rules: Rules) -> None:
     if "txt" not in members:
         return
-    found = read_annotations({"txt": members["txt"]}, None, max_caption_bytes=rules.max_caption_bytes)
-    if found.caption is None:
+    if read_annotations(members, None, max_caption_bytes=rules.max_caption_bytes).caption is None:
         raise BadSampleError("caption is empty")
 
 
 def _label(members: Mapping[str, bytes], rules: Rules) -> None:
-    if "cls" in members:
-        read_annotations({"cls": members["cls"]}, rules.classes)
+    read_annotations(members, rules.classes, captions=False)
 
 
 def _json(members: Mapping[str, bytes], rules: Rules) -> None:
@@ -98,11 +101,11 @@ def _json(members: Mapping[str, bytes], rules: Rules) -> None:
 
 
 def _mask(members: Mapping[str, bytes], rules: Rules) -> None:
-    found = image_extensions(members)
-    if MASK not in members or not found:
+    extensions = image_extensions(members)
+    if MASK not in members or not extensions:
         return
     try:
-        size = open_image({found[0]: members[found[0]]}, rules.max_pixels).size
+        size = open_image({extensions[0]: members[extensions[0]]}, rules.max_pixels).size
     except BadSampleError:
         return  # the image is at fault, and told as such
     mask = open_mask(members, rules.max_pixels, size)

@@ -1,4 +1,4 @@
-"""Records out of a folder of images: by class, or by split and class."""
+"""A folder of images as input of `make`: by class, or by split and class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from m3i_scale.data.records import FileImage, ImageSource, Record, Unusable, split_name
+from m3i_scale.data.images import FILE_EXTENSIONS
+from m3i_scale.data.make.records import Listed, Record, split_name
 from m3i_scale.errors import DataError
-
-FILE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 Captions = Literal["auto", "none", "optional", "required"]
 """auto: all images of a folder have a caption file or none has."""
@@ -23,9 +22,7 @@ SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "tes
 """In any case of letters."""
 
 
-def imagefolder_records(
-    folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto"
-) -> tuple[list[Record], list[str]]:
+def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> Listed:
     """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
 
     Args:
@@ -33,15 +30,12 @@ def imagefolder_records(
         captions: which images have one.
         layout: what the first folder on the way to an image is; see `FolderLayout`.
 
-    Returns:
-        Records (unusable ones included, see `Unusable`) and the class names in order of their index.
-
     Raises:
         DataError: no such folder, no images, or it is not clear what the first folders are.
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FILE_EXTENSIONS and path.is_file())
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in FILE_EXTENSIONS and path.is_file())
     if not images:
         raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
     ways = [path.relative_to(folder).parts[:-1] for path in images]
@@ -60,7 +54,7 @@ def imagefolder_records(
         label = numbers[way[depth]] if len(way) > depth else None
         split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
         records.append(_folder_record(path, folder, label, split, captions))
-    return records, classes
+    return Listed(records, classes, source="imagefolder")
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
@@ -103,18 +97,17 @@ def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
 
 def _folder_record(path: Path, folder: Path, label: int | None, split: str | None, captions: Captions) -> Record:
     relative = path.relative_to(folder)
-    image: ImageSource = FileImage(path)
-    caption = None
+    caption = fault = None
     try:
         caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
     except DataError as error:
-        image = Unusable(error)
+        fault = error
     meta = {"path": relative.as_posix()}
-    return Record(key_of(relative), image, caption, label, meta, split=split, size_hint=path.stat().st_size)
+    return Record(key_of(relative), path, caption, label, meta, split, size=path.stat().st_size, fault=fault)
 
 
 def read_caption(path: Path, captions: Captions) -> str | None:
-    """The caption file's text; None where it is empty, or missing and optional.
+    """Read a caption file; None where it is empty, or missing and optional.
 
     Raises:
         DataError: missing though required, or not UTF-8.
@@ -134,5 +127,5 @@ def read_caption(path: Path, captions: Captions) -> str | None:
 
 
 def key_of(relative: Path) -> str:
-    """A sample's key: dots end a key in a shard, and a leading __ marks what webdataset skips."""
+    """Make a sample's key: dots end a key in a shard, and a leading __ marks what webdataset skips."""
     return re.sub(r"[^\w-]+", "-", relative.with_suffix("").as_posix().replace("/", "_")).lstrip("_-") or "image"

@@ -19,12 +19,12 @@ ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("shard", ">u4"), ("offset", ">
 
 
 def digest_of(data: bytes) -> bytes:
-    """128 bits that stand for the data."""
+    """Return 128 bits that stand for the data."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDArray[Any]:
-    """Digests of samples of one shard, ready for `Digests.add`."""
+    """Return digests of samples of one shard, ready for `Digests.add`."""
     rows = np.zeros(len(digests), dtype=ROW)
     if not digests:
         return rows
@@ -60,7 +60,7 @@ class Digests:
                 file.write(rows[buckets == bucket].tobytes())
 
     def repeated(self) -> Iterator[list[tuple[int, int]]]:
-        """Places (shard, offset) of every digest that occurs more than once, first place first."""
+        """Give the places (shard, offset) of every digest that occurs more than once, first place first."""
         for bucket in range(_BUCKETS):
             path = Path(self._folder.name) / str(bucket)
             if not path.exists():

@@ -5,25 +5,21 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from m3i_scale.data.cut import Cut
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.make.cut import Cut
+from m3i_scale.data.make.existing import Advance, Origin, annotations_of, common_labels, contents, outlines
+from m3i_scale.data.make.layout import WHOLE, plan_layout
+from m3i_scale.data.make.write import check_output, made_whole, write_samples
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import local_shards
-from m3i_scale.data.tools.layout import WHOLE, RepeatedKeysError, plan_layout
-from m3i_scale.data.tools.origin import Origin, common_labels, contents, outlines
-from m3i_scale.data.tools.tar import printable
-from m3i_scale.data.tools.writer import ShardWriter
-from m3i_scale.data.whole import check_name, made_whole, refuse_existing
 from m3i_scale.errors import ConfigError, DataError
 
 Keys = Literal["refuse", "prefix"]
 """Keys that stand for several samples: refuse them, or put number of source and name of shard before all keys."""
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def merge_shards(
     keys: Keys = "refuse",
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """All samples of several sources in one folder. Label sets are joined by name; labels get their new numbers.
+    """Put the samples of several sources into one folder. Label sets are joined by name; labels get their new numbers.
 
     Args:
         sources: folders, brace patterns or single tars.
@@ -103,7 +99,7 @@ def merge_shards(
 
 
 def join_labels(sets: Sequence[list[str] | None]) -> Labels:
-    """Names in order of their first appearance.
+    """Join label sets; names are in order of their first appearance.
 
     Raises:
         DataError: a name twice in one set.
@@ -132,28 +128,13 @@ def _rewrite(
     info: dict[str, Any],
     advance: Advance | None,
 ) -> dict[str, Any]:
-    check_name(name)
-    refuse_existing(output)
-    try:
-        layout = plan_layout(outlines(origins, cut.options.workers, advance), shares, cut)
-    except RepeatedKeysError as error:
-        raise DataError(
-            error.what,
-            where=_place(origins, error.number),
-            why="a key must be unique in the output",
-            fix="`shards check --repair` leaves out the later ones; `shards merge --keys prefix` renames all",
-        ) from None
+    check_output(output, name)
+    layout = plan_layout(lambda: outlines(origins, cut.options.workers, advance), shares, cut)
     with made_whole(output) as folder:
-        with ShardWriter(folder, name, layout) as writer:
-            number = -1
-            for number, (key, members) in enumerate(_relabelled(origins, labels, advance)):
-                if number < len(layout):
-                    writer.add(number, key, members)
-            if number + 1 != len(layout):
-                raise DataError("the shards changed while they were read", where=", ".join(sources))
-            sums = writer.finish(labels.names, info)
+        samples = _relabelled(origins, labels, advance)
+        splits = write_samples(folder, name, layout, samples, labels.names, lambda: info)
         tokenizer = _copy_tokenizer(sources, folder)
-    counts = sums[WHOLE] if shares is None else {"splits": sums}
+    counts = splits[WHOLE] if shares is None else {"splits": splits}
     return {"output": str(output), **counts, "tokenizer": str(output / "tokenizer") if tokenizer else None}
 
 
@@ -163,7 +144,7 @@ def _relabelled(
     for origin, key, members in contents(origins, advance):
         numbers = labels.numbers[origin.source]
         if numbers is not None and "cls" in members:
-            members["cls"] = _new_label(members["cls"], numbers, f"{origin.path}: key '{printable(key)}'")
+            members["cls"] = _new_label(members["cls"], numbers, origin.where(key))
         yield key, members
 
 
@@ -175,19 +156,9 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
             why="labels of several sources are joined by name",
             fix="put a labels.json beside its shards",
         )
-    try:
+    with annotations_of(where, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"):
         label = read_annotations({"cls": data}, len(numbers)).label
-    except BadSampleError as bad:
-        fix = "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"
-        raise DataError(f"{bad.reason}: {bad.detail}", where=where, fix=fix) from None
     return data if label is None or numbers[label] == label else str(numbers[label]).encode("ascii")
-
-
-def _place(origins: Sequence[Origin], number: int) -> str:
-    for place, outline in enumerate(outlines(origins, 1)):
-        if place == number:
-            return f"{outline.place}: key '{printable(outline.key)}'"
-    return "?"
 
 
 def _plain(stem: str) -> str:
@@ -196,18 +167,18 @@ def _plain(stem: str) -> str:
 
 def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
     """Copy the tokenizer beside the sources, where all have the same."""
-    found = []
+    tokenizers = []
     for source in sources:
         beside = local_shards(source)[0].parent
         places = [place for place in (beside / "tokenizer", beside.parent / "tokenizer") if place.is_dir()]
         if not places:
             return False
-        found.append(places[0])
-    names = sorted(path.name for path in found[0].iterdir() if path.is_file())
-    for other in found[1:]:
-        if filecmp.cmpfiles(found[0], other, names, shallow=False)[0] != names:
+        tokenizers.append(places[0])
+    names = sorted(path.name for path in tokenizers[0].iterdir() if path.is_file())
+    for other in tokenizers[1:]:
+        if filecmp.cmpfiles(tokenizers[0], other, names, shallow=False)[0] != names:
             return False
     (folder / "tokenizer").mkdir()
     for name in names:
-        shutil.copyfile(found[0] / name, folder / "tokenizer" / name)
+        shutil.copyfile(tokenizers[0] / name, folder / "tokenizer" / name)
     return True

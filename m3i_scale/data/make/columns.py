@@ -38,12 +38,12 @@ class Roles:
     group: str | None
 
     def used(self) -> set[str | None]:
-        """Columns that do not go into the json member."""
+        """Return the columns that do not go into the json member."""
         return {self.image, self.caption, self.label}
 
 
 def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[str]]:
-    """Roles, and class names of the label column.
+    """Find the roles of columns, and the class names of the label column.
 
     The image is the one column of type Image (or of a struct with bytes and path), the label the one ClassLabel, the
     caption the one of `caption`, `text`, `captions` and `texts` that is there.
@@ -52,9 +52,9 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
         ConfigError: a column that is not there; none or several that could be meant.
     """
     names = list(schema.names)
-    for given in vars(columns).values():
-        if given is not None and given != NONE and given not in names:
-            raise ConfigError(f"there is no column '{given}'", where=where, fix=did_you_mean(given, names))
+    for name in vars(columns).values():
+        if name is not None and name != NONE and name not in names:
+            raise ConfigError(f"there is no column '{name}'", where=where, fix=did_you_mean(name, names))
     features = _features(schema, where)
     images = [name for name in names if _is_image(features.get(name), schema.field(name).type)]
     labels = [name for name in names if _kind(features.get(name)) == "ClassLabel"]
@@ -68,7 +68,7 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON types.
+    """Return the same as JSON types.
 
     Raises:
         TypeError: there are none for it.
@@ -86,18 +86,20 @@ def plain(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def _one(role: str, given: str | None, found: list[str], where: str) -> str | None:
-    if given is not None:
-        return None if given == NONE else given
-    if len(found) > 1:
+def _one(role: str, chosen: str | None, candidates: list[str], where: str) -> str | None:
+    if chosen is not None:
+        return None if chosen == NONE else chosen
+    if len(candidates) > 1:
         raise ConfigError(
-            f"several columns could be the {role}: {', '.join(found)}", where=where, fix=f"choose with --{role}-column"
+            f"several columns could be the {role}: {', '.join(candidates)}",
+            where=where,
+            fix=f"choose with --{role}-column",
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def _features(schema: Any, where: str) -> Mapping[str, Any]:
-    """What `datasets` wrote about the columns."""
+    """Read what `datasets` wrote about the columns."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return {}

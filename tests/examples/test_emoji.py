@@ -1,27 +1,16 @@
-"""The built-in emoji set, on a handful of packages made here."""
+"""The emoji set of the examples, on a handful of packages made here."""
 
 import io
 import tarfile
 from pathlib import Path
 
+import emoji
 import numpy as np
 import pytest
+from emoji import GROUPS, Art, ArtMask, Concept, Style, code_of, family_of, held_out_families, noto_art, read_concepts
 from fontTools.fontBuilder import FontBuilder
 from PIL import Image
 
-from m3i_scale.data import emoji, packages
-from m3i_scale.data.emoji import (
-    GROUPS,
-    Art,
-    ArtMask,
-    Concept,
-    Style,
-    code_of,
-    family_of,
-    held_out_families,
-    noto_art,
-    read_concepts,
-)
 from m3i_scale.errors import DataError
 
 TABLE = """hexcode,group,subgroups,annotation,tags,skintone
@@ -95,23 +84,22 @@ def test_a_group_too_small_to_hold_out():
 
 
 def test_art_is_a_square_on_its_background():
-    data, extension = Art(SVG, "svg", 32, (255, 255, 255)).encoded()
-    image = Image.open(io.BytesIO(data))
-    assert (extension, image.size, image.mode) == ("png", (32, 32), "RGB")
+    image = Image.open(io.BytesIO(Art(SVG, "svg", 32, (255, 255, 255)).read()))
+    assert (image.format, image.size, image.mode) == ("PNG", (32, 32), "RGB")
     assert image.getpixel((4, 16)) == (255, 0, 0)
     assert image.getpixel((28, 16)) == (255, 255, 255)
     buffer = io.BytesIO()
     Image.new("RGBA", (136, 68), (0, 0, 255, 255)).save(buffer, "WEBP", lossless=True)
-    image = Image.open(io.BytesIO(Art(buffer.getvalue(), "bitmap", 32, (200, 210, 220)).encoded()[0]))
+    image = Image.open(io.BytesIO(Art(buffer.getvalue(), "bitmap", 32, (200, 210, 220)).read()))
     assert image.getpixel((16, 16)) == (0, 0, 255)
     assert image.getpixel((16, 2)) == (200, 210, 220)
 
 
 def test_the_mask_is_where_the_art_is():
     art = Art(SVG, "svg", 32, (255, 255, 255))
-    mask = Image.open(io.BytesIO(ArtMask(art, 7).mask()))
+    mask = Image.open(io.BytesIO(ArtMask(art, 7).read()))
     assert (mask.mode, mask.size) == ("L", (32, 32))
-    classes, picture = np.asarray(mask), np.asarray(Image.open(io.BytesIO(art.encoded()[0])))
+    classes, picture = np.asarray(mask), np.asarray(Image.open(io.BytesIO(art.read())))
     red = (picture == (255, 0, 0)).all(axis=-1)
     assert (classes == 7 * red).all()
     assert red.sum() == 32 * 16
@@ -144,10 +132,10 @@ def test_a_font_without_bitmaps_is_refused(tmp_path):
 def test_without_npm_the_message_says_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="'npm' is not installed") as caught:
-        packages.fetch_npm(packages.OPENMOJI, tmp_path)
+        emoji.fetch_npm(emoji.OPENMOJI, tmp_path)
     assert "npm pack openmoji@17.0.0" in caught.value.fix
     with pytest.raises(DataError, match="'apt-get' is not installed") as caught:
-        packages.fetch_noto(tmp_path)
+        emoji.fetch_noto(tmp_path)
     assert "--noto-font" in caught.value.fix
 
 
@@ -156,13 +144,13 @@ def test_a_failing_command_is_quoted(tmp_path, monkeypatch):
     (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(DataError, match="network is down"):
-        packages.fetch_npm(packages.TWEMOJI, tmp_path)
+        emoji.fetch_npm(emoji.TWEMOJI, tmp_path)
 
 
 def test_another_archive_is_refused(tmp_path):
-    (tmp_path / packages.FLUENT.archive).write_bytes(b"something else")
+    (tmp_path / emoji.FLUENT.archive).write_bytes(b"something else")
     with pytest.raises(DataError, match="not the expected one"):
-        packages.fetch_npm(packages.FLUENT, tmp_path)
+        emoji.fetch_npm(emoji.FLUENT, tmp_path)
 
 
 def test_archives_are_read_without_unpacking(tmp_path):
@@ -171,14 +159,14 @@ def test_archives_are_read_without_unpacking(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(SVG)
             tar.addfile(info, io.BytesIO(SVG))
-    assert packages.read_archive(tmp_path / "a.tgz", "package", ".svg") == {"1f600": SVG}
+    assert emoji.read_archive(tmp_path / "a.tgz", "package", ".svg") == {"1f600": SVG}
     with pytest.raises(DataError, match=r"no \.png files"):
-        packages.read_archive(tmp_path / "a.tgz", "package", ".png")
+        emoji.read_archive(tmp_path / "a.tgz", "package", ".png")
 
 
 def test_a_relative_cache_serves_the_font(tmp_path, monkeypatch):
     programs = {
-        "apt-get": f"#!/bin/sh\ntouch {packages.NOTO_PACKAGE}_1_all.deb\n",
+        "apt-get": f"#!/bin/sh\ntouch {emoji.NOTO_PACKAGE}_1_all.deb\n",
         "dpkg-deb": (
             '#!/bin/sh\nset -e\ntest -f "$2"\nmkdir -p "$3/usr/share/fonts/truetype/noto"\n'
             'touch "$3/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"\n'
@@ -190,4 +178,4 @@ def test_a_relative_cache_serves_the_font(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.chdir(tmp_path)
-    assert packages.fetch_noto(Path("cache")).is_file()
+    assert emoji.fetch_noto(Path("cache")).is_file()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.cut import Cut, ShardOptions, check_options
-from m3i_scale.data.make import draw_split, hash_of
-from m3i_scale.data.tools.digests import Digests, digest_of, rows_of
+from m3i_scale.data.digests import Digests, digest_of, rows_of
+from m3i_scale.data.make.cut import Cut
+from m3i_scale.data.tar import printable
 from m3i_scale.errors import ConfigError, DataError
 
 WHOLE = ""
@@ -47,36 +48,49 @@ class Layout:
     """Number of the shard within the split."""
 
     def place(self, number: int) -> tuple[str, int]:
-        """Split and shard of a sample."""
+        """Return split and shard of a sample."""
         return self.splits[self.split_N[number]], int(self.shard_N[number])
 
     def __len__(self) -> int:
         return len(self.split_N)
 
 
-def plan_layout(outlines: Iterable[Outline], shares: Mapping[str, float] | None, cut: Cut) -> Layout:
+def plan_layout(
+    outlines: Callable[[], Iterator[Outline]], shares: Mapping[str, float] | None, cut: Cut, whole: str = WHOLE
+) -> Layout:
     """Draw splits, count, and cut into shards that differ by one sample at most.
 
     Args:
-        outlines: of all samples, in order of the input.
-        shares: of samples by split, drawn by hash; None: no splits.
+        outlines: gives those of all samples, in order of the input.
+        shares: of samples by split, drawn by hash; None: all go to `whole`.
         cut: how to make shards.
+        whole: the split of samples that name none, where there are no shares.
 
     Raises:
         DataError: no samples, a key twice, or a split without samples.
-        ConfigError: options that make no sense.
+        ConfigError: options that make no sense, or shares without effect.
     """
-    check_cut(cut)
+    cut.check()
     names: dict[str, int] = {}
     splits, orders, sizes = array("h"), array("Q"), Counter[int]()  # lists of integers take five times as much
+    drawn = False
     for outline in _unique(outlines):
-        drawn = draw_split(outline.group or outline.key, dict(shares)) if shares else WHOLE
-        split = names.setdefault(outline.split or drawn, len(names))
+        name = outline.split
+        if name is None:
+            name = draw_split(outline.group or outline.key, shares) if shares else whole
+            drawn = True
+        split = names.setdefault(name, len(names))
         splits.append(split)
         orders.append(int.from_bytes(hash_of("order", outline.key)[:8], "big"))
         sizes[split] += outline.size
     if not splits:
         raise DataError("there are no samples", fix="check the input")
+    if shares and not drawn:
+        raise ConfigError(
+            "--split has no effect: every sample is of a split already",
+            why=f"the input has {', '.join(sorted(names))}",
+            fix="leave it out; or, where the folders of `make imagefolder` are classes: --layout classes",
+        )
     absent = sorted(name for name, share in (shares or {}).items() if share > 0 and name not in names)
     if absent:
         raise DataError(f"split '{absent[0]}' gets no samples", fix="give it a larger share, or take more samples")
@@ -92,44 +106,44 @@ def plan_layout(outlines: Iterable[Outline], shares: Mapping[str, float] | None,
     return Layout(list(names), split_N, shard_N)
 
 
-def check_cut(cut: Cut) -> None:
-    """Refuse options that make no sense, or one that the other makes pointless.
-
-    Raises:
-        ConfigError: they do.
-    """
-    check_options(cut.options)
-    default = ShardOptions()
-    touched = replace(cut.options, workers=1, vocabulary=default.vocabulary, skip_bad=default.skip_bad) != default
-    if cut.shards is not None and touched:
-        raise ConfigError(
-            "--shards says how many shards there are; --samples-per-shard, --max-mb and --multiple-of then do nothing",
-            fix="give one or the other",
-        )
-    if cut.shards is not None and cut.shards < 1:
-        raise ConfigError("--shards must be positive")
+def draw_split(key: str, shares: Mapping[str, float]) -> str:
+    """Draw a split by a hash of the key, so a sample stays in its split when others are added."""
+    position = int.from_bytes(hash_of("split", key)[:8], "big") / 2**64
+    for split, share in shares.items():
+        position -= share
+        if position < 0:
+            return split
+    return list(shares)[-1]
 
 
-def _unique(outlines: Iterable[Outline]) -> Iterator[Outline]:
-    """The same; at the end it is known that no key stands twice."""
+def hash_of(purpose: str, key: str) -> bytes:
+    """Return what orders and splits samples: the same on every machine, whatever else there is."""
+    return hashlib.sha256(f"{purpose}/{key}".encode()).digest()
+
+
+def training_splits(splits: Iterable[str]) -> set[str]:
+    """Return splits whose captions the tokenizer may see: `train`, also as `Training`; all where there is none such."""
+    named = set(splits)
+    return {split for split in named if split.lower() in ("train", "training")} or named
+
+
+def _unique(outlines: Callable[[], Iterator[Outline]]) -> Iterator[Outline]:
+    """Give the outlines; at the end it is known that no key stands twice."""
     with Digests() as keys:
-        left = iter(outlines)
+        remaining = outlines()
         total = 0
-        while chunk := list(islice(left, _CHUNK)):
+        while chunk := list(islice(remaining, _CHUNK)):
             keys.add(rows_of([digest_of(item.key.encode()) for item in chunk], 0, range(total, total + len(chunk))))
             total += len(chunk)
             yield from chunk
-        repeated = [found[1][1] for found in keys.repeated()]
-    if repeated:
-        raise RepeatedKeysError(len(repeated), min(repeated))
-
-
-class RepeatedKeysError(DataError):
-    """Keys stand for several samples; `number` is the place of one of them in the input."""
-
-    def __init__(self, count: int, number: int) -> None:
-        super().__init__(f"{count} keys stand for several samples", fix="keys must differ")
-        self.number = number
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (int(self.what.split()[0]), self.number))
+        repeated = [places[1][1] for places in keys.repeated()]
+    if not repeated:
+        return
+    twice = next(islice(outlines(), min(repeated), None))
+    raise DataError(
+        f"{len(repeated)} keys stand for several samples",
+        where=f"{twice.place}: key '{printable(twice.key)}'",
+        why="a key must be unique in the output",
+        fix="rename the files; of shards, `shards check --repair` leaves out the later ones, `shards merge --keys "
+        "prefix` renames all",
+    )

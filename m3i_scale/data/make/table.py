@@ -1,4 +1,4 @@
-"""Records out of tables of paths, captions and labels."""
+"""A table of paths, captions and labels as input of `make`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from m3i_scale.data.records import FileImage, FileMask, ImageSource, Record, Unusable, split_name
+from m3i_scale.data.make.records import Listed, Record, split_name
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 
@@ -29,23 +29,20 @@ class Columns:
     """Paths of masks; only read where it is named."""
 
 
-def manifest_records(
+def manifest_input(
     manifest: Path,
     *,
     columns: Columns | None = None,
     root: Path | None = None,
     labels: Sequence[str] | None = None,
-) -> tuple[list[Record], list[str]]:
-    """Rows of a CSV, TSV, Parquet or JSON-lines file.
+) -> Listed:
+    """Open a CSV, TSV, Parquet or JSON-lines file.
 
     Args:
         manifest: the file; its ending tells the format.
         columns: names of the columns.
         root: relative paths start here; default: the manifest's folder.
         labels: class names. Default: the names that occur, sorted; for numbers, 0 … the largest.
-
-    Returns:
-        Records (unusable ones included) and the class names in order of their index.
 
     Raises:
         DataError: the file cannot be read, a column is missing.
@@ -56,40 +53,39 @@ def manifest_records(
     known = list(labels) if labels is not None else _labels_of(row.get(columns.label) for row in rows)
     numbers = {label: number for number, label in enumerate(known)}
     root = manifest.parent if root is None else root
-    return [_row_record(number, row, columns, root, numbers, manifest) for number, row in enumerate(rows)], known
+    records = [_row_record(number, row, columns, root, numbers, manifest) for number, row in enumerate(rows)]
+    return Listed(records, known, source="manifest")
 
 
 def _row_record(
     number: int, row: dict[str, Any], columns: Columns, root: Path, numbers: dict[str, int], manifest: Path
 ) -> Record:
     where = f"{manifest}, row {number + 1}"
-    name = row.get(columns.path)
+    split, name = split_name(row.get(columns.split), where), row.get(columns.path)
     if not name:
-        fault = DataError("the path is missing", where=where)
-        return Record(f"{number:09d}", Unusable(fault), split=split_name(row.get(columns.split), where))
-    path = root / str(name)
-    image: ImageSource = FileImage(path)
-    label = None
+        return Record(f"{number:09d}", b"", split=split, fault=DataError("the path is missing", where=where))
+    path, label, fault = root / str(name), None, None
     try:
         label = _label_number(row.get(columns.label), numbers, where)
     except DataError as error:
-        image = Unusable(error)
+        fault = error
     caption, mask = row.get(columns.caption), _mask_path(row, columns, root)
     return Record(
         key=f"{number:09d}",
-        image=image,
+        image=path,
         caption=None if caption is None else str(caption).strip() or None,
         label=label,
-        mask=None if mask is None else FileMask(mask),
+        mask=mask,
         meta={"path": str(name)} | _further(row, columns),
-        split=split_name(row.get(columns.split), where),
-        split_by=str(name),  # several captions of one image stay on one side
-        size_hint=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
+        split=split,
+        group=str(name),  # several captions of one image stay on one side
+        size=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
+        fault=fault,
     )
 
 
 def _further(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
+    """Return columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
     known = {"path", *vars(columns).values()}
     return {
         name: value if isinstance(value, int | float) else str(value)
@@ -128,7 +124,7 @@ def _is_integer(text: str) -> bool:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV are None.
+    """Read the rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV are None.
 
     Raises:
         DataError: cannot be read, or an unknown ending.
@@ -166,7 +162,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def _row_name(row: dict[str, Any]) -> str:
-    """How an error points at a row of a CSV file: by its first cell."""
+    """Name a row of a CSV file in an error, by its first cell."""
     return repr(next(iter(row.values())))
 
 
@@ -196,7 +192,7 @@ def _check_columns(rows: Sequence[dict[str, Any]], columns: Columns, manifest: P
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names: a JSON list, or a text file with one a line.
+    """Read class names: a JSON list, or a text file with one a line.
 
     Raises:
         ConfigError: cannot be read, or a name twice.

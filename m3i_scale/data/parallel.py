@@ -1,11 +1,11 @@
-"""Work on shards in processes, results in order, a few shards ahead."""
+"""Work in processes, results in order, a few tasks ahead."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -19,13 +19,13 @@ Result = TypeVar("Result")
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
 
-def in_order(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """`map` in `workers` processes; no more than two tasks a process are under way or waiting to be taken.
+def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """Do as `map`, in `workers` processes; no more than two tasks a process are under way or waiting to be taken.
 
     Raises:
         DataError: a process died.
     """
-    if workers <= 1 or len(tasks) <= 1:
+    if workers <= 1 or (isinstance(tasks, Sized) and len(tasks) <= 1):
         yield from map(function, tasks)
         return
     # Not fork: the caller may run threads (progress bar), which a child would inherit half-locked. Not spawn: every
@@ -33,17 +33,16 @@ def in_order(function: Callable[[Task], Result], tasks: Sequence[Task], workers:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     waiting: deque[Future[Result]] = deque()
-    left = iter(tasks)
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            for task in left:
+            for task in tasks:
                 waiting.append(pool.submit(function, task))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a process that reads shards died", fix="is memory short? try --workers 1") from None
+            raise DataError("a worker process died", fix="is memory short? try --workers 1") from None
         finally:
             for future in waiting:
                 future.cancel()

@@ -1,0 +1,1 @@
+"""Make shards: inputs of any kind, the layout of samples, the one writer."""

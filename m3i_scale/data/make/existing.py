@@ -1,0 +1,169 @@
+"""Samples of existing shards, in order, and only from sound tars: what `make webdataset`, `split` and `merge` read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from m3i_scale.data.make.layout import Outline
+from m3i_scale.data.parallel import in_order
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.tar import Fault, RawSample, RawShard, printable, read_members, read_shard, shard_error
+from m3i_scale.defaults import MAX_SAMPLE_BYTES
+from m3i_scale.errors import DataError
+
+Advance = Callable[[int], None]
+"""Told the bytes of every shard that is done."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A shard that is read."""
+
+    path: Path
+    source: int = 0
+    """Number of the folder or pattern it was named by."""
+    group: str | None = None
+    """Field of the json member by which samples stay together."""
+    prefix: str = ""
+    """Put before every key."""
+
+    def where(self, key: str) -> str:
+        """Name a sample in errors."""
+        return f"{self.path}: key '{printable(key)}'"
+
+
+def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = None) -> Iterator[Outline]:
+    """Give the outlines of all samples, in order.
+
+    Args:
+        origins: the shards.
+        workers: processes.
+        advance: progress.
+
+    Raises:
+        DataError: a tar that is damaged or hostile, or a sample without the group's field.
+    """
+    for size, outlines_of_shard in in_order(outline_shard, origins, workers):
+        yield from outlines_of_shard
+        if advance is not None:
+            advance(size)
+
+
+def outline_shard(origin: Origin) -> tuple[int, list[Outline]]:
+    """Return the bytes of a shard, and outlines of its samples."""
+    shard = sound_shard(origin.path)
+    with origin.path.open("rb") as stream:
+        return shard.size, [
+            Outline(origin.prefix + sample.key, sample.size, _group(stream, sample, origin), place=str(origin.path))
+            for sample in shard.samples
+        ]
+
+
+def contents(
+    origins: Sequence[Origin], advance: Advance | None = None
+) -> Iterator[tuple[Origin, str, dict[str, bytes]]]:
+    """Give origin, key and members of all samples, in the order of `outlines`.
+
+    Raises:
+        DataError: see `outlines`; a shard that changed meanwhile.
+    """
+    for origin in origins:
+        shard = sound_shard(origin.path)
+        try:
+            with origin.path.open("rb") as stream:
+                for sample in shard.samples:
+                    yield origin, origin.prefix + sample.key, read_members(stream, sample)
+        except OSError as error:
+            raise DataError(f"cannot read the shard: {error}", where=str(origin.path)) from None
+        if advance is not None:
+            advance(shard.size)
+
+
+def sound_shard(path: Path) -> RawShard:
+    """Read a shard that has no fault of the tar itself.
+
+    Raises:
+        DataError: it has one.
+    """
+    shard = read_shard(path)
+    faults = [*shard.faults, *(fault for sample in shard.samples for fault in sample.faults)]
+    faults += [
+        Fault("sample too large", f"over {MAX_SAMPLE_BYTES} bytes", printable(sample.key), sample.start)
+        for sample in shard.samples
+        if sample.size > MAX_SAMPLE_BYTES
+    ]
+    if faults:
+        raise shard_error(str(path), faults[0], len(faults))
+    return shard
+
+
+def common_labels(source: str) -> list[str] | None:
+    """Read the class names beside the shards of a source, whose pattern may lead into several folders.
+
+    Raises:
+        DataError: the folders have different ones.
+    """
+    folders = sorted({path.parent for path in local_shards(source)})
+    sets = [labels_beside(folder) for folder in folders]
+    if any(labels != sets[0] for labels in sets):
+        raise DataError("its folders have different labels.json", where=source, fix="name them as several sources")
+    return sets[0]
+
+
+def json_object(data: bytes | None, where: str) -> dict[str, Any]:
+    """Read a json member; empty where there is none.
+
+    Raises:
+        DataError: it does not parse, or is no object.
+    """
+    try:
+        value = json.loads(data) if data is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the json member does not parse: {str(error)[:200]}", where=where) from None
+    if not isinstance(value, dict):
+        raise DataError("the json member is no object", where=where)
+    return value
+
+
+def field_of(data: bytes | None, name: str, where: str) -> Any:
+    """Read a field of a json member; dots lead into objects.
+
+    Raises:
+        DataError: no json member, or no such field in it.
+    """
+    value: Any = json_object(data, where)
+    for part in name.split("."):
+        if not isinstance(value, dict) or value.get(part) is None:
+            raise DataError(
+                f"the sample has no field '{name}' in its json member",
+                where=where,
+                fix="name a field that every sample has",
+            )
+        value = value[part]
+    return value
+
+
+@contextmanager
+def annotations_of(where: str, fix: str | None = None) -> Iterator[None]:
+    """Turn what is wrong with the annotations of a sample into a DataError that names the sample."""
+    try:
+        yield
+    except BadSampleError as bad:
+        raise DataError(f"{bad.reason}: {bad.detail}", where=where, fix=fix) from None
+
+
+def _group(stream: BinaryIO, sample: RawSample, origin: Origin) -> str | None:
+    if origin.group is None:
+        return None
+    only = RawSample(sample.key, [member for member in sample.members if member.extension == "json"])
+    value = field_of(read_members(stream, only).get("json"), origin.group, origin.where(sample.key))
+    if not isinstance(value, str | int):
+        what = f"the field '{origin.group}' is no text and no integer: {value!r:.80}"
+        raise DataError(what, where=origin.where(sample.key))
+    return str(value)

@@ -1,0 +1,171 @@
+"""What `shards make` writes: one record per sample, its image not yet read, from inputs of any kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from m3i_scale.data.images import MASK, check_mask, encoded_image
+from m3i_scale.data.make.layout import Outline, hash_of
+from m3i_scale.errors import DataError
+
+
+class Drawn(Protocol):
+    """An image or mask that is made when it is needed. Picklable: that happens in a worker process."""
+
+    def read(self) -> bytes:
+        """Return the encoded image or mask.
+
+        Raises:
+            DataError: it cannot be made.
+        """
+        ...
+
+
+Contents = Path | bytes | Drawn
+"""A file, bytes out of another container, or what is drawn."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample on its way into a shard."""
+
+    key: str
+    """Unique name; no dot, since the part of a member's name after the first dot is its type."""
+    image: Contents
+    caption: str | None = None
+    label: int | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    """The JSON member."""
+    split: str | None = None
+    """Folder the sample goes to; None leaves it to the split rule."""
+    group: str | None = None
+    """What the split rule hashes, so that samples that belong together stay together; None: the key."""
+    size: int = 16_384
+    """Bytes of the image, roughly, for planning the number of shards."""
+    mask: Contents | None = None
+    """An eight-bit PNG of the image's size: class by pixel, for dense probes."""
+    where: str = ""
+    """Names the sample in errors, where the image is no file."""
+    fault: DataError | None = None
+    """Why the sample cannot be used whatever its image: `--skip-bad` then treats all faults alike."""
+
+
+class Input(Protocol):
+    """Samples in a fixed order."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names in order of their index."""
+        ...
+
+    def outlines(self) -> Iterator[Outline]:
+        """Give names and sizes of all samples.
+
+        Raises:
+            DataError: the input cannot be read.
+        """
+        ...
+
+    def records(self) -> Iterator[Record]:
+        """Give the same samples in the same order, with contents.
+
+        Raises:
+            DataError: the input cannot be read.
+        """
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """Return what manifest.json says of the input; called when all has been read."""
+        ...
+
+
+class Listed:
+    """Records that are known beforehand, their images not: files, mostly.
+
+    They are sorted by a hash of the key, so neighbours in the input are no neighbours in a shard.
+
+    Args:
+        records: in any order.
+        labels: class names in order of their index.
+        info: for manifest.json: source, licence …
+
+    Raises:
+        DataError: a label that has no name.
+    """
+
+    def __init__(self, records: Sequence[Record], labels: Sequence[str], **info: Any) -> None:
+        for record in records:
+            if record.label is not None and not 0 <= record.label < len(labels):
+                what = f"label {record.label} is out of range: there are {len(labels)} labels"
+                raise DataError(what, where=record.key)
+        self._records = sorted(records, key=lambda record: hash_of("order", record.key))
+        self.labels, self._info = list(labels), info
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        for record in self._records:
+            yield Outline(record.key, record.size, record.group, record.split, _place(record, record.image))
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        return iter(self._records)
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return self._info
+
+
+Encoded = dict[str, bytes] | DataError
+"""Image and mask by extension, or why there are none: a fault is a value here, the caller decides whether it stops."""
+
+
+def encode_all(records: Sequence[Record]) -> list[Encoded]:
+    """Read and encode images and masks; done in worker processes."""
+    return [_encode(record) for record in records]
+
+
+def _encode(record: Record) -> Encoded:
+    if record.fault is not None:
+        return record.fault
+    try:
+        image, extension = encoded_image(_read(record.image), _place(record, record.image))
+        if record.mask is None:
+            return {extension: image}
+        mask = _read(record.mask)
+        check_mask(mask, image, _place(record, record.mask))
+    except DataError as error:
+        return error
+    return {extension: image, MASK: mask}
+
+
+def _read(contents: Contents) -> bytes:
+    if isinstance(contents, bytes):
+        return contents
+    if not isinstance(contents, Path):
+        return contents.read()
+    try:
+        return contents.read_bytes()
+    except OSError as error:
+        fix = "correct the path; relative ones start at the folder of the table, or at --root"
+        raise DataError(f"cannot read the file: {error.strerror}", where=str(contents), fix=fix) from None
+
+
+def _place(record: Record, contents: Contents) -> str:
+    return str(contents) if isinstance(contents, Path) else record.where or record.key
+
+
+def split_name(value: Any, where: str) -> str | None:
+    """Return the folder of shards that a name of a split stands for; None where there is no name.
+
+    Raises:
+        DataError: it cannot be one.
+    """
+    if not value:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
+        raise DataError(f"'{value}' is no name for a split", where=where, fix="letters, digits, - and _ only")
+    return str(value)

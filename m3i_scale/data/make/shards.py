@@ -1,0 +1,160 @@
+"""Make shards out of an input that is read twice, front to back: once for names and sizes, once for contents."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.data.make.cut import Cut, ShardOptions
+from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
+from m3i_scale.data.make.records import Encoded, Input, Record, encode_all
+from m3i_scale.data.make.write import check_output, made_whole, write_samples
+from m3i_scale.data.parallel import in_order
+from m3i_scale.data.tokenizer import train_tokenizer
+from m3i_scale.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+CHUNK_BYTES = 16_000_000
+CHUNK_RECORDS = 16
+MAX_CAPTIONS = 1_000_000
+"""The tokenizer learns from so many captions at most, drawn by a hash of their keys."""
+SKIPPED = "skipped.jsonl"
+
+
+def make_shards(
+    source: Input,
+    output: Path,
+    *,
+    name: str = "images",
+    options: ShardOptions | None = None,
+    shares: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `output/<split>/<name>-000000.tar …`, with labels, sizes, manifest and index beside, and a tokenizer.
+
+    Which split and shard a sample goes to follows from a hash of its key; within a shard, samples keep the order of the
+    input. None of them is held. What `skip_bad` leaves out is listed in `skipped.jsonl`.
+
+    Args:
+        source: read twice.
+        output: the folder to make; it must not exist.
+        name: beginning of every shard's file name.
+        options: see `ShardOptions`.
+        shares: of samples per split, for records that do not name theirs; None: all of these are of `train`.
+        progress: told about samples written.
+
+    Returns:
+        A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer.
+
+    Raises:
+        DataError: the output exists, no samples, a key twice, or a sample that cannot be used.
+        ConfigError: options that make no sense.
+    """
+    options = options or ShardOptions()
+    check_output(output, name)
+    layout = plan_layout(source.outlines, shares, Cut(options), whole="train")
+    with made_whole(output) as folder:
+        maker = _Maker(layout, options, folder / SKIPPED, progress)
+        samples = maker.samples(source.records())
+        splits = write_samples(folder, name, layout, samples, source.labels, source.info)
+        summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
+        if maker.skipped:
+            summary["skipped_list"] = str(output / SKIPPED)
+        if len(maker.captions) and options.vocabulary:
+            train_tokenizer(maker.captions, folder / "tokenizer", options.vocabulary)
+            summary["tokenizer"] = str(output / "tokenizer")
+    return summary
+
+
+class CaptionSample:
+    """The captions whose keys have the smallest hashes: all of them below the limit, a fixed choice above."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._heap: list[tuple[int, str]] = []
+
+    def add(self, key: str, caption: str) -> None:
+        """Take one caption, or leave it."""
+        entry = (-int.from_bytes(hash_of("caption", key)[:8], "big"), caption)
+        if len(self._heap) < self._limit:
+            heapq.heappush(self._heap, entry)
+        else:
+            heapq.heappushpop(self._heap, entry)
+
+    def __iter__(self) -> Iterator[str]:
+        return (caption for _, caption in self._heap)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+class _Maker:
+    """Turns records into members of samples, and keeps count of what is left out."""
+
+    def __init__(self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: Progress | None) -> None:
+        self._layout, self._options, self._progress = layout, options, progress
+        self._skipped_list, self._training = skipped_list, training_splits(layout.splits)
+        self.skipped: Counter[str] = Counter()
+        self.captions = CaptionSample(MAX_CAPTIONS)
+
+    def samples(self, records: Iterator[Record]) -> Iterator[tuple[str, dict[str, bytes]] | None]:
+        """Give key and members of every record, in order; None where it cannot be used."""
+        for number, (record, encoded) in enumerate(self._encoded(records)):
+            if isinstance(encoded, DataError):
+                self._skip(record, encoded)
+                yield None
+            else:
+                if record.caption and number < len(self._layout) and self._layout.place(number)[0] in self._training:
+                    self.captions.add(record.key, record.caption)
+                yield record.key, members_of(record, encoded)
+            if self._progress is not None:
+                self._progress(number + 1, len(self._layout))
+
+    def _encoded(self, records: Iterator[Record]) -> Iterator[tuple[Record, Encoded]]:
+        ahead: deque[list[Record]] = deque()  # those that the workers have or had, and no more of them than that
+
+        def chunks() -> Iterator[list[Record]]:
+            for chunk in _chunks(records):
+                ahead.append(chunk)
+                yield chunk
+
+        for encoded in in_order(encode_all, chunks(), self._options.workers):
+            yield from zip(ahead.popleft(), encoded, strict=True)
+
+    def _skip(self, record: Record, fault: DataError) -> None:
+        if not self._options.skip_bad:
+            raise fault
+        self.skipped[fault.what.partition(":")[0]] += 1
+        line = {"key": record.key, "where": fault.where, "reason": fault.what}
+        with self._skipped_list.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the members of a sample by extension."""
+    members = dict(encoded)
+    if record.caption is not None:
+        members["txt"] = record.caption.encode("utf-8")
+    if record.label is not None:
+        members["cls"] = str(record.label).encode("ascii")
+    members["json"] = json.dumps(record.meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
+    return members
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Give as many records as a worker takes at once, and no more than memory takes."""
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += record.size
+        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,127 @@
+"""Existing WebDataset shards as input of `make`, and how a record comes out of the members of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from m3i_scale.data.images import FILE_EXTENSIONS, MASK
+from m3i_scale.data.make.existing import (
+    Origin,
+    annotations_of,
+    common_labels,
+    contents,
+    field_of,
+    json_object,
+    outlines,
+)
+from m3i_scale.data.make.layout import Outline
+from m3i_scale.data.make.records import Record
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import local_shards
+from m3i_scale.errors import DataError
+
+
+@dataclass
+class ShardInput:
+    """Samples of tars."""
+
+    origins: Sequence[Origin]
+    label_names: Sequence[str] | None = None
+    """None: a sample with a label cannot be used."""
+    caption_field: str | None = None
+    """Field of the json member that holds the caption; None: the txt member."""
+    workers: int = 1
+    """Processes that read headers."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names."""
+        return list(self.label_names or ())
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        return outlines(self.origins, self.workers)
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        for origin, key, members in contents(self.origins):
+            yield record_of(key, members, origin.where(key), self.label_names, self.caption_field)
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return {"source": "webdataset"}
+
+
+def webdataset_input(
+    source: str, *, labels: Sequence[str] | None, caption_field: str | None, group: str | None, workers: int
+) -> ShardInput:
+    """Open existing shards.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+        labels: class names; None: labels.json beside the shards.
+        caption_field: field of the json members that holds the caption; None: the txt members.
+        group: samples with the same value of this field of their json members go to the same split.
+        workers: processes that read headers.
+
+    Raises:
+        DataError: no shards there.
+    """
+    names = labels if labels is not None else common_labels(source)
+    return ShardInput([Origin(path, group=group) for path in local_shards(source)], names, caption_field, workers)
+
+
+def record_of(
+    key: str,
+    members: Mapping[str, bytes],
+    where: str,
+    labels: Sequence[str] | None = None,
+    caption_field: str | None = None,
+) -> Record:
+    """Make the record of a sample; one whose members cannot be used holds the fault.
+
+    Args:
+        key: of the sample.
+        members: its contents by extension.
+        where: names it in errors.
+        labels: class names; None: a sample with a label cannot be used.
+        caption_field: field of the json member that holds the caption; None: the txt member.
+    """
+    extension = next((extension for extension in FILE_EXTENSIONS if extension in members), None)
+    size, mask, fault = sum(map(len, members.values())), members.get(MASK), None
+    image, caption, label, meta = b"", None, None, dict[str, Any]()
+    try:
+        if extension is None:
+            raise DataError("the sample has no image", where=where, fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+        image = members[extension]
+        meta = json_object(members.get("json"), where)
+        caption = _caption(members, where, caption_field)
+        label = _label(members, where, labels)
+    except DataError as error:
+        fault = error
+    return Record(key, image, caption, label, meta, size=size, mask=mask, where=where, fault=fault)
+
+
+def _caption(members: Mapping[str, bytes], where: str, caption_field: str | None) -> str | None:
+    if caption_field is not None:
+        value = field_of(members.get("json"), caption_field, where)
+        if not isinstance(value, str):
+            raise DataError(f"the field '{caption_field}' is no text", where=where)
+        return value.strip() or None
+    with annotations_of(where):
+        return read_annotations(members, None).caption
+
+
+def _label(members: Mapping[str, bytes], where: str, labels: Sequence[str] | None) -> int | None:
+    if "cls" not in members:
+        return None
+    if labels is None:
+        raise DataError(
+            "the sample has a label, and there is no labels.json",
+            where=where,
+            fix="name the classes with --labels FILE (a JSON list, or one name a line)",
+        )
+    with annotations_of(where):
+        return read_annotations(members, len(labels), captions=False).label

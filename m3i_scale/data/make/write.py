@@ -1,0 +1,241 @@
+"""Write shards and what lies beside them, into a folder that appears when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from m3i_scale.data.images import MASK
+from m3i_scale.data.index import build_index
+from m3i_scale.data.make.layout import WHOLE, Layout
+from m3i_scale.errors import ConfigError, DataError
+
+MANIFEST_FORMAT = 1
+FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
+"""What the manifest counts per shard."""
+OPEN_SHARDS = 64
+_MODE = 0o444
+"""As webdataset's writer."""
+
+
+@contextmanager
+def made_whole(output: Path) -> Iterator[Path]:
+    """Give a folder beside `output` that takes its name when all went well, and is gone when not.
+
+    What a killed run left behind is removed by the next one; the lock keeps two runs apart.
+
+    Raises:
+        DataError: the output exists, cannot be written, or another process makes it.
+    """
+    refuse_existing(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = output.parent / f".{output.name}.{os.getpid()}"
+        probe.mkdir()  # the lock would wait for a folder that nobody can write, and blame another process
+        probe.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"cannot write there: {error.strerror}", where=str(output.parent), fix="give another --output"
+        ) from None
+    folder = output.parent / f".{output.name}.partial"
+    try:
+        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield folder
+                folder.rename(output)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except Timeout:
+        raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
+    except OSError as error:
+        raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
+
+
+def refuse_existing(output: Path) -> None:
+    """See that nothing would be overwritten.
+
+    Raises:
+        DataError: the output exists.
+    """
+    if output.exists():
+        raise DataError("the output exists", where=str(output), fix="remove it, or give another --output")
+
+
+def check_output(output: Path, name: str) -> None:
+    """See, before anything is read, whether shards of such a name can be made there.
+
+    Raises:
+        ConfigError: the name holds more than letters, digits, - and _.
+        DataError: the output exists.
+    """
+    if not name or not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
+    refuse_existing(output)
+
+
+def write_samples(
+    folder: Path,
+    name: str,
+    layout: Layout,
+    samples: Iterable[tuple[str, Mapping[str, bytes]] | None],
+    labels: Sequence[str] | None,
+    info: Callable[[], Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Write all samples and what lies beside them; returns the counts of every split.
+
+    Args:
+        folder: where splits, or shards without splits, go.
+        name: beginning of the shards' file names.
+        layout: where every sample goes.
+        samples: key and members of each, in order of the layout; None for one that is left out.
+        labels: class names; None writes no labels.json.
+        info: gives the head of the manifest, when all has been read: source, licence …
+
+    Raises:
+        DataError: a split without samples; more or fewer samples than the layout has.
+    """
+    with _Shards(folder, name, layout) as shards:
+        number = -1
+        for number, sample in enumerate(samples):
+            if number == len(layout):
+                break
+            if sample is not None:
+                shards.add(number, *sample)
+        if number + 1 != len(layout):
+            raise DataError("the input changed while it was read", fix="start again when nobody writes to it")
+        return shards.finish(labels, info())
+
+
+class _Shards:
+    """Appends samples to many shards at once, in any order, holding none of them; a context manager."""
+
+    def __init__(self, folder: Path, name: str, layout: Layout) -> None:
+        self._folder, self._name, self._layout = folder, name, layout
+        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._members: dict[tuple[str, int], Counter[str]] = {}
+        for split in layout.splits:
+            (folder / split).mkdir(exist_ok=True)
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def add(self, number: int, key: str, members: Mapping[str, bytes]) -> None:
+        """Append the sample with this number of the input."""
+        place = self._layout.place(number)
+        stream = self._stream(self._path(*place))
+        for extension in sorted(members):
+            stream.write(tar_member(f"{key}.{extension}", members[extension]))
+        self._members.setdefault(place, Counter()).update(["samples", *members])
+
+    def finish(self, labels: Sequence[str] | None, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Close all shards and write what lies beside them; returns the counts of every split."""
+        self.__exit__()
+        sums = {}
+        for split in sorted(self._layout.splits):
+            shards = {}
+            for place in sorted(place for place in self._members if place[0] == split):
+                path = self._path(*place)
+                with path.open("ab") as stream:
+                    close_tar(stream)
+                shards[path.name] = shard_facts(path, self._members[place])
+            if not shards:
+                raise DataError(f"no sample of split '{split}' can be used", fix="see the reasons without --skip-bad")
+            head = {"name": self._name, **({} if split == WHOLE else {"split": split}), **info}
+            sums[split] = finish_folder(self._folder / split, shards, labels, head)
+        return sums
+
+    def _path(self, split: str, shard: int) -> Path:
+        return self._folder / split / f"{self._name}-{shard:06d}.tar"
+
+    def _stream(self, path: Path) -> BinaryIO:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        while len(self._open) >= OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        self._open[path] = path.open("ab")
+        return self._open[path]
+
+
+def tar_member(name: str, data: bytes) -> bytes:
+    """Return header, content and padding of a member, the same whenever it is written."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(data), _MODE, 0
+    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def close_tar(stream: BinaryIO) -> None:
+    """Write the end of a tar."""
+    stream.write(bytes(2 * tarfile.BLOCKSIZE))
+    stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
+
+
+def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the manifest says of a shard.
+
+    Args:
+        path: the finished file.
+        members: how many members of each extension it has; under `samples`, how many samples.
+    """
+    counts = [members.get(name, 0) for name in ("samples", "cls", "txt", MASK)]
+    return {**dict(zip(FACTS, [*counts, path.stat().st_size], strict=True)), "sha256": sha256_of(path)}
+
+
+def finish_folder(
+    folder: Path,
+    shards: Mapping[str, Mapping[str, Any]],
+    labels: Sequence[str] | None,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write labels.json, sizes.json, manifest.json and index/ beside shards; returns the sums of their counts.
+
+    Args:
+        folder: where the shards lie.
+        shards: by file name what the manifest says of them, as `shard_facts`.
+        labels: class names; None writes no labels.json.
+        facts: head of the manifest: name, split, source, licence …
+    """
+    if labels is not None:
+        write_json(folder / "labels.json", list(labels))
+    write_json(folder / "sizes.json", {shard: facts_of["samples"] for shard, facts_of in shards.items()})
+    write_json(folder / "manifest.json", {"format": MANIFEST_FORMAT, **facts, "shards": shards})
+    build_index([folder / shard for shard in shards], folder / "index")
+    sums = {fact: sum(int(counts[fact]) for counts in shards.values()) for fact in FACTS}
+    return {"shards": len(shards), **sums}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with one line per entry, so that differences can be read."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + os.linesep, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Compute the SHA-256 of a file, a piece at a time.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+    return digest.hexdigest()

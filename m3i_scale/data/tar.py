@@ -1,0 +1,364 @@
+"""Read the headers of a tar that may be damaged or hostile: what can be read is returned, what cannot is a fault.
+
+Training is strict: the first fault of a tar is an error. Tools go on, and look at the rest. Python's tarfile finds the
+members. It is kept on a short leash: it may read headers only, none of them large, and must move forward (some versions
+follow a negative size backwards, for ever).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from webdataset.tariterators import base_plus_ext
+
+from m3i_scale.errors import DataError
+
+MAX_NAME = 1_024
+"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
+MAX_HEADER_BYTES = 16_384
+"""Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
+RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
+"""What webdataset calls its own fields of a sample."""
+UNREADABLE = "shard cannot be read"
+CUT_OFF = "cut off"
+DAMAGED = "damaged header"
+AFTER_END = "data after the end of the tar"
+EMPTY = "shard holds no samples"
+SCATTERED = "members do not lie together"
+"""The one fault of a sample that can be mended without loss."""
+TWICE = "key stands twice in the shard"
+_BLOCK = tarfile.BLOCKSIZE
+_TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
+"""What tarfile raises on damaged headers; not all of it is a TarError."""
+_RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_HOSTILE = "take the shard from a source you trust, or make it anew"
+_COPY = "copy it again; or `m3i-scale shards check SHARDS --repair FOLDER --link` leaves out what is bad"
+_FIXES = {
+    "name is too long": _HOSTILE,
+    "path leaves the folder": _HOSTILE,
+    "member is sparse": _HOSTILE,
+    "link or device": _HOSTILE,
+    "global header renames members": _HOSTILE,
+    EMPTY: "remove it, or make it anew",
+    AFTER_END: "keep the tars apart, or join them by `tar --concatenate`; `tar --ignore-zeros -x` unpacks this one",
+    CUT_OFF: _COPY,
+    DAMAGED: _COPY,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong with a sample, or (without key) with its shard."""
+
+    reason: str
+    detail: str = ""
+    key: str = "?"
+    offset: int = 0
+    """First byte of the sample in the shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file in a tar."""
+
+    extension: str
+    """Lower case, as webdataset sees it."""
+    start: int
+    """First byte of the first header."""
+    data: int
+    """First byte of the content."""
+    size: int
+    """Bytes of the content."""
+
+    @property
+    def stop(self) -> int:
+        """The byte after the content and its padding."""
+        return self.data + -(-self.size // _BLOCK) * _BLOCK
+
+
+@dataclass(slots=True)
+class RawSample:
+    """The members of one key."""
+
+    key: str
+    members: list[Member] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    head: int = 0
+    """CRC-32 of the headers of its members."""
+
+    @property
+    def start(self) -> int:
+        """First byte of the first header."""
+        return self.members[0].start
+
+    @property
+    def end(self) -> int:
+        """The byte after the last member's data."""
+        return self.members[-1].data + self.members[-1].size
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of its members, headers included."""
+        return sum(member.stop - member.start for member in self.members)
+
+    def blame(self, reason: str, detail: str = "") -> None:
+        """Add a fault."""
+        self.faults.append(Fault(reason, detail, printable(self.key), self.start))
+
+
+@dataclass
+class RawShard:
+    """What the headers of a shard tell."""
+
+    size: int = 0
+    """Bytes of the file."""
+    samples: list[RawSample] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    """Of the shard and of members that belong to no sample."""
+    others: int = 0
+    """Folders, and files that webdataset skips."""
+
+
+def read_shard(path: Path) -> RawShard:
+    """Group the members of a tar into samples. Faults are values, also a file that cannot be read at all."""
+    shard = RawShard()
+    try:
+        shard.size = path.stat().st_size
+        with path.open("rb") as stream:
+            _Headers(stream, shard, None).read()
+    except OSError as error:
+        shard.faults.append(Fault(UNREADABLE, str(error.strerror or error)))
+    return shard
+
+
+def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
+    """Group the members of a tar into samples. Samples may have faults that their content will show when it is read.
+
+    Args:
+        stream: the tar.
+        size: its bytes.
+        where: names it in the error.
+
+    Raises:
+        DataError: at the first fault of the tar: no tar, cut off, no samples, a key in two places, data behind the end,
+            or members that no shard should have (absolute paths, `..`, links, devices).
+        OSError: the stream cannot be read.
+    """
+    shard = RawShard(size)
+    _Headers(stream, shard, where).read()
+    return shard
+
+
+def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
+    """Make the error of a shard with a fault, or with so many of which this is the first."""
+    detail = f"byte {fault.offset}, key '{fault.key}': {fault.detail}".removesuffix(": ")
+    return DataError(
+        f"cannot read the shard: {fault.reason}",
+        where=where,
+        why=detail + (f"; it has {count} faults" if count > 1 else ""),
+        fix=_FIXES.get(fault.reason, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"),
+    )
+
+
+def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
+    """Read a sample's members by extension.
+
+    Raises:
+        OSError: the file is shorter than it was.
+    """
+    contents = {}
+    for member in sample.members:
+        stream.seek(member.data)
+        data = stream.read(member.size)
+        if len(data) < member.size:
+            raise OSError(f"{len(data)} of {member.size} bytes of a member")
+        contents[member.extension] = data
+    return contents
+
+
+def key_at(path: Path, offset: int) -> str:
+    """Read the key of the member whose header begins at `offset`."""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
+    with tarfile.open(fileobj=head, mode="r:") as tar:
+        member = tar.next()
+    key = None if member is None else base_plus_ext(member.name)[0]
+    return "?" if key is None else printable(key)
+
+
+def printable(text: str) -> str:
+    """Return text of others as any terminal and any UTF-8 file can take it: what is not text becomes an escape."""
+    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in safe
+    )
+
+
+class _HeaderFile:
+    """The part of a file that tarfile may see: short reads."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.name = getattr(stream, "name", "")
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return self._stream.read(size)
+
+    def close(self) -> None:
+        """The owner closes the file."""
+
+
+class _Headers:
+    """Sorts the members of a tar into the samples of a shard.
+
+    Args:
+        stream: the tar.
+        shard: gets samples and faults; knows the size.
+        strict: names the tar in the error that its first fault raises; None: faults are values.
+    """
+
+    def __init__(self, stream: BinaryIO, shard: RawShard, strict: str | None) -> None:
+        self._stream, self._shard, self._strict = stream, shard, strict
+        self._by_key: dict[str, RawSample] = {}
+        self._current: str | None = None
+        self._newest: RawSample | None = None
+
+    def read(self) -> None:
+        """Read all headers, and judge how the tar ends."""
+        end, damage = 0, None
+        try:
+            with tarfile.open(fileobj=cast(BinaryIO, _HeaderFile(self._stream)), mode="r:") as tar:
+                for member in _forward(tar):
+                    self._add(member, renamed=not _RENAMING.isdisjoint(tar.pax_headers))
+                    end = tar.offset
+                    if end > self._shard.size:
+                        break
+                end = tar.offset
+        except _TAR_FAULTS as error:
+            damage = printable(str(error) or type(error).__name__)
+        if end == 0:
+            self._no_tar(damage)
+        self._end(end, damage)
+        if not self._shard.samples and not self._shard.faults:
+            self._fault(EMPTY)
+
+    def _checked(self, fault: Fault) -> Fault:
+        if self._strict is not None:
+            raise shard_error(self._strict, fault)
+        return fault
+
+    def _fault(self, reason: str, detail: str = "", offset: int = 0) -> None:
+        self._shard.faults.append(self._checked(Fault(reason, detail, offset=offset)))
+
+    def _add(self, member: tarfile.TarInfo, *, renamed: bool) -> None:
+        name = printable(member.name[:MAX_NAME])
+        reason = _hostile(member) or ("global header renames members" if renamed else None)
+        if reason:
+            self._fault(reason, name, member.offset)
+        key, extension = (None, None) if reason else _split(member)
+        if key is None or extension is None:
+            self._shard.others += reason is None
+            self._current = None
+            return
+        extension = extension.lower()
+        self._newest = sample = self._sample(key, extension, member.offset)
+        self._stream.seek(member.offset)  # just read, so it is still in the buffer
+        sample.head = zlib.crc32(self._stream.read(member.offset_data - member.offset), sample.head)
+        sample.members.append(Member(extension, member.offset, member.offset_data, member.size))
+        self._current = key
+        if extension in RESERVED:
+            sample.blame("member has a reserved name", name)
+
+    def _sample(self, key: str, extension: str, offset: int) -> RawSample:
+        sample = self._by_key.get(key)
+        again = sample is not None and any(member.extension == extension for member in sample.members)
+        if sample is not None and key == self._current:
+            if again:
+                sample.blame("member stands twice", extension)
+            return sample
+        if sample is not None and not again:
+            if not any(fault.reason == SCATTERED for fault in sample.faults):
+                detail = f"'{extension}' lies at byte {offset}"
+                sample.faults.append(self._checked(Fault(SCATTERED, detail, printable(key), sample.start)))
+            return sample
+        fresh = RawSample(key)
+        if sample is not None:
+            twice = Fault(TWICE, f"first at byte {sample.start}", printable(key), offset)
+            fresh.faults.append(self._checked(twice))
+        if key.encode("utf-8", "replace").decode("utf-8") != key:
+            fresh.faults.append(Fault("name is not UTF-8", "", printable(key), offset))
+        self._by_key[key] = fresh
+        self._shard.samples.append(fresh)
+        return fresh
+
+    def _no_tar(self, damage: str | None) -> None:
+        self._stream.seek(0)
+        head = self._stream.read(6)
+        packed = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        if packed:
+            self._fault("shard is compressed", f"by {packed}; loaders seek in plain tars: unpack it")
+        elif damage:
+            self._fault("shard is no tar", damage)
+
+    def _end(self, end: int, damage: str | None) -> None:
+        if end == 0 and self._shard.faults:
+            return
+        size, stream = self._shard.size, self._stream
+        stream.seek(min(end, size))
+        block = stream.read(_BLOCK)
+        whole = False
+        if damage is None and len(block) == _BLOCK and not any(block):
+            whole = True
+            if any(any(piece) for piece in iter(lambda: stream.read(1 << 20), b"")):
+                detail = "no reader goes beyond the first end: are these several tars in one file?"
+                self._fault(AFTER_END, detail, end)
+        elif damage is None and len(block) == _BLOCK:
+            self._fault(DAMAGED, f"the {size - end} bytes from there on are not read", end)
+        elif damage is not None and end < size:
+            self._fault(DAMAGED, damage, end)
+        else:
+            self._fault(CUT_OFF, f"at byte {size}", min(end, size))
+        if self._newest is not None and (not whole or self._newest.end > size):
+            self._newest.blame(CUT_OFF, "the last sample before the fault: members may be missing")
+
+
+def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    last = -1
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= last or member.offset <= last:
+            raise tarfile.ReadError("a header points backwards")
+        last = member.offset
+        vars(tar)["members"].clear()  # or all headers would be kept
+        yield member
+
+
+def _hostile(member: tarfile.TarInfo) -> str | None:
+    name = PurePosixPath(member.name)
+    if len(member.name) > MAX_NAME:
+        return "name is too long"
+    if name.is_absolute() or ".." in name.parts:
+        return "path leaves the folder"
+    if member.issparse():
+        return "member is sparse"
+    if not (member.isreg() or member.isdir()):
+        return "link or device"
+    return None
+
+
+def _split(member: tarfile.TarInfo) -> tuple[str | None, str | None]:
+    """Return key and extension, as webdataset sees them; None for what it skips."""
+    if not member.isreg() or member.name.startswith("__"):
+        return None, None
+    key, extension = base_plus_ext(member.name)
+    return key, extension
