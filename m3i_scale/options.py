@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 Parts = Mapping[str, tuple[Any, Any]]
-"""Type and default of every option, by the name of its parameter."""
+"""Type and default of every option, by the name of its parameter; no default: `inspect.Parameter.empty`."""
 
 
 def expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:

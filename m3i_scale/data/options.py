@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from m3i_scale.data.make.cut import Cut, ShardOptions, parse_splits
 from m3i_scale.data.parallel import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
+from m3i_scale.options import Command, Parts, expanded
 from m3i_scale.output import print_json
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
@@ -35,9 +35,6 @@ LabelsFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 
-Command = Callable[..., None]
-Parts = Mapping[str, tuple[Any, Any]]
-"""Type and default of every option, by name; no default: `inspect.Parameter.empty`."""
 _DEFAULTS = ShardOptions()
 _SIZES: Parts = {
     "samples_per_shard": (PerShard, _DEFAULTS.samples_per_shard),
@@ -109,12 +106,12 @@ class Making:
 
 def takes_making(command: Command) -> Command:
     """Give a command the options of everything that makes shards, in place of the parameter `making`."""
-    return _expanded(command, "making", _MAKE, _making)
+    return expanded(command, "making", _MAKE, _making)
 
 
 def takes_cut(command: Command) -> Command:
     """Give a command the options of everything that cuts shards anew, in place of the parameter `cut`."""
-    return _expanded(command, "cut", _CUT, _cut)
+    return expanded(command, "cut", _CUT, _cut)
 
 
 def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> Making:
@@ -123,25 +120,6 @@ def _making(output: Path, name: str, split: str | None, as_json: bool, **options
 
 def _cut(shard_count: int | None, keep_order: bool, **sizes: Any) -> Cut:
     return Cut(ShardOptions(**sizes), shard_count, keep_order)
-
-
-def _expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:
-    """Return the command with options of the command line in place of a parameter, which is what typer looks at."""
-    signature = inspect.signature(command, eval_str=True)
-    keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
-    options = [keyword(name, default=default, annotation=kind) for name, (kind, default) in parts.items()]
-    named: list[inspect.Parameter] = []
-    for known in signature.parameters.values():
-        named += options if known.name == parameter else [known.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-
-    @functools.wraps(command)
-    def call(**given: Any) -> None:
-        made = build(**{name: given.pop(name) for name in parts})
-        command(**given, **{parameter: made})
-
-    call.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-    call.__annotations__ = {known.name: known.annotation for known in named}
-    return call
 
 
 def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
