@@ -23,8 +23,8 @@ from m3i_scale.data.synthetic import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.probe import probe_loss, probe_of
 from m3i_scale.run.setup import Plan, start_engine
+from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.checkpoint.state import load_checkpoint
 from m3i_scale.scale.collectives import max_over_ranks, start_ranks, stop_ranks
 from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.scale.loss_scale import take_step
@@ -176,7 +176,7 @@ def save(settings: dict[str, Any]) -> dict[str, Any]:
             found[name].append(ways[name]())
             if bench.group.rank == 0:
                 print(name, found[name][-1], file=sys.stderr, flush=True)
-    saver._kept.clear()  # a run that loads has just begun
+    saver._copies.clear()  # a run that loads has just begun
     found["last"] = [bench.blocking(), bench.deepspeed()] and str(bench.folder / "checkpoints")
     found["load"] = bench.timed(lambda: load_checkpoint(newest(bench.folder), bench.engine, bench.momentum))
     return found

@@ -17,9 +17,9 @@ from typing import Any
 from _faults_rank import Job, Kill, slay, start, warm_up
 
 from m3i_scale.config import load_run
-from m3i_scale.scale.checkpoint.commit import checkpoints, newest_good, step_name, step_of, verify
-from m3i_scale.scale.checkpoint.consolidate import load_weights
-from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta, step_name, step_of
+from m3i_scale.scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.collectives import free_port
 
 STEPS, SAVE_EVERY, GLOBAL, RANKS = 12, 2, 8, 2

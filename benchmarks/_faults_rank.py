@@ -28,7 +28,8 @@ from m3i_scale.cli import main
 from m3i_scale.config import RunConfig
 from m3i_scale.run import begin, trainer
 from m3i_scale.run.check import make_plan
-from m3i_scale.scale.checkpoint import commit, pruning, saver, stream
+from m3i_scale.scale.checkpoint import retention, saver, stream
+from m3i_scale.scale.checkpoint.layout import step_of
 from m3i_scale.scale.extensions import keep_to_environment
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
@@ -224,7 +225,7 @@ def _note_load(watch: _Watch, real: Callable[..., Any]) -> Callable[..., Any]:
     def noted(folder: Path, *given: Any) -> Any:
         states = real(folder, *given)
         if watch.rank == 0:
-            watch.note(event="loaded", step=commit.step_of(folder))
+            watch.note(event="loaded", step=step_of(folder))
         return states
 
     return noted
@@ -243,21 +244,21 @@ def _write_in_halves(watch: _Watch) -> None:
 
 
 def _note_commits(watch: _Watch) -> None:
-    rename, discard = Path.rename, pruning.discard
+    rename, discard = Path.rename, retention.discard
 
     def noted(path: Path, target: Any) -> Path:
         there = rename(path, target)
-        if commit.step_of(Path(target)) is not None:
-            watch.note(event="committed", step=commit.step_of(Path(target)))
+        if step_of(Path(target)) is not None:
+            watch.note(event="committed", step=step_of(Path(target)))
             watch.point("renamed", target)
         return there
 
     def pruned(path: Path) -> None:
-        watch.note(event="pruned", step=commit.step_of(path))
+        watch.note(event="pruned", step=step_of(path))
         discard(path)
 
     Path.rename = noted  # type: ignore[method-assign]
-    pruning.discard = pruned
+    retention.discard = pruned
 
 
 def _note_syncs(watch: _Watch) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from m3i_scale.config import load_run, resource_folder
 from m3i_scale.run.callbacks.base import Callback, StepRecord
-from m3i_scale.scale.checkpoint.commit import checkpoints
-from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta
 from m3i_scale.scale.collectives import free_port, start_ranks, stop_ranks
 
 GLOBAL = 24

@@ -23,8 +23,9 @@ import typer
 from _common import emit, machine, say
 from _shards import make_shards
 
-from m3i_scale.scale.checkpoint.commit import newest_good, step_name
-from m3i_scale.scale.checkpoint.consolidate import load_weights
+from m3i_scale.scale.checkpoint.layout import step_name
+from m3i_scale.scale.checkpoint.manifest import newest_good
+from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.collectives import free_port
 
 STEPS = 24

@@ -18,8 +18,7 @@ import psutil
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
-from m3i_scale.scale.checkpoint.manifest import MANIFEST
-from m3i_scale.scale.checkpoint.state import read_meta
+from m3i_scale.scale.checkpoint.layout import MANIFEST, read_meta
 from m3i_scale.scale.collectives import free_port
 
 POLL_S = 0.05

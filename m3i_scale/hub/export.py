@@ -36,9 +36,9 @@ from m3i_scale.hub.source import (
 from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
-from m3i_scale.scale.checkpoint.consolidate import SavedWeights
-from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file
-from m3i_scale.scale.checkpoint.reading import reading
+from m3i_scale.scale.checkpoint.layout import MANIFEST
+from m3i_scale.scale.checkpoint.manifest import hash_file
+from m3i_scale.scale.checkpoint.weights import saved_weights
 from m3i_scale.text import masked
 
 Weights = Literal["student", "momentum"]
@@ -87,8 +87,8 @@ def export(
     tokenizer = source_tokenizer(source) if source.recipe.uses_text and reads_text else None
     parts = plan_parts(source, wanted, tokenizer)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
-    tensors = SavedWeights(source.checkpoint, weights)
-    with reading(source.checkpoint), _takes_name(target) as folder, _without_progress_bars():  # a run may prune it
+    tensors = saved_weights(source.checkpoint, weights)
+    with _takes_name(target) as folder, _without_progress_bars():
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)

@@ -16,8 +16,8 @@ from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.scale.checkpoint.locate import newest_good
-from m3i_scale.scale.checkpoint.manifest import MANIFEST, hash_file, step_of, verify
+from m3i_scale.scale.checkpoint.layout import MANIFEST, step_of
+from m3i_scale.scale.checkpoint.manifest import hash_file, newest_good, verify
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Wo
 from m3i_scale.launch.supervise import Attempt, Limits, Outcome, Tell, Wish
 from m3i_scale.launch.watch import Watch
 from m3i_scale.launch.worlds import World
-from m3i_scale.scale.checkpoint.locate import stopped_words
+from m3i_scale.scale.checkpoint.layout import stopped_words
 
 EXIT_INTERRUPTED = 130
 """Interrupted twice, or before the first step: nothing was saved."""

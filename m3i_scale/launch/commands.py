@@ -86,7 +86,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.lock import launch_lock
     from m3i_scale.launch.logs import show
     from m3i_scale.launch.verdict import conclude
-    from m3i_scale.scale.checkpoint.locate import stopped_words
+    from m3i_scale.scale.checkpoint.layout import stopped_words
 
     environment = without_secrets(os.environ, job.variables)
     if not plan.waits:

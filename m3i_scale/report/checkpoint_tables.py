@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_SHOWN = 20
+_SHOWN, _SHOWN_FILES = 20, 12
 _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 
@@ -137,13 +137,24 @@ def pruning(document: Mapping[str, Any]) -> RenderableType:
     table = _table("checkpoint", "", "why")
     for name, reasons in document["kept"].items():
         table.add_row(name, Text("stays", "green"), Text("\n".join(reasons)))
-    for name in document["in_use"]:
-        table.add_row(name, Text("stays", "yellow"), "no rule keeps it, but another process reads it")
     for name in document["removed"]:
         table.add_row(name, Text("would go" if document["dry_run"] else "removed", "red"), "no rule keeps it")
     word = "would be freed" if document["dry_run"] else "freed"
     rules = Text(f"rules, from {document['rules_from']}: {_rules(document['rules'])}")
     return Group(rules, table, Text(f"{document['root']}: {size(document['bytes_removed'])} {word}"))
+
+
+def consolidation(document: Mapping[str, Any]) -> RenderableType:
+    """What `checkpoint consolidate` says."""
+    table = Table("", "")
+    for key, value in document.items():
+        if key != "files":
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    for file, count in list(document["files"].items())[:_SHOWN_FILES]:
+        table.add_row(file, f"{count:,} bytes")
+    if (more := len(document["files"]) - _SHOWN_FILES) > 0:
+        table.add_row(f"… and {more:,} more files", "")
+    return table
 
 
 def _rules(rules: Mapping[str, Any]) -> str:

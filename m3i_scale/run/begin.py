@@ -17,18 +17,18 @@ from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
-from m3i_scale.scale.checkpoint.commit import lock_directory, newest_good, step_of, sweep, verify
-from m3i_scale.scale.checkpoint.reading import reading
-from m3i_scale.scale.checkpoint.shared import check_shared
-from m3i_scale.scale.checkpoint.space import explain
-from m3i_scale.scale.checkpoint.state import read_meta
-from m3i_scale.scale.checkpoint.together import from_rank_0
+from m3i_scale.scale.checkpoint.commit import explain, sweep
+from m3i_scale.scale.checkpoint.layout import read_meta, step_of
+from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.engine import awaited_optimizer
+from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.scale.shared_dir import check_shared
+from m3i_scale.scale.together import from_rank_0
 
 
 def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what was passed over (rank 0 only: it reads every byte).
+    """Return the checkpoint to go on from, and what was passed over (rank 0 only: it reads every byte).
 
     Raises:
         CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
@@ -40,16 +40,16 @@ def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
         faults = verify(named) if named.is_dir() else ["no such folder"]
         if faults:
             raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
-        own, _ = newest_good(root)
-        if own is None or int(read_meta(own)["step"]) <= int(read_meta(named)["step"]):
+        newest, _ = newest_good(root)
+        if newest is None or int(read_meta(newest)["step"]) <= int(read_meta(named)["step"]):
             return named, []
         if named.resolve().parent == root.resolve():
             raise CheckpointError(
-                f"the run has newer good checkpoints than the named one: {own.name}",
+                f"the run has newer good checkpoints than the named one: {newest.name}",
                 where=str(named),
                 fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
             )
-        return own, [f"going on from the run's own {own.name}, which is newer than {named}"]
+        return newest, [f"going on from the run's own {newest.name}, which is newer than {named}"]
     newest, passed = newest_good(root)
     notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
     if run.checkpoint.resume == "never" and (newest or passed):
@@ -87,12 +87,11 @@ def train(
     place.at("open")
     check_software(run)
     plan = check_together(plan_of_run or (lambda: make_plan(run, ranks.world_size)))
-    with contextlib.ExitStack() as stack, contextlib.ExitStack() as source:
+    with contextlib.ExitStack() as stack:
         from_rank_0(lambda: _lock(run, stack))
         check_shared(run.output_dir)
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
-            from_rank_0(lambda: _hold(resume_from, run, source))
             notes = notes + from_rank_0(lambda: check_resume(plan, resume_from, ranks.world_size))
         elif run.data.changed_sources:
             raise ConfigError(
@@ -109,7 +108,6 @@ def train(
             if (awaited := awaited_optimizer(plan.deepspeed.config)) is not None:
                 tell(awaited)
         trainer = Trainer(plan, ranks, callbacks, resume_from, stream, validation, tell, place)
-        trainer.when_resumed = source.close
         if ranks.rank == 0:
             tell(trainer.activations)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
@@ -119,15 +117,9 @@ def train(
 
 def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
     """Hold the run's folder, and clear what a killed job left half written."""
-    lock = stack.enter_context(lock_directory(run.output_dir, trains=True))
-    sweep(run.output_dir / "checkpoints", lock)
+    stack.enter_context(lock_directory(run.output_dir, trains=True))
+    sweep(run.output_dir / "checkpoints")
     finish_rewind(run.output_dir)
-
-
-def _hold(checkpoint: Path, run: RunConfig, stack: contextlib.ExitStack) -> None:
-    """Keep another run from removing its checkpoint until it is loaded; this run's own are under its lock."""
-    if checkpoint.resolve().parent != (run.output_dir / "checkpoints").resolve():
-        stack.enter_context(reading(checkpoint))
 
 
 def _write_settings(plan: Plan) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from m3i_scale.config import RunConfig
 from m3i_scale.output import wide_console
 from m3i_scale.report.start_table import start_table
-from m3i_scale.scale.checkpoint.space import explain
+from m3i_scale.scale.checkpoint.commit import explain
 
 FILE = "start.json"
 

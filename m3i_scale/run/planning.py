@@ -21,7 +21,7 @@ from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.checkpoint.state import buffers_of
+from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import Resolved
 from m3i_scale.scale.engine import is_matrix
 from m3i_scale.scale.host_memory import keeps_host_memory

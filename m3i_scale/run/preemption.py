@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
-from m3i_scale.scale.checkpoint.lock import stop_requested
+from m3i_scale.scale.output_dir import stop_requested
 
 
 class Preemption:

@@ -22,9 +22,9 @@ from m3i_scale.run.opening import check_together
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.retention import GIB
 from m3i_scale.run.setup import Plan, resolve_engine
-from m3i_scale.scale.checkpoint.locate import step_name
-from m3i_scale.scale.checkpoint.together import together
+from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.plan.settings import settings_of
+from m3i_scale.scale.together import together
 
 _FILES_OF_A_RANK = 128
 """Libraries, logs, pipes."""

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.scale.checkpoint.together import together
+from m3i_scale.scale.checkpoint.stream import write_tensors
+from m3i_scale.scale.together import together
 
 FILE = "probe.safetensors"
 SAMPLES = 2
@@ -35,7 +35,7 @@ OTHER_PRECISION_TOLERANCE = 2e-2
 
 
 def probe_of(batch: Batch) -> Batch:
-    """The first samples of the global micro-batch, the same on all ranks. Collective."""
+    """Return the first samples of the global micro-batch, the same on all ranks. Collective."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, _first(batch, SAMPLES).to("cpu"))
     return _first(Batch.cat(parts), SAMPLES)
@@ -43,8 +43,7 @@ def probe_of(batch: Batch) -> Batch:
 
 @torch.no_grad()
 def probe_loss(engine: Any, batch: Batch) -> float:
-    """The objective of these samples alone, without augmentation of the state: nothing is remembered. Every rank calls
-    it, with the same batch."""
+    """Return the objective of these samples alone; nothing is remembered. Every rank calls it, with the same batch."""
     with evaluating(engine.module), _alone(engine.module):
         loss, _ = engine(batch.to(get_accelerator().current_device_name()))
     return float(loss)
@@ -52,7 +51,7 @@ def probe_loss(engine: Any, batch: Batch) -> float:
 
 @contextlib.contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """The module as it is evaluated between two steps: nothing of it counts as part of a step."""
+    """Have the module as it is evaluated between two steps: nothing counts as part of a step."""
     span, module.span = module.span, contextlib.nullcontext
     module.measure_health = False
     module.eval()
@@ -65,12 +64,12 @@ def evaluating(module: Any) -> Iterator[None]:
 
 def write_probe(folder: Path, batch: Batch) -> None:
     """Store the samples beside the weights."""
-    tensors = {name: value.contiguous() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    save_file(tensors, folder / FILE, metadata={"keys": json.dumps(batch.keys)})
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    write_tensors(folder / FILE, tensors, {"keys": json.dumps(batch.keys)})
 
 
 def read_probe(folder: Path) -> Batch:
-    """The samples of a checkpoint.
+    """Return the samples of a checkpoint.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -88,7 +87,7 @@ def read_probe(folder: Path) -> Batch:
 
 
 def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> Batch | None:
-    """See that the stored samples have the loss that they had when they were saved. Collective.
+    """Check that the stored samples have the loss that they had when they were saved. Collective.
 
     Args:
         folder: the checkpoint that was loaded.
@@ -106,12 +105,12 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
     if wanted is None:
         return None
     probe: Batch = together(lambda: read_probe(folder))
-    found = probe_loss(engine, probe)
+    loss = probe_loss(engine, probe)
     tolerance = TOLERANCE[precision] if meta.get("precision") == precision else OTHER_PRECISION_TOLERANCE
-    if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance / 10):
+    if not math.isclose(loss, wanted, rel_tol=tolerance, abs_tol=tolerance / 10):
         raise CheckpointError(
             f"what was loaded is not what was saved: the loss of {SAMPLES} stored samples was {wanted:.9g}, and is "
-            f"{found:.9g}",
+            f"{loss:.9g}",
             where=str(folder),
             why="the weights are in other places, or the model computes something else than it did",
             fix="resume with the versions of torch, transformers and this package that saved it; docs/checkpoints.md",
@@ -121,7 +120,7 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
 
 @contextlib.contextmanager
 def _alone(module: nn.Module) -> Iterator[None]:
-    """No loss looks at other ranks."""
+    """Have no loss look at other ranks."""
     looking: list[Any] = [child for child in module.modules() if hasattr(child, "ranks")]
     ranks = [child.ranks for child in looking]
     for child in looking:

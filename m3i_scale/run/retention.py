@@ -1,18 +1,19 @@
-"""Which checkpoints a run keeps: its rules checked before step 1, and the figures that they ask for."""
+"""Which checkpoints a run keeps: its rules, checked before step 1, and the figures that they ask for."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from m3i_scale.config import CheckpointConfig, RunConfig
+from pydantic import ValidationError
+
+from m3i_scale.config import CheckpointConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.callbacks.metrics import METRICS
-from m3i_scale.scale.checkpoint.pruning import Metrics, Pruned
 from m3i_scale.scale.checkpoint.retention import Best, Rules
 
 PREFIX = "evaluation/"
@@ -20,7 +21,7 @@ GIB = 2**30
 
 
 def rules_of(config: CheckpointConfig) -> Rules:
-    """The run file's `keep_…` and `max_gib`."""
+    """Return the run file's `keep_…` and `max_gib`."""
     best = config.keep_best
     return Rules(
         config.keep_latest,
@@ -30,25 +31,50 @@ def rules_of(config: CheckpointConfig) -> Rules:
     )
 
 
-def rules_and_metrics(config: CheckpointConfig, output_dir: Path) -> tuple[Rules, Metrics]:
-    """What `prune` needs after a save; the figures only where a rule asks for them."""
-    return rules_of(config), evaluations(output_dir) if config.keep_best is not None else {}
+def rules_of_run(root: Path) -> Rules | None:
+    """Return the rules of the run file that a run has written beside its checkpoints; None where there is none.
+
+    Args:
+        root: of the checkpoints.
+
+    Raises:
+        CheckpointError: it is there and does not hold together.
+    """
+    path = root.absolute().parent / "run.yaml"
+    if not path.is_file():
+        return None
+    try:
+        values = read_yaml(path).get("checkpoint", {})
+        return rules_of(parse_section(CheckpointConfig, values, where=str(path), below="checkpoint"))
+    except (ConfigError, ValidationError) as error:
+        raise CheckpointError(f"the rules of the run cannot be read: {error}", where=str(path)) from None
+
+
+def rules_document(rules: Rules) -> dict[str, Any]:
+    """Return rules as the run file writes them."""
+    best = rules.best
+    return {
+        "keep_latest": rules.latest,
+        "keep_every_steps": rules.every_steps,
+        "keep_best": None if best is None else asdict(best),
+        "max_gib": None if rules.max_bytes is None else rules.max_bytes / GIB,
+    }
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
-    """By step, the figures of the last evaluation at that step, from the run's metrics.jsonl; {} where there is none.
+    """Return, by step, the figures of the last evaluation at that step, from the run's metrics.jsonl.
 
     Lines of steps that a resumed run does again are no longer in that file, so no figure is of weights that are gone.
 
     Raises:
         CheckpointError: the file is there and cannot be read.
     """
-    found: dict[int, dict[str, float]] = {}
+    by_step: dict[int, dict[str, float]] = {}
     path = output_dir / METRICS
     try:
         lines = path.open(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return found
+        return by_step
     except OSError as error:
         raise CheckpointError(
             f"the figures of evaluations cannot be read: {error.strerror}",
@@ -63,15 +89,15 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
             try:
                 record = json.loads(line)
                 figures = {name: float(value) for name, value in record.items() if name.startswith(PREFIX)}
-                found[int(record["step"])] = figures
+                by_step[int(record["step"])] = figures
             except (ValueError, KeyError, TypeError):  # a line torn by a kill
                 continue
-    return found
+    return by_step
 
 
 def evaluated_figures(recipe: Recipe) -> set[str]:
-    """Names of all figures that every evaluation of a recipe writes. Nats of Gaussian groups are estimated on logged
-    training steps alone."""
+    """Return the names of all figures that every evaluation of a recipe writes. Nats of Gaussian groups are estimated
+    on logged training steps alone."""
     names = {f"{PREFIX}loss"}
     for target in recipe.targets:
         figures = ["loss", "count"] + (["nats"] if target.distribution != "gaussian" else [])
@@ -128,16 +154,3 @@ def _check_best(run: RunConfig, recipe: Recipe, metric: str) -> None:
 def _meet(saves: int, every: int, steps: int) -> bool:
     """Whether a checkpoint, saved at multiples of `saves` and at the last step, is ever of a multiple of `every`."""
     return math.lcm(saves, every) <= steps or steps % every == 0
-
-
-@dataclass
-class LimitTold:
-    """Says once that `max_gib` is less than one checkpoint."""
-
-    done: bool = False
-
-    def tell(self, pruned: Pruned, tell: Callable[[str], None]) -> None:
-        """Tell it where it is so."""
-        if pruned.over_limit and not self.done:
-            self.done = True
-            tell("checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept")

@@ -18,10 +18,10 @@ from m3i_scale.errors import CheckpointError
 from m3i_scale.run.callbacks.base import Rewind
 from m3i_scale.run.files import write_json
 from m3i_scale.run.spike import Spike
-from m3i_scale.scale.checkpoint.commit import checkpoints, step_of, verify, withdraw
-from m3i_scale.scale.checkpoint.space import explain
-from m3i_scale.scale.checkpoint.state import read_meta
-from m3i_scale.scale.checkpoint.together import from_rank_0
+from m3i_scale.scale.checkpoint.commit import explain, withdraw
+from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta, step_of
+from m3i_scale.scale.checkpoint.manifest import verify
+from m3i_scale.scale.together import from_rank_0
 
 REWINDS = "rewinds.json"
 
@@ -40,7 +40,7 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 class Rewinds:
-    """Those of one run so far, restarts included; the same on every rank."""
+    """The rewinds of one run so far, restarts included; the same on every rank."""
 
     def __init__(self, output_dir: Path, *, anew: bool) -> None:
         """Read the file; every rank makes one.
@@ -61,14 +61,13 @@ class Rewinds:
         return len(self._entries)
 
     def data_states(self, checkpoint: Path) -> list[dict[str, Any]] | None:
-        """Where the data stood when the run last went back to `checkpoint`; None where it did not since it was
+        """Return where the data stood when the run last went back to `checkpoint`; None where it did not since it was
         written."""
         if checkpoint.parent.resolve() != self._root.resolve():
             return None  # of another run
         later = self._entries[int(read_meta(checkpoint).get("rewinds", 0)) :]
-        found = [entry["data"] for entry in later if entry["rewound_to"] == step_of(checkpoint)]
-        states: list[dict[str, Any]] | None = found[-1] if found else None
-        return states
+        states = [entry["data"] for entry in later if entry["rewound_to"] == step_of(checkpoint)]
+        return states[-1] if states else None
 
     def begin(
         self, spike: Spike, data_state: dict[str, Any], *, batch_size: int, most: int
@@ -116,7 +115,7 @@ class Rewinds:
 
 
 def read_rewinds(path: Path) -> list[dict[str, Any]]:
-    """The entries of `rewinds.json`; [] where there is none.
+    """Return the entries of `rewinds.json`; [] where there is none.
 
     Raises:
         CheckpointError: it is not what was written.
@@ -135,7 +134,7 @@ def read_rewinds(path: Path) -> list[dict[str, Any]]:
 
 
 def newest_before(root: Path, step: int) -> Path | None:
-    """The newest checkpoint below `step` that verifies. Reads every byte of it: call it on one rank."""
+    """Return the newest checkpoint below `step` that verifies. Reads every byte of it: call it on one rank."""
     return next((path for path in checkpoints(root) if (step_of(path) or 0) < step and not verify(path)), None)
 
 
@@ -149,15 +148,15 @@ def finish_rewind(output_dir: Path) -> None:
     if not entries:
         return
     to = int(entries[-1]["rewound_to"])
-    found = checkpoints(root)
-    undone = [path for path in found if (step_of(path) or 0) > to and _rewinds_before(path) < len(entries)]
-    kept = [path for path in found if path not in undone]
+    folders = checkpoints(root)
+    undone = [path for path in folders if (step_of(path) or 0) > to and _rewinds_before(path) < len(entries)]
+    kept = [path for path in folders if path not in undone]
     if undone and kept:
         withdraw(undone, kept[0])
 
 
 def _rewinds_before(checkpoint: Path) -> int:
-    """How many rewinds there had been; of a damaged checkpoint, which no resume takes, as if it were new."""
+    """Count the rewinds before it was saved; of a damaged checkpoint, which no resume takes, as if it were new."""
     try:
         return int(read_meta(checkpoint).get("rewinds", 0))
     except (OSError, ValueError):

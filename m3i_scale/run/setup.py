@@ -29,8 +29,7 @@ from m3i_scale.run.opening import open_together
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.checkpoint.state import read_meta
-from m3i_scale.scale.checkpoint.together import from_rank_0
+from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
 from m3i_scale.scale.deepspeed.effective import check_effective
@@ -39,6 +38,7 @@ from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
+from m3i_scale.scale.together import from_rank_0
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")

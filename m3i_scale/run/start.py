@@ -21,7 +21,7 @@ from m3i_scale.run.check import make_plan
 from m3i_scale.run.last_words import recorded
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
-from m3i_scale.scale.checkpoint.locate import stopped_words
+from m3i_scale.scale.checkpoint.layout import stopped_words
 from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision

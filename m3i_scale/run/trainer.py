@@ -35,12 +35,14 @@ from m3i_scale.run.schedule import learning_rate, momentum_at
 from m3i_scale.run.setup import Plan, open_data, start_engine
 from m3i_scale.run.spike import Spike
 from m3i_scale.run.supply import Shares, Supply, account_of_all, check_supply, ending_words, stop_if_bad
-from m3i_scale.scale.checkpoint.state import bytes_wanted, load_checkpoint, read_meta
-from m3i_scale.scale.checkpoint.together import together
+from m3i_scale.scale.checkpoint.layout import read_meta
+from m3i_scale.scale.checkpoint.load import load_checkpoint
+from m3i_scale.scale.checkpoint.saver import bytes_wanted
 from m3i_scale.scale.collectives import ProcessGroupRanks, agree_and_average, mean_over_ranks
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.loss_scale import loss_scale, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.scale.peak import compute_dtype, measured_peak, named_peak
+from m3i_scale.scale.together import together
 
 Status = Literal["finished", "preempted"]
 
@@ -89,8 +91,6 @@ class Trainer:
         self.saves.loaded = resume_from
         self.fetcher = Fetcher(iter(()))
         self.preemption = Preemption(self.run.output_dir if ranks.rank == 0 else None)
-        self.when_resumed: Callable[[], None] = lambda: None
-        """Called once the checkpoint has been loaded."""
         self.guard = Guard(self.run.guard, self.run.output_dir, self.callbacks.on_warning)
         self.records = Records(
             self.engine, self.stream, self.meter, self.shares, self.guard, self.callbacks, ranks.world_size
@@ -361,4 +361,3 @@ class Trainer:
         """Take over the step of a checkpoint, and what the guard knew then."""
         self.step = self.saves.step = int(meta["step"])
         self.guard.load(meta.get("guard"))
-        self.when_resumed()

@@ -239,21 +239,12 @@ class ShardedMomentum:
             found.append((name, start, min(share, numel - start)))
         return found
 
-    def piece(self, name: str, start: int, numel: int) -> Tensor:
-        """What `pieces` told of: flat, in fp32."""
-        return self.joined(*self.parts(name, start, numel))
-
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
-        """The live tensors that a piece is made of: copying them is quicker than joining them."""
+        """The live tensors that a piece is made of, flat: the fp32 values, or two halves for `split_float.join`."""
         copy, beside = self._copy(name), self._beside.get(name)
         held = (copy, beside) if copy.dtype == torch.bfloat16 else (copy if beside is None else beside,)
         begin = 0 if is_partitioned(self._target[name]) else start
         return tuple(part.view(-1)[begin : begin + numel] for part in held if part is not None)
-
-    @staticmethod
-    def joined(*parts: Tensor) -> Tensor:
-        """The fp32 piece of such tensors, or of copies of them."""
-        return join(*parts) if len(parts) == 2 else parts[0]
 
     @torch.no_grad()
     def load(self, read: Callable[[str, int, Tensor], None]) -> None:

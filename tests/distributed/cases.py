@@ -42,8 +42,7 @@ from m3i_scale.run.planning import Model
 from m3i_scale.run.planning import Vocabulary as LearntFrom
 from m3i_scale.run.setup import start_engine
 from m3i_scale.scale.activation_budget import count_saved, fit_activations, peak_bytes
-from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.checkpoint.state import buffers_of
+from m3i_scale.scale.checkpoint.saver import Saver, buffers_of
 from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, stop_ranks
 from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.loading import stream_into
@@ -301,7 +300,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         if self.rank == 0:
             shutil.rmtree(folder)
         dist.barrier()
-        kept = sorted(copy.nbytes for copy in saver._kept.places)
+        kept = sorted(copy.nbytes for copy in saver._copies.places)
         buffers = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
         return {"copies": kept, "buffers": buffers}
 

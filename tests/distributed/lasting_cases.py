@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.objective.build import build_objective, momentum_pairs
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.checkpoint.consolidate import load_weights
-from m3i_scale.scale.checkpoint.saver import save_checkpoint
-from m3i_scale.scale.checkpoint.state import load_checkpoint
+from m3i_scale.scale.checkpoint.load import load_checkpoint
+from m3i_scale.scale.checkpoint.saver import Saver
+from m3i_scale.scale.checkpoint.weights import load_weights
 
 STEPS = 30
 REMEMBERED = {
@@ -126,7 +126,7 @@ class LastingCases(RankParts):
         folder = self.out / "checkpoints" / name / "step-00000030"
         meta = {"world_size": self.world, "zero_stage": stage, "step": 30}
         clipping, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 123.0
-        save_checkpoint(folder, engine, momentum, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
+        Saver(engine, momentum).save(folder, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
         engine.optimizer.clip_grad = clipping
         trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
         named = dict(engine.module.named_parameters())
@@ -180,7 +180,7 @@ class LastingCases(RankParts):
         saved = kept()
         folder = self.out / "checkpoints" / f"remembered-{recipe}" / "step-00000003"
         meta = {"world_size": self.world, "zero_stage": 3, "step": 3}
-        save_checkpoint(folder, engine, momentum, data_state={}, meta=meta, run_yaml="name: x\n")
+        Saver(engine, momentum).save(folder, data_state={}, meta=meta, run_yaml="name: x\n")
         parameters = dict(engine.module.named_parameters())
         trained, averaged = load_weights(folder, "student"), load_weights(folder, "momentum")
         wrong = [

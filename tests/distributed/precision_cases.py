@@ -14,8 +14,8 @@ from torch import Tensor
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.checkpoint.saver import save_checkpoint
-from m3i_scale.scale.checkpoint.state import load_checkpoint
+from m3i_scale.scale.checkpoint.load import load_checkpoint
+from m3i_scale.scale.checkpoint.saver import Saver
 from m3i_scale.scale.loss_scale import loss_scale, take_step, undone_if_skipped
 
 MICRO_BATCHES = 16
@@ -81,7 +81,7 @@ class PrecisionCases(RankParts):
         folder = self.out / "checkpoints" / f"fp16-{ds_config}" / "step-00000001"
         stage = int(engine.zero_optimization_stage())
         meta = {"world_size": self.world, "zero_stage": stage, "step": 1}
-        save_checkpoint(folder, engine, momentum, data_state={}, meta=meta, run_yaml="name: x\n")
+        Saver(engine, momentum).save(folder, data_state={}, meta=meta, run_yaml="name: x\n")
 
         def go_on() -> dict[str, Any]:
             applied = [step(1)]

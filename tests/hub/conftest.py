@@ -153,7 +153,7 @@ def halves_of(objective, rank):
         flat = tensor.detach().float().flatten()
         half = flat.chunk(2)[rank] if len(flat) > 1 else flat[: 1 - rank]
         start = rank * len(flat.chunk(2)[0])
-        found.append(Range(f"{kind}/{name}", tuple(tensor.shape), start, len(half), half.dtype, lambda half=half: half))
+        found.append(Range(f"{kind}/{name}", tuple(tensor.shape), start, (half,)))
     return [piece for piece in found if piece.numel]
 
 

@@ -11,7 +11,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.hub.source import find_source, source_tokenizer
 from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import Wanted, plan_parts, write_folder
-from m3i_scale.scale.checkpoint.consolidate import load_weights
+from m3i_scale.scale.checkpoint.weights import load_weights
 
 
 @pytest.fixture(scope="module")

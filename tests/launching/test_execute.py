@@ -22,7 +22,7 @@ from m3i_scale.launch.launchers import render
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.ssh import as_pattern
-from m3i_scale.scale.checkpoint.lock import lock_directory
+from m3i_scale.scale.output_dir import lock_directory
 
 # One write a line: two ranks share a pipe, and unbuffered print writes the end of its line apart.
 SAVES = "import os, signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))"

@@ -15,9 +15,9 @@ import torch
 from launch import TESTS, environment
 from shapes import write_run
 
-from m3i_scale.scale.checkpoint.commit import digest_files
-from m3i_scale.scale.checkpoint.manifest import list_files, read_manifest, verify, write_manifest
-from m3i_scale.scale.checkpoint.tensors import FOLDER, INDEX, Range, SavedTensors, write_index, write_ranges
+from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
+from m3i_scale.scale.checkpoint.manifest import digest_files, list_files, read_manifest, verify, write_manifest
+from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, write_index, write_ranges
 
 STEPS = 6
 
@@ -74,19 +74,15 @@ def vouch_for(checkpoint: Path) -> None:
     assert verify(checkpoint) == []
 
 
-def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None], *, sums_too: bool) -> None:
+def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None], *, norms_too: bool) -> None:
     saved = SavedTensors(checkpoint)
     keys = [f"{kind}/{name}" for kind in saved.kinds() for name in saved.names(kind)]
     tensors = {key: saved.whole(key) for key in keys}
     change(tensors)
-    shutil.rmtree(checkpoint / FOLDER)
-    ranges = [
-        Range(key, tuple(tensor.shape), 0, tensor.numel(), tensor.dtype, lambda tensor=tensor: tensor.flatten())
-        for key, tensor in tensors.items()
-    ]
+    shutil.rmtree(checkpoint / TENSORS)
+    ranges = [Range(key, tuple(tensor.shape), 0, (tensor.flatten(),)) for key, tensor in tensors.items()]
     write_index(checkpoint, [write_ranges(checkpoint, ranges, 0)])
-    if not sums_too:
-        index = json.loads((checkpoint / FOLDER / INDEX).read_text())
-        old = {"norms": saved.norms, "weighted_sums": saved.weighted_sums}
-        (checkpoint / FOLDER / INDEX).write_text(json.dumps(index | old))
+    if not norms_too:
+        index = json.loads((checkpoint / TENSORS / INDEX).read_text())
+        (checkpoint / TENSORS / INDEX).write_text(json.dumps(index | {"norms": saved.norms}))
     vouch_for(checkpoint)

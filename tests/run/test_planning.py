@@ -20,7 +20,7 @@ from m3i_scale.report.plan_table import duration, plan_table
 from m3i_scale.run import plan_search
 from m3i_scale.run.plan_search import nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
 from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
-from m3i_scale.scale.checkpoint.state import buffers_of
+from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.counts import numel_of
 from m3i_scale.scale.plan.hardware import hardware

@@ -24,8 +24,8 @@ from shapes import metrics, train, write_run
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.run.phases import PHASES
 from m3i_scale.run.stop import stop
-from m3i_scale.scale.checkpoint.consolidate import load_weights
 from m3i_scale.scale.checkpoint.manifest import verify
+from m3i_scale.scale.checkpoint.weights import load_weights
 
 STEPS = 8
 WAIT_S = 300

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ from tiny import RECIPES, random_batch, tiny_objective
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.begin import _hold
-from m3i_scale.run.retention import LimitTold, check_retention, evaluated_figures, evaluations, rules_and_metrics
-from m3i_scale.scale.checkpoint.commit import begin, commit, step_name, temporary_for
-from m3i_scale.scale.checkpoint.pruning import Pruned, prune
-from m3i_scale.scale.checkpoint.retention import LAST_GOOD, Best, Rules
+from m3i_scale.run.retention import check_retention, evaluated_figures, evaluations, rules_of
+from m3i_scale.run.saves import Saves
+from m3i_scale.scale.checkpoint.commit import begin, commit
+from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, temporary_for
+from m3i_scale.scale.checkpoint.retention import Best, Rules
 
 EVALUATES = ("optim.steps=3000", "optim.warmup_steps=10", "evaluation.every_steps=1000")
 BEST = "checkpoint.keep_best={metric: evaluation/text/loss}"
@@ -77,33 +77,21 @@ def test_rules_of_a_run_file_and_figures_where_they_are_asked_for(tmp_path: Path
     lines = [{"kind": "evaluation", "step": 10, "evaluation/text/loss": loss} for loss in (2.0, 1.5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     plain = load_run("m3i", ["checkpoint.max_gib=0.5", "checkpoint.keep_every_steps=5"]).checkpoint
-    assert rules_and_metrics(plain, tmp_path) == (Rules(2, 5, None, 2**29), {})
-    best = load_run("m3i", [BEST]).checkpoint
-    rules = Rules(2, None, Best("evaluation/text/loss"))
-    assert rules_and_metrics(best, tmp_path) == (rules, {10: {"evaluation/text/loss": 1.5}})  # the last one
+    assert rules_of(plain) == Rules(2, 5, None, 2**29)
+    assert rules_of(load_run("m3i", [BEST]).checkpoint) == Rules(2, None, Best("evaluation/text/loss"))
+    assert evaluations(tmp_path) == {10: {"evaluation/text/loss": 1.5}}  # the last one
     assert evaluations(tmp_path / "nowhere") == {}
 
 
-def test_a_limit_below_one_checkpoint_is_told_once() -> None:
+def test_a_limit_below_one_checkpoint_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
-    limit = LimitTold()
-    limit.tell(Pruned({Path("a"): ["latest 1 of 1"]}, []), told.append)
-    for _ in range(2):
-        limit.tell(Pruned({Path("a"): ["latest 1 of 1", LAST_GOOD]}, []), told.append)
-    assert told == ["checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept"]
-
-
-def test_a_run_that_branches_off_holds_the_checkpoint_of_the_other_run(tmp_path: Path) -> None:
-    root = tmp_path / "other" / "checkpoints"
+    run = load_run("m3i", [f"output_dir={tmp_path}", "checkpoint.max_gib=1e-9"])
+    saves = Saves(SimpleNamespace(run=run), SimpleNamespace(rank=0), None, None, told.append)
     for step in (1, 2):
-        final = root / step_name(step)
+        final = tmp_path / "checkpoints" / step_name(step)
         (begin(final) / "meta.json").write_text("{}")
         commit(final, temporary_for(final), {})
-    run = load_run("m3i", [f"output_dir={tmp_path / 'new'}"])
-    own = run.model_copy(update={"output_dir": tmp_path / "other"})
-    with contextlib.ExitStack() as stack:
-        _hold(root / step_name(1), run, stack)
-        assert prune(root, Rules()).in_use == [root / step_name(1)]
-        stack.close()  # as the trainer does once it has loaded
-        _hold(root / step_name(1), own, stack)  # under the run's own lock
-        assert prune(root, Rules()).removed == [root / step_name(1)]
+        saves._drop_older(final)
+    assert checkpoints(tmp_path / "checkpoints") == [final]
+    assert len(told) == 1
+    assert "checkpoint.max_gib" in told[0]

@@ -15,7 +15,7 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.stop import stop
-from m3i_scale.scale.checkpoint.lock import lock_directory
+from m3i_scale.scale.output_dir import lock_directory
 
 
 def asked(run: str, *overrides: str) -> dict[str, object]:

@@ -33,13 +33,10 @@ class Small(nn.Module):
         return self.scale * self.head(self.norm(torch.tanh(self.embed(x)))).square().mean()
 
 
-def engine_of(stage: int, seed: int, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    module = Small()
-    world = dist.get_world_size()
-    config = {
+def config_of(stage: int, **more: Any) -> dict[str, Any]:
+    return {
         "train_batch_size": GLOBAL_BATCH,
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world,
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True, "fused": True},
@@ -47,6 +44,12 @@ def engine_of(stage: int, seed: int, **more: Any) -> Any:
         "zero_optimization": {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
         **more,
     }
+
+
+def engine_of(stage: int, seed: int, **more: Any) -> Any:
+    torch.manual_seed(seed)
+    module = Small()
+    config = config_of(stage, **more)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     return engine
 
@@ -74,14 +77,14 @@ def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     deepspeed.init_distributed("gloo")
     if mode == "save":
-        from m3i_scale.scale.checkpoint.saver import save_checkpoint
+        from m3i_scale.scale.checkpoint.saver import Saver
 
         engine = engine_of(3, seed=1)
         for number in range(STEPS):
             take_step(engine, number)
         final = folder / "checkpoints" / "step-00000003"
         meta = {"step": STEPS, "world_size": dist.get_world_size()}
-        save_checkpoint(final, engine, None, data_state={}, meta=meta, run_yaml="name: plain\n")
+        Saver(engine, None).save(final, data_state={}, meta=meta, run_yaml="name: plain\n")
         write(whole(engine), folder / "saved.safetensors")
         take_step(engine, STEPS)
         write(whole(engine), folder / "after.safetensors")

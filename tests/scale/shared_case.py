@@ -9,14 +9,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint import shared
+from m3i_scale.scale import shared_dir
 from m3i_scale.scale.collectives import start_ranks, stop_ranks
 
 
 def main(root: Path) -> None:
     start_ranks()
     rank = dist.get_rank()
-    shared.PATIENCE_S = 1.0
+    shared_dir.VISIBLE_S = 1.0
     for case in ("same", "apart", "no_folder"):
         own = root / case / (f"rank-{rank}" if case != "same" else "both")
         own.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def main(root: Path) -> None:
         dist.barrier()
         said = None
         try:
-            shared.check_shared(own)
+            shared_dir.check_shared(own)
         except CheckpointError as error:
             said = str(error)
         (root / f"{case}-{rank}.json").write_text(json.dumps(said))

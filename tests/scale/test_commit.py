@@ -13,21 +13,10 @@ import pytest
 from checkpoint_files import FILES, fill, flip, save
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint import commit as room
-from m3i_scale.scale.checkpoint.commit import (
-    begin,
-    commit,
-    digest_files,
-    hash_file,
-    lock_directory,
-    newest_good,
-    read_manifest,
-    step_name,
-    step_of,
-    sweep,
-    temporary_for,
-    verify,
-)
+from m3i_scale.scale.checkpoint.commit import begin, commit, sweep
+from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of, temporary_for
+from m3i_scale.scale.checkpoint.manifest import digest_files, hash_file, newest_good, read_manifest, verify
+from m3i_scale.scale.output_dir import lock_directory
 
 # ------------------------------------------------------------------ commit
 
@@ -152,12 +141,21 @@ def test_a_folder_in_the_place_of_latest_is_refused_at_the_start(tmp_path: Path)
     latest = good.parent / "latest"
     latest.unlink()
     latest.mkdir()
-    with lock_directory(tmp_path) as lock:
-        with pytest.raises(CheckpointError) as caught:
-            sweep(good.parent, lock)
-        assert caught.value.where == str(latest)
-        latest.rmdir()
-        assert sweep(good.parent, lock) == []
+    with pytest.raises(CheckpointError) as caught:
+        sweep(good.parent)
+    assert caught.value.where == str(latest)
+    latest.rmdir()
+    assert sweep(good.parent) == []
+
+
+def test_sweep_removes_what_a_killed_job_left(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    final = save(root, 100)
+    fill(root / ".tmp-step-00000200", {"a/b": b"half"})
+    (root / ".tmp-latest").write_bytes(b"x")
+    assert [path.name for path in sweep(root)] == [".tmp-latest", ".tmp-step-00000200"]
+    assert sweep(tmp_path / "none") == []
+    assert newest_good(root) == (final, [])
 
 
 def test_begin_starts_from_an_empty_folder(tmp_path: Path) -> None:
@@ -191,9 +189,10 @@ def test_step_names() -> None:
 KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
-from m3i_scale.scale.checkpoint.commit import begin, commit, lock_directory, step_name
-from m3i_scale.scale.checkpoint.pruning import prune
-from m3i_scale.scale.checkpoint.retention import Rules
+from m3i_scale.scale.checkpoint.commit import begin, commit
+from m3i_scale.scale.checkpoint.layout import step_name
+from m3i_scale.scale.checkpoint.retention import Rules, prune
+from m3i_scale.scale.output_dir import lock_directory
 
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
 count = 0
@@ -260,11 +259,11 @@ def test_killed_at_every_point_of_a_save_the_root_resolves_to_a_good_checkpoint(
         good, passed_over = newest_good(root)
         assert good is not None, number
         assert passed_over == [], number
-        assert all(verify(path) == [] for path in room.checkpoints(root)), number
+        assert all(verify(path) == [] for path in checkpoints(root)), number
         assert verify(root / (root / "latest").read_text().strip()) == [], number
         seen.add((good.name, temporary_for(root / step_name(200)).exists()))
-        with lock_directory(root.parent) as lock:  # the kernel has let go of the killed job's lock
-            sweep(root, lock)
+        with lock_directory(root.parent):  # the kernel has let go of the killed job's lock
+            sweep(root)
             assert not list(root.glob(".tmp-*")), number
             if good.name == old.name:
                 save(root, 200)

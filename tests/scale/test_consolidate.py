@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint import layouts, space
+from m3i_scale.scale.checkpoint import weights as saved_weights
 from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.merge import consolidate
+from m3i_scale.scale.checkpoint.consolidate import consolidate
 from m3i_scale.scale.checkpoint.tensors import Range, write_index, write_ranges
 
 MIB = 1 << 20
@@ -29,7 +30,7 @@ NAMES = {"momentum.a": "student.a"}
 def ranges(key: str, tensor: torch.Tensor, cut: int) -> list[Range]:
     flat = tensor.flatten()
     return [
-        Range(key, tuple(tensor.shape), start, end - start, tensor.dtype, lambda start=start, end=end: flat[start:end])
+        Range(key, tuple(tensor.shape), start, (flat[start:end],))
         for start, end in ((0, cut), (cut, flat.numel()))
         if end > start or not flat.numel()
     ]
@@ -73,7 +74,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights", ["student", "momentum"])
 def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> None:
-    monkeypatch.setattr(layouts, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(saved_weights, "BLOCK_ELEMENTS", 64)
     source = checkpoint(tmp_path, tensors, NAMES)
     told = consolidate(source, tmp_path / "whole", weights=weights, dtype=dtype)
     assert list(told["files"]) == ["model.safetensors"]  # one file needs no index, as on the Hub
@@ -113,7 +114,7 @@ def test_a_run_stands_for_its_newest_good_checkpoint(tmp_path, tensors) -> None:
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from m3i_scale.scale.checkpoint.merge import consolidate
+from m3i_scale.scale.checkpoint.consolidate import consolidate
 told = consolidate(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size=sys.argv[3], layout=sys.argv[4])
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(int(peak.split()[1]) * 1024, max(told["files"].values()))
@@ -259,7 +260,7 @@ def test_an_empty_tensor_is_refused_by_name(tmp_path, tensors) -> None:
 def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, tensors, monkeypatch) -> None:
     source = checkpoint(tmp_path, tensors)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="not enough room") as caught:
         consolidate(source, tmp_path / "whole")
     assert "1,000 bytes free" in str(caught.value)
@@ -271,7 +272,7 @@ def test_a_disk_that_fills_up_is_explained(tmp_path, tensors, monkeypatch, layou
     tensors["weight/student.big"] = torch.zeros(MIB)
     source = checkpoint(tmp_path, tensors)
     usage = type("Usage", (), {"free": 1 << 40})
-    monkeypatch.setattr("m3i_scale.scale.checkpoint.merge.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError) as caught:
         consolidate(source, small_disk / "whole", layout=layout)
     assert "the checkpoint is only read" in str(caught.value)

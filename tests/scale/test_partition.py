@@ -177,7 +177,7 @@ def test_averages_that_every_rank_has_whole_are_written_by_all_of_them_together(
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         name, start, numel = momentum.pieces()[0]
         assert (name, start, numel) == ("target.weight", *wanted[rank])
-        parts.append(momentum.piece(name, start, numel))
+        parts.extend(momentum.parts(name, start, numel))
     assert torch.equal(torch.cat(parts), momentum.shard("target.weight").flatten())
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from checkpoint_files import fill, save
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.commit import (
-    begin,
-    commit,
-    ensure_space,
-    lock_directory,
-    newest_good,
-    step_name,
-    write_guard,
-)
+from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
+from m3i_scale.scale.checkpoint.deepspeed_layouts import _save
+from m3i_scale.scale.checkpoint.layout import step_name
+from m3i_scale.scale.checkpoint.manifest import newest_good
+from m3i_scale.scale.checkpoint.stream import write_tensors
+from m3i_scale.scale.output_dir import Holder, holder_of, lock_directory
 
 
 def test_a_disk_that_fills_up_during_a_save(small_disk: Path) -> None:
@@ -48,7 +48,7 @@ def test_the_last_good_checkpoint_is_named_without_being_read_again(small_disk: 
     commit(small_disk / step_name(100), good, {"step": 100})
     before = _bytes_read()
     with pytest.raises(CheckpointError) as caught:
-        ensure_space(small_disk, 1 << 40)
+        begin(small_disk / step_name(200), 1 << 40)
     assert step_name(100) in (caught.value.why or "")
     assert _bytes_read() - before < 1 << 18
 
@@ -59,11 +59,8 @@ def _bytes_read() -> int:
 
 
 def test_torch_and_safetensors_on_a_full_disk_are_recognised(small_disk: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     tensor = torch.zeros(1 << 19)  # 2 MiB
-    for write in (lambda path: torch.save(tensor, path), lambda path: save_file({"t": tensor}, path)):
+    for write in (lambda path: _save(tensor, path), lambda path: write_tensors(path, {"t": tensor})):
         temporary = begin(small_disk / step_name(1))
         guard = write_guard(small_disk, temporary, bytes_wanted=2 << 20)
         with pytest.raises(CheckpointError, match=r"cannot be written.*2,097,152 bytes.*wanted"), guard:
@@ -98,21 +95,22 @@ def test_a_disk_that_is_full_when_the_manifest_is_written(small_disk: Path) -> N
     assert newest_good(small_disk) == (good, [])
 
 
-def test_ensure_space(small_disk: Path) -> None:
+def test_a_save_that_has_no_room_does_not_begin(small_disk: Path) -> None:
     root = small_disk / "run" / "checkpoints"
-    ensure_space(root, 1000)
-    assert list(root.iterdir()) == []
+    (root / ".tmp-step-00000001").mkdir(parents=True)
+    (root / ".tmp-step-00000001" / "half").write_bytes(b"x" * (1 << 19))
     with pytest.raises(CheckpointError, match=r"5,000,000 bytes \(0.00 GiB\) wanted, [0-9,]+ bytes .* free"):
-        ensure_space(root, 5_000_000)
+        begin(root / step_name(1), 5_000_000)
+    assert list(root.iterdir()) == []
+    begin(root / step_name(1), 900_000)  # what a failed save left makes room
 
 
 def test_a_read_only_disk_is_explained_and_can_still_be_read(small_disk: Path) -> None:
     good = save(small_disk, 100)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for attempt in (lambda: begin(small_disk / step_name(200)), lambda: ensure_space(small_disk, 1)):
-        with pytest.raises(CheckpointError, match="read-only") as caught:
-            attempt()
-        assert f"last good checkpoint is {good}" in str(caught.value)
+    with pytest.raises(CheckpointError, match="read-only") as caught:
+        begin(small_disk / step_name(200))
+    assert f"last good checkpoint is {good}" in str(caught.value)
     with pytest.raises(CheckpointError, match=r"cannot lock .*Read-only"), lock_directory(small_disk):
         pass
     assert newest_good(small_disk) == (good, [])
@@ -123,7 +121,7 @@ def test_a_read_only_disk_is_explained_and_can_still_be_read(small_disk: Path) -
 HOLDER = """
 import sys, time
 from pathlib import Path
-from m3i_scale.scale.checkpoint.commit import lock_directory
+from m3i_scale.scale.output_dir import lock_directory
 with lock_directory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -143,9 +141,9 @@ def test_a_second_job_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
     finally:
         first.kill()
         first.communicate()
-    with lock_directory(tmp_path) as lock:
-        assert lock.covers(tmp_path / "checkpoints")
-    assert not lock.covers(tmp_path)
+    with lock_directory(tmp_path):
+        assert holder_of(tmp_path) == Holder(os.getpid(), socket.gethostname(), mock.ANY)
+    assert holder_of(tmp_path) is None
 
 
 def test_a_holder_that_ended_while_its_child_lives_is_told_apart(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -13,12 +13,8 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.output import print_json, wide_console
-from m3i_scale.run.checkpoints.consolidation import consolidate
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
-checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --to /data/whole")(
-    consolidate
-)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
 One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest whole one is taken.")]
@@ -32,11 +28,9 @@ def list_(
 ) -> None:
     """All checkpoints of a run: step, age, size, whether good, figures, and why each stays."""
     from m3i_scale.report.checkpoint_tables import listing
-    from m3i_scale.run.checkpoints.listing import list_checkpoints
-    from m3i_scale.run.checkpoints.places import find_place
+    from m3i_scale.run.checkpoints.documents import list_checkpoints, root_of
 
-    document = list_checkpoints(find_place(run), contents=verify)
-    _show(document, as_json, listing)
+    _show(list_checkpoints(root_of(run), contents=verify), as_json, listing)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")
@@ -47,12 +41,11 @@ def verify(
 ) -> None:
     """Compare every byte with the manifest. Exit code 2 where anything differs; the files at fault are named."""
     from m3i_scale.report.checkpoint_tables import verification
-    from m3i_scale.run.checkpoints.verification import named_checkpoints, verify_checkpoints
-    from m3i_scale.scale.checkpoint.pruning import folder_bytes
+    from m3i_scale.run.checkpoints.documents import named_checkpoints, verify_checkpoints
+    from m3i_scale.scale.checkpoint.retention import folder_bytes
 
-    found = named_checkpoints(path)
-    with _bytes_bar(sum(map(folder_bytes, found)), quiet=as_json) as advance:
-        document = verify_checkpoints(path, found, threads, advance)
+    with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
+        document = verify_checkpoints(path, threads, advance)
     _show(document, as_json, verification)
     if not document["good"]:
         raise typer.Exit(EXIT_USER_ERROR)
@@ -62,14 +55,9 @@ def verify(
 def inspect(path: One, as_json: AsJson = False) -> None:
     """What is in a checkpoint; reads headers and small files only."""
     from m3i_scale.report.checkpoint_tables import inspection
-    from m3i_scale.run.checkpoints.inspection import inspect_checkpoint
-    from m3i_scale.run.checkpoints.places import checkpoint_or_newest
-    from m3i_scale.scale.checkpoint.reading import reading
+    from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, inspect_checkpoint
 
-    folder = checkpoint_or_newest(path)
-    with reading(folder):
-        document = inspect_checkpoint(folder)
-    _show(document, as_json, inspection)
+    _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, inspection)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint diff /data/runs/first /data/runs/second --values")
@@ -81,17 +69,12 @@ def diff(
 ) -> None:
     """What differs between two checkpoints: settings field by field, position in the data, tensors."""
     from m3i_scale.report.checkpoint_tables import comparison
-    from m3i_scale.run.checkpoints.comparison import diff_checkpoints
-    from m3i_scale.run.checkpoints.places import checkpoint_or_newest
+    from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, diff_checkpoints
     from m3i_scale.scale.checkpoint.contents import tensors_of
-    from m3i_scale.scale.checkpoint.reading import reading
 
     one, other = checkpoint_or_newest(a), checkpoint_or_newest(b)
-    with ExitStack() as stack:
-        for folder in (one, other):
-            stack.enter_context(reading(folder))
-        total = sum(stored.bytes for stored in tensors_of(one).values())
-        advance = stack.enter_context(_bytes_bar(total, quiet=as_json or not values))
+    total = sum(stored.bytes for stored in tensors_of(one).values())
+    with _bytes_bar(total, quiet=as_json or not values) as advance:
         document = diff_checkpoints(one, other, values=values, advance=advance)
     _show(document, as_json, comparison)
 
@@ -110,12 +93,41 @@ def prune(
 ) -> None:
     """Remove what no rule keeps; without options, by the rules of the run file. The last good one always stays."""
     from m3i_scale.report.checkpoint_tables import pruning
-    from m3i_scale.run.checkpoints.places import find_place
-    from m3i_scale.run.checkpoints.removal import prune_run, rules_given
+    from m3i_scale.run.checkpoints.documents import root_of
+    from m3i_scale.run.checkpoints.pruning import prune_run, rules_given
 
-    place = find_place(run)
-    rules, given_by = rules_given(place, keep_latest, keep_every, keep_best, max_gib)
-    _show(prune_run(place, rules, dry_run=dry_run) | {"rules_from": given_by}, as_json, pruning)
+    root = root_of(run)
+    rules, given_by = rules_given(root, keep_latest, keep_every, keep_best, max_gib)
+    _show(prune_run(root, rules, dry_run=dry_run) | {"rules_from": given_by}, as_json, pruning)
+
+
+@checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --to /data/whole")
+def consolidate(
+    path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest good one is taken.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a file: 5GB, 500MB; KB, MB, GB, TB as the Hub counts. Default: 5GB.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="safetensors; or what DeepSpeed reads: universal, deepspeed (zero_to_fp32).")
+    ] = "safetensors",
+    as_json: AsJson = False,
+) -> None:
+    """Whole tensors from the pieces of all ranks, streamed: memory does not grow with the model."""
+    from m3i_scale.report.checkpoint_tables import consolidation
+    from m3i_scale.scale.checkpoint.consolidate import consolidate as write
+
+    document = write(
+        path,
+        to,
+        weights=cast(Any, weights),
+        dtype=cast(Any, dtype),
+        max_shard_size=max_shard_size,
+        layout=cast(Any, layout),
+    )
+    _show(document, as_json, consolidation)
 
 
 def _show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Any]) -> None:

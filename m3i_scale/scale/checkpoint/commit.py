@@ -11,69 +11,61 @@ the old or the new checkpoint, never a mixture.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.locate import (
-    LATEST,
-    TEMPORARY_PREFIX,
-    checkpoints,
-    newest_good,
-    step_name,
-    temporary_for,
-)
-from m3i_scale.scale.checkpoint.lock import DirectoryLock, lock_directory
+from m3i_scale.scale.checkpoint.layout import LATEST, TEMPORARY_PREFIX, step_of, temporary_for
 from m3i_scale.scale.checkpoint.manifest import (
     Digest,
     digest_files,
-    hash_file,
     list_directories,
     list_files,
-    read_manifest,
-    step_of,
+    newest_good,
     sync,
     verify,
     write_manifest,
 )
-from m3i_scale.scale.checkpoint.space import discard, doomed, ensure_space, remove, write_guard
 
-__all__ = [
-    "Digest",
-    "DirectoryLock",
-    "begin",
-    "checkpoints",
-    "commit",
-    "digest_files",
-    "ensure_space",
-    "hash_file",
-    "lock_directory",
-    "newest_good",
-    "point_latest",
-    "read_manifest",
-    "step_name",
-    "step_of",
-    "sweep",
-    "temporary_for",
-    "verify",
-    "withdraw",
-    "write_guard",
-]
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_REFUSED = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "writing is not permitted",
+    errno.EPERM: "writing is not permitted",
+}
 
 
-def begin(final: Path) -> Path:
-    """An empty folder to write `final` into; what a failed save left under that name is removed. Rank 0 calls it.
+def begin(final: Path, bytes_wanted: int = 0) -> Path:
+    """Make an empty folder to write `final` into; what a failed save left under that name is removed. Rank 0 calls it.
+
+    A quota is only noticed once it is used up: file systems report the free space of the whole volume.
+
+    Args:
+        final: `…/checkpoints/step-00000100`.
+        bytes_wanted: the size of the checkpoint.
 
     Raises:
-        CheckpointError: `final` is committed already and good, or the folder cannot be made.
+        CheckpointError: `final` is committed already and good, there is no room, or the folder cannot be made.
     """
-    temporary = temporary_for(final)
+    root, temporary = final.parent, temporary_for(final)
     _refuse_good(final)
-    with write_guard(final.parent, temporary):
+    with write_guard(root, temporary, bytes_wanted):
         remove(temporary)
-        temporary.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+        if free < bytes_wanted:
+            raise CheckpointError(
+                f"not enough room for a checkpoint: {_amount(bytes_wanted)} wanted, {_amount(free)} free",
+                where=str(root),
+                why=_last_good(root),
+                fix="free space, lower checkpoint.keep_latest, or set output_dir to another disk",
+            )
+        temporary.mkdir()
     return temporary
 
 
@@ -88,8 +80,7 @@ def commit(
         final: `…/checkpoints/step-00000100`. A broken folder of that name is replaced.
         temporary: the folder beside it that holds the files; removed when the disk is at fault.
         extra: what the manifest says about the checkpoint (step, world size, configuration hash, …); JSON.
-        digests: what the ranks found with `digest_files` for the files that each wrote. Files that are not among them
-            are hashed here.
+        digests: of the files that the ranks have hashed while they wrote them. Others are hashed here.
 
     Raises:
         CheckpointError: a full or read-only disk, `final` is committed already and good, or a file is not as its
@@ -108,6 +99,21 @@ def commit(
     point_latest(final)
 
 
+def point_latest(final: Path) -> None:
+    """Let `latest`, beside a checkpoint, name it.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    root = final.parent
+    temporary = root / f"{TEMPORARY_PREFIX}{LATEST}"
+    with write_guard(root, temporary):
+        temporary.write_text(final.name + "\n", encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, root / LATEST)
+        sync(root)
+
+
 def withdraw(undone: Sequence[Path], latest: Path) -> None:
     """Remove checkpoints that no resume may go on from, the newest first; `latest` is the newest that stays.
 
@@ -115,24 +121,33 @@ def withdraw(undone: Sequence[Path], latest: Path) -> None:
         CheckpointError: the disk refused.
     """
     for path in undone:
-        with write_guard(path.parent, doomed(path)):
-            discard(path)
+        discard(path)
     point_latest(latest)
 
 
-def sweep(root: Path, lock: DirectoryLock) -> list[Path]:
+def discard(path: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves no half checkpoint under its name.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    renamed = path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}")
+    with write_guard(path.parent, renamed):
+        remove(renamed)
+        path.rename(renamed)
+        sync(path.parent)
+        remove(renamed)
+
+
+def sweep(root: Path) -> list[Path]:
     """Remove what a killed job left half written or half removed; returns what was removed.
 
     Args:
-        root: the folder of checkpoints; need not exist.
-        lock: proof that no other job is writing there.
+        root: the folder of checkpoints; need not exist. The caller holds the lock of the output directory.
 
     Raises:
-        ValueError: the lock is that of another directory, or was released.
         CheckpointError: the disk refused, or a folder lies where `latest` will be written.
     """
-    if not lock.covers(root):
-        raise ValueError(f"'{root}' is not in the directory that is locked, '{lock.output_dir}'")
     if (root / LATEST).is_dir() and not (root / LATEST).is_symlink():
         raise CheckpointError(
             "'latest' is a folder",
@@ -140,11 +155,72 @@ def sweep(root: Path, lock: DirectoryLock) -> list[Path]:
             why="it is the text file that names the newest checkpoint, so no save could be completed",
             fix="move the folder out of there",
         )
-    left = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
-    for path in left:
+    leftovers = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
+    for path in leftovers:
         with write_guard(root, path):
             remove(path)
-    return left
+    return leftovers
+
+
+@contextmanager
+def write_guard(
+    root: Path, temporary: Path, bytes_wanted: int | None = None, *, remove_folder: bool = True
+) -> Iterator[None]:
+    """Explain a failed write into `temporary`, and remove that folder.
+
+    Args:
+        root: the folder of checkpoints.
+        temporary: the folder being written.
+        bytes_wanted: size of the whole checkpoint, if known; for the message.
+        remove_folder: False on the ranks that are not alone in writing there.
+
+    Raises:
+        CheckpointError: a write failed. Other errors pass unchanged, and the folder stays for whoever looks into them;
+            the next start sweeps it up.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Removed only after the message is made: it names the file and the space that was left.
+        fault = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
+        if remove_folder:
+            with suppress(OSError):  # where even this fails, `sweep` does it at the next start
+                remove(temporary)
+        raise fault from None
+
+
+def explain(
+    error: OSError, root: Path, *, temporary: Path | None = None, bytes_wanted: int | None = None
+) -> CheckpointError:
+    """Return a failed write as a message: which file, bytes wanted and free, and which checkpoint is still good."""
+    where = str(error.filename or _last_written(temporary) or temporary or root)
+    fix = "make the folder writable, or set output_dir to another one; then start the run again"
+    if error.errno in _FULL:
+        fix = "free space, lower checkpoint.keep_latest, or set output_dir to another disk; then start the run again"
+    what = f"the checkpoint folder cannot be written: {cause_of(error, root, bytes_wanted)}"
+    return CheckpointError(what, where=where, why=_last_good(root), fix=fix)
+
+
+def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> str:
+    """Return in words why a write failed; with the room that was wanted and the room there is, where that matters."""
+    cause = (_FULL | _REFUSED).get(error.errno or 0) or error.strerror or str(error)
+    if error.errno in _REFUSED:
+        return cause
+    wanted = f"{_amount(bytes_wanted)} wanted, " if bytes_wanted else ""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"{cause}; {wanted}{_amount(shutil.disk_usage(existing).free)} free"
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing happens when there is none.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest]) -> None:
@@ -159,10 +235,10 @@ def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest])
                 where=str(folder / name),
                 why="two processes wrote it, or the shared file system lags behind",
             )
-    own = digest_files(folder, [name for name in names if name not in digests])
+    others = digest_files(folder, [name for name in names if name not in digests])
     for directory in list_directories(folder):
         sync(directory)
-    write_manifest(folder, {**digests, **own}, extra)
+    write_manifest(folder, {**digests, **others}, extra)
     sync(folder)
 
 
@@ -175,16 +251,18 @@ def _refuse_good(final: Path) -> None:
         )
 
 
-def point_latest(final: Path) -> None:
-    """Let `latest`, beside a checkpoint, name it.
+def _last_written(folder: Path | None) -> Path | None:
+    """Return the file that was being written: errors of write(2) do not name it."""
+    if folder is None or not folder.is_dir():
+        return None
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_mtime_ns, default=None)
 
-    Raises:
-        CheckpointError: the disk refused.
-    """
-    root = final.parent
-    temporary = root / f"{TEMPORARY_PREFIX}{LATEST}"
-    with write_guard(root, temporary):
-        temporary.write_text(final.name + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, root / LATEST)
-        sync(root)
+
+def _last_good(root: Path) -> str:
+    # By names and sizes: reading a checkpoint of 100 GiB takes minutes, on the disk at fault, while all ranks wait.
+    good, _ = newest_good(root, contents=False)
+    return f"nothing is lost: the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
+
+
+def _amount(size: int) -> str:
+    return f"{size:,} bytes ({size / 2**30:.2f} GiB)"

@@ -1,10 +1,13 @@
-"""What lies in a checkpoint: tensors by the headers of their files. No value is read, nothing is unpickled."""
+"""What lies in a checkpoint, by the headers of its files; and how far the values of two checkpoints are apart.
+
+Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
 from m3i_scale.scale.checkpoint.manifest import list_files
 
-FOLDER, INDEX = "tensors", "index.json"
-"""Where ranks write their pieces, and the file beside them that says which tensors these make up."""
 _FIX = "checkpoint verify names all faults"
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 """Other types of safetensors have one byte a number."""
+_NUMBERS = 1 << 22
+"""Compared at a time, in double precision."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,9 @@ class Fragment:
     """Where it begins in the flattened tensor."""
 
     @property
-    def numel(self) -> int:
-        """Numbers in it."""
-        return math.prod(self.shape)
-
-    @property
     def bytes(self) -> int:
-        """Bytes of its numbers."""
-        return self.numel * _BYTES.get(self.dtype, 1)
+        """Return the bytes of its numbers."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
 @dataclass
@@ -52,45 +51,24 @@ class Stored:
 
     kind: str
     """The folder, with the first part of the name where that has several; the file, where that lies in none."""
-    fragments: list[Fragment]
-    """In order."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
+    fragments: list[Fragment] = field(default_factory=list)
+    """In order."""
 
     @property
     def dtypes(self) -> list[str]:
-        """Of the fragments."""
+        """Return the types of the fragments."""
         return sorted({fragment.dtype for fragment in self.fragments})
 
     @property
     def bytes(self) -> int:
-        """Of all fragments."""
+        """Return the bytes of all fragments."""
         return sum(fragment.bytes for fragment in self.fragments)
 
 
-@dataclass
-class Kind:
-    """Tensors of one folder and first part of the name, or of one file."""
-
-    tensors: set[str] = field(default_factory=set)
-    fragments: int = 0
-    bytes: int = 0
-    files: set[str] = field(default_factory=set)
-    dtypes: set[str] = field(default_factory=set)
-
-    def to_json(self) -> dict[str, Any]:
-        """Counts."""
-        return {
-            "tensors": len(self.tensors),
-            "fragments": self.fragments,
-            "bytes": self.bytes,
-            "files": len(self.files),
-            "dtypes": sorted(self.dtypes),
-        }
-
-
 def tensors_of(folder: Path) -> dict[str, Stored]:
-    """Tensors by folder and name (`tensors/weight/student.model.…`), whatever ranks share them out.
+    """Return tensors by folder and name (`tensors/weight/student.model.…`), whatever ranks share them out.
 
     What has the same name in files of random states is no part of one tensor: it gets the file's name before it.
 
@@ -98,44 +76,86 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
         CheckpointError: a file is not what its name says, or the folder has no index of its tensors.
         OSError: the folder cannot be read.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in (file for file in list_files(folder) if file.endswith(".safetensors")):
         top, _, rest = file.partition("/")
-        below = top if rest and top != "random" else file.removesuffix(".safetensors")
+        prefix = top if rest and top != "random" else file.removesuffix(".safetensors")
         for fragment in _fragments(folder, file):
             first, slash, _ = fragment.key.partition("/")
             kind = f"{top}, {first}" if slash else top.removesuffix(".safetensors")
-            stored = found.setdefault(f"{below}/{fragment.key}", Stored(kind, [], fragment.shape))
-            stored.fragments.append(fragment)
+            tensors.setdefault(f"{prefix}/{fragment.key}", Stored(kind, fragment.shape)).fragments.append(fragment)
     for name, shape in _indexed_shapes(folder).items():
-        if name not in found:
+        if name not in tensors:
             raise CheckpointError(f"no file has '{name}', which the index names", where=str(folder), fix=_FIX)
-        found[name].shape = shape
-    for stored in found.values():
+        tensors[name].shape = shape
+    for stored in tensors.values():
         stored.fragments.sort(key=lambda fragment: fragment.start)
-    return found
+    return tensors
 
 
 def kinds_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Counts and bytes by kind.
+    """Return counts of tensors, fragments, bytes and files by kind.
 
     Raises:
         CheckpointError: a file is not what its name says.
         OSError: the folder cannot be read.
     """
-    kinds: dict[str, Kind] = {}
-    for name, stored in tensors_of(folder).items():
-        kind = kinds.setdefault(stored.kind, Kind())
-        kind.tensors.add(name)
-        kind.fragments += len(stored.fragments)
-        kind.bytes += stored.bytes
-        kind.dtypes |= set(stored.dtypes)
-        kind.files |= {fragment.file for fragment in stored.fragments}
-    return {name: kinds[name].to_json() for name in sorted(kinds)}
+    by_kind: dict[str, list[Stored]] = {}
+    for stored in tensors_of(folder).values():
+        by_kind.setdefault(stored.kind, []).append(stored)
+    return {
+        kind: {
+            "tensors": len(of_kind),
+            "fragments": sum(len(stored.fragments) for stored in of_kind),
+            "bytes": sum(stored.bytes for stored in of_kind),
+            "files": len({fragment.file for stored in of_kind for fragment in stored.fragments}),
+            "dtypes": sorted({dtype for stored in of_kind for dtype in stored.dtypes}),
+        }
+        for kind, of_kind in sorted(by_kind.items())
+    }
+
+
+def compare_tensors(
+    one: Path, other: Path, *, values: bool = False, advance: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
+    """Compare the tensors in safetensors files, by folder and name.
+
+    Args:
+        one: a checkpoint.
+        other: another one.
+        values: also read and compare them; memory holds one tensor of both.
+        advance: called with the bytes of `one` that have been compared.
+
+    Returns:
+        missing, added (names), shape, dtype (what was and what is, by name), cut_otherwise (names of those that lie in
+        other pieces), the number of those in both; with `values` also by name `max_abs` and `relative`
+        (‖b − a‖ / ‖a‖), or why they cannot be compared.
+
+    Raises:
+        CheckpointError: a file is no safetensors file, or pieces are missing.
+    """
+    before, now = tensors_of(one), tensors_of(other)
+    both = {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys())}
+    result: dict[str, Any] = {
+        "missing": sorted(before.keys() - now.keys()),
+        "added": sorted(now.keys() - before.keys()),
+        "shape": {name: [list(a.shape), list(b.shape)] for name, (a, b) in both.items() if a.shape != b.shape},
+        "dtype": {
+            name: ["+".join(a.dtypes), "+".join(b.dtypes)] for name, (a, b) in both.items() if a.dtypes != b.dtypes
+        },
+        "cut_otherwise": [name for name, (a, b) in both.items() if a.shape == b.shape and _cuts(a) != _cuts(b)],
+        "both": len(both),
+    }
+    if values:
+        result["values"] = {}
+        for name, (a, b) in both.items():
+            result["values"][name] = _difference(one, a, other, b)
+            advance(a.bytes)
+    return result
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
+    """Return a JSON object of a checkpoint.
 
     Raises:
         CheckpointError: it cannot be read, or is no object.
@@ -157,12 +177,12 @@ def _fragments(folder: Path, file: str) -> Iterator[Fragment]:
                 part = opened.get_slice(name)
                 yield Fragment(file, name, tuple(part.get_shape()), part.get_dtype(), int(starts.get(name, 0)))
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"not a safetensors file: {error}", where=str(folder / file), fix=_FIX) from None
+        raise CheckpointError(f"cannot be read as safetensors: {error}", where=str(folder / file), fix=_FIX) from None
 
 
 def _indexed_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Full shapes of what ranks share out, from the index beside the files."""
-    path = folder / FOLDER / INDEX
+    path = folder / TENSORS / INDEX
     if not path.is_file():
         raise CheckpointError(
             "the checkpoint has no index of its tensors",
@@ -172,6 +192,46 @@ def _indexed_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         )
     index = read_json(path)
     try:
-        return {f"{FOLDER}/{key}": tuple(map(int, shape)) for key, shape in index["shapes"].items()}
+        return {f"{TENSORS}/{key}": tuple(map(int, shape)) for key, shape in index["shapes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError("no index of shapes", where=str(path), fix=_FIX) from None
+
+
+def _cuts(stored: Stored) -> list[tuple[int, tuple[int, ...]]]:
+    return [(fragment.start, fragment.shape) for fragment in stored.fragments]
+
+
+def _difference(one: Path, before: Stored, other: Path, now: Stored) -> dict[str, Any]:
+    import torch  # not at the top: `checkpoint inspect` needs none
+
+    def flat(folder: Path, stored: Stored) -> torch.Tensor:
+        parts = []
+        for fragment in stored.fragments:
+            with safe_open(folder / fragment.file, framework="pt") as opened:
+                parts.append(opened.get_tensor(fragment.key).flatten())
+        return torch.cat(parts)
+
+    if before.shape != now.shape:
+        return {"not_compared": f"shapes {list(before.shape)} and {list(now.shape)}"}
+    left, right = flat(one, before), flat(other, now)
+    if left.numel() != right.numel():
+        raise CheckpointError(
+            "pieces are missing: tensors of one shape have different numbers of elements",
+            where=f"{one / before.fragments[0].file}, {other / now.fragments[0].file}",
+            fix=_FIX,
+        )
+    largest = difference = norm = 0.0
+    for start in range(0, left.numel(), _NUMBERS):
+        a = left[start : start + _NUMBERS].to(torch.float64)
+        apart = right[start : start + _NUMBERS].to(torch.float64) - a
+        largest = max(largest, float(apart.abs().max()))
+        difference += float(apart.square().sum())
+        norm += float(a.square().sum())
+    if math.isnan(difference):  # max() of a NaN depends on the order
+        largest = math.nan
+    relative = 0.0 if difference == 0 else math.sqrt(difference / norm) if norm else math.inf
+    # JSON has no NaN and no infinities; as in metrics.jsonl they are text.
+    return {
+        name: value if math.isfinite(value) else str(value)
+        for name, value in (("max_abs", largest), ("relative", relative))
+    }

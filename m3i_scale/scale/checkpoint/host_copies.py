@@ -13,9 +13,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from m3i_scale.scale.checkpoint.pools import plan_pools
-
 Pin = Callable[[Tensor], Tensor]
+_ALIGNED = 64
+"""Bytes at whose multiples a piece begins in a pool."""
 
 
 @dataclass
@@ -54,3 +54,31 @@ def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Pin | None) -> l
         memory[pool][start : start + size].view(dtype)
         for (pool, start), size, (_, dtype) in zip(places, sizes, wanted, strict=True)
     ]
+
+
+def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return sizes of pools, each a power of two, and for every piece its pool and where it begins there.
+
+    The largest piece that is left opens a pool: of the largest power of two that all that is left would fill, or of one
+    that it fits into. Whatever else fits goes there too, the larger ones first.
+
+    Args:
+        sizes: of the pieces, in bytes.
+    """
+    pools: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    aligned = {number: -(-size // _ALIGNED) * _ALIGNED for number, size in enumerate(sizes)}
+    unplaced = sorted(aligned, key=lambda number: aligned[number], reverse=True)
+    while unplaced:
+        total, largest = sum(aligned[number] for number in unplaced), aligned[unplaced[0]]
+        pool = max(1 << max(total.bit_length() - 1, 0), 1 << max(largest - 1, 0).bit_length())
+        at, later = 0, []
+        for number in unplaced:
+            if at + aligned[number] > pool:
+                later.append(number)
+                continue
+            places[number] = (len(pools), at)
+            at += aligned[number]
+        pools.append(pool)
+        unplaced = later
+    return pools, places

@@ -1,13 +1,12 @@
-"""The manifest of a directory: which files belong to it, how long they are, what is in them."""
+"""The manifest of a directory: which files belong to it, how long they are, what is in them; and whether that is so."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,12 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from m3i_scale.errors import CheckpointError
-
-MANIFEST = "manifest.json"
-"""Written last; a folder without it is not a checkpoint."""
+from m3i_scale.scale.checkpoint.layout import LATEST, MANIFEST, checkpoints, step_of
 
 FORMAT = 1
-_STEP = re.compile(r"step-(\d{8,})")
 _BLOCK_BYTES = 1 << 20
 _THREADS = 4  # hashing releases the interpreter lock; more threads than this only make a disk seek
 
@@ -61,7 +57,7 @@ class Manifest(BaseModel):
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal.
+    """Return the SHA-256 of a file, hexadecimal.
 
     Raises:
         OSError: the file cannot be read.
@@ -92,9 +88,6 @@ def sync(path: Path) -> None:
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
     """Bring files of `folder` to the disk and hash them.
 
-    At scale every rank calls this on the files that it wrote itself (its node still holds their pages), and rank 0
-    hands the merged result to `commit`, which then reads none of them again.
-
     Args:
         folder: the folder that will be committed.
         names: paths below it, with `/`.
@@ -103,17 +96,17 @@ def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
         OSError: a file cannot be read, or cannot be brought to the disk.
     """
 
-    def one(name: str) -> tuple[str, Digest]:
+    def digest(name: str) -> tuple[str, Digest]:
         path = folder / name
         sync(path)
         return name, Digest(path.stat().st_size, hash_file(path))
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
-        return dict(pool.map(one, sorted(names)))
+        return dict(pool.map(digest, sorted(names)))
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below `folder` as a path with `/`, sorted; without the manifest of the folder itself.
+    """Return every file below `folder` as a path with `/`, sorted; without the manifest of the folder itself.
 
     Raises:
         OSError: a directory cannot be read.
@@ -130,7 +123,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def list_directories(folder: Path) -> list[Path]:
-    """`folder` and all directories below it, the deepest first."""
+    """Return `folder` and all directories below it, the deepest first."""
     return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
 
 
@@ -151,7 +144,7 @@ def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a committed folder. The files that it names are not looked at.
+    """Return the manifest of a committed folder. The files that it names are not looked at.
 
     Raises:
         CheckpointError: there is none, it is torn or changed, or another version wrote it.
@@ -163,27 +156,35 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError("no manifest: the folder was never committed", where=str(path)) from None
     except OSError as error:
         raise CheckpointError(f"the manifest cannot be read: {error.strerror}", where=str(path)) from None
+    torn = CheckpointError("the manifest is torn or changed", where=str(path))
     try:
         values = json.loads(raw)
-        written = values.pop("format")
-        if written != FORMAT:
-            raise CheckpointError(f"the manifest has format {written}, this version reads {FORMAT}", where=str(path))
         values.pop("sha256")
-        manifest = Manifest.model_validate({**values, "format": written})
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"the manifest has format {values['format']}, this version reads {FORMAT}", where=str(path)
+            )
+        manifest = Manifest.model_validate(values)
         rendered = _render(manifest)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, ValidationError):
-        raise CheckpointError("the manifest is torn or changed", where=str(path)) from None
-    # Rendering is deterministic, so this compares every byte of the file, and the checksum with them.
-    if raw != rendered:
-        raise CheckpointError("the manifest is torn or changed", where=str(path))
+        raise torn from None
+    if raw != rendered:  # rendering is deterministic, so any changed byte shows
+        raise torn
     for name in manifest.files:
         if not _lies_below(name):
             raise CheckpointError(f"the manifest names a file outside its folder: '{name}'", where=str(path))
     return manifest
 
 
+def _render(manifest: Manifest) -> bytes:
+    body = manifest.model_dump()
+    bare = json.dumps(body, sort_keys=True, allow_nan=False)
+    body["sha256"] = hashlib.sha256(bare.encode()).hexdigest()
+    return (json.dumps(body, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+
+
 def verify(path: Path, *, contents: bool = True) -> list[str]:
-    """What is wrong with a committed folder, one line a fault; [] when it is good.
+    """Return what is wrong with a committed folder, one line a fault; [] when it is good.
 
     Args:
         path: the folder.
@@ -195,64 +196,85 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
 def find_faults(
     path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
 ) -> list[Fault]:
-    """What is wrong with a committed folder, file by file; [] when it is good.
+    """Return what is wrong with a committed folder, file by file; [] when it is good.
 
     Args:
         path: the folder.
         contents: read and hash every file. False compares names and sizes only, which a flipped bit passes.
         threads: files that are read at a time.
-        advance: told the bytes of every file that has been looked at, from any thread.
+        advance: called with the bytes of every file that has been looked at, from any thread.
     """
     try:
         manifest = read_manifest(path)
         present = set(list_files(path))
     except CheckpointError as error:
-        at = Path(error.where or path)
-        return [Fault(at.relative_to(path).as_posix(), error.what, error.what)]
+        file = Path(error.where or path).relative_to(path).as_posix()
+        return [Fault(file, error.what, error.what)]
     except OSError as error:
         what = f"the folder cannot be read: {error.strerror}"
         return [Fault(".", what, what)]
-    misnamed = _misnamed(path, manifest)
-    faults = [] if misnamed is None else [Fault(".", misnamed, misnamed)]
-    faults += [_named(name, "missing") for name in sorted(manifest.files.keys() - present)]
-    faults += [_named(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
+    faults = list(_name_faults(path, manifest))
+    faults += [_fault_of(name, "missing") for name in sorted(manifest.files.keys() - present)]
+    faults += [_fault_of(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
 
-    def one(name: str) -> Fault | None:
-        what = _fault(path / name, manifest.files[name], contents)
+    def look(name: str) -> Fault | None:
+        what = _file_fault(path / name, manifest.files[name], contents)
         advance(manifest.files[name].size)
-        return None if what is None else _named(name, what)
+        return None if what is None else _fault_of(name, what)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        found = pool.map(one, sorted(present & manifest.files.keys()))
-        return faults + [fault for fault in found if fault is not None]
+        results = pool.map(look, sorted(present & manifest.files.keys()))
+        return faults + [fault for fault in results if fault is not None]
 
 
-def step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint folder by its name; None for anything else."""
-    match = _STEP.fullmatch(path.name)
-    return int(match.group(1)) if match else None
+def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest checkpoint that verifies, and the newer ones that were passed over, each with the reason.
+
+    Args:
+        root: the folder of checkpoints.
+        contents: read every byte of the checkpoint that is returned: call it on one rank. False: see `verify`.
+    """
+    passed_over: list[tuple[Path, str]] = []
+    for path in checkpoints(root):
+        faults = verify(path, contents=contents)
+        if not faults:
+            return path, passed_over
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        passed_over.append((path, faults[0] + more))
+    return None, passed_over
 
 
-def _misnamed(path: Path, manifest: Manifest) -> str | None:
+def latest_fault(root: Path, good: Container[Path]) -> str | None:
+    """Return what is wrong with `latest`, which has to name the newest checkpoint; None where nothing is.
+
+    Args:
+        root: of the checkpoints.
+        good: those that verify. After a run has fallen back, the newest of them is the right one as well.
+    """
+    folders = checkpoints(root)
+    newest = next((path for path in folders if path in good), None)
+    names = [path.name for path in (*folders[:1], newest) if path is not None]
+    try:
+        content = (root / LATEST).read_bytes()
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if content in [f"{name}\n".encode() for name in names]:
+        return None
+    return f"names {content.decode(errors='replace').strip()!r}, and the newest checkpoint is {names[0]}"
+
+
+def _name_faults(path: Path, manifest: Manifest) -> Iterator[Fault]:
     """Tell a folder that was copied or renamed to another step: a run would go back to the step that it holds, and find
     its name taken when it saves."""
     named, held = step_of(path), manifest.extra.get("step")
-    if named is None or held is None or named == held:
-        return None
-    return f"the folder is named as step {named}, and holds step {held}"
+    if named is not None and held is not None and named != held:
+        what = f"the folder is named as step {named}, and holds step {held}"
+        yield Fault(".", what, what)
 
 
-def _named(name: str, what: str) -> Fault:
-    return Fault(name, what, f"{name}: {what}")
-
-
-def _lies_below(name: str) -> bool:
-    """Whether a path of a manifest is one that `list_files` gives: below the folder, and written in the one form."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
-
-
-def _fault(path: Path, wanted: Digest, contents: bool) -> str | None:
+def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
     try:
         size = path.stat().st_size
         if size != wanted.size:
@@ -264,14 +286,17 @@ def _fault(path: Path, wanted: Digest, contents: bool) -> str | None:
     return None
 
 
-def _render(manifest: Manifest) -> bytes:
-    body = manifest.model_dump()
-    bare = json.dumps(body, sort_keys=True, allow_nan=False)
-    body["sha256"] = hashlib.sha256(bare.encode()).hexdigest()
-    return (json.dumps(body, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+def _fault_of(name: str, what: str) -> Fault:
+    return Fault(name, what, f"{name}: {what}")
 
 
-def _walk(folder: Path) -> Iterable[Path]:
+def _lies_below(name: str) -> bool:
+    """Whether a path of a manifest is one that `list_files` gives: below the folder, and written in the one form."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+
+
+def _walk(folder: Path) -> Iterator[Path]:
     for here, folders, files in os.walk(folder, onerror=_raise):
         for name in files:
             yield Path(here, name)

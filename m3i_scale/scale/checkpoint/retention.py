@@ -1,12 +1,25 @@
-"""Which checkpoints stay: rules, and what they say about a folder of checkpoints. No disk is touched here."""
+"""Which checkpoints stay: the rules, what they say about a folder of checkpoints, and the removal of the others.
+
+One process, no collectives: any thread may call it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from m3i_scale.scale.checkpoint.commit import discard, point_latest
+from m3i_scale.scale.checkpoint.layout import checkpoints, named_latest, step_of
+from m3i_scale.scale.checkpoint.manifest import verify
+
+Metrics = Mapping[int, Mapping[str, float]]
+"""Figures of evaluations, by step."""
+LAST_GOOD = "the last good one, though larger than the limit"
 
 
 @dataclass(frozen=True)
@@ -31,14 +44,10 @@ class Best:
     mode: Literal["min", "max"] = "min"
     count: int = 1
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError("count must be at least 1")
-
 
 @dataclass(frozen=True)
 class Rules:
-    """A checkpoint stays when any rule wants it, as far as `max_bytes` allows."""
+    """A checkpoint stays when any rule wants it, as far as `max_bytes` allows. All numbers are at least 1."""
 
     latest: int = 1
     """The newest so many."""
@@ -48,17 +57,24 @@ class Rules:
     max_bytes: int | None = None
     """All that stay together."""
 
-    def __post_init__(self) -> None:
-        for name, value in (("latest", self.latest), ("every_steps", self.every_steps), ("max_bytes", self.max_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1")
 
+@dataclass
+class Pruned:
+    """What retention decided."""
 
-LAST_GOOD = "the last good one, though larger than the limit"
+    kept: dict[Path, list[str]]
+    """With all reasons."""
+    removed: list[Entry]
+    """Newest first; those that are to go, where nothing is removed yet."""
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether one checkpoint alone is larger than all together may be."""
+        return any(LAST_GOOD in reasons for reasons in self.kept.values())
 
 
 def which_to_keep(entries: Iterable[Entry], rules: Rules) -> dict[Path, list[str]]:
-    """The checkpoints that stay, each with every reason for it; the others go.
+    """Return the checkpoints that stay, each with every reason for it; the others go.
 
     The newest good one always stays. Where all together are larger than `max_bytes`, those go first that stand last in
     this order: the newest; the best; other late ones; multiples of `every_steps`, newest first; what is not good.
@@ -71,18 +87,89 @@ def which_to_keep(entries: Iterable[Entry], rules: Rules) -> dict[Path, list[str
     good = [entry for entry in newest_first if entry.good]
     if not good:
         return {entry.path: ["there is no good one"] for entry in newest_first}
-    wanted: dict[Path, list[str]] = {}
-    sizes = {entry.path: entry.size for entry in newest_first}
+    reasons: dict[Path, list[str]] = {}
     for entry, reason in _by_weight(newest_first, good, rules):
-        wanted.setdefault(entry.path, []).append(reason)
-    return _within(wanted, sizes, rules.max_bytes)
+        reasons.setdefault(entry.path, []).append(reason)
+    if rules.max_bytes is None:
+        return reasons
+    sizes = {entry.path: entry.size for entry in newest_first}
+    kept: dict[Path, list[str]] = {}
+    total = 0
+    for path, of_path in reasons.items():
+        total += sizes[path]
+        if total > rules.max_bytes:
+            return kept or {path: [*of_path, LAST_GOOD]}
+        kept[path] = of_path
+    return kept
 
 
 def ranked(entries: Iterable[Entry], best: Best) -> list[Entry]:
-    """Those that have the figure, the best first; of equals the newest first. A figure that is not finite is none."""
+    """Return those that have the figure, the best first; of equals the newest first. One that is not finite is none."""
     sign = 1 if best.mode == "min" else -1
     known = [entry for entry in entries if math.isfinite(entry.metrics.get(best.metric, math.nan))]
     return sorted(known, key=lambda entry: (sign * entry.metrics[best.metric], -entry.step))
+
+
+def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[Entry]:
+    """Return the checkpoints of a folder, the newest first.
+
+    Args:
+        root: the folder of checkpoints; need not exist.
+        metrics: of the run.
+        contents: read every byte to find out what is good; otherwise names and sizes decide.
+    """
+    steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
+    return [
+        Entry(path, step, folder_bytes(path), not verify(path, contents=contents), metrics.get(step, {}))
+        for path, step in steps
+    ]
+
+
+def plan_prune(root: Path, rules: Rules, metrics: Metrics, *, committed: Path | None = None) -> Pruned:
+    """Return what would stay and go. Before anything may go, the newest one that counts as good is read, byte by byte;
+    one that turns out not to be good counts for no rule, and the next is read.
+
+    Args:
+        root: the folder of checkpoints.
+        rules: what stays.
+        metrics: of the run.
+        committed: a checkpoint that this process has just committed, and so need not read again.
+    """
+    entries = entries_of(root, metrics)
+    while True:
+        kept = which_to_keep(entries, rules)
+        removed = [entry for entry in entries if entry.path not in kept]
+        newest = next((entry for entry in entries if entry.good), None)
+        if not removed or newest is None or newest.path == committed or not verify(newest.path):
+            return Pruned(kept, removed)
+        entries = [replace(entry, good=False) if entry is newest else entry for entry in entries]
+
+
+def prune(root: Path, rules: Rules, metrics: Metrics | None = None, *, committed: Path | None = None) -> Pruned:
+    """Remove what no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
+
+    The newest goes first, so that a kill half-way leaves the older ones for the next time.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    pruned = plan_prune(root, rules, metrics or {}, committed=committed)
+    for entry in pruned.removed:
+        discard(entry.path)
+    remaining = checkpoints(root)
+    if remaining and named_latest(root) in {entry.path.name for entry in pruned.removed}:
+        point_latest(remaining[0])  # the newest one was not good, and has gone
+    return pruned
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below a folder; links count as themselves, what is removed meanwhile as nothing."""
+    total = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(here, name).lstat().st_size
+    return total
 
 
 def _by_weight(newest_first: Sequence[Entry], good: Sequence[Entry], rules: Rules) -> Iterator[tuple[Entry, str]]:
@@ -102,15 +189,3 @@ def _by_weight(newest_first: Sequence[Entry], good: Sequence[Entry], rules: Rule
     for entry in newest_first:
         if not entry.good and not (full and entry.step < good[rules.latest - 1].step):
             yield entry, "not good, and as new as what is kept"
-
-
-def _within(wanted: dict[Path, list[str]], sizes: Mapping[Path, int], limit: int | None) -> dict[Path, list[str]]:
-    """The beginning of `wanted` that fits; the first one in any case."""
-    kept: dict[Path, list[str]] = {}
-    total = 0
-    for path, reasons in wanted.items():
-        total += sizes[path]
-        if limit is not None and total > limit:
-            return kept or {path: [*reasons, LAST_GOOD]}
-        kept[path] = reasons
-    return kept

@@ -8,32 +8,59 @@ host memory that is kept for the next save: so long the training stands still. A
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from m3i_scale.scale.checkpoint.commit import begin, commit, digest_files, ensure_space, write_guard
+from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
-from m3i_scale.scale.checkpoint.state import (
-    BUFFERS,
-    buffers_of,
-    bytes_wanted,
-    random_states,
-    ranges_of,
-    write_small_files,
-)
-from m3i_scale.scale.checkpoint.tensors import Range, Written, write_index, write_ranges
-from m3i_scale.scale.checkpoint.together import from_rank_0, together
-from m3i_scale.scale.engine_state import counters
-from m3i_scale.scale.partition import ShardedMomentum
+from m3i_scale.scale.checkpoint.layout import BUFFERS
+from m3i_scale.scale.checkpoint.manifest import digest_files
+from m3i_scale.scale.checkpoint.stream import write_tensors
+from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, write_index, write_ranges
+from m3i_scale.scale.engine_state import bytes_per_parameter, counters, pieces
+from m3i_scale.scale.partition import ShardedMomentum, full_numel
+from m3i_scale.scale.together import from_rank_0, together
+
+Result = TypeVar("Result")
+
+
+class Task(threading.Thread, Generic[Result]):
+    """Work in a thread that nobody waits for when the process ends; its result, or error, is taken later."""
+
+    def __init__(self, name: str, work: Callable[[], Result]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work = work
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            self._result = self._work()
+        except BaseException as error:  # whatever it is, it is raised where the result is taken
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait until the work is done; where it was not done in a thread, it is."""
+        if self.ident is not None:
+            self.join()
+
+    def take(self) -> Result | None:
+        """Return the result, or raise what the work has raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 @dataclass
@@ -44,9 +71,7 @@ class _Save:
     temporary: Path
     meta: dict[str, Any]
     run_yaml: str
-    written: Written | None = None
-    fault: BaseException | None = None
-    thread: threading.Thread | None = None
+    task: Task[Written]
 
 
 @dataclass
@@ -64,20 +89,19 @@ class Saver:
     momentum: ShardedMomentum | None
     background: bool = False
     committed: Callable[[Path], object] = lambda final: None
-    _kept: HostCopies = field(default_factory=HostCopies)
-    _now: _Save | None = None
-    _after: threading.Thread | None = None
-    _after_fault: BaseException | None = None
+    _copies: HostCopies = field(default_factory=HostCopies)
+    _current: _Save | None = None
+    _after_commit: Task[object] | None = None
 
     @property
     def pending(self) -> bool:
         """Whether a save has been begun and not committed; the same on all ranks."""
-        return self._now is not None
+        return self._current is not None
 
     @property
     def writing(self) -> bool:
         """Whether this rank's thread is still at it."""
-        return self._now is not None and self._now.thread is not None and self._now.thread.is_alive()
+        return self._current is not None and self._current.task.is_alive()
 
     def save(
         self,
@@ -102,19 +126,17 @@ class Saver:
         """
         self.finish()
         wanted = bytes_wanted(self.engine, self.momentum)
-        from_rank_0(lambda: ensure_space(final.parent, wanted))
-        temporary = Path(from_rank_0(lambda: str(begin(final))))
+        temporary = Path(from_rank_0(lambda: str(begin(final, wanted))))
         averages = self.momentum.online_names() if self.momentum is not None else {}
-        now = _Save(final, temporary, {**meta, "engine": counters(self.engine), "averages": averages}, run_yaml)
+        meta = {**meta, "engine": counters(self.engine), "averages": averages}
         # A rank that has no memory for its copy ends all: the others would go on, and wait for it in the next step.
-        work = together(lambda: self._work(now, json.dumps(data_state), more))
-        self._now = now
-        if not self.background:
-            work()
+        task = together(lambda: Task("checkpoint", self._work(temporary, json.dumps(data_state), more)))
+        self._current = _Save(final, temporary, meta, run_yaml, task)
+        if self.background:
+            task.start()
+        else:
+            task.run()
             self.finish()
-            return
-        now.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        now.thread.start()
 
     def finish(self) -> Path | None:
         """Wait for the save that is on its way, and commit it. Collective; returns what was committed.
@@ -122,22 +144,21 @@ class Saver:
         Raises:
             CheckpointError: a rank could not write; on all ranks.
         """
-        if self._now is None:
+        if self._current is None:
             return None
-        now, self._now = self._now, None
-        if now.thread is not None:
-            now.thread.join()
+        current, self._current = self._current, None
+        current.task.wait()
         try:
-            together(lambda: _raise(now.fault))
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, now.written)
-            from_rank_0(lambda: _commit(now, parts))
+            written: Written = together(current.task.take)
+            all_ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(all_ranks, written)
+            from_rank_0(lambda: _commit(current, all_ranks))
         except Exception:
             # Only now, when no rank is writing any more: a folder that vanishes early would hide the first cause.
-            from_rank_0(lambda: shutil.rmtree(now.temporary, ignore_errors=True))
+            from_rank_0(lambda: shutil.rmtree(current.temporary, ignore_errors=True))
             raise
-        from_rank_0(lambda: self._afterwards(now.final))
-        return now.final
+        from_rank_0(lambda: self._begin_after_commit(current.final))
+        return current.final
 
     def close(self) -> None:
         """Commit what is on its way, and wait for what follows a commit. Collective.
@@ -146,11 +167,12 @@ class Saver:
             CheckpointError: see `finish`, or what follows a commit has failed.
         """
         self.finish()
-        from_rank_0(self._wait_afterwards)
+        from_rank_0(self._wait_after_commit)
 
-    def _work(self, now: _Save, data_state: str, more: Callable[[Path], object]) -> Callable[[], None]:
-        """What writes this rank's files; with copies of everything that training changes, where it does so later."""
-        rank, random = dist.get_rank(), random_states()
+    def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], Written]:
+        """Return what writes this rank's files; where it does so later, with copies of all that training changes."""
+        rank = dist.get_rank()
+        random = random_states()
         ranges = ranges_of(self.engine, self.momentum)
         buffers = buffers_of(self.engine.module) if rank == 0 else {}
         if self.background:
@@ -158,81 +180,79 @@ class Saver:
             buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
             get_accelerator().synchronize()
 
-        def work() -> None:
-            try:
-                with write_guard(now.final.parent, now.temporary, remove_folder=False):
-                    small = write_small_files(now.temporary, data_state, random, rank)
-                    if rank == 0:
-                        whole = {name: buffer.detach().cpu().contiguous() for name, buffer in buffers.items()}
-                        save_file(whole, now.temporary / BUFFERS)
-                        more(now.temporary)
-                    written = write_ranges(now.temporary, ranges, rank)
-                    written.digests |= digest_files(now.temporary, small)
-                    now.written = written
-            except BaseException as error:  # whatever it is, it is raised where the save is finished
-                now.fault = error
+        def work() -> Written:
+            with write_guard(temporary.parent, temporary, remove_folder=False):
+                small = {f"random/rank-{rank:05d}.safetensors": random} | ({BUFFERS: buffers} if rank == 0 else {})
+                position = f"data/rank-{rank:05d}.json"
+                for name in (position, *small):
+                    (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / position).write_text(data_state, encoding="utf-8")
+                if rank == 0:
+                    more(temporary)
+                written = write_ranges(temporary, ranges, rank)
+                written.digests |= {name: write_tensors(temporary / name, values) for name, values in small.items()}
+                written.digests |= digest_files(temporary, [position])
+                return written
 
         return work
 
     def _copied(self, ranges: list[Range]) -> list[Range]:
-        """Pieces that read from copies of now; an average in two halves is joined by the thread."""
-        parts = [piece.parts() if piece.parts is not None else (piece.read(),) for piece in ranges]
-        copies = iter(self._kept.copy([part.view(-1) for of_piece in parts for part in of_piece]))
-        return [
-            replace(piece, read=_reader(piece, [next(copies) for _ in of_piece]))
-            for piece, of_piece in zip(ranges, parts, strict=True)
+        """Return pieces of copies as they are now; an average in two halves is joined by the thread."""
+        copies = iter(self._copies.copy([part.view(-1) for piece in ranges for part in piece.parts]))
+        return [replace(piece, parts=tuple(next(copies) for _ in piece.parts)) for piece in ranges]
+
+    def _begin_after_commit(self, final: Path) -> None:
+        self._wait_after_commit()
+        self._after_commit = Task("after-commit", lambda: self.committed(final))
+        self._after_commit.start()
+
+    def _wait_after_commit(self) -> None:
+        task, self._after_commit = self._after_commit, None
+        if task is not None:
+            task.take()
+
+
+def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
+    """Return what this rank has to write, as live views: master weights, moments and averages."""
+    ranges = [
+        Range(f"{kind}/{piece.name}", piece.shape, piece.start, (view,))
+        for piece in pieces(engine)
+        for kind, view in piece.tensors.items()
+    ]
+    if momentum is not None:
+        shapes = momentum.shapes()
+        ranges += [
+            Range(f"{AVERAGE}/{name}", tuple(shapes[name]), start, momentum.parts(name, start, numel))
+            for name, start, numel in momentum.pieces()
+            if numel
         ]
-
-    def _afterwards(self, final: Path) -> None:
-        self._wait_afterwards()
-
-        def work() -> None:
-            try:
-                self.committed(final)
-            except BaseException as error:  # raised at the next commit, or at the end
-                self._after_fault = error
-
-        self._after = threading.Thread(target=work, name="after-commit", daemon=True)
-        self._after.start()
-
-    def _wait_afterwards(self) -> None:
-        if self._after is not None:
-            self._after.join()
-        fault, self._after_fault = self._after_fault, None
-        _raise(fault)
+    return ranges
 
 
-def save_checkpoint(
-    final: Path,
-    engine: Any,
-    momentum: ShardedMomentum | None,
-    *,
-    data_state: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    run_yaml: str,
-) -> None:
-    """Write and commit `final` at once; every rank calls it. Errors of any rank are raised on all.
-
-    Raises:
-        CheckpointError: the disk refused; what was committed before is untouched.
-    """
-    Saver(engine, momentum).save(final, data_state=data_state, meta=meta, run_yaml=run_yaml)
+def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
+    """Return the size of a checkpoint's tensors: weights and two moments of what is trained, fp32 averages."""
+    averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
+    return bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True) + 4 * averaged
 
 
-def _commit(now: _Save, parts: list[Written]) -> None:
-    with write_guard(now.final.parent, now.temporary):
-        write_index(now.temporary, parts)
-        (now.temporary / "meta.json").write_text(json.dumps(now.meta, indent=1), encoding="utf-8")
-        (now.temporary / "run.yaml").write_text(now.run_yaml, encoding="utf-8")
-    digests = {name: digest for part in parts for name, digest in part.digests.items()}
-    commit(now.final, now.temporary, now.meta, digests=digests)
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the live buffers that outlast a batch, by name. All ranks have the same."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
-def _reader(piece: Range, copies: list[Tensor]) -> Callable[[], Tensor]:
-    join = piece.join
-    return (lambda: join(*copies)) if join is not None else (lambda: copies[0])
+def random_states() -> dict[str, Tensor]:
+    """Return the random states of this rank, now."""
+    states = {"host": torch.get_rng_state()}
+    if get_accelerator().device_name() != "cpu":
+        states["accelerator"] = get_accelerator().get_rng_state()
+    return states
 
 
-def _raise(fault: BaseException | None) -> None:
-    if fault is not None:
-        raise fault
+def _commit(save: _Save, all_ranks: list[Written]) -> None:
+    with write_guard(save.final.parent, save.temporary):
+        write_index(save.temporary, all_ranks)
+        (save.temporary / "meta.json").write_text(json.dumps(save.meta, indent=1), encoding="utf-8")
+        (save.temporary / "run.yaml").write_text(save.run_yaml, encoding="utf-8")
+    digests = {name: digest for written in all_ranks for name, digest in written.digests.items()}
+    commit(save.final, save.temporary, save.meta, digests=digests)

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from m3i_scale.scale.checkpoint.manifest import Digest, sync
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""As safetensors spells them, the widest first."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -36,17 +46,26 @@ class Streamed:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        """In the file."""
-        return self.numel * self.dtype.itemsize
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
+    """Write one file of tensors that are at hand.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    widest_first = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that all are aligned
+    streamed = [
+        Streamed(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: (tensor.flatten(),))  # type: ignore[misc]
+        for name, tensor in widest_first
+    ]
+    return write_safetensors(path, streamed, metadata or {})
 
 
 def write_safetensors(path: Path, tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> Digest:
-    """One file: written, hashed on the way and brought to the disk. Memory holds one block at a time.
+    """Write one file, hash it on the way and bring it to the disk. Memory holds one block at a time.
 
     Raises:
         OSError: the disk refused.
@@ -83,7 +102,7 @@ def _header_of(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> byte
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for tensor in tensors:
-        end = offset + tensor.nbytes
+        end = offset + tensor.numel * tensor.dtype.itemsize
         header[tensor.name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -2,11 +2,12 @@
 
 tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
-  index.json                       shapes, norms, weighted sums, and for every key where its pieces lie
+  index.json                       shapes, norms, and for every key where its pieces lie
 
 A key is `weight/…` (fp32 or bf16 master weights), `exp_avg/…`, `exp_avg_sq/…` (moments) or `average/…` (momentum
 target), each with the parameter's name. A piece is a range of the flattened tensor, so a checkpoint does not know how
-many ranks will read it. Files are written and read piece by piece: memory never holds a file.
+many ranks will read it. Files are written and read piece by piece: memory never holds a file. The library's reader is
+not for this: it maps files, and a disk that fails under a map ends the process without a word.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ import torch
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.contents import FOLDER, INDEX
+from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
 from m3i_scale.scale.checkpoint.manifest import Digest
 from m3i_scale.scale.checkpoint.stream import DTYPES, Streamed, write_safetensors
-from m3i_scale.scale.checkpoint.sums import Sums, sums_of
+from m3i_scale.scale.split_float import join
 
+AVERAGE = "average"
+"""The kind of tensors of the momentum target."""
 FILE_BYTES = 2 * 2**30
 """Of one file, about: verification hashes files side by side."""
+_SUMMED_ELEMENTS = 1 << 18
+"""Converted to fp64 at a time: 2 MiB, which stay in the cache of a core."""
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -41,19 +46,23 @@ class Range:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     start: int
-    numel: int
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    """The piece, flat; asked for when it is written."""
-    parts: Callable[[], tuple[Tensor, ...]] | None = None
-    """Live tensors that it is made of, where `read` computes it; a copy for later is one of these."""
-    join: Callable[..., Tensor] | None = None
-    """The piece of such tensors."""
+    """Where it begins in the flattened tensor."""
+    parts: tuple[Tensor, ...]
+    """The piece, flat; or two halves of it, as `split_float` makes them. Live tensors, or copies of them."""
 
     @property
-    def nbytes(self) -> int:
-        """Of the piece."""
-        return self.numel * self.dtype.itemsize
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.parts[0].numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type that is written."""
+        return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
+
+    def read(self) -> Tensor:
+        """Return the piece."""
+        return join(*self.parts) if len(self.parts) == 2 else self.parts[0].detach()
 
 
 @dataclass
@@ -66,8 +75,18 @@ class Written:
     """By key: start, numel and file of every piece."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """By key."""
-    sums: dict[str, Sums] = field(default_factory=dict)
-    """Of this rank's pieces, by key."""
+    squares: dict[str, float] = field(default_factory=dict)
+    """Sums of squares over this rank's pieces, by key."""
+
+
+@torch.no_grad()
+def sum_of_squares(flat: Tensor) -> float:
+    """Return Σ x² of a flat tensor, in fp64; those of its pieces add up."""
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for block in flat.split(_SUMMED_ELEMENTS if flat.device.type == "cpu" else 16 * _SUMMED_ELEMENTS):
+        wide = block.to(torch.float64)
+        total += torch.dot(wide, wide)
+    return float(total)
 
 
 def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> Written:
@@ -76,40 +95,67 @@ def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> Written:
     Raises:
         OSError: the disk refused.
     """
-    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / TENSORS).mkdir(exist_ok=True)
     written = Written()
-    for number, part in enumerate(_parts(ranges)):
-        name = f"rank-{rank:05d}-{number:05d}.safetensors"
-        written.digests[f"{FOLDER}/{name}"] = _write_file(folder / FOLDER / name, part, written.sums)
+    for number, part in enumerate(_files_of(ranges)):
+        path = folder / TENSORS / f"rank-{rank:05d}-{number:05d}.safetensors"
+        # A rank of an earlier job that nobody has ended yet may write under this name: one of the two has to fail.
+        path.touch(exist_ok=False)
+        streamed = [Streamed(piece.key, piece.dtype, (piece.numel,), _counted(piece, written)) for piece in part]
+        starts = json.dumps({piece.key: piece.start for piece in part})
+        written.digests[f"{TENSORS}/{path.name}"] = write_safetensors(path, streamed, {"starts": starts})
         for piece in part:
-            written.pieces.setdefault(piece.key, []).append((piece.start, piece.numel, name))
+            written.pieces.setdefault(piece.key, []).append((piece.start, piece.numel, path.name))
             written.shapes[piece.key] = list(piece.shape)
     return written
 
 
 def write_index(folder: Path, all_ranks: Sequence[Written]) -> None:
-    """index.json of what all ranks have written; rank 0 calls it.
+    """Write index.json of what all ranks have written; rank 0 calls it.
 
     Raises:
         ValueError: pieces overlap, or do not make up a tensor.
     """
     pieces: dict[str, list[tuple[int, int, str]]] = {}
     shapes: dict[str, list[int]] = {}
-    sums: dict[str, Sums] = {}
+    squares: dict[str, float] = {}
     for written in all_ranks:
         shapes |= written.shapes
-        for key, found_sums in written.sums.items():
-            sums[key] = sums.get(key, Sums()) + found_sums
-        for key, found in written.pieces.items():
-            pieces.setdefault(key, []).extend(found)
-    for key, found in pieces.items():
-        found.sort()
-        if fault := _gap(found, math.prod(shapes[key])):
+        for key, value in written.squares.items():
+            squares[key] = squares.get(key, 0.0) + value
+        for key, of_rank in written.pieces.items():
+            pieces.setdefault(key, []).extend(of_rank)
+    for key, of_key in pieces.items():
+        of_key.sort()
+        if fault := _gap(of_key, math.prod(shapes[key])):
             raise ValueError(f"the pieces of '{key}' {fault}")
-    norms = {key: math.sqrt(found.squares) for key, found in sums.items()}
-    weighted = {key: found.weighted for key, found in sums.items()}
-    index = {"shapes": shapes, "norms": norms, "weighted_sums": weighted, "pieces": pieces}
-    (folder / FOLDER / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    index = {"shapes": shapes, "norms": {key: math.sqrt(value) for key, value in squares.items()}, "pieces": pieces}
+    (folder / TENSORS / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
+    """Pieces of one file each."""
+    part: list[Range] = []
+    size = 0
+    for piece in ranges:
+        if size >= FILE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(piece)
+        size += piece.numel * piece.dtype.itemsize
+    if part:
+        yield part
+
+
+def _counted(piece: Range, written: Written) -> Callable[[], tuple[Tensor]]:
+    """A piece, whose squares are summed up while it is at hand."""
+
+    def blocks() -> tuple[Tensor]:
+        tensor = piece.read()
+        written.squares[piece.key] = written.squares.get(piece.key, 0.0) + sum_of_squares(tensor.view(-1))
+        return (tensor,)
+
+    return blocks
 
 
 class SavedTensors:
@@ -123,42 +169,41 @@ class SavedTensors:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.folder = checkpoint / FOLDER
+        self.folder = checkpoint / TENSORS
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             self._shapes = {str(key): tuple(int(size) for size in shape) for key, shape in index["shapes"].items()}
             self.norms = {str(key): float(norm) for key, norm in index["norms"].items()}
-            self.weighted_sums = {str(key): float(found) for key, found in index["weighted_sums"].items()}
             self._pieces = {
-                str(key): [(int(start), int(numel), str(file)) for start, numel, file in found]
-                for key, found in index["pieces"].items()
+                str(key): [(int(start), int(numel), str(file)) for start, numel, file in pieces]
+                for key, pieces in index["pieces"].items()
             }
         except FileNotFoundError:
             raise self._fault("the checkpoint has no tensors that this version reads", INDEX) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault(f"the index of the tensors cannot be read: {error}", INDEX) from None
         self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
-        own = self._shapes.keys()
-        if wrong := (own ^ self._pieces.keys()) | (own ^ self.norms.keys()) | (own ^ self.weighted_sums.keys()):
-            raise self._fault(f"'{min(wrong)}' has no shape, no norm, no weighted sum, or no pieces", INDEX)
-        for key, found in self._pieces.items():
-            if min(self._shapes[key], default=0) < 0 or any(count < 0 for _, count, _ in found):
+        keys = self._shapes.keys()
+        if wrong := (keys ^ self._pieces.keys()) | (keys ^ self.norms.keys()):
+            raise self._fault(f"'{min(wrong)}' has no shape, no norm, or no pieces", INDEX)
+        for key, pieces in self._pieces.items():
+            if min(self._shapes[key], default=0) < 0 or any(count < 0 for _, count, _ in pieces):
                 raise self._fault(f"'{key}' has a size below zero", INDEX)
-            if fault := _gap(found, math.prod(self._shapes[key])):
+            if fault := _gap(pieces, math.prod(self._shapes[key])):
                 raise self._fault(f"the pieces of '{key}' {fault}", INDEX)
-            if any(Path(file).name != file for _, _, file in found):
+            if any(Path(file).name != file for _, _, file in pieces):
                 raise self._fault(f"a piece of '{key}' lies outside the folder", INDEX)
 
     def names(self, kind: str) -> list[str]:
-        """Names of the tensors of a kind."""
+        """Return the names of the tensors of a kind."""
         return [key.removeprefix(f"{kind}/") for key in self._shapes if key.startswith(f"{kind}/")]
 
     def kinds(self) -> list[str]:
-        """Kinds that there are."""
+        """Return the kinds that there are."""
         return sorted({key.partition("/")[0] for key in self._shapes})
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a whole tensor.
+        """Return the shape of a whole tensor.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -168,12 +213,13 @@ class SavedTensors:
         return self._shapes[key]
 
     def dtype(self, key: str) -> torch.dtype:
-        """What it is stored in."""
+        """Return the type in which a tensor is stored."""
         self.shape(key)
-        return self._entry(key, self._pieces[key][0][2])[0]
+        _, numel, file = self._pieces[key][0]
+        return self._locate(key, file, numel)[0]
 
     def whole(self, key: str) -> Tensor:
-        """A tensor in its full shape, on the host."""
+        """Return a tensor in its full shape, on the host."""
         shape = self.shape(key)
         flat = torch.empty(math.prod(shape), dtype=self.dtype(key))
         self.read_into(key, 0, flat)
@@ -192,96 +238,66 @@ class SavedTensors:
             if first + numel <= at or at >= end:
                 continue
             stop = min(first + numel, end)
-            self._check_piece(key, file, numel)
-            self._read_piece(key, file, at - first, out[at - start : stop - start])
+            dtype, position = self._locate(key, file, numel)
+            self._read_file(file, position + (at - first) * dtype.itemsize, dtype, out[at - start : stop - start])
             at = stop
 
-    def _check_piece(self, key: str, file: str, numel: int) -> None:
-        """That the file has as much of a tensor as the index says, or a reader would go on into its neighbour."""
-        dtype, _ = self._entry(key, file)
-        offsets = self._headers[file][1][key]["data_offsets"]
-        if len(offsets) != 2 or offsets[0] < 0 or offsets[1] - offsets[0] != numel * dtype.itemsize:
+    def _locate(self, key: str, file: str, numel: int) -> tuple[torch.dtype, int]:
+        """Return the type of a piece, and where its bytes begin in the file."""
+        if file not in self._headers:
+            self._headers[file] = self._read_header(file)
+        begin, header = self._headers[file]
+        try:
+            dtype = DTYPES[header[key]["dtype"]]
+            first, last = map(int, header[key]["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise self._fault(f"the file has no piece of '{key}'", file) from None
+        if first < 0 or last - first != numel * dtype.itemsize:  # a reader would go on into its neighbour
             raise self._fault(f"the piece of '{key}' is not as long as the index says", file)
+        return dtype, begin + first
 
-    def _read_piece(self, key: str, file: str, offset: int, out: Tensor) -> None:
-        dtype, position = self._entry(key, file)
+    def _read_file(self, file: str, position: int, dtype: torch.dtype, out: Tensor) -> None:
         straight = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
         into = out if straight else torch.empty(out.numel(), dtype=dtype)
         view = into.view(torch.uint8).numpy().data
         try:
             with (self.folder / file).open("rb", buffering=0) as opened:
-                opened.seek(position + offset * dtype.itemsize)
+                opened.seek(position)
                 while view:
                     count = opened.readinto(view)
                     if not count:
                         raise self._fault("the file is shorter than its index says", file)
                     view = view[count:]
         except OSError as error:
-            raise self._fault(f"the checkpoint cannot be read: {error.strerror}", file) from None
+            raise self._unreadable(error, file) from None
         if not straight:
             out.copy_(into)
 
-    def _entry(self, key: str, file: str) -> tuple[torch.dtype, int]:
-        """Type of a piece, and where its bytes begin in the file."""
-        if file not in self._headers:
-            self._headers[file] = self._header(file)
-        begin, header = self._headers[file]
-        try:
-            return DTYPES[header[key]["dtype"]], begin + int(header[key]["data_offsets"][0])
-        except (KeyError, TypeError, ValueError):
-            raise self._fault(f"the file has no piece of '{key}'", file) from None
-
-    def _header(self, file: str) -> tuple[int, dict[str, Any]]:
+    def _read_header(self, file: str) -> tuple[int, dict[str, Any]]:
         try:
             with (self.folder / file).open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")
                 if size > _MAX_HEADER_BYTES:
                     raise ValueError(f"a header of {size:,} bytes")
                 return 8 + size, json.loads(opened.read(size))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise self._unreadable(error, file) from None
+        except ValueError as error:
             raise self._fault(f"not a safetensors file: {error}", file) from None
 
-    def _fault(self, what: str, file: str) -> CheckpointError:
-        return CheckpointError(what, where=str(self.folder / file), fix="take another checkpoint of the run")
+    def _unreadable(self, error: OSError, file: str) -> CheckpointError:
+        gone = "a run or `checkpoint prune` has removed it meanwhile" if isinstance(error, FileNotFoundError) else None
+        return self._fault(f"the checkpoint cannot be read: {error.strerror}", file, gone)
+
+    def _fault(self, what: str, file: str, why: str | None = None) -> CheckpointError:
+        return CheckpointError(what, where=str(self.folder / file), why=why, fix="take another checkpoint of the run")
 
 
 def _gap(pieces: Sequence[tuple[int, int, str]], numel: int) -> str | None:
-    """What is wrong with sorted pieces of a tensor of `numel` elements."""
+    """Return what is wrong with sorted pieces of a tensor of `numel` elements."""
     at = 0
     for start, count, _ in pieces:
         if start != at:
             return f"do not join at element {at}"
         at = start + count
     return None if at == numel else f"make up {at} elements of {numel}"
-
-
-def _parts(ranges: Sequence[Range]) -> Iterator[list[Range]]:
-    """Pieces of one file each."""
-    part: list[Range] = []
-    size = 0
-    for piece in ranges:
-        if size >= FILE_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(piece)
-        size += piece.nbytes
-    if part:
-        yield part
-
-
-def _write_file(path: Path, part: Sequence[Range], sums: dict[str, Sums]) -> Digest:
-    """One file of pieces; they are summed up while they are at hand."""
-    starts = json.dumps({piece.key: piece.start for piece in part})
-    # A rank of an earlier job that nobody has ended yet may write under this name: one of the two has to fail.
-    path.touch(exist_ok=False)
-    streamed = [Streamed(piece.key, piece.dtype, (piece.numel,), _counted(piece, sums)) for piece in part]
-    return write_safetensors(path, streamed, {"starts": starts})
-
-
-def _counted(piece: Range, sums: dict[str, Sums]) -> Callable[[], list[Tensor]]:
-    def blocks() -> list[Tensor]:
-        tensor = piece.read().detach()
-        sums[piece.key] = sums.get(piece.key, Sums()) + sums_of(tensor.view(-1), piece.start)
-        return [tensor]
-
-    return blocks

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Final
 
-from m3i_scale.scale.checkpoint.pools import plan_pools
+from m3i_scale.scale.checkpoint.host_copies import plan_pools
 from m3i_scale.scale.plan.communication import Traffic
 from m3i_scale.scale.plan.counts import Parameter
 from m3i_scale.scale.plan.ledger import Ledger

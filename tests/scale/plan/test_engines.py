@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3i_scale.scale.checkpoint.pools import plan_pools
+from m3i_scale.scale.checkpoint.host_copies import plan_pools
 from m3i_scale.scale.plan.communication import AVERAGED, Links, Traffic, step_traffic
 from m3i_scale.scale.plan.counts import Parameter, momentum_state_bytes, share
 from m3i_scale.scale.plan.engines import engine_for

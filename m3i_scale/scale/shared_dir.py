@@ -1,4 +1,4 @@
-"""Whether all ranks write into one folder. Each writes its part of a checkpoint there; apart they are worth nothing."""
+"""Check that all ranks write into one folder: each writes its part of a checkpoint there."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.together import from_rank_0
+from m3i_scale.scale.together import from_rank_0
 
-PATIENCE_S = 15.0
+VISIBLE_S = 15.0
 """A network file system may show a new file this much later on other hosts."""
-_PREFIX = ".shared-"
-_POLL_S = 0.2
-_NAMED = 8
+_PREFIX, _POLL_S, _NAMED_RANKS = ".shared-", 0.2, 8
 
 
 def check_shared(output_dir: Path) -> None:
@@ -35,26 +33,26 @@ def check_shared(output_dir: Path) -> None:
     mark: Path = from_rank_0(lambda: _make_mark(output_dir))
     try:
         # Each rank looks in its own directory: they may have been given different ones.
-        found = (socket.gethostname(), _look(output_dir / mark.name))
-        everywhere: list[tuple[str, str | None]] = [found] * dist.get_world_size()
-        dist.all_gather_object(everywhere, found)
+        result = (socket.gethostname(), _leave_a_file(output_dir / mark.name))
+        results: list[tuple[str, str | None]] = [result] * dist.get_world_size()
+        dist.all_gather_object(results, result)
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(mark, ignore_errors=True)
-    faults = [f"rank {rank} on {host} {fault}" for rank, (host, fault) in enumerate(everywhere) if fault]
+    faults = [f"rank {rank} on {host} {fault}" for rank, (host, fault) in enumerate(results) if fault]
     if faults:
-        more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        more = f"; and {len(faults) - _NAMED_RANKS} more" if len(faults) > _NAMED_RANKS else ""
         raise CheckpointError(
-            f"the ranks do not share the output directory: {'; '.join(faults[:_NAMED])}{more}",
-            where=f"{mark.parent}, as rank 0 sees it on {everywhere[0][0]}",
+            f"the ranks do not share the output directory: {'; '.join(faults[:_NAMED_RANKS])}{more}",
+            where=f"{mark.parent}, as rank 0 sees it on {results[0][0]}",
             why="every rank writes its part of a checkpoint there; parts on separate disks cannot be committed or read",
             fix="set output_dir to a folder of a file system that all hosts have mounted, and may write to",
         )
 
 
 def _make_mark(output_dir: Path) -> Path:
-    for left in output_dir.glob(f"{_PREFIX}*"):  # of a run that was killed while it looked
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in output_dir.glob(f"{_PREFIX}*"):  # of a run that was killed while it looked
+        shutil.rmtree(stale, ignore_errors=True)
     mark = output_dir / f"{_PREFIX}{secrets.token_hex(8)}"
     try:
         mark.mkdir()
@@ -67,9 +65,9 @@ def _make_mark(output_dir: Path) -> Path:
     return mark
 
 
-def _look(mark: Path) -> str | None:
-    """What keeps this rank from writing where rank 0 has; None: nothing does."""
-    until = time.monotonic() + PATIENCE_S
+def _leave_a_file(mark: Path) -> str | None:
+    """Return what keeps this rank from writing where rank 0 has; None: nothing does."""
+    deadline = time.monotonic() + VISIBLE_S
     while True:
         try:
             for folder in (mark.parent.parent, mark.parent):  # a client of NFS asks its server again
@@ -77,8 +75,8 @@ def _look(mark: Path) -> str | None:
                     os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
             (mark / f"rank-{dist.get_rank()}").touch(exist_ok=False)
         except FileNotFoundError:
-            if time.monotonic() > until:
-                return f"does not see what rank 0 wrote {PATIENCE_S:.0f} s ago"
+            if time.monotonic() > deadline:
+                return f"does not see what rank 0 wrote {VISIBLE_S:.0f} s ago"
             time.sleep(_POLL_S)
         except OSError as error:
             return f"cannot write there ({error.strerror})"

@@ -1,0 +1,288 @@
+"""What `m3i-scale checkpoint list, verify, inspect, diff` say, as JSON documents."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import read_yaml
+from m3i_scale.data.state import StreamState, merge_states
+from m3i_scale.errors import CheckpointError, ConfigError, DataError
+from m3i_scale.run.differences import differences
+from m3i_scale.run.retention import evaluations, rules_document, rules_of_run
+from m3i_scale.scale.checkpoint.contents import compare_tensors, kinds_of, read_json
+from m3i_scale.scale.checkpoint.layout import LATEST, MANIFEST, TEMPORARY_PREFIX, checkpoints, named_latest, step_of
+from m3i_scale.scale.checkpoint.manifest import find_faults, latest_fault, verify
+from m3i_scale.scale.checkpoint.retention import Entry, entries_of, folder_bytes, which_to_keep
+
+SETTLE_S = 2.0
+"""A job that has just renamed a folder takes a moment until `latest` names it."""
+_INSPECTED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "config_sha256")
+_COMPARED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "label_sets", "versions")
+_BACKBONE = ("hidden_size", "num_hidden_layers", "channels", "depths", "image_size", "patch_size")
+Advance = Callable[[int], None]
+
+
+# ------------------------------------------------------------------ what a path on the command line stands for
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is one checkpoint, whatever its state."""
+    return path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists())
+
+
+def root_of(path: Path) -> Path:
+    """Return the folder of a run's checkpoints, by its output_dir or by the folder itself.
+
+    Raises:
+        CheckpointError: nothing of the kind.
+    """
+    root = path if path.name == "checkpoints" or checkpoints(path) else path / "checkpoints"
+    if is_checkpoint(path) or not root.is_dir():
+        what = "one checkpoint, not a run" if is_checkpoint(path) else "no checkpoints here"
+        raise CheckpointError(what, where=str(path), fix="give a run's output_dir, or its checkpoints folder")
+    return root
+
+
+def checkpoint_or_newest(path: Path) -> Path:
+    """Return one checkpoint: the given one, or a run's newest whose files are all there.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if is_checkpoint(path):
+        return path
+    root = root_of(path)
+    newest = next((folder for folder in checkpoints(root) if not verify(folder, contents=False)), None)
+    if newest is None:
+        raise CheckpointError("no checkpoint here that is whole", where=str(root), fix="give one checkpoint")
+    return newest
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the one checkpoint of a path, or all of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
+    if not folders:
+        raise CheckpointError("no checkpoints here", where=str(path))
+    return folders
+
+
+# ------------------------------------------------------------------ list
+
+
+def list_checkpoints(root: Path, *, contents: bool = False) -> dict[str, Any]:
+    """Return the document of `checkpoint list`.
+
+    Args:
+        root: of the checkpoints.
+        contents: read every byte; otherwise names and sizes decide what is good.
+
+    Raises:
+        CheckpointError: the run file is there and does not hold together.
+    """
+    entries = entries_of(root, evaluations(root.absolute().parent), contents=contents)
+    rules = rules_of_run(root)
+    kept = {} if rules is None else which_to_keep(entries, rules)
+    latest = named_latest(root)
+    return {
+        "root": str(root),
+        "checked": "contents" if contents else "sizes",
+        "latest": latest,
+        "rules": None if rules is None else rules_document(rules),
+        "bytes": sum(entry.size for entry in entries),
+        "checkpoints": [_row(entry, latest, kept.get(entry.path, [])) for entry in entries],
+        "temporary": list(_sizes(sorted(root.glob(f"{TEMPORARY_PREFIX}*")))),
+    }
+
+
+def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]:
+    samples = age_s = None
+    with contextlib.suppress(CheckpointError):  # listed as not good
+        samples = read_json(entry.path / "meta.json").get("samples")
+    with contextlib.suppress(OSError):  # never committed
+        age_s = max(0.0, time.time() - (entry.path / MANIFEST).stat().st_mtime)
+    return {
+        "name": entry.path.name,
+        "step": entry.step,
+        "samples": samples if isinstance(samples, int) else None,
+        "age_s": age_s,
+        "bytes": entry.size,
+        "good": entry.good,
+        "latest": entry.path.name == latest,
+        "metrics": {name: value if math.isfinite(value) else str(value) for name, value in entry.metrics.items()},
+        "kept_by": reasons,
+    }
+
+
+def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
+    """What is half written or half removed, but for what a job commits or removes while this looks at it."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size
+            yield {"name": path.name, "bytes": size}
+
+
+# ------------------------------------------------------------------ verify
+
+
+def verify_checkpoints(path: Path, threads: int, advance: Advance) -> dict[str, Any]:
+    """Return the document of `checkpoint verify`: every byte of checkpoints, and what `latest` names.
+
+    Args:
+        path: one checkpoint, or a run.
+        threads: files that are read at a time.
+        advance: called with the bytes that have been read, from any thread.
+    """
+    rows, good = [], []
+    for checkpoint in named_checkpoints(path):
+        faults = find_faults(checkpoint, threads=threads, advance=advance)
+        if not checkpoint.exists() and checkpoint != path:
+            continue  # the run has removed it meanwhile
+        lines = [{"file": fault.file, "what": fault.what} for fault in faults]
+        rows.append({"checkpoint": str(checkpoint), "good": not faults, "faults": lines})
+        good += [] if faults else [checkpoint]
+    latest = None
+    if not is_checkpoint(path):
+        root = root_of(path)
+        fault = latest_fault(root, good)
+        if fault is not None:
+            time.sleep(SETTLE_S)
+            fault = latest_fault(root, good)
+        latest = {"file": str(root / LATEST), "fault": fault}
+    all_good = len(good) == len(rows) and (latest is None or latest["fault"] is None)
+    return {"good": all_good, "checkpoints": rows, "latest": latest}
+
+
+# ------------------------------------------------------------------ inspect
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the document of `checkpoint inspect`. Reads headers and small files only.
+
+    Raises:
+        CheckpointError: something of it cannot be read; `verify` names all faults.
+    """
+    meta, run = read_json(folder / "meta.json"), run_of(folder)
+    sources = positions(folder)
+    return {
+        "checkpoint": str(folder),
+        "bytes": folder_bytes(folder),
+        "faults_by_size": verify(folder, contents=False),
+        **{name: meta.get(name) for name in _INSPECTED},
+        "name": run.get("name"),
+        "recipe": _at(run, "recipe", "name"),
+        "backbone": _backbone(meta, run),
+        "data": sources,
+        "data_in_words": [_in_words(name, position) for name, position in sources.items()],
+        "tensors": kinds_of(folder),
+        "random_states": sorted(path.name for path in folder.glob("random/*.safetensors")),
+        "versions": meta.get("versions"),
+    }
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """Return the run file of a checkpoint, as plain values.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return read_yaml(folder / "run.yaml")
+    except ConfigError as error:
+        raise CheckpointError(error.what, where=error.where, fix="checkpoint verify names all faults") from None
+
+
+def positions(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return where the run was in every source, over all ranks and streams.
+
+    Raises:
+        CheckpointError: the data states cannot be read, or do not belong together.
+    """
+    files = sorted(folder.glob("data/*.json"))
+    if not files:
+        return {}
+    try:
+        merged = merge_states([read_json(file) for file in files])
+        streams = [StreamState.from_json(state) for state in merged["streams"].values()]
+        return {name: _position(name, source, streams) for name, source in merged["sources"].items()}
+    except DataError as error:
+        raise CheckpointError(error.what, where=str(folder / "data"), why=error.why, fix=error.fix) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the data state lacks {error}", where=str(folder / "data")) from None
+
+
+def _position(name: str, source: Mapping[str, Any], streams: list[StreamState]) -> dict[str, Any]:
+    states = [stream.sources[name] for stream in streams if name in stream.sources]
+    read = sum(state.position for state in states)
+    samples = int(source["samples"])
+    return {
+        "read": read,
+        "served": sum(state.served for state in states),
+        "bad": sum(sum(state.bad.values()) for state in states),
+        "samples": samples,
+        "shards": int(source["shards"]),
+        "passes": read / samples if samples else None,
+    }
+
+
+def _in_words(name: str, at: Mapping[str, Any]) -> str:
+    passes = "" if at["passes"] is None else f", {at['passes']:.2f} passes"
+    bad = f", {at['bad']:,} of them bad" if at["bad"] else ""
+    return f"{name}: {at['read']:,} samples read{bad}; it has {at['samples']:,} in {at['shards']:,} shards{passes}"
+
+
+def _backbone(meta: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """`vit, preset vit-b/16, hidden_size 768 …`."""
+    config = _at(meta, "identity", "backbone") or {}
+    chosen = _at(run, "backbone", "preset") or _at(run, "backbone", "from_pretrained")
+    words = [str(config.get("model_type", "unknown"))] + ([str(chosen)] if chosen else [])
+    return ", ".join(words + [f"{key} {config[key]}" for key in _BACKBONE if key in config])
+
+
+def _at(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+# ------------------------------------------------------------------ diff
+
+
+def diff_checkpoints(
+    one: Path, other: Path, *, values: bool = False, advance: Advance = lambda size: None
+) -> dict[str, Any]:
+    """Return the document of `checkpoint diff`.
+
+    Args:
+        one: a checkpoint.
+        other: another one.
+        values: compare the values of tensors in safetensors files.
+        advance: called with the bytes of `one` that have been compared.
+
+    Raises:
+        CheckpointError: something of either cannot be read; `verify` names all faults.
+    """
+    metas = [read_json(folder / "meta.json") for folder in (one, other)]
+    facts = [{name: meta[name] for name in _COMPARED if name in meta} for meta in metas]
+    changes = {
+        "settings": _changed(run_of(one), run_of(other)),
+        "facts": _changed(*facts),
+        "model": _changed(*[meta.get("identity") for meta in metas]),
+        "data": _changed(positions(one), positions(other)),
+    }
+    tensors = compare_tensors(one, other, values=values, advance=advance)
+    differ = any(changes.values()) or any(tensors[part] for part in ("missing", "added", "shape", "dtype"))
+    differ |= any(row.get("max_abs") != 0 for row in tensors.get("values", {}).values())
+    return {"a": str(one), "b": str(other), **changes, "tensors": tensors, "same": not differ}
+
+
+def _changed(before: Any, now: Any) -> list[dict[str, Any]]:
+    return [{"key": key, "a": was, "b": present} for key, was, present in differences("", before, now)]

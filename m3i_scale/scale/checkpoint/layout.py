@@ -1,0 +1,79 @@
+"""Where checkpoints lie, and what is in them.
+
+checkpoints/
+  .tmp-step-00000200/   being written or removed: does not exist for a reader
+  step-00000100/        committed
+    tensors/            master weights, moments and averages, in pieces of every rank, and their index (tensors.py)
+    buffers.safetensors what heads and balanced weights remember between batches
+    random/             rank-00000.safetensors …  random states of the host and of the accelerator
+    data/               rank-00000.json …  position of the stream
+    run.yaml meta.json
+    manifest.json       written last: size and SHA-256 of every file
+  latest                "step-00000100"
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+"""A folder without it is not a checkpoint."""
+TEMPORARY_PREFIX = ".tmp-"
+LATEST = "latest"
+"""A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
+TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """Return `step-00000100` for step 100."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint folder by its name; None for anything else."""
+    match = _STEP.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def temporary_for(final: Path) -> Path:
+    """Return the folder to write `final` under until it is committed: the same on every rank."""
+    return final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return all folders that are named as a step, the newest first; not verified. [] where there is no `root`."""
+    if not root.is_dir():
+        return []
+    steps = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def named_latest(root: Path) -> str | None:
+    """Return what `latest` names; None where it cannot be read."""
+    try:
+        return (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def stopped_words(root: Path) -> str:
+    """Return the last words of a run that was asked to stop and has saved.
+
+    Args:
+        root: of its checkpoints.
+    """
+    newest = next(iter(checkpoints(root)), None)
+    if newest is None:
+        return f"stopped; there is no checkpoint in {root}"
+    return f"stopped at step {step_of(newest)}, saved in {newest}; the same command goes on from there"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return meta.json of a committed checkpoint."""
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return meta

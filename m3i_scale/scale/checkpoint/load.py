@@ -1,0 +1,141 @@
+"""Bring an engine to a checkpoint, whatever number of ranks, ZeRO stage and precision wrote it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta
+from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of
+from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
+from m3i_scale.scale.engine_state import make_moments, pieces, publish, restore_counters, trained
+from m3i_scale.scale.partition import ShardedMomentum, full_shape
+from m3i_scale.scale.together import together
+
+NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
+"""Relative: terms are added up in another order; master weights in 16 bits are rounded."""
+
+
+def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> list[dict[str, Any]]:
+    """Bring engine, momentum target, buffers and random states to a verified checkpoint. Every rank calls it, and reads
+    no more than it will hold. Returns the data states of all ranks that wrote it.
+
+    Raises:
+        CheckpointError: it is of another model, or what was loaded is not what was saved.
+    """
+    # What one rank cannot read ends all: the others would wait for it in `publish`.
+    saved: SavedTensors
+    states: list[dict[str, Any]]
+    saved, states = together(lambda: _read_own_part(folder, engine, momentum))
+    publish(engine)
+    check_norms(saved, engine, momentum)
+    return states
+
+
+def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None) -> None:
+    """Check that every tensor that the engine now holds has the norm of what was saved under its name. Collective.
+
+    Raises:
+        CheckpointError: one has not; the same on every rank.
+    """
+    squares = dict.fromkeys(saved.norms, 0.0)
+    rounded = dict.fromkeys(saved.norms, 0.0)
+    for piece in ranges_of(engine, momentum):
+        if piece.key in squares:  # an optimizer that had taken no step has saved no moments
+            squares[piece.key] += sum_of_squares(piece.read().view(-1))
+            rounded[piece.key] += piece.dtype != torch.float32
+    # The index gives all ranks the same keys in the same order.
+    sums = torch.tensor([list(squares.values()), list(rounded.values())], dtype=torch.float64)
+    sums = sums.to(get_accelerator().current_device_name())
+    dist.all_reduce(sums)
+    for (key, saved_norm), square, in_16_bits in zip(saved.norms.items(), *sums.tolist(), strict=True):
+        tolerance = ROUNDED_NORM_TOLERANCE if in_16_bits else NORM_TOLERANCE
+        if not math.isclose(math.sqrt(square), saved_norm, rel_tol=tolerance, abs_tol=1e-30):
+            raise CheckpointError(
+                f"what was loaded is not what was saved: the norm of '{key}' was {saved_norm:.9g}, and is "
+                f"{math.sqrt(square):.9g}",
+                where=str(saved.folder.parent),
+                fix="resume from an earlier checkpoint: checkpoint.resume=…",
+            )
+
+
+def _read_own_part(
+    folder: Path, engine: Any, momentum: ShardedMomentum | None
+) -> tuple[SavedTensors, list[dict[str, Any]]]:
+    """Read this rank's part; returns the index, and the data states of all ranks. No collective."""
+    try:
+        saved, meta = SavedTensors(folder), read_meta(folder)
+        _check_names(saved, engine.module, momentum, folder)
+        _read_pieces(saved, meta, engine)
+        if momentum is not None:
+            momentum.load(lambda name, start, out: saved.read_into(f"{AVERAGE}/{name}", start, out))
+        _load_buffers(folder, engine.module)
+        restore_counters(engine, meta["engine"])
+        _restore_random_states(folder)
+        files = sorted((folder / "data").glob("rank-*.json"))
+        states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be read: {getattr(error, 'strerror', None) or error}",
+            where=str(getattr(error, "filename", None) or folder),
+            fix="start again; where it does not go away, resume from an earlier checkpoint: checkpoint.resume=…",
+        ) from None
+    return saved, states
+
+
+def _check_names(saved: SavedTensors, module: nn.Module, momentum: ShardedMomentum | None, folder: Path) -> None:
+    """Check that the checkpoint has what the model trains and averages, in the same shapes, and nothing else."""
+    shapes = {f"weight/{name}": tuple(full_shape(parameter)) for name, parameter in trained(module)}
+    if momentum is not None:
+        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in momentum.shapes().items()}
+    keys = [f"{kind}/{name}" for kind in ("weight", AVERAGE) for name in saved.names(kind)]
+    saved_shapes = {key: saved.shape(key) for key in keys}
+    _compare_shapes(shapes, saved_shapes, folder)
+
+
+def _read_pieces(saved: SavedTensors, meta: dict[str, Any], engine: Any) -> None:
+    make_moments(engine, int(meta["engine"]["optimizer_steps"]))
+    kinds = saved.kinds()
+    for piece in pieces(engine):
+        for kind, view in piece.tensors.items():
+            if kind in kinds:  # an optimizer that had taken no step has saved no moments
+                saved.read_into(f"{kind}/{piece.name}", piece.start, view)
+
+
+def _load_buffers(folder: Path, module: nn.Module) -> None:
+    buffers, saved = buffers_of(module), load_file(folder / BUFFERS)
+    shapes, saved_shapes = ({name: tuple(buffer.shape) for name, buffer in of.items()} for of in (buffers, saved))
+    _compare_shapes(shapes, saved_shapes, folder)
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+
+
+def _restore_random_states(folder: Path) -> None:
+    """A rank that the run did not have takes those of one that it had: no number of the training depends on them."""
+    files = sorted((folder / "random").glob("rank-*.safetensors"))
+    states = load_file(files[dist.get_rank() % len(files)])
+    torch.set_rng_state(states["host"])
+    if "accelerator" in states and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(states["accelerator"])
+
+
+def _compare_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], folder: Path) -> None:
+    wrong = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors do not belong together with this model, e.g. {wrong[0]}",
+            where=str(folder),
+            why="the checkpoint is of another version of this package or of `transformers`",
+            fix="resume with the version that wrote it, or start a new run from its export: backbone.from_pretrained=…",
+        )

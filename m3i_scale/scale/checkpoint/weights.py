@@ -1,0 +1,113 @@
+"""Whole weights of a sharded checkpoint, read one by one or block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.checkpoint.layout import read_meta
+from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors
+from m3i_scale.scale.engine_state import MASTER
+
+Which = Literal["student", "momentum"]
+BLOCK_ELEMENTS = 1 << 22
+"""Read at a time: 16 MiB in fp32."""
+
+
+class SavedWeights(Mapping[str, Tensor]):
+    """Tensors of a checkpoint under the names of parameters (`student.model.layers.0.…`).
+
+    A tensor is read when it is asked for, and not kept: memory holds what the caller holds.
+
+    Args:
+        saved: the tensors of the checkpoint.
+        keys: names, and which tensors they stand for.
+        dtype: of the tensors that are given.
+    """
+
+    def __init__(self, saved: SavedTensors, keys: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
+        self._saved, self._keys, self._dtype = saved, dict(keys), dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._saved.whole(self._keys[name]).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it."""
+        return self._saved.shape(self._keys[name])
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type.
+
+        Raises:
+            CheckpointError: there is no such range, or a file is not as the index says.
+        """
+        self._saved.read_into(self._keys[name], start, out)
+
+    def read_finite(self, name: str, start: int, out: Tensor) -> None:
+        """Fill as `read_into` does, block by block: a change of type takes no second copy of the tensor.
+
+        Raises:
+            CheckpointError: an element is NaN or infinite.
+        """
+        for at in range(0, out.numel(), BLOCK_ELEMENTS):
+            block = out[at : at + BLOCK_ELEMENTS]
+            self.read_into(name, start + at, block)
+            if not bool(torch.isfinite(block).all()):
+                raise CheckpointError(
+                    f"'{name}' has elements that are not finite numbers",
+                    where=f"elements {start + at:,} to {start + at + block.numel():,}",
+                    why="a model with these weights computes NaN",
+                    fix="take an earlier checkpoint of the run",
+                )
+
+    def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Return a tensor as flat blocks of finite numbers."""
+        numel = math.prod(self.shape(name))
+        for start in range(0, numel, BLOCK_ELEMENTS):
+            block = torch.empty(min(BLOCK_ELEMENTS, numel - start), dtype=dtype)
+            self.read_finite(name, start, block)
+            yield block
+
+
+def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.float32) -> SavedWeights:
+    """Return what a committed checkpoint trained.
+
+    Args:
+        checkpoint: a folder that `verify` finds good.
+        which: the values that `student.…` has: the trained ones, or their moving average.
+        dtype: of the tensors that are given.
+
+    Raises:
+        CheckpointError: momentum weights of a run without a momentum target.
+    """
+    saved = SavedTensors(checkpoint)
+    keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
+    # What balances the groups serves only a resumed run.
+    keys = {name: key for name, key in keys.items() if not name.startswith(("states.", "weights."))}
+    if which == "momentum":
+        averages: dict[str, str] = read_meta(checkpoint).get("averages") or {}
+        if not averages:
+            raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
+        keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
+    return SavedWeights(saved, keys, dtype)
+
+
+def load_weights(checkpoint: Path, which: Which) -> dict[str, Tensor]:
+    """Return all of `saved_weights`, in fp32 and in memory.
+
+    Raises:
+        CheckpointError: momentum weights of a run without a momentum target.
+    """
+    return dict(saved_weights(checkpoint, which))
