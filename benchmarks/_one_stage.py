@@ -49,7 +49,7 @@ class Entry:
 ONE_STAGE = Path(__file__).parent / "one_stage"
 RECIPES = (
     # One pooling, a mean, and no label smoothing for all, so that rows differ in inputs and targets alone.
-    Entry("supervised", "supervised", ("recipe.targets.0.label_smoothing=0.0",)),
+    Entry("supervised", "supervised", ("recipe.targets.0.distribution.label_smoothing=0.0",)),
     Entry("clip", "clip"),
     Entry("mae", "mae"),
     Entry("sim", "sim"),
@@ -65,7 +65,7 @@ ABLATIONS = (
     Entry("balance learned", "m3i", ("recipe.balance={kind: learned}",), "fixed"),
     Entry("mask block", "m3i", ("recipe.mix.form=block",), "random"),
     Entry("pooling attention_pool", "m3i", ("recipe.decoders.pool={kind: attention_pool}",), "mean_pool"),
-    Entry("text loss forward", "m3i", ("recipe.targets.2.direction=forward",), "both"),
+    Entry("text loss forward", "m3i", ("recipe.targets.2.distribution.direction=forward",), "both"),
 )
 """What the paper leaves open: `m3i` with the other choice."""
 
@@ -162,7 +162,7 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
         recipe["momentum"] = {"start": 0.99, "end": 1.0, "projector_depth": 1}
     text = {"config": _shape(2), "max_tokens": TOKENS}
     for target in recipe["targets"]:
-        if target["modality"] == "text":
+        if target["kind"] == "text":
             target["width"] = WIDTH
     return {
         "name": "run",
@@ -174,7 +174,7 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
             "attention": base.backbone.attention,
             "attention_kernel": "eager",  # short sequences; and every product is counted
         },
-        **({"text": text} if any(target["modality"] == "text" for target in recipe["targets"]) else {}),
+        **({"text": text} if any(target["kind"] == "text" for target in recipe["targets"]) else {}),
         "data": {
             "sources": {"main": {"shards": str(data.folder / "train")}},
             "streams": data.streams,

@@ -85,7 +85,7 @@ def _run(name: str, batch: int, teacher: str) -> RunConfig:
     raw, overrides = load_run(name).recipe, _sizes(batch)
     if "teacher" in raw:
         overrides.append(f"recipe.teacher.from_pretrained={teacher}")
-    if any(target["modality"] == "text" for target in raw["targets"]):
+    if any(target["kind"] == "text" for target in raw["targets"]):
         shape = f"hidden_size: {WIDTH}, num_hidden_layers: 6, num_attention_heads: 6, intermediate_size: {4 * WIDTH}"
         overrides += [f"text.config={{{shape}}}", f"text.max_tokens={TOKENS}"]
     return load_run(name, overrides)

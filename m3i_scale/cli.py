@@ -38,6 +38,9 @@ def _print_version(asked: bool) -> None:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Imports = Annotated[
+    list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
+]
 RunFile = Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …")]
 
@@ -292,6 +295,13 @@ def doctor(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
+def _import(modules: list[str] | None) -> None:
+    from m3i_scale.config.kinds import import_module
+
+    for module in modules or []:
+        import_module(module, "--import")
+
+
 @app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="An exported folder, or any Hub folder of a vision model.")],
@@ -308,6 +318,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
@@ -317,6 +328,7 @@ def evaluate(
     from m3i_scale.evaluate.report import render
     from m3i_scale.evaluate.zero_shot import TEMPLATES
 
+    _import(imports)
     result = run_evaluation(
         model_dir,
         data,
@@ -356,6 +368,7 @@ def export(
     push: Annotated[str | None, typer.Option(help="Publish as this repository of the Hub, private.")] = None,
     public: Annotated[bool, typer.Option(help="Publish for everyone.")] = False,
     dry_run: Annotated[bool, typer.Option(help="With --push: only list files and sizes.")] = False,
+    imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """A Hugging Face folder that stock classes load, proven in a fresh process."""
@@ -363,6 +376,7 @@ def export(
     from m3i_scale.hub.export import export_and_push
     from m3i_scale.hub.write import Wanted
 
+    _import(imports)
     result = export_and_push(
         run,
         to,

@@ -237,7 +237,7 @@ def test_yaml_reads_as_before_but_for_keys_that_stand_twice(tmp_path):
         ("backbone.config.layer_norm_eps=.nan", "backbone.config"),
         ("text.config={hidden_dropout_prob: .inf}", "text.config"),
         ("data.sources.a={shards: a, weight: [[0, 1], [9, .inf]]}", "data.sources.a.weight"),
-        ("recipe.targets.0.sigma2=.inf", "recipe.targets.0.sigma2"),
+        ("recipe.targets.0.distribution.sigma2=.inf", "recipe.targets.0.distribution.sigma2"),
         ("optim.betas=[0.9, 1.5]", "optim.betas.1"),
         ("recipe.momentum.end=0.5", "recipe.momentum"),
     ],

@@ -1,6 +1,7 @@
 """Imports run down: cli > run > {evaluate, hub, launch, report} > scale > objective > backbones > data > ground."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def test_imports_run_downwards():
         for path in FILES
     }
     assert {path: found for path, found in faults.items() if found} == {}
+
+
+def module_of(path: Path) -> str:
+    """`m3i_scale/data/loader.py` → m3i_scale.data.loader."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {module_of(path): path for path in FILES if room_of(path) != "scale"}
+    graph = {}
+    for name, path in modules.items():
+        imported = set()
+        for _, found in imports_of(ast.parse(path.read_text(encoding="utf-8"))):
+            module = next((module for module in (found, found.rpartition(".")[0]) if module in modules), name)
+            imported |= {module} - {name}
+        graph[name] = imported
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize(

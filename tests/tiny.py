@@ -88,11 +88,13 @@ def tiny_overrides(recipe: str) -> list[str]:
         elif decoder["kind"] == "attention_pool":
             found.append(f"recipe.decoders.{name}.width=64")
     for name, head in raw.get("heads", {}).items():
-        small = {"hidden": 48, "width": 24, "prototypes": 12, "queue": 20, "predictor_hidden": 40}
+        small = {"hidden": 48, "width": 24, "prototypes": 12, "predictor_hidden": 40}
         found += [f"recipe.heads.{name}.{field}={value}" for field, value in small.items() if head.get(field)]
     for number, target in enumerate(raw["targets"]):
-        if target["modality"] == "text":
+        if target["kind"] == "text":
             found += [*_TEXT, f"recipe.targets.{number}.width=32"]
+        if "size" in target["regularizer"]:
+            found.append(f"recipe.targets.{number}.regularizer.size=20")
     if "teacher" in raw:
         found.append(f"recipe.teacher.from_pretrained={tiny_teacher()}")
     return found

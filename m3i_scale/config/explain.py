@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.text import shown
@@ -106,17 +108,20 @@ def parse_section(
     try:
         return kind.model_validate(values, context={"stored": stored})
     except ValidationError as error:
-        fault = explained(kind, error, where if callable(where) else lambda place: where, below)
+        fault = explained(kind, error, where if callable(where) else lambda place: where, values, below)
     raise fault
 
 
-def explained(kind: type[Section], error: ValidationError, where_of: WhereOf, below: str = "") -> ConfigError:
+def explained(
+    kind: type[Section], error: ValidationError, where_of: WhereOf, values: Any, below: str = ""
+) -> ConfigError:
     """Return what to raise for a ValidationError, once for every key.
 
     Args:
         kind: the section that was read.
         error: of pydantic.
         where_of: names the place that a key was written at.
+        values: what was read.
         below: the key of the run file that holds the section.
     """
     found: dict[str, ConfigError] = {}
@@ -125,7 +130,7 @@ def explained(kind: type[Section], error: ValidationError, where_of: WhereOf, be
         if fault["type"] == "missing" and _is_misspelt(fault["loc"], details):
             continue
         key = ".".join(map(str, _without_branches(fault["loc"])))
-        found.setdefault(key, _explain(kind, fault, where_of(fault["loc"]), below))
+        found.setdefault(key, _explain(_Sections(kind, values), fault, where_of(fault["loc"]), below))
     # Of the alternatives of a union, that which got furthest tells most.
     faults = [fault for key, fault in found.items() if not any(other.startswith(f"{key}.") for other in found)]
     return faults[0] if len(faults) == 1 else FaultsError(faults)
@@ -156,20 +161,54 @@ def _without_branches(place: Place) -> list[int | str]:
     return [part for part in place if part not in _BRANCHES and not str(part).startswith("list[")]
 
 
-def _explain(kind: type[Section], fault: Any, where: str, below: str) -> ConfigError:
+class _Sections:
+    """Finds the section at a place of what was read."""
+
+    def __init__(self, kind: type[BaseModel], values: Any) -> None:
+        self.kind, self.values = kind, values
+
+    def at(self, path: Place) -> type[BaseModel]:
+        """Return the section that `path` leads to; the last typed one where it leaves them."""
+        here, value = self.kind, self.values
+        for part in path:
+            field = here.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+            here = sections[0] if sections else here
+            value = _part_of(value, part)
+            if issubclass(here, Kind) and isinstance(value, str | dict) and part != "kind":
+                try:
+                    here = here.class_of(value)
+                except ValueError:  # told of the kind itself
+                    continue
+        return here
+
+    def field_at(self, path: Place) -> FieldInfo | None:
+        """Return the field that `path` leads to."""
+        return self.at(path[:-1]).model_fields.get(str(path[-1])) if path else None
+
+
+def _part_of(value: Any, part: int | str) -> Any:
+    if isinstance(value, dict):
+        return value.get(part)
+    return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+
+
+def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigError:
     loc = _without_branches(fault["loc"])
     key = ".".join([*([below] if below and loc else []), *map(str, loc)])
     if fault["type"] == "extra_forbidden":
-        hint = _nearest(kind, fault["loc"])
+        hint = _nearest(sections, fault["loc"])
         return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
     if fault["type"] == "missing":
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_at(kind, fault["loc"]))
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(sections.field_at(fault["loc"])))
     if fault["type"] == "model_type":
-        section = _section_at(kind, fault["loc"])
+        section = sections.at(fault["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
         return ConfigError(f"'{key}' is a section, and got {shown(repr(fault['input']))}", where=where, fix=keys)
-    default = _default_at(kind, fault["loc"])
+    default = _default_of(sections.field_at(fault["loc"]))
     fix = None if default is None else f"e.g. the default, {key}={default}"
     if fault["type"] == "value_error":  # a rule of ours: its sentence says all
         rule = fault["ctx"]["error"]
@@ -177,16 +216,18 @@ def _explain(kind: type[Section], fault: Any, where: str, below: str) -> ConfigE
     return ConfigError(f"'{key}': {fault['msg']} (got {shown(repr(fault['input']))})", where=where, fix=fix)
 
 
-def _nearest(kind: type[BaseModel], path: Place) -> str:
+def _nearest(sections: _Sections, path: Place) -> str:
     """Return what an unknown key may have meant: by its meaning, by its name in another section, or nearby."""
     name = str(path[-1])
     meant = MEANT.get(name.casefold())
-    if meant is not None and re.split(r"[ ,.:]", meant)[0] in kind.model_fields:
+    if meant is not None and re.split(r"[ ,.:]", meant)[0] in sections.kind.model_fields:
         return f"did you mean {meant}?"
-    elsewhere = sorted(found for found in _keys_of(kind) if found.rpartition(".")[2] == name)
+    elsewhere = sorted(found for found in _keys_of(sections.kind) if found.rpartition(".")[2] == name)
     if elsewhere:
         return "did you mean " + " or ".join(f"'{found}'" for found in elsewhere) + "?"
-    return did_you_mean(name, _fields_at(kind, path[:-1]))
+    here = sections.at(path[:-1])
+    known = [*here.model_fields, *(["kind"] if issubclass(here, Kind) else [])]
+    return did_you_mean(name, known) if known else "leave it out: there is nothing to set here"
 
 
 def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
@@ -199,32 +240,16 @@ def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
     return found
 
 
-def _choices_at(kind: type[BaseModel], path: Place) -> str | None:
-    """The values of a field that has a few; None for others."""
-    field = _section_at(kind, path[:-1]).model_fields.get(str(path[-1]))
-    values = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+def _choices_of(field: FieldInfo | None) -> str | None:
+    """The values of a field that has a few, or the kinds of its section; None for others."""
+    annotation = field.annotation if field is not None else None
+    values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
+    if isinstance(annotation, type) and issubclass(annotation, Kind):
+        values = annotation.choices()
     return f"one of {', '.join(map(str, values))}" if values else None
 
 
-def _default_at(kind: type[BaseModel], path: Place) -> str | None:
+def _default_of(field: FieldInfo | None) -> str | None:
     """The default value of a plain field, as it is written on the command line; None where there is none."""
-    field = _section_at(kind, path[:-1]).model_fields.get(str(path[-1])) if path else None
     default = field.get_default() if field is not None else None
     return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None
-
-
-def _fields_at(kind: type[BaseModel], path: Place) -> list[str]:
-    """Field names of the section that `path` leads to; the whole of `kind` where the path leaves typed sections."""
-    return list(_section_at(kind, path).model_fields)
-
-
-def _section_at(kind: type[BaseModel], path: Place) -> type[BaseModel]:
-    here: type[BaseModel] = kind
-    for part in path:
-        field = here.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-        if sections:
-            here = sections[0]
-    return here

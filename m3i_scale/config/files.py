@@ -191,6 +191,8 @@ def _child(node: Any, part: str, key: str) -> Any:
         raise ConfigError(f"'{key}' goes below a single value")
     if node.get(part) is None:
         node[part] = {}
+    elif isinstance(node[part], str) and key.startswith("recipe."):  # a section by its kind alone
+        node[part] = {"kind": node[part]}
     return node[part]
 
 

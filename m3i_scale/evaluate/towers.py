@@ -19,8 +19,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.features import no_pooling_layer
-from m3i_scale.objective.build import build_objective, is_kept
+from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.upgrade import upgraded
 
 _TEXT_BATCH = 256
 
@@ -70,10 +71,9 @@ def has_category_head(folder: Path) -> bool:
         return False
     values = _read(path)
     try:
-        return bool(values["label_sets"]) and "category" in {
-            target["modality"] for target in values["run"]["recipe"]["targets"]
-        }
-    except (KeyError, TypeError) as error:
+        targets = upgraded(values["run"]["recipe"])["targets"]
+        return bool(values["label_sets"]) and "category" in {target["kind"] for target in targets}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"the heads' description does not name its targets: {error}", where=str(path)) from None
 
 
@@ -95,7 +95,6 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
         missing, unexpected = objective.load_state_dict(weights, strict=False, assign=True)
     except (KeyError, TypeError, RuntimeError, OSError) as error:
         raise ExportError(f"the heads do not fit the model: {error}", where=str(folder / "heads")) from None
-    missing = [name for name in missing if is_kept(objective.recipe, name)]
     if missing or unexpected:
         raise ExportError(
             f"{len(missing)} parameters are missing and {len(unexpected)} are not known, e.g."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -32,8 +32,9 @@ from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Made, Part, copied
 from m3i_scale.objective.build import text_config
-from m3i_scale.objective.recipe import TargetSpec
-from m3i_scale.objective.targets import TextHead
+from m3i_scale.objective.distributions.pairs import BernoulliPairs
+from m3i_scale.objective.targets.base import Target
+from m3i_scale.objective.targets.text import Text, TextHead
 
 TANH_SCALE = 2.0**-10
 """BERT's pooling layer ends with tanh, and no training here passes one. Of arguments that small it is the identity: at
@@ -46,7 +47,7 @@ def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         return build()
 
 
-def target_of(source: Source, modality: str) -> TargetSpec:
+def target_of(source: Source, modality: str) -> Target:
     """The recipe's first target of a modality.
 
     Raises:
@@ -162,8 +163,8 @@ def zero_shot_part(source: Source, vocab_size: int) -> Part:
     Raises:
         ExportError: no stock vision model pools as the recipe does, or the target's logits have a bias.
     """
-    target = target_of(source, "text")
-    if target.distribution == "bernoulli":
+    target = cast(Text, target_of(source, "text"))
+    if isinstance(target.distribution, BernoulliPairs):
         raise ExportError(
             "a Bernoulli text target adds a learnt bias to every logit, which the dual encoder has no place for",
             where=f"recipe.targets: {target.name}",
@@ -282,9 +283,7 @@ def _with_names(config: VisionConfig, names: list[str]) -> VisionConfig:
     return config
 
 
-def _internimage_classifier(
-    config: InternImageConfig, target: TargetSpec, kind: str, head: str, names: list[str]
-) -> Part:
+def _internimage_classifier(config: InternImageConfig, target: Target, kind: str, head: str, names: list[str]) -> Part:
     from m3i_scale.backbones.internimage.modeling_internimage import InternImageForImageClassification
 
     if kind != "mean_pool":

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import Part
-from m3i_scale.objective.decoders import ClassToken
+from m3i_scale.objective.decoders import pool
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.recipe import TargetSpec
 
 
 @torch.no_grad()
@@ -54,7 +53,6 @@ def trained_output(
 
 
 def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:
-    target: TargetSpec = next(item for item in objective.recipe.targets if item.modality == modality)
-    decoder = objective.decoders[target.decoder]
+    target = next(item for item in objective.recipe.targets if item.modality == modality)
     cls_B1D, tokens_BND = objective.student.encode_whole(pixels_BCHW)
-    return objective.heads[target.name](decoder(cls_B1D if isinstance(decoder, ClassToken) else tokens_BND))
+    return objective.heads[target.name](pool(objective.decoders[target.decoder], cls_B1D, tokens_BND))

@@ -27,7 +27,7 @@ from m3i_scale.hub.process import run_fresh
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import Part
 from m3i_scale.hub.trained import trained_output
-from m3i_scale.objective.build import build_objective, is_kept
+from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
 
@@ -235,7 +235,8 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Objective:
     with init_empty_weights(include_buffers=False):
         objective = build_objective(source.run, source.label_sets, source.vocab_size, target_encoders=False)
-    rounded = {name: weights[name].to(dtype).float() for name in weights if is_kept(source.recipe, name)}
+    kept = objective.state_dict().keys()
+    rounded = {name: weights[name].to(dtype).float() for name in weights if name in kept}
     try:
         missing, unexpected = objective.load_state_dict(rounded, strict=False, assign=True)
     except RuntimeError as error:
@@ -243,7 +244,6 @@ def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype
             f"the checkpoint does not fit its own run file: {str(error).splitlines()[-1].strip()}",
             where=str(source.checkpoint),
         ) from None
-    missing = [name for name in missing if is_kept(source.recipe, name)]
     if missing or unexpected:
         raise ExportError(
             f"the checkpoint does not fit its own run file: {len(missing)} parameters are missing and"

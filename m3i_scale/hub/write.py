@@ -20,7 +20,7 @@ from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, copied
-from m3i_scale.objective.build import is_kept, text_config
+from m3i_scale.objective.build import inference_names, text_config
 from m3i_scale.text import masked
 
 Task = Literal["features", "classification", "zero_shot", "backbone"]
@@ -177,7 +177,8 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
         "vocab_size": source.vocab_size,
     }
     (folder / "objective.json").write_text(json.dumps(objective, indent=1, ensure_ascii=False), encoding="utf-8")
-    names = [name for name in weights if is_kept(source.recipe, name) and not name.startswith((VISION, TEXT))]
+    kept = inference_names(source.run, source.label_sets, source.vocab_size)
+    names = [name for name in weights if name in kept and not name.startswith((VISION, TEXT))]
     return write_heads_file(folder / "heads.safetensors", copied(names, ""), weights, dtype)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from m3i_scale.objective.heads import Fp32State
+from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.regularizers.memory import Fp32State
 
 
 class FixedWeights(nn.Module):
@@ -108,3 +112,38 @@ class GradientNormWeights(Fp32State):
 
 
 Weights = FixedWeights | LearnedWeights | GradientNormWeights
+
+
+class BalanceSpec(Kind):
+    """How the weights of the groups come about."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    module: ClassVar[type[Weights]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what the module is built with, beside the weights that the recipe gives."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+class FixedSpec(BalanceSpec):
+    """`weight` of every target."""
+
+    kind: ClassVar[str] = "fixed"
+    module: ClassVar[type[Weights]] = FixedWeights
+
+
+class LearnedSpec(BalanceSpec):
+    """Every group has a σ of its own, which is trained: weight × (loss / σ² + log σ)."""
+
+    kind: ClassVar[str] = "learned"
+    module: ClassVar[type[Weights]] = LearnedWeights
+
+
+class GradientNormSpec(BalanceSpec):
+    """The groups' gradients at the encoder output stand to each other as the weights do."""
+
+    kind: ClassVar[str] = "gradient_norm"
+    module: ClassVar[type[Weights]] = GradientNormWeights
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of the measured norms, over micro-batches: they are averaged over the last 1 / (1 − momentum)."""

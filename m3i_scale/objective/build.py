@@ -14,14 +14,15 @@ from m3i_scale.backbones.build import backbone_config, build_backbone, set_field
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.objective.balance import FixedWeights, GradientNormWeights, LearnedWeights, Weights
-from m3i_scale.objective.decoders import AttentionPool, ClassToken, MeanPool, Pointwise, TransformerDecoder
-from m3i_scale.objective.heads import HeadState, ImageHead
+from m3i_scale.objective.balance import FixedWeights
+from m3i_scale.objective.decoders import ClassTokenSpec, width_of
+from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower
+from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
-from m3i_scale.objective.recipe import DecoderSpec, Recipe, TargetSpec, parse_recipe
-from m3i_scale.objective.targets import CategoryHead, DenseHead, MomentumTarget, Projector, TextHead, TextTower
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.targets.text import Text
 from m3i_scale.objective.teacher import build_teacher, teacher_config
 
 
@@ -75,7 +76,8 @@ def build_objective(
         label_sets: class names by label set, in the order of `Batch.label_sets_B`.
         vocab_size: of the tokenizer; only read when the recipe has a text target.
         ranks: other ranks for losses over the global batch; default: none.
-        target_encoders: build the momentum copy, the teacher and what predicts it, which only training needs.
+        target_encoders: build the momentum copy, the teacher and what predicts it, memories and balanced weights, which
+            only training needs.
 
     Raises:
         ConfigError: the recipe, the backbone and the data do not fit together.
@@ -84,13 +86,17 @@ def build_objective(
     config = backbone_config(run.backbone)
     student = build_backbone(config)
     _check_fit(run, recipe, student, label_sets, vocab_size)
-    decoders = nn.ModuleDict({name: _decoder(name, spec, config) for name, spec in recipe.decoders.items()})
+    decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     heads = nn.ModuleDict()
+    teacher_width = int(teacher_config(recipe).hidden_size) if recipe.teacher is not None and target_encoders else None
     for target in recipe.targets:
-        if target.head is None and (target_encoders or target.encoder != "teacher"):
-            heads[target.name] = _head(target, _decoder_width(decoders[target.decoder]), recipe, config, label_sets)
+        if not target_encoders and target.encoder == "teacher":
+            continue
+        head = target.build_head(width_of(decoders[target.decoder]), config, label_sets, teacher_width)
+        if head is not None:
+            heads[target.name] = head
     ranks = ranks or SingleProcess()
-    image_heads, states = _image_heads(recipe, decoders, ranks)
+    weights = [target.weight for target in recipe.targets]
     momentum = projector = teacher = text = None
     if recipe.momentum is not None and target_encoders:
         depth = recipe.momentum.projector_depth if recipe.projects_dense_targets else 0
@@ -100,9 +106,9 @@ def build_objective(
     if recipe.teacher is not None and target_encoders:
         teacher = build_teacher(recipe, config)
     if recipe.uses_text and vocab_size is not None:
-        width = next(target.width for target in recipe.targets if target.modality == "text")
         kernel = run.backbone.attention_kernel
-        text = TextTower(text_config(run.text.config, vocab_size, run.text.max_tokens, kernel), width)
+        tower = text_config(run.text.config, vocab_size, run.text.max_tokens, kernel)
+        text = TextTower(tower, next(iter(_text_widths(recipe))))
     return Objective(
         recipe,
         student,
@@ -112,14 +118,21 @@ def build_objective(
         std=run.data.augment.std,
         mixed_attention=run.backbone.attention == "mixed",
         ranks=ranks,
-        weights=_weights(recipe) if target_encoders else FixedWeights([t.weight for t in recipe.targets]),
-        image_heads=image_heads,
-        states=states,
+        weights=recipe.balance.module(weights, **recipe.balance.settings) if target_encoders else FixedWeights(weights),
+        image_heads=_image_heads(recipe, decoders, ranks),
+        states=_memories(recipe) if target_encoders else None,
         projector=projector,
         momentum=momentum,
         teacher=teacher,
         text=text,
     )
+
+
+def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
+    """Return the names of the tensors that an objective without target encoders has; arguments as of
+    `build_objective`."""
+    with torch.device("meta"):
+        return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
 
 
 def _check_fit(
@@ -141,10 +154,12 @@ def _check_fit(
             f"a mix of {len(recipe.mix.inputs)} images needs a micro-batch of at least as many",
             where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
         )
-    widths = {target.width for target in recipe.targets if target.modality == "text"}
+    widths = _text_widths(recipe)
     if len(widths) > 1:
         raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
-    first_is_cls = [t.name for t in recipe.targets if recipe.decoders[t.decoder].kind == "class_token"]
+    first_is_cls = [
+        target.name for target in recipe.targets if isinstance(recipe.decoders[target.decoder], ClassTokenSpec)
+    ]
     if first_is_cls and not student.has_class_token:
         raise ConfigError(
             f"this backbone has no class token, and '{first_is_cls[0]}' reads it",
@@ -177,88 +192,48 @@ def _check_fit(
         )
 
 
-def _decoder(name: str, spec: DecoderSpec, config: VisionConfig) -> nn.Module:
-    width = spec.width or config.hidden_size
-    inner = width if spec.kind == "transformer" else config.hidden_size
-    heads = spec.heads or max(inner // 64, 1)
-    if inner % heads or width % 4:
-        raise ConfigError(
-            f"decoder '{name}': width {inner} must be a multiple of 4 and of its {heads} heads", where="recipe.decoders"
-        )
-    if spec.kind == "pointwise":
-        return Pointwise(config.hidden_size)
-    if spec.kind == "class_token":
-        return ClassToken(config.hidden_size)
-    if spec.kind == "transformer":
-        kernel = str(config._attn_implementation or "sdpa")
-        return TransformerDecoder(config.hidden_size, width, spec.depth, heads, spec.position, kernel)
-    if spec.kind == "attention_pool":
-        return AttentionPool(config.hidden_size, width, heads)
-    return MeanPool(config.hidden_size)
+def _text_widths(recipe: Recipe) -> set[int]:
+    return {target.width for target in recipe.targets if isinstance(target, Text)}
 
 
-def _decoder_width(decoder: nn.Module) -> int:
-    width = decoder.width
-    if not isinstance(width, int):
-        raise TypeError(f"{type(decoder).__name__} does not tell its width")
-    return width
+def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
+    try:
+        return recipe.decoders[name].build(config)
+    except ValueError as error:
+        raise ConfigError(f"decoder '{name}': {error}", where=f"recipe.decoders.{name}") from None
 
 
-def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """Heads of image targets, and what they remember."""
-    heads, states = nn.ModuleDict(), nn.ModuleDict()
+def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> nn.ModuleDict:
+    heads = nn.ModuleDict()
     for name, spec in recipe.heads.items():
-        users = [target for target in recipe.targets if target.head == name]
-        widths = {_decoder_width(decoders[target.decoder]) for target in users}
+        widths = {width_of(decoders[target.decoder]) for target in recipe.head_targets if target.head == name}
         if len(widths) > 1:
             raise ConfigError(
                 f"head '{name}' is fed by decoders of widths {sorted(widths)}", where=f"recipe.heads.{name}"
             )
         heads[name] = ImageHead(widths.pop(), spec, ranks, online=True, prototypes=spec.prototypes > 0)
-        regularizers = {target.regularizer for target in users}
-        states[name] = HeadState(spec, center="centering" in regularizers, correlation="unigrad" in regularizers)
-    return heads, states
+    return heads
+
+
+def _memories(recipe: Recipe) -> nn.ModuleDict:
+    """Return what heads remember: targets that share one remember alike."""
+    first = {name: next(target for target in recipe.head_targets if target.head == name) for name in recipe.heads}
+    return nn.ModuleDict({name: first[name].build_memory(spec) for name, spec in recipe.heads.items()})
 
 
 def _averaged(
     recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, ranks: Ranks
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """Copies of the pools and heads of momentum targets."""
+    """Return copies of the pools and heads of momentum targets."""
     pools, heads = nn.ModuleDict(), nn.ModuleDict()
-    for target in recipe.targets:
-        if target.encoder != "momentum" or target.head is None:
+    for target in recipe.head_targets:
+        if target.encoder != "momentum":
             continue
-        if target.pooled:
-            pools[target.decoder] = _decoder(target.decoder, recipe.decoders[target.decoder], config)
-        spec = recipe.heads[target.head]
-        width = _decoder_width(decoders[target.decoder])
-        centering = target.regularizer == "centering"
-        heads[target.head] = ImageHead(width, spec, ranks, online=False, prototypes=centering)
+        if not target.dense:
+            pools[target.decoder] = _decoder(recipe, target.decoder, config)
+        width, spec = width_of(decoders[target.decoder]), recipe.heads[target.head]
+        heads[target.head] = ImageHead(width, spec, ranks, online=False, prototypes=target.averages_prototypes)
     return pools, heads
-
-
-def _weights(recipe: Recipe) -> Weights:
-    given = [target.weight for target in recipe.targets]
-    if recipe.balance.kind == "learned":
-        return LearnedWeights(given)
-    if recipe.balance.kind == "gradient_norm":
-        return GradientNormWeights(given, recipe.balance.momentum)
-    return FixedWeights(given)
-
-
-def _head(
-    target: TargetSpec, width: int, recipe: Recipe, config: VisionConfig, label_sets: dict[str, list[str]]
-) -> nn.Module:
-    if target.modality == "text":
-        bias = target.bias if target.distribution == "bernoulli" else None
-        return TextHead(width, target.width, target.temperature, bias)
-    if target.modality == "category":
-        return CategoryHead(width, [len(names) for names in label_sets.values()])
-    if target.modality == "pixels":
-        return DenseHead(width, config.patch_size**2 * config.num_channels)
-    if target.encoder == "teacher":
-        return DenseHead(width, int(teacher_config(recipe).hidden_size))
-    return DenseHead(width, config.hidden_size)
 
 
 def initialize_module(owner: nn.Module, module: nn.Module) -> None:
@@ -290,12 +265,6 @@ def _start_on_grid(table_1LD: Tensor) -> None:
     side = math.isqrt(table_1LD.shape[1] - 1)
     table_1LD[0, 0] = 0
     table_1LD[0, 1:] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
-
-
-def is_kept(recipe: Recipe, name: str) -> bool:
-    """Whether a parameter belongs to a module that is built without `target_encoders`."""
-    dropped = [f"heads.{target.name}." for target in recipe.targets if target.encoder == "teacher"]
-    return not name.startswith(("momentum.", "teacher.", "states.", "weights.", *dropped))
 
 
 _ONLINE = {"backbone.": "student.", "pools.": "decoders.", "heads.": "image_heads.", "projector.": "projector."}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
+from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.positions import grid_position
 
 
@@ -172,3 +176,108 @@ class MeanPool(nn.Module):
         """Visible tokens (B, L, D) → (B, D)."""
         pooled_BD: Tensor = self.norm(tokens_BLD.mean(dim=1))
         return pooled_BD
+
+
+class DecoderSpec(Kind):
+    """The prediction f_ψ. Targets that name the same decoder share its weights."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    dense: ClassVar[bool] = False
+    """Whether it gives one vector a patch, not one for the image."""
+    module: ClassVar[type[nn.Module]]
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        """Return the module for a backbone of that configuration. It tells its `width`.
+
+        Raises:
+            ValueError: the backbone's width and the fields do not fit together.
+        """
+        return self.module(config.hidden_size)
+
+
+class TransformerSpec(DecoderSpec):
+    """Mask tokens ask for any patch of any view."""
+
+    kind: ClassVar[str] = "transformer"
+    dense: ClassVar[bool] = True
+    width: int | None = Field(default=None, ge=8)
+    """Hidden size; default: the backbone's."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads; default: one per 64 channels."""
+    depth: int = Field(default=4, ge=1)
+    """Layers."""
+    position: Literal["relative", "absolute"] = "relative"
+    """Where queries are: relative to the input view (the paper), or on a fixed grid (MAE)."""
+
+    @model_validator(mode="after")
+    def _splits(self) -> Self:
+        if self.width is not None and self.heads is not None:
+            _check_heads(self.width, self.heads)
+        return self
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        """Return a `TransformerDecoder`."""
+        width = self.width or config.hidden_size
+        heads = self.heads or max(width // 64, 1)
+        _check_heads(width, heads)
+        if width % 4:
+            raise ValueError(f"width {width} is no multiple of 4, as codes of positions need it")
+        kernel = str(config._attn_implementation or "sdpa")
+        return TransformerDecoder(config.hidden_size, width, self.depth, heads, self.position, kernel)
+
+
+class PointwiseSpec(DecoderSpec):
+    """Every patch token predicts at its own place."""
+
+    kind: ClassVar[str] = "pointwise"
+    dense: ClassVar[bool] = True
+    module: ClassVar[type[nn.Module]] = Pointwise
+
+
+class AttentionPoolSpec(DecoderSpec):
+    """One vector for the image: attention with the mean token as query."""
+
+    kind: ClassVar[str] = "attention_pool"
+    width: int | None = Field(default=None, ge=8)
+    """Of the vector; default: the backbone's."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads, which the backbone's width is split among; default: one per 64 channels."""
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        """Return an `AttentionPool`."""
+        heads = self.heads or max(config.hidden_size // 64, 1)
+        _check_heads(config.hidden_size, heads)
+        return AttentionPool(config.hidden_size, self.width or config.hidden_size, heads)
+
+
+class MeanPoolSpec(DecoderSpec):
+    """One vector for the image: the mean of the visible tokens."""
+
+    kind: ClassVar[str] = "mean_pool"
+    module: ClassVar[type[nn.Module]] = MeanPool
+
+
+class ClassTokenSpec(DecoderSpec):
+    """One vector for the image: the class token."""
+
+    kind: ClassVar[str] = "class_token"
+    module: ClassVar[type[nn.Module]] = ClassToken
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"width {width} is no multiple of its {heads} heads")
+
+
+def width_of(decoder: nn.Module) -> int:
+    """Return how many numbers a decoder gives a vector."""
+    width = decoder.width
+    if not isinstance(width, int):
+        raise TypeError(f"{type(decoder).__name__} does not tell its width")
+    return width
+
+
+def pool(decoder: nn.Module, cls_B1D: Tensor, tokens_BLD: Tensor) -> Tensor:
+    """Return one vector for the image from an encoded input: (B, D)."""
+    pooled_BD: Tensor = decoder(cls_B1D if isinstance(decoder, ClassToken) else tokens_BLD)
+    return pooled_BD

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3i_scale.objective.recipe import InputSpec, Recipe, TargetSpec
-from m3i_scale.objective.recipe_rules import kind_of
-
-_REPRESENTATIONS = {
-    "category": "category embedding",
-    "text": "text embedding",
-    "pixels": "dense pixels",
-    "dense": "dense feature",
-    "pooled": "global feature",
-}
+from m3i_scale.objective.inputs import InputSpec
+from m3i_scale.objective.recipe import Recipe
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
@@ -22,29 +14,15 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "family": recipe.family,
         "inputs": [_input(recipe, spec) for spec in recipe.inputs],
-        "targets": [_target(recipe, target) for target in recipe.targets],
+        "targets": [
+            target.described() | {"decoder": recipe.decoders[target.decoder].kind} for target in recipe.targets
+        ],
         "balance": recipe.balance.kind,
     }
 
 
-def _target(recipe: Recipe, target: TargetSpec) -> dict[str, Any]:
-    return {
-        "name": target.name,
-        "inputs": target.inputs,
-        "modality": target.modality,
-        "view": target.view,
-        "tokens": target.tokens,
-        "representation": _REPRESENTATIONS[kind_of(target)],
-        "encoder": target.encoder,
-        "decoder": recipe.decoders[target.decoder].kind,
-        "distribution": target.distribution,
-        "regularizer": target.regularizer,
-        "weight": target.weight,
-    }
-
-
 def _input(recipe: Recipe, spec: InputSpec) -> dict[str, Any]:
-    mask = f"{spec.mask.form} {spec.mask.ratio:g}" if spec.mask else None
+    mask = f"{spec.mask.form.kind} {spec.mask.ratio:g}" if spec.mask else None
     if recipe.mix is not None:
-        mask = f"{recipe.mix.form}, complementary"
+        mask = f"{recipe.mix.form.kind}, complementary"
     return {"name": spec.name, "view": spec.view, "mask": mask, "mixed": recipe.mix is not None}

@@ -1,16 +1,56 @@
-"""From a decoded vector to z_y or ẑ_y of an image target: projector, predictor, prototypes, and what they remember."""
+"""From a decoded vector to z_y or ẑ_y of an image target: projector, predictor, prototypes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.recipe import HeadSpec
+from m3i_scale.config import Section
+from m3i_scale.objective.ranks import Ranks, standardize
+
+Norm = Literal["none", "layer", "batch"]
+
+
+class HeadSpec(Section):
+    """What turns a decoded vector into z_y or ẑ_y of an image target. Targets that name the same head share it.
+
+    The projector serves the prediction and the target (whose copy is averaged where the target's encoder is); the
+    predictor follows on the prediction's side alone.
+    """
+
+    width: int = Field(default=256, ge=2)
+    """Dimension of z_y."""
+    hidden: int = Field(default=2048, ge=2)
+    """Width of the projector's hidden layers."""
+    depth: int = Field(default=2, ge=1)
+    """Linear layers of the projector."""
+    norm: Norm = "layer"
+    """After every hidden layer. `batch` takes the statistics of the global batch."""
+    output_norm: Norm = "none"
+    """After the projector's last layer, without a scale of its own."""
+    predictor_depth: int = Field(default=0, ge=0)
+    """Linear layers of the predictor; 0 for none."""
+    predictor_hidden: int = Field(default=512, ge=2)
+    """Width of the predictor's hidden layers."""
+    prototypes: int = Field(default=0, ge=0)
+    """Number K of unit vectors that the z_y of `kind: prototypes` targets is compared with."""
+
+    @model_validator(mode="after")
+    def _no_idle_fields(self) -> Self:
+        hidden_layers = self.depth > 1 or self.predictor_depth > 1
+        for field, counts in (
+            ("hidden", self.depth > 1),
+            ("norm", hidden_layers),
+            ("predictor_hidden", self.predictor_depth > 1),
+        ):
+            if field in self.model_fields_set and not counts:
+                raise ValueError(f"{field}: no effect on a head without hidden layers")
+        return self
 
 
 class BatchNorm(nn.Module):
@@ -38,15 +78,6 @@ class BatchNorm(nn.Module):
         if self.weight is not None and self.bias is not None:
             output_ND = output_ND * self.weight.float() + self.bias.float()
         return output_ND.view_as(x_ND).to(x_ND.dtype)
-
-
-def standardize(x_ND: Tensor, ranks: Ranks, eps: float = 1e-5) -> Tensor:
-    """Columns at mean 0 and (biased) variance 1 over the rows of all ranks, with gradient."""
-    count = len(x_ND) * ranks.world_size
-    mean_D = ranks.sum_with_gradient(x_ND.sum(dim=0)) / count
-    centered_ND = x_ND - mean_D
-    variance_D = ranks.sum_with_gradient(centered_ND.square().sum(dim=0)) / count
-    return centered_ND * (variance_D + eps).rsqrt()
 
 
 class Prototypes(nn.Module):
@@ -114,72 +145,3 @@ def _norm(kind: str, width: int, ranks: Ranks, *, affine: bool) -> nn.Module:
     if kind == "batch":
         return BatchNorm(width, ranks, affine=affine)
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
-
-
-class Fp32State(nn.Module):
-    """Buffers that stay in fp32 whatever type the engine gives the model: averages over thousands of batches."""
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As in `nn.Module`. Inside `zero.Init`, new tensors are already of the engine's type."""
-        if tensor is not None and tensor.is_floating_point():
-            tensor = tensor.float()
-        super().register_buffer(name, tensor, persistent)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
-        return self
-
-
-class HeadState(Fp32State):
-    """What a head remembers of earlier batches, the same on all ranks: a center, a correlation, a queue."""
-
-    center_K: Tensor
-    correlation_EE: Tensor
-    queue_QE: Tensor
-    filled: Tensor
-    """How many rows of the queue hold a target."""
-    next_row: Tensor
-    updates: Tensor
-
-    def __init__(self, spec: HeadSpec, *, center: bool, correlation: bool) -> None:
-        super().__init__()
-        self.momentum = spec.state_momentum
-        sizes = {
-            "center_K": (spec.prototypes if center else 0,),
-            "correlation_EE": (spec.width, spec.width) if correlation else (0, 0),
-            "queue_QE": (spec.queue, spec.width),
-        }
-        for name, size in sizes.items():
-            self.register_buffer(name, torch.zeros(size))
-        for name in ("filled", "next_row", "updates"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def update_center(self, logits_BK: Tensor, ranks: Ranks) -> None:
-        """c ← m c + (1 − m) mean of the targets' logits over all ranks (DINO)."""
-        mean_K = ranks.sum(logits_BK.float().sum(dim=0)) / (len(logits_BK) * ranks.world_size)
-        self.center_K.lerp_(mean_K, 1 - self.momentum)
-
-    @torch.no_grad()
-    def update_correlation(self, unit_BE: Tensor, ranks: Ranks) -> None:
-        """F ← m F + (1 − m) mean of z zᵀ over all ranks (UniGrad); the first batch counts whole."""
-        unit_BE = unit_BE.float()
-        mean_EE = ranks.sum(unit_BE.T @ unit_BE) / (len(unit_BE) * ranks.world_size)
-        weight = torch.where(self.updates == 0, 1.0, 1 - self.momentum)
-        self.correlation_EE.copy_(torch.lerp(self.correlation_EE, mean_EE, weight))
-        self.updates += 1
-
-    @torch.no_grad()
-    def enqueue(self, unit_BE: Tensor, ranks: Ranks) -> None:
-        """The targets of all ranks replace the oldest ones."""
-        rows_GE = ranks.gather(unit_BE.detach().float())[-len(self.queue_QE) :]
-        size, count = len(self.queue_QE), len(rows_GE)
-        place_G = (self.next_row + torch.arange(count, device=rows_GE.device)) % size
-        self.queue_QE[place_G] = rows_GE
-        self.next_row.copy_((self.next_row + count) % size)
-        self.filled.copy_((self.filled + count).clamp(max=size))

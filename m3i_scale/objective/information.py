@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import Weights
-from m3i_scale.objective.decoders import ClassToken
-from m3i_scale.objective.distributions import gather_targets
-from m3i_scale.objective.groups import Context, Encoded, group, has_target, update_states
-from m3i_scale.objective.heads import HeadState, ImageHead
+from m3i_scale.objective.decoders import pool
+from m3i_scale.objective.distributions.pairs import gather_targets
+from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
 from m3i_scale.objective.health import feature_health, target_health
 from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.targets import FrozenTeacher, MomentumTarget, Projector, TextTower
+from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, Target
 
 
 class Objective(nn.Module):
@@ -63,7 +64,7 @@ class Objective(nn.Module):
         self.image_heads = image_heads or nn.ModuleDict()
         """By head of the recipe."""
         self.states = states or nn.ModuleDict()
-        """What those heads remember."""
+        """What those heads remember of earlier batches."""
         self.weights = weights
         self.mean, self.std = mean, std
         self.mixed_attention = mixed_attention
@@ -95,37 +96,51 @@ class Objective(nn.Module):
         figures: dict[str, Tensor] = {}
         losses = []
         for target in self.recipe.targets:
-            found = [
-                group(self, target, context, self.tap(target.name, context.inputs[name])) for name in target.inputs
+            given = self.given(target, context)
+            by_input = [
+                target.loss(given, context, self.tap(target.name, context.inputs[name])) for name in target.inputs
             ]
-            losses.append(torch.stack([loss for loss, _ in found]).mean())
+            losses.append(torch.stack([loss.value for loss in by_input]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
-            figures[f"{target.name}/count"] = has_target(target, batch).sum().float() * self.ranks.world_size
-            nats = [nats for _, nats in found if nats is not None]
+            figures[f"{target.name}/count"] = target.present(batch).sum().float() * self.ranks.world_size
+            nats = [loss.nats for loss in by_input if loss.nats is not None]
             if nats:
                 figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
         total, factors_K = self.weights(torch.stack(losses), self._present(batch))
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
         if self.training and torch.is_grad_enabled():
-            update_states(self, context)
+            for name, by_view in context.remember.items():
+                cast(Memory, self.states[name]).update(torch.cat(list(by_view.values())), self.ranks)
         if self.measure_health:
             figures |= self._health(context)
         return total, figures
 
-    def image_head(self, name: str | None) -> ImageHead:
-        """A head of the recipe."""
-        return cast(ImageHead, self.image_heads[name or ""])
-
-    def state(self, name: str | None) -> HeadState:
-        """What a head remembers."""
-        return cast(HeadState, self.states[name or ""])
+    def given(self, target: Target, context: Context) -> Given:
+        """Return the modules that a target computes with."""
+        ranks, grid, patch_size = self.ranks, self.student.grid, self.student.patch_size
+        decoder, measures = self.decoders[target.decoder], self.measure_health
+        averaged = self.momentum if target.encoder == "momentum" else None
+        if not isinstance(target, HeadTarget):
+            given = Given(ranks, grid, patch_size, decoder, self.heads[target.name], measures=measures)
+            if averaged is not None:
+                given.projector, given.averaged_projector = self.projector, averaged.projector
+            return given
+        given = Given(ranks, grid, patch_size, decoder, self.image_heads[target.head], measures=measures)
+        given.memory = cast(Memory, self.states[target.head])
+        if averaged is not None:
+            given.averaged_head = averaged.head(target.head)
+            given.averaged_pool = None if target.dense else averaged.pools[target.decoder]
+        if target.encoder == "online":
+            shown = context.inputs[self.recipe.shows(target.view) or ""]
+            given.shown = partial(self.tap, target.name, shown)
+        return given
 
     def _present(self, batch: Batch) -> Tensor | None:
         """Whether any sample of any rank has each target: bool (K); None where the weights do not ask."""
         if not self.weights.needs_presence:
             return None
-        counts_K = torch.stack([has_target(target, batch).sum() for target in self.recipe.targets])
+        counts_K = torch.stack([target.present(batch).sum() for target in self.recipe.targets])
         return self.ranks.sum(counts_K.float()) > 0
 
     @torch.no_grad()
@@ -144,11 +159,10 @@ class Objective(nn.Module):
     # ---------------------------------------------------------------- inputs
 
     def _encode(self, batch: Batch) -> Context:
-        used = sorted(
-            {spec.view - 1 for spec in self.recipe.inputs} | {t.view - 1 for t in self.recipe.targets if t.view}
-        )
-        views = {view: normalize(batch.images_VBCHW[view], self.mean, self.std) for view in used}
-        where = build_inputs(self.recipe, batch.seeds_B, self.student.grid, self.student.cell)
+        recipe = self.recipe
+        used = sorted({spec.view for spec in recipe.inputs} | {target.view for target in recipe.image_targets})
+        views = {view: normalize(batch.images_VBCHW[view - 1], self.mean, self.std) for view in used}
+        where = build_inputs(recipe.inputs, recipe.mix, batch.seeds_B, self.student.grid, self.student.cell)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         with self.span("target"):
@@ -161,16 +175,16 @@ class Objective(nn.Module):
     def _encode_targets(self, batch: Batch, views: dict[int, Tensor]) -> dict[tuple[str, int], Tokens]:
         """Every view that is a target, once through the frozen branch that encodes it."""
         encoded: dict[tuple[str, int], Tokens] = {}
-        wanted = {(t.encoder, t.view - 1) for t in self.recipe.targets if t.view}
+        wanted = {(target.encoder, target.view) for target in self.recipe.image_targets}
         for encoder, view in sorted(wanted):
             if encoder == "momentum" and self.momentum is not None:
                 encoded[encoder, view] = self.momentum(views[view])
             elif encoder == "teacher" and self.teacher is not None:
-                encoded[encoder, view] = self.teacher(batch.images_VBCHW[view])
+                encoded[encoder, view] = self.teacher(batch.images_VBCHW[view - 1])
         return encoded
 
     def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
-        view_of, visible = [spec.view for spec in where], [spec.visible_BL for spec in where]
+        view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
             found = self.student.encode_own(views, view_of, visible)
         else:
@@ -198,7 +212,7 @@ class Objective(nn.Module):
         watched = {"dense": first.flatten(0, 1), "pooled": self.ranks.gather(first.detach().mean(dim=1))}
         for (encoder, view), tokens_BND in context.dense.items():
             if encoder == "momentum":
-                watched[f"target_view{view + 1}"] = tokens_BND.flatten(0, 1)
+                watched[f"target_view{view}"] = tokens_BND.flatten(0, 1)
         figures = {
             f"health/{name}_{figure}": value
             for name, features_ND in watched.items()
@@ -220,9 +234,7 @@ class Objective(nn.Module):
         """
         spec = next(item for item in self.recipe.targets if item.name == target)
         cls_B1D, tokens_BND = self.student.encode_whole(normalize(images_BCHW, self.mean, self.std))
-        decoder = self.decoders[spec.decoder]
-        pooled_BD = decoder(cls_B1D if isinstance(decoder, ClassToken) else tokens_BND)
-        output = self.heads[target](pooled_BD)
+        output = self.heads[target](pool(self.decoders[spec.decoder], cls_B1D, tokens_BND))
         return output[0] if spec.modality == "text" else torch.cat(output, dim=1)
 
     @torch.no_grad()

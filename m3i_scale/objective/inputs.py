@@ -1,69 +1,47 @@
-"""t_x: normalised views, masks and the mixing of images.
-
-Masks are drawn from the seed of the sample by a counter-based generator, so they are the same on any device and for
-any number of ranks.
-"""
+"""t_x: what the backbone sees of normalised views, by masks and by the mixing of images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from m3i_scale.objective.recipe import MaskSpec, Recipe
+from m3i_scale.config import Section
+from m3i_scale.objective.masks.base import Mask
+from m3i_scale.objective.masks.patches import RandomMask
 
-_BLOCKS = 24
-"""Rectangles drawn for a block mask: enough to cover 3/4 of a grid with probability near 1."""
+
+class MaskSpec(Section):
+    """Which patches of an input the encoder does not see."""
+
+    form: Mask = RandomMask()
+    """random: independent patches; block: a union of rectangles; or a class of one's own."""
+    ratio: float = Field(gt=0, lt=1)
+    """Share of hidden patches; the count is rounded to a whole patch and is the same for every sample."""
 
 
-def hash_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:
-    """Uniform numbers in [0, 1): float32 (B, count), a pure function of (seed, stream, index).
+class InputSpec(Section):
+    """One input x of the backbone."""
 
-    The mixing is that of SplitMix64, in wrapping int64 arithmetic, which every device computes alike.
+    name: str
+    """What targets refer to."""
+    view: int = Field(ge=1)
+    """Augmented view of the image, from 1."""
+    mask: MaskSpec | None = None
+
+
+class MixSpec(Section):
+    """Several images in one input with complementary patch masks (paper, Fig. 2).
+
+    The first input shows the share of patches that its equal part is, the second one what the first left over, and so
+    on; all inputs of a mix come from different images of the local batch.
     """
-    index_N = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64)
-    offset = (stream * 2685821657736338717 + 2**63) % 2**64 - 2**63  # wrapped here: Python integers do not
-    state_BN = seeds_B[:, None] + index_N * -7046029254386353131 + offset
-    state_BN = (state_BN ^ _shift(state_BN, 30)) * -4658895280553007687
-    state_BN = (state_BN ^ _shift(state_BN, 27)) * -7723592293110705685
-    state_BN = state_BN ^ _shift(state_BN, 31)
-    return _shift(state_BN, 40).to(torch.float32) * 2.0**-24
 
-
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def patch_order(seeds_B: Tensor, grid: tuple[int, int], form: str, stream: int) -> Tensor:
-    """A permutation of the patches per sample: int64 (B, N). A mask of any ratio hides a tail of it.
-
-    With `block`, the tail is a union of rectangles; the patch that the first rectangle covers comes last.
-    """
-    rows, columns = grid
-    noise_BN = hash_uniform(seeds_B, rows * columns, stream)
-    if form == "random":
-        return noise_BN.argsort(dim=1)
-    u_B4K = hash_uniform(seeds_B, 4 * _BLOCKS, stream + 1).view(-1, 4, _BLOCKS)
-    # Area 1/12 to 1/3 of the grid, aspect 0.3 to 3.3, as block masking is usually drawn.
-    area_BK = rows * columns * (1 / 12 + u_B4K[:, 0] / 4)
-    aspect_BK = torch.exp((u_B4K[:, 1] * 2 - 1) * 1.2)
-    height_BK = (area_BK * aspect_BK).sqrt().round().clamp(1, rows)
-    width_BK = (area_BK / aspect_BK).sqrt().round().clamp(1, columns)
-    top_BK = (u_B4K[:, 2] * (rows - height_BK + 1)).floor()
-    left_BK = (u_B4K[:, 3] * (columns - width_BK + 1)).floor()
-    row_N = torch.arange(rows, device=seeds_B.device).repeat_interleave(columns)
-    column_N = torch.arange(columns, device=seeds_B.device).repeat(rows)
-    inside_BKN = (
-        (row_N >= top_BK[..., None])
-        & (row_N < (top_BK + height_BK)[..., None])
-        & (column_N >= left_BK[..., None])
-        & (column_N < (left_BK + width_BK)[..., None])
-    )
-    number_K1 = torch.arange(_BLOCKS, device=seeds_B.device)[:, None]
-    first_BN = torch.where(inside_BKN, number_K1, _BLOCKS).amin(dim=1)
-    return (noise_BN - first_BN).argsort(dim=1)
+    inputs: list[str] = Field(min_length=2, max_length=4)
+    form: Mask = RandomMask()
+    """How patches are dealt to the images: as the hidden ones of a mask are chosen."""
 
 
 @dataclass
@@ -96,11 +74,14 @@ def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
     return [start_B + (row_B - start_B + place) % size_B for place in range(images)]
 
 
-def build_inputs(recipe: Recipe, seeds_B: Tensor, grid: tuple[int, int], cell: int = 1) -> list[EncodedInput]:
-    """The inputs of a recipe for one micro-batch, each indexed by image (not by row of the mix).
+def build_inputs(
+    specs: list[InputSpec], mix: MixSpec | None, seeds_B: Tensor, grid: tuple[int, int], cell: int = 1
+) -> list[EncodedInput]:
+    """Return the inputs of a recipe for one micro-batch, each indexed by image (not by row of the mix).
 
     Args:
-        recipe: the recipe.
+        specs: the recipe's inputs.
+        mix: how they share a grid, where they do.
         seeds_B: seed of every sample.
         grid: rows and columns of patches.
         cell: side, in patches, of the squares that masks are made of; divides both sides of the grid.
@@ -110,37 +91,35 @@ def build_inputs(recipe: Recipe, seeds_B: Tensor, grid: tuple[int, int], cell: i
     """
     if cell > 1:
         coarse = grid[0] // cell, grid[1] // cell
-        return [_refine(spec, coarse, cell) for spec in build_inputs(recipe, seeds_B, coarse)]
+        return [_refine(spec, coarse, cell) for spec in build_inputs(specs, mix, seeds_B, coarse)]
     patches = grid[0] * grid[1]
-    if recipe.mix is None:
-        return [
-            _single(spec.name, spec.view - 1, spec.mask, seeds_B, grid, 16 * k) for k, spec in enumerate(recipe.inputs)
-        ]
-    places = len(recipe.mix.inputs)
+    if mix is None:
+        return [_single(spec, seeds_B, grid, 16 * number) for number, spec in enumerate(specs)]
+    places = len(mix.inputs)
     if len(seeds_B) < places:
         raise ValueError(f"a mix of {places} images needs a micro-batch of at least {places}, got {len(seeds_B)}")
-    order_BN = patch_order(seeds_B, grid, recipe.mix.form, 0)
+    order_BN = mix.form.order(seeds_B, grid, 0)
     bounds = [patches * place // places for place in range(places + 1)]
     partners = mix_partners(len(seeds_B), places, seeds_B.device)
+    view_of = {spec.name: spec.view - 1 for spec in specs}
     inputs = []
-    for place, name in enumerate(recipe.mix.inputs):
+    for place, name in enumerate(mix.inputs):
         row_of_image_B = partners[place].argsort()
         mine_BN = order_BN[row_of_image_B].roll(-bounds[place], dims=1)
         visible = bounds[place + 1] - bounds[place]
-        inputs.append(_split(name, recipe.input(name).view - 1, mine_BN, visible, partners[place], row_of_image_B))
+        inputs.append(_split(name, view_of[name], mine_BN, visible, partners[place], row_of_image_B))
     return inputs
 
 
-def _single(
-    name: str, view: int, mask: MaskSpec | None, seeds_B: Tensor, grid: tuple[int, int], stream: int
-) -> EncodedInput:
+def _single(spec: InputSpec, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> EncodedInput:
     patches = grid[0] * grid[1]
     itself_B = torch.arange(len(seeds_B), device=seeds_B.device)
-    if mask is None:
+    if spec.mask is None:
         every_BN = torch.arange(patches, device=seeds_B.device).expand(len(seeds_B), -1)
-        return EncodedInput(name, view, every_BN, every_BN[:, :0], itself_B, itself_B)
-    visible = min(max(patches - round(mask.ratio * patches), 1), patches - 1)
-    return _split(name, view, patch_order(seeds_B, grid, mask.form, stream), visible, itself_B, itself_B)
+        return EncodedInput(spec.name, spec.view - 1, every_BN, every_BN[:, :0], itself_B, itself_B)
+    visible = min(max(patches - round(spec.mask.ratio * patches), 1), patches - 1)
+    order_BN = spec.mask.form.order(seeds_B, grid, stream)
+    return _split(spec.name, spec.view - 1, order_BN, visible, itself_B, itself_B)
 
 
 def _split(

@@ -53,3 +53,12 @@ def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks) -> Tensor:
     """
     count = ranks.sum(valid_B.sum().to(values_B.dtype)).clamp(min=1)
     return (values_B * valid_B).sum() * ranks.world_size / count
+
+
+def standardize(x_ND: Tensor, ranks: Ranks, eps: float = 1e-5) -> Tensor:
+    """Return columns at mean 0 and (biased) variance 1 over the rows of all ranks, with gradient."""
+    count = len(x_ND) * ranks.world_size
+    mean_D = ranks.sum_with_gradient(x_ND.sum(dim=0)) / count
+    centered_ND = x_ND - mean_D
+    variance_D = ranks.sum_with_gradient(centered_ND.square().sum(dim=0)) / count
+    return centered_ND * (variance_D + eps).rsqrt()

@@ -2,264 +2,60 @@
 
 Every approach of the paper's table is one choice of the input x = t_x(s), the target y = t_y(s), its representation
 z_y = f_φ(y), the prediction ẑ_y = f_ψ(z_x), the distribution P̂ and what keeps z_y from collapsing. Nothing in this
-package branches on the name of a method. Which choices hold together is said in `recipe_rules`.
+package branches on the name of a method: a target, its distribution and its regulariser are classes, found by `kind`,
+that hold their own fields, rules and losses. A class of one's own may lie outside of the package.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config import FixableError, RunConfig, Section, find_run_file, load_run, parse_section, run_values
+from m3i_scale.config import RunConfig, find_run_file, load_run, parse_section, run_values
 from m3i_scale.config.explain import WhereOf, origin
+from m3i_scale.config.kinds import import_kinds
 from m3i_scale.errors import ConfigError, Faults
-from m3i_scale.objective.recipe_rules import faults
+from m3i_scale.objective.balance import BalanceSpec, FixedSpec
+from m3i_scale.objective.encoders import MomentumSpec, TeacherSpec
+from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
+from m3i_scale.objective.targets.category import Category
+from m3i_scale.objective.targets.dense import Dense
+from m3i_scale.objective.targets.pooled import Pooled, Prototypes
+from m3i_scale.objective.targets.text import Text
+from m3i_scale.objective.upgrade import upgraded
 
-Modality = Literal["category", "text", "pixels", "image"]
-Regularizer = Literal[
-    "none",
-    "negatives",
-    "stop_gradient",
-    "unigrad",
-    "centering",
-    "mean_entropy",
-    "cross_correlation",
-    "variance_covariance",
-]
-Encoder = Literal["embedding", "text_tower", "patchify", "momentum", "online", "teacher"]
-Distribution = Literal["gaussian", "boltzmann", "bernoulli"]
-Norm = Literal["none", "layer", "batch"]
+BUILT_IN = (Category, Text, Dense, Pooled, Prototypes)
+"""Importing them makes their kinds known."""
 
 
-class MaskSpec(Section):
-    """Which patches of an input the encoder does not see."""
-
-    form: Literal["random", "block"] = "random"
-    """random: independent patches; block: a union of rectangles."""
-    ratio: float = Field(gt=0, lt=1)
-    """Share of hidden patches; the count is rounded to a whole patch and is the same for every sample."""
-
-
-class InputSpec(Section):
-    """One input x of the backbone."""
-
-    name: str
-    """What targets refer to."""
-    view: int = Field(ge=1)
-    """Augmented view of the image, from 1."""
-    mask: MaskSpec | None = None
-
-
-class MixSpec(Section):
-    """Several images in one input with complementary patch masks (paper, Fig. 2).
-
-    The first input shows the share of patches that its equal part is, the second one what the first left over, and so
-    on; all inputs of a mix come from different images of the local batch.
-    """
-
-    inputs: list[str] = Field(min_length=2, max_length=4)
-    form: Literal["random", "block"] = "random"
-    """How patches are dealt to the images."""
-
-
-class DecoderSpec(Section):
-    """The prediction f_ψ. Targets that name the same decoder share its weights."""
-
-    kind: Literal["transformer", "pointwise", "attention_pool", "mean_pool", "class_token"]
-    """transformer: mask tokens ask for any patch of any view; pointwise: every patch token predicts at its own place;
-    the others give one vector for the image."""
-    width: int | None = Field(default=None, ge=8)
-    """Hidden size; default: the backbone's."""
-    heads: int | None = Field(default=None, ge=1)
-    """Attention heads; default: one per 64 channels."""
-    depth: int = Field(default=4, ge=1)
-    """Layers of a Transformer decoder."""
-    position: Literal["relative", "absolute"] = "relative"
-    """Where a Transformer's queries are: relative to the input view (the paper), or on a fixed grid (MAE)."""
-
-    @model_validator(mode="after")
-    def _no_idle_fields(self) -> Self:
-        every = {"width", "heads", "depth", "position"}
-        idle = {"attention_pool": {"depth", "position"}, "transformer": set[str]()}
-        found = sorted(self.model_fields_set & idle.get(self.kind, every))
-        if found:
-            raise ValueError(f"{', '.join(found)}: no effect on a {self.kind} decoder")
-        # An attention pool splits the width that it is fed, which the backbone decides.
-        splits = self.kind == "transformer"
-        if splits and self.width is not None and self.heads is not None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of its {self.heads} heads")
-        return self
-
-
-class HeadSpec(Section):
-    """What turns a decoded vector into z_y or ẑ_y of an image target. Targets that name the same head share it.
-
-    The projector serves the prediction and the target (whose copy is averaged where the target's encoder is); the
-    predictor follows on the prediction's side alone.
-    """
-
-    width: int = Field(default=256, ge=2)
-    """Dimension of z_y."""
-    hidden: int = Field(default=2048, ge=2)
-    """Width of the projector's hidden layers."""
-    depth: int = Field(default=2, ge=1)
-    """Linear layers of the projector."""
-    norm: Norm = "layer"
-    """After every hidden layer. `batch` takes the statistics of the global batch."""
-    output_norm: Norm = "none"
-    """After the projector's last layer, without a scale of its own."""
-    predictor_depth: int = Field(default=0, ge=0)
-    """Linear layers of the predictor; 0 for none."""
-    predictor_hidden: int = Field(default=512, ge=2)
-    """Width of the predictor's hidden layers."""
-    prototypes: int = Field(default=0, ge=0)
-    """Number K of unit vectors that z_y is compared with; the target is then a distribution over them."""
-    queue: int = Field(default=0, ge=0)
-    """How many targets of earlier batches stay as negatives, instead of those of the batch."""
-    state_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of the moving averages over batches: the center of `centering`, the correlation of `unigrad`."""
-
-    @model_validator(mode="after")
-    def _no_idle_fields(self) -> Self:
-        hidden_layers = self.depth > 1 or self.predictor_depth > 1
-        for field, counts in (
-            ("hidden", self.depth > 1),
-            ("norm", hidden_layers),
-            ("predictor_hidden", self.predictor_depth > 1),
-        ):
-            if field in self.model_fields_set and not counts:
-                raise ValueError(f"{field}: no effect on a head without hidden layers")
-        return self
-
-
-class MomentumSpec(Section):
-    """The exponential moving average that image targets are encoded with."""
-
-    start: float = Field(default=0.995, ge=0, lt=1)
-    """m at the first step; rises to `end` with a cosine."""
-    end: float = Field(default=1.0, ge=0, le=1)
-    projector_depth: int = Field(default=2, ge=0)
-    """Residual MLP blocks after the backbone for dense targets, online and averaged; 0 for none."""
-
-    @model_validator(mode="after")
-    def _rises(self) -> Self:
-        if self.end < self.start:
-            raise FixableError(
-                f"end ({self.end:g}) is below start ({self.start:g}): the average would forget faster and faster",
-                f"end: {self.start:g} for a constant one, or 1, the default",
-            )
-        return self
-
-
-class TeacherSpec(Section):
-    """A frozen vision model that image targets are encoded with."""
-
-    from_pretrained: str
-    """A local `transformers` folder or a Hub id."""
-
-
-class BalanceSpec(Section):
-    """How the weights of the groups come about."""
-
-    kind: Literal["fixed", "learned", "gradient_norm"] = "fixed"
-    """fixed: `weight` of every target. learned: every group has a σ of its own, which is trained: weight × (loss / σ² +
-    log σ). gradient_norm: the groups' gradients at the encoder output stand to each other as the weights do."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of the measured norms, over micro-batches: they are averaged over the last 1 / (1 − momentum)."""
-
-    @model_validator(mode="after")
-    def _no_idle_fields(self) -> Self:
-        if "momentum" in self.model_fields_set and self.kind != "gradient_norm":
-            raise ValueError(f"momentum: no effect on {self.kind} weights")
-        return self
-
-
-class TargetSpec(Section):
-    """One group k of equation (5): a target, its representation, its prediction and its distribution."""
-
-    name: str
-    inputs: list[str] = Field(min_length=1)
-    """Which inputs predict it; the group's loss is the mean over them."""
-    modality: Modality
-    view: int | None = Field(default=None, ge=1)
-    """Target view of pixels and images."""
-    tokens: Literal["masked", "all", "pooled"] | None = None
-    """Of pixels and images: dense on the hidden patches, dense on all patches, or one vector for the view."""
-    encoder: Encoder
-    decoder: str
-    """Name of a decoder of the recipe."""
-    head: str | None = None
-    """Name of a head of the recipe: image targets that are pooled or compared with negatives."""
-    distribution: Distribution
-    regularizer: Regularizer
-    weight: float = Field(default=1.0, gt=0)
-    """w_k of equation (6)."""
-    match: Literal["position", "similarity"] = "position"
-    """Which patch of the target view a dense prediction stands for: the one it asks for, or the one whose backbone
-    feature is most similar to that of its own patch."""
-    candidates: Literal["target", "both"] = "target"
-    """Negatives: the other samples' targets, or their predictions too."""
-    width: int = Field(default=512, ge=8)
-    """Dimension of the shared space of a text target."""
-    direction: Literal["both", "forward"] = "both"
-    """Of a softmax over texts. both: images find their texts and texts their images (CLIP); forward: images find their
-    texts, which is the formula's own P̂(z_y | ẑ_y)."""
-    temperature: float = Field(default=0.07, gt=0)
-    """Of a softmax: the first value of the learned one of a text target, the fixed one of an image target."""
-    bias: float = -10.0
-    """First value of the learned bias of a Bernoulli text target."""
-    target_temperature: float = Field(default=0.04, gt=0)
-    """Of the target's distribution over prototypes."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Of a category target."""
-    normalize_pixels: bool = True
-    """Pixels of each patch are standardised (MAE)."""
-    sigma2: float = Field(default=0.5, gt=0)
-    """Variance of the Gaussian; ½ makes the loss the plain squared error."""
-    unigrad_lambda: float = Field(default=0.02, ge=0)
-    """Strength of the UniGrad negative."""
-    entropy_weight: float = Field(default=1.0, gt=0)
-    """Strength of `mean_entropy`."""
-    offdiagonal_weight: float = Field(default=0.005, gt=0)
-    """Strength of the off-diagonal part of `cross_correlation`."""
-    variance_weight: float = Field(default=25.0, gt=0)
-    """Strength of the variance part of `variance_covariance`."""
-    covariance_weight: float = Field(default=1.0, gt=0)
-    """Strength of the covariance part of `variance_covariance`."""
-
-    @property
-    def pooled(self) -> bool:
-        """Whether z_y is one vector for an image, with a head."""
-        return self.modality == "image" and self.tokens == "pooled"
-
-    @property
-    def dense(self) -> bool:
-        """Whether z_y is a map over patches."""
-        return self.tokens in ("masked", "all")
-
-
-class Recipe(Section):
+class Recipe(Parts):
     """Inputs × targets."""
 
     name: str
     family: str
     """Row of the paper's table."""
-    inputs: list[InputSpec] = Field(min_length=1)
-    mix: MixSpec | None = None
-    decoders: dict[str, DecoderSpec]
-    heads: dict[str, HeadSpec] = Field(default_factory=dict)
     momentum: MomentumSpec | None = None
     teacher: TeacherSpec | None = None
-    balance: BalanceSpec = BalanceSpec()
-    targets: list[TargetSpec] = Field(min_length=1)
+    balance: BalanceSpec = FixedSpec()
+    targets: list[Target] = Field(min_length=1)
+
+    @property
+    def image_targets(self) -> list[ImageTarget]:
+        """Return the targets that lie in a view."""
+        return [target for target in self.targets if isinstance(target, ImageTarget)]
+
+    @property
+    def head_targets(self) -> list[HeadTarget]:
+        """Return the targets that a head of the recipe projects."""
+        return [target for target in self.targets if isinstance(target, HeadTarget)]
 
     @property
     def views(self) -> int:
         """How many views of an image the loader has to make."""
-        wanted = [spec.view for spec in self.inputs] + [target.view or 1 for target in self.targets]
-        return max(wanted)
+        return max([spec.view for spec in self.inputs] + [target.view for target in self.image_targets])
 
     @property
     def uses_text(self) -> bool:
@@ -279,7 +75,7 @@ class Recipe(Section):
     @property
     def projects_dense_targets(self) -> bool:
         """Whether a dense momentum target without a head goes through the residual projector."""
-        return any(t.encoder == "momentum" and t.dense and t.head is None for t in self.targets)
+        return any(isinstance(target, Dense) and target.encoder == "momentum" for target in self.targets)
 
     @property
     def compares_samples(self) -> str | None:
@@ -288,32 +84,107 @@ class Recipe(Section):
             if "batch" in (head.norm, head.output_norm):
                 return f"head '{name}' has batch norm"
         for target in self.targets:
-            inside = target.head is not None and not self.heads[target.head].queue and target.regularizer == "negatives"
-            inside = inside or target.modality == "text"
-            if inside or target.regularizer in ("cross_correlation", "variance_covariance", "mean_entropy"):
-                return f"target '{target.name}' has {target.regularizer} within the batch"
+            if target.compares_samples:
+                return f"target '{target.name}' has {target.regularizer.kind} within the batch"
         return None
-
-    def input(self, name: str) -> InputSpec:
-        """The input of that name."""
-        return next(spec for spec in self.inputs if spec.name == name)
-
-    def shows(self, view: int) -> str | None:
-        """Name of the input that shows all of a view; None where there is none."""
-        if self.mix is not None:
-            return None
-        return next((spec.name for spec in self.inputs if spec.view == view and spec.mask is None), None)
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        found = list(faults(self))
+        found = list(self._faults())
         if found:
             raise ValueError("; ".join(found))
         return self
 
+    def _faults(self) -> Iterator[str]:
+        """Find everything that does not hold together, in words."""
+        names = [spec.name for spec in self.inputs]
+        yield from _repeated("input", names)
+        yield from _repeated("target", [target.name for target in self.targets])
+        yield from self._mix_faults(names)
+        yield from self._view_faults()
+        for target in self.targets:
+            for fault in target.faults(self):
+                yield f"target '{target.name}': {fault}"
+        yield from self._unused(names)
+        yield from self._head_faults()
+        yield from self._section_faults()
+
+    def _mix_faults(self, names: list[str]) -> Iterator[str]:
+        if self.mix is None:
+            return
+        if sorted(self.mix.inputs) != sorted(names):
+            yield f"`mix.inputs` {self.mix.inputs} must name every input once; the inputs are {names}"
+        if any(spec.mask for spec in self.inputs):
+            yield "inputs of a mix have no mask of their own: the mix deals the patches"
+
+    def _view_faults(self) -> Iterator[str]:
+        has = {f"target '{target.name}'": target.view for target in self.image_targets}
+        has |= {f"input '{spec.name}'": spec.view for spec in self.inputs}
+        gap = next((view for view in range(1, self.views) if view not in has.values()), None)
+        if gap is not None:
+            beyond = ", ".join(f"{name} has view {view}" for name, view in has.items() if view > gap)
+            yield f"views are numbered from 1 without gaps, but nothing has view {gap}: {beyond}"
+
+    def _unused(self, names: list[str]) -> Iterator[str]:
+        shown = {self.shows(target.view) for target in self.image_targets if target.encoder == "online"}
+        read = {name for target in self.targets for name in target.inputs} | shown
+        for name in names:
+            if name not in read:
+                yield f"no target is predicted from input '{name}'"
+        for name in self.decoders:
+            if name not in {target.decoder for target in self.targets}:
+                yield f"no target uses decoder '{name}'"
+        for name in self.heads:
+            if name not in {target.head for target in self.head_targets}:
+                yield f"no target uses head '{name}'"
+
+    def _head_faults(self) -> Iterator[str]:
+        for name in self.heads:
+            users = [target for target in self.head_targets if target.head == name]
+            if len({target.remembers for target in users}) > 1:
+                yield (
+                    f"head '{name}': targets that share it need one kind, and one regularizer that remembers alike: "
+                    "the head has one memory"
+                )
+
+    def _section_faults(self) -> Iterator[str]:
+        for section, encoder in ((self.momentum, "momentum"), (self.teacher, "teacher")):
+            wanted = any(target.encoder == encoder for target in self.targets)
+            if section is not None and not wanted:
+                yield f"`{encoder}` has no effect: no target has `encoder: {encoder}`"
+            if section is None and wanted:
+                fix = ", e.g. recipe.teacher.from_pretrained=/data/models/dinov2-base" if encoder == "teacher" else ""
+                yield f"a target has `encoder: {encoder}`, so the recipe needs a `{encoder}` section{fix}"
+        if self.momentum and self.momentum.end == 0:
+            yield "`momentum.end: 0`: the average would be the model itself"
+        projects = self.momentum is not None and "projector_depth" in self.momentum.model_fields_set
+        if projects and not self.projects_dense_targets:
+            yield "`momentum.projector_depth` has no effect: no dense momentum target goes through it"
+        if self.balance.module.needs_gradients and len(self.targets) == 1:
+            yield f"`balance: {self.balance.kind}` has no effect on a single target"
+
+
+def _repeated(what: str, names: list[str]) -> Iterator[str]:
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"two {what}s are called '{name}'"
+
+
+def meaning(values: Any) -> Any:
+    """Return what two ways of writing a recipe have in common: all of its fields, defaults included, as JSON values.
+
+    A teacher's folder is no part of it. A recipe that does not hold together is given back as it is.
+    """
+    stand_in = {"teacher": {"from_pretrained": ""}}
+    for teacher in ({}, stand_in):
+        try:
+            return parse_recipe({**values, **teacher}).model_dump(mode="json", exclude={"teacher"})
+        except ConfigError:
+            continue
+    return values
+
 
 def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe") -> Recipe:
-    """A checked recipe.
+    """Return a checked recipe, of today's form or of that before targets had kinds.
 
     Raises:
         ConfigError: an unknown key, or inputs and targets that do not hold together.
@@ -321,7 +192,7 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe") -> 
     if not values:
         place = where(()) if callable(where) else where
         raise ConfigError("the run file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
-    return parse_section(Recipe, values, where=where, below="recipe")
+    return parse_section(Recipe, upgraded(values), where=where, below="recipe")
 
 
 def load_run_and_recipe(
@@ -334,6 +205,7 @@ def load_run_and_recipe(
     """
     if values is None:
         values = run_values(name_or_path, overrides)
+    import_kinds(values.get("recipe"), str(find_run_file(name_or_path)))
     faults, recipe = Faults(), None
     run = faults.note(load_run, name_or_path, overrides, values)
     described = values.get("recipe")

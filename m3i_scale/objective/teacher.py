@@ -18,8 +18,8 @@ from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
 from m3i_scale.backbones.sources.hub import hub_places
 from m3i_scale.errors import ConfigError
+from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.targets import FrozenTeacher
 
 _WHERE = "recipe.teacher.from_pretrained"
 
@@ -69,7 +69,7 @@ def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
             where=f"{_WHERE}: {source}",
             fix=f"backbone.config.patch_size={config.patch_size}",
         )
-    for name in {t.head for t in recipe.targets if t.encoder == "teacher" and t.head}:
+    for name in {target.head for target in recipe.head_targets if target.encoder == "teacher"}:
         if recipe.heads[name].width != config.hidden_size:
             raise ConfigError(
                 f"head '{name}' predicts {recipe.heads[name].width} numbers, the teacher has {config.hidden_size}",

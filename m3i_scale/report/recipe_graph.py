@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m3i_scale.config import find_run_file, load_run
-from m3i_scale.objective.describe import describe
-from m3i_scale.objective.recipe import DecoderSpec, InputSpec, Recipe, TargetSpec, parse_recipe
+from m3i_scale.objective.decoders import DecoderSpec, TransformerSpec
+from m3i_scale.objective.distributions.pairs import BoltzmannPairs
+from m3i_scale.objective.inputs import InputSpec
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
 
 _SPELLINGS = {
     "gaussian": "Gaussian",
@@ -18,6 +21,8 @@ _SPELLINGS = {
     "momentum": "momentum copy",
     "teacher": "frozen teacher",
 }
+_ALONE = {"none": "no regulariser"}
+"""Words that say nothing without a heading."""
 _TOKENS = {"masked": "hidden patches", "all": "all patches", "pooled": "whole view"}
 
 
@@ -73,12 +78,12 @@ def graph_of(recipe: Recipe) -> Graph:
     return Graph(
         name=printable(recipe.name),
         notes=(printable(recipe.family), *([f"weights: {word(balance)}"] if balance != "fixed" else [])),
-        mix=f"mixed, {recipe.mix.form} patches" if recipe.mix else None,
+        mix=f"mixed, {recipe.mix.form.kind} patches" if recipe.mix else None,
         inputs={spec.name: _input(spec) for spec in recipe.inputs},
         backbone=Node("f_θ", ("backbone",)),
         decoders={name: _decoder(name, spec) for name, spec in recipe.decoders.items()},
         encoders={_encoder_key(target): _encoder(recipe, target) for target in recipe.targets},
-        links=tuple(_link(recipe, target, words) for target, words in _with_words(recipe)),
+        links=tuple(_link(recipe, target) for target in recipe.targets),
     )
 
 
@@ -92,34 +97,22 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-def _with_words(recipe: Recipe) -> list[tuple[TargetSpec, str]]:
-    """Every target with the name of its representation."""
-    told = describe(recipe)["targets"]
-    return [(target, str(entry["representation"])) for target, entry in zip(recipe.targets, told, strict=True)]
-
-
 def _input(spec: InputSpec) -> Node:
-    mask = (f"{spec.mask.form} mask", f"hides {spec.mask.ratio:.3g}") if spec.mask else ()
+    mask = (f"{spec.mask.form.kind} mask", f"hides {spec.mask.ratio:.3g}") if spec.mask else ()
     return Node(printable(spec.name), (f"view {spec.view}", *mask))
 
 
 def _decoder(name: str, spec: DecoderSpec) -> Node:
-    if spec.kind != "transformer":
+    if not isinstance(spec, TransformerSpec):
         return Node(printable(name), (word(spec.kind),))
     return Node(printable(name), (f"{word(spec.kind)} × {spec.depth}", f"{spec.position} positions"))
 
 
-def _stopped(target: TargetSpec) -> bool:
-    """Averages and teachers are never trained; the backbone itself is, where the regulariser does not forbid it."""
-    online = target.encoder == "online" and target.regularizer == "stop_gradient"
-    return online or target.encoder in ("momentum", "teacher")
+def _encoder_key(target: Target) -> str:
+    return f"{target.encoder}, stopped" if target.stopped else target.encoder
 
 
-def _encoder_key(target: TargetSpec) -> str:
-    return f"{target.encoder}, stopped" if _stopped(target) else target.encoder
-
-
-def _encoder(recipe: Recipe, target: TargetSpec) -> Node:
+def _encoder(recipe: Recipe, target: Target) -> Node:
     details: tuple[str, ...] = ()
     if target.encoder == "momentum" and recipe.momentum:
         ends = dict.fromkeys(f"{m:.4g}" for m in (recipe.momentum.start, recipe.momentum.end))
@@ -127,32 +120,37 @@ def _encoder(recipe: Recipe, target: TargetSpec) -> Node:
     elif target.encoder == "teacher" and recipe.teacher:
         details = (printable(recipe.teacher.from_pretrained),)
     elif target.encoder == "online":
-        details = ("f_θ itself", *(("stop gradient",) if _stopped(target) else ()))
+        details = ("f_θ itself", *(("stop gradient",) if target.stopped else ()))
     return Node(word(target.encoder), details)
 
 
-def _link(recipe: Recipe, target: TargetSpec, representation: str) -> Link:
+def _link(recipe: Recipe, target: Target) -> Link:
+    told = target.described()
+    representation = str(told["representation"])
     modality = () if target.modality in representation else (target.modality,)  # not: text, text embedding
-    view = (f"view {target.view}",) if target.view else ()
-    tokens = (_TOKENS[target.tokens],) if target.tokens else ()
-    shown = recipe.shows(target.view) if target.encoder == "online" and target.view else None
-    shown_by = (f"input {printable(shown)}",) if shown is not None else ()
-    direction = ("image → text",) if target.direction == "forward" else ()
-    regularizer = "no regulariser" if target.regularizer == "none" else word(target.regularizer)
+    view = (f"view {told['view']}",) if told["view"] else ()
+    tokens = (_TOKENS[told["tokens"]],) if told["tokens"] else ()
+    online = isinstance(target, ImageTarget) and target.encoder == "online"
+    shown_by = (f"input {printable(recipe.shows(told['view']) or '')}",) if online else ()
+    distribution = target.distribution
+    forward = isinstance(distribution, BoltzmannPairs) and distribution.direction == "forward"
+    direction = ("image → text",) if forward else ()
+    kind = target.regularizer.kind
+    regularizer = _ALONE.get(kind, word(kind))
     return Link(
         inputs=tuple(target.inputs),
         decoder=target.decoder,
         encoder=_encoder_key(target),
         likelihood=Node(
-            word(target.distribution), (regularizer, *direction, f"w {target.weight:.4g}", *_head(recipe, target))
+            word(distribution.kind), (regularizer, *direction, f"w {target.weight:.4g}", *_head(recipe, target))
         ),
         target=Node(printable(target.name), (*modality, *view, *shown_by, *tokens, representation)),
-        stopped=_stopped(target),
+        stopped=target.stopped,
     )
 
 
-def _head(recipe: Recipe, target: TargetSpec) -> tuple[str, ...]:
-    if target.head is None:
+def _head(recipe: Recipe, target: Target) -> tuple[str, ...]:
+    if not isinstance(target, HeadTarget):
         return ()
     predictor = ("+ predictor",) if recipe.heads[target.head].predictor_depth else ()
     return (f"head {printable(target.head)}", *predictor)

@@ -96,11 +96,11 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def evaluated_figures(recipe: Recipe) -> set[str]:
-    """Return the names of all figures that every evaluation of a recipe writes. Nats of Gaussian groups are estimated
+    """Return the names of all figures that every evaluation of a recipe writes. Nats of densities are estimated
     on logged training steps alone."""
     names = {f"{PREFIX}loss"}
     for target in recipe.targets:
-        figures = ["loss", "count"] + (["nats"] if target.distribution != "gaussian" else [])
+        figures = ["loss", "count"] + (["nats"] if target.distribution.bounds_information else [])
         names |= {f"{PREFIX}{target.name}/{figure}" for figure in figures}
     return names
 

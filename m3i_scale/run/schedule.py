@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from m3i_scale.config import OptimConfig
-from m3i_scale.objective.recipe import MomentumSpec
+from m3i_scale.objective.encoders import MomentumSpec
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:

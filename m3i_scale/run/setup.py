@@ -22,7 +22,7 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
-from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.recipe import Recipe, meaning, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
 from m3i_scale.run.differences import known_part, told_differences
 from m3i_scale.run.opening import open_together
@@ -283,8 +283,8 @@ def shape_of(plan: Plan, world_size: int) -> dict[str, Any]:
 
 
 def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
-    saved = meta["identity"]
-    now = json.loads(json.dumps(plan.identity))
+    saved, now = dict(meta["identity"]), json.loads(json.dumps(plan.identity))
+    saved["recipe"], now["recipe"] = meaning(saved.get("recipe")), meaning(now["recipe"])
     check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in _NEWER_IDENTITY:
         if key in saved and key in now:

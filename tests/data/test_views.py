@@ -16,6 +16,7 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import Crop, ViewMaker, per_view, random_crop, shift_hue
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.regularizers.dense import DenseUniGrad
 
 PLAIN = AugmentConfig(color_jitter_p=0, grayscale=0, blur=[0], solarize=[0])
 
@@ -252,7 +253,7 @@ def test_built_in_recipes_blur_a_view_by_what_it_is_for(name, monkeypatch):
     run = load_run(name)
     recipe = parse_recipe(run.recipe)
     blurred, solarized = (share_changed_by(kind, run.data.augment, recipe.views) for kind in ("blur", "solarize"))
-    seen = [(recipe.input(one).view, target) for target in recipe.targets if target.view for one in target.inputs]
+    seen = [(recipe.input(one).view, target) for target in recipe.image_targets for one in target.inputs]
     pairs = [(view, target) for view, target in seen if view != target.view]
     if not pairs:
         assert {*blurred.values(), *solarized.values()} == {0}
@@ -260,7 +261,7 @@ def test_built_in_recipes_blur_a_view_by_what_it_is_for(name, monkeypatch):
         if target.encoder == "patchify":
             assert blurred[target.view] == solarized[target.view] == 0  # nothing regresses blurred pixels
     for view, target in pairs:
-        if target.encoder == "momentum" and target.dense and target.regularizer == "unigrad":  # as SIM has it
+        if target.encoder == "momentum" and isinstance(target.regularizer, DenseUniGrad):  # as SIM has it
             assert (blurred[view], solarized[view]) == (1, 0)
             assert 0 < blurred[target.view] < 0.25
             assert 0 < solarized[target.view] < 0.4

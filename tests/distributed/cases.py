@@ -37,7 +37,7 @@ from weights import timm_model
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
-from m3i_scale.objective.distributions import bernoulli_pairs, boltzmann_pairs, gather_targets
+from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.run.planning import Model
 from m3i_scale.run.planning import Vocabulary as LearntFrom
 from m3i_scale.run.setup import start_engine
@@ -67,7 +67,7 @@ RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_clip_mixed": ("m3i", "backbone.preset=clip-b/16", "backbone.attention=mixed"),
     "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
     "mae_maps": ("mae", *tiny.MAPS),
-    "m3i_forward": ("m3i", "recipe.targets.2.direction=forward"),
+    "m3i_forward": ("m3i", "recipe.targets.2.distribution.direction=forward"),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
@@ -461,8 +461,8 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             items = torch.arange(1, GLOBAL_BATCH + 1)[rows]
             targets = gather_targets(text, items, torch.ones(size, dtype=torch.bool), self.ranks)
             if loss == "siglip":
-                return bernoulli_pairs(image, targets, numbers[0], numbers[1], self.ranks)[0]
-            return boltzmann_pairs(image, targets, numbers[0], self.ranks)[0]
+                return BernoulliPairs().loss(image, targets, numbers[0], numbers[1], self.ranks)[0]
+            return BoltzmannPairs().loss(image, targets, numbers[0], None, self.ranks)[0]
 
         def theirs() -> Tensor:
             image, text = (nn.functional.normalize(side, dim=-1) for side in features)

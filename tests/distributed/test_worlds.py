@@ -46,8 +46,8 @@ def kinds_of(name: str) -> set[tuple[str, str | None]]:
     recipe = parse_recipe(tiny_run(*RECIPES[name]).recipe)
     kinds: set[tuple[str, str | None]] = {("decoder", decoder.kind) for decoder in recipe.decoders.values()}
     for target in recipe.targets:
-        fields = ("modality", "tokens", "encoder", "distribution", "regularizer")
-        kinds |= {(field, getattr(target, field)) for field in fields}
+        kinds |= {(field, getattr(target, field).kind) for field in ("distribution", "regularizer")}
+        kinds |= {("target", target.kind), ("encoder", target.encoder), ("tokens", target.described()["tokens"])}
     return kinds
 
 

@@ -70,7 +70,7 @@ def test_without_a_category_target_no_head_is_built(exported, shards, tmp_path, 
     path = folder / "heads" / "objective.json"
     values = json.loads(path.read_text())
     for target in values["run"]["recipe"]["targets"]:
-        target["modality"] = "image"
+        target["kind"] = "dense"
     path.write_text(json.dumps(values))
     monkeypatch.setattr("m3i_scale.evaluate.towers.build_objective", None)
     found = evaluate(folder, str(shards / "val"), train_data=str(shards / "train"), measures=("classifier", "knn"))

@@ -24,12 +24,12 @@ def source_of(preset, pool, tmp_path):
         "inputs": [{"name": "x", "view": 1}],
         "decoders": {"pool": {"kind": pool}},
         "targets": [
-            {"name": "text", "modality": "text", "encoder": "text_tower", "width": 64},
-            {"name": "category", "modality": "category", "encoder": "embedding"},
+            {"name": "text", "kind": "text", "width": 64},
+            {"name": "category", "kind": "category"},
         ],
     }
     for target in recipe["targets"]:
-        target |= {"inputs": ["x"], "decoder": "pool", "distribution": "boltzmann", "regularizer": "negatives"}
+        target |= {"inputs": ["x"], "decoder": "pool"}
     values = {
         "name": "preset",
         "output_dir": str(tmp_path),

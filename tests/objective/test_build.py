@@ -32,8 +32,9 @@ def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None
         == bool(spec.uses_momentum and len(objective.momentum.projector.blocks))
     )
     assert (objective.teacher is not None) == (spec.teacher is not None)
-    assert set(objective.heads) == {target.name for target in spec.targets if target.head is None}
-    assert set(objective.image_heads) == set(spec.heads) == {target.head for target in spec.targets if target.head}
+    assert set(objective.heads) == {target.name for target in spec.targets if target not in spec.head_targets}
+    assert set(objective.image_heads) == set(objective.states) == set(spec.heads)
+    assert set(spec.heads) == {target.head for target in spec.head_targets}
     assert set(objective.decoders) == set(spec.decoders)
 
 
@@ -91,9 +92,8 @@ def test_what_does_not_fit_is_refused(fault: str) -> None:
 
 def test_text_targets_share_one_width() -> None:
     second = (
-        "recipe.targets=[{name: t1, inputs: [x], modality: text, encoder: text_tower, decoder: pool, distribution: "
-        "boltzmann, regularizer: negatives, width: 32}, {name: t2, inputs: [x], modality: text, encoder: text_tower, "
-        "decoder: pool, distribution: boltzmann, regularizer: negatives, width: 16}]"
+        "recipe.targets=[{name: t1, kind: text, inputs: [x], decoder: pool, width: 32}, "
+        "{name: t2, kind: text, inputs: [x], decoder: pool, width: 16}]"
     )
     with pytest.raises(ConfigError, match=r"need one width; got \[16, 32\]"):
         build("clip", second)

@@ -11,14 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
-from m3i_scale.objective import distributions
-from m3i_scale.objective.distributions import (
-    boltzmann_classes,
-    boltzmann_pairs,
-    boltzmann_queue,
-    gather_targets,
-    gaussian,
-)
+from m3i_scale.objective.distributions import boltzmann
+from m3i_scale.objective.distributions.boltzmann import Boltzmann, _LogSumExp
+from m3i_scale.objective.distributions.classes import BoltzmannClasses
+from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.pairs import BoltzmannPairs, gather_targets
 from m3i_scale.objective.ranks import SingleProcess, global_mean
 
 ALONE = SingleProcess()
@@ -32,24 +29,24 @@ def pairs(
     prediction: torch.Tensor, target: torch.Tensor, items: list[int], valid: list[bool], scale: float = 9.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     targets = gather_targets(target, torch.tensor(items), torch.tensor(valid), ALONE)
-    return boltzmann_pairs(prediction, targets, torch.tensor([scale]), ALONE)
+    return BoltzmannPairs().loss(prediction, targets, torch.tensor([scale]), None, ALONE)
 
 
 def test_forward_is_the_cross_entropy_over_the_texts_alone() -> None:
+    forward = BoltzmannPairs(direction="forward")
     prediction, target = unit(1).requires_grad_(), unit(2).requires_grad_()
     items, valid = torch.tensor([1, 2, 3, 1, 5, 6]), torch.tensor([True, True, True, True, False, True])
     targets = gather_targets(target, items, valid, ALONE)
-    loss, nats = boltzmann_pairs(prediction, targets, torch.tensor([9.0]), ALONE, symmetric=False)
+    loss, nats = forward.loss(prediction, targets, torch.tensor([9.0]), None, ALONE)
     logits = 9.0 * prediction @ target.T
     out = ~valid.expand(6, 6) | ((items[:, None] == items) & ~torch.eye(6, dtype=torch.bool))
     out[4, 4] = False
     rows = F.cross_entropy(logits.masked_fill(out, -torch.inf), torch.arange(6), reduction="none")
     torch.testing.assert_close(loss, rows[valid].mean())
     torch.testing.assert_close(nats, ((~out).sum(dim=1).float().log() - rows)[valid].mean().detach())
-    both = boltzmann_pairs(prediction, targets, torch.tensor([9.0]), ALONE)[0]
-    backward = boltzmann_pairs(
-        target, gather_targets(prediction, items, valid, ALONE), torch.tensor([9.0]), ALONE, symmetric=False
-    )[0]
+    both = BoltzmannPairs().loss(prediction, targets, torch.tensor([9.0]), None, ALONE)[0]
+    images = gather_targets(prediction, items, valid, ALONE)
+    backward = forward.loss(target, images, torch.tensor([9.0]), None, ALONE)[0]
     torch.testing.assert_close(both, (loss + backward) / 2)
 
 
@@ -58,7 +55,7 @@ def test_forward_is_the_cross_entropy_over_the_texts_alone() -> None:
 
 def test_half_a_variance_is_the_mean_squared_error() -> None:
     prediction, target = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
-    torch.testing.assert_close(gaussian(prediction, target, 0.5, ALONE), F.mse_loss(prediction, target))
+    torch.testing.assert_close(Gaussian(sigma2=0.5).maps(prediction, target, ALONE), F.mse_loss(prediction, target))
 
 
 def test_gaussian_is_the_log_likelihood_without_its_constant() -> None:
@@ -66,7 +63,7 @@ def test_gaussian_is_the_log_likelihood_without_its_constant() -> None:
     distribution = torch.distributions.Normal(prediction, math.sqrt(sigma2))
     constant = 0.5 * math.log(2 * math.pi * sigma2)
     wanted = -distribution.log_prob(target).mean() - constant
-    torch.testing.assert_close(gaussian(prediction, target, sigma2, ALONE), wanted)
+    torch.testing.assert_close(Gaussian(sigma2=sigma2).maps(prediction, target, ALONE), wanted)
 
 
 # ---------------------------------------------------------------- classes
@@ -75,21 +72,21 @@ def test_gaussian_is_the_log_likelihood_without_its_constant() -> None:
 def test_classes_are_cross_entropy_over_the_labelled() -> None:
     logits = torch.randn(5, 7)
     labels, valid = torch.tensor([0, 6, -1, 3, -1]), torch.tensor([True, True, False, True, False])
-    loss, nats = boltzmann_classes(logits, labels, valid, 0.0, ALONE)
+    loss, nats = BoltzmannClasses(label_smoothing=0.0).loss(logits, labels, valid, ALONE)
     torch.testing.assert_close(loss, F.cross_entropy(logits[valid], labels[valid]))
     torch.testing.assert_close(nats, math.log(7) - loss)
 
 
 def test_label_smoothing_is_in_the_loss_and_not_in_the_nats() -> None:
     logits, labels, valid = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.ones(4, dtype=torch.bool)
-    loss, nats = boltzmann_classes(logits, labels, valid, 0.1, ALONE)
+    loss, nats = BoltzmannClasses(label_smoothing=0.1).loss(logits, labels, valid, ALONE)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
     torch.testing.assert_close(nats, math.log(3) - F.cross_entropy(logits, labels))
 
 
 def test_a_perfect_classifier_knows_log_k_nats() -> None:
     labels = torch.arange(5)
-    _, nats = boltzmann_classes(torch.eye(5) * 100, labels, torch.ones(5, dtype=torch.bool), 0.0, ALONE)
+    _, nats = BoltzmannClasses().loss(torch.eye(5) * 100, labels, torch.ones(5, dtype=torch.bool), ALONE)
     torch.testing.assert_close(nats, torch.tensor(math.log(5)))
 
 
@@ -155,9 +152,9 @@ def test_global_mean_is_the_mean_of_the_valid(valid: list[bool], seed: int) -> N
 
 def test_low_precision_inputs_are_computed_in_fp32() -> None:
     prediction, target = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 4).bfloat16()
-    assert gaussian(prediction, target, 0.5, ALONE).dtype == torch.float32
-    loss, _ = boltzmann_classes(
-        torch.randn(2, 3).bfloat16(), torch.tensor([0, 1]), torch.tensor([True, True]), 0.0, ALONE
+    assert Gaussian(sigma2=0.5).maps(prediction, target, ALONE).dtype == torch.float32
+    loss, _ = BoltzmannClasses().loss(
+        torch.randn(2, 3).bfloat16(), torch.tensor([0, 1]), torch.tensor([True, True]), ALONE
     )
     assert loss.dtype == torch.float32
 
@@ -170,13 +167,13 @@ def test_low_precision_inputs_are_computed_in_fp32() -> None:
 def test_blocks_of_rows_give_the_plain_sum_and_its_gradient(
     monkeypatch: pytest.MonkeyPatch, block: int, bound: float | None
 ) -> None:
-    monkeypatch.setattr(distributions, "_BLOCK", block)
+    monkeypatch.setattr(boltzmann, "_BLOCK", block)
     query = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     queue, mask = torch.randn(20, 4, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
     mask[13:] = -1e30
 
     def ours(query: torch.Tensor) -> torch.Tensor:
-        return distributions._LogSumExp.apply(query, queue, mask, bound)
+        return _LogSumExp.apply(query, queue, mask, bound)
 
     torch.testing.assert_close(ours(query), (query @ queue[:13].T).logsumexp(dim=1))
     assert torch.autograd.gradcheck(ours, (query,))
@@ -185,7 +182,7 @@ def test_blocks_of_rows_give_the_plain_sum_and_its_gradient(
 
 def test_large_cosines_over_a_small_temperature_stay_finite() -> None:
     query = torch.full((2, 4), 100.0, requires_grad=True)
-    total = distributions._LogSumExp.apply(query, torch.ones(3, 4), torch.zeros(3), None)
+    total = _LogSumExp.apply(query, torch.ones(3, 4), torch.zeros(3), None)
     torch.testing.assert_close(total, torch.full((2,), 400.0 + math.log(3)))
     total.sum().backward()
     torch.testing.assert_close(query.grad, torch.ones(2, 4))
@@ -194,8 +191,9 @@ def test_large_cosines_over_a_small_temperature_stay_finite() -> None:
 @pytest.mark.parametrize("temperature", [0.01, 0.024, 0.025, 0.2])
 def test_opposite_and_equal_targets_in_a_queue_at_any_temperature(temperature: float) -> None:
     query = F.normalize(torch.randn(4, 6), dim=1).requires_grad_()
+    p = Boltzmann(temperature=temperature)
     for rows in (-query.detach(), query.detach(), torch.cat([query.detach(), -query.detach()])):
-        loss, _ = boltzmann_queue(query, query.detach().flip(0), rows, torch.tensor(len(rows)), temperature, ALONE)
+        loss, _ = p.among_queue(query, query.detach().flip(0), rows, torch.tensor(len(rows)), ALONE)
         logits = query.double() @ torch.cat([query.detach().flip(0), rows]).double().T / temperature
         own = (query.double() * query.detach().flip(0).double()).sum(dim=1) / temperature
         wanted = (torch.cat([own[:, None], logits[:, 4:]], dim=1).logsumexp(dim=1) - own).mean()

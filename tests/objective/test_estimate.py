@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.objective.distributions import (
-    bernoulli_pairs,
-    boltzmann_classes,
-    boltzmann_pairs,
-    gather_targets,
-    unit,
-)
+from m3i_scale.objective.distributions.base import unit
+from m3i_scale.objective.distributions.classes import BoltzmannClasses
+from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.objective.estimate import gaussian_information
 from m3i_scale.objective.ranks import SingleProcess
 
@@ -51,13 +47,17 @@ def test_the_bound_of_a_discrete_channel_rises_to_the_truth_and_not_above(smooth
     def measure() -> tuple[float, float]:
         batches = (channel(512, generator) for _ in range(40))
         every = torch.ones(512, dtype=torch.bool)
-        return mean_and_error([float(boltzmann_classes(model(x), y, every, smoothing, RANKS)[1]) for x, y in batches])
+        return mean_and_error(
+            [float(BoltzmannClasses(label_smoothing=smoothing).loss(model(x), y, every, RANKS)[1]) for x, y in batches]
+        )
 
     before = measure()[0]
     for _ in range(300):
         x, y = channel(512, generator)
         optimizer.zero_grad()
-        boltzmann_classes(model(x), y, torch.ones(512, dtype=torch.bool), smoothing, RANKS)[0].backward()
+        BoltzmannClasses(label_smoothing=smoothing).loss(model(x), y, torch.ones(512, dtype=torch.bool), RANKS)[
+            0
+        ].backward()
         optimizer.step()
     after, error = measure()
     assert before < after - 0.3
@@ -91,8 +91,8 @@ class Towers(nn.Module):
         count = len(x)
         targets = gather_targets(other, torch.arange(1, count + 1), torch.ones(count, dtype=torch.bool), RANKS)
         if kind == "bernoulli":
-            return bernoulli_pairs(one, targets, self.log_scale.exp(), self.bias, RANKS)
-        return boltzmann_pairs(one, targets, self.log_scale.exp(), RANKS)
+            return BernoulliPairs().loss(one, targets, self.log_scale.exp(), self.bias, RANKS)
+        return BoltzmannPairs().loss(one, targets, self.log_scale.exp(), None, RANKS)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("boltzmann", 0.8), ("bernoulli", 0.6)])

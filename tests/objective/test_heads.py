@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from m3i_scale.objective.heads import BatchNorm, Fp32State, HeadState, ImageHead, Prototypes
+from m3i_scale.objective.heads import BatchNorm, HeadSpec, ImageHead, Prototypes
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.recipe import HeadSpec
+from m3i_scale.objective.regularizers.memory import Center, Fp32State
 
 RANKS = SingleProcess()
 
@@ -62,10 +62,9 @@ def test_prototypes_are_directions() -> None:
 
 
 def test_what_a_head_remembers_stays_in_fp32() -> None:
-    spec = HeadSpec(width=4, prototypes=6, queue=8)
-    state = HeadState(spec, center=True, correlation=True)
+    state = Center(4, 6, 0.9)
     model = nn.Sequential(nn.Linear(4, 4), state)
-    state.update_center(torch.full((2, 6), 1 / 3), RANKS)
+    state.update(torch.full((2, 6), 1 / 3), RANKS)
     exact = state.center_K.clone()
     model.to(torch.bfloat16)
     assert model[0].weight.dtype == torch.bfloat16

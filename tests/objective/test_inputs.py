@@ -10,50 +10,24 @@ from scipy import stats
 from tiny import tiny_run
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.objective.inputs import (
-    build_inputs,
-    hash_uniform,
-    mix_partners,
-    normalize,
-    patch_order,
-)
-from m3i_scale.objective.recipe import Recipe
+from m3i_scale.objective.inputs import EncodedInput, InputSpec, MaskSpec, MixSpec, build_inputs, mix_partners, normalize
+from m3i_scale.objective.masks.base import Mask, hash_uniform
 
 SEEDS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=8, unique=True).map(torch.tensor)
 FORMS = st.sampled_from(["random", "block"])
 
 
-def mixed_recipe(count: int, form: str = "random") -> Recipe:
+def mixed(count: int, seeds: torch.Tensor, grid: tuple[int, int], cell: int = 1, form: str = "random"):
+    """Inputs of a mix of so many images."""
     names = [f"x{number}" for number in range(count)]
-    return Recipe.model_validate(
-        {
-            "name": "mix",
-            "family": "test",
-            "inputs": [{"name": name, "view": 1} for name in names],
-            "mix": {"inputs": names, "form": form},
-            "decoders": {"pool": {"kind": "mean_pool"}},
-            "targets": [
-                {
-                    "name": "category",
-                    "inputs": names,
-                    "modality": "category",
-                    "encoder": "embedding",
-                    "decoder": "pool",
-                    "distribution": "boltzmann",
-                    "regularizer": "negatives",
-                }
-            ],
-        }
-    )
+    mix = MixSpec(inputs=names, form=form)
+    return build_inputs([InputSpec(name=name, view=1) for name in names], mix, seeds, grid, cell)
 
 
-def masked_recipe(ratio: float, form: str, inputs: int = 1) -> Recipe:
-    recipe = mixed_recipe(max(inputs, 2)).model_dump(exclude_unset=True)
-    recipe["mix"] = None
-    names = [f"x{number}" for number in range(inputs)]
-    recipe["inputs"] = [{"name": name, "view": 1, "mask": {"form": form, "ratio": ratio}} for name in names]
-    recipe["targets"][0]["inputs"] = names
-    return Recipe.model_validate(recipe)
+def one_masked(ratio: float, form: str, seeds: torch.Tensor, grid: tuple[int, int], cell: int = 1) -> EncodedInput:
+    """One input with a mask."""
+    spec = InputSpec(name="x", view=1, mask=MaskSpec(form=form, ratio=ratio))
+    return build_inputs([spec], None, seeds, grid, cell)[0]
 
 
 # ---------------------------------------------------------------- random numbers
@@ -97,14 +71,14 @@ def test_hash_numbers_match_splitmix64_in_plain_integers() -> None:
 
 @given(SEEDS, st.sampled_from([(2, 2), (4, 4), (3, 5), (14, 14)]), FORMS)
 def test_a_patch_order_is_a_permutation(seeds: torch.Tensor, grid: tuple[int, int], form: str) -> None:
-    order = patch_order(seeds, grid, form, 0)
+    order = Mask.model_validate(form).order(seeds, grid, 0)
     assert torch.equal(order.sort(dim=1).values, torch.arange(grid[0] * grid[1]).expand(len(seeds), -1))
 
 
 @settings(max_examples=40)
 @given(SEEDS, st.floats(0.01, 0.99), FORMS)
 def test_masks_hide_the_rounded_count_and_split_the_patches(seeds: torch.Tensor, ratio: float, form: str) -> None:
-    (spec,) = build_inputs(masked_recipe(ratio, form), seeds, (6, 6))
+    spec = one_masked(ratio, form, seeds, (6, 6))
     hidden = min(max(round(ratio * 36), 1), 35)
     assert spec.hidden_BM.shape == (len(seeds), hidden)
     both = torch.cat([spec.visible_BL, spec.hidden_BM], dim=1).sort(dim=1).values
@@ -114,14 +88,15 @@ def test_masks_hide_the_rounded_count_and_split_the_patches(seeds: torch.Tensor,
 
 
 def test_the_published_ratios_give_the_published_counts() -> None:
-    (sim,) = build_inputs(masked_recipe(0.602, "block"), torch.arange(2), (14, 14))
-    (mae,) = build_inputs(masked_recipe(0.75, "random"), torch.arange(2), (14, 14))
+    sim = one_masked(0.602, "block", torch.arange(2), (14, 14))
+    mae = one_masked(0.75, "random", torch.arange(2), (14, 14))
     assert sim.hidden_BM.shape[1] == 118
     assert mae.visible_BL.shape[1] == 49
 
 
 def test_inputs_of_one_recipe_have_masks_of_their_own() -> None:
-    first, second, third = build_inputs(masked_recipe(0.5, "random", inputs=3), torch.arange(4), (6, 6))
+    specs = [InputSpec(name=name, view=1, mask=MaskSpec(form="random", ratio=0.5)) for name in "abc"]
+    first, second, third = build_inputs(specs, None, torch.arange(4), (6, 6))
     assert not torch.equal(first.hidden_BM, second.hidden_BM)
     assert not torch.equal(second.hidden_BM, third.hidden_BM)
 
@@ -129,7 +104,7 @@ def test_inputs_of_one_recipe_have_masks_of_their_own() -> None:
 def test_block_masks_cluster_and_random_masks_do_not() -> None:
     def clustering(form: str) -> float:
         """How often the right-hand neighbour of a hidden patch is hidden."""
-        (spec,) = build_inputs(masked_recipe(0.5, form), torch.arange(200), (14, 14))
+        spec = one_masked(0.5, form, torch.arange(200), (14, 14))
         hidden = torch.zeros(200, 196).scatter_(1, spec.hidden_BM, 1.0).view(200, 14, 14)
         return float((hidden[:, :, 1:] * hidden[:, :, :-1]).sum() / hidden[:, :, :-1].sum())
 
@@ -138,9 +113,7 @@ def test_block_masks_cluster_and_random_masks_do_not() -> None:
 
 
 def test_without_a_mask_every_patch_is_visible() -> None:
-    recipe = masked_recipe(0.5, "random").model_dump(exclude_unset=True)
-    recipe["inputs"][0]["mask"] = None
-    (spec,) = build_inputs(Recipe.model_validate(recipe), torch.arange(3), (4, 4))
+    (spec,) = build_inputs([InputSpec(name="x", view=1)], None, torch.arange(3), (4, 4))
     assert torch.equal(spec.visible_BL, torch.arange(16).expand(3, -1))
     assert spec.hidden_BM.shape == (3, 0)
 
@@ -152,7 +125,7 @@ def test_without_a_mask_every_patch_is_visible() -> None:
 def test_partners_never_meet_themselves_and_serve_once_in_every_place(batch: int, images: int) -> None:
     if batch < images:
         with pytest.raises(ValueError, match="needs a micro-batch of at least"):
-            build_inputs(mixed_recipe(images), torch.arange(batch), (4, 4))
+            mixed(images, torch.arange(batch), (4, 4))
         return
     places = torch.stack(mix_partners(batch, images, torch.device("cpu")))
     for place in places:
@@ -176,7 +149,7 @@ def test_masks_of_a_mix_cover_every_patch_exactly_once(
 ) -> None:
     images = min(images, batch)
     patches = grid[0] * grid[1]
-    inputs = build_inputs(mixed_recipe(images, form), torch.arange(batch) * 31, grid)
+    inputs = mixed(images, torch.arange(batch) * 31, grid, form=form)
     for row in range(batch):
         shown = torch.cat([spec.visible_BL[spec.image_of_row_B[row]] for spec in inputs])
         assert torch.equal(shown.sort().values, torch.arange(patches))
@@ -209,9 +182,8 @@ def test_gather_tokens_picks_rows_per_sample() -> None:
 
 @given(SEEDS, FORMS, st.sampled_from([2, 4]), st.integers(2, 4), st.integers(2, 4), st.sampled_from([0.25, 0.5, 0.75]))
 def test_masks_of_cells_hide_whole_squares(seeds, form: str, cell: int, rows: int, columns: int, ratio: float) -> None:
-    recipe, grid = masked_recipe(ratio, form), (rows * cell, columns * cell)
-    (coarse,) = build_inputs(recipe, seeds, (rows, columns))
-    (fine,) = build_inputs(recipe, seeds, grid, cell)
+    grid = (rows * cell, columns * cell)
+    coarse, fine = one_masked(ratio, form, seeds, (rows, columns)), one_masked(ratio, form, seeds, grid, cell)
     for coarse_BL, fine_BL in ((coarse.visible_BL, fine.visible_BL), (coarse.hidden_BM, fine.hidden_BM)):
         assert torch.equal(fine_BL, fine_BL.sort(dim=1).values)
         for shown, squares in zip(fine_BL, coarse_BL, strict=True):
@@ -224,6 +196,6 @@ def test_masks_of_cells_hide_whole_squares(seeds, form: str, cell: int, rows: in
 
 @given(SEEDS.filter(lambda seeds: len(seeds) > 1), FORMS)
 def test_images_of_a_mix_cover_the_grid_in_cells(seeds, form: str) -> None:
-    inputs = build_inputs(mixed_recipe(2, form), seeds, (4, 6), 2)
+    inputs = mixed(2, seeds, (4, 6), 2, form)
     by_row = torch.cat([spec.visible_BL[spec.image_of_row_B] for spec in inputs], dim=1)
     assert torch.equal(by_row.sort(dim=1).values, torch.arange(24).expand(len(seeds), -1))

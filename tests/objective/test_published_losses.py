@@ -22,31 +22,20 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.objective.distributions import (
-    bernoulli_pairs,
-    boltzmann_classes,
-    boltzmann_pairs,
-    boltzmann_queue,
-    boltzmann_samples,
-    boltzmann_soft,
-    gather_targets,
-    gaussian,
-    gaussian_unit,
-    unit,
-)
-from m3i_scale.objective.groups import most_similar
-from m3i_scale.objective.heads import HeadState
+from m3i_scale.objective.distributions.base import unit
+from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.classes import BoltzmannClasses
+from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.recipe import HeadSpec
-from m3i_scale.objective.regularizers import (
-    centered_probabilities,
-    cross_correlation,
-    mean_entropy,
-    sharpened_probabilities,
-    variance_covariance,
-)
+from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
+from m3i_scale.objective.regularizers.pooled import CrossCorrelation, UniGrad, VarianceCovariance
+from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy
+from m3i_scale.objective.targets.dense import most_similar
 
 RANKS = SingleProcess()
+NOTHING = Memory(1)
+P = Boltzmann(temperature=0.2)
 Loss = Callable[..., Tensor]
 
 
@@ -73,7 +62,9 @@ def same(ours: Loss, theirs: Loss, *inputs: Tensor) -> None:
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_nt_xent(temperature: float) -> None:
     def ours(a: Tensor, b: Tensor) -> Tensor:
-        pairs = [boltzmann_samples(x, y, temperature, RANKS, both=True)[0] for x, y in ((a, b), (b, a))]
+        pairs = [
+            Boltzmann(temperature=temperature).among_samples(x, y, RANKS, both=True)[0] for x, y in ((a, b), (b, a))
+        ]
         return (pairs[0] + pairs[1]) / 2
 
     same(ours, NTXentLoss(temperature=temperature), noise(12, 8), noise(12, 8, seed=1))
@@ -83,7 +74,7 @@ def test_a_queue_of_negatives() -> None:
     peer = NTXentLoss(temperature=0.2, memory_bank_size=(24, 8))
     bank, key = peer.memory_bank.bank.clone(), noise(6, 8, seed=1)
     same(
-        lambda query: boltzmann_queue(query, key, bank, torch.tensor(24), 0.2, RANKS)[0],
+        lambda query: P.among_queue(query, key, bank, torch.tensor(24), RANKS)[0],
         lambda query: peer(query, key),
         noise(6, 8),
     )
@@ -92,17 +83,17 @@ def test_a_queue_of_negatives() -> None:
 def test_the_queue_holds_what_the_memory_bank_holds() -> None:
     """For batches that divide the queue; on others lightly drops what overflows, and ours does not."""
     peer = MemoryBankModule(size=(12, 4))
-    state = HeadState(HeadSpec(width=4, queue=12), center=False, correlation=False)
+    state = Queue(4, 12)
     for step in range(5):
         keys = unit(noise(4, 4, seed=step))
         peer(keys, update=True)
-        state.enqueue(keys, RANKS)
+        state.update(keys, RANKS)
         filled = int(state.filled)
         assert filled == min(4 * (step + 1), 12)
         torch.testing.assert_close(state.queue_QE[:filled], peer.bank[:filled])
-    state.enqueue(unit(noise(5, 4, seed=9)), RANKS)  # rows 8 … 11 and row 0
+    state.update(unit(noise(5, 4, seed=9)), RANKS)  # rows 8 … 11 and row 0
     torch.testing.assert_close(state.queue_QE[[8, 9, 10, 11, 0]], unit(noise(5, 4, seed=9)))
-    state.enqueue(unit(noise(30, 4, seed=10)), RANKS)  # more than it holds: the newest stay
+    state.update(unit(noise(30, 4, seed=10)), RANKS)  # more than it holds: the newest stay
     assert {tuple(row) for row in state.queue_QE.tolist()} == {
         tuple(row) for row in unit(noise(30, 4, seed=10))[-12:].tolist()
     }
@@ -110,17 +101,17 @@ def test_the_queue_holds_what_the_memory_bank_holds() -> None:
 
 def test_an_empty_queue_costs_nothing_and_rows_that_are_not_filled_are_no_negatives() -> None:
     query, key, queue = noise(3, 4), noise(3, 4, seed=1), unit(noise(8, 4, seed=2))
-    loss, nats = boltzmann_queue(query, key, queue, torch.tensor(0), 0.2, RANKS)
+    loss, nats = P.among_queue(query, key, queue, torch.tensor(0), RANKS)
     assert float(loss) == float(nats) == 0.0
-    part = boltzmann_queue(query, key, queue, torch.tensor(5), 0.2, RANKS)
-    whole = boltzmann_queue(query, key, queue[:5], torch.tensor(5), 0.2, RANKS)
+    part = P.among_queue(query, key, queue, torch.tensor(5), RANKS)
+    whole = P.among_queue(query, key, queue[:5], torch.tensor(5), RANKS)
     torch.testing.assert_close(part, whole)
 
 
 def test_negative_cosine_of_byol_and_simsiam() -> None:
     target = noise(7, 5, seed=1)
     peer = NegativeCosineSimilarity()
-    same(lambda x: gaussian_unit(x, target, 0.5, RANKS), lambda x: 2 + 2 * peer(x, target), noise(7, 5))
+    same(lambda x: Gaussian().vectors(x, target, RANKS), lambda x: 2 + 2 * peer(x, target), noise(7, 5))
 
 
 SAMPLES_AND_CHANNELS = pytest.mark.parametrize(("samples", "channels"), [(16, 6), (6, 6), (8, 40)])
@@ -129,7 +120,7 @@ SAMPLES_AND_CHANNELS = pytest.mark.parametrize(("samples", "channels"), [(16, 6)
 @SAMPLES_AND_CHANNELS
 def test_barlow_twins(samples: int, channels: int) -> None:
     same(
-        lambda a, b: cross_correlation(a, b, 5e-3, RANKS),
+        lambda a, b: CrossCorrelation(offdiagonal_weight=5e-3).loss(Gaussian(), a, b, NOTHING, RANKS).value,
         BarlowTwinsLoss(lambda_param=5e-3),
         noise(samples, channels),
         noise(samples, channels, seed=1) + noise(samples, channels),
@@ -138,23 +129,25 @@ def test_barlow_twins(samples: int, channels: int) -> None:
 
 @SAMPLES_AND_CHANNELS
 def test_vicreg(samples: int, channels: int) -> None:
-    def ours(a: Tensor, b: Tensor) -> Tensor:
-        invariance = gaussian(a[:, None], b[:, None], 0.02, RANKS)
-        return invariance + sum(variance_covariance(side, 25.0, 1.0, RANKS) for side in (a, b))
-
-    same(ours, VICRegLoss(), 0.5 * noise(samples, channels), 2 * noise(samples, channels, seed=1))
+    vicreg, p = VarianceCovariance(variance_weight=25.0, covariance_weight=1.0), Gaussian(sigma2=0.02)
+    same(
+        lambda a, b: vicreg.loss(p, a, b, NOTHING, RANKS).value,
+        VICRegLoss(),
+        0.5 * noise(samples, channels),
+        2 * noise(samples, channels, seed=1),
+    )
 
 
 def test_dino_with_its_center_over_steps() -> None:
     peer = DINOLoss(output_dim=10, teacher_temp=0.04, student_temp=0.1, center_momentum=0.9)
-    state = HeadState(HeadSpec(prototypes=10, state_momentum=0.9), center=True, correlation=False)
+    dino, p = Centering(target_temperature=0.04, momentum=0.9), Boltzmann(temperature=0.1)
+    state = dino.memory(256, 10)
     for step in range(3):
         teacher = [noise(6, 10, seed=10 * step + view) for view in range(2)]
-        center = state.center_K.clone()
 
-        def ours(a: Tensor, b: Tensor, teacher: list[Tensor] = teacher, center: Tensor = center) -> Tensor:
+        def ours(a: Tensor, b: Tensor, teacher: list[Tensor] = teacher) -> Tensor:
             parts = [
-                boltzmann_soft(student / 0.1, centered_probabilities(target, center, 0.04), RANKS)[0]
+                dino.loss(p, student / 0.1, target, state, RANKS).value
                 for student, target in ((a, teacher[1]), (b, teacher[0]))
             ]
             return (parts[0] + parts[1]) / 2
@@ -165,7 +158,7 @@ def test_dino_with_its_center_over_steps() -> None:
             noise(6, 10, seed=100 + step),
             noise(6, 10, seed=200 + step),
         )
-        state.update_center(torch.cat(teacher), RANKS)
+        state.update(torch.cat(teacher), RANKS)
         torch.testing.assert_close(state.center_K, peer.center.flatten())
         assert step == 0 or bool(state.center_K.any())
 
@@ -176,9 +169,9 @@ def test_msn() -> None:
 
     def ours(anchors: Tensor, prototypes: Tensor) -> Tensor:
         logits = unit(anchors) @ unit(prototypes).T / 0.1
-        target = unit(targets) @ unit(prototypes.detach()).T / 0.1
-        loss, _ = boltzmann_soft(logits, sharpened_probabilities(target, 0.25), RANKS)
-        return loss + 0.7 * mean_entropy(logits.softmax(dim=-1), RANKS)
+        target = unit(targets) @ unit(prototypes.detach()).T
+        msn = MeanEntropy(target_temperature=0.25, weight=0.7)
+        return msn.loss(Boltzmann(temperature=0.1), logits, target, NOTHING, RANKS).value
 
     same(ours, lambda a, p: peer(a, targets, p, 0.25), noise(8, 6), noise(5, 6, seed=2))
 
@@ -191,9 +184,7 @@ def test_densecl_matches_patches_by_their_features() -> None:
     peer = NTXentLoss(temperature=0.2, memory_bank_size=(16, 5))
     bank = peer.memory_bank.bank.clone()
     same(
-        lambda query: boltzmann_queue(query.flatten(0, 1), matched.flatten(0, 1), bank, torch.tensor(16), 0.2, RANKS)[
-            0
-        ],
+        lambda query: P.among_queue(query.flatten(0, 1), matched.flatten(0, 1), bank, torch.tensor(16), RANKS)[0],
         lambda query: peer(query.flatten(0, 1), matched.flatten(0, 1)),
         noise(3, 9, 5, seed=3),
     )
@@ -204,7 +195,7 @@ def test_label_smoothing_of_timm(smoothing: float) -> None:
     labels, valid = torch.tensor([0, 3, 2, 2, 1]), torch.ones(5, dtype=torch.bool)
     peer = LabelSmoothingCrossEntropy(smoothing)
     same(
-        lambda logits: boltzmann_classes(logits, labels, valid, smoothing, RANKS)[0],
+        lambda logits: BoltzmannClasses(label_smoothing=smoothing).loss(logits, labels, valid, RANKS)[0],
         lambda logits: peer(logits, labels),
         noise(5, 4),
     )
@@ -213,7 +204,7 @@ def test_label_smoothing_of_timm(smoothing: float) -> None:
 def test_soft_targets_of_timm() -> None:
     target = (noise(5, 4, seed=1) * 3).softmax(dim=-1)
     peer = SoftTargetCrossEntropy()
-    same(lambda x: boltzmann_soft(x, target, RANKS)[0], lambda x: peer(x, target), noise(5, 4))
+    same(lambda x: P.over_prototypes(x, target, RANKS)[0], lambda x: peer(x, target), noise(5, 4))
 
 
 def pairs_of(text: Tensor, items: Tensor | None = None, valid: Tensor | None = None):
@@ -225,7 +216,7 @@ def pairs_of(text: Tensor, items: Tensor | None = None, valid: Tensor | None = N
 def test_clip() -> None:
     peer, scale = ClipLoss(), torch.tensor([12.0])
     same(
-        lambda image, text, s: boltzmann_pairs(unit(image), pairs_of(unit(text)), s, RANKS)[0],
+        lambda image, text, s: BoltzmannPairs().loss(unit(image), pairs_of(unit(text)), s, None, RANKS)[0],
         lambda image, text, s: peer(unit(image), unit(text), s),
         noise(6, 5),
         noise(6, 5, seed=1),
@@ -236,7 +227,7 @@ def test_clip() -> None:
 def test_siglip() -> None:
     peer = SigLipLoss()
     same(
-        lambda image, text, s, b: bernoulli_pairs(unit(image), pairs_of(unit(text)), s, b, RANKS)[0],
+        lambda image, text, s, b: BernoulliPairs().loss(unit(image), pairs_of(unit(text)), s, b, RANKS)[0],
         lambda image, text, s, b: peer(unit(image), unit(text), s, b),
         noise(6, 5),
         noise(6, 5, seed=1),
@@ -249,7 +240,7 @@ def test_siglip_leaves_out_equal_captions_and_missing_ones() -> None:
     image, text = unit(noise(5, 4)), unit(noise(5, 4, seed=1))
     scale, bias = torch.tensor([10.0]), torch.tensor([-3.0])
     items, valid = torch.tensor([1, 2, 1, 3, 0]), torch.tensor([True, True, True, True, False])
-    loss, nats = bernoulli_pairs(image, pairs_of(text, items, valid), scale, bias, RANKS)
+    loss, nats = BernoulliPairs().loss(image, pairs_of(text, items, valid), scale, bias, RANKS)
     logits = (scale * image @ text.T + bias)[:4, :4]
     sign = 2 * torch.eye(4) - 1
     terms = -F.logsigmoid(sign * logits)
@@ -263,16 +254,16 @@ def test_siglip_leaves_out_equal_captions_and_missing_ones() -> None:
 
 
 def test_unigrad_is_its_gradient() -> None:
-    """∂L/∂u₁ = 2 (−u₂ + λ F u₁) beside the radial part 2 u₁, with F the mean of u₂ u₂ᵀ."""
-    from m3i_scale.objective.regularizers import pooled_unigrad
-
+    """∂L/∂u₁ = 2 (−u₂ + λ F u₁) along the sphere, with F the mean of u₂ u₂ᵀ."""
     u1, u2 = unit(noise(9, 6)).requires_grad_(), unit(noise(9, 6, seed=1))
-    state = HeadState(HeadSpec(width=6), center=False, correlation=True)
-    state.update_correlation(u2, RANKS)
+    state = Correlation(6, 0.9)
+    state.update(u2, RANKS)
     torch.testing.assert_close(state.correlation_EE, u2.T @ u2 / 9)
-    loss = (u1 - u2).square().sum(dim=-1).mean() + pooled_unigrad(u1, state.correlation_EE, 5.0, RANKS)
+    loss = UniGrad(strength=5.0).loss(Gaussian(), u1, u2, state, RANKS).value
     (gradient,) = torch.autograd.grad(loss, u1)
-    torch.testing.assert_close(gradient, 2 * (u1 - u2 + 5.0 * u1 @ (u2.T @ u2 / 9)).detach() / 9)
-    state.update_correlation(u2.flip(1), RANKS)
+    wanted = 2 * (5.0 * u1 @ (u2.T @ u2 / 9) - u2).detach() / 9
+    radial = (wanted * u1.detach()).sum(dim=-1, keepdim=True) * u1.detach()
+    torch.testing.assert_close(gradient, wanted - radial)
+    state.update(u2.flip(1), RANKS)
     flipped = u2.flip(1)
     torch.testing.assert_close(state.correlation_EE, 0.9 * u2.T @ u2 / 9 + 0.1 * flipped.T @ flipped / 9)

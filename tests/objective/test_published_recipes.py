@@ -86,7 +86,7 @@ def global_distillation(objective: Objective, batch: Batch) -> Tensor:
 
 def masked_tokens(objective: Objective, batch: Batch, view: int) -> Tensor:
     """The student on the visible patches: stock embeddings, a selection of rows, stock layers."""
-    (where,) = build_inputs(objective.recipe, batch.seeds_B, objective.student.grid)
+    (where,) = build_inputs(objective.recipe.inputs, objective.recipe.mix, batch.seeds_B, objective.student.grid)
     embedded = objective.student.model.embeddings(pixels(objective, batch, view))
     kept = torch.cat([torch.zeros(len(embedded), 1, dtype=torch.int64), where.visible_BL + 1], dim=1)
     hidden = embedded.gather(1, kept[..., None].expand(-1, -1, embedded.shape[-1]))

@@ -12,7 +12,7 @@ import pytest
 from m3i_scale.config import known_recipes, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.describe import describe
-from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.recipe import meaning, parse_recipe
 
 
 def values(name: str = "m3i") -> dict[str, Any]:
@@ -105,16 +105,21 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "a target's view out of reach": ("m3i", target(0, view=7), "nothing has view 3: target 'intra' has view 7"),
     "idle momentum": ("mae", lambda r: r.update(momentum={}), "`momentum` has no effect"),
     "missing momentum": ("sim", drop("momentum"), "needs a `momentum` section"),
-    "wrong encoder": (
-        "m3i",
-        target(2, encoder="embedding"),
-        "a text with boltzmann .* no such encoder .text_tower.",
-    ),
+    "wrong encoder": ("m3i", target(2, encoder="embedding"), r"recipe\.targets\.2\.encoder.*text_tower"),
     "wrong distribution": (
         "m3i",
         target(0, distribution="boltzmann"),
-        "'unigrad' does not go with a boltzmann distribution; valid: gaussian",
+        "no such kind: 'boltzmann'.*gaussian",
     ),
+    "no kind": ("m3i", lambda r: r["targets"][0].pop("kind"), "there is no `kind`.*dense"),
+    "misspelt kind": ("m3i", target(0, kind="dens"), "no such kind: 'dens'.*did you mean 'dense'"),
+    "misspelt regularizer": ("m3i", target(0, regularizer="unigard"), "no such kind.*did you mean 'unigrad'"),
+    "unknown key of a regularizer": (
+        "m3i",
+        target(0, regularizer={"kind": "unigrad", "strenght": 1}),
+        r"unknown key 'recipe.targets.0.regularizer.strenght'.*did you mean 'strength'",
+    ),
+    "regularizer of another kind of target": ("m3i", target(0, regularizer="centering"), "no such kind: 'centering'"),
     "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or pointwise, not mean_pool"),
     "dense decoder for text": (
         "m3i",
@@ -124,52 +129,52 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no collapse control": (
         "m3i",
         target(0, regularizer="none"),
-        "'none' does not keep it from collapsing.*valid: gaussian . stop_gradient",
+        "'none' does not keep a dense image target .* from collapsing.*valid: stop_gradient, unigrad",
     ),
-    "idle regularizer": ("mae", target(0, regularizer="unigrad"), "valid: gaussian . none"),
-    "view on text": ("m3i", target(2, view=1), "`view` and `tokens` have no effect on a text"),
-    "dense without view": ("m3i", lambda r: r["targets"][0].pop("view"), "needs `view` and `tokens`"),
+    "idle regularizer": ("mae", target(0, regularizer="unigrad"), "has no effect on it; valid: none"),
+    "view on text": ("m3i", target(2, view=1), "unknown key 'recipe.targets.2.view'"),
+    "dense without view": ("m3i", lambda r: r["targets"][0].pop("view"), "'recipe.targets.0.view' is missing"),
     "masked between views": ("m3i", target(1, tokens="masked"), "use `all` between views"),
     "masked without mask": ("mae", lambda r: r["inputs"][0].pop("mask"), "the input hides no patch"),
     "absolute between views": ("sim", lambda r: r["decoders"]["dense"].update(position="absolute"), "relative"),
-    "idle width": ("m3i", target(3, width=64), "`width` has no effect here: it is for "),
-    "idle temperature": ("m3i", target(0, temperature=0.1), "`temperature` has no effect here: it is for "),
-    "idle direction": ("siglip", target(0, direction="forward"), "`direction` has no effect here: it is for "),
-    "idle smoothing": ("m3i", target(2, label_smoothing=0.1), "`label_smoothing` has no effect here: it is for "),
-    "idle normalisation": (
-        "m3i",
-        target(0, normalize_pixels=True),
-        "`normalize_pixels` has no effect here: it is for ",
+    "idle field of a target": ("m3i", target(3, width=64), "unknown key 'recipe.targets.3.width'"),
+    "idle field of a distribution": (
+        "siglip",
+        target(0, distribution={"kind": "bernoulli", "direction": "forward"}),
+        "unknown key 'recipe.targets.0.distribution.direction'",
     ),
-    "idle variance": ("m3i", target(2, sigma2=1.0), "`sigma2` has no effect here: it is for "),
-    "no head": ("byol", lambda r: r["targets"][0].pop("head"), "needs a `head`"),
-    "unknown head": ("byol", target(0, head="globl"), "no head 'globl'; did you mean 'global'"),
-    "idle head": ("byol", section("heads", extra={}), "no target uses head 'extra'"),
+    "idle variance": ("barlow", target(0, distribution={"kind": "gaussian", "sigma2": 1.0}), "`sigma2` has no effect"),
+    "no negative": ("unigrad", target(0, regularizer={"kind": "unigrad", "strength": 0}), "strength.*greater than 0"),
+    "two memories": (
+        "unigrad",
+        target(0, regularizer={"kind": "unigrad", "momentum": 0.5}),
+        "one regularizer that remembers alike",
+    ),
     "head on a caption": (
         "m3i",
         lambda r: (r.update(heads={"h": {}}), r["targets"][2].update(head="h")),
-        "`head` has no effect on boltzmann",
+        "unknown key 'recipe.targets.2.head'",
     ),
+    "no head": ("byol", lambda r: r["targets"][0].pop("head"), "'recipe.targets.0.head' is missing"),
+    "unknown head": ("byol", target(0, head="globl"), "no head 'globl'; did you mean 'global'"),
+    "idle head": ("byol", section("heads", extra={}), "no target uses head 'extra'"),
     "no predictor": (
         "byol",
         lambda r: r["heads"]["global"].pop("predictor_depth"),
         "predictor_hidden: no effect|predictor",
     ),
     "no prototypes": ("sim_global", lambda r: r["heads"]["prototypes"].pop("prototypes"), "needs `prototypes`"),
-    "idle prototypes": ("simclr", lambda r: r["heads"]["global"].update(prototypes=8), "`prototypes` have no effect"),
-    "idle queue": ("byol", lambda r: r["heads"]["global"].update(queue=8), "`queue` has no effect"),
+    "idle prototypes": (
+        "simclr",
+        lambda r: r["heads"]["global"].update(prototypes=8),
+        "`prototypes` of head .* have no effect",
+    ),
     "dense without queue": (
         "densecl",
-        lambda r: r["heads"]["dense"].pop("queue"),
-        "dense negatives come from a `queue`",
+        target(0, regularizer="negatives"),
+        "no such kind: 'negatives'.*queued_negatives",
     ),
-    "queue and both": ("moco", target(0, candidates="both"), "no effect beside a `queue`"),
-    "idle state": (
-        "simclr",
-        lambda r: r["heads"]["global"].update(state_momentum=0.5),
-        "`state_momentum` has no effect",
-    ),
-    "shared by two kinds": ("densecl", target(1, head="dense"), "all dense or all pooled"),
+    "shared by two kinds": ("densecl", target(1, head="dense"), "share it need one kind"),
     "hidden view": (
         "simclr",
         lambda r: r["inputs"][0].update(mask={"ratio": 0.5}),
@@ -195,9 +200,16 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "one of two inputs shows the target": ("simsiam", target(0, inputs=["a", "b"]), "shows its own target"),
     "a queue against the own view": ("moco", lambda r: r["inputs"][0].update(view=1), "need only copy its own average"),
     "dense copy": ("sim", lambda r: r.update(inputs=[{"name": "x", "view": 1}]), "need only copy its own average"),
-    "no negative": ("unigrad", target(0, unigrad_lambda=0.0), "keeps nothing apart"),
-    "blunt target": ("global_distillation", target(0, target_temperature=0.2), "must be below `temperature`"),
-    "blunt assignment": ("sim_global", target(0, target_temperature=1.5), "must be below 1"),
+    "blunt target": (
+        "global_distillation",
+        target(0, regularizer={"kind": "centering", "target_temperature": 0.2}),
+        "must be below `temperature`",
+    ),
+    "blunt assignment": (
+        "sim_global",
+        target(0, regularizer={"kind": "mean_entropy", "target_temperature": 1.5}),
+        "target_temperature.*less than 1",
+    ),
     "no average": ("byol", section("momentum", start=0.0, end=0.0), "would be the model itself"),
     "one prototype": (
         "sim_global",
@@ -209,14 +221,10 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "gaussian on negatives": ("simclr", target(0, distribution="gaussian"), "does not go with a gaussian distribution"),
     "idle residual projector": ("byol", section("momentum", projector_depth=2), "no dense momentum target"),
     "idle balance": ("mae", lambda r: r.update(balance={"kind": "gradient_norm"}), "no effect on a single target"),
-    "idle balance momentum": ("m3i", lambda r: r.update(balance={"momentum": 0.5}), "no effect on fixed weights"),
-    "idle bias": ("clip", target(0, bias=-5.0), "`bias` has no effect here"),
-    "idle candidates": ("byol", target(0, candidates="both"), "`candidates` has no effect here"),
-    "idle entropy": ("byol", target(0, entropy_weight=2.0), "`entropy_weight` has no effect here"),
-    "idle lambda": (
+    "idle balance momentum": (
         "m3i",
-        target(0, regularizer="stop_gradient", unigrad_lambda=0.1),
-        "`unigrad_lambda` has no effect here: it is for `regularizer: unigrad`",
+        lambda r: r.update(balance={"kind": "fixed", "momentum": 0.5}),
+        "unknown key 'recipe.balance.momentum'",
     ),
 }
 
@@ -242,8 +250,106 @@ def test_an_empty_recipe_points_at_the_built_in_ones() -> None:
 def test_all_faults_are_told_at_once() -> None:
     recipe = values()
     recipe["targets"][0]["decoder"] = "nope"
-    recipe["targets"][2]["encoder"] = "embedding"
+    recipe["targets"][2]["decoder"] = "dense"
     with pytest.raises(ConfigError) as caught:
         parse_recipe(recipe)
     assert "no decoder 'nope'" in str(caught.value)
-    assert "no such encoder (text_tower)" in str(caught.value)
+    assert "target 'text'" in str(caught.value)
+
+
+# -------------------------------------------------------------------- the form of before targets had kinds
+
+IMAGE: dict[str, Any] = {"modality": "image", "tokens": "pooled"}
+SOFTMAX: dict[str, Any] = {"distribution": "boltzmann"}
+GAUSSIAN: dict[str, Any] = {"distribution": "gaussian"}
+FLAT: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "m3i": (
+        [
+            {"modality": "image", "distribution": "gaussian", "regularizer": "unigrad", "unigrad_lambda": 0.02},
+            {"modality": "image", "distribution": "gaussian", "regularizer": "unigrad", "sigma2": 0.5},
+            SOFTMAX | {"modality": "text", "encoder": "text_tower", "temperature": 0.07, "direction": "both"},
+            SOFTMAX | {"modality": "category", "encoder": "embedding", "regularizer": "negatives"},
+        ],
+        {},
+    ),
+    "siglip": ([{"modality": "text", "distribution": "bernoulli", "temperature": 0.1, "bias": -10.0}], {}),
+    "supervised": ([{"modality": "category", "distribution": "boltzmann", "label_smoothing": 0.1}], {}),
+    "mae": ([{"modality": "pixels", "encoder": "patchify", "distribution": "gaussian", "regularizer": "none"}], {}),
+    "moco": ([IMAGE | SOFTMAX | {"regularizer": "negatives", "temperature": 0.2}], {"queue": 65536}),
+    "densecl": (
+        [
+            {"modality": "image", "distribution": "boltzmann", "regularizer": "negatives", "temperature": 0.2},
+            IMAGE | SOFTMAX | {"regularizer": "negatives", "temperature": 0.2},
+        ],
+        {"queue": 65536},
+    ),
+    "simclr": (
+        [IMAGE | SOFTMAX | {"regularizer": "negatives", "candidates": "both", "temperature": 0.1}] * 2,
+        {"queue": 0},
+    ),
+    "unigrad": (
+        [IMAGE | GAUSSIAN | {"regularizer": "unigrad", "unigrad_lambda": 100.0}] * 2,
+        {"state_momentum": 0.99},
+    ),
+    "barlow": ([IMAGE | GAUSSIAN | {"regularizer": "cross_correlation", "offdiagonal_weight": 0.005}], {}),
+    "vicreg": (
+        [
+            IMAGE
+            | GAUSSIAN
+            | {"regularizer": "variance_covariance", "sigma2": 0.02}
+            | {"variance_weight": 25.0, "covariance_weight": 1.0}
+        ],
+        {},
+    ),
+    "global_distillation": (
+        [IMAGE | SOFTMAX | {"regularizer": "centering", "temperature": 0.1, "target_temperature": 0.04}] * 2,
+        {"state_momentum": 0.9},
+    ),
+    "sim_global": (
+        [
+            IMAGE
+            | SOFTMAX
+            | {"regularizer": "mean_entropy", "temperature": 0.1, "entropy_weight": 1.0}
+            | {"target_temperature": 0.25}
+        ],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_recipes_of_before_mean_what_they_meant(name: str) -> None:
+    targets, head = FLAT[name]
+    recipe = values(name)
+    for target, flat in zip(recipe["targets"], targets, strict=True):
+        for key in ("kind", "distribution", "regularizer"):
+            del target[key]
+        target.update(flat)
+    for section in recipe.get("heads", {}).values():
+        section.update(head)
+    assert parse_recipe(recipe) == parse_recipe(values(name))
+    assert meaning(recipe) == meaning(values(name))
+
+
+def test_an_override_in_the_old_words_changes_a_recipe_in_the_new_ones() -> None:
+    changed = {
+        ("clip", "recipe.targets.0.direction=forward"): ("distribution", "direction", "forward"),
+        ("unigrad", "recipe.heads.global.state_momentum=0.5"): ("regularizer", "momentum", 0.5),
+        ("moco", "recipe.heads.global.queue=9"): ("regularizer", "size", 9),
+        ("clip", "recipe.targets.0.distribution.temperature=0.5"): ("distribution", "temperature", 0.5),
+    }
+    for (name, override), (section, field, value) in changed.items():
+        target = parse_recipe(load_run(name, [override]).recipe).targets[0]
+        assert getattr(getattr(target, section), field) == value
+
+
+def test_a_field_of_before_without_effect_is_told_under_its_new_key() -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.targets\.0\.distribution\.temperature"):
+        parse_recipe(load_run("m3i", ["recipe.targets.0.temperature=0.1"]).recipe)
+
+
+def test_the_meaning_of_a_recipe_leaves_out_where_a_teacher_lies() -> None:
+    here, there = values("dense_distillation"), values("dense_distillation")
+    del there["teacher"]
+    assert meaning(here) == meaning(there)
+    assert meaning(here) != meaning(values("sim"))

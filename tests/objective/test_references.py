@@ -9,7 +9,8 @@ from tiny import random_batch, tiny_objective
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.inputs import hash_uniform, normalize
+from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.masks.base import hash_uniform
 
 # ---------------------------------------------------------------- CLIP
 

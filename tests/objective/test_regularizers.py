@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from m3i_scale.objective.distributions.gaussian import Gaussian
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers import dense_unigrad, standardize_target, target_correlation
+from m3i_scale.objective.regularizers.dense import DenseUniGrad
+from m3i_scale.objective.targets.dense import standardize_target
 
 ALONE = SingleProcess()
+P = Gaussian()
+
+
+def negative(prediction: torch.Tensor, correlation: torch.Tensor, strength: float) -> torch.Tensor:
+    """What the regulariser adds to −log P̂."""
+    target = torch.zeros_like(prediction)
+    whole = DenseUniGrad(strength=strength).loss(P, prediction, target, correlation, ALONE)
+    return whole - P.maps(prediction, target, ALONE)
 
 
 def test_dense_unigrad_is_the_diagonal_of_the_n_by_n_matrix() -> None:
@@ -16,15 +26,15 @@ def test_dense_unigrad_is_the_diagonal_of_the_n_by_n_matrix() -> None:
     # (1/D) λ (1/N) Σ_i ẑ_iᵀ C ẑ_i with C = (1/N) Σ z̄ z̄ᵀ; the matrix ẑ C ẑᵀ is N × N, of which the diagonal counts.
     correlation = sum(torch.outer(row, row) for row in flat_t) / 10
     wanted = 0.02 * torch.diag(flat_p @ correlation @ flat_p.T).mean() / 8
-    found = target_correlation(target, ALONE)
+    found = DenseUniGrad().statistics(target, ALONE)
     torch.testing.assert_close(found, correlation)
-    torch.testing.assert_close(dense_unigrad(prediction, found, 0.02), wanted)
+    torch.testing.assert_close(negative(prediction, found, 0.02), wanted)
 
 
 def test_its_gradient_is_two_lambda_f_u() -> None:
     prediction = torch.randn(1, 6, 4, requires_grad=True)
-    correlation = target_correlation(torch.randn(1, 6, 4), ALONE)
-    dense_unigrad(prediction, correlation, 0.5).backward()
+    correlation = DenseUniGrad().statistics(torch.randn(1, 6, 4), ALONE)
+    negative(prediction, correlation, 0.5).backward()
     wanted = 2 * 0.5 / (6 * 4) * prediction.detach()[0] @ correlation
     torch.testing.assert_close(prediction.grad[0], wanted)
 
@@ -40,4 +50,4 @@ def test_the_target_is_standardised_per_token_and_has_no_gradient() -> None:
 
 
 def test_the_correlation_has_no_gradient() -> None:
-    assert not target_correlation(torch.randn(1, 2, 3, requires_grad=True), ALONE).requires_grad
+    assert not DenseUniGrad().statistics(torch.randn(1, 2, 3, requires_grad=True), ALONE).requires_grad

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from tiny import random_batch, tiny_objective
 
-from m3i_scale.objective.targets import CategoryHead, DenseHead, Projector, TextHead, patchify
+from m3i_scale.objective.encoders import Projector
+from m3i_scale.objective.targets.category import CategoryHead
+from m3i_scale.objective.targets.dense import DenseHead, patchify
+from m3i_scale.objective.targets.text import TextHead
 
 
 def test_patches_are_row_major_and_channel_last() -> None:

@@ -69,14 +69,13 @@ def called(name: str) -> dict[str, Any]:
             {
                 "name": name,
                 "inputs": ["other"],
-                "modality": "image",
+                "kind": "pooled",
                 "view": 1,
-                "tokens": "pooled",
                 "encoder": "momentum",
             }
             | {"decoder": name, "head": name, "distribution": "gaussian", "regularizer": "stop_gradient"},
-            {"name": f"{name}3", "inputs": [name], "modality": "pixels", "view": 1, "tokens": "masked"}
-            | {"encoder": "patchify", "decoder": f"{name}2", "distribution": "gaussian", "regularizer": "none"},
+            {"name": f"{name}3", "inputs": [name], "kind": "pixels", "view": 1, "tokens": "masked"}
+            | {"decoder": f"{name}2"},
         ],
     }
 
@@ -102,7 +101,7 @@ def test_every_recipe_is_drawn_in_a_terminal_of_80_columns(recipe):
 
 def is_stopped(target):
     learns = target.encoder in ("text_tower", "embedding") or (
-        target.encoder == "online" and target.regularizer != "stop_gradient"
+        target.encoder == "online" and target.regularizer.kind != "stop_gradient"
     )
     return not learns and target.encoder != "patchify"
 
@@ -250,7 +249,7 @@ def test_mistakes_are_explained(tmp_path, arguments, says):
 def test_one_direction_of_a_text_target_is_drawn() -> None:
     both, forward = (read_recipe("m3i") for _ in range(2))
     values = forward.model_dump(exclude_unset=True)
-    values["targets"][2]["direction"] = "forward"
+    values["targets"][2]["distribution"] = {"kind": "boltzmann", "direction": "forward"}
     forward = parse_recipe(values)
     assert "image → text" not in printed(render_terminal(graph_of(both)), 200)
     assert "image → text" in printed(render_terminal(graph_of(forward)), 200)

@@ -133,7 +133,8 @@ def test_a_target_that_collapses_is_named_within_50_steps() -> None:
 
 def test_prototypes_that_take_all_samples_are_named_within_50_steps() -> None:
     """Sharpened with a center that hardly follows, and an average whose samples all lie beside one prototype."""
-    objective = tiny_objective("global_distillation", "recipe.heads.prototypes.state_momentum=0.999")
+    slow = [f"recipe.targets.{number}.regularizer.momentum=0.999" for number in range(2)]
+    objective = tiny_objective("global_distillation", *slow)
     head = objective.momentum.heads["prototypes"]
     torch.nn.init.zeros_(head.projector[-1].weight)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from m3i_scale.config import OptimConfig
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
-from m3i_scale.objective.recipe import MomentumSpec
+from m3i_scale.objective.encoders import MomentumSpec
 from m3i_scale.run.preemption import Preemption
 from m3i_scale.run.schedule import learning_rate, momentum_at
 

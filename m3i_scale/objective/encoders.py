@@ -1,22 +1,50 @@
-"""f_φ: what is predicted (category, text, pixels, momentum image) and the small heads that go with it."""
+"""f_φ: what encodes targets beside the backbone itself (the text tower, the averaged copy, a frozen teacher)."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_bidirectional_mask
+from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone
+from m3i_scale.config import FixableError, Section
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.inputs import normalize
+
+
+class MomentumSpec(Section):
+    """The exponential moving average that image targets are encoded with."""
+
+    start: float = Field(default=0.995, ge=0, lt=1)
+    """m at the first step; rises to `end` with a cosine."""
+    end: float = Field(default=1.0, ge=0, le=1)
+    projector_depth: int = Field(default=2, ge=0)
+    """Residual MLP blocks after the backbone for dense targets, online and averaged; 0 for none."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.end < self.start:
+            raise FixableError(
+                f"end ({self.end:g}) is below start ({self.start:g}): the average would forget faster and faster",
+                f"end: {self.start:g} for a constant one, or 1, the default",
+            )
+        return self
+
+
+class TeacherSpec(Section):
+    """A frozen vision model that image targets are encoded with."""
+
+    from_pretrained: str
+    """A local `transformers` folder or a Hub id."""
 
 
 class TextTower(nn.Module):
@@ -58,69 +86,6 @@ def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     tokens_B1D = attention.output(mixed_BH1D.transpose(1, 2).flatten(2), hidden_BTD[:, :1])
     output_B1D: Tensor = layer.feed_forward_chunk(tokens_B1D)
     return output_B1D[:, 0]
-
-
-class TextHead(nn.Module):
-    """ẑ_y of a text target: a projection onto the unit sphere, and the temperature of its softmax."""
-
-    max_scale = 100.0
-
-    def __init__(self, input_width: int, width: int, temperature: float, bias: float | None = None) -> None:
-        super().__init__()
-        self.projection = nn.Linear(input_width, width, bias=False)
-        self.first_temperature, self.first_bias = temperature, bias
-        self.log_scale = nn.Parameter(torch.zeros(1))
-        self.bias = nn.Parameter(torch.zeros(1)) if bias is not None else None
-
-    def reset_parameters(self) -> None:
-        """First temperature, and first bias of a Bernoulli target."""
-        nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, D) → unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
-        prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
-        log_scale = self.log_scale.float()
-        # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
-        bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
-        # The parameter is what is added to the first bias: bf16 has steps of 1/16 near −10.
-        bias = None if self.bias is None or self.first_bias is None else self.bias.float() + self.first_bias
-        return prediction_BE, bounded.exp(), bias
-
-
-class Classifier(nn.Linear):
-    """Logits over one label set. Small at first, so that no class is preferred before anything was seen."""
-
-    def reset_parameters(self) -> None:
-        """First values: a deviation of 0.02, no bias."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-
-
-class CategoryHead(nn.Module):
-    """Logits over each label set: ẑ_y against the category embeddings, which are the rows of a linear classifier."""
-
-    def __init__(self, input_width: int, classes: list[int]) -> None:
-        super().__init__()
-        self.sets = nn.ModuleList([Classifier(input_width, count) for count in classes])
-
-    def forward(self, pooled_BD: Tensor) -> list[Tensor]:
-        """(B, D) → for every label set, logits (B, K)."""
-        return [classifier(pooled_BD) for classifier in self.sets]
-
-
-class DenseHead(nn.Module):
-    """ẑ_y of a dense target: one linear map per token."""
-
-    def __init__(self, input_width: int, width: int) -> None:
-        super().__init__()
-        self.projection = nn.Linear(input_width, width)
-
-    def forward(self, tokens_BQD: Tensor) -> Tensor:
-        """(B, Q, D) → (B, Q, width)."""
-        prediction_BQD: Tensor = self.projection(tokens_BQD)
-        return prediction_BQD
 
 
 class Projector(nn.Module):
@@ -200,18 +165,3 @@ class FrozenTeacher(nn.Module):
         tokens_BND = hidden_BSD[:, -self.grid[0] * self.grid[1] :]
         has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
         return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND
-
-
-def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
-    """Pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
-
-    With `standardize`, each patch has mean 0 and (unbiased) variance 1.
-    """
-    batch, channels, height, width = images_BCHW.shape
-    rows, columns = height // patch, width // patch
-    blocks = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
-    pixels_BNP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
-    if standardize:
-        mean_BN1 = pixels_BNP.mean(dim=-1, keepdim=True)
-        pixels_BNP = (pixels_BNP - mean_BN1) / (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return pixels_BNP

@@ -1,0 +1,142 @@
+"""Sections of which there are several kinds, each a class of its own with its own fields.
+
+A family is a class below `Kind` with an empty `kinds`; every class below it that has a `kind` is known by that name:
+
+    class Shape(Kind):
+        kinds: ClassVar[dict[str, type[Kind]]] = {}
+
+    class Circle(Shape):
+        kind: ClassVar[str] = "circle"
+        radius: float = 1.0
+
+`kinds` is also set, to that of its family, by a class between the two that is no kind itself.
+
+A field of type `Shape` then reads `circle`, `{kind: circle, radius: 2}`, or `{kind: my_package.my_module.Square}`, the
+import path of a class of the user's own below `Shape`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import ModelWrapValidatorHandler, SerializationInfo, ValidationInfo, model_serializer, model_validator
+from typing_extensions import Self
+
+from m3i_scale.config.sections import FixableError, Section
+from m3i_scale.errors import ConfigError, did_you_mean
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+class Kind(Section):
+    """Base of families and their kinds."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    """Of a family: its classes by name."""
+    kind: ClassVar[str] = ""
+    """What a run file calls the class: by default its import path."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Register a class that has a name; give others their import path for one."""
+        super().__pydantic_init_subclass__(**options)
+        if "kind" in cls.__dict__:
+            cls.kinds[cls.kind] = cls
+        else:
+            cls.kind = f"{cls.__module__}.{cls.__qualname__}"
+
+    @classmethod
+    def choices(cls) -> list[str]:
+        """Return the names of the kinds below this class."""
+        return [name for name, kind in cls.kinds.items() if issubclass(kind, cls)]
+
+    @classmethod
+    def class_of(cls, value: Any) -> type[Kind]:
+        """Return the class that a value of a run file names, by itself or by its `kind`.
+
+        Raises:
+            ValueError: it names none below this one.
+        """
+        kind = value.get("kind") if isinstance(value, dict) else value
+        if not isinstance(kind, str):
+            raise FixableError("there is no `kind`", f"one of {', '.join(cls.choices())}")
+        if kind in cls.choices():
+            return cls.kinds[kind]
+        if _IMPORT_PATH.fullmatch(kind):
+            return cls._own_class(kind)
+        raise FixableError(f"no such kind: '{kind}'", did_you_mean(kind, cls.choices()))
+
+    @classmethod
+    def _own_class(cls, path: str) -> type[Kind]:
+        """Return a class of the user's own. Its module must be there already: reading a file runs no code."""
+        module, _, name = path.rpartition(".")
+        if module not in sys.modules:
+            raise FixableError(
+                f"'{path}' is a class of somebody's own, whose module is not imported: reading this file runs no code",
+                f"where you trust it: --import {module}, or in Python `import {module}` before",
+            )
+        found = getattr(sys.modules[module], name, None)
+        if not (isinstance(found, type) and issubclass(found, cls)):
+            raise ValueError(f"'{path}' is no subclass of {cls.__module__}.{cls.__name__}")
+        return found
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Any:
+        """Let the class that `kind` names read the other fields."""
+        if isinstance(value, cls):
+            return value
+        named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
+        if not named and "kinds" not in cls.__dict__:
+            return handler(value)
+        found = cls.class_of(value)
+        fields = {key: field for key, field in value.items() if key != "kind"} if isinstance(value, dict) else {}
+        return found.model_validate(fields, context=info.context)
+
+    @model_serializer
+    def _with_kind(self, info: SerializationInfo) -> dict[str, Any]:
+        names = [name for name in type(self).model_fields if not info.exclude_unset or name in self.model_fields_set]
+        return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
+
+
+def import_kinds(values: Any, where: str) -> None:
+    """Import the modules of the user's own classes that a section names: this runs their code.
+
+    Only a run file that the user names may come here. What others wrote (the description in an export, the run file in
+    a checkpoint) is read without.
+
+    Raises:
+        ConfigError: a module cannot be imported.
+    """
+    for key, path in _paths_in(values):
+        import_module(path.rpartition(".")[0], f"{where}: {key}")
+
+
+def import_module(module: str, where: str) -> None:
+    """Import a module with classes of the user's own, which runs its code.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a module of the user's own may raise anything
+        raise ConfigError(
+            f"cannot import '{module}': {type(error).__name__}: {error}",
+            where=where,
+            fix="install the package, or put its folder on PYTHONPATH, on every host",
+        ) from error
+
+
+def _paths_in(value: Any, key: str = "recipe") -> Iterator[tuple[str, str]]:
+    """Walk through all `kind`s that are import paths, with their dotted keys."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in items:
+        if name == "kind" and isinstance(part, str) and _IMPORT_PATH.fullmatch(part):
+            yield f"{key}.kind", part
+        else:
+            yield from _paths_in(part, f"{key}.{name}")

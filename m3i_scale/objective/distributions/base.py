@@ -1,0 +1,56 @@
+"""What distributions of image targets have in common, and what a loss gives back.
+
+All losses are negative log-likelihoods in fp32 and give this rank's share: its mean over ranks is the loss of the
+global batch, and so is that of gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3i_scale.config.kinds import Kind
+from m3i_scale.objective.ranks import Ranks
+
+
+@dataclass
+class Loss:
+    """−log P̂ of one target from one input, with what keeps the target from collapsing."""
+
+    value: Tensor
+    nats: Tensor | None = None
+    """A lower bound of the information, where the distribution has one."""
+    remember: Tensor | None = None
+    """What the memory of the target's head takes over after the batch."""
+    watched: dict[str, Tensor] = field(default_factory=dict)
+    """What tells whether the group is alive, beside its targets: see `target_health`."""
+
+
+class Distribution(Kind):
+    """P̂ of an image target."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    bounds_information: ClassVar[bool] = False
+    """Whether every loss comes with a bound in nats. Else they are estimated on logged steps."""
+
+
+class Density(Distribution):
+    """A distribution over vectors: how far the target lies from its prediction."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = Distribution.kinds
+
+    def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
+        """Return −log P̂ per dimension, mean over tokens and samples."""
+        raise NotImplementedError
+
+    def vectors(self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks) -> Tensor:
+        """Return −log P̂ of vectors, compared on the unit sphere: sum over dimensions, mean over samples."""
+        raise NotImplementedError
+
+
+def unit(x_BE: Tensor) -> Tensor:
+    """Return rows on the unit sphere, in fp32."""
+    return F.normalize(x_BE.float(), dim=-1)

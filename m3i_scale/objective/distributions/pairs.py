@@ -1,0 +1,131 @@
+"""P̂ of a text among the texts of the global batch: the Boltzmann distribution of CLIP, the Bernoulli one of SigLIP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from m3i_scale.config.kinds import Kind
+from m3i_scale.objective.ranks import Ranks, global_mean
+
+
+@dataclass
+class PairTargets:
+    """Targets of the global batch, which every prediction of this rank is compared with."""
+
+    own_BE: Tensor
+    """L2-normalised z of this rank's samples."""
+    all_GE: Tensor
+    """Those of all ranks, with gradient."""
+    valid_B: Tensor
+    """bool: which of this rank's samples have a target."""
+    column_B: Tensor
+    """int64: where this rank's samples lie among all."""
+    out_BG: Tensor
+    """bool: what is no negative of a sample, nor its own target."""
+
+
+def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ranks) -> PairTargets:
+    """Gathered once for a micro-batch, however many inputs predict them.
+
+    Args:
+        target_BE: L2-normalised z of this rank's samples.
+        item_B: identity of the target; equal items of other samples are not negatives. Only read where valid.
+        valid_B: bool, whether the sample has a target.
+        ranks: other ranks, whose samples are negatives too.
+    """
+    all_items_G = ranks.gather(item_B)
+    all_valid_G = ranks.gather(valid_B)
+    own_B = torch.arange(len(item_B), device=item_B.device) + ranks.rank * len(item_B)
+    # Out of the softmax: samples without a target, and other samples with the same target. Own columns stay, so that
+    # the row of a sample without target is finite before it is masked.
+    out_BG = ~all_valid_G | (item_B[:, None] == all_items_G)
+    out_BG[torch.arange(len(own_B), device=own_B.device), own_B] = False
+    return PairTargets(target_BE, ranks.gather(target_BE), valid_B, own_B, out_BG)
+
+
+class PairDistribution(Kind):
+    """P̂ of a text target."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    bounds_information: ClassVar[bool] = True
+    temperature: float = Field(default=0.07, gt=0)
+    """First value of the learned τ."""
+
+    @property
+    def first_bias(self) -> float | None:
+        """Return the first value of a learned bias of the logits; None for no bias."""
+        return None
+
+    def loss(
+        self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        """Return −log P̂ over the global batch, and its bound in nats.
+
+        Args:
+            prediction_BE: L2-normalised ẑ of this rank's samples.
+            targets: the texts of the global batch.
+            scale: 1/τ, one element.
+            bias: added to every logit, one element; None without a first one.
+            ranks: other ranks, whose texts count too.
+        """
+        raise NotImplementedError
+
+
+class BoltzmannPairs(PairDistribution):
+    """InfoNCE: a softmax over the texts of the batch, and over its images (mean over the directions)."""
+
+    kind: ClassVar[str] = "boltzmann"
+    direction: Literal["both", "forward"] = "both"
+    """both: images find their texts and texts their images (CLIP); forward: images find their texts, which is
+    −log P̂(z_y | ẑ_y) of equation (2) alone."""
+
+    def loss(
+        self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy, and log K − it."""
+        directions = [(prediction_BE, targets.all_GE)]
+        if self.direction == "both":
+            directions.append((targets.own_BE, ranks.gather(prediction_BE)))
+        losses = []
+        for query_BE, keys_GE in directions:
+            logits_BG = scale.float() * query_BE.float() @ keys_GE.float().T
+            logits_BG = logits_BG.masked_fill(targets.out_BG, -torch.inf)
+            losses.append(F.cross_entropy(logits_BG, targets.column_B, reduction="none"))
+        loss_B = sum(losses[1:], losses[0]) / len(losses)
+        loss = global_mean(loss_B, targets.valid_B, ranks)
+        candidates_B = (~targets.out_BG).sum(dim=1)
+        return loss, global_mean(candidates_B.float().log() - loss_B.detach(), targets.valid_B, ranks)
+
+
+class BernoulliPairs(PairDistribution):
+    """Every pair of an image and a text is a match or none (SigLIP): the sum over the texts, mean over the images."""
+
+    kind: ClassVar[str] = "bernoulli"
+    bias: float = -10.0
+    """First value of the learned bias."""
+
+    @property
+    def first_bias(self) -> float:
+        """Return `bias`."""
+        return self.bias
+
+    def loss(
+        self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        """Return −Σ log σ(±logit). Any critic gives a bound, so that of a softmax is taken of these logits."""
+        offset = 0.0 if bias is None else bias.float()
+        logits_BG = scale.float() * prediction_BE.float() @ targets.all_GE.float().T + offset
+        sign_BG = -torch.ones_like(logits_BG)
+        sign_BG.scatter_(1, targets.column_B[:, None], 1.0)
+        loss_B = -(F.logsigmoid(sign_BG * logits_BG).masked_fill(targets.out_BG, 0.0)).sum(dim=1)
+        loss = global_mean(loss_B, targets.valid_B, ranks)
+        kept_BG = logits_BG.detach().masked_fill(targets.out_BG, -torch.inf)
+        plain_B = F.cross_entropy(kept_BG, targets.column_B, reduction="none")
+        candidates_B = (~targets.out_BG).sum(dim=1)
+        return loss, global_mean(candidates_B.float().log() - plain_B, targets.valid_B, ranks)

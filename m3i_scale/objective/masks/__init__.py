@@ -1,0 +1,1 @@
+"""In which order the patches of an image are hidden."""

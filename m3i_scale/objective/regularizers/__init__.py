@@ -1,0 +1,1 @@
+"""What keeps the representation of a target from collapsing: the entropy term of equation (2)."""

@@ -1,0 +1,37 @@
+"""What all regularisers have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from m3i_scale.config.kinds import Kind
+from m3i_scale.objective.distributions.base import Density, Distribution
+
+
+class Regularizer(Kind):
+    """What keeps a target from collapsing."""
+
+    encoders: ClassVar[tuple[str, ...]] = ("momentum", "online", "teacher")
+    """Encoders whose targets it keeps from collapsing, and has an effect on."""
+    distribution: ClassVar[type[Distribution]] = Density
+    """What it goes with."""
+    trains_target: ClassVar[bool] = True
+    """Whether gradients reach a target that the backbone itself encodes."""
+    memory_fields: ClassVar[tuple[str, ...]] = ()
+    """Its fields that the memory of a head depends on: targets that share a head must agree on them."""
+    within_batch: ClassVar[bool] = False
+    """Whether it compares the samples of a batch with each other, and so needs at least two."""
+
+
+class CandidateRegularizer(Regularizer):
+    """Of texts and categories: the other candidates of P̂ keep them apart."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+
+
+class OtherCandidates(CandidateRegularizer):
+    """The other texts of the batch, or the other classes."""
+
+    kind: ClassVar[str] = "negatives"
+    encoders: ClassVar[tuple[str, ...]] = ("text_tower", "embedding")
+    within_batch: ClassVar[bool] = True

@@ -1,0 +1,110 @@
+"""What heads remember of earlier batches, the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.objective.ranks import Ranks
+
+
+class Fp32State(nn.Module):
+    """Buffers that stay in fp32 whatever type the engine gives the model: averages over thousands of batches."""
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in `nn.Module`. Inside `zero.Init`, new tensors are already of the engine's type."""
+        if tensor is not None and tensor.is_floating_point():
+            tensor = tensor.float()
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        return self
+
+
+class Memory(Fp32State):
+    """What a head remembers; this one nothing.
+
+    Every memory has all of these buffers, empty where it has no use for them: checkpoints know them by name. One of the
+    user's own may have others beside them.
+
+    Args:
+        width: dimension of z_y.
+        momentum: m of moving averages over batches.
+        sizes: of the buffers that are not empty.
+    """
+
+    center_K: Tensor
+    correlation_EE: Tensor
+    queue_QE: Tensor
+    filled: Tensor
+    """How many rows of the queue hold a target."""
+    next_row: Tensor
+    updates: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.9, **sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.momentum = momentum
+        empty = {"center_K": (0,), "correlation_EE": (0, 0), "queue_QE": (0, width)}
+        for name, size in (empty | sizes).items():
+            self.register_buffer(name, torch.zeros(size))
+        for name in ("filled", "next_row", "updates"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    def update(self, values_BE: Tensor, ranks: Ranks) -> None:
+        """Take over what the losses of a batch gave to `remember`. Called after all groups of a training batch, with
+        the targets of all views."""
+
+
+class Center(Memory):
+    """The mean of the targets' logits over K prototypes (DINO)."""
+
+    def __init__(self, width: int, prototypes: int, momentum: float) -> None:
+        super().__init__(width, momentum, center_K=(prototypes,))
+
+    @torch.no_grad()
+    def update(self, values_BE: Tensor, ranks: Ranks) -> None:
+        """c ← m c + (1 − m) mean of the targets' logits over all ranks."""
+        mean_K = ranks.sum(values_BE.float().sum(dim=0)) / (len(values_BE) * ranks.world_size)
+        self.center_K.lerp_(mean_K, 1 - self.momentum)
+
+
+class Correlation(Memory):
+    """F, the correlation of unit targets (UniGrad)."""
+
+    def __init__(self, width: int, momentum: float) -> None:
+        super().__init__(width, momentum, correlation_EE=(width, width))
+
+    @torch.no_grad()
+    def update(self, values_BE: Tensor, ranks: Ranks) -> None:
+        """F ← m F + (1 − m) mean of z zᵀ over all ranks; the first batch counts whole."""
+        unit_BE = values_BE.float()
+        mean_EE = ranks.sum(unit_BE.T @ unit_BE) / (len(unit_BE) * ranks.world_size)
+        weight = torch.where(self.updates == 0, 1.0, 1 - self.momentum)
+        self.correlation_EE.copy_(torch.lerp(self.correlation_EE, mean_EE, weight))
+        self.updates += 1
+
+
+class Queue(Memory):
+    """The last unit targets of all ranks (MoCo)."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__(width, queue_QE=(size, width))
+
+    @torch.no_grad()
+    def update(self, values_BE: Tensor, ranks: Ranks) -> None:
+        """Let the targets of all ranks replace the oldest ones."""
+        rows_GE = ranks.gather(values_BE.detach().float())[-len(self.queue_QE) :]
+        size, count = len(self.queue_QE), len(rows_GE)
+        place_G = (self.next_row + torch.arange(count, device=rows_GE.device)) % size
+        self.queue_QE[place_G] = rows_GE
+        self.next_row.copy_((self.next_row + count) % size)
+        self.filled.copy_((self.filled + count).clamp(max=size))

@@ -1,0 +1,197 @@
+"""What keeps whole images from collapsing: negatives, a stop gradient, or decorrelation.
+
+Gradients beside each other (UniGrad; u₁ online, u₂ target, v other samples): contrastive −u₂ + λ Σ s_v v; asymmetric
+−u₂ + λ Σ ρ_v (u₁·v) v; decorrelation −u₂ + λ Σ (u₂·v₂/N) v₁; UniGrad −u₂ + λ F u₁.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from m3i_scale.config.kinds import Kind
+from m3i_scale.objective.distributions.base import Density, Distribution, Loss, unit
+from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.ranks import Ranks, global_mean, standardize
+from m3i_scale.objective.regularizers.base import Regularizer
+from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
+
+
+class PooledRegularizer(Regularizer):
+    """Of pooled image targets."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    needs_predictor: ClassVar[bool] = False
+    """Whether targets that are learnt collapse without a predictor."""
+    replaces_likelihood: ClassVar[bool] = False
+    """Whether its loss takes the place of −log P̂, so that the distribution's fields have no effect."""
+
+    def memory(self, width: int) -> Memory:
+        """Return what the head remembers of earlier batches, for targets of that width."""
+        return Memory(width)
+
+    def loss(self, p: Any, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return −log P̂ with the regularisation.
+
+        Args:
+            p: a distribution of the class that `distribution` names.
+            prediction_BE: ẑ_y of this rank's samples.
+            target_BE: z_y, with gradient where the backbone itself encodes it and `trains_target` holds.
+            memory: what `memory` gave, shared by all targets of the head.
+            ranks: other ranks.
+        """
+        raise NotImplementedError
+
+    def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
+        """Return either side as P̂ compares it: what the information of a density is estimated on."""
+        return unit(x_BE)
+
+
+class StopGradient(PooledRegularizer):
+    """No gradient reaches the target; a predictor stands between (BYOL, SimSiam), or the target is fixed."""
+
+    kind: ClassVar[str] = "stop_gradient"
+    needs_predictor: ClassVar[bool] = True
+    trains_target: ClassVar[bool] = False
+
+    def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return −log P̂ on the unit sphere."""
+        return Loss(p.vectors(prediction_BE, target_BE, ranks))
+
+
+class UniGrad(PooledRegularizer):
+    """Predictions away from the directions that the correlation F of all targets holds."""
+
+    kind: ClassVar[str] = "unigrad"
+    memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
+    encoders: ClassVar[tuple[str, ...]] = ("momentum",)
+    strength: float = Field(default=0.02, gt=0)
+    """λ."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """m of the moving average F over batches."""
+
+    def memory(self, width: int) -> Memory:
+        """Return a `Correlation`."""
+        return Correlation(width, self.momentum)
+
+    def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return −log P̂ + λ ẑᵀ F ẑ, mean over samples, on the unit sphere.
+
+        With ‖z − ẑ‖² its gradient is the −u₂ + λ F u₁ of UniGrad, twice.
+        """
+        value = p.vectors(prediction_BE, target_BE, ranks)
+        unit_BE = unit(prediction_BE)
+        quadratic_B = ((unit_BE @ memory.correlation_EE.clone()) * unit_BE).sum(dim=-1)
+        value = value + self.strength * global_mean(quadratic_B, torch.ones_like(quadratic_B), ranks)
+        return Loss(value, remember=unit(target_BE))
+
+
+class CrossCorrelation(PooledRegularizer):
+    """Channels correlate each with itself and with no other one (Barlow Twins): takes the place of −log P̂."""
+
+    kind: ClassVar[str] = "cross_correlation"
+    replaces_likelihood: ClassVar[bool] = True
+    encoders: ClassVar[tuple[str, ...]] = ("online",)
+    within_batch: ClassVar[bool] = True
+    offdiagonal_weight: float = Field(default=0.005, gt=0)
+    """λ."""
+
+    def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return Σ (1 − c_dd)² + λ Σ_{d≠e} c_de² of the cross-correlation over the global batch (algorithm 1)."""
+        one_BE, other_BE = self.compared(prediction_BE, ranks), self.compared(target_BE, ranks)
+        diagonal_E, squares = _product(one_BE, other_BE, len(one_BE) * ranks.world_size, ranks)
+        off = squares - diagonal_E.square().sum()
+        return Loss((1 - diagonal_E).square().sum() + self.offdiagonal_weight * off)
+
+    def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
+        """Return every channel at mean 0 and variance 1 over the global batch."""
+        return standardize(x_BE.float(), ranks)
+
+
+class VarianceCovariance(PooledRegularizer):
+    """Every channel varies, and no two correlate (VICReg)."""
+
+    kind: ClassVar[str] = "variance_covariance"
+    encoders: ClassVar[tuple[str, ...]] = ("online",)
+    within_batch: ClassVar[bool] = True
+    variance_weight: float = Field(default=25.0, gt=0)
+    """μ."""
+    covariance_weight: float = Field(default=1.0, gt=0)
+    """ν."""
+
+    def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return −log P̂ of the vectors as they are, and the terms of either side."""
+        value = p.maps(prediction_BE[:, None], target_BE[:, None], ranks)
+        for side_BE in (prediction_BE, target_BE):
+            value = value + self.side(side_BE, ranks)
+        return Loss(value)
+
+    def side(self, z_BE: Tensor, ranks: Ranks) -> Tensor:
+        """Return μ/2 · mean_d max(0, 1 − √(var_d + 1e-4)) + ν/D · Σ_{d≠e} cov_de² over the global batch."""
+        z_BE = z_BE.float()
+        count = len(z_BE) * ranks.world_size
+        centered_BE = z_BE - ranks.sum_with_gradient(z_BE.sum(dim=0)) / count
+        variance_E, squares = _product(centered_BE, centered_BE, max(count - 1, 1), ranks)
+        hinge = F.relu(1 - (variance_E + 1e-4).sqrt()).mean()
+        off = (squares - variance_E.square().sum()) / z_BE.shape[1]
+        return self.variance_weight / 2 * hinge + self.covariance_weight * off
+
+    def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
+        """Return the vectors as they are."""
+        return x_BE
+
+
+class Negatives(PooledRegularizer):
+    """The other samples of the global batch are candidates of P̂ (SimCLR)."""
+
+    kind: ClassVar[str] = "negatives"
+    encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
+    distribution: ClassVar[type[Distribution]] = Boltzmann
+    within_batch: ClassVar[bool] = True
+    candidates: Literal["target", "both"] = "target"
+    """The other samples' targets, or their predictions too."""
+
+    def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return −log P̂ among the samples of the batch."""
+        return Loss(*p.among_samples(prediction_BE, target_BE, ranks, both=self.candidates == "both"))
+
+
+class QueuedNegatives(PooledRegularizer):
+    """Targets of earlier batches are candidates of P̂ (MoCo)."""
+
+    kind: ClassVar[str] = "queued_negatives"
+    memory_fields: ClassVar[tuple[str, ...]] = ("size",)
+    encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
+    distribution: ClassVar[type[Distribution]] = Boltzmann
+    size: int = Field(ge=1)
+    """How many of them the queue holds, from an empty one on."""
+
+    def memory(self, width: int) -> Memory:
+        """Return a `Queue`."""
+        return Queue(width, self.size)
+
+    def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
+        """Return −log P̂ among the queue. Clones: it moves before the backward pass of the next micro-batch."""
+        queue_QE, filled = memory.queue_QE.clone(), memory.filled.clone()
+        return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled, ranks), remember=unit(target_BE))
+
+
+def _product(one_BE: Tensor, other_BE: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the diagonal (E) of C = (1/n) Σ_b one_b other_bᵀ over all ranks, and the sum of all its squares.
+
+    Channels often outnumber samples (8,192 to some hundred). Then C, which is E × E, is never made: ‖AᵀB‖² is
+    ⟨AAᵀ, BBᵀ⟩, two matrices of samples × samples, of which every rank makes the rows of its own samples.
+    """
+    if 2 * len(one_BE) * ranks.world_size >= one_BE.shape[1]:
+        product_EE = ranks.sum_with_gradient(one_BE.T @ other_BE) / count
+        return product_EE.diagonal(), product_EE.square().sum()
+    diagonal_E = ranks.sum_with_gradient((one_BE * other_BE).sum(dim=0)) / count
+    one_GE = ranks.gather(one_BE)
+    other_GE = one_GE if other_BE is one_BE else ranks.gather(other_BE)
+    one_BG = one_BE @ one_GE.T
+    other_BG = one_BG if other_BE is one_BE else other_BE @ other_GE.T
+    return diagonal_E, ranks.sum_with_gradient((one_BG * other_BG).sum()) / count**2

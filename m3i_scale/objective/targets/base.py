@@ -1,0 +1,312 @@
+"""What all targets have in common: their fields, their rules, and what their losses are given.
+
+−log P̂ of one target from one input is a group k of equation (5). A target is data; the modules that it computes with
+are given to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from m3i_scale.backbones.base import Tokens
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.config import Section
+from m3i_scale.config.kinds import Kind
+from m3i_scale.data.batch import Batch
+from m3i_scale.errors import did_you_mean
+from m3i_scale.objective.decoders import DecoderSpec
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions.pairs import PairTargets
+from m3i_scale.objective.estimate import gaussian_information
+from m3i_scale.objective.heads import HeadSpec, ImageHead
+from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.regularizers.base import Regularizer
+from m3i_scale.objective.regularizers.memory import Memory
+
+
+class Parts(Section):
+    """What the targets of a recipe refer to by name."""
+
+    inputs: list[InputSpec] = Field(min_length=1)
+    mix: MixSpec | None = None
+    decoders: dict[str, DecoderSpec]
+    heads: dict[str, HeadSpec] = Field(default_factory=dict)
+
+    def input(self, name: str) -> InputSpec:
+        """Return the input of that name."""
+        return next(spec for spec in self.inputs if spec.name == name)
+
+    def shows(self, view: int) -> str | None:
+        """Return the name of the input that shows all of a view; None where there is none."""
+        if self.mix is not None:
+            return None
+        return next((spec.name for spec in self.inputs if spec.view == view and spec.mask is None), None)
+
+
+@dataclass
+class Encoded:
+    """One encoded input, by image."""
+
+    where: EncodedInput
+    cls_B1D: Tensor
+    tokens_BLD: Tensor
+    """Visible tokens only."""
+
+
+@dataclass
+class Context:
+    """What the targets of one micro-batch share, so that nothing is computed twice."""
+
+    batch: Batch
+    views: dict[int, Tensor]
+    """Normalised images by view, from 1."""
+    inputs: dict[str, Encoded]
+    encoded_views: dict[tuple[str, int], Tokens]
+    """Views as momentum backbone or teacher see them, by (encoder, view)."""
+    text: PairTargets | None = None
+    dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """Standardised dense targets, by (encoder, view)."""
+    statistics: dict[tuple[type[Regularizer], str, int], Tensor | None] = field(default_factory=dict)
+    """Of dense targets, by (regulariser, encoder, view)."""
+    watched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What tells whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
+    remember: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
+    """What memories take over after the batch, by head and (encoder, view): once a view, for all inputs."""
+
+
+@dataclass
+class Given:
+    """The modules that a target computes with."""
+
+    ranks: Ranks
+    grid: tuple[int, int]
+    patch_size: int
+    decoder: nn.Module
+    head: Any
+    memory: Memory | None = None
+    """Of a head that targets share."""
+    projector: nn.Module | None = None
+    """Before the decoder of dense momentum targets."""
+    averaged_projector: nn.Module | None = None
+    averaged_pool: nn.Module | None = None
+    averaged_head: ImageHead | None = None
+    shown: Callable[[], Encoded] | None = None
+    """Gives the input that shows all of the target's view, where the backbone itself encodes it."""
+    measures: bool = False
+    """Whether this step is logged: an estimate of information costs an eigenvalue decomposition."""
+
+    def information(self, prediction_ND: Tensor, target_ND: Tensor) -> Tensor | None:
+        """Estimate the information of a density, on steps that are logged."""
+        return gaussian_information(prediction_ND, target_ND, self.ranks) if self.measures else None
+
+
+def need(module: Any, what: str) -> Any:
+    """Return a module that a target cannot do without.
+
+    Raises:
+        ValueError: it was not built.
+    """
+    if module is None:
+        raise ValueError(f"{what} is not built")
+    return module
+
+
+class Target(Kind):
+    """One group k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂(z_y | ẑ_y)."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    modality: ClassVar[str] = "image"
+    """category, text, pixels or image."""
+    representation: ClassVar[str]
+    """z_y in the words of the paper's table."""
+    a_target: ClassVar[str] = "this target"
+    """What errors call it."""
+    dense: ClassVar[bool] = False
+    """Whether z_y is a map over patches."""
+
+    name: str
+    inputs: list[str] = Field(min_length=1)
+    """Which inputs predict it; the group's loss is the mean over them."""
+    encoder: str
+    """f_φ."""
+    decoder: str
+    """Name of a decoder of the recipe: f_ψ."""
+    distribution: Any
+    """P̂."""
+    regularizer: Any
+    weight: float = Field(default=1.0, gt=0)
+    """w_k of equation (6)."""
+
+    # -------------------------------------------------------------------- what the modules are
+
+    def build_head(
+        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
+    ) -> nn.Module | None:
+        """Return what follows the decoder; None where that is a head of the recipe.
+
+        Args:
+            width: of what the decoder gives.
+            config: of the backbone.
+            label_sets: class names by label set.
+            teacher_width: of the teacher's tokens; None without one.
+        """
+        raise NotImplementedError
+
+    def present(self, batch: Batch) -> Tensor:
+        """Return which samples have the target: bool (B)."""
+        return torch.ones_like(batch.has_text_B)
+
+    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+        """Return −log P̂ of the target from one input, this rank's share."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------- what the recipe is told
+
+    @property
+    def compares_samples(self) -> bool:
+        """Return whether the loss needs at least two samples in the global micro-batch."""
+        return bool(self.regularizer.within_batch)
+
+    @property
+    def stopped(self) -> bool:
+        """Return whether no gradient reaches f_φ."""
+        return self.encoder in ("momentum", "teacher") or (
+            self.encoder == "online" and not self.regularizer.trains_target
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Return the row of the paper's table, as plain data."""
+        return {
+            "name": self.name,
+            "inputs": self.inputs,
+            "modality": self.modality,
+            "view": None,
+            "tokens": None,
+            "representation": self.representation,
+            "encoder": self.encoder,
+            "distribution": self.distribution.kind,
+            "regularizer": self.regularizer.kind,
+            "weight": self.weight,
+        }
+
+    def kinds_of(self, field: str) -> dict[str, Any]:
+        """Return the classes that may stand in a field, by name."""
+        family = cast(type[Kind], type(self).model_fields[field].annotation)
+        return {name: family.kinds[name] for name in family.choices()}
+
+    def faults(self, parts: Parts) -> Iterator[str]:
+        """Find what does not hold together, in words."""
+        names = [spec.name for spec in parts.inputs]
+        unknown = [name for name in self.inputs if name not in names]
+        if unknown:
+            yield f"no input '{unknown[0]}'; {did_you_mean(unknown[0], names)}"
+        elif self.decoder not in parts.decoders:
+            yield f"no decoder '{self.decoder}'; {did_you_mean(self.decoder, parts.decoders)}"
+        else:
+            yield from self._faults(parts)
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        """Find faults of a target whose inputs and decoder are there."""
+        decoder = parts.decoders[self.decoder]
+        if decoder.dense != self.dense:
+            valid = [name for name, kind in DecoderSpec.kinds.items() if cast(Any, kind).dense == self.dense]
+            yield f"{self.a_target} is decoded by {' or '.join(valid)}, not {decoder.kind}"
+        regularizer = cast(Regularizer, self.regularizer)
+        if self.encoder not in regularizer.encoders:
+            valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
+            yield (
+                f"'{regularizer.kind}' does not keep {self.a_target} with encoder {self.encoder} from collapsing, or "
+                f"has no effect on it; valid: {', '.join(valid) or 'none'}"
+            )
+
+
+class ImageTarget(Target):
+    """A target that lies in a view."""
+
+    view: int = Field(ge=1)
+    """Target view."""
+    encoder: Literal["momentum", "online", "teacher"]
+
+    def described(self) -> dict[str, Any]:
+        """See `Target`."""
+        return super().described() | {"view": self.view}
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        wanted = cast(Regularizer, self.regularizer).distribution
+        if not isinstance(self.distribution, wanted):
+            valid = [name for name, kind in self.kinds_of("distribution").items() if issubclass(kind, wanted)]
+            yield (
+                f"'{self.regularizer.kind}' does not go with a {self.distribution.kind} distribution; valid: "
+                f"{' or '.join(valid)}"
+            )
+        specs = [parts.input(name) for name in self.inputs]
+        if self.encoder == "online":
+            if parts.shows(self.view) is None:
+                yield f"`encoder: online` needs an input that shows all of view {self.view}, without mask and mix"
+            if any(spec.view == self.view for spec in specs):
+                yield "an input that shows its own target predicts nothing"
+        shown = parts.mix is None and any(spec.view == self.view and spec.mask is None for spec in specs)
+        if self.encoder == "momentum" and shown and self.may_copy:
+            yield (
+                "a backbone that sees all of the target need only copy its own average: hide patches, take another view"
+            )
+
+    @property
+    def may_copy(self) -> bool:
+        """Return whether the average of a backbone that sees the whole target can be copied."""
+        return True
+
+
+class HeadTarget(ImageTarget):
+    """A target that a head of the recipe projects, prediction and target alike."""
+
+    head: str
+    """Name of a head of the recipe."""
+
+    def build_head(
+        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
+    ) -> nn.Module | None:
+        """See `Target`."""
+        return None
+
+    def build_memory(self, spec: HeadSpec) -> Memory:
+        """Return what the head remembers of earlier batches."""
+        memory: Memory = self.regularizer.memory(spec.width)
+        return memory
+
+    @property
+    def remembers(self) -> tuple[Any, ...]:
+        """Return what targets that share the head must have in common: its memory is one."""
+        values = [getattr(self.regularizer, field) for field in self.regularizer.memory_fields]
+        return (type(self), type(self.regularizer), *values)
+
+    @property
+    def averages_prototypes(self) -> bool:
+        """Return whether the averaged copy of the head has prototypes."""
+        return False
+
+    def _note(self, loss: Loss, context: Context, target: Tensor | None = None) -> None:
+        """Keep what the memory takes over, and what is watched."""
+        if loss.remember is not None:
+            context.remember.setdefault(self.head, {})[self.encoder, self.view] = loss.remember.detach()
+        context.watched[self.name] = loss.watched or ({} if target is None else {"z": target})
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        if self.head not in parts.heads:
+            yield f"no head '{self.head}'; {did_you_mean(self.head, parts.heads) if parts.heads else 'there is none'}"
+        else:
+            yield from super()._faults(parts)
+            yield from self._head_faults(parts.heads[self.head])
+
+    def _head_faults(self, head: HeadSpec) -> Iterator[str]:
+        """Find faults of a target whose head is there."""
+        if head.prototypes:
+            yield f"`prototypes` of head '{self.head}' have no effect: they are for `kind: prototypes`"

@@ -1,0 +1,247 @@
+"""Maps over the patches of a view: pixels, features, and features among those of other images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
+from m3i_scale.objective.distributions.base import Density, Loss, unit
+from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.positions import relative_position
+from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
+from m3i_scale.objective.regularizers.pooled import QueuedNegatives
+from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, ImageTarget, Parts, need
+
+Asked = Literal["masked", "all"]
+
+
+class Dense(ImageTarget):
+    """A feature of every patch, under a density."""
+
+    kind: ClassVar[str] = "dense"
+    representation: ClassVar[str] = "dense feature"
+    a_target: ClassVar[str] = "a dense image target"
+    dense: ClassVar[bool] = True
+    tokens: Asked
+    """Which patches are asked for: those that the input hides, or all."""
+    encoder: Literal["momentum", "teacher"]
+    distribution: Density = Gaussian()
+    regularizer: DenseRegularizer
+
+    def build_head(
+        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
+    ) -> nn.Module:
+        """Return a `DenseHead`."""
+        encoded = teacher_width if self.encoder == "teacher" else None
+        return DenseHead(width, encoded or config.hidden_size)
+
+    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+        """See `Target`."""
+        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        prediction_BQD = given.head(decoded_BQD)
+        target_BND = self._target(given, context)
+        wanted_BQD = gather_tokens(target_BND, query_BQ)
+        key = (type(self.regularizer), self.encoder, self.view)
+        if key not in context.statistics:
+            context.statistics[key] = self.regularizer.statistics(target_BND, given.ranks)
+        value = self.regularizer.loss(
+            self.distribution, prediction_BQD, wanted_BQD, context.statistics[key], given.ranks
+        )
+        return Loss(value, given.information(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1)))
+
+    def _target(self, given: Given, context: Context) -> Tensor:
+        """Return z̄ of all patches of the view: (B, N, D)."""
+        key = (self.encoder, self.view)
+        if key not in context.dense:
+            tokens_BND = context.encoded_views[key][1]
+            if self.encoder == "momentum":
+                with torch.no_grad():
+                    tokens_BND = need(given.averaged_projector, "the momentum target")(tokens_BND)
+            context.dense[key] = standardize_target(tokens_BND)
+        context.watched[self.name] = {"z": context.dense[key]}
+        return context.dense[key]
+
+    def described(self) -> dict[str, Any]:
+        """See `Target`."""
+        return super().described() | {"tokens": self.tokens}
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        yield from place_faults(self, parts)
+
+
+class Pixels(Dense):
+    """The pixels of every patch."""
+
+    kind: ClassVar[str] = "pixels"
+    modality: ClassVar[str] = "pixels"
+    representation: ClassVar[str] = "dense pixels"
+    a_target: ClassVar[str] = "a pixel target"
+    encoder: Literal["patchify"] = "patchify"  # type: ignore[assignment]
+    regularizer: DenseRegularizer = NoRegularizer()
+    normalize_pixels: bool = True
+    """Pixels of each patch are standardised (MAE)."""
+
+    def build_head(
+        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
+    ) -> nn.Module:
+        """Return a `DenseHead`."""
+        return DenseHead(width, config.patch_size**2 * config.num_channels)
+
+    def _target(self, given: Given, context: Context) -> Tensor:
+        return patchify(context.views[self.view], given.patch_size, standardize=self.normalize_pixels)
+
+
+class DenseNegatives(HeadTarget):
+    """Every patch among the patch that it stands for and the means of earlier images (DenseCL)."""
+
+    kind: ClassVar[str] = "dense_negatives"
+    representation: ClassVar[str] = "dense feature"
+    a_target: ClassVar[str] = "a dense image target among negatives"
+    dense: ClassVar[bool] = True
+    tokens: Asked = "all"
+    """Which patches are asked for: those that the input hides, or all."""
+    encoder: Literal["momentum"] = "momentum"
+    distribution: Boltzmann = Boltzmann()
+    regularizer: QueuedNegatives
+    match: Literal["position", "similarity"] = "position"
+    """Which patch of the target view a prediction stands for: the one it asks for, or the one whose backbone feature is
+    most similar to that of its own patch."""
+
+    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+        """See `Target`."""
+        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        prediction_BQE = given.head(decoded_BQD, predict=True)
+        tokens_BND = context.encoded_views[self.encoder, self.view][1]
+        with torch.no_grad():
+            keys_BNE = need(given.averaged_head, "the averaged head")(tokens_BND, predict=False)
+            similar = self.match == "similarity"
+            index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if similar else query_BQ
+            matched_BQE = gather_tokens(keys_BNE, index_BQ)
+        rows_NE, memory = prediction_BQE.flatten(0, 1), need(given.memory, "the head's memory")
+        loss = self.regularizer.loss(self.distribution, rows_NE, matched_BQE.flatten(0, 1), memory, given.ranks)
+        loss.remember = unit(keys_BNE.float().mean(dim=1))
+        self._note(loss, context, keys_BNE)
+        return loss
+
+    def described(self) -> dict[str, Any]:
+        """See `Target`."""
+        return super().described() | {"tokens": self.tokens}
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        decoder = parts.decoders[self.decoder]
+        if not isinstance(decoder, PointwiseSpec):
+            yield f"dense negatives compare backbone tokens: the decoder must be pointwise, not {decoder.kind}"
+        yield from place_faults(self, parts, finds_places=self.match == "similarity")
+
+
+def place_faults(target: Dense | DenseNegatives, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
+    """Find why inputs and decoder cannot say where the patches lie.
+
+    Args:
+        target: what is predicted.
+        parts: what it refers to.
+        finds_places: it looks for the places of its patches by itself.
+    """
+    specs, decoder = [parts.input(name) for name in target.inputs], parts.decoders[target.decoder]
+    other_view = any(spec.view != target.view for spec in specs)
+    if target.tokens == "masked":
+        if other_view:
+            yield "`tokens: masked` counts the hidden patches of the input's own view: use `all` between views"
+        if parts.mix is None and any(spec.mask is None for spec in specs):
+            yield "`tokens: masked`, but the input hides no patch"
+    if isinstance(decoder, TransformerSpec) and decoder.position == "absolute" and other_view:
+        yield "absolute positions do not say where another view lies: use `position: relative`"
+    if isinstance(decoder, PointwiseSpec):
+        if target.tokens == "masked" or parts.mix is not None or any(spec.mask for spec in specs):
+            yield "a pointwise decoder has no answer for patches that its input hides: use a transformer"
+        if other_view and not finds_places:
+            yield "a pointwise decoder knows its own view alone: use a transformer, or `match: similarity`"
+        if not other_view and finds_places:
+            yield "`match: similarity` has no effect within one view"
+
+
+def decode(target: Dense | DenseNegatives, given: Given, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
+    cls_B1D, tokens_BLD, where = encoded.cls_B1D, encoded.tokens_BLD, encoded.where
+    if given.projector is not None:
+        tokens_BSD = given.projector(torch.cat([cls_B1D, tokens_BLD], dim=1))
+        cls_B1D, tokens_BLD = tokens_BSD[:, :1], tokens_BSD[:, 1:]
+    if target.tokens == "masked":
+        query_BQ = where.hidden_BM
+    else:
+        patches = given.grid[0] * given.grid[1]
+        query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
+    if isinstance(given.decoder, Pointwise):
+        return query_BQ, given.decoder(tokens_BLD)
+    own, other = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
+    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, own, other)
+
+
+def _positions(
+    decoder: nn.Module, batch: Batch, view: int, target_view: int, grid: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    if not isinstance(decoder, TransformerDecoder) or decoder.position != "relative":
+        return None, None
+
+    def relative(to: int) -> Tensor:
+        return relative_position(
+            batch.crops_VB4[view],
+            batch.crops_VB4[to],
+            batch.flips_VB[view],
+            batch.flips_VB[to],
+            batch.sizes_B2[:, 1],
+            grid,
+            decoder.width,
+        )
+
+    own = relative(view)
+    return own, own if target_view == view else relative(target_view)
+
+
+def most_similar(one_BQD: Tensor, other_BND: Tensor) -> Tensor:
+    """For every token of `one`, the index of the token of `other` with the largest cosine: int64 (B, Q)."""
+    return (unit(one_BQD.detach()) @ unit(other_BND.detach()).transpose(1, 2)).argmax(dim=-1)
+
+
+def standardize_target(tokens_BND: Tensor) -> Tensor:
+    """z̄: LayerNorm without affine over the channels, fp32, no gradient (SIM)."""
+    return F.layer_norm(tokens_BND.detach().float(), (tokens_BND.shape[-1],), eps=1e-5)
+
+
+class DenseHead(nn.Module):
+    """ẑ_y of a dense target: one linear map per token."""
+
+    def __init__(self, input_width: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(input_width, width)
+
+    def forward(self, tokens_BQD: Tensor) -> Tensor:
+        """(B, Q, D) → (B, Q, width)."""
+        prediction_BQD: Tensor = self.projection(tokens_BQD)
+        return prediction_BQD
+
+
+def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
+    """Pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
+
+    With `standardize`, each patch has mean 0 and (unbiased) variance 1.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    rows, columns = height // patch, width // patch
+    blocks = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
+    pixels_BNP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+    if standardize:
+        mean_BN1 = pixels_BNP.mean(dim=-1, keepdim=True)
+        pixels_BNP = (pixels_BNP - mean_BN1) / (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return pixels_BNP

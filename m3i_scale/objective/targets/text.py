@@ -1,0 +1,79 @@
+"""The paired text, as the text tower sees it."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.decoders import pool
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions.pairs import BoltzmannPairs, PairDistribution
+from m3i_scale.objective.regularizers.base import CandidateRegularizer, OtherCandidates
+from m3i_scale.objective.targets.base import Context, Encoded, Given, Target, need
+
+
+class Text(Target):
+    """Which text of the global batch belongs to the image."""
+
+    kind: ClassVar[str] = "text"
+    modality: ClassVar[str] = "text"
+    representation: ClassVar[str] = "text embedding"
+    a_target: ClassVar[str] = "a text"
+    encoder: Literal["text_tower"] = "text_tower"
+    distribution: PairDistribution = BoltzmannPairs()
+    regularizer: CandidateRegularizer = OtherCandidates()
+    width: int = Field(default=512, ge=8)
+    """Dimension of the shared space."""
+
+    def build_head(
+        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
+    ) -> nn.Module:
+        """Return a `TextHead`."""
+        return TextHead(width, self.width, self.distribution.temperature, self.distribution.first_bias)
+
+    def present(self, batch: Batch) -> Tensor:
+        """See `Target`."""
+        return batch.has_text_B
+
+    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+        """See `Target`."""
+        texts = need(context.text, "the text tower")
+        prediction_BE, scale, bias = given.head(pool(given.decoder, encoded.cls_B1D, encoded.tokens_BLD))
+        context.watched[self.name] = {"z": texts.own_BE[context.batch.has_text_B], "scale": scale}
+        return Loss(*self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks))
+
+
+class TextHead(nn.Module):
+    """ẑ_y of a text target: a projection onto the unit sphere, and the temperature of its softmax."""
+
+    max_scale = 100.0
+
+    def __init__(self, input_width: int, width: int, temperature: float, bias: float | None = None) -> None:
+        super().__init__()
+        self.projection = nn.Linear(input_width, width, bias=False)
+        self.first_temperature, self.first_bias = temperature, bias
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(1)) if bias is not None else None
+
+    def reset_parameters(self) -> None:
+        """First temperature, and first bias of a Bernoulli target."""
+        nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, D) → unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
+        prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
+        log_scale = self.log_scale.float()
+        # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
+        bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
+        # The parameter is what is added to the first bias: bf16 has steps of 1/16 near −10.
+        bias = None if self.bias is None or self.first_bias is None else self.bias.float() + self.first_bias
+        return prediction_BE, bounded.exp(), bias

@@ -1,0 +1,86 @@
+"""Recipes of before targets, distributions and regularisers had kinds, read as what they mean today.
+
+Then all fields stood side by side in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
+`state_momentum` in its head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+_MOVED = {
+    "temperature": ("distribution", "temperature"),
+    "bias": ("distribution", "bias"),
+    "direction": ("distribution", "direction"),
+    "label_smoothing": ("distribution", "label_smoothing"),
+    "sigma2": ("distribution", "sigma2"),
+    "candidates": ("regularizer", "candidates"),
+    "target_temperature": ("regularizer", "target_temperature"),
+    "unigrad_lambda": ("regularizer", "strength"),
+    "entropy_weight": ("regularizer", "weight"),
+    "offdiagonal_weight": ("regularizer", "offdiagonal_weight"),
+    "variance_weight": ("regularizer", "variance_weight"),
+    "covariance_weight": ("regularizer", "covariance_weight"),
+}
+"""Fields of a target → the section that they stand in, and their name there."""
+
+
+def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe of either form in today's. What stands in the old place comes before what stands in the new one:
+    an override in the old words changes a recipe in the new ones."""
+    recipe = copy.deepcopy(recipe)
+    targets, heads = recipe.get("targets"), recipe.get("heads")
+    moved: list[tuple[dict[str, Any], str]] = []
+    for target in targets if isinstance(targets, list) else []:
+        if not isinstance(target, dict) or "." in str(target.get("kind", "")):
+            continue
+        _upgrade(target)
+        head = heads.get(target.get("head")) if isinstance(heads, dict) else None
+        if isinstance(head, dict):
+            moved += [(head, field) for field in _move_from_head(target, head)]
+    for head, field in moved:
+        head.pop(field, None)
+    return recipe
+
+
+def _upgrade(target: dict[str, Any]) -> None:
+    if "modality" in target and "kind" not in target:
+        kind = _kind(target)
+        if kind in ("pooled", "prototypes"):
+            target.pop("tokens", None)
+        target.pop("modality")
+        target["kind"] = kind
+    for field, (section, name) in _MOVED.items():
+        if field in target:
+            _put(target, section, name, target.pop(field))
+
+
+def _move_from_head(target: dict[str, Any], head: dict[str, Any]) -> Iterator[str]:
+    """Write what a head was said to remember into the regulariser that remembers it; return the fields moved."""
+    regularizer = target.get("regularizer")
+    kind = regularizer.get("kind") if isinstance(regularizer, dict) else regularizer
+    if kind in ("negatives", "queued_negatives") and "queue" in head:
+        if head["queue"]:
+            _put(target, "regularizer", "kind", "queued_negatives")
+            _put(target, "regularizer", "size", head["queue"])
+        yield "queue"
+    if kind in ("centering", "unigrad") and "state_momentum" in head:
+        _put(target, "regularizer", "momentum", head["state_momentum"])
+        yield "state_momentum"
+
+
+def _kind(target: dict[str, Any]) -> Any:
+    if target["modality"] != "image":
+        return target["modality"]
+    if target.get("tokens") == "pooled":
+        return "prototypes" if target.get("regularizer") in ("centering", "mean_entropy") else "pooled"
+    return "dense_negatives" if target.get("distribution") == "boltzmann" else "dense"
+
+
+def _put(target: dict[str, Any], section: str, name: str, value: Any) -> None:
+    """Write a field into a section, which may stand there by its kind alone."""
+    there = target.get(section)
+    target[section] = there = dict(there) if isinstance(there, dict) else {} if there is None else {"kind": there}
+    there[name] = value

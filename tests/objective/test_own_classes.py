@@ -1,0 +1,194 @@
+"""Classes of the user's own, in a package that this one knows nothing of: found by `kind`, and imported by consent."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import LABEL_SETS, first_weights, random_batch, tiny_overrides
+
+from m3i_scale.config import RunConfig, load_run, parse_section
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.recipe import parse_recipe
+
+OWN = '''
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from m3i_scale.objective.distributions.base import Density, Loss
+from m3i_scale.objective.masks.base import Mask
+from m3i_scale.objective.ranks import global_mean
+from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.regularizers.pooled import PooledRegularizer
+from m3i_scale.objective.targets.dense import Dense
+
+
+class Mean(Memory):
+    """The mean target of earlier batches."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.register_buffer("mean_E", torch.zeros(width))
+
+    @torch.no_grad()
+    def update(self, values_BE, ranks):
+        self.mean_E.copy_(ranks.sum(values_BE.float().mean(dim=0)) / ranks.world_size)
+
+
+class Away(PooledRegularizer):
+    """Predictions away from the mean target of earlier batches."""
+
+    strength: float = 1.0
+    encoders: ClassVar = ("momentum",)
+
+    def memory(self, width):
+        return Mean(width)
+
+    def loss(self, p, prediction_BE, target_BE, memory, ranks):
+        away_B = (prediction_BE.float() @ memory.mean_E.clone()).square()
+        value = p.vectors(prediction_BE, target_BE, ranks)
+        return Loss(value + self.strength * global_mean(away_B, torch.ones_like(away_B), ranks), remember=target_BE)
+
+
+class Huber(Density):
+    delta: float = 1.0
+
+    def maps(self, prediction, target, ranks):
+        error_B = F.huber_loss(prediction.float(), target.float(), reduction="none", delta=self.delta).mean(dim=(1, 2))
+        return global_mean(error_B, torch.ones_like(error_B), ranks)
+
+
+class LowerHalf(Mask):
+    def order(self, seeds_B, grid, stream):
+        return torch.arange(grid[0] * grid[1], device=seeds_B.device).expand(len(seeds_B), -1)
+
+
+class Twice(Dense):
+    representation: ClassVar = "dense feature, twice"
+    factor: float = 2.0
+
+    def loss(self, given, context, encoded):
+        loss = super().loss(given, context, encoded)
+        return Loss(self.factor * loss.value, loss.nats)
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package outside of this one, on the path and not imported; its name."""
+    name = f"own_{abs(hash(tmp_path))}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    (tmp_path / name / "method.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def run_file(folder: Path, package: str) -> Path:
+    values = {
+        "name": "mine",
+        "recipe": {
+            "name": "mine",
+            "family": "mine",
+            "inputs": [
+                {"name": "x", "view": 2, "mask": {"form": {"kind": f"{package}.method.LowerHalf"}, "ratio": 0.5}},
+            ],
+            "momentum": {"projector_depth": 0},
+            "decoders": {"pool": {"kind": "mean_pool"}, "dense": {"kind": "transformer", "width": 32, "depth": 1}},
+            "heads": {"global": {"width": 24, "hidden": 32}},
+            "targets": [
+                {"name": "away", "kind": "pooled", "inputs": ["x"], "view": 1, "encoder": "momentum", "decoder": "pool"}
+                | {"head": "global", "regularizer": {"kind": f"{package}.method.Away", "strength": 0.5}},
+                {"name": "twice", "kind": f"{package}.method.Twice", "inputs": ["x"], "view": 1, "tokens": "all"}
+                | {"encoder": "momentum", "decoder": "dense", "regularizer": "unigrad"}
+                | {"distribution": {"kind": f"{package}.method.Huber", "delta": 0.7}},
+            ],
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_method_of_ones_own_trains_from_its_run_file(tmp_path: Path, package: str) -> None:
+    backbone = [override for override in tiny_overrides("sim") if override.startswith("backbone")]
+    run = load_run(str(run_file(tmp_path, package)), backbone)
+    objective = build_objective(run, LABEL_SETS, None)
+    first_weights(objective, 0)
+    batch = random_batch(6)
+    loss, figures = objective(batch)
+    loss.backward()
+    away, twice = objective.recipe.targets
+    assert (away.regularizer.kind, twice.distribution.delta) == (f"{package}.method.Away", 0.7)
+    assert {"away/loss", "twice/loss"} <= set(figures)
+    assert all(p.grad is not None for p in objective.image_heads.parameters())
+    assert objective.states["global"].mean_E.any()
+    assert "states.global.mean_E" in objective.state_dict()
+    _, later = objective(batch)  # now there is a mean to be away from
+    assert float(later["away/loss"]) != float(figures["away/loss"])
+    single = build_objective(load_run(str(tmp_path / "run.yaml"), [*backbone, "recipe.targets.1.factor=1"]), {}, None)
+    single.load_state_dict(objective.state_dict())
+    torch.testing.assert_close(2 * single(batch)[1]["twice/loss"], later["twice/loss"])
+
+
+def test_what_others_wrote_is_read_without_running_its_code(tmp_path: Path, package: str) -> None:
+    """The run file in a checkpoint, the description in an export: no module is imported unless the user does it."""
+    stored = yaml.safe_load(run_file(tmp_path, package).read_text())
+    run = parse_section(RunConfig, stored, where="run.yaml", stored=True)
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(run.recipe)
+    assert f"--import {package}.method" in str(caught.value)
+    assert f"{package}.method" not in sys.modules
+    importlib.import_module(f"{package}.method")
+    assert parse_recipe(run.recipe).targets[0].regularizer.strength == 0.5
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "no such class": {"kind": "{}.method.Nothing"},
+    "another family": {"kind": "{}.method.Huber"},
+    "no class": {"kind": "{}.method.F"},
+    "unknown key": {"kind": "{}.method.Away", "strenght": 1},
+    "wrong value": {"kind": "{}.method.Away", "strength": "much"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_told_at_their_key(tmp_path: Path, package: str, fault: str) -> None:
+    recipe = load_run(str(run_file(tmp_path, package))).recipe
+    recipe["targets"][0]["regularizer"] = {
+        key: value.format(package) if key == "kind" else value for key, value in FAULTS[fault].items()
+    }
+    with pytest.raises(ConfigError, match=r"recipe\.targets\.0\.regularizer"):
+        parse_recipe(recipe)
+
+
+def test_a_module_that_is_not_there_is_told_with_the_run_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot import 'nowhere_to_be_found") as caught:
+        load_run(str(run_file(tmp_path, "nowhere_to_be_found")))
+    assert "run.yaml: recipe.inputs.0.mask.form.kind" in str(caught.value.where)
+
+
+def test_the_command_line_reads_it(tmp_path: Path, package: str) -> None:
+    path = run_file(tmp_path, package)
+    command = [sys.executable, "-m", "m3i_scale", "recipes", "show", str(path), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path_of(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    targets = json.loads(done.stdout)["targets"]
+    assert [target["regularizer"] for target in targets] == [f"{package}.method.Away", "unigrad"]
+
+
+def path_of(folder: Path) -> str:
+    return f"{folder}:{Path(__file__).resolve().parents[2]}"
