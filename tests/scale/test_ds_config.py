@@ -83,6 +83,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero1_bf16", {Z + "reduce_bucket_size": 10}, ["BF16 optimizer"]),
     ("zero3_bf16", {Z + "stage": 4}, ["zero_optimization.stage"]),
     ("zero3_bf16", {Z + "stage": 0}, ["must be 1, 2 or 3"]),
+    ("zero3_bf16", {Z + "stage": True}, ["must be 1, 2 or 3"]),
     ("zero3_bf16", {Z + "stage": GONE}, ["must be 1, 2 or 3"]),
     ("zero3_bf16", {"zero_optimization": GONE}, ["must be 1, 2 or 3"]),
     # precision

@@ -20,6 +20,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
+def _stage_is_number(section: Any) -> Any:
+    """Refuse a stage that is true: it equals 1."""
+    if isinstance(section, dict) and isinstance(section.get("stage"), bool):
+        raise ValueError("a stage is a number")
+    return section
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -259,7 +266,7 @@ class DeepSpeedFile(Section):
     bf16: Bf16 = Bf16(enabled=False)
     fp16: Fp16 = Fp16(enabled=False)
     data_types: DataTypes = DataTypes()
-    zero_optimization: Annotated[Zero12 | Zero3, Field(discriminator="stage")]
+    zero_optimization: Annotated[Zero12 | Zero3, Field(discriminator="stage"), BeforeValidator(_stage_is_number)]
     optimizer: Optimizer
     checkpoint: Checkpoint = Checkpoint()
     steps_per_print: Count | None = None
