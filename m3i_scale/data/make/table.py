@@ -18,7 +18,7 @@ from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Columns:
+class TableColumns:
     """Column names of a manifest. Only `path` must exist; the others must exist if they are not the default name."""
 
     path: str = "path"
@@ -32,7 +32,7 @@ class Columns:
 def manifest_input(
     manifest: Path,
     *,
-    columns: Columns | None = None,
+    columns: TableColumns | None = None,
     root: Path | None = None,
     labels: Sequence[str] | None = None,
 ) -> Listed:
@@ -47,7 +47,7 @@ def manifest_input(
     Raises:
         DataError: the file cannot be read, a column is missing.
     """
-    columns = columns or Columns()
+    columns = columns or TableColumns()
     rows = read_table(manifest)
     _check_columns(rows, columns, manifest)
     known = list(labels) if labels is not None else _labels_of(row.get(columns.label) for row in rows)
@@ -58,7 +58,7 @@ def manifest_input(
 
 
 def _row_record(
-    number: int, row: dict[str, Any], columns: Columns, root: Path, numbers: dict[str, int], manifest: Path
+    number: int, row: dict[str, Any], columns: TableColumns, root: Path, numbers: dict[str, int], manifest: Path
 ) -> Record:
     where = f"{manifest}, row {number + 1}"
     split, name = split_name(row.get(columns.split), where), row.get(columns.path)
@@ -84,7 +84,7 @@ def _row_record(
     )
 
 
-def _further(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def _further(row: dict[str, Any], columns: TableColumns) -> dict[str, Any]:
     """Return columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
     known = {"path", *vars(columns).values()}
     return {
@@ -94,7 +94,7 @@ def _further(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
     }
 
 
-def _mask_path(row: dict[str, Any], columns: Columns, root: Path) -> Path | None:
+def _mask_path(row: dict[str, Any], columns: TableColumns, root: Path) -> Path | None:
     name = None if columns.mask is None else row.get(columns.mask)
     return root / str(name) if name else None
 
@@ -180,9 +180,9 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _check_columns(rows: Sequence[dict[str, Any]], columns: Columns, manifest: Path) -> None:
+def _check_columns(rows: Sequence[dict[str, Any]], columns: TableColumns, manifest: Path) -> None:
     present = set().union(*(row.keys() for row in rows))
-    default = Columns()
+    default = TableColumns()
     for role in ("path", "caption", "label", "split", "mask"):
         name = getattr(columns, role)
         if name is not None and name not in present and (role == "path" or name != getattr(default, role)):

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
+from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.parallel import in_order
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import labels_beside, local_shards
@@ -36,8 +37,6 @@ IN_TWO_SHARDS = "key in two shards"
 BESIDE = frozenset({"count differs", "index is stale", "shard is missing", "shard is not listed"})
 """Faults of the files beside: the shard itself may be good."""
 
-Advance = Callable[[int], None]
-"""Told the bytes of every shard that is done."""
 Write = Callable[[dict[str, Any]], None]
 
 

@@ -7,7 +7,7 @@ import functools
 import io
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.make.write import made_whole
 from m3i_scale.data.parallel import in_order
 from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
@@ -59,7 +60,7 @@ def peek(
     columns: int = 6,
     max_pixels: int,
     workers: int = 1,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
 ) -> dict[str, Any]:
     """Write `sheet.png` and `index.html` with random samples, each as likely as any other.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.images import MASK
+from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.parallel import in_order
 from m3i_scale.data.pixels import orientation, upright_size
 from m3i_scale.data.reader import BadSampleError
@@ -137,9 +138,7 @@ def shard_stats(task: StatsTask) -> ShardStats:
     return stats
 
 
-def stats_of(
-    source: str, *, max_pixels: int, workers: int = 1, advance: Callable[[int], None] | None = None
-) -> dict[str, Any]:
+def stats_of(source: str, *, max_pixels: int, workers: int = 1, advance: Advance | None = None) -> dict[str, Any]:
     """Compute counts, quantiles, class balance and duplicates of shards.
 
     Args:
