@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import load_run
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.probe import probe_loss, probe_of
 from m3i_scale.run.setup import Plan, start_engine

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from m3i_scale.backbones.flops import count_flop
 from m3i_scale.config import RunConfig
-from m3i_scale.data.batch import Batch
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.scale.partition import initialize_sharded

@@ -29,7 +29,9 @@ from PIL import Image
 
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.loader import TrainStream, merge_states, read_label_sets
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.shards import read_label_sets
+from m3i_scale.data.state import merge_states
 
 STREAMS, GLOBAL = 12, 24
 RANKS, WORKERS = (1, 2, 3, 4, 6), (0, 0, 1, 2, 3)

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
-from m3i_scale.data.loader import TrainStream, read_label_sets
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.shards import read_label_sets
 
 BUFFER = 1_000
 """Samples in the shuffle buffer of libraries that have one."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.config import load_run
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import Plan, resolve_engine, start_engine
 from m3i_scale.scale.collectives import ProcessGroupRanks, max_over_ranks, start_ranks, stop_ranks

@@ -40,9 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.data.batch import Batch
+from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.data.stream import Account
-from m3i_scale.data.synthetic import synthetic_batch
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe

@@ -1,13 +1,20 @@
-"""What the loader hands to the objective: one micro-batch, whatever targets its samples have."""
+"""One micro-batch, as the loader hands it to the objective whatever targets its samples have; and how it is made."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # the objective takes batches, and no images
+    from transformers import PreTrainedTokenizerBase
+
+    from m3i_scale.data.views import Views
 
 _BY_VALUE_BYTES = 65_536
 _BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
@@ -46,18 +53,18 @@ class Batch:
         return len(self.keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For the way out of a worker: small tensors as arrays, since each tensor costs a file of shared memory."""
+        """Go out of a worker with small tensors as arrays, since each tensor costs a file of shared memory."""
         return {name: _by_value(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tensors again."""
+        """Make tensors of arrays again."""
         arrived = {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
         }
         vars(self).update(arrived)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -67,7 +74,7 @@ class Batch:
 
     @staticmethod
     def cat(parts: list[Batch]) -> Batch:
-        """Parts of one micro-batch, in order; captions are padded to the longest part."""
+        """Join the parts of one micro-batch, in order; captions are padded to the longest part."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.text_ids_BT.shape[1] for part in parts)
@@ -81,6 +88,112 @@ class Batch:
                 values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
             joined[field.name] = torch.cat(values, dim=1 if "_VB" in field.name else 0)
         return Batch(**joined)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One good sample."""
+
+    views: Views
+    label: int | None
+    label_set: int
+    caption: str | None
+    seed: int
+    key: str
+
+
+class Collator:
+    """Samples → Batch. Captions are cut to `max_tokens` and padded to the longest of the part.
+
+    Args:
+        tokenizer: None leaves captions out.
+        max_tokens: special tokens included.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Return a batch of B samples, in order."""
+        captions = [sample.caption if self._tokenizer is not None else None for sample in samples]
+        ids_BT, mask_BT = self._tokens(captions)
+        crops = [
+            [[crop.top, crop.left, crop.height, crop.width] for crop in views]
+            for views in zip(*(sample.views.crops for sample in samples), strict=True)
+        ]
+        flips = [
+            [crop.flip for crop in views] for views in zip(*(sample.views.crops for sample in samples), strict=True)
+        ]
+        sets = [-1 if sample.label is None else sample.label_set for sample in samples]
+        return Batch(
+            images_VBCHW=torch.from_numpy(np.stack([sample.views.pixels_VCHW for sample in samples], axis=1)),
+            crops_VB4=torch.tensor(crops, dtype=torch.float32),
+            flips_VB=torch.tensor(flips, dtype=torch.bool),
+            sizes_B2=torch.tensor([sample.views.size for sample in samples], dtype=torch.float32),
+            labels_B=torch.tensor([-1 if sample.label is None else sample.label for sample in samples]),
+            label_sets_B=torch.tensor(sets),
+            text_ids_BT=ids_BT,
+            text_mask_BT=mask_BT,
+            has_text_B=torch.tensor([caption is not None for caption in captions]),
+            captions_B=torch.tensor([caption_hash(caption) for caption in captions]),
+            seeds_B=torch.tensor([sample.seed for sample in samples]),
+            keys=[sample.key for sample in samples],
+        )
+
+    def _tokens(self, captions: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        padding = 0 if self._tokenizer is None else int(self._tokenizer.pad_token_id)
+        rows = [[padding]] * len(captions)
+        present = [number for number, caption in enumerate(captions) if caption is not None]
+        if self._tokenizer is not None and present:
+            texts = [captions[number] for number in present]
+            encoded = self._tokenizer(texts, truncation=True, max_length=self._max_tokens, padding=False)["input_ids"]
+            for number, ids in zip(present, encoded, strict=True):
+                rows[number] = ids or [padding]
+        width = max(map(len, rows))
+        ids_BT = np.full((len(rows), width), padding, dtype=np.int64)
+        mask_BT = np.zeros((len(rows), width), dtype=np.bool_)
+        for number, row in enumerate(rows):
+            ids_BT[number, : len(row)] = row
+            mask_BT[number, : len(row)] = True
+        return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
+
+
+def caption_hash(caption: str | None) -> int:
+    """Return a positive 63-bit number, equal for equal captions; 0 for none."""
+    if caption is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1 | 1
+
+
+def synthetic_batch(count: int, views: int, *, image: int, tokens: int, classes: int, vocabulary: int) -> Batch:
+    """Return noise images, each with a category and a caption of its own.
+
+    Made on torch's default device: under `torch.device("meta")` it is a batch of sizes alone.
+
+    Args:
+        count: samples.
+        views: of every sample.
+        image: side in pixels.
+        tokens: of every caption.
+        classes: labels are below.
+        vocabulary: token numbers are below.
+    """
+    crops = torch.tensor([0.0, 0.0, image, image]).expand(views, count, 4)
+    return Batch(
+        images_VBCHW=torch.randint(0, 256, (views, count, 3, image, image), dtype=torch.uint8),
+        crops_VB4=crops,
+        flips_VB=torch.zeros(views, count, dtype=torch.bool),
+        sizes_B2=torch.full((count, 2), float(image)),
+        labels_B=torch.randint(0, classes, (count,)),
+        label_sets_B=torch.zeros(count, dtype=torch.int64),
+        text_ids_BT=torch.randint(5, vocabulary, (count, tokens)),
+        text_mask_BT=torch.ones(count, tokens, dtype=torch.bool),
+        has_text_B=torch.ones(count, dtype=torch.bool),
+        captions_B=torch.arange(1, count + 1),
+        seeds_B=torch.randint(0, 2**62, (count,)),
+        keys=[str(number) for number in range(count)],
+    )
 
 
 def _by_value(value: Any) -> Any:

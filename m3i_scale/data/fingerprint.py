@@ -26,7 +26,7 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 
 def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentConfig) -> dict[str, Any]:
-    """A source as every rank's state has it: shards and their order as one hash, settings one by one.
+    """Describe a source for every rank's state: shards and their order as one hash, settings one by one.
 
     Args:
         shards: in order.
@@ -45,7 +45,7 @@ def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentC
 
 
 def listing(shards: Sequence[Shard]) -> dict[str, Any]:
-    """Shards one by one, for the state of rank 0: names in brace patterns, six letters for each.
+    """List shards one by one for the state of rank 0: names in brace patterns, six letters for each.
 
     Args:
         shards: in order.
@@ -60,7 +60,7 @@ def changes(
     listings: Mapping[str, Any],
     here: Mapping[str, Sequence[Shard]],
 ) -> dict[str, str]:
-    """What became of every source that differs, in words.
+    """Tell in words what became of every source that differs.
 
     Args:
         saved: fingerprints of the data state, by source.
@@ -68,21 +68,21 @@ def changes(
         listings: shards of the data state one by one, by source; may lack any.
         here: shards as they are.
     """
-    found = {}
+    differences = {}
     for name in sorted({*saved, *present}):
         before, now = saved.get(name), present.get(name)
         if before is None and now is not None:
-            found[name] = f"added ({_amount(now)})"
+            differences[name] = f"added ({_amount(now)})"
         elif now is None and before is not None:
-            found[name] = f"removed ({_amount(before)})"
+            differences[name] = f"removed ({_amount(before)})"
         elif before is not None and now is not None and before != now:
             parts = list(_settings("", before["settings"], now["settings"]))
             if before.get("deal", 1) != now.get("deal", 1):
                 parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
             if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
-            found[name] = "; ".join(parts)
-    return found
+            differences[name] = "; ".join(parts)
+    return differences
 
 
 def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -152,7 +152,7 @@ class _Numbered:
 
 
 def _split(name: str) -> _Numbered | None:
-    """The last number of a name; None where there is none, or braces would make the pattern mean something else."""
+    """Split a name at its last number; None where there is none, or braces would change what the pattern means."""
     if name.startswith("=") or any(letter in name for letter in "{}\\,"):
         return None
     match = _NUMBERED.fullmatch(name)
@@ -160,7 +160,7 @@ def _split(name: str) -> _Numbered | None:
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Names in order, runs of consecutive numbers as one brace pattern. Names with braces stand behind `=`."""
+    """Return names in order, runs of consecutive numbers as one brace pattern. Names with braces stand behind `=`."""
 
     def place(item: tuple[int, str]) -> tuple[Any, ...]:
         number, name = item
@@ -183,7 +183,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 
 def _names(patterns: Iterable[str]) -> list[str]:
-    """The names that `_patterns` was given."""
+    """Return the names that `_patterns` was given."""
     names: list[str] = []
     for pattern in patterns:
         names += [pattern[1:]] if pattern.startswith("=") else braceexpand(pattern)

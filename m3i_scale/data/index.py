@@ -14,8 +14,6 @@ from m3i_scale.data.remote.index import index_remote
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, save_index, scan_shard
 from m3i_scale.errors import DataError
 
-__all__ = ["ShardIndex", "build_index", "load_index", "scan_shard"]
-
 WAIT_TIMEOUT_S = 3_600.0
 """Ranks that wait for rank 0 to build indices give up after this long."""
 
@@ -29,12 +27,12 @@ def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(scan_shard, shards))
-        for index in found:
+            indices = list(pool.map(scan_shard, shards))
+        for index in indices:
             save_index(index, folder / f"{index.path.name}.npz")
     except OSError as error:
         raise DataError(f"cannot write the index: {error}", where=str(folder)) from None
-    return found
+    return indices
 
 
 def load_index(
@@ -45,7 +43,7 @@ def load_index(
     wait_timeout_s: float = WAIT_TIMEOUT_S,
     access: Access | None = None,
 ) -> list[ShardIndex]:
-    """Indices of the shards: from `index/` beside them, from the cache, or built into the cache by rank 0.
+    """Return indices of the shards: from `index/` beside them, from the cache, or built into the cache by rank 0.
 
     Of remote shards rank 0 alone asks the server, so that a start on a thousand ranks is no load for it; it keeps
     their version, and refuses another one later.
@@ -60,33 +58,31 @@ def load_index(
     Raises:
         DataError: see `scan_stream`; rank 0 did not deliver in time; a remote shard that was replaced, or is not read.
     """
-    found: dict[Place, ShardIndex] = {}
+    indices: dict[Place, ShardIndex] = {}
     remote = [path for path in shards if isinstance(path, Url)]
     local = [path for path in shards if isinstance(path, Path)]
     for path in local:
-        index = load_saved(path, path.parent / "index" / f"{path.name}.npz") or load_saved(
-            path, cached(path, cache_dir)
-        )
+        index = index_beside(path) or load_saved(path, cached(path, cache_dir))
         if index is not None:
-            found[path] = index
-    absent = [path for path in local if path not in found]
+            indices[path] = index
+    absent = [path for path in local if path not in indices]
     if rank == 0:
         by_folder: dict[Path, list[Path]] = {}
         for path in absent:
             by_folder.setdefault(path.parent, []).append(path)
         for members in by_folder.values():
-            found.update({index.path: index for index in build_index(members, cached(members[0], cache_dir).parent)})
+            indices.update({index.path: index for index in build_index(members, cached(members[0], cache_dir).parent)})
         if remote:
-            found.update(index_remote(remote, cache_dir, access or Access()))
+            indices.update(index_remote(remote, cache_dir, access or Access()))
     else:
         wait = functools.partial(_await, deadline=time.monotonic() + wait_timeout_s, timeout_s=wait_timeout_s)
         places: list[Place] = [*absent, *remote]
-        found.update({path: wait(path, cached(path, cache_dir)) for path in places})
-    return [found[path] for path in shards]
+        indices.update({path: wait(path, cached(path, cache_dir)) for path in places})
+    return [indices[path] for path in shards]
 
 
 def index_beside(path: Path) -> ShardIndex | None:
-    """The index in `index/` beside a shard; None where there is none, or it is of another file than the shard is now.
+    """Return the index in `index/` beside a shard; None where there is none, or it is of what the shard was before.
 
     Raises:
         DataError: it cannot be read.

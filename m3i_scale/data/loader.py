@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import DataConfig, SourceConfig
-from m3i_scale.data.batch import Batch
-from m3i_scale.data.collate import Collator
+from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import Mix, check_weights, samples_at_most, whole_passes
@@ -24,7 +23,7 @@ from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import expand_shards, read_label_sets
+from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.shares import check_shares
 from m3i_scale.data.state import (
     STATE_FORMAT,
@@ -34,7 +33,6 @@ from m3i_scale.data.state import (
     check_format,
     check_order,
     first_state,
-    merge_states,
 )
 from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
@@ -48,13 +46,10 @@ from m3i_scale.data.stream import (
     too_many_bad,
     too_many_lost,
 )
-from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item, stalled
 from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
 from m3i_scale.errors import DataError, UserError, named
-
-__all__ = ["TrainStream", "find_tokenizer", "merge_states", "read_label_sets"]
 
 PREFETCH_PARTS = 2
 """Parts that every worker prepares ahead."""
@@ -124,8 +119,8 @@ class TrainStream:
         self._rank = rank
         self._access = check_access(data, sources)
         self._world_size = world_size
-        own = data.streams // world_size
-        self._streams = range(rank * own, (rank + 1) * own)
+        streams_here = data.streams // world_size
+        self._streams = range(rank * streams_here, (rank + 1) * streams_here)
         self._order: dict[str, Any] = {"seed": seed, "streams": data.streams, "shuffle_shards": data.shuffle_shards}
         self._fingerprints: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[Shard]] = {}
@@ -153,7 +148,7 @@ class TrainStream:
         self._recipe = PartRecipe(
             plans=plans,
             mix=Mix({name: source.weight for name, source in sources.items()}, data.streams),
-            per_stream=micro_batch_size // own,
+            per_stream=micro_batch_size // streams_here,
             collator=Collator(tokenizer, max_tokens),
             seed=seed,
             max_pixels=data.max_image_pixels,
@@ -165,7 +160,7 @@ class TrainStream:
         )
 
     def __iter__(self) -> Generator[Batch]:
-        """Batches from the present position on; `close()` ends the workers.
+        """Yield batches from the present position on; `close()` ends the workers.
 
         What workers prepared for an earlier iterator is dropped. Ends before the first batch that cannot be whole;
         other ranks may have one more.
@@ -199,8 +194,8 @@ class TrainStream:
             parts.close()
 
     def peek(self) -> Batch:
-        """The batch that comes next, which stays the next: nothing moves, and its bad samples are written down when it
-        is handed out.
+        """Return the batch that comes next, which stays the next: nothing moves, and its bad samples are written down
+        when it is handed out.
 
         Raises:
             DataError: as when it is handed out; or the sources end before it.
@@ -237,7 +232,7 @@ class TrainStream:
 
     @property
     def quarantined_samples(self) -> dict[str, int]:
-        """Different samples of this rank's shards that were bad, by reason, as far as the quarantine file knows."""
+        """Count this rank's different bad samples by reason, as far as the quarantine file knows."""
         return self._quarantine.samples
 
     @property
@@ -279,7 +274,7 @@ class TrainStream:
         raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
 
     def standing(self) -> dict[str, dict[str, float]]:
-        """Counts of every source, summed over this rank's streams.
+        """Return counts of every source, summed over this rank's streams.
 
         `served` and `asked`: good samples it gave, and was to give by its weights; `read`: with the bad ones; `pass`:
         samples of one pass; `left`: samples that may still be read, none of a source that never ends.
@@ -290,7 +285,7 @@ class TrainStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batch that was handed out last, as JSON types; see `merge_states` for all ranks.
+        """Return the position after the batch handed out last, as JSON types; see `merge_states` for all ranks.
 
         Its size does not depend on the position. The stream of rank 0 also lists the shards, a few letters each.
         """
@@ -319,7 +314,7 @@ class TrainStream:
         """
         check_format(state)
         check_order(state["order"], self._order)
-        found = accept_changes(state, self._fingerprints, self._shards, changed_sources)
+        changed = accept_changes(state, self._fingerprints, self._shards, changed_sources)
         missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
         if missing:
             raise DataError(
@@ -329,14 +324,14 @@ class TrainStream:
             )
         before = {stream: StreamState.from_json(state["streams"][str(stream)]) for stream in self._streams}
         self._states = {
-            stream: carry_over(old, found, state["sources"], self._fingerprints) for stream, old in before.items()
+            stream: carry_over(old, changed, state["sources"], self._fingerprints) for stream, old in before.items()
         }
         self._reached = {}
         self._changes = list(state["changes"])
-        if found:
+        if changed:
             samples = before[self._streams.start].taken * self._data.streams
-            self._changes.append({"samples": samples, "sources": sorted(found)})
-        return found
+            self._changes.append({"samples": samples, "sources": sorted(changed)})
+        return changed
 
     def _plan(
         self,
@@ -404,8 +399,8 @@ class TrainStream:
 
     def _stop_if_surely_bad(self) -> None:
         """Judge this rank's bad samples as if no other rank had any: all ranks give the same number of good ones."""
-        own = self.account
-        self.stop_if_bad(own._replace(read=own.bad + (own.read - own.bad) * self._world_size))
+        account = self.account
+        self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
 @dataclass(frozen=True)

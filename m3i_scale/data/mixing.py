@@ -20,7 +20,7 @@ Weight = float | list[tuple[int, float]]
 
 
 def weight_at(weight: Weight, samples: int) -> float:
-    """A source's weight when the run has seen so many samples."""
+    """Return a source's weight when the run has seen so many samples."""
     if not isinstance(weight, list):
         return weight
     after = bisect.bisect_right([at for at, _ in weight], samples)
@@ -31,7 +31,7 @@ def weight_at(weight: Weight, samples: int) -> float:
 
 
 def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.sources") -> None:
-    """Some source must have a weight at all times.
+    """Check that some source has a weight at all times.
 
     Raises:
         ConfigError: none has, or there is no source.
@@ -65,7 +65,7 @@ class Mix:
         self._known: dict[frozenset[str], dict[str, int]] = {}
 
     def shares(self, taken: int, left: Collection[str]) -> dict[str, int]:
-        """The share of every source that is left in the stream's next sample, in UNIT, which they add up to.
+        """Return each remaining source's share of the stream's next sample, in UNIT, which they add up to.
 
         Empty when nothing is left, or nothing that has a weight now.
 
@@ -88,7 +88,7 @@ class Mix:
 
 
 def furthest_behind(credits: Mapping[str, int], shares: Mapping[str, int]) -> str:
-    """The source that is furthest behind its share; the first by name of equals. One without a share is never taken.
+    """Return the source that is furthest behind its share, the first by name of equals; never one without a share.
 
     Args:
         credits: what every source was to have got before, less what it got, in UNIT.
@@ -105,12 +105,12 @@ def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> No
 
 
 def whole_passes(sources: Mapping[str, SourceConfig]) -> bool:
-    """Whether the sources can come to an end: `epochs` of one of them is set."""
+    """Return whether the sources can come to an end: `epochs` of one of them is set."""
     return any(source.epochs is not None for source in sources.values())
 
 
 def samples_at_most(ends: Sequence[Sequence[int | None]]) -> int | None:
-    """Samples that can be taken evenly from all streams, were none of them bad; None where some source never ends.
+    """Count the samples that all streams can give evenly, were none bad; None where some source never ends.
 
     Args:
         ends: for every stream the samples of each source until it is exhausted; None: never.

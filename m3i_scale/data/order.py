@@ -23,13 +23,13 @@ from m3i_scale.errors import DataError
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, the same on every machine and in every process."""
+    """Return a 63-bit seed that depends on every part, the same on every machine and in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of range(count), from raw bits: numpy keeps those stable across versions, unlike its shuffling."""
+    """Permute range(count) by raw bits, which numpy keeps stable across versions, unlike its shuffling."""
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
@@ -71,7 +71,7 @@ def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleRef:
     """Where a position of a stream leads."""
 
     epoch: int
@@ -131,8 +131,8 @@ class StreamOrder:
         """Return the position at which a pass begins."""
         return position_of_pass(epoch, self._samples, self._stream, self._streams)
 
-    def locate(self, position: int) -> Place:
-        """The sample at a position ≥ 0. Costs one permutation per window; asking for neighbours is cheap."""
+    def locate(self, position: int) -> SampleRef:
+        """Return the sample at a position ≥ 0. Costs one permutation per window; asking for neighbours is cheap."""
         epoch, window = self.window_at(position)
         parts, starts = self._parts_of(epoch)
         ends, order = self._window_of(epoch, window)
@@ -140,7 +140,7 @@ class StreamOrder:
         which = bisect.bisect_right(ends, number)
         before = ends[which - 1] if which else 0
         part = window * self._shuffle_shards + which
-        return Place(epoch, int(parts.shards[part]), int(parts.firsts[part]) + number - before)
+        return SampleRef(epoch, int(parts.shards[part]), int(parts.firsts[part]) + number - before)
 
     def window_at(self, position: int) -> tuple[int, int]:
         """Return pass and number of the window that a position lies in."""

@@ -26,30 +26,30 @@ _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, Ind
 
 
 def orientation(image: Image.Image) -> int:
-    """How an opened, not yet decoded picture lies: 1 is upright, 2 … 8 as in EXIF. Damaged data say nothing: 1."""
+    """Tell how an opened, not yet decoded picture lies: 1 is upright, 2 … 8 as in EXIF; damaged data say nothing: 1."""
     if _TOLD_IN.isdisjoint(image.info):
         return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damage
-            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
         return 1
-    return found if isinstance(found, int) and found in _TURNS else 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def upright(image: Image.Image, lies: int) -> Image.Image:
-    """A decoded picture, turned as its `orientation` says."""
+    """Turn a decoded picture as its `orientation` says."""
     return image.transpose(_TURNS[lies]) if lies in _TURNS else image
 
 
 def upright_size(size: tuple[int, int], lies: int) -> tuple[int, int]:
-    """Width and height of a picture when it is upright."""
+    """Return width and height of a picture when it is upright."""
     return (size[1], size[0]) if lies in _SIDEWAYS else size
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, as in exported image processors (a bare conversion drops the alpha).
+    """Convert to RGB; what is transparent becomes white, as in exported image processors (a bare conversion drops it).
 
     Sixteen bits of grey become eight; a bare conversion would make all but the darkest 1/256 of them white.
     """

@@ -103,7 +103,7 @@ class ShardReader:
         return data
 
     def _read_again(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
-        """A network path may fail for a moment, and then wants to be opened anew."""
+        """Open anew: a network path may fail for a moment."""
 
         def once() -> bytes:
             if path in self._open:
@@ -126,7 +126,7 @@ class ShardReader:
 
 
 def parse_members(data: bytes, url: str) -> dict[str, bytes]:
-    """The one sample in a piece of tar, grouped as webdataset does it.
+    """Return the one sample in a piece of tar, grouped as webdataset does it.
 
     Args:
         data: whole members, whose headers are those of the index.
@@ -138,9 +138,9 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
-        found = plain_members(data)
+        plain = plain_members(data)
         padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        files = found if found is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
+        files = plain if plain is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
         samples = list(group_by_keys({**file, "__url__": url} for file in files))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise BadSampleError(NOT_A_MEMBER, str(error)) from None

@@ -34,7 +34,7 @@ class Annotations:
 
 
 def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
-    """The sample's image, its header read and its size checked, not yet decoded.
+    """Open the sample's image: its header is read and its size checked, it is not yet decoded.
 
     Raises:
         BadSampleError: no image, one that is too large, or one that is no image.
@@ -45,15 +45,15 @@ def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
     return _open(data, IMAGE_FORMATS, max_pixels)
 
 
-def _instead(found: list[str]) -> str:
-    """What a sample has instead of an image; a name with several dots is the usual reason."""
-    told = f"members: {', '.join(found)}"
-    dotted = [name for name in found if name != MASK and name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    return f"{told}; a key ends at the first dot of the name, so .{dotted[0]} is no image" if dotted else told
+def _instead(extensions: list[str]) -> str:
+    """Say what a sample has instead of an image; a name with several dots is the usual reason."""
+    message = f"members: {', '.join(extensions)}"
+    dotted = [name for name in extensions if name != MASK and name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    return f"{message}; a key ends at the first dot of the name, so .{dotted[0]} is no image" if dotted else message
 
 
 def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int]) -> Image.Image | None:
-    """The class of every pixel, not yet decoded; None where the sample has no mask.
+    """Open the class of every pixel, not yet decoded; None where the sample has no mask.
 
     Args:
         members: as read from the shard.
@@ -93,7 +93,7 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image
 
 
 def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
-    """RGB (H, W, 3) of an opened, not yet decoded image where torchvision is sure to give Pillow's pixels, only sooner.
+    """Decode to RGB (H, W, 3) where torchvision is sure to give Pillow's pixels, only sooner; None elsewhere.
 
     Plain JPEG and PNG without anything to consider beside the pixels. None for all others, and where it fails: whether
     an image is bad is Pillow's to say.
@@ -113,8 +113,8 @@ def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
         return None
     if pixels.dtype != torch.uint8:  # 16 bits a channel
         return None
-    found: NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
-    return found
+    array: NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
+    return array
 
 
 @contextlib.contextmanager

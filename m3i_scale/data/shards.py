@@ -18,13 +18,13 @@ from m3i_scale.text import without_secrets
 
 
 def shard_folder(shards: str) -> Place:
-    """The folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
+    """Return the folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
     place = to_place(shards)
     return place if place.suffix != ".tar" else place.parent
 
 
 def expand_shards(shards: str, where: str = "shards", access: Access | None = None) -> list[Place]:
-    """Shards of a folder, a brace pattern, a single path or an address, in order of their names.
+    """Return the shards of a folder, a brace pattern, a path or an address, in order of their names.
 
     Whether shards at addresses are there shows when they are indexed.
 
@@ -40,12 +40,12 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
         return _expand_remote(shards, where, access)
     path = Path(shards.removeprefix("file://"))
     if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-        if not found:
+        tars = sorted(path.glob("*.tar"))
+        if not tars:
             inside = [item.name for item in sorted(path.iterdir()) if item.is_dir() and any(item.glob("*.tar"))]
             hint = f"one of its folders? {', '.join(inside)}" if inside else "make shards with `m3i-scale shards make`"
             raise DataError("no .tar shards in the folder", where=f"{where}: {shards}", fix=hint)
-        return list(found)
+        return list(tars)
     named = [Path(item) for item in _braces(str(path), where)]
     if named == [path] and path.suffix != ".tar" and not path.exists():
         beside = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
@@ -82,7 +82,7 @@ def require_shards(shards: str, where: str, access: Access | None = None) -> Non
 
 
 def local_shards(shards: str, where: str = "shards") -> list[Path]:
-    """Shards on paths of this host; see `expand_shards`.
+    """Return shards on paths of this host; see `expand_shards`.
 
     Raises:
         DataError: as there, and where they lie elsewhere.
@@ -103,7 +103,7 @@ def _expand_remote(shards: str, where: str, access: Access | None) -> list[Place
         return _by_name(named, f"{where}: {without_secrets(shards)}")
     folder = Url(shards)
     try:
-        found = [item for item in list_folder(folder, access) if item.suffix == ".tar"]
+        tars = [item for item in list_folder(folder, access) if item.suffix == ".tar"]
     except FaultError as fault:
         raise DataError(
             f"cannot list the folder: {fault.reason}",
@@ -111,9 +111,9 @@ def _expand_remote(shards: str, where: str, access: Access | None) -> list[Place
             why=fault.detail,
             fix=f"name its shards: …/images-{{000000..000127}}.tar; or {start_fix(fault)}",
         ) from None
-    if not found:
+    if not tars:
         raise DataError("no .tar shards in the folder", where=f"{where}: {folder}", fix="check the address")
-    return list(found)
+    return list(tars)
 
 
 def _braces(pattern: str, where: str) -> list[str]:
@@ -131,7 +131,7 @@ def _by_name(named: Sequence[Place], where: str) -> list[Place]:
 
 
 def read_label_sets(sources: dict[str, SourceConfig], access: Access | None = None) -> dict[str, list[str]]:
-    """Class names of every label set, from the labels.json beside the shards. Sources without one have no categories.
+    """Return class names of every label set, from labels.json beside the shards; a source without has no categories.
 
     Raises:
         DataError: a broken labels.json, or two different ones for one label set.
@@ -174,7 +174,7 @@ def captions_beside(shards: str, access: Access | None = None) -> int | None:
 
 
 def labels_beside(folder: Place) -> list[str] | None:
-    """Class names of the labels.json in a folder of shards; None where there is none.
+    """Return class names of the labels.json in a folder of shards; None where there is none.
 
     Raises:
         DataError: it is broken.

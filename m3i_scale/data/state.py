@@ -31,7 +31,7 @@ class SourceState:
     up too, so that its order is that of the run before."""
 
     def lost_shard(self, epoch: int, shard: int) -> str | None:
-        """Why a shard was given up in this pass; None where it was not."""
+        """Return why a shard was given up in this pass; None where it was not."""
         if self.bad_shards and self.bad_shards["epoch"] != epoch:
             self.bad_shards = {}  # the next pass tries it again
         reason: str | None = self.bad_shards.get("shards", {}).get(str(shard))
@@ -44,7 +44,7 @@ class SourceState:
         self.bad_shards["shards"][str(shard)] = reason
 
     def to_json(self) -> dict[str, Any]:
-        """A copy made of JSON types. Spelt out: one is made for every stream of every batch."""
+        """Return a copy made of JSON types. Spelt out: one is made for every stream of every batch."""
         return {
             "position": self.position,
             "served": self.served,
@@ -55,7 +55,7 @@ class SourceState:
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> SourceState:
-        """What `to_json` gave, copied."""
+        """Copy what `to_json` gave."""
         bad_shards = copy.deepcopy(state["bad_shards"]) if state["bad_shards"] else {}
         return SourceState(state["position"], state["served"], state["credit"], dict(state["bad"]), bad_shards)
 
@@ -70,34 +70,34 @@ class StreamState:
 
     @property
     def read(self) -> int:
-        """Samples read of the present sources, bad ones included."""
+        """Count the samples read of the present sources, bad ones included."""
         return sum(source.position for source in self.sources.values())
 
     @property
     def bad(self) -> dict[str, int]:
-        """Bad samples of the present sources, by reason."""
+        """Count the bad samples of the present sources, by reason."""
         counts: Counter[str] = Counter()
         for source in self.sources.values():
             counts.update(source.bad)
         return dict(counts)
 
     def to_json(self) -> dict[str, Any]:
-        """A copy made of JSON types."""
+        """Return a copy made of JSON types."""
         return {"taken": self.taken, "sources": {name: source.to_json() for name, source in self.sources.items()}}
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> StreamState:
-        """What `to_json` gave, copied."""
+        """Copy what `to_json` gave."""
         return StreamState(state["taken"], {name: SourceState.from_json(of) for name, of in state["sources"].items()})
 
 
 def first_state(sources: Collection[str]) -> StreamState:
-    """The beginning of a stream."""
+    """Return the beginning of a stream."""
     return StreamState(0, {name: SourceState() for name in sources})
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks as one, which any number of ranks can load.
+    """Join the states of all ranks to one, which any number of ranks can load.
 
     Raises:
         DataError: states of different runs, or of different steps.
@@ -154,7 +154,7 @@ def accept_changes(
     here: Mapping[str, Sequence[Shard]],
     named: Collection[str],
 ) -> dict[str, str]:
-    """The sources that differ from the data state, in words; all of them must have been named, and no others.
+    """Tell in words which sources differ from the data state; all of them must have been named, and no others.
 
     A run that was restarted after its change still names it: names of the last change are accepted when nothing
     differs any more.
@@ -168,24 +168,24 @@ def accept_changes(
     Raises:
         DataError: sources differ and are not named, or are named and do not differ.
     """
-    found = changes(state["sources"], present, state["listings"], here)
+    differences = changes(state["sources"], present, state["listings"], here)
     past = state["changes"]
-    if set(named) == set(found) or (not found and past and set(named) == set(past[-1]["sources"])):
-        return found
-    wanted = f"data.changed_sources=[{', '.join(found)}]"
-    if not found:
+    if set(named) == set(differences) or (not differences and past and set(named) == set(past[-1]["sources"])):
+        return differences
+    wanted = f"data.changed_sources=[{', '.join(differences)}]"
+    if not differences:
         before = f"; those of the last change were {', '.join(past[-1]['sources'])}" if past else ""
         raise DataError(
             f"data.changed_sources names {', '.join(sorted(named))}, and no source differs from the checkpoint",
             where="data.changed_sources",
             fix=f"take the names out{before}",
         )
-    idle = sorted(set(named) - set(found))
+    idle = sorted(set(named) - set(differences))
     raise DataError(
-        f"the data changed since the checkpoint: {', '.join(found)}"
+        f"the data changed since the checkpoint: {', '.join(differences)}"
         + (f"; data.changed_sources also names {', '.join(idle)}, unchanged" if idle else ""),
         where="data state, sources",
-        why="; ".join(f"{name}: {text}" for name, text in found.items()),
+        why="; ".join(f"{name}: {text}" for name, text in differences.items()),
         fix=f"restore the shards and settings of the run; or, where all of that is meant, set {wanted}",
     )
 
@@ -193,7 +193,7 @@ def accept_changes(
 def carry_over(
     stream: StreamState, changed: Collection[str], saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> StreamState:
-    """A stream's state under the present sources.
+    """Return a stream's state under the present sources.
 
     What did not change goes on exactly, and so does a source with other settings. Shards that changed, or are dealt to
     streams by another rule, are read from their beginning. The account of shares begins anew, or a new weight would be

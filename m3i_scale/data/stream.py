@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3i_scale.data.collate import Sample
-from m3i_scale.data.index import ShardIndex
+from m3i_scale.data.batch import Sample
 from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
-from m3i_scale.data.order import Place, StreamOrder, seed_of
+from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
 from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Url
 from m3i_scale.data.remote.faults import SHARD, BadShardError
 from m3i_scale.data.samples import open_image, read_annotations
+from m3i_scale.data.scan import ShardIndex
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
 
-_TOLD = ""
-"""The key of a sample whose shard stands there already."""
+_ALREADY_NOTED = ""
+"""The key of a sample whose shard is in the quarantine file already."""
 _SHARDS_NAMED = 4
 """An error names no more of the shards in question."""
 FRACTION_COUNTS_AFTER = 100
@@ -94,7 +94,7 @@ class Stream:
         self._max_bad_fraction = max_bad_fraction
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
-        """The next good sample. A bad one is noted in `quarantine` and replaced by the next of its source.
+        """Return the next good sample. A bad one is noted in `quarantine` and replaced by the next of its source.
 
         Raises:
             ExhaustedError: there is none.
@@ -117,28 +117,28 @@ class Stream:
         return sample
 
     def _next_of(self, source: StreamSource, quarantine: list[dict[str, Any]]) -> Sample | None:
-        """The next good sample of a source; None where it ends before one."""
+        """Return the next good sample of a source; None where it ends before one."""
         state = self.state.sources[source.name]
         in_a_row, shards = 0, dict[int, None]()
         while source.end is None or state.position < source.end:
-            place = source.order.locate(state.position)
+            ref = source.order.locate(state.position)
             state.position += 1
             try:
-                return self._read(source, place)
+                return self._read(source, ref)
             except BadSampleError as bad:
                 in_a_row += 1
-                shards[place.shard] = None
+                shards[ref.shard] = None
                 state.bad[bad.reason] = state.bad.get(bad.reason, 0) + 1
-                quarantine += [_note(source, place, bad)] if bad.key != _TOLD else []
+                quarantine += [_note(source, ref, bad)] if bad.key != _ALREADY_NOTED else []
                 self._give_up_if_hopeless(source, in_a_row, shards)
         return None
 
-    def _read(self, source: StreamSource, place: Place) -> Sample:
-        index = source.indices[place.shard]
-        members = self._members(source, place)
+    def _read(self, source: StreamSource, ref: SampleRef) -> Sample:
+        index = source.indices[ref.shard]
+        members = self._members(source, ref)
         key = str(members["__key__"])
         try:
-            identity = (self._seed, source.name, place.epoch, index.path.name, key)
+            identity = (self._seed, source.name, ref.epoch, index.path.name, key)
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
             annotations = read_annotations(
                 members,
@@ -155,20 +155,20 @@ class Stream:
         seed = seed_of("sample", *identity)
         return Sample(views, annotations.label, source.label_set, annotations.caption, seed, full_key)
 
-    def _members(self, source: StreamSource, place: Place) -> dict[str, bytes]:
-        """Of a sample, or a fault of it: those of a shard that was given up are all bad."""
-        index = source.indices[place.shard]
-        lost = self.state.sources[source.name].lost_shard(place.epoch, place.shard)
+    def _members(self, source: StreamSource, ref: SampleRef) -> dict[str, bytes]:
+        """Return the members of a sample; all samples of a shard that was given up are bad."""
+        index = source.indices[ref.shard]
+        lost = self.state.sources[source.name].lost_shard(ref.epoch, ref.shard)
         if lost is not None:
-            raise BadSampleError(SHARD + lost, key=_TOLD)
+            raise BadSampleError(SHARD + lost, key=_ALREADY_NOTED)
         if isinstance(index.path, Url):
             self._look_ahead(source)
         try:
-            return self._reader.members(index, place.sample)
+            return self._reader.members(index, ref.sample)
         except BadShardError as bad:
             if not self._keep_on:
                 raise
-            self.state.sources[source.name].lose_shard(place.epoch, place.shard, bad.reason)
+            self.state.sources[source.name].lose_shard(ref.epoch, ref.shard, bad.reason)
             raise BadSampleError(SHARD + bad.reason, bad.why or "", key=WHOLE_SHARD) from None
 
     def _look_ahead(self, source: StreamSource) -> None:
@@ -186,7 +186,7 @@ class Stream:
         )
 
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
-        """The loader judges the share of bad samples per batch; a stream without good samples never completes one."""
+        """Stop a stream without good samples: it completes no batch, by which the loader would judge it."""
         bad, read = single_faults(self.state.bad, self.state.read)
         too_many = sum(bad.values()) > self._max_bad_fraction * read
         # The last of one pass and the first of the next may be bad, and yet one in every pass be good.
@@ -212,7 +212,7 @@ class Account(NamedTuple):
 
 
 def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], int]:
-    """Bad samples by reason, and samples read, without those that were lost with a shard.
+    """Return bad samples by reason, and samples read, without those that were lost with a shard.
 
     A shard that is lost in a small window would be most of what has been read; its share counts of the whole pass.
     """
@@ -221,7 +221,7 @@ def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], in
 
 
 def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[str, StreamSource]]) -> int:
-    """Samples that are lost in this pass with their shards, over streams and sources."""
+    """Count the samples that are lost in this pass with their shards, over streams and sources."""
     return sum(
         source.order.samples_of(lost["epoch"], map(int, lost["shards"]))
         for number, plan in plans.items()
@@ -231,7 +231,7 @@ def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[
 
 
 def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int], where: str | None) -> DataError:
-    """The error that stops a run which is losing shards; `reasons` are those of this rank."""
+    """Return the error that stops a run which is losing shards; `reasons` are those of this rank."""
     table = "; ".join(f"{count} samples × {reason}" for reason, count in reasons.items() if reason.startswith(SHARD))
     return DataError(
         f"{lost} of {total} samples of a pass are lost with their shards, more than data.max_bad_fraction = {limit:g}",
@@ -242,12 +242,12 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
 
 
 def left_of(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
-    """Names of the sources that are not exhausted."""
+    """Return names of the sources that are not exhausted."""
     return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
 
 
 def standing_of(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
-    """Counts of one source over streams; see `TrainStream.standing`."""
+    """Return counts of one source over streams; see `TrainStream.standing`."""
     counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
     for source, stream in streams:
         state = stream.sources[name]
@@ -259,13 +259,13 @@ def standing_of(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) 
     return counts
 
 
-def _note(source: StreamSource, place: Place, bad: BadSampleError) -> dict[str, Any]:
-    index = source.indices[place.shard]
+def _note(source: StreamSource, ref: SampleRef, bad: BadSampleError) -> dict[str, Any]:
+    index = source.indices[ref.shard]
     return {
         "source": source.name,
         "url": str(index.path),
         "key": bad.key,
-        "offset": 0 if bad.key == WHOLE_SHARD else int(index.ranges_N2[place.sample, 0]),
+        "offset": 0 if bad.key == WHOLE_SHARD else int(index.ranges_N2[ref.sample, 0]),
         "reason": bad.reason,
         "detail": bad.detail,
     }

@@ -71,7 +71,7 @@ def _pieces(model: models.WordPiece) -> Tokenizer:
 
 
 def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
-    """The most frequent characters of the captions, as many as the trainer keeps."""
+    """Return the most frequent characters of the captions, as many as the trainer keeps."""
     counts: Counter[str] = Counter()
     for caption in captions:
         counts.update(tokenizer.normalizer.normalize_str(caption).replace(" ", ""))
@@ -81,7 +81,7 @@ def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
 def find_tokenizer(
     sources: dict[str, SourceConfig], configured: str | None, access: Access | None = None
 ) -> PreTrainedTokenizerBase:
-    """The configured tokenizer, or the one beside the shards of the first source that has one.
+    """Return the configured tokenizer, or the one beside the shards of the first source that has one.
 
     Args:
         sources: training sources; `tokenizer/` is looked for in the shard folder and in its parent.

@@ -66,7 +66,7 @@ class ViewMaker:
         self._augment = augment
 
     def __call__(self, image: Image.Image, seed: int) -> Views:
-        """Views of an opened image; the same for the same seed.
+        """Make views of an opened image; the same for the same seed.
 
         Raises:
             BadSampleError: the image does not decode.
@@ -138,14 +138,14 @@ class ViewMaker:
 
 
 def _decoded(image: Image.Image, shrink: int) -> Image.Image:
-    """RGB, at 1/shrink of the size where the format can."""
+    """Decode to RGB, at 1/shrink of the size where the format can."""
     with decoding():
         image.draft("RGB", (max(1, image.width // shrink), max(1, image.height // shrink)))
         return on_white(image)
 
 
 def _cut_out(pixels: Pixels, crop: Crop) -> Pixels:
-    """A crop of the size of the view, which is not resized."""
+    """Cut out a crop of the size of the view, which is not resized."""
     left = int(pixels.shape[1] - crop.left - crop.width if crop.flip else crop.left)
     top, height, width = int(crop.top), int(crop.height), int(crop.width)
     cut = pixels[top : top + height, left : left + width]
@@ -157,14 +157,14 @@ def _as_image(cut: Pixels | Image.Image) -> Image.Image:
 
 
 def per_view(values: Sequence[float], view: int) -> float:
-    """The view's value of a list whose last value serves all further views."""
+    """Return the view's value of a list whose last value serves all further views."""
     return values[min(view, len(values) - 1)]
 
 
 def random_crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a crop with a random share of the area and a random shape.
+    """Draw top, left, height, width of a crop with a random share of the area and a random shape.
 
     Where no draw fits the image, the largest centred crop of an allowed shape.
     """

@@ -29,26 +29,26 @@ class Activity:
         self._progress = RawValue("d", time.monotonic())
 
     def begin(self, place: object) -> None:
-        """The reader now reads a shard."""
+        """Note that the reader now reads a shard."""
         self._place.value = str(place).encode()[: _NAME_BYTES - 1]
         self._since.value = time.monotonic()
 
     def end(self) -> None:
-        """It has got what it read."""
+        """Note that it has got what it read."""
         self._place.value = b""
         self._progress.value = time.monotonic()
 
     def reset(self) -> None:
-        """Waiting starts now."""
+        """Note that waiting starts now."""
         self._progress.value = time.monotonic()
 
     @property
     def idle_s(self) -> float:
-        """Seconds since a sample has been read, or since waiting began."""
+        """Return the seconds since a sample has been read, or since waiting began."""
         return time.monotonic() - float(self._progress.value)
 
     def describe(self) -> str:
-        """The shard that is being read and for how long."""
+        """Tell which shard is being read and for how long."""
         place = self._place.value.decode(errors="replace")
         if not place:
             return "reading no shard: the sample before has not come through"
@@ -56,7 +56,7 @@ class Activity:
 
 
 def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: float) -> DataError:
-    """The error that stops a run which waits in vain."""
+    """Return the error that stops a run which waits in vain."""
     reader = f"the training process of rank {rank}" if worker is None else f"worker {worker} of rank {rank}"
     return DataError(
         f"no sample has arrived for {activity.idle_s:.0f} s, more than data.stall_timeout_s = {timeout_s:g}",
@@ -77,7 +77,7 @@ class InThread(Generic[Item]):
         threading.Thread(target=self._make, daemon=True, name="load").start()
 
     def next(self, timeout_s: float) -> Item:
-        """The next item.
+        """Return the next item.
 
         Raises:
             NotYetError: ask again.
@@ -115,7 +115,7 @@ class FromWorkers(Generic[Item]):
         self._items = items
 
     def next(self, timeout_s: float) -> Item:
-        """The next item; the time limit is that of the DataLoader.
+        """Return the next item; the time limit is that of the DataLoader.
 
         Raises:
             NotYetError: ask again.
@@ -128,11 +128,11 @@ class FromWorkers(Generic[Item]):
         raise NotYetError
 
     def close(self) -> None:
-        """Nothing: the workers end with their iterator."""
+        """Do nothing: the workers end with their iterator."""
 
 
 def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
-    """The next item, for as long as its reader gets on.
+    """Return the next item, for as long as its reader gets on.
 
     Raises:
         NotYetError: the reader has got nothing for `limit_s`.

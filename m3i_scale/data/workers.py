@@ -87,7 +87,7 @@ class DeathWatch:
         finally:
             _WAITING.remove(self)
 
-    def _look(self, told: str | None) -> None:
+    def _look(self, torchs: str | None) -> None:
         dead = [worker.exitcode for worker in self._workers if worker.exitcode]
         if not dead:
             return
@@ -95,7 +95,8 @@ class DeathWatch:
         raise LostWorkerError(
             f"a loader process has died ({end})",
             where=f"data.workers: {len(self._workers)}",
-            why="most often the machine had no memory left for it" + (f"; torch says: {told.strip()}" if told else ""),
+            why="most often the machine had no memory left for it"
+            + (f"; torch says: {torchs.strip()}" if torchs else ""),
             fix="lower data.workers, or give the job more memory; the run goes on from its last checkpoint",
         ) from None
 

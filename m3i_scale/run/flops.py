@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.backbones.flops import counter as flop_counter
 from m3i_scale.config import RunConfig
-from m3i_scale.data.batch import Batch
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.scale.activations import apply_activation_checkpointing, read_policy

@@ -13,9 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.config import RunConfig
-from m3i_scale.data.loader import PREFETCH_PARTS, find_tokenizer, read_label_sets
-from m3i_scale.data.shards import shard_folder
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.data.loader import PREFETCH_PARTS
+from m3i_scale.data.shards import read_label_sets, shard_folder
+from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe

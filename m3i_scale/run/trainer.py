@@ -13,7 +13,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.loader import TrainStream, merge_states
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
 from m3i_scale.launch.place import Place

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from m3i_scale.config import DataConfig, SourceConfig
-from m3i_scale.data.loader import TrainStream, read_label_sets
+from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.remote.access import check_access
+from m3i_scale.data.shards import read_label_sets
 
 
 def encode(seed=0, size=(20, 16), kind="PNG"):

@@ -16,14 +16,15 @@ from botocore.exceptions import ClientError
 
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.index import build_index
-from m3i_scale.data.loader import find_tokenizer, merge_states
 from m3i_scale.data.order import shard_order
 from m3i_scale.data.remote.access import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, Access
 from m3i_scale.data.remote.address import Url
 from m3i_scale.data.remote.faults import FaultError, to_fault
 from m3i_scale.data.remote.fetch import facts, fetch, read_file, read_range
 from m3i_scale.data.shards import expand_shards
+from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
+from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

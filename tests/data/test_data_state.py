@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from m3i_scale.config import AugmentConfig, SourceConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.fingerprint import _names, _patterns, changes, fingerprint, listing
-from m3i_scale.data.loader import merge_states
+from m3i_scale.data.state import merge_states
 from m3i_scale.errors import DataError
 
 STREAMS = 4

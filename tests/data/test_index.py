@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from m3i_scale.config import SourceConfig
-from m3i_scale.data.index import build_index, load_index, scan_shard
+from m3i_scale.data.index import build_index, load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
-from m3i_scale.data.scan import INDEX_FORMAT, parse_index, save_index
+from m3i_scale.data.scan import INDEX_FORMAT, parse_index, save_index, scan_shard
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.data.order import Place, StreamOrder, ends_of, permutation
+from m3i_scale.data.order import SampleRef, StreamOrder, ends_of, permutation
 from m3i_scale.errors import DataError
 
 sizes_of_shards = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -121,10 +121,10 @@ def test_the_order_never_changes_between_releases():
     assert permutation(8, 42).tolist() == [4, 1, 3, 6, 0, 7, 2, 5]
     order = orders_of([4, 3, 6, 1], 3, 2, seed=10)[1]
     assert [order.locate(position) for position in (0, 4, 5, 9)] == [
-        Place(0, 1, 2),
-        Place(0, 2, 1),
-        Place(1, 1, 2),
-        Place(2, 2, 0),
+        SampleRef(0, 1, 2),
+        SampleRef(0, 2, 1),
+        SampleRef(1, 1, 2),
+        SampleRef(2, 2, 0),
     ]
 
 

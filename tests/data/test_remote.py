@@ -14,11 +14,11 @@ from hub import REPO, hub
 
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.index import build_index
-from m3i_scale.data.loader import merge_states
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.remote.address import Url, to_place
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
+from m3i_scale.data.state import merge_states
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import without_secrets

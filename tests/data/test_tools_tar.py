@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from m3i_scale.data.index import scan_shard
+from m3i_scale.data.scan import scan_shard
 from m3i_scale.data.tar import MAX_NAME, key_at, printable, read_members, read_shard
 from m3i_scale.data.tools.repair import RepairTask, repair_shard
 

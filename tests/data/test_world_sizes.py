@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.loader import merge_states
+from m3i_scale.data.state import merge_states
 
 STREAMS, GLOBAL, STEPS = 12, 24, 12
 

@@ -8,7 +8,7 @@ import torch
 from tiny import LABEL_SETS, VOCABULARY, first_weights, tiny_run
 
 from m3i_scale.backbones.flops import count_flop
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.flops import step_flop
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from m3i_scale.backbones.flops import count_flop
-from m3i_scale.data.synthetic import synthetic_batch
+from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.run.planning import Model, Vocabulary
 from m3i_scale.scale.activations import apply_activation_checkpointing

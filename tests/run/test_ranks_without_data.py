@@ -13,8 +13,8 @@ import pytest
 from launch import Job
 from shapes import metrics, train, write_run
 
-from m3i_scale.data.index import scan_shard
 from m3i_scale.data.order import StreamOrder, ends_of, shard_order
+from m3i_scale.data.scan import scan_shard
 
 STREAMS, WORLD = 4, 2
 BAD_LABEL = b"99"

@@ -13,7 +13,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from m3i_scale.config import load_run
-from m3i_scale.data.loader import merge_states
+from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import supply

@@ -78,32 +78,22 @@ def to_place(text: str, where: str = "shards") -> Place:
     """
     if not is_remote(text):
         return Path(text.removeprefix("file://"))
-    fault = address_fault(text)
-    if fault is not None:
-        what, fix = fault
-        raise DataError(what, where=f"{where}: {without_secrets(text)}", fix=fix)
-    return Url(text)
-
-
-def address_fault(text: str) -> tuple[str, str] | None:
-    """Return what is wrong with an address, and how to mend it; None where nothing is."""
     scheme = text.partition(":")[0]
-    if scheme == "pipe":
-        nameless = ("the command names no .tar file", "pipe:COMMAND … NAME.tar; the name is that of the shard")
-        return None if _PIPED_SHARD.search(text) else nameless
-    faults = {
-        (f"shards cannot be read from '{scheme}:'", f"a path, or one of {', '.join(SCHEMES)}"): scheme not in SCHEMES,
-        ("not an address", f"{scheme}://…"): not text.startswith(f"{scheme}://"),
-        (
-            "the address holds a user name or a password, which the run file and checkpoints would keep",
-            "leave it to ~/.netrc, or to the environment",
-        ): _has_login(text) and scheme != "hf",
-        (
-            "the address holds a query, which the run file and checkpoints would keep with any signature in it",
-            "take the address without it; s3, gs and hf find their credentials in the environment",
-        ): "?" in text,
-    }
-    return next((fault for fault, holds in faults.items() if holds), None)
+    if scheme == "pipe" and not _PIPED_SHARD.search(text):
+        what, fix = "the command names no .tar file", "pipe:COMMAND … NAME.tar; the name is that of the shard"
+    elif scheme not in SCHEMES:
+        what, fix = f"shards cannot be read from '{scheme}:'", f"a path, or one of {', '.join(SCHEMES)}"
+    elif scheme != "pipe" and not text.startswith(f"{scheme}://"):
+        what, fix = "not an address", f"{scheme}://…"
+    elif scheme not in ("pipe", "hf") and _has_login(text):
+        what = "the address holds a user name or a password, which the run file and checkpoints would keep"
+        fix = "leave it to ~/.netrc, or to the environment"
+    elif scheme != "pipe" and "?" in text:
+        what = "the address holds a query, which the run file and checkpoints would keep with any signature in it"
+        fix = "take the address without it; s3, gs and hf find their credentials in the environment"
+    else:
+        return Url(text)
+    raise DataError(what, where=f"{where}: {without_secrets(text)}", fix=fix)
 
 
 def _has_login(text: str) -> bool:

@@ -141,7 +141,7 @@ def _answer(error: BaseException | None) -> tuple[int | None, Mapping[str, Any]]
             )
         else:
             holder = error if answer is None else answer  # aiohttp and gcsfs put it on the error itself
-            statuses = [getattr(holder, name, None) for name in ("status", "status_code", "code")]
+            statuses = (getattr(holder, name, None) for name in ("status", "status_code", "code"))
             status = next((value for value in statuses if isinstance(value, int)), None)
             headers = getattr(holder, "headers", None)
         if type(error) is OSError and str(error).startswith("Forbidden: "):  # all that gcsfs says of a 403

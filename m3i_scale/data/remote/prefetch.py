@@ -152,9 +152,9 @@ class RemoteShards:
             if not ahead_of_need:
                 raise
         with self._changed:
-            self._fetches[path] = future = Future()
+            self._fetches[path] = Future()
             self._changed.notify_all()
-        return future.result()
+        return self._fetches[path].result()
 
     def _let_go(self, path: Place) -> None:
         future = self._fetches.pop(path)
