@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
-from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
@@ -88,21 +88,26 @@ def export(
     parts = plan_parts(source, wanted, tokenizer)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
     tensors = saved_weights(source.checkpoint, weights)
+    origin = _origin(source)
     with _takes_name(target) as folder, _without_progress_bars():
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
         if also:
             proven["programs"] = {"onnx": write_onnx(folder, reference)}
-        facts = _provenance(source, folder, weights, dtype) | {
-            "task": wanted.task,
-            "format": wanted.format,
-            "label_set": wanted.label_set,
-            "request": _request(wanted, also),
-            "license": license_id,
-            "verified": proven,
-            "evaluation": evaluation,
-        }
+        facts = (
+            _provenance(source, folder, weights, dtype)
+            | origin
+            | {
+                "task": wanted.task,
+                "format": wanted.format,
+                "label_set": wanted.label_set,
+                "request": _request(wanted, also),
+                "license": license_id,
+                "verified": proven,
+                "evaluation": evaluation,
+            }
+        )
         facts = masked(facts)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "README.md").write_text(render_card(source, facts, config), encoding="utf-8")
@@ -151,7 +156,7 @@ def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[
     weights = options.get("weights", "student")
     evaluation, other_evaluation = evaluation_of(source, weights, options.get("evaluation_file"))
     same = {
-        "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
+        "checkpoint_manifest_sha256": _origin(source)["checkpoint_manifest_sha256"],
         "weights": weights,
         "dtype": options.get("dtype", "float32"),
         "license": options.get("license_id", "other"),
@@ -180,13 +185,26 @@ def _passed_over(source: Source) -> str | None:
     )
 
 
+def _origin(source: Source) -> dict[str, str]:
+    """Return what tells which checkpoint an export is of; read before the tensors are, since a run may remove it."""
+    try:
+        return {
+            "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
+            "config_sha256": hash_file(source.checkpoint / "run.yaml"),
+        }
+    except FileNotFoundError:
+        raise CheckpointError(
+            "the checkpoint is gone: a run or `checkpoint prune` has removed it meanwhile",
+            where=str(source.checkpoint),
+            fix="export again: the newest good one is taken",
+        ) from None
+
+
 def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) -> dict[str, Any]:
     return {
         "name": source.run.name,
         "m3i_scale": __version__,
         "checkpoint": source.checkpoint.name,
-        "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
-        "config_sha256": hash_file(source.checkpoint / "run.yaml"),
         "passed_over": [{"checkpoint": path.name, "reason": reason} for path, reason in source.passed_over],
         "step": source.step,
         "samples": source.step * source.run.optim.batch_size,
