@@ -28,6 +28,7 @@ from m3i_scale.cli import main
 from m3i_scale.config import RunConfig
 from m3i_scale.run import begin, trainer
 from m3i_scale.run.check import make_plan
+from m3i_scale.run.hooks import checkpointing
 from m3i_scale.scale.checkpoint import retention, saver, stream
 from m3i_scale.scale.checkpoint.layout import step_of
 from m3i_scale.scale.extensions import keep_to_environment
@@ -193,9 +194,9 @@ def _be_rank(job: Job, rank: int) -> None:
 
 def install(watch: _Watch) -> None:
     """Put the hooks round what this process will do."""
-    for module, name in ((begin, "find_resume"), (begin, "_lock"), (trainer, "load_checkpoint")):
+    for module, name in ((begin, "find_resume"), (begin, "_lock"), (checkpointing, "load_checkpoint")):
         setattr(module, name, _within(watch, "load", getattr(module, name)))
-    trainer.load_checkpoint = _note_load(watch, trainer.load_checkpoint)
+    checkpointing.load_checkpoint = _note_load(watch, checkpointing.load_checkpoint)
     saver.Saver.save = _within(watch, "open", saver.Saver.save)
     saver.Saver.finish = _within(watch, "commit", saver.Saver.finish)
     _write_in_halves(watch)

@@ -8,12 +8,12 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import load_run
 from m3i_scale.run.check import make_plan
+from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.collectives import free_port, start_ranks, stop_ranks
 
@@ -25,20 +25,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Measured(Trainer):
-    """The trainer, noting the peak after its start and after every step; it saves nothing."""
+class Peaks(Hook):
+    """Notes the peak after the start and after every step."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
         self.peaks = {"built": peak_bytes()}
 
-    def _train_step(self, batches: Any, logs: bool) -> bool:
-        asked = super()._train_step(batches, logs)
-        self.peaks[f"step_{self.step}"] = peak_bytes()
-        return asked
-
-    def save(self) -> None:
-        self.saves.step = self.step
+    def post_step(self) -> bool:
+        self.peaks[f"step_{self._state.step}"] = peak_bytes()
+        return True
 
 
 def train(rank: int, world: int, port: int, run_file: Path, out: Path) -> None:
@@ -49,9 +45,11 @@ def train(rank: int, world: int, port: int, run_file: Path, out: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = load_run(str(run_file))
-    trainer = Measured(make_plan(run, world), start_ranks(), [], None)
+    trainer = Trainer(make_plan(run, world), start_ranks(), [], None)
+    peaks = Peaks(trainer.state)
+    trainer.hooks = [*(hook for hook in trainer.hooks if hook is not trainer.checkpointing), peaks]  # nothing is saved
     trainer.fit()
-    out.with_suffix(f".{rank}.json").write_text(json.dumps(trainer.peaks))
+    out.with_suffix(f".{rank}.json").write_text(json.dumps(peaks.peaks))
     stop_ranks(wait=True)
     sys.stdout.flush()
     os._exit(0)  # nothing of the parent's is to be closed here

@@ -45,6 +45,7 @@ from m3i_scale.data.stream import Account
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.fetch import Fetcher
 from m3i_scale.run.phases import PHASES
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Trainer
@@ -142,6 +143,7 @@ def _plan(recipe: str, ds_file: str, sizes: dict[str, int], ranks: ProcessGroupR
         f"optim.batch_size={sizes['batch'] * ranks.world_size}",
         "optim.clip_grad_norm=0",
         "hardware.peak_tflops=1",  # nothing here is told as a share of it
+        "log.every_steps=1000000000",  # a logged step computes more
         f"output_dir={Path(folder)}",
     ]
     if recipe == "m3i":
@@ -254,8 +256,9 @@ def _bare_deepspeed(plan: Plan, ranks: ProcessGroupRanks) -> Step:
 def _ours(plan: Plan, ranks: ProcessGroupRanks) -> tuple[Step, Trainer]:
     stream: Any = Premade(_batches(plan, ranks.rank))
     trainer = Trainer(plan, ranks, [], None, stream)
-    batches = iter(stream)
-    return lambda: trainer._train_step(batches, False) and None, trainer
+    trainer.fetcher = Fetcher(iter(stream))
+    trainer.hooks.remove(trainer.checkpointing)
+    return trainer.train_step, trainer
 
 
 # ---------------------------------------------------------------- measured
@@ -299,7 +302,7 @@ def _phases(plans: dict[str, Plan], ranks: ProcessGroupRanks, rounds: int) -> di
         _round_s(step, rounds)
         found = trainer.phases.shares()
         shares[name] = {phase: found[phase] for phase in PHASES}
-        trainer.engine.destroy()
+        trainer.state.engine.destroy()
         del step, trainer
         gc.collect()
     return {"momentum_share": {name: found["momentum"] for name, found in shares.items()}, "phases": shares}

@@ -15,7 +15,7 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, Faults, UserError
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
-from m3i_scale.run.guard import check_guard
+from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import Plan, check_batch, resolve_engine
 from m3i_scale.run.source_checks import check_sources

@@ -96,18 +96,15 @@ class Meter:
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
-    def add_micro_batch(
-        self, loss: Tensor, figures: dict[str, Tensor], tokens: int, data_wait_s: float, caption_tokens: int = 0
-    ) -> None:
-        """After a forward pass; tokens are those that went through the backbone, caption tokens those of a row."""
+    def add_micro_batch(self, loss: Tensor, figures: dict[str, Tensor], tokens: int, caption_tokens: int = 0) -> None:
+        """Add a forward pass; tokens are those that went through the backbone, caption tokens those of a row."""
         self._figures += [("loss", loss.detach()), *figures.items()]
         self._tokens += tokens
-        self._data_wait_s += data_wait_s
         self._micro_batches += 1
         self._caption_tokens += caption_tokens
 
     def add_wait(self, data_wait_s: float) -> None:
-        """Time waited for data outside of micro-batches."""
+        """Add time that was waited for data."""
         self._data_wait_s += data_wait_s
 
     def add_gradients(self, scale: float) -> None:

@@ -248,7 +248,7 @@ def raise_together(fault: UserError | None) -> None:
         dist.all_gather_object(faults, fault)
     for rank, found in enumerate(faults):
         if found is not None:
-            raise found if len(faults) == 1 else found.on_rank(rank).raised_everywhere()
+            raise (found if len(faults) == 1 else found.on_rank(rank)).raised_everywhere()
 
 
 def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:

@@ -17,20 +17,23 @@ def together(work: Callable[[], Any]) -> Any:
         UserError: of the lowest rank that has one.
         Exception: a rank's own fault that is no message to users; on the other ranks, a UserError that names it.
     """
-    own: Exception | None = None
+    fault: UserError | None = None
+    crash: Exception | None = None
     result = None
     try:
         result = work()
+    except UserError as error:
+        fault = error
     except Exception as error:
-        own = error
-    told = own if own is None or isinstance(own, UserError) else UserError(f"{type(own).__name__}: {own}")
+        crash, fault = error, UserError(f"{type(error).__name__}: {error}")
     faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, told)
-    if own is not None and not isinstance(own, UserError):
-        raise own
-    first = next((fault for fault in faults if fault is not None), None)
+    dist.all_gather_object(faults, (fault, crash is not None))
+    if crash is not None:
+        raise crash
+    first = next((other for other, _ in faults if other is not None), None)
     if first is not None:
-        raise first.raised_everywhere()
+        crashed = any(crashes for _, crashes in faults)
+        raise first if crashed else first.raised_everywhere()  # a rank that crashed ends on its own
     return result
 
 

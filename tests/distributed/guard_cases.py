@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from m3i_scale.config import GuardConfig
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
-from m3i_scale.run.failure import MicroBatch, report_of
+from m3i_scale.run.failure import MicroBatch
 from m3i_scale.run.fetch import Fetcher
-from m3i_scale.run.guard import Guard, Outcome, Vote
+from m3i_scale.run.hooks.guard import Guard
+from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.setup import start_engine
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
@@ -107,41 +108,37 @@ class GuardCases(RankParts):
             MicroBatch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, [f"r{self.rank}m{number}"])
             for number, loss in enumerate(losses)
         ]
-        saves = SimpleNamespace(writing=False)
         judged: list[tuple[int, ...]] = []
         account = Account(6 * (self.rank + 1), self.rank, 100)
-        trainer = SimpleNamespace(
-            preemption=SimpleNamespace(requested=asked_here and last),
-            fetcher=Fetcher(iter(())),
-            saves=saves,
-            stream=SimpleNamespace(
-                account=account, stop_if_bad=lambda total, reasons, begun: judged.append(tuple(total))
-            ),
-            _ending_together=nullcontext,
-        )
+        stream = SimpleNamespace(account=account, stop_if_bad=lambda total, reasons, begun: judged.append(tuple(total)))
+        state = SimpleNamespace(micro_batches=seen, stream=stream, ranks=self.ranks, applied=True)
+
+        class Asked(Preemption):
+            def vote(self) -> bool:
+                return asked_here and last
+
+        trainer = SimpleNamespace(state=state, hooks=[Asked(state)], fetcher=Fetcher(iter(())))
         with (counter := Collectives()):
-            vote = Trainer._vote(trainer, seen)
+            Trainer._vote(trainer)
         return {
             "collectives": counter.seen,
-            "vote": (vote.loss, vote.finite, vote.asked),
+            "vote": (state.loss, state.finite, state.stopping),
             "judged": judged,
-            "guard": self._guard(vote, seen),
+            "guard": self._guard(state),
         }
 
-    def _guard(self, vote: Vote, seen: list[MicroBatch]) -> dict[str, Any]:
+    def _guard(self, state: Any) -> dict[str, Any]:
         told: list[dict[str, str]] = []
-        folder = Path(self.out / "guard")
-        guard = Guard(GuardConfig(max_skipped_in_a_row=2), folder, lambda step, fault: told.append(fault))
-        outcome = Outcome(
-            applied=vote.finite,
-            overflows=False,
-            grad_norm=lambda: float("inf"),
-            report=lambda: report_of(self.ranks.rank, seen, []),
-        )
+        run = SimpleNamespace(guard=GuardConfig(max_skipped_in_a_row=2), output_dir=Path(self.out / "guard"))
+        state.plan = SimpleNamespace(run=run)
+        state.callbacks = SimpleNamespace(on_warning=lambda step, fault: told.append(fault))
+        state.engine = SimpleNamespace(fp16_enabled=lambda: False, get_global_grad_norm=lambda: float("inf"))
+        state.applied = state.finite
+        guard = Guard(state, list)
         error = ""
-        for step in (7, 8):
+        for state.step in (7, 8):
             try:
-                guard.after_step(step, vote, outcome)
+                guard.post_step()
             except UserError as fault:
                 error = str(fault)
         return {"told": told, "error": error, "skipped": guard.skipped}

@@ -96,11 +96,11 @@ def at_a_step(fault: dict[str, Any]) -> None:
     next_batch, forward, on_step = Trainer._next_batch, Objective.forward, MetricsWriter.on_step
     begun = TrainStream.__iter__
 
-    def fetched(trainer: Trainer, batches: Any) -> Any:
-        at["step"] = trainer.step + 1
+    def fetched(trainer: Trainer) -> Any:
+        at["step"] = trainer.state.step + 1
         if (fault["what"], at["step"]) == ("data", fault["step"]):
             trainer.fetcher._fault = DataError("a shard is gone")
-        return next_batch(trainer, batches)
+        return next_batch(trainer)
 
     def streamed(stream: TrainStream) -> Any:
         """With `epochs`, the batches of a step are asked for before it begins."""

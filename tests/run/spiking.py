@@ -24,9 +24,9 @@ def install(faults: list[tuple[int, int, float | str]]) -> None:
     at = {"batch": 0}
     next_batch, forward = Trainer._next_batch, Objective.forward
 
-    def counted(trainer: Trainer, batches: Any) -> Any:
-        found = next_batch(trainer, batches)
-        served = sum(counts["served"] for counts in trainer.stream.standing().values())
+    def counted(trainer: Trainer) -> Any:
+        found = next_batch(trainer)
+        served = sum(counts["served"] for counts in trainer.state.stream.standing().values())
         at["batch"] = round(served / trainer.run.optim.micro_batch_size)
         return found
 

@@ -89,7 +89,7 @@ def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, Fa
         loss, figures = objective(batch)
         loss.backward()
         optimizer.step()
-        meter.add_micro_batch(loss, figures, 1, 0.0)
+        meter.add_micro_batch(loss, figures, 1)
         meter.add_gradients(1.0)
         meter.end_step()
         if objective.measure_health:

@@ -14,7 +14,7 @@ def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> No
     objective = SimpleNamespace(recipe=SimpleNamespace(targets=[SimpleNamespace(name="text")]))
     meter = Meter(objective, 10, 4)
     for norm, applied in ((8.0, True), (float("inf"), False), (16.0, True)):
-        meter.add_micro_batch(torch.tensor(2.0 if applied else 5.0), {}, 3, 0.0)
+        meter.add_micro_batch(torch.tensor(2.0 if applied else 5.0), {}, 3)
         objective.squared_grad_norms = {"text": [torch.tensor(norm**2)]}
         meter.add_gradients(4.0)
         meter.end_step(applied=applied)
@@ -33,7 +33,7 @@ def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> No
 def test_runs_without_fp16_say_nothing_of_a_loss_scale() -> None:
     objective = SimpleNamespace(recipe=SimpleNamespace(targets=[]))
     meter = Meter(objective, 10, 4)
-    meter.add_micro_batch(torch.tensor(2.0), {}, 3, 0.0)
+    meter.add_micro_batch(torch.tensor(2.0), {}, 3)
     meter.end_step()
     record = meter.record(step=1, lr=0.1, grad_norm=1.0, momentum=None, quarantined=0, world_size=1)
     assert not {"loss_scale", "skipped_steps"} & record.scalars().keys()
@@ -44,7 +44,7 @@ def test_losses_that_are_not_finite_are_left_out_unless_there_are_no_others() ->
     meter = Meter(objective, 10, 4)
 
     def step(loss: float, *, finite: bool) -> None:
-        meter.add_micro_batch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, 3, 0.0)
+        meter.add_micro_batch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, 3)
         meter.end_step(applied=finite, finite=finite)
 
     def record(step: int) -> tuple[float, float]:

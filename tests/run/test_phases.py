@@ -10,8 +10,8 @@ import pytest
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.launch.place import Place
 from m3i_scale.run import phases as module
-from m3i_scale.run.patience import Patience
 from m3i_scale.run.phases import PHASES, Phases
+from m3i_scale.run.timeouts import Timeouts
 
 
 class Device:
@@ -110,17 +110,17 @@ def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
 def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
     phases, place = Phases(), Place(None)
     phases.tell = place.at
-    patience = Patience(TimeoutsConfig(), phases, place)
+    timeouts = Timeouts(TimeoutsConfig(), phases, place)
     for _ in range(2):
         with pytest.raises(ValueError, match="of the engine"), phases.span("backward"), phases.span("reduce"):
             raise ValueError("of the engine")
         assert place.phase == "reduce"
-        with patience.long("save"):
+        with timeouts.outside_of_steps("save"):
             assert place.phase == "save"
             with phases.span("forward"):  # that of stored samples is no part of a step
                 assert place.phase == "save"
         assert place.phase == "reduce"  # as before: all ranks may save what is on its way before they end
-    with pytest.raises(ValueError, match="of the disk"), patience.long("save"):
+    with pytest.raises(ValueError, match="of the disk"), timeouts.outside_of_steps("save"):
         raise ValueError("of the disk")
     assert place.phase == "save"
     with phases.span("fetch"):

@@ -14,8 +14,8 @@ from tiny import RECIPES, random_batch, tiny_objective
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.retention import check_retention, evaluated_figures, evaluations, rules_of
-from m3i_scale.run.saves import Saves
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, temporary_for
 from m3i_scale.scale.checkpoint.retention import Best, Rules
@@ -86,12 +86,13 @@ def test_rules_of_a_run_file_and_figures_where_they_are_asked_for(tmp_path: Path
 def test_a_limit_below_one_checkpoint_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
     run = load_run("m3i", [f"output_dir={tmp_path}", "checkpoint.max_gib=1e-9"])
-    saves = Saves(SimpleNamespace(run=run), SimpleNamespace(rank=0), None, None, told.append)
+    state = SimpleNamespace(plan=SimpleNamespace(run=run), engine=None, momentum=None, tell=told.append)
+    checkpointing = Checkpointing(state, None, None, None)
     for step in (1, 2):
         final = tmp_path / "checkpoints" / step_name(step)
         (begin(final) / "meta.json").write_text("{}")
         commit(final, temporary_for(final), {})
-        saves._drop_older(final)
+        checkpointing._drop_older(final)
     assert checkpoints(tmp_path / "checkpoints") == [final]
     assert len(told) == 1
     assert "checkpoint.max_gib" in told[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from m3i_scale.config import OptimConfig
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.encoders import MomentumSpec
-from m3i_scale.run.preemption import Preemption
+from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.schedule import learning_rate, momentum_at
 
 
@@ -46,12 +47,12 @@ def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
 @pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
 def test_a_signal_is_remembered(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in PREEMPTION_SIGNALS]
-    preemption = Preemption()
+    preemption = Preemption(SimpleNamespace())
     try:
         preemption.install()
-        assert not preemption.requested
+        assert not preemption.vote()
         os.kill(os.getpid(), number)
-        assert preemption.requested
+        assert preemption.vote()
     finally:
         for each, handler in zip(PREEMPTION_SIGNALS, before, strict=True):
             signal.signal(each, handler)

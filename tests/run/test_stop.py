@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.launch.lock import launch_lock
-from m3i_scale.run.preemption import Preemption
+from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.stop import stop
 from m3i_scale.scale.output_dir import lock_directory
 
@@ -46,17 +47,17 @@ def test_where_nothing_runs_that_is_told(tmp_path: Path) -> None:
 
 def test_a_run_hears_of_its_own_request_and_of_no_other(tmp_path: Path) -> None:
     with lock_directory(tmp_path, trains=True):
-        rank_0, other = Preemption(tmp_path), Preemption()
+        rank_0, other = Preemption(SimpleNamespace(), tmp_path), Preemption(SimpleNamespace())
         request = tmp_path / ".stop-request.json"
         request.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))  # to the run that was here before
-        assert not rank_0.requested
+        assert not rank_0.vote()
         assert asked(str(tmp_path))["status"] == "asked"
-        assert rank_0.requested
-        assert not other.requested
+        assert rank_0.vote()
+        assert not other.vote()
     assert asked(str(tmp_path))["status"] == "idle"
     (tmp_path / ".lock-holder.json").write_text("{}")
     with lock_directory(tmp_path, trains=True):
-        assert not Preemption(tmp_path).requested
+        assert not Preemption(SimpleNamespace(), tmp_path).vote()
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,9 @@ def test_how_the_run_has_left_is_told_whether_it_saved_since_or_not(
 
     def run() -> None:
         with lock_directory(tmp_path, trains=True):
-            asked_to_stop = Preemption(tmp_path)
+            asked_to_stop = Preemption(SimpleNamespace(), tmp_path)
             begun.set()
-            while not asked_to_stop.requested:
+            while not asked_to_stop.vote():
                 time.sleep(0.01)
             (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "end", "step": 8, "status": left}) + "\n")
 

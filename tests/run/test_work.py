@@ -31,7 +31,7 @@ def test_only_a_run_of_more_than_a_day_is_told_how_long_it_takes():
 def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
     meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(2.0, "given")))
     for tokens in (8, 24):
-        meter.add_micro_batch(torch.tensor(1.0), {}, 1, 0.0, tokens)
+        meter.add_micro_batch(torch.tensor(1.0), {}, 1, tokens)
     meter.end_step()
     told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=world_size)
     assert told.flop_per_s == pytest.approx(8e9 / told.step_s)
@@ -41,7 +41,7 @@ def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
 
 def test_without_a_count_there_is_no_mfu():
     meter = Meter(tiny_objective("supervised"), 10, 8)
-    meter.add_micro_batch(torch.tensor(1.0), {}, 1, 0.0)
+    meter.add_micro_batch(torch.tensor(1.0), {}, 1)
     meter.end_step()
     told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=1)
     assert told.flop_per_s is None

@@ -11,25 +11,30 @@ from pathlib import Path
 from types import FrameType
 
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
+from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.scale.output_dir import stop_requested
 
 
-class Preemption:
-    """Remembers that a signal arrived. The training loop asks between steps, and all ranks agree before they act.
+class Preemption(Hook):
+    """Remembers that a signal arrived. All ranks vote on it before they stop, after the same step.
 
     Args:
+        state: of the loop.
         output_dir: where requests to stop are looked for; None on ranks that do not.
     """
 
-    def __init__(self, output_dir: Path | None = None) -> None:
-        self._output_dir = output_dir
+    def __init__(self, state: TrainState, output_dir: Path | None = None) -> None:
+        self._state, self._output_dir = state, output_dir
         self._signalled = False
         self._interrupted = False
 
-    @property
-    def requested(self) -> bool:
-        """Return whether this rank has been asked."""
+    def vote(self) -> bool:
+        """Return whether this rank has been asked to stop."""
         return self._signalled or (self._output_dir is not None and stop_requested(self._output_dir))
+
+    def pre_optimizer_step(self, voted: bool) -> None:
+        """Stop after the step where any rank has been asked."""
+        self._state.stopping = voted
 
     def install(self) -> None:
         """Take over the signals of this process; the main thread must call it."""

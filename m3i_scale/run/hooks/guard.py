@@ -9,43 +9,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import GuardConfig, RunConfig
+from torch import Tensor
+
+from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.run.callbacks.base import Rewind, StepRecord
-from m3i_scale.run.failure import BadStep, RankReport, gather_reports, write_failure
+from m3i_scale.run.failure import BadStep, gather_reports, report_of, write_failure
+from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
 
 RECORDS = 20
 """How many of the last records go into the file about a failure."""
-
-
-@dataclass(frozen=True)
-class Vote:
-    """What all ranks know about a step before the optimizer has it."""
-
-    loss: float
-    """Mean over the ranks and micro-batches."""
-    finite: bool
-    """Every loss of every rank is."""
-    asked: bool
-    """Some rank was asked to stop."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the engine made of a step."""
-
-    applied: bool
-    overflows: bool
-    """The run computes in fp16, where the loss scale answers for gradients that are not finite."""
-    grad_norm: Callable[[], float]
-    """Asked for after a bad step only: it waits for the device."""
-    report: Callable[[], RankReport]
-    """As `grad_norm`."""
 
 
 class RunEndedError(UserError):
@@ -54,55 +30,56 @@ class RunEndedError(UserError):
     everywhere = True
 
 
-Warn = Callable[[int, dict[str, str]], None]
-
-
-class Guard:
-    """Of one run, with the same values on every rank.
+class Guard(Hook):
+    """Judges every step once it is over. Nothing is exchanged unless it is bad.
 
     Args:
-        config: the section `guard` of the run file.
-        output_dir: of the run.
-        warn: the callbacks' `on_warning`.
+        state: of the loop.
+        gradients: gives names and norms of this step's gradients at the encoder output, on this rank.
     """
 
-    def __init__(self, config: GuardConfig, output_dir: Path, warn: Warn) -> None:
-        self._config, self._output_dir, self._warn = config, output_dir, warn
+    def __init__(self, state: TrainState, gradients: Callable[[], list[tuple[str, Tensor]]]) -> None:
+        run = state.plan.run
+        self._state, self._gradients = state, gradients
+        self._config, self._output_dir = run.guard, run.output_dir
+        self.spike: Spike | None = None
+        """That this step has confirmed."""
         self.skipped = 0
         """Steps left out so far, those of undone steps not counted."""
         self._in_a_row = 0
-        self._bad: deque[BadStep] = deque(maxlen=config.max_skipped_in_a_row)
+        self._bad: deque[BadStep] = deque(maxlen=self._config.max_skipped_in_a_row)
         self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
-        self._spikes = SpikeWatch(config.spike) if config.spike is not None else None
+        self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
-    def after_step(self, step: int, vote: Vote, outcome: Outcome) -> Spike | None:
-        """Judge a step that is over; every rank calls it. Nothing is exchanged unless the step is bad.
-
-        Returns:
-            A loss spike that has just been confirmed.
+    def post_step(self) -> bool:
+        """Judge the step.
 
         Raises:
             UserError: the run must not go on; names the file that tells more.
         """
-        spike = self._spikes.add(step, vote.loss if vote.finite else math.nan) if self._spikes is not None else None
-        what = None if vote.finite else "loss"
-        if what is None and not outcome.applied and not outcome.overflows:
-            what = "gradient"
+        state = self._state
+        if self._spikes is not None:
+            self.spike = self._spikes.add(state.step, state.loss if state.finite else math.nan)
+        what = None if state.finite else "loss"
+        if what is None and not state.applied and not state.engine.fp16_enabled():
+            what = "gradient"  # in fp16 the loss scale answers for it
         if what is None:
             self._in_a_row = 0
         else:
-            self._leave_out(step, what, outcome, spiked=spike is not None)
-        return spike
+            self._leave_out(state.step, what)
+        return True
 
-    def _leave_out(self, step: int, what: str, outcome: Outcome, *, spiked: bool) -> None:
-        bad = BadStep(step, what, outcome.grad_norm(), gather_reports(outcome.report()))
+    def _leave_out(self, step: int, what: str) -> None:
+        state = self._state  # what is asked of the engine now waits for the device
+        report = report_of(state.ranks.rank, state.micro_batches, self._gradients())
+        bad = BadStep(step, what, float(state.engine.get_global_grad_norm()), gather_reports(report))
         self._bad.append(bad)
         self._in_a_row += 1
-        if outcome.applied:
+        if state.applied:
             raise self.ended(step, f"the loss is not finite at step {step}, and the optimizer has taken the step", bad)
         if self._config.nonfinite == "stop":
             raise self.ended(step, f"the {what} is not finite at step {step}", bad)
-        if self._in_a_row >= self._config.max_skipped_in_a_row and not spiked:
+        if self._in_a_row >= self._config.max_skipped_in_a_row and self.spike is None:
             raise self.ended(
                 step, f"the {what} is not finite at step {step}, as {self._in_a_row} times in a row now", bad
             )
@@ -113,7 +90,7 @@ class Guard:
             "why": f"{bad.where}; {bad.samples}",
             "fix": f"nothing yet: the run ends after {self._config.max_skipped_in_a_row} such steps in a row",
         }
-        self._warn(step, fault)
+        state.callbacks.on_warning(step, fault)
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
         """The error to end with, on every rank, once the file about it is written."""
@@ -134,7 +111,7 @@ class Guard:
             "why": str(spike),
             "fix": "checkpoint.every_steps smaller, a lower optim.lr",
         }
-        self._warn(spike.step, fault)
+        self._state.callbacks.on_warning(spike.step, fault)
 
     def told(self, rewind: Rewind) -> None:
         """Say that the run went back."""
@@ -144,7 +121,7 @@ class Guard:
             "why": str(rewind),
             "fix": f"nothing yet: the run ends at the next spike after {rewind.most} rewinds; a lower optim.lr",
         }
-        self._warn(rewind.rewound_to, fault)
+        self._state.callbacks.on_warning(rewind.rewound_to, fault)
 
     def remember(self, record: StepRecord) -> None:
         """Keep a record for the file about a failure."""

@@ -1,4 +1,4 @@
-"""How long ranks wait for each other: long at the start and round checkpoints, short inside of steps."""
+"""How long ranks wait for each other: long at the start and round checkpoints, short within steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LONG_STEPS = 2
 """The first steps also allocate, and compile where the run file says so."""
 
 
-class Patience:
-    """The time-out of collectives, as the loop goes on. Every rank does the same with it.
+class Timeouts:
+    """Sets the time-out of collectives as the loop goes on. Every rank does the same with it.
 
     Args:
         timeouts: of the run file.
@@ -28,14 +28,14 @@ class Patience:
         self._steps = 0
 
     def end_step(self) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self._steps += 1
         if self._steps == _LONG_STEPS:
             set_timeout(self._timeouts.step_s)
 
     @contextlib.contextmanager
-    def long(self, name: str) -> Iterator[None]:
-        """Work outside of steps, which may be one rank's alone while the others wait: saving, evaluating, going back.
+    def outside_of_steps(self, name: str) -> Iterator[None]:
+        """Give the time of a start to work that may be one rank's alone while the others wait, as saving is.
 
         Args:
             name: where this rank is meanwhile. After an error it stays there: last words say so.

@@ -1,0 +1,163 @@
+"""Saving checkpoints when they are due, and going on from one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.state import merge_states
+from m3i_scale.errors import CheckpointError
+from m3i_scale.run.failure import MicroBatch
+from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks.guard import Guard
+from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
+from m3i_scale.run.retention import evaluations, rules_of
+from m3i_scale.run.rewind import Rewinds
+from m3i_scale.run.setup import meta_of, run_yaml
+from m3i_scale.scale.checkpoint.layout import read_meta, step_name
+from m3i_scale.scale.checkpoint.load import load_checkpoint
+from m3i_scale.scale.checkpoint.retention import prune
+from m3i_scale.scale.checkpoint.saver import Saver
+from m3i_scale.scale.deepspeed.rules import precision
+from m3i_scale.scale.together import together
+
+
+class Checkpointing(Hook):
+    """Saves the checkpoints of one run, commits them, and drops what retention no longer keeps.
+
+    Args:
+        state: of the loop.
+        resume_from: the checkpoint that the run goes on from; None from step 0.
+        guard: whose history a checkpoint keeps.
+        rewinds: of the run so far.
+    """
+
+    def __init__(self, state: TrainState, resume_from: Path | None, guard: Guard, rewinds: Rewinds) -> None:
+        self._state, self._config, self._guard, self._rewinds = state, state.plan.run.checkpoint, guard, rewinds
+        self._root = state.plan.run.output_dir / "checkpoints"
+        self._saver = Saver(state.engine, state.momentum, self._config.background, self._drop_older)
+        self._limit_told = False
+        self._step = -1
+        """That of the last save, or of the checkpoint that was loaded."""
+        self._loaded = resume_from
+        self._probe: Batch | None = None
+        """Two samples, whose loss a resume computes again."""
+        self._others_write = False
+        """Whether any rank was still writing when all were last asked."""
+
+    # -------------------------------------------------------------------- going on from a checkpoint
+
+    def resume(self) -> None:
+        """Load the checkpoint that the run goes on from, if there is one: weights, data, and what the guard knew."""
+        if self._loaded is None:
+            return
+        checkpoint, state = self._loaded, self._state
+        data_states = load_checkpoint(checkpoint, state.engine, state.momentum)
+        meta = together(lambda: read_meta(checkpoint))
+        probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.plan.deepspeed.config))
+        if self._config.probe:
+            self._probe = probe
+        data_states = together(lambda: self._rewinds.data_states(checkpoint)) or data_states
+        changed = state.stream.load_state_dict(merge_states(data_states), state.plan.run.data.changed_sources)
+        for name, text in changed.items():
+            state.tell(f"source {name}: {text}")
+        self._take_over(meta)
+
+    def go_back(self, checkpoint: Path) -> None:
+        """Load an earlier checkpoint of the run, while the data stay where they are."""
+        self._loaded = checkpoint
+        load_checkpoint(checkpoint, self._state.engine, self._state.momentum)
+        self._take_over(together(lambda: read_meta(checkpoint)))
+
+    def _take_over(self, meta: dict[str, Any]) -> None:
+        self._state.step = self._step = int(meta["step"])
+        self._guard.load(meta.get("guard"))
+
+    # -------------------------------------------------------------------- saving
+
+    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatch) -> None:
+        """Take the stored samples from the first batch, where they are wanted."""
+        if self._probe is None and self._config.probe:
+            self._probe = probe_of(batch)
+
+    def vote(self) -> bool:
+        """Return whether this rank's thread is still writing."""
+        return self._saver.writing
+
+    def pre_optimizer_step(self, voted: bool) -> None:
+        """Hear whether any rank is still writing."""
+        self._others_write = voted
+
+    def post_step(self) -> bool:
+        """Save where that is due; else commit a save that no rank is writing any more."""
+        state = self._state
+        last = state.step == state.plan.run.optim.steps
+        due = state.stopping or last or state.step % self._config.every_steps == 0
+        if due or (self._saver.pending and not self._others_write):
+            with state.timeouts.outside_of_steps("save"):
+                if due:
+                    self.save()
+                else:
+                    self._saver.finish()
+        return True
+
+    def on_finish(self) -> None:
+        """Save the last step, and wait for everything that is on its way."""
+        with self._state.timeouts.outside_of_steps("save"):
+            if self._step != self._state.step:
+                self.save()
+            self.close()
+
+    def on_error(self) -> None:
+        """Commit a save that is on its way before all ranks end together; why they end is the error to report."""
+        with self._state.timeouts.outside_of_steps("save"):
+            try:
+                self.close()
+            except CheckpointError as fault:
+                self._state.tell(str(fault))
+
+    def close(self) -> None:
+        """Commit what is on its way, and wait for what follows a commit."""
+        self._saver.close()
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step, or begin to; what retention no longer keeps is dropped after the commit.
+        Nothing where nothing was trained since the checkpoint that was loaded."""
+        state, probe = self._state, self._probe
+        final = self._root / step_name(state.step)
+        if self._loaded == final:
+            return
+        meta: dict[str, Any] = {}
+        if state.ranks.rank == 0:  # who writes it
+            meta = meta_of(state.plan, step=state.step, world_size=state.ranks.world_size)
+            meta |= {"guard": self._guard.state(), "rewinds": len(self._rewinds)}
+        if probe is not None:
+            meta["probe_loss"] = self._probe_loss(probe)
+        self._saver.save(
+            final,
+            data_state=state.stream.state_dict(),
+            meta=meta,
+            run_yaml=run_yaml(state.plan.run),
+            more=lambda folder: write_probe(folder, probe) if probe is not None else None,
+        )
+        self._step = state.step
+
+    def _probe_loss(self, probe: Batch) -> float | None:
+        loss = probe_loss(self._state.engine, probe)
+        if math.isfinite(loss):
+            return loss
+        self._state.tell(
+            f"the loss of {len(probe)} stored samples alone is {loss}: a resume compares norms of tensors only"
+        )
+        return None
+
+    def _drop_older(self, committed: Path) -> None:
+        """Remove what no rule keeps. Rank 0 alone, on any thread."""
+        output_dir = self._state.plan.run.output_dir
+        metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
+        pruned = prune(committed.parent, rules_of(self._config), metrics, committed=committed)
+        if pruned.over_limit and not self._limit_told:
+            self._limit_told = True
+            self._state.tell("checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept")

@@ -1,0 +1,59 @@
+"""Losses on the validation sources, every so many steps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import torch
+
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.run.fetch import Fetcher
+from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.probe import evaluating
+from m3i_scale.run.supply import account_of_all, stop_if_bad
+from m3i_scale.scale.collectives import mean_over_ranks
+
+
+class Evaluation(Hook):
+    """Evaluates the student as it is in training.
+
+    Args:
+        state: of the loop.
+        stream: of the validation sources.
+        device: of this rank.
+    """
+
+    def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
+        self._state, self._stream, self._device = state, stream, device
+        self._start = stream.state_dict()
+
+    def post_step(self) -> bool:
+        """Evaluate where that is due."""
+        state, every = self._state, self._state.plan.run.evaluation.every_steps
+        if every and state.step % every == 0:
+            with state.timeouts.outside_of_steps("evaluate"):
+                state.callbacks.on_evaluation(state.step, self.evaluate())
+        return True
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return losses and nats, of the same micro-batches without augmentation every time; every rank calls it.
+
+        Raises:
+            DataError: the data of some rank failed, or too much of them is bad; on all ranks.
+        """
+        self._stream.load_state_dict(self._start)
+        engine, count = self._state.engine, self._state.plan.run.evaluation.batches
+        totals: dict[str, float] = {}
+        with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
+            batches = Fetcher(stream)
+            for batch in itertools.islice(batches, count):
+                loss, figures = engine(batch.to(self._device))
+                for name, value in {"loss": loss, **figures}.items():
+                    if name.endswith("/weight"):  # as in the training records
+                        continue
+                    totals[name] = totals.get(name, 0.0) + float(value) / count
+        batches.raise_together()
+        stop_if_bad(self._stream, account_of_all(self._stream))  # a rank by itself is sure of the worst only
+        return mean_over_ranks(totals)

@@ -1,0 +1,87 @@
+"""The figures of a run: gathered in every step, reduced over the ranks and told when a step is logged."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.run.diagnosis import Diagnosis
+from m3i_scale.run.failure import MicroBatch
+from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks.guard import Guard
+from m3i_scale.run.meter import Meter
+from m3i_scale.run.supply import Shares
+from m3i_scale.scale.loss_scale import loss_scale
+
+
+class Metrics(Hook):
+    """Tells the callbacks of rank 0 the record of a logged step, and what it warns of.
+
+    Args:
+        state: of the loop.
+        meter: of this rank.
+        guard: keeps the last records for its file about a failure.
+    """
+
+    def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
+        self._state, self._meter, self._guard = state, meter, guard
+        self._shares = Shares(state.stream)
+        self._diagnosis = Diagnosis()
+
+    def on_start(self) -> None:
+        """Count shares of sources from where the data stand."""
+        self._shares.start()
+
+    def on_rewind(self) -> None:
+        """Forget what was seen since."""
+        self._meter.reset()
+        self._shares.start()
+        self._diagnosis = Diagnosis()
+
+    def pre_step(self) -> None:
+        """Have the module measure health in steps that are logged."""
+        self._state.engine.module.measure_health = self._state.logged
+
+    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatch) -> None:
+        """Add the figures, which stay on the device."""
+        module = self._state.engine.module
+        self._meter.add_micro_batch(
+            micro_batch.loss, micro_batch.figures, module.token_count, batch.text_ids_BT.shape[1]
+        )
+        self._meter.add_gradients(gradient_scale(self._state))
+
+    def post_step(self) -> bool:
+        """Write the record where the step is logged."""
+        state = self._state
+        self._meter.end_step(applied=state.applied, finite=state.finite)
+        if state.logged:
+            self._record()
+        else:
+            state.callbacks.on_progress(state.step)
+        return True
+
+    def _record(self) -> None:
+        state = self._state
+        scale = loss_scale(state.engine)
+        record = self._meter.record(
+            step=state.step,
+            lr=state.lr,
+            grad_norm=state.engine.get_global_grad_norm() if state.applied else None,
+            momentum=state.averaging,
+            quarantined=sum(state.stream.quarantined.values()),
+            quarantined_samples=sum(state.stream.quarantined_samples.values()),
+            world_size=state.ranks.world_size,
+            loss_scale=scale,
+            skipped_steps=None if scale is None else int(state.engine.skipped_steps),
+            skipped_nonfinite=self._guard.skipped,
+            sources=self._shares.record(),
+        )
+        self._guard.remember(record)
+        state.callbacks.on_step(record)
+        for fault in self._diagnosis.check(record):
+            state.callbacks.on_warning(state.step, asdict(fault))
+
+
+def gradient_scale(state: TrainState) -> float:
+    """Return how much larger than the true gradient the backward pass computes it (fp16 loss scale, accumulation)."""
+    return (loss_scale(state.engine) or 1.0) / state.plan.accumulation
