@@ -23,11 +23,12 @@ from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.probe import probe_loss, probe_of
 from m3i_scale.run.setup import Plan, start_engine
+from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.collectives import max_over_ranks, start_ranks, stop_ranks
 from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.scale.loss_scale import take_step
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 MIB = 2**20
 MICRO_BATCH = 2

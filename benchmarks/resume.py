@@ -26,7 +26,7 @@ from _shards import make_shards
 from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.checkpoint.manifest import newest_good
 from m3i_scale.scale.checkpoint.weights import load_weights
-from m3i_scale.scale.collectives import free_port
+from m3i_scale.scale.process_group import free_port
 
 STEPS = 24
 RUN = f"""

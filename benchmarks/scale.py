@@ -49,11 +49,13 @@ from m3i_scale.run.fetch import Fetcher
 from m3i_scale.run.phases import PHASES
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale.collectives import ProcessGroupRanks, max_over_ranks, start_ranks, stop_ranks
+from m3i_scale.scale.agree import max_over_ranks
+from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.partition import construct, initialize_sharded
 from m3i_scale.scale.peak import compute_dtype
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 VOCABULARY, CAPTION = 30522, 32
 LABEL_SETS = {"classes": [str(number) for number in range(1000)]}

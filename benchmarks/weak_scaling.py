@@ -38,9 +38,9 @@ from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import UserError
 from m3i_scale.run.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.scale.collectives import free_port
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.deepspeed.rules import precision
+from m3i_scale.scale.process_group import free_port
 
 ENGINES = ("zero1_cpu_fp32", "zero3_cpu_fp32")
 RATES = {"1 Gbit/s": {"gbit_s": 1.0}, "10 Gbit/s": {"gbit_s": 10.0}}

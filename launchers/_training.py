@@ -19,7 +19,7 @@ import psutil
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 from m3i_scale.scale.checkpoint.layout import MANIFEST, read_meta
-from m3i_scale.scale.collectives import free_port
+from m3i_scale.scale.process_group import free_port
 
 POLL_S = 0.05
 

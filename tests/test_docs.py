@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 
 from m3i_scale.config import load_run
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.scale.collectives import free_port
+from m3i_scale.scale.process_group import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,11 +12,11 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.launch.place import Place
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.check import make_plan
-from m3i_scale.run.opening import check_together
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
+from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.commit import explain, sweep
 from m3i_scale.scale.checkpoint.layout import read_meta, step_of
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
@@ -24,7 +24,6 @@ from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.engine import awaited_optimizer
 from m3i_scale.scale.output_dir import lock_directory
 from m3i_scale.scale.shared_dir import check_shared
-from m3i_scale.scale.together import from_rank_0
 
 
 def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
@@ -86,7 +85,7 @@ def train(
     place = place or Place(None)
     place.at("open")
     check_software(run)
-    plan = check_together(plan_of_run or (lambda: make_plan(run, ranks.world_size)))
+    plan = together(plan_of_run or (lambda: make_plan(run, ranks.world_size)), names_rank=True)
     with contextlib.ExitStack() as stack:
         from_rank_0(lambda: _lock(run, stack))
         check_shared(run.output_dir)

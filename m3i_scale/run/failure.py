@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_scale.run.files import write_json
-from m3i_scale.scale.together import from_rank_0
+from m3i_scale.scale.agree import from_rank_0
 
 FOLDER = "failure"
 _LISTED = 8

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import UserError
-from m3i_scale.scale.collectives import agree, raise_together
+from m3i_scale.scale.agree import agree, raise_together
 
 
 class Fetcher(Iterator[Batch]):

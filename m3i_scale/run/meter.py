@@ -14,7 +14,7 @@ from torch import Tensor
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
 from m3i_scale.run.phases import Phases
-from m3i_scale.scale.collectives import max_over_ranks, mean_over_ranks
+from m3i_scale.scale.agree import max_over_ranks, mean_over_ranks
 from m3i_scale.scale.peak import Peak
 from m3i_scale.scale.plan.hardware import PRESETS
 

@@ -18,13 +18,12 @@ from m3i_scale.launch.doctor import checks, facts
 from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
 from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.opening import check_together
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.retention import GIB
 from m3i_scale.run.setup import Plan, resolve_engine
+from m3i_scale.scale.agree import together
 from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.plan.settings import settings_of
-from m3i_scale.scale.together import together
 
 _FILES_OF_A_RANK = 128
 """Libraries, logs, pipes."""
@@ -99,7 +98,9 @@ def check_software(run: RunConfig) -> None:
     world = dist.get_world_size()
     if world == 1:
         return
-    own = check_together(lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)})
+    own = together(
+        lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)}, names_rank=True
+    )
     digests: list[Any] = [None] * world
     dist.all_gather_object(digests, checks.digest(own))
     if len(set(digests)) == 1:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.scale.agree import together
 from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.together import together
 
 FILE = "probe.safetensors"
 SAMPLES = 2

@@ -18,10 +18,10 @@ from m3i_scale.errors import CheckpointError
 from m3i_scale.run.callbacks.base import Rewind
 from m3i_scale.run.files import write_json
 from m3i_scale.run.spike import Spike
+from m3i_scale.scale.agree import from_rank_0
 from m3i_scale.scale.checkpoint.commit import explain, withdraw
 from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta, step_of
 from m3i_scale.scale.checkpoint.manifest import verify
-from m3i_scale.scale.together import from_rank_0
 
 REWINDS = "rewinds.json"
 

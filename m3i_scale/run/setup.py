@@ -25,10 +25,10 @@ from m3i_scale.objective.build import build_objective, initialize_module, moment
 from m3i_scale.objective.recipe import Recipe, meaning, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
 from m3i_scale.run.differences import known_part, told_differences
-from m3i_scale.run.opening import open_together
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.scale.agree import from_rank_0, open_together
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
@@ -38,7 +38,6 @@ from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
-from m3i_scale.scale.together import from_rank_0
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")

@@ -22,9 +22,9 @@ from m3i_scale.run.last_words import recorded
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Status
 from m3i_scale.scale.checkpoint.layout import stopped_words
-from m3i_scale.scale.collectives import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision
+from m3i_scale.scale.process_group import count_waits, start_ranks, stop_ranks
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 

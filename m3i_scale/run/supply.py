@@ -12,7 +12,7 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.run.callbacks.base import SourceFigures
-from m3i_scale.scale.collectives import agree, mean_over_ranks, raise_together, summed_counts
+from m3i_scale.scale.agree import agree, mean_over_ranks, raise_together, summed_counts
 
 
 class Supply(Iterator[Batch]):

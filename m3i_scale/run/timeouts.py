@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.launch.place import Place
 from m3i_scale.run.phases import Phases
-from m3i_scale.scale.collectives import set_timeout
+from m3i_scale.scale.process_group import set_timeout
 
 _LONG_STEPS = 2
 """The first steps also allocate, and compile where the run file says so."""

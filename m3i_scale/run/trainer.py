@@ -35,8 +35,9 @@ from m3i_scale.run.schedule import learning_rate, momentum_at
 from m3i_scale.run.setup import Plan, open_data, start_engine
 from m3i_scale.run.supply import Supply, check_supply, ending_words, stop_if_bad
 from m3i_scale.run.timeouts import Timeouts
+from m3i_scale.scale.agree import agree_and_average
 from m3i_scale.scale.checkpoint.saver import bytes_wanted
-from m3i_scale.scale.collectives import ProcessGroupRanks, agree_and_average
+from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.scale.peak import compute_dtype, measured_peak, named_peak
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.activations import recompute_only, summarize_layers, trained_stacks
-from m3i_scale.scale.collectives import max_over_ranks
+from m3i_scale.scale.agree import max_over_ranks
 
 _GIB = 2**30
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.scale.agree import from_rank_0
 from m3i_scale.scale.partition import whole
-from m3i_scale.scale.together import from_rank_0
 
 
 class WeightStream(Protocol):

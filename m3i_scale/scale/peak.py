@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.scale.collectives import mean_over_ranks
+from m3i_scale.scale.agree import mean_over_ranks
 
 PEAK_TFLOPS = {
     "a100-bf16": 312.0,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.together import from_rank_0
+from m3i_scale.scale.agree import from_rank_0
 
 VISIBLE_S = 15.0
 """A network file system may show a new file this much later on other hosts."""

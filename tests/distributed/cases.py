@@ -42,8 +42,8 @@ from m3i_scale.run.planning import Model
 from m3i_scale.run.planning import Vocabulary as LearntFrom
 from m3i_scale.run.setup import start_engine
 from m3i_scale.scale.activation_budget import count_saved, fit_activations, peak_bytes
+from m3i_scale.scale.agree import agree, max_over_ranks, mean_over_ranks
 from m3i_scale.scale.checkpoint.saver import Saver, buffers_of
-from m3i_scale.scale.collectives import agree, max_over_ranks, mean_over_ranks, stop_ranks
 from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import (
@@ -56,6 +56,7 @@ from m3i_scale.scale.partition import (
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import settings_of
+from m3i_scale.scale.process_group import stop_ranks
 
 PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32")
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import Plan
-from m3i_scale.scale.collectives import start_ranks
 from m3i_scale.scale.deepspeed.resolve import resolve
 from m3i_scale.scale.partition import whole
+from m3i_scale.scale.process_group import start_ranks
 
 GLOBAL_BATCH = 8
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from m3i_scale.errors import DataError
-from m3i_scale.run.opening import check_together, open_together
-from m3i_scale.scale.collectives import start_ranks, stop_ranks
+from m3i_scale.scale.agree import open_together, together
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 RANK = int(os.environ["RANK"])
 
@@ -41,7 +41,9 @@ if __name__ == "__main__":
     start_ranks()
     found = {
         "both": told(lambda: open_together(lambda: f"opened on {RANK}")),
-        "check": told(lambda: check_together(lambda: fails_on(1, DataError("no such folder", where="/data/x")))),
+        "check": told(
+            lambda: together(lambda: fails_on(1, DataError("no such folder", where="/data/x")), names_rank=True)
+        ),
         "open": told(lambda: open_together(lambda: fails_on(1, DataError("no such folder", where="/data/x")))),
         "wait": told(lambda: open_together(lambda: waits_unless(0, DataError("a torn shard", where="s-0.tar")))),
         "mistake": told(lambda: open_together(lambda: waits_unless(1, KeyError("a mistake")))),

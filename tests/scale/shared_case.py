@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale import shared_dir
-from m3i_scale.scale.collectives import start_ranks, stop_ranks
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 
 def main(root: Path) -> None:

@@ -11,7 +11,7 @@ from launch import environment, free_port
 # What listens after the ranks have joined, and that they can talk.
 PROGRAM = """
 import json, psutil, torch, torch.distributed as dist
-from m3i_scale.scale.collectives import start_ranks, stop_ranks
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
 start_ranks()
 total = torch.ones(1)
 dist.all_reduce(total)
@@ -78,7 +78,7 @@ def test_the_loopback_is_no_place_for_ranks_of_other_hosts(monkeypatch):
 LAUNCHER = """
 import os, subprocess, sys
 port, ranks = sys.argv[2], sys.argv[3:]
-rank = "from m3i_scale.scale.collectives import start_ranks; start_ranks(join_s=6)"
+rank = "from m3i_scale.scale.process_group import start_ranks; start_ranks(join_s=6)"
 place = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 started = [subprocess.Popen([sys.executable, "-c", rank], env={**os.environ, **place, "RANK": own}) for own in ranks]
 sys.exit(max(process.wait() for process in started))

@@ -16,12 +16,12 @@ from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
 from m3i_scale.run.retention import evaluations, rules_of
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import meta_of, run_yaml
+from m3i_scale.scale.agree import together
 from m3i_scale.scale.checkpoint.layout import read_meta, step_name
 from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.retention import prune
 from m3i_scale.scale.checkpoint.saver import Saver
 from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.scale.together import together
 
 
 class Checkpointing(Hook):

@@ -12,7 +12,7 @@ from m3i_scale.run.fetch import Fetcher
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.probe import evaluating
 from m3i_scale.run.supply import account_of_all, stop_if_bad
-from m3i_scale.scale.collectives import mean_over_ranks
+from m3i_scale.scale.agree import mean_over_ranks
 
 
 class Evaluation(Hook):

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.scale.agree import together
 from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.scale.engine_state import make_moments, pieces, publish, restore_counters, trained
 from m3i_scale.scale.partition import ShardedMomentum, full_shape
-from m3i_scale.scale.together import together
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
 """Relative: terms are added up in another order; master weights in 16 bits are rounded."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
 from m3i_scale.scale.checkpoint.layout import BUFFERS
@@ -29,7 +30,6 @@ from m3i_scale.scale.checkpoint.stream import write_tensors
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, write_index, write_ranges
 from m3i_scale.scale.engine_state import bytes_per_parameter, counters, pieces
 from m3i_scale.scale.partition import ShardedMomentum, full_numel
-from m3i_scale.scale.together import from_rank_0, together
 
 Result = TypeVar("Result")
 

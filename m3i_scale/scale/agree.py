@@ -1,0 +1,171 @@
+"""What ranks tell each other beside training: votes, means, and that something has failed on one of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from m3i_scale.data.watchdog import InThread, NotYetError
+from m3i_scale.errors import UserError
+
+VOTE_EVERY_S = 1.0
+Result = TypeVar("Result")
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
+    """For every flag, whether any rank raises it; all ranks get the same answer, in one collective.
+
+    Args:
+        flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
+    """
+    return tuple(bool(votes) for votes in _sums(*flags))
+
+
+def agree_and_average(
+    *flags: bool | Tensor, value: Tensor, counts: Sequence[int] = ()
+) -> tuple[tuple[bool, ...], float, list[int]]:
+    """As `agree`, the mean of `value` and the sums of `counts` over the ranks, in fp32: one collective and one transfer
+    for all of it.
+
+    Args:
+        flags: of `agree`.
+        value: scalar tensor on this rank's device; may be NaN, which says nothing about the flags.
+        counts: of this rank; sums are exact below 2²⁴, and to seven digits above.
+    """
+    sums = _sums(*flags, value, *counts)
+    votes, total = sums[: len(flags)], sums[len(flags)]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return tuple(bool(vote) for vote in votes), total / world, [round(count) for count in sums[len(flags) + 1 :]]
+
+
+def _sums(*values: bool | int | Tensor) -> list[float]:
+    device = get_accelerator().current_device_name()
+    sums = torch.stack([torch.as_tensor(value, device=device).to(torch.float32) for value in values])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by name, summed over the ranks, which may have different names. Every rank calls it."""
+    every: list[Any] = [dict(counts)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, dict(counts))
+    return dict(sum((Counter(one) for one in every), Counter[str]()))
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The mean of every value; all ranks give the same keys."""
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(values)
+    vector = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
+    if get_accelerator().device_name() != "cpu":
+        vector = vector.to(torch.float32).to(get_accelerator().current_device_name())
+    dist.all_reduce(vector)
+    return dict(zip(sorted(values), (vector / dist.get_world_size()).tolist(), strict=True))
+
+
+def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """The maximum of every value; all ranks give the same keys."""
+    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(values)
+    vector = torch.tensor([values[key] for key in sorted(values)], device=get_accelerator().current_device_name())
+    dist.all_reduce(vector, op=dist.ReduceOp.MAX)
+    return dict(zip(sorted(values), vector.tolist(), strict=True))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return what every rank has given, by rank; every rank calls it."""
+    values = [value]
+    if _world_size() > 1:
+        values *= _world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
+    """Raise the fault of the lowest rank that has one, on all ranks; do nothing where none has.
+
+    Args:
+        fault: this rank's. Every rank calls this, with or without one.
+        names_rank: whether the message says whose it is.
+
+    Raises:
+        UserError: the same on every rank.
+        Exception: this rank's own that is no message to users; the others are told of it, and do not count on all
+            ranks being told (`everywhere`).
+    """
+    crashed = fault is not None and not isinstance(fault, UserError)
+    told = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
+    faults = gather_objects((told, crashed))
+    if crashed and fault is not None:
+        raise fault  # with its traceback
+    for rank, (other, _) in enumerate(faults):
+        if other is not None:
+            first = other.on_rank(rank) if names_rank and len(faults) > 1 else other
+            raise first if any(crashes for _, crashes in faults) else first.raised_everywhere()
+
+
+def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
+    """Do `work` on every rank; when it fails on one, it fails on all: see `raise_together`."""
+    fault: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # raised when the others know
+        fault = error
+    raise_together(fault, names_rank=names_rank)
+    return result
+
+
+def from_rank_0(work: Callable[[], Result]) -> Result:
+    """Return the result of `work`, done on rank 0 alone; what it raises is raised on all ranks."""
+    result = together(lambda: work() if dist.get_rank() == 0 else None)
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    received: Any = box[0]
+    return received
+
+
+def open_together(make: Callable[[], Result]) -> Result:
+    """Return what `make` gives on this rank; every rank calls it.
+
+    Ranks wait for files of rank 0 while they open their data, some for an hour. So each does it in a thread, and all
+    vote every second whether one has failed. No vote waits longer than that, however long the work takes.
+
+    Args:
+        make: opens what this rank needs.
+
+    Raises:
+        UserError: that of the lowest rank that has one, on all ranks.
+    """
+    work, over, fault = InThread(_once(make)), False, None
+    results: list[Result] = []
+    while True:
+        if not over:
+            try:
+                results, over = [work.next(VOTE_EVERY_S)], True
+            except NotYetError:
+                pass
+            except Exception as error:  # raised when the others know
+                fault, over = error, True
+        unfinished, failed = agree(not over, fault is not None)
+        if unfinished and not failed:
+            continue
+        work.close()  # where it still waits for files, nobody waits for it: when the run ends, it ends too
+        raise_together(fault)
+        return results[0]
+
+
+def _once(make: Callable[[], Result]) -> Generator[Result]:
+    yield make()

@@ -1,0 +1,132 @@
+"""The process group of a run: joining it, how long its collectives may take, leaving it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.errors import UserError
+from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
+from m3i_scale.scale.host_memory import keep_host_memory
+from m3i_scale.scale.store import await_ranks, listen_at_master_address
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_ranks(
+    timeout_s: float = 1800.0, join_s: float = 300.0, tell: Callable[[str], None] = lambda text: None
+) -> ProcessGroupRanks:
+    """Join the process group that the launcher describes in RANK, WORLD_SIZE, …, or MPI's; a world of one without one.
+
+    Args:
+        timeout_s: of the group's collectives.
+        join_s: until all ranks have come.
+        tell: told on one rank of every host that an extension has to be built, or is being built by another process.
+
+    Raises:
+        MissingRanksError: some have not; names them.
+        UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
+    """
+    adopt_rank_variables(os.environ)
+    missing = [name for name in _RANK_VARIABLES if name not in os.environ]
+    if missing and ("RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError(
+            f"the launcher did not set {', '.join(missing)}",
+            why="this process would train alone instead of in a world of ranks",
+            fix="start with `deepspeed`, `torchrun` or another launcher that sets all of them",
+        )
+    if missing:
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
+    keep_host_memory()
+    keep_to_environment()
+    find_ninja()
+    sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes
+    # them, crashes where there is less (64 MB in a container), and reduces in another order than under other launchers.
+    local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
+    timeout = timedelta(seconds=timeout_s)
+    listen_at_master_address(timeout)
+    await_ranks(join_s)
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # as DeepSpeed asks when it joins
+        awaited = awaited_build(builder.name)
+        if awaited is not None and os.environ["LOCAL_RANK"] == "0":
+            tell(awaited)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    if local is not None:
+        os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket
+    return ProcessGroupRanks()
+
+
+def set_timeout(timeout_s: float) -> None:
+    """From now on, a collective of any group fails when it takes longer. Those under way keep what they have."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of groups of backends that have no time-out
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+@contextlib.contextmanager
+def count_waits(told: Callable[[float], None]) -> Iterator[None]:
+    """Tell how long this process waits in collectives. An accelerator's collectives do not make it wait.
+
+    Args:
+        told: seconds of one wait.
+    """
+    waits = dist.Work.wait
+
+    @functools.wraps(waits)
+    def wait(work: dist.Work, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return waits(work, *arguments)
+        finally:
+            told(time.perf_counter() - started)
+
+    dist.Work.wait = wait  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        dist.Work.wait = waits  # type: ignore[method-assign]
+
+
+def stop_ranks(*, wait: bool) -> None:
+    """Leave the process group.
+
+    Args:
+        wait: leave only when all ranks do.
+    """
+    if dist.is_initialized():
+        if wait:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
