@@ -128,13 +128,11 @@ def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
     return result
 
 
-def from_rank_0(work: Callable[[], Result]) -> Result:
+def from_rank_0(work: Callable[[], Any]) -> Any:
     """Return the result of `work`, done on rank 0 alone; what it raises is raised on all ranks."""
-    result = together(lambda: work() if dist.get_rank() == 0 else None)
-    box = [result]
+    box = [together(lambda: work() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box, src=0)
-    received: Any = box[0]
-    return received
+    return box[0]
 
 
 def open_together(make: Callable[[], Result]) -> Result:

@@ -59,8 +59,9 @@ class Checkpointing(Hook):
         probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.plan.deepspeed.config))
         if self._config.probe:
             self._probe = probe
-        data_states = together(lambda: self._rewinds.data_states(checkpoint)) or data_states
-        changed = state.stream.load_state_dict(merge_states(data_states), state.plan.run.data.changed_sources)
+        later_states = together(lambda: self._rewinds.data_states(checkpoint))
+        position = merge_states(later_states or data_states)
+        changed = state.stream.load_state_dict(position, state.plan.run.data.changed_sources)
         for name, text in changed.items():
             state.tell(f"source {name}: {text}")
         self._take_over(meta)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from m3i_scale.scale.agree import from_rank_0, together
+from m3i_scale.scale.agree import from_rank_0, gather_objects, together
 from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
 from m3i_scale.scale.checkpoint.layout import BUFFERS
@@ -149,9 +149,7 @@ class Saver:
         current, self._current = self._current, None
         current.task.wait()
         try:
-            written: Written = together(current.task.take)
-            all_ranks: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(all_ranks, written)
+            all_ranks = gather_objects(together(current.task.take))
             from_rank_0(lambda: _commit(current, all_ranks))
         except Exception:
             # Only now, when no rank is writing any more: a folder that vanishes early would hide the first cause.
