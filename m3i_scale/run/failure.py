@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from m3i_scale.run.files import write_json
-from m3i_scale.scale.agree import from_rank_0
+from m3i_scale.scale.agree import from_rank_0, gather_objects
 
 FOLDER = "failure"
 _LISTED = 8
@@ -62,11 +61,8 @@ def report_of(rank: int, seen: Sequence[MicroBatch], gradients: Iterable[tuple[s
 
 
 def gather_reports(own: RankReport) -> list[RankReport]:
-    """Those of all ranks whose own figures are not finite; of all ranks where nobody's are. Every rank calls it."""
-    reports: list[Any] = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        reports = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, own)
+    """Return those of all ranks whose own figures are not finite; of all ranks where nobody's are. Every rank calls it."""
+    reports: list[RankReport] = gather_objects(own)
     return [report for report in reports if report.bad] or reports
 
 

@@ -21,7 +21,7 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.retention import GIB
 from m3i_scale.run.setup import Plan, resolve_engine
-from m3i_scale.scale.agree import together
+from m3i_scale.scale.agree import gather_objects, together
 from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.plan.settings import settings_of
 
@@ -95,20 +95,16 @@ def check_software(run: RunConfig) -> None:
     Raises:
         HostsNotReadyError: the hosts that are not as rank 0's, and what differs.
     """
-    world = dist.get_world_size()
-    if world == 1:
+    if dist.get_world_size() == 1:
         return
     own = together(
         lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)}, names_rank=True
     )
-    digests: list[Any] = [None] * world
-    dist.all_gather_object(digests, checks.digest(own))
+    digests = gather_objects(checks.digest(own))
     if len(set(digests)) == 1:
         return
-    told: list[Any] = [None] * world
-    dist.all_gather_object(told, (socket.gethostname(), own))
     answers: dict[str, Any] = {}
-    for rank, (host, answer) in enumerate(told):
+    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), own))):
         apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one host
         answers[f"{host}, rank {rank}" if apart else host] = answer
     compared = checks.findings_of(answers, ("commit", "python", "packages", "config"))
@@ -124,9 +120,7 @@ def check_machines(plan: Plan) -> None:
     """
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
     own: list[Finding] = together(lambda: _findings_here(plan) if looks else [])
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, own)
-    faults = faults_of(dict.fromkeys(finding for findings in told for finding in findings))
+    faults = faults_of(dict.fromkeys(finding for findings in gather_objects(own) for finding in findings))
     if faults:
         raise not_ready(faults)
 

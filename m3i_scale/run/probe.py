@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.scale.agree import together
+from m3i_scale.scale.agree import gather_objects, together
 from m3i_scale.scale.checkpoint.stream import write_tensors
 
 FILE = "probe.safetensors"
@@ -36,9 +35,7 @@ OTHER_PRECISION_TOLERANCE = 2e-2
 
 def probe_of(batch: Batch) -> Batch:
     """Return the first samples of the global micro-batch, the same on all ranks. Collective."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, _first(batch, SAMPLES).to("cpu"))
-    return _first(Batch.cat(parts), SAMPLES)
+    return _first(Batch.cat(gather_objects(_first(batch, SAMPLES).to("cpu"))), SAMPLES)
 
 
 @torch.no_grad()

@@ -11,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.run.callbacks.base import Rewind
 from m3i_scale.run.files import write_json
 from m3i_scale.run.spike import Spike
-from m3i_scale.scale.agree import from_rank_0
+from m3i_scale.scale.agree import from_rank_0, gather_objects
 from m3i_scale.scale.checkpoint.commit import explain, withdraw
 from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta, step_of
 from m3i_scale.scale.checkpoint.manifest import verify
@@ -99,9 +98,7 @@ class Rewinds:
             number=len(self) + 1,
             most=most,
         )
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, data_state)
-        self._entries.append({**asdict(rewind), "data": states})
+        self._entries.append({**asdict(rewind), "data": gather_objects(data_state)})
         from_rank_0(self._note)
         return checkpoint, rewind
 

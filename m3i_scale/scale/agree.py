@@ -56,13 +56,18 @@ def _sums(*values: bool | int | Tensor) -> list[float]:
     return sums.tolist()
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Return what every rank has given, by rank; every rank calls it."""
+    values = [value]
+    if _world_size() > 1:
+        values *= _world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts by name, summed over the ranks, which may have different names. Every rank calls it."""
-    every: list[Any] = [dict(counts)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, dict(counts))
-    return dict(sum((Counter(one) for one in every), Counter[str]()))
+    """Return counts by name, summed over the ranks, which may have different names. Every rank calls it."""
+    return dict(sum((Counter(one) for one in gather_objects(dict(counts))), Counter[str]()))
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
@@ -83,15 +88,6 @@ def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     vector = torch.tensor([values[key] for key in sorted(values)], device=get_accelerator().current_device_name())
     dist.all_reduce(vector, op=dist.ReduceOp.MAX)
     return dict(zip(sorted(values), vector.tolist(), strict=True))
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Return what every rank has given, by rank; every rank calls it."""
-    values = [value]
-    if _world_size() > 1:
-        values *= _world_size()
-        dist.all_gather_object(values, value)
-    return values
 
 
 def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:

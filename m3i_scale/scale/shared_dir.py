@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.agree import from_rank_0
+from m3i_scale.scale.agree import from_rank_0, gather_objects
 
 VISIBLE_S = 15.0
 """A network file system may show a new file this much later on other hosts."""
@@ -33,9 +33,7 @@ def check_shared(output_dir: Path) -> None:
     mark: Path = from_rank_0(lambda: _make_mark(output_dir))
     try:
         # Each rank looks in its own directory: they may have been given different ones.
-        result = (socket.gethostname(), _leave_a_file(output_dir / mark.name))
-        results: list[tuple[str, str | None]] = [result] * dist.get_world_size()
-        dist.all_gather_object(results, result)
+        results = gather_objects((socket.gethostname(), _leave_a_file(output_dir / mark.name)))
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(mark, ignore_errors=True)
