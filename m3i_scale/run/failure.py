@@ -61,7 +61,7 @@ def report_of(rank: int, seen: Sequence[MicroBatch], gradients: Iterable[tuple[s
 
 
 def gather_reports(own: RankReport) -> list[RankReport]:
-    """Return those of all ranks whose own figures are not finite; of all ranks where nobody's are. Every rank calls it."""
+    """Return those of all ranks whose own figures are not finite; of all ranks where nobody's are. Collective."""
     reports: list[RankReport] = gather_objects(own)
     return [report for report in reports if report.bad] or reports
 
