@@ -237,9 +237,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory, communication and time of a run, before anything runs; needs neither data nor a GPU."""
-    from m3i_scale.config import load_run
+    from m3i_scale.objective.recipe import load_run_and_recipe
 
-    config = load_run(run, overrides)
+    config, _ = load_run_and_recipe(run, overrides)
     from m3i_scale.run.plan_search import plan_run, refuse_hopeless, write_deepspeed
     from m3i_scale.run.planning import machine_of
 
@@ -296,10 +296,15 @@ def doctor(
 
 
 def _import(modules: list[str] | None) -> None:
+    from m3i_scale.config import FixableError
     from m3i_scale.config.kinds import import_module
+    from m3i_scale.errors import ConfigError
 
     for module in modules or []:
-        import_module(module, "--import")
+        try:
+            import_module(module)
+        except FixableError as error:
+            raise ConfigError(str(error), where="--import", fix=error.fix) from error
 
 
 @app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m3i_scale.config import find_run_file, load_run
 from m3i_scale.objective.decoders import DecoderSpec, TransformerSpec
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs
 from m3i_scale.objective.inputs import InputSpec
-from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
 
 _SPELLINGS = {
@@ -69,7 +68,7 @@ def read_recipe(name_or_path: str) -> Recipe:
     Raises:
         ConfigError: no such file, or a run file that does not hold together.
     """
-    return parse_recipe(load_run(name_or_path).recipe, where=str(find_run_file(name_or_path)))
+    return load_run_and_recipe(name_or_path)[1]
 
 
 def graph_of(recipe: Recipe) -> Graph:

@@ -17,8 +17,6 @@ class Regularizer(Kind):
     """What it goes with."""
     trains_target: ClassVar[bool] = True
     """Whether gradients reach a target that the backbone itself encodes."""
-    memory_fields: ClassVar[tuple[str, ...]] = ()
-    """Its fields that the memory of a head depends on: targets that share a head must agree on them."""
     within_batch: ClassVar[bool] = False
     """Whether it compares the samples of a batch with each other, and so needs at least two."""
 

@@ -67,7 +67,6 @@ class UniGrad(PooledRegularizer):
     """Predictions away from the directions that the correlation F of all targets holds."""
 
     kind: ClassVar[str] = "unigrad"
-    memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)
     strength: float = Field(default=0.02, gt=0)
     """λ."""
@@ -164,7 +163,6 @@ class QueuedNegatives(PooledRegularizer):
     """Targets of earlier batches are candidates of P̂ (MoCo)."""
 
     kind: ClassVar[str] = "queued_negatives"
-    memory_fields: ClassVar[tuple[str, ...]] = ("size",)
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     size: int = Field(ge=1)

@@ -51,7 +51,6 @@ class Centering(PrototypeRegularizer):
     """The target is centred and sharpened (DINO)."""
 
     kind: ClassVar[str] = "centering"
-    memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
     averages_prototypes: ClassVar[bool] = True
     target_temperature: float = Field(default=0.04, gt=0)
     """Of the target's distribution."""

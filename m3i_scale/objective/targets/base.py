@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import Tokens
@@ -73,8 +73,8 @@ class Context:
     text: PairTargets | None = None
     dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Standardised dense targets, by (encoder, view)."""
-    statistics: dict[tuple[type[Regularizer], str, int], Tensor | None] = field(default_factory=dict)
-    """Of dense targets, by (regulariser, encoder, view)."""
+    statistics: dict[tuple[str, str, int], Tensor | None] = field(default_factory=dict)
+    """Of dense targets, by (regulariser as JSON, encoder, view)."""
     watched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """What tells whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
     remember: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
@@ -143,6 +143,14 @@ class Target(Kind):
     regularizer: Any
     weight: float = Field(default=1.0, gt=0)
     """w_k of equation (6)."""
+
+    @field_validator("distribution", "regularizer")
+    @classmethod
+    def _is_declared(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what no family has read: the class of the target has to say which may stand there."""
+        if not isinstance(value, Kind):
+            raise ValueError(f"{cls.kind} does not declare the family of its {info.field_name}")
+        return value
 
     # -------------------------------------------------------------------- what the modules are
 
@@ -281,12 +289,6 @@ class HeadTarget(ImageTarget):
         """Return what the head remembers of earlier batches."""
         memory: Memory = self.regularizer.memory(spec.width)
         return memory
-
-    @property
-    def remembers(self) -> tuple[Any, ...]:
-        """Return what targets that share the head must have in common: its memory is one."""
-        values = [getattr(self.regularizer, field) for field in self.regularizer.memory_fields]
-        return (type(self), type(self.regularizer), *values)
 
     @property
     def averages_prototypes(self) -> bool:

@@ -50,7 +50,7 @@ class Dense(ImageTarget):
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
         wanted_BQD = gather_tokens(target_BND, query_BQ)
-        key = (type(self.regularizer), self.encoder, self.view)
+        key = (self.regularizer.model_dump_json(), self.encoder, self.view)
         if key not in context.statistics:
             context.statistics[key] = self.regularizer.statistics(target_BND, given.ranks)
         value = self.regularizer.loss(
