@@ -86,7 +86,7 @@ def _agent_line(site: Site) -> str:
 
 
 def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
-    """The end of ssh, or of the agent, in a sentence."""
+    """Return the end of ssh, srun or the agent, in a sentence."""
     text = [line for line in said if line.strip()]
     last = text[-1] if text else ""
     if code in (126, 127):
@@ -96,7 +96,7 @@ def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
     if any(line.startswith("bash:") and "cd:" in line for line in text):
         return f"the working directory cannot be entered: {last}"
     if code == 255:
-        return f"ssh: {last or 'the connection ended'}"
+        return f"{site.transport}: {last or 'the connection ended'}"
     if code is None:
         return "the connection does not end"
     return f"the agent ended with exit code {code}" + (f": {last}" if last else "")

@@ -59,6 +59,10 @@ class Holder:
         return f"pid {self.pid} on host {self.host} since {self.since}{orphan}"
 
 
+class UnknownHolderError(CheckpointError):
+    """A lock is held, and whoever holds it has not yet said who it is."""
+
+
 @contextmanager
 def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = False) -> Iterator[None]:
     """Hold a lock of `output_dir` (created where missing) against other jobs. Call it on one rank only.
@@ -85,7 +89,8 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
     """Return who holds a lock of `output_dir`; None: nobody.
 
     Raises:
-        CheckpointError: the lock cannot be looked at, or whoever holds it has not yet said who it is.
+        UnknownHolderError: somebody holds it.
+        CheckpointError: the lock cannot be looked at.
     """
     path = output_dir / lock.name
     try:
@@ -99,7 +104,7 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
     except OSError as error:
         raise CheckpointError(f"cannot look at the lock: {error.strerror}", where=str(path)) from None
     if holder is None:
-        raise CheckpointError("a job that is just starting holds the output directory", where=str(output_dir))
+        raise UnknownHolderError("a job that is just starting holds the output directory", where=str(output_dir))
     return holder
 
 

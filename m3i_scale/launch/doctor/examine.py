@@ -147,6 +147,7 @@ class Examination:
         if self.head in answers:
             yield from group_checks.port_findings(answers, self.head, f"{address}:{self.port}")
             yield from group_checks.shared_findings(answers)
+            yield from group_checks.broken_findings(answers)
         yield from self._links(answers)
 
     def _links(self, answers: Answers) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from m3i_scale.launch.doctor import facts, machine
@@ -46,15 +45,6 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
             answer |= {"output_dir": str(output_dir), "shards": facts.first_shards(run)}
             findings.append(machine.disk_finding(host, output_dir, needs))
     return {**answer, "findings": [item.to_json() for item in findings]}
-
-
-def remove(made: list[Path]) -> None:
-    """Remove a note and the folders that were made for it, in this order; what others still use stays."""
-    for path in made:
-        try:
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        except OSError:
-            continue
 
 
 def main() -> None:
