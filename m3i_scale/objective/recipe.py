@@ -134,8 +134,11 @@ class Recipe(Parts):
     def _head_faults(self) -> Iterator[str]:
         for name in self.heads:
             users = [target for target in self.head_targets if target.head == name]
-            if any((user.kind, user.regularizer) != (users[0].kind, users[0].regularizer) for user in users):
-                yield f"head '{name}': targets that share it need one kind and one regularizer: it has one memory"
+            if any(user.remembers != users[0].remembers for user in users):
+                yield (
+                    f"head '{name}': targets that share it need one kind, and one regularizer that remembers alike: "
+                    "the head has one memory"
+                )
 
     def _section_faults(self) -> Iterator[str]:
         for section, encoder in ((self.momentum, "momentum"), (self.teacher, "teacher")):

@@ -237,7 +237,7 @@ def test_regularizers_of_equal_class_have_their_own_statistics(tmp_path: Path, p
     assert figures["to_2/loss"] != figures["to_4/loss"]
 
 
-def test_targets_that_share_a_head_need_equal_regularizers(tmp_path: Path, package: str) -> None:
+def test_targets_that_share_a_head_need_regularizers_that_remember_alike(tmp_path: Path, package: str) -> None:
     values = load_run_and_recipe(str(run_file(tmp_path, package)))[0].recipe
     away = values["targets"][0]
     values["targets"].append(away | {"name": "further"})

@@ -151,7 +151,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "two memories": (
         "unigrad",
         target(0, regularizer={"kind": "unigrad", "momentum": 0.5}),
-        "need one kind and one regularizer",
+        "one regularizer that remembers alike",
     ),
     "idle queue": (
         "byol",
@@ -359,6 +359,12 @@ def test_an_override_in_the_old_words_changes_a_recipe_in_the_new_ones() -> None
     for (name, override), (section, field, value) in changed.items():
         target = parse_recipe(load_run(name, [override]).recipe).targets[0]
         assert getattr(getattr(target, section), field) == value
+
+
+def test_what_no_memory_depends_on_may_differ_between_targets_of_a_head() -> None:
+    for name, override in (("unigrad", "regularizer.strength=0.5"), ("simclr", "candidates=target")):
+        one, other = parse_recipe(load_run(name, [f"recipe.targets.0.{override}"]).recipe).targets
+        assert one.regularizer != other.regularizer
 
 
 def test_no_queue_in_the_old_words_means_the_negatives_of_the_batch(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ class Regularizer(Kind):
     """What it goes with."""
     trains_target: ClassVar[bool] = True
     """Whether gradients reach a target that the backbone itself encodes."""
+    memory_fields: ClassVar[tuple[str, ...] | None] = None
+    """Its fields that the memory of a head depends on, in which targets that share the head must agree; None: all."""
     within_batch: ClassVar[bool] = False
     """Whether it compares the samples of a batch with each other, and so needs at least two."""
 

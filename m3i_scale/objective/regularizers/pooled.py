@@ -67,6 +67,7 @@ class UniGrad(PooledRegularizer):
     """Predictions away from the directions that the correlation F of all targets holds."""
 
     kind: ClassVar[str] = "unigrad"
+    memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)
     strength: float = Field(default=0.02, gt=0)
     """λ."""
@@ -93,6 +94,7 @@ class CrossCorrelation(PooledRegularizer):
     """Channels correlate each with itself and with no other one (Barlow Twins): takes the place of −log P̂."""
 
     kind: ClassVar[str] = "cross_correlation"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     replaces_likelihood: ClassVar[bool] = True
     encoders: ClassVar[tuple[str, ...]] = ("online",)
     within_batch: ClassVar[bool] = True
@@ -115,6 +117,7 @@ class VarianceCovariance(PooledRegularizer):
     """Every channel varies, and no two correlate (VICReg)."""
 
     kind: ClassVar[str] = "variance_covariance"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[str, ...]] = ("online",)
     within_batch: ClassVar[bool] = True
     variance_weight: float = Field(default=25.0, gt=0)
@@ -148,6 +151,7 @@ class Negatives(PooledRegularizer):
     """The other samples of the global batch are candidates of P̂ (SimCLR)."""
 
     kind: ClassVar[str] = "negatives"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     within_batch: ClassVar[bool] = True
@@ -163,6 +167,7 @@ class QueuedNegatives(PooledRegularizer):
     """Targets of earlier batches are candidates of P̂ (MoCo)."""
 
     kind: ClassVar[str] = "queued_negatives"
+    memory_fields: ClassVar[tuple[str, ...]] = ("size",)
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     size: int = Field(ge=1)

@@ -51,6 +51,7 @@ class Centering(PrototypeRegularizer):
     """The target is centred and sharpened (DINO)."""
 
     kind: ClassVar[str] = "centering"
+    memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
     averages_prototypes: ClassVar[bool] = True
     target_temperature: float = Field(default=0.04, gt=0)
     """Of the target's distribution."""
@@ -78,6 +79,7 @@ class MeanEntropy(PrototypeRegularizer):
     """The mean prediction over the global batch has a high entropy (MSN)."""
 
     kind: ClassVar[str] = "mean_entropy"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     within_batch: ClassVar[bool] = True
     target_temperature: float = Field(default=0.04, gt=0, lt=1)
     """T, which sharpens the target's distribution."""

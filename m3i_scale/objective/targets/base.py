@@ -291,6 +291,14 @@ class HeadTarget(ImageTarget):
         return memory
 
     @property
+    def remembers(self) -> dict[str, Any]:
+        """Return what targets that share the head must have in common: its memory is one."""
+        fields = self.regularizer.memory_fields
+        names = type(self.regularizer).model_fields if fields is None else fields
+        common = {name: getattr(self.regularizer, name) for name in names}
+        return {"target": self.kind, "kind": self.regularizer.kind, **common}
+
+    @property
     def averages_prototypes(self) -> bool:
         """Return whether the averaged copy of the head has prototypes."""
         return False
