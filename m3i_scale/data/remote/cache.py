@@ -171,7 +171,7 @@ class ShardCache:
         return entries
 
     def _lock(self) -> FileLock:
-        return FileLock(self._root / "lock")
+        return FileLock(self._root / "lock", fallback_to_soft=False)
 
     def _path(self, key: str, suffix: str = ".tar") -> Path:
         return self._folder / f"{key}{suffix}"

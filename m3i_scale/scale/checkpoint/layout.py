@@ -22,6 +22,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 """A folder without it is not a checkpoint."""
 TEMPORARY_PREFIX = ".tmp-"
+REMOVED_PREFIX = f"{TEMPORARY_PREFIX}removed-"
 LATEST = "latest"
 """A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
 TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
