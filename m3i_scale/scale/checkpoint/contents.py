@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
+from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, read_json, unreadable
 from m3i_scale.scale.checkpoint.manifest import list_files
 
 _FIX = "checkpoint verify names all faults"
@@ -73,11 +74,12 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     What has the same name in files of random states is no part of one tensor: it gets the file's name before it.
 
     Raises:
-        CheckpointError: a file is not what its name says, or the folder has no index of its tensors.
-        OSError: the folder cannot be read.
+        CheckpointError: a file is not what its name says or cannot be read, or the folder has no index of its tensors.
     """
     tensors: dict[str, Stored] = {}
-    for file in (file for file in list_files(folder) if file.endswith(".safetensors")):
+    with _reading(folder):
+        files = [file for file in list_files(folder) if file.endswith(".safetensors")]
+    for file in files:
         top, _, rest = file.partition("/")
         prefix = top if rest and top != "random" else file.removesuffix(".safetensors")
         for fragment in _fragments(folder, file):
@@ -97,8 +99,7 @@ def kinds_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return counts of tensors, fragments, bytes and files by kind.
 
     Raises:
-        CheckpointError: a file is not what its name says.
-        OSError: the folder cannot be read.
+        CheckpointError: a file is not what its name says, or cannot be read.
     """
     by_kind: dict[str, list[Stored]] = {}
     for stored in tensors_of(folder).values():
@@ -154,43 +155,33 @@ def compare_tensors(
     return result
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path), fix=_FIX) from None
-    if not isinstance(values, dict):
-        raise CheckpointError("no JSON object", where=str(path), fix=_FIX)
-    return values
-
-
 def _fragments(folder: Path, file: str) -> Iterator[Fragment]:
+    with _reading(folder, file), safe_open(folder / file, framework="np") as opened:
+        starts = json.loads((opened.metadata() or {}).get("starts", "{}"))
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            part = opened.get_slice(name)
+            yield Fragment(file, name, tuple(part.get_shape()), part.get_dtype(), int(starts.get(name, 0)))
+
+
+@contextmanager
+def _reading(folder: Path, file: str = "") -> Iterator[None]:
     try:
-        with safe_open(folder / file, framework="np") as opened:
-            starts = json.loads((opened.metadata() or {}).get("starts", "{}"))
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                part = opened.get_slice(name)
-                yield Fragment(file, name, tuple(part.get_shape()), part.get_dtype(), int(starts.get(name, 0)))
+        yield
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"cannot be read as safetensors: {error}", where=str(folder / file), fix=_FIX) from None
+        raise unreadable(folder, file, error) from None
 
 
 def _indexed_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Full shapes of what ranks share out, from the index beside the files."""
     path = folder / TENSORS / INDEX
-    if not path.is_file():
+    if folder.exists() and not path.is_file():
         raise CheckpointError(
             "the checkpoint has no index of its tensors",
             where=str(path),
             why="it is damaged, or an earlier version of this package wrote it",
             fix=_FIX,
         )
-    index = read_json(path)
+    index = read_json(folder, f"{TENSORS}/{INDEX}")
     try:
         return {f"{TENSORS}/{key}": tuple(map(int, shape)) for key, shape in index["shapes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -207,7 +198,7 @@ def _difference(one: Path, before: Stored, other: Path, now: Stored) -> dict[str
     def flat(folder: Path, stored: Stored) -> torch.Tensor:
         parts = []
         for fragment in stored.fragments:
-            with safe_open(folder / fragment.file, framework="pt") as opened:
+            with _reading(folder, fragment.file), safe_open(folder / fragment.file, framework="pt") as opened:
                 parts.append(opened.get_tensor(fragment.key).flatten())
         return torch.cat(parts)
 
