@@ -71,11 +71,18 @@ run_tests() {
 }
 
 alone=(tests/cluster tests/doctor tests/launching)
-if [[ " $*" =~ \ [^-] ]]; then
+named=no
+for argument in "$@"; do
+  if [ -e "${argument%%::*}" ]; then named=yes; fi
+done
+if [ "$named" = yes ]; then
   run_tests test-report.xml "$@"
 else
+  interrupted=no
+  trap 'interrupted=yes' INT # pytest ends by itself, and the rest is not wanted either
+  : >test-report-alone.xml
   run_tests test-report.xml -n 2 --dist loadfile "${alone[@]/#/--ignore=}" "$@"
-  run_tests test-report-alone.xml "${alone[@]}" "$@"
+  if [ "$interrupted" = no ]; then run_tests test-report-alone.xml "${alone[@]}" "$@"; fi
 fi
 
 mypy_result() {
