@@ -36,7 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """As safetensors spells them, the widest first."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _header_of(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> byte
     for tensor in tensors:
         end = offset + tensor.numel * tensor.dtype.itemsize
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

@@ -214,11 +214,21 @@ class SavedTensors:
             raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the type in which a tensor is stored."""
+    def pieces(self, key: str) -> list[tuple[int, int, str]]:
+        """Return where every piece of a tensor begins, its number of elements, and its file."""
         self.shape(key)
-        _, numel, file = self._pieces[key][0]
-        return self._locate(key, file, numel)[0]
+        return self._pieces[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the type in which a tensor is stored.
+
+        Raises:
+            CheckpointError: it has no elements or several types, or a file is not as the index says.
+        """
+        dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
+        if len(dtypes) != 1:
+            raise self._fault(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
+        return dtypes.pop()
 
     def whole(self, key: str) -> Tensor:
         """Return a tensor in its full shape, on the host."""
