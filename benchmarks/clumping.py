@@ -89,10 +89,9 @@ def main(
     streams: int = typer.Option(STREAMS, min=1, help="data.streams"),
     shuffle_shards: int = typer.Option(SHUFFLE_SHARDS, min=1, help="data.shuffle_shards"),
     seed: int = 0,
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
 ) -> None:
-    """Print {clumping, own_shard, neighbours, worth, estimate, …}; estimate: 1 + (b - 1) / w - b / k, for b samples,
-    w window shards and k shards a stream."""
+    """Print {clumping, own_shard, neighbours, worth, estimate, …} as JSON; estimate: 1 + (b - 1) / w - b / k,
+    for b samples, w window shards and k shards, all per stream."""
     if batch_size % streams:
         raise typer.BadParameter(f"a batch of {batch_size} cannot be shared out evenly over {streams} streams")
     with tempfile.TemporaryDirectory() as cache:

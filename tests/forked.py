@@ -3,6 +3,9 @@
 `Forks(folder)` starts that process and makes `folder/m3i-scale`, a command to be put first on PATH. A call has its own
 working folder, environment, streams and exit code, as a process of its own would; only the imports are shared, which
 take longer than most commands.
+
+Not tested that way: what the package reads of the environment when it is imported, which is that of the test; and
+signals, which reach the process that calls and not the fork.
 """
 
 from __future__ import annotations

@@ -184,12 +184,15 @@ def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
 
 
 def key_at(path: Path, offset: int) -> str:
-    """Read the key of the member whose header begins at `offset`."""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-    with tarfile.open(fileobj=head, mode="r:") as tar:
-        member = tar.next()
+    """Return the key of the member whose header begins at `offset`; `?` where none does."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            member = tar.next()
+    except (OSError, tarfile.TarError):  # the shard has changed since it was read
+        member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
 

@@ -57,6 +57,11 @@ class Rules:
     max_bytes: int | None = None
     """All that stay together."""
 
+    def __post_init__(self) -> None:
+        """Refuse what would fail, or keep nothing, only after a commit."""
+        if self.latest < 1 or (self.every_steps is not None and self.every_steps < 1):
+            raise ValueError(f"latest and every_steps are at least 1: {self}")
+
 
 @dataclass
 class Pruned:
