@@ -57,7 +57,7 @@ def test_a_launch_lock_that_cannot_be_looked_at_is_no_launch(tmp_path: Path) -> 
 
 def test_a_run_file_with_classes_of_a_package_that_is_not_here_can_be_stopped(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    own = "recipe.targets.0.regularizer=nowhere_to_be_found.method.Mine"
+    own = "recipe.targets.0.regularizer={kind: nowhere_to_be_found.method.Mine}"
     assert asked("m3i", f"output_dir={tmp_path}", own)["status"] == "idle"
 
 
