@@ -167,6 +167,8 @@ def meaning(values: Any) -> Any:
 
     A teacher's folder is no part of it. A recipe that does not hold together is given back as it is.
     """
+    if not isinstance(values, dict):
+        return values
     stand_in = {"teacher": {"from_pretrained": ""}}
     for teacher in ({}, stand_in):
         try:

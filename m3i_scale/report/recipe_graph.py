@@ -9,17 +9,8 @@ from m3i_scale.objective.distributions.pairs import BoltzmannPairs
 from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
+from m3i_scale.report.recipe_table import printable, word
 
-_SPELLINGS = {
-    "gaussian": "Gaussian",
-    "boltzmann": "Boltzmann",
-    "bernoulli": "Bernoulli",
-    "unigrad": "UniGrad",
-    "variance_covariance": "variance, covariance",
-    "transformer": "Transformer",
-    "momentum": "momentum copy",
-    "teacher": "frozen teacher",
-}
 _ALONE = {"none": "no regulariser"}
 """Words that say nothing without a heading."""
 _TOKENS = {"masked": "hidden patches", "all": "all patches", "pooled": "whole view"}
@@ -84,16 +75,6 @@ def graph_of(recipe: Recipe) -> Graph:
         encoders={_encoder_key(target): _encoder(recipe, target) for target in recipe.targets},
         links=tuple(_link(recipe, target) for target in recipe.targets),
     )
-
-
-def word(value: str) -> str:
-    """A value of a recipe's field, as people spell it."""
-    return _SPELLINGS.get(value, value.replace("_", " "))
-
-
-def printable(text: str) -> str:
-    """Text of others with a replacement character for whatever steers a terminal or is not allowed in XML."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _input(spec: InputSpec) -> Node:

@@ -183,6 +183,7 @@ def test_the_table_breaks_no_word(width):
 
 def test_recipes_stand_in_the_order_of_the_paper():
     rows = built_in_rows()
+    assert rows == described_rows(), "python -m m3i_scale.report.recipe_table > m3i_scale/report/recipes.json"
     assert {row["name"] for row in rows} == set(known_recipes())
     assert list(dict.fromkeys(row["family"] for row in rows)) == list(FAMILIES)
     names = [row["name"] for row in rows]
