@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -34,7 +35,9 @@ class Forks:
         self.folder = folder
         with (folder / "forks.log").open("w") as log:
             arguments = [sys.executable, str(SELF), "serve", str(address)]
-            self._process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
         assert self._process.stdout is not None
         if b"ready\n" not in iter(self._process.stdout.readline, b""):  # DeepSpeed prints before it
             raise AssertionError((folder / "forks.log").read_text())
@@ -54,7 +57,7 @@ def serve(address: str) -> None:
         listener.bind(address)
         listener.listen()
         print("ready", flush=True)
-        while True:
+        while listener in select.select([listener, sys.stdin], [], [])[0]:  # stdin ends with whoever has started this
             connection, _ = listener.accept()
             with connection:
                 if os.fork() == 0:

@@ -35,9 +35,9 @@ class Kind(Section):
     """Base of families and their kinds."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    """Of a family: its classes by name."""
+    """The classes of a family by name."""
     kind: ClassVar[str] = ""
-    """What a run file calls the class: by default its import path."""
+    """The name of the class in run files: by default its import path."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:

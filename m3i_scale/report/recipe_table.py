@@ -17,7 +17,7 @@ from rich.text import Text
 from m3i_scale.config import known_recipes, read_yaml
 
 ROWS = Path(__file__).with_name("recipes.json")
-"""What `described_rows` gives: importing the recipes' classes, which compute with torch, takes seconds."""
+"""The result of `described_rows`, stored: importing the recipes' classes, which compute with torch, takes seconds."""
 FAMILIES = (
     "supervised",
     "weakly supervised",

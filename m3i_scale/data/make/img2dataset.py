@@ -1,4 +1,4 @@
-"""What img2dataset downloaded as input of `make`: tars or folders of files, held against its tables."""
+"""Tars or folders of files that img2dataset downloaded are an input of `make`, and are compared with its tables."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Downloaded:
     expected: Mapping[Path, int]
     """Samples by shard."""
     statuses: Counter[str]
-    """How often a download ended how."""
+    """Number of downloads by how they ended."""
     labels: list[str]
     """There are none."""
 

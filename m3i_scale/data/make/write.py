@@ -22,10 +22,10 @@ from m3i_scale.errors import ConfigError, DataError
 
 MANIFEST_FORMAT = 1
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
-"""What the manifest counts per shard."""
+"""Figures that the manifest has per shard."""
 OPEN_SHARDS = 64
 _MODE = 0o444
-"""As webdataset's writer."""
+"""The mode that webdataset's writer gives."""
 
 
 @contextmanager

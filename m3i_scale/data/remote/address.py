@@ -1,4 +1,4 @@
-"""Where a file lies: a path, or an address that fsspec reads. Addresses carry no credentials, nor do their names."""
+"""A file lies at a path, or at an address that fsspec reads. Addresses carry no credentials, nor do their names."""
 
 from __future__ import annotations
 

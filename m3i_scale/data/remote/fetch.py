@@ -33,15 +33,15 @@ PART_BYTES = 8 << 20
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 _HTTP = ("http", "https")
 _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": True}}
-"""How `info` is told to ask the server, and not a listing that it remembers."""
+"""Arguments that make `info` ask the server, and not a listing that it remembers."""
 _EXACT = {"hf": {"cache_type": "none"}}
-"""How `cat_file` is told to read what is asked for, and not megabytes ahead."""
+"""Arguments that make `cat_file` read what is asked for, and not megabytes ahead."""
 _PIPE_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a server says of a file."""
+    """Holds what a server says of a file."""
 
     size: int
     version: str
@@ -50,7 +50,7 @@ class Facts:
 
 
 class Output(Protocol):
-    """Where a whole file is written to, from its beginning on: again for each attempt."""
+    """Takes a whole file from its beginning on, again for each attempt."""
 
     def seek(self, offset: int, /) -> object:
         """Begin anew; `offset` is 0."""

@@ -16,7 +16,7 @@ MODULE = "m3i_scale.launch.doctor.host"
 REQUEST = "M3I_SCALE_DOCTOR"
 """Names the variable with the question, as JSON."""
 MARK = "m3i-scale doctor: "
-"""What the line of the answer begins with: libraries print too."""
+"""Start of the line with the answer: libraries print too."""
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What keeps whole images from collapsing: negatives, a stop gradient, or decorrelation.
+"""Negatives, a stop gradient or decorrelation keep whole images from collapsing.
 
 Gradients beside each other (UniGrad; u₁ online, u₂ target, v other samples): contrastive −u₂ + λ Σ s_v v; asymmetric
 −u₂ + λ Σ ρ_v (u₁·v) v; decorrelation −u₂ + λ Σ (u₂·v₂/N) v₁; UniGrad −u₂ + λ F u₁.
@@ -22,7 +22,7 @@ from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
 
 
 class PooledRegularizer(Regularizer):
-    """Of pooled image targets."""
+    """Regularises pooled image targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     needs_predictor: ClassVar[bool] = False
@@ -171,7 +171,7 @@ class QueuedNegatives(PooledRegularizer):
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     size: int = Field(ge=1)
-    """How many of them the queue holds, from an empty one on."""
+    """Capacity of the queue, which begins empty."""
 
     def memory(self, width: int) -> Memory:
         """Return a `Queue`."""

@@ -1,4 +1,4 @@
-"""What is predicted: the groups k of equation (5), one class a kind. Recipes find those that are imported here."""
+"""Targets are the groups k of equation (5), one class a kind. Recipes find those that are imported here."""
 
 from m3i_scale.objective.targets.category import Category
 from m3i_scale.objective.targets.dense import Dense, DenseNegatives, Pixels

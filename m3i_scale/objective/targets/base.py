@@ -1,4 +1,4 @@
-"""What all targets have in common: their fields, their rules, and what their losses are given.
+"""Targets share their fields, their rules, and what their losses are given.
 
 −log P̂ of one target from one input is a group k of equation (5). A target is data; the modules that it computes with
 are given to it.
@@ -32,7 +32,7 @@ from m3i_scale.objective.regularizers.memory import Memory
 
 
 class Parts(Section):
-    """What the targets of a recipe refer to by name."""
+    """Holds what the targets of a recipe refer to by name."""
 
     inputs: list[InputSpec] = Field(min_length=1)
     mix: MixSpec | None = None
@@ -62,7 +62,7 @@ class Encoded:
 
 @dataclass
 class Context:
-    """What the targets of one micro-batch share, so that nothing is computed twice."""
+    """Holds what the targets of one micro-batch share, so that nothing is computed twice."""
 
     batch: Batch
     views: dict[int, Tensor]
@@ -74,11 +74,11 @@ class Context:
     dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Standardised dense targets, by (encoder, view)."""
     statistics: dict[tuple[str, str, int], Tensor | None] = field(default_factory=dict)
-    """Of dense targets, by (regulariser as JSON, encoder, view)."""
+    """Statistics of dense targets, by (regulariser as JSON, encoder, view)."""
     watched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What tells whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
+    """Tensors that tell whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
     remember: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
-    """What memories take over after the batch, by head and (encoder, view): once a view, for all inputs."""
+    """Values that memories take over after the batch, by head and (encoder, view): once a view, for all inputs."""
 
 
 @dataclass
@@ -91,9 +91,9 @@ class Given:
     decoder: nn.Module
     head: Any
     memory: Memory | None = None
-    """Of a head that targets share."""
+    """Memory of a head that targets share."""
     projector: nn.Module | None = None
-    """Before the decoder of dense momentum targets."""
+    """Stands before the decoder of dense momentum targets."""
     averaged_projector: nn.Module | None = None
     averaged_pool: nn.Module | None = None
     averaged_head: ImageHead | None = None
@@ -127,7 +127,7 @@ class Target(Kind):
     representation: ClassVar[str]
     """z_y in the words of the paper's table."""
     a_target: ClassVar[str] = "this target"
-    """What errors call it."""
+    """Its name in errors."""
     dense: ClassVar[bool] = False
     """Whether z_y is a map over patches."""
 

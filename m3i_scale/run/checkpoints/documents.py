@@ -1,4 +1,4 @@
-"""What `m3i-scale checkpoint list, verify, inspect, diff` say, as JSON documents."""
+"""`m3i-scale checkpoint list, verify, inspect, diff` print these JSON documents."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]
 
 
 def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """What is half written or half removed, but for what a job commits or removes while this looks at it."""
+    """Return what is half written or half removed, but for what a job commits or removes while this looks at it."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint, by the headers of its files; and how far the values of two checkpoints are apart.
+"""Read what lies in a checkpoint by the headers of its files, and compare the values of two checkpoints.
 
 Nothing is unpickled.
 """
@@ -35,7 +35,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: list[tuple[int, int, str]]
-    """Where every piece begins in the flattened tensor, its number of elements, and its file."""
+    """Start of every piece in the flattened tensor, its number of elements, and its file."""
     read: Callable[[], Tensor]
     """Returns the whole tensor; raises CheckpointError where it cannot."""
 

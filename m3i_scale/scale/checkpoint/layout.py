@@ -1,4 +1,4 @@
-"""Where checkpoints lie, and what is in them.
+"""Checkpoints lie in these folders, and hold these files.
 
 checkpoints/
   .tmp-step-00000200/   being written or removed: does not exist for a reader

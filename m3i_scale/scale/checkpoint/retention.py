@@ -65,7 +65,7 @@ class Rules:
 
 @dataclass
 class Pruned:
-    """What retention decided."""
+    """Holds what retention decided."""
 
     kept: dict[Path, list[str]]
     """With all reasons."""
@@ -74,7 +74,7 @@ class Pruned:
 
     @property
     def over_limit(self) -> bool:
-        """Whether one checkpoint alone is larger than all together may be."""
+        """Return whether one checkpoint alone is larger than all together may be."""
         return any(LAST_GOOD in reasons for reasons in self.kept.values())
 
 

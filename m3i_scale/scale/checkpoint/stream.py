@@ -35,7 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""As safetensors spells them, the widest first."""
+"""Types as safetensors spells them, the widest first."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

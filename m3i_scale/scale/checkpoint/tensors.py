@@ -46,7 +46,7 @@ class Range:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     start: int
-    """Where it begins in the flattened tensor."""
+    """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
     """The piece, flat; or two halves of it, as `split_float` makes them. Live tensors, or copies of them."""
 
