@@ -156,6 +156,20 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
     assert (tmp_path / "whole.tar").stat().st_size <= size
 
 
+def test_a_whole_file_of_another_version_is_not_taken(served, tmp_path):
+    """As of a server without ranges, which sends it from its beginning."""
+    served.ranges = False
+    shard, path = Url(f"{served.address}/{BAD}"), served.folder / BAD
+    facts = path.stat()
+    version = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'
+    with (tmp_path / "whole.tar").open("w+b") as out:
+        assert fetch(shard, out, Access(), facts.st_size, version) == facts.st_size
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+        with pytest.raises(FaultError) as caught:
+            fetch(shard, out, Access(), facts.st_size, version)
+    assert caught.value.reason == "replaced"
+
+
 def test_a_server_without_ranges_that_falls_silent_is_given_up_soon(served, tmp_path, monkeypatch):
     """The file as a whole has as much time as all its parts would have."""
     monkeypatch.setattr("m3i_scale.data.remote.fetch.PART_BYTES", 100)
