@@ -1,4 +1,4 @@
-"""How far batches of some shards are from uniform draws, by the order that training would read. No image is read.
+"""Measure how far batches are from uniform draws, in the order that training would read; no image is read.
 
 The figure is `clumping`: how much the number of samples that a batch has of each shard varies from batch to batch,
 relative to uniform draws without replacement. 1 is uniform, B is batches of one shard each. Whatever is alike within a
@@ -25,21 +25,21 @@ from m3i_scale.data.shards import expand_shards
 from m3i_scale.defaults import SHUFFLE_SHARDS, STREAMS
 
 Indices = NDArray[np.int64]
-"""Of samples, counted over all shards in stored order."""
+"""Numbers samples over all shards in stored order."""
 BATCHES = 64
 """Batches that are looked at, spread over a pass."""
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """What batches have in common with the stored order."""
+    """Compares batches with the stored order."""
 
     clumping: float
     """Variance over batches of the samples per shard ÷ that of uniform draws."""
     own_shard: float
-    """Of the other samples in a sample's batch, the share that comes from its own shard."""
+    """Share of the other samples in a sample's batch that come from its own shard."""
     neighbours: float
-    """How often stored neighbours meet in one batch ÷ how often they do in uniform draws."""
+    """Meetings of stored neighbours in one batch ÷ those in uniform draws."""
 
 
 def closeness(batches: Iterable[Indices], sizes: Sequence[int]) -> Closeness:
@@ -89,10 +89,9 @@ def main(
     streams: int = typer.Option(STREAMS, min=1, help="data.streams"),
     shuffle_shards: int = typer.Option(SHUFFLE_SHARDS, min=1, help="data.shuffle_shards"),
     seed: int = 0,
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
 ) -> None:
-    """Print {clumping, own_shard, neighbours, worth, estimate, …}; estimate: 1 + (b - 1) / w - b / k, for b samples,
-    w window shards and k shards a stream."""
+    """Print {clumping, own_shard, neighbours, worth, estimate, …} as JSON; estimate: 1 + (b - 1) / w - b / k,
+    for b samples, w window shards and k shards, all per stream."""
     if batch_size % streams:
         raise typer.BadParameter(f"a batch of {batch_size} cannot be shared out evenly over {streams} streams")
     with tempfile.TemporaryDirectory() as cache:

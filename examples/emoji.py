@@ -50,9 +50,7 @@ GROUPS = [
 
 HELD_OUT_SHARE = 0.15
 """Share of each group's concepts in families that no training split has."""
-
 HELD_OUT_STYLE = "noto"
-
 Background = Literal["white", "plain"]
 
 

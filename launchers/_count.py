@@ -35,7 +35,14 @@ def read_suites(reports: list[str]) -> list[Element]:
     return [suite for text in reports if text.strip() for suite in ElementTree.fromstring(text).iter("testsuite")]
 
 
+def unfinished(reports: list[str]) -> str:
+    """Return how many reports have no content, to be added to the count; empty where all are finished."""
+    empty = sum(not text.strip() for text in reports)
+    return f"; {empty} of {len(reports)} reports were never finished" if empty else ""
+
+
 if __name__ == "__main__":
-    suites = read_suites([Path(name).read_text(encoding="utf-8") for name in sys.argv[1:]])
+    reports = [Path(name).read_text(encoding="utf-8") for name in sys.argv[1:]]
+    suites = read_suites(reports)
     print("slowest:", *slowest(suites), sep="\n")
-    print(count(suites))
+    print(count(suites) + unfinished(reports))

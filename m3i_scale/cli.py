@@ -169,14 +169,17 @@ def check(
 
 @app.command(epilog="Example: m3i-scale show m3i optim.steps=10")
 def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Print the whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden."""
+    """Print the whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden.
+
+    The recipe is printed as it is written; `check` says whether it holds together.
+    """
     import yaml
 
-    from m3i_scale.objective.recipe import load_run_and_recipe
+    from m3i_scale.config import load_run
     from m3i_scale.text import masked
 
-    config, _ = load_run_and_recipe(run, overrides)
-    values = masked(config.model_dump(mode="json"))
+    # The classes of a recipe's parts are not asked: they hold losses too, so that torch would be imported first.
+    values = masked(load_run(run, overrides).model_dump(mode="json"))
     if as_json:
         print_json(values)
     else:
@@ -237,9 +240,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory, communication and time of a run, before anything runs; needs neither data nor a GPU."""
-    from m3i_scale.config import load_run
+    from m3i_scale.objective.recipe import load_run_and_recipe
 
-    config = load_run(run, overrides)
+    config, _ = load_run_and_recipe(run, overrides)
     from m3i_scale.run.plan_search import plan_run, refuse_hopeless, write_deepspeed
     from m3i_scale.run.planning import machine_of
 
@@ -296,10 +299,15 @@ def doctor(
 
 
 def _import(modules: list[str] | None) -> None:
+    from m3i_scale.config import FixableError
     from m3i_scale.config.kinds import import_module
+    from m3i_scale.errors import ConfigError
 
     for module in modules or []:
-        import_module(module, "--import")
+        try:
+            import_module(module)
+        except FixableError as error:
+            raise ConfigError(str(error), where="--import", fix=error.fix) from error
 
 
 @app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")

@@ -3,6 +3,9 @@
 `Forks(folder)` starts that process and makes `folder/m3i-scale`, a command to be put first on PATH. A call has its own
 working folder, environment, streams and exit code, as a process of its own would; only the imports are shared, which
 take longer than most commands.
+
+Not tested that way: what the package reads of the environment when it is imported, which is that of the test; and
+signals, which reach the process that calls and not the fork.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -31,7 +35,9 @@ class Forks:
         self.folder = folder
         with (folder / "forks.log").open("w") as log:
             arguments = [sys.executable, str(SELF), "serve", str(address)]
-            self._process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
         assert self._process.stdout is not None
         if b"ready\n" not in iter(self._process.stdout.readline, b""):  # DeepSpeed prints before it
             raise AssertionError((folder / "forks.log").read_text())
@@ -51,7 +57,7 @@ def serve(address: str) -> None:
         listener.bind(address)
         listener.listen()
         print("ready", flush=True)
-        while True:
+        while listener in select.select([listener, sys.stdin], [], [])[0]:  # stdin ends with whoever has started this
             connection, _ = listener.accept()
             with connection:
                 if os.fork() == 0:

@@ -16,7 +16,6 @@ from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, S
 from m3i_scale.config.explain import explained, origin, parse_section
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
-from m3i_scale.config.kinds import import_kinds
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
 
 __all__ = [
@@ -257,9 +256,7 @@ class RunConfig(Section):
 
 
 def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict[str, Any] | None = None) -> RunConfig:
-    """Read a run file, follow `extends`, apply `key=value` overrides, check everything.
-
-    Classes of the user's own that its recipe names are imported, which runs their code.
+    """Read a run file, follow `extends`, apply `key=value` overrides, check everything but the recipe.
 
     Args:
         name_or_path: the run file, or the name of a built-in one.
@@ -267,13 +264,12 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
         values: what `run_values` gave for both, where it has been asked.
 
     Raises:
-        ConfigError: unreadable YAML, an unknown key, a value of the wrong type, a cycle of `extends`, or a module that
-            cannot be imported; a FaultsError where that are several things.
+        ConfigError: unreadable YAML, an unknown key, a value of the wrong type, or a cycle of `extends`; a FaultsError
+            where that are several things.
     """
     if values is None:
         values = run_values(name_or_path, overrides)
     path = find_run_file(name_or_path)
-    import_kinds(values.get("recipe"), str(path))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

@@ -91,7 +91,13 @@ MEANT = {
 
 
 def parse_section(
-    kind: type[SectionT], values: Any, *, where: str | WhereOf, below: str = "", stored: bool = False
+    kind: type[SectionT],
+    values: Any,
+    *,
+    where: str | WhereOf,
+    below: str = "",
+    stored: bool = False,
+    imports: bool = False,
 ) -> SectionT:
     """Read `values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
 
@@ -101,12 +107,13 @@ def parse_section(
         where: named in errors; or what names the place that a key below the section was written at.
         below: the key of the run file that holds the section.
         stored: they are of a training that is over (see `is_stored`).
+        imports: modules of the user's own classes may be imported (see `may_import`).
 
     Raises:
         ConfigError: what does not hold together; a FaultsError where that are several things.
     """
     try:
-        return kind.model_validate(values, context={"stored": stored})
+        return kind.model_validate(values, context={"stored": stored, "imports": imports})
     except ValidationError as error:
         fault = explained(kind, error, where if callable(where) else lambda place: where, values, below)
     raise fault

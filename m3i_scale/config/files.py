@@ -1,4 +1,5 @@
-"""Run files as they are written: where they lie, `extends`, `key=value` overrides. Nothing is checked but YAML."""
+"""Run files as they are written: where they lie, `extends`, `key=value` overrides. Nothing is checked but YAML, and
+that targets of before they had kinds do not lose what the heads of the file that they extend remember."""
 
 from __future__ import annotations
 
@@ -59,13 +60,18 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
     """What a run file says, `extends` and `key=value` overrides applied, and nothing else checked.
 
     Raises:
-        ConfigError: unreadable YAML, a key that stands twice, overrides that are none, or a cycle of `extends`.
+        ConfigError: unreadable YAML, a key that stands twice, overrides that are none, a cycle of `extends`, or targets
+            of the old form on a head whose memory has moved.
     """
-    values = _read_with_base(find_run_file(name_or_path), ())
+    path = find_run_file(name_or_path)
+    values = _read_with_base(path, ())
+    recipe, memories = values.get("recipe"), _memories(values)
     faults = Faults()
     for override in overrides or []:
         faults.note(_apply_override, values, override)
     faults.end()
+    if values.get("recipe") is recipe:
+        _check_memories(values, memories, path)
     return values
 
 
@@ -79,7 +85,48 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return values
     beside = path.parent / str(base)
     base_path = beside if beside.is_file() else find_run_file(str(base))
-    return _merge(_read_with_base(base_path, (*seen, path)), values)
+    below = _read_with_base(base_path, (*seen, path))
+    merged = _merge(below, values)
+    _check_memories(merged, _memories(below), path)
+    return merged
+
+
+def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the regularisers of targets that have a kind and remember, by the head that the target names."""
+    return {
+        target["head"]: target["regularizer"]
+        for target in _targets(values)
+        if "kind" in target and "head" in target and isinstance(target.get("regularizer"), dict)
+        if {"size", "momentum"} & target["regularizer"].keys()
+    }
+
+
+def _check_memories(values: dict[str, Any], memories: dict[str, dict[str, Any]], path: Path) -> None:
+    """Refuse targets without kind on a head that remembered when they were written, and of which nothing says it now.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for number, target in enumerate(_targets(values)):
+        name = target.get("head")
+        if "modality" not in target or "kind" in target or name not in memories:
+            continue
+        head = values["recipe"].get("heads", {}).get(name) or {}
+        if not {"queue", "state_momentum"} & head.keys():
+            regularizer = ", ".join(f"{key}: {value}" for key, value in memories[name].items())
+            raise ConfigError(
+                f"target '{target.get('name', number)}' is of before targets had a `kind`, and head '{name}', which it "
+                "extends, no longer says what it remembers",
+                where=f"{path}: recipe.targets.{number}",
+                why="it would be another method: what heads remember stands in the `regularizer` of their targets now",
+                fix=f"write the target as docs/recipes.md does, e.g. `kind: pooled, regularizer: {{{regularizer}}}`",
+            )
+
+
+def _targets(values: dict[str, Any]) -> list[dict[str, Any]]:
+    recipe = values.get("recipe")
+    targets = recipe.get("targets") if isinstance(recipe, dict) else None
+    return [target for target in targets if isinstance(target, dict)] if isinstance(targets, list) else []
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

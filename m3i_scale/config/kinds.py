@@ -12,7 +12,7 @@ A family is a class below `Kind` with an empty `kinds`; every class below it tha
 `kinds` is also set, to that of its family, by a class between the two that is no kind itself.
 
 A field of type `Shape` then reads `circle`, `{kind: circle, radius: 2}`, or `{kind: my_package.my_module.Square}`, the
-import path of a class of the user's own below `Shape`.
+import path of a class of the user's own below `Shape`. Such a class has no name but that path: it states no `kind`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import ModelWrapValidatorHandler, SerializationInfo, ValidationInfo, model_serializer, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.sections import FixableError, Section
-from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.config.sections import FixableError, Section, may_import
+from m3i_scale.errors import did_you_mean
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -36,18 +35,27 @@ class Kind(Section):
     """Base of families and their kinds."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    """Of a family: its classes by name."""
+    """The classes of a family by name."""
     kind: ClassVar[str] = ""
-    """What a run file calls the class: by default its import path."""
+    """The name of the class in run files: by default its import path."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Register a class that has a name; give others their import path for one."""
+        """Register a class that has a name; give others their import path for one.
+
+        Raises:
+            TypeError: the name is another class's, or that of a class outside of this package.
+        """
         super().__pydantic_init_subclass__(**options)
-        if "kind" in cls.__dict__:
-            cls.kinds[cls.kind] = cls
+        path = f"{cls.__module__}.{cls.__qualname__}"
+        if "kind" not in cls.__dict__:
+            cls.kind = path
+        elif cls.kind in cls.kinds:
+            raise TypeError(f"'{cls.kind}' is the name of {cls.kinds[cls.kind]} already; without `kind`, it is {path}")
+        elif cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            raise TypeError(f"run files know {path} by its import path alone: leave out `kind`")
         else:
-            cls.kind = f"{cls.__module__}.{cls.__qualname__}"
+            cls.kinds[cls.kind] = cls
 
     @classmethod
     def choices(cls) -> list[str]:
@@ -55,8 +63,12 @@ class Kind(Section):
         return [name for name, kind in cls.kinds.items() if issubclass(kind, cls)]
 
     @classmethod
-    def class_of(cls, value: Any) -> type[Kind]:
+    def class_of(cls, value: Any, *, imports: bool = False) -> type[Kind]:
         """Return the class that a value of a run file names, by itself or by its `kind`.
+
+        Args:
+            value: of the run file.
+            imports: whether to import the module of a class of the user's own, which runs its code.
 
         Raises:
             ValueError: it names none below this one.
@@ -67,19 +79,21 @@ class Kind(Section):
         if kind in cls.choices():
             return cls.kinds[kind]
         if _IMPORT_PATH.fullmatch(kind):
-            return cls._own_class(kind)
+            return cls._own_class(kind, imports=imports)
         raise FixableError(f"no such kind: '{kind}'", did_you_mean(kind, cls.choices()))
 
     @classmethod
-    def _own_class(cls, path: str) -> type[Kind]:
-        """Return a class of the user's own. Its module must be there already: reading a file runs no code."""
+    def _own_class(cls, path: str, *, imports: bool) -> type[Kind]:
+        """Return a class of the user's own."""
         module, _, name = path.rpartition(".")
+        if imports:
+            import_module(module)
         if module not in sys.modules:
             raise FixableError(
                 f"'{path}' is a class of somebody's own, whose module is not imported: reading this file runs no code",
                 f"where you trust it: --import {module}, or in Python `import {module}` before",
             )
-        found = getattr(sys.modules[module], name, None)
+        found = vars(sys.modules[module]).get(name)  # no attribute: a module may compute those, which runs its code
         if not (isinstance(found, type) and issubclass(found, cls)):
             raise ValueError(f"'{path}' is no subclass of {cls.__module__}.{cls.__name__}")
         return found
@@ -93,7 +107,7 @@ class Kind(Section):
         named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
         if not named and "kinds" not in cls.__dict__:
             return handler(value)
-        found = cls.class_of(value)
+        found = cls.class_of(value, imports=may_import(info))
         fields = {key: field for key, field in value.items() if key != "kind"} if isinstance(value, dict) else {}
         return found.model_validate(fields, context=info.context)
 
@@ -103,40 +117,16 @@ class Kind(Section):
         return {"kind": self.kind, **{name: getattr(self, name) for name in names}}
 
 
-def import_kinds(values: Any, where: str) -> None:
-    """Import the modules of the user's own classes that a section names: this runs their code.
-
-    Only a run file that the user names may come here. What others wrote (the description in an export, the run file in
-    a checkpoint) is read without.
-
-    Raises:
-        ConfigError: a module cannot be imported.
-    """
-    for key, path in _paths_in(values):
-        import_module(path.rpartition(".")[0], f"{where}: {key}")
-
-
-def import_module(module: str, where: str) -> None:
+def import_module(module: str) -> None:
     """Import a module with classes of the user's own, which runs its code.
 
     Raises:
-        ConfigError: it cannot be imported.
+        FixableError: it cannot be imported.
     """
     try:
         importlib.import_module(module)
     except Exception as error:  # a module of the user's own may raise anything
-        raise ConfigError(
+        raise FixableError(
             f"cannot import '{module}': {type(error).__name__}: {error}",
-            where=where,
-            fix="install the package, or put its folder on PYTHONPATH, on every host",
+            "install the package, or put its folder on PYTHONPATH, on every host",
         ) from error
-
-
-def _paths_in(value: Any, key: str = "recipe") -> Iterator[tuple[str, str]]:
-    """Walk through all `kind`s that are import paths, with their dotted keys."""
-    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, part in items:
-        if name == "kind" and isinstance(part, str) and _IMPORT_PATH.fullmatch(part):
-            yield f"{key}.kind", part
-        else:
-            yield from _paths_in(part, f"{key}.{name}")

@@ -50,6 +50,11 @@ def is_stored(info: ValidationInfo) -> bool:
     return bool(info.context and info.context.get("stored"))
 
 
+def may_import(info: ValidationInfo) -> bool:
+    """Return whether modules with classes of the user's own may be imported: only those that his run file names."""
+    return bool(info.context and info.context.get("imports"))
+
+
 PathT = TypeVar("PathT", str, Path)
 
 

@@ -14,7 +14,7 @@ KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes go into the shard as they are, and the extension of their member."""
 
 READ_FORMATS = (*KEPT_FORMATS, "BMP", "GIF", "TIFF", "PPM")
-"""What Pillow may try: some of its other readers start programs."""
+"""Formats that Pillow may try: some of its other readers start programs."""
 
 FILE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 """Files that may be images; what shards do not hold becomes a PNG."""
@@ -29,10 +29,10 @@ NO_CLASS = 255
 """Pixels of a mask that count for nothing."""
 
 _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
-"""By the colour type in a PNG's header."""
+"""Keyed by the colour type in a PNG's header."""
 
 DECODE_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises on images that are cut off, damaged, or no images (its PNG reader raises SyntaxError)."""
+"""Errors that Pillow raises on images that are cut off, damaged, or no images (its PNG reader raises SyntaxError)."""
 
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 

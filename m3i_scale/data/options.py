@@ -80,7 +80,7 @@ _CUT: Parts = {
 
 @dataclass(frozen=True)
 class Making:
-    """What all commands of `shards make` take beside their input."""
+    """Holds what all commands of `shards make` take beside their input."""
 
     output: Path
     name: str

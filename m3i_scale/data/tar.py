@@ -24,7 +24,7 @@ MAX_NAME = 1_024
 MAX_HEADER_BYTES = 16_384
 """Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
 RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
-"""What webdataset calls its own fields of a sample."""
+"""Prefix of webdataset's own fields of a sample."""
 UNREADABLE = "shard cannot be read"
 CUT_OFF = "cut off"
 DAMAGED = "damaged header"
@@ -35,7 +35,7 @@ SCATTERED = "members do not lie together"
 TWICE = "key stands twice in the shard"
 _BLOCK = tarfile.BLOCKSIZE
 _TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
-"""What tarfile raises on damaged headers; not all of it is a TarError."""
+"""Errors that tarfile raises on damaged headers; not all of it is a TarError."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HOSTILE = "take the shard from a source you trust, or make it anew"
@@ -75,7 +75,7 @@ class Member:
     data: int
     """First byte of the content."""
     size: int
-    """Bytes of the content."""
+    """Size of the content, bytes."""
 
     @property
     def stop(self) -> int:
@@ -115,13 +115,13 @@ class RawSample:
 
 @dataclass
 class RawShard:
-    """What the headers of a shard tell."""
+    """Holds what the headers of a shard tell."""
 
     size: int = 0
-    """Bytes of the file."""
+    """Size of the file, bytes."""
     samples: list[RawSample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    """Of the shard and of members that belong to no sample."""
+    """Faults of the shard and of members that belong to no sample."""
     others: int = 0
     """Folders, and files that webdataset skips."""
 
@@ -184,12 +184,15 @@ def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
 
 
 def key_at(path: Path, offset: int) -> str:
-    """Read the key of the member whose header begins at `offset`."""
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-    with tarfile.open(fileobj=head, mode="r:") as tar:
-        member = tar.next()
+    """Return the key of the member whose header begins at `offset`; `?` where none does."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            member = tar.next()
+    except (OSError, tarfile.TarError):  # the shard has changed since it was read
+        member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
 

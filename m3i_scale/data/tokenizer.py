@@ -26,7 +26,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """In order of their ids: padding is 0."""
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.txt")
-"""What a folder that `AutoTokenizer` loads may hold; many servers do not list."""
+"""Files that a folder for `AutoTokenizer` may hold; many servers do not list."""
 
 MAX_ALPHABET = 1_000
 _LONG_LETTERS = 200

@@ -85,7 +85,7 @@ def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[s
     for target in source.recipe.targets:
         samples = provenance["supervision"].get(target.name)
         if samples is not None and seen:
-            yield target.name, _KINDS[target.modality], f"{samples:,.0f}", f"{samples / seen:.1%}"
+            yield target.name, _KINDS.get(target.modality, target.modality), f"{samples:,.0f}", f"{samples / seen:.1%}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:

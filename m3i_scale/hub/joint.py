@@ -32,7 +32,6 @@ from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Made, Part, copied
 from m3i_scale.objective.build import text_config
-from m3i_scale.objective.distributions.pairs import BernoulliPairs
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.text import Text, TextHead
 
@@ -164,9 +163,10 @@ def zero_shot_part(source: Source, vocab_size: int) -> Part:
         ExportError: no stock vision model pools as the recipe does, or the target's logits have a bias.
     """
     target = cast(Text, target_of(source, "text"))
-    if isinstance(target.distribution, BernoulliPairs):
+    if target.distribution.first_bias is not None:
         raise ExportError(
-            "a Bernoulli text target adds a learnt bias to every logit, which the dual encoder has no place for",
+            f"a {target.distribution.kind} text target adds a learnt bias to every logit, which the dual encoder has "
+            "no place for",
             where=f"recipe.targets: {target.name}",
             fix="--task features: heads/ holds the bias",
         )

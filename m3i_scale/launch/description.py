@@ -73,7 +73,7 @@ OVER_HOSTS = frozenset(
 
 
 class Cluster(Section):
-    """Where a run is started. A field that the chosen launcher cannot honour is an error.
+    """Says where a run is started. A field that the chosen launcher cannot honour is an error.
 
     Every field is an option of the command line, with its docstring as help.
     """

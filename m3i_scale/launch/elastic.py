@@ -20,6 +20,7 @@ from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.ssh import SRUN, SSH
 from m3i_scale.launch.transport import Site
+from m3i_scale.objective.recipe import parse_recipe
 
 FILE = "elastic.json"
 HONOURS = OVER_HOSTS | {
@@ -89,13 +90,14 @@ def read_launch(path: Path) -> Launch:
         path: as `render` writes it.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or a module with a class of the user's own cannot be imported.
     """
     try:
         given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
     run = RunConfig.model_validate(given["run"])
+    parse_recipe(run.recipe, where=str(path), imports=True)  # the launch asks it what its losses compare
     site = Site(
         python=given["python"],
         workdir=given["workdir"],

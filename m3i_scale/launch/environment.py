@@ -13,7 +13,7 @@ HIDDEN = "(hidden)"
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by launchers, differently on every rank."""
 SLURM_EXPORTS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
-"""What Slurm hands on of the environment that it is called in, beside what is to travel."""
+"""Variables that Slurm hands on of the environment that it is called in, beside what is to travel."""
 INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """The network interface of Gloo and of NCCL."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -108,7 +108,7 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
         ranks_per_node: on each host. Default: the tasks that the allocation has on each.
 
     Raises:
-        ConfigError: there is no allocation, or nobody says how many ranks.
+        ConfigError: there is no allocation, nobody says how many ranks, or a name is none.
     """
     nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
     if nodes is None:
@@ -128,7 +128,7 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
         names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"Slurm does not say which hosts are {nodes}: {error}", fix="scontrol on PATH") from None
-    return tuple(Host(name, ranks_per_node or int(tasks)) for name in names)
+    return parse_hosts((f"{name} slots={ranks_per_node or int(tasks)}" for name in names), where="SLURM_JOB_NODELIST")
 
 
 def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[str]) -> tuple[Host, ...]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the names are for --help, which has no time for more
     from m3i_scale.launch.plan import LaunchPlan
 
 _NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
+_ALLOCATED = "leave it out: the machines are those of the allocation, of which --include takes some"
 LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
 READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
 """Launchers that people start themselves, from a file of a checkout."""
@@ -53,9 +54,10 @@ def render(name: str, job: Job) -> LaunchPlan:
     launcher = find_launcher(name)
     for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
         others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]
+        fix = f"leave it out, or launch with {' or '.join(others)}"
+        if field == "nodes":
+            fix = _ALLOCATED if job.cluster.transport == "srun" else _NAME_THEM
         raise ConfigError(
-            f"`{field}` has no effect with {name}",
-            where=f"{field}: {getattr(job.cluster, field)}",
-            fix=f"leave it out, or launch with {' or '.join(others)}" if field != "nodes" else _NAME_THEM,
+            f"`{field}` has no effect with {name}", where=f"{field}: {getattr(job.cluster, field)}", fix=fix
         )
     return launcher.render(job)

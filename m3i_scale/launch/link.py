@@ -190,7 +190,6 @@ def check_hosts(job: Job) -> None:
         output_dir=str(job.output_dir),
         launch=secrets.token_hex(8),
         ssh=job.cluster.ssh,
-        transport=job.cluster.transport,
         python_path=next((item.value for item in job.plain if item.name == "PYTHONPATH"), ""),
     )
     links, reasons = connect(job.hosts, site, Inbox())

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.output_dir import LockFile, holder_of, lock_directory
+from m3i_scale.scale.output_dir import LockFile, UnknownHolderError, holder_of, lock_directory
 
 _LAUNCH = LockFile(".launch-lock", "another launch of this run is under way", "two launches would start it twice")
 
@@ -27,9 +27,11 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
 
 
 def launch_of(output_dir: Path) -> str | None:
-    """Return who launches the run of an output folder at the moment, for a person; None: nobody."""
+    """Return who launches the run of an output folder at the moment, for a person; None: nobody that is known of."""
     try:
         holder = holder_of(output_dir, _LAUNCH)
-    except CheckpointError as error:
+    except UnknownHolderError as error:
         return error.what
+    except CheckpointError:  # the lock cannot be looked at, which is no launch
+        return None
     return None if holder is None else str(holder)

@@ -1,4 +1,4 @@
-"""How a host is reached, and the one command that starts its agent: over ssh, here, or with srun."""
+"""One command starts the agent of a host: over ssh, here, or with srun."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SRUN = (
 
 @dataclass(frozen=True)
 class Site:
-    """How hosts are reached, and what runs there."""
+    """Says how hosts are reached, and what runs there."""
 
     python: str
     """The interpreter, on all hosts."""
     workdir: str
     """The working directory, on all hosts."""
     output_dir: str
-    """Of the run: what processes of a former launch are known by."""
+    """Folder of the run, by which processes of a former launch are known."""
     launch: str
     """A name for this launch that no other has."""
     ssh: tuple[str, ...] = ()
@@ -42,17 +42,17 @@ class Site:
     python_path: str = ""
     """PYTHONPATH of agents and ranks."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What travels to the ranks."""
+    """Variables that travel to the ranks."""
     connect_s: float = 60.0
-    """Patience with a host that is to answer."""
+    """Limit for a host that is to answer."""
     silence_s: float = 30.0
     """A host that says nothing for so long is lost."""
     transport: Literal["ssh", "srun"] = "ssh"
-    """What reaches a host: ssh, or srun within an allocation of Slurm."""
+    """The way to a host: ssh, or srun within an allocation of Slurm."""
     ssh_to_all: bool = False
     """Whether ssh reaches this machine, too, where it is one of the hosts."""
     grace_s: float = 10.0
-    """So long other ranks have for their own last words once one has ended."""
+    """Time that other ranks have to end by themselves once one has ended."""
 
 
 def own_environment() -> dict[str, str]:
@@ -86,7 +86,7 @@ def _agent_line(site: Site) -> str:
 
 
 def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
-    """The end of ssh, or of the agent, in a sentence."""
+    """Return the end of ssh, srun or the agent, in a sentence."""
     text = [line for line in said if line.strip()]
     last = text[-1] if text else ""
     if code in (126, 127):
@@ -96,7 +96,7 @@ def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
     if any(line.startswith("bash:") and "cd:" in line for line in text):
         return f"the working directory cannot be entered: {last}"
     if code == 255:
-        return f"ssh: {last or 'the connection ended'}"
+        return f"{site.transport}: {last or 'the connection ended'}"
     if code is None:
         return "the connection does not end"
     return f"the agent ended with exit code {code}" + (f": {last}" if last else "")

@@ -115,7 +115,7 @@ Weights = FixedWeights | LearnedWeights | GradientNormWeights
 
 
 class BalanceSpec(Kind):
-    """How the weights of the groups come about."""
+    """Says how the weights of the groups come about."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     module: ClassVar[type[Weights]]
@@ -146,4 +146,4 @@ class GradientNormSpec(BalanceSpec):
     kind: ClassVar[str] = "gradient_norm"
     module: ClassVar[type[Weights]] = GradientNormWeights
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of the measured norms, over micro-batches: they are averaged over the last 1 / (1 − momentum)."""
+    """Momentum of the measured norms over micro-batches: they are averaged over the last 1 / (1 − momentum)."""

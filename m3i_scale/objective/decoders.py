@@ -207,7 +207,7 @@ class TransformerSpec(DecoderSpec):
     depth: int = Field(default=4, ge=1)
     """Layers."""
     position: Literal["relative", "absolute"] = "relative"
-    """Where queries are: relative to the input view (the paper), or on a fixed grid (MAE)."""
+    """Positions of queries: relative to the input view (the paper), or on a fixed grid (MAE)."""
 
     @model_validator(mode="after")
     def _splits(self) -> Self:
@@ -239,7 +239,7 @@ class AttentionPoolSpec(DecoderSpec):
 
     kind: ClassVar[str] = "attention_pool"
     width: int | None = Field(default=None, ge=8)
-    """Of the vector; default: the backbone's."""
+    """Width of the vector; default: the backbone's."""
     heads: int | None = Field(default=None, ge=1)
     """Attention heads, which the backbone's width is split among; default: one per 64 channels."""
 

@@ -113,15 +113,13 @@ class MomentumTarget(nn.Module):
     """The averaged copy of backbone, projector, and of what pools and projects image targets. Never trained; whoever
     owns the parameters moves them."""
 
-    def __init__(
-        self, backbone: Backbone, projector_depth: int, pools: nn.ModuleDict | None, heads: nn.ModuleDict | None
-    ) -> None:
+    def __init__(self, backbone: Backbone, projector_depth: int, pools: nn.ModuleDict, heads: nn.ModuleDict) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = Projector(self.backbone.width, projector_depth)
-        self.pools = pools or nn.ModuleDict()
+        self.pools = pools
         """By the name of the decoder that they follow."""
-        self.heads = heads or nn.ModuleDict()
+        self.heads = heads
         """By the name of the head that they follow."""
         self.requires_grad_(False)
 

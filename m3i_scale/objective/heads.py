@@ -17,7 +17,7 @@ Norm = Literal["none", "layer", "batch"]
 
 
 class HeadSpec(Section):
-    """What turns a decoded vector into z_y or ẑ_y of an image target. Targets that name the same head share it.
+    """Turns a decoded vector into z_y or ẑ_y of an image target. Targets that name the same head share it.
 
     The projector serves the prediction and the target (whose copy is averaged where the target's encoder is); the
     predictor follows on the prediction's side alone.
@@ -30,9 +30,9 @@ class HeadSpec(Section):
     depth: int = Field(default=2, ge=1)
     """Linear layers of the projector."""
     norm: Norm = "layer"
-    """After every hidden layer. `batch` takes the statistics of the global batch."""
+    """Norm after every hidden layer. `batch` takes the statistics of the global batch."""
     output_norm: Norm = "none"
-    """After the projector's last layer, without a scale of its own."""
+    """Norm after the projector's last layer, without a scale of its own."""
     predictor_depth: int = Field(default=0, ge=0)
     """Linear layers of the predictor; 0 for none."""
     predictor_hidden: int = Field(default=512, ge=2)

@@ -64,7 +64,7 @@ class Objective(nn.Module):
         self.image_heads = image_heads or nn.ModuleDict()
         """By head of the recipe."""
         self.states = states or nn.ModuleDict()
-        """What those heads remember of earlier batches."""
+        """Memories of those heads."""
         self.weights = weights
         self.mean, self.std = mean, std
         self.mixed_attention = mixed_attention

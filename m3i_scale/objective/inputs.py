@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config import Section
-from m3i_scale.objective.masks.base import Mask
-from m3i_scale.objective.masks.patches import RandomMask
+from m3i_scale.objective.masks import Mask, RandomMask
 
 
 class MaskSpec(Section):
@@ -26,7 +25,7 @@ class InputSpec(Section):
     """One input x of the backbone."""
 
     name: str
-    """What targets refer to."""
+    """The name that targets refer to."""
     view: int = Field(ge=1)
     """Augmented view of the image, from 1."""
     mask: MaskSpec | None = None
@@ -41,7 +40,7 @@ class MixSpec(Section):
 
     inputs: list[str] = Field(min_length=2, max_length=4)
     form: Mask = RandomMask()
-    """How patches are dealt to the images: as the hidden ones of a mask are chosen."""
+    """The law by which patches are dealt to the images, as the hidden ones of a mask are chosen."""
 
 
 @dataclass

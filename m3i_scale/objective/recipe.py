@@ -16,19 +16,12 @@ from typing_extensions import Self
 
 from m3i_scale.config import RunConfig, find_run_file, load_run, parse_section, run_values
 from m3i_scale.config.explain import WhereOf, origin
-from m3i_scale.config.kinds import import_kinds
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.encoders import MomentumSpec, TeacherSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
-from m3i_scale.objective.targets.category import Category
 from m3i_scale.objective.targets.dense import Dense
-from m3i_scale.objective.targets.pooled import Pooled, Prototypes
-from m3i_scale.objective.targets.text import Text
 from m3i_scale.objective.upgrade import upgraded
-
-BUILT_IN = (Category, Text, Dense, Pooled, Prototypes)
-"""Importing them makes their kinds known."""
 
 
 class Recipe(Parts):
@@ -141,7 +134,7 @@ class Recipe(Parts):
     def _head_faults(self) -> Iterator[str]:
         for name in self.heads:
             users = [target for target in self.head_targets if target.head == name]
-            if len({target.remembers for target in users}) > 1:
+            if any(user.remembers != users[0].remembers for user in users):
                 yield (
                     f"head '{name}': targets that share it need one kind, and one regularizer that remembers alike: "
                     "the head has one memory"
@@ -174,6 +167,8 @@ def meaning(values: Any) -> Any:
 
     A teacher's folder is no part of it. A recipe that does not hold together is given back as it is.
     """
+    if not isinstance(values, dict):
+        return values
     stand_in = {"teacher": {"from_pretrained": ""}}
     for teacher in ({}, stand_in):
         try:
@@ -183,16 +178,22 @@ def meaning(values: Any) -> Any:
     return values
 
 
-def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe") -> Recipe:
+def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imports: bool = False) -> Recipe:
     """Return a checked recipe, of today's form or of that before targets had kinds.
 
+    Args:
+        values: what was read.
+        where: named in errors; or what names the place that a key below the recipe was written at.
+        imports: whether to import the modules of the user's own classes, which runs their code. Only for a run file
+            that the user names: the one in a checkpoint and the description in an export may be somebody else's.
+
     Raises:
-        ConfigError: an unknown key, or inputs and targets that do not hold together.
+        ConfigError: an unknown key, inputs and targets that do not hold together, or a module that cannot be imported.
     """
     if not values:
         place = where(()) if callable(where) else where
         raise ConfigError("the run file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
-    return parse_section(Recipe, upgraded(values), where=where, below="recipe")
+    return parse_section(Recipe, upgraded(values), where=where, below="recipe", imports=imports)
 
 
 def load_run_and_recipe(
@@ -200,19 +201,22 @@ def load_run_and_recipe(
 ) -> tuple[RunConfig, Recipe]:
     """Read a run file and its recipe; arguments as of `load_run`.
 
+    Classes of the user's own that the recipe names are imported, which runs their code.
+
     Raises:
         ConfigError: see `load_run` and `parse_recipe`; a FaultsError with the faults of both.
     """
     if values is None:
         values = run_values(name_or_path, overrides)
-    import_kinds(values.get("recipe"), str(find_run_file(name_or_path)))
     faults, recipe = Faults(), None
     run = faults.note(load_run, name_or_path, overrides, values)
     described = values.get("recipe")
     if isinstance(described, dict):  # else the run file lacks it, which is told
         path = find_run_file(name_or_path)
         recipe = faults.note(
-            lambda: parse_recipe(described, where=lambda place: origin(("recipe", *place), overrides or [], path))
+            lambda: parse_recipe(
+                described, where=lambda place: origin(("recipe", *place), overrides or [], path), imports=True
+            )
         )
     faults.end()
     if run is None or recipe is None:

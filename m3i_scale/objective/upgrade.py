@@ -47,7 +47,7 @@ def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _upgrade(target: dict[str, Any]) -> None:
     if "modality" in target and "kind" not in target:
-        kind = _kind(target)
+        kind = _kind_of_target(target)
         if kind in ("pooled", "prototypes"):
             target.pop("tokens", None)
         target.pop("modality")
@@ -59,24 +59,32 @@ def _upgrade(target: dict[str, Any]) -> None:
 
 def _move_from_head(target: dict[str, Any], head: dict[str, Any]) -> Iterator[str]:
     """Write what a head was said to remember into the regulariser that remembers it; return the fields moved."""
-    regularizer = target.get("regularizer")
-    kind = regularizer.get("kind") if isinstance(regularizer, dict) else regularizer
+    kind = _kind_in(target, "regularizer")
     if kind in ("negatives", "queued_negatives") and "queue" in head:
         if head["queue"]:
             _put(target, "regularizer", "kind", "queued_negatives")
             _put(target, "regularizer", "size", head["queue"])
+        elif kind == "queued_negatives":
+            _put(target, "regularizer", "kind", "negatives")
+            target["regularizer"].pop("size", None)
         yield "queue"
     if kind in ("centering", "unigrad") and "state_momentum" in head:
         _put(target, "regularizer", "momentum", head["state_momentum"])
         yield "state_momentum"
 
 
-def _kind(target: dict[str, Any]) -> Any:
+def _kind_of_target(target: dict[str, Any]) -> Any:
     if target["modality"] != "image":
         return target["modality"]
     if target.get("tokens") == "pooled":
-        return "prototypes" if target.get("regularizer") in ("centering", "mean_entropy") else "pooled"
-    return "dense_negatives" if target.get("distribution") == "boltzmann" else "dense"
+        return "prototypes" if _kind_in(target, "regularizer") in ("centering", "mean_entropy") else "pooled"
+    return "dense_negatives" if _kind_in(target, "distribution") == "boltzmann" else "dense"
+
+
+def _kind_in(target: dict[str, Any], section: str) -> Any:
+    """Return the kind of a section, which may stand there by its kind alone."""
+    there = target.get(section)
+    return there.get("kind") if isinstance(there, dict) else there
 
 
 def _put(target: dict[str, Any], section: str, name: str, value: Any) -> None:

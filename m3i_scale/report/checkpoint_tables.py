@@ -145,7 +145,7 @@ def pruning(document: Mapping[str, Any]) -> RenderableType:
 
 
 def consolidation(document: Mapping[str, Any]) -> RenderableType:
-    """What `checkpoint consolidate` says."""
+    """Return what `checkpoint consolidate` says."""
     table = Table("", "")
     for key, value in document.items():
         if key != "files":

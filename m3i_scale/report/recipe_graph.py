@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m3i_scale.config import find_run_file, load_run
 from m3i_scale.objective.decoders import DecoderSpec, TransformerSpec
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs
 from m3i_scale.objective.inputs import InputSpec
-from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
+from m3i_scale.report.recipe_table import printable, word
 
-_SPELLINGS = {
-    "gaussian": "Gaussian",
-    "boltzmann": "Boltzmann",
-    "bernoulli": "Bernoulli",
-    "unigrad": "UniGrad",
-    "variance_covariance": "variance, covariance",
-    "transformer": "Transformer",
-    "momentum": "momentum copy",
-    "teacher": "frozen teacher",
-}
 _ALONE = {"none": "no regulariser"}
 """Words that say nothing without a heading."""
 _TOKENS = {"masked": "hidden patches", "all": "all patches", "pooled": "whole view"}
@@ -69,7 +59,7 @@ def read_recipe(name_or_path: str) -> Recipe:
     Raises:
         ConfigError: no such file, or a run file that does not hold together.
     """
-    return parse_recipe(load_run(name_or_path).recipe, where=str(find_run_file(name_or_path)))
+    return load_run_and_recipe(name_or_path)[1]
 
 
 def graph_of(recipe: Recipe) -> Graph:
@@ -85,16 +75,6 @@ def graph_of(recipe: Recipe) -> Graph:
         encoders={_encoder_key(target): _encoder(recipe, target) for target in recipe.targets},
         links=tuple(_link(recipe, target) for target in recipe.targets),
     )
-
-
-def word(value: str) -> str:
-    """A value of a recipe's field, as people spell it."""
-    return _SPELLINGS.get(value, value.replace("_", " "))
-
-
-def printable(text: str) -> str:
-    """Text of others with a replacement character for whatever steers a terminal or is not allowed in XML."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _input(spec: InputSpec) -> Node:

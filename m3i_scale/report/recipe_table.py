@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -12,10 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.config import known_recipes, read_yaml
-from m3i_scale.objective.describe import describe
-from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.report.recipe_graph import printable, word
 
+ROWS = Path(__file__).with_name("recipes.json")
+"""The result of `described_rows`, stored: importing the recipes' classes, which compute with torch, takes seconds."""
 FAMILIES = (
     "supervised",
     "weakly supervised",
@@ -50,12 +52,43 @@ _NARROW: _Columns = {
 """The same for 80."""
 
 
+_SPELLINGS = {
+    "gaussian": "Gaussian",
+    "boltzmann": "Boltzmann",
+    "bernoulli": "Bernoulli",
+    "unigrad": "UniGrad",
+    "variance_covariance": "variance, covariance",
+    "transformer": "Transformer",
+    "momentum": "momentum copy",
+    "teacher": "frozen teacher",
+}
+
+
+def word(value: str) -> str:
+    """Return a value of a recipe's field, as people spell it."""
+    return _SPELLINGS.get(value, value.replace("_", " "))
+
+
+def printable(text: str) -> str:
+    """Return text of others with a replacement character for whatever steers a terminal or is not allowed in XML."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def built_in_rows() -> list[dict[str, Any]]:
-    """The built-in recipes as `describe` tells them, in the paper's order.
+    """Return the built-in recipes as `describe` tells them, in the paper's order."""
+    rows: list[dict[str, Any]] = json.loads(ROWS.read_text(encoding="utf-8"))
+    return rows
+
+
+def described_rows() -> list[dict[str, Any]]:
+    """Describe the built-in recipes, in the paper's order.
 
     Raises:
         ConfigError: a built-in recipe does not hold together.
     """
+    from m3i_scale.objective.describe import describe
+    from m3i_scale.objective.recipe import parse_recipe
+
     recipes = known_recipes().values()
     return in_order([describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in recipes])
 
@@ -141,3 +174,7 @@ def _target(target: dict[str, Any]) -> str:
     if not target["view"]:
         return str(target["modality"])
     return f"view {target['view']}" + {"masked": ", hidden", "pooled": ", whole"}.get(target["tokens"], "")
+
+
+if __name__ == "__main__":  # python -m m3i_scale.report.recipe_table > m3i_scale/report/recipes.json
+    sys.stdout.write("[\n" + ",\n".join(map(json.dumps, described_rows())) + "\n]\n")

@@ -113,7 +113,7 @@ def _target_faults(name: str, health: dict[str, float], young: set[str], nats: f
             name,
             "its prototypes have collapsed",
             f"all samples fall to one prototype, evenness {evenness:.1e}",
-            "a higher target_temperature, a larger entropy_weight, a lower optim.lr",
+            "a higher target_temperature, a larger weight of the regularizer mean_entropy, a lower optim.lr",
         )
     hot = scale is not None and scale > MOST_SCALE and nats < LEAST_NATS
     if scale is not None and (hot or scale < LEAST_SCALE):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from m3i_scale.config import find_run_file, known_runs, load_run
+from m3i_scale.config import find_run_file, known_runs
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.doctor.examine import Examination
@@ -85,8 +85,9 @@ def _same_everywhere(run: str) -> str:
 
 
 def _needs(run: str, overrides: list[str], slots: dict[str, int]) -> dict[str, Needs]:
+    from m3i_scale.objective.recipe import load_run_and_recipe
     from m3i_scale.run.preflight import needs_of
 
-    config, world = load_run(run, overrides), sum(slots.values())
+    (config, _), world = load_run_and_recipe(run, overrides), sum(slots.values())
     by_slots = {count: needs_of(config, world_size=world, ranks_here=count) for count in set(slots.values())}
     return {host: by_slots[count] for host, count in slots.items()}

@@ -156,5 +156,5 @@ def _rewinds_before(checkpoint: Path) -> int:
     """Count the rewinds before it was saved; of a damaged checkpoint, which no resume takes, as if it were new."""
     try:
         return int(read_meta(checkpoint).get("rewinds", 0))
-    except (OSError, ValueError):
+    except (CheckpointError, ValueError):
         return 2**31

@@ -283,7 +283,8 @@ def shape_of(plan: Plan, world_size: int) -> dict[str, Any]:
 
 def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved, now = dict(meta["identity"]), json.loads(json.dumps(plan.identity))
-    saved["recipe"], now["recipe"] = meaning(saved.get("recipe")), meaning(now["recipe"])
+    for identity in (saved, now):  # a recipe may be written in several ways
+        identity["recipe"] = meaning(identity.get("recipe"))
     check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in _NEWER_IDENTITY:
         if key in saved and key in now:

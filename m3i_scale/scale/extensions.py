@@ -7,10 +7,15 @@ minute or more, whenever the other one has: their paths differ, so each takes th
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import os
 import shutil
+import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -70,7 +75,8 @@ def _build_root() -> Path:
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     """Remove lock files of builders that no longer exist; return them.
 
-    A builder holds its lock file open. One that cannot be seen from here, on another host, is given some time.
+    A builder holds its lock file open, in a container too whose processes cannot be seen from here. One on another host
+    is given some time.
 
     Args:
         root: the folder of extensions; default: where PyTorch builds them.
@@ -80,24 +86,24 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         # Other ranks sweep at the same time, and the first of them may already build under a new lock.
         seen = _status(lock)
-        if seen is None or _is_believed(lock, seen) or _is_open(lock) or _status(lock) != seen:
+        if seen is None or _is_believed(lock, seen) or _is_held(lock, seen) or _status(lock) != seen:
             continue
         lock.unlink(missing_ok=True)
         removed.append(lock)
     return removed
 
 
-def _status(lock: Path) -> tuple[int, float] | None:
-    """Return what tells a lock file from a later one of the same name, its age among it; None where there is none."""
+def _status(lock: Path) -> tuple[int, int, float] | None:
+    """Return what tells a lock file from others and from a later one of its name, its time last; None without one."""
     try:
         status = lock.stat()
     except FileNotFoundError:
         return None
-    return status.st_ino, status.st_mtime
+    return status.st_dev, status.st_ino, status.st_mtime
 
 
-def _is_believed(lock: Path, status: tuple[int, float]) -> bool:
-    return time.time() - status[1] < FOREIGN_AGE_S and _file_system(lock) not in LOCAL_FILE_SYSTEMS
+def _is_believed(lock: Path, status: tuple[int, int, float]) -> bool:
+    return time.time() - status[2] < FOREIGN_AGE_S and _file_system(lock) not in LOCAL_FILE_SYSTEMS
 
 
 def _file_system(path: Path) -> str:
@@ -107,8 +113,43 @@ def _file_system(path: Path) -> str:
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
 
 
-def _is_open(lock: Path) -> bool:
+def _is_held(lock: Path, status: tuple[int, int, float]) -> bool:
+    """Return whether a process has the file open.
+
+    The kernel knows it of all processes, and leases a file only to who has it alone. Where a file system has no leases,
+    or those of a network may be refused for other reasons, the processes that this user may look at are searched.
+    """
+    if _file_system(lock) not in LOCAL_FILE_SYSTEMS:
+        return _is_open(status)
+    folder = os.open(lock.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # other ranks look at the same time, and are no builders
+        file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            _lease(file)
+        finally:
+            os.close(file)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES) or _is_open(status)
+    finally:
+        os.close(folder)
+    return False
+
+
+def _lease(file: int) -> None:
+    """Take a lease of a file and give it back; raises OSError where it is refused."""
+    fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # else whoever opens it meanwhile ends this process by SIGIO
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def _is_open(status: tuple[int, int, float]) -> bool:
     """Return whether a process on this host has the file open, of those that this user may look at."""
-    path = str(lock.resolve())
-    processes = psutil.process_iter(["open_files"])
-    return any(file.path == path for process in processes for file in process.info["open_files"] or ())
+    for name in glob.iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):  # closed in the meantime
+            opened = os.stat(name)
+            if (opened.st_dev, opened.st_ino) == status[:2]:
+                return True
+    return False

@@ -6,6 +6,7 @@ as good as the `flock` of the shared file system (NFS v4, Lustre with `-o flock`
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,11 +17,12 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from m3i_scale.errors import CheckpointError
 
 _STOP = ".stop-request.json"
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 ACQUIRE_S, POLL_S = 1.0, 0.05
 """A lock is tried for so long: whoever looks who holds it has it for an instant."""
 
@@ -59,6 +61,10 @@ class Holder:
         return f"pid {self.pid} on host {self.host} since {self.since}{orphan}"
 
 
+class UnknownHolderError(CheckpointError):
+    """A lock is held, and whoever holds it has not yet said who it is."""
+
+
 @contextmanager
 def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = False) -> Iterator[None]:
     """Hold a lock of `output_dir` (created where missing) against other jobs. Call it on one rank only.
@@ -85,7 +91,8 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
     """Return who holds a lock of `output_dir`; None: nobody.
 
     Raises:
-        CheckpointError: the lock cannot be looked at, or whoever holds it has not yet said who it is.
+        UnknownHolderError: somebody holds it.
+        CheckpointError: the lock cannot be looked at.
     """
     path = output_dir / lock.name
     try:
@@ -99,7 +106,7 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
     except OSError as error:
         raise CheckpointError(f"cannot look at the lock: {error.strerror}", where=str(path)) from None
     if holder is None:
-        raise CheckpointError("a job that is just starting holds the output directory", where=str(output_dir))
+        raise UnknownHolderError("a job that is just starting holds the output directory", where=str(output_dir))
     return holder
 
 
@@ -136,7 +143,14 @@ def stop_requested(output_dir: Path) -> bool:
 
 
 def _acquire(output_dir: Path, lock: LockFile) -> FileLock:
-    held = FileLock(output_dir / lock.name, timeout=ACQUIRE_S, poll_interval=POLL_S, thread_local=False)
+    # A marker in the place of `flock`, which the library would fall back to, outlives a killed process.
+    held = FileLock(
+        output_dir / lock.name,
+        timeout=ACQUIRE_S,
+        poll_interval=POLL_S,
+        thread_local=False,
+        fallback_to_soft=False,
+    )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -146,23 +160,20 @@ def _acquire(output_dir: Path, lock: LockFile) -> FileLock:
             lock.busy,
             where=str(output_dir),
             why=f"the lock is held by {holder}; {lock.why}",
-            fix=f"wait for it or m3i-scale stop {output_dir}, or set another output_dir",
+            fix=f"wait for it or m3i-scale stop {output_dir}; a run may also take another output_dir",
         ) from None
-    except (OSError, NotImplementedError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except OSError as error:
+        if error.errno in _NO_FLOCK:
+            raise CheckpointError(
+                "the file system of the output directory has no flock, so two jobs could not be kept apart",
+                where=str(output_dir),
+                fix="set output_dir to a file system that has it (for Lustre: mount with -o flock)",
+            ) from None
         raise CheckpointError(
-            f"cannot lock the output directory: {reason}",
+            f"cannot lock the output directory: {error.strerror or error}",
             where=str(output_dir),
             fix="make it writable, or set another output_dir",
         ) from None
-    if isinstance(held, SoftFileLock):
-        # Newer releases of filelock turn into a lock that a killed process would leave behind.
-        held.release()
-        raise CheckpointError(
-            "the file system of the output directory has no flock, so two jobs could not be kept apart",
-            where=str(output_dir),
-            fix="set output_dir to a file system that has it (for Lustre: mount with -o flock)",
-        )
     return held
 
 

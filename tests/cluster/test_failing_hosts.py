@@ -151,7 +151,8 @@ def test_a_second_launch_is_told_of_the_first(launch: Supervised):
     again.folder.mkdir()
     code = launch.hosts.wait(second := again.start(), WAIT_S)
     assert code == 2
-    assert "another launch of this run is under way: pid " in second.text()
+    assert "another launch of this run is under way" in second.text()
+    assert "held by pid " in second.text()
     assert "on host node0" in second.text()
     first.send_signal(signal.SIGTERM)
     assert launch.hosts.wait(first, WAIT_S) == 75

@@ -124,6 +124,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if fault == "silent":
+            self.wfile.write(data[: len(data) // 2])
+            time.sleep(STALL_S)
         if fault == "cut":
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True

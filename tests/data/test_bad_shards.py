@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import tarfile
+import time
 from email.utils import formatdate
 from pathlib import Path
 
@@ -153,6 +154,33 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
         fetch(shard, out, access, size)
     assert caught.value.reason == "answer too long"
     assert (tmp_path / "whole.tar").stat().st_size <= size
+
+
+def test_a_whole_file_of_another_version_is_not_taken(served, tmp_path):
+    """As of a server without ranges, which sends it from its beginning."""
+    served.ranges = False
+    shard, path = Url(f"{served.address}/{BAD}"), served.folder / BAD
+    facts = path.stat()
+    version = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'
+    with (tmp_path / "whole.tar").open("w+b") as out:
+        assert fetch(shard, out, Access(), facts.st_size, version) == facts.st_size
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+        with pytest.raises(FaultError) as caught:
+            fetch(shard, out, Access(), facts.st_size, version)
+    assert caught.value.reason == "replaced"
+
+
+def test_a_server_without_ranges_that_falls_silent_is_given_up_soon(served, tmp_path, monkeypatch):
+    """The file as a whole has as much time as all its parts would have."""
+    monkeypatch.setattr("m3i_scale.data.remote.fetch.PART_BYTES", 100)
+    served.ranges, served.everywhere = False, "silent"
+    shard = Url(f"{served.address}/{BAD}")
+    size, begun = (served.folder / BAD).stat().st_size, time.monotonic()
+    with (tmp_path / "whole.tar").open("w+b") as out, pytest.raises(FaultError) as caught:
+        fetch(shard, out, Access(attempts=1, timeout_s=1.0), size)
+    assert caught.value.reason == "stalled or slow"
+    assert size > 60 * 100
+    assert time.monotonic() - begun < 30
 
 
 def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(served):

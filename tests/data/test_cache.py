@@ -1,6 +1,7 @@
 """The cache of whole shards: its limit, its order, many processes, kills."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -57,6 +58,32 @@ def test_a_shard_in_use_stays_and_what_finds_no_room_is_told(tmp_path):
     assert add(cache, "c")
     assert held(cache) == {"b", "c"}
     assert not add(cache, "large", 3 * KIB)
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: calls.append(name) or real(*given))
+    add(ShardCache(tmp_path, 2 * KIB), "a")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_process_that_is_forked_during_a_fetch_locks_nobody_out(tmp_path):
+    cache, forked = ShardCache(tmp_path, 2 * KIB), []
+
+    def fill(out):
+        out.write(b"x" * KIB)
+        forked.append(CONTEXT.Process(target=time.sleep, args=(WAIT_S,)))
+        forked[0].start()
+
+    try:
+        assert cache.add("a", KIB, fill)
+        with (tmp_path / "shards" / "a.tar").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        forked[0].kill()
+        forked[0].join()
 
 
 def test_a_fetch_that_fails_leaves_nothing(tmp_path):

@@ -17,7 +17,7 @@ from m3i_scale.data.commands import shards_app
 from m3i_scale.data.make.columns import Columns
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.huggingface import huggingface_input
-from m3i_scale.data.make.img2dataset import img2dataset_input
+from m3i_scale.data.make.img2dataset import FileInput, img2dataset_input
 from m3i_scale.data.make.shards import CaptionSample, make_shards
 from m3i_scale.data.make.wds import webdataset_input
 from m3i_scale.data.tools.check import check_shards
@@ -182,6 +182,12 @@ def as_files(folder, output):
             for extension in ("jpg", "txt", "json"):
                 (output / path.stem / f"{key}.{extension}").write_bytes(item[extension])
     return output
+
+
+def test_files_of_img2dataset_that_are_removed_meanwhile_are_named(tmp_path):
+    with pytest.raises(DataError, match="cannot read") as caught:
+        list(FileInput([tmp_path / "00000"], None, None).outlines())
+    assert caught.value.where == str(tmp_path / "00000")
 
 
 def test_both_layouts_of_img2dataset_make_the_same_shards(tmp_path):

@@ -242,6 +242,9 @@ def test_names_of_addresses():
     assert (url.name, url.stem, str(url.parent), url.parent / "y-01.tar") == ("y-01.tar", "y-01", "s3://bucket/x", url)
     pipe = Url("pipe:curl -H 'Authorization: SECRET' https://h/x-01.tar")
     assert (pipe.name, str(pipe)) == ("x-01.tar", "pipe:curl … x-01.tar")
+    for key in ("KEY=SECRET", "KEY='SECRET SECRET'"):
+        assert str(Url(f"pipe:{key} aws s3 cp s3://b/x-01.tar -")) == "pipe:aws … x-01.tar"
+    assert str(Url("pipe:cat 'SECRET x-01.tar")) == "pipe: … x-01.tar"
     told = without_secrets("403 for https://h/x.tar?Signature=SECRET and s3://u:SECRET@h/y")
     assert told == "403 for https://h/x.tar?… and s3://…@h/y"
 

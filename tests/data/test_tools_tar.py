@@ -159,3 +159,9 @@ def test_any_bytes_are_read_to_the_end(tmp_path, data):
     path = tmp_path / "s.tar"
     path.write_bytes(data)
     assert read_shard(path).faults
+
+
+def test_a_sample_of_a_shard_that_has_changed_meanwhile_has_no_key(tmp_path):
+    assert key_at(tmp_path / "gone.tar", 0) == "?"
+    (tmp_path / "a.tar").write_bytes(b"junk" * 1000)
+    assert key_at(tmp_path / "a.tar", 512) == "?"

@@ -229,6 +229,13 @@ def test_ports_folders_and_groups():
     assert not group_checks.group_finding({"fault": "Connection closed"}, 3).ok
 
 
+def test_a_host_whose_group_came_to_an_end_is_told_with_the_reason():
+    answers = {host: {"port": {"ms": 0.1}, "links": []} for host in HOSTS}
+    answers["two"]["fault"] = "Socket Timeout"
+    (told,) = group_checks.broken_findings(answers)
+    assert (told.host, told.value, told.ok) == ("two", "Socket Timeout", False)
+
+
 def test_what_a_group_measured_is_what_its_slowest_member_says():
     assert group_checks.slowest([link(3.0, 10.0), link(1.0, 5.0)], 2) == link(1.0, 10.0)
     assert "fault" in group_checks.slowest([link(3.0), {"fault": "Connection closed"}], 2)

@@ -20,8 +20,7 @@ from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.doctor.agents import Agents
 from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
-from m3i_scale.launch.doctor.group import open_store, reach, read_notes, write_note
-from m3i_scale.launch.doctor.host import remove
+from m3i_scale.launch.doctor.group import open_store, reach, read_notes, remove, write_note
 from m3i_scale.launch.transport import Site
 from m3i_scale.run.doctor import examine as doctor
 

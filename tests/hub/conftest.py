@@ -60,9 +60,10 @@ def shards(tmp_path_factory):
     return output
 
 
-def small_run(shards, output_dir, backbone=None, pool="mean_pool"):
+def small_run(shards, output_dir, backbone=None, pool="mean_pool", regularizer="unigrad"):
     values = read_yaml(resource_folder("recipes") / "m3i.yaml")
     values["recipe"]["decoders"]["pool"]["kind"] = pool
+    values["recipe"]["targets"][0]["regularizer"] = regularizer
     values["recipe"]["targets"][2]["width"] = 16
     values |= {
         "output_dir": str(output_dir),
@@ -96,8 +97,8 @@ def small_run(shards, output_dir, backbone=None, pool="mean_pool"):
 def make_run(shards):
     """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one."""
 
-    def make(output_dir: Path, steps=(10,), vocab_size=None, backbone=None, pool="mean_pool", label_sets=None):
-        run = small_run(shards, output_dir, backbone, pool)
+    def make(output_dir: Path, steps=(10,), vocab_size=None, label_sets=None, **fields):
+        run = small_run(shards, output_dir, **fields)
         label_sets = label_sets or {"things": LABELS}
         tokenizer = shards / "tokenizer"
         vocab_size = vocab_size or len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])

@@ -1,7 +1,9 @@
 import dataclasses
+import importlib
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, ViTModel, pipeline
 from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, read_yaml, resource_folder
-from m3i_scale.errors import CheckpointError, ExportError
+from m3i_scale.errors import CheckpointError, ConfigError, ExportError, UserError
 from m3i_scale.hub import export as export_module
 from m3i_scale.hub.card import cell, evaluation_rows, render_card
 from m3i_scale.hub.export import export
@@ -101,6 +105,28 @@ def test_the_card_of_every_recipe_tells_what_its_targets_are_taken_from(exported
 def test_a_pipeline_does_not_answer_from_a_head_that_nobody_trained(exported):
     with pytest.raises(KeyError):
         pipeline("image-classification", str(exported[0]))(Image.new("RGB", (40, 40)))
+
+
+@pytest.mark.usefixtures("same_process")
+def test_a_recipe_with_a_class_of_ones_own_is_read_once_its_module_is_named(make_run, shards, tmp_path, monkeypatch):
+    (tmp_path / "own_export.py").write_text(
+        "from m3i_scale.objective.regularizers.dense import DenseUniGrad\n\nclass Quiet(DenseUniGrad):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("own_export")
+    folder, _ = make_run(tmp_path / "run", regularizer="own_export.Quiet")
+    out, data = str(tmp_path / "out"), str(shards / "val")
+    for command in (["export", str(folder), "--to", out], ["evaluate", out, "--data", data, "--measure", "retrieval"]):
+        monkeypatch.delitem(sys.modules, "own_export")
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, UserError)
+        assert "--import own_export" in str(refused.exception)
+        assert "own_export" not in sys.modules
+        done = CliRunner().invoke(app, [*command, "--import", "own_export"])
+        assert done.exit_code == 0, done.exception
+    missing = CliRunner().invoke(app, [*command, "--import", "nowhere_to_be_found"])
+    assert isinstance(missing.exception, ConfigError)
+    assert missing.exception.where == "--import"
 
 
 def test_the_curve_is_short_however_long_the_run(run_dir, make_run, tmp_path):

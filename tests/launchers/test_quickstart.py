@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from _count import count, read_suites, slowest
+from _count import count, read_suites, slowest, unfinished
 from _quickstart import Stages, make_shards
 from _training import Training, TrainingPlan, half_way, kill_all, read_lines
 
@@ -151,6 +151,8 @@ def test_reports_add_up():
         ["0.5", "s", "a::quick"],
     ]
     assert count(read_suites([""])) == "tests: 0 passed, 0 failed, 0 skipped"
+    assert unfinished(reports) == f"; 1 of {len(reports)} reports were never finished"
+    assert unfinished(reports[:-1]) == ""
 
 
 def machine_with(tmp_path, *commands):

@@ -1,5 +1,6 @@
 """One description for all launchers; what one of them cannot honour is an error, never left out."""
 
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_hosts_of_an_allocation_are_those_of_srun(tmp_path, monkeypatch):
         Cluster(transport="srun").named_hosts()
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
     assert [host.slots for host in Cluster(transport="srun").named_hosts()] == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["n1,n2", "n[1-2]", "/etc/hosts", "n1"])
+def test_what_slurm_names_and_srun_would_read_otherwise_is_refused(name, tmp_path, monkeypatch):
+    an_allocation(tmp_path, monkeypatch)
+    a_script(tmp_path, "scontrol", f"echo n1; echo '{name}'")
+    with pytest.raises(ConfigError) as caught:
+        Cluster(transport="srun", ranks_per_node=2).named_hosts()
+    assert "SLURM_JOB_NODELIST" in str(caught.value.where)
+
+
+def test_a_number_of_machines_beside_an_allocation_is_answered_with_what_srun_takes():
+    strange = Cluster.model_construct(_fields_set={"nodes"}, nodes=2, transport="srun")
+    with pytest.raises(ConfigError) as caught:
+        render("elastic", dataclasses.replace(a_job(), cluster=strange))
+    assert "--hostfile" not in str(caught.value.fix)
 
 
 def test_every_field_is_tried_here():

@@ -38,6 +38,12 @@ import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
+OWN = """
+from m3i_scale.objective.regularizers.dense import DenseRegularizer
+
+class Quiet(DenseRegularizer):
+    pass
+"""
 OVERRIDES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=24"]
 
 
@@ -58,6 +64,27 @@ def a_launch(
     run = load_run(recipe, [*OVERRIDES, f"output_dir={folder / 'out'}"])
     names = tuple(Host(f"node{number}", count) for number, count in enumerate(slots))
     return Launch(Work(run, command, names, a_site(folder), words=(recipe,)), policy, print)
+
+
+def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
+    """What `python -m m3i_scale.launch.elastic` reads, of two ranks on this machine."""
+    given = {
+        "run": load_run("m3i", [*OVERRIDES, f"output_dir={folder / 'out'}", *overrides]).model_dump(mode="json"),
+        "python": sys.executable,
+        "workdir": str(folder),
+        "environment": {"PYTHONPATH": environment()["PYTHONPATH"]},
+        "ssh": [],
+        "hosts": ["localhost slots=2"],
+        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
+        "silence_s": 30,
+        "max_restarts": 0,
+        "pause_s": 0,
+        "probe_s": 30,
+        "command": command,
+    }
+    file = folder / "elastic.json"
+    file.write_text(json.dumps(given))
+    return file
 
 
 def attempts(folder: Path) -> list[dict]:
@@ -198,30 +225,29 @@ def test_nobody_asks_on_when_nobody_waits_for_the_answer(tmp_path, monkeypatch):
     assert (links, list(reasons)) == ([], ["node1"])
 
 
+def test_a_launch_file_may_name_classes_of_ones_own(tmp_path):
+    """`python -m m3i_scale.launch.elastic FILE` has read no run file."""
+    (tmp_path / "own_quiet.py").write_text(OWN)
+    (tmp_path / "out").mkdir()
+    file = a_file(tmp_path, [sys.executable, "-c", "pass"], "recipe.targets.0.regularizer=own_quiet.Quiet")
+    variables = environment()
+    variables["PYTHONPATH"] += f":{tmp_path}"
+    command = [sys.executable, "-m", "m3i_scale.launch.elastic", str(file)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    assert (tmp_path / "out" / ATTEMPTS).exists(), done.stderr
+    assert "own_quiet" not in done.stderr
+
+
 def test_a_terminal_that_is_lost_lets_the_ranks_save(tmp_path):
     """It goes with its last writer: what is told from then on cannot be written."""
     out = tmp_path / "out"
     out.mkdir()
-    given = {
-        "run": load_run("m3i", [*OVERRIDES, f"output_dir={out}"]).model_dump(mode="json"),
-        "python": sys.executable,
-        "workdir": str(tmp_path),
-        "environment": {"PYTHONPATH": environment()["PYTHONPATH"]},
-        "ssh": [],
-        "hosts": ["localhost slots=2"],
-        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
-        "silence_s": 30,
-        "max_restarts": 0,
-        "pause_s": 0,
-        "probe_s": 30,
-        "command": [sys.executable, str(PLAYS), str(out), "100000"],
-    }
-    (tmp_path / "elastic.json").write_text(json.dumps(given))
+    file = a_file(tmp_path, [sys.executable, str(PLAYS), str(out), "100000"])
     own, others = pty.openpty()
     command = ["env", "--default-signal=HUP", sys.executable, "-c", AT_TERMINAL]
     command += [sys.executable, "-m", "m3i_scale.launch.elastic"]
     launched = subprocess.Popen(
-        [*command, str(tmp_path / "elastic.json")],
+        [*command, str(file)],
         env=environment(),
         stdin=others,
         stdout=others,

@@ -13,7 +13,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.launchers import render
 from m3i_scale.launch.link import Inbox, connect
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import Site, explain_end
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
@@ -50,6 +50,12 @@ def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first(mo
     known = dict(line.split(" ", 1) for line in asked.stdout.splitlines())
     assert (known["serveraliveinterval"], known["serveralivecountmax"], known["connecttimeout"]) == ("3", "4", "7")
     assert known["port"] == "2222"
+
+
+@pytest.mark.parametrize("transport", ["ssh", "srun"])
+def test_an_end_is_told_of_what_reached_the_host(transport):
+    site = Site(python="python3", workdir="/", output_dir="/out", launch="one", transport=transport)
+    assert explain_end(255, ["it broke"], site) == f"{transport}: it broke"
 
 
 SSH = r"""

@@ -11,7 +11,7 @@ from tiny import tiny_run
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MaskSpec, MixSpec, build_inputs, mix_partners, normalize
-from m3i_scale.objective.masks.base import Mask, hash_uniform
+from m3i_scale.objective.masks import Mask, hash_uniform
 
 SEEDS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=8, unique=True).map(torch.tensor)
 FORMS = st.sampled_from(["random", "block"])

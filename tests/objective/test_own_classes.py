@@ -18,7 +18,8 @@ from tiny import LABEL_SETS, first_weights, random_batch, tiny_overrides
 from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
-from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
+from m3i_scale.objective.regularizers.pooled import PooledRegularizer
 
 OWN = '''
 from typing import ClassVar, Literal
@@ -27,11 +28,17 @@ import torch
 import torch.nn.functional as F
 
 from m3i_scale.objective.distributions.base import Density, Loss
-from m3i_scale.objective.masks.base import Mask
+from m3i_scale.objective.masks import Mask
 from m3i_scale.objective.ranks import global_mean
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.regularizers.pooled import PooledRegularizer
+from m3i_scale.objective.regularizers.dense import DenseRegularizer
+from m3i_scale.objective.targets.base import ImageTarget
 from m3i_scale.objective.targets.dense import Dense
+
+
+def __getattr__(name):
+    raise RuntimeError(f"{name} is made by code of this module")
 
 
 class Mean(Memory):
@@ -61,6 +68,17 @@ class Away(PooledRegularizer):
         return Loss(value + self.strength * global_mean(away_B, torch.ones_like(away_B), ranks), remember=target_BE)
 
 
+class Powers(DenseRegularizer):
+    encoders: ClassVar = ("momentum",)
+    powers: list[int] = [2]
+
+    def statistics(self, target_BND, ranks):
+        return sum(ranks.sum(target_BND.float().pow(power).mean()) / ranks.world_size for power in self.powers)
+
+    def loss(self, p, prediction_BQD, target_BQD, statistics, ranks):
+        return p.maps(prediction_BQD, target_BQD, ranks) + statistics
+
+
 class Huber(Density):
     delta: float = 1.0
 
@@ -81,6 +99,10 @@ class Twice(Dense):
     def loss(self, given, context, encoded):
         loss = super().loss(given, context, encoded)
         return Loss(self.factor * loss.value, loss.nats)
+
+
+class Undeclared(ImageTarget):
+    """Does not say which distributions and regularisers it takes."""
 '''
 
 
@@ -123,7 +145,7 @@ def run_file(folder: Path, package: str) -> Path:
 
 def test_a_method_of_ones_own_trains_from_its_run_file(tmp_path: Path, package: str) -> None:
     backbone = [override for override in tiny_overrides("sim") if override.startswith("backbone")]
-    run = load_run(str(run_file(tmp_path, package)), backbone)
+    run, _ = load_run_and_recipe(str(run_file(tmp_path, package)), backbone)
     objective = build_objective(run, LABEL_SETS, None)
     first_weights(objective, 0)
     batch = random_batch(6)
@@ -152,6 +174,85 @@ def test_what_others_wrote_is_read_without_running_its_code(tmp_path: Path, pack
     assert f"{package}.method" not in sys.modules
     importlib.import_module(f"{package}.method")
     assert parse_recipe(run.recipe).targets[0].regularizer.strength == 0.5
+    run.recipe["targets"][0]["regularizer"] = {"kind": f"{package}.method.Computed"}
+    with pytest.raises(ConfigError, match="is no subclass"):  # which the module's own code would make
+        parse_recipe(run.recipe)
+
+
+def test_what_needs_no_recipe_runs_no_code(tmp_path: Path, package: str) -> None:
+    assert load_run(str(run_file(tmp_path, package))).name == "mine"
+    assert f"{package}.method" not in sys.modules
+
+
+SHORT = {
+    "regularizer": ("recipe.targets.0.regularizer", "Away"),
+    "distribution": ("recipe.targets.1.distribution", "Huber"),
+    "form": ("recipe.inputs.0.mask.form", "LowerHalf"),
+}
+
+
+@pytest.mark.parametrize("section", SHORT)
+def test_an_import_path_alone_stands_for_a_section_with_its_defaults(
+    tmp_path: Path, package: str, section: str
+) -> None:
+    key, name = SHORT[section]
+    given = [f"{where}={name}" for where, name in BUILT_IN.items() if where != key]
+    path = str(run_file(tmp_path, package))
+    _, short = load_run_and_recipe(path, [*given, f"{key}={package}.method.{name}"])
+    _, whole = load_run_and_recipe(path, [*given, f"{key}={{kind: {package}.method.{name}}}"])
+    assert short == whole
+
+
+BUILT_IN = {
+    "recipe.targets.0.regularizer": "unigrad",
+    "recipe.targets.1.distribution": "gaussian",
+    "recipe.inputs.0.mask.form": "random",
+    "recipe.targets.1.kind": "dense",
+}
+
+
+def test_a_class_takes_no_name_beside_its_import_path() -> None:
+    before = dict(PooledRegularizer.kinds)
+    for name in ("unigrad", "a_name_of_its_own"):
+        with pytest.raises(TypeError, match=name if name in before else "import path"):
+            type("Mine", (PooledRegularizer,), {"kind": name, "__module__": __name__, "__annotations__": {}})
+    assert dict(PooledRegularizer.kinds) == before
+
+
+def test_regularizers_of_equal_class_have_their_own_statistics(tmp_path: Path, package: str) -> None:
+    backbone = [override for override in tiny_overrides("sim") if override.startswith("backbone")]
+    path = run_file(tmp_path, package)
+    values = yaml.safe_load(path.read_text())
+    dense = values["recipe"]["targets"][1] | {"kind": "dense", "distribution": "gaussian"}
+    values["recipe"]["targets"] = [
+        dense | {"name": f"to_{power}", "regularizer": {"kind": f"{package}.method.Powers", "powers": [power]}}
+        for power in (2, 4)
+    ]
+    del values["recipe"]["heads"], values["recipe"]["decoders"]["pool"]
+    path.write_text(yaml.safe_dump(values))
+    objective = build_objective(load_run_and_recipe(str(path), backbone)[0], LABEL_SETS, None)
+    first_weights(objective, 0)
+    objective.heads["to_4"].load_state_dict(objective.heads["to_2"].state_dict())
+    _, figures = objective(random_batch(6))
+    assert figures["to_2/loss"] != figures["to_4/loss"]
+
+
+def test_targets_that_share_a_head_need_regularizers_that_remember_alike(tmp_path: Path, package: str) -> None:
+    values = load_run_and_recipe(str(run_file(tmp_path, package)))[0].recipe
+    away = values["targets"][0]
+    values["targets"].append(away | {"name": "further"})
+    assert len(parse_recipe(values).targets) == 3
+    values["targets"][-1] = away | {"name": "further", "regularizer": away["regularizer"] | {"strength": 2.0}}
+    with pytest.raises(ConfigError, match="head 'global'"):
+        parse_recipe(values)
+
+
+def test_a_target_that_declares_no_families_is_refused_at_its_keys(tmp_path: Path, package: str) -> None:
+    path = str(run_file(tmp_path, package))
+    with pytest.raises(ConfigError) as caught:
+        load_run_and_recipe(path, [f"recipe.targets.1.kind={package}.method.Undeclared"])
+    assert "recipe.targets.1.distribution" in str(caught.value)
+    assert "recipe.targets.1.regularizer" in str(caught.value)
 
 
 FAULTS: dict[str, dict[str, Any]] = {
@@ -165,7 +266,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_told_at_their_key(tmp_path: Path, package: str, fault: str) -> None:
-    recipe = load_run(str(run_file(tmp_path, package))).recipe
+    recipe = load_run_and_recipe(str(run_file(tmp_path, package)))[0].recipe
     recipe["targets"][0]["regularizer"] = {
         key: value.format(package) if key == "kind" else value for key, value in FAULTS[fault].items()
     }
@@ -175,8 +276,9 @@ def test_faults_are_told_at_their_key(tmp_path: Path, package: str, fault: str) 
 
 def test_a_module_that_is_not_there_is_told_with_the_run_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot import 'nowhere_to_be_found") as caught:
-        load_run(str(run_file(tmp_path, "nowhere_to_be_found")))
-    assert "run.yaml: recipe.inputs.0.mask.form.kind" in str(caught.value.where)
+        load_run_and_recipe(str(run_file(tmp_path, "nowhere_to_be_found")))
+    assert "recipe.inputs.0.mask.form" in str(caught.value)
+    assert "run.yaml" in str(caught.value.where)
 
 
 def test_the_command_line_reads_it(tmp_path: Path, package: str) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from m3i_scale.config import known_recipes, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.describe import describe
 from m3i_scale.objective.recipe import meaning, parse_recipe
+from m3i_scale.objective.regularizers.pooled import Negatives
 
 
 def values(name: str = "m3i") -> dict[str, Any]:
@@ -149,6 +152,21 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         "unigrad",
         target(0, regularizer={"kind": "unigrad", "momentum": 0.5}),
         "one regularizer that remembers alike",
+    ),
+    "idle queue": (
+        "byol",
+        target(0, regularizer={"kind": "stop_gradient", "size": 8}),
+        "unknown key 'recipe.targets.0.regularizer.size'",
+    ),
+    "idle momentum of a regularizer": (
+        "simclr",
+        target(0, regularizer={"kind": "negatives", "momentum": 0.5}),
+        "unknown key 'recipe.targets.0.regularizer.momentum'",
+    ),
+    "queue among predictions too": (
+        "moco",
+        target(0, regularizer={"kind": "queued_negatives", "size": 8, "candidates": "both"}),
+        "unknown key 'recipe.targets.0.regularizer.candidates'",
     ),
     "head on a caption": (
         "m3i",
@@ -341,6 +359,70 @@ def test_an_override_in_the_old_words_changes_a_recipe_in_the_new_ones() -> None
     for (name, override), (section, field, value) in changed.items():
         target = parse_recipe(load_run(name, [override]).recipe).targets[0]
         assert getattr(getattr(target, section), field) == value
+
+
+def test_what_no_memory_depends_on_may_differ_between_targets_of_a_head() -> None:
+    for name, override in (("unigrad", "regularizer.strength=0.5"), ("simclr", "candidates=target")):
+        one, other = parse_recipe(load_run(name, [f"recipe.targets.0.{override}"]).recipe).targets
+        assert one.regularizer != other.regularizer
+
+
+def test_no_queue_in_the_old_words_means_the_negatives_of_the_batch(tmp_path: Path) -> None:
+    override = "recipe.heads.global.queue=0"
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("extends: moco\nrecipe: {heads: {global: {queue: 0}}}\n")
+    for run in (load_run("moco", [override]), load_run(str(run_file))):
+        assert parse_recipe(run.recipe).targets[0].regularizer == Negatives()
+    with pytest.raises(ConfigError, match="no such kind: 'negatives'"):  # whole images are no negatives of patches
+        parse_recipe(load_run("densecl", ["recipe.heads.dense.queue=0"]).recipe)
+
+
+def test_an_override_in_the_new_words_changes_a_recipe_in_the_old_ones(tmp_path: Path) -> None:
+    recipe = values("global_distillation")
+    for target in recipe["targets"]:
+        del target["kind"]
+        target.update(IMAGE | SOFTMAX | {"regularizer": "centering"})
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump({"recipe": recipe}))
+    both = [f"recipe.targets.{number}.regularizer.target_temperature=0.02" for number in (0, 1)]
+    changed = parse_recipe(load_run(str(run_file), both).recipe).targets[0]
+    assert (changed.kind, changed.regularizer.target_temperature) == ("prototypes", 0.02)
+
+
+OLD_TARGETS = {  # as the built-in files had them
+    "moco": "{name: view1, inputs: [x], modality: image, view: 1, tokens: pooled, encoder: momentum, decoder: pool,"
+    " head: global, distribution: boltzmann, regularizer: negatives, temperature: 0.2}",
+    "unigrad": "{name: view1, inputs: [b], modality: image, view: 1, tokens: pooled, encoder: momentum, decoder: pool,"
+    " head: global, distribution: gaussian, regularizer: unigrad, unigrad_lambda: 100.0, weight: 0.5},"
+    " {name: view2, inputs: [a], modality: image, view: 2, tokens: pooled, encoder: momentum, decoder: pool,"
+    " head: global, distribution: gaussian, regularizer: unigrad, unigrad_lambda: 100.0, weight: 0.5}",
+    "simclr": "{name: view1, inputs: [b], modality: image, view: 1, tokens: pooled, encoder: online, decoder: pool,"
+    " head: global, distribution: boltzmann, regularizer: negatives, candidates: both, temperature: 0.1, weight: 0.5},"
+    " {name: view2, inputs: [a], modality: image, view: 2, tokens: pooled, encoder: online, decoder: pool,"
+    " head: global, distribution: boltzmann, regularizer: negatives, candidates: both, temperature: 0.1, weight: 0.5}",
+}
+MEMORY = {"moco": "queue: 65536", "unigrad": "state_momentum: 0.99"}
+"""What the heads of those files said."""
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_old_targets_do_not_lose_the_memory_of_the_head_that_they_extend(tmp_path: Path, name: str) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"extends: {name}\nrecipe:\n  targets: [{OLD_TARGETS[name]}]\n")
+    with pytest.raises(ConfigError, match="kind: pooled, regularizer") as caught:
+        load_run(str(run_file))
+    assert "run.yaml: recipe.targets.0" in str(caught.value.where)
+    with pytest.raises(ConfigError, match="kind: pooled, regularizer"):
+        load_run(name, [f"recipe.targets=[{OLD_TARGETS[name]}]"])
+    heads = f"  heads: {{global: {{{MEMORY[name]}}}}}\n"
+    run_file.write_text(f"extends: {name}\nrecipe:\n{heads}  targets: [{OLD_TARGETS[name]}]\n")
+    assert parse_recipe(load_run(str(run_file)).recipe) == parse_recipe(values(name))
+
+
+def test_old_targets_extend_a_recipe_whose_heads_remember_nothing(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"extends: simclr\nrecipe:\n  targets: [{OLD_TARGETS['simclr']}]\n")
+    assert parse_recipe(load_run(str(run_file)).recipe) == parse_recipe(values("simclr"))
 
 
 def test_a_field_of_before_without_effect_is_told_under_its_new_key() -> None:

@@ -10,7 +10,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.objective.masks.base import hash_uniform
+from m3i_scale.objective.masks import hash_uniform
 
 # ---------------------------------------------------------------- CLIP
 

@@ -24,7 +24,7 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.report.recipe_graph import graph_of, printable, read_recipe
 from m3i_scale.report.recipe_mermaid import render_mermaid, write_mermaid
-from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows
+from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows, described_rows
 from m3i_scale.report.recipe_terminal import render_terminal
 
 HOSTILE = ["<script>", "a & b", "\"q\" 'r'", "[bold]", "[/]", ":smile:", "]]>", "{{ 7*7 }}", "&amp;", "1. x", "- x"]
@@ -183,6 +183,7 @@ def test_the_table_breaks_no_word(width):
 
 def test_recipes_stand_in_the_order_of_the_paper():
     rows = built_in_rows()
+    assert rows == described_rows(), "python -m m3i_scale.report.recipe_table > m3i_scale/report/recipes.json"
     assert {row["name"] for row in rows} == set(known_recipes())
     assert list(dict.fromkeys(row["family"] for row in rows)) == list(FAMILIES)
     names = [row["name"] for row in rows]

@@ -298,15 +298,13 @@ def test_what_an_earlier_version_wrote_is_refused(run_dir: Path, command: str) -
     (final / "momentum" / INDEX).unlink()
     vouch_for(final)
     both = [run_dir] * (2 if command == "diff" else 1)
-    assert "the checkpoint has no index of its tensors" in refused(command, *both)
+    assert "the checkpoint has no tensors that this version reads" in refused(command, *both)
 
 
 def test_an_index_that_names_more_than_there_is_is_refused(run_dir: Path) -> None:
     index = at(run_dir, 6) / TENSORS / INDEX
     index.write_text(json.dumps({"shapes": {"weight/more": [2]}}))
-    assert "no file has 'tensors/weight/more'" in refused("inspect", at(run_dir, 6))
-    index.write_text(json.dumps({"shapes": {"weight/more": "two"}}))
-    assert "no index of shapes" in refused("inspect", at(run_dir, 6))
+    assert str(index) in refused("inspect", at(run_dir, 6))
 
 
 def test_diff_tells_settings_position_and_values(run_dir: Path) -> None:
@@ -380,7 +378,7 @@ def test_diff_tells_shapes_and_numbers_that_are_none(run_dir: Path) -> None:
 def test_diff_of_a_file_that_lost_a_piece_is_refused(run_dir: Path) -> None:
     copy = changed_copy(run_dir)
     (at(run_dir, 6) / TENSORS / "rank-00001-00000.safetensors").unlink()
-    assert "pieces are missing" in refused("diff", run_dir / "checkpoints" / step_name(6), copy, "--values")
+    assert "rank-00001-00000" in refused("diff", run_dir / "checkpoints" / step_name(6), copy)
 
 
 def test_consolidate_writes_what_ranks_hold_together(run_dir: Path, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from m3i_scale.run.guard import check_guard, check_guard_room
 from tiny import tiny_run
 
 from m3i_scale.config import SpikeConfig, load_run
 from m3i_scale.errors import ConfigError
+from m3i_scale.run.hooks.guard import check_guard, check_guard_room
 from m3i_scale.run.spike import Spike, SpikeWatch
 
 CONFIG = SpikeConfig(z=8, window=16, min_history=8, patience=3)

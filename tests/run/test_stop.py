@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.launch.lock import launch_lock
+from m3i_scale.launch.lock import launch_lock, launch_of
 from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.stop import stop
 from m3i_scale.scale.output_dir import lock_directory
@@ -43,6 +43,23 @@ def test_where_nothing_runs_that_is_told(tmp_path: Path) -> None:
     assert told.exit_code == 0
     assert {"status": "idle", "step": 8}.items() <= json.loads(told.stdout).items()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_launch_lock_that_cannot_be_looked_at_is_no_launch(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    lock = tmp_path / ".launch-lock"
+    lock.symlink_to(lock)  # ELOOP, for root too
+    assert launch_of(tmp_path) is None
+    assert asked(str(tmp_path))["status"] == "idle"
+    lock.unlink()
+    with launch_lock(tmp_path):
+        assert launch_of(tmp_path) is not None
+
+
+def test_a_run_file_with_classes_of_a_package_that_is_not_here_can_be_stopped(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    own = "recipe.targets.0.regularizer={kind: nowhere_to_be_found.method.Mine}"
+    assert asked("m3i", f"output_dir={tmp_path}", own)["status"] == "idle"
 
 
 def test_a_run_hears_of_its_own_request_and_of_no_other(tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_files import FILES, fill, flip, save
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.commit import begin, commit, sweep
+from m3i_scale.scale.checkpoint.commit import begin, commit, discard, sweep
 from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of, temporary_for
 from m3i_scale.scale.checkpoint.manifest import digest_files, hash_file, newest_good, read_manifest, verify
 from m3i_scale.scale.output_dir import lock_directory
@@ -156,6 +158,24 @@ def test_sweep_removes_what_a_killed_job_left(tmp_path: Path) -> None:
     assert [path.name for path in sweep(root)] == [".tmp-latest", ".tmp-step-00000200"]
     assert sweep(tmp_path / "none") == []
     assert newest_good(root) == (final, [])
+
+
+def test_files_that_nfs_keeps_for_a_reader_end_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are renamed to `.nfsXXXX` in their folder, which can then not be removed."""
+    final, rmdir = save(tmp_path, 100), os.rmdir
+
+    def busy(path: str | Path, **more: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    discard(final)
+    discard(save(tmp_path, 100))  # the same step again
+    assert checkpoints(tmp_path) == []
+    assert sweep(tmp_path) == []
+    assert len(list(tmp_path.glob(".tmp-removed-*"))) == 2
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    discard(save(tmp_path, 200))
+    assert list(tmp_path.glob(".tmp-removed-*")) == []
 
 
 def test_begin_starts_from_an_empty_folder(tmp_path: Path) -> None:

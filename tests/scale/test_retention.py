@@ -70,6 +70,12 @@ def test_every_rule_adds_and_says_so() -> None:
     assert set(kept(entries, replace(rules, best=Best("loss", "max")))) == {8, 7, 4}
 
 
+@pytest.mark.parametrize("numbers", [{"latest": 0}, {"every_steps": 0}])
+def test_numbers_below_one_are_refused_where_they_are_given(numbers: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Rules(**numbers)
+
+
 def test_of_equal_figures_the_newest_is_the_best_and_nan_is_none() -> None:
     entries = [entry(1, loss=math.nan), entry(2, loss=1.0), entry(3, loss=1.0), entry(4, loss=-math.inf), entry(5)]
     assert [found.step for found in ranked(entries, Best("loss"))] == [3, 2]

@@ -158,3 +158,14 @@ def test_a_holder_that_ended_while_its_child_lives_is_told_apart(tmp_path: Path)
         (tmp_path / ".lock-holder.json").unlink()
         with pytest.raises(CheckpointError, match="a job that is just starting"), lock_directory(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match="has no flock") as caught, lock_directory(tmp_path):
+        pass
+    assert caught.value.where == str(tmp_path)

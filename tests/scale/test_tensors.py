@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +19,16 @@ from safetensors.torch import load_file
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.checkpoint import tensors as module
+from m3i_scale.scale.checkpoint.contents import compare_tensors, tensors_of
+from m3i_scale.scale.checkpoint.layout import read_meta
+from m3i_scale.scale.checkpoint.load import _restore_random_states
 from m3i_scale.scale.checkpoint.manifest import hash_file
 from m3i_scale.scale.checkpoint.stream import write_tensors
 from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, Written, write_index, write_ranges
 from m3i_scale.scale.split_float import split
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES_OF_BUFFERS = [torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64]
 
 
 def pieces_of(key: str, tensor: torch.Tensor, cuts: list[int]) -> list[Range]:
@@ -161,9 +166,58 @@ def test_files_that_are_not_as_the_index_says(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         SavedTensors(tmp_path).whole("weight/a")
     file.unlink()
-    with pytest.raises(CheckpointError) as caught:  # a run that goes on may remove a checkpoint that is being read
+    with pytest.raises(CheckpointError, match="No such file") as caught:
         SavedTensors(tmp_path).whole("weight/a")
-    assert "has removed it" in str(caught.value)
+    assert caught.value.where == str(file)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of two tensors."""
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    write(folder, {"weight/a": torch.ones(4), "weight/b": torch.ones(2)}, {"weight/a": [2], "weight/b": []}, 2)
+    return folder
+
+
+def opened_before(folder: Path) -> Callable[[Path], object]:
+    tensors = SavedTensors(folder)
+    return lambda folder: tensors.whole("weight/a")
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        opened_before,
+        lambda folder: SavedTensors,
+        lambda folder: read_meta,
+        lambda folder: tensors_of,
+        lambda folder: _restore_random_states,
+    ],
+    ids=["tensor", "index", "meta", "headers", "random states"],
+)
+def test_who_reads_what_a_run_removes_is_told_so(saved: Path, prepare: Callable[[Path], Callable[[Path], Any]]) -> None:
+    read = prepare(saved)
+    shutil.rmtree(saved)
+    with pytest.raises(CheckpointError) as caught:
+        read(saved)
+    assert "has removed the checkpoint meanwhile" in (caught.value.why or "")
+
+
+def test_values_that_a_run_removes_while_they_are_compared(saved: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        compare_tensors(saved, saved, values=True, advance=lambda size: shutil.rmtree(saved))
+    assert "has removed the checkpoint meanwhile" in (caught.value.why or "")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_damaged_meta_file_of_a_checkpoint_that_is_there(saved: Path, content: str | None) -> None:
+    if content is not None:
+        (saved / "meta.json").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_meta(saved)
+    assert caught.value.where == str(saved / "meta.json")
+    assert caught.value.why is None
 
 
 def test_an_index_without_norms_is_refused(tmp_path: Path) -> None:
@@ -197,6 +251,7 @@ def test_tensors_of_all_types_come_back(tmp_path: Path) -> None:
         "none": torch.empty(0, 4),
         "across": torch.randn(3, 2).T,
         "numbers": torch.arange(4).view(2, 2),
+        **{str(dtype): torch.tensor([1, 2], dtype=dtype) for dtype in DTYPES_OF_BUFFERS},
     }
     write_tensors(tmp_path / "some.safetensors", tensors, {"told": "so"})
     found = load_file(tmp_path / "some.safetensors")

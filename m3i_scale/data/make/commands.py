@@ -72,7 +72,7 @@ def img2dataset(
     ] = False,
     group: Group = None,
 ) -> None:
-    """What img2dataset downloaded, as tars or as files, held against its tables."""
+    """Take what img2dataset downloaded, as tars or as files, and compare it with its tables."""
     from m3i_scale.data.make.img2dataset import img2dataset_input
 
     workers = making.options.workers

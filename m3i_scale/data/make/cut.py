@@ -1,4 +1,4 @@
-"""How samples are dealt to splits, and into how many shards a split is cut."""
+"""Samples are dealt to splits here, and splits cut into shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m3i_scale.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How records are cut into shards."""
+    """Says how records are cut into shards."""
 
     samples_per_shard: int = 10_000
     """At most so many samples a shard."""
@@ -29,7 +29,7 @@ class ShardOptions:
 
 @dataclass(frozen=True)
 class Cut:
-    """How samples are cut into shards."""
+    """Says how samples are cut into shards."""
 
     options: ShardOptions
     shards: int | None = None

@@ -29,7 +29,7 @@ class TableFile:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether it is Parquet, else an Arrow stream."""
+        """Return whether it is Parquet; else it is an Arrow stream."""
         return self.path.suffix == ".parquet"
 
 
@@ -110,7 +110,7 @@ class _Row:
     key: str
     values: dict[str, Any]
     size: int
-    """Bytes of a row of its file on average."""
+    """Mean bytes of a row of its file."""
     where: str
 
 

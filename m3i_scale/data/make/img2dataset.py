@@ -1,9 +1,10 @@
-"""What img2dataset downloaded as input of `make`: tars or folders of files, held against its tables."""
+"""Tars or folders of files that img2dataset downloaded are an input of `make`, and are compared with its tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ class FileInput:
             if self.group is not None:
                 beside = image.with_suffix(".json")
                 group = str(field_of(_bytes(beside) if beside.is_file() else None, self.group, str(image)))
-            yield Outline(image.stem, image.stat().st_size, group, place=str(image.parent))
+            with _reading(image):
+                size = image.stat().st_size
+            yield Outline(image.stem, size, group, place=str(image.parent))
 
     def records(self) -> Iterator[Record]:
         """See `Input`."""
@@ -50,7 +53,9 @@ class FileInput:
 
     def _images(self) -> Iterator[Path]:
         for folder in self.folders:
-            yield from sorted(path for path in folder.iterdir() if path.suffix[1:].lower() in FILE_EXTENSIONS)
+            with _reading(folder):
+                paths = sorted(path for path in folder.iterdir() if path.suffix[1:].lower() in FILE_EXTENSIONS)
+            yield from paths
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Downloaded:
     expected: Mapping[Path, int]
     """Samples by shard."""
     statuses: Counter[str]
-    """How often a download ended how."""
+    """Number of downloads by how they ended."""
     labels: list[str]
     """There are none."""
 
@@ -146,7 +151,13 @@ def _statuses(table: Path) -> Counter[str]:
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with _reading(path):
         return path.read_bytes()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from None

@@ -1,4 +1,4 @@
-"""What `shards make` writes: one record per sample, its image not yet read, from inputs of any kind."""
+"""Inputs of every kind give records: one per sample, its image not yet read."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Record:
     split: str | None = None
     """Folder the sample goes to; None leaves it to the split rule."""
     group: str | None = None
-    """What the split rule hashes, so that samples that belong together stay together; None: the key."""
+    """Text that the split rule hashes, so that samples that belong together stay together; None: the key."""
     size: int = 16_384
-    """Bytes of the image, roughly, for planning the number of shards."""
+    """Approximate bytes of the image, for planning the number of shards."""
     mask: Contents | None = None
     """An eight-bit PNG of the image's size: class by pixel, for dense probes."""
     where: str = ""

@@ -22,10 +22,10 @@ from m3i_scale.errors import ConfigError, DataError
 
 MANIFEST_FORMAT = 1
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
-"""What the manifest counts per shard."""
+"""Figures that the manifest has per shard."""
 OPEN_SHARDS = 64
 _MODE = 0o444
-"""As webdataset's writer."""
+"""The mode that webdataset's writer gives."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def made_whole(output: Path) -> Iterator[Path]:
     What a killed run left behind is removed by the next one; the lock keeps two runs apart.
 
     Raises:
-        DataError: the output exists, cannot be written, or another process makes it.
+        DataError: the output exists, cannot be written, or another process makes it; an input cannot be read.
     """
     refuse_existing(output)
     try:
@@ -60,6 +60,9 @@ def made_whole(output: Path) -> Iterator[Path]:
     except Timeout:
         raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
     except OSError as error:
+        # An error of write(2) names no file.
+        if error.filename is not None and not Path(error.filename).is_relative_to(folder):
+            raise DataError(f"cannot read: {error.strerror}", where=str(error.filename)) from None
         raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
 
 

@@ -1,4 +1,4 @@
-"""How shards are read: limits, attempts and the cache, from the run file, and the repeats of what fails."""
+"""Limits, attempts and the cache for reading shards come from the run file; what fails is repeated here."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Access:
-    """How shards are read, remote ones above all."""
+    """Says how shards are read, remote ones above all."""
 
     attempts: int = 8
-    """Of every request, before the shard counts as bad."""
+    """Attempts of a request, before the shard counts as bad."""
     timeout_s: float = 60.0
-    """Of one request, from its start to its last byte."""
+    """Limit of one request, from its start to its last byte."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     cache_bytes: int = 50 << 30
     """0: nothing is fetched whole, every sample is read by range."""
     allow_shell: bool = False
     start_timeout_s: float = 20.0
-    """Of a small request before the first step, all its attempts together."""
+    """Limit of a small request before the first step, all its attempts together."""
     total_timeout_s: float = math.inf
-    """Of any request, all its attempts together; pauses that the server asked for are not cut short."""
+    """Limit of any request, all its attempts together; pauses that the server asked for are not cut short."""
     max_sample_bytes: int = MAX_SAMPLE_BYTES
     """A larger sample is not read, wherever it lies."""
 

@@ -1,8 +1,9 @@
-"""Where a file lies: a path, or an address that fsspec reads. Addresses carry no credentials, nor do their names."""
+"""A file lies at a path, or at an address that fsspec reads. Addresses carry no credentials, nor do their names."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -57,8 +58,13 @@ class Url:
     def __str__(self) -> str:
         if self.scheme != "pipe":
             return self.address
-        # A command may hold a password: of it, only the program and the shard are told.
-        return f"pipe:{self.address.removeprefix('pipe:').split(maxsplit=1)[0]} … {self.name}"
+        # A command may hold a password, also in a variable that it is given: only the program and the shard are told.
+        try:
+            words = shlex.split(self.address.removeprefix("pipe:"))
+        except ValueError:  # an open quotation mark
+            words = []
+        program = next((word for word in words if "=" not in word), "")
+        return f"pipe:{program} … {self.name}"
 
 
 Place = Path | Url

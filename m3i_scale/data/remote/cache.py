@@ -117,6 +117,7 @@ class ShardCache:
                 out.flush()
                 if size is None and not self._reserve(partial, out, out.tell()):
                     return False
+                os.fsync(out.fileno())  # else a power cut could leave zeros under the name of a complete shard
                 os.replace(partial, path)
         except OSError as error:
             raise self._failed("write", error) from None
@@ -144,6 +145,8 @@ class ShardCache:
                 finally:
                     if _is_at(out.fileno(), partial):
                         partial.unlink()
+                    # Closing does not end it where a process that was forked meanwhile has the descriptor too.
+                    fcntl.flock(out, fcntl.LOCK_UN)
                 return
 
     def _reserve(self, partial: Path, out: BinaryIO, size: int) -> bool:
@@ -171,7 +174,7 @@ class ShardCache:
         return entries
 
     def _lock(self) -> FileLock:
-        return FileLock(self._root / "lock")
+        return FileLock(self._root / "lock", fallback_to_soft=False)
 
     def _path(self, key: str, suffix: str = ".tar") -> Path:
         return self._folder / f"{key}{suffix}"

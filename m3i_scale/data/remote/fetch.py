@@ -6,8 +6,8 @@ Every read is checked to be of the length that was asked for, so what is cut off
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
+import functools
 import io
 import os
 import selectors
@@ -33,15 +33,15 @@ PART_BYTES = 8 << 20
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 _HTTP = ("http", "https")
 _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": True}}
-"""How `info` is told to ask the server, and not a listing that it remembers."""
+"""Arguments that make `info` ask the server, and not a listing that it remembers."""
 _EXACT = {"hf": {"cache_type": "none"}}
-"""How `cat_file` is told to read what is asked for, and not megabytes ahead."""
+"""Arguments that make `cat_file` read what is asked for, and not megabytes ahead."""
 _PIPE_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a server says of a file."""
+    """Holds what a server says of a file."""
 
     size: int
     version: str
@@ -50,7 +50,7 @@ class Facts:
 
 
 class Output(Protocol):
-    """Where a whole file is written to, from its beginning on: again for each attempt."""
+    """Takes a whole file from its beginning on, again for each attempt."""
 
     def seek(self, offset: int, /) -> object:
         """Begin anew; `offset` is 0."""
@@ -243,20 +243,31 @@ def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str =
     return bytes(data)
 
 
-def _request(url: Url, access: Access, write: Callable[[bytes], object], version: str = "", ranged: str = "") -> None:
+def _request(
+    url: Url,
+    access: Access,
+    write: Callable[[bytes], object],
+    version: str = "",
+    ranged: str = "",
+    limit_s: float | None = None,
+) -> None:
     files = filesystem(url, access)
-    sync(files.loop, _answer, files, url.address, write, version, ranged, timeout=access.timeout_s)
+    answer = functools.partial(_answer, files, url.address, write, version, ranged, access.timeout_s)
+    sync(files.loop, answer, timeout=limit_s or access.timeout_s)
 
 
-async def _answer(files: Any, address: str, write: Callable[[bytes], object], version: str, ranged: str) -> None:
+async def _answer(
+    files: Any, address: str, write: Callable[[bytes], object], version: str, ranged: str, silence_s: float
+) -> None:
     """Read an answer as fsspec's own would not: that reads all of a file whose server knows no ranges, or never ends,
     and sees no other version."""
     from aiohttp import ClientTimeout
 
     session = await files.set_session()
-    unlimited = ClientTimeout()  # the caller's limit holds; the session's own would cut whole files off after minutes
+    # The caller limits the whole; the session's own limit would cut whole files off after minutes.
+    timeout = ClientTimeout(sock_connect=silence_s, sock_read=silence_s)
     headers = {"Accept-Encoding": "identity", **({"Range": ranged} if ranged else {})}
-    async with session.get(files.encode_url(address), headers=headers, timeout=unlimited) as answer:
+    async with session.get(files.encode_url(address), headers=headers, timeout=timeout) as answer:
         if answer.status == 404 and not ranged:
             raise FileNotFoundError(errno.ENOENT, "no such file", address)
         answer.raise_for_status()
@@ -299,7 +310,7 @@ def _fetch_at_once(url: Url, out: Output, access: Access, size: int | None, vers
         _run(url.address.removeprefix("pipe:"), write, access.timeout_s)
     else:  # with as much time as all its parts would have
         parts = max(1, (size or 0) // PART_BYTES)
-        _request(url, dataclasses.replace(access, timeout_s=access.timeout_s * parts), write, version)
+        _request(url, access, write, version, limit_s=access.timeout_s * parts)
     if size is not None and write.count != size:
         raise FaultError("cut off", f"{write.count} of {size} bytes")
     return write.count

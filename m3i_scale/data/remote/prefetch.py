@@ -39,7 +39,7 @@ Fetch = Future[int | None]
 
 
 class RemoteShards:
-    """What one process reads of remote shards; threads start with the first shard that is expected.
+    """Fetches remote shards for one process; its threads start with the first shard that is expected.
 
     Args:
         access: time limits, attempts, cache.
@@ -52,7 +52,7 @@ class RemoteShards:
         self._wanted: dict[Place, ShardIndex] = {}
         """All that is expected, the most urgent first."""
         self._fetches: dict[Place, Fetch] = {}
-        """Of all that is wanted."""
+        """Locks all that is wanted."""
         self._only_whole: set[Place] = set()
         """Shards whose server has turned out to know no ranges."""
         self._same_version: set[Place] = set()

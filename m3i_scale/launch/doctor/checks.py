@@ -14,14 +14,14 @@ from m3i_scale.launch.doctor.findings import Finding, finding, gib
 from m3i_scale.text import shown
 
 Answers = Mapping[str, Mapping[str, Any]]
-"""By host, the head first; those that answered."""
+"""Answers by host, the head first."""
 MOST_SKEW_S, NOTED_SKEW_S = 30.0, 1.0
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a host said, beside the head's and all others' answers."""
+    """Holds what a host said, beside the head's and all others' answers."""
 
     name: str
     own: Mapping[str, Any]
@@ -230,7 +230,7 @@ CHECKS: Mapping[str, Callable[[Host], Seen]] = {
     "environment": _environment,
     "shards": _shards,
 }
-"""What is held against the head, in the order in which it is told."""
+"""The checks against the head, in the order of the report."""
 
 
 def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:

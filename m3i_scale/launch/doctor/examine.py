@@ -18,7 +18,7 @@ from m3i_scale.launch.transport import Site
 _NOT_STARTED = (126, 127)
 _NOT_FOUND = re.compile(r"No module named '?(\w+)")
 _GROUP_S, _GROUP_OF_A_HOST_S = 300.0, 20.0
-"""What measuring may take, and how much more for every host: rounds of links take their time."""
+"""Limit of measuring, and how much more for every host: rounds of links take their time."""
 
 Answers = dict[str, dict[str, Any]]
 
@@ -32,31 +32,31 @@ class Examination:
     site: Site
     """How hosts are reached, and what runs there."""
     port: int
-    """Of the head, where rank 0 will wait."""
+    """Port of the head, where rank 0 will wait."""
     interface: str | None = None
     master_address: str | None = None
     run: str | None = None
     overrides: tuple[str, ...] = ()
     needs: Mapping[str, Needs] | None = None
-    """By host, where there is a run."""
+    """Needs by host, where there is a run."""
     connect_s: float = 10.0
-    """How long ssh may take."""
+    """Limit for ssh."""
     look_s: float = 120.0
     """Imports from a slow file system are most of it."""
     join_s: float = 30.0
-    """How long hosts try to reach the head's port."""
+    """Time for which hosts try to reach the head's port."""
     measure_s: float = 30.0
-    """What one measurement may take."""
+    """Limit of one measurement."""
     tell: Callable[[str], None] = lambda text: None
 
     @property
     def hosts(self) -> list[str]:
-        """The head first."""
+        """Return the names of all hosts, the head first."""
         return list(self.slots)
 
     @property
     def head(self) -> str:
-        """Where rank 0 will run."""
+        """Return the host where rank 0 will run."""
         return self.hosts[0]
 
     def findings(self) -> list[Finding]:
@@ -147,6 +147,7 @@ class Examination:
         if self.head in answers:
             yield from group_checks.port_findings(answers, self.head, f"{address}:{self.port}")
             yield from group_checks.shared_findings(answers)
+            yield from group_checks.broken_findings(answers)
         yield from self._links(answers)
 
     def _links(self, answers: Answers) -> Iterator[Finding]:

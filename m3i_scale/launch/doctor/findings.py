@@ -1,4 +1,4 @@
-"""What the doctor says: one line each, with what to do where it is not as it should be."""
+"""Findings are what the doctor says: one line each, with what to do where something is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Finding:
     """A host, `a ↔ b` for a pair, `all` for the group."""
     ok: bool
     value: str
-    """What was seen."""
+    """The observation."""
     why: str | None = None
     """What follows from it, where it is not as it should be."""
     fix: str | None = None

@@ -14,7 +14,6 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from m3i_scale.launch.doctor.bandwidth import measure_links
-from m3i_scale.launch.doctor.host import remove
 
 NOTE_S = 5.0
 """A network file system may show a new file a moment later."""
@@ -193,6 +192,15 @@ def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def remove(made: list[Path]) -> None:
+    """Remove a note and the folders that were made for it, in this order; what others still use stays."""
+    for path in made:
+        try:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError:
+            continue
 
 
 def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> list[str]:

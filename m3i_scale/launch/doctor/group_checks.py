@@ -33,6 +33,14 @@ def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding
             yield finding("port", host, f"{address} {took}")
 
 
+def broken_findings(answers: Answers) -> Iterator[Finding]:
+    """Tell of hosts where the group came to an end: what it had not yet looked at there is not known."""
+    for host, answer in answers.items():
+        if "fault" in answer:
+            why = "the hosts no longer reach each other through the port of the head, or one of them does not answer"
+            yield finding("group", host, answer["fault"], fault=why, fix="mend what stands above first, or ask again")
+
+
 def shared_findings(answers: Answers) -> Iterator[Finding]:
     """Hold the run's folder to being one and the same on all hosts: each has written a note, and read others'."""
     notes = {host: answer["shared"] for host, answer in answers.items() if "shared" in answer}

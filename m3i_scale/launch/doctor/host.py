@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from m3i_scale.launch.doctor import facts, machine
@@ -17,7 +16,7 @@ MODULE = "m3i_scale.launch.doctor.host"
 REQUEST = "M3I_SCALE_DOCTOR"
 """Names the variable with the question, as JSON."""
 MARK = "m3i-scale doctor: "
-"""What the line of the answer begins with: libraries print too."""
+"""Start of the line with the answer: libraries print too."""
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
@@ -46,15 +45,6 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
             answer |= {"output_dir": str(output_dir), "shards": facts.first_shards(run)}
             findings.append(machine.disk_finding(host, output_dir, needs))
     return {**answer, "findings": [item.to_json() for item in findings]}
-
-
-def remove(made: list[Path]) -> None:
-    """Remove a note and the folders that were made for it, in this order; what others still use stays."""
-    for path in made:
-        try:
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        except OSError:
-            continue
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ COMFORTABLE_SHM = 2**30
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of one host, with all ranks on it. Zero: nothing is known to be needed."""
+    """Holds what a run needs of one host, with all ranks on it. Zero: nothing is known to be needed."""
 
     ranks: int = 1
     """On the host."""

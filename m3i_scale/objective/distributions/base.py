@@ -1,4 +1,4 @@
-"""What distributions of image targets have in common, and what a loss gives back.
+"""Distributions of image targets share a base, and losses give back one kind of result.
 
 All losses are negative log-likelihoods in fp32 and give this rank's share: its mean over ranks is the loss of the
 global batch, and so is that of gradients.
@@ -24,9 +24,9 @@ class Loss:
     nats: Tensor | None = None
     """A lower bound of the information, where the distribution has one."""
     remember: Tensor | None = None
-    """What the memory of the target's head takes over after the batch."""
+    """Values that the memory of the target's head takes over after the batch."""
     watched: dict[str, Tensor] = field(default_factory=dict)
-    """What tells whether the group is alive, beside its targets: see `target_health`."""
+    """Tensors that tell whether the group is alive, beside its targets: see `target_health`."""
 
 
 class Distribution(Kind):

@@ -21,7 +21,7 @@ class PairTargets:
     own_BE: Tensor
     """L2-normalised z of this rank's samples."""
     all_GE: Tensor
-    """Those of all ranks, with gradient."""
+    """Embeddings of all ranks, with gradient."""
     valid_B: Tensor
     """bool: which of this rank's samples have a target."""
     column_B: Tensor

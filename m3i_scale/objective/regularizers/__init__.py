@@ -1,1 +1,1 @@
-"""What keeps the representation of a target from collapsing: the entropy term of equation (2)."""
+"""Regularisers keep the representation of a target from collapsing: the entropy term of equation (2)."""

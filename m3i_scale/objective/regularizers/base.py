@@ -1,4 +1,4 @@
-"""What all regularisers have in common."""
+"""All regularisers share this base."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from m3i_scale.objective.distributions.base import Density, Distribution
 
 
 class Regularizer(Kind):
-    """What keeps a target from collapsing."""
+    """Keeps a target from collapsing."""
 
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online", "teacher")
     """Encoders whose targets it keeps from collapsing, and has an effect on."""
     distribution: ClassVar[type[Distribution]] = Density
-    """What it goes with."""
+    """The family of distributions that it goes with."""
     trains_target: ClassVar[bool] = True
     """Whether gradients reach a target that the backbone itself encodes."""
-    memory_fields: ClassVar[tuple[str, ...]] = ()
-    """Its fields that the memory of a head depends on: targets that share a head must agree on them."""
+    memory_fields: ClassVar[tuple[str, ...] | None] = None
+    """Its fields that the memory of a head depends on, in which targets that share the head must agree; None: all."""
     within_batch: ClassVar[bool] = False
     """Whether it compares the samples of a batch with each other, and so needs at least two."""
 
 
 class CandidateRegularizer(Regularizer):
-    """Of texts and categories: the other candidates of P̂ keep them apart."""
+    """Keeps texts and categories apart by the other candidates of P̂."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 

@@ -1,4 +1,4 @@
-"""What keeps the patches of an image from collapsing."""
+"""Dense regularisers keep the patches of an image from collapsing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3i_scale.objective.regularizers.base import Regularizer
 
 
 class DenseRegularizer(Regularizer):
-    """Of pixels and dense image targets."""
+    """Regularises pixels and dense image targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 

@@ -1,4 +1,4 @@
-"""What heads remember of earlier batches, the same on all ranks."""
+"""Heads remember earlier batches, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Fp32State(nn.Module):
     """Buffers that stay in fp32 whatever type the engine gives the model: averages over thousands of batches."""
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As in `nn.Module`. Inside `zero.Init`, new tensors are already of the engine's type."""
+        """Do as `nn.Module` does. Inside `zero.Init`, new tensors are already of the engine's type."""
         if tensor is not None and tensor.is_floating_point():
             tensor = tensor.float()
         super().register_buffer(name, tensor, persistent)
@@ -31,7 +31,7 @@ class Fp32State(nn.Module):
 
 
 class Memory(Fp32State):
-    """What a head remembers; this one nothing.
+    """Remembers nothing; subclasses hold what their head remembers.
 
     Every memory has all of these buffers, empty where it has no use for them: checkpoints know them by name. One of the
     user's own may have others beside them.
@@ -46,7 +46,7 @@ class Memory(Fp32State):
     correlation_EE: Tensor
     queue_QE: Tensor
     filled: Tensor
-    """How many rows of the queue hold a target."""
+    """Number of rows of the queue that hold a target."""
     next_row: Tensor
     updates: Tensor
 

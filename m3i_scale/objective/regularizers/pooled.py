@@ -1,4 +1,4 @@
-"""What keeps whole images from collapsing: negatives, a stop gradient, or decorrelation.
+"""Negatives, a stop gradient or decorrelation keep whole images from collapsing.
 
 Gradients beside each other (UniGrad; u₁ online, u₂ target, v other samples): contrastive −u₂ + λ Σ s_v v; asymmetric
 −u₂ + λ Σ ρ_v (u₁·v) v; decorrelation −u₂ + λ Σ (u₂·v₂/N) v₁; UniGrad −u₂ + λ F u₁.
@@ -22,7 +22,7 @@ from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
 
 
 class PooledRegularizer(Regularizer):
-    """Of pooled image targets."""
+    """Regularises pooled image targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     needs_predictor: ClassVar[bool] = False
@@ -94,6 +94,7 @@ class CrossCorrelation(PooledRegularizer):
     """Channels correlate each with itself and with no other one (Barlow Twins): takes the place of −log P̂."""
 
     kind: ClassVar[str] = "cross_correlation"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     replaces_likelihood: ClassVar[bool] = True
     encoders: ClassVar[tuple[str, ...]] = ("online",)
     within_batch: ClassVar[bool] = True
@@ -116,6 +117,7 @@ class VarianceCovariance(PooledRegularizer):
     """Every channel varies, and no two correlate (VICReg)."""
 
     kind: ClassVar[str] = "variance_covariance"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[str, ...]] = ("online",)
     within_batch: ClassVar[bool] = True
     variance_weight: float = Field(default=25.0, gt=0)
@@ -149,6 +151,7 @@ class Negatives(PooledRegularizer):
     """The other samples of the global batch are candidates of P̂ (SimCLR)."""
 
     kind: ClassVar[str] = "negatives"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     within_batch: ClassVar[bool] = True
@@ -168,7 +171,7 @@ class QueuedNegatives(PooledRegularizer):
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     size: int = Field(ge=1)
-    """How many of them the queue holds, from an empty one on."""
+    """Capacity of the queue, which begins empty."""
 
     def memory(self, width: int) -> Memory:
         """Return a `Queue`."""

@@ -1,4 +1,4 @@
-"""What keeps distributions over prototypes from collapsing: a centred, sharp target, or prototypes used alike."""
+"""A centred, sharp target, or prototypes used alike, keep distributions over prototypes from collapsing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.objective.regularizers.memory import Center, Memory
 
 
 class PrototypeRegularizer(Regularizer):
-    """Of targets that are distributions over the prototypes of their head."""
+    """Regularises targets that are distributions over the prototypes of their head."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -54,7 +54,7 @@ class Centering(PrototypeRegularizer):
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
     averages_prototypes: ClassVar[bool] = True
     target_temperature: float = Field(default=0.04, gt=0)
-    """Of the target's distribution."""
+    """Temperature of the target's distribution."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """m of the center's moving average over batches."""
 
@@ -79,11 +79,12 @@ class MeanEntropy(PrototypeRegularizer):
     """The mean prediction over the global batch has a high entropy (MSN)."""
 
     kind: ClassVar[str] = "mean_entropy"
+    memory_fields: ClassVar[tuple[str, ...]] = ()
     within_batch: ClassVar[bool] = True
     target_temperature: float = Field(default=0.04, gt=0, lt=1)
     """T, which sharpens the target's distribution."""
     weight: float = Field(default=1.0, gt=0)
-    """Of the entropy."""
+    """Weight of the entropy."""
 
     def loss(self, p: Boltzmann, logits_BK: Tensor, target_BK: Tensor, memory: Memory, ranks: Ranks) -> Loss:
         """Return −Σ_k p_k log p̂_k + weight · (log K − H(mean p̂)) with p = softmax(cosines / τ)^(1/T), normalised."""

@@ -1,1 +1,8 @@
-"""What is predicted: the groups k of equation (5), one class a kind."""
+"""Targets are the groups k of equation (5), one class a kind. Recipes find those that are imported here."""
+
+from m3i_scale.objective.targets.category import Category
+from m3i_scale.objective.targets.dense import Dense, DenseNegatives, Pixels
+from m3i_scale.objective.targets.pooled import Pooled, Prototypes
+from m3i_scale.objective.targets.text import Text
+
+__all__ = ["Category", "Dense", "DenseNegatives", "Pixels", "Pooled", "Prototypes", "Text"]

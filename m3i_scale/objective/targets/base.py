@@ -1,4 +1,4 @@
-"""What all targets have in common: their fields, their rules, and what their losses are given.
+"""Targets share their fields, their rules, and what their losses are given.
 
 −log P̂ of one target from one input is a group k of equation (5). A target is data; the modules that it computes with
 are given to it.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import Tokens
@@ -32,7 +32,7 @@ from m3i_scale.objective.regularizers.memory import Memory
 
 
 class Parts(Section):
-    """What the targets of a recipe refer to by name."""
+    """Holds what the targets of a recipe refer to by name."""
 
     inputs: list[InputSpec] = Field(min_length=1)
     mix: MixSpec | None = None
@@ -62,7 +62,7 @@ class Encoded:
 
 @dataclass
 class Context:
-    """What the targets of one micro-batch share, so that nothing is computed twice."""
+    """Holds what the targets of one micro-batch share, so that nothing is computed twice."""
 
     batch: Batch
     views: dict[int, Tensor]
@@ -73,12 +73,12 @@ class Context:
     text: PairTargets | None = None
     dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Standardised dense targets, by (encoder, view)."""
-    statistics: dict[tuple[type[Regularizer], str, int], Tensor | None] = field(default_factory=dict)
-    """Of dense targets, by (regulariser, encoder, view)."""
+    statistics: dict[tuple[str, str, int], Tensor | None] = field(default_factory=dict)
+    """Statistics of dense targets, by (regulariser as JSON, encoder, view)."""
     watched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """What tells whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
+    """Tensors that tell whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
     remember: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
-    """What memories take over after the batch, by head and (encoder, view): once a view, for all inputs."""
+    """Values that memories take over after the batch, by head and (encoder, view): once a view, for all inputs."""
 
 
 @dataclass
@@ -91,9 +91,9 @@ class Given:
     decoder: nn.Module
     head: Any
     memory: Memory | None = None
-    """Of a head that targets share."""
+    """Memory of a head that targets share."""
     projector: nn.Module | None = None
-    """Before the decoder of dense momentum targets."""
+    """Stands before the decoder of dense momentum targets."""
     averaged_projector: nn.Module | None = None
     averaged_pool: nn.Module | None = None
     averaged_head: ImageHead | None = None
@@ -127,7 +127,7 @@ class Target(Kind):
     representation: ClassVar[str]
     """z_y in the words of the paper's table."""
     a_target: ClassVar[str] = "this target"
-    """What errors call it."""
+    """Its name in errors."""
     dense: ClassVar[bool] = False
     """Whether z_y is a map over patches."""
 
@@ -143,6 +143,14 @@ class Target(Kind):
     regularizer: Any
     weight: float = Field(default=1.0, gt=0)
     """w_k of equation (6)."""
+
+    @field_validator("distribution", "regularizer")
+    @classmethod
+    def _is_declared(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what no family has read: the class of the target has to say which may stand there."""
+        if not isinstance(value, Kind):
+            raise ValueError(f"{cls.kind} does not declare the family of its {info.field_name}")
+        return value
 
     # -------------------------------------------------------------------- what the modules are
 
@@ -283,10 +291,12 @@ class HeadTarget(ImageTarget):
         return memory
 
     @property
-    def remembers(self) -> tuple[Any, ...]:
+    def remembers(self) -> dict[str, Any]:
         """Return what targets that share the head must have in common: its memory is one."""
-        values = [getattr(self.regularizer, field) for field in self.regularizer.memory_fields]
-        return (type(self), type(self.regularizer), *values)
+        fields = self.regularizer.memory_fields
+        names = type(self.regularizer).model_fields if fields is None else fields
+        common = {name: getattr(self.regularizer, name) for name in names}
+        return {"target": self.kind, "kind": self.regularizer.kind, **common}
 
     @property
     def averages_prototypes(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,13 +51,18 @@ class Dense(ImageTarget):
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
         wanted_BQD = gather_tokens(target_BND, query_BQ)
-        key = (type(self.regularizer), self.encoder, self.view)
+        key = self._statistics_key
         if key not in context.statistics:
             context.statistics[key] = self.regularizer.statistics(target_BND, given.ranks)
         value = self.regularizer.loss(
             self.distribution, prediction_BQD, wanted_BQD, context.statistics[key], given.ranks
         )
         return Loss(value, given.information(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1)))
+
+    @cached_property
+    def _statistics_key(self) -> tuple[str, str, int]:
+        """Return what targets with the same statistics have in common; made once, not in every step."""
+        return self.regularizer.model_dump_json(), self.encoder, self.view
 
     def _target(self, given: Given, context: Context) -> Tensor:
         """Return z̄ of all patches of the view: (B, N, D)."""

@@ -115,7 +115,7 @@ def consolidate(
     ] = "safetensors",
     as_json: AsJson = False,
 ) -> None:
-    """Whole tensors from the pieces of all ranks, streamed: memory does not grow with the model."""
+    """Join the pieces of all ranks into whole tensors, streamed: memory does not grow with the model."""
     from m3i_scale.report.checkpoint_tables import consolidation
     from m3i_scale.scale.checkpoint.consolidate import consolidate as write
 

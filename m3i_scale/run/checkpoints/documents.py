@@ -1,4 +1,4 @@
-"""What `m3i-scale checkpoint list, verify, inspect, diff` say, as JSON documents."""
+"""`m3i-scale checkpoint list, verify, inspect, diff` print these JSON documents."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.run.differences import differences
 from m3i_scale.run.retention import evaluations, rules_document, rules_of_run
-from m3i_scale.scale.checkpoint.contents import compare_tensors, kinds_of, read_json
-from m3i_scale.scale.checkpoint.layout import LATEST, MANIFEST, TEMPORARY_PREFIX, checkpoints, named_latest, step_of
+from m3i_scale.scale.checkpoint.contents import compare_tensors, kinds_of
+from m3i_scale.scale.checkpoint.layout import (
+    LATEST,
+    MANIFEST,
+    TEMPORARY_PREFIX,
+    checkpoints,
+    named_latest,
+    read_json,
+    read_meta,
+    step_of,
+)
 from m3i_scale.scale.checkpoint.manifest import find_faults, latest_fault, verify
 from m3i_scale.scale.checkpoint.retention import Entry, entries_of, folder_bytes, which_to_keep
 
@@ -106,7 +115,7 @@ def list_checkpoints(root: Path, *, contents: bool = False) -> dict[str, Any]:
 def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]:
     samples = age_s = None
     with contextlib.suppress(CheckpointError):  # listed as not good
-        samples = read_json(entry.path / "meta.json").get("samples")
+        samples = read_meta(entry.path).get("samples")
     with contextlib.suppress(OSError):  # never committed
         age_s = max(0.0, time.time() - (entry.path / MANIFEST).stat().st_mtime)
     return {
@@ -123,7 +132,7 @@ def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]
 
 
 def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """What is half written or half removed, but for what a job commits or removes while this looks at it."""
+    """Return what is half written or half removed, but for what a job commits or removes while this looks at it."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size
@@ -170,7 +179,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: something of it cannot be read; `verify` names all faults.
     """
-    meta, run = read_json(folder / "meta.json"), run_of(folder)
+    meta, run = read_meta(folder), run_of(folder)
     sources = positions(folder)
     return {
         "checkpoint": str(folder),
@@ -210,7 +219,7 @@ def positions(folder: Path) -> dict[str, dict[str, Any]]:
     if not files:
         return {}
     try:
-        merged = merge_states([read_json(file) for file in files])
+        merged = merge_states([read_json(folder, f"data/{file.name}") for file in files])
         streams = [StreamState.from_json(state) for state in merged["streams"].values()]
         return {name: _position(name, source, streams) for name, source in merged["sources"].items()}
     except DataError as error:
@@ -270,7 +279,7 @@ def diff_checkpoints(
     Raises:
         CheckpointError: something of either cannot be read; `verify` names all faults.
     """
-    metas = [read_json(folder / "meta.json") for folder in (one, other)]
+    metas = [read_meta(folder) for folder in (one, other)]
     facts = [{name: meta[name] for name in _COMPARED if name in meta} for meta in metas]
     changes = {
         "settings": _changed(run_of(one), run_of(other)),

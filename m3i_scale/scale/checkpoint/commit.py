@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.layout import LATEST, TEMPORARY_PREFIX, step_of, temporary_for
+from m3i_scale.scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, step_of, temporary_for
 from m3i_scale.scale.checkpoint.manifest import (
     Digest,
     digest_files,
@@ -131,16 +132,17 @@ def discard(path: Path) -> None:
     Raises:
         CheckpointError: the disk refused.
     """
-    renamed = path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}")
+    renamed = path.with_name(f"{REMOVED_PREFIX}{path.name}-{secrets.token_hex(4)}")
     with write_guard(path.parent, renamed):
-        remove(renamed)
         path.rename(renamed)
         sync(path.parent)
-        remove(renamed)
+    # The checkpoint is gone. What NFS keeps of its files while somebody reads them goes with the next one.
+    for leftover in path.parent.glob(f"{REMOVED_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove what a killed job left half written or half removed; returns what was removed.
+    """Remove what a killed job left half written, and what of removed checkpoints is left; returns what was removed.
 
     Args:
         root: the folder of checkpoints; need not exist. The caller holds the lock of the output directory.
@@ -157,9 +159,12 @@ def sweep(root: Path) -> list[Path]:
         )
     leftovers = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
     for path in leftovers:
-        with write_guard(root, path):
-            remove(path)
-    return leftovers
+        if path.name.startswith(REMOVED_PREFIX):  # somebody may read it still; see `discard`
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with write_guard(root, path):
+                remove(path)
+    return [path for path in leftovers if not path.exists()]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whole weights on the disk as DeepSpeed reads them, without the memory that the model would take.
+"""Write whole weights as DeepSpeed reads them, without the memory that the model would take.
 
 universal     what DeepSpeed's `checkpoint.load_universal` reads: weights and moments, one file a tensor
 deepspeed     what `zero_to_fp32` reads: weights, cut as ZeRO-3 on as many ranks as there are files

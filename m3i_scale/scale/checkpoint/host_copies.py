@@ -15,7 +15,7 @@ from torch import Tensor
 
 Pin = Callable[[Tensor], Tensor]
 _ALIGNED = 64
-"""Bytes at whose multiples a piece begins in a pool."""
+"""Pieces begin at multiples of so many bytes in a pool."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where checkpoints lie, and what is in them.
+"""Checkpoints lie in these folders, and hold these files.
 
 checkpoints/
   .tmp-step-00000200/   being written or removed: does not exist for a reader
@@ -19,9 +19,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.errors import CheckpointError
+
 MANIFEST = "manifest.json"
 """A folder without it is not a checkpoint."""
 TEMPORARY_PREFIX = ".tmp-"
+REMOVED_PREFIX = f"{TEMPORARY_PREFIX}removed-"
 LATEST = "latest"
 """A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
 TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
@@ -74,6 +77,36 @@ def stopped_words(root: Path) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return meta.json of a committed checkpoint."""
-    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return meta
+    """Return meta.json of a committed checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object.
+    """
+    return read_json(folder, "meta.json")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return a JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object.
+    """
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, name, error) from None
+    if not isinstance(values, dict):
+        raise unreadable(folder, name, "no JSON object")
+    return values
+
+
+def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointError:
+    """Return the error of who reads a file of a checkpoint and cannot; where the whole folder has gone, it says so."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    gone = None if folder.exists() else "a run or `checkpoint prune` has removed the checkpoint meanwhile"
+    return CheckpointError(
+        f"the checkpoint cannot be read: {reason}",
+        where=str(folder / name),
+        why=gone,
+        fix="take another checkpoint of the run" if gone else "`m3i-scale checkpoint verify` names all faults",
+    )

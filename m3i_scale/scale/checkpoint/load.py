@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.agree import together
-from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta
+from m3i_scale.scale.checkpoint.layout import BUFFERS, read_json, read_meta, unreadable
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.scale.engine_state import make_moments, pieces, publish, restore_counters, trained
@@ -82,14 +81,10 @@ def _read_own_part(
         _load_buffers(folder, engine.module)
         restore_counters(engine, meta["engine"])
         _restore_random_states(folder)
-        files = sorted((folder / "data").glob("rank-*.json"))
-        states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        states = [read_json(folder, file) for file in _files_of_ranks(folder, "data/rank-*.json")]
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint cannot be read: {getattr(error, 'strerror', None) or error}",
-            where=str(getattr(error, "filename", None) or folder),
-            fix="start again; where it does not go away, resume from an earlier checkpoint: checkpoint.resume=…",
-        ) from None
+        name = Path(getattr(error, "filename", None) or folder)
+        raise unreadable(folder, str(name.relative_to(folder) if name.is_relative_to(folder) else ""), error) from None
     return saved, states
 
 
@@ -123,11 +118,19 @@ def _load_buffers(folder: Path, module: nn.Module) -> None:
 
 def _restore_random_states(folder: Path) -> None:
     """A rank that the run did not have takes those of one that it had: no number of the training depends on them."""
-    files = sorted((folder / "random").glob("rank-*.safetensors"))
-    states = load_file(files[dist.get_rank() % len(files)])
+    files = _files_of_ranks(folder, "random/rank-*.safetensors")
+    states = load_file(folder / files[dist.get_rank() % len(files)])
     torch.set_rng_state(states["host"])
     if "accelerator" in states and get_accelerator().device_name() != "cpu":
         get_accelerator().set_rng_state(states["accelerator"])
+
+
+def _files_of_ranks(folder: Path, pattern: str) -> list[str]:
+    """Return the names of files that every rank has written."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
+    if not names:
+        raise unreadable(folder, pattern, "no such file")
+    return names
 
 
 def _compare_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -291,7 +291,7 @@ def _fault_of(name: str, what: str) -> Fault:
 
 
 def _lies_below(name: str) -> bool:
-    """Whether a path of a manifest is one that `list_files` gives: below the folder, and written in the one form."""
+    """Return whether `list_files` could give a path of a manifest: below the folder, and written in the one form."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 

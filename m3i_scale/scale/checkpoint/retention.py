@@ -57,10 +57,15 @@ class Rules:
     max_bytes: int | None = None
     """All that stay together."""
 
+    def __post_init__(self) -> None:
+        """Refuse what would fail, or keep nothing, only after a commit."""
+        if self.latest < 1 or (self.every_steps is not None and self.every_steps < 1):
+            raise ValueError(f"latest and every_steps are at least 1: {self}")
+
 
 @dataclass
 class Pruned:
-    """What retention decided."""
+    """Holds what retention decided."""
 
     kept: dict[Path, list[str]]
     """With all reasons."""
@@ -69,7 +74,7 @@ class Pruned:
 
     @property
     def over_limit(self) -> bool:
-        """Whether one checkpoint alone is larger than all together may be."""
+        """Return whether one checkpoint alone is larger than all together may be."""
         return any(LAST_GOOD in reasons for reasons in self.kept.values())
 
 

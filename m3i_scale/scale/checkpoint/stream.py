@@ -23,15 +23,20 @@ from m3i_scale.scale.checkpoint.manifest import Digest, sync
 DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "F32": torch.float32,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""As safetensors spells them, the widest first."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Types as safetensors spells them, the widest first."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _header_of(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> byte
     for tensor in tensors:
         end = offset + tensor.numel * tensor.dtype.itemsize
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

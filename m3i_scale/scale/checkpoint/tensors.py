@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
+from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, unreadable
 from m3i_scale.scale.checkpoint.manifest import Digest
 from m3i_scale.scale.checkpoint.stream import DTYPES, Streamed, write_safetensors
 from m3i_scale.scale.split_float import join
@@ -46,7 +46,7 @@ class Range:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     start: int
-    """Where it begins in the flattened tensor."""
+    """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
     """The piece, flat; or two halves of it, as `split_float` makes them. Live tensors, or copies of them."""
 
@@ -178,9 +178,11 @@ class SavedTensors:
                 str(key): [(int(start), int(numel), str(file)) for start, numel, file in pieces]
                 for key, pieces in index["pieces"].items()
             }
-        except FileNotFoundError:
-            raise self._fault("the checkpoint has no tensors that this version reads", INDEX) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and checkpoint.exists():
+                raise self._fault("the checkpoint has no tensors that this version reads", INDEX) from None
+            raise self._unreadable(error, INDEX) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault(f"the index of the tensors cannot be read: {error}", INDEX) from None
         self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
         keys = self._shapes.keys()
@@ -212,11 +214,21 @@ class SavedTensors:
             raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the type in which a tensor is stored."""
+    def pieces(self, key: str) -> list[tuple[int, int, str]]:
+        """Return where every piece of a tensor begins, its number of elements, and its file."""
         self.shape(key)
-        _, numel, file = self._pieces[key][0]
-        return self._locate(key, file, numel)[0]
+        return self._pieces[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the type in which a tensor is stored.
+
+        Raises:
+            CheckpointError: it has no elements or several types, or a file is not as the index says.
+        """
+        dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
+        if len(dtypes) != 1:
+            raise self._fault(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
+        return dtypes.pop()
 
     def whole(self, key: str) -> Tensor:
         """Return a tensor in its full shape, on the host."""
@@ -286,11 +298,10 @@ class SavedTensors:
             raise self._fault(f"not a safetensors file: {error}", file) from None
 
     def _unreadable(self, error: OSError, file: str) -> CheckpointError:
-        gone = "a run or `checkpoint prune` has removed it meanwhile" if isinstance(error, FileNotFoundError) else None
-        return self._fault(f"the checkpoint cannot be read: {error.strerror}", file, gone)
+        return unreadable(self.folder.parent, f"{TENSORS}/{file}", error)
 
-    def _fault(self, what: str, file: str, why: str | None = None) -> CheckpointError:
-        return CheckpointError(what, where=str(self.folder / file), why=why, fix="take another checkpoint of the run")
+    def _fault(self, what: str, file: str) -> CheckpointError:
+        return CheckpointError(what, where=str(self.folder / file), fix="take another checkpoint of the run")
 
 
 def _gap(pieces: Sequence[tuple[int, int, str]], numel: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Whole weights of a sharded checkpoint, read one by one or block by block."""
+"""Read whole weights of a sharded checkpoint, one by one or block by block."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ INSTEAD: dict[str, str] = {
     "checkpoint.writer": _BACKGROUND,
     "checkpoint.parallel_write": "remove it: all ranks write",
 }
-"""What does that which a refused key was to do. Where none is named, nothing here does it, and removing the key changes
-nothing."""
+"""For each refused key, what does here what the key was meant to do. Where none is named, nothing here does it, and
+removing the key changes nothing."""
 
 FOREIGN: dict[str, str] = {
     "learning_rate": "write optimizer.params.lr",
@@ -153,7 +153,7 @@ _LEFT_OUT: dict[str, tuple[str, str]] = {
     "device": ("DeepSpeed then takes none, and offloads nothing", 'write "device": "cpu"'),
     "enabled": ("DeepSpeed takes a missing switch for off, and goes on", 'write "enabled": true or false'),
 }
-"""By key or by its last word: what DeepSpeed does without it, and what to write."""
+"""By key or by its last word: DeepSpeed's behaviour without it, and what to write."""
 
 _ONE_OF = {
     "zero_optimization.stage": (

@@ -1,5 +1,6 @@
-"""What holds between the sections of a DeepSpeed JSON: settings that are known but would do nothing, or something else
-than they say, are refused.
+"""Check what has to hold between the sections of a DeepSpeed JSON.
+
+Settings that are known but would do nothing, or something else than they say, are refused.
 
 Every rule names the reason, and was checked against DeepSpeed's source: what a rule calls ineffective is read by no
 code path that this trainer takes with the given stage, precision and optimizer. The functions take the file as a
@@ -16,7 +17,7 @@ from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.scale.deepspeed.schema import AdamW, Switched
 
 _BF16_OPTIMIZER_KEYS = {"stage", "allgather_bucket_size", "offload_optimizer"}
-"""What is still read when DeepSpeed takes its BF16 optimizer."""
+"""Keys that are still read when DeepSpeed takes its BF16 optimizer."""
 _DYNAMIC_SCALE = {
     "initial_scale_power",
     "loss_scale_window",
@@ -32,7 +33,7 @@ READ_BY = {
     "FusedAdam": {"amsgrad", "bias_correction", "set_grad_none"},
     "DeepSpeedCPUAdam": {"amsgrad", "bias_correction", "fp32_optimizer_states"},
 }
-"""By the class that DeepSpeed builds: keys of `optimizer.params` that not all of them read."""
+"""Keyed by the class that DeepSpeed builds: keys of `optimizer.params` that not all of them read."""
 
 
 def precision(config: dict[str, Any]) -> str:

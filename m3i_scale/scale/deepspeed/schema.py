@@ -88,7 +88,7 @@ class DataTypes(Section):
 
 
 class Offload(Section):
-    """Where a part of the states lies. `none` is DeepSpeed's default, and offloads nothing."""
+    """Says where a part of the states lies. `none` is DeepSpeed's default, and offloads nothing."""
 
     device: Literal["cpu", "none"]
     pin_memory: bool = True
@@ -109,7 +109,7 @@ class LeafModule(Section):
 
 
 class Zero(Section):
-    """What all stages read."""
+    """Holds what all stages read."""
 
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
@@ -119,7 +119,7 @@ class Zero(Section):
 
 
 class Zero12(Zero):
-    """What the optimizer of stages 1 and 2 reads."""
+    """Holds what the optimizer of stages 1 and 2 reads."""
 
     stage: Literal[1, 2]
     allgather_bucket_size: Annotated[Size, Field(multiple_of=2)] = 500_000_000
@@ -130,7 +130,7 @@ class Zero12(Zero):
 
 
 class Zero3(Zero):
-    """What the optimizer of stage 3 reads."""
+    """Holds what the optimizer of stage 3 reads."""
 
     stage: Literal[3]
     offload_optimizer: PartialOffload = PartialOffload(device="none")

@@ -1,1 +1,0 @@
-"""In which order the patches of an image are hidden."""
