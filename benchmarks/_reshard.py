@@ -127,14 +127,13 @@ def main() -> None:
     """One rank."""
     import torch
 
-    from m3i_scale.run.begin import train
-    from m3i_scale.run.start import announce, make_callbacks, tell
+    from m3i_scale.run.train import make_callbacks, train
 
     stop, path, *overrides = sys.argv[1:]
     run = load_run(path, overrides)
     torch.manual_seed(run.seed)
     ranks = start_ranks()
-    status = train(run, ranks, [*make_callbacks(run), StopAfter(int(stop))], announce, tell)
+    status = train(run, ranks, [*make_callbacks(run), StopAfter(int(stop))])
     stop_ranks(wait=True)
     sys.exit(PREEMPTED if status == "preempted" else 0)
 

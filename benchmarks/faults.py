@@ -23,7 +23,7 @@ from _common import emit, machine, say
 from _faults import KILLS_A_PLAN, Bench
 from _shards import make_shards
 
-import m3i_scale.run.start  # noqa: F401  all that a rank needs, before the forks
+import m3i_scale.run.train  # noqa: F401  all that a rank needs, before the forks
 
 
 def main(

@@ -45,7 +45,7 @@ from m3i_scale.data.stream import Account
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.fetch import Fetcher
+from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.phases import PHASES
 from m3i_scale.run.setup import Plan
 from m3i_scale.run.trainer import Trainer

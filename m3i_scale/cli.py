@@ -137,7 +137,7 @@ def train(
         ranks = int(world) if world.isdecimal() else 0
         check_run(run, overrides, ranks or None)  # which tells all else that is wrong, too
         raise
-    from m3i_scale.run.start import start
+    from m3i_scale.run.train import start
 
     if start(config) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)

@@ -51,7 +51,7 @@ def serve(address: str) -> None:
     """Answer calls, each in a fork."""
     import m3i_scale.evaluate.measures
     import m3i_scale.hub.verify
-    import m3i_scale.run.start  # noqa: F401  all that commands need, before the forks
+    import m3i_scale.run.train  # noqa: F401  all that commands need, before the forks
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

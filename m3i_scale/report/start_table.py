@@ -1,13 +1,41 @@
-"""What a backbone started from, as a table."""
+"""What a backbone started from: a table for people, and start.json."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+from m3i_scale.config import RunConfig
+from m3i_scale.output import wide_console
+from m3i_scale.scale.checkpoint.commit import explain
+
+FILE = "start.json"
+
+
+def tell_start(report: dict[str, Any], run: RunConfig) -> None:
+    """Print what became of every tensor of the source, and keep it in the run's folder.
+
+    Raises:
+        UserError: the folder takes no file.
+    """
+    console = wide_console(stderr=True, soft_wrap=True)
+    console.print(start_table(report))
+    seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
+    there = report["normalisation"]
+    if there and there != seen:
+        console.print(
+            f"[yellow]the weights were trained on images with mean {there['mean']} and std {there['std']}, and this run"
+            f" takes {seen['mean']} and {seen['std']}: data.augment.mean, data.augment.std[/]"
+        )
+    try:
+        (run.output_dir / FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise explain(error, run.output_dir / "checkpoints") from None
 
 
 def start_table(report: dict[str, Any]) -> Table:

@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.run.fetch import Fetcher
+from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.scale.activation_budget import fit_activations
 from m3i_scale.scale.activations import read_policy, recomputing, summarize_layers
 

@@ -16,11 +16,11 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
 from m3i_scale.launch.place import Place
+from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.activations import set_activations
+from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo
-from m3i_scale.run.failure import MicroBatch
-from m3i_scale.run.fetch import Fetcher
-from m3i_scale.run.first_weights import tell_start
+from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
 from m3i_scale.run.flops import step_flop
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
@@ -30,11 +30,10 @@ from m3i_scale.run.hooks.metrics import Metrics, gradient_scale
 from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.hooks.rewinding import Rewinding
 from m3i_scale.run.meter import Meter, Work, long_run_note
+from m3i_scale.run.phases import Timeouts
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.schedule import learning_rate, momentum_at
 from m3i_scale.run.setup import Plan, open_data, start_engine
-from m3i_scale.run.supply import Supply, check_supply, ending_words, stop_if_bad
-from m3i_scale.run.timeouts import Timeouts
 from m3i_scale.scale.agree import agree_and_average
 from m3i_scale.scale.checkpoint.saver import bytes_wanted
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -64,7 +63,7 @@ class Trainer:
             callbacks, tell = [], lambda text: None
         if stream is None:
             stream, validation = open_data(plan, ranks)
-        note = check_supply(stream, self.run.optim.batch_size, self.run.optim.steps)
+        note = check_sources_last(stream, self.run.optim.batch_size, self.run.optim.steps)
         if note is not None:
             tell(note)
         engine, momentum = start_engine(
@@ -112,9 +111,9 @@ class Trainer:
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
         # Closing ends loader workers here, while everything still stands, and not at the exit of the interpreter.
-        with contextlib.closing(iter(state.stream)) as batches:
+        with contextlib.closing(iter(state.stream)) as batches_of_rank:
             try:
-                self._loop(Supply(state.stream, batches, state.plan.accumulation))
+                self._loop(StepBatches(state.stream, batches_of_rank, state.plan.accumulation))
                 status = "preempted" if state.stopping and state.step < self.run.optim.steps else "finished"
             except UserError as error:
                 if error.everywhere:  # all ranks are here
@@ -140,26 +139,28 @@ class Trainer:
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         )
 
-    def _loop(self, supply: Supply) -> None:
+    def _loop(self, batches: StepBatches) -> None:
         state = self.state
-        self.fetcher = Fetcher(supply)
+        self.fetcher = Fetcher(batches)
         for hook in self.hooks:
             hook.on_start()
         self.place.at("other", state.step)
-        while state.step < self.run.optim.steps and not state.stopping and not self._data_ended(supply):
+        while state.step < self.run.optim.steps and not state.stopping and not self._data_ended(batches):
             self.train_step()
         for hook in self.hooks:
             hook.on_finish()
 
-    def _data_ended(self, supply: Supply) -> bool:
+    def _data_ended(self, batches: StepBatches) -> bool:
         """Return whether the data are over, which is said."""
         with self.phases.span("fetch"):
-            ended = supply.ended()
-        self.meter.add_wait(supply.waited_s)
+            ended = batches.ended()
+        self.meter.add_wait(batches.waited_s)
         if ended:
             state = self.state
-            words = ending_words(state.stream, state.step, self.run.optim.steps, state.ranks.world_size, supply.bad)
-            state.tell(words)
+            message = ending_message(
+                state.stream, state.step, self.run.optim.steps, state.ranks.world_size, batches.bad
+            )
+            state.tell(message)
         return ended
 
     def train_step(self) -> None:
@@ -201,7 +202,7 @@ class Trainer:
         with self.phases.span("backward"):
             state.engine.backward(spread_nonfinite(loss))
         state.engine.module.after_backward(gradient_scale(state))
-        micro_batch = MicroBatch(loss.detach(), figures, batch.keys)
+        micro_batch = MicroBatchResult(loss.detach(), figures, batch.keys)
         state.micro_batches.append(micro_batch)
         for hook in self.hooks:
             hook.post_micro_batch(batch, micro_batch)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3i_scale.errors import DataError
 from m3i_scale.launch.place import Place
-from m3i_scale.run.last_words import recorded
+from m3i_scale.run.rank_record import recorded
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 OUTPUT = Path(sys.argv[1])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from m3i_scale.config import GuardConfig
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
-from m3i_scale.run.failure import MicroBatch
-from m3i_scale.run.fetch import Fetcher
+from m3i_scale.run.bad_steps import MicroBatchResult
+from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.setup import start_engine
@@ -105,7 +105,7 @@ class GuardCases(RankParts):
         last = self.rank == self.world - 1
         losses = [1.0, float("nan") if nan_here and last else 2.0]
         seen = [
-            MicroBatch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, [f"r{self.rank}m{number}"])
+            MicroBatchResult(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, [f"r{self.rank}m{number}"])
             for number, loss in enumerate(losses)
         ]
         judged: list[tuple[int, ...]] = []

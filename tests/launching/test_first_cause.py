@@ -21,7 +21,7 @@ from m3i_scale.launch.failures import (
 from m3i_scale.launch.failures import write_record as leave
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.place import RECORDS, Place, place_file, read_place
-from m3i_scale.run.last_words import recorded
+from m3i_scale.run.rank_record import recorded
 from m3i_scale.scale.output_dir import lock_directory
 from m3i_scale.scale.store import MissingRanksError
 

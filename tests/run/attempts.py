@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import m3i_scale.run.start  # noqa: F401  all that `train` needs, before the forks
+import m3i_scale.run.train  # noqa: F401  all that `train` needs, before the forks
 from m3i_scale.cli import main
 
 AT_A_TIME = 2

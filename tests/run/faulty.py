@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import m3i_scale.run.start  # noqa: F401  all that `train` needs, before the forks
+import m3i_scale.run.train  # noqa: F401  all that `train` needs, before the forks
 from m3i_scale.__main__ import run
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import DataError, UserError

@@ -10,8 +10,7 @@ import pytest
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.launch.place import Place
 from m3i_scale.run import phases as module
-from m3i_scale.run.phases import PHASES, Phases
-from m3i_scale.run.timeouts import Timeouts
+from m3i_scale.run.phases import PHASES, Phases, Timeouts
 
 
 class Device:

@@ -12,7 +12,7 @@ from m3i_scale.backbones.build import backbone_config, backbone_source, build_ba
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.run.first_weights import tell_start
+from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import _difference, check_resume
 

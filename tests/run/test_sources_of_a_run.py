@@ -16,7 +16,7 @@ from m3i_scale.config import load_run
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import CheckpointError, DataError
-from m3i_scale.run import supply
+from m3i_scale.run import data_supply
 from m3i_scale.run.check import make_plan
 from m3i_scale.run.setup import check_resume
 from m3i_scale.scale.deepspeed.rules import precision
@@ -93,8 +93,8 @@ class Ends:
 def test_all_ranks_end_at_the_same_whole_step(monkeypatch, batches, others, steps) -> None:
     """This rank has so many micro-batches, two to a step, and the other ranks whole steps."""
     stream, asked = Ends(batches), count(1)
-    monkeypatch.setattr(supply, "agree", lambda ended, failed: (ended or next(asked) > others, failed))
-    batches_of = supply.Supply(stream, iter(stream), 2)
+    monkeypatch.setattr(data_supply, "agree", lambda ended, failed: (ended or next(asked) > others, failed))
+    batches_of = data_supply.StepBatches(stream, iter(stream), 2)
     taken = []
     while not batches_of.ended():
         taken += [next(batches_of), next(batches_of)]
@@ -105,9 +105,9 @@ def test_all_ranks_end_at_the_same_whole_step(monkeypatch, batches, others, step
 
 def test_sources_that_end_before_the_first_step_are_no_finished_run(monkeypatch) -> None:
     """Though every source may be read to its end: one stream has no good sample left."""
-    monkeypatch.setattr(supply, "agree", lambda *flags: flags)
+    monkeypatch.setattr(data_supply, "agree", lambda *flags: flags)
     with pytest.raises(DataError, match=r"before the first step: .*label out of range"):
-        supply.Supply(Ends(1), iter(Ends(1)), 2).ended()
+        data_supply.StepBatches(Ends(1), iter(Ends(1)), 2).ended()
 
 
 def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
@@ -118,9 +118,9 @@ def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
         raise DataError("the shard is gone")
 
     votes = []
-    monkeypatch.setattr(supply, "agree", lambda *flags: votes.append(flags) or flags)
+    monkeypatch.setattr(data_supply, "agree", lambda *flags: votes.append(flags) or flags)
     with pytest.raises(DataError, match="the shard is gone"):
-        supply.Supply(Ends(9), fails(), 2).ended()
+        data_supply.StepBatches(Ends(9), fails(), 2).ended()
     assert votes == [(True, True)]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
-from m3i_scale.run.failure import MicroBatch
+from m3i_scale.run.phases import Timeouts
 from m3i_scale.run.setup import Plan
-from m3i_scale.run.timeouts import Timeouts
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.partition import ShardedMomentum
 
@@ -39,7 +39,7 @@ class TrainState:
     """Of that step."""
     averaging: float | None = None
     """Momentum of the average in that step; None without one."""
-    micro_batches: list[MicroBatch] = field(default_factory=list)
+    micro_batches: list[MicroBatchResult] = field(default_factory=list)
     """Of that step, on this rank."""
     loss: float = 0.0
     """Of that step, mean over ranks and micro-batches."""
@@ -64,7 +64,7 @@ class Hook:
     def pre_step(self) -> None:
         """Act before a step."""
 
-    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatch) -> None:
+    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Act after a forward and backward pass."""
 
     def vote(self) -> bool:

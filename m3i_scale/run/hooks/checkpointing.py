@@ -9,7 +9,7 @@ from typing import Any
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
 from m3i_scale.errors import CheckpointError
-from m3i_scale.run.failure import MicroBatch
+from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
@@ -78,7 +78,7 @@ class Checkpointing(Hook):
 
     # -------------------------------------------------------------------- saving
 
-    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatch) -> None:
+    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Take the stored samples from the first batch, where they are wanted."""
         if self._probe is None and self._config.probe:
             self._probe = probe_of(batch)

@@ -8,10 +8,9 @@ import itertools
 import torch
 
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.run.fetch import Fetcher
+from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.probe import evaluating
-from m3i_scale.run.supply import account_of_all, stop_if_bad
 from m3i_scale.scale.agree import mean_over_ranks
 
 

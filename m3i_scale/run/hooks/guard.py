@@ -15,8 +15,8 @@ from torch import Tensor
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.run.bad_steps import BadStep, gather_reports, report_of, write_bad_steps
 from m3i_scale.run.callbacks.base import Rewind, StepRecord
-from m3i_scale.run.failure import BadStep, gather_reports, report_of, write_failure
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
 
@@ -94,7 +94,7 @@ class Guard(Hook):
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
         """The error to end with, on every rank, once the file about it is written."""
-        path = write_failure(self._output_dir, step, what, self._bad, self._records)
+        path = write_bad_steps(self._output_dir, step, what, self._bad, self._records)
         return RunEndedError(
             what,
             where=f"{bad.where}; {path}" if bad is not None else path,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from m3i_scale.data.batch import Batch
+from m3i_scale.run.bad_steps import MicroBatchResult
+from m3i_scale.run.data_supply import Shares
 from m3i_scale.run.diagnosis import Diagnosis
-from m3i_scale.run.failure import MicroBatch
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.meter import Meter
-from m3i_scale.run.supply import Shares
 from m3i_scale.scale.loss_scale import loss_scale
 
 
@@ -42,7 +42,7 @@ class Metrics(Hook):
         """Have the module measure health in steps that are logged."""
         self._state.engine.module.measure_health = self._state.logged
 
-    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatch) -> None:
+    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Add the figures, which stay on the device."""
         module = self._state.engine.module
         self._meter.add_micro_batch(

@@ -14,12 +14,12 @@ from torch import Tensor
 from m3i_scale.run.files import write_json
 from m3i_scale.scale.agree import from_rank_0, gather_objects
 
-FOLDER = "failure"
+FOLDER = "bad_steps"
 _LISTED = 8
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchResult:
     """What is kept of a forward pass until the ranks have agreed that the step is good."""
 
     loss: Tensor
@@ -45,7 +45,7 @@ class RankReport:
         return bool(self.groups) or not all(map(math.isfinite, self.losses))
 
 
-def report_of(rank: int, seen: Sequence[MicroBatch], gradients: Iterable[tuple[str, Tensor]]) -> RankReport:
+def report_of(rank: int, seen: Sequence[MicroBatchResult], gradients: Iterable[tuple[str, Tensor]]) -> RankReport:
     """Read a step back from the device.
 
     Args:
@@ -91,8 +91,8 @@ class BadStep:
         return f"samples of rank {self.ranks[0].rank}: {', '.join(self.ranks[0].keys[:_LISTED])} …"
 
 
-def write_failure(output_dir: Path, step: int, why: str, steps: Iterable[BadStep], records: Iterable[Any]) -> str:
-    """Write `output_dir/failure/step-00000100.json` on rank 0; every rank calls it.
+def write_bad_steps(output_dir: Path, step: int, why: str, steps: Iterable[BadStep], records: Iterable[Any]) -> str:
+    """Write `output_dir/bad_steps/step-00000100.json` on rank 0; every rank calls it.
 
     Args:
         output_dir: of the run.

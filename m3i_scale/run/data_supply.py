@@ -1,4 +1,4 @@
-"""Micro-batches for the loop: where sources can come to an end, all ranks end at the same whole batch."""
+"""The micro-batches of a run: all ranks get one or none, and all end at the same whole batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,55 @@ from m3i_scale.run.callbacks.base import SourceFigures
 from m3i_scale.scale.agree import agree, mean_over_ranks, raise_together, summed_counts
 
 
-class Supply(Iterator[Batch]):
+class Fetcher(Iterator[Batch]):
+    """The micro-batches of this rank, with a stand-in where one cannot be had, until the ranks next agree.
+
+    A rank without data cannot leave: the forward and backward passes of the others gather and reduce with it. Asking
+    all ranks before every pass would cost a collective and a wait for the device each time. So the rank goes through
+    the rest of the step with the batch that it had before, and the vote that ends every step anyway, before the
+    optimizer, carries its fault along. Only the first batch has nothing to stand in for it, and is voted on by itself.
+
+    Args:
+        batches: of this rank.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._last: Batch | None = None
+        self._fault: UserError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's data failed since the ranks last agreed."""
+        return self._fault is not None
+
+    def __next__(self) -> Batch:
+        """The next batch, or its stand-in; all ranks ask for the first one together.
+
+        Raises:
+            UserError: the first batch could not be had on some rank.
+        """
+        if self._fault is not None and self._last is not None:
+            return self._last
+        first, batch = self._last is None, None
+        try:
+            batch = next(self._batches, None)
+        except UserError as fault:
+            self._fault = fault
+        if first and agree(self.failed)[0]:
+            self.raise_together()
+        if batch is not None:
+            self._last = batch
+        elif self._fault is None or self._last is None:
+            raise StopIteration
+        return self._last
+
+    def raise_together(self) -> None:
+        """End on every rank with the fault of one; called on all ranks once one of them has `failed`."""
+        raise_together(self._fault)
+
+
+class StepBatches(Iterator[Batch]):
     """The micro-batches of a stream, in turn.
 
     Args:
@@ -99,7 +147,7 @@ def stop_if_bad(
         raise fault.raised_everywhere() from None
 
 
-def check_supply(stream: TrainStream, batch_size: int, steps: int) -> str | None:
+def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str | None:
     """What to say before the first step about sources that may end before the last one; None where they do not.
 
     Raises:
@@ -117,7 +165,7 @@ def check_supply(stream: TrainStream, batch_size: int, steps: int) -> str | None
     return f"the sources end after step {most // batch_size} of {steps}, or earlier if samples are bad (epochs)"
 
 
-def ending_words(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
+def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
     """Return what is said of a run whose sources have ended, with so many bad samples; every rank calls it."""
     left = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
     over = ", ".join(f"{name} {round(count * world_size)}" for name, count in left.items())

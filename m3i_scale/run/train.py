@@ -1,29 +1,128 @@
-"""A run up to its first step: the lock, the checkpoint to go on from, what is written beside it."""
+"""Train: the ranks meet, the run's folder is locked, a checkpoint is found, the loop begins."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.errors import CheckpointError, ConfigError, UserError
+from m3i_scale.launch.lock import launch_of
 from m3i_scale.launch.place import Place
+from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks.base import Callback
+from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.check import make_plan
 from m3i_scale.run.preflight import check_machines, check_software
+from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
 from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.commit import explain, sweep
-from m3i_scale.scale.checkpoint.layout import read_meta, step_of
+from m3i_scale.scale.checkpoint.layout import read_meta, step_of, stopped_words
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.deepspeed.resolve import explain_table
+from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import awaited_optimizer
 from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.scale.process_group import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.shared_dir import check_shared
+
+_CONSOLE = wide_console(stderr=True, soft_wrap=True)
+
+
+def make_callbacks(run: RunConfig) -> list[Callback]:
+    """What the run file asks for; metrics.jsonl always."""
+    callbacks: list[Callback] = [MetricsWriter()]
+    if run.log.progress:
+        from m3i_scale.run.callbacks.progress import ProgressDisplay
+
+        callbacks.append(ProgressDisplay(_CONSOLE))
+    if run.log.tensorboard:
+        from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
+
+        callbacks.append(TensorBoardWriter())
+    if run.log.wandb != "off":
+        from m3i_scale.run.callbacks.wandb import WandbWriter
+
+        callbacks.append(WandbWriter(run.log.wandb))
+    return callbacks
+
+
+def start(run: RunConfig) -> Status:
+    """Join the other ranks and train."""
+    torch.manual_seed(run.seed)
+    with recorded(run.output_dir) as place:
+        callbacks = make_callbacks(run)
+        place.at("check")
+        plan_of_run = check_first(run)
+        place.at("join")
+        ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
+        clean = False
+        try:
+            with count_waits(place.waited) if place.read else contextlib.nullcontext():
+                status = train(run, ranks, callbacks, place, plan_of_run)
+            clean = True
+        finally:
+            stop_ranks(wait=clean)
+    if status == "preempted" and ranks.rank == 0 and launch_of(run.output_dir) is None:  # else the launch says it
+        tell(stopped_words(run.output_dir / "checkpoints"))
+    return status
+
+
+def check_first(run: RunConfig) -> Callable[[], Plan]:
+    """Check the run before the ranks meet and before anything is built for them.
+
+    Returns:
+        What gives the plan, or raises its fault once the ranks have met: a host alone with a fault would leave the
+        others waiting.
+
+    Raises:
+        UserError: what does not hold together, where all ranks are on this host and see the same.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        plan = make_plan(run, world)
+    except Exception as error:  # raised when the ranks have met
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun, deepspeed
+        if isinstance(error, UserError) and int(ranks_here) == world:
+            raise
+        fault = error
+    else:
+        return lambda: plan
+
+    def raises() -> Plan:
+        raise fault
+
+    return raises
+
+
+def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:
+    """What will run, before it runs."""
+    run, config = plan.run, plan.deepspeed.config
+    _CONSOLE.print(explain_table(plan.deepspeed))
+    for note in notes:
+        _CONSOLE.print(f"[yellow]{note}[/]")
+    origin = f"from {resume_from}" if resume_from else "from step 0"
+    _CONSOLE.print(
+        f"[bold]{run.name}[/]: recipe {plan.recipe.name}, ZeRO-{config['zero_optimization']['stage']} in "
+        f"{precision(config)}, {run.optim.steps} steps of {run.optim.batch_size} samples "
+        f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, "
+        f"into {run.output_dir}"
+    )
+
+
+def tell(text: str) -> None:
+    """One line more."""
+    _CONSOLE.print(text, markup=False, highlight=False)
 
 
 def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
@@ -66,21 +165,21 @@ def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
     return newest, notes
 
 
-Announce = Callable[[Plan, Path | None, list[str]], None]
-
-
 def train(
     run: RunConfig,
     ranks: ProcessGroupRanks,
     callbacks: list[Callback],
-    announce: Announce,
-    tell: Callable[[str], None],
     place: Place | None = None,
     plan_of_run: Callable[[], Plan] | None = None,
 ) -> Status:
-    """Check, lock, resume, train. Every rank calls it; `callbacks`, `announce` and `tell` only serve rank 0.
+    """Check, lock, resume, train. Every rank calls it.
 
-    `plan_of_run` gives the plan where it was made before the ranks met, or raises its fault.
+    Args:
+        run: the run file.
+        ranks: that have joined.
+        callbacks: of rank 0; those of other ranks are not called.
+        place: says where this rank is.
+        plan_of_run: gives the plan where it was made before the ranks met, or raises its fault.
     """
     place = place or Place(None)
     place.at("open")
