@@ -22,7 +22,7 @@ from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.probe import probe_loss, probe_of
-from m3i_scale.run.setup import Plan, start_engine
+from m3i_scale.run.setup import ResolvedRun, start_engine
 from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.saver import Saver
@@ -40,7 +40,7 @@ def memory_mib(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def plan_of(settings: dict[str, Any], world: int) -> Plan:
+def plan_of(settings: dict[str, Any], world: int) -> ResolvedRun:
     """The `sim` recipe, whose dense target is a momentum image, on small images."""
     run = load_run(
         "sim",
@@ -70,7 +70,7 @@ def plan_of(settings: dict[str, Any], world: int) -> Plan:
         where=settings["deepspeed"],
     )
     config = backbone_config(run.backbone)
-    return Plan(run, parse_recipe(run.recipe), {}, None, resolved, config.image_size, 1)
+    return ResolvedRun(run, parse_recipe(run.recipe), {}, None, resolved, config.image_size, 1)
 
 
 class Bench:

@@ -26,8 +26,8 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.cli import main
 from m3i_scale.config import RunConfig
-from m3i_scale.run import begin, trainer
-from m3i_scale.run.check import make_plan
+from m3i_scale.run import train, trainer
+from m3i_scale.run.check import resolve_run
 from m3i_scale.run.hooks import checkpointing
 from m3i_scale.scale.checkpoint import retention, saver, stream
 from m3i_scale.scale.checkpoint.layout import step_of
@@ -128,7 +128,7 @@ def warm_up(run: RunConfig) -> None:
     for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
         get_accelerator().create_op_builder(name).load(verbose=False)
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed compiles it at the first engine
-    plan = make_plan(run.model_copy(update={"optim": run.optim.model_copy(update={"micro_batch_size": 8})}), 1)
+    plan = resolve_run(run.model_copy(update={"optim": run.optim.model_copy(update={"micro_batch_size": 8})}), 1)
     flop = trainer.step_flop(plan.run, plan.label_sets, plan.vocab_size)
     trainer.step_flop = lambda *given: flop
 
@@ -194,7 +194,7 @@ def _be_rank(job: Job, rank: int) -> None:
 
 def install(watch: _Watch) -> None:
     """Put the hooks round what this process will do."""
-    for module, name in ((begin, "find_resume"), (begin, "_lock"), (checkpointing, "load_checkpoint")):
+    for module, name in ((train, "find_resume"), (train, "_lock"), (checkpointing, "load_checkpoint")):
         setattr(module, name, _within(watch, "load", getattr(module, name)))
     checkpointing.load_checkpoint = _note_load(watch, checkpointing.load_checkpoint)
     saver.Saver.save = _within(watch, "open", saver.Saver.save)

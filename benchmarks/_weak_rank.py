@@ -20,7 +20,7 @@ import torch.distributed as dist
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.setup import Plan, resolve_engine, start_engine
+from m3i_scale.run.setup import ResolvedRun, resolve_engine, start_engine
 from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.process_group import start_ranks, stop_ranks
@@ -40,7 +40,7 @@ class Steps:
         recipe, image = parse_recipe(run.recipe), int(run.backbone.config["image_size"])
         resolved = resolve_engine(run, ranks.world_size, int(run.backbone.config["hidden_size"]))
         labels = {"classes": [str(number) for number in range(CLASSES)]}
-        self.engine, _ = start_engine(Plan(run, recipe, labels, None, resolved, image, 1), ranks)
+        self.engine, _ = start_engine(ResolvedRun(run, recipe, labels, None, resolved, image, 1), ranks)
         torch.manual_seed(ranks.rank)
         sizes = {"image": image, "tokens": 8, "classes": CLASSES, "vocabulary": 50}
         self.batch = synthetic_batch(run.optim.micro_batch_size, recipe.views, **sizes)

@@ -47,7 +47,7 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.phases import PHASES
-from m3i_scale.run.setup import Plan
+from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -134,7 +134,7 @@ def _files(zero1: str, zero3: str) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- one plan for all
 
 
-def _plan(recipe: str, ds_file: str, sizes: dict[str, int], ranks: ProcessGroupRanks, folder: str) -> Plan:
+def _plan(recipe: str, ds_file: str, sizes: dict[str, int], ranks: ProcessGroupRanks, folder: str) -> ResolvedRun:
     width, heads = sizes["width"], max(sizes["width"] // 64, 1)
     shape = f"hidden_size: {width}, num_attention_heads: {heads}, intermediate_size: {4 * width}"
     overrides = [
@@ -170,10 +170,10 @@ def _plan(recipe: str, ds_file: str, sizes: dict[str, int], ranks: ProcessGroupR
     )
     parsed = parse_recipe(run.recipe)
     tokenizer: Any = Vocabulary() if parsed.uses_text else None
-    return Plan(run, parsed, LABEL_SETS, tokenizer, resolved, backbone_config(run.backbone).image_size, 1)
+    return ResolvedRun(run, parsed, LABEL_SETS, tokenizer, resolved, backbone_config(run.backbone).image_size, 1)
 
 
-def _batches(plan: Plan, rank: int) -> list[Batch]:
+def _batches(plan: ResolvedRun, rank: int) -> list[Batch]:
     """Four batches, others on every rank."""
     torch.manual_seed(rank)
     sizes = {"image": plan.image_size, "tokens": CAPTION, "classes": 1000, "vocabulary": VOCABULARY}
@@ -183,7 +183,7 @@ def _batches(plan: Plan, rank: int) -> list[Batch]:
 # ---------------------------------------------------------------- engines
 
 
-def _engines(plans: dict[str, Plan], ranks: ProcessGroupRanks) -> dict[str, Step]:
+def _engines(plans: dict[str, ResolvedRun], ranks: ProcessGroupRanks) -> dict[str, Step]:
     return {
         "ddp": _ddp(plans["zero1"], ranks),
         "fsdp2": _fsdp2(plans["zero1"], ranks),
@@ -200,7 +200,7 @@ def _objective(run: RunConfig, ranks: ProcessGroupRanks) -> Objective:
     return objective.to(get_accelerator().current_device_name())
 
 
-def _torch_step(plan: Plan, model: Any, rank: int, precision: Callable[[], Any]) -> Step:
+def _torch_step(plan: ResolvedRun, model: Any, rank: int, precision: Callable[[], Any]) -> Step:
     """The plain loop of torch."""
     optim, device = plan.run.optim, get_accelerator().current_device_name()
     groups = parameter_groups(model, optim.weight_decay)
@@ -218,7 +218,7 @@ def _torch_step(plan: Plan, model: Any, rank: int, precision: Callable[[], Any])
     return step
 
 
-def _ddp(plan: Plan, ranks: ProcessGroupRanks) -> Step:
+def _ddp(plan: ResolvedRun, ranks: ProcessGroupRanks) -> Step:
     device, dtype = torch.device(get_accelerator().current_device_name()), compute_dtype(plan.deepspeed.config)
     devices = None if device.type == "cpu" else [device]
     model = DistributedDataParallel(_objective(plan.run, ranks), device_ids=devices, find_unused_parameters=False)
@@ -228,7 +228,7 @@ def _ddp(plan: Plan, ranks: ProcessGroupRanks) -> Step:
     )
 
 
-def _fsdp2(plan: Plan, ranks: ProcessGroupRanks) -> Step:
+def _fsdp2(plan: ResolvedRun, ranks: ProcessGroupRanks) -> Step:
     device, dtype = get_accelerator().device_name(), compute_dtype(plan.deepspeed.config)
     mesh = torch.distributed.init_device_mesh(device, (ranks.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype if dtype != torch.float32 else None)
@@ -239,7 +239,7 @@ def _fsdp2(plan: Plan, ranks: ProcessGroupRanks) -> Step:
     return _torch_step(plan, model, ranks.rank, contextlib.nullcontext)
 
 
-def _bare_deepspeed(plan: Plan, ranks: ProcessGroupRanks) -> Step:
+def _bare_deepspeed(plan: ResolvedRun, ranks: ProcessGroupRanks) -> Step:
     config, run = plan.deepspeed.config, plan.run
     module = construct(lambda: build_objective(run, LABEL_SETS, None, ranks), config)
     initialize_sharded(module, initialize_module, seed=run.seed)
@@ -255,7 +255,7 @@ def _bare_deepspeed(plan: Plan, ranks: ProcessGroupRanks) -> Step:
     return step
 
 
-def _ours(plan: Plan, ranks: ProcessGroupRanks) -> tuple[Step, Trainer]:
+def _ours(plan: ResolvedRun, ranks: ProcessGroupRanks) -> tuple[Step, Trainer]:
     stream: Any = Premade(_batches(plan, ranks.rank))
     trainer = Trainer(plan, ranks, [], None, stream)
     trainer.fetcher = Fetcher(iter(stream))
@@ -294,7 +294,7 @@ def _compare(engines: dict[str, Step], images: int, rounds: int, steps: int, ran
     return document
 
 
-def _phases(plans: dict[str, Plan], ranks: ProcessGroupRanks, rounds: int) -> dict[str, Any]:
+def _phases(plans: dict[str, ResolvedRun], ranks: ProcessGroupRanks, rounds: int) -> dict[str, Any]:
     """Shares of a step of the whole recipe, by stage."""
     shares: dict[str, dict[str, float]] = {}
     for name, plan in plans.items():

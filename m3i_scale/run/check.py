@@ -17,7 +17,7 @@ from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
-from m3i_scale.run.setup import Plan, check_batch, resolve_engine
+from m3i_scale.run.setup import ResolvedRun, check_batch, resolve_engine
 from m3i_scale.run.source_checks import check_sources
 from m3i_scale.scale.activations import check_policy
 from m3i_scale.scale.compilation import check_compile
@@ -46,7 +46,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     if run is not None:
         recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
         at_fault = broken if recipe_holds else broken | {"recipe"}
-        Checks(run, ranks, at_fault, here=False).plan(faults)
+        Checks(run, ranks, at_fault, here=False).resolve(faults)
     for fault in faults.found:
         fault.where = fault.where or str(find_run_file(name_or_path))
     return faults.found
@@ -63,18 +63,18 @@ def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     faults.end()
 
 
-def make_plan(run: RunConfig, world_size: int) -> Plan:
+def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
     """Check a run file against its data, its engine configuration, the number of ranks and this machine.
 
     Raises:
         ConfigError, DataError: what does not hold together; a FaultsError where that are several things.
     """
     faults = Faults()
-    plan = Checks(run, world_size).plan(faults)
+    resolved = Checks(run, world_size).resolve(faults)
     faults.end()
-    if plan is None:
-        raise RuntimeError("nothing is at fault, and there is no plan")
-    return plan
+    if resolved is None:
+        raise RuntimeError("nothing is at fault, and nothing is resolved")
+    return resolved
 
 
 class Checks:
@@ -96,7 +96,7 @@ class Checks:
         """Return whether nothing in these sections is known to be at fault."""
         return not self.at_fault.intersection(sections)
 
-    def plan(self, faults: Faults) -> Plan | None:
+    def resolve(self, faults: Faults) -> ResolvedRun | None:
         """Look at everything.
 
         Args:
@@ -124,22 +124,22 @@ class Checks:
                 if recipe.uses_text and self.sound("text"):
                     tokenizer = faults.note(_tokenizer, self.run, access)
                 run = faults.note(_with_validation_labels, self.run, label_sets) or run
-        resolved = None
+        deepspeed = None
         if self.sound("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
-            resolved = faults.note(resolve_engine, run, self.ranks, width)
+            deepspeed = faults.note(resolve_engine, run, self.ranks, width)
         elif self.sound("deepspeed"):  # which is filled in from `optim`
             faults.note(load_ds_config, run.deepspeed)
-        self._check_engine(resolved, faults)
-        if recipe is None or model is None or resolved is None or not self.sound("data", "text"):
+        self._check_engine(deepspeed, faults)
+        if recipe is None or model is None or deepspeed is None or not self.sound("data", "text"):
             return None
         if len(faults.found) > before:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
-        plan = Plan(run, recipe, label_sets, tokenizer, resolved, model.image_size, accumulation)
-        if faults.note(build_on_meta, run, label_sets, plan.vocab_size) is None:
+        resolved = ResolvedRun(run, recipe, label_sets, tokenizer, deepspeed, model.image_size, accumulation)
+        if faults.note(build_on_meta, run, label_sets, resolved.vocab_size) is None:
             return None
-        return plan
+        return resolved
 
     def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
         run = self.run
@@ -155,18 +155,18 @@ class Checks:
             ranks = self.ranks
             faults.note(check_batch, run, recipe, ranks)
 
-    def _check_engine(self, resolved: Resolved | None, faults: Faults) -> None:
+    def _check_engine(self, deepspeed: Resolved | None, faults: Faults) -> None:
         peak = self.run.hardware.peak_tflops
-        if resolved is None:
+        if deepspeed is None:
             if not isinstance(peak, str | None):  # a name is one of some precision
                 faults.note(named_peak, peak, torch.float32)
             return
         if self.here:
-            faults.note(check_accelerator, resolved)
+            faults.note(check_accelerator, deepspeed)
         if self.sound("guard", "checkpoint"):
-            faults.note(check_guard, self.run, resolved.config)
+            faults.note(check_guard, self.run, deepspeed.config)
         if peak is not None:
-            faults.note(named_peak, peak, compute_dtype(resolved.config))
+            faults.note(named_peak, peak, compute_dtype(deepspeed.config))
 
     def _access(self, faults: Faults) -> tuple[Access | None, bool]:
         """Return how servers are asked, and whether the shards are there."""

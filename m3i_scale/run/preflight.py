@@ -20,7 +20,7 @@ from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_f
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.retention import GIB
-from m3i_scale.run.setup import Plan, resolve_engine
+from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.scale.agree import gather_objects, together
 from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.plan.settings import settings_of
@@ -111,7 +111,7 @@ def check_software(run: RunConfig) -> None:
     raise not_ready(faults_of(compared)).raised_everywhere()
 
 
-def check_machines(plan: Plan) -> None:
+def check_machines(resolved: ResolvedRun) -> None:
     """The cheap part of the doctor, on every host of a run that is about to start: memory, /dev/shm, file limits, and
     room for a checkpoint. Every rank calls it.
 
@@ -119,18 +119,19 @@ def check_machines(plan: Plan) -> None:
         HostsNotReadyError: all that was found, on all ranks.
     """
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
-    own: list[Finding] = together(lambda: _findings_here(plan) if looks else [])
+    own: list[Finding] = together(lambda: _findings_here(resolved) if looks else [])
     faults = faults_of(dict.fromkeys(finding for findings in gather_objects(own) for finding in findings))
     if faults:
         raise not_ready(faults)
 
 
-def _findings_here(plan: Plan) -> list[Finding]:
+def _findings_here(resolved: ResolvedRun) -> list[Finding]:
     """Of this host, by one of its ranks."""
-    host, run, world = socket.gethostname(), plan.run, dist.get_world_size()
-    vocabulary = Vocabulary(plan.label_sets, plan.vocab_size or 0, ())
+    host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
+    config = resolved.deepspeed.config
+    vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
     ranks_here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # where nobody says so, at least this one
-    needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=plan.deepspeed.config)
+    needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
     found = machine_findings(host, look(), needs, on_host=on_host())
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save
         one = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention will keep is for the doctor to weigh

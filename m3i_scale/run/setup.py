@@ -46,7 +46,7 @@ _TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensor
 
 
 @dataclass
-class Plan:
+class ResolvedRun:
     """A run that holds together: recipe, data, engine configuration."""
 
     run: RunConfig
@@ -131,74 +131,78 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
     )
 
 
-def open_stream(plan: Plan, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:
+def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:
     """This rank's stream of micro-batches; for validation without augmentation, and always from the start."""
-    run = plan.run
+    run = resolved.run
     output_dir = run.output_dir
     return TrainStream(
         run.data,
         run.data.validation if validation else run.data.sources,
-        views=plan.recipe.views,
-        image_size=plan.image_size,
+        views=resolved.recipe.views,
+        image_size=resolved.image_size,
         micro_batch_size=run.optim.micro_batch_size,
         world_size=ranks.world_size,
         rank=ranks.rank,
         seed=run.seed,
-        tokenizer=plan.tokenizer,
+        tokenizer=resolved.tokenizer,
         max_tokens=run.text.max_tokens,
-        label_sets=plan.label_sets,
+        label_sets=resolved.label_sets,
         cache_dir=output_dir / "index",
         augment=not validation,
         quarantine_path=output_dir / ("quarantine_validation.jsonl" if validation else "quarantine.jsonl"),
     )
 
 
-def open_data(plan: Plan, ranks: ProcessGroupRanks) -> tuple[TrainStream, TrainStream | None]:
+def open_data(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> tuple[TrainStream, TrainStream | None]:
     """This rank's streams for training and for validation; every rank calls it.
 
     Raises:
         UserError: what any rank cannot open, of both, so that validation data are looked at before the first step.
     """
-    stream = open_together(lambda: open_stream(plan, ranks))
-    if not plan.run.data.validation:
+    stream = open_together(lambda: open_stream(resolved, ranks))
+    if not resolved.run.data.validation:
         return stream, None
-    return stream, open_together(lambda: open_stream(plan, ranks, validation=True))
+    return stream, open_together(lambda: open_stream(resolved, ranks, validation=True))
 
 
-Told = Callable[[dict[str, Any]], None]
+ReportStart = Callable[[dict[str, Any]], None]
 
 
 def start_engine(
-    plan: Plan, ranks: ProcessGroupRanks, told: Told = lambda report: None, *, reads_source: bool = True
+    resolved: ResolvedRun,
+    ranks: ProcessGroupRanks,
+    report_start: ReportStart = lambda report: None,
+    *,
+    reads_source: bool = True,
 ) -> tuple[Any, ShardedMomentum | None]:
     """Build the partitioned modules, give them their first weights, start DeepSpeed and the momentum target.
 
     Args:
-        plan: of the run.
+        resolved: of the run.
         ranks: of the run.
-        told: called on rank 0 with what became of every tensor of `backbone.from_pretrained`.
+        report_start: called on rank 0 with what became of every tensor of `backbone.from_pretrained`.
         reads_source: False where a checkpoint is loaded right after, over whatever the backbone starts from.
     """
-    run = plan.run
+    run = resolved.run
     engine = build_engine(
-        lambda: build_objective(run, plan.label_sets, plan.vocab_size, ranks),
-        lambda module: _prepare(module, run, told, reads_source),
-        plan.deepspeed.config,
+        lambda: build_objective(run, resolved.label_sets, resolved.vocab_size, ranks),
+        lambda module: _prepare(module, run, report_start, reads_source),
+        resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
     )
-    check_effective(engine, plan.deepspeed)
+    check_effective(engine, resolved.deepspeed)
     apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
     return engine, ShardedMomentum(engine, pairs) if pairs else None
 
 
-def _prepare(module: nn.Module, run: RunConfig, told: Told, reads_source: bool) -> None:
-    _first_weights(module, run, told, reads_source)
+def _prepare(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
+    _first_weights(module, run, report_start, reads_source)
     if run.backbone.compile:
         compile_layers(module)
 
 
-def _first_weights(module: nn.Module, run: RunConfig, told: Told, reads_source: bool) -> None:
+def _first_weights(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
     initialize_sharded(module, initialize_module, seed=run.seed, skip=("momentum.", "teacher."))
     if run.backbone.from_pretrained is not None and reads_source:
         plans: list[LoadPlan] = []
@@ -208,39 +212,39 @@ def _first_weights(module: nn.Module, run: RunConfig, told: Told, reads_source: 
             return plans[0]
 
         stream_into(module, "student.model.", open_stream)
-        from_rank_0(lambda: told(plans[0].report))
+        from_rank_0(lambda: report_start(plans[0].report))
     recipe = parse_recipe(run.recipe)
     if recipe.teacher is not None:
         stream_into(module, "teacher.model.", lambda: teacher_plan(recipe))
 
 
-def check_resume(plan: Plan, checkpoint: Path, world_size: int) -> list[str]:
-    """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Returns what is told of a
-    run that goes on in another shape. Call it on one rank: it may read a whole teacher.
+def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> list[str]:
+    """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Return notes about a run
+    that goes on in another shape. Call it on one rank: it may read a whole teacher.
 
     Raises:
         CheckpointError: names what differs.
     """
     meta = read_meta(checkpoint)
-    _check_identity(plan, checkpoint, meta)
-    if meta["step"] > plan.run.optim.steps:
+    _check_identity(resolved, checkpoint, meta)
+    if meta["step"] > resolved.run.optim.steps:
         raise CheckpointError(
-            f"the checkpoint is of step {meta['step']}, and the run has {plan.run.optim.steps} steps",
+            f"the checkpoint is of step {meta['step']}, and the run has {resolved.run.optim.steps} steps",
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    return _changed_shape(plan, meta, world_size) + _changed_schedule(plan.run, checkpoint, int(meta["step"]))
+    return _changed_shape(resolved, meta, world_size) + _changed_schedule(resolved.run, checkpoint, int(meta["step"]))
 
 
-def _changed_shape(plan: Plan, meta: dict[str, Any], world_size: int) -> list[str]:
+def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
     """Notes on another number of ranks, stage or precision."""
-    now = shape_of(plan, world_size)
+    now = shape_of(resolved, world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
         for key, value in now.items()
         if key != "compared" and meta.get(key) != value
     ]
-    if plan.recipe.compares_samples and meta.get("compared") != now["compared"]:
+    if resolved.recipe.compares_samples and meta.get("compared") != now["compared"]:
         notes.append(
             f"losses compare {now['compared']} samples at a time, and did {meta.get('compared')} before: their values "
             "jump here (optim.micro_batch_size × ranks)"
@@ -259,30 +263,30 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     if not isinstance(saved, dict):
         return []
     before = run.optim.model_copy(update={name: saved[name] for name in _OF_THE_SCHEDULE if name in saved})
-    told = [
+    changes = [
         f"optim.{name} was {getattr(before, name)}, is {getattr(run.optim, name)}"
         for name in _OF_THE_SCHEDULE
         if getattr(before, name) != getattr(run.optim, name)
     ]
-    if not told:
+    if not changes:
         return []
     rates = " instead of ".join(f"{learning_rate(step, optim):.3g}" for optim in (run.optim, before))
-    return [f"the schedule changed: {', '.join(told)}; the learning rate of step {step + 1} is {rates}"]
+    return [f"the schedule changed: {', '.join(changes)}; the learning rate of step {step + 1} is {rates}"]
 
 
-def shape_of(plan: Plan, world_size: int) -> dict[str, Any]:
+def shape_of(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
     """In which shape a run is computed; a resumed run may have another."""
-    config = plan.deepspeed.config
+    config = resolved.deepspeed.config
     return {
         "world_size": world_size,
         "zero_stage": int(config["zero_optimization"]["stage"]),
         "precision": precision(config),
-        "compared": world_size * plan.run.optim.micro_batch_size,
+        "compared": world_size * resolved.run.optim.micro_batch_size,
     }
 
 
-def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
-    saved, now = dict(meta["identity"]), json.loads(json.dumps(plan.identity))
+def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any]) -> None:
+    saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
     for identity in (saved, now):  # a recipe may be written in several ways
         identity["recipe"] = meaning(identity.get("recipe"))
     check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
@@ -294,7 +298,7 @@ def _check_identity(plan: Plan, checkpoint: Path, meta: dict[str, Any]) -> None:
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]
-        files = [f"data.sources.{name}: {source.shards}" for name, source in plan.run.data.sources.items()]
+        files = [f"data.sources.{name}: {source.shards}" for name, source in resolved.run.data.sources.items()]
         labels = key == "label_sets"
         raise CheckpointError(
             f"the checkpoint is of another run: {', '.join(different)} changed",
@@ -315,18 +319,18 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return "; ".join(found[:_SHOWN_CHANGES]) + more
 
 
-def meta_of(plan: Plan, *, step: int, world_size: int) -> dict[str, Any]:
+def meta_of(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
     """What meta.json and the manifest say about a checkpoint."""
-    text = run_yaml(plan.run)
+    text = run_yaml(resolved.run)
     return {
         "step": step,
-        "samples": step * plan.run.optim.batch_size,
-        **shape_of(plan, world_size),
+        "samples": step * resolved.run.optim.batch_size,
+        **shape_of(resolved, world_size),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "identity": plan.identity,
-        "label_sets": plan.label_sets,
-        "vocab_size": plan.vocab_size,
-        "tokenizer": getattr(plan.tokenizer, "name_or_path", None),
+        "identity": resolved.identity,
+        "label_sets": resolved.label_sets,
+        "vocab_size": resolved.vocab_size,
+        "tokenizer": getattr(resolved.tokenizer, "name_or_path", None),
         "versions": {name: version(name) for name in _TOLD_VERSIONS},
     }
 

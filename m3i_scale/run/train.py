@@ -18,11 +18,11 @@ from m3i_scale.launch.place import Place
 from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.check import make_plan
+from m3i_scale.run.check import resolve_run
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.rewind import finish_rewind
-from m3i_scale.run.setup import Plan, check_resume, open_data, run_yaml
+from m3i_scale.run.setup import ResolvedRun, check_resume, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
 from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.commit import explain, sweep
@@ -63,13 +63,13 @@ def start(run: RunConfig) -> Status:
     with recorded(run.output_dir) as place:
         callbacks = make_callbacks(run)
         place.at("check")
-        plan_of_run = check_first(run)
+        resolve = check_first(run)
         place.at("join")
         ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
         clean = False
         try:
             with count_waits(place.waited) if place.read else contextlib.nullcontext():
-                status = train(run, ranks, callbacks, place, plan_of_run)
+                status = train(run, ranks, callbacks, place, resolve)
             clean = True
         finally:
             stop_ranks(wait=clean)
@@ -78,11 +78,11 @@ def start(run: RunConfig) -> Status:
     return status
 
 
-def check_first(run: RunConfig) -> Callable[[], Plan]:
+def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     """Check the run before the ranks meet and before anything is built for them.
 
     Returns:
-        What gives the plan, or raises its fault once the ranks have met: a host alone with a fault would leave the
+        A function that gives the resolved run, or raises its fault once the ranks have met: a host alone with a fault would leave the
         others waiting.
 
     Raises:
@@ -90,32 +90,32 @@ def check_first(run: RunConfig) -> Callable[[], Plan]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        plan = make_plan(run, world)
+        resolved = resolve_run(run, world)
     except Exception as error:  # raised when the ranks have met
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun, deepspeed
         if isinstance(error, UserError) and int(ranks_here) == world:
             raise
         fault = error
     else:
-        return lambda: plan
+        return lambda: resolved
 
-    def raises() -> Plan:
+    def raises() -> ResolvedRun:
         raise fault
 
     return raises
 
 
-def announce(plan: Plan, resume_from: Path | None, notes: list[str]) -> None:
+def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) -> None:
     """What will run, before it runs."""
-    run, config = plan.run, plan.deepspeed.config
-    _CONSOLE.print(explain_table(plan.deepspeed))
+    run, config = resolved.run, resolved.deepspeed.config
+    _CONSOLE.print(explain_table(resolved.deepspeed))
     for note in notes:
         _CONSOLE.print(f"[yellow]{note}[/]")
     origin = f"from {resume_from}" if resume_from else "from step 0"
     _CONSOLE.print(
-        f"[bold]{run.name}[/]: recipe {plan.recipe.name}, ZeRO-{config['zero_optimization']['stage']} in "
+        f"[bold]{run.name}[/]: recipe {resolved.recipe.name}, ZeRO-{config['zero_optimization']['stage']} in "
         f"{precision(config)}, {run.optim.steps} steps of {run.optim.batch_size} samples "
-        f"({run.optim.micro_batch_size} × {plan.accumulation} × {dist.get_world_size()}), {origin}, "
+        f"({run.optim.micro_batch_size} × {resolved.accumulation} × {dist.get_world_size()}), {origin}, "
         f"into {run.output_dir}"
     )
 
@@ -170,7 +170,7 @@ def train(
     ranks: ProcessGroupRanks,
     callbacks: list[Callback],
     place: Place | None = None,
-    plan_of_run: Callable[[], Plan] | None = None,
+    resolve: Callable[[], ResolvedRun] | None = None,
 ) -> Status:
     """Check, lock, resume, train. Every rank calls it.
 
@@ -179,33 +179,33 @@ def train(
         ranks: that have joined.
         callbacks: of rank 0; those of other ranks are not called.
         place: says where this rank is.
-        plan_of_run: gives the plan where it was made before the ranks met, or raises its fault.
+        resolve: gives the resolved run where that was made before the ranks met, or raises its fault.
     """
     place = place or Place(None)
     place.at("open")
     check_software(run)
-    plan = together(plan_of_run or (lambda: make_plan(run, ranks.world_size)), names_rank=True)
+    resolved = together(resolve or (lambda: resolve_run(run, ranks.world_size)), names_rank=True)
     with contextlib.ExitStack() as stack:
         from_rank_0(lambda: _lock(run, stack))
         check_shared(run.output_dir)
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
-            notes = notes + from_rank_0(lambda: check_resume(plan, resume_from, ranks.world_size))
+            notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
         elif run.data.changed_sources:
             raise ConfigError(
                 "data.changed_sources has no effect: the run starts anew",
                 where="data.changed_sources",
                 fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
             )
-        check_machines(plan)
-        from_rank_0(lambda: _write_settings(plan))
+        check_machines(resolved)
+        from_rank_0(lambda: _write_settings(resolved))
         # Before the tables about the engine: what is wrong with the data should not stand below them.
-        stream, validation = open_data(plan, ranks)
+        stream, validation = open_data(resolved, ranks)
         if ranks.rank == 0:
-            announce(plan, resume_from, notes)
-            if (awaited := awaited_optimizer(plan.deepspeed.config)) is not None:
+            announce(resolved, resume_from, notes)
+            if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 tell(awaited)
-        trainer = Trainer(plan, ranks, callbacks, resume_from, stream, validation, tell, place)
+        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, place)
         if ranks.rank == 0:
             tell(trainer.activations)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
@@ -220,14 +220,14 @@ def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
     finish_rewind(run.output_dir)
 
 
-def _write_settings(plan: Plan) -> None:
+def _write_settings(resolved: ResolvedRun) -> None:
     """Keep what the run was given, and the tokenizer that an export needs. Only once nothing is left to refuse."""
-    folder = plan.run.output_dir
-    _ = plan.identity  # that of the teacher's files as they are now, not as they are at the first save
+    folder = resolved.run.output_dir
+    _ = resolved.identity  # that of the teacher's files as they are now, not as they are at the first save
     try:
-        (folder / "run.yaml").write_text(run_yaml(plan.run), encoding="utf-8")
-        (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed.config, indent=1), encoding="utf-8")
-        if plan.tokenizer is not None:
-            plan.tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "run.yaml").write_text(run_yaml(resolved.run), encoding="utf-8")
+        (folder / "deepspeed.json").write_text(json.dumps(resolved.deepspeed.config, indent=1), encoding="utf-8")
+        if resolved.tokenizer is not None:
+            resolved.tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:
         raise explain(error, folder / "checkpoints") from None

@@ -33,7 +33,7 @@ from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.phases import Timeouts
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.schedule import learning_rate, momentum_at
-from m3i_scale.run.setup import Plan, open_data, start_engine
+from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
 from m3i_scale.scale.agree import agree_and_average
 from m3i_scale.scale.checkpoint.saver import bytes_wanted
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(
         self,
-        plan: Plan,
+        resolved: ResolvedRun,
         ranks: ProcessGroupRanks,
         callbacks: list[Callback],
         resume_from: Path | None,
@@ -57,30 +57,30 @@ class Trainer:
         tell: Callable[[str], None] = lambda text: None,
         place: Place | None = None,
     ) -> None:
-        """Opens `plan`'s own data where no stream of micro-batches is given (see `open_data`); `tell` serves rank 0."""
-        self.run, self.place = plan.run, place or Place(None)
+        """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank 0."""
+        self.run, self.place = resolved.run, place or Place(None)
         if ranks.rank != 0:
             callbacks, tell = [], lambda text: None
         if stream is None:
-            stream, validation = open_data(plan, ranks)
+            stream, validation = open_data(resolved, ranks)
         note = check_sources_last(stream, self.run.optim.batch_size, self.run.optim.steps)
         if note is not None:
             tell(note)
         engine, momentum = start_engine(
-            plan, ranks, lambda report: tell_start(report, plan.run), reads_source=resume_from is None
+            resolved, ranks, lambda report: tell_start(report, resolved.run), reads_source=resume_from is None
         )
-        check_guard_room(plan.run, bytes_wanted(engine, momentum))
-        self.activations = set_activations(plan.run, engine, stream)
+        check_guard_room(resolved.run, bytes_wanted(engine, momentum))
+        self.activations = set_activations(resolved.run, engine, stream)
         """Which layers recompute, in words."""
         self.device = torch.device(get_accelerator().current_device_name())
-        self.work = count_work(plan)
+        self.work = count_work(resolved)
         self.meter = Meter(engine.module, self.run.optim.steps, self.run.optim.batch_size, self.work)
         self.phases = self.meter.phases
         engine.module.span = self.phases.span
         # What is left of the reduction when the backward pass is over; the engine calls it by this name.
         engine.allreduce_gradients = self.phases.timed("reduce", engine.allreduce_gradients)
         timeouts = Timeouts(self.run.timeouts, self.phases, self.place)
-        self.state = TrainState(plan, ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
+        self.state = TrainState(resolved, ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
         self.fetcher = Fetcher(iter(()))
         rewinds = Rewinds(self.run.output_dir, anew=resume_from is None)
         guard = Guard(self.state, lambda: self.meter.gradients)
@@ -113,7 +113,7 @@ class Trainer:
         # Closing ends loader workers here, while everything still stands, and not at the exit of the interpreter.
         with contextlib.closing(iter(state.stream)) as batches_of_rank:
             try:
-                self._loop(StepBatches(state.stream, batches_of_rank, state.plan.accumulation))
+                self._loop(StepBatches(state.stream, batches_of_rank, state.resolved.accumulation))
                 status = "preempted" if state.stopping and state.step < self.run.optim.steps else "finished"
             except UserError as error:
                 if error.everywhere:  # all ranks are here
@@ -181,9 +181,9 @@ class Trainer:
             hook.pre_step()
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
-            for number in range(state.plan.accumulation):
+            for number in range(state.resolved.accumulation):
                 self._micro_batch()
-                if number + 1 == state.plan.accumulation:  # one vote a step, however many micro-batches
+                if number + 1 == state.resolved.accumulation:  # one vote a step, however many micro-batches
                     self._vote()
                 with self.phases.span("step"):
                     take_step(state.engine)
@@ -238,7 +238,7 @@ class Trainer:
 
     def _update_average(self) -> None:
         state = self.state
-        schedule = state.plan.recipe.momentum
+        schedule = state.resolved.recipe.momentum
         if state.momentum is None or schedule is None:
             return
         state.averaging = momentum_at(state.step, schedule, self.run.optim.steps)
@@ -247,8 +247,8 @@ class Trainer:
                 state.momentum.update(state.averaging)
 
 
-def count_work(plan: Plan) -> Work:
+def count_work(resolved: ResolvedRun) -> Work:
     """Count the FLOPs of a step, on every rank alike, and take the peak that MFU is a share of."""
-    given, dtype = plan.run.hardware.peak_tflops, compute_dtype(plan.deepspeed.config)
+    given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
     peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
-    return Work(step_flop(plan.run, plan.label_sets, plan.vocab_size), plan.run.text.max_tokens, peak)
+    return Work(step_flop(resolved.run, resolved.label_sets, resolved.vocab_size), resolved.run.text.max_tokens, peak)

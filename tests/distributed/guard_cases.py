@@ -130,7 +130,7 @@ class GuardCases(RankParts):
     def _guard(self, state: Any) -> dict[str, Any]:
         told: list[dict[str, str]] = []
         run = SimpleNamespace(guard=GuardConfig(max_skipped_in_a_row=2), output_dir=Path(self.out / "guard"))
-        state.plan = SimpleNamespace(run=run)
+        state.resolved = SimpleNamespace(run=run)
         state.callbacks = SimpleNamespace(on_warning=lambda step, fault: told.append(fault))
         state.engine = SimpleNamespace(fp16_enabled=lambda: False, get_global_grad_norm=lambda: float("inf"))
         state.applied = state.finite

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.setup import Plan
+from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.scale.deepspeed.resolve import resolve
 from m3i_scale.scale.partition import whole
 from m3i_scale.scale.process_group import start_ranks
@@ -37,7 +37,7 @@ class RankParts:
         self.rank, self.world = self.ranks.rank, self.ranks.world_size
         self.image = 32
 
-    def plan(self, ds_config: str, recipe: str, *overrides: str) -> Plan:
+    def plan(self, ds_config: str, recipe: str, *overrides: str) -> ResolvedRun:
         micro = GLOBAL_BATCH // self.world
         run = tiny_run(
             recipe, f"optim.batch_size={GLOBAL_BATCH}", f"optim.micro_batch_size={micro}", "optim.lr=1e-2", *overrides
@@ -57,7 +57,7 @@ class RankParts:
             where=ds_config,
         )
         parsed, self.image = parse_recipe(run.recipe), backbone_config(run.backbone).image_size
-        return Plan(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, self.image, 1)
+        return ResolvedRun(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, self.image, 1)
 
     def batch(self, seed: int = 0) -> Any:
         size = GLOBAL_BATCH // self.world

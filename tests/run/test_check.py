@@ -18,7 +18,7 @@ from m3i_scale.config import load_run
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, FaultsError
 from m3i_scale.objective import meta
-from m3i_scale.run.check import faults_of, make_plan
+from m3i_scale.run.check import faults_of, resolve_run
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 
@@ -67,7 +67,7 @@ def test_what_depends_on_what_is_at_fault_is_not_told(shards: Path, tmp_path: Pa
 def test_a_wrong_path_of_shards_is_told_as_that(shards: Path, tmp_path: Path, recipe: str) -> None:
     run = load_run(str(write_run(tmp_path, shards, recipe)), ["data.sources.shapes.shards=/nowhere/shards"])
     with pytest.raises(Exception, match="no such folder of shards") as caught:
-        make_plan(run, 1)
+        resolve_run(run, 1)
     assert caught.value.where == "data.sources.shapes.shards: /nowhere/shards"
 
 
@@ -128,10 +128,10 @@ def test_an_interval_of_evaluations_that_never_comes_is_refused(shards: Path, tm
     assert places(run_file, "optim.steps=9") == []
 
 
-def test_make_plan_tells_all_it_finds(shards: Path, tmp_path: Path) -> None:
+def test_resolve_run_tells_all_it_finds(shards: Path, tmp_path: Path) -> None:
     run_file = write_run(tmp_path, shards, "m3i", "optim.batch_size=6", "backbone.config.patch_size=7")
     with pytest.raises(FaultsError) as caught:
-        make_plan(load_run(str(run_file)), 1)
+        resolve_run(load_run(str(run_file)), 1)
     assert len(caught.value.faults) == 2
 
 

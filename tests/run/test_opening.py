@@ -10,7 +10,7 @@ from launch import start_ranks
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import DataError
-from m3i_scale.run import start
+from m3i_scale.run import train
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,13 @@ def test_what_one_of_several_hosts_finds_is_raised_when_the_ranks_have_met(monke
     def fails(run, world):
         raise error
 
-    monkeypatch.setattr(start, "make_plan", fails)
+    monkeypatch.setattr(train, "resolve_run", fails)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    plan_of_run = start.check_first(load_run("m3i"))
+    resolve = train.check_first(load_run("m3i"))
     with pytest.raises(type(error)):
-        plan_of_run()
+        resolve()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     if isinstance(error, DataError):
         with pytest.raises(DataError):
-            start.check_first(load_run("m3i"))
+            train.check_first(load_run("m3i"))

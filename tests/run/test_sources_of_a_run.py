@@ -17,7 +17,7 @@ from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import data_supply
-from m3i_scale.run.check import make_plan
+from m3i_scale.run.check import resolve_run
 from m3i_scale.run.setup import check_resume
 from m3i_scale.scale.deepspeed.rules import precision
 
@@ -127,7 +127,7 @@ def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
 def test_pixels_and_tokens_of_another_kind_are_refused(shards: Path, tmp_path: Path) -> None:
     def plan(*overrides: str):
         run_file = write_run(tmp_path, shards, "clip", f"text.tokenizer={shards / 'tokenizer'}", *overrides)
-        return make_plan(load_run(str(run_file)), 1)
+        return resolve_run(load_run(str(run_file)), 1)
 
     tokenizer = AutoTokenizer.from_pretrained(shards / "tokenizer")
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
@@ -152,7 +152,7 @@ def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -
     def plan(*names: str):
         own = ", ".join(f"{name}: {{shards: {shards / name}}}" for name in names)
         run_file = write_run(tmp_path, shards, "supervised", f"data.sources={{{own}}}")
-        return make_plan(load_run(str(run_file)), 1)
+        return resolve_run(load_run(str(run_file)), 1)
 
     one, other = plan("train", "val"), plan("val", "train")
     meta = {

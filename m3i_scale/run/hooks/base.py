@@ -11,7 +11,7 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
 from m3i_scale.run.phases import Timeouts
-from m3i_scale.run.setup import Plan
+from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.partition import ShardedMomentum
 
@@ -20,7 +20,7 @@ from m3i_scale.scale.partition import ShardedMomentum
 class TrainState:
     """What the loop and its hooks share. Steps and votes are the same on every rank."""
 
-    plan: Plan
+    resolved: ResolvedRun
     ranks: ProcessGroupRanks
     engine: Any
     """Of DeepSpeed."""

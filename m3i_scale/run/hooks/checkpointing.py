@@ -35,8 +35,8 @@ class Checkpointing(Hook):
     """
 
     def __init__(self, state: TrainState, resume_from: Path | None, guard: Guard, rewinds: Rewinds) -> None:
-        self._state, self._config, self._guard, self._rewinds = state, state.plan.run.checkpoint, guard, rewinds
-        self._root = state.plan.run.output_dir / "checkpoints"
+        self._state, self._config, self._guard, self._rewinds = state, state.resolved.run.checkpoint, guard, rewinds
+        self._root = state.resolved.run.output_dir / "checkpoints"
         self._saver = Saver(state.engine, state.momentum, self._config.background, self._drop_older)
         self._limit_told = False
         self._step = -1
@@ -56,12 +56,12 @@ class Checkpointing(Hook):
         checkpoint, state = self._loaded, self._state
         data_states = load_checkpoint(checkpoint, state.engine, state.momentum)
         meta = together(lambda: read_meta(checkpoint))
-        probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.plan.deepspeed.config))
+        probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.resolved.deepspeed.config))
         if self._config.probe:
             self._probe = probe
         later_states = together(lambda: self._rewinds.data_states(checkpoint))
         position = merge_states(later_states or data_states)
-        changed = state.stream.load_state_dict(position, state.plan.run.data.changed_sources)
+        changed = state.stream.load_state_dict(position, state.resolved.run.data.changed_sources)
         for name, text in changed.items():
             state.tell(f"source {name}: {text}")
         self._take_over(meta)
@@ -94,7 +94,7 @@ class Checkpointing(Hook):
     def post_step(self) -> bool:
         """Save where that is due; else commit a save that no rank is writing any more."""
         state = self._state
-        last = state.step == state.plan.run.optim.steps
+        last = state.step == state.resolved.run.optim.steps
         due = state.stopping or last or state.step % self._config.every_steps == 0
         if due or (self._saver.pending and not self._others_write):
             with state.timeouts.outside_of_steps("save"):
@@ -132,7 +132,7 @@ class Checkpointing(Hook):
             return
         meta: dict[str, Any] = {}
         if state.ranks.rank == 0:  # who writes it
-            meta = meta_of(state.plan, step=state.step, world_size=state.ranks.world_size)
+            meta = meta_of(state.resolved, step=state.step, world_size=state.ranks.world_size)
             meta |= {"guard": self._guard.state(), "rewinds": len(self._rewinds)}
         if probe is not None:
             meta["probe_loss"] = self._probe_loss(probe)
@@ -140,7 +140,7 @@ class Checkpointing(Hook):
             final,
             data_state=state.stream.state_dict(),
             meta=meta,
-            run_yaml=run_yaml(state.plan.run),
+            run_yaml=run_yaml(state.resolved.run),
             more=lambda folder: write_probe(folder, probe) if probe is not None else None,
         )
         self._step = state.step
@@ -156,7 +156,7 @@ class Checkpointing(Hook):
 
     def _drop_older(self, committed: Path) -> None:
         """Remove what no rule keeps. Rank 0 alone, on any thread."""
-        output_dir = self._state.plan.run.output_dir
+        output_dir = self._state.resolved.run.output_dir
         metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
         pruned = prune(committed.parent, rules_of(self._config), metrics, committed=committed)
         if pruned.over_limit and not self._limit_told:

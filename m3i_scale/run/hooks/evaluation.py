@@ -29,7 +29,7 @@ class Evaluation(Hook):
 
     def post_step(self) -> bool:
         """Evaluate where that is due."""
-        state, every = self._state, self._state.plan.run.evaluation.every_steps
+        state, every = self._state, self._state.resolved.run.evaluation.every_steps
         if every and state.step % every == 0:
             with state.timeouts.outside_of_steps("evaluate"):
                 state.callbacks.on_evaluation(state.step, self.evaluate())
@@ -43,7 +43,7 @@ class Evaluation(Hook):
             DataError: the data of some rank failed, or too much of them is bad; on all ranks.
         """
         self._stream.load_state_dict(self._start)
-        engine, count = self._state.engine, self._state.plan.run.evaluation.batches
+        engine, count = self._state.engine, self._state.resolved.run.evaluation.batches
         totals: dict[str, float] = {}
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)

@@ -39,7 +39,7 @@ class Guard(Hook):
     """
 
     def __init__(self, state: TrainState, gradients: Callable[[], list[tuple[str, Tensor]]]) -> None:
-        run = state.plan.run
+        run = state.resolved.run
         self._state, self._gradients = state, gradients
         self._config, self._output_dir = run.guard, run.output_dir
         self.spike: Spike | None = None

@@ -84,4 +84,4 @@ class Metrics(Hook):
 
 def gradient_scale(state: TrainState) -> float:
     """Return how much larger than the true gradient the backward pass computes it (fp16 loss scale, accumulation)."""
-    return (loss_scale(state.engine) or 1.0) / state.plan.accumulation
+    return (loss_scale(state.engine) or 1.0) / state.resolved.accumulation

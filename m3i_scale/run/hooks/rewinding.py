@@ -37,14 +37,14 @@ class Rewinding(Hook):
             UserError: the run has gone back as often as it may.
         """
         state = self._state
-        config = state.plan.run.guard.spike
+        config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:
             raise self._guard.ended(state.step, f"the loss has spiked, and max_rewinds are used up: {spike}")
         self._checkpointing.close()  # a save that is on its way may be one of those that are undone
         begun = self._rewinds.begin(
             spike,
             state.stream.state_dict(),
-            batch_size=state.plan.run.optim.batch_size,
+            batch_size=state.resolved.run.optim.batch_size,
             most=config.max_rewinds,
         )
         if begun is None:
