@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import CheckpointError, ConfigError, UserError
+from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.launch.lock import launch_of
 from m3i_scale.launch.place import Place
 from m3i_scale.output import wide_console
@@ -21,13 +21,13 @@ from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.check import resolve_run
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
+from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
-from m3i_scale.run.setup import ResolvedRun, check_resume, open_data, run_yaml
+from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
 from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.commit import explain, sweep
-from m3i_scale.scale.checkpoint.layout import read_meta, step_of, stopped_words
-from m3i_scale.scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.scale.checkpoint.layout import step_of, stopped_words
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision
@@ -82,8 +82,8 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     """Check the run before the ranks meet and before anything is built for them.
 
     Returns:
-        A function that gives the resolved run, or raises its fault once the ranks have met: a host alone with a fault would leave the
-        others waiting.
+        A function that gives the resolved run, or raises its fault: it is called once the ranks have met, since one
+        host with a fault would leave the others waiting.
 
     Raises:
         UserError: what does not hold together, where all ranks are on this host and see the same.
@@ -123,46 +123,6 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) 
 def tell(text: str) -> None:
     """One line more."""
     _CONSOLE.print(text, markup=False, highlight=False)
-
-
-def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to go on from, and what was passed over (rank 0 only: it reads every byte).
-
-    Raises:
-        CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
-            of which none is good.
-    """
-    root = run.output_dir / "checkpoints"
-    if run.checkpoint.resume not in ("auto", "never"):
-        named = Path(run.checkpoint.resume)
-        faults = verify(named) if named.is_dir() else ["no such folder"]
-        if faults:
-            raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
-        newest, _ = newest_good(root)
-        if newest is None or int(read_meta(newest)["step"]) <= int(read_meta(named)["step"]):
-            return named, []
-        if named.resolve().parent == root.resolve():
-            raise CheckpointError(
-                f"the run has newer good checkpoints than the named one: {newest.name}",
-                where=str(named),
-                fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
-            )
-        return newest, [f"going on from the run's own {newest.name}, which is newer than {named}"]
-    newest, passed = newest_good(root)
-    notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
-    if run.checkpoint.resume == "never" and (newest or passed):
-        raise CheckpointError(
-            "checkpoint.resume is 'never', and there are checkpoints",
-            where=str(root),
-            fix="take another output_dir, or checkpoint.resume=auto",
-        )
-    if newest is None and passed:
-        raise CheckpointError(
-            "there are checkpoints, and none of them is good",
-            where="; ".join(notes),
-            fix="move them away to start anew",
-        )
-    return newest, notes
 
 
 def train(

@@ -21,7 +21,7 @@ from shapes import metrics
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError
-from m3i_scale.run.train import find_resume
+from m3i_scale.run.resume import find_resume
 from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, step_name
 from m3i_scale.scale.checkpoint.manifest import list_files
 from m3i_scale.scale.checkpoint.tensors import SavedTensors

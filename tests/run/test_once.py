@@ -14,7 +14,8 @@ from tiny import LABEL_SETS, tiny_objective, tiny_run
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import setup
 from m3i_scale.run.activations import set_activations
-from m3i_scale.run.setup import ResolvedRun, check_resume, meta_of, run_yaml
+from m3i_scale.run.resume import check_resume, meta_of
+from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.deepspeed.resolve import Resolved
 

@@ -18,7 +18,7 @@ from m3i_scale.data.stream import Account
 from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import data_supply
 from m3i_scale.run.check import resolve_run
-from m3i_scale.run.setup import check_resume
+from m3i_scale.run.resume import check_resume
 from m3i_scale.scale.deepspeed.rules import precision
 
 WAIT_S = 600

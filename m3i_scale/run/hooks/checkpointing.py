@@ -13,9 +13,10 @@ from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
+from m3i_scale.run.resume import meta_of
 from m3i_scale.run.retention import evaluations, rules_of
 from m3i_scale.run.rewind import Rewinds
-from m3i_scale.run.setup import meta_of, run_yaml
+from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.agree import together
 from m3i_scale.scale.checkpoint.layout import read_meta, step_name
 from m3i_scale.scale.checkpoint.load import load_checkpoint

@@ -1,0 +1,182 @@
+"""Going on from a checkpoint: which one, what must be as it was, and what may have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import RunConfig, read_yaml
+from m3i_scale.errors import CheckpointError
+from m3i_scale.objective.recipe import meaning
+from m3i_scale.run.differences import known_part, told_differences
+from m3i_scale.run.schedule import learning_rate
+from m3i_scale.run.setup import ResolvedRun, run_yaml
+from m3i_scale.run.source_checks import check_label_order
+from m3i_scale.scale.checkpoint.layout import read_meta
+from m3i_scale.scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.scale.deepspeed.rules import precision
+
+_SHOWN_CHANGES = 5
+_NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
+"""Parts that checkpoints of earlier versions have not; those are resumed without a look at them."""
+_TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
+
+
+def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to go on from, and what was passed over (rank 0 only: it reads every byte).
+
+    Raises:
+        CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
+            of which none is good.
+    """
+    root = run.output_dir / "checkpoints"
+    if run.checkpoint.resume not in ("auto", "never"):
+        named = Path(run.checkpoint.resume)
+        faults = verify(named) if named.is_dir() else ["no such folder"]
+        if faults:
+            raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
+        newest, _ = newest_good(root)
+        if newest is None or int(read_meta(newest)["step"]) <= int(read_meta(named)["step"]):
+            return named, []
+        if named.resolve().parent == root.resolve():
+            raise CheckpointError(
+                f"the run has newer good checkpoints than the named one: {newest.name}",
+                where=str(named),
+                fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
+            )
+        return newest, [f"going on from the run's own {newest.name}, which is newer than {named}"]
+    newest, passed = newest_good(root)
+    notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
+    if run.checkpoint.resume == "never" and (newest or passed):
+        raise CheckpointError(
+            "checkpoint.resume is 'never', and there are checkpoints",
+            where=str(root),
+            fix="take another output_dir, or checkpoint.resume=auto",
+        )
+    if newest is None and passed:
+        raise CheckpointError(
+            "there are checkpoints, and none of them is good",
+            where="; ".join(notes),
+            fix="move them away to start anew",
+        )
+    return newest, notes
+
+
+def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> list[str]:
+    """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Return notes about a run
+    that goes on in another shape. Call it on one rank: it may read a whole teacher.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    meta = read_meta(checkpoint)
+    _check_identity(resolved, checkpoint, meta)
+    if meta["step"] > resolved.run.optim.steps:
+        raise CheckpointError(
+            f"the checkpoint is of step {meta['step']}, and the run has {resolved.run.optim.steps} steps",
+            where=str(checkpoint),
+            fix="raise optim.steps, or take another output_dir",
+        )
+    return _changed_shape(resolved, meta, world_size) + _changed_schedule(resolved.run, checkpoint, int(meta["step"]))
+
+
+def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
+    """Notes on another number of ranks, stage or precision."""
+    now = shape_of(resolved, world_size)
+    notes = [
+        f"resharded: {key} was {meta.get(key)}, is {value}"
+        for key, value in now.items()
+        if key != "compared" and meta.get(key) != value
+    ]
+    if resolved.recipe.compares_samples and meta.get("compared") != now["compared"]:
+        notes.append(
+            f"losses compare {now['compared']} samples at a time, and did {meta.get('compared')} before: their values "
+            "jump here (optim.micro_batch_size × ranks)"
+        )
+    return notes
+
+
+_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr")
+
+
+def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
+    """A note on another length or height of the schedule: the learning rate follows the new one from here on."""
+    if step >= run.optim.steps:
+        return []
+    saved = read_yaml(checkpoint / "run.yaml").get("optim")
+    if not isinstance(saved, dict):
+        return []
+    before = run.optim.model_copy(update={name: saved[name] for name in _OF_THE_SCHEDULE if name in saved})
+    changes = [
+        f"optim.{name} was {getattr(before, name)}, is {getattr(run.optim, name)}"
+        for name in _OF_THE_SCHEDULE
+        if getattr(before, name) != getattr(run.optim, name)
+    ]
+    if not changes:
+        return []
+    rates = " instead of ".join(f"{learning_rate(step, optim):.3g}" for optim in (run.optim, before))
+    return [f"the schedule changed: {', '.join(changes)}; the learning rate of step {step + 1} is {rates}"]
+
+
+def shape_of(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
+    """In which shape a run is computed; a resumed run may have another."""
+    config = resolved.deepspeed.config
+    return {
+        "world_size": world_size,
+        "zero_stage": int(config["zero_optimization"]["stage"]),
+        "precision": precision(config),
+        "compared": world_size * resolved.run.optim.micro_batch_size,
+    }
+
+
+def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any]) -> None:
+    saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
+    for identity in (saved, now):  # a recipe may be written in several ways
+        identity["recipe"] = meaning(identity.get("recipe"))
+    check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
+    for key in _NEWER_IDENTITY:
+        if key in saved and key in now:
+            now[key] = known_part(saved[key], now[key])
+        else:
+            now.pop(key, None)
+    different = [key for key in now if saved.get(key) != now[key]]
+    if different:
+        key = different[0]
+        files = [f"data.sources.{name}: {source.shards}" for name, source in resolved.run.data.sources.items()]
+        labels = key == "label_sets"
+        raise CheckpointError(
+            f"the checkpoint is of another run: {', '.join(different)} changed",
+            where=f"{checkpoint}" + (f"; labels.json of {', '.join(files)}" if labels else ""),
+            why=_difference(key, saved.get(key), now[key]),
+            fix=("restore labels.json as it was" if labels else "take the same run file")
+            + ", or another output_dir for the new run",
+        )
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What was and what is: recipes by their names, where those differ, everything else field by field."""
+    names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
+    if key == "recipe" and names[0] != names[1]:
+        return f"recipe was '{names[0]}', and is '{names[1]}'"
+    found = told_differences(key, before, now)
+    more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
+    return "; ".join(found[:_SHOWN_CHANGES]) + more
+
+
+def meta_of(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
+    """What meta.json and the manifest say about a checkpoint."""
+    text = run_yaml(resolved.run)
+    return {
+        "step": step,
+        "samples": step * resolved.run.optim.batch_size,
+        **shape_of(resolved, world_size),
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "identity": resolved.identity,
+        "label_sets": resolved.label_sets,
+        "vocab_size": resolved.vocab_size,
+        "tokenizer": getattr(resolved.tokenizer, "name_or_path", None),
+        "versions": {name: version(name) for name in _TOLD_VERSIONS},
+    }
