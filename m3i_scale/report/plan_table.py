@@ -14,7 +14,7 @@ ERROR = 0.1
 
 
 def plan_table(document: dict[str, Any]) -> Group:
-    """What `RunPlan.document` says."""
+    """Return what `RunPlan.document` says, for the terminal."""
     peak, limit = document["peak_gib_per_rank"], document["memory_gib"]
     verdict, style = _verdict(peak, limit)
     ranks = f"{document['ranks']:,} rank" + ("s" if document["ranks"] != 1 else "")
@@ -52,7 +52,7 @@ def _rank_hours(document: dict[str, Any], hours: float) -> str:
 
 
 def _verdict(peak: float, limit: float) -> tuple[str, str]:
-    """What to say of it, and in which colour."""
+    """Return what to say of it, and in which colour."""
     if peak > limit:
         return "does not fit", "red"
     if peak > (1 - ERROR) * limit:

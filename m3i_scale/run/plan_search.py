@@ -19,9 +19,8 @@ from m3i_scale.run.setup import check_batch, resolve_engine
 from m3i_scale.scale.activations import read_policy
 from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config
 from m3i_scale.scale.deepspeed.rules import offloads_optimizer
-from m3i_scale.scale.plan.counts import numel_of
 from m3i_scale.scale.plan.replay import SNAPSHOT
-from m3i_scale.scale.plan.settings import settings_of
+from m3i_scale.scale.plan.settings import numel_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -31,65 +30,65 @@ class RunPlan:
     run: RunConfig
     model: Model
     machine: Machine
-    own: Estimate
+    planned: Estimate
     suggestion: Estimate | None
     samples: int
 
     @property
     def fits(self) -> bool:
-        """As it is written."""
-        return self.own.fits(self.machine)
+        """Return whether it fits as it is written."""
+        return self.planned.fits(self.machine)
 
     @cached_property
     def hopeless(self) -> bool:
-        """It would not fit with the smallest micro-batch either."""
-        return not self.fits and not _fits_smaller(self.model, self.machine, self.own.choice)
+        """Return whether it would not fit with the smallest micro-batch either."""
+        return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     def document(self) -> dict[str, Any]:
-        """The JSON document."""
-        own, batch = self.own, self.run.optim.batch_size
+        """Return the JSON document."""
+        planned, batch = self.planned, self.run.optim.batch_size
         world = self.machine.links.world
-        seconds = self.samples / batch * own.step_s
+        seconds = self.samples / batch * planned.step_s
         return {
             "name": self.run.name,
             "ranks": world,
             "on_host": self.machine.on_host,
-            "planned": described(own),
-            "peak_gib_per_rank": own.peak_bytes / GIB,
+            "planned": described(planned),
+            "peak_gib_per_rank": planned.peak_bytes / GIB,
             "memory_gib": self.machine.memory_gib,
             "fits": self.fits,
-            "parts": {name: size / GIB for name, size in sorted(own.parts.items(), key=lambda item: -item[1])},
-            "activations_gib": own.activation_bytes / GIB,
-            "host_gib_per_rank": own.host_bytes / GIB,
-            "host_parts": {name: size / GIB for name, size in own.host_parts.items()},
-            "host_gib_per_node": own.host_of_node(self.machine) / GIB,
+            "parts": {name: size / GIB for name, size in sorted(planned.parts.items(), key=lambda item: -item[1])},
+            "activations_gib": planned.activation_bytes / GIB,
+            "host_gib_per_rank": planned.host_bytes / GIB,
+            "host_parts": {name: size / GIB for name, size in planned.host_parts.items()},
+            "host_gib_per_node": planned.host_of_node(self.machine) / GIB,
             "host_memory_gib": self.machine.host_memory_gib,
             "parameters": {role: numel_of(self.model.parameters, role) for role in ("trained", "momentum", "teacher")},
-            "flop_per_sample": own.flop * world / batch,
-            "comm_gib_per_step": sum(own.traffic.rank_bytes.values()) / GIB,
-            "comm_gib_per_step_by_kind": {kind: size / GIB for kind, size in own.traffic.rank_bytes.items()},
+            "flop_per_sample": planned.flop * world / batch,
+            "comm_gib_per_step": sum(planned.traffic.rank_bytes.values()) / GIB,
+            "comm_gib_per_step_by_kind": {kind: size / GIB for kind, size in planned.traffic.rank_bytes.items()},
             "comm_gib_per_step_by_link": {
-                "intra": own.traffic.intra_bytes / GIB,
-                "inter": own.traffic.inter_bytes / GIB,
+                "intra": planned.traffic.intra_bytes / GIB,
+                "inter": planned.traffic.inter_bytes / GIB,
             },
             "mfu": self.machine.mfu,
-            "tflops_per_rank": self.machine.tflops[own.settings.precision],
-            "compute_s": own.compute_s,
-            "communication_s": own.traffic.time_s,
-            "step_time_s": own.step_s,
-            "samples_per_day": batch / own.step_s * 86400,
+            "tflops_per_rank": self.machine.tflops[planned.settings.precision],
+            "compute_s": planned.compute_s,
+            "communication_s": planned.traffic.time_s,
+            "step_time_s": planned.step_s,
+            "samples_per_day": batch / planned.step_s * 86400,
             "samples": self.samples,
             "days": seconds / 86400,
             "gpu_hours": seconds / 3600 * world,
-            "checkpoint_gib": self.model.checkpoint_bytes(own.settings) / GIB,
+            "checkpoint_gib": self.model.checkpoint_bytes(planned.settings) / GIB,
             "assumed": list(self.model.vocabulary.assumed),
             "suggestion": None if self.suggestion is None else described(self.suggestion),
         }
 
 
-def described(found: Estimate) -> dict[str, Any]:
-    """A choice in the words of a run file."""
-    choice = found.choice
+def described(estimated: Estimate) -> dict[str, Any]:
+    """Return a choice in the words of a run file."""
+    choice = estimated.choice
     larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
     return {
         "overrides": [
@@ -98,14 +97,14 @@ def described(found: Estimate) -> dict[str, Any]:
             f"optim.micro_batch_size={choice.micro_batch}",
         ],
         "deepspeed": choice.deepspeed,
-        "stage": found.settings.stage,
-        "precision": found.settings.precision,
+        "stage": estimated.settings.stage,
+        "precision": estimated.settings.precision,
         "micro_batch_size": choice.micro_batch,
-        "accumulation": found.settings.accumulation_steps,
+        "accumulation": estimated.settings.accumulation_steps,
         "activation_checkpointing": choice.policy,
-        "peak_gib_per_rank": found.peak_bytes / GIB,
-        "step_time_s": found.step_s,
-        "knobs": {key: value for key, value, _ in found.resolved.explained if key.startswith("zero_optimization.")}
+        "peak_gib_per_rank": estimated.peak_bytes / GIB,
+        "step_time_s": estimated.step_s,
+        "knobs": {key: value for key, value, _ in estimated.resolved.explained if key.startswith("zero_optimization.")}
         | larger,
         "larger": larger,
     }
@@ -141,9 +140,9 @@ def plan_run(
     precision = settings_of(resolved.config, world=world, on_host=machine.on_host).precision
     model = Model(run, read_vocabulary(run, recipe, classes, tokens), world, precision)
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)
-    own = estimate(model, machine, choice)
+    planned = estimate(model, machine, choice)
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
-    return RunPlan(run, model, machine, own, suggest(model, machine, choice), total)
+    return RunPlan(run, model, machine, planned, suggest(model, machine, choice), total)
 
 
 POLICIES = ("none", "every_2", "full")
@@ -164,20 +163,20 @@ _ON_DEVICES = {
 """Built-in files that are meant for hosts, and the one of the same kind that is meant for accelerators."""
 
 
-def suggest(model: Model, machine: Machine, own: Choice) -> Estimate | None:
+def suggest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
     """Find the fastest choice that fits: for every file and policy the largest micro-batch is looked for, then for
     every file larger buckets. None where none fits.
 
     What offloads is taken where nothing else fits: its copies and the host's arithmetic are not in the time. A file
     that is meant for hosts is not suggested for accelerators, but the one of the same kind that is meant for them.
     """
-    if not machine.on_host and own.deepspeed in _ON_DEVICES:
-        own = replace(own, deepspeed=_ON_DEVICES[own.deepspeed])
+    if not machine.on_host and choice.deepspeed in _ON_DEVICES:
+        choice = replace(choice, deepspeed=_ON_DEVICES[choice.deepspeed])
         model = Model(model.run, model.vocabulary, model.world, "bf16")
-    files = list(dict.fromkeys([own.deepspeed, *ENGINE_FILES.get((model.precision, machine.on_host), ())]))
+    files = list(dict.fromkeys([choice.deepspeed, *ENGINE_FILES.get((model.precision, machine.on_host), ())]))
     offloading = [file for file in files if offloads_optimizer(load_ds_config(file))]
     for some in ([file for file in files if file not in offloading], offloading):
-        best = _fastest(model, machine, own, some)
+        best = _fastest(model, machine, choice, some)
         if best is not None:
             return best
     return None
@@ -200,30 +199,30 @@ PAYS = 0.98
 """Larger buckets are proposed where a step takes no more than this share of what it takes without."""
 
 
-def _with_larger_buckets(model: Model, machine: Machine, found: Estimate) -> Estimate:
+def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) -> Estimate:
     """Find the smallest buckets that come within a hundredth of the fastest ones, where they pay."""
-    zero = found.resolved.config["zero_optimization"]
+    zero = estimated.resolved.config["zero_optimization"]
     tried = []
-    for elements in () if found.settings.bf16_optimizer else ELEMENTS:  # that one reduces everything at once
-        wanted = ((key, elements * count) for key, count in BUCKETS[found.settings.stage])
+    for elements in () if estimated.settings.bf16_optimizer else ELEMENTS:  # that one reduces everything at once
+        wanted = ((key, elements * count) for key, count in BUCKETS[estimated.settings.stage])
         sizes = tuple((key, size) for key, size in wanted if size > zero.get(key, 0))
         if sizes:
-            tried.append(estimate(model, machine, replace(found.choice, sizes=sizes), quick=True))
-    fitting = [other for other in tried if other.fits(machine) and other.step_s <= PAYS * found.step_s]
+            tried.append(estimate(model, machine, replace(estimated.choice, sizes=sizes), quick=True))
+    fitting = [other for other in tried if other.fits(machine) and other.step_s <= PAYS * estimated.step_s]
     if not fitting:
-        return found
+        return estimated
     fastest = min(other.step_s for other in fitting)
     return next(other for other in fitting if other.step_s <= 1.01 * fastest)
 
 
-def _fastest(model: Model, machine: Machine, own: Choice, files: list[str]) -> Estimate | None:
+def _fastest(model: Model, machine: Machine, choice: Choice, files: list[str]) -> Estimate | None:
     best: Estimate | None = None
     for file in files:
         fastest: Estimate | None = None
-        for policy in dict.fromkeys([own.policy, *POLICIES]):
-            found = _largest(model, machine, Choice(file, policy, own.micro_batch))
-            if found is not None and (fastest is None or found.step_s < fastest.step_s * 0.999):
-                fastest = found
+        for policy in dict.fromkeys([choice.policy, *POLICIES]):
+            largest = _largest(model, machine, Choice(file, policy, choice.micro_batch))
+            if largest is not None and (fastest is None or largest.step_s < fastest.step_s * 0.999):
+                fastest = largest
         if fastest is not None:
             fastest = _with_larger_buckets(model, machine, fastest)
             if best is None or fastest.step_s < best.step_s * 0.999:
@@ -234,18 +233,18 @@ def _fastest(model: Model, machine: Machine, own: Choice, files: list[str]) -> E
     return exact if exact.fits(machine) else _smaller(model, machine, exact)
 
 
-def _smaller(model: Model, machine: Machine, found: Estimate) -> Estimate | None:
-    """The next smaller micro-batch that fits, counted exactly."""
+def _smaller(model: Model, machine: Machine, estimated: Estimate) -> Estimate | None:
+    """Find the next smaller micro-batch that fits, counted exactly."""
     for size in reversed(list(_sizes(model, machine))):
-        if size < found.choice.micro_batch:
-            exact = estimate(model, machine, replace(found.choice, micro_batch=size))
+        if size < estimated.choice.micro_batch:
+            exact = estimate(model, machine, replace(estimated.choice, micro_batch=size))
             if exact.fits(machine):
                 return exact
     return None
 
 
 def _sizes(model: Model, machine: Machine) -> Iterator[int]:
-    """Micro-batches that divide the global batch and that the recipe allows, up to 512 or the run's own."""
+    """Yield micro-batches that divide the global batch and that the recipe allows, up to 512 or the run's own."""
     per_rank, rest = divmod(model.run.optim.batch_size, machine.links.world)
     if rest:
         return
@@ -254,14 +253,14 @@ def _sizes(model: Model, machine: Machine) -> Iterator[int]:
 
 
 def _largest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
-    """The largest micro-batch that fits, by halving the range."""
+    """Find the largest micro-batch that fits, by halving the range."""
     sizes = list(_sizes(model, machine))
     low, high, best = 0, len(sizes) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        found = estimate(model, machine, replace(choice, micro_batch=sizes[middle]), quick=True)
-        if found.fits(machine):
-            best, low = found, middle + 1
+        tried = estimate(model, machine, replace(choice, micro_batch=sizes[middle]), quick=True)
+        if tried.fits(machine):
+            best, low = tried, middle + 1
         else:
             high = middle - 1
     return best
@@ -271,13 +270,12 @@ def _fits_smaller(model: Model, machine: Machine, choice: Choice) -> bool:
     smallest = next(iter(_sizes(model, machine)), None)
     if smallest is None:
         return False
-    found = estimate(model, machine, replace(choice, micro_batch=smallest))
-    return found.fits(machine)
+    return estimate(model, machine, replace(choice, micro_batch=smallest)).fits(machine)
 
 
 def nodes_that_fit(model: Model, machine: Machine, choice: Choice, *, most: int = 1024) -> tuple[int, int, int] | None:
-    """Nodes that the run would fit on as it is, with the batch size and the smallest micro-batch that fit them; None
-    where none of them do."""
+    """Find nodes that the run would fit on as it is, with the batch size and the smallest micro-batch that fit them;
+    None where none of them do."""
     nodes = machine.links.nodes
     while (nodes := nodes * 2) * machine.links.ranks_per_node <= most:
         wider = replace(machine, links=replace(machine.links, nodes=nodes))
@@ -298,27 +296,27 @@ def refuse_hopeless(plan: RunPlan) -> None:
     if not plan.hopeless:
         return
     fix = None
-    if plan.own.peak_bytes <= plan.machine.memory_gib * GIB:
+    if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)
     if plan.suggestion is not None:
         fix = " ".join(described(plan.suggestion)["overrides"])
-    elif found := nodes_that_fit(plan.model, plan.machine, plan.own.choice):
-        nodes, batch, micro_batch = found
+    elif wider := nodes_that_fit(plan.model, plan.machine, plan.planned.choice):
+        nodes, batch, micro_batch = wider
         sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
         fix = f"{nodes} nodes instead of {plan.machine.links.nodes}, with {sizes}"
     raise ConfigError(
-        f"the run does not fit: {plan.own.peak_bytes / GIB:.4g} GiB a rank of {plan.machine.memory_gib:g}, and too "
+        f"the run does not fit: {plan.planned.peak_bytes / GIB:.4g} GiB a rank of {plan.machine.memory_gib:g}, and too "
         f"much with a micro-batch of {plan.model.smallest} too",
-        where=f"deepspeed={plan.own.choice.deepspeed}, activation_checkpointing={plan.own.choice.policy}",
+        where=f"deepspeed={plan.planned.choice.deepspeed}, activation_checkpointing={plan.planned.choice.policy}",
         fix=fix or "a smaller backbone, or devices with more memory",
     )
 
 
 def _no_host_memory(plan: RunPlan) -> ConfigError:
-    """The devices suffice, the host does not."""
-    taken, ranks = plan.own.host_of_node(plan.machine), plan.machine.links.ranks_per_node
+    """Return the error of a run whose devices suffice, and whose hosts do not."""
+    taken, ranks = plan.planned.host_of_node(plan.machine), plan.machine.links.ranks_per_node
     limit = float(plan.machine.host_memory_gib or 0)
-    parts = plan.own.parts if plan.machine.on_host else plan.own.host_parts
+    parts = plan.planned.parts if plan.machine.on_host else plan.planned.host_parts
     snapshot = parts.get(SNAPSHOT, 0) * ranks
     fix = "fewer ranks on a node, or a DeepSpeed file that offloads less"
     if snapshot and taken - snapshot <= limit * GIB:
@@ -332,7 +330,7 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
 
 
 def write_deepspeed(plan: RunPlan, path: Path) -> str:
-    """The DeepSpeed JSON of the suggestion, or of the run where there is none, with every size as a number.
+    """Write the DeepSpeed JSON of the suggestion, or of the run where there is none, with every size as a number.
 
     What the run file says stays "auto", so that the two cannot contradict each other.
 
@@ -342,15 +340,15 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
     Raises:
         ConfigError: the file cannot be written.
     """
-    found = plan.suggestion or plan.own
-    config = load_ds_config(found.choice.deepspeed)
-    config["zero_optimization"] = found.resolved.config["zero_optimization"]
+    written = plan.suggestion or plan.planned
+    config = load_ds_config(written.choice.deepspeed)
+    config["zero_optimization"] = written.resolved.config["zero_optimization"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
-    return " ".join([f"deepspeed={path}", *described(found)["overrides"][1:]])
+    return " ".join([f"deepspeed={path}", *described(written)["overrides"][1:]])
 
 
 _COUNTED = {

@@ -27,12 +27,11 @@ from m3i_scale.scale.deepspeed.resolve import Resolved
 from m3i_scale.scale.engine import is_matrix
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
-from m3i_scale.scale.plan.counts import Parameter, numel_of
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import hardware, step_time
-from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.ledger import HOLES, Ledger
 from m3i_scale.scale.plan.replay import ACTIVATIONS, PLAYED
-from m3i_scale.scale.plan.settings import Settings, settings_of
+from m3i_scale.scale.plan.settings import Parameter, Settings, numel_of, settings_of
 from m3i_scale.scale.plan.trace import Trace, record, scaled
 
 GIB = 2**30
@@ -92,14 +91,14 @@ class _PlannedRanks:
 
 
 def beside_tensors_gib(*, hosts: bool) -> float:
-    """What a rank holds beside tensors: of a host, what this process does, which has imported the same."""
+    """Return what a rank holds beside tensors: of a host, what this process does, which has imported the same."""
     if not hosts:
         return ACCELERATOR_WORKSPACE_GIB
     return float(psutil.Process().memory_info().rss) / GIB
 
 
 def on_host() -> bool:
-    """Whether DeepSpeed finds no accelerator here."""
+    """Return whether DeepSpeed finds no accelerator here."""
     return bool(get_accelerator().device_name() == "cpu")
 
 
@@ -118,30 +117,30 @@ def machine_of(
     workspace_gib: float | None = None,
     host_memory_gib: float | None = None,
 ) -> Machine:
-    """A machine by the name of its devices; what is given takes the place of the preset's numbers.
+    """Return a machine by the name of its devices; what is given takes the place of the preset's numbers.
 
     Raises:
         ConfigError: no hardware of that name.
     """
-    found = hardware(name)
+    preset = hardware(name)
     hosts = name == "cpu"
     links = Links(
         nodes,
         ranks_per_node,
-        found.intra_gb_s if intra_gb_s is None else intra_gb_s,
-        found.inter_gb_s if inter_gb_s is None else inter_gb_s,
-        found.latency_us if latency_us is None else latency_us,
-        found.intra_latency_us if intra_latency_us is None else intra_latency_us,
+        preset.intra_gb_s if intra_gb_s is None else intra_gb_s,
+        preset.inter_gb_s if inter_gb_s is None else inter_gb_s,
+        preset.latency_us if latency_us is None else latency_us,
+        preset.intra_latency_us if intra_latency_us is None else intra_latency_us,
         gloo=hosts,
     )
-    rates = found.tflops if tflops is None else dict.fromkeys(found.tflops, tflops)
+    rates = preset.tflops if tflops is None else dict.fromkeys(preset.tflops, tflops)
     workspace = beside_tensors_gib(hosts=hosts) if workspace_gib is None else workspace_gib
-    reached = found.mfu if mfu is None else mfu
+    reached = preset.mfu if mfu is None else mfu
     return Machine(links, memory_gib, rates, reached, hosts, workspace, host_memory_gib)
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:
-    """Label sets and number of tokens: as given, else as the run's shards have them, else as stated.
+    """Read label sets and number of tokens: as given, else as the run's shards have them, else as stated.
 
     Raises:
         ConfigError, DataError: shards that are there and do not fit.
@@ -175,12 +174,12 @@ class Model:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Of the run."""
+        """Return the run's recipe."""
         return parse_recipe(self.run.recipe)
 
     @cached_property
     def objective(self) -> Objective:
-        """On `meta`, in the type that is computed in.
+        """Return the objective on `meta`, in the type that is computed in.
 
         Raises:
             ConfigError: see `build_on_meta`.
@@ -192,17 +191,17 @@ class Model:
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Of the whole model."""
-        found = []
+        """Return the parameters of the whole model."""
+        parameters = []
         for name, parameter in self.objective.named_parameters():
             role = name.partition(".")[0]
             kind: Any = role if role in ("momentum", "teacher") else "trained"
-            found.append(Parameter(parameter.numel(), kind, is_matrix(parameter)))
-        return tuple(found)
+            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter)))
+        return tuple(parameters)
 
     @property
     def remembered_bytes(self) -> int:
-        """Buffers that outlast a batch, which a checkpoint has too."""
+        """Return the bytes of buffers that outlast a batch, which a checkpoint has too."""
         return sum(buffer.nbytes for buffer in buffers_of(self.objective).values())
 
     def checkpoint_bytes(self, settings: Settings) -> int:
@@ -215,22 +214,22 @@ class Model:
         return {}
 
     def trace(self, policy: str, micro_batch: int) -> Trace:
-        """One micro-batch, recorded."""
+        """Record one micro-batch."""
         if (policy, micro_batch) not in self._traces:
             self._traces[policy, micro_batch] = self._record(policy, micro_batch)
         return self._traces[policy, micro_batch]
 
     def quick_trace(self, policy: str, micro_batch: int) -> Trace:
-        """The same, from two small ones: every tensor's size is a number plus a number for every sample."""
+        """Return the same from two small ones: every tensor's size is a number plus a number for every sample."""
         small = self.smallest
         if micro_batch <= 2 * small:
             return self.trace(policy, micro_batch)
-        found = scaled(self.trace(policy, small), self.trace(policy, 2 * small), small, micro_batch)
-        return found if found is not None else self.trace(policy, micro_batch)
+        trace = scaled(self.trace(policy, small), self.trace(policy, 2 * small), small, micro_batch)
+        return trace if trace is not None else self.trace(policy, micro_batch)
 
     @property
     def smallest(self) -> int:
-        """The smallest micro-batch that the recipe allows."""
+        """Return the smallest micro-batch that the recipe allows."""
         if self.recipe.mix is not None:
             return len(self.recipe.mix.inputs)
         return 2 if self.recipe.compares_samples and self.world == 1 else 1
@@ -288,22 +287,22 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Of a rank, beside its device."""
+        """Return the bytes of a rank beside its device."""
         return sum(self.host_parts.values())
 
     def host_of_node(self, machine: Machine) -> int:
-        """Bytes of host memory that the ranks of a node take."""
+        """Return the bytes of host memory that the ranks of a node take."""
         return (self.peak_bytes if machine.on_host else self.host_bytes) * machine.links.ranks_per_node
 
     def fits(self, machine: Machine) -> bool:
-        """On its device, and, where the memory of a node is known, on its host."""
+        """Return whether it fits on its device, and, where the memory of a node is known, on its host."""
         on_device = self.peak_bytes <= machine.memory_gib * GIB
         limit = machine.host_memory_gib
         return on_device and (limit is None or self.host_of_node(machine) <= limit * GIB)
 
 
 def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = False) -> Estimate:
-    """Memory, traffic and time of a step.
+    """Estimate memory, traffic and time of a step.
 
     Raises:
         ConfigError: the DeepSpeed file, or a batch size that ranks and micro-batch do not divide.
@@ -313,20 +312,21 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
     settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)
     settings = replace(settings, snapshot=model.remembered_bytes if run.checkpoint.background else None)
     trace = (model.quick_trace if quick else model.trace)(choice.policy, choice.micro_batch)
-    near = Ledger(heap=machine.on_host and keeps_host_memory())
-    far = near if machine.on_host else Ledger(heap=False)
+    near = Ledger()
+    far = near if machine.on_host else Ledger()
     engine = engine_for(model.parameters, trace, settings, near, far)
     engine.run()
-    kept = sum(buffer.nbytes for buffer in model.objective.buffers())
-    workspace = round(machine.workspace_gib * GIB) + kept
+    beside = {"workspace": round(machine.workspace_gib * GIB) + sum(b.nbytes for b in model.objective.buffers())}
+    if machine.on_host and keeps_host_memory():
+        beside["fragmentation"] = round(HOLES * near.peak)
     flop = trace.flop * settings.accumulation_steps
     compute_s = flop / (machine.tflops[settings.precision] * 1e12 * machine.mfu)
-    found = Estimate(
+    estimated = Estimate(
         choice,
         resolved,
         settings,
-        near.peak + workspace,
-        {**near.at_peak, "workspace": workspace},
+        near.peak + sum(beside.values()),
+        near.at_peak | beside,
         near.most[ACTIVATIONS],
         {} if machine.on_host else host_parts(model, choice, far),
         flop,
@@ -335,29 +335,29 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
         compute_s,
         compute_s,
     )
-    return over(found, machine.links)
+    return over(estimated, machine.links)
 
 
-def over(found: Estimate, links: Links) -> Estimate:
-    """The same step over other links between as many ranks; or over the same, with other `collectives`."""
-    settings, (traffic, again) = found.settings, found.collectives
+def over(estimated: Estimate, links: Links) -> Estimate:
+    """Return the same step over other links between as many ranks; or over the same, with other `collectives`."""
+    settings, (traffic, again) = estimated.settings, estimated.collectives
     further = settings.accumulation_steps - min(settings.accumulation_steps, PLAYED)
     sent = step_traffic(traffic, again, links, further=further, group=settings.hpz)
     seconds = step_time(
-        compute_s=found.compute_s, communication_s=sent.time_s, once_s=sent.once_s, overlap=settings.overlap
+        compute_s=estimated.compute_s, communication_s=sent.time_s, once_s=sent.once_s, overlap=settings.overlap
     )
-    return replace(found, traffic=sent, step_s=seconds)
+    return replace(estimated, traffic=sent, step_s=seconds)
 
 
 def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
-    """What a rank of a device holds in host memory: what is offloaded, the copy of a save, batches that workers have
-    ready, and its process."""
-    found = dict(far.at_peak)
+    """Return what a rank of a device holds in host memory: what is offloaded, the copy of a save, batches that workers
+    have ready, and its process."""
+    parts = dict(far.at_peak)
     if model.run.data.workers:
         side, views = model.objective.student.image_size, model.recipe.views
-        found["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * views * 3 * side**2
-    found["process"] = round(beside_tensors_gib(hosts=True) * GIB)
-    return found
+        parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * views * 3 * side**2
+    parts["process"] = round(beside_tensors_gib(hosts=True) * GIB)
+    return parts
 
 
 def _sized(resolved: Resolved, sizes: tuple[tuple[str, int], ...]) -> Resolved:

@@ -199,6 +199,6 @@ def _hosts_of_deepspeed() -> dict[int, str]:
 
 
 def _several_hosts() -> bool:
-    """Whether fewer ranks are here than in all; where nobody says how many, no."""
+    """Return whether fewer ranks are here than in all; where nobody says how many, no."""
     world = int(os.environ["WORLD_SIZE"])
     return int(os.environ.get("LOCAL_WORLD_SIZE", world)) < world

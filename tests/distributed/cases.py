@@ -281,7 +281,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         settings = settings_of(plan.deepspeed.config, world=self.world, on_host=True)
         model = Model(plan.run, LearntFrom(LABEL_SETS, VOCABULARY, ()), self.world, settings.precision)
         settings = replace(settings, snapshot=model.remembered_bytes)
-        ledger = Ledger(heap=False)
+        ledger = Ledger()
         trace = model.trace("none", GLOBAL_BATCH // self.world)
         planned = engine_for(model.parameters, trace, settings, ledger, ledger)
         fresh = {part: size for part, size in ledger.parts.items() if size}

@@ -60,7 +60,7 @@ class TrafficCases(RankParts):
         engine.destroy()
         settings = settings_of(plan.deepspeed.config, world=self.world, on_host=True)
         model = Model(plan.run, Vocabulary(LABEL_SETS, VOCABULARY, ()), self.world, settings.precision)
-        ledger = Ledger(heap=False)
+        ledger = Ledger()
         trace = model.trace(plan.run.backbone.activation_checkpointing, GLOBAL_BATCH // self.world)
         planned = engine_for(model.parameters, trace, settings, ledger, ledger)
         planned.run(3)

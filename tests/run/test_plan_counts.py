@@ -117,7 +117,7 @@ def test_the_most_live_bytes_are_those_of_a_real_pass(backbone, more, policy):
         trace = Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, "fp32").trace(policy, 4)
     finally:
         gc.enable()
-    ledger, held = Ledger(heap=False), {}
+    ledger, held = Ledger(), {}
     for event in trace.events:
         if event.kind == "take":
             held[event.number] = ledger.take("", event.size)

@@ -22,8 +22,8 @@ from m3i_scale.run.plan_search import nodes_that_fit, plan_run, refuse_hopeless,
 from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.plan.counts import numel_of
 from m3i_scale.scale.plan.hardware import hardware
+from m3i_scale.scale.plan.settings import numel_of
 
 SMALL = ("optim.batch_size=64", "optim.micro_batch_size=4")
 
@@ -143,8 +143,8 @@ def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engin
             plan_run(tiny_run("supervised", *overrides, f"deepspeed={file}"), where, samples=None)
             for file in (path, written)
         )
-        assert with_them.own.step_s < 0.98 * without.own.step_s
-        assert with_them.own.step_s == pytest.approx(found.suggestion.step_s)
+        assert with_them.planned.step_s < 0.98 * without.planned.step_s
+        assert with_them.planned.step_s == pytest.approx(found.suggestion.step_s)
 
 
 def test_a_suggestion_can_be_taken(tmp_path):
@@ -154,7 +154,7 @@ def test_a_suggestion_can_be_taken(tmp_path):
     assert overrides == found.document()["suggestion"]["overrides"][1:]
     overrides.append(f"deepspeed={path}")
     again = plan_run(tiny_run("sim", *SMALL, *overrides), machine(), samples=None)
-    assert again.own.peak_bytes == found.suggestion.peak_bytes
+    assert again.planned.peak_bytes == found.suggestion.peak_bytes
     assert "auto" not in load_ds_config(str(path))["zero_optimization"].values()
 
 
@@ -164,14 +164,14 @@ def test_a_suggestion_is_never_slower_than_a_run_that_fits():
     found = plan_run(run, machine(), samples=None)
     assert found.fits
     assert found.suggestion.choice.micro_batch == 12
-    assert found.suggestion.step_s <= found.own.step_s * 1.001
+    assert found.suggestion.step_s <= found.planned.step_s * 1.001
 
 
 @pytest.mark.parametrize("file", ["zero1_cpu_fp32", "zero3_cpu", "zero3_cpu_fp32", "zero3_cpu_lean"])
 def test_files_for_hosts_are_not_suggested_for_gpus(file):
     run = tiny_run("sim", *SMALL, f"deepspeed={file}")
     found = plan_run(run, machine(), samples=None)
-    assert found.own.choice.deepspeed == file
+    assert found.planned.choice.deepspeed == file
     assert "_cpu" not in found.suggestion.choice.deepspeed.replace("_cpu_offload", "")
     assert found.suggestion.settings.precision == "bf16"
     on_hosts = plan_run(run, machine(name="cpu"), samples=None)
@@ -181,7 +181,7 @@ def test_files_for_hosts_are_not_suggested_for_gpus(file):
 def test_offloading_is_suggested_where_nothing_else_fits():
     """What it costs in time is not counted."""
     found = plan_run(tiny_run("sim", *SMALL, "deepspeed=zero3_bf16_cpu_offload"), machine(), samples=None)
-    assert found.own.host_parts["optimizer"] > 0
+    assert found.planned.host_parts["optimizer"] > 0
     assert "optimizer" not in found.suggestion.host_parts
 
 
@@ -225,7 +225,7 @@ def test_workers_and_buffers_are_counted():
 def test_a_host_without_the_memory_is_refused_with_what_would_do():
     run = tiny_run("sim", *SMALL)
     needed = plan_run(run, machine(), samples=None)
-    node, copies = needed.own.host_of_node(needed.machine), 2 * needed.own.host_parts["snapshot"]
+    node, copies = needed.planned.host_of_node(needed.machine), 2 * needed.planned.host_parts["snapshot"]
     tight = replace(machine(), host_memory_gib=(node - copies / 2) / 2**30)
     found = plan_run(run, tight, samples=None)
     assert not found.fits
@@ -253,7 +253,9 @@ def test_a_rate_of_nothing_is_refused(option):
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would():
-    needed = plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(), samples=None).own.peak_bytes / 2**30
+    needed = (
+        plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(), samples=None).planned.peak_bytes / 2**30
+    )
     tight = plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(memory_gib=needed * 0.75), samples=None)
     assert not tight.fits
     with pytest.raises(ConfigError, match="does not fit") as fault:
@@ -264,10 +266,12 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
 def test_more_nodes_are_named_with_sizes_that_divide():
     run = tiny_run("m3i", *SMALL, "deepspeed=zero3_bf16")
     needed = plan_run(run, machine(memory_gib=1e-3), samples=None)
-    found = nodes_that_fit(needed.model, machine(memory_gib=needed.own.peak_bytes / 2**30 * 0.6), needed.own.choice)
+    found = nodes_that_fit(
+        needed.model, machine(memory_gib=needed.planned.peak_bytes / 2**30 * 0.6), needed.planned.choice
+    )
     nodes, batch, micro_batch = found
     sizes = (f"optim.batch_size={batch}", f"optim.micro_batch_size={micro_batch}", "deepspeed=zero3_bf16")
-    room = machine(memory_gib=needed.own.peak_bytes / 2**30 * 0.6, nodes=nodes)
+    room = machine(memory_gib=needed.planned.peak_bytes / 2**30 * 0.6, nodes=nodes)
     assert plan_run(tiny_run("m3i", *sizes), room, samples=None).fits
 
 

@@ -52,7 +52,7 @@ class Traffic:
     sizes: defaultdict[str, Counter[float]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, kind: str, size: float, calls: int = 1) -> None:
-        """Collectives over `size` bytes together."""
+        """Count collectives over `size` bytes together."""
         if size:
             self.sizes[kind][size / calls] += calls
 
@@ -92,7 +92,7 @@ class Links:
 
     @property
     def world(self) -> int:
-        """Ranks."""
+        """Return the number of ranks."""
         return self.nodes * self.ranks_per_node
 
 
@@ -113,7 +113,7 @@ class StepTraffic:
 
 
 def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int, group: int = 1) -> StepTraffic:
-    """From the collectives of a step to what they cost.
+    """Return what the collectives of a step cost.
 
     A ring of n ranks sends (n − 1)/n of the tensor over every one of its links. Where it spans nodes, the rings of a
     node leave it over all of its network ports, so that a port carries the ring's share of one rank. It takes n − 1

@@ -1,12 +1,11 @@
-"""Which of DeepSpeed's optimizers serves a run."""
+"""The choice between DeepSpeed's optimizers."""
 
 from __future__ import annotations
 
-from m3i_scale.scale.plan.counts import Parameter
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.partitioned import PartitionedEngine
 from m3i_scale.scale.plan.replay import Engine
-from m3i_scale.scale.plan.settings import Settings
+from m3i_scale.scale.plan.settings import Parameter, Settings
 from m3i_scale.scale.plan.trace import Trace
 from m3i_scale.scale.plan.whole import Bf16Engine, ZeroEngine
 
@@ -14,7 +13,7 @@ from m3i_scale.scale.plan.whole import Bf16Engine, ZeroEngine
 def engine_for(
     parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, near: Ledger, far: Ledger
 ) -> Engine:
-    """The optimizer that DeepSpeed takes, built."""
+    """Build the optimizer that DeepSpeed takes."""
     if settings.stage == 3:
         return PartitionedEngine(parameters, trace, settings, near, far)
     if settings.bf16_optimizer:

@@ -14,9 +14,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from m3i_scale.scale.plan.counts import Parameter, share
 from m3i_scale.scale.plan.ledger import Ledger
-from m3i_scale.scale.plan.settings import Settings
+from m3i_scale.scale.plan.settings import Parameter, Settings, share
 
 GATHERED, KEPT = "gathered parameters", "gathered parameters kept for the backward pass"
 SECOND = "second copies of parameters"
@@ -66,7 +65,7 @@ class Coordinator:
     _available: int = 0
 
     def start(self) -> None:
-        """A new iteration."""
+        """Begin a new iteration."""
         self._step, self._available = 0, 0
         self._latest.clear()
         self._queue.clear()
@@ -76,7 +75,7 @@ class Coordinator:
                 self._queue.extend((param, last[param] if last[param] == step else step) for param in self._own(module))
 
     def fetch(self, module: int) -> None:
-        """`module` is about to run, forwards or backwards."""
+        """Gather what `module` needs, which is about to run, forwards or backwards."""
         own = self._own(module)
         missing = [param for param in own if param not in self._full and param not in self._inflight]
         if missing:
@@ -90,7 +89,7 @@ class Coordinator:
         self._step += 1
 
     def release(self, module: int) -> None:
-        """`module` has run."""
+        """Release what `module` needed, which has run."""
         own = self._own(module)
         soon = self._soon(own)
         for param in own:
@@ -99,7 +98,7 @@ class Coordinator:
                 self._free(param)
 
     def release_all(self) -> None:
-        """Before the optimizer: nothing stays gathered."""
+        """Release everything, as before the optimizer."""
         for param in list(self._inflight):
             self._wait(param)
         for param in list(self._full):
@@ -107,7 +106,7 @@ class Coordinator:
             self._free(param)
 
     def gather_persistent(self) -> None:
-        """After the optimizer: small parameters are gathered for good."""
+        """Gather small parameters for good, as after the optimizer."""
         small = [param for param in range(len(self.parameters)) if self._persists(param)]
         if small:
             # `_allgather_params_coalesced` is one call for each of them, at a time.
@@ -116,19 +115,19 @@ class Coordinator:
                 self._wait(param)
 
     def changed(self, param: int) -> None:
-        """Its second copy is no longer what it is."""
+        """Drop the second copy of a parameter that has been changed."""
         if param in self._second:
             self.shards.give(self._second.pop(param))
 
     def keep(self, param: int, number: int) -> None:
-        """The backward pass holds a view of a gathered parameter."""
+        """Note that the backward pass holds a view of a gathered parameter."""
         storage = self._full.get(param)
         if storage is not None:
             storage.uses += 1
             self._views[number] = storage
 
     def drop(self, number: int) -> None:
-        """It does not any more."""
+        """Note that it does not any more."""
         storage = self._views.pop(number, None)
         if storage is not None:
             self._unuse(storage)
@@ -145,7 +144,7 @@ class Coordinator:
         return (share(numel, world) * world if padded else numel) * self.settings.parameter_bytes
 
     def _gather(self, params: list[int]) -> None:
-        """`__all_gather_params_`: those with a second copy by themselves."""
+        """Follow `__all_gather_params_`: those with a second copy by themselves."""
         for in_group in (True, False):
             some = [param for param in params if (param in self._second) == in_group]
             if some:
@@ -161,7 +160,7 @@ class Coordinator:
         self.told(in_group, size, calls)
         gather = _Gather(self.ledger.take(GATHERED, size), set(params), params)
         if self.settings.on_host:  # gloo collects into a buffer of its own
-            self.ledger.pass_by("collectives", size, apart=True)
+            self.ledger.pass_by("collectives", size)
         for param in params:
             self._inflight[param] = gather
 
@@ -195,7 +194,7 @@ class Coordinator:
             self._gather(ahead)
 
     def _soon(self, own: tuple[int, ...]) -> set[int]:
-        """Those of `own` that come again within the reuse distance, or whose next use was passed over ahead of it."""
+        """Return those of `own` that come again within the reuse distance, or were passed over ahead of time."""
         if self.order is None:
             return set()
         soon = {param for param in own if self._latest.get(param, -1) > self._step}
@@ -208,7 +207,7 @@ class Coordinator:
         return soon
 
     def copy(self, param: int) -> None:
-        """`_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
+        """Follow `_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
         if self.settings.hpz > 1 and param not in self._second:
             self._second[param] = self.shards.take(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
 

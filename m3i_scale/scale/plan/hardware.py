@@ -56,7 +56,7 @@ PRESETS = {
 
 
 def hardware(name: str) -> Hardware:
-    """The preset of that name.
+    """Return the preset of that name.
 
     Raises:
         ConfigError: there is none.
@@ -67,7 +67,7 @@ def hardware(name: str) -> Hardware:
 
 
 def step_time(*, compute_s: float, communication_s: float, once_s: float, overlap: bool) -> float:
-    """Seconds of a step: what is longer where the two overlap, else both.
+    """Return the seconds of a step: what is longer where the two overlap, else both.
 
     Args:
         compute_s: of the arithmetic.

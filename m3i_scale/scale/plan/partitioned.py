@@ -5,7 +5,6 @@ start of the engine to the end of a step. The methods follow those of `stage3.py
 from __future__ import annotations
 
 from m3i_scale.scale.plan.communication import IN_GROUP
-from m3i_scale.scale.plan.counts import momentum_state_bytes, share, share_of
 from m3i_scale.scale.plan.gathering import Coordinator
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.replay import (
@@ -19,13 +18,14 @@ from m3i_scale.scale.plan.replay import (
     WORKSPACE,
     Engine,
 )
+from m3i_scale.scale.plan.settings import momentum_state_bytes, share, share_of
 
 
 class PartitionedEngine(Engine):
     """`stage3.py`: every rank has a share of every parameter."""
 
     def build(self) -> None:
-        """`zero.Init`, first weights, `_create_fp16_partitions_with_defragmentation`, `_create_fp32_partitions`."""
+        """Follow `zero.Init`, first weights, `_create_fp16_partitions_with_defragmentation`, `…_fp32_partitions`."""
         settings, world = self.settings, self.settings.world
         places = self.near if not settings.far_parameters else self.far
         shards = {}
@@ -57,7 +57,7 @@ class PartitionedEngine(Engine):
         self.filled: list[tuple[int, int | None]] = []
 
     def held_of(self, param: int, rank: int) -> int:
-        """Its share."""
+        """Return its share."""
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
     averaged_of = held_of
@@ -92,7 +92,7 @@ class PartitionedEngine(Engine):
             self.near.pass_by(GRADIENTS, max(self.sub_groups) * settings.master_bytes)
 
     def _sub_groups(self) -> list[int]:
-        """`_create_fp16_sub_groups`."""
+        """Follow `_create_fp16_sub_groups`."""
         found = []
         for matrix in (True, False):
             sizes = [
@@ -112,7 +112,7 @@ class PartitionedEngine(Engine):
         return found
 
     def before_forward(self) -> None:
-        """The first iteration is recorded; later ones gather ahead."""
+        """Gather ahead, but in the first iteration, which is recorded."""
         if self.order:
             self.coordinator.order = self.order
         self.coordinator.start()
@@ -131,7 +131,7 @@ class PartitionedEngine(Engine):
         self.traffic.add(IN_GROUP if in_group else kind, size, calls)
 
     def on_view(self, param: int, number: int, kind: str) -> None:
-        """Unless DeepSpeed's linear function is on, saved views hold gathered weights."""
+        """Let saved views hold gathered weights, unless DeepSpeed's linear function is on."""
         if self.settings.efficient_linear:
             return
         if kind == "keep":
@@ -140,7 +140,7 @@ class PartitionedEngine(Engine):
             self.coordinator.drop(number)
 
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """`reduce_independent_p_g_buckets_and_remove_grads`."""
+        """Follow `reduce_independent_p_g_buckets_and_remove_grads`."""
         numel, used = self.parameters[param].numel, sum(size for size, _ in self.filled)
         if self.filled and used + numel > self.settings.reduce_bucket:
             self._reduce()
@@ -152,7 +152,7 @@ class PartitionedEngine(Engine):
             self.filled.append((numel, handle))
 
     def _reduce(self) -> None:
-        """`reduce_scatter_coalesced`: a flat copy, unless there is one gradient that needs no padding."""
+        """Follow `reduce_scatter_coalesced`: a flat copy, unless there is one gradient that needs no padding."""
         settings, world = self.settings, self.settings.world
         sizes = [numel for numel, _ in self.filled]
         padded = sum(share(numel, world) * world for numel in sizes)
@@ -160,7 +160,7 @@ class PartitionedEngine(Engine):
         alone = len(sizes) == 1 and padded == sizes[0]
         flat = None if alone else self.near.take(BUCKETS, padded * settings.communication_bytes)
         if settings.on_host and world > 1:  # gloo reduces a clone
-            self.near.pass_by(COLLECTIVES, padded * settings.communication_bytes, apart=True)
+            self.near.pass_by(COLLECTIVES, padded * settings.communication_bytes)
         if settings.accumulation_bytes != settings.communication_bytes:
             self.near.pass_by(BUCKETS, padded // world * settings.accumulation_bytes)
         if flat is not None:
@@ -171,12 +171,12 @@ class PartitionedEngine(Engine):
         self.filled.clear()
 
     def after_backward(self, *, first: bool, last: bool) -> None:
-        """The rest of the bucket."""
+        """Reduce the rest of the bucket."""
         if self.filled:
             self._reduce()
 
     def step(self) -> None:
-        """Sub-group by sub-group."""
+        """Update sub-group by sub-group."""
         settings = self.settings
         self.coordinator.release_all()
         self.norm(max(share(self.parameters[p].numel, settings.world) for p in self.trained))

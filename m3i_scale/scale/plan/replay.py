@@ -9,9 +9,8 @@ from typing import Final
 
 from m3i_scale.scale.checkpoint.host_copies import plan_pools
 from m3i_scale.scale.plan.communication import Traffic
-from m3i_scale.scale.plan.counts import Parameter
 from m3i_scale.scale.plan.ledger import Ledger
-from m3i_scale.scale.plan.settings import Settings
+from m3i_scale.scale.plan.settings import Parameter, Settings
 from m3i_scale.scale.plan.trace import Trace
 
 PARAMETERS, MOMENTUM, TEACHER = "parameters", "momentum target", "teacher"
@@ -50,7 +49,7 @@ class Engine(ABC):
         self.build()
 
     def run(self, steps: int = 2) -> None:
-        """Optimizer steps: the second one finds all states there. `traffic` is that of the last one, in as many
+        """Take optimizer steps: the second one finds all states there. `traffic` is that of the last one, in as many
         micro-batches as were played; `again` that of the last micro-batch."""
         for _ in range(steps):
             traffic, count = Traffic(), self.played
@@ -68,7 +67,7 @@ class Engine(ABC):
 
     @property
     def played(self) -> int:
-        """Micro-batches of a step: further ones repeat the second."""
+        """Return the micro-batches of a step that are played: further ones repeat the second."""
         return min(self.settings.accumulation_steps, PLAYED)
 
     def micro_batch(self, *, first: bool, last: bool) -> None:
@@ -96,40 +95,40 @@ class Engine(ABC):
 
     @abstractmethod
     def build(self) -> None:
-        """From the module to an engine."""
+        """Take what DeepSpeed takes on the way from the module to an engine."""
 
     @abstractmethod
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """The gradient of `param` is complete."""
+        """Do what follows when the gradient of `param` is complete."""
 
     @abstractmethod
     def after_backward(self, *, first: bool, last: bool) -> None:
-        """What is reduced when all gradients are there."""
+        """Reduce what is left when all gradients are there."""
 
     @abstractmethod
     def step(self) -> None:
-        """The optimizer."""
+        """Run the optimizer."""
 
     def before_forward(self) -> None:  # noqa: B027 - likewise
-        """Nothing, by default."""
+        """Do nothing, by default."""
 
     def on_use(self, module: int, kind: str) -> None:  # noqa: B027 - whole engines have nothing to do
-        """Whole parameters are always there."""
+        """Do nothing: whole parameters are always there."""
 
     def on_view(self, param: int, number: int, kind: str) -> None:  # noqa: B027 - likewise
-        """A view of a parameter that stays costs nothing."""
+        """Do nothing: a view of a parameter that stays costs nothing."""
 
     @abstractmethod
     def held_of(self, param: int, rank: int) -> int:
-        """Elements of a trained parameter that `rank` holds master weights of, without padding."""
+        """Return the elements of a trained parameter that `rank` holds master weights of, without padding."""
 
     @abstractmethod
     def averaged_of(self, param: int, rank: int) -> int:
-        """Elements of an average that `rank` saves."""
+        """Return the elements of an average that `rank` saves."""
 
     def snapshot(self, rank: int = 0) -> list[int]:
-        """Bytes of every copy in host memory that a save in the background makes on `rank`: master weights and moments
-        of each parameter, and an average in fp32, or in two halves (see `checkpoint/saver.py`)."""
+        """Return the bytes of every copy in host memory that a save in the background makes on `rank`: master weights
+        and moments of each parameter, and an average in fp32, or in two halves (see `checkpoint/saver.py`)."""
         settings, sizes = self.settings, []
         for param in self.trained:
             numel = self.held_of(param, rank)
@@ -140,7 +139,7 @@ class Engine(ABC):
         return [size for size in sizes if size]
 
     def save(self) -> None:
-        """The first save. Its copies stay; pinned ones share pools, for torch gives such memory in powers of two."""
+        """Save for the first time. Copies stay; pinned ones share pools: torch gives such memory in powers of two."""
         if self.settings.snapshot is None:
             return
         sizes = self.snapshot()
@@ -150,11 +149,11 @@ class Engine(ABC):
             self.near.take(SNAPSHOT, self.settings.snapshot)
 
     def take_states(self, numel: int) -> None:
-        """AdamW's moments, made at the first step."""
+        """Make AdamW's moments at the first step."""
         if not self.stepped:
             for _ in range(2):
                 self.states.take(OPTIMIZER, numel * self.settings.state_bytes)
 
     def norm(self, largest: int) -> None:
-        """Gradient by gradient."""
+        """Take the norm gradient by gradient."""
         self.near.pass_by(WORKSPACE, largest * _NORM_BYTES)

@@ -1,15 +1,51 @@
-"""What a resolved DeepSpeed configuration means for memory and traffic: stages, sizes, bytes an element."""
+"""What the arithmetic of memory and traffic needs to know: the parameters of a model, and of its DeepSpeed
+configuration the stage, sizes, bytes an element."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from m3i_scale.scale.deepspeed.rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+Role = Literal["trained", "momentum", "teacher"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the whole model."""
+
+    numel: int
+    role: Role
+    matrix: bool = True
+    """Whether it has weight decay: those make one group of the optimizer, the others another."""
+
+
+def momentum_state_bytes(precision: str) -> int:
+    """Return the bytes an element of what the momentum target keeps beside its compute copy (see `ShardedMomentum`).
+
+    The copy is the average in fp32, its upper half in bf16, and no part of it in fp16.
+    """
+    return {"fp32": 0, "bf16": 2, "fp16": 4}[precision]
+
+
+def share(numel: int, world: int) -> int:
+    """Return the elements of a parameter on one of `world` ranks: DeepSpeed pads every parameter by itself."""
+    return -(-numel // world)
+
+
+def share_of(numel: int, world: int, rank: int) -> int:
+    """Return those of them that are no padding."""
+    size = share(numel, world)
+    return max(0, min(size, numel - size * rank))
+
+
+def numel_of(parameters: tuple[Parameter, ...], *roles: Role) -> int:
+    """Count the elements of the parameters with one of `roles`; of all where none is named."""
+    return sum(p.numel for p in parameters if not roles or p.role in roles)
 
 
 @dataclass(frozen=True)
@@ -44,14 +80,14 @@ class Settings:
     far_parameters: bool
     accumulation_steps: int
     on_host: bool
-    """The host is what computes: gloo, and glibc's heap."""
+    """The host is what computes: gloo carries the traffic."""
     snapshot: int | None = None
     """Saves go on in the background: bytes of buffers that the first rank copies beside what it trains. None: they
     copy nothing."""
 
 
 def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Settings:
-    """From a resolved configuration; what it leaves out has DeepSpeed's default.
+    """Read a resolved configuration; what it leaves out has DeepSpeed's default.
 
     Args:
         config: without any "auto".
@@ -64,13 +100,15 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
     lean = bool(bf16.get("bf16_master_weights_and_grads")) or bool(
         config.get("fp16", {}).get("fp16_master_weights_and_grads")
     )
+    far = offloads_optimizer(config)
+    state_bytes = 2 if bf16.get("bf16_optimizer_states") or (lean and not far and kind != "fp32") else 4
     return Settings(
         world=world,
         stage=int(zero["stage"]),
         precision=kind,
         parameter_bytes=BYTES[kind],
         master_bytes=BYTES[kind] if lean else 4,
-        state_bytes=2 if bf16.get("bf16_optimizer_states") else (BYTES[kind] if lean and not _far(config) else 4),
+        state_bytes=state_bytes,
         accumulation_bytes=BYTES[accumulation(config)],
         communication_bytes=BYTES[config.get("communication_data_type") or kind],
         bf16_optimizer=takes_bf16_optimizer(config),
@@ -83,12 +121,8 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
         max_reuse=int(parsed.max_reuse_distance),
         efficient_linear=bool(parsed.memory_efficient_linear),
         hpz=max(int(parsed.zero_hpz_partition_size), 1),
-        far_optimizer=_far(config),
+        far_optimizer=far,
         far_parameters=(zero.get("offload_param") or {}).get("device") == "cpu",
         accumulation_steps=int(config["gradient_accumulation_steps"]),
         on_host=on_host,
     )
-
-
-def _far(config: dict[str, Any]) -> bool:
-    return offloads_optimizer(config)

@@ -56,7 +56,7 @@ class Trace:
 
 
 def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
-    """What `wanted` samples would do, by what `samples` and twice as many do.
+    """Return what `wanted` samples would do, by what `samples` and twice as many do.
 
     Sizes are a number, and a number for every sample. None where the two make other tensors or other gradients.
     """
@@ -75,7 +75,7 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
 
 
 def _made(trace: Trace) -> list[tuple[str, int, int]]:
-    """Which tensors come into being, in order, and which of them are whose gradients."""
+    """Return which tensors come into being, in order, and which of them are whose gradients."""
     return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("take", "gradient")]
 
 
@@ -143,7 +143,7 @@ def _fused_attention(
     is_causal: bool = False,
     **_: Any,
 ) -> Tensor:
-    """As the fused kernels of all devices do it: q, k, v, the output and one number a row are kept.
+    """Do as the fused kernels of all devices: q, k, v, the output and one number a row are kept.
 
     On `meta` torch would take the plain products, and keep their scores.
     """
@@ -225,7 +225,7 @@ def _module_hooks(owners: list[nn.Module], own: tuple[tuple[int, ...], ...], rec
 def _gradient_hooks(
     parameters: list[nn.Parameter], own: tuple[tuple[int, ...], ...], recorder: _Recorder
 ) -> Iterator[None]:
-    """A complete gradient leaves the module at once: what becomes of it is the engine's business."""
+    """Let a complete gradient leave the module at once: what becomes of it is the engine's business."""
     handles = []
     module_of = {place: number for number, places in enumerate(own) for place in places}
     waiting = {number: {p for p in places if parameters[p].requires_grad} for number, places in enumerate(own)}
@@ -258,7 +258,7 @@ def _gradient_hooks(
 
 @contextlib.contextmanager
 def _kept_views(storages: dict[int, int], recorder: _Recorder) -> Iterator[None]:
-    """`F.linear` saves the transposed weight, a view: it holds the storage, whatever becomes of the parameter."""
+    """Note views that `F.linear` saves: they hold the storage, whatever becomes of the parameter."""
     count = 0
 
     def pack(tensor: Tensor) -> Any:

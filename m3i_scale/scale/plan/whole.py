@@ -5,7 +5,6 @@ of the engine to the end of a step. The methods follow those of DeepSpeed's file
 from __future__ import annotations
 
 from m3i_scale.scale.plan.communication import AVERAGED
-from m3i_scale.scale.plan.counts import momentum_state_bytes, share_of
 from m3i_scale.scale.plan.replay import (
     BUCKETS,
     COLLECTIVES,
@@ -17,6 +16,7 @@ from m3i_scale.scale.plan.replay import (
     WORKSPACE,
     Engine,
 )
+from m3i_scale.scale.plan.settings import momentum_state_bytes, share_of
 
 _ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the ranks."""
@@ -26,7 +26,7 @@ class WholeEngine(Engine):
     """Stages 1 and 2: every rank has all parameters."""
 
     def build(self) -> None:
-        """`DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
+        """Follow `DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
         kept = {}
         for place, parameter in enumerate(self.parameters):
             kept[place] = self.near.take(OF_ROLE[parameter.role], parameter.numel * 4)  # built in fp32
@@ -52,7 +52,7 @@ class WholeEngine(Engine):
             self.near.give(whole)
 
     def held_of(self, param: int, rank: int) -> int:
-        """Its part of the flat group that all ranks share out."""
+        """Return its part of the flat group that all ranks share out."""
         for group, numel in zip(self.groups, self.flat, strict=True):
             if param in group:
                 before = sum(self.parameters[place].numel for place in group[: group.index(param)])
@@ -62,7 +62,7 @@ class WholeEngine(Engine):
         return 0
 
     def averaged_of(self, param: int, rank: int) -> int:
-        """An even share of what all ranks hold alike."""
+        """Return an even share of what all ranks hold alike."""
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
     def _padded(self, numel: int) -> int:
@@ -75,7 +75,7 @@ class WholeEngine(Engine):
         self.near.give(copy)
 
     def _after_groups(self) -> None:
-        """Nothing more, by default."""
+        """Take nothing more, by default."""
 
     def average(self) -> None:
         """Replay `safe_get_full_fp32_param` for the momentum target: master weights, parameter by parameter, whole, in
@@ -85,11 +85,11 @@ class WholeEngine(Engine):
                 self.traffic.add(AVERAGED, self.parameters[place].numel * 4)
 
     def gather_groups(self) -> None:
-        """Updated shards to all ranks, in place; gloo collects into a buffer of its own."""
+        """Gather updated shards on all ranks, in place; gloo collects into a buffer of its own."""
         for numel in self.flat:
             self.traffic.add("update", numel * self.settings.parameter_bytes)
             if self.settings.on_host and self.settings.world > 1:
-                self.near.pass_by(COLLECTIVES, numel * self.settings.parameter_bytes, apart=True)
+                self.near.pass_by(COLLECTIVES, numel * self.settings.parameter_bytes)
 
 
 class ZeroEngine(WholeEngine):
@@ -133,7 +133,7 @@ class ZeroEngine(WholeEngine):
         return found
 
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """`reduce_independent_p_g_buckets_and_remove_grads`, at once or at the end of the backward pass."""
+        """Follow `reduce_independent_p_g_buckets_and_remove_grads`, at once or after the backward pass."""
         if self.early:
             self._put(param, handle)
         elif first or param not in self.waiting:
@@ -157,7 +157,7 @@ class ZeroEngine(WholeEngine):
             self.near.give(handle)
 
     def _reduce(self) -> None:
-        """`reduce_ipg_grads`: a flat copy is reduced; what is this rank's own is put aside."""
+        """Follow `reduce_ipg_grads`: a flat copy is reduced; what is this rank's own is put aside."""
         settings = self.settings
         if not self.filled:
             return
@@ -179,8 +179,8 @@ class ZeroEngine(WholeEngine):
         self.filled = 0
 
     def _put_aside(self) -> None:
-        """`copy_grads_in_partition`: into a buffer for all of this rank's own, of which a host has the pages that were
-        written."""
+        """Follow `copy_grads_in_partition`: into a buffer for all of this rank's own, of which a host has the pages
+        that were written."""
         size = self.settings.parameter_bytes
         if self.settings.on_host:
             mine = [param for param in self.in_bucket if param in self.own]
@@ -189,7 +189,7 @@ class ZeroEngine(WholeEngine):
             self.owned = [self.near.take(GRADIENTS, sum(self.parameters[p].numel for p in self.own) * size)]
 
     def after_backward(self, *, first: bool, last: bool) -> None:
-        """`independent_gradient_partition_epilogue`."""
+        """Follow `independent_gradient_partition_epilogue`."""
         if last and not self.early:
             for param in (param for group in self.groups for param in group):  # `reduce_gradients`
                 if param in self.waiting:
@@ -210,7 +210,7 @@ class ZeroEngine(WholeEngine):
             self.near.give(handle)
 
     def step(self) -> None:
-        """`step`: group by group."""
+        """Update group by group."""
         settings = self.settings
         self.norm(max(min(self.parameters[p].numel, max(self.flat) // settings.world) for p in self.trained))
         for number, numel in enumerate(self.flat):
@@ -250,14 +250,14 @@ class Bf16Engine(WholeEngine):
         self.kept: set[int] = set()
 
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """16-bit gradients are set to zero after the step, and stay."""
+        """Keep 16-bit gradients, which are set to zero after the step, and stay."""
         if param in self.kept:
             self.near.give(handle)
         self.kept.add(param)
 
     def after_backward(self, *, first: bool, last: bool) -> None:
-        """`update_hp_grads`, then `buffered_allreduce_fallback`: a flat copy, and another one in the type that is
-        sent."""
+        """Follow `update_hp_grads`, then `buffered_allreduce_fallback`: a flat copy, and another one in the type that
+        is sent."""
         settings = self.settings
         self.near.pass_by(WORKSPACE, max(self.parameters[p].numel for p in self.trained) * settings.accumulation_bytes)
         if not last:
@@ -271,7 +271,7 @@ class Bf16Engine(WholeEngine):
             self.near.give(copy)
 
     def step(self) -> None:
-        """On the shard of the gradients."""
+        """Update the shard of every group."""
         for numel in self.flat:
             self.take_states(numel // self.settings.world)
         self.gather_groups()

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from m3i_scale.scale.checkpoint.host_copies import plan_pools
 from m3i_scale.scale.plan.communication import AVERAGED, Links, Traffic, step_traffic
-from m3i_scale.scale.plan.counts import Parameter, momentum_state_bytes, share
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import step_time
 from m3i_scale.scale.plan.ledger import Ledger
-from m3i_scale.scale.plan.settings import Settings, settings_of
+from m3i_scale.scale.plan.settings import Parameter, Settings, momentum_state_bytes, settings_of, share
 from m3i_scale.scale.plan.trace import Event, Trace
 
 GPU = Settings(
@@ -61,8 +60,8 @@ def trace_of(parameters: tuple[Parameter, ...], activation: int) -> Trace:
 
 
 def peak(parameters: tuple[Parameter, ...], engine: Settings, activation: int = 500) -> int:
-    ledger = Ledger(heap=False)
-    engine_for(parameters, trace_of(parameters, activation), engine, ledger, Ledger(heap=False)).run()
+    ledger = Ledger()
+    engine_for(parameters, trace_of(parameters, activation), engine, ledger, Ledger()).run()
     return ledger.peak
 
 
@@ -71,6 +70,27 @@ models = st.lists(
     min_size=1,
     max_size=12,
 ).map(lambda rows: (Parameter(64, "trained"), *(Parameter(*row) for row in rows)))
+
+
+def test_the_peak_is_split_into_parts():
+    ledger = Ledger()
+    first = ledger.take("activations", 100)
+    ledger.take("parameters", 50)
+    ledger.give(first)
+    ledger.take("gradients", 20)
+    assert ledger.peak == 150
+    assert ledger.at_peak == {"activations": 100, "parameters": 50}
+    assert ledger.live == 70
+
+
+def test_a_tensor_may_change_its_part():
+    ledger = Ledger()
+    handle = ledger.take("activations", 100)
+    ledger.move(handle, "gradients")
+    assert ledger.parts["gradients"] == 100
+    assert ledger.parts["activations"] == 0
+    ledger.give(handle)
+    assert ledger.live == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -101,7 +121,7 @@ def test_what_stays_is_what_the_formulas_say(stage):
     """16 bytes a parameter under fp32 accumulation, of which a stage divides its own."""
     parameters = (Parameter(4_096, "trained"), Parameter(1_024, "trained", False), Parameter(2_048, "momentum"))
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, persistence=0, world=4)
-    ledger = Ledger(heap=False)
+    ledger = Ledger()
     engine_for(parameters, trace_of(parameters, 0), engine, ledger, ledger).run()
     trained, divided = 5_120, 4
     whole = trained if stage < 3 else trained // divided
@@ -115,7 +135,7 @@ def test_what_stays_is_what_the_formulas_say(stage):
 
 def test_offloaded_states_lie_in_host_memory():
     parameters = (Parameter(4_096, "trained"),)
-    near, far = Ledger(heap=False), Ledger(heap=False)
+    near, far = Ledger(), Ledger()
     engine = replace(GPU, far_optimizer=True)
     engine_for(parameters, trace_of(parameters, 0), engine, near, far).run()
     assert far.parts["optimizer"] == 12 * 4_096 // 8
@@ -135,7 +155,7 @@ def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
     kept = replace(plain, events=tuple(keeps))
 
     def at(trace: Trace, *, efficient: bool) -> int:
-        ledger = Ledger(heap=False)
+        ledger = Ledger()
         engine_for(parameters, trace, replace(GPU, efficient_linear=efficient, max_reuse=0), ledger, ledger).run()
         return ledger.peak
 
@@ -145,7 +165,7 @@ def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
 
 def test_a_ring_sends_its_share_and_leaves_a_node_over_all_ports():
     parameters = tuple(Parameter(1_000, "trained") for _ in range(4))
-    ledger = Ledger(heap=False)
+    ledger = Ledger()
     engine = engine_for(parameters, trace_of(parameters, 0), replace(GPU, world=16, stage=2), ledger, ledger)
     engine.run()
     links = Links(2, 8, 100.0, 10.0, 0.0, gloo=True)
@@ -225,7 +245,7 @@ def test_the_momentum_target_reduces_each_parameter_where_masters_are_divided_an
     parameters = (Parameter(4_096, "trained"), Parameter(2_048, "momentum"), Parameter(1_024, "momentum", False))
     engine = replace(GPU, stage=stage, precision=precision, bf16_optimizer=stage == 1 and precision == "bf16")
     engine = replace(engine, accumulation_steps=2)
-    ledger = Ledger(heap=False)
+    ledger = Ledger()
     played = engine_for(parameters, trace_of(parameters, 0), engine, ledger, ledger)
     played.run()
     counted = (played.traffic.calls.get(AVERAGED, 0), played.traffic.bytes.get(AVERAGED, 0))
@@ -240,7 +260,7 @@ def test_copies_of_a_save_are_all_of_the_states_without_padding(stage, world):
     """12 bytes a trained parameter and 4 an averaged one, over all ranks, of which the first has most."""
     parameters = (Parameter(4_099, "trained"), Parameter(1_021, "trained", False), Parameter(2_047, "momentum"))
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, world=world, snapshot=10)
-    near, far = Ledger(heap=False), Ledger(heap=False)
+    near, far = Ledger(), Ledger()
     planned = engine_for(parameters, trace_of(parameters, 0), engine, near, far)
     planned.run()
     copies = [planned.snapshot(rank) for rank in range(world)]
@@ -256,7 +276,7 @@ def test_copies_of_a_save_lie_beside_the_next_step_on_a_host():
     host = replace(GPU, on_host=True, world=2)
     peaks = {}
     for snapshot in (None, 0):
-        ledger = Ledger(heap=False)
+        ledger = Ledger()
         engine_for(parameters, trace_of(parameters, 500), replace(host, snapshot=snapshot), ledger, ledger).run()
         peaks[snapshot] = ledger.peak
     assert peaks[0] - peaks[None] == (12 * 4_096 + 4 * 2_048) // 2
@@ -275,7 +295,7 @@ def test_second_copies_take_memory_and_keep_gathers_in_their_group():
     links = Links(4, 4, 100.0, 10.0, 0.0)
 
     def played(engine: Settings, further: int = 0):
-        ledger = Ledger(heap=False)
+        ledger = Ledger()
         found = engine_for(parameters, trace_of(parameters, 0), engine, ledger, ledger)
         found.run()
         return ledger, step_traffic(found.traffic, found.again, links, further=further, group=engine.hpz)
@@ -301,7 +321,7 @@ def test_further_micro_batches_do_what_the_last_one_did():
     links = Links(2, 4, 100.0, 10.0, 5.0)
 
     def sent(steps: int):
-        ledger = Ledger(heap=False)
+        ledger = Ledger()
         found = engine_for(parameters, trace_of(parameters, 0), replace(GPU, accumulation_steps=steps), ledger, ledger)
         found.run()
         return step_traffic(found.traffic, found.again, links, further=steps - found.played)
