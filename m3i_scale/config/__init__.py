@@ -31,6 +31,7 @@ __all__ = [
     "KeepBestConfig",
     "LogConfig",
     "OptimConfig",
+    "RetentionConfig",
     "RunConfig",
     "Section",
     "SectionT",
@@ -155,11 +156,9 @@ class KeepBestConfig(Section):
     """How many stay."""
 
 
-class CheckpointConfig(Section):
-    """Saving, keeping and resuming."""
+class RetentionConfig(Section):
+    """Which checkpoints stay: those that any rule wants, as far as `max_gib` allows."""
 
-    every_steps: int = Field(default=1_000, ge=1)
-    """A checkpoint is committed after every so many steps, and at the end."""
     keep_latest: int = Field(default=2, ge=1)
     """The newest so many stay. Others are removed once a newer one has been committed, unless a rule below wants them
     (docs/checkpoints.md)."""
@@ -169,6 +168,18 @@ class CheckpointConfig(Section):
     """Those with the best figure of the evaluation at their step stay."""
     max_gib: float | None = Field(default=None, gt=0)
     """All together take no more than this, whatever the rules above want; the last good one stays in any case."""
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Return `max_gib` in bytes."""
+        return None if self.max_gib is None else max(1, int(self.max_gib * 2**30))
+
+
+class CheckpointConfig(RetentionConfig):
+    """Saving, keeping and resuming."""
+
+    every_steps: int = Field(default=1_000, ge=1)
+    """A checkpoint is committed after every so many steps, and at the end."""
     background: bool = True
     """Training goes on while a checkpoint is written, from a copy in host memory; false: it waits, and needs none."""
     probe: bool = True

@@ -19,7 +19,6 @@ from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
 from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
-from m3i_scale.run.retention import GIB
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.scale.agree import gather_objects, together
 from m3i_scale.scale.checkpoint.layout import step_name
@@ -83,9 +82,9 @@ def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
 
 def _kept_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> int:
     whole = count * checkpoint
-    if config.max_gib is None:
+    if config.max_bytes is None:
         return whole
-    return min(whole, max(int(config.max_gib * GIB), checkpoint) + checkpoint)
+    return min(whole, max(config.max_bytes, checkpoint) + checkpoint)
 
 
 def check_software(run: RunConfig) -> None:

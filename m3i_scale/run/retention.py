@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from m3i_scale.config import CheckpointConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.config import CheckpointConfig, RetentionConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.callbacks.metrics import METRICS
-from m3i_scale.scale.checkpoint.retention import Best, Rules
 
 PREFIX = "evaluation/"
-GIB = 2**30
 
 
-def rules_of(config: CheckpointConfig) -> Rules:
-    """Return the run file's `keep_…` and `max_gib`."""
-    best = config.keep_best
-    return Rules(
-        config.keep_latest,
-        config.keep_every_steps,
-        None if best is None else Best(best.metric, best.mode, best.count),
-        None if config.max_gib is None else max(1, int(config.max_gib * GIB)),
-    )
-
-
-def rules_of_run(root: Path) -> Rules | None:
+def rules_of_run(root: Path) -> RetentionConfig | None:
     """Return the rules of the run file that a run has written beside its checkpoints; None where there is none.
 
     Args:
@@ -45,20 +30,9 @@ def rules_of_run(root: Path) -> Rules | None:
         return None
     try:
         values = read_yaml(path).get("checkpoint", {})
-        return rules_of(parse_section(CheckpointConfig, values, where=str(path), below="checkpoint"))
+        return parse_section(CheckpointConfig, values, where=str(path), below="checkpoint")
     except (ConfigError, ValidationError) as error:
         raise CheckpointError(f"the rules of the run cannot be read: {error}", where=str(path)) from None
-
-
-def rules_document(rules: Rules) -> dict[str, Any]:
-    """Return rules as the run file writes them."""
-    best = rules.best
-    return {
-        "keep_latest": rules.latest,
-        "keep_every_steps": rules.every_steps,
-        "keep_best": None if best is None else asdict(best),
-        "max_gib": None if rules.max_bytes is None else rules.max_bytes / GIB,
-    }
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:

@@ -15,10 +15,9 @@ from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.hooks.checkpointing import Checkpointing
-from m3i_scale.run.retention import check_retention, evaluated_figures, evaluations, rules_of
+from m3i_scale.run.retention import check_retention, evaluated_figures, evaluations
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, temporary_for
-from m3i_scale.scale.checkpoint.retention import Best, Rules
 
 EVALUATES = ("optim.steps=3000", "optim.warmup_steps=10", "evaluation.every_steps=1000")
 BEST = "checkpoint.keep_best={metric: evaluation/text/loss}"
@@ -73,12 +72,11 @@ def test_an_evaluation_writes_the_figures_that_a_rule_may_name(recipe: str) -> N
     assert written == evaluated_figures(objective.recipe)
 
 
-def test_rules_of_a_run_file_and_figures_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_figures_of_evaluations_and_the_rules_that_ask_for_them(tmp_path: Path) -> None:
     lines = [{"kind": "evaluation", "step": 10, "evaluation/text/loss": loss} for loss in (2.0, 1.5)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     plain = load_run("m3i", ["checkpoint.max_gib=0.5", "checkpoint.keep_every_steps=5"]).checkpoint
-    assert rules_of(plain) == Rules(2, 5, None, 2**29)
-    assert rules_of(load_run("m3i", [BEST]).checkpoint) == Rules(2, None, Best("evaluation/text/loss"))
+    assert plain.max_bytes == 2**29
     assert evaluations(tmp_path) == {10: {"evaluation/text/loss": 1.5}}  # the last one
     assert evaluations(tmp_path / "nowhere") == {}
 
@@ -86,7 +84,7 @@ def test_rules_of_a_run_file_and_figures_where_they_are_asked_for(tmp_path: Path
 def test_a_limit_below_one_checkpoint_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
     run = load_run("m3i", [f"output_dir={tmp_path}", "checkpoint.max_gib=1e-9"])
-    state = SimpleNamespace(plan=SimpleNamespace(run=run), engine=None, momentum=None, tell=told.append)
+    state = SimpleNamespace(resolved=SimpleNamespace(run=run), engine=None, momentum=None, tell=told.append)
     checkpointing = Checkpointing(state, None, None, None)
     for step in (1, 2):
         final = tmp_path / "checkpoints" / step_name(step)

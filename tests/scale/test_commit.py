@@ -211,7 +211,8 @@ import os, shutil, signal, sys
 from pathlib import Path
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.layout import step_name
-from m3i_scale.scale.checkpoint.retention import Rules, prune
+from m3i_scale.config import RetentionConfig
+from m3i_scale.scale.checkpoint.retention import prune
 from m3i_scale.scale.output_dir import lock_directory
 
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -242,7 +243,7 @@ def train():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(b"new" * 1000)
         commit(final, temporary, {"step": 200})
-        prune(root, Rules(latest=1), committed=final)
+        prune(root, RetentionConfig(keep_latest=1), committed=final)
 
 at, killed = 0, True
 while killed:

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from m3i_scale.config import KeepBestConfig, RetentionConfig
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
-from m3i_scale.run.retention import GIB, evaluations, rules_document, rules_of_run
-from m3i_scale.scale.checkpoint.retention import Best, Metrics, Rules, entries_of, plan_prune, prune, ranked
+from m3i_scale.run.retention import evaluations, rules_of_run
+from m3i_scale.scale.checkpoint.retention import Metrics, entries_of, plan_prune, prune, ranked
 from m3i_scale.scale.output_dir import lock_directory
 
 _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]\d*))?")
@@ -17,7 +18,7 @@ _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]
 
 def rules_given(
     root: Path, latest: int | None, every: int | None, best: str | None, max_gib: float | None
-) -> tuple[Rules, str]:
+) -> tuple[RetentionConfig, str]:
     """Return the rules of the options, where there is none those of the run file; and which of the two, in words.
 
     Raises:
@@ -42,11 +43,12 @@ def rules_given(
         return rules, str(run_file)
     if max_gib == 0:
         raise ConfigError("--max-gib 0 leaves no room", fix="give the GiB that all together may take")
-    limit = None if max_gib is None else max(1, int(max_gib * GIB))
-    return Rules(latest or 1, every, None if best is None else _parse_best(best), limit), "the options"
+    wanted = None if best is None else _parse_best(best)
+    rules = RetentionConfig(keep_latest=latest or 1, keep_every_steps=every, keep_best=wanted, max_gib=max_gib)
+    return rules, "the options"
 
 
-def prune_run(root: Path, rules: Rules, *, dry_run: bool) -> dict[str, Any]:
+def prune_run(root: Path, rules: RetentionConfig, *, dry_run: bool) -> dict[str, Any]:
     """Return the document of `checkpoint prune`.
 
     Raises:
@@ -61,7 +63,7 @@ def prune_run(root: Path, rules: Rules, *, dry_run: bool) -> dict[str, Any]:
     return {
         "root": str(root),
         "dry_run": dry_run,
-        "rules": rules_document(rules),
+        "rules": rules.model_dump(),
         "kept": {path.name: reasons for path, reasons in pruned.kept.items()},
         "removed": [entry.path.name for entry in pruned.removed],
         "bytes_removed": sum(entry.size for entry in pruned.removed),
@@ -69,7 +71,7 @@ def prune_run(root: Path, rules: Rules, *, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _parse_best(text: str) -> Best:
+def _parse_best(text: str) -> KeepBestConfig:
     """`evaluation/loss`, `evaluation/loss:max`, `evaluation/loss:min:3`."""
     match = _BEST.fullmatch(text)
     if match is None:
@@ -77,23 +79,23 @@ def _parse_best(text: str) -> Best:
             f"--keep-best {text}", why="it is FIGURE[:min|max][:count]", fix="e.g. --keep-best evaluation/loss:min:3"
         )
     mode = cast(Literal["min", "max"], match["mode"] or "min")
-    return Best(match["metric"], mode, int(match["count"] or 1))
+    return KeepBestConfig(metric=match["metric"], mode=mode, count=int(match["count"] or 1))
 
 
-def _check_effect(root: Path, rules: Rules, metrics: Metrics) -> None:
+def _check_effect(root: Path, rules: RetentionConfig, metrics: Metrics) -> None:
     """Refuse rules that keep nothing here: what was meant to stay must not go because of a slip of the pen."""
     entries = entries_of(root, metrics)
     if not entries:
         raise CheckpointError("no checkpoints here", where=str(root))
-    if rules.best is not None and not ranked(entries, rules.best):
+    best, every = rules.keep_best, rules.keep_every_steps
+    if best is not None and not ranked(entries, best):
         known = sorted({name for entry in entries for name in entry.metrics})
         raise ConfigError(
-            f"no checkpoint here has a figure '{rules.best.metric}'",
+            f"no checkpoint here has a figure '{best.metric}'",
             where=str(root.absolute().parent / "metrics.jsonl"),
             why="nothing is removed: the best would be among what goes",
-            fix=did_you_mean(rules.best.metric, known) if known else "the run has evaluated nothing at these steps",
+            fix=did_you_mean(best.metric, known) if known else "the run has evaluated nothing at these steps",
         )
-    every = rules.every_steps
     if every is not None and all(entry.step % every for entry in entries):
         steps = ", ".join(str(entry.step) for entry in entries[:8])
         raise ConfigError(

@@ -14,7 +14,7 @@ from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
 from m3i_scale.run.resume import meta_of
-from m3i_scale.run.retention import evaluations, rules_of
+from m3i_scale.run.retention import evaluations
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.agree import together
@@ -159,7 +159,7 @@ class Checkpointing(Hook):
         """Remove what no rule keeps. Rank 0 alone, on any thread."""
         output_dir = self._state.resolved.run.output_dir
         metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
-        pruned = prune(committed.parent, rules_of(self._config), metrics, committed=committed)
+        pruned = prune(committed.parent, self._config, metrics, committed=committed)
         if pruned.over_limit and not self._limit_told:
             self._limit_told = True
             self._state.tell("checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept")

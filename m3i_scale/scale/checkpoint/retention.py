@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
+from m3i_scale.config import KeepBestConfig, RetentionConfig
 from m3i_scale.scale.checkpoint.commit import discard, point_latest
 from m3i_scale.scale.checkpoint.layout import checkpoints, named_latest, step_of
 from m3i_scale.scale.checkpoint.manifest import verify
@@ -36,33 +36,6 @@ class Entry:
     """Figures of the evaluation at its step."""
 
 
-@dataclass(frozen=True)
-class Best:
-    """Keep those with the best figure."""
-
-    metric: str
-    mode: Literal["min", "max"] = "min"
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class Rules:
-    """A checkpoint stays when any rule wants it, as far as `max_bytes` allows. All numbers are at least 1."""
-
-    latest: int = 1
-    """The newest so many."""
-    every_steps: int | None = None
-    """Those of steps that are multiples of this."""
-    best: Best | None = None
-    max_bytes: int | None = None
-    """All that stay together."""
-
-    def __post_init__(self) -> None:
-        """Refuse what would fail, or keep nothing, only after a commit."""
-        if self.latest < 1 or (self.every_steps is not None and self.every_steps < 1):
-            raise ValueError(f"latest and every_steps are at least 1: {self}")
-
-
 @dataclass
 class Pruned:
     """Holds what retention decided."""
@@ -78,13 +51,13 @@ class Pruned:
         return any(LAST_GOOD in reasons for reasons in self.kept.values())
 
 
-def which_to_keep(entries: Iterable[Entry], rules: Rules) -> dict[Path, list[str]]:
+def which_to_keep(entries: Iterable[Entry], rules: RetentionConfig) -> dict[Path, list[str]]:
     """Return the checkpoints that stay, each with every reason for it; the others go.
 
-    The newest good one always stays. Where all together are larger than `max_bytes`, those go first that stand last in
-    this order: the newest; the best; other late ones; multiples of `every_steps`, newest first; what is not good.
-    One that several rules want counts once. What is not good stays while it is newer than what `latest` keeps: a run
-    that fell back replaces it. Without any good one everything stays.
+    The newest good one always stays. Where all together are larger than `max_gib`, those go first that stand last in
+    this order: the newest; the best; other late ones; multiples of `keep_every_steps`, newest first; what is not good.
+    One that several rules want counts once. What is not good stays while it is newer than what `keep_latest` keeps: a
+    run that fell back replaces it. Without any good one everything stays.
 
     A second call with what the first one kept keeps all of it, and a larger limit never keeps fewer.
     """
@@ -108,7 +81,7 @@ def which_to_keep(entries: Iterable[Entry], rules: Rules) -> dict[Path, list[str
     return kept
 
 
-def ranked(entries: Iterable[Entry], best: Best) -> list[Entry]:
+def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
     """Return those that have the figure, the best first; of equals the newest first. One that is not finite is none."""
     sign = 1 if best.mode == "min" else -1
     known = [entry for entry in entries if math.isfinite(entry.metrics.get(best.metric, math.nan))]
@@ -130,7 +103,7 @@ def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[
     ]
 
 
-def plan_prune(root: Path, rules: Rules, metrics: Metrics, *, committed: Path | None = None) -> Pruned:
+def plan_prune(root: Path, rules: RetentionConfig, metrics: Metrics, *, committed: Path | None = None) -> Pruned:
     """Return what would stay and go. Before anything may go, the newest one that counts as good is read, byte by byte;
     one that turns out not to be good counts for no rule, and the next is read.
 
@@ -150,7 +123,9 @@ def plan_prune(root: Path, rules: Rules, metrics: Metrics, *, committed: Path | 
         entries = [replace(entry, good=False) if entry is newest else entry for entry in entries]
 
 
-def prune(root: Path, rules: Rules, metrics: Metrics | None = None, *, committed: Path | None = None) -> Pruned:
+def prune(
+    root: Path, rules: RetentionConfig, metrics: Metrics | None = None, *, committed: Path | None = None
+) -> Pruned:
     """Remove what no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
 
     The newest goes first, so that a kill half-way leaves the older ones for the next time.
@@ -177,20 +152,22 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def _by_weight(newest_first: Sequence[Entry], good: Sequence[Entry], rules: Rules) -> Iterator[tuple[Entry, str]]:
+def _by_weight(
+    newest_first: Sequence[Entry], good: Sequence[Entry], rules: RetentionConfig
+) -> Iterator[tuple[Entry, str]]:
     """(checkpoint, reason), what must stay first."""
-    yield good[0], f"latest 1 of {rules.latest}"
-    if rules.best is not None:
-        for rank, entry in enumerate(ranked(good, rules.best)[: rules.best.count], start=1):
-            value = entry.metrics[rules.best.metric]
-            yield entry, f"best {rank} of {rules.best.count}: {rules.best.metric} {value:.6g}"
-    for number, entry in enumerate(good[1 : rules.latest], start=2):
-        yield entry, f"latest {number} of {rules.latest}"
-    if rules.every_steps is not None:
+    yield good[0], f"latest 1 of {rules.keep_latest}"
+    if rules.keep_best is not None:
+        for rank, entry in enumerate(ranked(good, rules.keep_best)[: rules.keep_best.count], start=1):
+            value = entry.metrics[rules.keep_best.metric]
+            yield entry, f"best {rank} of {rules.keep_best.count}: {rules.keep_best.metric} {value:.6g}"
+    for number, entry in enumerate(good[1 : rules.keep_latest], start=2):
+        yield entry, f"latest {number} of {rules.keep_latest}"
+    if rules.keep_every_steps is not None:
         for entry in good:
-            if entry.step % rules.every_steps == 0:
-                yield entry, f"every {rules.every_steps} steps"
-    full = len(good) >= rules.latest
+            if entry.step % rules.keep_every_steps == 0:
+                yield entry, f"every {rules.keep_every_steps} steps"
+    full = len(good) >= rules.keep_latest
     for entry in newest_first:
-        if not entry.good and not (full and entry.step < good[rules.latest - 1].step):
+        if not entry.good and not (full and entry.step < good[rules.keep_latest - 1].step):
             yield entry, "not good, and as new as what is kept"
