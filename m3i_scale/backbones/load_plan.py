@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from m3i_scale.backbones.build import starts_fresh, vision_class
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.backbones.sources import Source, source_files
-from m3i_scale.backbones.sources.base import Place, square_side
+from m3i_scale.backbones.sources.base import Placement, square_side
 from m3i_scale.backbones.sources.files import open_weights, read_headers
 from m3i_scale.backbones.sources.names import OURS, LeftOut
 from m3i_scale.errors import ConfigError
@@ -118,7 +118,7 @@ class Matching:
     twice: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
 
-    def add(self, name: str, path: Path, shape: Shape, place: Place) -> None:
+    def add(self, name: str, path: Path, shape: Shape, place: Placement) -> None:
         """One tensor of a file."""
         placed = place(name)
         if isinstance(placed, LeftOut):

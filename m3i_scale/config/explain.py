@@ -16,8 +16,8 @@ from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.text import shown
 
-Place = tuple[int | str, ...]
-WhereOf = Callable[[Place], str]
+KeyPath = tuple[int | str, ...]
+WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str")
 """How pydantic names the alternatives of a union, as if they were keys."""
 
@@ -143,7 +143,7 @@ def explained(
     return faults[0] if len(faults) == 1 else FaultsError(faults)
 
 
-def _is_misspelt(missing: Place, faults: Sequence[Any]) -> bool:
+def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
     """Return whether a key that is missing is there under a wrong name, which is told instead."""
     beside = [
         str(fault["loc"][-1])
@@ -153,7 +153,7 @@ def _is_misspelt(missing: Place, faults: Sequence[Any]) -> bool:
     return bool(get_close_matches(str(missing[-1]), beside, n=1, cutoff=0.6))
 
 
-def origin(place: Place, overrides: Sequence[str], path: Path) -> str:
+def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
     """Return where a key was written: its last override or that of a part, without secrets, else the run file."""
     fault = [str(part) for part in place]
     for override in reversed(overrides):
@@ -164,7 +164,7 @@ def origin(place: Place, overrides: Sequence[str], path: Path) -> str:
     return str(path)
 
 
-def _without_branches(place: Place) -> list[int | str]:
+def _without_branches(place: KeyPath) -> list[int | str]:
     return [part for part in place if part not in _BRANCHES and not str(part).startswith("list[")]
 
 
@@ -174,7 +174,7 @@ class _Sections:
     def __init__(self, kind: type[BaseModel], values: Any) -> None:
         self.kind, self.values = kind, values
 
-    def at(self, path: Place) -> type[BaseModel]:
+    def at(self, path: KeyPath) -> type[BaseModel]:
         """Return the section that `path` leads to; the last typed one where it leaves them."""
         here, value = self.kind, self.values
         for part in path:
@@ -191,7 +191,7 @@ class _Sections:
                     continue
         return here
 
-    def field_at(self, path: Place) -> FieldInfo | None:
+    def field_at(self, path: KeyPath) -> FieldInfo | None:
         """Return the field that `path` leads to."""
         return self.at(path[:-1]).model_fields.get(str(path[-1])) if path else None
 
@@ -223,7 +223,7 @@ def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigE
     return ConfigError(f"'{key}': {fault['msg']} (got {shown(repr(fault['input']))})", where=where, fix=fix)
 
 
-def _nearest(sections: _Sections, path: Place) -> str:
+def _nearest(sections: _Sections, path: KeyPath) -> str:
     """Return what an unknown key may have meant: by its meaning, by its name in another section, or nearby."""
     name = str(path[-1])
     meant = MEANT.get(name.casefold())

@@ -22,14 +22,14 @@ NEIGHBOURS = (10, 20)
 
 
 @dataclass
-class Outcome:
+class Scored:
     """What a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
 
     right: NDArray[np.bool_]
     clusters: Clusters
 
 
-Right = dict[str, Outcome]
+Right = dict[str, Scored]
 """By figure."""
 
 
@@ -88,7 +88,7 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
         classes=len(test.table.classes),
     )
     truth = test.table.label_array[asked]
-    right = {f"k={k}": Outcome(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
+    right = {f"k={k}": Scored(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
     figures = {label: mean_interval(found.right, found.clusters).as_dict() for label, found in right.items()}
     return {**figures, **guessing(side.table.label_array[fit], truth)}, right
 
@@ -111,7 +111,7 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
     truth = test.table.label_array[asked]
-    found = Outcome(probe.predicted == truth, clusters.take(asked))
+    found = Scored(probe.predicted == truth, clusters.take(asked))
     document = {
         "accuracy": mean_interval(found.right, found.clusters).as_dict(),
         **guessing(side.table.label_array[fit], truth),
@@ -136,7 +136,7 @@ def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Cluste
         )
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
-    found = Outcome(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
+    found = Scored(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
     commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())
     iou = mean_iou(probe.predicted, asked.labels_P, found.clusters).as_dict()
     guessed = mean_iou(commonest, asked.labels_P, found.clusters, resamples=1).value

@@ -31,7 +31,7 @@ MOST_RATIO = 100.0
 
 
 @dataclass(frozen=True)
-class Fault:
+class RunWarning:
     """Something a person should look at."""
 
     group: str
@@ -51,7 +51,7 @@ class Diagnosis:
         self._seen: dict[tuple[str, str], int] = {}
         self._spread_once: set[str] = set()
 
-    def check(self, record: StepRecord) -> list[Fault]:
+    def check(self, record: StepRecord) -> list[RunWarning]:
         """Faults that have now held for `PATIENCE` records."""
         health = {name.removeprefix("health/"): value for name, value in record.health.items()}
         spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
@@ -62,23 +62,23 @@ class Diagnosis:
         return [fault for key, fault in found.items() if self._seen[key] == PATIENCE]
 
 
-def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[Fault]:
+def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[RunWarning]:
     for name, figures in record.groups.items():
         yield from _target_faults(name, health, young, figures.get("nats", 0.0))
         if figures.get("count") == 0:
-            yield Fault(
+            yield RunWarning(
                 name,
                 "no sample has its target",
                 "none in the batches since the last records",
                 "look at weights and epochs of data.sources; `m3i-scale shards stats` counts labels and captions",
             )
         if not math.isfinite(figures.get("grad_norm", 0.0)):
-            yield Fault(
+            yield RunWarning(
                 name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
             )
     yield from _share_faults(record)
     if record.mfu is not None and record.mfu > 1:
-        yield Fault(
+        yield RunWarning(
             "speed",
             "the peak that MFU is a share of is wrong",
             f"MFU {record.mfu:.0%}: no device computes more than its peak",
@@ -88,7 +88,7 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
     for name in ("dense", "pooled"):
         value = health.get(f"{name}_std")
         if value is not None and (value < LEAST_STD or math.isnan(value)):
-            yield Fault(
+            yield RunWarning(
                 "backbone",
                 f"its {name} features are constant" if value < LEAST_STD else f"its {name} features are not finite",
                 f"standard deviation {value:.2g} over the samples",
@@ -96,11 +96,11 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
             )
 
 
-def _target_faults(name: str, health: dict[str, float], young: set[str], nats: float) -> Iterator[Fault]:
+def _target_faults(name: str, health: dict[str, float], young: set[str], nats: float) -> Iterator[RunWarning]:
     spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
     trained_too = scale is not None  # a text tower: fresh ones give all captions nearly the same vector
     if spread is not None and spread < LEAST_SPREAD and not (trained_too and name in young):
-        yield Fault(
+        yield RunWarning(
             name,
             "its target has collapsed",
             f"all samples have the same target, up to {spread:.1e} of its length",
@@ -109,7 +109,7 @@ def _target_faults(name: str, health: dict[str, float], young: set[str], nats: f
             else "a regularizer that keeps targets apart, a higher momentum.start, a lower optim.lr",
         )
     if evenness is not None and evenness < LEAST_EVENNESS:
-        yield Fault(
+        yield RunWarning(
             name,
             "its prototypes have collapsed",
             f"all samples fall to one prototype, evenness {evenness:.1e}",
@@ -118,7 +118,7 @@ def _target_faults(name: str, health: dict[str, float], young: set[str], nats: f
     hot = scale is not None and scale > MOST_SCALE and nats < LEAST_NATS
     if scale is not None and (hot or scale < LEAST_SCALE):
         where = "upper" if scale > MOST_SCALE else "lower"
-        yield Fault(
+        yield RunWarning(
             name,
             "its temperature has run away",
             f"1/τ = {scale:.3g}, its {where} limit",
@@ -126,14 +126,14 @@ def _target_faults(name: str, health: dict[str, float], young: set[str], nats: f
         )
 
 
-def _share_faults(record: StepRecord) -> Iterator[Fault]:
+def _share_faults(record: StepRecord) -> Iterator[RunWarning]:
     norms = {name: figures["grad_norm"] for name, figures in record.groups.items() if "grad_norm" in figures}
     if len(norms) < 2 or not all(math.isfinite(value) for value in norms.values()):
         return
     *_, second, first = sorted(norms, key=lambda name: norms[name])
     if norms[first] > MOST_RATIO * norms[second]:
         ratio = norms[first] / max(norms[second], 1e-30)
-        yield Fault(
+        yield RunWarning(
             first,
             "it swallows the gradient",
             f"{ratio:.0f} times that of the next group, {second}, at the encoder output",

@@ -37,7 +37,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Slice:
     """Where a piece lies in the optimizer's flat tensors."""
 
     flat: Tensor
@@ -156,16 +156,16 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
     raise TypeError(f"no master weights are known in {type(optimizer).__name__}")
 
 
-def _place(optimizer: Any, parameter: nn.Parameter) -> _Place | None:
+def _place(optimizer: Any, parameter: nn.Parameter) -> _Slice | None:
     """Where this rank's piece of a parameter lies; None where it has none."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)
         held = max(0, min(numel, full_shape(parameter).numel() - start))
-        return _Place(optimizer.fp32_partitioned_groups_flat[group], offset, start, held)
+        return _Slice(optimizer.fp32_partitioned_groups_flat[group], offset, start, held)
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return None
     flat = _flat_tensors(optimizer)[mapping.param_group_index]
     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return _Place(flat, high.start, low.start, high.numel)
+    return _Slice(flat, high.start, low.start, high.numel)

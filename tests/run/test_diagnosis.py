@@ -10,7 +10,7 @@ from callback_records import record
 from tiny import random_batch, tiny_objective
 
 from m3i_scale.run.callbacks.base import StepRecord
-from m3i_scale.run.diagnosis import PATIENCE, Diagnosis, Fault
+from m3i_scale.run.diagnosis import PATIENCE, Diagnosis, RunWarning
 from m3i_scale.run.meter import Meter
 
 EVERY = 5
@@ -23,7 +23,7 @@ def healthy(step: int, **changes: object) -> StepRecord:
     return replace(record(step, groups=groups, health=health), **changes)
 
 
-def named(records: list[StepRecord]) -> list[list[Fault]]:
+def named(records: list[StepRecord]) -> list[list[RunWarning]]:
     diagnosis = Diagnosis()
     return [diagnosis.check(each) for each in records]
 
@@ -78,7 +78,7 @@ def test_a_healthy_run_and_a_short_fault_are_not_named() -> None:
     assert not any(named([healthy(0), healthy(1), *short, healthy(5), *short]))
 
 
-def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, Fault]]:
+def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, RunWarning]]:
     """Train for real, look at the real records."""
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
     meter, diagnosis, found = Meter(objective, steps, 8), Diagnosis(), []

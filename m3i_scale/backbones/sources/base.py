@@ -15,7 +15,7 @@ from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
-Place = Callable[[str], Placed | LeftOut | None]
+Placement = Callable[[str], Placed | LeftOut | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Source:
     """Folder or file that the weights lie in."""
     config: VisionConfig
     """Of the model that holds them exactly, in its own image size."""
-    place: Callable[[PreTrainedModel], Place]
+    place: Callable[[PreTrainedModel], Placement]
     """Given the model, which may be without values: what becomes of each tensor of the files."""
     assumed: Mapping[str, str] = field(default_factory=dict)
     """Configuration fields that the source does not state, with the reason for the value; a run file may set them."""

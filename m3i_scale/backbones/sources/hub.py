@@ -12,7 +12,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, rename_sourc
 
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import VisionConfig, fusion_width
-from m3i_scale.backbones.sources.base import Place, Source, normalisation
+from m3i_scale.backbones.sources.base import Placement, Source, normalisation
 from m3i_scale.backbones.sources.files import read_json
 from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
@@ -77,7 +77,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
     )
 
 
-def hub_places(model: PreTrainedModel) -> Place:
+def hub_places(model: PreTrainedModel) -> Placement:
     """What `transformers` itself makes of a name in a file of that model."""
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

@@ -33,7 +33,7 @@ class Digest:
 
 
 @dataclass(frozen=True)
-class Fault:
+class FileFault:
     """What is wrong with a committed folder."""
 
     file: str
@@ -195,7 +195,7 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
 
 def find_faults(
     path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
-) -> list[Fault]:
+) -> list[FileFault]:
     """Return what is wrong with a committed folder, file by file; [] when it is good.
 
     Args:
@@ -209,15 +209,15 @@ def find_faults(
         present = set(list_files(path))
     except CheckpointError as error:
         file = Path(error.where or path).relative_to(path).as_posix()
-        return [Fault(file, error.what, error.what)]
+        return [FileFault(file, error.what, error.what)]
     except OSError as error:
         what = f"the folder cannot be read: {error.strerror}"
-        return [Fault(".", what, what)]
+        return [FileFault(".", what, what)]
     faults = list(_name_faults(path, manifest))
     faults += [_fault_of(name, "missing") for name in sorted(manifest.files.keys() - present)]
     faults += [_fault_of(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
 
-    def look(name: str) -> Fault | None:
+    def look(name: str) -> FileFault | None:
         what = _file_fault(path / name, manifest.files[name], contents)
         advance(manifest.files[name].size)
         return None if what is None else _fault_of(name, what)
@@ -265,13 +265,13 @@ def latest_fault(root: Path, good: Container[Path]) -> str | None:
     return f"names {content.decode(errors='replace').strip()!r}, and the newest checkpoint is {names[0]}"
 
 
-def _name_faults(path: Path, manifest: Manifest) -> Iterator[Fault]:
+def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
     """Tell a folder that was copied or renamed to another step: a run would go back to the step that it holds, and find
     its name taken when it saves."""
     named, held = step_of(path), manifest.extra.get("step")
     if named is not None and held is not None and named != held:
         what = f"the folder is named as step {named}, and holds step {held}"
-        yield Fault(".", what, what)
+        yield FileFault(".", what, what)
 
 
 def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
@@ -286,8 +286,8 @@ def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
     return None
 
 
-def _fault_of(name: str, what: str) -> Fault:
-    return Fault(name, what, f"{name}: {what}")
+def _fault_of(name: str, what: str) -> FileFault:
+    return FileFault(name, what, f"{name}: {what}")
 
 
 def _lies_below(name: str) -> bool:
