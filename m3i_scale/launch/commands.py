@@ -47,7 +47,7 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
-    from m3i_scale.launch.job import check_fit
+    from m3i_scale.launch.worlds import check_fit
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:

@@ -1,5 +1,4 @@
-"""One launch, resolved: which hosts, how many ranks, what each of them runs, with which variables; and whether the run
-can begin there: what every rank would refuse is told before a scheduler queues for it."""
+"""One launch, resolved: which hosts, how many ranks, what each of them runs, with which variables."""
 
 from __future__ import annotations
 
@@ -15,17 +14,12 @@ from typing import Any
 import psutil
 
 from m3i_scale.config import RunConfig, find_run_file, known_runs
-from m3i_scale.data.mixing import check_weights
-from m3i_scale.data.remote.address import to_place
-from m3i_scale.data.shares import check_shares
-from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.plan import PRIVATE, PUBLIC
-from m3i_scale.launch.worlds import check_least
 from m3i_scale.output import leave_out_accelerator_warning
-from m3i_scale.scale.deepspeed.resolve import check_batch
 from m3i_scale.text import masked, shown
 
 FOLDER = "launch"
@@ -234,29 +228,3 @@ def make_job(
         if re.search(r"[\0\n\r]", override):
             raise ConfigError("an override is one line", where=repr(override))
     return job
-
-
-def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
-    """Check data and ranks against each other, without reading any data.
-
-    Args:
-        run: overrides applied.
-        job: with the number of ranks.
-        launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
-
-    Raises:
-        ConfigError: no data, a batch or streams that ranks cannot share out, or more compared samples than they have.
-        DataError: an address of shards that no rank would read.
-    """
-    check_weights(run.data.sources)
-    for name, source in run.data.sources.items():
-        to_place(source.shards, f"data.sources.{name}.shards")
-    if launcher == "elastic":
-        hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
-        check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))
-        return
-    size = run.optim.micro_batch_size
-    faults = Faults()
-    faults.note(check_batch, job.world_size, run.optim.batch_size, size)
-    faults.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
-    faults.end()

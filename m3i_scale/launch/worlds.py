@@ -1,5 +1,8 @@
-"""Which hosts make a world that the run fits: ranks share out streams and batch evenly, and losses that compare the
-samples of a micro-batch over all ranks compare as many as they did, where memory allows a larger micro-batch."""
+"""Whether a run fits its hosts, and which of them make a world that it fits.
+
+Ranks share out streams and batch evenly; and losses that compare the samples of a micro-batch over all ranks compare as
+many as they did, where memory allows a larger micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
+from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.remote.address import to_place
 from m3i_scale.data.shares import check_shares
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.job import Job
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.scale.deepspeed.resolve import check_batch
 
 PLAN_S = 600.0
 """Patience with `plan`."""
@@ -150,6 +157,32 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
             where=f"min_compared: {least}",
             fix="lower it, or raise optim.micro_batch_size (that × ranks are compared)",
         )
+
+
+def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
+    """Check data and ranks against each other, without reading any data.
+
+    Args:
+        run: overrides applied.
+        job: with the number of ranks.
+        launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
+
+    Raises:
+        ConfigError: no data, a batch or streams that ranks cannot share out, or more compared samples than they have.
+        DataError: an address of shards that no rank would read.
+    """
+    check_weights(run.data.sources)
+    for name, source in run.data.sources.items():
+        to_place(source.shards, f"data.sources.{name}.shards")
+    if launcher == "elastic":
+        hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
+        check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))
+        return
+    size = run.optim.micro_batch_size
+    faults = Faults()
+    faults.note(check_batch, job.world_size, run.optim.batch_size, size)
+    faults.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
+    faults.end()
 
 
 def refusal_of_plan(
