@@ -24,12 +24,11 @@ import psutil
 
 from m3i_scale import __version__
 from m3i_scale.launch.doctor.facts import code
-from m3i_scale.launch.memory import rank_memory
+from m3i_scale.launch.doctor.machine import rank_memory
 from m3i_scale.launch.place import RECORDS
 from m3i_scale.launch.processes import MARK, end_marked, mark_of, marked
 from m3i_scale.launch.rank import Rank
-from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, decode
-from m3i_scale.launch.writer import Writer
+from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
 
 _TICK_S = 0.1
 _CHUNK = 1 << 16
@@ -41,7 +40,7 @@ _YOUNG_S = 60.0
 
 
 class Agent:
-    """One host's part of one attempt.
+    """Serves one attempt on one host.
 
     Args:
         output: to the supervisor.
@@ -60,7 +59,7 @@ class Agent:
         self._beat = 0.0
 
     def serve(self) -> None:
-        """Until all ranks have ended or must end."""
+        """Serve until all ranks have ended or must end."""
         self.selector.register(0, selectors.EVENT_READ, None)
         try:
             while not self.over:
@@ -103,7 +102,7 @@ class Agent:
             self.over = True
 
     def _greet(self, message: Message) -> None:
-        """Who is here, and what a former launch has left."""
+        """Say who is here, and what a former launch has left."""
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
@@ -118,7 +117,7 @@ class Agent:
         self.writer.say("hello", **told, left=left, fault=fault)
 
     def _say_port(self, wanted: int | None, interface: str | None) -> None:
-        """A port where rank 0 can wait, and the address of the interface."""
+        """Say a port where rank 0 can wait, and the address of the interface."""
         cards = psutil.net_if_addrs()
         found = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
         fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not found else None
@@ -155,7 +154,7 @@ class Agent:
             self.selector.unregister(rank.output)
 
     def _look(self) -> None:
-        """What has changed since the last look."""
+        """Say what has changed since the last look."""
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)
@@ -170,7 +169,7 @@ class Agent:
             self.over = True
 
     def _drain(self, rank: Rank) -> None:
-        """What the rank still said before its end; a child of it may hold the pipe open."""
+        """Read what the rank still said before its end; a child of it may hold the pipe open."""
         os.set_blocking(rank.output.fileno(), False)
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(rank.output.fileno(), _CHUNK):
@@ -188,7 +187,7 @@ class Agent:
         return found
 
     def _end(self) -> None:
-        """Whatever happened: no process of this launch stays on this host."""
+        """End all processes of this launch on this host, whatever happened."""
         for rank in self.ranks:
             rank.kill()
         left = end_marked(self.launch, self.host, self.output_dir) if self.launch else []
@@ -202,7 +201,7 @@ class Agent:
 
 
 def _folder_for_records() -> Path:
-    """In memory where that can be had: a full disk must not keep a rank from saying so.
+    """Make a folder, in memory where that can be had: a full disk must not keep a rank from saying so.
 
     Raises:
         OSError: neither there nor in the folder for temporary files.

@@ -1,26 +1,28 @@
-"""The launcher's own loop: attempt after attempt over the hosts that answer, each from the last commit."""
+"""The loop of the elastic launcher: attempt after attempt over the hosts that answer, each from the last commit."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from m3i_scale.launch.execute import signals_to_note
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from m3i_scale.launch.failures import FAILURE, failure_text, write_failure, write_whole
-from m3i_scale.launch.job import is_here
-from m3i_scale.launch.link import Inbox, Link
+from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.link import Inbox, Link, connect
 from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.processes import noted_signals
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Work
-from m3i_scale.launch.supervise import Attempt, Limits, Outcome, Tell, Wish
-from m3i_scale.launch.watch import Watch
-from m3i_scale.launch.worlds import World
+from m3i_scale.launch.supervise import Attempt, Outcome, Request, Tell
+from m3i_scale.launch.transport import Site
+from m3i_scale.launch.worlds import World, largest_world
 from m3i_scale.scale.checkpoint.layout import stopped_words
 
 EXIT_INTERRUPTED = 130
@@ -30,7 +32,7 @@ _LONGEST_PAUSE_S = 300.0
 
 
 class Launch:
-    """All attempts of one launch.
+    """Runs all attempts of one launch.
 
     Args:
         work: what, and where.
@@ -55,19 +57,8 @@ class Launch:
         Raises:
             UserError: too few hosts answer at the start, processes of a former launch are left, the port is taken.
         """
-        if any(is_here(host.name) for host in self.work.hosts) and len(self.work.hosts) > 1:
-            self._refuse_loopback()
-        with _Signals(self._note):
+        with noted_signals(self._note):
             return self._loop()
-
-    def _refuse_loopback(self) -> None:
-        loop = next((host.name for host in self.work.hosts if host.name in ("localhost", "127.0.0.1")), None)
-        if loop is not None:
-            raise UserError(
-                f"'{loop}' is another machine on every host",
-                where="hosts",
-                fix="name this machine as the others reach it",
-            )
 
     def _loop(self) -> int:
         restarts = 0
@@ -93,7 +84,7 @@ class Launch:
                 self._pause(restarts)
 
     def _code_after(self, outcome: Outcome, back: Sequence[str]) -> int | None:
-        """What an attempt ends the launch with; None where it may go on."""
+        """Return the exit code with which an attempt ends the launch; None where it may go on."""
         code = None
         if self._signals > 1:
             code = EXIT_INTERRUPTED
@@ -119,7 +110,7 @@ class Launch:
     def _attempt(
         self, links: list[Link], world: World, reasons: dict[str, str], address: tuple[str, int], logs: Logs
     ) -> tuple[Outcome, tuple[str, ...]]:
-        """How it ended, and which hosts were back by then."""
+        """Run one; return how it ended, and which hosts were back by then."""
         work, number = self.work, len(self.attempts) + 1
         command = [*work.command]
         if world.micro_batch_size != work.run.optim.micro_batch_size:
@@ -131,21 +122,20 @@ class Launch:
         failing = self._rendezvous.history.failing
         out = [host for host in work.hosts if host not in world.hosts and host.name not in failing]
         watch = Watch(work.run, world, out, work.site, self.policy.probe_s)
-        limits = Limits(work.run.timeouts.start_s, work.run.timeouts.step_s)
-        attempt = Attempt(links, self._inbox, command, work.site, limits, address, logs, self.tell)
+        attempt = Attempt(links, self._inbox, command, work.site, work.run.timeouts, address, logs, self.tell)
         started = time.time()
         with watch:
-            outcome = attempt.run(lambda: self._wanted(watch))
+            outcome = attempt.run(lambda: self._request(watch))
         self._note_attempt(number, world, outcome, started, logs, reasons, watch.back)
         return outcome, watch.back
 
-    def _wanted(self, watch: Watch) -> Wish:
+    def _request(self, watch: Watch) -> Request:
         if self._signals:
             return "stop" if self._signals == 1 else "end"
         if watch.back:
             watch.tell_once(self.tell)
-            return "stop later"
-        return "go on"
+            return "stop once begun"
+        return "none"
 
     def _logs(self, links: list[Link]) -> Logs:
         try:
@@ -220,7 +210,7 @@ class Launch:
 
 
 def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for every attempt."""
+    """Return a line for every attempt."""
     lines = []
     for item in attempts:
         first, last = item["first_step"], item["last_step"]
@@ -235,20 +225,53 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-class _Signals:
-    """SIGINT, SIGTERM, SIGUSR2 and the loss of the terminal are noted while this is entered."""
+class Watch:
+    """Asks every now and then, beside an attempt, whether hosts that are out of it answer again. Use as a context.
 
-    def __init__(self, note: Callable[[int, FrameType | None], None]) -> None:
-        self._note = note
+    Args:
+        run: that goes on meanwhile.
+        world: that it goes on with.
+        out: hosts that are not in it.
+        site: how they are reached.
+        every_s: between two rounds.
+    """
 
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._note) for number in signals_to_note()}
+    def __init__(self, run: RunConfig, world: World, out: Sequence[Host], site: Site, every_s: float) -> None:
+        self.back: tuple[str, ...] = ()
+        """Names of hosts that answer and make a larger world; once there are any, the watch is over."""
+        self._run, self._world, self._out, self._site, self._every_s = run, world, list(out), site, every_s
+        self._stop = threading.Event()
+        self._told = False
+        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+
+    def __enter__(self) -> Watch:
+        if self._out:
+            self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def tell_once(self, tell: Tell) -> None:
+        """Say who is back."""
+        if not self._told:
+            self._told = True
+            tell(f"{', '.join(self.back)} answers again: the run saves, and goes on with it")
+
+    def _look(self) -> None:
+        while not self._stop.wait(self._every_s) and not self.back:
+            # Not to the end where the attempt is over: an agent that begins after the next one would end its ranks.
+            links, _ = connect(self._out, self._site, Inbox(), over=self._stop.is_set)
+            for link in links:
+                link.close()
+            found = tuple(link.host for link in links)
+            larger = largest_world(self._run, [*self._world.hosts, *found], len(self._world.hosts))
+            if larger is not None and larger.ranks > self._world.ranks:
+                self.back = tuple(host.name for host in found if host in larger.hosts)
 
 
 def new_launch() -> str:
-    """A name for a launch."""
+    """Return a name for a launch, that no other has."""
     return secrets.token_hex(8)

@@ -47,7 +47,7 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
     """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
-    from m3i_scale.launch.fit import check_fit
+    from m3i_scale.launch.worlds import check_fit
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
@@ -71,7 +71,7 @@ def launch(
 
 
 def _with_image(job: Job, launcher: str) -> Job:
-    """A dry run shows a manifest also before there is an image."""
+    """Have a dry run show a manifest also before there is an image."""
     if launcher != "kubeflow" or job.cluster.container_image is not None:
         return job
     typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
@@ -117,7 +117,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
 
 
 def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfig, Job]:
-    """A run and a description, checked as far as it can be without data.
+    """Read a run and a description, checked as far as it can be without data.
 
     Raises:
         ConfigError: what does not hold together.

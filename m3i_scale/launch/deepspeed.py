@@ -15,13 +15,12 @@ import shlex
 from collections.abc import Sequence
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch import ssh
+from m3i_scale.launch import shell
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
-from m3i_scale.launch.shell import export_lines
 
 HONOURS = OVER_HOSTS
 HOSTFILE = "hostfile"
@@ -35,7 +34,7 @@ _PASTED = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
 def render(job: Job) -> LaunchPlan:
-    """Files and the launcher's command.
+    """Return files and the launcher's command.
 
     Raises:
         ConfigError: a path that DeepSpeed would paste into a shell's line, and that is not plain.
@@ -44,7 +43,7 @@ def render(job: Job) -> LaunchPlan:
 
 
 def hostfile(hosts: Sequence[Host]) -> LaunchFile:
-    """A line for every host."""
+    """Return a file with a line for every host."""
     return LaunchFile(HOSTFILE, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
 
 
@@ -58,8 +57,8 @@ def _on_this_machine(job: Job) -> LaunchPlan:
         files=(hostfile([here]),),
         commands=(Command((*_launcher(job, "--no_ssh_check"), *_trained(job.train)), variables),),
         workdir=job.workdir,
-        needs=ssh.needs(job),
-        stops=ssh.stop_commands(job),
+        needs=shell.needs(job),
+        stops=shell.stop_commands(job),
         port=job.cluster.master_port,
     )
 
@@ -81,9 +80,9 @@ def _by_pdsh(job: Job) -> LaunchPlan:
     options = ["--launcher=pdsh", "--no_ssh_check", "--force_multi"]
     if private:
         script = job.folder / PRIVATE_ENVIRONMENT
-        files.append(LaunchFile(PRIVATE_ENVIRONMENT, "\n".join(export_lines(private)) + "\n", PRIVATE))
+        files.append(LaunchFile(PRIVATE_ENVIRONMENT, "\n".join(shell.export_lines(private)) + "\n", PRIVATE))
         options.append(f"--venv_script={_for_pdsh(shlex.quote(str(script)))}")
-    limits = [f"-o{option}" for option in ("BatchMode=yes", *ssh.UNLESS_GIVEN)]
+    limits = [f"-o{option}" for option in ("BatchMode=yes", *shell.UNLESS_GIVEN)]
     variables = {
         "DS_ENV_FILE": str(job.folder / ENVIRONMENT),
         _SSH_ARGUMENTS: " ".join(filter(None, [*job.cluster.ssh, os.environ.get(_SSH_ARGUMENTS), *limits])),
@@ -94,8 +93,8 @@ def _by_pdsh(job: Job) -> LaunchPlan:
         files=tuple(files),
         commands=(Command((*_launcher(job, *options), *_trained([pasted(word) for word in job.train])), variables),),
         workdir=job.workdir,
-        needs=(Executable("pdsh", "apt-get install pdsh"), *ssh.needs(job)),
-        stops=ssh.stop_commands(job),
+        needs=(Executable("pdsh", "apt-get install pdsh"), *shell.needs(job)),
+        stops=shell.stop_commands(job),
     )
 
 
@@ -125,12 +124,12 @@ def _environment_line(variable: Variable) -> str:
 
 
 def environment_value(value: str) -> str:
-    """A value as `.deepspeed_env` must have it, so that it is itself behind the double quotes of DeepSpeed."""
+    """Return a value as `.deepspeed_env` must have it, to be itself behind the double quotes of DeepSpeed."""
     return re.sub(r'(["\\$`])', r"\\\1", value)
 
 
 def pasted(word: str) -> str:
-    """An argument as DeepSpeed must be given it, so that a rank gets `word`.
+    """Return an argument as DeepSpeed must be given it, so that a rank gets `word`.
 
     DeepSpeed puts double quotes around one with a space, escapes only those inside, and pastes others bare.
     """

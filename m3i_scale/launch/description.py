@@ -221,7 +221,7 @@ class Cluster(Section):
         return self
 
     def named_hosts(self) -> tuple[Host, ...]:
-        """The hosts to run on, the head first; none where only their number is given.
+        """Return the hosts to run on, the head first; none where only their number is given.
 
         Raises:
             ConfigError: see `read_hostfile`, `parse_hosts`, `allocated_hosts` and `select`.
@@ -238,7 +238,7 @@ class Cluster(Section):
 
 
 def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
-    """A description from a file, with what the command line says instead.
+    """Read a description from a file, with what the command line says instead.
 
     Args:
         path: YAML; a relative `hostfile` in it lies beside it.

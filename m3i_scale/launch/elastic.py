@@ -18,7 +18,7 @@ from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.logs import show
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.rendezvous import Policy, Work
-from m3i_scale.launch.ssh import SRUN, SSH
+from m3i_scale.launch.shell import SRUN, SSH
 from m3i_scale.launch.transport import Site
 from m3i_scale.objective.recipe import parse_recipe
 
@@ -36,7 +36,7 @@ HONOURS = OVER_HOSTS | {
 
 
 def render(job: Job) -> LaunchPlan:
-    """A file with all that the launch needs, and the command that reads it, on this machine.
+    """Return a file with all that the launch needs, and the command that reads it, on this machine.
 
     Raises:
         ConfigError: `min_nodes` or `min_compared` without effect, or more of either than there are.
@@ -127,7 +127,7 @@ def read_launch(path: Path) -> Launch:
 
 
 def main() -> None:
-    """`python -m m3i_scale.launch.elastic FILE`."""
+    """Run `python -m m3i_scale.launch.elastic FILE`."""
     try:
         launch = read_launch(Path(sys.argv[1]))
         with launch_lock(launch.work.run.output_dir):

@@ -22,7 +22,7 @@ _SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|^AWS_
 
 @dataclass(frozen=True)
 class Variable:
-    """One that travels."""
+    """Names a variable that travels to the ranks, with its value."""
 
     name: str
     value: str
@@ -36,7 +36,7 @@ def is_secret(name: str) -> bool:
 
 
 def check_variable(entry: str) -> str:
-    """The name in `NAME` or `NAME=value`.
+    """Return the name in `NAME` or `NAME=value`.
 
     Raises:
         ValueError: no name, one that launchers set, or a secret's value.
@@ -56,7 +56,7 @@ def check_variable(entry: str) -> str:
 
 
 def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: str | None) -> tuple[Variable, ...]:
-    """The variables of the ranks, by name.
+    """Return the variables of the ranks, by name.
 
     Args:
         entries: `NAME` or `NAME=value`, checked.
@@ -80,12 +80,12 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
 
 
 def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-    """The same, fit to be shown."""
+    """Return the same variables, fit to be shown."""
     return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
 
 
 def without_secrets(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
-    """This environment for a launcher's own process: without secrets that were not named. Launchers pass parts of
+    """Return this environment for a launcher's own process: without secrets not named. Launchers pass parts of
     theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything)."""
     names = {variable.name for variable in allowed}
     return {name: value for name, value in here.items() if name in names or not is_secret(name)}

@@ -19,20 +19,12 @@ import psutil
 
 from m3i_scale.errors import UserError
 from m3i_scale.launch.plan import Command, LaunchPlan
-from m3i_scale.launch.processes import TIED
+from m3i_scale.launch.processes import SIGNALS, TIED, noted_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _GRACE_S = 60.0
 """What still runs so long after another command has failed waits for ranks that are gone, and is ended."""
 _POLL_S = 0.1
 _ASK_AGAIN_S = 2.0
-
-
-def signals_to_note() -> list[signal.Signals]:
-    """Return the signals that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is
-    none."""
-    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [*SIGNALS, *hung_up]
 
 
 def write_files(plan: LaunchPlan) -> None:
@@ -89,7 +81,7 @@ def check_needs(plan: LaunchPlan) -> None:
 
 @dataclass
 class Ending:
-    """How the commands of a plan have ended."""
+    """Says how the commands of a plan have ended."""
 
     code: int = 0
     """Of the first one that failed, as a shell has it; 0 where none did."""
@@ -119,7 +111,7 @@ def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str])
 
 
 class Running:
-    """The commands of a plan."""
+    """Runs the commands of a plan."""
 
     def __init__(self, plan: LaunchPlan, environment: Mapping[str, str]) -> None:
         self._plan = plan
@@ -129,18 +121,16 @@ class Running:
 
     def wait(self) -> Ending:
         """Start the commands, hand signals on to them, and wait for them."""
-        before = {number: signal.signal(number, self._note) for number in signals_to_note()}
-        try:
-            # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
-            for command in self._plan.commands:
-                self._processes.append(self._start(command))
-            if self._ended.asked and not self._plan.stops:  # while they were being started
-                self._pass_on(signal.SIGTERM)
-            return self._until_all_have_ended()
-        finally:
-            _end(self._processes)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with noted_signals(self._note):
+            try:
+                # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
+                for command in self._plan.commands:
+                    self._processes.append(self._start(command))
+                if self._ended.asked and not self._plan.stops:  # while they were being started
+                    self._pass_on(signal.SIGTERM)
+                return self._until_all_have_ended()
+            finally:
+                _end(self._processes)
 
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
         tie = {TIED: str(os.getpid())} if self._plan.tied else {}
@@ -169,7 +159,7 @@ class Running:
         return ended
 
     def _look(self) -> bool:
-        """Note what has ended; whether anything still runs."""
+        """Note what has ended; return whether anything still runs."""
         for place, process in enumerate(self._processes):
             if self._ended.times[place] == float("inf") and process.poll() is not None:
                 self._ended.times[place] = time.time()
@@ -190,7 +180,7 @@ class Running:
                 process.send_signal(number)
 
     def _ask_ranks(self) -> None:
-        """Until somebody has heard it: ranks may not have been started yet."""
+        """Ask the ranks to stop until somebody has heard it: they may not have been started yet."""
         while self._ended.asked == 1:
             asking = [self._start(command) for command in self._plan.stops]
             codes = [process.wait() for process in asking]
@@ -220,7 +210,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _below(pid: int) -> list[psutil.Process]:
-    """What a process has started, and what that has."""
+    """Return what a process has started, and what that has."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

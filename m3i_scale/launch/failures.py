@@ -36,7 +36,7 @@ _CONSEQUENCES = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end, or one host's."""
+    """Says how one rank, or one host, has ended."""
 
     time: float
     """Unix seconds, by the clock of the host that supervises where that is known."""
@@ -56,7 +56,7 @@ class Failure:
     """Of an exception that is no message to users."""
 
     def __post_init__(self) -> None:
-        """What stands here is written and shown to others: logins and tokens in it are cut out."""
+        """Cut out logins and tokens: what stands here is written and shown to others."""
         for name in ("message", "lines", "trace"):
             object.__setattr__(self, name, masked(getattr(self, name)))
 
@@ -77,7 +77,7 @@ class Failure:
         return self.kind == "user_error" or self.exit_code == EXIT_USER_ERROR
 
     def where(self) -> str:
-        """Host, rank, step and phase, as far as they are known."""
+        """Return host, rank, step and phase, as far as they are known."""
         parts = [f"host {self.host}"]
         if self.rank is not None:
             parts.append(f"rank {self.rank}")
@@ -89,14 +89,14 @@ class Failure:
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
-    """The earliest cause that is known; then a rank that was ended and nobody knows by what: launchers end those that
-    are left when one has failed; then the earliest consequence."""
+    """Return the earliest cause that is known; then a rank that was ended and nobody knows by what: launchers end those
+    that are left when one has failed; then the earliest consequence."""
     ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.kind == "silent", failure.time))
     return ordered[0] if ordered else None
 
 
 def failure_text(cause: Failure, others: Sequence[Failure]) -> str:
-    """What a person reads at the end: once, whatever the number of ranks."""
+    """Return what a person reads at the end: once, whatever the number of ranks."""
     lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
         lines.append("  its last lines:")
@@ -107,7 +107,7 @@ def failure_text(cause: Failure, others: Sequence[Failure]) -> str:
 
 
 def _counted(others: Sequence[Failure]) -> str:
-    """One line for all that followed."""
+    """Return one line for all that followed."""
     words: dict[str, int] = {}
     for other in others:
         told = other.message.splitlines()[0][:100] if other.message else other.kind
@@ -153,12 +153,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def record_file(folder: Path, rank: int) -> Path:
-    """Where a rank leaves its last words."""
+    """Return the file in which a rank leaves its record."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def write_record(folder: Path, failure: Failure) -> None:
-    """A rank's last words.
+    """Write a rank's record.
 
     Raises:
         OSError: the disk refused.
@@ -167,7 +167,7 @@ def write_record(folder: Path, failure: Failure) -> None:
 
 
 def read_record(path: Path) -> Failure | None:
-    """What a rank has left; None where it has left nothing that can be read."""
+    """Read what a rank has left; None where it has left nothing that can be read."""
     try:
         return Failure(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # TypeError: of another version of this package
@@ -175,13 +175,13 @@ def read_record(path: Path) -> Failure | None:
 
 
 def read_records(output_dir: Path) -> list[Failure]:
-    """What the ranks of other launchers than an agent have left in OUTPUT/failure."""
+    """Read what ranks without an agent have left in OUTPUT/failure."""
     records = [read_record(path) for path in _records(output_dir)]
     return [record for record in records if record is not None]
 
 
 def forget_records(output_dir: Path) -> None:
-    """Before a launch: what ranks of an earlier one have left is none of it.
+    """Remove what ranks of an earlier launch have left, before another one.
 
     Raises:
         UserError: they cannot be removed.
@@ -202,7 +202,7 @@ def _records(output_dir: Path) -> list[Path]:
 
 
 def on_clock(failure: Failure, offset_s: float) -> Failure:
-    """The same with its time on the supervisor's clock.
+    """Return a failure with its time on the supervisor's clock.
 
     Args:
         failure: with a time of its host.

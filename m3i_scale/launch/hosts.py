@@ -7,10 +7,13 @@ here both are errors, with the line.
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from m3i_scale.errors import ConfigError, did_you_mean
 
@@ -23,7 +26,7 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Host:
-    """One machine."""
+    """Names one machine, with its ranks."""
 
     name: str
     """As ssh and MPI are given it."""
@@ -36,8 +39,15 @@ def is_host_name(name: str) -> bool:
     return len(name) <= _MOST_CHARACTERS and _NAME.fullmatch(name) is not None
 
 
+def is_here(host: str) -> bool:
+    """Whether a name or an address is that of this machine."""
+    own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
+    cards = psutil.net_if_addrs().values()
+    return host in own or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
+
+
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """The hosts of a file, in its order. Empty lines and what follows a `#` are left out.
+    """Return the hosts of a file, in its order. Empty lines and what follows a `#` are left out.
 
     Raises:
         ConfigError: no such file, or a line that is no host; with its number.
@@ -55,7 +65,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
-    """The hosts that `lines` name.
+    """Return the hosts that `lines` name.
 
     Args:
         lines: `name slots=N`.
@@ -132,7 +142,7 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
 
 
 def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[str]) -> tuple[Host, ...]:
-    """The hosts to run on, in their order.
+    """Return the hosts to run on, in their order.
 
     Args:
         hosts: all.

@@ -17,7 +17,7 @@ from m3i_scale.config import RunConfig, find_run_file, known_runs
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import Variable, hidden, travelling
-from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.plan import PRIVATE, PUBLIC
 from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import masked, shown
@@ -30,7 +30,7 @@ _NO_COMMON_INTERPRETER = "python3"
 
 @dataclass(frozen=True)
 class Job:
-    """What renderers turn into files and commands."""
+    """Holds what renderers turn into files and commands."""
 
     cluster: Cluster
     run: str
@@ -51,12 +51,12 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where launch files lie."""
+        """Return the folder of launch files."""
         return self.output_dir / FOLDER
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Return the number of machines."""
         return len(self.hosts) or self.cluster.nodes or 1
 
     @property
@@ -69,52 +69,52 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        """Ranks on all machines."""
+        """Return the ranks on all machines."""
         return sum(host.slots for host in self.hosts) or self.nodes * self.ranks_per_node
 
     @property
     def gpus_per_node(self) -> int:
-        """To be reserved."""
+        """Return the accelerators of a machine to reserve."""
         wanted = self.cluster.gpus_per_node
         return self.ranks_per_node if wanted is None else wanted
 
     @property
     def python(self) -> str:
-        """The interpreter of all ranks."""
+        """Return the interpreter of all ranks."""
         if self.cluster.python is not None:
             return self.cluster.python
         return sys.executable if self.cluster.container_image is None else _NO_COMMON_INTERPRETER
 
     @property
     def train(self) -> tuple[str, ...]:
-        """The program of a rank, behind `python -m`."""
+        """Return the program of a rank, behind `python -m`."""
         return ("m3i_scale", "train", self.run, *self.overrides)
 
     @property
     def rank_argv(self) -> tuple[str, ...]:
-        """The command line of a rank."""
+        """Return the command line of a rank."""
         return (self.python, "-u", "-m", *self.train)
 
     @property
     def plain(self) -> tuple[Variable, ...]:
-        """Variables that may be read by anyone."""
+        """Return the variables that may be read by anyone."""
         return tuple(variable for variable in self.variables if not variable.secret)
 
     @property
     def secret(self) -> tuple[Variable, ...]:
-        """Variables that may not."""
+        """Return the variables that may not."""
         return tuple(variable for variable in self.variables if variable.secret)
 
     @property
     def mode(self) -> int:
-        """Of files with all that ranks are told: for nobody else where a variable is a secret or an address of shards
-        holds a login or a signature."""
+        """Return the mode of files with all that ranks are told: for nobody else where a variable is a secret or an
+        address of shards holds a login or a signature."""
         values = dict(self.values)
         hides = any(shown(override) != override for override in self.overrides) or masked(values) != values
         return PRIVATE if self.secret or hides or self.masked else PUBLIC
 
     def head_address(self) -> str:
-        """Where rank 0 waits.
+        """Return the address where rank 0 waits.
 
         Raises:
             ConfigError: `interface` is given, and its address on the head is not known here.
@@ -127,7 +127,7 @@ class Job:
         return self.hosts[0].name if self.hosts else "127.0.0.1"
 
     def shown(self) -> Job:
-        """The same, without the values of secrets, and without what is secret in addresses."""
+        """Return the same job without the values of secrets, and without what is secret in addresses."""
         overrides = tuple(map(shown, self.overrides))
         values, secret = masked(dict(self.values)), self.mode == PRIVATE
         return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, masked=secret)
@@ -135,19 +135,12 @@ class Job:
 
 @cache
 def devices_here() -> int:
-    """Accelerators of this machine, by DeepSpeed's word; one where ranks compute on CPUs."""
+    """Return how many accelerators this machine has, by DeepSpeed's word; one where ranks compute on CPUs."""
     leave_out_accelerator_warning()
     from deepspeed.accelerator import get_accelerator  # seconds, and only where nobody says how many ranks
 
     accelerator = get_accelerator()
     return 1 if accelerator.device_name() == "cpu" else max(1, int(accelerator.device_count()))
-
-
-def is_here(host: str) -> bool:
-    """Whether a name or an address is that of this machine."""
-    own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
-    cards = psutil.net_if_addrs().values()
-    return host in own or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
 
 
 def _check_names(hosts: tuple[Host, ...]) -> None:

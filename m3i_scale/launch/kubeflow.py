@@ -45,7 +45,7 @@ _GRACE_S = 600
 
 
 class _Dumper(yaml.SafeDumper):
-    """For people: texts of several lines as they are, nothing by reference."""
+    """Writes YAML for people: texts of several lines as they are, nothing by reference."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -59,7 +59,7 @@ _Dumper.add_representer(str, _text)
 
 
 def render(job: Job) -> LaunchPlan:
-    """A manifest, and `kubectl apply`.
+    """Return a manifest, and `kubectl apply`.
 
     Raises:
         ConfigError: no image, or names and folders that Kubernetes would not take.

@@ -19,17 +19,17 @@ READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/acceler
 
 
 class Launcher(Protocol):
-    """What the file of a launcher offers."""
+    """Says what the file of a launcher offers."""
 
     HONOURS: frozenset[str]
     """The fields of `Cluster` that it can honour."""
 
     def render(self, job: Job) -> LaunchPlan:
-        """Files and commands."""
+        """Return files and commands."""
 
 
 def find_launcher(name: str) -> Launcher:
-    """The file of a launcher.
+    """Return the module of a launcher.
 
     Raises:
         ConfigError: no such launcher.
@@ -46,7 +46,7 @@ def find_launcher(name: str) -> Launcher:
 
 
 def render(name: str, job: Job) -> LaunchPlan:
-    """The files and commands of one launcher.
+    """Return the files and commands of one launcher.
 
     Raises:
         ConfigError: no such launcher, or a field that it cannot honour.

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from m3i_scale import __version__
@@ -17,7 +17,7 @@ from m3i_scale.launch.doctor.checks import other_files
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.transport import Site, agent_command, explain_end, own_environment
+from m3i_scale.launch.transport import HostFault, Site, agent_command, explain_end, own_environment
 from m3i_scale.launch.wire import BEAT_S, Message, decode, encode
 
 Inbox = queue.SimpleQueue[tuple["Link", Message]]
@@ -28,7 +28,7 @@ UNRESPONSIVE_S = 5.0
 
 
 class Link:
-    """One host's agent. What it says arrives in `inbox`; its end as a message of kind `gone`.
+    """Holds the connection to one host's agent. What it says arrives in `inbox`; its end as a message of kind `gone`.
 
     Args:
         host: name and slots.
@@ -57,7 +57,7 @@ class Link:
         self.say("hello", host=host.name, launch=site.launch, output_dir=site.output_dir, silence_s=site.silence_s)
 
     def say(self, kind: str, **fields: Any) -> None:
-        """A message to the agent; where it is gone, that is told by `gone`."""
+        """Send a message to the agent; where it is gone, that is told by `gone`."""
         try:
             if self._process.stdin is not None:
                 self._process.stdin.write(encode(kind, **fields))
@@ -79,18 +79,14 @@ class Link:
         self._process.kill()
         self._process.wait()
 
-    def ended(self) -> tuple[int | None, list[str]]:
-        """Return the exit code of ssh or the agent, None where it does not end, and the last lines of its errors."""
+    def fault(self) -> HostFault:
+        """Return why the agent, which is gone, cannot be talked to any more."""
         try:
             code: int | None = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
             code = None
         self._errors.join(1.0)
-        return code, list(self._said)
-
-    def why_gone(self) -> str:
-        """Return why the agent cannot be talked to any more, for a person."""
-        return explain_end(*self.ended(), self.site)
+        return explain_end(code, list(self._said), self.site)
 
     def _read(self, output: IO[bytes]) -> None:
         for line in output:
@@ -104,6 +100,23 @@ class Link:
     def _read_errors(self, errors: IO[bytes]) -> None:
         for line in errors:
             self._said.append(line.decode(errors="replace").rstrip())
+
+
+def hear(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> Iterator[tuple[Link, Message]]:
+    """Yield what agents say.
+
+    Args:
+        links: all of them get a beat every second: an agent that hears nothing takes the launch for dead.
+        inbox: theirs.
+        left_s: for how many seconds there is still somebody to wait for; asked before every message.
+    """
+    while (seconds := left_s()) > 0:
+        for link in links:
+            link.say("beat")
+        try:
+            yield inbox.get(timeout=min(seconds, BEAT_S))
+        except queue.Empty:
+            continue
 
 
 def connect(
@@ -137,24 +150,22 @@ def connect(
     own_code = code()
     waiting = {link.host.name: UNRESPONSIVE_S if link.host.name in unresponsive else site.connect_s for link in links}
     started = time.monotonic()
-    while waiting and not over() and (left := started + max(waiting.values()) - time.monotonic()) > 0:
-        for other in links:  # those that wait for others must not take the launch for dead
-            other.say("beat")
-        try:
-            link, message = inbox.get(timeout=min(left, BEAT_S))
-        except queue.Empty:
-            continue
+
+    def left_s() -> float:
+        return started + max(waiting.values()) - time.monotonic() if waiting and not over() else 0.0
+
+    for link, message in hear(links, inbox, left_s):
         name = link.host.name
         if link not in links or name in reasons:  # a link of an earlier attempt says that it is gone
             continue
         if message["kind"] == "hello":
-            fault = _fault_of(message, own_code)
+            fault = _unfit(message, own_code)
             waiting.pop(name, None)
             if fault is not None:
                 reasons[name] = fault
         elif message["kind"] == "gone":
             waiting.pop(name, None)  # or it has answered, and ended while others were waited for
-            reasons[name] = link.why_gone()
+            reasons[name] = str(link.fault())
     for name, patience_s in waiting.items():
         reasons[name] = f"no answer in {patience_s:g} s"
     for link in links:
@@ -164,7 +175,8 @@ def connect(
     return [link for link in links if link.host.name not in reasons], in_order
 
 
-def _fault_of(hello: Message, own_code: Mapping[str, Any]) -> str | None:
+def _unfit(hello: Message, own_code: Mapping[str, Any]) -> str | None:
+    """Return why an agent that is there cannot be used; None: it can."""
     if hello["fault"] is not None:
         return str(hello["fault"])
     if hello["version"] != __version__:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m3i_scale.launch import ssh
+from m3i_scale.launch import shell
 from m3i_scale.launch.environment import INTERFACE
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import Command, LaunchPlan
@@ -11,7 +11,7 @@ HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "
 
 
 def render(job: Job) -> LaunchPlan:
-    """One command per rank; they talk over the loopback interface."""
+    """Return one command per rank; they talk over the loopback interface."""
     return LaunchPlan(
         launcher="local",
         folder=job.folder,
@@ -19,7 +19,7 @@ def render(job: Job) -> LaunchPlan:
         commands=tuple(Command(job.rank_argv, _variables(job, rank)) for rank in range(job.world_size)),
         workdir=job.workdir,
         port=job.cluster.master_port,
-        needs=(ssh.interpreter(job),),
+        needs=(shell.interpreter(job),),
         ranks=True,
         tied=True,
     )

@@ -9,7 +9,7 @@ from typing import IO
 
 
 class Logs:
-    """OUTPUT/logs/<attempt>/<host>-rank<k>.log.
+    """Writes OUTPUT/logs/<attempt>/<host>-rank<k>.log.
 
     Args:
         output_dir: of the run.
@@ -31,7 +31,7 @@ class Logs:
         self._files: dict[int, IO[str]] = {}
 
     def add(self, host: str, rank: int, text: str) -> None:
-        """Lines, or parts of them, of a rank."""
+        """Add lines, or parts of them, of a rank."""
         if rank == self._shown:
             show(text)
         try:
@@ -43,7 +43,7 @@ class Logs:
             self.fault = f"logs are incomplete: {error}"
 
     def close(self) -> None:
-        """No more lines."""
+        """Close all files."""
         for file in self._files.values():
             try:
                 file.close()

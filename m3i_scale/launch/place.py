@@ -24,7 +24,7 @@ _LAYOUT = struct.Struct(f"<qqdd16s{len(PHASES)}d")
 
 @dataclass(frozen=True)
 class Seen:
-    """What an agent reads of a rank."""
+    """Says what an agent reads of a rank."""
 
     step: int
     """Optimizer steps that are done; −1 before the loop."""
@@ -41,12 +41,12 @@ class Seen:
 
 
 def place_file(folder: Path, rank: int) -> Path:
-    """Of a rank, in its host's folder for records."""
+    """Return the file of a rank in its host's folder for records."""
     return folder / f"rank-{rank:05d}.place"
 
 
 class Place:
-    """This rank's own. Nothing is written where `path` is None; step and phase are kept for its last words.
+    """Marks where this rank is. Nothing is written where `path` is None; step and phase are kept for its record.
 
     Args:
         path: the file.
@@ -75,7 +75,7 @@ class Place:
         return self._map is not None
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """The rank begins with `phase`.
+        """Mark that the rank begins with `phase`.
 
         Args:
             phase: at most 16 letters.
@@ -93,7 +93,7 @@ class Place:
         self._write()
 
     def waited(self, seconds: float) -> None:
-        """So long in a collective, since the last change of phase."""
+        """Count seconds in a collective, since the last change of phase."""
         self._waited_here += seconds
 
     def _write(self) -> None:
@@ -103,7 +103,7 @@ class Place:
 
 
 def read_place(path: Path) -> Seen | None:
-    """What the rank has written; None before it has."""
+    """Read what the rank has written; None before it has."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -118,7 +118,7 @@ def read_place(path: Path) -> Seen | None:
 
 
 def own_place(rank: int) -> Place:
-    """Of this process, where an agent has started it; else one that nobody reads.
+    """Return the place of this process, where an agent has started it; else one that nobody reads.
 
     Raises:
         OSError: the host's disk has no room for a page.

@@ -18,7 +18,7 @@ ENDS = ("code=0", 'for one in $(jobs -p); do wait "$one" || code=$?; done', 'exi
 
 @dataclass(frozen=True)
 class LaunchFile:
-    """A file beside the others in the folder of the launch."""
+    """Holds a file of the folder of the launch."""
 
     name: str
     text: str
@@ -27,7 +27,7 @@ class LaunchFile:
 
 @dataclass(frozen=True)
 class Command:
-    """A program and its arguments; no shell takes them apart."""
+    """Holds a program and its arguments; no shell takes them apart."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Executable:
-    """A program that must be here."""
+    """Names a program that must be here."""
 
     name: str
     package: str
@@ -51,7 +51,7 @@ class Executable:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """One launch."""
+    """Holds one launch: files to write and commands to run."""
 
     launcher: str
     folder: Path
@@ -74,7 +74,7 @@ class LaunchPlan:
     """Whether the run is over when the commands are."""
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan for JSON."""
         return {
             "launcher": self.launcher,
             "workdir": str(self.workdir),
@@ -88,7 +88,7 @@ class LaunchPlan:
         }
 
     def text(self) -> str:
-        """For people: the files with their contents, then the commands."""
+        """Return the plan for people: the files with their contents, then the commands."""
         lines = []
         for file in self.files:
             lines += [f"# {self.folder / file.name} (mode {file.mode:o})", file.text.rstrip("\n"), ""]

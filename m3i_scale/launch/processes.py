@@ -1,14 +1,18 @@
-"""Processes of a launch on one host: found by a mark in their environment, whatever became of their parents."""
+"""Processes of a launch on one host: found by a mark in their environment, whatever became of their parents; tied to
+their parent; asked to stop by signals."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 MARK = "M3I_SCALE_LAUNCH"
 """Environment variable of every rank and of what it starts: launch, host and output folder, as `mark_of` joins them."""
@@ -18,18 +22,37 @@ Its value is the parent's number, or PARENT."""
 PARENT = "parent"
 """Whichever it is."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 _END_S = 10.0
 
 
+def signals_to_note() -> list[signal.Signals]:
+    """Return the signals that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is
+    none."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [*SIGNALS, *hung_up]
+
+
+@contextlib.contextmanager
+def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `note` handle the signals that ask a launch to stop, inside."""
+    before = {number: signal.signal(number, note) for number in signals_to_note()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def mark_of(launch: str, host: str, output_dir: str) -> str:
-    """The value of MARK. Hosts may share a process table (containers, namespaces), so each has its own."""
+    """Return the value of MARK. Hosts may share a process table (containers, namespaces), so each has its own."""
     return f"{launch}|{host}|{output_dir}"
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A process that a launch has left on this host."""
+    """Names a process that a launch has left on this host."""
 
     pid: int
     launch: str
@@ -37,7 +60,8 @@ class Marked:
 
 
 def marked(host: str, output_dir: str) -> list[Marked]:
-    """Live processes of any launch of that run, as `host`; those of other users cannot be read and are left out."""
+    """Return the live processes of any launch of that run, as `host`, without those of other users, which cannot be
+    read."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -76,8 +100,7 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
 
 
 def oom_kills() -> int | None:
-    """Processes that the kernel of this host has killed for want of memory since it was started; None: it does not
-    say."""
+    """Return how many processes the kernel of this host has killed for want of memory so far; None: it does not say."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -86,7 +109,7 @@ def oom_kills() -> int | None:
 
 
 def die_with_parent() -> None:
-    """From here on the kernel kills this process when its parent ends. Survives `exec`.
+    """Have the kernel kill this process when its parent ends, from here on. Survives `exec`.
 
     Raises:
         OSError: the kernel refuses (Linux does not).
@@ -111,7 +134,7 @@ def obey_tie() -> None:
 
 
 def main() -> None:
-    """`python -m m3i_scale.launch.processes PARENT COMMAND…`: become the command, and end with PARENT."""
+    """Run `python -m m3i_scale.launch.processes PARENT COMMAND…`: become the command, and end with PARENT."""
     die_with_parent()
     if os.getppid() != int(sys.argv[1]):  # it ended before the kernel was told
         sys.exit(1)

@@ -23,7 +23,7 @@ _LINE_BYTES = 2000
 
 
 class Rank:
-    """A rank's process.
+    """Runs a rank's process.
 
     Args:
         number: its RANK.
@@ -72,12 +72,12 @@ class Rank:
         return self.code is not None
 
     def signal(self, number: int) -> None:
-        """To the rank alone; its workers obey nobody else."""
+        """Send a signal to the rank alone; its workers obey nobody else."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """The rank and its process group. Of one that has ended nothing: its number may be another group's by now, and
+        """Kill the rank and its process group; one that has ended not: its number may be another group's by now, and
         what it has left is found by its mark."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -85,11 +85,11 @@ class Rank:
             self._process.wait()
 
     def seen(self) -> Seen | None:
-        """Where it is, or was at its end."""
+        """Return where it is, or was at its end."""
         return read_place(place_file(self._records, self.number))
 
     def failure(self, host: str) -> dict[str, Any] | None:
-        """What it died of; None where it ended as it should."""
+        """Return what it died of; None where it ended as it should."""
         if self.code in (0, EXIT_PREEMPTED) or self.code is None:
             return None
         lines = [*self._lines, *([self._part] if self._part.strip() else [])][-LAST_LINES:]

@@ -1,24 +1,23 @@
-"""Before an attempt: hosts that answer, the world that they make, and where rank 0 waits."""
+"""Before an attempt: hosts that answer, the world that they make, and where rank 0 waits; and what attempts have shown
+of the hosts."""
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
-from m3i_scale.launch.compared import Compared, refusal_of_plan
-from m3i_scale.launch.host_history import FAILS, HostHistory
-from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.job import is_here
-from m3i_scale.launch.link import Inbox, Link, connect
-from m3i_scale.launch.memory import RankMemory
+from m3i_scale.launch.doctor.machine import RankMemory
+from m3i_scale.launch.hosts import Host, is_here
+from m3i_scale.launch.link import Inbox, Link, connect, hear
 from m3i_scale.launch.supervise import Outcome, Tell
 from m3i_scale.launch.transport import Site
-from m3i_scale.launch.wire import BEAT_S, Message
-from m3i_scale.launch.worlds import World, largest_world
+from m3i_scale.launch.wire import Message
+from m3i_scale.launch.worlds import Compared, World, largest_world, refusal_of_plan
+
+FAILS = "its ranks were the first to fail, twice running"
 
 
 class CannotStartError(UserError):
@@ -27,7 +26,7 @@ class CannotStartError(UserError):
 
 @dataclass(frozen=True)
 class Policy:
-    """When to go on."""
+    """Says when to go on."""
 
     max_restarts: int = 0
     """After so many failed attempts the launch ends. Attempts that end because a host has come back do not count."""
@@ -43,7 +42,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Work:
-    """What is launched, and where."""
+    """Says what is launched, and where."""
 
     run: RunConfig
     command: tuple[str, ...]
@@ -67,8 +66,52 @@ class Work:
         return self.site.environment.get("DS_ACCELERATOR") == "cpu"
 
 
+class HostHistory:
+    """Keeps what attempts have shown of the hosts: which come first, are not waited for, or are left out.
+
+    Args:
+        hosts: in the order in which they were named.
+    """
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self._named = tuple(hosts)
+        self.order = self._named
+        """Those first that have just worked, those last that are not to be relied on."""
+        self.without_answer: set[str] = set()
+        """Names of those that were lost, or did not answer when they were last asked."""
+        self.failing: set[str] = set()
+        """Names of those that were the first cause of two failures running. They answer, and it is no use."""
+        self._blamed: str | None = None
+
+    def unresponsive(self, fewest: int) -> frozenset[str]:
+        """Return the names of hosts that nobody has to wait for: where the others are enough."""
+        return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
+
+    def answered(self, reasons: dict[str, str]) -> None:
+        """Note who has answered, once all have been asked.
+
+        Args:
+            reasons: why a host cannot be used, by name.
+        """
+        self.without_answer = set(reasons)
+
+    def ended(self, world: World, outcome: Outcome) -> None:
+        """Note how an attempt has ended."""
+        self.without_answer |= set(outcome.lost)
+        cause = outcome.cause if outcome.status == "failed" else None
+        # One that was lost is another matter: it may be back for good.
+        blamed = cause.host if cause is not None and cause.kind != "host" and not cause.consequence else None
+        if blamed is not None and blamed == self._blamed:
+            self.failing.add(blamed)
+        self._blamed = blamed
+        last = [host for host in self._named if host.name in self.failing or host.name in outcome.lost]
+        rest = [host for host in self._named if host not in last]
+        worked = [host for host in rest if host in world.hosts]
+        self.order = (*worked, *[host for host in rest if host not in worked], *last)
+
+
 class Rendezvous:
-    """The hosts of a launch, gathered for one attempt after the other.
+    """Gathers the hosts of a launch for one attempt after the other.
 
     Args:
         work: what is launched, and where.
@@ -154,18 +197,18 @@ class Rendezvous:
         Raises:
             CannotStartError: losses would compare fewer samples than they may.
         """
-        found = self.compared.keep(world, lambda wanted: self._refusal(wanted, links))
+        world, fewer = self.compared.keep(world, lambda wanted: self._refusal(wanted, links))
         least = self.policy.min_compared
-        if least is not None and found.world.compared < least:
+        if least is not None and world.compared < least:
             raise CannotStartError(
-                found.told or f"losses compare {found.world.compared} samples at a time",
-                where=f"min_compared: {least}, {found.world.ranks} ranks on {', '.join(found.world.names)}",
+                fewer or f"losses compare {world.compared} samples at a time",
+                where=f"min_compared: {least}, {world.ranks} ranks on {', '.join(world.names)}",
                 why="their values would be others",
                 fix="mend the hosts that are out, or lower min_compared",
             )
-        if found.told is not None:
-            self.tell(found.told)
-        return found.world
+        if fewer is not None:
+            self.tell(fewer)
+        return world
 
     def _refusal(self, world: World, links: Sequence[Link]) -> str | None:
         """Return why the ranks have no room for a micro-batch; None: they have."""
@@ -194,19 +237,16 @@ class Rendezvous:
         """Wait for the next message of that kind from each that was asked; None where its agent ends before, or says
         nothing.
 
-        What others say meanwhile, and that one is gone, is put back: whoever reads next has to hear it. None of `links`
-        is left without a beat: it would take the launch for dead.
+        What others say meanwhile, and that one is gone, is put back: whoever reads next has to hear it.
         """
         answers: dict[Link, Message | None] = {}
         put_back = []
         deadline = time.monotonic() + self.work.site.connect_s
-        while len(answers) < len(asked) and (left := deadline - time.monotonic()) > 0:
-            for link in links:
-                link.say("beat")
-            try:
-                link, message = self._inbox.get(timeout=min(left, BEAT_S))
-            except queue.Empty:
-                continue
+
+        def left_s() -> float:
+            return deadline - time.monotonic() if len(answers) < len(asked) else 0.0
+
+        for link, message in hear(links, self._inbox, left_s):
             if link in asked and message["kind"] == kind:
                 answers[link] = message
                 continue
@@ -218,7 +258,7 @@ class Rendezvous:
         return [answers.get(link) for link in asked]
 
     def address(self, links: list[Link]) -> tuple[str, int]:
-        """Where rank 0 waits, asked of its host: only there can be known which ports are free.
+        """Return where rank 0 waits, asked of its host: only there can be known which ports are free.
 
         Raises:
             CannotStartError: it has no port.
@@ -245,7 +285,7 @@ def _told(reasons: dict[str, str]) -> str:
 
 
 def _refuse_left(links: Sequence[Link]) -> None:
-    """Processes of a former launch of this run must not write beside this one."""
+    """Refuse to start beside processes of a former launch of this run."""
     left = [
         f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
         for link in links

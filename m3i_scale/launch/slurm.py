@@ -60,7 +60,7 @@ _SIGNALS = (
 
 
 def render(job: Job) -> LaunchPlan:
-    """A batch script, and its submission.
+    """Return a batch script, and its submission.
 
     Raises:
         ConfigError: a line of `sbatch` that is no option, or a time limit that leaves no time to train.
@@ -121,7 +121,7 @@ def _check_time(cluster: Cluster) -> None:
 
 
 def _option(option: str) -> str:
-    """sbatch takes lines apart by itself: a backslash keeps the character after it from meaning anything."""
+    """Quote an option for sbatch, which takes lines apart by itself: behind a backslash a character means itself."""
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", option)
 
 

@@ -7,31 +7,31 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from m3i_scale.config import TimeoutsConfig
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch.failures import Failure, first_cause, on_clock
 from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
-from m3i_scale.launch.place import PHASES
-from m3i_scale.launch.straggler import Slow, Stragglers
+from m3i_scale.launch.progress import Progress, Stragglers
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import BEAT_S, Message
 
 Tell = Callable[[str], None]
-Wish = Literal["go on", "stop", "stop later", "end"]
+Request = Literal["none", "stop", "stop once begun", "end"]
+"""`stop` has the ranks of an attempt save and leave, or ends them where they have not begun to train; `stop once begun`
+waits until they have, so that a start is not thrown away; `end` ends them."""
 _TICK_S = 0.2
 _LOST_GRACE_S = 2.0
 _BYE_S = 20.0
-_SLACK_S = 30.0
-"""The process group's own time-out comes first: it leaves a trace on every rank."""
 _LEAVE_S = 300.0
 """Between the first rank that ends as it should and the last."""
 
 
 @dataclass
 class Outcome:
-    """How an attempt ended."""
+    """Says how an attempt ended."""
 
     status: Literal["finished", "preempted", "failed"]
     cause: Failure | None = None
@@ -45,25 +45,15 @@ class Outcome:
     """Processes by host that could not be ended."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long a rank may stay where it is, in seconds; those of the run's process group, and some more."""
-
-    start_s: float
-    """Before the loop, while it saves or evaluates, and once it has been asked to stop."""
-    step_s: float
-    """Inside of a step."""
-
-
 class Attempt:
-    """Ranks of one world.
+    """Starts and watches the ranks of one world.
 
     Args:
         links: to the agents of all hosts, in order of ranks.
         inbox: of the links.
         command: of every rank.
         site: hosts, environment.
-        limits: of the run.
+        timeouts: of the run; those of the process group itself are up before.
         address: of rank 0's host, and the port there.
         logs: of ranks.
         tell: a line for a person.
@@ -75,43 +65,40 @@ class Attempt:
         inbox: Inbox,
         command: Sequence[str],
         site: Site,
-        limits: Limits,
+        timeouts: TimeoutsConfig,
         address: tuple[str, int],
         logs: Logs,
         tell: Tell,
     ) -> None:
-        self._links, self._inbox, self._site, self._limits = list(links), inbox, site, limits
+        self._links, self._inbox, self._site, self._timeouts = list(links), inbox, site, timeouts
         self._command, self._address, self._logs, self._tell = list(command), address, logs, tell
         self._running: dict[int, Link] = {}
-        self._places: dict[int, Message] = {}
         self._failures: list[Failure] = []
         self._codes: dict[int, int] = {}
-        self._offsets: dict[str, float] = {}
         self._gone: set[str] = set()
         self._over = False
         self._outcome = Outcome("failed")
-        self._stragglers = Stragglers()
+        self._world = sum(link.host.slots for link in links)
+        self._progress, self._stragglers = Progress(timeouts), Stragglers()
         self._deadline: float | None = None
         self._asked: float | None = None
         self._beat = 0.0
-        self._started = time.time()
 
-    def run(self, wanted: Callable[[], Wish]) -> Outcome:
-        """Until it is over on every host.
+    def run(self, requested: Callable[[], Request]) -> Outcome:
+        """Start the ranks, and watch them until it is over on every host.
 
         Args:
-            wanted: asked again and again: `stop` has the ranks save and leave, `end` ends them; `stop later` stops
-                them once they have begun to train, so that a start is not thrown away.
+            requested: asked again and again.
         """
         self._start()
         while self._running:
             self._hear()
             self._beat_hosts()
             self._look()
-            wish = wanted()
-            if wish == "end":
+            request = requested()
+            if request == "end":
                 break
-            if wish in ("stop", "stop later") and not self._ask() and wish == "stop":
+            if request != "none" and not self._ask() and request == "stop":
                 break
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._blame_who_stayed()
@@ -120,8 +107,7 @@ class Attempt:
         return self._conclude()
 
     def _start(self) -> None:
-        world, first = sum(link.host.slots for link in self._links), 0
-        self._world = world
+        first = 0
         for link in self._links:
             slots = link.host.slots
             ranks = [self._variables(first + local, local, slots) for local in range(slots)]
@@ -170,34 +156,23 @@ class Attempt:
             asked = self._over and name in self._gone
             self._gone.add(name)
             if not asked and any(other is link for other in self._running.values()):
-                self._lose(link, f"the connection to the host ended: {link.why_gone()}")
+                self._lose(link, f"the connection to the host ended: {link.fault()}")
 
     def _take_beat(self, name: str, message: Message) -> None:
-        ahead = time.time() - message["time"]
-        self._offsets[name] = min(ahead, self._offsets.get(name, ahead))
-        for rank, place in message["places"].items():
-            number = int(rank)
-            if number in self._running:
-                self._places[number] = place | {"age_s": message["time"] - place["changed"]}
-                self._count(place)
-        slow: Slow | None = self._stragglers.see(name, message["places"], self._world)
+        self._progress.beat(name, message, self._running)
+        slow = self._stragglers.see(name, message["places"], self._world)
         if slow is not None:
             self._outcome.slow.append(str(slow))
             self._tell(str(slow))
-
-    def _count(self, place: Message) -> None:
-        if place["began"] >= 0:
-            self._outcome.first_step = place["began"]
-            self._outcome.last_step = max(self._outcome.last_step or 0, place["step"])
 
     def _take_exit(self, name: str, message: Message) -> None:
         rank, code = message["rank"], message["code"]
         self._running.pop(rank, None)
         self._codes[rank] = code
         if message["place"] is not None:
-            self._count(message["place"])
+            self._progress.count(message["place"])
         if message["failure"] is not None:
-            self._fail(on_clock(Failure(**message["failure"]), self._offsets.get(name, 0.0)), self._site.grace_s)
+            self._fail(on_clock(Failure(**message["failure"]), self._progress.ahead_s(name)), self._site.grace_s)
         elif self._deadline is None:
             self._deadline = time.monotonic() + _LEAVE_S
 
@@ -212,11 +187,7 @@ class Attempt:
     def _lose(self, link: Link, why: str) -> None:
         name = link.host.name
         ranks = [rank for rank, other in self._running.items() if other is link]
-        place: dict[str, Any] = min(
-            (self._places[rank] for rank in ranks if rank in self._places),
-            key=lambda seen: int(seen["step"]),
-            default={},
-        )
+        place = self._progress.last_seen(ranks)
         for rank in ranks:
             del self._running[rank]
         self._gone.add(name)
@@ -233,50 +204,33 @@ class Attempt:
                 link.say("beat")
 
     def _look(self) -> None:
-        """Who is silent, and who stands still."""
+        """Find hosts that are silent, and ranks that stand still."""
         now = time.monotonic()
         for link in self._links:
             running = any(other is link for other in self._running.values())
             if running and now - link.heard > self._site.silence_s:
                 self._lose(link, f"the host has said nothing for {self._site.silence_s:g} s: it is down or cut off")
         # Everybody has to stand still: while one saves alone, the others only wait for it.
-        if self._running and not self._failures and all(self._stands_still(rank) for rank in self._running):
+        if self._running and not self._failures and all(map(self._progress.stands_still, self._running)):
             self._blame_who_stayed()
-        if self._asked is not None and now - self._asked > self._limits.start_s and not self._failures:
+        if self._asked is not None and now - self._asked > self._timeouts.start_s and not self._failures:
             self._blame_who_stayed()
-
-    def _stands_still(self, rank: int) -> bool:
-        place = self._place_of(rank)
-        inside = place["phase"] in PHASES and place["step"] > 0
-        return bool(place["age_s"] > (self._limits.step_s if inside else self._limits.start_s) + _SLACK_S)
-
-    def _place_of(self, rank: int) -> Message:
-        """Where it was last seen; one that has not yet said so starts."""
-        unseen = {"step": -1, "phase": "start", "changed": self._started, "age_s": time.time() - self._started}
-        return self._places.get(rank, unseen)
 
     def _blame_who_stayed(self) -> None:
-        """A rank that neither goes on nor ends, where no other cause is known: the one that is furthest behind."""
+        """Blame the rank that is furthest behind of those that neither go on nor end, where no other cause is known."""
         cause = first_cause(self._failures)
-        if cause is not None and not cause.consequence:
+        if not self._running or (cause is not None and not cause.consequence):
             return
-        if not self._running:
-            return
-        rank = min(self._running, key=self._order)
-        place, link = self._place_of(rank), self._running[rank]
+        rank = self._progress.furthest_behind(self._running)
+        place, link = self._progress.place_of(rank), self._running[rank]
         message = f"the rank neither goes on nor ends: it has not moved for {place['age_s']:.0f} s"
-        at = place["changed"] + self._offsets.get(link.host.name, 0.0)
+        at = place["changed"] + self._progress.ahead_s(link.host.name)
         self._fail(Failure(at, link.host.name, rank, place["step"], place["phase"], "hang", message), 0.0)
-
-    def _order(self, rank: int) -> tuple[int, int, float]:
-        place = self._place_of(rank)
-        phase = place["phase"]
-        return place["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), place["changed"]
 
     def _ask(self) -> bool:
         """Have all ranks save and leave, once. False where the loop has not begun: there is nothing to save, and the
         signal would only kill them."""
-        begun = [self._place_of(rank)["step"] >= 0 for rank in self._running]
+        begun = [self._progress.place_of(rank)["step"] >= 0 for rank in self._running]
         if self._asked is None and all(begun):
             self._asked = time.monotonic()
             for link in self._links:
@@ -284,7 +238,7 @@ class Attempt:
         return any(begun) or self._asked is not None
 
     def _clean(self) -> None:
-        """No process stays: agents end theirs and say so; those that cannot be heard do it by themselves."""
+        """Leave no process: agents end theirs and say so; those that cannot be heard do it by themselves."""
         self._over = True
         for link in self._links:
             link.say("end")
@@ -296,7 +250,8 @@ class Attempt:
         self._logs.close()
 
     def _conclude(self) -> Outcome:
-        outcome = self._outcome
+        outcome, progress = self._outcome, self._progress
+        outcome.first_step, outcome.last_step = progress.first_step, progress.last_step
         cause = first_cause(self._failures)
         if cause is not None:
             outcome.status, outcome.cause = "failed", cause

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-from m3i_scale.launch import ssh
+from m3i_scale.launch import shell
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import LaunchFile, LaunchPlan
-from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
 HONOURS = OVER_HOSTS
 SCRIPT = "torchrun.sh"
@@ -17,18 +16,18 @@ AGENT = "m3i_scale.launch.torchrun_agent"
 
 
 def render(job: Job) -> LaunchPlan:
-    """A script for all hosts, and its start on every one, over ssh."""
+    """Return a script for all hosts, and its start on every one, over ssh."""
     hosts = job.hosts
     script = job.folder / SCRIPT
-    commands = [ssh.script_on_host(job, host.name, script, place) for place, host in enumerate(hosts)]
+    commands = [shell.script_on_host(job, host.name, script, place) for place, host in enumerate(hosts)]
     return LaunchPlan(
         launcher="torchrun",
         folder=job.folder,
         files=(LaunchFile(SCRIPT, _script(job), job.mode),),
-        commands=tuple(commands) or (ssh.script_here(script, 0),),
+        commands=tuple(commands) or (shell.script_here(script, 0),),
         workdir=job.workdir,
-        needs=ssh.needs(job),
-        stops=ssh.stop_commands(job),
+        needs=shell.needs(job),
+        stops=shell.stop_commands(job),
         tied=True,
         port=None if hosts else job.cluster.master_port,
     )
@@ -45,14 +44,14 @@ def _script(job: Job) -> str:
         f"--master-port={job.cluster.master_port}",
         "--max-restarts=0",
     ]
-    words = ["exec", shlex.quote(job.python), "-m", AGENT, *options, "--module", *quoted(job.train)]
+    words = ["exec", shlex.quote(job.python), "-m", AGENT, *options, "--module", *shell.quoted(job.train)]
     lines = [
         "#!/bin/bash",
         f"# On every host: bash {SCRIPT} PLACE, which counts the hosts from 0, the head.",
         "set -eu",
         f"cd {shlex.quote(str(job.workdir))}",
-        *export_lines(job.variables),
+        *shell.export_lines(job.variables),
         f"slots=({' '.join(slots)})",
-        wrapped(words),
+        shell.wrapped(words),
     ]
     return "\n".join(lines) + "\n"

@@ -16,8 +16,7 @@ from types import FrameType
 
 import psutil
 
-from m3i_scale.launch.execute import signals_to_note
-from m3i_scale.launch.processes import TIED, obey_tie
+from m3i_scale.launch.processes import TIED, obey_tie, signals_to_note
 
 _STORE_STAYS_S = 3.0
 

@@ -1,15 +1,16 @@
-"""One command starts the agent of a host: over ssh, here, or with srun."""
+"""One command starts the agent of a host: over ssh, here, or with srun; and why one has not come up, or has ended."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from m3i_scale.launch.environment import LAUNCHERS, SLURM_EXPORTS, is_secret
-from m3i_scale.launch.job import is_here
+from m3i_scale.launch.hosts import is_here
 
 _AGENT = ("-u", "-m", "m3i_scale.launch.agent")
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
@@ -23,6 +24,8 @@ _SRUN = (
     "--unbuffered",
     f"--export={','.join(SLURM_EXPORTS)}",
 )
+_SHOWN_CHARACTERS = 300
+_NO_MODULE = re.compile(r"No module named '?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,43 @@ def _agent_line(site: Site) -> str:
     return f"cd {shlex.quote(site.workdir)} && {path}{start}"
 
 
-def explain_end(code: int | None, said: Sequence[str], site: Site) -> str:
-    """Return the end of ssh, srun or the agent, in a sentence."""
-    text = [line for line in said if line.strip()]
-    last = text[-1] if text else ""
+FaultKind = Literal["reach", "start", "package", "agent"]
+"""ssh or srun does not reach the host; its interpreter or folder cannot be had, or this package; another package is
+missing there; the agent has failed, or says that it cannot serve."""
+
+
+@dataclass(frozen=True)
+class HostFault:
+    """Says why a host cannot be used."""
+
+    what: str
+    kind: FaultKind
+
+    def __str__(self) -> str:
+        return self.what
+
+
+def explain_end(code: int | None, said: Sequence[str], site: Site) -> HostFault:
+    """Return why the agent of a host has ended.
+
+    Args:
+        code: exit code of ssh, srun or the agent; None: it does not end.
+        said: last lines of its errors.
+        site: how the host was reached.
+    """
+    text = [line.strip() for line in said if line.strip()]
+    last = text[-1][-_SHOWN_CHARACTERS:] if text else ""
+    missing = next((found for line in reversed(text[-3:]) if (found := _NO_MODULE.search(line))), None)
     if code in (126, 127):
-        return f"the interpreter {site.python} cannot be started there: {last}"
-    if any("No module named" in line for line in text[-3:]):
-        return f"{site.python} there lacks a package: {last}"
+        return HostFault(f"the interpreter {site.python} cannot be started there: {last}", "start")
+    if missing is not None:
+        what = f"{site.python} there lacks a package: {missing.string[-_SHOWN_CHARACTERS:]}"
+        return HostFault(what, "start" if missing[1] == "m3i_scale" else "package")
     if any(line.startswith("bash:") and "cd:" in line for line in text):
-        return f"the working directory cannot be entered: {last}"
-    if code == 255:
-        return f"{site.transport}: {last or 'the connection ended'}"
+        return HostFault(f"the working directory cannot be entered: {last}", "start")
+    if code == 255 or last.startswith("srun: error"):
+        what = last or "the connection ended"
+        return HostFault(what if what.startswith(f"{site.transport}: ") else f"{site.transport}: {what}", "reach")
     if code is None:
-        return "the connection does not end"
-    return f"the agent ended with exit code {code}" + (f": {last}" if last else "")
+        return HostFault("the connection does not end", "agent")
+    return HostFault(f"the agent ended with exit code {code}" + (f": {last}" if last else ""), "agent")

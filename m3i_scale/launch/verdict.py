@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch.execute import SIGNALS, Ending
+from m3i_scale.launch.execute import Ending
 from m3i_scale.launch.failures import FAILURE, Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
+from m3i_scale.launch.processes import SIGNALS
 
 _SHOWN = 200
 _SSH_FAILED = 255
@@ -54,7 +55,7 @@ def _by_signal(record: Failure) -> bool:
 
 
 def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
-    """The same, once it is known what the ranks have left.
+    """Do the same, once it is known what the ranks have left.
 
     Args:
         output_dir: of the run.
@@ -110,7 +111,7 @@ def _named(ranks: Sequence[int | None]) -> str:
 
 
 def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
-    """With what this process has seen of the ends of its ranks."""
+    """Return records with what this process has seen of the ends of its ranks."""
     host, told = socket.gethostname(), {record.rank: record for record in records}
     seen = []
     for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
@@ -161,7 +162,7 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
 
 
 def main() -> None:
-    """`python -m m3i_scale.launch.verdict OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
+    """Run `python -m m3i_scale.launch.verdict OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
     output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     text = tell(output_dir, code, read_records(output_dir), world_size)
     if text is not None:

@@ -1,28 +1,79 @@
-"""What the supervisor and the agents of hosts say to each other: JSON, a line a message."""
+"""What the launch and the agents of hosts say to each other: JSON, a line a message."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import queue
+import threading
+from typing import IO, Any
 
 BEAT_S = 1.0
 """Both sides say so often that they are there."""
 AGENT_SILENCE = 0.6
-"""Share of the supervisor's patience after which an agent that hears nothing ends its ranks. It is the smaller one, so
+"""Share of the launch's patience after which an agent that hears nothing ends its ranks. It is the smaller one, so
 that nothing of a host that was cut off runs any more when the others go on without it."""
+_LINES = 10_000
+_CLOSE_S = 5.0
 
 Message = dict[str, Any]
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """A message as a line."""
+    """Return a message as a line."""
     return json.dumps({"kind": kind, **fields}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message | None:
-    """A line as a message; None for lines that a shell's start-up files have printed."""
+    """Return a line as a message; None for lines that a shell's start-up files have printed."""
     try:
         message = json.loads(line)
     except ValueError:
         return None
     return message if isinstance(message, dict) and "kind" in message else None
+
+
+class Writer:
+    """Sends an agent's messages on a thread: an agent must notice a dead network, not wait for it.
+
+    What ranks print is dropped, and counted, where it cannot be sent in time.
+
+    Args:
+        output: closed at the end.
+    """
+
+    def __init__(self, output: IO[bytes]) -> None:
+        self.broken = False
+        """Whether the other side is gone."""
+        self._output = output
+        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write, daemon=True, name="writer")
+        self._thread.start()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        """Send a message that must arrive."""
+        self._waiting.put(encode(kind, **fields))
+
+    def log(self, rank: int, data: bytes) -> None:
+        """Send what a rank has printed."""
+        if self._waiting.qsize() > _LINES:
+            self._dropped += len(data)
+            return
+        if self._dropped:
+            data = f"\n[{self._dropped} bytes that could not be sent in time are left out]\n".encode() + data
+            self._dropped = 0
+        self.say("log", rank=rank, text=data.decode(errors="replace"))
+
+    def close(self) -> None:
+        """Wait for what is on its way, within limits."""
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_S)
+
+    def _write(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            try:
+                while line:
+                    line = line[self._output.write(line) :]
+            except OSError:
+                self.broken = True
+                return

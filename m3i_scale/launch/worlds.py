@@ -1,19 +1,40 @@
-"""Which hosts make a world that the run fits: ranks share out streams and batch evenly."""
+"""Whether a run fits its hosts, and which of them make a world that it fits.
+
+Ranks share out streams and batch evenly; and losses that compare the samples of a micro-batch over all ranks compare as
+many as they did, where memory allows a larger micro-batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
+from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.remote.address import to_place
 from m3i_scale.data.shares import check_shares
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.launch.doctor.machine import RankMemory
+from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.hosts import Host
+from m3i_scale.launch.job import Job
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.scale.deepspeed.resolve import check_batch
+
+PLAN_S = 600.0
+"""Patience with `plan`."""
+_OUT_OF_MEMORY = re.compile(r"out of memory|SIGKILL", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class World:
-    """Hosts of an attempt."""
+    """Holds the hosts of an attempt."""
 
     hosts: tuple[Host, ...]
     micro_batch_size: int
@@ -21,7 +42,7 @@ class World:
 
     @property
     def ranks(self) -> int:
-        """Of all hosts."""
+        """Return the ranks of all hosts."""
         return sum(host.slots for host in self.hosts)
 
     @property
@@ -31,13 +52,13 @@ class World:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the hosts."""
+        """Return the names of the hosts."""
         return tuple(host.name for host in self.hosts)
 
 
 def micro_batch_for(run: RunConfig, ranks: int) -> int | None:
-    """Samples per rank in one forward pass, in a world of that many ranks: the run file's where they fit, else the
-    largest number below that does, else the smallest above; None where no number does."""
+    """Return samples per rank in one forward pass, in a world of that many ranks: the run file's where they fit, else
+    the largest number below that does, else the smallest above; None where no number does."""
     wanted = run.optim.micro_batch_size
     above = range(wanted + 1, run.optim.batch_size // ranks + 1)
     return next((size for size in [*range(wanted, 0, -1), *above] if _fits(run, ranks, size)), None)
@@ -54,18 +75,14 @@ def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
 
 
 def largest_world(run: RunConfig, hosts: Sequence[Host], fewest: int) -> World | None:
-    """The one with the most ranks, the first hosts first.
+    """Return the world with the most ranks, the first hosts first; None where no number of these hosts fits.
 
     Args:
         run: to be shared out.
         hosts: that answer, those to be kept first.
         fewest: hosts that must remain.
-
-    Returns:
-        None where no number of these hosts fits.
     """
-    fitting = list(_worlds(run, hosts, fewest))
-    return max(fitting, key=lambda world: world.ranks, default=None)
+    return max(_worlds(run, hosts, fewest), key=lambda world: world.ranks, default=None)
 
 
 def _worlds(run: RunConfig, hosts: Sequence[Host], fewest: int) -> Iterator[World]:
@@ -74,3 +91,149 @@ def _worlds(run: RunConfig, hosts: Sequence[Host], fewest: int) -> Iterator[Worl
         size = micro_batch_for(run, sum(host.slots for host in chosen))
         if size is not None:
             yield World(chosen, size)
+
+
+class Compared:
+    """Keeps the number of samples that losses compare at a time, from attempt to attempt.
+
+    Args:
+        run: that is launched.
+        hosts: all of them, as they were named.
+        fewest: of them with which the run may begin.
+    """
+
+    def __init__(self, run: RunConfig, hosts: Sequence[Host], fewest: int) -> None:
+        whole = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
+        self.usual = None if whole is None else whole.compared
+        """With all hosts; None where the recipe compares no samples, or no number of hosts fits the run."""
+        self._ran_out = False
+        self._raised = False
+
+    def keep(self, world: World, refusal: Callable[[World], str | None]) -> tuple[World, str | None]:
+        """Return the same hosts with the micro-batch that keeps what losses compare, where there is room for it; and
+        what to say to a person where losses compare fewer samples than they did.
+
+        Args:
+            world: that an attempt is to have.
+            refusal: why a world's micro-batch has no room in the memory of its ranks; None: it has.
+        """
+        self._raised = False
+        if self.usual in (None, world.compared):
+            return world, None
+        size, rest = divmod(self.usual or 0, world.ranks)
+        wanted = replace(world, micro_batch_size=size)
+        why = f"{world.ranks} ranks do not divide that" if rest else None
+        if why is None and size > world.micro_batch_size:
+            why = "ranks ran out of memory" if self._ran_out else refusal(wanted)
+            self._raised = why is None
+        if why is None:
+            return wanted, None
+        return world, f"losses compare {world.compared} samples at a time, were {self.usual}: {why}"
+
+    def note(self, cause: Failure | None) -> None:
+        """Note how an attempt has failed: with a larger micro-batch for want of memory, and none is larger again."""
+        if self._raised and cause is not None and _OUT_OF_MEMORY.search(cause.message):
+            self._ran_out = True
+
+
+def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest: int) -> None:
+    """Refuse a `min_compared` that has no effect, or that not even all hosts reach.
+
+    Raises:
+        ConfigError: either.
+    """
+    if least is None:
+        return
+    usual = Compared(run, hosts, fewest).usual
+    if usual is None and not parse_recipe(run.recipe).compares_samples:
+        raise ConfigError(
+            "min_compared has no effect: no loss of this recipe compares samples",
+            where=f"min_compared: {least}",
+            fix="leave it out",
+        )
+    if usual is not None and usual < least:
+        raise ConfigError(
+            f"losses compare {usual} samples at a time on all hosts",
+            where=f"min_compared: {least}",
+            fix="lower it, or raise optim.micro_batch_size (that × ranks are compared)",
+        )
+
+
+def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
+    """Check data and ranks against each other, without reading any data.
+
+    Args:
+        run: overrides applied.
+        job: with the number of ranks.
+        launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
+
+    Raises:
+        ConfigError: no data, a batch or streams that ranks cannot share out, or more compared samples than they have.
+        DataError: an address of shards that no rank would read.
+    """
+    check_weights(run.data.sources)
+    for name, source in run.data.sources.items():
+        to_place(source.shards, f"data.sources.{name}.shards")
+    if launcher == "elastic":
+        hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
+        check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))
+        return
+    size = run.optim.micro_batch_size
+    faults = Faults()
+    faults.note(check_batch, job.world_size, run.optim.batch_size, size)
+    faults.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
+    faults.end()
+
+
+def refusal_of_plan(
+    words: Sequence[str], world: World, memory: RankMemory, meanwhile: Callable[[], bool], given_gib: float | None
+) -> str | None:
+    """Return why ranks have no room for a world's micro-batch, according to `m3i-scale plan`; None: they have.
+
+    Args:
+        words: run file and overrides, as `train` gets them.
+        world: with that micro-batch.
+        memory: of the rank that has least.
+        meanwhile: called while `plan` works; False: nobody waits for it any more.
+        given_gib: of a rank, as the description has it; None: not said.
+    """
+    wanted = f"a micro-batch of {world.micro_batch_size}"
+    gib = memory.gib if given_gib is None else given_gib
+    if gib is None:
+        return f"whether {wanted} has room is not known (--memory-gib says what a rank has)"
+    slots = {host.slots for host in world.hosts}
+    nodes, per_node = (len(world.hosts), slots.pop()) if len(slots) == 1 else (world.ranks, 1)
+    command = [sys.executable, "-m", "m3i_scale", "plan", *words, f"optim.micro_batch_size={world.micro_batch_size}"]
+    command += ["--nodes", str(nodes), "--ranks-per-node", str(per_node), "--memory-gib", f"{gib:.3f}"]
+    command += ["--hardware", "cpu" if memory.on_host else "h100", "--json"]
+    code, said, errors = _run(command, meanwhile)
+    try:
+        found = json.loads(said)
+        peak_gib, fits = float(found["peak_gib_per_rank"]), bool(found["fits"])
+    except (ValueError, KeyError, TypeError):
+        reason = next((line for line in errors.splitlines() if line.startswith("error: ")), f"exit code {code}")
+        return f"whether {wanted} has room could not be planned ({reason.removeprefix('error: ')})"
+    return None if fits else f"{wanted} takes {peak_gib:.3g} GiB of a rank, which has {gib:.3g} (see `plan`)"
+
+
+def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | None, str, str]:
+    """Run a command; return its exit code and both outputs."""
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},  # it computes nothing
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + PLAN_S
+    while meanwhile() and time.monotonic() < deadline:
+        try:
+            said, errors = process.communicate(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            continue
+        return process.returncode, said, errors
+    process.kill()
+    process.communicate()
+    return None, "", "error: it took too long"

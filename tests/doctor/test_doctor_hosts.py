@@ -106,7 +106,7 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monke
 def test_a_host_that_says_nothing_is_given_up():
     with Agents(["silent"], a_site(connect_s=0.5), 10.0) as agents:
         assert agents.greet() == {}
-    assert not agents.errors["silent"].reached
+    assert agents.errors["silent"].kind == "reach"
 
 
 def test_the_answer_of_a_process_that_takes_too_long_is_not_waited_for(tmp_path: Path):
@@ -114,7 +114,7 @@ def test_the_answer_of_a_process_that_takes_too_long_is_not_waited_for(tmp_path:
     with Agents(["two"], a_site(), 10.0) as agents:
         assert list(agents.greet()) == ["two"]
         assert agents.ask("measure", {"two": waits}, 1.0) == {}
-    assert agents.errors["two"].reached
+    assert agents.errors["two"].kind == "agent"
 
 
 def test_a_port_that_is_taken_is_the_heads_fault(tmp_path: Path):

@@ -7,19 +7,18 @@ from typing import Any, cast
 
 import pytest
 
-from m3i_scale.config import RunConfig, load_run
+from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
 from m3i_scale.launch.agent import Agent
 from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.failures import Failure
-from m3i_scale.launch.host_history import HostHistory
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.place import PHASES
-from m3i_scale.launch.rendezvous import Policy, Work
-from m3i_scale.launch.straggler import STEPS, Stragglers
-from m3i_scale.launch.supervise import Attempt, Limits, Outcome
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.progress import STEPS, Progress, Stragglers
+from m3i_scale.launch.rendezvous import HostHistory, Policy, Work
+from m3i_scale.launch.supervise import Attempt, Outcome
+from m3i_scale.launch.transport import HostFault, Site
 from m3i_scale.launch.wire import decode
 from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
 
@@ -92,6 +91,19 @@ def test_hosts_that_differ_a_little_are_not_slow():
     assert told({"node0": 5.0}, 5 * STEPS) == []
 
 
+def test_a_rank_stands_still_beyond_its_time_out_and_the_one_that_has_done_least_is_furthest_behind():
+    progress = Progress(TimeoutsConfig(start_s=3600.0, step_s=1.0))
+    places = {
+        str(rank): {"step": 4, "began": 2, "phase": phase, "changed": 0.0}
+        for rank, phase in enumerate(("backward", "forward", "save"))
+    }
+    progress.beat("node0", {"time": 100.0, "places": places}, {0, 1, 2})
+    assert [progress.stands_still(rank) for rank in range(4)] == [True, True, False, False]
+    assert progress.furthest_behind([0, 1, 2]) == 1
+    assert progress.furthest_behind([0, 1, 2, 3]) == 3  # of which nothing has been seen
+    assert (progress.first_step, progress.last_step) == (2, 4)
+
+
 def test_the_last_of_ten_thousand_restarts_is_still_one():
     told: list[str] = []
     Launch(some_work(), Policy(max_restarts=10_000, pause_s=0.0), told.append)._pause(9_999)
@@ -142,14 +154,14 @@ class Failed:
     def say(self, kind: str, **fields: object) -> None:
         self.said = kind
 
-    def why_gone(self) -> str:
-        return "BlockingIOError: no more processes"
+    def fault(self) -> HostFault:
+        return HostFault("BlockingIOError: no more processes", "agent")
 
 
 def an_attempt(link: Link, output_dir: Path) -> Attempt:
     site = Site(python="python3", workdir="/", output_dir=str(output_dir), launch="one")
-    limits, logs = Limits(60.0, 60.0), Logs(output_dir)
-    attempt = Attempt([link], Inbox(), ["train"], site, limits, ("node1", 29500), logs, lambda text: None)
+    timeouts, logs = TimeoutsConfig(start_s=60.0, step_s=60.0), Logs(output_dir)
+    attempt = Attempt([link], Inbox(), ["train"], site, timeouts, ("node1", 29500), logs, lambda text: None)
     attempt._start()
     return attempt
 

@@ -9,11 +9,10 @@ from launch_case import a_script
 from tiny import tiny_overrides
 
 from m3i_scale.config import load_run
-from m3i_scale.launch.compared import Compared, refusal_of_plan
+from m3i_scale.launch.doctor.machine import RankMemory, rank_memory
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.memory import RankMemory, rank_memory
-from m3i_scale.launch.worlds import World
+from m3i_scale.launch.worlds import Compared, World, refusal_of_plan
 
 HOSTS = tuple(Host(f"node{number}", 2) for number in range(4))
 SIZES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=24"]
@@ -53,14 +52,14 @@ def test_a_larger_micro_batch_that_ran_out_of_memory_is_not_tried_again():
     losses = Compared(load_run("m3i", SIZES), HOSTS, 2)
     assert losses.usual == 8 * 24
     half = World(HOSTS[:2], 24)
-    assert losses.keep(half, lambda world: None).world.micro_batch_size == 48
+    assert losses.keep(half, lambda world: None)[0].micro_batch_size == 48
     losses.note(Failure(1.0, "node1", 2, 1, "forward", "exception", "ValueError: something else"))
-    assert losses.keep(half, lambda world: None).world.micro_batch_size == 48
+    assert losses.keep(half, lambda world: None)[0].micro_batch_size == 48
     losses.note(Failure(1.0, "node1", 2, 1, "forward", "exception", "OutOfMemoryError: CUDA out of memory. Tried"))
-    kept = losses.keep(half, lambda world: None)
-    assert kept.world == half
-    assert "losses compare 96 samples at a time, were 192" in str(kept.told)
-    assert losses.keep(World(HOSTS, 24), lambda world: "never asked").told is None
+    world, fewer = losses.keep(half, lambda world: None)
+    assert world == half
+    assert "losses compare 96 samples at a time, were 192" in str(fewer)
+    assert losses.keep(World(HOSTS, 24), lambda world: "never asked")[1] is None
 
 
 @pytest.fixture

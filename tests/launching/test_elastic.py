@@ -20,9 +20,9 @@ from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch import link, transport
 from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
 from m3i_scale.launch.doctor.facts import code
+from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, connect
-from m3i_scale.launch.memory import RankMemory
 from m3i_scale.launch.processes import MARK
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Work
 from m3i_scale.launch.transport import Site

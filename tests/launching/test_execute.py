@@ -21,7 +21,7 @@ from m3i_scale.launch.failures import RANK_RECORDS, Failure, write_record
 from m3i_scale.launch.launchers import render
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
-from m3i_scale.launch.ssh import as_pattern
+from m3i_scale.launch.shell import as_pattern
 from m3i_scale.scale.output_dir import lock_directory
 
 # One write a line: two ranks share a pipe, and unbuffered print writes the end of its line apart.

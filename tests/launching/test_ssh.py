@@ -13,7 +13,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.launchers import render
 from m3i_scale.launch.link import Inbox, connect
-from m3i_scale.launch.transport import Site, explain_end
+from m3i_scale.launch.transport import HostFault, Site, explain_end
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
@@ -55,7 +55,14 @@ def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first(mo
 @pytest.mark.parametrize("transport", ["ssh", "srun"])
 def test_an_end_is_told_of_what_reached_the_host(transport):
     site = Site(python="python3", workdir="/", output_dir="/out", launch="one", transport=transport)
-    assert explain_end(255, ["it broke"], site) == f"{transport}: it broke"
+    assert explain_end(255, ["it broke"], site) == HostFault(f"{transport}: it broke", "reach")
+    assert explain_end(127, ["bash: python3: command not found"], site).kind == "start"
+    assert explain_end(1, ["python3: No module named m3i_scale.launch.agent"], site).kind == "start"
+    missing = explain_end(1, ["ModuleNotFoundError: No module named 'pydantic'", f"{transport}: error: exited"], site)
+    assert missing.kind == "package"
+    assert "pydantic" in missing.what
+    assert explain_end(1, ["bash: line 1: cd: /nowhere: No such file or directory"], site).kind == "start"
+    assert explain_end(1, ["RuntimeError: it broke"], site).kind == "agent"
 
 
 SSH = r"""
@@ -97,6 +104,6 @@ def test_hosts_that_cannot_be_used_are_all_told_before_a_launcher_starts(program
     of_node2, of_node3 = str(done.exception.where).split("; ")
     assert of_node2.startswith("node2: the code in ")
     assert of_node2.endswith("m3i_scale/cli.py")
-    assert of_node3 == "node3: ssh: ssh: connect to host node3 port 22: No route to host"
+    assert of_node3 == "node3: ssh: connect to host node3 port 22: No route to host"
     assert not (programs / "started").exists()
     assert not (out / "failure.json").exists()

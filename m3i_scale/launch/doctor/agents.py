@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from m3i_scale.launch.doctor.host import MARK, MODULE, REQUEST
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link
-from m3i_scale.launch.transport import Site
-from m3i_scale.launch.wire import BEAT_S, Message
+from m3i_scale.launch.link import Inbox, Link, hear
+from m3i_scale.launch.transport import FaultKind, HostFault, Site
+from m3i_scale.launch.wire import Message
 
-_SSH_FAILED = 255
 _SHOWN_CHARACTERS = 300
 
 
-class HostError(Exception):
-    """A host that does not answer, or not as it should."""
-
-    def __init__(self, what: str, *, reached: bool = True, code: int | None = None) -> None:
-        self.what, self.reached, self.code = what, reached, code
-        """`reached`: a shell on the host has begun; `code`: the exit code of what was started there."""
-        super().__init__(what)
-
-
 class Agents:
-    """An agent on every host: `with Agents(hosts, site, connect_s) as agents`. At its end nothing of them runs.
+    """Holds an agent on every host: `with Agents(hosts, site, connect_s) as agents`. At its end nothing of them runs.
 
     Args:
         hosts: their names, the head first.
@@ -37,7 +26,7 @@ class Agents:
     """
 
     def __init__(self, hosts: Sequence[str], site: Site, connect_s: float) -> None:
-        self.errors: dict[str, HostError] = {}
+        self.errors: dict[str, HostFault] = {}
         """Why hosts do not answer, or not any more."""
         self._site, self._inbox, self._began = site, Inbox(), time.monotonic()
         self._links: dict[str, Link] = {}
@@ -46,7 +35,7 @@ class Agents:
             try:
                 self._links[host] = Link(Host(host, 1), site, self._inbox, connect_s)
             except OSError as error:
-                self.errors[host] = HostError(f"{error.filename}: {error.strerror}", reached=False)
+                self.errors[host] = HostFault(f"{error.filename}: {error.strerror}", "reach")
 
     def __enter__(self) -> Agents:
         return self
@@ -63,9 +52,9 @@ class Agents:
         answers: dict[str, dict[str, Any]] = {}
         asked: dict[str, float] = {}
         waiting = set(self._links)
-        for host, message in self._messages(waiting, self._site.connect_s):
+        for host, message in self._hear(waiting, self._site.connect_s):
             if message["kind"] == "hello" and message["fault"] is not None:
-                self.errors[host] = HostError(message["fault"])
+                self.errors[host] = HostFault(message["fault"], "agent")
                 waiting.discard(host)
             elif message["kind"] == "hello":
                 answers[host] = {"reached_s": time.monotonic() - self._began}
@@ -75,7 +64,6 @@ class Agents:
                 half = (time.time() - asked[host]) / 2
                 answers[host]["clock"] = (message["time"] - asked[host] - half, half)
                 waiting.discard(host)
-        self._give_up(waiting, self._site.connect_s)
         return {host: answers[host] for host in self._links if host not in self.errors}
 
     def ask(
@@ -102,58 +90,46 @@ class Agents:
             ranks = [{"RANK": str(self._asked)}]  # a number that no process of this agent has had
             self._links[host].say("start", ranks=ranks, command=command, cwd=site.workdir, environment=variables)
         self._asked += 1
-        for host, message in self._messages(waiting, within_s):
+        for host, message in self._hear(waiting, within_s):
             if message["kind"] == "log":
                 texts[host] += message["text"]
             elif message["kind"] == "exit":
                 waiting.discard(host)
                 answer = _answer(texts[host], message["code"])
                 if "error" in answer:
-                    self.errors[host] = HostError(answer["error"])
+                    self.errors[host] = HostFault(answer["error"], "agent")
                 else:
                     answers[host] = answer
                 if over(answers):
                     waiting.clear()
-        self._give_up(waiting, within_s)
         return {host: answers[host] for host in requests if host in answers}
 
-    def _messages(self, waiting: set[str], within_s: float) -> Iterator[tuple[str, Message]]:
-        """Yield what agents say while there is somebody to wait for."""
+    def _hear(self, waiting: set[str], within_s: float) -> Iterator[tuple[str, Message]]:
+        """Yield what agents say while there is somebody to wait for; give up those that are waited for at the end."""
         until = time.monotonic() + within_s
-        while waiting and (left_s := until - time.monotonic()) > 0:
-            for link in self._links.values():  # an agent that hears nothing takes the one who asks for dead
-                link.say("beat")
-            try:
-                link, message = self._inbox.get(timeout=min(left_s, BEAT_S))
-            except queue.Empty:
-                continue
+
+        def left_s() -> float:
+            return until - time.monotonic() if waiting else 0.0
+
+        for link, message in hear(self._links.values(), self._inbox, left_s):
             host = link.host.name
             if message["kind"] == "gone":
                 waiting.discard(host)
-                code, said = link.ended()
-                what = _last([f"it ended with exit code {code}", *said])
-                not_reached = code == _SSH_FAILED or what.startswith("srun: error")
-                self.errors.setdefault(host, HostError(what, reached=not not_reached, code=code))
+                self.errors.setdefault(host, link.fault())
             else:
                 yield host, message
-
-    def _give_up(self, waiting: set[str], after_s: float) -> None:
         for host in waiting:
-            self.errors[host] = HostError(
-                f"no answer after {after_s:.0f} s", reached=self._links[host].hello is not None
-            )
-            self._links.pop(host).drop()
+            link = self._links.pop(host)
+            kind: FaultKind = "reach" if link.hello is None else "agent"
+            self.errors[host] = HostFault(f"no answer after {within_s:.0f} s", kind)
+            link.drop()
 
 
 def _answer(text: str, code: int) -> dict[str, Any]:
     """Return what a process that has ended answered; `error` where it has failed."""
-    lines = text.splitlines()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         if line.startswith(MARK):
             answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
             return answer
-    return {"error": _last([f"it ended with exit code {code}", *lines])}
-
-
-def _last(lines: Sequence[str]) -> str:
-    return [line.strip() for line in lines if line.strip()][-1][-_SHOWN_CHARACTERS:]
+    return {"error": [f"it ended with exit code {code}", *lines][-1][-_SHOWN_CHARACTERS:]}

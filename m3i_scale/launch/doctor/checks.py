@@ -71,7 +71,7 @@ def _packages(host: Host) -> Seen:
 
 
 def _commit(host: Host) -> Seen:
-    """The bytes count, the commit only names them."""
+    """Compare the code by its bytes; the commit only names them."""
     own, head = host.own["code"], host.head["code"]
     value = f"{own['commit'] or 'no commit'}, files {own['sha256'][:12]} in {own['path']}"
     commit = head["commit"] or "no commit"
@@ -144,7 +144,7 @@ def _accelerator(host: Host) -> Seen:
 
 
 def _interface(host: Host) -> Seen:
-    """The interface that ranks talk over is up, and has an address."""
+    """Check that the interface that ranks talk over is up, and has an address."""
     interfaces, chosen = host.own["interfaces"], host.own["interface"]
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
     addresses = own_addresses(interfaces, chosen)
@@ -163,7 +163,7 @@ def _interface(host: Host) -> Seen:
 
 
 def _names(host: Host) -> Seen:
-    """The host knows every host by its right address."""
+    """Check that the host knows every host by its right address."""
     faults, notes = [], []
     for name, told in host.own["names"].items():
         of_itself = name == host.name or name not in host.answers
@@ -196,7 +196,7 @@ def _wrong_address(name: str, told: Mapping[str, Any], answers: Answers) -> str 
 
 
 def _environment(host: Host) -> Seen:
-    """The host has no variables of its own that change a run."""
+    """Check that the host has no variables of its own that change a run."""
     own, head = host.own["variables"], host.head["variables"]
     names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
     others = [f"{name}={own.get(name, '(not set)')}" for name in names]
@@ -205,7 +205,7 @@ def _environment(host: Host) -> Seen:
 
 
 def _shards(host: Host) -> Seen:
-    """The first shard of every source can be read."""
+    """Check that the first shard of every source can be read."""
     for source, told in host.own.get("shards", {}).items():
         name = f"{source}: {told['shard']}"
         if "fault" in told:

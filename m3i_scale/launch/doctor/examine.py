@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from m3i_scale.launch.doctor import checks, group_checks
-from m3i_scale.launch.doctor.agents import Agents, HostError
+from m3i_scale.launch.doctor.agents import Agents
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.launch.doctor.machine import Needs
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import HostFault, Site
 
-_NOT_STARTED = (126, 127)
-_NOT_FOUND = re.compile(r"No module named '?(\w+)")
 _GROUP_S, _GROUP_OF_A_HOST_S = 300.0, 20.0
 """Limit of measuring, and how much more for every host: rounds of links take their time."""
 
@@ -25,7 +22,7 @@ Answers = dict[str, dict[str, Any]]
 
 @dataclass
 class Examination:
-    """Hosts to look at, and a run that they are to be fit for, or none."""
+    """Looks at hosts, and at whether they are fit for a run, where there is one."""
 
     slots: Mapping[str, int]
     """Ranks by host, the head first."""
@@ -82,31 +79,26 @@ class Examination:
         return sorted(found, key=lambda item: order[item.check])
 
     def _reached(
-        self, host: str, reached: Mapping[str, Mapping[str, Any]], errors: Mapping[str, HostError]
+        self, host: str, reached: Mapping[str, Mapping[str, Any]], errors: Mapping[str, HostFault]
     ) -> Iterator[Finding]:
-        if host in reached:
-            if self.site.ssh_to_all:
-                yield finding("ssh", host, f"reached in {reached[host]['reached_s']:.1f} s")
-            return
-        error, site = errors[host], self.site
-        if not error.reached:
+        fault, site = errors.get(host), self.site
+        if fault is not None and fault.kind == "reach":
             why = "launchers start ranks on it in the same way, without anybody to type a password"
             fix = f"until `ssh -o BatchMode=yes {host} true` works: key, known_hosts, address, sshd"
             if site.transport == "srun":
                 fix = f"until `srun --overlap --nodelist={host} true` works: the state of the node (sinfo)"
-            yield finding("ssh", host, error.what, fault=why, fix=fix)
+            yield finding("ssh", host, fault.what, fault=why, fix=fix)
             return
-        if self.site.ssh_to_all:
-            yield finding("ssh", host, "reached")
-        module = _NOT_FOUND.search(error.what)
-        if module is not None and module[1] != "m3i_scale":
+        if site.ssh_to_all:
+            took = f" in {reached[host]['reached_s']:.1f} s" if host in reached else ""
+            yield finding("ssh", host, f"reached{took}")
+        if fault is not None and fault.kind == "package":
             fix = f"the packages of {site.python} on this host"
-            yield finding("packages", host, error.what, fault="ranks there would not start", fix=fix)
-            return
-        fix = f"the environment of {site.python} on this host: it must import m3i_scale"
-        if error.code in _NOT_STARTED:
-            fix = f"{site.python} and the folder {site.workdir} on this host, or --python and --workdir"
-        yield finding("python", host, error.what, fault="ranks are started with the same interpreter", fix=fix)
+            yield finding("packages", host, fault.what, fault="ranks there would not start", fix=fix)
+        elif fault is not None:
+            fix = f"{site.python}, which must import m3i_scale, and the folder {site.workdir} on this host, or "
+            fix += "--python and --workdir"
+            yield finding("python", host, fault.what, fault="ranks are started with the same interpreter", fix=fix)
 
     def _request(self, host: str) -> dict[str, Any]:
         needs = (self.needs or {}).get(host) or Needs(self.slots[host], sum(self.slots.values()))

@@ -36,7 +36,7 @@ READ_BYTES = 1 << 16
 
 
 def interpreter() -> dict[str, Any]:
-    """Python, and the versions of the packages that a run computes with; None for one that is missing."""
+    """Return Python, and the versions of the packages that a run computes with; None for one that is missing."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -121,7 +121,7 @@ def run_values(run: RunConfig) -> dict[str, Any]:
 
 
 def _flat(values: Any, below: str = "") -> dict[str, str]:
-    """By dotted key: to name what differs."""
+    """Return values by dotted key, to name what differs."""
     if isinstance(values, Mapping) and values:
         return {
             key: text
@@ -132,7 +132,7 @@ def _flat(values: Any, below: str = "") -> dict[str, str]:
 
 
 def devices() -> dict[str, Any]:
-    """Accelerators as DeepSpeed finds them."""
+    """Return the accelerators as DeepSpeed finds them."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -158,7 +158,7 @@ def _processor() -> str:
 
 
 def _driver() -> str | None:
-    """Of NVIDIA's kernel module, or AMD's."""
+    """Return the version of NVIDIA's kernel module, or AMD's."""
     for path in (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version")):
         if path.is_file():
             return path.read_text(encoding="utf-8").strip()
@@ -166,7 +166,7 @@ def _driver() -> str | None:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """IPv4 and IPv6 addresses by interface; of those that are up."""
+    """Return IPv4 and IPv6 addresses by interface, of those that are up."""
     states = psutil.net_if_stats()
     families = (socket.AF_INET, socket.AF_INET6)
     return {
@@ -183,7 +183,7 @@ def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list
 
 
 def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What this host takes every name for: its addresses, or why there are none."""
+    """Return what this host takes every name for: its addresses, or why there are none."""
     found: dict[str, dict[str, Any]] = {}
     for host in dict.fromkeys([*hosts, socket.gethostname()]):
         try:
@@ -200,7 +200,7 @@ def variables() -> dict[str, str]:
 
 
 def first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:
-    """Of every source: the first shard, and how many bytes of it were read here, or why none."""
+    """Return the first shard of every source, and how many bytes of it were read here, or why none."""
     return {name: _first_shard(run, name, source.shards) for name, source in _sources(run).items()}
 
 

@@ -13,7 +13,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """One check on one host, or between two."""
+    """Says what one check has found on one host, or between two."""
 
     check: str
     """Its stable name: docs/doctor.md lists them."""

@@ -1,11 +1,14 @@
-"""The cheap part, of this machine alone: memory, /dev/shm, file limits, free disk, against what a run needs. It takes
-milliseconds and imports nothing that a training process has not imported anyway."""
+"""What this machine has: memory, /dev/shm, file limits, free disk, against what a run needs; and the memory of a rank.
+
+It takes milliseconds and imports neither torch nor DeepSpeed.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 COMFORTABLE_FILES = 4096
 COMFORTABLE_SHM = 2**30
 """NCCL's own advice for containers: --shm-size=1g."""
+_GIB = 2**30
+_ASK_NVIDIA = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+_ASK_NVIDIA_S = 10.0
+_OTHER_DEVICES = ("kfd", "accel*", "accel/accel*", "davinci*", "hl*")
+"""In /dev, of accelerators that `nvidia-smi` does not know: AMD's, Google's and Intel's, Ascend's, Gaudi's."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has to give now."""
+    """Says what this machine has to give now."""
 
     memory_available: int
     """Bytes; the limit of a container counts."""
@@ -81,7 +89,7 @@ def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
 
 
 def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, int]:
-    """Total and available bytes of memory, with the limit of the control group that this process is in."""
+    """Return total and available bytes of memory, within the limit of this process's control group."""
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
         for folder in (cgroup / own, cgroup):  # inside a container the root is its own group
@@ -96,12 +104,46 @@ def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, in
 
 
 def _inactive_file(folder: Path) -> int:
-    """Bytes of file cache, which the kernel gives back before it refuses memory."""
+    """Return bytes of file cache, which the kernel gives back before it refuses memory."""
     for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(" ")
         if name == "inactive_file":
             return int(value)
     return 0
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Says how much memory one rank may fill."""
+
+    gib: float | None
+    """None: this host has accelerators whose memory is not known."""
+    on_host: bool
+    """Whether it is the host's own memory, shared out among its ranks."""
+
+
+def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> RankMemory:
+    """Return the memory that a rank has.
+
+    Args:
+        slots: ranks on this host.
+        on_host: they compute on CPUs, whatever else the host has.
+        devices: where the kernel shows accelerators.
+    """
+    sizes = [] if on_host else _nvidia_gib()
+    if sizes:
+        return RankMemory(min(sizes), on_host=False)
+    if not on_host and any(any(devices.glob(pattern)) for pattern in ("nvidia[0-9]*", *_OTHER_DEVICES)):
+        return RankMemory(None, on_host=False)
+    return RankMemory(look().memory_available / _GIB / slots, on_host=True)
+
+
+def _nvidia_gib() -> list[float]:
+    try:
+        said = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
+        return [float(line) / 1024 for line in said.split("\n") if line.strip()]
+    except (OSError, ValueError, subprocess.SubprocessError):  # no such program, or its driver does not answer
+        return []
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:

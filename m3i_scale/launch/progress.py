@@ -1,11 +1,16 @@
-"""A host that is slower than the others, by the time its ranks work between collectives."""
+"""How far the ranks of an attempt are, by what agents read of them: who stands still, and which host is slower than the
+others by the time its ranks work between collectives."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from m3i_scale.config import TimeoutsConfig
+from m3i_scale.launch.place import PHASES
 from m3i_scale.launch.wire import Message
 
 RATIO = 3.0
@@ -14,11 +19,79 @@ STEPS = 4
 """Over so many steps."""
 _LEAST_S = 0.02
 """Less per step is nobody's trouble."""
+_SLACK_S = 30.0
+"""The process group's own time-out comes first: it leaves a trace on every rank."""
+
+
+class Progress:
+    """Keeps where ranks were last seen.
+
+    Args:
+        timeouts: of the run.
+    """
+
+    def __init__(self, timeouts: TimeoutsConfig) -> None:
+        self.first_step: int | None = None
+        self.last_step: int | None = None
+        self._timeouts = timeouts
+        self._places: dict[int, Message] = {}
+        self._ahead_s: dict[str, float] = {}
+        self._began = time.time()
+
+    def beat(self, host: str, message: Message, running: Collection[int]) -> None:
+        """Take in where a host's ranks are, and what its clock says.
+
+        Args:
+            host: that says it.
+            message: its beat.
+            running: ranks that have not ended.
+        """
+        ahead_s = time.time() - message["time"]
+        self._ahead_s[host] = min(ahead_s, self.ahead_s(host, ahead_s))
+        for rank, place in message["places"].items():
+            if int(rank) in running:
+                self._places[int(rank)] = place | {"age_s": message["time"] - place["changed"]}
+                self.count(place)
+
+    def ahead_s(self, host: str, unknown: float = 0.0) -> float:
+        """Return by how much the clock of this machine is ahead of a host's."""
+        return self._ahead_s.get(host, unknown)
+
+    def count(self, place: Message) -> None:
+        """Take the steps of a rank into account."""
+        if place["began"] >= 0:
+            self.first_step = place["began"]
+            self.last_step = max(self.last_step or 0, place["step"])
+
+    def last_seen(self, ranks: Iterable[int]) -> Message:
+        """Return the place of the one of these ranks with the fewest steps; nothing where none has been seen."""
+        seen = [self._places[rank] for rank in ranks if rank in self._places]
+        return min(seen, key=lambda place: int(place["step"]), default={})
+
+    def place_of(self, rank: int) -> Message:
+        """Return where a rank was last seen; one that has not yet said so starts."""
+        unseen = {"step": -1, "phase": "start", "changed": self._began, "age_s": time.time() - self._began}
+        return self._places.get(rank, unseen)
+
+    def stands_still(self, rank: int) -> bool:
+        """Return whether a rank has been where it is for longer than the run's own time-outs allow."""
+        place = self.place_of(rank)
+        inside = place["phase"] in PHASES and place["step"] > 0
+        return bool(place["age_s"] > (self._timeouts.step_s if inside else self._timeouts.start_s) + _SLACK_S)
+
+    def furthest_behind(self, ranks: Iterable[int]) -> int:
+        """Return which of these ranks has done least."""
+        return min(ranks, key=self._order)
+
+    def _order(self, rank: int) -> tuple[int, int, float]:
+        place = self.place_of(rank)
+        phase = place["phase"]
+        return place["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), place["changed"]
 
 
 @dataclass(frozen=True)
 class Slow:
-    """A host that the others wait for."""
+    """Names a host that the others wait for."""
 
     host: str
     own_s: float
