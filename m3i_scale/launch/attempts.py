@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 import time
@@ -12,8 +11,9 @@ from types import FrameType
 from typing import Any
 
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from m3i_scale.files import write_json
 from m3i_scale.launch.execute import signals_to_note
-from m3i_scale.launch.failures import FAILURE, failure_text, write_failure, write_whole
+from m3i_scale.launch.failures import FAILURE, failure_text, write_failure
 from m3i_scale.launch.job import is_here
 from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
@@ -190,7 +190,7 @@ class Launch:
             }
         )
         try:
-            write_whole(output_dir / ATTEMPTS, json.dumps(self.attempts, indent=1))
+            write_json(output_dir / ATTEMPTS, self.attempts)
             if cause is not None:
                 write_failure(output_dir, cause, outcome.others, attempt=number, logs=str(logs.folder))
         except OSError as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.files import write_json, write_whole
 from m3i_scale.launch.place import Place
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.check import make_plan
@@ -126,8 +126,8 @@ def _write_settings(plan: Plan) -> None:
     folder = plan.run.output_dir
     _ = plan.identity  # that of the teacher's files as they are now, not as they are at the first save
     try:
-        (folder / "run.yaml").write_text(run_yaml(plan.run), encoding="utf-8")
-        (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed.config, indent=1), encoding="utf-8")
+        write_whole(folder / "run.yaml", run_yaml(plan.run))
+        write_json(folder / "deepspeed.json", plan.deepspeed.config)
         if plan.tokenizer is not None:
             plan.tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:

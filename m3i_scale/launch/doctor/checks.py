@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from m3i_scale.files import sha256_of_json
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding, gib
 from m3i_scale.text import shown
@@ -47,7 +46,7 @@ def digest(answer: Mapping[str, Any]) -> str:
     """Hash Python, packages, code and run file: equal where the findings about them have no fault."""
     python = answer["python"]
     same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(same)
 
 
 Seen = Iterator[tuple[str, dict[str, str | None]]]

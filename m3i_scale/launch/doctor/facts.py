@@ -5,7 +5,6 @@ Every fact is plain JSON. Nothing is judged here: `checks.py` does that where th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ import psutil
 
 from m3i_scale.config import RunConfig, load_run, resource_folder
 from m3i_scale.errors import UserError
+from m3i_scale.files import sha256_of, sha256_of_json
 from m3i_scale.launch.environment import is_secret
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
@@ -82,9 +82,8 @@ def code() -> dict[str, Any]:
             again = path.relative_to(folder).parts[0] in ("_recipes", "_ds_configs")  # of a wheel: read below
             if path.suffix in (".py", ".yaml", ".json") and not again:
                 name = f"{folder.name.removeprefix('_')}/{path.relative_to(folder).as_posix()}"
-                files[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode())
-    return {"sha256": digest.hexdigest(), "commit": _commit(), "path": str(_PACKAGE), "files": files}
+                files[name] = sha256_of(path)[:16]
+    return {"sha256": sha256_of_json(files), "commit": _commit(), "path": str(_PACKAGE), "files": files}
 
 
 def _commit() -> str | None:
@@ -116,8 +115,7 @@ def run_values(run: RunConfig) -> dict[str, Any]:
     from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
     whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
-    text = json.dumps(whole, sort_keys=True)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "values": _flat(whole)}
+    return {"sha256": sha256_of_json(whole), "values": _flat(whole)}
 
 
 def _flat(values: Any, below: str = "") -> dict[str, str]:

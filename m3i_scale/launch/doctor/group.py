@@ -13,6 +13,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
+from m3i_scale.files import write_whole
 from m3i_scale.launch.doctor.bandwidth import measure_links
 
 NOTE_S = 5.0
@@ -185,10 +186,7 @@ def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
     made += [note, *(path for path in (folder, *folder.parents) if not path.exists())]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with note.open("w", encoding="utf-8") as file:
-            file.write(name)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(note, name)
     except OSError as error:
         return error.strerror or str(error)
     return None

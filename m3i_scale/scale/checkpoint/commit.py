@@ -12,7 +12,6 @@ the old or the new checkpoint, never a mixture.
 from __future__ import annotations
 
 import errno
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import sync, write_whole
 from m3i_scale.scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, step_of, temporary_for
 from m3i_scale.scale.checkpoint.manifest import (
     Digest,
@@ -28,7 +28,6 @@ from m3i_scale.scale.checkpoint.manifest import (
     list_directories,
     list_files,
     newest_good,
-    sync,
     verify,
     write_manifest,
 )
@@ -106,13 +105,9 @@ def point_latest(final: Path) -> None:
     Raises:
         CheckpointError: the disk refused.
     """
-    root = final.parent
-    temporary = root / f"{TEMPORARY_PREFIX}{LATEST}"
-    with write_guard(root, temporary):
-        temporary.write_text(final.name + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, root / LATEST)
-        sync(root)
+    latest = final.with_name(LATEST)
+    with write_guard(final.parent, latest, remove_folder=False):
+        write_whole(latest, final.name + "\n")
 
 
 def withdraw(undone: Sequence[Path], latest: Path) -> None:
