@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
-from m3i_scale.files import sha256_of, whole_folder
+from m3i_scale.files import read_json, sha256_of, whole_folder, write_json
 from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
@@ -106,11 +105,10 @@ def export(
             }
         )
         facts = masked(facts)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         (folder / "README.md").write_text(render_card(source, facts, config), encoding="utf-8")
         facts["files"] = hash_folder(folder)
-        text = json.dumps(facts, indent=1, ensure_ascii=False)
-        (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / PROVENANCE, facts)
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return {"output": str(target), "bytes": size, "warning": _joined(_passed_over(source), other_evaluation), **facts}
@@ -145,7 +143,7 @@ def export_and_push(
 def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """What export.json says, if it is of the same checkpoint and the same choices."""
     try:
-        facts: dict[str, Any] = json.loads((target / PROVENANCE).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = read_json(target / PROVENANCE)
     except (OSError, ValueError):
         return None
     wanted = options.get("wanted") or Wanted()

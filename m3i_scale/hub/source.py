@@ -15,7 +15,7 @@ from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError
-from m3i_scale.files import sha256_of
+from m3i_scale.files import read_json, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.scale.checkpoint.layout import MANIFEST, step_of
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
@@ -60,7 +60,7 @@ def find_source(path: Path) -> Source:
     try:
         file = checkpoint / "run.yaml"
         run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
-        meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
     except ConfigError as error:
         raise CheckpointError(
@@ -176,7 +176,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     if given is None and not path.is_file():
         return None, None
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = read_json(path)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"cannot read the evaluation: {error}", where=str(path), fix="write it anew, or remove it"

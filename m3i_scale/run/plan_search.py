@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import write_json
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import GIB, Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.run.setup import check_batch, resolve_engine
@@ -347,7 +347,7 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
     config["zero_optimization"] = found.resolved.config["zero_optimization"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(path, config)
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
     return " ".join([f"deepspeed={path}", *described(found)["overrides"][1:]])
