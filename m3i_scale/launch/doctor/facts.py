@@ -23,7 +23,7 @@ import psutil
 from m3i_scale.config import RunConfig, load_run, resource_folder
 from m3i_scale.errors import UserError
 from m3i_scale.files import sha256_of, sha256_of_json
-from m3i_scale.launch.environment import is_secret
+from m3i_scale.text import is_secret, without_secrets
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -213,7 +213,6 @@ def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
     from m3i_scale.data.remote.faults import FaultError
     from m3i_scale.data.remote.fetch import facts, read_range
     from m3i_scale.data.shards import expand_shards
-    from m3i_scale.text import without_secrets
 
     began = time.perf_counter()
     first: Any = without_secrets(shards)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, hide_secrets, require
+from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
+from m3i_scale.text import masked
 
 FOLDER = "wandb"
 PROJECT = "m3i-scale"
@@ -56,7 +57,7 @@ class WandbWriter(Callback):
                 id=_run_id(run_info.output_dir),
                 resume="allow" if self._mode == "online" else None,
                 dir=str(run_info.output_dir),
-                config=hide_secrets(run_info.config),
+                config=masked(run_info.config, names=True),
                 settings=settings,
             )
         except self._wandb.Error as error:
