@@ -1,8 +1,10 @@
-"""What must leave the machine with no model and stand in no log: logins, signatures in addresses, access tokens."""
+"""What a person reads: sizes, durations, what differs between two documents; and which secrets stand in no log."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _LOGIN = re.compile(r"://(?:[^\s/]*|[^\s/:]+:(?!\d+/)[^\s@]*)@")
@@ -68,3 +70,65 @@ def masked(value: Any, *, names: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [masked(item, names=names) for item in value]
     return value
+
+
+GIB = 2**30
+
+
+def size_text(count: float) -> str:
+    """Return bytes in a unit that suits them: `1.50 GiB`."""
+    for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that a person would take: `36 hours`."""
+    for unit, factor in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * factor:
+            value = seconds / factor
+            return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def short(value: Any, letters: int = 100) -> str:
+    """Return a JSON value in at most about so many letters."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= letters else text[:letters] + " …"
+
+
+def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, what was, what is) of every field that differs; below dicts, and below lists of the same length.
+
+    Args:
+        key: of the whole; "" for none.
+        before: JSON values.
+        now: JSON values.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                yield from differences(f"{key}.{name}" if key else str(name), before.get(name), now.get(name))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            if one != other:
+                yield from differences(f"{key}.{number}", one, other)
+    elif before != now:
+        yield key, before, now
+
+
+def told_differences(key: str, before: Any, now: Any) -> list[str]:
+    """Return `optim.lr was 0.001, is 0.002`, a line a field."""
+    found = differences(key, before, now)
+    return [f"{name} was {short(was)}, is {short(present)}" for name, was, present in found]
+
+
+def known_part(before: Any, now: Any) -> Any:
+    """Drop the fields that the older description does not have: a newer version of a package may describe the same
+    thing with more of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {key: known_part(before[key], value) for key, value in now.items() if key in before}
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [known_part(one, other) for one, other in zip(before, now, strict=True)]
+    return now

@@ -1,4 +1,4 @@
-"""What may be shown of texts and settings."""
+"""What is shown of sizes, durations, texts and settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from m3i_scale.text import HIDDEN, is_secret, masked
+from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, masked, size_text
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,26 @@ def test_a_log_has_no_secrets(value: Any, wanted: Any) -> None:
 
 def test_elsewhere_a_name_hides_nothing() -> None:
     assert masked({"key_width": 8, "a": "hf_abcdefghij1"}) == {"key_width": 8, "a": "…"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (318, "5.3 minutes"),
+        (0.864, "0.864 seconds"),
+        (43_200, "12 hours"),
+        (129_600, "36 hours"),
+        (751_680, "8.7 days"),
+        (106_660_800, "1,234 days"),
+    ],
+)
+def test_a_duration_has_a_unit_that_a_person_would_take(seconds: float, said: str) -> None:
+    assert duration_text(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.50 KiB"), (2**20, "1.00 MiB"), (80 * GIB, "80.00 GiB")],
+)
+def test_a_size_has_a_unit_that_suits_it(count: int, said: str) -> None:
+    assert size_text(count) == said

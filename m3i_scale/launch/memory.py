@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3i_scale.launch.doctor.machine import look
+from m3i_scale.text import GIB
 
-_GIB = 2**30
 _ASK = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 _ASK_S = 10.0
 _OTHER_DEVICES = ("kfd", "accel*", "accel/accel*", "davinci*", "hl*")
@@ -38,7 +38,7 @@ def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> R
         return RankMemory(min(sizes), on_host=False)
     if not on_host and any(any(devices.glob(pattern)) for pattern in ("nvidia[0-9]*", *_OTHER_DEVICES)):
         return RankMemory(None, on_host=False)
-    return RankMemory(look().memory_available / _GIB / slots, on_host=True)
+    return RankMemory(look().memory_available / GIB / slots, on_host=True)
 
 
 def _of_nvidia() -> list[float]:

@@ -14,7 +14,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import write_json
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.planning import GIB, Choice, Estimate, Machine, Model, estimate, read_vocabulary
+from m3i_scale.run.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.run.setup import check_batch, resolve_engine
 from m3i_scale.scale.activations import read_policy
 from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config
@@ -22,6 +22,7 @@ from m3i_scale.scale.deepspeed.rules import offloads_optimizer
 from m3i_scale.scale.plan.counts import numel_of
 from m3i_scale.scale.plan.replay import SNAPSHOT
 from m3i_scale.scale.plan.settings import settings_of
+from m3i_scale.text import GIB
 
 
 @dataclass(frozen=True)

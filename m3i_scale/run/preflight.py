@@ -19,11 +19,11 @@ from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
 from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
-from m3i_scale.run.retention import GIB
 from m3i_scale.run.setup import Plan, resolve_engine
 from m3i_scale.scale.agree import gather_objects, together
 from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.plan.settings import settings_of
+from m3i_scale.text import GIB
 
 _FILES_OF_A_RANK = 128
 """Libraries, logs, pipes."""

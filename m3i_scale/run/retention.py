@@ -15,9 +15,9 @@ from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.callbacks.metrics import METRICS
 from m3i_scale.scale.checkpoint.retention import Best, Rules
+from m3i_scale.text import GIB
 
 PREFIX = "evaluation/"
-GIB = 2**30
 
 
 def rules_of(config: CheckpointConfig) -> Rules:

@@ -25,7 +25,6 @@ from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, meaning, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
-from m3i_scale.run.differences import known_part, told_differences
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.activations import apply_activation_checkpointing
@@ -39,6 +38,7 @@ from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
+from m3i_scale.text import known_part, told_differences
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
@@ -310,7 +310,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     """What was and what is: recipes by their names, where those differ, everything else field by field."""
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
-        return f"recipe was '{names[0]}', and is '{names[1]}'"
+        return f"recipe was '{names[0]}', is '{names[1]}'"
     found = told_differences(key, before, now)
     more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
     return "; ".join(found[:_SHOWN_CHANGES]) + more

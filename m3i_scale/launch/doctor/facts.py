@@ -5,7 +5,6 @@ Every fact is plain JSON. Nothing is judged here: `checks.py` does that where th
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -115,18 +114,7 @@ def run_values(run: RunConfig) -> dict[str, Any]:
     from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
     whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
-    return {"sha256": sha256_of_json(whole), "values": _flat(whole)}
-
-
-def _flat(values: Any, below: str = "") -> dict[str, str]:
-    """By dotted key: to name what differs."""
-    if isinstance(values, Mapping) and values:
-        return {
-            key: text
-            for name, value in values.items()
-            for key, text in _flat(value, f"{below}.{name}" if below else str(name)).items()
-        }
-    return {below: json.dumps(values)}
+    return {"sha256": sha256_of_json(whole), "values": whole}
 
 
 def devices() -> dict[str, Any]:

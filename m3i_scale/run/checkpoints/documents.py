@@ -11,7 +11,6 @@ from typing import Any
 from m3i_scale.config import read_yaml
 from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
-from m3i_scale.run.differences import differences
 from m3i_scale.run.retention import evaluations, rules_document, rules_of_run
 from m3i_scale.scale.checkpoint.contents import compare_tensors, kinds_of
 from m3i_scale.scale.checkpoint.layout import (
@@ -26,6 +25,7 @@ from m3i_scale.scale.checkpoint.layout import (
 )
 from m3i_scale.scale.checkpoint.manifest import find_faults, latest_fault, verify
 from m3i_scale.scale.checkpoint.retention import Entry, entries_of, folder_bytes, which_to_keep
+from m3i_scale.text import differences
 
 SETTLE_S = 2.0
 """A job that has just renamed a folder takes a moment until `latest` names it."""

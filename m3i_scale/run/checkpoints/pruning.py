@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
-from m3i_scale.run.retention import GIB, evaluations, rules_document, rules_of_run
+from m3i_scale.run.retention import evaluations, rules_document, rules_of_run
 from m3i_scale.scale.checkpoint.retention import Best, Metrics, Rules, entries_of, plan_prune, prune, ranked
 from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.text import GIB
 
 _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]\d*))?")
 

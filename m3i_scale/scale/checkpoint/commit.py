@@ -31,6 +31,7 @@ from m3i_scale.scale.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from m3i_scale.text import size_text
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _REFUSED = {
@@ -60,7 +61,7 @@ def begin(final: Path, bytes_wanted: int = 0) -> Path:
         free = shutil.disk_usage(root).free
         if free < bytes_wanted:
             raise CheckpointError(
-                f"not enough room for a checkpoint: {_amount(bytes_wanted)} wanted, {_amount(free)} free",
+                f"not enough room for a checkpoint: {size_text(bytes_wanted)} wanted, {size_text(free)} free",
                 where=str(root),
                 why=_last_good(root),
                 fix="free space, lower checkpoint.keep_latest, or set output_dir to another disk",
@@ -206,9 +207,9 @@ def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> s
     cause = (_FULL | _REFUSED).get(error.errno or 0) or error.strerror or str(error)
     if error.errno in _REFUSED:
         return cause
-    wanted = f"{_amount(bytes_wanted)} wanted, " if bytes_wanted else ""
+    wanted = f"{size_text(bytes_wanted)} wanted, " if bytes_wanted else ""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return f"{cause}; {wanted}{_amount(shutil.disk_usage(existing).free)} free"
+    return f"{cause}; {wanted}{size_text(shutil.disk_usage(existing).free)} free"
 
 
 def remove(path: Path) -> None:
@@ -262,7 +263,3 @@ def _last_good(root: Path) -> str:
     # By names and sizes: reading a checkpoint of 100 GiB takes minutes, on the disk at fault, while all ranks wait.
     good, _ = newest_good(root, contents=False)
     return f"nothing is lost: the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
-
-
-def _amount(size: int) -> str:
-    return f"{size:,} bytes ({size / 2**30:.2f} GiB)"

@@ -24,6 +24,7 @@ from m3i_scale.scale.checkpoint.stream import Streamed, write_safetensors
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 from m3i_scale.scale.checkpoint.weights import SavedWeights, Which, saved_weights
 from m3i_scale.scale.engine_state import MASTER, MOMENTS
+from m3i_scale.text import size_text
 
 Layout = Literal["safetensors", "universal", "deepspeed"]
 Dtype = Literal["float32", "bfloat16"]
@@ -194,7 +195,7 @@ def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]
         free = shutil.disk_usage(target.parent).free
         if free < bytes_wanted:
             raise CheckpointError(
-                f"not enough room: {bytes_wanted:,} bytes wanted, {free:,} bytes free",
+                f"not enough room: {size_text(bytes_wanted)} wanted, {size_text(free)} free",
                 where=str(target.parent),
                 fix="free space, or give a folder on another disk",
             )
