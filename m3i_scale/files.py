@@ -205,3 +205,25 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON, or not UTF-8.
     """
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of lines (see `json_line`), but for lines that a kill has torn.
+
+    Args:
+        path: of the file.
+        containing: text of a line; others are not parsed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if containing not in line:
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
