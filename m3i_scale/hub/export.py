@@ -303,5 +303,5 @@ def _takes_name(target: Path) -> Iterator[Path]:
         raise ExportError(
             f"cannot write the export: {error}",
             where=str(target),
-            fix="another folder, or more room on the disk",
+            fix="check the disk's free space, or give another folder",
         ) from None

@@ -291,7 +291,7 @@ def test_tensorboard_is_read_back_and_a_resume_hides_what_is_written_again(tmp_p
     assert [(event.step, event.value) for event in rewound.Scalars("loss")][-2:] == [(20, 1.0), (21, 2.0)]
     assert [event.value for event in events.Scalars("group/text/nats")][-1] == 2.0
     everything = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
-    assert b"https://host/x.tar" in everything
+    assert b"@host/x.tar" in everything
     assert b"hunter2" not in everything
     assert b"abc" not in everything
 
@@ -330,7 +330,7 @@ def test_wandb_offline_writes_a_run_without_secrets(tmp_path: Path) -> None:
     assert runs
     everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
     assert b"group/text/nats" in everything
-    assert b"https://host/x.tar" in everything
+    assert b"@host/x.tar" in everything
     assert b"hunter2" not in everything
     assert b"signature=abc" not in everything
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import write_whole
 from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
 from m3i_scale.text import masked
 
@@ -93,5 +94,5 @@ def _run_id(output_dir: Path) -> str:
     path = output_dir / _RUN_ID
     if not path.exists():
         output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        write_whole(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()
