@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from typing import Any, TextIO
 
 from rich.console import Console
+
+from m3i_scale.files import json_text
 
 PIPED_COLUMNS = 4_000
 """Tables take what their cells need of it."""
@@ -33,7 +34,7 @@ def release_stdout() -> None:
 def print_json(value: Any) -> None:
     """Write the document."""
     stream = _DOCUMENT[-1] if _DOCUMENT else sys.stdout
-    stream.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    stream.write(json_text(value))
     stream.flush()
 
 

@@ -1,29 +1,48 @@
-"""What must leave the machine with no model and stand in no log: logins, signatures in addresses, access tokens."""
+"""What a person reads: sizes, durations, what differs between two documents; and which secrets stand in no log."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _LOGIN = re.compile(r"://(?:[^\s/]*|[^\s/:]+:(?!\d+/)[^\s@]*)@")
 _QUERY = re.compile(r"(\w+://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
 _NAMED_SECRET = re.compile(
-    r"((?:signature|credential|token|secret|password|api_?key|access_?key(?:_?id)?|\bsig)['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)]+",
+    r"((?:signature|credential|token|secret|password|api[_-]?key|access_?key(?:_?id)?|\bsig)['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)]+",
     re.IGNORECASE,
 )
+_OPTION_SECRET = re.compile(r"(--[\w-]*(?:token|secret|password|api-?key|access-?key)\s+)[^\s'\"]+", re.IGNORECASE)
 _HEADER_SECRET = re.compile(r"\b((?:Bearer|Basic)\s+)[\w.~+/=-]+", re.IGNORECASE)
+_AUTHORIZATION = re.compile(r"(\bAuthorization['\"]?:\s*['\"]?)[^'\"\n]+", re.IGNORECASE)
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{8,}|ya29\.[\w-]+|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
 )
 """Tokens that are known by their beginnings: of the Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
+HIDDEN = "(hidden)"
+"""Stands for a value that is a secret by its name, wherever a person reads it."""
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)AUTH(?!_SOCK)(?:_|$)|^AWS_", re.IGNORECASE
+)
+_COUNTED = {"tokens", "max_tokens"}
+"""Settings of a recipe and of the text tower."""
+
+
+def is_secret(name: str) -> bool:
+    """Return whether a variable or a setting is a secret by its name: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_* and
+    the like."""
+    return name not in _COUNTED and _SECRET_NAME.search(name) is not None
 
 
 def without_secrets(text: str) -> str:
-    """The text of somebody else's message, with logins and queries of addresses, signatures and tokens cut out."""
+    """Return a text of somebody else without the logins and queries of addresses, signatures and tokens in it."""
     if text.startswith("pipe:"):
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
-    return _TOKEN.sub("…", _NAMED_SECRET.sub(r"\1…", _HEADER_SECRET.sub(r"\1…", text)))
+    for pattern in (_HEADER_SECRET, _AUTHORIZATION, _NAMED_SECRET, _OPTION_SECRET):
+        text = pattern.sub(r"\1…", text)
+    return _TOKEN.sub("…", text)
 
 
 def shown(text: str) -> str:
@@ -31,12 +50,85 @@ def shown(text: str) -> str:
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
 
-def masked(value: Any) -> Any:
-    """A JSON value with every login, query and access token in its texts, keys included, replaced by `…`."""
+def masked(value: Any, *, names: bool = False) -> Any:
+    """Return a JSON value with every login, query and access token in its texts, keys included, replaced by `…`.
+
+    Args:
+        value: of JSON types.
+        names: hide all of what is a secret by its name as well, but for sections: for logs, as it may hide more than
+            secrets.
+    """
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
-        return {masked(key): masked(item) for key, item in value.items()}
+        return {
+            masked(key): HIDDEN
+            if names and not isinstance(item, dict) and is_secret(str(key))
+            else masked(item, names=names)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [masked(item) for item in value]
+        return [masked(item, names=names) for item in value]
     return value
+
+
+GIB = 2**30
+
+
+def size_text(count: float) -> str:
+    """Return bytes in a unit that suits them: `1.50 GiB`."""
+    for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that a person would take: `36 hours`."""
+    for unit, factor in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * factor:
+            value = seconds / factor
+            return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
+def short(value: Any, letters: int = 100) -> str:
+    """Return a JSON value in at most about so many letters."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= letters else text[:letters] + " …"
+
+
+def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, what was, what is) of every field that differs; below dicts, and below lists of the same length.
+
+    Args:
+        key: of the whole; "" for none.
+        before: JSON values.
+        now: JSON values.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                yield from differences(f"{key}.{name}" if key else str(name), before.get(name), now.get(name))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            if one != other:
+                yield from differences(f"{key}.{number}", one, other)
+    elif before != now:
+        yield key, before, now
+
+
+def told_differences(key: str, before: Any, now: Any) -> list[str]:
+    """Return `optim.lr was 0.001, is 0.002`, a line a field."""
+    found = differences(key, before, now)
+    return [f"{name} was {short(was)}, is {short(present)}" for name, was, present in found]
+
+
+def known_part(before: Any, now: Any) -> Any:
+    """Drop the fields that the older description does not have: a newer version of a package may describe the same
+    thing with more of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {key: known_part(before[key], value) for key, value in now.items() if key in before}
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [known_part(one, other) for one, other in zip(before, now, strict=True)]
+    return now

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.files import read_json
 
 SIZES = Path(__file__).with_name("sizes.json")
 
@@ -17,7 +17,7 @@ def describe_presets(names: list[str]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: no such preset.
     """
-    rows = {row["name"]: row for row in json.loads(SIZES.read_text(encoding="utf-8"))}
+    rows = {row["name"]: row for row in read_json(SIZES)}
     for name in names:
         if name not in rows:
             raise ConfigError(f"no backbone '{name}'", fix=did_you_mean(name, rows))

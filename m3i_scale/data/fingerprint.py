@@ -13,6 +13,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from m3i_scale.config import AugmentConfig, DistortionConfig, SourceConfig
+from m3i_scale.text import told_differences
 
 Shard = tuple[str, int, int, str]
 """Name, bytes, samples, digest of the members' headers."""
@@ -76,7 +77,7 @@ def changes(
         elif now is None and before is not None:
             differences[name] = f"removed ({_amount(before)})"
         elif before is not None and now is not None and before != now:
-            parts = list(_settings("", before["settings"], now["settings"]))
+            parts = told_differences("", before["settings"], now["settings"])
             if before.get("deal", 1) != now.get("deal", 1):
                 parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
             if before["sha256"] != now["sha256"]:
@@ -96,15 +97,6 @@ def _amount(source: Mapping[str, Any]) -> str:
 
 def _count(shards: int) -> str:
     return f"{shards} shard" if shards == 1 else f"{shards} shards"
-
-
-def _settings(key: str, before: Any, now: Any) -> Iterable[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                yield from _settings(f"{key}.{name}" if key else name, before.get(name), now.get(name))
-    else:
-        yield f"{key} was {before}, is {now}"
 
 
 def _shards(

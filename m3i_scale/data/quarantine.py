@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from m3i_scale.data.order import seed_of
 from m3i_scale.errors import DataError
+from m3i_scale.files import json_line
 
 WHOLE_SHARD = "*"
 """The key of a shard that was given up."""
@@ -58,7 +59,7 @@ class Quarantine:
                 fcntl.flock(stream, fcntl.LOCK_EX)
                 torn = self._read_on(stream)
                 new = self._count(new)
-                lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in new]
+                lines = [json_line(entry) for entry in new]
                 stream.write("".join(["\n" if torn and new else "", *lines]).encode())
                 self._read_bytes = stream.tell()
         except OSError as error:

@@ -13,7 +13,6 @@ import os
 import struct
 import tarfile
 import tokenize
-import uuid
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from m3i_scale.data.remote.address import Place, Url
 from m3i_scale.data.tar import read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.files import replacing
 
 INDEX_FORMAT = 2
 TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
@@ -145,8 +145,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    with temporary.open("xb") as stream:  # by its plain mode: whoever can read the shards can read this, too
+    with replacing(path, durable=False) as stream:
         np.savez(
             stream,
             format=np.int64(INDEX_FORMAT),
@@ -157,7 +156,6 @@ def save_index(index: ShardIndex, path: Path) -> None:
             sha256=np.str_(index.sha256),
             read_to_end=np.bool_(True),
         )
-    os.replace(temporary, path)
 
 
 def load_saved(path: Place, saved: Path) -> ShardIndex | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import AutoModelForImageClassification
 from m3i_scale.evaluate.features import Encoder, VisionModel
 from m3i_scale.evaluate.intervals import Clusters, mean_interval
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
+from m3i_scale.files import read_json
 from m3i_scale.objective.information import Objective
 
 DEPTHS = (1, 5)
@@ -38,7 +38,7 @@ class Classifier:
 
 def has_own_head(folder: Path) -> bool:
     """Return whether the folder is that of an image classifier."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     return any(str(name).endswith("ForImageClassification") for name in values.get("architectures") or ())
 
 

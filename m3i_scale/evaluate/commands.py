@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from m3i_scale.evaluate.measures import NotMeasuredError, Side
 from m3i_scale.evaluate.samples import Table, open_table
 from m3i_scale.evaluate.towers import Towers, has_category_head, load_objective, towers_of, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
+from m3i_scale.files import read_json
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
 """What learns from training data."""
@@ -249,7 +249,7 @@ def _document(folder: Path, vision: VisionModel, job: _Job, data: str, train_dat
 def _exported_from(folder: Path) -> dict[str, Any] | None:
     """Return which weights of which checkpoint an export has, as its export.json says; None for other folders."""
     try:
-        facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "export.json")
         return {key: facts[key] for key in ("checkpoint", "checkpoint_manifest_sha256", "weights")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.features import no_pooling_layer
+from m3i_scale.files import read_json
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.upgrade import upgraded
@@ -114,7 +114,7 @@ def towers_of(objective: Objective, run: RunConfig, folder: Path, device: torch.
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise ExportError(f"cannot read the heads' description: {error}", where=str(path)) from None
     if not isinstance(values, dict):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.files import write_json
 from m3i_scale.hub import fresh_onnx
 from m3i_scale.hub.process import run_fresh
 from m3i_scale.hub.verify import Reference, close, difference
@@ -58,7 +58,7 @@ def write_onnx(folder: Path, reference: Reference) -> float:
         work = Path(name)
         save_file({"pixel_values": reference.pixels.contiguous()}, work / "inputs.safetensors")
         job = {"auto": part.auto, "options": part.options, "output": part.output}
-        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        write_json(work / "job.json", job)
         program = str(Path(fresh_onnx.__file__).resolve())
         for phase in ("trace", "run"):
             run_fresh([program, phase, str(folder.resolve()), str(work)], folder, work)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
+from m3i_scale.files import read_json, sha256_of, whole_folder, write_json
 from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
@@ -37,7 +34,6 @@ from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
 from m3i_scale.scale.checkpoint.layout import MANIFEST
-from m3i_scale.scale.checkpoint.manifest import hash_file
 from m3i_scale.scale.checkpoint.weights import saved_weights
 from m3i_scale.text import masked
 
@@ -109,11 +105,10 @@ def export(
             }
         )
         facts = masked(facts)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         (folder / "README.md").write_text(render_card(source, facts, config), encoding="utf-8")
         facts["files"] = hash_folder(folder)
-        text = json.dumps(facts, indent=1, ensure_ascii=False)
-        (folder / PROVENANCE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / PROVENANCE, facts)
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return {"output": str(target), "bytes": size, "warning": _joined(_passed_over(source), other_evaluation), **facts}
@@ -148,7 +143,7 @@ def export_and_push(
 def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """What export.json says, if it is of the same checkpoint and the same choices."""
     try:
-        facts: dict[str, Any] = json.loads((target / PROVENANCE).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = read_json(target / PROVENANCE)
     except (OSError, ValueError):
         return None
     wanted = options.get("wanted") or Wanted()
@@ -189,8 +184,8 @@ def _origin(source: Source) -> dict[str, str]:
     """Return what tells which checkpoint an export is of; read before the tensors are, since a run may remove it."""
     try:
         return {
-            "checkpoint_manifest_sha256": hash_file(source.checkpoint / MANIFEST),
-            "config_sha256": hash_file(source.checkpoint / "run.yaml"),
+            "checkpoint_manifest_sha256": sha256_of(source.checkpoint / MANIFEST),
+            "config_sha256": sha256_of(source.checkpoint / "run.yaml"),
         }
     except FileNotFoundError:
         raise CheckpointError(
@@ -286,14 +281,6 @@ def _follow_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _sweep(target: Path) -> None:
-    """Remove what an export that was killed left beside `target`."""
-    for path in target.parent.glob(f".{target.name}.*.partial"):
-        number = path.name.removeprefix(f".{target.name}.").removesuffix(".partial")
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """Those of `transformers`: one for each of a handful of files."""
@@ -308,26 +295,13 @@ def _without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def _takes_name(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when all went well, and is gone when not."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    """Give a folder beside `target` that takes its name when all went well, and is gone when not."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        folder.mkdir()
-    except OSError as error:
-        raise ExportError(f"cannot write there: {error.strerror}", where=str(target.parent)) from None
-    try:
-        yield folder
-        if target.is_dir():
-            target.rename(old)
-        folder.rename(target)
+        with whole_folder(target, replace=True) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
-        if old.is_dir() and not target.exists():
-            old.rename(target)
         raise ExportError(
-            f"cannot write the export: {error}", where=str(target), fix="check the disk's free space"
+            f"cannot write the export: {error}",
+            where=str(target),
+            fix="check the disk's free space, or give another folder",
         ) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

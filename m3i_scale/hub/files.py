@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.errors import ExportError
+from m3i_scale.files import write_json
 from m3i_scale.hub.tensors import Distinct, Made, Part, check_complete, check_shape, value_of, values_of
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -77,7 +77,7 @@ def write_part(
         save_file(shard, place / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (place / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        write_json(place / "model.safetensors.index.json", index)
     for path in part.files:
         shutil.copyfile(path, place / path.name)
     return fingerprints
@@ -101,8 +101,7 @@ def write_heads_file(
 def _write_config(place: Path, part: Part, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     if part.config is not None:
-        text = json.dumps(part.config | {"dtype": name}, indent=1, ensure_ascii=False)
-        (place / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(place / "config.json", part.config | {"dtype": name})
         return
     config = part.model.config
     config.dtype, config.architectures = name, [type(part.model).__name__]

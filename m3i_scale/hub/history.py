@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from m3i_scale.files import read_json_lines
 from m3i_scale.hub.source import Source
 
 CURVE_ROWS = 10
@@ -82,7 +81,7 @@ def curve_of(source: Source) -> list[dict[str, Any]]:
 
 
 def _trained(source: Source) -> Iterator[dict[str, Any]]:
-    for record in _records(source.run_dir / "metrics.jsonl"):
+    for record in _records(source):
         if record.get("kind") == "train" and record.get("step", 0) <= source.step:
             yield record
 
@@ -91,7 +90,7 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
     """Run and train records, the steps that each stands for, the ranks that did them, and a rank's micro-batch."""
     world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
     before: int | None = None
-    for record in _records(source.run_dir / "metrics.jsonl"):
+    for record in _records(source):
         step = record.get("step", 0)
         if record.get("kind") == "run":
             # The file of a run that goes on from elsewhere begins at that step. Later, a stop between two records
@@ -104,15 +103,6 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
             before = step
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none where there is no such file."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line torn by a kill
-                continue
-            if isinstance(record, dict):
-                yield record
+def _records(source: Source) -> Iterator[dict[str, Any]]:
+    path = source.run_dir / "metrics.jsonl"
+    return read_json_lines(path) if path.is_file() else iter(())

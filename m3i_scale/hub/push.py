@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils._validators import validate_repo_id
 
 from m3i_scale.errors import ExportError
-from m3i_scale.scale.checkpoint.manifest import hash_file
+from m3i_scale.files import sha256_of
 from m3i_scale.text import masked
 
 PROVENANCE = "export.json"
@@ -30,7 +30,7 @@ def listed_files(folder: Path) -> dict[str, int]:
         raise ExportError(f"no export: it has no {PROVENANCE} that lists files", where=str(folder)) from None
     for name, digest in items:
         path = _inside(folder, name)
-        if not path.is_file() or hash_file(path) != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise ExportError(
                 f"'{name}' is not the file that was proven", where=str(folder), fix="export anew, with --overwrite"
             )

@@ -15,9 +15,10 @@ from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError
+from m3i_scale.files import read_json, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.scale.checkpoint.layout import MANIFEST, step_of
-from m3i_scale.scale.checkpoint.manifest import hash_file, newest_good, verify
+from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def find_source(path: Path) -> Source:
     try:
         file = checkpoint / "run.yaml"
         run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
-        meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
     except ConfigError as error:
         raise CheckpointError(
@@ -175,7 +176,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     if given is None and not path.is_file():
         return None, None
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = read_json(path)
     except (OSError, ValueError) as error:
         raise ExportError(
             f"cannot read the evaluation: {error}", where=str(path), fix="write it anew, or remove it"
@@ -188,7 +189,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     if not isinstance(model, dict) or "export" not in model:  # of a version that did not say it
         return values, None
     of = model["export"] if isinstance(model["export"], dict) else {}
-    if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (hash_file(source.checkpoint / MANIFEST), weights):
+    if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (sha256_of(source.checkpoint / MANIFEST), weights):
         return values, None
     theirs = f"the {of.get('weights')} weights of {of.get('checkpoint')}" if of else "another model"
     if given is not None:
@@ -203,4 +204,4 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
 def hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by path with `/`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from m3i_scale.config import AugmentConfig
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ExportError
+from m3i_scale.files import read_json, write_json
 from m3i_scale.hub import fresh
 from m3i_scale.hub.process import run_fresh
 from m3i_scale.hub.source import Source
@@ -116,8 +116,8 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save_file({"pixel_values": reference.pixels.contiguous()}, work / "inputs.safetensors")
-        (work / "captions.json").write_text(json.dumps(reference.captions), encoding="utf-8")
-        (work / "job.json").write_text(json.dumps(_job(reference)), encoding="utf-8")
+        write_json(work / "captions.json", reference.captions)
+        write_json(work / "job.json", _job(reference))
         for picture, image in reference.pictures.items():
             image.save(work / f"{picture}.png")
         report = _run(folder, work)
@@ -158,7 +158,7 @@ def _job(reference: Reference) -> dict[str, Any]:
 
 def _run(folder: Path, work: Path) -> dict[str, Any]:
     run_fresh([str(Path(fresh.__file__).resolve()), str(folder.resolve()), str(work)], folder, work)
-    report: dict[str, Any] = json.loads((work / "report.json").read_text(encoding="utf-8"))
+    report: dict[str, Any] = read_json(work / "report.json")
     return report
 
 

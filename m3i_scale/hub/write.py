@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import BertModel, BitImageProcessor, PreTrainedTokenizerBase
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
+from m3i_scale.files import read_json, write_json
 from m3i_scale.hub.as_timm import timm_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
@@ -162,10 +162,10 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the tokenizer's files; one of no model of its own under the name that all versions of transformers know."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if values.get("tokenizer_class") == "TokenizersBackend":  # since 5
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, values)
 
 
 def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
@@ -176,7 +176,7 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
         "label_sets": source.label_sets,
         "vocab_size": source.vocab_size,
     }
-    (folder / "objective.json").write_text(json.dumps(objective, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "objective.json", objective)
     kept = inference_names(source.run, source.label_sets, source.vocab_size)
     names = [name for name in weights if name in kept and not name.startswith((VISION, TEXT))]
     return write_heads_file(folder / "heads.safetensors", copied(names, ""), weights, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 import threading
@@ -14,7 +13,8 @@ from typing import Any
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from m3i_scale.launch.failures import FAILURE, failure_text, write_failure, write_whole
+from m3i_scale.files import write_json
+from m3i_scale.launch.failures import FAILURE, failure_text, write_failure
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link, connect
 from m3i_scale.launch.logs import Logs
@@ -180,7 +180,7 @@ class Launch:
             }
         )
         try:
-            write_whole(output_dir / ATTEMPTS, json.dumps(self.attempts, indent=1))
+            write_json(output_dir / ATTEMPTS, self.attempts)
             if cause is not None:
                 write_failure(output_dir, cause, outcome.others, attempt=number, logs=str(logs.folder))
         except OSError as error:

@@ -3,13 +3,13 @@ restarts over the hosts that remain. Needs no other program."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.files import json_text, read_json
 from m3i_scale.launch.attempts import Launch, new_launch
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.hosts import Host
@@ -72,7 +72,7 @@ def render(job: Job) -> LaunchPlan:
         "words": [job.run, *job.overrides],
         "run": {**job.values, "output_dir": str(job.output_dir)},
     }
-    text = json.dumps(content, indent=1, default=str, ensure_ascii=False) + "\n"
+    text = json_text(content)
     return LaunchPlan(
         launcher="elastic",
         folder=job.folder,
@@ -93,7 +93,7 @@ def read_launch(path: Path) -> Launch:
         ConfigError: it cannot be read, or a module with a class of the user's own cannot be imported.
     """
     try:
-        given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        given: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
     run = RunConfig.model_validate(given["run"])

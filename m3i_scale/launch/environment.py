@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.text import HIDDEN, is_secret
 
-HIDDEN = "(hidden)"
-"""Stands for the value of a secret wherever a person reads it."""
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by launchers, differently on every rank."""
 SLURM_EXPORTS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
@@ -17,7 +16,6 @@ SLURM_EXPORTS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
 INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """The network interface of Gloo and of NCCL."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|^AWS_", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,6 @@ class Variable:
     value: str
     secret: bool = False
     """Its value belongs neither on a command line nor into a log."""
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable is a secret by its name: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_* and the like."""
-    return _SECRET.search(name) is not None
 
 
 def check_variable(entry: str) -> str:

@@ -18,6 +18,7 @@ from types import FrameType
 import psutil
 
 from m3i_scale.errors import UserError
+from m3i_scale.files import write_whole
 from m3i_scale.launch.plan import Command, LaunchPlan
 from m3i_scale.launch.processes import SIGNALS, TIED, noted_signals
 
@@ -36,14 +37,7 @@ def write_files(plan: LaunchPlan) -> None:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for file in plan.files:
-            path = plan.folder / file.name
-            beside = path.with_name(f".{file.name}.{os.getpid()}")
-            beside.unlink(missing_ok=True)
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(file.text)
-            beside.chmod(file.mode)
-            beside.replace(path)
+            write_whole(plan.folder / file.name, file.text, mode=file.mode)
     except OSError as error:
         raise UserError(
             f"cannot write what the launcher needs: {error.strerror}",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import EXIT_USER_ERROR, UserError
+from m3i_scale.files import read_json, write_json
 from m3i_scale.text import masked
 
 FAILURE = "failure.json"
@@ -128,28 +127,11 @@ def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], *
     Raises:
         OSError: the disk refused.
     """
+    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FAILURE
     content = {"cause": asdict(cause), "others": [asdict(other) for other in others], **more}
-    write_whole(path, json.dumps(content, indent=1, default=str))
+    write_json(path, content)
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once; a kill leaves the old one or the new one.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def record_file(folder: Path, rank: int) -> Path:
@@ -163,13 +145,14 @@ def write_record(folder: Path, failure: Failure) -> None:
     Raises:
         OSError: the disk refused.
     """
-    write_whole(record_file(folder, failure.rank or 0), json.dumps(asdict(failure)))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record_file(folder, failure.rank or 0), asdict(failure))
 
 
 def read_record(path: Path) -> Failure | None:
     """Read what a rank has left; None where it has left nothing that can be read."""
     try:
-        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+        return Failure(**read_json(path))
     except (OSError, ValueError, TypeError):  # TypeError: of another version of this package
         return None
 

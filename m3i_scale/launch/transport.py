@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from m3i_scale.launch.environment import LAUNCHERS, SLURM_EXPORTS, is_secret
+from m3i_scale.launch.environment import LAUNCHERS, SLURM_EXPORTS
 from m3i_scale.launch.hosts import is_here
+from m3i_scale.text import is_secret
 
 _AGENT = ("-u", "-m", "m3i_scale.launch.agent")
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")

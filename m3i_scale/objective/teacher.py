@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
 from m3i_scale.backbones.sources.hub import hub_places
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import read_json, sha256_of
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.recipe import Recipe
 
@@ -83,7 +82,7 @@ def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
 def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     path = pretrained_folder(source) / "preprocessor_config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
@@ -151,9 +150,4 @@ def teacher_sha256(recipe: Recipe) -> str | None:
 
 @lru_cache(maxsize=4)  # asked at every checkpoint
 def _hash_weights(source: str) -> str:
-    digest = hashlib.sha256()
-    for path in weight_files(pretrained_folder(source, _WHERE), "transformers", _WHERE):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(*weight_files(pretrained_folder(source, _WHERE), "transformers", _WHERE))

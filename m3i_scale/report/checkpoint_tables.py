@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from m3i_scale.text import duration_text, short, size_text
+
 _SHOWN, _SHOWN_FILES = 20, 12
-_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 
 def listing(document: Mapping[str, Any]) -> RenderableType:
@@ -29,12 +29,13 @@ def listing(document: Mapping[str, Any]) -> RenderableType:
         )
         samples = "?" if row["samples"] is None else f"{row['samples']:,}"
         mark = Text("yes", "green") if row["good"] else Text("no", "bold red")
-        table.add_row(name, samples, _age(row["age_s"]), size(row["bytes"]), mark, Text("\n".join(known)), kept)
-    notes = [Text(f"{document['root']}: {len(document['checkpoints'])} checkpoints, {size(document['bytes'])}")]
+        age = "?" if row["age_s"] is None else duration_text(row["age_s"])
+        table.add_row(name, samples, age, size_text(row["bytes"]), mark, Text("\n".join(known)), kept)
+    notes = [Text(f"{document['root']}: {len(document['checkpoints'])} checkpoints, {size_text(document['bytes'])}")]
     if document["rules"] is None:
         notes.append(Text("no run file beside them, so no rules are known", "yellow"))
     for left in document["temporary"]:
-        text = f"{left['name']} ({size(left['bytes'])}): being written or removed, or left by a killed job"
+        text = f"{left['name']} ({size_text(left['bytes'])}): being written or removed, or left by a killed job"
         notes.append(Text(text, "yellow"))
     return Group(table, *notes)
 
@@ -68,7 +69,7 @@ def inspection(document: Mapping[str, Any]) -> RenderableType:
         if document[key] is not None:
             value = document[key]
             facts.add_row(key.replace("_", " "), Text(f"{value:,}" if isinstance(value, int) else str(value)))
-    facts.add_row("size", size(document["bytes"]))
+    facts.add_row("size", size_text(document["bytes"]))
     facts.add_row("data", Text("\n".join(document["data_in_words"])))
     facts.add_row("random states", Text(f"of {len(document['random_states'])} ranks"))
     versions = document["versions"] or {}
@@ -77,7 +78,7 @@ def inspection(document: Mapping[str, Any]) -> RenderableType:
         facts.add_row(Text("fault", "bold red"), Text(fault))
     table = _table("kind", "tensors", "fragments", "size", "files", "types")
     for kind, row in document["tensors"].items():
-        counts = (f"{row['tensors']:,}", f"{row['fragments']:,}", size(row["bytes"]), f"{row['files']:,}")
+        counts = (f"{row['tensors']:,}", f"{row['fragments']:,}", size_text(row["bytes"]), f"{row['files']:,}")
         table.add_row(kind, *counts, " ".join(row["dtypes"]))
     return Group(Text(document["checkpoint"], "bold"), facts, table)
 
@@ -89,7 +90,7 @@ def comparison(document: Mapping[str, Any]) -> RenderableType:
         if document[title]:
             table = _table(title, "a", "b")
             for row in document[title]:
-                table.add_row(Text(row["key"]), Text(short(row["a"])), Text(short(row["b"])))
+                table.add_row(Text(row["key"]), Text(short(row["a"], 60)), Text(short(row["b"], 60)))
             parts.append(table)
     parts += _tensors(document["tensors"])
     if document["same"]:
@@ -141,7 +142,7 @@ def pruning(document: Mapping[str, Any]) -> RenderableType:
         table.add_row(name, Text("would go" if document["dry_run"] else "removed", "red"), "no rule keeps it")
     word = "would be freed" if document["dry_run"] else "freed"
     rules = Text(f"rules, from {document['rules_from']}: {_rules(document['rules'])}")
-    return Group(rules, table, Text(f"{document['root']}: {size(document['bytes_removed'])} {word}"))
+    return Group(rules, table, Text(f"{document['root']}: {size_text(document['bytes_removed'])} {word}"))
 
 
 def consolidation(document: Mapping[str, Any]) -> RenderableType:
@@ -162,27 +163,6 @@ def _rules(rules: Mapping[str, Any]) -> str:
     best = rules["keep_best"]
     told = {**rules, "keep_best": None if best is None else f"{best['metric']}:{best['mode']}:{best['count']}"}
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
-
-
-def size(count: int) -> str:
-    """Bytes in a unit that suits them."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"
-
-
-def short(value: Any) -> str:
-    """A JSON value in at most about 60 letters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:60] + " …"
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    unit, factor = next(((unit, factor) for unit, factor in _UNITS if seconds >= factor), _UNITS[-1])
-    return f"{seconds / factor:.0f} {unit}"
 
 
 def _some(names: list[str]) -> str:

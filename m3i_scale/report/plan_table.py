@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from m3i_scale.text import duration_text
+
 ERROR = 0.1
 """Room that a plan should leave: its error, and what an accelerator's allocator loses between tensors."""
 
@@ -35,14 +37,6 @@ def _planned(choice: dict[str, Any], ranks: int) -> Text:
         f"{choice['micro_batch_size']} × {accumulation} × {ranks:,} ranks, "
         f"activation_checkpointing={choice['activation_checkpointing']}"
     )
-
-
-def duration(days: float) -> str:
-    """Write days in the unit that a person would take."""
-    for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
-        if days >= 2 * size:
-            return f"{days / size:,.3g} {unit}" if days < 1000 * size else f"{days / size:,.0f} {unit}"
-    return f"{days * 86400:.3g} seconds"
 
 
 def _rank_hours(document: dict[str, Any], hours: float) -> str:
@@ -97,7 +91,7 @@ def _figures(document: dict[str, Any]) -> Table:
     table.add_row("samples a day", f"{document['samples_per_day']:,.0f}")
     table.add_row(
         f"{document['samples']:,} samples",
-        f"{duration(document['days'])}, {_rank_hours(document, document['gpu_hours'])}",
+        f"{duration_text(86_400 * document['days'])}, {_rank_hours(document, document['gpu_hours'])}",
     )
     table.add_row("checkpoint", f"{document['checkpoint_gib']:.3g} GiB")
     table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")

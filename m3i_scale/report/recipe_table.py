@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.config import known_recipes, read_yaml
+from m3i_scale.files import read_json
 
 ROWS = Path(__file__).with_name("recipes.json")
 """The result of `described_rows`, stored: importing the recipes' classes, which compute with torch, takes seconds."""
@@ -76,7 +77,7 @@ def printable(text: str) -> str:
 
 def built_in_rows() -> list[dict[str, Any]]:
     """Return the built-in recipes as `describe` tells them, in the paper's order."""
-    rows: list[dict[str, Any]] = json.loads(ROWS.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = read_json(ROWS)
     return rows
 
 

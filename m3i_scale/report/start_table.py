@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from typing import Any
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.config import RunConfig
+from m3i_scale.files import write_json
 from m3i_scale.output import wide_console
 from m3i_scale.scale.checkpoint.commit import explain
 
@@ -33,7 +33,7 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
             f" takes {seen['mean']} and {seen['std']}: data.augment.mean, data.augment.std[/]"
         )
     try:
-        (run.output_dir / FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(run.output_dir / FILE, report)
     except OSError as error:
         raise explain(error, run.output_dir / "checkpoints") from None
 

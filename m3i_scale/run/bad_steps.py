@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_scale.run.files import write_json
+from m3i_scale.files import write_json
 from m3i_scale.scale.agree import from_rank_0, gather_objects
 
 FOLDER = "bad_steps"
@@ -112,6 +112,7 @@ def write_bad_steps(output_dir: Path, step: int, why: str, steps: Iterable[BadSt
 
 def _write(path: Path, content: dict[str, Any]) -> str:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
     except OSError as error:
         return f"{path} could not be written: {error.strerror}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,14 +12,16 @@ from typing import Any
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import write_json
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.planning import GIB, Choice, Estimate, Machine, Model, estimate, read_vocabulary
+from m3i_scale.run.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.run.setup import check_batch, resolve_engine
 from m3i_scale.scale.activations import read_policy
 from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config
 from m3i_scale.scale.deepspeed.rules import offloads_optimizer
 from m3i_scale.scale.plan.replay import SNAPSHOT
 from m3i_scale.scale.plan.settings import numel_of, settings_of
+from m3i_scale.text import GIB
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
     config["zero_optimization"] = written.resolved.config["zero_optimization"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(path, config)
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
     return " ".join([f"deepspeed={path}", *described(written)["overrides"][1:]])

@@ -33,8 +33,8 @@ from m3i_scale.scale.plan.ledger import HOLES, Ledger
 from m3i_scale.scale.plan.replay import ACTIVATIONS, PLAYED
 from m3i_scale.scale.plan.settings import Parameter, Settings, numel_of, settings_of
 from m3i_scale.scale.plan.trace import Trace, record, scaled
+from m3i_scale.text import GIB
 
-GIB = 2**30
 AVERAGE_BYTES = 4
 """A checkpoint takes so many for an element of the momentum target."""
 CLASSES, VOCABULARY = 1000, 30522

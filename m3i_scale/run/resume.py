@@ -11,13 +11,13 @@ from typing import Any
 from m3i_scale.config import RunConfig, read_yaml
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import meaning
-from m3i_scale.run.differences import known_part, told_differences
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.deepspeed.rules import precision
+from m3i_scale.text import known_part, told_differences
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")

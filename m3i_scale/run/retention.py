@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from m3i_scale.config import CheckpointConfig, RetentionConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
+from m3i_scale.files import read_json_lines
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.callbacks.metrics import METRICS
 
@@ -46,7 +47,10 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
     by_step: dict[int, dict[str, float]] = {}
     path = output_dir / METRICS
     try:
-        lines = path.open(encoding="utf-8", errors="replace")
+        for record in read_json_lines(path, containing='"kind": "evaluation"'):
+            with suppress(ValueError, KeyError, TypeError):  # nothing that this package has written
+                figures = {name: float(value) for name, value in record.items() if name.startswith(PREFIX)}
+                by_step[int(record["step"])] = figures
     except FileNotFoundError:
         return by_step
     except OSError as error:
@@ -56,16 +60,6 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
             why="without them nobody knows which checkpoints are the best",
             fix="make the file readable",
         ) from None
-    with lines:
-        for line in lines:
-            if '"kind": "evaluation"' not in line:
-                continue
-            try:
-                record = json.loads(line)
-                figures = {name: float(value) for name, value in record.items() if name.startswith(PREFIX)}
-                by_step[int(record["step"])] = figures
-            except (ValueError, KeyError, TypeError):  # a line torn by a kill
-                continue
     return by_step
 
 

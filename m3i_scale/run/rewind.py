@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import write_json
 from m3i_scale.run.callbacks.base import Rewind
-from m3i_scale.run.files import write_json
 from m3i_scale.run.spike import Spike
 from m3i_scale.scale.agree import from_rank_0, gather_objects
 from m3i_scale.scale.checkpoint.commit import explain, withdraw

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +17,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
@@ -78,7 +77,7 @@ class ResolvedRun:
     def _vocabulary_sha256(self) -> str | None:
         if self.tokenizer is None:
             return None
-        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        return sha256_of_json(sorted(self.tokenizer.get_vocab().items()))
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.files import write_json, write_whole
 from m3i_scale.launch.lock import launch_of
 from m3i_scale.launch.place import Place
 from m3i_scale.output import wide_console
@@ -185,8 +185,8 @@ def _write_settings(resolved: ResolvedRun) -> None:
     folder = resolved.run.output_dir
     _ = resolved.identity  # that of the teacher's files as they are now, not as they are at the first save
     try:
-        (folder / "run.yaml").write_text(run_yaml(resolved.run), encoding="utf-8")
-        (folder / "deepspeed.json").write_text(json.dumps(resolved.deepspeed.config, indent=1), encoding="utf-8")
+        write_whole(folder / "run.yaml", run_yaml(resolved.run))
+        write_json(folder / "deepspeed.json", resolved.deepspeed.config)
         if resolved.tokenizer is not None:
             resolved.tokenizer.save_pretrained(folder / "tokenizer")
     except OSError as error:

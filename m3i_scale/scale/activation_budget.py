@@ -19,8 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.activations import recompute_only, summarize_layers, trained_stacks
 from m3i_scale.scale.agree import max_over_ranks
-
-_GIB = 2**30
+from m3i_scale.text import GIB
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -
     """
     order = sorted(range(len(layers)), key=lambda index: (layers[index].inputs - layers[index].saved, index))
     peaks = [
-        peak_bytes(layers, outside, {layers[index].name for index in order[:count]}) / _GIB
+        peak_bytes(layers, outside, {layers[index].name for index in order[:count]}) / GIB
         for count in range(len(layers) + 1)
     ]
     fitting = [count for count, gib in enumerate(peaks) if gib <= budget_gib]
@@ -156,11 +155,11 @@ def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -
             f"activations do not fit into {budget_gib:g} GiB even when every layer recomputes",
             where="backbone.activation_checkpointing",
             why=f"counted on a rank: {min(peaks):.3g} GiB with all {len(layers)} layers, {peaks[0]:.3g} with none, of "
-            f"which {outside / _GIB:.3g} outside layers",
+            f"which {outside / GIB:.3g} outside layers",
             fix="a smaller optim.micro_batch_size, or a larger budget",
         )
     names = [layers[index].name for index in sorted(order[: fitting[0]])]
-    return Choice(names, peaks[fitting[0]], peaks[0], peaks[-1], outside / _GIB, len(layers))
+    return Choice(names, peaks[fitting[0]], peaks[0], peaks[-1], outside / GIB, len(layers))
 
 
 def fit_activations(module: nn.Module, forward: Callable[[], Any], budget_gib: float) -> Choice:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import has_ended, read_json, write_json
 
 _STOP = ".stop-request.json"
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -56,7 +56,7 @@ class Holder:
     """Whether it looks for requests to stop; one that prunes does not."""
 
     def __str__(self) -> str:
-        ended = self.host == socket.gethostname() and _has_ended(self.pid)
+        ended = self.host == socket.gethostname() and has_ended(self.pid)
         orphan = " (it has ended, but a process that it started has not)" if ended else ""
         return f"pid {self.pid} on host {self.host} since {self.since}{orphan}"
 
@@ -121,10 +121,8 @@ def request_stop(output_dir: Path, holder: Holder) -> None:
     Raises:
         CheckpointError: the directory cannot be written.
     """
-    temporary = output_dir / f"{_STOP}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps({"pid": holder.pid, "host": holder.host}) + "\n", encoding="utf-8")
-        temporary.replace(output_dir / _STOP)
+        write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host})
     except OSError as error:
         raise CheckpointError(
             f"cannot write the request to stop: {error.strerror}",
@@ -136,7 +134,7 @@ def request_stop(output_dir: Path, holder: Holder) -> None:
 def stop_requested(output_dir: Path) -> bool:
     """Return whether somebody has asked this process, which holds `output_dir`, to stop."""
     try:
-        request = json.loads((output_dir / _STOP).read_text(encoding="utf-8"))
+        request = read_json(output_dir / _STOP)
         return bool((request["pid"], request["host"]) == (os.getpid(), socket.gethostname()))
     except (OSError, ValueError, KeyError, TypeError):  # no request, or one to another process
         return False
@@ -181,7 +179,7 @@ def _write_note(output_dir: Path, lock: LockFile, trains: bool) -> None:
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
     holder = Holder(os.getpid(), socket.gethostname(), since, trains)
     try:
-        (output_dir / lock.note).write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")
+        write_json(output_dir / lock.note, asdict(holder))
     except OSError as error:
         raise CheckpointError(
             f"cannot write to the output directory: {error.strerror}",
@@ -192,7 +190,7 @@ def _write_note(output_dir: Path, lock: LockFile, trains: bool) -> None:
 
 def _read_note(output_dir: Path, lock: LockFile) -> Holder | None:
     try:
-        note = json.loads((output_dir / lock.note).read_text(encoding="utf-8"))
+        note = read_json(output_dir / lock.note)
         return Holder(int(note["pid"]), str(note["host"]), str(note["since"]), note.get("trains") is True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -203,13 +201,3 @@ def _remove_notes(output_dir: Path, lock: LockFile) -> None:
     with suppress(OSError):  # the lock itself must be released whatever becomes of them
         for name in names:
             (output_dir / name).unlink(missing_ok=True)
-
-
-def _has_ended(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

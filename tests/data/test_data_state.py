@@ -93,7 +93,8 @@ def test_a_run_that_began_with_other_blur_is_told_and_goes_on_where_it_is_stated
         return changes(*prints, {"s": listing(shards)}, {"s": shards}).get("s")
 
     assert diff(old, new) == (
-        "augment.blur was [1.0, 0.1], is [0.1, 1.0]; augment.solarize was [0.0, 0.2], is [0.2, 0.0]"
+        "augment.blur.0 was 1.0, is 0.1; augment.blur.1 was 0.1, is 1.0; "
+        "augment.solarize.0 was 0.0, is 0.2; augment.solarize.1 was 0.2, is 0.0"
     )
     assert "augment.blur was [1.0, 0.1], is [0.0]" in diff(old, {})
     assert diff(old, old) is None

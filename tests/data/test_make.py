@@ -367,9 +367,11 @@ def test_keys(tmp_path):
 
 
 def test_what_a_killed_run_left_is_cleared_away(photos, tmp_path):
-    (tmp_path / ".out.partial" / "train").mkdir(parents=True)
+    left = tmp_path / ".out@another-host.1.partial"
+    (left / "train").mkdir(parents=True)
+    (tmp_path / ".out@more@another-host.1.partial").mkdir()  # of another output
     make_shards(imagefolder_input(photos), tmp_path / "out")
-    assert not (tmp_path / ".out.partial").exists()
+    assert sorted(path.name for path in tmp_path.glob(".out*.partial")) == [".out@more@another-host.1.partial"]
     assert len(read(tmp_path / "out" / "train")) == 20
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def answer(number: int) -> dict[str, Any]:
     return {
         "python": {"version": "3.11.7", "path": "/venv/bin/python", "packages": {"torch": "2.9", "deepspeed": "0.19"}},
         "code": {"sha256": "ab" * 32, "commit": "abc", "path": "/m3i_scale", "files": {"a.py": "ab"}},
-        "config": {"sha256": "cd" * 32, "values": {"run.seed": "0"}},
+        "config": {"sha256": "cd" * 32, "values": {"run": {"seed": 0}}},
         "slots": 8,
         "devices": {"kind": "cuda", "count": 8, "names": ["H100"] * 8, "driver": "570", "memory": [80 * GIB] * 8},
         "interface": "eth0",
@@ -57,7 +56,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "no package": ("packages", ("python", "packages", "deepspeed"), None, "deepspeed"),
     "a package without files": ("packages", ("python", "incomplete"), {"pillow": "gone"}, "pillow is gone"),
     "other files": ("commit", ("code",), OTHER_CODE, "ranks would differ: a.py, b.py; the head has abc"),
-    "another run file": ("config", ("config",), {"sha256": "0", "values": {"run.seed": "7"}}, "run.seed: 7, not 0"),
+    "another run file": ("config", ("config",), {"sha256": "0", "values": {"run": {"seed": 7}}}, "run.seed: 7, not 0"),
     "no run file": ("config", ("config",), {"fault": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
     "no devices": ("accelerator", ("devices", "kind"), "cpu", "the head has cuda"),
     "a device gone": ("accelerator", ("devices", "count"), 7, "8 ranks"),
@@ -87,8 +86,8 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
 
 @pytest.mark.parametrize("shards", ["https://u:SECRET@h/x.tar", "s3://b/x?sig=SECRET", "pipe:curl -u u:SECRET x.tar"])
 def test_run_files_are_compared_without_their_secrets(shards: str, answers: dict[str, dict[str, Any]]):
-    for host, value in (("one", json.dumps(shards)), ("two", json.dumps("/data/x.tar"))):
-        answers[host]["config"] = {"sha256": host, "values": {"run.data.sources.a.shards": value}}
+    for host, value in (("one", shards), ("two", "/data/x.tar")):
+        answers[host]["config"] = {"sha256": host, "values": {"run": {"data": {"sources": {"a": {"shards": value}}}}}}
     assert "SECRET" not in repr([item.to_json() for item in checks.findings_of(answers, ["config"])])
     assert "run.data.sources.a.shards" in str([item.why for item in checks.findings_of(answers, ["config"])])
 

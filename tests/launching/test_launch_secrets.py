@@ -11,25 +11,12 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.environment import HIDDEN, Variable, hidden, is_secret, travelling, without_secrets
+from m3i_scale.launch.environment import Variable, hidden, travelling, without_secrets
 from m3i_scale.launch.execute import write_files
 from m3i_scale.launch.launchers import LAUNCHERS, render
+from m3i_scale.text import HIDDEN
 
 VALUE = "hf_it's $plutonium"
-
-
-@pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "AWS_REGION", "aws_profile", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_SECRET_ID"]
-)
-def test_a_secret_is_one_by_its_name(name):
-    assert is_secret(name)
-
-
-@pytest.mark.parametrize(
-    "name", ["HOME", "NCCL_DEBUG", "OMP_NUM_THREADS", "SAWS_X", "SSH_AUTH_SOCK", "TOKENIZERS_PARALLELISM"]
-)
-def test_other_variables_are_none(name):
-    assert not is_secret(name)
 
 
 def test_a_secret_that_was_not_named_does_not_reach_the_launcher():

@@ -373,7 +373,7 @@ def test_a_finished_run_is_left_as_it_is(attempts: Attempts) -> None:
 def test_another_run_does_not_go_on_from_the_checkpoint(attempts: Attempts, name: str, key: str) -> None:
     check(attempts.results[name], rf"the checkpoint is of another run: {key} changed")
     if key == "backbone":
-        check(attempts.results[name], r"why: backbone\.num_hidden_layers was 2, and is 3")
+        check(attempts.results[name], r"why: backbone\.num_hidden_layers was 2, is 3")
 
 
 def test_a_refused_run_leaves_what_the_earlier_one_wrote(attempts: Attempts) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.report.plan_table import duration, plan_table
+from m3i_scale.report.plan_table import plan_table
 from m3i_scale.run import plan_search
 from m3i_scale.run.plan_search import nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
 from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
@@ -82,21 +82,6 @@ def text_of(table) -> str:
     printed = Console(width=200, record=True, file=io.StringIO())
     printed.print(table)
     return printed.export_text()
-
-
-@pytest.mark.parametrize(
-    ("days", "said"),
-    [
-        (0.00368, "5.3 minutes"),
-        (1e-5, "0.864 seconds"),
-        (0.5, "12 hours"),
-        (1.5, "36 hours"),
-        (8.7, "8.7 days"),
-        (1234.5, "1,234 days"),
-    ],
-)
-def test_a_duration_has_a_unit_that_a_person_would_take(days, said):
-    assert duration(days) == said
 
 
 def test_hours_of_ranks_on_hosts_are_no_gpu_hours():

@@ -20,12 +20,12 @@ from m3i_scale.run.schedule import learning_rate
 @pytest.mark.parametrize(
     ("before", "now", "told"),
     [
-        ({"width": 64, "depth": 2}, {"width": 64, "depth": 3}, "backbone.depth was 2, and is 3"),
-        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 5]}}, "backbone.a.b.1 was 2, and is 5"),
-        ({"a": [1]}, {"a": [1, 2]}, "backbone.a was [1], and is [1, 2]"),
-        ({}, {"new": True}, "backbone.new was null, and is true"),
-        (None, {"width": 64}, 'backbone was null, and is {"width": 64}'),
-        ({"name": "a", "x": 1}, {"name": "a", "x": 2}, "backbone.x was 1, and is 2"),
+        ({"width": 64, "depth": 2}, {"width": 64, "depth": 3}, "backbone.depth was 2, is 3"),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 5]}}, "backbone.a.b.1 was 2, is 5"),
+        ({"a": [1]}, {"a": [1, 2]}, "backbone.a was [1], is [1, 2]"),
+        ({}, {"new": True}, "backbone.new was null, is true"),
+        (None, {"width": 64}, 'backbone was null, is {"width": 64}'),
+        ({"name": "a", "x": 1}, {"name": "a", "x": 2}, "backbone.x was 1, is 2"),
     ],
 )
 def test_the_field_that_changed_is_named(before, now, told):
@@ -91,7 +91,7 @@ def test_another_schedule_is_told(tmp_path, changed, told):
     ("changed", "told"),
     [
         ({"step": 11}, "of step 11, and the run has 10 steps"),
-        ({"identity": {"vocab_size": 8, "label_sets": {}}}, "vocab_size was 8, and is 7"),
+        ({"identity": {"vocab_size": 8, "label_sets": {}}}, "vocab_size was 8, is 7"),
         (
             {"identity": {"vocab_size": 7, "label_sets": {"pets": ["cat"]}}},
             "labels.json of data.sources.pets: /data/pets",
@@ -133,7 +133,7 @@ def test_what_earlier_checkpoints_do_not_tell_is_not_compared(tmp_path, saved, n
 
 
 def test_recipes_of_other_names_are_told_by_them():
-    assert _difference("recipe", {"name": "mae", "x": 1}, {"name": "sim"}) == "recipe was 'mae', and is 'sim'"
+    assert _difference("recipe", {"name": "mae", "x": 1}, {"name": "sim"}) == "recipe was 'mae', is 'sim'"
 
 
 def test_many_changes_are_counted():

@@ -132,7 +132,11 @@ def test_a_guard_with_an_effect_is_taken_and_written_whole(overrides: list[str],
 
 BEST = "checkpoint.keep_best={metric: evaluation/loss, count: 2}"
 SMALL_BUDGETS = {
-    "two late ones": (["checkpoint.keep_latest=2"], 2.0, "2 late checkpoints have to stay, and one takes about 1 GiB"),
+    "two late ones": (
+        ["checkpoint.keep_latest=2"],
+        2.0,
+        "2 late checkpoints have to stay, and one takes about 1.00 GiB",
+    ),
     "saved more often": (["checkpoint.keep_latest=9", "checkpoint.every_steps=1"], 4.0, "4 late checkpoints"),
     "the best as well": (["checkpoint.keep_latest=2", BEST], 4.0, "2 late checkpoints have to stay, beside the 2"),
 }

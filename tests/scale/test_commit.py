@@ -15,9 +15,10 @@ import pytest
 from checkpoint_files import FILES, fill, flip, save
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import sha256_of
 from m3i_scale.scale.checkpoint.commit import begin, commit, discard, sweep
 from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of, temporary_for
-from m3i_scale.scale.checkpoint.manifest import digest_files, hash_file, newest_good, read_manifest, verify
+from m3i_scale.scale.checkpoint.manifest import digest_files, newest_good, read_manifest, verify
 from m3i_scale.scale.output_dir import lock_directory
 
 # ------------------------------------------------------------------ commit
@@ -65,7 +66,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_latest(
     folders = {name, f"{name}/deepspeed", f"{name}/momentum", f"{name}/momentum/a"}
     assert set(before) == {f"{name}/{file}" for file in FILES} | folders | {f"{name}/manifest.json"}
     assert before[-2:] == [f"{name}/manifest.json", name]
-    assert after == [".", ".tmp-latest", "LATEST", "."]
+    assert [line.rpartition("-")[0] or line for line in after] == [".", ".tmp-latest", "LATEST", "."]
 
 
 def test_ranks_hash_their_own_files_and_rank_0_reads_none_again(
@@ -78,7 +79,7 @@ def test_ranks_hash_their_own_files_and_rank_0_reads_none_again(
     parts = [digest_files(temporary, names[:2]), digest_files(temporary, names[2:3])]
     read: list[str] = []
     monkeypatch.setattr(
-        "m3i_scale.scale.checkpoint.manifest.hash_file", lambda path: read.append(path.name) or hash_file(path)
+        "m3i_scale.scale.checkpoint.manifest.sha256_of", lambda path: read.append(path.name) or sha256_of(path)
     )
     commit(final, temporary, {}, digests={**parts[0], **parts[1]})
     assert read == [Path(names[3]).name]

@@ -241,8 +241,8 @@ def test_prune_does_not_count_what_is_plainly_broken(tmp_path: Path) -> None:
 def test_only_what_lets_something_go_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = [save(tmp_path, step) for step in (1, 2, 3)]
     read: list[Any] = []
-    real = manifest.hash_file
-    monkeypatch.setattr(manifest, "hash_file", lambda path: read.append(path) or real(path))
+    real = manifest.sha256_of
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: read.append(path) or real(path))
     plan_prune(tmp_path, rules_with(latest=3), {})
     plan_prune(tmp_path, rules_with(latest=1), {}, committed=saved[2])
     assert read == []

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import sha256_of
 from m3i_scale.scale.checkpoint import tensors as module
 from m3i_scale.scale.checkpoint.contents import compare_tensors, tensors_of
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.checkpoint.load import _restore_random_states
-from m3i_scale.scale.checkpoint.manifest import hash_file
 from m3i_scale.scale.checkpoint.stream import write_tensors
 from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, Written, write_index, write_ranges
 from m3i_scale.scale.split_float import split
@@ -75,7 +75,7 @@ def test_any_range_comes_back_whoever_wrote_it(data: st.DataObject) -> None:
             assert torch.equal(out, tensor.flatten()[start:end].to(out.dtype))
         for one in written:
             for file, digest in one.digests.items():
-                assert (digest.size, digest.sha256) == ((folder / file).stat().st_size, hash_file(folder / file))
+                assert (digest.size, digest.sha256) == ((folder / file).stat().st_size, sha256_of(folder / file))
         assert saved.norms.keys() == values.keys()
         for key, norm in saved.norms.items():
             assert math.isclose(norm, float(values[key].double().norm()), rel_tol=1e-12)

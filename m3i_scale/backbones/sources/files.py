@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import read_json
 
 NAMES = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
@@ -107,14 +107,14 @@ def _reason(error: Exception) -> str:
     return f"there is more in it than tensors: {found[1]}" if found else "it is torn, or holds more than tensors"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file.
 
     Raises:
         ConfigError: it is no JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -143,7 +143,7 @@ def weight_files(place: Path, kind: str, where: str) -> list[Path]:
 
 def _shards(index: Path, where: str) -> list[Path]:
     try:
-        shards = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        shards = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"cannot read the index of shards: {error}", where=f"{where}: {index}") from None
     for shard in shards:

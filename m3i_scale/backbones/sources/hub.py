@@ -13,7 +13,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, rename_sourc
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import VisionConfig, fusion_width
 from m3i_scale.backbones.sources.base import Placement, Source, normalisation
-from m3i_scale.backbones.sources.files import read_json
+from m3i_scale.backbones.sources.files import read_config
 from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
 
@@ -64,7 +64,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
         config.fusion_width = fusion_width(config)
         assumed["fusion_width"] = "the source has no fusion head"
-    values = read_json(folder / "preprocessor_config.json")
+    values = read_config(folder / "preprocessor_config.json")
     return Source(
         given,
         "transformers",

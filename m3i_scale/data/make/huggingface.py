@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from m3i_scale.data.make.columns import Columns, Roles, find_roles, plain
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Record
 from m3i_scale.errors import DataError
+from m3i_scale.files import read_json
 
 BATCH_ROWS = 64
 
@@ -245,7 +245,7 @@ def _key(value: Any, where: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the file: {error}", where=str(path)) from None
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from m3i_scale.data.make.write import check_output, made_whole, write_samples
 from m3i_scale.data.parallel import in_order
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.errors import DataError
+from m3i_scale.files import json_line
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
@@ -132,7 +133,7 @@ class _Maker:
         self.skipped[fault.what.partition(":")[0]] += 1
         line = {"key": record.key, "where": fault.where, "reason": fault.what}
         with self._skipped_list.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(json_line(line))
 
 
 def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +16,7 @@ from m3i_scale.data.images import MASK
 from m3i_scale.data.index import build_index
 from m3i_scale.data.make.layout import WHOLE, Layout
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.files import sha256_of, whole_folder, write_json
 
 MANIFEST_FORMAT = 1
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
@@ -47,16 +45,13 @@ def made_whole(output: Path) -> Iterator[Path]:
         raise DataError(
             f"cannot write there: {error.strerror}", where=str(output.parent), fix="give another --output"
         ) from None
-    folder = output.parent / f".{output.name}.partial"
+    folder = output
     try:
-        with FileLock(output.parent / f".{output.name}.lock", timeout=0):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                yield folder
-                folder.rename(output)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        with (
+            FileLock(output.parent / f".{output.name}.lock", timeout=0),
+            whole_folder(output, alone=True) as folder,
+        ):
+            yield folder
     except Timeout:
         raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
     except OSError as error:
@@ -221,24 +216,3 @@ def finish_folder(
     build_index([folder / shard for shard in shards], folder / "index")
     sums = {fact: sum(int(counts[fact]) for counts in shards.values()) for fact in FACTS}
     return {"shards": len(shards), **sums}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with one line per entry, so that differences can be read."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + os.linesep, encoding="utf-8")
-
-
-def sha256_of(path: Path) -> str:
-    """Compute the SHA-256 of a file, a piece at a time.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
-    return digest.hexdigest()

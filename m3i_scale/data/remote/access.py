@@ -19,6 +19,7 @@ from m3i_scale.data.remote.cache import ShardCache
 from m3i_scale.data.remote.faults import FaultError, to_fault
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import ConfigError
+from m3i_scale.text import GIB
 
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
@@ -90,7 +91,7 @@ def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
         attempts=data.read_attempts,
         timeout_s=data.read_timeout_s,
         cache_dir=data.cache_dir or default_cache_dir(),
-        cache_bytes=int(data.cache_gib * 2**30),
+        cache_bytes=int(data.cache_gib * GIB),
         allow_shell=data.allow_shell,
         start_timeout_s=data.start_timeout_s,
         max_sample_bytes=data.max_sample_bytes,

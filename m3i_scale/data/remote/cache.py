@@ -24,6 +24,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.text import GIB
 
 Fill = Callable[[BinaryIO], object]
 
@@ -54,9 +55,9 @@ class ShardCache:
                 f"cannot write the cache of shards: {error.strerror}", where=f"data.cache_dir: {self._root}"
             ) from None
         if free < self._limit:
-            gib = free / 2**30
+            gib = free / GIB
             raise ConfigError(
-                f"the cache of shards may take {self._limit / 2**30:.4g} GiB, and there is room for {gib:.4g}",
+                f"the cache of shards may take {self._limit / GIB:.4g} GiB, and there is room for {gib:.4g}",
                 where=f"data.cache_dir: {self._root}",
                 fix=f"data.cache_gib={int(gib * 9) / 10:g}, or another data.cache_dir",
             )

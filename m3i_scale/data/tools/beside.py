@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from m3i_scale.data.index import index_beside
-from m3i_scale.data.make.write import sha256_of
 from m3i_scale.data.tar import UNREADABLE, Fault, RawShard
 from m3i_scale.errors import DataError
+from m3i_scale.files import read_json, sha256_of
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,12 @@ def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
     ]
     if claims.size is not None and claims.size != shard.size:
         faults.append(Fault("checksum differs", f"{shard.size} bytes, manifest.json says {claims.size}"))
-    elif claims.sha256 is not None and claims.sha256 != sha256_of(path):
-        faults.append(Fault("checksum differs", "its SHA-256 is not that of manifest.json"))
+    elif claims.sha256 is not None:
+        try:
+            if sha256_of(path) != claims.sha256:
+                faults.append(Fault("checksum differs", "its SHA-256 is not that of manifest.json"))
+        except OSError as error:
+            return [Fault(UNREADABLE, str(error.strerror or error))]
     return faults + _index_faults(path, shard)
 
 
@@ -109,7 +112,7 @@ def _lists_differ(path: Path, known: Mapping[str, Any], present: set[str]) -> li
 
 def _read(path: Path, beside: Beside) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,13 +29,14 @@ from m3i_scale.data.tar import (
 from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
 from m3i_scale.data.tools.verify import Rules, faults_of, readable_members
 from m3i_scale.errors import DataError
+from m3i_scale.files import json_line, replacing
 
 EXAMPLES = 3
 IN_TWO_SHARDS = "key in two shards"
 BESIDE = frozenset({"count differs", "index is stale", "shard is missing", "shard is not listed"})
 """Faults of the files beside: the shard itself may be good."""
 
-Write = Callable[[dict[str, Any]], None]
+Write = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -235,12 +234,8 @@ def _lines(path: Path | None) -> Iterator[Write]:
     if path is None:
         yield lambda line: None
         return
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield lambda line: print(json.dumps(line, ensure_ascii=False), file=stream)
-        os.replace(partial, path)
+        with replacing(path) as file:
+            yield lambda line: file.write(json_line(line).encode())
     except OSError as error:
         raise DataError(f"cannot write the list: {error.strerror}", where=str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from m3i_scale.files import sha256_of_json
 from m3i_scale.launch.doctor.facts import own_addresses
-from m3i_scale.launch.doctor.findings import Finding, finding, gib
-from m3i_scale.text import shown
+from m3i_scale.launch.doctor.findings import Finding, finding
+from m3i_scale.text import differences, masked, short, size_text
 
 Answers = Mapping[str, Mapping[str, Any]]
 """Answers by host, the head first."""
@@ -47,7 +46,7 @@ def digest(answer: Mapping[str, Any]) -> str:
     """Hash Python, packages, code and run file: equal where the findings about them have no fault."""
     python = answer["python"]
     same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(same)
 
 
 Seen = Iterator[tuple[str, dict[str, str | None]]]
@@ -105,15 +104,14 @@ def _config(host: Host) -> Seen:
     elif "fault" in head or own["sha256"] == head["sha256"]:
         yield f"sha256 {own['sha256'][:12]}", {}
     else:
-        mine, theirs = own["values"], head["values"]
-        keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-        differences = [
-            f"{key}: {shown(mine.get(key, 'not there'))}, not {shown(theirs.get(key, 'there'))}" for key in keys
+        apart = [
+            f"{key}: {short(masked(mine))}, not {short(masked(theirs))}"
+            for key, theirs, mine in differences("", head["values"], own["values"])
         ]
         yield (
             f"sha256 {own['sha256'][:12]}, the head has {head['sha256'][:12]}",
             {
-                "fault": f"it differs in {_listed(differences, '; ')}",
+                "fault": f"it differs in {_listed(apart, '; ')}",
                 "fix": "the same run file, and the same files that it extends, on all hosts",
             },
         )
@@ -121,7 +119,7 @@ def _config(host: Host) -> Seen:
 
 def _accelerator(host: Host) -> Seen:
     own, head, slots = host.own["devices"], host.head["devices"], host.own["slots"]
-    memory = f", {gib(min(own['memory']))} each" if own["memory"] else ""
+    memory = f", {size_text(min(own['memory']))} each" if own["memory"] else ""
     driver = f", driver {own['driver']}" if own["driver"] else ""
     models = ", ".join(dict.fromkeys(own["names"])) or own["kind"]
     seen: dict[str, str | None] = {}

@@ -5,8 +5,6 @@ Every fact is plain JSON. Nothing is judged here: `checks.py` does that where th
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import re
@@ -23,7 +21,8 @@ import psutil
 
 from m3i_scale.config import RunConfig, load_run, resource_folder
 from m3i_scale.errors import UserError
-from m3i_scale.launch.environment import is_secret
+from m3i_scale.files import sha256_of, sha256_of_json
+from m3i_scale.text import is_secret, without_secrets
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -82,9 +81,8 @@ def code() -> dict[str, Any]:
             again = path.relative_to(folder).parts[0] in ("_recipes", "_ds_configs")  # of a wheel: read below
             if path.suffix in (".py", ".yaml", ".json") and not again:
                 name = f"{folder.name.removeprefix('_')}/{path.relative_to(folder).as_posix()}"
-                files[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode())
-    return {"sha256": digest.hexdigest(), "commit": _commit(), "path": str(_PACKAGE), "files": files}
+                files[name] = sha256_of(path)[:16]
+    return {"sha256": sha256_of_json(files), "commit": _commit(), "path": str(_PACKAGE), "files": files}
 
 
 def _commit() -> str | None:
@@ -116,19 +114,7 @@ def run_values(run: RunConfig) -> dict[str, Any]:
     from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
     whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
-    text = json.dumps(whole, sort_keys=True)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "values": _flat(whole)}
-
-
-def _flat(values: Any, below: str = "") -> dict[str, str]:
-    """Return values by dotted key, to name what differs."""
-    if isinstance(values, Mapping) and values:
-        return {
-            key: text
-            for name, value in values.items()
-            for key, text in _flat(value, f"{below}.{name}" if below else str(name)).items()
-        }
-    return {below: json.dumps(values)}
+    return {"sha256": sha256_of_json(whole), "values": whole}
 
 
 def devices() -> dict[str, Any]:
@@ -215,7 +201,6 @@ def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
     from m3i_scale.data.remote.faults import FaultError
     from m3i_scale.data.remote.fetch import facts, read_range
     from m3i_scale.data.shards import expand_shards
-    from m3i_scale.text import without_secrets
 
     began = time.perf_counter()
     first: Any = without_secrets(shards)

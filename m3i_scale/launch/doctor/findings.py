@@ -73,11 +73,3 @@ def not_ready(faults: list[Finding]) -> HostsNotReadyError:
         why=first.why,
         fix="; ".join(dict.fromkeys(item.fix for item in faults[:_LISTED] if item.fix)),
     )
-
-
-def gib(size: float) -> str:
-    """Return bytes for a person."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(size) >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size:.0f} bytes"

@@ -18,6 +18,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from m3i_scale.files import write_whole
+
 NOTE_S = 5.0
 """A network file system may show a new file a moment later."""
 _LATER_S = 5.0
@@ -194,10 +196,7 @@ def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
     made += [note, *(path for path in (folder, *folder.parents) if not path.exists())]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with note.open("w", encoding="utf-8") as file:
-            file.write(name)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(note, name)
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from m3i_scale.launch.doctor.findings import Finding, finding, gib
+from m3i_scale.launch.doctor.findings import Finding, finding
+from m3i_scale.text import size_text
 
 SHM = Path("/dev/shm")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -160,11 +161,11 @@ def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool
 
 def _memory(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
     needed = needs.memory_bytes + (needs.state_bytes if on_host else 0)
-    why = f"{needs.ranks} ranks here hold at least {gib(needed)}, activations and samples not counted"
+    why = f"{needs.ranks} ranks here hold at least {size_text(needed)}, activations and samples not counted"
     return finding(
         "memory",
         host,
-        f"{gib(machine.memory_available)} of {gib(machine.memory_total)} available",
+        f"{size_text(machine.memory_available)} of {size_text(machine.memory_total)} available",
         fault=why if needed > machine.memory_available else None,
         fix="more hosts, fewer ranks a host, a smaller model (m3i-scale plan), or checkpoint.background=false",
     )
@@ -176,15 +177,14 @@ def _shm(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
         return finding("shm", host, "there is no /dev/shm", fault=why, fix="mount a tmpfs at /dev/shm")
     fault = warning = None
     if machine.shm_free < needs.shm_bytes:
-        fault = (
-            f"the loader processes of {needs.ranks} ranks keep {gib(needs.shm_bytes)} ready there, and die without it"
-        )
+        kept = size_text(needs.shm_bytes)
+        fault = f"the loader processes of {needs.ranks} ranks keep {kept} ready there, and die without it"
     if not on_host and needs.ranks > 1 and machine.shm_total < COMFORTABLE_SHM:
         warning = "NCCL shares buffers between the ranks of a host there"
     return finding(
         "shm",
         host,
-        f"{gib(machine.shm_free)} of {gib(machine.shm_total)} free",
+        f"{size_text(machine.shm_free)} of {size_text(machine.shm_total)} free",
         fault=fault,
         warning=warning,
         fix="a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm), or fewer data.workers",
@@ -216,11 +216,12 @@ def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
         return finding("disk", host, f"{existing}: {error.strerror}", fault=why, fix="mend it")
     fault = None
     if free < needs.checkpoint_bytes:
-        fault = f"a checkpoint takes {gib(needs.checkpoint_bytes)}"
+        fault = f"a checkpoint takes {size_text(needs.checkpoint_bytes)}"
     elif free + kept < needs.kept_bytes:
-        fault = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {gib(needs.kept_bytes)}"
+        wanted = size_text(needs.kept_bytes)
+        fault = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {wanted}"
         fault += "; the run would end when the disk is full"
-    return finding("disk", host, f"{gib(free)} free at {existing}", fault=fault, fix=fix)
+    return finding("disk", host, f"{size_text(free)} free at {existing}", fault=fault, fix=fix)
 
 
 def _bytes_below(folder: Path) -> int:

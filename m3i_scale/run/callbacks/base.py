@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from m3i_scale.errors import ConfigError
-
-HIDDEN = "[hidden]"
-"""Stands where a secret was."""
-
-_SECRET_WORDS = {"token", "secret", "password", "passwd", "credential", "credentials", "apikey", "auth"}
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
-_OPTION = re.compile(r"(?i)((?:api[_-]?key|token|password|secret)(?:=|:\s*|\s+))[^\s'\"&]+")
-_HEADER = re.compile(r"(?i)\b(authorization:\s*)[^'\"]+")
 
 
 @dataclass(frozen=True)
@@ -287,33 +277,3 @@ def require(package: str, *, extra: str, setting: str) -> ModuleType:
             where=setting,
             fix=f"pip install 'm3i-scale[{extra}]', or switch {setting} off",
         ) from None
-
-
-def hide_secrets(value: Any) -> Any:
-    """The same plain values for a log: no passwords, no user names and no signatures in addresses."""
-    if isinstance(value, Mapping):
-        return {key: HIDDEN if _is_secret(str(key)) else hide_secrets(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [hide_secrets(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, str):
-        for pattern in (_HEADER, _OPTION):
-            value = pattern.sub(rf"\1{HIDDEN}", value)
-        return _URL.sub(_bare_address, value)
-    return value
-
-
-def _is_secret(key: str) -> bool:
-    words = re.split(r"[^a-z0-9]+", key.lower())
-    return not _SECRET_WORDS.isdisjoint(words) or "key" in words[1:] or words[-1].endswith("password")
-
-
-def _bare_address(match: re.Match[str]) -> str:
-    try:
-        parts = urlsplit(match.group())
-    except ValueError:  # braces of a shard pattern may look like a broken IPv6 host
-        return HIDDEN
-    host = parts.netloc.rpartition("@")[2]
-    # Signed addresses carry their secret in the query.
-    return urlunsplit((parts.scheme, host, parts.path, HIDDEN if parts.query else "", ""))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from m3i_scale.errors import UserError
+from m3i_scale.files import json_line, write_whole
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
-from m3i_scale.run.files import plain
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
@@ -122,20 +122,12 @@ class MetricsWriter(Callback):
             raise RuntimeError("on_start has not been called")
         self._step = max(self._step, step)
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = to_line({"kind": kind, "step": step, "time": time, **values})
+        line = json_line({"kind": kind, "step": step, "time": time, **values})
         try:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
             raise _refused(self._path, error) from None
-
-
-def to_line(values: dict[str, Any]) -> str:
-    """One line of valid JSON: NaN and the infinities, which JSON has not, become "nan", "inf" and "-inf".
-
-    `float()` reads all three back.
-    """
-    return json.dumps(plain(values), allow_nan=False) + "\n"
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -155,17 +147,16 @@ def cut_back(path: Path, step: int) -> None:
         for line in file:
             at = _step_of(line)
             if at is None:
-                moved.append(to_line({"kind": "torn", "text": line.rstrip("\n")}))
+                moved.append(json_line({"kind": "torn", "text": line.rstrip("\n")}))
             else:
                 (kept if step > 0 and at <= step else moved).append(line)
     if not moved:
         return
     with path.with_name(REPLACED).open("a", encoding="utf-8") as file:
-        _write_through(file, moved)
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        _write_through(file, kept)
-    os.replace(temporary, path)
+        file.writelines(moved)
+        file.flush()
+        os.fsync(file.fileno())
+    write_whole(path, "".join(kept))
 
 
 def _step_of(line: str) -> int | None:
@@ -175,12 +166,6 @@ def _step_of(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if type(step) is int and line.endswith("\n") else None
-
-
-def _write_through(file: TextIO, lines: list[str]) -> None:
-    file.writelines(lines)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _refused(path: Path, error: OSError) -> UserError:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten, hide_secrets, require
+from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten, require
+from m3i_scale.text import masked
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +33,7 @@ class TensorBoardWriter(Callback):
         """Open an event file and store the run file in it."""
         self._folder = run_info.output_dir / FOLDER
         self._writer = self._open(run_info.start_step)
-        config = yaml.safe_dump(hide_secrets(run_info.config), sort_keys=False)
+        config = yaml.safe_dump(masked(run_info.config, names=True), sort_keys=False)
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:

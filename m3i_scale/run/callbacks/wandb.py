@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, hide_secrets, require
+from m3i_scale.files import write_whole
+from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
+from m3i_scale.text import masked
 
 FOLDER = "wandb"
 PROJECT = "m3i-scale"
@@ -56,7 +58,7 @@ class WandbWriter(Callback):
                 id=_run_id(run_info.output_dir),
                 resume="allow" if self._mode == "online" else None,
                 dir=str(run_info.output_dir),
-                config=hide_secrets(run_info.config),
+                config=masked(run_info.config, names=True),
                 settings=settings,
             )
         except self._wandb.Error as error:
@@ -92,5 +94,5 @@ def _run_id(output_dir: Path) -> str:
     path = output_dir / _RUN_ID
     if not path.exists():
         output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        write_whole(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()

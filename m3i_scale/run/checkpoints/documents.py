@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 from m3i_scale.config import RetentionConfig, read_yaml
 from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
-from m3i_scale.run.differences import differences
 from m3i_scale.run.retention import evaluations, rules_of_run
 from m3i_scale.scale.checkpoint.contents import compare_tensors, kinds_of
 from m3i_scale.scale.checkpoint.layout import (
@@ -21,12 +19,13 @@ from m3i_scale.scale.checkpoint.layout import (
     TEMPORARY_PREFIX,
     checkpoints,
     named_latest,
-    read_json,
     read_meta,
+    read_object,
     step_of,
 )
 from m3i_scale.scale.checkpoint.manifest import find_faults, latest_fault, verify
 from m3i_scale.scale.checkpoint.retention import Entry, entries_of, folder_bytes, which_to_keep
+from m3i_scale.text import differences
 
 SETTLE_S = 2.0
 """A job that has just renamed a folder takes a moment until `latest` names it."""
@@ -126,7 +125,7 @@ def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]
         "bytes": entry.size,
         "good": entry.good,
         "latest": entry.path.name == latest,
-        "metrics": {name: value if math.isfinite(value) else str(value) for name, value in entry.metrics.items()},
+        "metrics": dict(entry.metrics),
         "kept_by": reasons,
     }
 
@@ -219,7 +218,7 @@ def positions(folder: Path) -> dict[str, dict[str, Any]]:
     if not files:
         return {}
     try:
-        merged = merge_states([read_json(folder, f"data/{file.name}") for file in files])
+        merged = merge_states([read_object(folder, f"data/{file.name}") for file in files])
         streams = [StreamState.from_json(state) for state in merged["streams"].values()]
         return {name: _position(name, source, streams) for name, source in merged["sources"].items()}
     except DataError as error:

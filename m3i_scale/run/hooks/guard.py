@@ -19,6 +19,7 @@ from m3i_scale.run.bad_steps import BadStep, gather_reports, report_of, write_ba
 from m3i_scale.run.callbacks.base import Rewind, StepRecord
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
+from m3i_scale.text import GIB, size_text
 
 RECORDS = 20
 """How many of the last records go into the file about a failure."""
@@ -197,14 +198,14 @@ def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
         return
     late = _checkpoints_needed(spike.patience, saves.every_steps)
     best = 0 if saves.keep_best is None else saves.keep_best.count  # they go later than late ones
-    wanted_gib = (late + best) * checkpoint_bytes / 2**30
+    wanted_gib = (late + best) * checkpoint_bytes / GIB
     if wanted_gib > saves.max_gib:
         beside = f", beside the {best} of keep_best" if best else ""
         raise ConfigError(
             "when a spike is confirmed, the checkpoints from before it may be gone: the budget is too small",
             where=f"checkpoint.max_gib: {saves.max_gib:g}, checkpoint.every_steps: {saves.every_steps}",
             why=f"guard.spike.patience is {spike.patience} steps, so {late} late checkpoints have to stay{beside}, "
-            f"and one takes about {checkpoint_bytes / 2**30:.3g} GiB",
+            f"and one takes about {size_text(checkpoint_bytes)}",
             fix=f"checkpoint.max_gib of {_rounded_up(wanted_gib):g} or more, a larger checkpoint.every_steps, or no"
             " guard.spike",
         )

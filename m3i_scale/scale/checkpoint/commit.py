@@ -12,7 +12,6 @@ the old or the new checkpoint, never a mixture.
 from __future__ import annotations
 
 import errno
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import sync, write_whole
 from m3i_scale.scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, step_of, temporary_for
 from m3i_scale.scale.checkpoint.manifest import (
     Digest,
@@ -28,10 +28,10 @@ from m3i_scale.scale.checkpoint.manifest import (
     list_directories,
     list_files,
     newest_good,
-    sync,
     verify,
     write_manifest,
 )
+from m3i_scale.text import size_text
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _REFUSED = {
@@ -61,7 +61,7 @@ def begin(final: Path, bytes_wanted: int = 0) -> Path:
         free = shutil.disk_usage(root).free
         if free < bytes_wanted:
             raise CheckpointError(
-                f"not enough room for a checkpoint: {_amount(bytes_wanted)} wanted, {_amount(free)} free",
+                f"not enough room for a checkpoint: {size_text(bytes_wanted)} wanted, {size_text(free)} free",
                 where=str(root),
                 why=_last_good(root),
                 fix="free space, lower checkpoint.keep_latest, or set output_dir to another disk",
@@ -106,13 +106,9 @@ def point_latest(final: Path) -> None:
     Raises:
         CheckpointError: the disk refused.
     """
-    root = final.parent
-    temporary = root / f"{TEMPORARY_PREFIX}{LATEST}"
-    with write_guard(root, temporary):
-        temporary.write_text(final.name + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, root / LATEST)
-        sync(root)
+    latest = final.with_name(LATEST)
+    with write_guard(final.parent, latest, remove_folder=False):
+        write_whole(latest, final.name + "\n")
 
 
 def withdraw(undone: Sequence[Path], latest: Path) -> None:
@@ -211,9 +207,9 @@ def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> s
     cause = (_FULL | _REFUSED).get(error.errno or 0) or error.strerror or str(error)
     if error.errno in _REFUSED:
         return cause
-    wanted = f"{_amount(bytes_wanted)} wanted, " if bytes_wanted else ""
+    wanted = f"{size_text(bytes_wanted)} wanted, " if bytes_wanted else ""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return f"{cause}; {wanted}{_amount(shutil.disk_usage(existing).free)} free"
+    return f"{cause}; {wanted}{size_text(shutil.disk_usage(existing).free)} free"
 
 
 def remove(path: Path) -> None:
@@ -267,7 +263,3 @@ def _last_good(root: Path) -> str:
     # By names and sizes: reading a checkpoint of 100 GiB takes minutes, on the disk at fault, while all ranks wait.
     good, _ = newest_good(root, contents=False)
     return f"nothing is lost: the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
-
-
-def _amount(size: int) -> str:
-    return f"{size:,} bytes ({size / 2**30:.2f} GiB)"

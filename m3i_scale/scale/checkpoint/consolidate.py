@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,14 +15,16 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from m3i_scale.errors import CheckpointError, did_you_mean
-from m3i_scale.scale.checkpoint.commit import cause_of, remove
+from m3i_scale.files import whole_folder, write_json
+from m3i_scale.scale.checkpoint.commit import cause_of
 from m3i_scale.scale.checkpoint.deepspeed_layouts import write_universal, write_zero3
-from m3i_scale.scale.checkpoint.layout import MANIFEST, TEMPORARY_PREFIX, read_meta, step_of
-from m3i_scale.scale.checkpoint.manifest import list_directories, newest_good, sync, verify
+from m3i_scale.scale.checkpoint.layout import MANIFEST, read_meta, step_of
+from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.checkpoint.stream import Streamed, write_safetensors
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 from m3i_scale.scale.checkpoint.weights import SavedWeights, Which, saved_weights
 from m3i_scale.scale.engine_state import MASTER, MOMENTS
+from m3i_scale.text import size_text
 
 Layout = Literal["safetensors", "universal", "deepspeed"]
 Dtype = Literal["float32", "bfloat16"]
@@ -128,9 +129,7 @@ def write_shards(
         write_safetensors(folder / file, streamed, {"format": "pt", **facts})
     if split.is_sharded:
         index = {"metadata": {**split.metadata, **facts}, "weight_map": split.tensor_to_filename}
-        path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        sync(path)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _check_options(layout: str, weights: str, dtype: str, max_shard_size: str | None) -> None:
@@ -191,22 +190,17 @@ def _count_parameters(weights: SavedWeights, source: Path) -> int:
 
 def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]) -> None:
     """Have a folder written under another name, and give it its name when all is on the disk."""
-    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if free < bytes_wanted:
             raise CheckpointError(
-                f"not enough room: {bytes_wanted:,} bytes wanted, {free:,} bytes free",
+                f"not enough room: {size_text(bytes_wanted)} wanted, {size_text(free)} free",
                 where=str(target.parent),
                 fix="free space, or give a folder on another disk",
             )
-        temporary.mkdir()
-        write(temporary)
-        for directory in list_directories(temporary):
-            sync(directory)
-        temporary.rename(target)
-        sync(target.parent)
+        with whole_folder(target) as folder:
+            write(folder)
     except OSError as error:
         raise CheckpointError(
             f"the folder cannot be written: {cause_of(error, target.parent, bytes_wanted)}",
@@ -214,6 +208,3 @@ def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]
             why="nothing is lost: the checkpoint is only read, and what was written is removed",
             fix="free space, or give a folder on another disk",
         ) from None
-    finally:
-        if temporary.is_dir():
-            remove(temporary)

@@ -163,8 +163,4 @@ def _difference(before: Stored, now: Stored) -> dict[str, Any]:
     if math.isnan(difference):  # max() of a NaN depends on the order
         largest = math.nan
     relative = 0.0 if difference == 0 else math.sqrt(difference / norm) if norm else math.inf
-    # JSON has no NaN and no infinities; as in metrics.jsonl they are text.
-    return {
-        name: value if math.isfinite(value) else str(value)
-        for name, value in (("max_abs", largest), ("relative", relative))
-    }
+    return {"max_abs": largest, "relative": relative}

@@ -15,7 +15,6 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from m3i_scale.scale.checkpoint.manifest import sync
 from m3i_scale.scale.checkpoint.weights import SavedWeights
 from m3i_scale.scale.engine_state import MASTER, MOMENTS
 
@@ -57,7 +56,7 @@ def write_universal(
     sizes = {"dp_world_size": world_size, "mp_world_size": 1}
     for file in _MODEL_FILES:
         _save({"module": {}, **counts, **sizes, **version, "lr_scheduler": None}, root / file)
-    _write_latest(folder / "latest_universal")
+    (folder / "latest_universal").write_text(TAG, encoding="utf-8")
 
 
 def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
@@ -77,7 +76,7 @@ def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
         del states  # before the next one is made
     empty: dict[str, Any] = {"module": {}, "buffer_names": [], "shared_params": {}}
     _save({**empty, "param_shapes": [shapes], "ds_version": deepspeed.__version__}, root / _MODEL_FILES[1])
-    _write_latest(folder / "latest")
+    (folder / "latest").write_text(TAG, encoding="utf-8")
 
 
 def _whole(weights: SavedWeights, name: str) -> Tensor:
@@ -99,7 +98,7 @@ def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, rank
 
 
 def _save(value: object, path: Path) -> None:
-    """Write plain containers and tensors by `torch.save`, and bring them to the disk."""
+    """Write plain containers and tensors by `torch.save`."""
     try:
         with path.open("wb") as file:
             torch.save(value, file)
@@ -108,9 +107,3 @@ def _save(value: object, path: Path) -> None:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
-    sync(path)
-
-
-def _write_latest(path: Path) -> None:
-    path.write_text(TAG, encoding="utf-8")
-    sync(path)

@@ -14,12 +14,12 @@ checkpoints/
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import read_json
 
 MANIFEST = "manifest.json"
 """A folder without it is not a checkpoint."""
@@ -82,17 +82,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or is no object.
     """
-    return read_json(folder, "meta.json")
+    return read_object(folder, "meta.json")
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_object(folder: Path, name: str) -> dict[str, Any]:
     """Return a JSON object of a checkpoint.
 
     Raises:
         CheckpointError: it cannot be read, or is no object.
     """
     try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        values = read_json(folder / name)
     except (OSError, ValueError) as error:
         raise unreadable(folder, name, error) from None
     if not isinstance(values, dict):

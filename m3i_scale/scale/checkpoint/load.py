@@ -15,7 +15,7 @@ from torch import nn
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.agree import together
-from m3i_scale.scale.checkpoint.layout import BUFFERS, read_json, read_meta, unreadable
+from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta, read_object, unreadable
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.scale.engine_state import make_moments, pieces, publish, restore_counters, trained
@@ -81,7 +81,7 @@ def _read_own_part(
         _load_buffers(folder, engine.module)
         restore_counters(engine, meta["engine"])
         _restore_random_states(folder)
-        states = [read_json(folder, file) for file in _files_of_ranks(folder, "data/rank-*.json")]
+        states = [read_object(folder, file) for file in _files_of_ranks(folder, "data/rank-*.json")]
     except (OSError, SafetensorError) as error:
         name = Path(getattr(error, "filename", None) or folder)
         raise unreadable(folder, str(name.relative_to(folder) if name.is_relative_to(folder) else ""), error) from None

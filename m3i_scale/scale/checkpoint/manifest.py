@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -15,10 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import sha256_of, sha256_of_json, sync
 from m3i_scale.scale.checkpoint.layout import LATEST, MANIFEST, checkpoints, step_of
 
 FORMAT = 1
-_BLOCK_BYTES = 1 << 20
 _THREADS = 4  # hashing releases the interpreter lock; more threads than this only make a disk seek
 
 
@@ -56,35 +55,6 @@ class Manifest(BaseModel):
     """By path below the folder, with `/`; the manifest itself is not among them."""
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, have reached the disk.
-
-    Raises:
-        OSError: the disk is full or broken (some file systems only say so here).
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(descriptor)
-
-
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
     """Bring files of `folder` to the disk and hash them.
 
@@ -99,7 +69,7 @@ def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
     def digest(name: str) -> tuple[str, Digest]:
         path = folder / name
         sync(path)
-        return name, Digest(path.stat().st_size, hash_file(path))
+        return name, Digest(path.stat().st_size, sha256_of(path))
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
         return dict(pool.map(digest, sorted(names)))
@@ -178,8 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _render(manifest: Manifest) -> bytes:
     body = manifest.model_dump()
-    bare = json.dumps(body, sort_keys=True, allow_nan=False)
-    body["sha256"] = hashlib.sha256(bare.encode()).hexdigest()
+    body["sha256"] = sha256_of_json(body)
     return (json.dumps(body, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
 
 
@@ -279,7 +248,7 @@ def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
         size = path.stat().st_size
         if size != wanted.size:
             return f"{size:,} bytes, the manifest says {wanted.size:,}"
-        if contents and hash_file(path) != wanted.sha256:
+        if contents and sha256_of(path) != wanted.sha256:
             return "the contents have changed (SHA-256 differs)"
     except OSError as error:
         return f"cannot be read: {error.strerror}"

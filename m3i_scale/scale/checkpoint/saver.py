@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from m3i_scale.files import write_json
 from m3i_scale.scale.agree import from_rank_0, gather_objects, together
 from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
@@ -250,7 +251,7 @@ def random_states() -> dict[str, Tensor]:
 def _commit(save: _Save, all_ranks: list[Written]) -> None:
     with write_guard(save.final.parent, save.temporary):
         write_index(save.temporary, all_ranks)
-        (save.temporary / "meta.json").write_text(json.dumps(save.meta, indent=1), encoding="utf-8")
+        write_json(save.temporary / "meta.json", save.meta)
         (save.temporary / "run.yaml").write_text(save.run_yaml, encoding="utf-8")
     digests = {name: digest for written in all_ranks for name, digest in written.digests.items()}
     commit(save.final, save.temporary, save.meta, digests=digests)

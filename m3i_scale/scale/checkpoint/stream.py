@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_scale.scale.checkpoint.manifest import Digest, sync
+from m3i_scale.files import sync
+from m3i_scale.scale.checkpoint.manifest import Digest
 
 DTYPES = {
     "F64": torch.float64,

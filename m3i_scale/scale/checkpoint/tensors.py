@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import read_json
 from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, unreadable
 from m3i_scale.scale.checkpoint.manifest import Digest
 from m3i_scale.scale.checkpoint.stream import DTYPES, Streamed, write_safetensors
@@ -171,7 +172,7 @@ class SavedTensors:
     def __init__(self, checkpoint: Path) -> None:
         self.folder = checkpoint / TENSORS
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = read_json(self.folder / INDEX)
             self._shapes = {str(key): tuple(int(size) for size in shape) for key, shape in index["shapes"].items()}
             self.norms = {str(key): float(norm) for key, norm in index["norms"].items()}
             self._pieces = {

@@ -1,0 +1,229 @@
+"""Files and folders that take their name when they are whole; what is in a file: its SHA-256, JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_BLOCK_BYTES = 1 << 20
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, have reached the disk.
+
+    Raises:
+        OSError: the disk is full or broken (some file systems only say so here).
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> Iterator[BinaryIO]:
+    """Give a file to write that takes the name `path` at the end; a kill or an error leaves what was there before.
+
+    Any number of processes may do so at once: the last one stays.
+
+    Args:
+        path: in a folder that exists.
+        mode: of the file from its first byte on; None: what the umask leaves of 0666.
+        durable: bring the file, then its name to the disk. False: for what is made anew where a power cut has torn it.
+
+    Raises:
+        OSError: the disk refused; names `path`.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+        with os.fdopen(descriptor, "wb") as file:
+            if mode is not None:
+                os.fchmod(descriptor, mode)  # the umask may have taken a part of it
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(descriptor)
+        os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
+    except OSError as error:
+        if error.filename is None or error.filename == str(temporary):  # write(2) names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    finally:
+        with suppress(OSError):  # gone but after an error, which says more
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Write a text file so that a kill leaves the old one or the new one (see `replacing`).
+
+    Raises:
+        OSError: the disk refused.
+    """
+    with replacing(path, mode=mode) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside `target` that takes its name when all in it is on the disk, and is gone after an
+    error. What a killed process left of such a folder goes with the next one on its host.
+
+    Args:
+        target: missing, or an empty folder.
+        replace: a `target` with something in it goes when the new one is there.
+        alone: no other process, on any host, makes this target: what all of them left goes.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    begun = f".{target.name}@{socket.gethostname()}.{os.getpid()}"
+    folder, old = target.with_name(f"{begun}.partial"), target.with_name(f"{begun}.old")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(target, alone)
+    folder.mkdir()
+    try:
+        yield folder
+        _sync_below(folder)
+        if replace and target.is_dir():
+            target.rename(old)
+        folder.rename(target)
+        sync(target.parent)
+    except OSError:
+        if old.is_dir() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_left(target: Path, alone: bool) -> None:
+    for path in target.parent.iterdir():
+        left = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.partial", path.name)
+        if left and (alone or (left[1] == socket.gethostname() and has_ended(int(left[2])))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def has_ended(process: int) -> bool:
+    """Return whether a process of this host is no more."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _sync_below(folder: Path) -> None:
+    for here, _, names in os.walk(folder, topdown=False):
+        for path in (Path(here, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                sync(path)
+        sync(Path(here))
+
+
+def sha256_of(*paths: Path) -> str:
+    """Return the SHA-256, hexadecimal, of the contents of one file, or of several one after the other.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(block):
+                digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Return the same value for JSON: NaN and the infinities, which JSON has not, become "nan", "inf" and "-inf".
+
+    `float()` reads all three back.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def json_text(value: Any) -> str:
+    """Return a JSON document with one line per entry, so that differences can be read."""
+    return _json(value, indent=1)
+
+
+def json_line(value: Any) -> str:
+    """Return a JSON value as one line of a file of lines."""
+    return _json(value, indent=None)
+
+
+def _json(value: Any, indent: int | None) -> str:
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
+
+
+def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
+    """Write a JSON document so that a kill leaves the old one or the new one (see `replacing`).
+
+    Raises:
+        OSError: the disk refused.
+    """
+    write_whole(path, json_text(value), mode=mode)
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON document.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or not UTF-8.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of lines (see `json_line`), but for lines that a kill has torn.
+
+    Args:
+        path: of the file.
+        containing: text of a line; others are not parsed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if containing not in line:
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
