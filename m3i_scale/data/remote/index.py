@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fsspec.spec import AbstractBufferedFile
+
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Place, Url
 from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
-from m3i_scale.data.remote.fetch import Facts, RangedFile, facts, fetch, read_file, read_range, require_shell
+from m3i_scale.data.remote.fetch import Facts, facts, fetch, read_file, read_range, require_shell
 from m3i_scale.data.remote.prefetch import cache_key, no_room
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, parse_index, save_index, scan_stream
 from m3i_scale.errors import DataError
@@ -115,12 +116,22 @@ def _from_beside(url: Url, now: Facts, access: Access) -> ShardIndex | None:
 def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:
     """Read a shard from front to back; members larger than a block are passed over where the server knows ranges."""
     try:
-        stream = io.BufferedReader(RangedFile(url, now.size, access), SCAN_BLOCK_BYTES)
-        return ShardIndex(url, now.size, *scan_stream(stream, now.size, url))
+        return ShardIndex(url, now.size, *scan_stream(_BufferedShard(url, now.size, access), now.size, url))
     except FaultError as fault:
         if not fault.not_ranged:
             raise
     return _scan_whole(url, now, access)
+
+
+class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
+    """A remote shard as fsspec reads ahead in one; its blocks are fetched as all else is: checked, and again."""
+
+    def __init__(self, url: Url, size: int, access: Access) -> None:
+        self._url, self._access = url, access
+        super().__init__(None, url.address, block_size=SCAN_BLOCK_BYTES, size=size)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self._url, start, end, self._access)
 
 
 def _scan_whole(url: Url, now: Facts | None, access: Access) -> ShardIndex:
