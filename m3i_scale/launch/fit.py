@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from m3i_scale.config import RunConfig
-from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.address import to_place
-from m3i_scale.data.shares import check_shares
 from m3i_scale.errors import Faults
 from m3i_scale.launch.compared import check_least
 from m3i_scale.launch.hosts import Host

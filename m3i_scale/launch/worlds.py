@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from m3i_scale.config import RunConfig
-from m3i_scale.data.shares import check_shares
+from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.hosts import Host
 

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from m3i_scale.data.images import FILE_EXTENSIONS
+from m3i_scale.data.make.arrow import read_rows
 from m3i_scale.data.make.existing import Origin, field_of
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Record
@@ -142,12 +140,10 @@ def img2dataset_input(
 
 
 def _statuses(table: Path) -> Counter[str]:
-    read: Any = pyarrow.parquet.read_table
     try:
-        column = read(table, columns=["status"])["status"]
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read img2dataset's table: {error}", where=str(table)) from None
-    return Counter(str(value) for value in column.to_pylist())
+        return Counter(str(row["status"]) for row in read_rows(table, ["status"]))
+    except KeyError:
+        raise DataError("img2dataset's table has no column 'status'", where=str(table)) from None
 
 
 def _bytes(path: Path) -> bytes:
