@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from m3i_scale.data.make.records import reading
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 NONE = "none"
@@ -132,12 +133,8 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read the file: {error}", where=str(path), fix="download it again") from None
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading(path, pyarrow.ArrowException, fix="download it again")
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from m3i_scale.data.make.arrow import Columns, Roles, find_roles, plain, read_rows, row_count, schema_of
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Record
+from m3i_scale.data.make.records import Record, reading
 from m3i_scale.errors import DataError
 
 
@@ -194,10 +194,8 @@ def _key(value: Any, where: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the file: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise DataError("not a JSON object", where=str(path))
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.data.make.arrow import read_rows
 from m3i_scale.data.make.existing import Origin, field_of
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Record
+from m3i_scale.data.make.records import Record, reading
 from m3i_scale.data.make.wds import ShardInput, record_of
 from m3i_scale.errors import DataError
 
@@ -35,7 +34,7 @@ class FileInput:
             if self.group is not None:
                 beside = image.with_suffix(".json")
                 group = str(field_of(_bytes(beside) if beside.is_file() else None, self.group, str(image)))
-            with _reading(image):
+            with reading(image):
                 size = image.stat().st_size
             yield Outline(image.stem, size, group, place=str(image.parent))
 
@@ -51,7 +50,7 @@ class FileInput:
 
     def _images(self) -> Iterator[Path]:
         for folder in self.folders:
-            with _reading(folder):
+            with reading(folder):
                 paths = sorted(path for path in folder.iterdir() if path.suffix[1:].lower() in FILE_EXTENSIONS)
             yield from paths
 
@@ -147,13 +146,5 @@ def _statuses(table: Path) -> Counter[str]:
 
 
 def _bytes(path: Path) -> bytes:
-    with _reading(path):
+    with reading(path):
         return path.read_bytes()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.make.arrow import read_rows
-from m3i_scale.data.make.records import Listed, Record, split_name
+from m3i_scale.data.make.records import Listed, Record, reading, split_name
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 
@@ -136,10 +136,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"a manifest ends on one of {', '.join(readers)}", where=str(path))
-    try:
+    with reading(path, UnicodeDecodeError, csv.Error):
         rows = reader()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the manifest: {error}", where=str(path)) from None
     if not rows:
         raise DataError("the manifest has no rows", where=str(path))
     return rows

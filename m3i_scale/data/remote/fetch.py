@@ -22,7 +22,7 @@ from fsspec.asyn import sync
 
 from m3i_scale.data.remote.access import Access, retried
 from m3i_scale.data.remote.address import Place, Url
-from m3i_scale.data.remote.faults import FaultError, RemoteReadError
+from m3i_scale.data.remote.faults import NO_RANGES, FaultError, RemoteReadError
 from m3i_scale.errors import ConfigError, DataError
 
 SMALL_FILE_BYTES = 256 << 20
@@ -271,7 +271,7 @@ async def _answer(
             raise FileNotFoundError(errno.ENOENT, "no such file", address)
         answer.raise_for_status()
         if ranged and answer.status != 206:
-            raise FaultError("no ranges", "the server sends whole files only", not_ranged=True, lasting=True)
+            raise FaultError(NO_RANGES, "the server sends whole files only", lasting=True)
         sent_range = answer.headers.get("Content-Range")  # of what ends early the length tells
         wanted_range = ranged.replace("=", " ").rpartition("-")[0]
         if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):

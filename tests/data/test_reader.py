@@ -1,4 +1,4 @@
-"""The quick reader of plain tars gives what webdataset gives, or nothing."""
+"""The quick reader of plain members gives what webdataset gives, or nothing."""
 
 import io
 import tarfile
