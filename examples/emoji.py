@@ -31,7 +31,7 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import Listed, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
-from m3i_scale.data.parallel import DEFAULT_WORKERS
+from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.output import reserve_stdout
 

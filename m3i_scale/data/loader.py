@@ -18,13 +18,12 @@ from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import Mix, check_weights, samples_at_most, whole_passes
+from m3i_scale.data.mixing import Mix, check_shares, check_weights, samples_at_most, whole_passes
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import expand_shards
-from m3i_scale.data.shares import check_shares
 from m3i_scale.data.state import (
     STATE_FORMAT,
     StreamState,
@@ -150,12 +149,9 @@ class TrainStream:
             mix=Mix({name: source.weight for name, source in sources.items()}, data.streams),
             per_stream=micro_batch_size // streams_here,
             collator=Collator(tokenizer, max_tokens),
-            seed=seed,
-            max_pixels=data.max_image_pixels,
-            max_caption_bytes=data.max_caption_bytes,
-            max_bad_fraction=data.max_bad_fraction,
+            data=data,
             access=self._access,
-            keep_on=data.bad_shards == "quarantine",
+            seed=seed,
             quarantine=quarantine_path,
         )
 
@@ -411,12 +407,9 @@ class PartRecipe:
     mix: Mix
     per_stream: int
     collator: Collator
-    seed: int
-    max_pixels: int
-    max_caption_bytes: int
-    max_bad_fraction: float
+    data: DataConfig
     access: Access
-    keep_on: bool
+    seed: int
     quarantine: Path | None
 
 
@@ -446,11 +439,8 @@ class PartDataset(IterableDataset[Part]):
                 recipe.mix,
                 StreamState.from_json(self._states[number]),
                 reader,
+                recipe.data,
                 seed=recipe.seed,
-                max_pixels=recipe.max_pixels,
-                max_caption_bytes=recipe.max_caption_bytes,
-                max_bad_fraction=recipe.max_bad_fraction,
-                keep_on=recipe.keep_on,
                 quarantine=recipe.quarantine,
             )
             for number in _share_of_worker(list(recipe.plans))

@@ -1,4 +1,6 @@
-"""Which source a stream reads next: a pure function of what the stream has taken, for fixed and for scheduled weights.
+"""How samples are shared out: sources take turns in a stream, and streams belong to ranks and workers.
+
+Which source a stream reads next is a pure function of what it has taken, for fixed and for scheduled weights.
 
 Shares are whole numbers of `UNIT`. Their sums are exact, so that an account kept over billions of samples is, and so
 that no version of Python or of a library can turn a tie.
@@ -10,7 +12,7 @@ import bisect
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.errors import ConfigError
 
 UNIT = 2**40
@@ -48,6 +50,35 @@ def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.source
                 where=", ".join(f"{where}.{name}.weight" for name in sources),
                 fix="give one of them a weight above 0",
             )
+
+
+def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) -> None:
+    """Check that ranks, streams, workers and micro-batch fit, before anything is read.
+
+    Raises:
+        ConfigError: they do not; the message names values that do.
+    """
+    if data.streams % world_size:
+        raise ConfigError(
+            f"{data.streams} streams cannot be shared out evenly over {world_size} ranks",
+            where="data.streams",
+            why="the order of samples is the same for every number of ranks only if each owns whole streams",
+            fix=f"take a multiple of {world_size}, e.g. {_next_multiple(data.streams, world_size)}; "
+            f"with {data.streams} streams, {_divisors(data.streams)} ranks fit",
+        )
+    own = data.streams // world_size
+    if micro_batch_size % own:
+        raise ConfigError(
+            f"a micro-batch of {micro_batch_size} cannot be taken evenly from {own} streams per rank",
+            where="optim.micro_batch_size",
+            fix=f"take a multiple of {own}, e.g. {_next_multiple(micro_batch_size, own)}, or change data.streams",
+        )
+    if data.workers and own % data.workers:
+        raise ConfigError(
+            f"{own} streams per rank cannot be shared out evenly over {data.workers} workers",
+            where="data.workers",
+            fix=f"take one of {_divisors(own)}, or 0 to load in the training process",
+        )
 
 
 class Mix:
@@ -118,3 +149,11 @@ def samples_at_most(ends: Sequence[Sequence[int | None]]) -> int | None:
     if any(end is None for stream in ends for end in stream):
         return None
     return len(ends) * min(sum(end or 0 for end in stream) for stream in ends)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from m3i_scale.data.make.cut import Cut, ShardOptions, parse_splits
-from m3i_scale.data.parallel import DEFAULT_WORKERS
+from m3i_scale.data.make.cut import ShardOptions, parse_splits
+from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded
 from m3i_scale.output import print_json
@@ -109,17 +109,17 @@ def takes_making(command: Command) -> Command:
     return expanded(command, "making", _MAKE, _making)
 
 
-def takes_cut(command: Command) -> Command:
-    """Give a command the options of everything that cuts shards anew, in place of the parameter `cut`."""
-    return expanded(command, "cut", _CUT, _cut)
+def takes_sizes(command: Command) -> Command:
+    """Give a command the options of everything that cuts shards anew, in place of the parameter `options`."""
+    return expanded(command, "options", _CUT, _cut)
 
 
 def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> Making:
     return Making(output, name, split, ShardOptions(**options), as_json)
 
 
-def _cut(shard_count: int | None, keep_order: bool, **sizes: Any) -> Cut:
-    return Cut(ShardOptions(**sizes), shard_count, keep_order)
+def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
+    return ShardOptions(shards=shard_count, **sizes)
 
 
 def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
@@ -134,13 +134,10 @@ def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
 
 
 @contextmanager
-def sample_bar(quiet: bool) -> Iterator[Tell | None]:
+def sample_bar(quiet: bool) -> Iterator[Tell]:
     """Show a bar over samples; none where standard output is a JSON document."""
-    if quiet:
-        yield None
-        return
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("samples", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -9,10 +9,10 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from m3i_scale.data.plain_tar import plain_members
 from m3i_scale.data.remote.access import Access, retried
 from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.prefetch import RemoteShards
@@ -22,9 +22,17 @@ from m3i_scale.data.watchdog import Activity
 OPEN_SHARDS = 32
 NOT_A_MEMBER = "not a tar member"
 """Reason of a bad sample: the bytes are not what the index says, so one of the two is of another time."""
-_END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
+_BLOCK = tarfile.BLOCKSIZE
+_END_OF_TAR = bytes(2 * _BLOCK)
 _COMPRESSED = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\]\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL)
 """Beginnings by which tarfile would unpack: a member's name can be made to look so, and to unpack to gigabytes."""
+# Fields of a header.
+_NAME, _SIZE = slice(0, 100), slice(124, 136)
+_TYPE, _FORMAT, _PREFIX = 156, slice(257, 263), 345
+_REGULAR, _PAX = ord("0"), ord("x")
+_TIMES = re.compile(rb"(?:\d{1,9} [amc]time=\d{1,20}(?:\.\d{1,20})?\n)+")
+_TIME = re.compile(rb"(\d+) [^\n]*\n")
+_FORMATS = (b"ustar\0", b"ustar ")
 
 
 class BadSampleError(Exception):
@@ -139,7 +147,7 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
         plain = plain_members(data)
-        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+        padding = bytes(-len(data) % _BLOCK)
         files = plain if plain is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
         samples = list(group_by_keys({**file, "__url__": url} for file in files))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
@@ -153,3 +161,70 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
         key = str(sample["__key__"]).encode("utf-8", "backslashreplace").decode()
         raise BadSampleError("key is not UTF-8", key=key) from None
     return sample
+
+
+def plain_members(data: bytes) -> list[dict[str, Any]] | None:
+    """Return files in order, as webdataset's `tar_file_iterator` gives them; None where a member is not plain.
+
+    Nearly every shard has plain members only, and reading them without `tarfile` saves about as much as decoding a
+    small image takes. Plain are regular members, and those with a pax header that only tells times: webdataset's own
+    writer puts one before every member. The rest (long names, other pax headers, links, sparse files, binary sizes) is
+    left to `tarfile`.
+
+    Args:
+        data: whole members, the last one's padding and the end of the archive included or not. Their headers are those
+            of the index, whose checksums held when it was made, and are not looked at again.
+    """
+    files: list[dict[str, Any]] = []
+    offset, times_before = 0, False
+    while offset < len(data):
+        header = data[offset : offset + _BLOCK]
+        if not header[0]:
+            return None if times_before or data[offset:].rstrip(b"\0") else files
+        size = _size_of_plain(header)
+        start = offset + _BLOCK
+        if size is None or start + size > len(data):
+            return None
+        if header[_TYPE] == _PAX:
+            if times_before or not _tells_times(data[start : start + size]):
+                return None
+            times_before = True
+        else:
+            name = _name_of_plain(header)
+            if name is None:
+                return None
+            files.append({"fname": name, "data": data[start : start + size]})
+            times_before = False
+        offset = start + size + -size % _BLOCK
+    return None if times_before else files
+
+
+def _tells_times(records: bytes) -> bool:
+    """Return whether a pax header says nothing that matters here, in records of the length that each of them names."""
+    if not _TIMES.fullmatch(records):
+        return False
+    return all(int(record[1]) == len(record[0]) for record in _TIME.finditer(records))
+
+
+def _size_of_plain(header: bytes) -> int | None:
+    """Return the bytes of a regular member, or of a pax header; None for every other."""
+    if (
+        len(header) < _BLOCK
+        or header[_TYPE] not in (_REGULAR, _PAX)
+        or header[_FORMAT] not in _FORMATS
+        or header[_PREFIX]
+    ):
+        return None
+    digits = header[_SIZE].rstrip(b"\0 ")
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else None
+
+
+def _name_of_plain(header: bytes) -> str | None:
+    """Return the name; None where it means more than a file, or something to webdataset."""
+    raw = header[_NAME].split(b"\0", 1)[0]
+    if not raw or raw.startswith(b"__") or raw.endswith(b"/"):
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

@@ -14,13 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from m3i_scale.data.images import DECODE_FAULTS, IMAGE_EXTENSIONS, MASK, fault_text, mask_fault
+from m3i_scale.data.images import DECODE_FAULTS, IMAGE_EXTENSIONS, KEPT_FORMATS, MASK, fault_text, mask_fault
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.defaults import MAX_CAPTION_BYTES
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-"""What Pillow may try: image bytes are hostile input, and some of its other readers start programs."""
-
 
 OUT_OF_RANGE = "label out of range"
 
@@ -42,7 +38,7 @@ def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
     data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if data is None:
         raise BadSampleError("no image", _instead(sorted(set(members) - {"__key__", "__url__"})))
-    return _open(data, IMAGE_FORMATS, max_pixels)
+    return _open(data, tuple(KEPT_FORMATS), max_pixels)
 
 
 def _instead(extensions: list[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3i_scale.config import DataConfig
 from m3i_scale.data.batch import Sample
 from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
@@ -59,11 +60,8 @@ class Stream:
         mix: how sources take turns.
         state: where to begin; changed by `take`.
         reader: reads shards.
+        data: limits of images, captions and bad samples, and what a shard does that cannot be read.
         seed: seed of the run.
-        max_pixels: larger images are bad.
-        max_caption_bytes: larger captions are bad.
-        max_bad_fraction: gives up (DataError) where a stream is bad beyond this and no good sample is in sight.
-        keep_on: whether a shard that cannot be read is given up for the pass, and does not stop the run.
         quarantine: the file that lists bad samples, for errors.
     """
 
@@ -73,25 +71,19 @@ class Stream:
         mix: Mix,
         state: StreamState,
         reader: ShardReader,
+        data: DataConfig,
         *,
         seed: int,
-        max_pixels: int,
-        max_caption_bytes: int,
-        max_bad_fraction: float,
-        keep_on: bool = False,
-        quarantine: Path | None = None,
+        quarantine: Path | None,
     ) -> None:
         self._sources = sources
         self._mix = mix
-        self._keep_on = keep_on
+        self._data = data
         self._quarantine = quarantine
         self._windows: dict[str, tuple[int, int]] = {}
         self.state = state
         self._reader = reader
         self._seed = seed
-        self._max_pixels = max_pixels
-        self._max_caption_bytes = max_caption_bytes
-        self._max_bad_fraction = max_bad_fraction
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
         """Return the next good sample. A bad one is noted in `quarantine` and replaced by the next of its source.
@@ -145,9 +137,9 @@ class Stream:
                 source.classes,
                 draw,
                 captions=source.captions != "none",
-                max_caption_bytes=self._max_caption_bytes,
+                max_caption_bytes=self._data.max_caption_bytes,
             )
-            views = source.views(open_image(members, self._max_pixels), seed_of("views", *identity))
+            views = source.views(open_image(members, self._data.max_image_pixels), seed_of("views", *identity))
         except BadSampleError as bad:
             bad.key = key
             raise
@@ -166,7 +158,7 @@ class Stream:
         try:
             return self._reader.members(index, ref.sample)
         except BadShardError as bad:
-            if not self._keep_on:
+            if self._data.bad_shards == "stop":
                 raise
             self.state.sources[source.name].lose_shard(ref.epoch, ref.shard, bad.reason)
             raise BadSampleError(SHARD + bad.reason, bad.why or "", key=WHOLE_SHARD) from None
@@ -188,7 +180,7 @@ class Stream:
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
         """Stop a stream without good samples: it completes no batch, by which the loader would judge it."""
         bad, read = single_faults(self.state.bad, self.state.read)
-        too_many = sum(bad.values()) > self._max_bad_fraction * read
+        too_many = sum(bad.values()) > self._data.max_bad_fraction * read
         # The last of one pass and the first of the next may be bad, and yet one in every pass be good.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
@@ -196,7 +188,7 @@ class Stream:
             where = ", ".join(paths[:_SHARDS_NAMED]) + (" …" if len(paths) > _SHARDS_NAMED else "")
             what = f"a stream of source '{source.name}' has no good sample" if no_good_one else None
             raise too_many_bad(
-                self.state.bad, self.state.read, self._max_bad_fraction, where, what, listed_in=self._quarantine
+                self.state.bad, self.state.read, self._data.max_bad_fraction, where, what, listed_in=self._quarantine
             )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from m3i_scale.config import DistortionConfig
-from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
+from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.samples import decoding, quick_pixels
 
 CROP_ATTEMPTS = 10

@@ -81,7 +81,6 @@ class InThread(Generic[Item]):
 
         Raises:
             NotYetError: ask again.
-            StopIteration: there is none.
         """
         if not self._waiting:
             self._asked.put(True)

@@ -1,9 +1,9 @@
-"""Worker processes: who may end one, and what is left of one that was killed.
+"""Worker processes of the loader, who may end one and what is left of one that was killed; and pools of others.
 
 A scheduler that preempts a job signals every process of it. The training process then finishes its step and saves, for
 which it needs its workers; a worker that died would end the run with an error instead. So a worker obeys SIGTERM,
 SIGUSR2 and SIGINT only when its parent sends them (multiprocessing ends workers so at exit, and waits for them), and it
-ends when its parent is gone. Processes of a pool (`end_with_parent`) do the latter alone.
+ends when its parent is gone. Processes of a pool (`in_order`) do the latter alone.
 
 A worker sends tensors through a socket in a temporary folder. It holds a lock there: a folder without one has lost its
 worker, and is removed when workers are started next.
@@ -20,17 +20,24 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from m3i_scale.errors import LostWorkerError
+from m3i_scale.errors import DataError, LostWorkerError
 
 Handler = Callable[[int, FrameType | None], Any]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
+DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+"""Of a pool, where nobody says how many."""
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 START_METHOD = "fork"
 """Workers inherit the signal mask of the process that forks them, which a fork server would not have."""
@@ -120,20 +127,6 @@ def leave_signals_to_parent() -> None:
     threading.Thread(target=_obey, args=(parent.pid, folder), daemon=True, name="signals").start()
 
 
-def end_with_parent() -> None:
-    """End, from now on, as soon as the process that started the pool has, however it did; called in a process of a
-    pool."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("not a worker process")
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="parent").start()
-
-
 def _obey(parent: int, folder: Path | None) -> None:
     while os.getppid() == parent:
         heard = signal.sigtimedwait(PREEMPTION_SIGNALS, _LOOK_AFTER_PARENT_S)
@@ -172,3 +165,45 @@ def _sweep_temporary_folders() -> None:
             shutil.rmtree(held.parent, ignore_errors=True)
         finally:
             os.close(descriptor)
+
+
+def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """Do as `map`, in `workers` processes; no more than two tasks a process are under way or waiting to be taken.
+
+    Raises:
+        DataError: a process died.
+    """
+    if workers <= 1 or (isinstance(tasks, Sized) and len(tasks) <= 1):
+        yield from map(function, tasks)
+        return
+    # Not fork: the caller may run threads (progress bar), which a child would inherit half-locked. Not spawn: every
+    # process would import torch for itself.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    waiting: deque[Future[Result]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("a worker process died", fix="is memory short? try --workers 1") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _end_with_parent() -> None:
+    """End, from now on, as soon as the process that started the pool has, however it did."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("not a worker process")
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
+from m3i_scale.data.images import orientation, upright
 from m3i_scale.data.index import load_index
-from m3i_scale.data.pixels import orientation, upright
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Place
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
-from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.address import to_place
-from m3i_scale.data.shares import check_shares
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.failures import Failure

@@ -7,10 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, sections_that_hold
-from m3i_scale.data.mixing import check_weights
+from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import captions_beside, read_label_sets, require_shards
-from m3i_scale.data.shares import check_shares
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, Faults, UserError
 from m3i_scale.objective.meta import build_on_meta

@@ -1,13 +1,10 @@
 """Small shards, and loaders over them."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from foreign import image_bytes, write_tar
 
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.loader import TrainStream
@@ -16,21 +13,7 @@ from m3i_scale.data.shards import read_label_sets
 
 
 def encode(seed=0, size=(20, 16), kind="PNG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, members):
-    """members: (name, bytes) pairs, in order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return image_bytes(seed, size, kind)
 
 
 def write_folder(folder, sizes, labels=("a", "b", "c"), change=lambda number, members: members):

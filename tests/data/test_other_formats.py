@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.data.commands import shards_app
-from m3i_scale.data.make.columns import Columns
+from m3i_scale.data.make.arrow import Columns
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.huggingface import huggingface_input
 from m3i_scale.data.make.img2dataset import FileInput, img2dataset_input

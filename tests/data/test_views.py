@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from m3i_scale.config import AugmentConfig, known_runs, load_run
-from m3i_scale.data.images import encoded_image
-from m3i_scale.data.pixels import on_white, orientation
+from m3i_scale.data.images import encoded_image, on_white, orientation
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import Crop, ViewMaker, per_view, random_crop, shift_hue

@@ -13,8 +13,7 @@ import time
 import psutil
 import pytest
 
-from m3i_scale.data.parallel import in_order
-from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, signals_held
+from m3i_scale.data.workers import START_METHOD, in_order, leave_signals_to_parent, signals_held
 
 WAIT_S = 30
 

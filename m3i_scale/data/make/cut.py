@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from m3i_scale.errors import ConfigError, DataError
+
+_SIZES = ("samples_per_shard", "max_mb", "multiple_of")
 
 
 @dataclass(frozen=True)
@@ -25,32 +27,25 @@ class ShardOptions:
     """Leave out (and list) samples that cannot be used, instead of stopping."""
     workers: int = 1
     """Processes that read and encode images."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Says how samples are cut into shards."""
-
-    options: ShardOptions
     shards: int | None = None
-    """Exactly so many shards a split, instead of what the options say."""
+    """Exactly so many shards a split, instead of what the sizes say."""
     keep_order: bool = False
-    """Fill shards in order of the input; else by a hash of the key, as `make` does."""
+    """Fill shards in order of the input; else by a hash of the key."""
 
     def check(self) -> None:
-        """Refuse options that make no sense, or one that the other makes pointless.
+        """Refuse values that make no sense, or one that the other makes pointless.
 
         Raises:
             ConfigError: they do.
         """
-        options, default = self.options, ShardOptions()
-        if min(options.samples_per_shard, options.multiple_of, options.workers) < 1 or options.max_mb <= 0:
+        if min(self.samples_per_shard, self.multiple_of, self.workers) < 1 or self.max_mb <= 0:
             raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
         if self.shards is None:
             return
         if self.shards < 1:
             raise ConfigError("--shards must be positive")
-        if replace(options, workers=1, vocabulary=default.vocabulary, skip_bad=default.skip_bad) != default:
+        default = ShardOptions()
+        if any(getattr(self, name) != getattr(default, name) for name in _SIZES):
             raise ConfigError(
                 "--shards says how many shards there are; --samples-per-shard, --max-mb and --multiple-of then do "
                 "nothing",
@@ -64,9 +59,8 @@ class Cut:
             DataError: more shards than samples.
         """
         if self.shards is None:
-            options = self.options
-            count = max(math.ceil(samples / options.samples_per_shard), math.ceil(size / 1e6 / options.max_mb))
-            return min(samples, math.ceil(count / options.multiple_of) * options.multiple_of)
+            count = max(math.ceil(samples / self.samples_per_shard), math.ceil(size / 1e6 / self.max_mb))
+            return min(samples, math.ceil(count / self.multiple_of) * self.multiple_of)
         if self.shards > samples:
             raise DataError(f"{samples} samples cannot fill {self.shards} shards", fix="ask for fewer --shards")
         return self.shards

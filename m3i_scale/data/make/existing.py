@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.parallel import in_order
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import Fault, RawSample, RawShard, printable, read_members, read_shard, shard_error
+from m3i_scale.data.workers import in_order
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 

@@ -7,16 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from m3i_scale.data.make.columns import Columns, Roles, find_roles, plain
+from m3i_scale.data.make.arrow import Columns, Roles, find_roles, plain, read_rows, row_count, schema_of
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Record
+from m3i_scale.data.make.records import Record, reading
 from m3i_scale.errors import DataError
 from m3i_scale.files import read_json
-
-BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -26,11 +21,6 @@ class TableFile:
     path: Path
     split: str | None
     """None: the split rule decides."""
-
-    @property
-    def is_parquet(self) -> bool:
-        """Return whether it is Parquet; else it is an Arrow stream."""
-        return self.path.suffix == ".parquet"
 
 
 @dataclass
@@ -93,9 +83,9 @@ class TableInput:
             row_bytes = 0
             first = numbers.get(file.split, 0)
             number = -1
-            for number, values in enumerate(_read(file, columns)):
+            for number, values in enumerate(read_rows(file.path, columns)):
                 if not number:
-                    row_bytes = file.path.stat().st_size // max(1, row_count(file))
+                    row_bytes = file.path.stat().st_size // max(1, row_count(file.path))
                 where = f"{file.path}, row {number + 1}"
                 key = f"{first + number:09d}" if file.split is None else f"{file.split}-{first + number:09d}"
                 if self.roles.key is not None:
@@ -128,9 +118,9 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
         ConfigError: columns that are not there, or several that could be meant.
     """
     files = find_files(source)
-    schema = _schema(files[0])
+    schema = schema_of(files[0].path)
     for file in files[1:]:
-        if not _schema(file).equals(schema, check_metadata=False):
+        if not schema_of(file.path).equals(schema, check_metadata=False):
             raise DataError("its files have different columns", where=f"{files[0].path}, {file.path}")
     roles, labels = find_roles(schema, columns, str(files[0].path))
     return TableInput(files, roles, labels)
@@ -159,16 +149,6 @@ def find_files(source: Path) -> list[TableFile]:
     return [TableFile(path, _split_of(path)) for path in files]
 
 
-def row_count(file: TableFile) -> int:
-    """Count the rows of a file, from its headers."""
-    if file.is_parquet:
-        parquet: Any = pyarrow.parquet.ParquetFile
-        with parquet(file.path) as table:
-            return int(table.metadata.num_rows)
-    with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-        return sum(int(batch.num_rows) for batch in stream)
-
-
 def _saved(folder: Path, split: str | None) -> list[TableFile]:
     names = [entry.get("filename") for entry in _json(folder / "state.json").get("_data_files", [])]
     if not names:
@@ -187,36 +167,6 @@ def _split_of(path: Path) -> str | None:
     """`train-00000-of-00004.parquet` and `train/0000.parquet` are of split train."""
     head = path.stem.partition("-")[0] if "-of-" in path.stem else path.parent.name
     return head if head in ("train", "test", "val", "validation", "dev") else None
-
-
-def _read(file: TableFile, columns: list[str] | None) -> Iterator[dict[str, Any]]:
-    try:
-        if columns == []:
-            yield from ({} for _ in range(row_count(file)))
-        elif file.is_parquet:
-            parquet: Any = pyarrow.parquet.ParquetFile
-            with parquet(file.path) as table:
-                for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                    yield from batch.to_pylist()
-        else:
-            with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-                for batch in stream:
-                    picked = batch if columns is None else batch.select(columns)
-                    for start in range(0, picked.num_rows, BATCH_ROWS):
-                        yield from picked.slice(start, BATCH_ROWS).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read the file: {error}", where=str(file.path), fix="download it again") from None
-
-
-def _schema(file: TableFile) -> Any:
-    try:
-        if file.is_parquet:
-            read: Any = pyarrow.parquet.read_schema
-            return read(file.path)
-        with pyarrow.memory_map(str(file.path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            return stream.schema
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read the file: {error}", where=str(file.path), fix="download it again") from None
 
 
 def _image(value: Any, where: str) -> bytes:
@@ -244,10 +194,8 @@ def _key(value: Any, where: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path, ValueError):
         value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the file: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise DataError("not a JSON object", where=str(path))
     return value

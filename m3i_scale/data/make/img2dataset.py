@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from m3i_scale.data.images import FILE_EXTENSIONS
+from m3i_scale.data.make.arrow import read_rows
 from m3i_scale.data.make.existing import Origin, field_of
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Record
+from m3i_scale.data.make.records import Record, reading
 from m3i_scale.data.make.wds import ShardInput, record_of
 from m3i_scale.errors import DataError
 
@@ -37,7 +34,7 @@ class FileInput:
             if self.group is not None:
                 beside = image.with_suffix(".json")
                 group = str(field_of(_bytes(beside) if beside.is_file() else None, self.group, str(image)))
-            with _reading(image):
+            with reading(image):
                 size = image.stat().st_size
             yield Outline(image.stem, size, group, place=str(image.parent))
 
@@ -53,7 +50,7 @@ class FileInput:
 
     def _images(self) -> Iterator[Path]:
         for folder in self.folders:
-            with _reading(folder):
+            with reading(folder):
                 paths = sorted(path for path in folder.iterdir() if path.suffix[1:].lower() in FILE_EXTENSIONS)
             yield from paths
 
@@ -142,22 +139,12 @@ def img2dataset_input(
 
 
 def _statuses(table: Path) -> Counter[str]:
-    read: Any = pyarrow.parquet.read_table
     try:
-        column = read(table, columns=["status"])["status"]
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read img2dataset's table: {error}", where=str(table)) from None
-    return Counter(str(value) for value in column.to_pylist())
+        return Counter(str(row["status"]) for row in read_rows(table, ["status"]))
+    except KeyError:
+        raise DataError("img2dataset's table has no column 'status'", where=str(table)) from None
 
 
 def _bytes(path: Path) -> bytes:
-    with _reading(path):
+    with reading(path):
         return path.read_bytes()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=str(path)) from None

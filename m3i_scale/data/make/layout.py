@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.make.cut import Cut
+from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.tar import printable
 from m3i_scale.errors import ConfigError, DataError
 
@@ -56,21 +56,24 @@ class Layout:
 
 
 def plan_layout(
-    outlines: Callable[[], Iterator[Outline]], shares: Mapping[str, float] | None, cut: Cut, whole: str = WHOLE
+    outlines: Callable[[], Iterator[Outline]],
+    shares: Mapping[str, float] | None,
+    options: ShardOptions,
+    whole: str = WHOLE,
 ) -> Layout:
     """Draw splits, count, and cut into shards that differ by one sample at most.
 
     Args:
         outlines: gives those of all samples, in order of the input.
         shares: of samples by split, drawn by hash; None: all go to `whole`.
-        cut: how to make shards.
+        options: how many shards there are, and in which order they are filled.
         whole: the split of samples that name none, where there are no shares.
 
     Raises:
         DataError: no samples, a key twice, or a split without samples.
         ConfigError: options that make no sense, or shares without effect.
     """
-    cut.check()
+    options.check()
     names: dict[str, int] = {}
     splits, orders, sizes = array("h"), array("Q"), Counter[int]()  # lists of integers take five times as much
     drawn = False
@@ -98,9 +101,9 @@ def plan_layout(
     shard_N = np.zeros(len(splits), dtype=np.int32)
     for split in names.values():
         inside = np.flatnonzero(split_N == split)
-        if not cut.keep_order:
+        if not options.keep_order:
             inside = inside[np.argsort(order_N[inside], kind="stable")]
-        count = cut.count(len(inside), sizes[split])
+        count = options.count(len(inside), sizes[split])
         edges = [number * len(inside) // count for number in range(1, count)]
         shard_N[inside] = np.searchsorted(edges, np.arange(len(inside)), side="right")
     return Layout(list(names), split_N, shard_N)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,15 +148,29 @@ def _read(contents: Contents) -> bytes:
         return contents
     if not isinstance(contents, Path):
         return contents.read()
-    try:
+    with reading(contents, fix="correct the path; relative ones start at the folder of the table, or at --root"):
         return contents.read_bytes()
-    except OSError as error:
-        fix = "correct the path; relative ones start at the folder of the table, or at --root"
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(contents), fix=fix) from None
 
 
 def _place(record: Record, contents: Contents) -> str:
     return str(contents) if isinstance(contents, Path) else record.where or record.key
+
+
+@contextmanager
+def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iterator[None]:
+    """Name a file or folder in the error where it cannot be read.
+
+    Args:
+        path: what is read inside.
+        kinds: errors that mean so, beside OSError.
+        fix: what to do then.
+    """
+    faults: tuple[type[Exception], ...] = (OSError, *kinds)
+    try:
+        yield
+    except faults as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the file: {why}", where=str(path), fix=fix) from None
 
 
 def split_name(value: Any, where: str) -> str | None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.make.cut import Cut, ShardOptions
+from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
-from m3i_scale.data.parallel import in_order
 from m3i_scale.data.tokenizer import train_tokenizer
+from m3i_scale.data.workers import in_order
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 
@@ -58,7 +58,7 @@ def make_shards(
     """
     options = options or ShardOptions()
     check_output(output, name)
-    layout = plan_layout(source.outlines, shares, Cut(options), whole="train")
+    layout = plan_layout(source.outlines, shares, options, whole="train")
     with made_whole(output) as folder:
         maker = _Maker(layout, options, folder / SKIPPED, progress)
         samples = maker.samples(source.records())

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from m3i_scale.data.make.records import Listed, Record, split_name
+from m3i_scale.data.make.arrow import read_rows
+from m3i_scale.data.make.records import Listed, Record, reading, split_name
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 
@@ -132,24 +130,16 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         ".csv": lambda: list(_read_csv(path, ",")),
         ".tsv": lambda: list(_read_csv(path, "\t")),
-        ".parquet": lambda: _read_parquet(path),
+        ".parquet": lambda: list(read_rows(path)),
         ".jsonl": lambda: list(_read_jsonl(path)),
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"a manifest ends on one of {', '.join(readers)}", where=str(path))
-    try:
+    with reading(path, UnicodeDecodeError, csv.Error):
         rows = reader()
-    except (OSError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read the manifest: {error}", where=str(path)) from None
     if not rows:
         raise DataError("the manifest has no rows", where=str(path))
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    read: Any = pyarrow.parquet.read_table
-    rows: list[dict[str, Any]] = read(path).to_pylist()
     return rows
 
 

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
+from m3i_scale.data.remote.address import Url
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import GIB
 
@@ -97,7 +98,7 @@ class ShardCache:
         """Make sure that a shard is there. One process fetches it, others wait for that.
 
         Args:
-            key: see `key_of`.
+            key: see `cache_key`.
             size: in bytes; None where it shows only at the end, and room is made then.
             fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on.
 
@@ -181,9 +182,13 @@ class ShardCache:
         return self._folder / f"{key}{suffix}"
 
 
-def key_of(address: str, version: str, size: int) -> str:
-    """Return the name of a shard in the cache: another one for another version."""
-    return hashlib.sha256(f"{address}\0{version}\0{size}".encode()).hexdigest()[:32]
+def cache_key(url: Url, version: str, size: int) -> str:
+    """Return the name of a shard in the cache: another one for another version.
+
+    What a pipe gives has a size only when it has been run.
+    """
+    known_size = 0 if url.scheme == "pipe" else size
+    return hashlib.sha256(f"{url.address}\0{version}\0{known_size}".encode()).hexdigest()[:32]
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

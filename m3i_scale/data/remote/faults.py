@@ -17,10 +17,11 @@ from m3i_scale.text import without_secrets
 
 SHARD = "shard: "
 """The reasons of samples that are lost with their shard begin so."""
+NO_RANGES = "no ranges"
 _DETAIL_LETTERS = 200
 _FIXES = {
     "access refused": "credentials are found by the usual chains of the service (docs/data.md)",
-    "no ranges": "set data.cache_gib: what a server sends only whole goes through the cache",
+    NO_RANGES: "set data.cache_gib: what a server sends only whole goes through the cache",
     "answer too long": "the server does not send what was asked for; what a pipe gives may take data.cache_gib at most",
 }
 _FIXES_OF_A_RUN = _FIXES | {
@@ -45,16 +46,17 @@ class FaultError(Exception):
         reason: a few words, the same for all faults of a kind.
         detail: the case.
         lasting: another attempt would end the same.
-        not_ranged: the server sends whole files only.
         pause_s: seconds that the server wants to be left alone.
     """
 
-    def __init__(
-        self, reason: str, detail: str = "", *, lasting: bool = False, not_ranged: bool = False, pause_s: float = 0.0
-    ) -> None:
-        self.reason, self.detail, self.lasting, self.not_ranged = reason, detail, lasting, not_ranged
-        self.pause_s = pause_s
+    def __init__(self, reason: str, detail: str = "", *, lasting: bool = False, pause_s: float = 0.0) -> None:
+        self.reason, self.detail, self.lasting, self.pause_s = reason, detail, lasting, pause_s
         super().__init__(reason, detail)
+
+    @property
+    def not_ranged(self) -> bool:
+        """Return whether the server sends whole files only."""
+        return self.reason == NO_RANGES
 
 
 class RemoteReadError(OSError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import os
 import selectors
 import signal
@@ -23,7 +22,7 @@ from fsspec.asyn import sync
 
 from m3i_scale.data.remote.access import Access, retried
 from m3i_scale.data.remote.address import Place, Url
-from m3i_scale.data.remote.faults import FaultError, RemoteReadError
+from m3i_scale.data.remote.faults import NO_RANGES, FaultError, RemoteReadError
 from m3i_scale.errors import ConfigError, DataError
 
 SMALL_FILE_BYTES = 256 << 20
@@ -272,7 +271,7 @@ async def _answer(
             raise FileNotFoundError(errno.ENOENT, "no such file", address)
         answer.raise_for_status()
         if ranged and answer.status != 206:
-            raise FaultError("no ranges", "the server sends whole files only", not_ranged=True, lasting=True)
+            raise FaultError(NO_RANGES, "the server sends whole files only", lasting=True)
         sent_range = answer.headers.get("Content-Range")  # of what ends early the length tells
         wanted_range = ranged.replace("=", " ").rpartition("-")[0]
         if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):
@@ -350,34 +349,3 @@ def _blocks(process: subprocess.Popen[bytes], timeout_s: float) -> Iterator[byte
             if not block:
                 return
             yield block
-
-
-class RangedFile(io.RawIOBase):
-    """A remote file that can be sought, for one reading from front to back with gaps. Wrap it in a BufferedReader."""
-
-    def __init__(self, url: Url, size: int, access: Access) -> None:
-        self._url, self._size, self._access = url, size, access
-        self._position = 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a byte; nothing is read."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as the file goes."""
-        count = min(len(buffer), self._size - self._position)
-        if count <= 0:
-            return 0
-        buffer[:count] = read_range(self._url, self._position, self._position + count, self._access)
-        self._position += count
-        return count

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fsspec.spec import AbstractBufferedFile
+
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
-from m3i_scale.data.remote.fetch import Facts, RangedFile, facts, fetch, read_file, read_range, require_shell
-from m3i_scale.data.remote.prefetch import cache_key, no_room
+from m3i_scale.data.remote.fetch import Facts, facts, fetch, read_file, read_range, require_shell
+from m3i_scale.data.remote.prefetch import no_room
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, parse_index, save_index, scan_stream
 from m3i_scale.errors import DataError
 
@@ -115,12 +117,24 @@ def _from_beside(url: Url, now: Facts, access: Access) -> ShardIndex | None:
 def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:
     """Read a shard from front to back; members larger than a block are passed over where the server knows ranges."""
     try:
-        stream = io.BufferedReader(RangedFile(url, now.size, access), SCAN_BLOCK_BYTES)
-        return ShardIndex(url, now.size, *scan_stream(stream, now.size, url))
+        return ShardIndex(url, now.size, *scan_stream(_BufferedShard(url, now.size, access), now.size, url))
     except FaultError as fault:
         if not fault.not_ranged:
             raise
     return _scan_whole(url, now, access)
+
+
+class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
+    """A remote shard in blocks that fsspec keeps, and that are fetched as all else is: checked, and again."""
+
+    def __init__(self, url: Url, size: int, access: Access) -> None:
+        self._url, self._access = url, access
+        kept = {"maxblocks": 2}  # the headers of a sample may lie in two
+        blocks = {"block_size": SCAN_BLOCK_BYTES, "cache_type": "blockcache", "cache_options": kept}
+        super().__init__(None, url.address, size=size, **blocks)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self._url, start, min(end, self.size), self._access)  # the last block is shorter
 
 
 def _scan_whole(url: Url, now: Facts | None, access: Access) -> ShardIndex:

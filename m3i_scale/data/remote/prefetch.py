@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Place, Url
-from m3i_scale.data.remote.cache import key_of
+from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.fetch import Output, facts, fetch, read_range
 from m3i_scale.data.scan import ShardIndex
@@ -250,11 +250,6 @@ def check_version(index: ShardIndex, access: Access) -> None:
         raise FaultError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
     if index.version and now.version != index.version:
         raise FaultError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
-
-
-def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the shard's name in the cache. What a pipe gives has a size only when it has been run."""
-    return key_of(url.address, version, 0 if url.scheme == "pipe" else size)
 
 
 def no_room(url: Url) -> DataError:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.parallel import in_order
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import (
@@ -28,6 +27,7 @@ from m3i_scale.data.tar import (
 )
 from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
 from m3i_scale.data.tools.verify import Rules, faults_of, readable_members
+from m3i_scale.data.workers import in_order
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
 

@@ -13,9 +13,9 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.data.make.cut import Cut, parse_splits
-from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, made_lines, print_summary, takes_cut
-from m3i_scale.data.parallel import DEFAULT_WORKERS
+from m3i_scale.data.make.cut import ShardOptions, parse_splits
+from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, made_lines, print_summary, takes_sizes
+from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.output import print_json, wide_console
@@ -138,11 +138,11 @@ def look(
     print_summary(summary, as_json, shown)
 
 
-@takes_cut
+@takes_sizes
 def split(
     shards: Shards,
     output: Output,
-    cut: Cut,
+    options: ShardOptions,
     name: Name = "images",
     shares: Annotated[
         str | None, typer.Option(help="Of samples by split, drawn by a hash of the key: train=0.95,val=0.05")
@@ -159,7 +159,7 @@ def split(
         summary = split_shards(
             shards,
             output,
-            cut=cut,
+            options=options,
             name=name,
             shares=None if shares is None else parse_splits(shares),
             group=group,
@@ -168,11 +168,11 @@ def split(
     print_summary(summary, as_json, _rearranged(summary, output))
 
 
-@takes_cut
+@takes_sizes
 def merge(
     sources: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single tars.")],
     output: Output,
-    cut: Cut,
+    options: ShardOptions,
     name: Name = "images",
     keys: Annotated[
         str, typer.Option(help="refuse keys that repeat, or prefix all with number of source and name of shard")
@@ -183,21 +183,20 @@ def merge(
     from m3i_scale.data.tools.rearrange import Keys, merge_shards
 
     with progress_bar(sources, quiet=as_json, times=2) as advance:
-        summary = merge_shards(sources, output, cut=cut, name=name, keys=choice("--keys", keys, Keys), advance=advance)
+        summary = merge_shards(
+            sources, output, options=options, name=name, keys=choice("--keys", keys, Keys), advance=advance
+        )
     print_summary(summary, as_json, _rearranged(summary, output))
 
 
 @contextmanager
-def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None] | None]:
-    """Show a bar over the bytes of all shards, which are read so many times."""
-    if quiet:
-        yield None
-        return
+def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
+    """Show a bar over the bytes of all shards, which are read so many times; none where `quiet`."""
     from m3i_scale.data.shards import local_shards
 
     total = times * sum(path.stat().st_size for source in shards for path in local_shards(source))
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("shards", total=total)
         yield lambda size: bar.advance(task, size)
 

@@ -16,15 +16,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.make.write import made_whole
-from m3i_scale.data.parallel import in_order
-from m3i_scale.data.pixels import on_white, orientation, upright, upright_size
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import RawSample, printable, read_shard
 from m3i_scale.data.tools.verify import readable_members
+from m3i_scale.data.workers import in_order
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 

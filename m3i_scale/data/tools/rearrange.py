@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from m3i_scale.data.make.cut import Cut
+from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.existing import Advance, Origin, annotations_of, common_labels, contents, outlines
 from m3i_scale.data.make.layout import WHOLE, plan_layout
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
@@ -36,7 +36,7 @@ def split_shards(
     source: str,
     output: Path,
     *,
-    cut: Cut,
+    options: ShardOptions,
     name: str = "images",
     shares: Mapping[str, float] | None = None,
     group: str | None = None,
@@ -47,7 +47,7 @@ def split_shards(
     Args:
         source: a folder, a brace pattern or one tar.
         output: folder to make; it has a folder for each split, or without `shares` the shards themselves.
-        cut: size and order of the new shards.
+        options: size and order of the new shards.
         name: beginning of their file names.
         shares: of samples by split.
         group: samples with the same value of this field of their json members go to the same split.
@@ -61,14 +61,14 @@ def split_shards(
         raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
     origins = [Origin(path, group=group) for path in local_shards(source)]
     labels = Labels(common_labels(source), [None])
-    return _rewrite(origins, [source], output, cut, name, shares, labels, {"source": "split"}, advance)
+    return _rewrite(origins, [source], output, options, name, shares, labels, {"source": "split"}, advance)
 
 
 def merge_shards(
     sources: Sequence[str],
     output: Path,
     *,
-    cut: Cut,
+    options: ShardOptions,
     name: str = "images",
     keys: Keys = "refuse",
     advance: Advance | None = None,
@@ -78,7 +78,7 @@ def merge_shards(
     Args:
         sources: folders, brace patterns or single tars.
         output: folder to make.
-        cut: size and order of the new shards.
+        options: size and order of the new shards.
         name: beginning of their file names.
         keys: what to do with keys that stand for several samples.
         advance: told bytes read; every shard is read twice.
@@ -95,7 +95,7 @@ def merge_shards(
         for path in local_shards(source)
     ]
     labels = join_labels([common_labels(source) for source in sources])
-    return _rewrite(origins, sources, output, cut, name, None, labels, {"source": "merge"}, advance)
+    return _rewrite(origins, sources, output, options, name, None, labels, {"source": "merge"}, advance)
 
 
 def join_labels(sets: Sequence[list[str] | None]) -> Labels:
@@ -121,7 +121,7 @@ def _rewrite(
     origins: Sequence[Origin],
     sources: Sequence[str],
     output: Path,
-    cut: Cut,
+    options: ShardOptions,
     name: str,
     shares: Mapping[str, float] | None,
     labels: Labels,
@@ -129,7 +129,7 @@ def _rewrite(
     advance: Advance | None,
 ) -> dict[str, Any]:
     check_output(output, name)
-    layout = plan_layout(lambda: outlines(origins, cut.options.workers, advance), shares, cut)
+    layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
     with made_whole(output) as folder:
         samples = _relabelled(origins, labels, advance)
         splits = write_samples(folder, name, layout, samples, labels.names, lambda: info)

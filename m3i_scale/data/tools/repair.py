@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 from m3i_scale.data.make.existing import common_labels
 from m3i_scale.data.make.write import close_tar, finish_folder, shard_facts
-from m3i_scale.data.parallel import in_order
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.tools.check import CheckReport
+from m3i_scale.data.workers import in_order
 from m3i_scale.files import write_json
 
 BLOCK_BYTES = 1 << 20

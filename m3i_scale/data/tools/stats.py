@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.images import MASK
+from m3i_scale.data.images import MASK, orientation, upright_size
 from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.parallel import in_order
-from m3i_scale.data.pixels import orientation, upright_size
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tools.verify import image_extensions, readable_members
+from m3i_scale.data.workers import in_order
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 
 EXAMPLES = 5

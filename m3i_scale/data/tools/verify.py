@@ -9,8 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK
-from m3i_scale.data.pixels import on_white
+from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white
 from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.tar import RawSample, read_members

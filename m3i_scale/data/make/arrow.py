@@ -1,19 +1,28 @@
-"""Which column of a table is the image, the caption, the label: by its type, or by name where several could be."""
+"""Arrow and Parquet files: their rows, and which column is the image, the caption, the label.
+
+A column is found by its type, or by its name where several could be meant.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 
+from m3i_scale.data.make.records import reading
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 NONE = "none"
 """Asks for no column."""
+BATCH_ROWS = 64
+_parquet_file: Any = pyarrow.parquet.ParquetFile
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,67 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
     label = _one("label", columns.label, labels, where)
     roles = Roles(image, _one("caption", columns.caption, texts, where), label, columns.key, columns.group)
     return roles, _class_names(features.get(label or ""), label, where)
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Give the rows of a file, by name of the column; a few at a time are in memory.
+
+    Args:
+        path: of a .parquet file; else of an Arrow stream.
+        columns: the ones to read; None: all.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _reading(path):
+        if columns == []:
+            yield from ({} for _ in range(row_count(path)))
+        elif _is_parquet(path):
+            with _parquet_file(path) as table:
+                for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+        else:
+            with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+                for batch in stream:
+                    picked = batch if columns is None else batch.select(columns)
+                    for start in range(0, picked.num_rows, BATCH_ROWS):
+                        yield from picked.slice(start, BATCH_ROWS).to_pylist()
+
+
+def row_count(path: Path) -> int:
+    """Count the rows of a file, from its headers.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _reading(path):
+        if _is_parquet(path):
+            with _parquet_file(path) as table:
+                return int(table.metadata.num_rows)
+        with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+            return sum(int(batch.num_rows) for batch in stream)
+
+
+def schema_of(path: Path) -> Any:
+    """Return names and types of the columns of a file, with what `datasets` wrote about them.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _reading(path):
+        if _is_parquet(path):
+            with _parquet_file(path) as table:
+                return table.schema_arrow
+        with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+            return stream.schema
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading(path, pyarrow.ArrowException, fix="download it again")
 
 
 def plain(value: Any) -> Any:

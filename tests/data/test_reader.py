@@ -1,4 +1,4 @@
-"""The quick reader of plain tars gives what webdataset gives, or nothing."""
+"""The quick reader of plain members gives what webdataset gives, or nothing."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import tar_file_iterator
 from webdataset.writer import TarWriter
 
-from m3i_scale.data.plain_tar import plain_members
+from m3i_scale.data.reader import plain_members
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

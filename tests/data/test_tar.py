@@ -1,4 +1,4 @@
-"""Headers of hostile tars: nothing raises, nothing hangs, and what is called sound is sound for the loader."""
+"""Headers of hostile tars: none ends a tool or hangs it, and what is called sound is sound for the loader."""
 
 import io
 import tarfile
@@ -13,9 +13,11 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from m3i_scale.data.scan import scan_shard
 from m3i_scale.data.tar import MAX_NAME, key_at, printable, read_members, read_shard
 from m3i_scale.data.tools.repair import RepairTask, repair_shard
+from m3i_scale.errors import DataError
 
 GOOD = foreign.raw_header("a.jpg", 5) + b"hello".ljust(foreign.BLOCK, b"\0")
 END = bytes(2 * foreign.BLOCK)
+LONG_NAME = foreign.raw_header("n", 4_001, b"L") + (b"a/" * 2_000).ljust(4_096, b"\0")
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -31,13 +33,16 @@ def reasons(path):
         (GOOD + foreign.raw_header("p", -512, b"x") + END, "damaged header"),
         (GOOD + foreign.pax_record("size", -2048) + foreign.raw_header("b.jpg") + END, "damaged header"),
         (GOOD + foreign.raw_header("p", 2**20, b"x") + bytes(2**20) + END, "damaged header"),
+        (GOOD + foreign.pax_record("comment", "a" * 19_997) + foreign.raw_header("b.jpg") + END, "damaged header"),
         (GOOD + foreign.raw_header("p", 0, b"x") * 5_000 + END, "damaged header"),
         (GOOD + foreign.raw_header("b.jpg", 2**33 - 1) + END, "cut off"),
         (GOOD + foreign.raw_header("b.jpg", 512, b"S") + bytes(512) + END, "member is sparse"),
-        (GOOD + foreign.raw_header("b.jpg", 0, b"1") + END, "link or device"),
-        (GOOD + foreign.raw_header("b.jpg", 0, b"6") + END, "link or device"),
+        (GOOD + foreign.pax_record("GNU.sparse.size", 10**12) + foreign.raw_header("b.jpg") + END, "member is sparse"),
+        *((GOOD + foreign.raw_header("b.jpg", 0, kind) + END, "link or device") for kind in (b"1", b"2", b"3", b"6")),
         (GOOD + foreign.raw_header("/b.jpg") + END, "path leaves the folder"),
-        (GOOD + foreign.raw_header("x/../b.jpg") + END, "path leaves the folder"),
+        (GOOD + foreign.raw_header("../b.jpg") + END, "path leaves the folder"),
+        (GOOD + foreign.raw_header("x/../../b.jpg") + END, "path leaves the folder"),
+        (GOOD + LONG_NAME + foreign.raw_header("b.jpg") + END, "name is too long"),
         (GOOD + foreign.raw_header("b.__key__") + END, "member has a reserved name"),
         (GOOD + GOOD + END, "member stands twice"),
         (GOOD + foreign.raw_header("b.jpg") + GOOD + END, "key stands twice in the shard"),
@@ -46,16 +51,23 @@ def reasons(path):
         (GOOD + b"x" * 512 + END, "damaged header"),
         (GOOD, "cut off"),
         (GOOD[:700], "cut off"),
+        (GOOD + GOOD[:400], "cut off"),
         (GOOD[:100], "shard is no tar"),
         (b"", "shard is no tar"),
         (b"\x1f\x8b" + bytes(600), "shard is compressed"),
         (END, "shard holds no samples"),
     ],
 )
-def test_faults_have_names(tmp_path, data, reason):
+def test_faults_have_names_and_training_refuses_those_of_the_tar(tmp_path, data, reason):
     path = tmp_path / "s.tar"
     path.write_bytes(data)
     assert reason in reasons(path)
+    if reason in ("member has a reserved name", "member stands twice"):  # the content will show it
+        assert len(scan_shard(path)) > 0
+    else:
+        with pytest.raises(DataError) as caught:
+            scan_shard(path)
+        assert caught.value.where == str(path)
 
 
 def test_a_shard_that_is_not_there(tmp_path):
