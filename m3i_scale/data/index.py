@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.index import index_remote
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, save_index, scan_shard
 from m3i_scale.errors import DataError
@@ -36,7 +36,7 @@ def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[
 
 
 def load_index(
-    shards: Sequence[Place],
+    shards: Sequence[Address],
     cache_dir: Path,
     *,
     rank: int = 0,
@@ -58,7 +58,7 @@ def load_index(
     Raises:
         DataError: see `scan_stream`; rank 0 did not deliver in time; a remote shard that was replaced, or is not read.
     """
-    indices: dict[Place, ShardIndex] = {}
+    indices: dict[Address, ShardIndex] = {}
     remote = [path for path in shards if isinstance(path, Url)]
     local = [path for path in shards if isinstance(path, Path)]
     for path in local:
@@ -76,7 +76,7 @@ def load_index(
             indices.update(index_remote(remote, cache_dir, access or Access()))
     else:
         wait = functools.partial(_await, deadline=time.monotonic() + wait_timeout_s, timeout_s=wait_timeout_s)
-        places: list[Place] = [*absent, *remote]
+        places: list[Address] = [*absent, *remote]
         indices.update({path: wait(path, cached(path, cache_dir)) for path in places})
     return [indices[path] for path in shards]
 
@@ -90,7 +90,7 @@ def index_beside(path: Path) -> ShardIndex | None:
     return load_saved(path, path.parent / "index" / f"{path.name}.npz")
 
 
-def _await(path: Place, saved: Path, *, deadline: float, timeout_s: float) -> ShardIndex:
+def _await(path: Address, saved: Path, *, deadline: float, timeout_s: float) -> ShardIndex:
     while (index := load_saved(path, saved)) is None:
         if time.monotonic() > deadline:
             raise DataError(

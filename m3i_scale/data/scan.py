@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.tar import read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
@@ -47,7 +47,7 @@ _EXTENSIONS = (
 class ShardIndex:
     """Byte ranges of the samples of one shard."""
 
-    path: Place
+    path: Address
     size: int
     """Bytes of the tar file when it was scanned."""
     ranges_N2: NDArray[np.int64]
@@ -83,7 +83,7 @@ def scan_shard(path: Path) -> ShardIndex:
     return ShardIndex(path, facts.st_size, ranges, heads, _version(facts))
 
 
-def scan_stream(stream: BinaryIO, size: int, path: Place) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Read all headers of a tar: `ranges_N2` and `heads_N` of its index.
 
     Raises:
@@ -131,7 +131,7 @@ def _version(facts: os.stat_result) -> str:
     return str(facts.st_mtime_ns)
 
 
-def cached(path: Place, cache_dir: Path) -> Path:
+def cached(path: Address, cache_dir: Path) -> Path:
     """Return where the index of a shard lies in a cache of indices."""
     parent = path.address if isinstance(path, Url) and path.scheme == "pipe" else path.parent
     named = str(parent.resolve()) if isinstance(parent, Path) else str(parent)
@@ -158,7 +158,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
         )
 
 
-def load_saved(path: Place, saved: Path) -> ShardIndex | None:
+def load_saved(path: Address, saved: Path) -> ShardIndex | None:
     """Load a saved index; None where there is none, or it is of another file than the (local) shard is now.
 
     Raises:
@@ -180,7 +180,7 @@ def load_saved(path: Place, saved: Path) -> ShardIndex | None:
     return index
 
 
-def parse_index(path: Place, data: bytes) -> ShardIndex | None:
+def parse_index(path: Address, data: bytes) -> ShardIndex | None:
     """Read an index out of the bytes of its file, which may be damaged or hostile.
 
     Returns:

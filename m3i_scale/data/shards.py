@@ -10,20 +10,20 @@ from braceexpand import braceexpand
 
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Place, Url, is_remote, to_place
+from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.errors import DataError, did_you_mean
 from m3i_scale.text import without_secrets
 
 
-def shard_folder(shards: str) -> Place:
+def shard_folder(shards: str) -> Address:
     """Return the folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
-    place = to_place(shards)
+    place = to_address(shards)
     return place if place.suffix != ".tar" else place.parent
 
 
-def expand_shards(shards: str, where: str = "shards", access: Access | None = None) -> list[Place]:
+def expand_shards(shards: str, where: str = "shards", access: Access | None = None) -> list[Address]:
     """Return the shards of a folder, a brace pattern, a path or an address, in order of their names.
 
     Whether shards at addresses are there shows when they are indexed.
@@ -97,8 +97,8 @@ def local_shards(shards: str, where: str = "shards") -> list[Path]:
     return [place for place in expand_shards(shards, where) if isinstance(place, Path)]
 
 
-def _expand_remote(shards: str, where: str, access: Access | None) -> list[Place]:
-    named = [to_place(item, where) for item in _braces(shards, where)]
+def _expand_remote(shards: str, where: str, access: Access | None) -> list[Address]:
+    named = [to_address(item, where) for item in _braces(shards, where)]
     if len(named) > 1 or named[0].suffix == ".tar":
         return _by_name(named, f"{where}: {without_secrets(shards)}")
     folder = Url(shards)
@@ -123,7 +123,7 @@ def _braces(pattern: str, where: str) -> list[str]:
         raise DataError(f"broken brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
 
 
-def _by_name(named: Sequence[Place], where: str) -> list[Place]:
+def _by_name(named: Sequence[Address], where: str) -> list[Address]:
     names = [item.name for item in named]
     if len(set(names)) < len(names):
         raise DataError("a shard name stands twice in the pattern", where=where)
@@ -173,7 +173,7 @@ def captions_beside(shards: str, access: Access | None = None) -> int | None:
         return None  # shards of other tools have no such file
 
 
-def labels_beside(folder: Place) -> list[str] | None:
+def labels_beside(folder: Address) -> list[str] | None:
     """Return class names of the labels.json in a folder of shards; None where there is none.
 
     Raises:
@@ -182,7 +182,7 @@ def labels_beside(folder: Place) -> list[str] | None:
     return _read_labels(folder / "labels.json")
 
 
-def _read_labels(path: Place, whose: str = "", access: Access | None = None) -> list[str] | None:
+def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:
     try:
         labels = json.loads(read_file(path, access).decode("utf-8"))
     except FileNotFoundError:

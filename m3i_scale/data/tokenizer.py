@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.faults import start_fix
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
@@ -146,7 +146,7 @@ def _sha256(value: Any) -> str | None:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest() if value else None
 
 
-def _load_beside(place: Place, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
+def _load_beside(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer in a folder that may be remote; return None where there is none."""
     where = f"data.sources.{source}"
     if isinstance(place, Path):

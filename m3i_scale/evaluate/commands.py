@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from m3i_scale.data.remote.address import Place
+from m3i_scale.data.remote.address import Address
 from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, has_own_head, head_of_targets, measure_classifier, own_head
@@ -318,7 +318,7 @@ def _refuse_unknown_groups(names: tuple[str, ...], tables: list[Table]) -> None:
             raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
 
 
-def _same(shard: Place) -> str:
+def _same(shard: Address) -> str:
     """One text for all ways to name a shard."""
     return str(shard.resolve() if isinstance(shard, Path) else shard)
 

@@ -19,7 +19,7 @@ from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
 from m3i_scale.data.images import orientation, upright
 from m3i_scale.data.index import load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader
-from m3i_scale.data.remote.address import Place
+from m3i_scale.data.remote.address import Address
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.views import ViewMaker
@@ -47,7 +47,7 @@ class Sample:
 class Table:
     """What a set of samples says about itself, without the images. All lists have one entry a sample."""
 
-    shards: list[Place]
+    shards: list[Address]
     classes: list[str]
     """Class names from labels.json, empty without one."""
     keys: list[str] = field(default_factory=list)

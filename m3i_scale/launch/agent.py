@@ -25,7 +25,7 @@ import psutil
 from m3i_scale import __version__
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.doctor.machine import rank_memory
-from m3i_scale.launch.place import RECORDS
+from m3i_scale.launch.heartbeat import RECORDS
 from m3i_scale.launch.processes import MARK, end_marked, mark_of, marked
 from m3i_scale.launch.rank import Rank
 from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
@@ -112,7 +112,7 @@ class Agent:
             self.records = _folder_for_records()
             self._held = _hold(self.records)  # until this process ends
         except OSError as error:
-            fault = f"no room for the places of its ranks: {error}"
+            fault = f"no room for the heartbeats of its ranks: {error}"
         told = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
         self.writer.say("hello", **told, left=left, fault=fault)
 
@@ -159,12 +159,12 @@ class Agent:
             if rank.ended():
                 self._drain(rank)
                 seen = rank.seen()
-                place = asdict(seen) if seen else None
-                self.writer.say("exit", rank=rank.number, code=rank.code, failure=rank.failure(self.host), place=place)
+                beat = asdict(seen) if seen else None
+                self.writer.say("exit", rank=rank.number, code=rank.code, failure=rank.failure(self.host), beat=beat)
         now = time.monotonic()
         if now - self._beat > BEAT_S:
             self._beat = now
-            self.writer.say("beat", time=time.time(), places=self._places())
+            self.writer.say("beat", time=time.time(), beats=self._beats())
         if now - self.heard > self.silence_s or self.writer.broken:
             self.over = True
 
@@ -178,7 +178,7 @@ class Agent:
         with contextlib.suppress(KeyError):
             self.selector.unregister(rank.output)
 
-    def _places(self) -> dict[int, object]:
+    def _beats(self) -> dict[int, object]:
         found: dict[int, object] = {}
         for rank in self.ranks:
             seen = rank.seen() if rank.code is None else None

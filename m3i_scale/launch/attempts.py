@@ -20,7 +20,7 @@ from m3i_scale.launch.link import Inbox, Link, connect
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.processes import noted_signals
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Work
-from m3i_scale.launch.supervise import Attempt, Outcome, Request, Tell
+from m3i_scale.launch.supervise import Attempt, AttemptResult, Request, Tell
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.worlds import World, largest_world
 from m3i_scale.scale.checkpoint.layout import stopped_words
@@ -83,7 +83,7 @@ class Launch:
                 restarts += 1
                 self._pause(restarts)
 
-    def _code_after(self, outcome: Outcome, back: Sequence[str]) -> int | None:
+    def _code_after(self, outcome: AttemptResult, back: Sequence[str]) -> int | None:
         """Return the exit code with which an attempt ends the launch; None where it may go on."""
         code = None
         if self._signals > 1:
@@ -109,7 +109,7 @@ class Launch:
 
     def _attempt(
         self, links: list[Link], world: World, reasons: dict[str, str], address: tuple[str, int], logs: Logs
-    ) -> tuple[Outcome, tuple[str, ...]]:
+    ) -> tuple[AttemptResult, tuple[str, ...]]:
         """Run one; return how it ended, and which hosts were back by then."""
         work, number = self.work, len(self.attempts) + 1
         command = [*work.command]
@@ -151,7 +151,7 @@ class Launch:
         self,
         number: int,
         world: World,
-        outcome: Outcome,
+        outcome: AttemptResult,
         started: float,
         logs: Logs,
         reasons: dict[str, str],

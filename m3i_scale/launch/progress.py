@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.launch.place import PHASES
+from m3i_scale.launch.heartbeat import PHASES
 from m3i_scale.launch.wire import Message
 
 RATIO = 3.0
@@ -34,7 +34,7 @@ class Progress:
         self.first_step: int | None = None
         self.last_step: int | None = None
         self._timeouts = timeouts
-        self._places: dict[int, Message] = {}
+        self._beats: dict[int, Message] = {}
         self._ahead_s: dict[str, float] = {}
         self._began = time.time()
 
@@ -48,45 +48,45 @@ class Progress:
         """
         ahead_s = time.time() - message["time"]
         self._ahead_s[host] = min(ahead_s, self.ahead_s(host, ahead_s))
-        for rank, place in message["places"].items():
+        for rank, beat in message["beats"].items():
             if int(rank) in running:
-                self._places[int(rank)] = place | {"age_s": message["time"] - place["changed"]}
-                self.count(place)
+                self._beats[int(rank)] = beat | {"age_s": message["time"] - beat["changed"]}
+                self.count(beat)
 
     def ahead_s(self, host: str, unknown: float = 0.0) -> float:
         """Return by how much the clock of this machine is ahead of a host's."""
         return self._ahead_s.get(host, unknown)
 
-    def count(self, place: Message) -> None:
+    def count(self, beat: Message) -> None:
         """Take the steps of a rank into account."""
-        if place["began"] >= 0:
-            self.first_step = place["began"]
-            self.last_step = max(self.last_step or 0, place["step"])
+        if beat["began"] >= 0:
+            self.first_step = beat["began"]
+            self.last_step = max(self.last_step or 0, beat["step"])
 
     def last_seen(self, ranks: Iterable[int]) -> Message:
-        """Return the place of the one of these ranks with the fewest steps; nothing where none has been seen."""
-        seen = [self._places[rank] for rank in ranks if rank in self._places]
-        return min(seen, key=lambda place: int(place["step"]), default={})
+        """Return the beat of the one of these ranks with the fewest steps; nothing where none has been seen."""
+        seen = [self._beats[rank] for rank in ranks if rank in self._beats]
+        return min(seen, key=lambda beat: int(beat["step"]), default={})
 
-    def place_of(self, rank: int) -> Message:
+    def beat_of(self, rank: int) -> Message:
         """Return where a rank was last seen; one that has not yet said so starts."""
         unseen = {"step": -1, "phase": "start", "changed": self._began, "age_s": time.time() - self._began}
-        return self._places.get(rank, unseen)
+        return self._beats.get(rank, unseen)
 
     def stands_still(self, rank: int) -> bool:
         """Return whether a rank has been where it is for longer than the run's own time-outs allow."""
-        place = self.place_of(rank)
-        inside = place["phase"] in PHASES and place["step"] > 0
-        return bool(place["age_s"] > (self._timeouts.step_s if inside else self._timeouts.start_s) + _SLACK_S)
+        beat = self.beat_of(rank)
+        inside = beat["phase"] in PHASES and beat["step"] > 0
+        return bool(beat["age_s"] > (self._timeouts.step_s if inside else self._timeouts.start_s) + _SLACK_S)
 
     def furthest_behind(self, ranks: Iterable[int]) -> int:
         """Return which of these ranks has done least."""
         return min(ranks, key=self._order)
 
     def _order(self, rank: int) -> tuple[int, int, float]:
-        place = self.place_of(rank)
-        phase = place["phase"]
-        return place["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), place["changed"]
+        beat = self.beat_of(rank)
+        phase = beat["phase"]
+        return beat["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), beat["changed"]
 
 
 @dataclass(frozen=True)
@@ -117,38 +117,38 @@ class Stragglers:
         self._before: dict[int, Message] = {}
         self._told: set[str] = set()
 
-    def see(self, host: str, places: dict[str, Message], ranks: int) -> Slow | None:
+    def see(self, host: str, beats: dict[str, Message], ranks: int) -> Slow | None:
         """Take in a beat of a host.
 
         Args:
             host: whose.
-            places: of its ranks, as `place.Seen`.
+            beats: of its ranks, as `heartbeat.Beat`.
             ranks: of all hosts.
         """
-        for rank, place in places.items():
-            self._now[int(rank)] = host, place
+        for rank, beat in beats.items():
+            self._now[int(rank)] = host, beat
         if len(self._now) < ranks:
             return None
-        done = [place["step"] for _, place in self._now.values()]
+        done = [beat["step"] for _, beat in self._now.values()]
         if not self._before:
             if min(done) >= 1:  # the first step also allocates and compiles
-                self._before = self._places()
+                self._before = self._beats()
             return None
-        if min(place["step"] - self._before[rank]["step"] for rank, place in self._places().items()) < STEPS:
+        if min(beat["step"] - self._before[rank]["step"] for rank, beat in self._beats().items()) < STEPS:
             return None
         found = self._compare()
-        self._before = self._places()
+        self._before = self._beats()
         return found
 
-    def _places(self) -> dict[int, Message]:
-        return {rank: place for rank, (_, place) in self._now.items()}
+    def _beats(self) -> dict[int, Message]:
+        return {rank: beat for rank, (_, beat) in self._now.items()}
 
     def _compare(self) -> Slow | None:
         by_host: dict[str, list[dict[str, float]]] = defaultdict(list)
-        for rank, (host, place) in self._now.items():
+        for rank, (host, beat) in self._now.items():
             before = self._before[rank]
-            steps = place["step"] - before["step"]
-            by_host[host].append({k: (v - before["worked_s"][k]) / steps for k, v in place["worked_s"].items()})
+            steps = beat["step"] - before["step"]
+            by_host[host].append({k: (v - before["worked_s"][k]) / steps for k, v in beat["worked_s"].items()})
         if len(by_host) < 2:
             return None
         means = {host: _mean(parts) for host, parts in by_host.items()}
@@ -163,7 +163,7 @@ class Stragglers:
             phase: own - statistics.median(means[host][phase] for host in others)
             for phase, own in means[slowest].items()
         }
-        step = max(place["step"] for _, place in self._now.values())
+        step = max(beat["step"] for _, beat in self._now.values())
         return Slow(slowest, totals[slowest], usual, max(more, key=lambda phase: more[phase]), step)
 
 

@@ -12,7 +12,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.link import Inbox, Link, connect, hear
-from m3i_scale.launch.supervise import Outcome, Tell
+from m3i_scale.launch.supervise import AttemptResult, Tell
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import Message
 from m3i_scale.launch.worlds import Compared, World, largest_world, refusal_of_plan
@@ -95,7 +95,7 @@ class HostHistory:
         """
         self.without_answer = set(reasons)
 
-    def ended(self, world: World, outcome: Outcome) -> None:
+    def ended(self, world: World, outcome: AttemptResult) -> None:
         """Note how an attempt has ended."""
         self.without_answer |= set(outcome.lost)
         cause = outcome.cause if outcome.status == "failed" else None
@@ -170,7 +170,7 @@ class Rendezvous:
         chosen = {link.host: link for link in links if link.host in world.hosts}
         return [chosen[host] for host in world.hosts], reasons, world
 
-    def learn(self, world: World, outcome: Outcome) -> None:
+    def learn(self, world: World, outcome: AttemptResult) -> None:
         """Note what an attempt says for the next."""
         if outcome.status == "failed":
             self.compared.note(outcome.cause)

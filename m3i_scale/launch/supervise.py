@@ -30,7 +30,7 @@ _LEAVE_S = 300.0
 
 
 @dataclass
-class Outcome:
+class AttemptResult:
     """Says how an attempt ended."""
 
     status: Literal["finished", "preempted", "failed"]
@@ -77,14 +77,14 @@ class Attempt:
         self._codes: dict[int, int] = {}
         self._gone: set[str] = set()
         self._over = False
-        self._outcome = Outcome("failed")
+        self._outcome = AttemptResult("failed")
         self._world = sum(link.host.slots for link in links)
         self._progress, self._stragglers = Progress(timeouts), Stragglers()
         self._deadline: float | None = None
         self._asked: float | None = None
         self._beat = 0.0
 
-    def run(self, requested: Callable[[], Request]) -> Outcome:
+    def run(self, requested: Callable[[], Request]) -> AttemptResult:
         """Start the ranks, and watch them until it is over on every host.
 
         Args:
@@ -160,7 +160,7 @@ class Attempt:
 
     def _take_beat(self, name: str, message: Message) -> None:
         self._progress.beat(name, message, self._running)
-        slow = self._stragglers.see(name, message["places"], self._world)
+        slow = self._stragglers.see(name, message["beats"], self._world)
         if slow is not None:
             self._outcome.slow.append(str(slow))
             self._tell(str(slow))
@@ -169,8 +169,8 @@ class Attempt:
         rank, code = message["rank"], message["code"]
         self._running.pop(rank, None)
         self._codes[rank] = code
-        if message["place"] is not None:
-            self._progress.count(message["place"])
+        if message["beat"] is not None:
+            self._progress.count(message["beat"])
         if message["failure"] is not None:
             self._fail(on_clock(Failure(**message["failure"]), self._progress.ahead_s(name)), self._site.grace_s)
         elif self._deadline is None:
@@ -187,13 +187,13 @@ class Attempt:
     def _lose(self, link: Link, why: str) -> None:
         name = link.host.name
         ranks = [rank for rank, other in self._running.items() if other is link]
-        place = self._progress.last_seen(ranks)
+        beat = self._progress.last_seen(ranks)
         for rank in ranks:
             del self._running[rank]
         self._gone.add(name)
         self._outcome.lost.append(name)
         heard = time.time() - (time.monotonic() - link.heard)
-        failure = Failure(heard, name, None, place.get("step"), place.get("phase"), "host", why)
+        failure = Failure(heard, name, None, beat.get("step"), beat.get("phase"), "host", why)
         self._fail(failure, _LOST_GRACE_S)
 
     def _beat_hosts(self) -> None:
@@ -222,15 +222,15 @@ class Attempt:
         if not self._running or (cause is not None and not cause.consequence):
             return
         rank = self._progress.furthest_behind(self._running)
-        place, link = self._progress.place_of(rank), self._running[rank]
-        message = f"the rank neither goes on nor ends: it has not moved for {place['age_s']:.0f} s"
-        at = place["changed"] + self._progress.ahead_s(link.host.name)
-        self._fail(Failure(at, link.host.name, rank, place["step"], place["phase"], "hang", message), 0.0)
+        beat, link = self._progress.beat_of(rank), self._running[rank]
+        message = f"the rank neither goes on nor ends: it has not moved for {beat['age_s']:.0f} s"
+        at = beat["changed"] + self._progress.ahead_s(link.host.name)
+        self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
 
     def _ask(self) -> bool:
         """Have all ranks save and leave, once. False where the loop has not begun: there is nothing to save, and the
         signal would only kill them."""
-        begun = [self._progress.place_of(rank)["step"] >= 0 for rank in self._running]
+        begun = [self._progress.beat_of(rank)["step"] >= 0 for rank in self._running]
         if self._asked is None and all(begun):
             self._asked = time.monotonic()
             for link in self._links:
@@ -249,7 +249,7 @@ class Attempt:
             link.drop() if link.host.name in self._outcome.lost else link.close()
         self._logs.close()
 
-    def _conclude(self) -> Outcome:
+    def _conclude(self) -> AttemptResult:
         outcome, progress = self._outcome, self._progress
         outcome.first_step, outcome.last_step = progress.first_step, progress.last_step
         cause = first_cause(self._failures)

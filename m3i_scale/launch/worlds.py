@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.mixing import check_shares, check_weights
-from m3i_scale.data.remote.address import to_place
+from m3i_scale.data.remote.address import to_address
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.failures import Failure
@@ -172,7 +172,7 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
     """
     check_weights(run.data.sources)
     for name, source in run.data.sources.items():
-        to_place(source.shards, f"data.sources.{name}.shards")
+        to_address(source.shards, f"data.sources.{name}.shards")
     if launcher == "elastic":
         hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
         check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))

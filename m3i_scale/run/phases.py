@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.launch.place import PHASES, Place
+from m3i_scale.launch.heartbeat import PHASES, Heartbeat
 from m3i_scale.scale.process_group import set_timeout
 
 __all__ = ["PHASES", "Phases"]
@@ -107,11 +107,11 @@ class Timeouts:
     Args:
         timeouts: of the run file.
         phases: whose changes say where this rank is.
-        place: of this rank.
+        heartbeat: of this rank.
     """
 
-    def __init__(self, timeouts: TimeoutsConfig, phases: Phases, place: Place) -> None:
-        self._timeouts, self._phases, self._place = timeouts, phases, place
+    def __init__(self, timeouts: TimeoutsConfig, phases: Phases, heartbeat: Heartbeat) -> None:
+        self._timeouts, self._phases, self._heartbeat = timeouts, phases, heartbeat
         self._steps = 0
 
     def end_step(self) -> None:
@@ -127,9 +127,9 @@ class Timeouts:
         Args:
             name: where this rank is meanwhile. After an error it stays there: last words say so.
         """
-        around = self._place.phase
+        around = self._heartbeat.phase
         tell, self._phases.tell = self._phases.tell, lambda phase: None
-        self._place.at(name)
+        self._heartbeat.at(name)
         if self._steps >= _LONG_STEPS:
             set_timeout(self._timeouts.start_s)
         try:
@@ -138,4 +138,4 @@ class Timeouts:
             if self._steps >= _LONG_STEPS:
                 set_timeout(self._timeouts.step_s)
             self._phases.tell = tell
-        self._place.at(around)
+        self._heartbeat.at(around)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from m3i_scale.launch.failures import RANK_RECORDS, Failure, Kind, record_file, write_record
-from m3i_scale.launch.place import RECORDS, Place, own_place
+from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.scale.store import MissingRanksError
 
@@ -23,7 +23,7 @@ _SILENT = "the rank ended without a word: killed (for want of memory, most often
 
 
 @contextlib.contextmanager
-def recorded(output_dir: Path) -> Iterator[Place]:
+def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     """Whatever ends the work inside leaves a record. Under an agent it lies where the agent looks, under other
     launchers in OUTPUT/failure; a rank without a launcher tells its error itself.
 
@@ -37,7 +37,7 @@ def recorded(output_dir: Path) -> Iterator[Place]:
     """
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
-    place = own_place(rank)
+    heartbeat = own_heartbeat(rank)
     folder = _folder(output_dir)
     if folder is not None:
         with contextlib.suppress(OSError):  # what is wrong with the folder is explained when the run opens it
@@ -45,10 +45,10 @@ def recorded(output_dir: Path) -> Iterator[Place]:
         if not faulthandler.is_enabled():
             faulthandler.enable()  # a crash in native code shows at least its Python lines
     try:
-        yield place
+        yield heartbeat
     except BaseException as error:
         if folder is not None and not _as_it_should(error):
-            _leave(folder, _failure(error, rank, place))
+            _leave(folder, _failure(error, rank, heartbeat))
         elif folder is not None:
             _take_back(folder, rank)
         raise
@@ -81,7 +81,7 @@ def _folder(output_dir: Path) -> Path | None:
     return output_dir / RANK_RECORDS if "WORLD_SIZE" in os.environ else None
 
 
-def _failure(error: BaseException, rank: int, place: Place) -> Failure:
+def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
     explained = error if isinstance(error, UserError) else None
     kind: Kind = "user_error" if explained and explained.exit_code == EXIT_USER_ERROR else "exception"
     trace = [] if explained else traceback.format_exception(error)
@@ -89,8 +89,8 @@ def _failure(error: BaseException, rank: int, place: Place) -> Failure:
         time=time.time(),
         host=socket.gethostname(),
         rank=rank,
-        step=place.step,
-        phase=place.phase,
+        step=heartbeat.step,
+        phase=heartbeat.phase,
         kind="missing" if isinstance(error, MissingRanksError) else kind,
         message=str(error) if explained else f"{type(error).__name__}: {error}",
         trace="".join(trace).splitlines()[-_TRACE:],

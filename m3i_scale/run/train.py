@@ -13,8 +13,8 @@ import torch.distributed as dist
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.files import write_json, write_whole
+from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
-from m3i_scale.launch.place import Place
 from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
@@ -60,16 +60,16 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
 def start(run: RunConfig) -> Status:
     """Join the other ranks and train."""
     torch.manual_seed(run.seed)
-    with recorded(run.output_dir) as place:
+    with recorded(run.output_dir) as heartbeat:
         callbacks = make_callbacks(run)
-        place.at("check")
+        heartbeat.at("check")
         resolve = check_first(run)
-        place.at("join")
+        heartbeat.at("join")
         ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
         clean = False
         try:
-            with count_waits(place.waited) if place.read else contextlib.nullcontext():
-                status = train(run, ranks, callbacks, place, resolve)
+            with count_waits(heartbeat.waited) if heartbeat.read else contextlib.nullcontext():
+                status = train(run, ranks, callbacks, heartbeat, resolve)
             clean = True
         finally:
             stop_ranks(wait=clean)
@@ -129,7 +129,7 @@ def train(
     run: RunConfig,
     ranks: ProcessGroupRanks,
     callbacks: list[Callback],
-    place: Place | None = None,
+    heartbeat: Heartbeat | None = None,
     resolve: Callable[[], ResolvedRun] | None = None,
 ) -> Status:
     """Check, lock, resume, train. Every rank calls it.
@@ -138,11 +138,11 @@ def train(
         run: the run file.
         ranks: that have joined.
         callbacks: of rank 0; those of other ranks are not called.
-        place: says where this rank is.
+        heartbeat: says where this rank is.
         resolve: gives the resolved run where that was made before the ranks met, or raises its fault.
     """
-    place = place or Place(None)
-    place.at("open")
+    heartbeat = heartbeat or Heartbeat(None)
+    heartbeat.at("open")
     check_software(run)
     resolved = together(resolve or (lambda: resolve_run(run, ranks.world_size)), names_rank=True)
     with contextlib.ExitStack() as stack:
@@ -165,7 +165,7 @@ def train(
             announce(resolved, resume_from, notes)
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 tell(awaited)
-        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, place)
+        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat)
         if ranks.rank == 0:
             tell(trainer.activations)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:

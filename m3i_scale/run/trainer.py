@@ -15,7 +15,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
-from m3i_scale.launch.place import Place
+from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
@@ -55,10 +55,10 @@ class Trainer:
         stream: TrainStream | None = None,
         validation: TrainStream | None = None,
         tell: Callable[[str], None] = lambda text: None,
-        place: Place | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank 0."""
-        self.run, self.place = resolved.run, place or Place(None)
+        self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
         if ranks.rank != 0:
             callbacks, tell = [], lambda text: None
         if stream is None:
@@ -79,7 +79,7 @@ class Trainer:
         engine.module.span = self.phases.span
         # What is left of the reduction when the backward pass is over; the engine calls it by this name.
         engine.allreduce_gradients = self.phases.timed("reduce", engine.allreduce_gradients)
-        timeouts = Timeouts(self.run.timeouts, self.phases, self.place)
+        timeouts = Timeouts(self.run.timeouts, self.phases, self.heartbeat)
         self.state = TrainState(resolved, ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
         self.fetcher = Fetcher(iter(()))
         rewinds = Rewinds(self.run.output_dir, anew=resume_from is None)
@@ -105,9 +105,9 @@ class Trainer:
         """Train. Returns how it ended; raises a UserError where the run must not go on."""
         state = self.state
         self.preemption.install()
-        self.place.at("resume")
+        self.heartbeat.at("resume")
         self.checkpointing.resume()
-        self.phases.tell = self.place.at
+        self.phases.tell = self.heartbeat.at
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
         # Closing ends loader workers here, while everything still stands, and not at the exit of the interpreter.
@@ -144,7 +144,7 @@ class Trainer:
         self.fetcher = Fetcher(batches)
         for hook in self.hooks:
             hook.on_start()
-        self.place.at("other", state.step)
+        self.heartbeat.at("other", state.step)
         while state.step < self.run.optim.steps and not state.stopping and not self._data_ended(batches):
             self.train_step()
         for hook in self.hooks:
@@ -190,7 +190,7 @@ class Trainer:
         state.applied = state.engine.was_step_applied()  # else the average does not move either
         self._update_average()
         state.step += 1
-        self.place.at("other", state.step)
+        self.heartbeat.at("other", state.step)
         state.timeouts.end_step()
 
     def _micro_batch(self) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from m3i_scale.errors import DataError
-from m3i_scale.launch.place import Place
+from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.run.rank_record import recorded
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -46,32 +46,32 @@ def note(number: int, frame: object) -> None:
     asked.append(number)
 
 
-def together(place: Place, step: int) -> None:
+def together(heartbeat: Heartbeat, step: int) -> None:
     """Wait for all ranks."""
-    place.at("reduce")
+    heartbeat.at("reduce")
     started = time.perf_counter()
     (OUTPUT / f"{os.environ['MASTER_PORT']}-{step}-{RANK}").touch()
     while not all((OUTPUT / f"{os.environ['MASTER_PORT']}-{step}-{rank}").exists() for rank in range(WORLD)):
         time.sleep(0.01)
         if f"patient@{RANK}" in sys.argv and time.perf_counter() - started > 2:
             raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation")
-    place.waited(time.perf_counter() - started)
+    heartbeat.waited(time.perf_counter() - started)
 
 
 def main() -> int:
     signal.signal(signal.SIGUSR2, note)
     parts = [part.split("@") for part in sys.argv[3:] if part.count("@") == 2]
-    with recorded(OUTPUT) as place:
-        place.at("other", 0)
+    with recorded(OUTPUT) as heartbeat:
+        heartbeat.at("other", 0)
         for step in range(1, int(sys.argv[2]) + 1):
-            place.at("forward")
+            heartbeat.at("forward")
             time.sleep(0.02)
             print(f"rank {RANK} of {WORLD} at step {step} on {os.uname().nodename}", flush=True)
             for name, rank, at in parts:
                 if rank in (str(RANK), "*") and at in (str(step), "*"):
                     play(name)
-            together(place, step)
-            place.at("other", step)
+            together(heartbeat, step)
+            heartbeat.at("other", step)
             if asked:  # the others hear of it before they get there: all stop at the same step
                 (OUTPUT / f"{os.environ['MASTER_PORT']}-stop-{step + 2}").touch()
             if (OUTPUT / f"{os.environ['MASTER_PORT']}-stop-{step}").exists():

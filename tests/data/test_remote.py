@@ -15,7 +15,7 @@ from hub import REPO, hub
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.index import build_index
 from m3i_scale.data.remote.access import check_access
-from m3i_scale.data.remote.address import Url, to_place
+from m3i_scale.data.remote.address import Url, to_address
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.state import merge_states
@@ -237,8 +237,8 @@ def test_addresses_that_are_refused_do_not_give_secrets_away(place, fault):
 
 
 def test_names_of_addresses():
-    assert to_place("file:///a/b.tar") == to_place("/a/b.tar")
-    url = to_place("s3://bucket/x/y-01.tar")
+    assert to_address("file:///a/b.tar") == to_address("/a/b.tar")
+    url = to_address("s3://bucket/x/y-01.tar")
     assert (url.name, url.stem, str(url.parent), url.parent / "y-01.tar") == ("y-01.tar", "y-01", "s3://bucket/x", url)
     pipe = Url("pipe:curl -H 'Authorization: SECRET' https://h/x-01.tar")
     assert (pipe.name, str(pipe)) == ("x-01.tar", "pipe:curl … x-01.tar")

@@ -18,7 +18,7 @@ def aged(folder):
 def made(parent, name):
     folder = parent / f"{agent._PREFIX}{name}"
     folder.mkdir()
-    (folder / "rank-00000.place").write_bytes(b"x")
+    (folder / "rank-00000.heartbeat").write_bytes(b"x")
     return folder
 
 

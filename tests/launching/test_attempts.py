@@ -11,13 +11,13 @@ from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
 from m3i_scale.launch.agent import Agent
 from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.failures import Failure
+from m3i_scale.launch.heartbeat import PHASES
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
-from m3i_scale.launch.place import PHASES
 from m3i_scale.launch.progress import STEPS, Progress, Stragglers
 from m3i_scale.launch.rendezvous import HostHistory, Policy, Work
-from m3i_scale.launch.supervise import Attempt, Outcome
+from m3i_scale.launch.supervise import Attempt, AttemptResult
 from m3i_scale.launch.transport import HostFault, Site
 from m3i_scale.launch.wire import decode
 from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
@@ -66,7 +66,7 @@ def test_workers_share_out_the_streams_of_a_rank():
     assert micro_batch_for(run, 4) is None  # six streams, four workers
 
 
-def place(step: int, forward_s: float, backward_s: float = 0.1) -> dict[str, Any]:
+def beat(step: int, forward_s: float, backward_s: float = 0.1) -> dict[str, Any]:
     worked = dict.fromkeys(PHASES, 0.0) | {"forward": step * forward_s, "backward": step * backward_s}
     return {"step": step, "worked_s": worked}
 
@@ -75,7 +75,7 @@ def told(seconds: dict[str, float], steps: int) -> list[Any]:
     watcher, found = Stragglers(), []
     for step in range(1, steps + 1):
         for number, (host, own) in enumerate(seconds.items()):
-            found.append(watcher.see(host, {str(number): place(step, own)}, len(seconds)))
+            found.append(watcher.see(host, {str(number): beat(step, own)}, len(seconds)))
     return [slow for slow in found if slow is not None]
 
 
@@ -93,11 +93,11 @@ def test_hosts_that_differ_a_little_are_not_slow():
 
 def test_a_rank_stands_still_beyond_its_time_out_and_the_one_that_has_done_least_is_furthest_behind():
     progress = Progress(TimeoutsConfig(start_s=3600.0, step_s=1.0))
-    places = {
+    beats = {
         str(rank): {"step": 4, "began": 2, "phase": phase, "changed": 0.0}
         for rank, phase in enumerate(("backward", "forward", "save"))
     }
-    progress.beat("node0", {"time": 100.0, "places": places}, {0, 1, 2})
+    progress.beat("node0", {"time": 100.0, "beats": beats}, {0, 1, 2})
     assert [progress.stands_still(rank) for rank in range(4)] == [True, True, False, False]
     assert progress.furthest_behind([0, 1, 2]) == 1
     assert progress.furthest_behind([0, 1, 2, 3]) == 3  # of which nothing has been seen
@@ -110,7 +110,7 @@ def test_the_last_of_ten_thousand_restarts_is_still_one():
     assert told == ["restart 9999 of 10000 in 0 s"]
 
 
-def ended(history: HostHistory, *outcomes: Outcome) -> set[str]:
+def ended(history: HostHistory, *outcomes: AttemptResult) -> set[str]:
     """Hosts that are failing ones after these attempts."""
     for outcome in outcomes:
         history.ended(World(HOSTS, 6), outcome)
@@ -118,15 +118,15 @@ def ended(history: HostHistory, *outcomes: Outcome) -> set[str]:
 
 
 HOSTS = (Host("node0", 1), Host("node1", 1))
-KILLED = Outcome("failed", cause=Failure(1.0, "node1", 1, 3, "forward", "signal", "ended by signal 9"))
-LOST = Outcome("failed", cause=Failure(1.0, "node1", None, 3, "forward", "host", "down"), lost=["node1"])
+KILLED = AttemptResult("failed", cause=Failure(1.0, "node1", 1, 3, "forward", "signal", "ended by signal 9"))
+LOST = AttemptResult("failed", cause=Failure(1.0, "node1", None, 3, "forward", "host", "down"), lost=["node1"])
 
 
 def test_a_host_fails_twice_running_by_its_ranks_and_not_by_being_lost():
     assert ended(HostHistory(HOSTS), KILLED, KILLED) == {"node1"}
     assert ended(HostHistory(HOSTS), LOST, LOST, LOST) == set()
     assert ended(HostHistory(HOSTS), KILLED, LOST, KILLED) == set()
-    assert ended(HostHistory(HOSTS), KILLED, Outcome("preempted"), KILLED) == set()
+    assert ended(HostHistory(HOSTS), KILLED, AttemptResult("preempted"), KILLED) == set()
 
 
 def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not():
@@ -182,7 +182,7 @@ def test_ranks_that_were_ended_before_they_began_have_saved_nothing(tmp_path):
     ended = an_attempt(link, tmp_path)
     assert ended._conclude().status == "failed"
     saved = an_attempt(link, tmp_path)
-    saved._take(link, {"kind": "exit", "rank": 0, "code": 75, "failure": None, "place": None})
+    saved._take(link, {"kind": "exit", "rank": 0, "code": 75, "failure": None, "beat": None})
     assert saved._conclude().status == "preempted"
     launch = Launch(some_work(), Policy(), lambda text: None)
     launch._signals = 1

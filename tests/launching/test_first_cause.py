@@ -19,8 +19,8 @@ from m3i_scale.launch.failures import (
     write_failure,
 )
 from m3i_scale.launch.failures import write_record as leave
+from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
 from m3i_scale.launch.lock import launch_lock
-from m3i_scale.launch.place import RECORDS, Place, place_file, read_place
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.scale.output_dir import lock_directory
 from m3i_scale.scale.store import MissingRanksError
@@ -96,18 +96,18 @@ def test_the_text_names_the_place_once_and_counts_the_rest(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _die(place: Place) -> None:
-    place.at("other", 4)
-    place.at("decoder")
+def _die(heartbeat: Heartbeat) -> None:
+    heartbeat.at("other", 4)
+    heartbeat.at("decoder")
     raise ValueError("three")
 
 
 def test_a_rank_leaves_its_last_words_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setenv(RECORDS, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(ValueError, match="three"), recorded(tmp_path / "out") as place:
-        _die(place)
-    seen = read_place(place_file(tmp_path, 3))
+    with pytest.raises(ValueError, match="three"), recorded(tmp_path / "out") as heartbeat:
+        _die(heartbeat)
+    seen = read_heartbeat(heartbeat_file(tmp_path, 3))
     assert (seen.step, seen.began, seen.phase) == (4, 4, "decoder")
     record = json.loads((tmp_path / "rank-00003.json").read_text())
     assert (record["message"], record["step"], record["phase"]) == ("ValueError: three", 4, "decoder")
@@ -146,12 +146,12 @@ def test_a_rank_that_is_alone_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_waits_are_no_work(tmp_path):
-    place = Place(place_file(tmp_path, 0))
-    place.at("other", 0)
-    place.at("reduce")
-    place.waited(1e6)  # longer than the phase lasts: no work, and never less than none
-    place.at("step", 1)
-    seen = read_place(place_file(tmp_path, 0))
+    heartbeat = Heartbeat(heartbeat_file(tmp_path, 0))
+    heartbeat.at("other", 0)
+    heartbeat.at("reduce")
+    heartbeat.waited(1e6)  # longer than the phase lasts: no work, and never less than none
+    heartbeat.at("step", 1)
+    seen = read_heartbeat(heartbeat_file(tmp_path, 0))
     assert seen.waited_s == 1e6
     assert seen.worked_s["reduce"] == 0.0
     assert seen.worked_s["other"] > 0

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.launch.place import Place
+from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.run import phases as module
 from m3i_scale.run.phases import PHASES, Phases, Timeouts
 
@@ -107,23 +107,23 @@ def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
 
 
 def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
-    phases, place = Phases(), Place(None)
-    phases.tell = place.at
-    timeouts = Timeouts(TimeoutsConfig(), phases, place)
+    phases, heartbeat = Phases(), Heartbeat(None)
+    phases.tell = heartbeat.at
+    timeouts = Timeouts(TimeoutsConfig(), phases, heartbeat)
     for _ in range(2):
         with pytest.raises(ValueError, match="of the engine"), phases.span("backward"), phases.span("reduce"):
             raise ValueError("of the engine")
-        assert place.phase == "reduce"
+        assert heartbeat.phase == "reduce"
         with timeouts.outside_of_steps("save"):
-            assert place.phase == "save"
+            assert heartbeat.phase == "save"
             with phases.span("forward"):  # that of stored samples is no part of a step
-                assert place.phase == "save"
-        assert place.phase == "reduce"  # as before: all ranks may save what is on its way before they end
+                assert heartbeat.phase == "save"
+        assert heartbeat.phase == "reduce"  # as before: all ranks may save what is on its way before they end
     with pytest.raises(ValueError, match="of the disk"), timeouts.outside_of_steps("save"):
         raise ValueError("of the disk")
-    assert place.phase == "save"
+    assert heartbeat.phase == "save"
     with phases.span("fetch"):
-        assert place.phase == "fetch"
+        assert heartbeat.phase == "fetch"
 
 
 def test_on_the_host_time_is_that_of_the_host() -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_random_exponential
 
 from m3i_scale.config import DataConfig, SourceConfig
-from m3i_scale.data.remote.address import is_remote, to_place
+from m3i_scale.data.remote.address import is_remote, to_address
 from m3i_scale.data.remote.cache import ShardCache
 from m3i_scale.data.remote.faults import FaultError, to_fault
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -76,7 +76,7 @@ def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
     named = [*sources.items(), *data.sources.items(), *data.validation.items()]
     remote = [(name, source.shards) for name, source in named if is_remote(source.shards)]
     for name, shards in remote:
-        to_place(shards, f"source '{name}'")
+        to_address(shards, f"source '{name}'")
     if not remote:
         for setting in _ONLY_REMOTE:
             if getattr(data, setting) != DataConfig.model_fields[setting].default:

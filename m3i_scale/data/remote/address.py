@@ -67,7 +67,7 @@ class Url:
         return f"pipe:{program} … {self.name}"
 
 
-Place = Path | Url
+Address = Path | Url
 
 
 def is_remote(shards: str) -> bool:
@@ -76,7 +76,7 @@ def is_remote(shards: str) -> bool:
     return scheme is not None and scheme[1].lower() != "file"
 
 
-def to_place(text: str, where: str = "shards") -> Place:
+def to_address(text: str, where: str = "shards") -> Address:
     """Return the path or the address that a text names.
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from http.client import IncompleteRead
 from typing import Any
 
-from m3i_scale.data.remote.address import Place
+from m3i_scale.data.remote.address import Address
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
@@ -74,7 +74,7 @@ class BadShardError(DataError):
     """A few words, the same for all faults of a kind."""
 
 
-def bad_shard(place: Place, fault: FaultError, *, at_start: bool = False) -> BadShardError:
+def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> BadShardError:
     """Return the error of a shard that is given up.
 
     Args:

@@ -21,7 +21,7 @@ import fsspec
 from fsspec.asyn import sync
 
 from m3i_scale.data.remote.access import Access, retried
-from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.faults import NO_RANGES, FaultError, RemoteReadError
 from m3i_scale.errors import ConfigError, DataError
 
@@ -103,7 +103,7 @@ def read_range(url: Url, start: int, end: int, access: Access, version: str = ""
     return retried(once, access)
 
 
-def read_file(place: Place, access: Access | None = None) -> bytes:
+def read_file(place: Address, access: Access | None = None) -> bytes:
     """Return a whole small file beside shards.
 
     Raises:

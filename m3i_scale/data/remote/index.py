@@ -12,7 +12,7 @@ from pathlib import Path
 from fsspec.spec import AbstractBufferedFile
 
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
 from m3i_scale.data.remote.fetch import Facts, facts, fetch, read_file, read_range, require_shell
@@ -25,7 +25,7 @@ THREADS = 16
 SCAN_BLOCK_BYTES = 1 << 20
 
 
-def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Place, ShardIndex]:
+def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Address, ShardIndex]:
     """Return indices of remote shards, saved in `cache_dir`.
 
     Raises:

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from typing import BinaryIO
 
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Place, Url
+from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.fetch import Output, facts, fetch, read_range
@@ -49,15 +49,15 @@ class RemoteShards:
         self._access = access
         self._cache = access.cache
         self._expected: dict[Hashable, tuple[Sequence[ShardIndex], Sequence[ShardIndex]]] = {}
-        self._wanted: dict[Place, ShardIndex] = {}
+        self._wanted: dict[Address, ShardIndex] = {}
         """All that is expected, the most urgent first."""
-        self._fetches: dict[Place, Fetch] = {}
+        self._fetches: dict[Address, Fetch] = {}
         """Locks all that is wanted."""
-        self._only_whole: set[Place] = set()
+        self._only_whole: set[Address] = set()
         """Shards whose server has turned out to know no ranges."""
-        self._same_version: set[Place] = set()
+        self._same_version: set[Address] = set()
         """Shards of present windows whose server has been asked for the version."""
-        self._verified: set[Place] = set()
+        self._verified: set[Address] = set()
         """Shards without room whose checksum is right."""
         self._changed = threading.Condition()
         self._fetchers: list[threading.Thread] = []
@@ -144,7 +144,7 @@ class RemoteShards:
             return None
         return future.result()
 
-    def _wait_for(self, path: Place, ahead_of_need: bool) -> int | None:
+    def _wait_for(self, path: Address, ahead_of_need: bool) -> int | None:
         """Return what a fetch gives. One that was begun ahead of need and fails is repeated."""
         try:
             return self._fetches[path].result()
@@ -156,7 +156,7 @@ class RemoteShards:
             self._changed.notify_all()
         return self._fetches[path].result()
 
-    def _let_go(self, path: Place) -> None:
+    def _let_go(self, path: Address) -> None:
         future = self._fetches.pop(path)
         if not future.cancel():
             future.add_done_callback(_close)

@@ -1,6 +1,6 @@
-"""Where a rank is: a small file that the rank maps into memory and its host's agent reads, also after a kill.
+"""Heartbeats of ranks: a small file that the rank maps into memory and its host's agent reads, also after a kill.
 
-Marking a place costs no system call, and needs no thread that could starve: the kernel keeps the page of a process
+A beat costs no system call, and needs no thread that could starve: the kernel keeps the page of a process
 that it has killed.
 """
 
@@ -17,13 +17,13 @@ PHASES = ("fetch", "forward", "target", "decoder", "backward", "reduce", "step",
 """In the order of a step; `other` is what lies between them."""
 
 RECORDS = "M3I_SCALE_RECORDS"
-"""Environment variable: the folder on this host for places and failure records of its ranks."""
+"""Environment variable: the folder on this host for heartbeats and failure records of its ranks."""
 
 _LAYOUT = struct.Struct(f"<qqdd16s{len(PHASES)}d")
 
 
 @dataclass(frozen=True)
-class Seen:
+class Beat:
     """Says what an agent reads of a rank."""
 
     step: int
@@ -40,12 +40,12 @@ class Seen:
     """By phase since the loop began, waits in collectives taken off."""
 
 
-def place_file(folder: Path, rank: int) -> Path:
+def heartbeat_file(folder: Path, rank: int) -> Path:
     """Return the file of a rank in its host's folder for records."""
-    return folder / f"rank-{rank:05d}.place"
+    return folder / f"rank-{rank:05d}.heartbeat"
 
 
-class Place:
+class Heartbeat:
     """Marks where this rank is. Nothing is written where `path` is None; step and phase are kept for its record.
 
     Args:
@@ -102,7 +102,7 @@ class Place:
             self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), self._waited, name, *self._worked.values())
 
 
-def read_place(path: Path) -> Seen | None:
+def read_heartbeat(path: Path) -> Beat | None:
     """Read what the rank has written; None before it has."""
     try:
         raw = path.read_bytes()
@@ -114,14 +114,14 @@ def read_place(path: Path) -> Seen | None:
     if not changed:
         return None
     phase = name.rstrip(b"\0").decode(errors="replace")
-    return Seen(step, began, phase, changed, waited, dict(zip(PHASES, worked, strict=True)))
+    return Beat(step, began, phase, changed, waited, dict(zip(PHASES, worked, strict=True)))
 
 
-def own_place(rank: int) -> Place:
-    """Return the place of this process, where an agent has started it; else one that nobody reads.
+def own_heartbeat(rank: int) -> Heartbeat:
+    """Return the heartbeat of this process, where an agent has started it; else one that nobody reads.
 
     Raises:
         OSError: the host's disk has no room for a page.
     """
     folder = os.environ.get(RECORDS)
-    return Place(place_file(Path(folder), rank) if folder else None)
+    return Heartbeat(heartbeat_file(Path(folder), rank) if folder else None)
