@@ -31,7 +31,7 @@ from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Made, Part, copied
-from m3i_scale.objective.build import text_config
+from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.text import Text, TextHead
 

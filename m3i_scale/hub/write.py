@@ -20,7 +20,8 @@ from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, copied
-from m3i_scale.objective.build import inference_names, text_config
+from m3i_scale.objective.build import inference_names
+from m3i_scale.objective.encoders import text_config
 from m3i_scale.text import masked
 
 Task = Literal["features", "classification", "zero_shot", "backbone"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -13,8 +13,8 @@ from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Fp32State
 
 
-class FixedWeights(nn.Module):
-    """w_k as the recipe says."""
+class Weights(nn.Module):
+    """w_k as the recipe says; subclasses change them."""
 
     needs_presence = needs_gradients = False
 
@@ -23,41 +23,39 @@ class FixedWeights(nn.Module):
         self.given = weights
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Losses of the groups → total, and the factors they got (K)."""
+        """Return the total of the groups' losses, and the factors they got (K).
+
+        Args:
+            losses_K: loss of every group.
+            present_K: bool, where `needs_presence`: whether any sample of any rank has the target.
+        """
         factors_K = torch.tensor(self.given, device=losses_K.device)
         return (factors_K * losses_K).sum(), factors_K
 
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """Told after every backward pass, where `needs_gradients`: squared gradient norm of every group at the encoder
-        output, on this rank."""
+        """Take note of a backward pass, where `needs_gradients`: of the squared gradient norm of every group at the
+        encoder output, on this rank."""
 
 
-class LearnedWeights(nn.Module):
+class LearnedWeights(Weights):
     """Every group is a distribution whose own variance is learnt: w_k (L_k / σ_k² + log σ_k).
 
     For a Gaussian that is its likelihood with the variance it has; for a Boltzmann distribution, σ² is a temperature
     (Kendall, Gal and Cipolla, 2018). σ_k² settles at 2 L_k, and the factor of the group at w_k / 2 L_k.
     """
 
-    needs_presence, needs_gradients = True, False
+    needs_presence = True
 
     def __init__(self, weights: list[float]) -> None:
-        super().__init__()
-        self.given = weights
+        super().__init__(weights)
         self.log_sigma_K = nn.Parameter(torch.zeros(len(weights)))
 
     def reset_parameters(self) -> None:
-        """σ = 1."""
+        """Start with σ = 1."""
         nn.init.zeros_(self.log_sigma_K)
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Losses of the groups → total, and the factors they got (K).
-
-        Args:
-            losses_K: loss of every group.
-            present_K: bool; whether any sample of any rank has the target. σ of the others stays as it is: their
-                loss of 0 is no likelihood.
-        """
+        """See `Weights`. σ of a group without samples stays as it is: its loss of 0 is no likelihood."""
         log_sigma_K = self.log_sigma_K.float()
         given_K = torch.tensor(self.given, device=losses_K.device)
         terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
@@ -65,17 +63,14 @@ class LearnedWeights(nn.Module):
             terms_K = terms_K.where(present_K, 0.0)
         return terms_K.sum(), (given_K * (-2 * log_sigma_K).exp()).detach()
 
-    def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """See `FixedWeights`."""
 
-
-class GradientNormWeights(Fp32State):
+class GradientNormWeights(Fp32State, Weights):
     """Factors under which the groups' gradients at the encoder output have the lengths that the weights ask for.
 
     Weight 1 stands for the geometric mean of the plain gradients.
     """
 
-    needs_presence, needs_gradients = False, True
+    needs_gradients = True
     log_norm_K: Tensor
     """Moving average of the logarithm of each group's plain (unweighted) gradient norm."""
     seen_K: Tensor
@@ -83,20 +78,20 @@ class GradientNormWeights(Fp32State):
     factors_K: Tensor
 
     def __init__(self, weights: list[float], momentum: float) -> None:
-        super().__init__()
-        self.given, self.momentum = weights, momentum
+        super().__init__(weights)
+        self.momentum = momentum
         self.register_buffer("log_norm_K", torch.zeros(len(weights)))
         self.register_buffer("seen_K", torch.zeros(len(weights)))
         self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Losses of the groups → total, and the factors they got (K)."""
+        """See `Weights`."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
 
     @torch.no_grad()
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """See `FixedWeights`. A group without samples in the batch, and so without a gradient, keeps what it had; so
+        """See `Weights`. A group without samples in the batch, and so without a gradient, keeps what it had; so
         do all when a gradient has overflowed in fp16. The trainer undoes the others of a step that is skipped."""
         norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
         now_K = (norm_K > 0) & norm_K.isfinite().all()
@@ -111,26 +106,18 @@ class GradientNormWeights(Fp32State):
         self.factors_K.copy_(torch.where(known_K, given_K * (typical - self.log_norm_K).exp(), given_K))
 
 
-Weights = FixedWeights | LearnedWeights | GradientNormWeights
-
-
 class BalanceSpec(Kind):
     """Says how the weights of the groups come about."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    module: ClassVar[type[Weights]]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return what the module is built with, beside the weights that the recipe gives."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
+    module: ClassVar[type[Weights]] = Weights
+    """Is built with the weights that the recipe gives, and the fields."""
 
 
 class FixedSpec(BalanceSpec):
     """`weight` of every target."""
 
     kind: ClassVar[str] = "fixed"
-    module: ClassVar[type[Weights]] = FixedWeights
 
 
 class LearnedSpec(BalanceSpec):

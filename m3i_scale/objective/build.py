@@ -3,62 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.backbones.build import backbone_config, build_backbone, set_field
+from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.objective.balance import FixedWeights
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.balance import Weights
 from m3i_scale.objective.decoders import ClassTokenSpec, width_of
-from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower
+from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower, text_config
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.targets.base import HeadTarget, Sizes
 from m3i_scale.objective.targets.text import Text
 from m3i_scale.objective.teacher import build_teacher, teacher_config
-
-
-def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
-    """The BERT-Base shape of the paper, with single fields overridden.
-
-    Without dropout: its random numbers would make the loss depend on the number of ranks.
-
-    Raises:
-        ConfigError: unknown field, or more tokens than positions.
-    """
-    config = BertConfig(
-        vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    known = [key for key in config.to_dict() if not key.startswith("_")]
-    for key, value in fields.items():
-        if key not in known or key == "vocab_size":
-            hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, known)
-            raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
-        set_field(config, key, value, "text.config")
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"'{key}' must be at least 1", where="text.config")
-    if config.is_decoder or config.add_cross_attention:
-        raise ConfigError("the text tower reads its first token, which must see all others", where="text.config")
-    if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(
-            f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"
-        )
-    if max_tokens > config.max_position_embeddings:
-        raise ConfigError(
-            f"text.max_tokens {max_tokens} is above the tower's {config.max_position_embeddings} positions",
-            fix="text.config.max_position_embeddings",
-        )
-    config._attn_implementation = kernel
-    return config
 
 
 def build_objective(
@@ -88,21 +54,26 @@ def build_objective(
     _check_fit(run, recipe, student, label_sets, vocab_size)
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     heads = nn.ModuleDict()
-    teacher_width = int(teacher_config(recipe).hidden_size) if recipe.teacher is not None and target_encoders else None
+    encoded = {}
+    if recipe.teacher is not None and target_encoders:
+        encoded["teacher"] = int(teacher_config(recipe.teacher.from_pretrained).hidden_size)
     for target in recipe.targets:
-        if not target_encoders and target.encoder == "teacher":
+        if isinstance(target, HeadTarget) or (target.encoder == "teacher" and not target_encoders):
             continue
-        head = target.build_head(width_of(decoders[target.decoder]), config, label_sets, teacher_width)
-        if head is not None:
-            heads[target.name] = head
+        sizes = Sizes(
+            decoded=width_of(decoders[target.decoder]),
+            encoded=encoded.get(target.encoder, config.hidden_size),
+            pixels=config.patch_size**2 * config.num_channels,
+            classes=[len(names) for names in label_sets.values()],
+        )
+        heads[target.name] = target.build_head(sizes)
     ranks = ranks or SingleProcess()
     weights = [target.weight for target in recipe.targets]
-    momentum = projector = teacher = text = None
+    momentum = teacher = text = None
+    depth = recipe.momentum.projector_depth if recipe.momentum is not None and recipe.projects_dense_targets else 0
     if recipe.momentum is not None and target_encoders:
-        depth = recipe.momentum.projector_depth if recipe.projects_dense_targets else 0
         momentum = MomentumTarget(build_backbone(config), depth, *_averaged(recipe, decoders, config, ranks))
-    if recipe.momentum is not None and recipe.projects_dense_targets and recipe.momentum.projector_depth:
-        projector = Projector(config.hidden_size, recipe.momentum.projector_depth)
+    projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.teacher is not None and target_encoders:
         teacher = build_teacher(recipe, config)
     if recipe.uses_text and vocab_size is not None:
@@ -118,7 +89,7 @@ def build_objective(
         std=run.data.augment.std,
         mixed_attention=run.backbone.attention == "mixed",
         ranks=ranks,
-        weights=recipe.balance.module(weights, **recipe.balance.settings) if target_encoders else FixedWeights(weights),
+        weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else Weights(weights),
         image_heads=_image_heads(recipe, decoders, ranks),
         states=_memories(recipe) if target_encoders else None,
         projector=projector,
@@ -267,20 +238,16 @@ def _start_on_grid(table_1LD: Tensor) -> None:
     table_1LD[0, 1:] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
 
 
-_ONLINE = {"backbone.": "student.", "pools.": "decoders.", "heads.": "image_heads.", "projector.": "projector."}
-
-
-def online_name(averaged: str) -> str:
-    """Name of the parameter that one of the momentum target follows."""
-    start = next(start for start in _ONLINE if averaged.startswith(start))
-    return _ONLINE[start] + averaged.removeprefix(start)
+_ONLINE = {"backbone": "student", "pools": "decoders", "heads": "image_heads", "projector": "projector"}
+"""Parts of the momentum target → those of the objective that they follow."""
 
 
 def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
-    """(online, averaged) names of all parameters that the momentum target follows."""
+    """Return the (online, averaged) names of all parameters that the momentum target follows."""
     if objective.momentum is None:
         return []
     pairs = []
     for name, _ in objective.momentum.named_parameters():
-        pairs.append((online_name(name), f"momentum.{name}"))
+        part, _, rest = name.partition(".")
+        pairs.append((f"{_ONLINE[part]}.{rest}", f"momentum.{name}"))
     return pairs

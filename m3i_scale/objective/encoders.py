@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.build import set_field
 from m3i_scale.config import FixableError, Section
-from m3i_scale.objective.heads import ImageHead
+from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.inputs import normalize
 
 
@@ -45,6 +46,41 @@ class TeacherSpec(Section):
 
     from_pretrained: str
     """A local `transformers` folder or a Hub id."""
+
+
+def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
+    """Return the BERT-Base shape of the paper, with single fields overridden.
+
+    Without dropout: its random numbers would make the loss depend on the number of ranks.
+
+    Raises:
+        ConfigError: unknown field, or more tokens than positions.
+    """
+    config = BertConfig(
+        vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    known = [key for key in config.to_dict() if not key.startswith("_")]
+    for key, value in fields.items():
+        if key not in known or key == "vocab_size":
+            hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, known)
+            raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
+        set_field(config, key, value, "text.config")
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"'{key}' must be at least 1", where="text.config")
+    if config.is_decoder or config.add_cross_attention:
+        raise ConfigError("the text tower reads its first token, which must see all others", where="text.config")
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"
+        )
+    if max_tokens > config.max_position_embeddings:
+        raise ConfigError(
+            f"text.max_tokens {max_tokens} is above the tower's {config.max_position_embeddings} positions",
+            fix="text.config.max_position_embeddings",
+        )
+    config._attn_implementation = kernel
+    return config
 
 
 class TextTower(nn.Module):
@@ -122,10 +158,6 @@ class MomentumTarget(nn.Module):
         self.heads = heads
         """By the name of the head that they follow."""
         self.requires_grad_(False)
-
-    def head(self, name: str) -> ImageHead:
-        """The copy of a head."""
-        return cast(ImageHead, self.heads[name])
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,17 +117,6 @@ class ImageHead(nn.Module):
             output_BE = self.predictor(output_BE)
         return output_BE
 
-    def cosines(self, z_BE: Tensor) -> Tensor:
-        """z with every prototype: fp32 (B, K).
-
-        Raises:
-            ValueError: the head has no prototypes.
-        """
-        if self.prototypes is None:
-            raise ValueError("a head without prototypes")
-        cosines_BK: Tensor = self.prototypes(z_BE)
-        return cosines_BK
-
 
 def _mlp(width: int, hidden: int, output: int, depth: int, spec: HeadSpec, ranks: Ranks) -> nn.Sequential:
     layers: list[nn.Module] = []

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -90,58 +88,53 @@ class Objective(nn.Module):
             return self._predict(context)
 
     def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = context.batch
         self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
         figures: dict[str, Tensor] = {}
+        watched: dict[str, dict[str, Tensor]] = {}
+        remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once a view, for all inputs
         losses = []
-        for target in self.recipe.targets:
-            given = self.given(target, context)
+        counts_K = torch.stack([target.present(context.batch).sum().float() for target in self.recipe.targets])
+        for target, count in zip(self.recipe.targets, counts_K, strict=True):
+            given = self.given(target)
             by_input = [
-                target.loss(given, context, self.tap(target.name, context.inputs[name])) for name in target.inputs
+                target.loss(given, context, context.inputs[name].tapped(given.squared_norms)) for name in target.inputs
             ]
+            for loss in by_input:
+                watched[target.name] = loss.watched
+                if isinstance(target, HeadTarget) and loss.remember is not None:
+                    remember.setdefault(target.head, {})[target.encoder, target.view] = loss.remember.detach()
             losses.append(torch.stack([loss.value for loss in by_input]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
-            figures[f"{target.name}/count"] = target.present(batch).sum().float() * self.ranks.world_size
+            figures[f"{target.name}/count"] = count * self.ranks.world_size
             nats = [loss.nats for loss in by_input if loss.nats is not None]
             if nats:
                 figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
-        total, factors_K = self.weights(torch.stack(losses), self._present(batch))
+        present_K = self.ranks.sum(counts_K) > 0 if self.weights.needs_presence else None
+        total, factors_K = self.weights(torch.stack(losses), present_K)
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
         if self.training and torch.is_grad_enabled():
-            for name, by_view in context.remember.items():
+            for name, by_view in remember.items():
                 cast(Memory, self.states[name]).update(torch.cat(list(by_view.values())), self.ranks)
         if self.measure_health:
-            figures |= self._health(context)
+            figures |= self._health(context, watched)
         return total, figures
 
-    def given(self, target: Target, context: Context) -> Given:
+    def given(self, target: Target) -> Given:
         """Return the modules that a target computes with."""
-        ranks, grid, patch_size = self.ranks, self.student.grid, self.student.patch_size
-        decoder, measures = self.decoders[target.decoder], self.measure_health
-        averaged = self.momentum if target.encoder == "momentum" else None
-        if not isinstance(target, HeadTarget):
-            given = Given(ranks, grid, patch_size, decoder, self.heads[target.name], measures=measures)
-            if averaged is not None:
-                given.projector, given.averaged_projector = self.projector, averaged.projector
-            return given
-        given = Given(ranks, grid, patch_size, decoder, self.image_heads[target.head], measures=measures)
-        given.memory = cast(Memory, self.states[target.head])
-        if averaged is not None:
-            given.averaged_head = averaged.head(target.head)
-            given.averaged_pool = None if target.dense else averaged.pools[target.decoder]
-        if target.encoder == "online":
-            shown = context.inputs[self.recipe.shows(target.view) or ""]
-            given.shown = partial(self.tap, target.name, shown)
-        return given
-
-    def _present(self, batch: Batch) -> Tensor | None:
-        """Whether any sample of any rank has each target: bool (K); None where the weights do not ask."""
-        if not self.weights.needs_presence:
-            return None
-        counts_K = torch.stack([target.present(batch).sum() for target in self.recipe.targets])
-        return self.ranks.sum(counts_K.float()) > 0
+        shared = target.head if isinstance(target, HeadTarget) else None
+        return Given(
+            self.ranks,
+            self.student.grid,
+            self.student.patch_size,
+            decoder=self.decoders[target.decoder],
+            head=self.image_heads[shared] if shared else self.heads[target.name],
+            memory=self.states[shared] if shared else None,
+            projector=self.projector,
+            momentum=self.momentum,
+            squared_norms=self.squared_grad_norms[target.name],
+        )
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
@@ -166,7 +159,9 @@ class Objective(nn.Module):
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         with self.span("target"):
-            context = Context(batch, views, inputs, self._encode_targets(batch, views))
+            whole = {view: inputs[name] for view in used if (name := recipe.shows(view)) is not None}
+            encoded_views = self._encode_targets(batch, views)
+            context = Context(batch, views, inputs, whole, encoded_views, measures=self.measure_health)
             if self.text is not None:
                 text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
                 context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
@@ -195,31 +190,19 @@ class Objective(nn.Module):
             ]
         return {spec.name: Encoded(spec, *tokens) for spec, tokens in zip(where, found, strict=True)}
 
-    # ---------------------------------------------------------------- what is watched
-
-    def tap(self, name: str, encoded: Encoded) -> Encoded:
-        """An alias of the encoder output for one group: the gradient that arrives through it is the group's own."""
-        if not encoded.tokens_BLD.requires_grad:
-            return encoded
-        norms = self.squared_grad_norms[name]
-        parts = [part.view_as(part) for part in (encoded.cls_B1D, encoded.tokens_BLD)]
-        for part in parts:
-            part.register_hook(lambda gradient: norms.append(gradient.detach().float().square().sum()))
-        return replace(encoded, cls_B1D=parts[0], tokens_BLD=parts[1])
-
-    def _health(self, context: Context) -> dict[str, Tensor]:
+    def _health(self, context: Context, watched: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         first = context.inputs[self.recipe.inputs[0].name].tokens_BLD
-        watched = {"dense": first.flatten(0, 1), "pooled": self.ranks.gather(first.detach().mean(dim=1))}
+        features = {"dense": first.flatten(0, 1), "pooled": self.ranks.gather(first.detach().mean(dim=1))}
         for (encoder, view), tokens_BND in context.dense.items():
             if encoder == "momentum":
-                watched[f"target_view{view}"] = tokens_BND.flatten(0, 1)
+                features[f"target_view{view}"] = tokens_BND.flatten(0, 1)
         figures = {
             f"health/{name}_{figure}": value
-            for name, features_ND in watched.items()
+            for name, features_ND in features.items()
             for figure, value in feature_health(features_ND).items()
             if len(features_ND) > 1  # one sample has no spread
         }
-        for name, parts in context.watched.items():
+        for name, parts in watched.items():
             found = target_health(parts, self.ranks)
             figures |= {f"health/{name}_{figure}": value for figure, value in found.items()}
         return figures

@@ -61,11 +61,6 @@ class Recipe(Parts):
         return any(target.modality == "category" for target in self.targets)
 
     @property
-    def uses_momentum(self) -> bool:
-        """Whether a momentum copy of the backbone is needed."""
-        return any(target.encoder == "momentum" for target in self.targets)
-
-    @property
     def projects_dense_targets(self) -> bool:
         """Whether a dense momentum target without a head goes through the residual projector."""
         return any(isinstance(target, Dense) and target.encoder == "momentum" for target in self.targets)

@@ -24,27 +24,22 @@ _WHERE = "recipe.teacher.from_pretrained"
 
 
 @lru_cache(maxsize=4)
-def _read_config(source: str) -> Any:
+def teacher_config(source: str) -> Any:
+    """Return the `transformers` configuration of a teacher.
+
+    Raises:
+        ConfigError: there is none, or it is no vision model with patches.
+    """
     if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
         raise ConfigError(f"no such folder '{source}'", where=_WHERE, fix="give a folder with config.json, or a Hub id")
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read a teacher from '{source}': {str(error).splitlines()[0]}",
             where=_WHERE,
             fix="give a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id",
         ) from None
-
-
-def teacher_config(recipe: Recipe) -> Any:
-    """The `transformers` configuration of the recipe's teacher.
-
-    Raises:
-        ConfigError: there is none, or it is no vision model with patches.
-    """
-    source = recipe.teacher.from_pretrained if recipe.teacher else ""
-    config = _read_config(source)
     for field in ("hidden_size", "patch_size"):
         if not isinstance(getattr(config, field, None), int):
             raise ConfigError(f"a {config.model_type} has no plain `{field}`", where=f"{_WHERE}: {source}")
@@ -52,13 +47,13 @@ def teacher_config(recipe: Recipe) -> Any:
 
 
 def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
-    """The teacher's module, without its weights (see `teacher_plan`).
+    """Return the teacher's module, without its weights (see `teacher_plan`).
 
     Raises:
         ConfigError: another grid than the student's, no image processor, or a head of another width.
     """
-    config = teacher_config(recipe)
-    source = recipe.teacher.from_pretrained if recipe.teacher else ""
+    source = _source(recipe)
+    config = teacher_config(source)
     side = student.image_size // student.patch_size
     theirs = student.image_size // config.patch_size
     if theirs != side:
@@ -77,6 +72,10 @@ def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
             )
     config._attn_implementation = "sdpa"
     return FrozenTeacher(config, *_normalisation(source), (side, side))
+
+
+def _source(recipe: Recipe) -> str:
+    return recipe.teacher.from_pretrained if recipe.teacher else ""
 
 
 def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -98,7 +97,8 @@ def teacher_plan(recipe: Recipe) -> LoadPlan:
     Raises:
         ConfigError: they do not fill the model, or its outputs are not one token a patch.
     """
-    source, config = (recipe.teacher.from_pretrained if recipe.teacher else ""), teacher_config(recipe)
+    source = _source(recipe)
+    config = teacher_config(source)
     _check_outputs(config, source)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
@@ -142,10 +142,8 @@ def _check_outputs(config: Any, source: str) -> None:
 
 
 def teacher_sha256(recipe: Recipe) -> str | None:
-    """A hash over the teacher's weight files; None without a teacher."""
-    if recipe.teacher is None:
-        return None
-    return _hash_weights(recipe.teacher.from_pretrained)
+    """Return a hash over the teacher's weight files; None without a teacher."""
+    return _hash_weights(_source(recipe)) if recipe.teacher else None
 
 
 @lru_cache(maxsize=4)  # asked at every checkpoint

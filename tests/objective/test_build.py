@@ -10,7 +10,8 @@ from tiny import GRID, LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objec
 from torch import nn
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs, text_config
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.scale.partition import initialize_sharded
 
@@ -24,12 +25,12 @@ def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None
     objective = build(recipe)
     spec = objective.recipe
     assert (objective.text is not None) == spec.uses_text
-    assert (objective.momentum is not None) == spec.uses_momentum
+    assert (objective.momentum is not None) == (spec.momentum is not None)
     residual = spec.projects_dense_targets and spec.momentum.projector_depth > 0
     assert (
         (objective.projector is not None)
         == residual
-        == bool(spec.uses_momentum and len(objective.momentum.projector.blocks))
+        == bool(spec.momentum and len(objective.momentum.projector.blocks))
     )
     assert (objective.teacher is not None) == (spec.teacher is not None)
     assert set(objective.heads) == {target.name for target in spec.targets if target not in spec.head_targets}

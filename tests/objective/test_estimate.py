@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.objective.distributions.base import unit
-from m3i_scale.objective.distributions.classes import BoltzmannClasses
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.objective.estimate import gaussian_information
 from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.objective.targets.category import BoltzmannClasses
 
 RANKS = SingleProcess()
 

@@ -46,8 +46,6 @@ def test_a_head_is_its_layers_in_order() -> None:
     torch.testing.assert_close(head(x, predict=True), head.predictor(z))
     averaged = ImageHead(4, spec, RANKS, online=False, prototypes=False)
     assert averaged.predictor is None
-    with pytest.raises(ValueError, match="without prototypes"):
-        head.cosines(z)
 
 
 def test_prototypes_are_directions() -> None:

@@ -206,7 +206,7 @@ def test_group_gradient_norms_are_those_of_autograd(recipe: str) -> None:
 
     context = real(batch)
     for target in objective.recipe.targets:
-        given = objective.given(target, context)
+        given = objective.given(target)
         by_input = [target.loss(given, context, context.inputs[name]).value for name in target.inputs]
         loss = target.weight * torch.stack(by_input).mean()
         parts = [part for encoded in context.inputs.values() for part in (encoded.cls_B1D, encoded.tokens_BLD)]

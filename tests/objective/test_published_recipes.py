@@ -203,14 +203,14 @@ def test_heads_remember_all_views_and_only_in_training() -> None:
     assert not state.center_K.any()
     objective.train()
     objective(batch)
-    cosines = [head.cosines(head.projector(tokens(objective, batch, view, averaged=True)[:, 0])) for view in (1, 2)]
+    cosines = [head.prototypes(head.projector(tokens(objective, batch, view, averaged=True)[:, 0])) for view in (1, 2)]
     torch.testing.assert_close(state.center_K, 0.1 * torch.cat(cosines).mean(dim=0))
 
 
 def test_the_nats_of_distributions_over_prototypes_and_of_both_sides() -> None:
     objective, batch = tiny_objective("global_distillation").eval(), random_batch(6)
     head = objective.momentum.heads["prototypes"]
-    target = head.cosines(head.projector(tokens(objective, batch, 1, averaged=True)[:, 0])) / 0.04
+    target = head.prototypes(head.projector(tokens(objective, batch, 1, averaged=True)[:, 0])) / 0.04
     mean = target.softmax(dim=-1).mean(dim=0)
     figures = objective(batch)[1]
     entropy = -(mean * mean.log()).sum().detach()

@@ -33,7 +33,12 @@ def test_built_in_recipes_hold_together_and_describe_themselves(name: str) -> No
 
 def test_the_all_in_one_recipe_is_that_of_the_paper() -> None:
     recipe = parse_recipe(values())
-    assert (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.uses_momentum) == (2, True, True, True)
+    assert (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.momentum is not None) == (
+        2,
+        True,
+        True,
+        True,
+    )
     intra, inter, text, category = recipe.targets
     assert recipe.input(intra.inputs[0]).view == intra.view  # the same view
     assert recipe.input(inter.inputs[0]).view != inter.view  # a different view
@@ -43,7 +48,7 @@ def test_the_all_in_one_recipe_is_that_of_the_paper() -> None:
 
 def test_what_the_other_recipes_need() -> None:
     needs = {
-        name: (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.uses_momentum)
+        name: (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.momentum is not None)
         for name in ("clip", "mae", "sim", "supervised")
         for recipe in [parse_recipe(values(name))]
     }
@@ -132,7 +137,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no collapse control": (
         "m3i",
         target(0, regularizer="none"),
-        "'none' does not keep a dense image target .* from collapsing.*valid: stop_gradient, unigrad",
+        "'none' does not keep a dense target .* from collapsing.*valid: stop_gradient, unigrad",
     ),
     "idle regularizer": ("mae", target(0, regularizer="unigrad"), "has no effect on it; valid: none"),
     "view on text": ("m3i", target(2, view=1), "unknown key 'recipe.targets.2.view'"),

@@ -26,7 +26,7 @@ class Loss:
     remember: Tensor | None = None
     """Values that the memory of the target's head takes over after the batch."""
     watched: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that tell whether the group is alive, beside its targets: see `target_health`."""
+    """Tensors that tell whether the group is alive: see `target_health`."""
 
 
 class Distribution(Kind):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.objective.distributions.base import Density, Distribution
 
 
 class Regularizer(Kind):
@@ -13,8 +12,6 @@ class Regularizer(Kind):
 
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online", "teacher")
     """Encoders whose targets it keeps from collapsing, and has an effect on."""
-    distribution: ClassVar[type[Distribution]] = Density
-    """The family of distributions that it goes with."""
     trains_target: ClassVar[bool] = True
     """Whether gradients reach a target that the backbone itself encodes."""
     memory_fields: ClassVar[tuple[str, ...] | None] = None
@@ -23,15 +20,8 @@ class Regularizer(Kind):
     """Whether it compares the samples of a batch with each other, and so needs at least two."""
 
 
-class CandidateRegularizer(Regularizer):
-    """Keeps texts and categories apart by the other candidates of P̂."""
-
-    kinds: ClassVar[dict[str, type[Kind]]] = {}
-
-
-class OtherCandidates(CandidateRegularizer):
-    """The other texts of the batch, or the other classes."""
+class OtherCandidates(Regularizer):
+    """The other candidates of P̂ keep a text or category apart: the other texts of the batch, or the other classes."""
 
     kind: ClassVar[str] = "negatives"
-    encoders: ClassVar[tuple[str, ...]] = ("text_tower", "embedding")
     within_batch: ClassVar[bool] = True

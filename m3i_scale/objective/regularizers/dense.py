@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -48,7 +48,6 @@ class DenseStopGradient(DenseRegularizer):
 
     kind: ClassVar[str] = "stop_gradient"
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "teacher")
-    trains_target: ClassVar[bool] = False
 
 
 class DenseUniGrad(DenseRegularizer):
@@ -70,7 +69,7 @@ class DenseUniGrad(DenseRegularizer):
 
         Computed as ((Ẑ C) ⊙ Ẑ): O(N·D²), without the N × N matrix whose diagonal it is.
         """
-        flat_ND, correlation_DD = prediction_BQD.flatten(0, 1).float(), cast(Tensor, statistics)
-        quadratic_N = ((flat_ND @ correlation_DD) * flat_ND).sum(dim=-1)
+        flat_ND = prediction_BQD.flatten(0, 1).float()
+        quadratic_N: Tensor = ((flat_ND @ statistics) * flat_ND).sum(dim=-1)
         negative = self.strength * quadratic_N.mean() / flat_ND.shape[1]
         return p.maps(prediction_BQD, target_BQD, ranks) + negative

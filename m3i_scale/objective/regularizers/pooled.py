@@ -25,6 +25,8 @@ class PooledRegularizer(Regularizer):
     """Regularises pooled image targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
+    distribution: ClassVar[type[Distribution]] = Density
+    """The family of distributions that it goes with."""
     needs_predictor: ClassVar[bool] = False
     """Whether targets that are learnt collapse without a predictor."""
     replaces_likelihood: ClassVar[bool] = False

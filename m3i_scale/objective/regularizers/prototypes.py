@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.objective.distributions.base import Distribution, Loss
+from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.base import Regularizer
@@ -22,7 +22,6 @@ class PrototypeRegularizer(Regularizer):
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)
-    distribution: ClassVar[type[Distribution]] = Boltzmann
     averages_prototypes: ClassVar[bool] = False
     """Whether targets are compared with the averaged copy of the prototypes, not with those that are trained."""
 

@@ -6,8 +6,8 @@ are given to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -15,19 +15,16 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import Tokens
-from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import Section
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import did_you_mean
-from m3i_scale.objective.decoders import DecoderSpec
+from m3i_scale.objective.decoders import DecoderSpec, pool
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.pairs import PairTargets
-from m3i_scale.objective.estimate import gaussian_information
-from m3i_scale.objective.heads import HeadSpec, ImageHead
+from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.base import Regularizer
 from m3i_scale.objective.regularizers.memory import Memory
 
 
@@ -59,6 +56,19 @@ class Encoded:
     tokens_BLD: Tensor
     """Visible tokens only."""
 
+    def pooled(self, decoder: nn.Module) -> Tensor:
+        """Return what a decoder makes of the image: (B, D)."""
+        return pool(decoder, self.cls_B1D, self.tokens_BLD)
+
+    def tapped(self, squared_norms: list[Tensor]) -> Encoded:
+        """Return an alias, which adds the squared norms of the gradients that arrive through it to a list."""
+        if not self.tokens_BLD.requires_grad:
+            return self
+        cls_B1D, tokens_BLD = (part.view_as(part) for part in (self.cls_B1D, self.tokens_BLD))
+        for part in (cls_B1D, tokens_BLD):
+            part.register_hook(lambda gradient: squared_norms.append(gradient.detach().float().square().sum()))
+        return replace(self, cls_B1D=cls_B1D, tokens_BLD=tokens_BLD)
+
 
 @dataclass
 class Context:
@@ -68,17 +78,17 @@ class Context:
     views: dict[int, Tensor]
     """Normalised images by view, from 1."""
     inputs: dict[str, Encoded]
+    whole: dict[int, Encoded]
+    """Inputs that show all of a view, by view."""
     encoded_views: dict[tuple[str, int], Tokens]
     """Views as momentum backbone or teacher see them, by (encoder, view)."""
+    measures: bool = False
+    """Whether this step is logged: an estimate of information costs an eigenvalue decomposition."""
     text: PairTargets | None = None
     dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Standardised dense targets, by (encoder, view)."""
     statistics: dict[tuple[str, str, int], Tensor | None] = field(default_factory=dict)
     """Statistics of dense targets, by (regulariser as JSON, encoder, view)."""
-    watched: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Tensors that tell whether a group is alive, by group: `z` (…, E), `assignment` (B, K), `scale` (1)."""
-    remember: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
-    """Values that memories take over after the batch, by head and (encoder, view): once a view, for all inputs."""
 
 
 @dataclass
@@ -88,34 +98,31 @@ class Given:
     ranks: Ranks
     grid: tuple[int, int]
     patch_size: int
-    decoder: nn.Module
+    decoder: Any
     head: Any
-    memory: Memory | None = None
-    """Memory of a head that targets share."""
-    projector: nn.Module | None = None
+    """What follows the decoder: the target's own, or the head of the recipe that it names."""
+    squared_norms: list[Tensor]
+    """Of the gradients of this target alone, at the encoder output."""
+    memory: Any = None
+    """Of the head that the target names."""
+    projector: Any = None
     """Stands before the decoder of dense momentum targets."""
-    averaged_projector: nn.Module | None = None
-    averaged_pool: nn.Module | None = None
-    averaged_head: ImageHead | None = None
-    shown: Callable[[], Encoded] | None = None
-    """Gives the input that shows all of the target's view, where the backbone itself encodes it."""
-    measures: bool = False
-    """Whether this step is logged: an estimate of information costs an eigenvalue decomposition."""
-
-    def information(self, prediction_ND: Tensor, target_ND: Tensor) -> Tensor | None:
-        """Estimate the information of a density, on steps that are logged."""
-        return gaussian_information(prediction_ND, target_ND, self.ranks) if self.measures else None
+    momentum: Any = None
+    """The averaged copies, by which `encoder: momentum` encodes the target."""
 
 
-def need(module: Any, what: str) -> Any:
-    """Return a module that a target cannot do without.
+@dataclass
+class Sizes:
+    """What the head of a target is built for."""
 
-    Raises:
-        ValueError: it was not built.
-    """
-    if module is None:
-        raise ValueError(f"{what} is not built")
-    return module
+    decoded: int
+    """Width of what the decoder gives."""
+    encoded: int
+    """Width of the tokens that f_φ gives: the teacher's, or the backbone's."""
+    pixels: int
+    """Numbers in a patch."""
+    classes: list[int]
+    """Classes of every label set."""
 
 
 class Target(Kind):
@@ -126,8 +133,6 @@ class Target(Kind):
     """category, text, pixels or image."""
     representation: ClassVar[str]
     """z_y in the words of the paper's table."""
-    a_target: ClassVar[str] = "this target"
-    """Its name in errors."""
     dense: ClassVar[bool] = False
     """Whether z_y is a map over patches."""
 
@@ -154,17 +159,8 @@ class Target(Kind):
 
     # -------------------------------------------------------------------- what the modules are
 
-    def build_head(
-        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
-    ) -> nn.Module | None:
-        """Return what follows the decoder; None where that is a head of the recipe.
-
-        Args:
-            width: of what the decoder gives.
-            config: of the backbone.
-            label_sets: class names by label set.
-            teacher_width: of the teacher's tokens; None without one.
-        """
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return what follows the decoder, where that is no head of the recipe."""
         raise NotImplementedError
 
     def present(self, batch: Batch) -> Tensor:
@@ -191,12 +187,13 @@ class Target(Kind):
 
     def described(self) -> dict[str, Any]:
         """Return the row of the paper's table, as plain data."""
+        view = getattr(self, "view", None)
         return {
             "name": self.name,
             "inputs": self.inputs,
             "modality": self.modality,
-            "view": None,
-            "tokens": None,
+            "view": view,
+            "tokens": getattr(self, "tokens", None if view is None else "pooled"),
             "representation": self.representation,
             "encoder": self.encoder,
             "distribution": self.distribution.kind,
@@ -225,14 +222,7 @@ class Target(Kind):
         decoder = parts.decoders[self.decoder]
         if decoder.dense != self.dense:
             valid = [name for name, kind in DecoderSpec.kinds.items() if cast(Any, kind).dense == self.dense]
-            yield f"{self.a_target} is decoded by {' or '.join(valid)}, not {decoder.kind}"
-        regularizer = cast(Regularizer, self.regularizer)
-        if self.encoder not in regularizer.encoders:
-            valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
-            yield (
-                f"'{regularizer.kind}' does not keep {self.a_target} with encoder {self.encoder} from collapsing, or "
-                f"has no effect on it; valid: {', '.join(valid) or 'none'}"
-            )
+            yield f"a {self.kind} target is decoded by {' or '.join(valid)}, not {decoder.kind}"
 
 
 class ImageTarget(Target):
@@ -242,18 +232,18 @@ class ImageTarget(Target):
     """Target view."""
     encoder: Literal["momentum", "online", "teacher"]
 
-    def described(self) -> dict[str, Any]:
-        """See `Target`."""
-        return super().described() | {"view": self.view}
+    @property
+    def averages_prototypes(self) -> bool:
+        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
+        return False
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
-        wanted = cast(Regularizer, self.regularizer).distribution
-        if not isinstance(self.distribution, wanted):
-            valid = [name for name, kind in self.kinds_of("distribution").items() if issubclass(kind, wanted)]
+        if self.encoder not in self.regularizer.encoders:
+            valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
             yield (
-                f"'{self.regularizer.kind}' does not go with a {self.distribution.kind} distribution; valid: "
-                f"{' or '.join(valid)}"
+                f"'{self.regularizer.kind}' does not keep a {self.kind} target with encoder {self.encoder} from "
+                f"collapsing, or has no effect on it; valid: {', '.join(valid) or 'none'}"
             )
         specs = [parts.input(name) for name in self.inputs]
         if self.encoder == "online":
@@ -262,15 +252,11 @@ class ImageTarget(Target):
             if any(spec.view == self.view for spec in specs):
                 yield "an input that shows its own target predicts nothing"
         shown = parts.mix is None and any(spec.view == self.view and spec.mask is None for spec in specs)
-        if self.encoder == "momentum" and shown and self.may_copy:
+        # The center of averaged prototypes moves the target away from its prediction.
+        if self.encoder == "momentum" and shown and not self.averages_prototypes:
             yield (
                 "a backbone that sees all of the target need only copy its own average: hide patches, take another view"
             )
-
-    @property
-    def may_copy(self) -> bool:
-        """Return whether the average of a backbone that sees the whole target can be copied."""
-        return True
 
 
 class HeadTarget(ImageTarget):
@@ -278,12 +264,6 @@ class HeadTarget(ImageTarget):
 
     head: str
     """Name of a head of the recipe."""
-
-    def build_head(
-        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
-    ) -> nn.Module | None:
-        """See `Target`."""
-        return None
 
     def build_memory(self, spec: HeadSpec) -> Memory:
         """Return what the head remembers of earlier batches."""
@@ -297,17 +277,6 @@ class HeadTarget(ImageTarget):
         names = type(self.regularizer).model_fields if fields is None else fields
         common = {name: getattr(self.regularizer, name) for name in names}
         return {"target": self.kind, "kind": self.regularizer.kind, **common}
-
-    @property
-    def averages_prototypes(self) -> bool:
-        """Return whether the averaged copy of the head has prototypes."""
-        return False
-
-    def _note(self, loss: Loss, context: Context, target: Tensor | None = None) -> None:
-        """Keep what the memory takes over, and what is watched."""
-        if loss.remember is not None:
-            context.remember.setdefault(self.head, {})[self.encoder, self.view] = loss.remember.detach()
-        context.watched[self.name] = loss.watched or ({} if target is None else {"z": target})
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         if self.head not in parts.heads:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.decoders import pool
 from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.classes import BoltzmannClasses, ClassDistribution
-from m3i_scale.objective.regularizers.base import CandidateRegularizer, OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Given, Target
+from m3i_scale.objective.ranks import Ranks, global_mean
+from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.targets.base import Context, Encoded, Given, Sizes, Target
+
+
+class BoltzmannClasses(Kind):
+    """P̂ of a category target: a softmax over the K classes of a label set."""
+
+    kind: ClassVar[str] = "boltzmann"
+    bounds_information: ClassVar[bool] = True
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    def loss(self, logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy, and log K − the plain one, also where labels are smoothed.
+
+        Args:
+            logits_BK: ẑ against the embedding of every class.
+            labels_B: the class of every sample; any number where there is none.
+            valid_B: bool, whether there is one.
+            ranks: for the mean over all samples with a label.
+        """
+        logits_BK = logits_BK.float()
+        safe_B = labels_B.clamp(min=0)
+        loss_B = F.cross_entropy(logits_BK, safe_B, reduction="none", label_smoothing=self.label_smoothing)
+        loss = global_mean(loss_B, valid_B, ranks)
+        plain_B = F.cross_entropy(logits_BK.detach(), safe_B, reduction="none")
+        return loss, global_mean(math.log(logits_BK.shape[1]) - plain_B, valid_B, ranks)
 
 
 class Category(Target):
@@ -22,21 +48,18 @@ class Category(Target):
     kind: ClassVar[str] = "category"
     modality: ClassVar[str] = "category"
     representation: ClassVar[str] = "category embedding"
-    a_target: ClassVar[str] = "a category"
     encoder: Literal["embedding"] = "embedding"
-    distribution: ClassDistribution = BoltzmannClasses()
-    regularizer: CandidateRegularizer = OtherCandidates()
+    distribution: BoltzmannClasses = BoltzmannClasses()
+    regularizer: OtherCandidates = OtherCandidates()
 
     @property
     def compares_samples(self) -> bool:
         """Return False: classes are compared, not samples."""
         return False
 
-    def build_head(
-        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
-    ) -> nn.Module:
+    def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `CategoryHead`."""
-        return CategoryHead(width, [len(names) for names in label_sets.values()])
+        return CategoryHead(sizes.decoded, sizes.classes)
 
     def present(self, batch: Batch) -> Tensor:
         """See `Target`."""
@@ -45,11 +68,10 @@ class Category(Target):
     def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
         """Return the sum over label sets, weighted by their labelled samples: a mean over all labelled samples."""
         batch, ranks = context.batch, given.ranks
-        pooled_BD = pool(given.decoder, encoded.cls_B1D, encoded.tokens_BLD)
         labelled_B = self.present(batch)
         total = ranks.sum(labelled_B.sum().float()).clamp(min=1)
         loss, nats = torch.zeros((), device=total.device), torch.zeros((), device=total.device)
-        for number, logits_BK in enumerate(given.head(pooled_BD)):
+        for number, logits_BK in enumerate(given.head(encoded.pooled(given.decoder))):
             valid_B = labelled_B & (batch.label_sets_B == number)
             share = ranks.sum(valid_B.sum().float()) / total
             labels_B = batch.labels_B.where(valid_B, 0)  # another set's label may be out of this set's range

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
 from m3i_scale.objective.distributions.base import Density, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.estimate import gaussian_information
 from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
-from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, ImageTarget, Parts, need
+from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, ImageTarget, Parts, Sizes
 
 Asked = Literal["masked", "all"]
 
@@ -30,7 +31,6 @@ class Dense(ImageTarget):
 
     kind: ClassVar[str] = "dense"
     representation: ClassVar[str] = "dense feature"
-    a_target: ClassVar[str] = "a dense image target"
     dense: ClassVar[bool] = True
     tokens: Asked
     """Which patches are asked for: those that the input hides, or all."""
@@ -38,15 +38,15 @@ class Dense(ImageTarget):
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
 
-    def build_head(
-        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
-    ) -> nn.Module:
+    def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `DenseHead`."""
-        encoded = teacher_width if self.encoder == "teacher" else None
-        return DenseHead(width, encoded or config.hidden_size)
+        return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
+        if self.encoder == "momentum" and given.projector is not None:
+            tokens_BSD = given.projector(torch.cat([encoded.cls_B1D, encoded.tokens_BLD], dim=1))
+            encoded = replace(encoded, cls_B1D=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
@@ -57,7 +57,11 @@ class Dense(ImageTarget):
         value = self.regularizer.loss(
             self.distribution, prediction_BQD, wanted_BQD, context.statistics[key], given.ranks
         )
-        return Loss(value, given.information(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1)))
+        encoded_by_model = (self.encoder, self.view) in context.encoded_views
+        loss = Loss(value, watched={"z": target_BND} if encoded_by_model else {})  # pixels cannot collapse
+        if context.measures:
+            loss.nats = gaussian_information(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
+        return loss
 
     @cached_property
     def _statistics_key(self) -> tuple[str, str, int]:
@@ -71,14 +75,9 @@ class Dense(ImageTarget):
             tokens_BND = context.encoded_views[key][1]
             if self.encoder == "momentum":
                 with torch.no_grad():
-                    tokens_BND = need(given.averaged_projector, "the momentum target")(tokens_BND)
+                    tokens_BND = given.momentum.projector(tokens_BND)
             context.dense[key] = standardize_target(tokens_BND)
-        context.watched[self.name] = {"z": context.dense[key]}
         return context.dense[key]
-
-    def described(self) -> dict[str, Any]:
-        """See `Target`."""
-        return super().described() | {"tokens": self.tokens}
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
@@ -91,17 +90,14 @@ class Pixels(Dense):
     kind: ClassVar[str] = "pixels"
     modality: ClassVar[str] = "pixels"
     representation: ClassVar[str] = "dense pixels"
-    a_target: ClassVar[str] = "a pixel target"
     encoder: Literal["patchify"] = "patchify"  # type: ignore[assignment]
     regularizer: DenseRegularizer = NoRegularizer()
     normalize_pixels: bool = True
     """Pixels of each patch are standardised (MAE)."""
 
-    def build_head(
-        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
-    ) -> nn.Module:
+    def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `DenseHead`."""
-        return DenseHead(width, config.patch_size**2 * config.num_channels)
+        return DenseHead(sizes.decoded, sizes.pixels)
 
     def _target(self, given: Given, context: Context) -> Tensor:
         return patchify(context.views[self.view], given.patch_size, standardize=self.normalize_pixels)
@@ -112,7 +108,6 @@ class DenseNegatives(HeadTarget):
 
     kind: ClassVar[str] = "dense_negatives"
     representation: ClassVar[str] = "dense feature"
-    a_target: ClassVar[str] = "a dense image target among negatives"
     dense: ClassVar[bool] = True
     tokens: Asked = "all"
     """Which patches are asked for: those that the input hides, or all."""
@@ -129,19 +124,14 @@ class DenseNegatives(HeadTarget):
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder, self.view][1]
         with torch.no_grad():
-            keys_BNE = need(given.averaged_head, "the averaged head")(tokens_BND, predict=False)
+            keys_BNE = given.momentum.heads[self.head](tokens_BND, predict=False)
             similar = self.match == "similarity"
             index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if similar else query_BQ
             matched_BQE = gather_tokens(keys_BNE, index_BQ)
-        rows_NE, memory = prediction_BQE.flatten(0, 1), need(given.memory, "the head's memory")
-        loss = self.regularizer.loss(self.distribution, rows_NE, matched_BQE.flatten(0, 1), memory, given.ranks)
-        loss.remember = unit(keys_BNE.float().mean(dim=1))
-        self._note(loss, context, keys_BNE)
+        rows_NE, keys_NE = prediction_BQE.flatten(0, 1), matched_BQE.flatten(0, 1)
+        loss = self.regularizer.loss(self.distribution, rows_NE, keys_NE, given.memory, given.ranks)
+        loss.remember, loss.watched = unit(keys_BNE.float().mean(dim=1)), {"z": keys_BNE}
         return loss
-
-    def described(self) -> dict[str, Any]:
-        """See `Target`."""
-        return super().described() | {"tokens": self.tokens}
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
@@ -180,9 +170,6 @@ def place_faults(target: Dense | DenseNegatives, parts: Parts, *, finds_places: 
 def decode(target: Dense | DenseNegatives, given: Given, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
     """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
     cls_B1D, tokens_BLD, where = encoded.cls_B1D, encoded.tokens_BLD, encoded.where
-    if given.projector is not None:
-        tokens_BSD = given.projector(torch.cat([cls_B1D, tokens_BLD], dim=1))
-        cls_B1D, tokens_BLD = tokens_BSD[:, :1], tokens_BSD[:, 1:]
     if target.tokens == "masked":
         query_BQ = where.hidden_BM
     else:

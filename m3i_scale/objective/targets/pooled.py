@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from m3i_scale.objective.decoders import ClassToken, pool
 from m3i_scale.objective.distributions.base import Distribution, Loss
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.estimate import gaussian_information
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.regularizers.pooled import PooledRegularizer
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer
-from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, need
+from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget
 
 
 class Pooled(HeadTarget):
@@ -24,30 +25,31 @@ class Pooled(HeadTarget):
 
     kind: ClassVar[str] = "pooled"
     representation: ClassVar[str] = "global feature"
-    a_target: ClassVar[str] = "a pooled image target"
     distribution: Distribution = Gaussian()
     regularizer: PooledRegularizer
 
     def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
-        pooled_BD = pool(given.decoder, encoded.cls_B1D, encoded.tokens_BLD)
-        prediction_BE = given.head(pooled_BD, predict=True)
+        prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
-        memory = need(given.memory, "the head's memory")
-        loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, memory, given.ranks)
-        if loss.nats is None and given.measures:
+        loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, given.memory, given.ranks)
+        if loss.nats is None and context.measures:
             with torch.no_grad():
-                sides = [self.regularizer.compared(side_BE, given.ranks) for side_BE in (prediction_BE, target_BE)]
-            loss.nats = given.information(*sides)
-        self._note(loss, context, target_BE)
+                predicted_BE = self.regularizer.compared(prediction_BE, given.ranks)
+                z_BE = self.regularizer.compared(target_BE, given.ranks)
+            loss.nats = gaussian_information(predicted_BE, z_BE, given.ranks)
+        loss.watched = loss.watched or {"z": target_BE}
         return loss
-
-    def described(self) -> dict[str, Any]:
-        """See `Target`."""
-        return super().described() | {"tokens": "pooled"}
 
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
         yield from super()._head_faults(head)
+        wanted = self.regularizer.distribution
+        if not isinstance(self.distribution, wanted):
+            valid = [name for name, kind in self.kinds_of("distribution").items() if issubclass(kind, wanted)]
+            yield (
+                f"'{self.regularizer.kind}' does not go with a {self.distribution.kind} distribution; valid: "
+                f"{' or '.join(valid)}"
+            )
         if self.regularizer.needs_predictor and self.encoder != "teacher" and not head.predictor_depth:
             yield "a stop gradient alone lets a pooled target collapse: give its head a predictor, `predictor_depth: 2`"
         idle = sorted(self.distribution.model_fields_set) if self.regularizer.replaces_likelihood else []
@@ -60,7 +62,6 @@ class Prototypes(HeadTarget):
 
     kind: ClassVar[str] = "prototypes"
     representation: ClassVar[str] = "global feature"
-    a_target: ClassVar[str] = "a target over prototypes"
     encoder: Literal["momentum"] = "momentum"
     distribution: Boltzmann = Boltzmann()
     regularizer: PrototypeRegularizer
@@ -71,32 +72,18 @@ class Prototypes(HeadTarget):
 
     @property
     def averages_prototypes(self) -> bool:
-        """See `HeadTarget`."""
+        """See `ImageTarget`."""
         return self.regularizer.averages_prototypes
-
-    @property
-    def may_copy(self) -> bool:
-        """Return False for a target that its own center moves away from its prediction."""
-        return not self.regularizer.averages_prototypes
 
     def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
-        pooled_BD = pool(given.decoder, encoded.cls_B1D, encoded.tokens_BLD)
-        prediction_BE = given.head(pooled_BD, predict=True)
+        prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
-        logits_BK = given.head.cosines(prediction_BE) / self.distribution.temperature
-        averaged = self.regularizer.averages_prototypes
+        logits_BK = given.head.prototypes(prediction_BE) / self.distribution.temperature
         with torch.no_grad():
-            head = need(given.averaged_head, "the averaged head") if averaged else given.head
-            target_BK = head.cosines(target_BE)
-        memory = need(given.memory, "the head's memory")
-        loss = self.regularizer.loss(self.distribution, logits_BK, target_BK, memory, given.ranks)
-        self._note(loss, context)
-        return loss
-
-    def described(self) -> dict[str, Any]:
-        """See `Target`."""
-        return super().described() | {"tokens": "pooled"}
+            head = given.momentum.heads[self.head] if self.averages_prototypes else given.head
+            target_BK = head.prototypes(target_BE)
+        return self.regularizer.loss(self.distribution, logits_BK, target_BK, given.memory, given.ranks)
 
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
         if not head.prototypes:
@@ -110,15 +97,14 @@ class Prototypes(HeadTarget):
 
 def pooled_target(target: HeadTarget, given: Given, context: Context) -> Tensor:
     """Return z_y (B, E), with gradient only where the regulariser lets the target learn."""
-    if given.shown is not None:
-        shown = given.shown()
-        pooled_BD = pool(given.decoder, shown.cls_B1D, shown.tokens_BLD)
-        z_BE: Tensor = given.head(pooled_BD, predict=False)
+    if target.encoder == "online":
+        shown = context.whole[target.view].tapped(given.squared_norms)
+        z_BE: Tensor = given.head(shown.pooled(given.decoder), predict=False)
         return z_BE if target.regularizer.trains_target else z_BE.detach()
     cls_B1D, tokens_BND = context.encoded_views[target.encoder, target.view]
     if target.encoder == "teacher":
         return cls_B1D[:, 0] if isinstance(given.decoder, ClassToken) else tokens_BND.mean(dim=1)
     with torch.no_grad():
-        pooled_BD = pool(need(given.averaged_pool, "the averaged pool"), cls_B1D, tokens_BND)
-        averaged_BE: Tensor = need(given.averaged_head, "the averaged head")(pooled_BD, predict=False)
+        pooled_BD = pool(given.momentum.pools[target.decoder], cls_B1D, tokens_BND)
+        averaged_BE: Tensor = given.momentum.heads[target.head](pooled_BD, predict=False)
     return averaged_BE

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.decoders import pool
 from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.pairs import BoltzmannPairs, PairDistribution
-from m3i_scale.objective.regularizers.base import CandidateRegularizer, OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Given, Target, need
+from m3i_scale.objective.distributions.pairs import BoltzmannPairs, PairDistribution, PairTargets
+from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.targets.base import Context, Encoded, Given, Sizes, Target
 
 
 class Text(Target):
@@ -25,18 +23,15 @@ class Text(Target):
     kind: ClassVar[str] = "text"
     modality: ClassVar[str] = "text"
     representation: ClassVar[str] = "text embedding"
-    a_target: ClassVar[str] = "a text"
     encoder: Literal["text_tower"] = "text_tower"
     distribution: PairDistribution = BoltzmannPairs()
-    regularizer: CandidateRegularizer = OtherCandidates()
+    regularizer: OtherCandidates = OtherCandidates()
     width: int = Field(default=512, ge=8)
     """Dimension of the shared space."""
 
-    def build_head(
-        self, width: int, config: VisionConfig, label_sets: dict[str, list[str]], teacher_width: int | None
-    ) -> nn.Module:
+    def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `TextHead`."""
-        return TextHead(width, self.width, self.distribution.temperature, self.distribution.first_bias)
+        return TextHead(sizes.decoded, self.width, self.distribution.temperature, self.distribution.first_bias)
 
     def present(self, batch: Batch) -> Tensor:
         """See `Target`."""
@@ -44,10 +39,10 @@ class Text(Target):
 
     def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
-        texts = need(context.text, "the text tower")
-        prediction_BE, scale, bias = given.head(pool(given.decoder, encoded.cls_B1D, encoded.tokens_BLD))
-        context.watched[self.name] = {"z": texts.own_BE[context.batch.has_text_B], "scale": scale}
-        return Loss(*self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks))
+        texts = cast(PairTargets, context.text)
+        prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))
+        value, nats = self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks)
+        return Loss(value, nats, watched={"z": texts.own_BE[context.batch.has_text_B], "scale": scale})
 
 
 class TextHead(nn.Module):
