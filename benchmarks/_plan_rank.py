@@ -34,7 +34,7 @@ class Peaks(Hook):
 
     def post_step(self) -> bool:
         self.peaks[f"step_{self._state.step}"] = peak_bytes()
-        return True
+        return False
 
 
 def train(rank: int, world: int, port: int, run_file: Path, out: Path) -> None:

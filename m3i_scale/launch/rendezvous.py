@@ -18,6 +18,7 @@ from m3i_scale.launch.wire import Message
 from m3i_scale.launch.worlds import Compared, World, largest_world, refusal_of_plan
 
 FAILS = "its ranks were the first to fail, twice running"
+SPARE = "it answers, but with its ranks the run cannot be shared out (data.streams, optim.batch_size)"
 
 
 class CannotStartError(UserError):
@@ -157,6 +158,8 @@ class Rendezvous:
                     why="ranks must divide data.streams and optim.batch_size, and workers a rank's streams",
                     fix=f"data.streams is {run.data.streams}, optim.batch_size {run.optim.batch_size}",
                 )
+            spare = [link.host.name for link in links if link.host not in world.hosts and link.host.name not in reasons]
+            reasons |= dict.fromkeys(spare, SPARE)
             if reasons:
                 self.tell(f"without {_told(reasons)}")
             world = self._keep_compared(world, links)

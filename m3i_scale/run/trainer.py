@@ -166,7 +166,7 @@ class Trainer:
     def train_step(self) -> None:
         """Take one step, after which the hooks act; none acts after the one that has undone the step."""
         self._optimizer_step()
-        if not all(hook.post_step() for hook in self.hooks):
+        if any(hook.post_step() for hook in self.hooks):
             for hook in self.hooks:
                 hook.on_rewind()
 

@@ -1,1 +1,1 @@
-"""What happens beside the training step; one purpose a file."""
+"""What looks on, on rank 0 alone: progress, metrics.jsonl, TensorBoard, Weights & Biases. No collectives."""

@@ -75,8 +75,8 @@ class Hook:
         """Hear whether the `vote` of any rank was true."""
 
     def post_step(self) -> bool:
-        """Act after a step; return False where it was undone, which later hooks then do not hear of."""
-        return True
+        """Act after a step; return True where it was undone, which later hooks then do not hear of."""
+        return False
 
     def on_rewind(self) -> None:
         """Forget what was seen since the step that the run has gone back to."""

@@ -103,7 +103,7 @@ class Checkpointing(Hook):
                     self.save()
                 else:
                     self._saver.finish()
-        return True
+        return False
 
     def on_finish(self) -> None:
         """Save the last step, and wait for everything that is on its way."""

@@ -33,7 +33,7 @@ class Evaluation(Hook):
         if every and state.step % every == 0:
             with state.timeouts.outside_of_steps("evaluate"):
                 state.callbacks.on_evaluation(state.step, self.evaluate())
-        return True
+        return False
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

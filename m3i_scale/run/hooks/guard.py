@@ -68,7 +68,7 @@ class Guard(Hook):
             self._in_a_row = 0
         else:
             self._leave_out(state.step, what)
-        return True
+        return False
 
     def _leave_out(self, step: int, what: str) -> None:
         state = self._state  # what is asked of the engine now waits for the device

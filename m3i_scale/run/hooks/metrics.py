@@ -58,7 +58,7 @@ class Metrics(Hook):
             self._record()
         else:
             state.callbacks.on_progress(state.step)
-        return True
+        return False
 
     def _record(self) -> None:
         state = self._state

@@ -26,9 +26,9 @@ class Rewinding(Hook):
         """Go back where a spike is confirmed."""
         spike = self._guard.spike
         if spike is None:
-            return True
+            return False
         with self._state.timeouts.outside_of_steps("rewind"):
-            return not self._go_back(spike)
+            return self._go_back(spike)
 
     def _go_back(self, spike: Spike) -> bool:
         """Go back to the newest good checkpoint from before the spike; return False where there is none, which is said.
