@@ -18,7 +18,7 @@ from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import Mix, check_shares, check_weights, samples_at_most, whole_passes
+from m3i_scale.data.mixing import Mix, check_shares, check_weights, samples_at_most, share_of, whole_passes
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
@@ -118,8 +118,7 @@ class TrainStream:
         self._rank = rank
         self._access = check_access(data, sources)
         self._world_size = world_size
-        streams_here = data.streams // world_size
-        self._streams = range(rank * streams_here, (rank + 1) * streams_here)
+        self._streams = share_of(range(data.streams), rank, world_size)
         self._order: dict[str, Any] = {"seed": seed, "streams": data.streams, "shuffle_shards": data.shuffle_shards}
         self._fingerprints: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[Shard]] = {}
@@ -147,7 +146,7 @@ class TrainStream:
         self._recipe = PartRecipe(
             plans=plans,
             mix=Mix({name: source.weight for name, source in sources.items()}, data.streams),
-            per_stream=micro_batch_size // streams_here,
+            per_stream=micro_batch_size // len(self._streams),
             collator=Collator(tokenizer, max_tokens),
             data=data,
             access=self._access,
@@ -325,7 +324,7 @@ class TrainStream:
         self._reached = {}
         self._changes = list(state["changes"])
         if changed:
-            samples = before[self._streams.start].taken * self._data.streams
+            samples = before[self._streams[0]].taken * self._data.streams
             self._changes.append({"samples": samples, "sources": sorted(changed)})
         return changed
 
@@ -469,12 +468,9 @@ class PartDataset(IterableDataset[Part]):
         return Part(batch, states, quarantine, fault)
 
 
-def _share_of_worker(streams: list[int]) -> list[int]:
+def _share_of_worker(streams: Sequence[int]) -> Sequence[int]:
     worker = get_worker_info()
-    if worker is None:
-        return streams
-    share = len(streams) // worker.num_workers
-    return streams[worker.id * share : (worker.id + 1) * share]
+    return streams if worker is None else share_of(streams, worker.id, worker.num_workers)
 
 
 def _start_worker(_: int) -> None:

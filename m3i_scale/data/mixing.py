@@ -81,6 +81,12 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
         )
 
 
+def share_of(streams: Sequence[int], number: int, count: int) -> Sequence[int]:
+    """Return the streams of one rank of so many, or of one worker of a rank: neighbours, as many for each."""
+    each = len(streams) // count
+    return streams[number * each : (number + 1) * each]
+
+
 class Mix:
     """Gives every source its share of a stream's samples, at every moment as nearly as whole samples allow.
 

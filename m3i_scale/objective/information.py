@@ -24,7 +24,7 @@ from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
-from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, Target
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 
 
 class Objective(nn.Module):
@@ -121,10 +121,10 @@ class Objective(nn.Module):
             figures |= self._health(context, watched)
         return total, figures
 
-    def given(self, target: Target) -> Given:
+    def given(self, target: Target) -> TargetModules:
         """Return the modules that a target computes with."""
         shared = target.head if isinstance(target, HeadTarget) else None
-        return Given(
+        return TargetModules(
             self.ranks,
             self.student.grid,
             self.student.patch_size,

@@ -241,10 +241,10 @@ class Trainer:
         schedule = state.resolved.recipe.momentum
         if state.momentum is None or schedule is None:
             return
-        state.averaging = momentum_at(state.step, schedule, self.run.optim.steps)
+        state.ema_decay = momentum_at(state.step, schedule, self.run.optim.steps)
         if state.applied:
             with self.phases.span("momentum"):
-                state.momentum.update(state.averaging)
+                state.momentum.update(state.ema_decay)
 
 
 def count_work(resolved: ResolvedRun) -> Work:

@@ -92,7 +92,7 @@ class Context:
 
 
 @dataclass
-class Given:
+class TargetModules:
     """The modules that a target computes with."""
 
     ranks: Ranks
@@ -167,7 +167,7 @@ class Target(Kind):
         """Return which samples have the target: bool (B)."""
         return torch.ones_like(batch.has_text_B)
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return −log P̂ of the target from one input, this rank's share."""
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Given, Sizes, Target
+from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
 class BoltzmannClasses(Kind):
@@ -65,7 +65,7 @@ class Category(Target):
         """See `Target`."""
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return the sum over label sets, weighted by their labelled samples: a mean over all labelled samples."""
         batch, ranks = context.batch, given.ranks
         labelled_B = self.present(batch)

@@ -21,7 +21,7 @@ from m3i_scale.objective.estimate import gaussian_information
 from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
-from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget, ImageTarget, Parts, Sizes
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Parts, Sizes, TargetModules
 
 Asked = Literal["masked", "all"]
 
@@ -42,7 +42,7 @@ class Dense(ImageTarget):
         """Return a `DenseHead`."""
         return DenseHead(sizes.decoded, sizes.encoded)
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
         if self.encoder == "momentum" and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_B1D, encoded.tokens_BLD], dim=1))
@@ -68,7 +68,7 @@ class Dense(ImageTarget):
         """Return what targets with the same statistics have in common; made once, not in every step."""
         return self.regularizer.model_dump_json(), self.encoder, self.view
 
-    def _target(self, given: Given, context: Context) -> Tensor:
+    def _target(self, given: TargetModules, context: Context) -> Tensor:
         """Return z̄ of all patches of the view: (B, N, D)."""
         key = (self.encoder, self.view)
         if key not in context.dense:
@@ -99,7 +99,7 @@ class Pixels(Dense):
         """Return a `DenseHead`."""
         return DenseHead(sizes.decoded, sizes.pixels)
 
-    def _target(self, given: Given, context: Context) -> Tensor:
+    def _target(self, given: TargetModules, context: Context) -> Tensor:
         return patchify(context.views[self.view], given.patch_size, standardize=self.normalize_pixels)
 
 
@@ -118,7 +118,7 @@ class DenseNegatives(HeadTarget):
     """Which patch of the target view a prediction stands for: the one it asks for, or the one whose backbone feature is
     most similar to that of its own patch."""
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
@@ -167,7 +167,9 @@ def place_faults(target: Dense | DenseNegatives, parts: Parts, *, finds_places: 
             yield "`match: similarity` has no effect within one view"
 
 
-def decode(target: Dense | DenseNegatives, given: Given, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+def decode(
+    target: Dense | DenseNegatives, given: TargetModules, context: Context, encoded: Encoded
+) -> tuple[Tensor, Tensor]:
     """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
     cls_B1D, tokens_BLD, where = encoded.cls_B1D, encoded.tokens_BLD, encoded.where
     if target.tokens == "masked":

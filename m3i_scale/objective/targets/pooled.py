@@ -17,7 +17,7 @@ from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.regularizers.pooled import PooledRegularizer
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer
-from m3i_scale.objective.targets.base import Context, Encoded, Given, HeadTarget
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, TargetModules
 
 
 class Pooled(HeadTarget):
@@ -28,7 +28,7 @@ class Pooled(HeadTarget):
     distribution: Distribution = Gaussian()
     regularizer: PooledRegularizer
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
@@ -75,7 +75,7 @@ class Prototypes(HeadTarget):
         """See `ImageTarget`."""
         return self.regularizer.averages_prototypes
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
@@ -95,7 +95,7 @@ class Prototypes(HeadTarget):
             yield fault
 
 
-def pooled_target(target: HeadTarget, given: Given, context: Context) -> Tensor:
+def pooled_target(target: HeadTarget, given: TargetModules, context: Context) -> Tensor:
     """Return z_y (B, E), with gradient only where the regulariser lets the target learn."""
     if target.encoder == "online":
         shown = context.whole[target.view].tapped(given.squared_norms)

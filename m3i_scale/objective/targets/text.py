@@ -14,7 +14,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs, PairDistribution, PairTargets
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Given, Sizes, Target
+from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
 class Text(Target):
@@ -37,7 +37,7 @@ class Text(Target):
         """See `Target`."""
         return batch.has_text_B
 
-    def loss(self, given: Given, context: Context, encoded: Encoded) -> Loss:
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """See `Target`."""
         texts = cast(PairTargets, context.text)
         prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))

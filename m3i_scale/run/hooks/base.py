@@ -37,7 +37,7 @@ class TrainState:
     """Whether the step that is taken, or was last, is one that is logged."""
     lr: float = 0.0
     """Of that step."""
-    averaging: float | None = None
+    ema_decay: float | None = None
     """Momentum of the average in that step; None without one."""
     micro_batches: list[MicroBatchResult] = field(default_factory=list)
     """Of that step, on this rank."""

@@ -104,7 +104,7 @@ class Guard(Hook):
             "look at the samples that the file names",
         )
 
-    def told_only(self, spike: Spike) -> None:
+    def warn_no_checkpoint(self, spike: Spike) -> None:
         """Say a spike that has no checkpoint from before it."""
         fault = {
             "group": "guard",
@@ -114,7 +114,7 @@ class Guard(Hook):
         }
         self._state.callbacks.on_warning(spike.step, fault)
 
-    def told(self, rewind: Rewind) -> None:
+    def warn_rewound(self, rewind: Rewind) -> None:
         """Say that the run went back."""
         fault = {
             "group": "guard",

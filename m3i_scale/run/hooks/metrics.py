@@ -67,7 +67,7 @@ class Metrics(Hook):
             step=state.step,
             lr=state.lr,
             grad_norm=state.engine.get_global_grad_norm() if state.applied else None,
-            momentum=state.averaging,
+            momentum=state.ema_decay,
             quarantined=sum(state.stream.quarantined.values()),
             quarantined_samples=sum(state.stream.quarantined_samples.values()),
             world_size=state.ranks.world_size,

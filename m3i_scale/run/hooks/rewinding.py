@@ -48,10 +48,10 @@ class Rewinding(Hook):
             most=config.max_rewinds,
         )
         if begun is None:
-            self._guard.told_only(spike)
+            self._guard.warn_no_checkpoint(spike)
             return False
         checkpoint, rewind = begun
         self._checkpointing.go_back(checkpoint)
         state.callbacks.on_rewind(rewind)
-        self._guard.told(rewind)
+        self._guard.warn_rewound(rewind)
         return True
