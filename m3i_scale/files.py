@@ -104,7 +104,7 @@ def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) ->
             target.rename(old)
         folder.rename(target)
         sync(target.parent)
-    except OSError:
+    except BaseException:
         if old.is_dir() and not target.exists():
             old.rename(target)
         raise
@@ -114,10 +114,16 @@ def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) ->
 
 
 def _remove_left(target: Path, alone: bool) -> None:
-    for path in target.parent.iterdir():
-        left = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.partial", path.name)
-        if left and (alone or (left[1] == socket.gethostname() and has_ended(int(left[2])))):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in list(target.parent.iterdir()):
+        left = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.(partial|old)", path.name)
+        if left is None:
+            continue
+        host, process = left[1], int(left[2])  # a container that starts again may have the same number on the same host
+        if alone or (host == socket.gethostname() and (process == os.getpid() or has_ended(process))):
+            if left[3] == "old" and not target.exists():
+                path.rename(target)  # killed before the new one took the name
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def has_ended(process: int) -> bool:

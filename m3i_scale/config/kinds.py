@@ -9,7 +9,8 @@ A family is a class below `Kind` with an empty `kinds`; every class below it tha
         kind: ClassVar[str] = "circle"
         radius: float = 1.0
 
-`kinds` is also set, to that of its family, by a class between the two that is no kind itself.
+`kinds` is also set, to that of its family, by a class between the two that is no kind itself. A class with a `kind`
+and no family is one of its own: nothing else may stand in its fields, and `kind` may be left out there.
 
 A field of type `Shape` then reads `circle`, `{kind: circle, radius: 2}`, or `{kind: my_package.my_module.Square}`, the
 import path of a class of the user's own below `Shape`. Such a class has no name but that path: it states no `kind`.
@@ -50,6 +51,8 @@ class Kind(Section):
         path = f"{cls.__module__}.{cls.__qualname__}"
         if "kind" not in cls.__dict__:
             cls.kind = path
+        elif cls.kinds is Kind.kinds:
+            cls.kinds = {cls.kind: cls}
         elif cls.kind in cls.kinds:
             raise TypeError(f"'{cls.kind}' is the name of {cls.kinds[cls.kind]} already; without `kind`, it is {path}")
         elif cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
@@ -105,7 +108,7 @@ class Kind(Section):
         if isinstance(value, cls):
             return value
         named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
-        if not named and "kinds" not in cls.__dict__:
+        if not named and ("kinds" not in cls.__dict__ or cls.kinds.get(cls.kind) is cls):
             return handler(value)
         found = cls.class_of(value, imports=may_import(info))
         fields = {key: field for key, field in value.items() if key != "kind"} if isinstance(value, dict) else {}

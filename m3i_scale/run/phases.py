@@ -16,7 +16,7 @@ from m3i_scale.config import TimeoutsConfig
 from m3i_scale.launch.heartbeat import PHASES, Heartbeat
 from m3i_scale.scale.process_group import set_timeout
 
-__all__ = ["PHASES", "Phases"]
+__all__ = ["PHASES", "Phases", "Timeouts"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -157,10 +157,10 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """What was and what is: recipes by their names, where those differ, everything else field by field."""
+    """Return what was and what is: recipes by their names, where those differ, everything else field by field."""
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
-        return f"recipe was '{names[0]}', and is '{names[1]}'"
+        return f"recipe was '{names[0]}', is '{names[1]}'"
     found = told_differences(key, before, now)
     more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
     return "; ".join(found[:_SHOWN_CHANGES]) + more

@@ -31,7 +31,8 @@ def rules_of_run(root: Path) -> RetentionConfig | None:
         return None
     try:
         values = read_yaml(path).get("checkpoint", {})
-        return parse_section(CheckpointConfig, values, where=str(path), below="checkpoint")
+        section = parse_section(CheckpointConfig, values, where=str(path), below="checkpoint")
+        return RetentionConfig(**section.model_dump(include=set(RetentionConfig.model_fields)))
     except (ConfigError, ValidationError) as error:
         raise CheckpointError(f"the rules of the run cannot be read: {error}", where=str(path)) from None
 

@@ -63,6 +63,8 @@ class Trainer:
             callbacks, tell = [], lambda text: None
         if stream is None:
             stream, validation = open_data(resolved, ranks)
+        if validation is None and self.run.evaluation.every_steps:
+            raise ValueError("evaluation.every_steps is set, and no validation stream is given")
         note = check_sources_last(stream, self.run.optim.batch_size, self.run.optim.steps)
         if note is not None:
             tell(note)

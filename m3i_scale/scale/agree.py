@@ -44,14 +44,17 @@ def agree_and_average(
     """
     sums = _sums(*flags, value, *counts)
     votes, total = sums[: len(flags)], sums[len(flags)]
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return tuple(bool(vote) for vote in votes), total / world, [round(count) for count in sums[len(flags) + 1 :]]
+    return (
+        tuple(bool(vote) for vote in votes),
+        total / _world_size(),
+        [round(count) for count in sums[len(flags) + 1 :]],
+    )
 
 
 def _sums(*values: bool | int | Tensor) -> list[float]:
     device = get_accelerator().current_device_name()
     sums = torch.stack([torch.as_tensor(value, device=device).to(torch.float32) for value in values])
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _world_size() > 1:
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -72,7 +75,7 @@ def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """The mean of every value; all ranks give the same keys."""
-    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not values or _world_size() == 1:
         return dict(values)
     vector = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
     if get_accelerator().device_name() != "cpu":
@@ -83,7 +86,7 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """The maximum of every value; all ranks give the same keys."""
-    if not values or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not values or _world_size() == 1:
         return dict(values)
     vector = torch.tensor([values[key] for key in sorted(values)], device=get_accelerator().current_device_name())
     dist.all_reduce(vector, op=dist.ReduceOp.MAX)

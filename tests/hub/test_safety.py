@@ -67,7 +67,7 @@ def test_the_target_is_a_file_or_cannot_be_made(run_dir, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="the target is a file"):
         export(run_dir[0], tmp_path / "file")
-    with pytest.raises(ExportError):
+    with pytest.raises(ExportError, match="cannot write"):
         export(run_dir[0], tmp_path / "file" / "below")
 
 

@@ -418,6 +418,7 @@ def test_prune_goes_by_the_run_file_and_first_only_says_so(run_dir: Path) -> Non
     dry = document("prune", run_dir, "--dry-run")
     assert (dry["removed"], dry["dry_run"]) == (names(2), True)
     assert dry["rules_from"] == str(run_dir / "run.yaml")
+    assert set(dry["rules"]) == {"keep_latest", "keep_every_steps", "keep_best", "max_gib"}
     assert left(run_dir) == names(2, 4, 6)
     text = call("prune", run_dir, "--dry-run").output
     assert "would go" in text

@@ -85,10 +85,11 @@ def test_every_rule_adds_and_says_so() -> None:
     assert set(kept(entries, changed(rules, best=best_of("loss", "max")))) == {8, 7, 4}
 
 
-@pytest.mark.parametrize("numbers", [{"latest": 0}, {"every_steps": 0}])
+@pytest.mark.parametrize("numbers", [{"keep_latest": 0}, {"keep_every_steps": 0}])
 def test_numbers_below_one_are_refused_where_they_are_given(numbers: dict[str, int]) -> None:
-    with pytest.raises(ValidationError):
-        rules_with(**numbers)
+    with pytest.raises(ValidationError) as refused:
+        RetentionConfig(**numbers)  # type: ignore[arg-type]
+    assert [fault["loc"] for fault in refused.value.errors()] == [tuple(numbers)]
 
 
 def test_of_equal_figures_the_newest_is_the_best_and_nan_is_none() -> None:

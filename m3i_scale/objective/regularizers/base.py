@@ -24,4 +24,5 @@ class OtherCandidates(Regularizer):
     """The other candidates of P̂ keep a text or category apart: the other texts of the batch, or the other classes."""
 
     kind: ClassVar[str] = "negatives"
+    encoders: ClassVar[tuple[str, ...]] = ("text_tower", "embedding")
     within_batch: ClassVar[bool] = True

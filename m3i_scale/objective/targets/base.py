@@ -223,6 +223,12 @@ class Target(Kind):
         if decoder.dense != self.dense:
             valid = [name for name, kind in DecoderSpec.kinds.items() if cast(Any, kind).dense == self.dense]
             yield f"a {self.kind} target is decoded by {' or '.join(valid)}, not {decoder.kind}"
+        if self.encoder not in self.regularizer.encoders:
+            valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
+            yield (
+                f"'{self.regularizer.kind}' does not keep a {self.kind} target with encoder {self.encoder} from "
+                f"collapsing, or has no effect on it; valid: {', '.join(valid) or 'none'}"
+            )
 
 
 class ImageTarget(Target):
@@ -239,12 +245,6 @@ class ImageTarget(Target):
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
-        if self.encoder not in self.regularizer.encoders:
-            valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
-            yield (
-                f"'{self.regularizer.kind}' does not keep a {self.kind} target with encoder {self.encoder} from "
-                f"collapsing, or has no effect on it; valid: {', '.join(valid) or 'none'}"
-            )
         specs = [parts.input(name) for name in self.inputs]
         if self.encoder == "online":
             if parts.shows(self.view) is None:

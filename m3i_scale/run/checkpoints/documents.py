@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import RetentionConfig, read_yaml
+from m3i_scale.config import read_yaml
 from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.run.retention import evaluations, rules_of_run
@@ -104,7 +104,7 @@ def list_checkpoints(root: Path, *, contents: bool = False) -> dict[str, Any]:
         "root": str(root),
         "checked": "contents" if contents else "sizes",
         "latest": latest,
-        "rules": None if rules is None else rules.model_dump(include=set(RetentionConfig.model_fields)),
+        "rules": None if rules is None else rules.model_dump(),
         "bytes": sum(entry.size for entry in entries),
         "checkpoints": [_row(entry, latest, kept.get(entry.path, [])) for entry in entries],
         "temporary": list(_sizes(sorted(root.glob(f"{TEMPORARY_PREFIX}*")))),

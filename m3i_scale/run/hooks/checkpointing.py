@@ -8,7 +8,6 @@ from typing import Any
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
-from m3i_scale.errors import CheckpointError
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
@@ -93,7 +92,10 @@ class Checkpointing(Hook):
         self._others_write = voted
 
     def post_step(self) -> bool:
-        """Save where that is due; else commit a save that no rank is writing any more."""
+        """Save where that is due; else commit a save that no rank is writing any more.
+
+        A save in the background is committed some steps after its own: `latest` names it from then on.
+        """
         state = self._state
         last = state.step == state.resolved.run.optim.steps
         due = state.stopping or last or state.step % self._config.every_steps == 0
@@ -117,7 +119,7 @@ class Checkpointing(Hook):
         with self._state.timeouts.outside_of_steps("save"):
             try:
                 self.close()
-            except CheckpointError as fault:
+            except Exception as fault:  # of the thread too: it must not stand in for why they end
                 self._state.tell(str(fault))
 
     def close(self) -> None:
