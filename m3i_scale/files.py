@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -28,6 +29,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) and path.is_dir():
+            return  # a file system that has no such call for directories
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
@@ -61,7 +64,8 @@ def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> I
         if durable:
             sync(path.parent)
     except OSError as error:
-        if error.filename is None or error.filename == str(temporary):  # write(2) names no file
+        unnamed = error.filename is None and error.errno is not None  # write(2) names no file
+        if unnamed or error.filename == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     finally:
@@ -69,13 +73,13 @@ def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> I
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str, *, mode: int | None = None) -> None:
+def write_whole(path: Path, text: str, *, mode: int | None = None, durable: bool = True) -> None:
     """Write a text file so that a kill leaves the old one or the new one (see `replacing`).
 
     Raises:
         OSError: the disk refused.
     """
-    with replacing(path, mode=mode) as file:
+    with replacing(path, mode=mode, durable=durable) as file:
         file.write(text.encode())
 
 
@@ -194,13 +198,13 @@ def _json(value: Any, indent: int | None) -> str:
     return text.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
 
 
-def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
+def write_json(path: Path, value: Any, *, mode: int | None = None, durable: bool = True) -> None:
     """Write a JSON document so that a kill leaves the old one or the new one (see `replacing`).
 
     Raises:
         OSError: the disk refused.
     """
-    write_whole(path, json_text(value), mode=mode)
+    write_whole(path, json_text(value), mode=mode, durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -94,8 +94,12 @@ def duration_text(seconds: float) -> str:
 
 def short(value: Any, letters: int = 100) -> str:
     """Return a JSON value in at most about so many letters."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    text = _json_text(value)
     return text if len(text) <= letters else text[:letters] + " …"
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -118,10 +122,16 @@ def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any
         yield key, before, now
 
 
+def short_differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield `differences` as `short` texts; whole ones where they would be the same."""
+    for name, was, present in differences(key, before, now):
+        texts = short(was), short(present)
+        yield (name, *texts) if texts[0] != texts[1] else (name, _json_text(was), _json_text(present))
+
+
 def told_differences(key: str, before: Any, now: Any) -> list[str]:
     """Return `optim.lr was 0.001, is 0.002`, a line a field."""
-    found = differences(key, before, now)
-    return [f"{name} was {short(was)}, is {short(present)}" for name, was, present in found]
+    return [f"{name} was {was}, is {present}" for name, was, present in short_differences(key, before, now)]
 
 
 def known_part(before: Any, now: Any) -> Any:

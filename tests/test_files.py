@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -103,3 +105,44 @@ def test_json_has_no_numbers_that_json_has_not_and_any_name_of_a_file(tmp_path: 
     assert math.isnan(float(found["nan"]))
     assert json.loads(json_text(value)) == found
     assert "é" in json_text(value)
+
+
+def test_what_only_a_living_process_needs_is_not_brought_to_the_disk(tmp_path: Path, log: list[str]) -> None:
+    write_json(tmp_path / "a.json", [1], durable=False)
+    assert log == ["RENAME"]
+
+
+def test_an_error_of_something_else_keeps_its_words(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="the input ended"), replacing(tmp_path / "a"):
+        raise OSError("the input ended")
+    assert names(tmp_path) == []
+
+
+def test_directories_without_fsync_are_passed_over_and_files_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuses(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or refuses_files:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    refuses_files = False
+    write_json(tmp_path / "a.json", [1])
+    refuses_files = True
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_json(tmp_path / "b.json", [1])
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_what_a_killed_process_left_goes_and_an_output_that_it_had_moved_comes_back(tmp_path: Path) -> None:
+    begun = f".out@{socket.gethostname()}.{os.getpid()}"  # the same number: a container that was started again
+    (tmp_path / f"{begun}.partial").mkdir()
+    (tmp_path / f"{begun}.old").mkdir()
+    (tmp_path / f"{begun}.old" / "file").write_text("of before")
+    with pytest.raises(ValueError, match="half-way"), whole_folder(tmp_path / "out", replace=True):
+        raise ValueError("half-way")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "of before"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, masked, size_text
+from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, masked, short_differences, size_text
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,9 @@ def test_a_duration_has_a_unit_that_a_person_would_take(seconds: float, said: st
 )
 def test_a_size_has_a_unit_that_suits_it(count: int, said: str) -> None:
     assert size_text(count) == said
+
+
+def test_long_values_that_differ_at_their_end_are_told_apart() -> None:
+    first, second = [0] * 80 + [1], [0] * 80 + [2]
+    ((_, was, present),) = short_differences("betas", {"all": str(first)}, {"all": str(second)})
+    assert was != present

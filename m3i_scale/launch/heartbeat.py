@@ -23,7 +23,7 @@ _LAYOUT = struct.Struct(f"<qqdd16s{len(PHASES)}d")
 
 
 @dataclass(frozen=True)
-class Beat:
+class RankState:
     """Says what an agent reads of a rank."""
 
     step: int
@@ -102,7 +102,7 @@ class Heartbeat:
             self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), self._waited, name, *self._worked.values())
 
 
-def read_heartbeat(path: Path) -> Beat | None:
+def read_heartbeat(path: Path) -> RankState | None:
     """Read what the rank has written; None before it has."""
     try:
         raw = path.read_bytes()
@@ -114,7 +114,7 @@ def read_heartbeat(path: Path) -> Beat | None:
     if not changed:
         return None
     phase = name.rstrip(b"\0").decode(errors="replace")
-    return Beat(step, began, phase, changed, waited, dict(zip(PHASES, worked, strict=True)))
+    return RankState(step, began, phase, changed, waited, dict(zip(PHASES, worked, strict=True)))
 
 
 def own_heartbeat(rank: int) -> Heartbeat:

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from m3i_scale.errors import ConfigError, did_you_mean
 
 _LINE = re.compile(r"(\S+)\s+slots=(\S+)")
@@ -42,6 +40,8 @@ def is_host_name(name: str) -> bool:
 def is_here(host: str) -> bool:
     """Whether a name or an address is that of this machine."""
     own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
+    import psutil  # not for help
+
     cards = psutil.net_if_addrs().values()
     return host in own or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
 

@@ -122,7 +122,7 @@ class Stragglers:
 
         Args:
             host: whose.
-            beats: of its ranks, as `heartbeat.Beat`.
+            beats: of its ranks, as `heartbeat.RankState`.
             ranks: of all hosts.
         """
         for rank, beat in beats.items():

@@ -16,7 +16,7 @@ from typing import Any
 
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch.failures import LAST_LINES, Failure, read_record, record_file
-from m3i_scale.launch.heartbeat import Beat, heartbeat_file, read_heartbeat
+from m3i_scale.launch.heartbeat import RankState, heartbeat_file, read_heartbeat
 from m3i_scale.launch.processes import oom_kills
 
 _LINE_BYTES = 2000
@@ -84,7 +84,7 @@ class Rank:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def seen(self) -> Beat | None:
+    def seen(self) -> RankState | None:
         """Return where it is, or was at its end."""
         return read_heartbeat(heartbeat_file(self._records, self.number))
 
@@ -96,7 +96,7 @@ class Rank:
         record = read_record(record_file(self._records, self.number))
         if record is not None:
             return asdict(replace(record, host=host, exit_code=self.code, lines=lines))
-        seen = self.seen() or Beat(-1, -1, "start", 0.0, 0.0, {})
+        seen = self.seen() or RankState(-1, -1, "start", 0.0, 0.0, {})
         kind, message = self._told_by_code(lines)
         return asdict(
             Failure(

@@ -12,7 +12,7 @@ from typing import Any
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.files import write_json
+from m3i_scale.files import json_text
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.run.setup import check_batch, resolve_engine
@@ -346,7 +346,7 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
     config["zero_optimization"] = written.resolved.config["zero_optimization"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, config)
+        path.write_text(json_text(config), encoding="utf-8")  # whatever it is: a link, /dev/stdout
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
     return " ".join([f"deepspeed={path}", *described(written)["overrides"][1:]])

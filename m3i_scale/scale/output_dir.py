@@ -122,7 +122,7 @@ def request_stop(output_dir: Path, holder: Holder) -> None:
         CheckpointError: the directory cannot be written.
     """
     try:
-        write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host})
+        write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host}, durable=False)
     except OSError as error:
         raise CheckpointError(
             f"cannot write the request to stop: {error.strerror}",
@@ -179,7 +179,7 @@ def _write_note(output_dir: Path, lock: LockFile, trains: bool) -> None:
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
     holder = Holder(os.getpid(), socket.gethostname(), since, trains)
     try:
-        write_json(output_dir / lock.note, asdict(holder))
+        write_json(output_dir / lock.note, asdict(holder), durable=False)
     except OSError as error:
         raise CheckpointError(
             f"cannot write to the output directory: {error.strerror}",

@@ -247,4 +247,4 @@ def test_a_host_without_room_for_records_is_told(launch: Supervised):
     code, said = launch.run()
     launch.hosts.restart("node1")
     assert code == 2
-    assert "node1: no room for the places of its ranks" in said
+    assert "node1: no room for the heartbeats of its ranks" in said

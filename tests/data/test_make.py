@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,9 @@ def test_the_same_input_gives_the_same_bytes(photos, tmp_path):
     assert len(files) > 15
     for file in files:
         assert alike(tmp_path / "one" / file, tmp_path / "two" / file), file
+    for path in (tmp_path / "one").rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl"])

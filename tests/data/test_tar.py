@@ -26,6 +26,14 @@ def reasons(path):
     return {fault.reason for fault in [*shard.faults, *(f for sample in shard.samples for f in sample.faults)]}
 
 
+def sparse_member() -> bytes:
+    """A sparse file of a terabyte in GNU's form 1.0, with its map in the data."""
+    member = tarfile.TarInfo("b.jpg")
+    member.size = 512
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000000000000"}
+    return member.tobuf(tarfile.PAX_FORMAT) + b"1\n0\n1\n".ljust(512, b"\0")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -37,6 +45,7 @@ def reasons(path):
         (GOOD + foreign.raw_header("p", 0, b"x") * 5_000 + END, "damaged header"),
         (GOOD + foreign.raw_header("b.jpg", 2**33 - 1) + END, "cut off"),
         (GOOD + foreign.raw_header("b.jpg", 512, b"S") + bytes(512) + END, "member is sparse"),
+        (GOOD + sparse_member() + END, "member is sparse"),
         (GOOD + foreign.pax_record("GNU.sparse.size", 10**12) + foreign.raw_header("b.jpg") + END, "member is sparse"),
         *((GOOD + foreign.raw_header("b.jpg", 0, kind) + END, "link or device") for kind in (b"1", b"2", b"3", b"6")),
         (GOOD + foreign.raw_header("/b.jpg") + END, "path leaves the folder"),

@@ -253,3 +253,14 @@ def test_mistakes(odd, tmp_path):
         result = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
         assert type(result.exception).__name__ in ("ConfigError", "DataError"), arguments
         assert match.replace("\\", "") in str(result.exception)
+
+
+def test_a_file_that_is_not_there_is_a_fault_also_beside_a_bar(odd):
+    (odd / "04.tar").symlink_to(odd / "nowhere.tar")
+    done = CliRunner().invoke(shards_app, ["check", str(odd), "--json"])
+    assert done.exit_code == 2
+    assert any(
+        example["url"].endswith("04.tar")
+        for facts in json.loads(done.stdout)["reasons"].values()
+        for example in facts["examples"]
+    )

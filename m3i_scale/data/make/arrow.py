@@ -87,7 +87,10 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
         DataError: the file cannot be read.
     """
     with _reading(path):
-        if columns == []:
+        if path.is_dir():  # as Spark and dask write a table
+            for part in sorted(path.glob("*.parquet")):
+                yield from read_rows(part, columns)
+        elif columns == []:
             yield from ({} for _ in range(row_count(path)))
         elif _is_parquet(path):
             with _parquet_file(path) as table:

@@ -56,9 +56,14 @@ def made_whole(output: Path) -> Iterator[Path]:
         raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
     except OSError as error:
         # An error of write(2) names no file.
-        if error.filename is not None and not Path(error.filename).is_relative_to(folder):
+        if error.filename is not None and not _is_ours(Path(error.filename), output, folder):
             raise DataError(f"cannot read: {error.strerror}", where=str(error.filename)) from None
         raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
+
+
+def _is_ours(path: Path, output: Path, folder: Path) -> bool:
+    """Return whether an error at `path` is one of writing the output, and not of reading an input."""
+    return path.is_relative_to(folder) or path == output.parent or path.name.startswith(f".{output.name}")
 
 
 def refuse_existing(output: Path) -> None:

@@ -131,7 +131,7 @@ class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has 
         self._url, self._access = url, access
         kept = {"maxblocks": 2}  # the headers of a sample may lie in two
         blocks = {"block_size": SCAN_BLOCK_BYTES, "cache_type": "blockcache", "cache_options": kept}
-        super().__init__(None, url.address, size=size, **blocks)
+        super().__init__(None, str(url), size=size, **blocks)  # in logs, without a login
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return read_range(self._url, start, min(end, self.size), self._access)  # the last block is shorter

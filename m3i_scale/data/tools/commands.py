@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,7 +194,10 @@ def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator
     """Show a bar over the bytes of all shards, which are read so many times; none where `quiet`."""
     from m3i_scale.data.shards import local_shards
 
-    total = times * sum(path.stat().st_size for source in shards for path in local_shards(source))
+    total = 0
+    for path in (path for source in shards for path in local_shards(source)):
+        with suppress(OSError):  # a file that cannot be read is a fault for who reads it
+            total += times * path.stat().st_size
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("shards", total=total)

@@ -10,7 +10,7 @@ from typing import Any
 from m3i_scale.files import sha256_of_json
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import differences, masked, short, size_text
+from m3i_scale.text import short_differences, shown, size_text
 
 Answers = Mapping[str, Mapping[str, Any]]
 """Answers by host, the head first."""
@@ -105,8 +105,8 @@ def _config(host: Host) -> Seen:
         yield f"sha256 {own['sha256'][:12]}", {}
     else:
         apart = [
-            f"{key}: {short(masked(mine))}, not {short(masked(theirs))}"
-            for key, theirs, mine in differences("", head["values"], own["values"])
+            f"{key}: {shown(mine)}, not {shown(theirs)}"
+            for key, theirs, mine in short_differences("", head["values"], own["values"])
         ]
         yield (
             f"sha256 {own['sha256'][:12]}, the head has {head['sha256'][:12]}",
