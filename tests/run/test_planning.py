@@ -23,6 +23,7 @@ from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.hardware import hardware
+from m3i_scale.scale.plan.ledger import HOLES
 from m3i_scale.scale.plan.settings import numel_of
 
 SMALL = ("optim.batch_size=64", "optim.micro_batch_size=4")
@@ -198,6 +199,18 @@ def test_a_save_in_the_background_is_planned_and_one_in_the_foreground_takes_not
     assert host["parts"]["snapshot"] == pytest.approx(wanted, rel=1e-3)
     assert "snapshot" not in less["parts"]
     assert host["peak_gib_per_rank"] > less["peak_gib_per_rank"]
+
+
+def test_holes_of_the_heap_are_counted_on_hosts_that_keep_it(monkeypatch):
+    model, choice, host = model_of("supervised"), Choice("zero3_cpu", "none", 4), machine(name="cpu")
+    kept = estimate(model, host, choice)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    returned = estimate(model, host, choice)
+    live = returned.peak_bytes - returned.parts["workspace"]
+    assert kept.parts == {**returned.parts, "fragmentation": round(HOLES * live)}
+    assert kept.peak_bytes == returned.peak_bytes + round(HOLES * live) > returned.peak_bytes
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    assert "fragmentation" not in estimate(model, machine(), choice).parts
 
 
 def test_workers_and_buffers_are_counted():

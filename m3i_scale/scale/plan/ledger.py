@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-HOLES = 0.0
+HOLES = 0.36
 """Of the live bytes at their peak: what a rank's heap takes beside them (docs/plan.md)."""
 
 
