@@ -20,7 +20,7 @@ _SAME = {"url": str, "key": str, "offset": int, "reason": str}
 
 
 class Quarantine:
-    """Adds what one rank meets to the file, and counts this rank's samples in it.
+    """Adds the bad samples that one rank meets to the file, and counts those in it that are this rank's.
 
     A shard may be read by several ranks. What one of them has written the others do not write again, and do not count:
     they read the file on, under its lock, before they add to it. Of what ranks have written before, however many they

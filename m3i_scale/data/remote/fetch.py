@@ -260,7 +260,8 @@ async def _answer(
 ) -> None:
     """Read an answer up to a limit, and check its version.
 
-    fsspec's own reads all of a file whose server knows no ranges, or never ends, and notices no other version."""
+    fsspec's own reads all of a file whose server knows no ranges, or never ends, and notices no other version.
+    """
     from aiohttp import ClientTimeout
 
     session = await files.set_session()

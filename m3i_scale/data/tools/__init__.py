@@ -1,2 +1,1 @@
-"""These tools read shards that others made: every tar may be hostile, every fault is reported, none stops the rest.
---"""
+"""These tools read shards that others made: every tar may be hostile, every fault is reported, none stops the rest."""

@@ -31,7 +31,10 @@ MAX_LABEL = 10**9
 
 @dataclass
 class Tally:
-    """Gives quantiles of any number of values in bounded memory: values are counted, rounded to `digits` digits."""
+    """Gives quantiles of any number of values in bounded memory.
+
+    Values are counted after rounding to `digits` significant digits.
+    """
 
     digits: int = 4
     counts: Counter[float] = field(default_factory=Counter)
