@@ -1,4 +1,4 @@
-"""WebDataset streams: making shards, a fixed order of samples, decoding, views, tokens.
+"""Training data as WebDataset streams: shards are made here, read in a fixed order, decoded, cut to views, tokenized.
 
 Which sample a rank sees: rank → streams (`loader.py`), stream → source (`mixing.py`), source → sample (`order.py`).
 """

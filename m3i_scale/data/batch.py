@@ -1,4 +1,4 @@
-"""One micro-batch, as the loader hands it to the objective whatever targets its samples have; and how it is made."""
+"""A micro-batch has one layout whatever targets its samples have; here it is defined, and made of samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
 
 @dataclass
 class Batch:
-    """A micro-batch of B samples with V views each. What a sample lacks is marked, never left out."""
+    """Holds a micro-batch of B samples with V views each. What a sample lacks is marked, never left out."""
 
     images_VBCHW: Tensor
     """uint8 (V, B, 3, H, W): augmented views, not yet normalised."""
@@ -53,11 +53,11 @@ class Batch:
         return len(self.keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go out of a worker with small tensors as arrays, since each tensor costs a file of shared memory."""
+        """Return the state to pickle: small tensors as arrays, since each tensor costs a file of shared memory."""
         return {name: _by_value(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make tensors of arrays again."""
+        """Restore the batch; its arrays become tensors again."""
         arrived = {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
         }
@@ -92,7 +92,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sample:
-    """One good sample."""
+    """Holds one good sample: decoded, checked, and not yet part of a batch."""
 
     views: Views
     label: int | None
@@ -103,11 +103,11 @@ class Sample:
 
 
 class Collator:
-    """Samples → Batch. Captions are cut to `max_tokens` and padded to the longest of the part.
+    """Turns samples into a batch. Captions are cut to `max_tokens` and padded to the longest of the part.
 
     Args:
         tokenizer: None leaves captions out.
-        max_tokens: special tokens included.
+        max_tokens: of a caption, special tokens included.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -> None:
@@ -176,8 +176,8 @@ def synthetic_batch(count: int, views: int, *, image: int, tokens: int, classes:
         views: of every sample.
         image: side in pixels.
         tokens: of every caption.
-        classes: labels are below.
-        vocabulary: token numbers are below.
+        classes: labels are below this number.
+        vocabulary: token numbers are below this number.
     """
     crops = torch.tensor([0.0, 0.0, image, image]).expand(views, count, 4)
     return Batch(

@@ -1,4 +1,4 @@
-"""`m3i-scale shards`: a command of `make` per kind of input, the tools, and the index.
+"""`m3i-scale shards` has a command of `make` per kind of input, the tools, and the index.
 
 What takes long to import is imported by the command that needs it: help has to come at once.
 """

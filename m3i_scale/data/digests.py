@@ -35,7 +35,7 @@ def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDA
 
 
 class Digests:
-    """A multiset of digests, each with the place it came from. A context manager: its files are gone at the end.
+    """Collects digests, each with the place it came from. A context manager, which removes its files at the end.
 
     Args:
         folder: where the temporary folder is made; None: the system's.
@@ -53,14 +53,14 @@ class Digests:
         self._folder.cleanup()
 
     def add(self, rows: NDArray[Any]) -> None:
-        """Take rows as from `rows_of`."""
+        """Add rows as `rows_of` returns them."""
         buckets = (rows["high"] >> np.uint64(58)).astype(np.int64)
         for bucket in np.unique(buckets):
             with (Path(self._folder.name) / str(bucket)).open("ab") as file:
                 file.write(rows[buckets == bucket].tobytes())
 
     def repeated(self) -> Iterator[list[tuple[int, int]]]:
-        """Give the places (shard, offset) of every digest that occurs more than once, first place first."""
+        """Yield the places (shard, offset) of every digest that occurs more than once, first place first."""
         for bucket in range(_BUCKETS):
             path = Path(self._folder.name) / str(bucket)
             if not path.exists():

@@ -1,4 +1,4 @@
-"""What a data state remembers of its sources: enough to say what changed, little enough for every checkpoint."""
+"""A data state remembers its sources: in detail enough to say what changed, in few enough bytes for a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 
 def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentConfig) -> dict[str, Any]:
-    """Describe a source for every rank's state: shards and their order as one hash, settings one by one.
+    """Return what every rank's state holds of a source: shards and their order as one hash, settings one by one.
 
     Args:
         shards: in order.
@@ -46,7 +46,7 @@ def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentC
 
 
 def listing(shards: Sequence[Shard]) -> dict[str, Any]:
-    """List shards one by one for the state of rank 0: names in brace patterns, six letters for each.
+    """Return the shards one by one, for the state of rank 0: names in brace patterns, six letters for each.
 
     Args:
         shards: in order.
@@ -61,7 +61,7 @@ def changes(
     listings: Mapping[str, Any],
     here: Mapping[str, Sequence[Shard]],
 ) -> dict[str, str]:
-    """Tell in words what became of every source that differs.
+    """Say in words what changed in every source that differs.
 
     Args:
         saved: fingerprints of the data state, by source.
@@ -87,7 +87,7 @@ def changes(
 
 
 def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two fingerprints are of the same shards, dealt to streams by the same rule."""
+    """Return whether two fingerprints describe the same shards, dealt to streams by the same rule."""
     return all(before.get(key) == now.get(key) for key in ("sha256", "deal"))
 
 
@@ -112,13 +112,13 @@ def _shards(
     bytes_, samples = slice(0, _DIGEST_LETTERS), slice(_DIGEST_LETTERS, 2 * _DIGEST_LETTERS)
     resampled = [name for name in both if known[name][samples] != present[name][samples]]
     resized = [name for name in both if known[name][bytes_] != present[name][bytes_] and name not in resampled]
-    other = [name for name in both if known[name] != present[name] and name not in {*resampled, *resized}]
+    changed = [name for name in both if known[name] != present[name] and name not in {*resampled, *resized}]
     kinds = {
         "added": [name for name in present if name not in known],
         "removed": [name for name in names if name not in present],
         "with another number of samples": resampled,
         "of another size": resized,
-        "of the same size with other members": other,
+        "of the same size with other members": changed,
     }
     parts = [f"{_count(len(which))} {what}: {_shown(which)}" for what, which in kinds.items() if which]
     return ", ".join(parts) or "a shard has other members, which one is not known"
@@ -136,7 +136,7 @@ def _letters(*values: int | str) -> str:
 
 @dataclass(frozen=True)
 class _Numbered:
-    """A name that ends in a number and what follows it, such as `images-` `000017` `.tar`."""
+    """Holds a name split at its last number, such as `images-` `000017` `.tar`."""
 
     before: str
     digits: str
@@ -152,7 +152,7 @@ def _split(name: str) -> _Numbered | None:
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Return names in order, runs of consecutive numbers as one brace pattern. Names with braces stand behind `=`."""
+    """Return names in order; consecutive numbers become one brace pattern. Names with braces stand behind `=`."""
 
     def place(item: tuple[int, str]) -> tuple[Any, ...]:
         number, name = item

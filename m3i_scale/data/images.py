@@ -1,4 +1,4 @@
-"""Images and masks as shards hold them, and how an image of any mode becomes upright RGB."""
+"""Encoded images and masks are checked here before they go into shards, and images of any mode become upright RGB."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def to_png(image: Image.Image) -> bytes:
 
 
 def check_mask(data: bytes, image: bytes, where: str) -> None:
-    """See whether bytes are the mask of an encoded image: a PNG of its size that decodes, with one byte a pixel.
+    """Check that bytes are the mask of an encoded image: a PNG of its size that decodes, with one byte a pixel.
 
     Raises:
         DataError: they are not.
@@ -111,7 +111,7 @@ def check_mask(data: bytes, image: bytes, where: str) -> None:
 
 
 def mask_fault(data: bytes) -> str | None:
-    """Say why PNG bytes are no mask; None where they are one.
+    """Return why PNG bytes are no mask; None where they are one.
 
     Pillow stretches grey PNGs of 1, 2 or 4 bits to 0 … 255, so their values are no classes any more.
     """
@@ -124,7 +124,7 @@ def mask_fault(data: bytes) -> str | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """Tell how an opened, not yet decoded picture lies: 1 is upright, 2 … 8 as in EXIF; damaged data say nothing: 1."""
+    """Return how an opened, not yet decoded picture lies: 1 is upright (or damaged data), 2 … 8 as in EXIF."""
     if _TOLD_IN.isdisjoint(image.info):
         return 1
     try:

@@ -1,4 +1,4 @@
-"""Indices of all shards of a source: kept beside the shards or in a cache, and made where they are missing."""
+"""The indices of a source's shards are kept beside the shards or in a cache, and made where they are missing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_index(
     wait_timeout_s: float = WAIT_TIMEOUT_S,
     access: Access | None = None,
 ) -> list[ShardIndex]:
-    """Return indices of the shards: from `index/` beside them, from the cache, or built into the cache by rank 0.
+    """Return the indices of the shards: from `index/` beside them, from the cache, or built into the cache by rank 0.
 
     Of remote shards rank 0 alone asks the server, so that a start on a thousand ranks is no load for it; it keeps
     their version, and refuses another one later.
@@ -82,7 +82,7 @@ def load_index(
 
 
 def index_beside(path: Path) -> ShardIndex | None:
-    """Return the index in `index/` beside a shard; None where there is none, or it is of what the shard was before.
+    """Return the index in `index/` beside a shard; None where there is none, or the shard has changed since.
 
     Raises:
         DataError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Training batches for one rank: the same global batches for any number of ranks and workers, and an O(1) resume."""
+"""The loader gives a rank its batches: the same global ones for any number of ranks and workers. A resume is O(1)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PREFETCH_PARTS = 2
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker gives to one micro-batch: the samples of its streams, and where the streams stand after them."""
+    """Holds what one worker gives to a micro-batch: samples of its streams, and where the streams stand after them."""
 
     batch: Batch | None
     """None: there is no further whole one."""
@@ -68,7 +68,7 @@ class Part:
 
 
 class TrainStream:
-    """Micro-batches of one rank, without end unless `epochs` of every source are over.
+    """Iterates over the micro-batches of one rank, without end unless `epochs` of every source are over.
 
     Rank r owns streams [r·S/W, (r+1)·S/W) of S; the concatenation of the micro-batches of all ranks is the same for
     every number of ranks W and workers.
@@ -189,8 +189,7 @@ class TrainStream:
             parts.close()
 
     def peek(self) -> Batch:
-        """Return the batch that comes next, which stays the next: nothing moves, and its bad samples are written down
-        when it is handed out.
+        """Return the next batch without moving on; its bad samples are written down when it is handed out.
 
         Raises:
             DataError: as when it is handed out; or the sources end before it.
@@ -232,7 +231,7 @@ class TrainStream:
 
     @property
     def account(self) -> Account:
-        """Return what is bad on this rank, as `quarantined` counts; the sums over all ranks are judged by
+        """Return the counts of bad samples of this rank, as `quarantined` has them; sums over all ranks are judged by
         `stop_if_bad`."""
         bad, read = single_faults(self.quarantined, sum(state.read for state in self._counted.values()))
         return Account(lost_of_pass(self._counted, self._recipe.plans), sum(bad.values()), read)
@@ -244,7 +243,7 @@ class TrainStream:
     def stop_if_bad(
         self, account: Account, reasons: Callable[[], Mapping[str, int]] | None = None, *, begun: bool = True
     ) -> None:
-        """Judge what all ranks have met: a shard, or a few samples, are much of what one of many ranks reads.
+        """Stop a run with too many bad samples over all ranks: one shard may be much of what one of many ranks reads.
 
         Args:
             account: sums over all ranks.
@@ -393,14 +392,14 @@ class TrainStream:
             return FromWorkers(iter(loader))
 
     def _stop_if_surely_bad(self) -> None:
-        """Judge this rank's bad samples as if no other rank had any: all ranks give the same number of good ones."""
+        """Stop if this rank's bad samples alone are too many for all ranks, which give equally many good ones."""
         account = self.account
         self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
 @dataclass(frozen=True)
 class PartRecipe:
-    """All that a worker needs to make parts, but for the state."""
+    """Holds all that a worker needs to make parts, except the state."""
 
     plans: dict[int, dict[str, StreamSource]]
     mix: Mix
@@ -416,7 +415,7 @@ Parts = InThread[Part] | FromWorkers[Part]
 
 
 class PartDataset(IterableDataset[Part]):
-    """Parts of micro-batches; each worker makes those of its share of the rank's streams.
+    """Iterates over parts of micro-batches; each worker makes those of its share of the rank's streams.
 
     The end comes out as a part too: a worker that simply ended would be left out of the turn, and its part be taken
     from the next.
@@ -428,7 +427,7 @@ class PartDataset(IterableDataset[Part]):
         self._activities = activities
 
     def __iter__(self) -> Generator[Part]:
-        """Give parts; the last one has no batch."""
+        """Yield parts; the last one has no batch."""
         recipe = self._recipe
         worker = get_worker_info()
         reader = ShardReader(recipe.access, self._activities[0 if worker is None else worker.id])

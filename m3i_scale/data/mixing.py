@@ -1,4 +1,4 @@
-"""How samples are shared out: sources take turns in a stream, and streams belong to ranks and workers.
+"""Sources take turns in a stream, and streams are shared out over ranks and workers.
 
 Which source a stream reads next is a pure function of what it has taken, for fixed and for scheduled weights.
 
@@ -66,18 +66,19 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
             fix=f"take a multiple of {world_size}, e.g. {_next_multiple(data.streams, world_size)}; "
             f"with {data.streams} streams, {_divisors(data.streams)} ranks fit",
         )
-    own = data.streams // world_size
-    if micro_batch_size % own:
+    per_rank = data.streams // world_size
+    if micro_batch_size % per_rank:
         raise ConfigError(
-            f"a micro-batch of {micro_batch_size} cannot be taken evenly from {own} streams per rank",
+            f"a micro-batch of {micro_batch_size} cannot be taken evenly from {per_rank} streams per rank",
             where="optim.micro_batch_size",
-            fix=f"take a multiple of {own}, e.g. {_next_multiple(micro_batch_size, own)}, or change data.streams",
+            fix=f"take a multiple of {per_rank}, e.g. {_next_multiple(micro_batch_size, per_rank)}, "
+            "or change data.streams",
         )
-    if data.workers and own % data.workers:
+    if data.workers and per_rank % data.workers:
         raise ConfigError(
-            f"{own} streams per rank cannot be shared out evenly over {data.workers} workers",
+            f"{per_rank} streams per rank cannot be shared out evenly over {data.workers} workers",
             where="data.workers",
-            fix=f"take one of {_divisors(own)}, or 0 to load in the training process",
+            fix=f"take one of {_divisors(per_rank)}, or 0 to load in the training process",
         )
 
 
@@ -88,7 +89,7 @@ def share_of(streams: Sequence[int], number: int, count: int) -> Sequence[int]:
 
 
 class Mix:
-    """Gives every source its share of a stream's samples, at every moment as nearly as whole samples allow.
+    """Gives every source its share of a stream's samples, at any time as exactly as whole samples allow.
 
     Args:
         weights: of every source, by name.
@@ -104,7 +105,7 @@ class Mix:
     def shares(self, taken: int, left: Collection[str]) -> dict[str, int]:
         """Return each remaining source's share of the stream's next sample, in UNIT, which they add up to.
 
-        Empty when nothing is left, or nothing that has a weight now.
+        It is empty when no source remains, or none that has a weight now.
 
         Args:
             taken: good samples that the stream has given before.
@@ -135,14 +136,14 @@ def furthest_behind(credits: Mapping[str, int], shares: Mapping[str, int]) -> st
 
 
 def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> None:
-    """Enter a sample in the account: every source was to get its share of it, and `taken` got all."""
+    """Update the credits after a sample: every source was to get its share of it, and `taken` got all."""
     for name, share in shares.items():
         credits[name] += share
     credits[taken] -= UNIT
 
 
 def whole_passes(sources: Mapping[str, SourceConfig]) -> bool:
-    """Return whether the sources can come to an end: `epochs` of one of them is set."""
+    """Return whether any source has `epochs`, and so can come to an end."""
     return any(source.epochs is not None for source in sources.values())
 
 

@@ -1,4 +1,4 @@
-"""Options that the commands of `m3i-scale shards` share; sets of them are defined once, and make an object."""
+"""Options that commands of `m3i-scale shards` share are defined once, in sets that become one object each."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Making:
     as_json: bool
 
     def make(self, source: Input) -> None:
-        """Make the shards, and tell what was made."""
+        """Make the shards, and print what was made."""
         from m3i_scale.data.make.shards import make_shards
 
         with sample_bar(quiet=self.as_json) as tell:
@@ -123,7 +123,7 @@ def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
 
 
 def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
-    """Tell of every split what was made, and of what was left out."""
+    """Return lines that say what was made of every split, and what was left out."""
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
         f"caption, {facts['with_mask']} with mask) in {facts['shards']} shards"
@@ -151,7 +151,7 @@ def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def choice(option: str, value: str, kind: Any) -> Any:
-    """Return a value of a `Literal`.
+    """Return an option's value, which has to be one of a `Literal`.
 
     Raises:
         ConfigError: another one.

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, stream, position), with no buffer to save and none to fill again.
+"""The order of samples is a pure function of (seed, stream, position), with no buffer to save and none to fill again.
 
 The samples of a source are one list, shard after shard, the shards in an order that is drawn once: neighbours in names
 are often of one class, and would all be in the stretch of one stream. Every pass cuts the list into a stretch for each
@@ -29,7 +29,7 @@ def seed_of(*parts: object) -> int:
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
-    """Permute range(count) by raw bits, which numpy keeps stable across versions, unlike its shuffling."""
+    """Permute range(count) by raw bits: numpy keeps them stable across versions, unlike its shuffling."""
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
@@ -72,7 +72,7 @@ def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where a position of a stream leads."""
+    """Names the sample that a position of a stream leads to."""
 
     epoch: int
     """How many passes over the source came before."""
@@ -83,7 +83,7 @@ class SampleRef:
 
 
 class _Pass(NamedTuple):
-    """What a stream reads in one pass, in order of reading."""
+    """Holds what a stream reads in one pass, in order of reading."""
 
     shards: NDArray[np.int64]
     """Indices of the shards within the source."""
@@ -94,7 +94,7 @@ class _Pass(NamedTuple):
 
 
 class StreamOrder:
-    """The order in which one stream reads one source.
+    """Gives the order in which one stream reads one source.
 
     Args:
         ends: of the source, from `ends_of`.
@@ -111,9 +111,9 @@ class StreamOrder:
         self._seed = seed
         self._window: tuple[int, int, list[int], NDArray[np.int64]] | None = None
         self._epoch: tuple[int, _Pass, list[int]] | None = None
-        each, left = divmod(self._samples, streams)
-        lowest = each * stream + max(0, stream + left - streams)
-        highest = each * (stream + 1) + min(stream + 1, left)
+        each, remainder = divmod(self._samples, streams)
+        lowest = each * stream + max(0, stream + remainder - streams)
+        highest = each * (stream + 1) + min(stream + 1, remainder)
         first, last = np.searchsorted(ends, (lowest, highest - 1), side="right").tolist()
         self.shards = range(first, last + 1)
         """Shards of the source that any pass of the stream reads from."""
@@ -132,7 +132,7 @@ class StreamOrder:
         return position_of_pass(epoch, self._samples, self._stream, self._streams)
 
     def locate(self, position: int) -> SampleRef:
-        """Return the sample at a position ≥ 0. Costs one permutation per window; asking for neighbours is cheap."""
+        """Return the sample at a position ≥ 0. It costs one permutation per window; asking for neighbours is cheap."""
         epoch, window = self.window_at(position)
         parts, starts = self._parts_of(epoch)
         ends, order = self._window_of(epoch, window)
@@ -143,12 +143,12 @@ class StreamOrder:
         return SampleRef(epoch, int(parts.shards[part]), int(parts.firsts[part]) + number - before)
 
     def window_at(self, position: int) -> tuple[int, int]:
-        """Return pass and number of the window that a position lies in."""
+        """Return the pass and the number of the window that a position lies in."""
         epoch = (position * self._streams + self._stream) // self._samples
         return epoch, bisect.bisect_right(self._parts_of(epoch)[1], position - self.begin(epoch)) - 1
 
     def shards_of_window(self, epoch: int, window: int) -> list[int]:
-        """Return shards of a window, within the source; past the last one of a pass, of the first one of the next."""
+        """Return the shards of a window, within the source; past the last one of a pass, of the first of the next."""
         first = window * self._shuffle_shards
         shards = self._pass(epoch).shards
         if first >= len(shards):
@@ -156,8 +156,7 @@ class StreamOrder:
         return [int(shard) for shard in shards[first : first + self._shuffle_shards]]
 
     def samples_of(self, epoch: int, shards: Iterable[int]) -> int:
-        """Count the samples of some shards that the stream has in a pass; asked at every step, so without a
-        permutation."""
+        """Count the samples of some shards that the stream has in a pass; without a permutation, as every step asks."""
         numbers = np.asarray([shard - self.shards.start for shard in shards if shard in self.shards], dtype=np.int64)
         first, end = self._stretch(epoch)
         lows, highs = np.maximum(self._begins[numbers], first), np.minimum(self._ends[numbers], end)
@@ -174,7 +173,7 @@ class StreamOrder:
         return _Pass(mine + self.shards.start, (lows - self._begins)[mine], (highs - lows)[mine])
 
     def _before(self, stream: int, epoch: int) -> int:
-        """Count the samples of the streams before one in a pass: where its stretch of the list begins."""
+        """Count the samples of earlier streams in a pass, which is where this stream's stretch of the list begins."""
         low, high = (
             number // self._streams * stream + min(number % self._streams, stream)
             for number in (epoch * self._samples, (epoch + 1) * self._samples)

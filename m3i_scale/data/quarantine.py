@@ -1,4 +1,4 @@
-"""The quarantine file: one line for every bad sample and every lost shard, however often they are met."""
+"""The quarantine file has one line for every bad sample and every lost shard, however often they are met."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAME = {"url": str, "key": str, "offset": int, "reason": str}
 
 
 class Quarantine:
-    """What one rank adds to the file, and how many samples it counts of those that stand there.
+    """Adds the bad samples that one rank meets to the file, and counts those in it that are this rank's.
 
     A shard may be read by several ranks. What one of them has written the others do not write again, and do not count:
     they read the file on, under its lock, before they add to it. Of what ranks have written before, however many they
@@ -44,7 +44,7 @@ class Quarantine:
         self._read(set(counted))
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Write down what does not stand there yet.
+        """Add the lines that are not in the file yet.
 
         Raises:
             DataError: the file cannot be written.
@@ -67,8 +67,7 @@ class Quarantine:
 
     @property
     def samples(self) -> dict[str, int]:
-        """Count different samples that were bad in any pass, by reason; of a lost shard all. Over all ranks these add
-        up."""
+        """Count different samples that were bad in any pass, by reason; of a lost shard all. Ranks' counts add up."""
         return dict(self._samples)
 
     def _read(self, counted: Collection[str]) -> None:
@@ -96,7 +95,7 @@ class Quarantine:
         return bool(content) and not content.endswith(b"\n")
 
     def _count(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Count those that were not known, and return them."""
+        """Count the records that were not known, and return them."""
         new = []
         for entry in entries:
             digest = _digest(entry)

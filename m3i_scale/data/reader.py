@@ -36,7 +36,7 @@ _FORMATS = (b"ustar\0", b"ustar ")
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used; it is left out, counted and written to the quarantine file."""
+    """Raised for a sample that cannot be used; it is left out, counted and written to the quarantine file."""
 
     def __init__(self, reason: str, detail: str = "", key: str = "?") -> None:
         self.reason, self.detail, self.key = reason, detail, key
@@ -58,11 +58,11 @@ def refuse_large_sample(size: int, limit: int) -> None:
 
 
 class ShardReader:
-    """Samples by (shard, number). Keeps the last few shards open.
+    """Reads samples by (shard, number). Keeps the last few shards open.
 
     Args:
         access: how remote shards are read; of local ones, how often.
-        activity: is told which shard is being read.
+        activity: notes which shard is being read.
     """
 
     def __init__(self, access: Access | None = None, activity: Activity | None = None) -> None:
@@ -72,7 +72,7 @@ class ShardReader:
         self._remote = RemoteShards(self._access)
 
     def members(self, index: ShardIndex, number: int) -> dict[str, bytes]:
-        """Members of a sample by extension, and its `__key__`.
+        """Return the members of a sample by extension, and its `__key__`.
 
         Raises:
             BadSampleError: the bytes are too many, no sample, or another one than was indexed.
@@ -91,7 +91,7 @@ class ShardReader:
         return parse_members(data, str(index.path))
 
     def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex]) -> None:
-        """Tell which remote shards a stream reads now and next; see `RemoteShards`."""
+        """Announce which remote shards a stream reads now and next; see `RemoteShards`."""
         self._remote.expect(reader, now, then)
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class ShardReader:
         return data
 
     def _read_again(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
-        """Open anew: a network path may fail for a moment."""
+        """Open the shard again and read: a network path may fail for a moment."""
 
         def once() -> bytes:
             if path in self._open:
@@ -200,7 +200,7 @@ def plain_members(data: bytes) -> list[dict[str, Any]] | None:
 
 
 def _tells_times(records: bytes) -> bool:
-    """Return whether a pax header says nothing that matters here, in records of the length that each of them names."""
+    """Return whether a pax header tells only what does not matter here, in records of the length that each names."""
     if not _TIMES.fullmatch(records):
         return False
     return all(int(record[1]) == len(record[0]) for record in _TIME.finditer(records))

@@ -1,4 +1,4 @@
-"""From the members of a sample to an image, a label and a caption, each of them checked."""
+"""The members of a sample become an image, a label and a caption here; each of them is checked."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OUT_OF_RANGE = "label out of range"
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a sample is paired with."""
+    """Holds what a sample's image is paired with."""
 
     label: int | None
     caption: str | None
 
 
 def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
-    """Open the sample's image: its header is read and its size checked, it is not yet decoded.
+    """Open the sample's image: its header is read and its size checked, but it is not decoded yet.
 
     Raises:
         BadSampleError: no image, one that is too large, or one that is no image.
@@ -49,7 +49,7 @@ def _instead(extensions: list[str]) -> str:
 
 
 def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int]) -> Image.Image | None:
-    """Open the class of every pixel, not yet decoded; None where the sample has no mask.
+    """Open the sample's mask (the class of every pixel), without decoding it; None where the sample has none.
 
     Args:
         members: as read from the shard.
@@ -91,8 +91,8 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image
 def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
     """Decode to RGB (H, W, 3) where torchvision is sure to give Pillow's pixels, only sooner; None elsewhere.
 
-    Plain JPEG and PNG without anything to consider beside the pixels. None for all others, and where it fails: whether
-    an image is bad is Pillow's to say.
+    It decodes plain JPEG and PNG without anything to consider beside the pixels. Where it fails the result is None
+    too: Pillow decides whether an image is bad.
     """
     stream = getattr(image, "fp", None)
     if image.mode != "RGB" or not isinstance(stream, io.BytesIO):
@@ -115,7 +115,7 @@ def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """Turn Pillow's errors into bad samples."""
+    """Turn Pillow's errors into `BadSampleError`."""
     try:
         yield
     except DECODE_FAULTS as error:
@@ -134,7 +134,7 @@ def read_annotations(
     captions: bool = True,
     max_caption_bytes: int = MAX_CAPTION_BYTES,
 ) -> Annotations:
-    """Label (`cls`) and caption (`txt`) of a sample, as far as it has them.
+    """Return the label (`cls`) and the caption (`txt`) of a sample, as far as it has them.
 
     Args:
         members: as read from the shard.

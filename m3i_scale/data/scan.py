@@ -1,4 +1,4 @@
-"""The index of one shard: where every sample lies, from one scan of the tar headers, and the file that keeps it.
+"""The index of a shard says where every sample lies; it comes from one scan of the tar headers and is kept in a file.
 
 The index makes a seek O(1), and it is where hostile tars are stopped: after it, only byte ranges of regular members are
 read.
@@ -45,7 +45,7 @@ _EXTENSIONS = (
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Byte ranges of the samples of one shard."""
+    """Holds the byte ranges of the samples of one shard."""
 
     path: Address
     size: int
@@ -64,12 +64,12 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """A digest of all headers: the same wherever a copy of the shard lies, another one for other samples."""
+        """Return a digest of all headers: the same wherever a copy of the shard lies, another one for other samples."""
         return hashlib.sha256(self.heads_N.astype("<u4").tobytes()).hexdigest()[:16]
 
 
 def scan_shard(path: Path) -> ShardIndex:
-    """Read all headers of a tar on this host.
+    """Return the index of a shard on this host, from all headers of its tar.
 
     Raises:
         DataError: see `scan_stream`; the file cannot be read.
@@ -84,7 +84,7 @@ def scan_shard(path: Path) -> ShardIndex:
 
 
 def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Read all headers of a tar: `ranges_N2` and `heads_N` of its index.
+    """Return `ranges_N2` and `heads_N` of an index, from all headers of a tar.
 
     Raises:
         DataError: see `read_strictly`.
@@ -96,7 +96,7 @@ def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.
 
 
 def head_of(data: bytes) -> int | None:
-    """Compute `heads_N` of the sample in a piece of tar; None where that is no piece of tar."""
+    """Return the value of `heads_N` for the sample in a piece of tar; None where that is no piece of tar."""
     head, offset = 0, 0
     while offset < len(data):
         header = data[offset : offset + tarfile.BLOCKSIZE]
@@ -159,7 +159,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_saved(path: Address, saved: Path) -> ShardIndex | None:
-    """Load a saved index; None where there is none, or it is of another file than the (local) shard is now.
+    """Load a saved index; None where there is none, or the (local) shard has changed since.
 
     Raises:
         DataError: it cannot be read.
@@ -210,8 +210,7 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
 
 
 def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Read what `np.savez` wrote. `np.load` takes the size of an array from a header whose checksum it has not seen
-    yet.
+    """Read what `np.savez` wrote, without `np.load`, which trusts the size in a header before it has seen its checksum.
 
     Raises:
         ValueError: damaged, or packed so that it could grow.
@@ -244,7 +243,7 @@ def _array(data: bytes) -> NDArray[Any]:
 
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:
-    """Return whether a file that was copied or replaced still has the headers of its index, at places all over it."""
+    """Return whether a copied or replaced file still has the headers of its index; compared are places all over it."""
     try:
         with path.open("rb") as stream:
             for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):

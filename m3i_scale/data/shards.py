@@ -1,4 +1,4 @@
-"""Which shards a source has, and what lies beside them."""
+"""The shards of a source are found here, and its label set beside them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
-    """See whether there are shards where a source says so; of those at addresses the first is asked for.
+    """Check that there are shards where a source says so; of those at addresses the first is asked for.
 
     Raises:
         DataError: see `expand_shards`; or the server does not have the first one.
@@ -131,7 +131,7 @@ def _by_name(named: Sequence[Address], where: str) -> list[Address]:
 
 
 def read_label_sets(sources: dict[str, SourceConfig], access: Access | None = None) -> dict[str, list[str]]:
-    """Return class names of every label set, from labels.json beside the shards; a source without has no categories.
+    """Return the class names of every label set, from labels.json beside the shards; a source without has no classes.
 
     Raises:
         DataError: a broken labels.json, or two different ones for one label set.
@@ -174,7 +174,7 @@ def captions_beside(shards: str, access: Access | None = None) -> int | None:
 
 
 def labels_beside(folder: Address) -> list[str] | None:
-    """Return class names of the labels.json in a folder of shards; None where there is none.
+    """Return the class names in labels.json of a folder of shards; None where there is no such file.
 
     Raises:
         DataError: it is broken.

@@ -1,4 +1,4 @@
-"""The data state: where every stream stands in every source, as a few counts; and what a resume may change of it."""
+"""The data state says where every stream stands in every source, in a few counts; a resume may change some of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATE_FORMAT = 2
 
 @dataclass
 class SourceState:
-    """How far one stream is in one source."""
+    """Counts how far one stream is in one source."""
 
     position: int = 0
     """Samples read, bad ones included; over all passes."""
@@ -44,7 +44,7 @@ class SourceState:
         self.bad_shards["shards"][str(shard)] = reason
 
     def to_json(self) -> dict[str, Any]:
-        """Return a copy made of JSON types. Spelt out: one is made for every stream of every batch."""
+        """Return a copy made of JSON types; spelt out for speed, as one is made for every stream of every batch."""
         return {
             "position": self.position,
             "served": self.served,
@@ -55,14 +55,14 @@ class SourceState:
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> SourceState:
-        """Copy what `to_json` gave."""
+        """Return the state that `to_json` copied."""
         bad_shards = copy.deepcopy(state["bad_shards"]) if state["bad_shards"] else {}
         return SourceState(state["position"], state["served"], state["credit"], dict(state["bad"]), bad_shards)
 
 
 @dataclass
 class StreamState:
-    """How far a stream is. Everything else follows from the configuration."""
+    """Counts how far a stream is. Everything else follows from the configuration."""
 
     taken: int
     """Good samples given, also of sources that are gone."""
@@ -87,17 +87,17 @@ class StreamState:
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> StreamState:
-        """Copy what `to_json` gave."""
+        """Return the state that `to_json` copied."""
         return StreamState(state["taken"], {name: SourceState.from_json(of) for name, of in state["sources"].items()})
 
 
 def first_state(sources: Collection[str]) -> StreamState:
-    """Return the beginning of a stream."""
+    """Return the state at the beginning of a stream."""
     return StreamState(0, {name: SourceState() for name in sources})
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the states of all ranks to one, which any number of ranks can load.
+    """Merge the states of all ranks into one, which any number of ranks can load.
 
     Raises:
         DataError: states of different runs, or of different steps.
@@ -117,7 +117,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_format(state: Mapping[str, Any]) -> None:
-    """Refuse what another version has written.
+    """Refuse a state that has another format, since another version wrote it.
 
     Raises:
         DataError: another format.
@@ -154,7 +154,7 @@ def accept_changes(
     here: Mapping[str, Sequence[Shard]],
     named: Collection[str],
 ) -> dict[str, str]:
-    """Tell in words which sources differ from the data state; all of them must have been named, and no others.
+    """Say in words which sources differ from the data state; all of them must have been named, and no others.
 
     A run that was restarted after its change still names it: names of the last change are accepted when nothing
     differs any more.

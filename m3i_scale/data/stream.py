@@ -1,4 +1,4 @@
-"""One virtual stream: a position in every source, the next good sample, and an account of the bad ones."""
+"""A virtual stream holds a position in every source, gives the next good sample and counts the bad ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FRACTION_COUNTS_AFTER = 100
 
 @dataclass(frozen=True)
 class StreamSource:
-    """What one stream reads of one source."""
+    """Holds what one stream reads of one source."""
 
     name: str
     order: StreamOrder
@@ -49,11 +49,11 @@ class StreamSource:
 
 
 class ExhaustedError(Exception):
-    """The stream has no next sample: every source with a weight has been gone through as often as it may be."""
+    """Raised when the stream has no next sample: every source with a weight was read as often as it may be."""
 
 
 class Stream:
-    """The samples of one stream, one after the other.
+    """Gives the samples of one stream, one after the other.
 
     Args:
         sources: what to read.
@@ -100,10 +100,10 @@ class Stream:
             sample = self._next_of(self._sources[name], quarantine)
             if sample is not None:  # otherwise the source ended in bad samples, and the turn is another's
                 break
-        credits = {other: self.state.sources[other].credit for other in shares}
+        credits = {source: self.state.sources[source].credit for source in shares}
         settle(credits, shares, name)
-        for other, credit in credits.items():
-            self.state.sources[other].credit = credit
+        for source, credit in credits.items():
+            self.state.sources[source].credit = credit
         self.state.sources[name].served += 1
         self.state.taken += 1
         return sample
@@ -164,7 +164,7 @@ class Stream:
             raise BadSampleError(SHARD + bad.reason, bad.why or "", key=WHOLE_SHARD) from None
 
     def _look_ahead(self, source: StreamSource) -> None:
-        """Tell the reader which shards are read in this window, and in the next."""
+        """Announce to the reader which shards are read in this window, and in the next."""
         epoch, window = source.order.window_at(self.state.sources[source.name].position - 1)
         if self._windows.get(source.name) == (epoch, window):
             return
@@ -193,7 +193,7 @@ class Stream:
 
 
 class Account(NamedTuple):
-    """What the share of bad samples is judged by, of one rank or of all together."""
+    """Holds the counts that the share of bad samples is judged by, of one rank or of all together."""
 
     lost: int
     """Samples lost in the present pass, with shards that were given up."""
@@ -204,9 +204,9 @@ class Account(NamedTuple):
 
 
 def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], int]:
-    """Return bad samples by reason, and samples read, without those that were lost with a shard.
+    """Return bad samples by reason, and the number of samples read, without those that were lost with a shard.
 
-    A shard that is lost in a small window would be most of what has been read; its share counts of the whole pass.
+    A shard lost in a small window would be most of what has been read; its share is taken of the whole pass instead.
     """
     single = {reason: count for reason, count in bad.items() if not reason.startswith(SHARD)}
     return single, read - sum(bad.values()) + sum(single.values())
@@ -234,7 +234,7 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
 
 
 def left_of(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
-    """Return names of the sources that are not exhausted."""
+    """Return the names of the sources that are not exhausted."""
     return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
 
 
@@ -271,8 +271,7 @@ def too_many_bad(
     what: str | None = None,
     listed_in: Path | None = None,
 ) -> DataError:
-    """Return the error that stops a run which is losing data; `what` says it where it is not the share that is too
-    large."""
+    """Return the error that stops a run which is losing data; `what` replaces the text about too large a share."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
     fix = "mend the shards, or raise data.max_bad_fraction if you know why they are bad"
     if what is not None:

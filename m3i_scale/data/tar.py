@@ -1,8 +1,8 @@
-"""Read the headers of a tar that may be damaged or hostile: what can be read is returned, what cannot is a fault.
+"""Read the headers of a tar that may be damaged or hostile: what can be read is returned, the rest becomes faults.
 
 Training is strict: the first fault of a tar is an error. Tools go on, and look at the rest. Python's tarfile finds the
-members. It is kept on a short leash: it may read headers only, none of them large, and must move forward (some versions
-follow a negative size backwards, for ever).
+members, within limits: it may read headers only, none of them large, and must move forward (some versions follow a
+negative size backwards, for ever).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FIXES = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is wrong with a sample, or (without key) with its shard."""
+    """Says what is wrong with a sample, or (without key) with its shard."""
 
     reason: str
     detail: str = ""
@@ -66,7 +66,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar."""
+    """Says where a regular file lies in a tar."""
 
     extension: str
     """Lower case, as webdataset sees it."""
@@ -79,13 +79,13 @@ class Member:
 
     @property
     def stop(self) -> int:
-        """The byte after the content and its padding."""
+        """Return the offset of the byte after the content and its padding."""
         return self.data + -(-self.size // _BLOCK) * _BLOCK
 
 
 @dataclass(slots=True)
 class RawSample:
-    """The members of one key."""
+    """Holds the members of one key, and what is wrong with them."""
 
     key: str
     members: list[Member] = field(default_factory=list)
@@ -95,12 +95,12 @@ class RawSample:
 
     @property
     def start(self) -> int:
-        """First byte of the first header."""
+        """Return the offset of the first header's first byte."""
         return self.members[0].start
 
     @property
     def end(self) -> int:
-        """The byte after the last member's data."""
+        """Return the offset of the byte after the last member's data."""
         return self.members[-1].data + self.members[-1].size
 
     @property
@@ -109,13 +109,13 @@ class RawSample:
         return sum(member.stop - member.start for member in self.members)
 
     def blame(self, reason: str, detail: str = "") -> None:
-        """Add a fault."""
+        """Add a fault of this sample."""
         self.faults.append(Fault(reason, detail, printable(self.key), self.start))
 
 
 @dataclass
 class RawShard:
-    """Holds what the headers of a shard tell."""
+    """Holds the samples and faults that the headers of a shard show."""
 
     size: int = 0
     """Size of the file, bytes."""
@@ -127,7 +127,7 @@ class RawShard:
 
 
 def read_shard(path: Path) -> RawShard:
-    """Group the members of a tar into samples. Faults are values, also a file that cannot be read at all."""
+    """Group the members of a tar into samples. Faults are returned, and so is that a file cannot be read at all."""
     shard = RawShard()
     try:
         shard.size = path.stat().st_size
@@ -157,7 +157,7 @@ def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
 
 
 def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
-    """Make the error of a shard with a fault, or with so many of which this is the first."""
+    """Return the error of a shard with this fault, or with `count` faults of which this is the first."""
     detail = f"byte {fault.offset}, key '{fault.key}': {fault.detail}".removesuffix(": ")
     return DataError(
         f"cannot read the shard: {fault.reason}",
@@ -198,7 +198,7 @@ def key_at(path: Path, offset: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text of others as any terminal and any UTF-8 file can take it: what is not text becomes an escape."""
+    """Return text of others as any terminal and any UTF-8 file can take it; what is not text becomes an escape."""
     safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in safe
@@ -206,7 +206,7 @@ def printable(text: str) -> str:
 
 
 class _HeaderFile:
-    """The part of a file that tarfile may see: short reads."""
+    """Shows tarfile only a part of a file, in short reads."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -219,7 +219,7 @@ class _HeaderFile:
         return self._stream.read(size)
 
     def close(self) -> None:
-        """The owner closes the file."""
+        """Do nothing: the owner closes the file."""
 
 
 class _Headers:

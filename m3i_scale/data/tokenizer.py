@@ -1,4 +1,4 @@
-"""The caption tokenizer: trained by `shards make`, found again by training and export."""
+"""The caption tokenizer is trained by `shards make`, and found again by training and export."""
 
 from __future__ import annotations
 
@@ -111,8 +111,7 @@ def find_tokenizer(
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Describe what makes tokens of a caption, beside the vocabulary: as JSON types, small parts as they are, large
-    ones hashed.
+    """Return what makes tokens of a caption, beside the vocabulary, as JSON types; large parts are hashed.
 
     How captions are cut and padded is left out: it is set anew at each call.
     """
@@ -147,7 +146,7 @@ def _sha256(value: Any) -> str | None:
 
 
 def _load_beside(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer in a folder that may be remote; return None where there is none."""
+    """Load the tokenizer in a folder that may be remote; None where there is none."""
     where = f"data.sources.{source}"
     if isinstance(place, Path):
         return _load(str(place), where) if place.is_dir() else None

@@ -1,6 +1,6 @@
-"""Augmented views of an image, with the geometry that the position embedding of targets needs.
+"""Images become augmented views here, with the geometry that the position embedding of targets needs.
 
-Order: flip, crop and resize (one step from the decoded image to the view), colour jitter, grey, blur, solarise.
+The order is flip, crop and resize (one step from the decoded image to the view), colour jitter, grey, blur, solarise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle in pixels of the (already flipped) source image."""
+    """Says which rectangle a view shows, in pixels of the (already flipped) source image."""
 
     top: float
     left: float
@@ -41,7 +41,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Views:
-    """V views of one image."""
+    """Holds V views of one image, and where each was cut."""
 
     pixels_VCHW: NDArray[np.uint8]
     crops: list[Crop]
@@ -50,7 +50,7 @@ class Views:
 
 
 class ViewMaker:
-    """Make views of images.
+    """Makes views of images.
 
     Args:
         config: kinds and strengths of augmentation.
@@ -66,7 +66,7 @@ class ViewMaker:
         self._augment = augment
 
     def __call__(self, image: Image.Image, seed: int) -> Views:
-        """Make views of an opened image; the same for the same seed.
+        """Return views of an opened image; the same for the same seed.
 
         Raises:
             BadSampleError: the image does not decode.
@@ -138,7 +138,7 @@ class ViewMaker:
 
 
 def _decoded(image: Image.Image, shrink: int) -> Image.Image:
-    """Decode to RGB, at 1/shrink of the size where the format can."""
+    """Decode to RGB, at 1/shrink of the size where the format allows that."""
     with decoding():
         image.draft("RGB", (max(1, image.width // shrink), max(1, image.height // shrink)))
         return on_white(image)
@@ -164,7 +164,7 @@ def per_view(values: Sequence[float], view: int) -> float:
 def random_crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """Draw top, left, height, width of a crop with a random share of the area and a random shape.
+    """Draw the top, left, height and width of a crop with a random share of the area and a random shape.
 
     Where no draw fits the image, the largest centred crop of an allowed shape.
     """

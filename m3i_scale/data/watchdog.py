@@ -1,4 +1,4 @@
-"""Who is stuck: what every reader is doing, in memory that the training process sees, and a limit on waiting for it."""
+"""The watchdog of the loader: readers note what they do where the training process sees it, and waiting is limited."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Item = TypeVar("Item")
 
 
 class NotYetError(Exception):
-    """What is asked for is not there yet. No fault that the work itself could have, as TimeoutError is."""
+    """Raised when an item is not there yet. It is not TimeoutError, which the work itself may raise."""
 
 
 class Activity:
-    """What one reader does. Written by the reader, read by whoever waits for it, across a fork."""
+    """Shows what one reader does. The reader writes it, and whoever waits for it reads it, across a fork."""
 
     def __init__(self) -> None:
         self._place = RawArray("c", _NAME_BYTES)
@@ -34,7 +34,7 @@ class Activity:
         self._since.value = time.monotonic()
 
     def end(self) -> None:
-        """Note that it has got what it read."""
+        """Note that the reader has got what it read."""
         self._place.value = b""
         self._progress.value = time.monotonic()
 
@@ -48,7 +48,7 @@ class Activity:
         return time.monotonic() - float(self._progress.value)
 
     def describe(self) -> str:
-        """Tell which shard is being read and for how long."""
+        """Say which shard is being read and for how long."""
         place = self._place.value.decode(errors="replace")
         if not place:
             return "reading no shard: the sample before has not come through"
@@ -67,7 +67,7 @@ def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: flo
 
 
 class InThread(Generic[Item]):
-    """Items of an iterator, made in a thread, one when it is asked for, so that waiting for it can end."""
+    """Makes the items of an iterator in a thread, one when it is asked for, so that waiting for it can end."""
 
     def __init__(self, items: Generator[Item]) -> None:
         self._items = items
@@ -108,7 +108,7 @@ class InThread(Generic[Item]):
 
 
 class FromWorkers(Generic[Item]):
-    """Items of a DataLoader's iterator that was given `timeout=POLL_S`."""
+    """Gives the items of a DataLoader's iterator that was given `timeout=POLL_S`."""
 
     def __init__(self, items: Iterator[Item]) -> None:
         self._items = items
@@ -131,7 +131,7 @@ class FromWorkers(Generic[Item]):
 
 
 def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
-    """Return the next item, for as long as its reader gets on.
+    """Wait for the next item as long as its reader makes progress, and return it.
 
     Raises:
         NotYetError: the reader has got nothing for `limit_s`.

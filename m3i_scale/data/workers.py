@@ -1,4 +1,4 @@
-"""Worker processes of the loader, who may end one and what is left of one that was killed; and pools of others.
+"""Workers of the loader obey their parent alone, and what a killed one leaves is removed; pools are made here too.
 
 A scheduler that preempts a job signals every process of it. The training process then finishes its step and saves, for
 which it needs its workers; a worker that died would end the run with an error instead. So a worker obeys SIGTERM,
@@ -48,7 +48,7 @@ _HELD = "m3i-scale-worker"
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold the signals back while workers are started, so that these are born with them blocked. None is lost."""
+    """Block the signals while workers are started, so that workers begin with them blocked. No signal is lost."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
     try:
         yield
@@ -57,7 +57,7 @@ def signals_held() -> Iterator[None]:
 
 
 class DeathWatch:
-    """Worker processes of a parent that may be killed, and how it gets to know.
+    """Tells the parent of worker processes when one of them was killed.
 
     torch raises from its SIGCHLD handler, wherever the parent happens to be. Under this watch it does so only while the
     parent waits for workers, which such a death could otherwise block for ever; one that died before is seen then.
@@ -68,7 +68,7 @@ class DeathWatch:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """For the code that starts the workers."""
+        """Watch the worker processes that the code inside starts."""
         _sweep_temporary_folders()
         earlier, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         yield
@@ -79,7 +79,7 @@ class DeathWatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """For the code that waits for workers.
+        """Let the code inside wait for workers, and end the wait when one of them dies.
 
         Raises:
             LostWorkerError: a worker was killed.
@@ -111,15 +111,15 @@ class DeathWatch:
 _WAITING: list[DeathWatch] = []
 
 
-def _relay(torchs: Handler, other: Any, number: int, frame: FrameType | None) -> None:
+def _relay(torchs: Handler, earlier: Any, number: int, frame: FrameType | None) -> None:
     if _WAITING:
         torchs(number, frame)
-    elif callable(other):
-        other(number, frame)
+    elif callable(earlier):
+        earlier(number, frame)
 
 
 def leave_signals_to_parent() -> None:
-    """In a worker that was started under `signals_held`: from now on obey the parent, and nobody else."""
+    """Obey signals of the parent alone from now on; called in a worker that was started under `signals_held`."""
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         raise RuntimeError("not a worker process")
@@ -151,7 +151,7 @@ def _own_temporary_folder() -> Path | None:
 
 
 def _sweep_temporary_folders() -> None:
-    """Remove those of workers that were killed. A lock is seen from any container that shares the folder."""
+    """Remove the folders of workers that were killed. A lock is seen from any container that shares the folder."""
     for held in Path(tempfile.gettempdir()).glob(f"pymp-*/{_HELD}"):
         try:
             descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe of another user would wait
@@ -168,7 +168,7 @@ def _sweep_temporary_folders() -> None:
 
 
 def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """Do as `map`, in `workers` processes; no more than two tasks a process are under way or waiting to be taken.
+    """Do as `map` does, in `workers` processes; at most two tasks a process are under way or wait to be taken.
 
     Raises:
         DataError: a process died.
@@ -197,7 +197,7 @@ def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers:
 
 
 def _end_with_parent() -> None:
-    """End, from now on, as soon as the process that started the pool has, however it did."""
+    """End this process as soon as the one that started the pool has ended, in whatever way."""
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("not a worker process")

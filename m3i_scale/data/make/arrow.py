@@ -1,4 +1,4 @@
-"""Arrow and Parquet files: their rows, and which column is the image, the caption, the label.
+"""Read rows of Arrow and Parquet files, and find which column is the image, the caption, the label.
 
 A column is found by its type, or by its name where several could be meant.
 """
@@ -27,7 +27,7 @@ _parquet_file: Any = pyarrow.parquet.ParquetFile
 
 @dataclass(frozen=True)
 class Columns:
-    """Names that the user gave; None: found by type."""
+    """Holds the names of columns that the user gave; None: found by type."""
 
     image: str | None = None
     caption: str | None = None
@@ -38,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of the columns that are used."""
+    """Holds the names of the columns that are used, by role."""
 
     image: str
     caption: str | None
@@ -77,7 +77,7 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Give the rows of a file, by name of the column; a few at a time are in memory.
+    """Yield the rows of a file, by name of the column; a few at a time are in memory.
 
     Args:
         path: of a .parquet file; else of an Arrow stream.
@@ -105,7 +105,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 
 
 def row_count(path: Path) -> int:
-    """Count the rows of a file, from its headers.
+    """Return the number of rows of a file, from its headers.
 
     Raises:
         DataError: the file cannot be read.
@@ -141,7 +141,7 @@ def _reading(path: Path) -> AbstractContextManager[None]:
 
 
 def plain(value: Any) -> Any:
-    """Return the same as JSON types.
+    """Return the value of a cell as JSON types.
 
     Raises:
         TypeError: there are none for it.

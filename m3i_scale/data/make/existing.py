@@ -1,4 +1,4 @@
-"""Samples of existing shards, in order, and only from sound tars: what `make webdataset`, `split` and `merge` read."""
+"""`make webdataset`, `split` and `merge` read samples of existing shards here: in order, and only from sound tars."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
 Advance = Callable[[int], None]
-"""Told the bytes of every shard that is done."""
+"""Called with the bytes of every shard that is done."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A shard that is read."""
+    """Says which shard is read, and how its samples are named and grouped."""
 
     path: Path
     source: int = 0
@@ -34,12 +34,12 @@ class Origin:
     """Put before every key."""
 
     def where(self, key: str) -> str:
-        """Name a sample in errors."""
+        """Return what names a sample in errors."""
         return f"{self.path}: key '{printable(key)}'"
 
 
 def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = None) -> Iterator[Outline]:
-    """Give the outlines of all samples, in order.
+    """Yield the outlines of all samples, in order.
 
     Args:
         origins: the shards.
@@ -56,7 +56,7 @@ def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = 
 
 
 def outline_shard(origin: Origin) -> tuple[int, list[Outline]]:
-    """Return the bytes of a shard, and outlines of its samples."""
+    """Return the size of a shard in bytes, and the outlines of its samples."""
     shard = sound_shard(origin.path)
     with origin.path.open("rb") as stream:
         return shard.size, [
@@ -68,7 +68,7 @@ def outline_shard(origin: Origin) -> tuple[int, list[Outline]]:
 def contents(
     origins: Sequence[Origin], advance: Advance | None = None
 ) -> Iterator[tuple[Origin, str, dict[str, bytes]]]:
-    """Give origin, key and members of all samples, in the order of `outlines`.
+    """Yield origin, key and members of all samples, in the order of `outlines`.
 
     Raises:
         DataError: see `outlines`; a shard that changed meanwhile.

@@ -1,4 +1,4 @@
-"""A folder of images as input of `make`: by class, or by split and class."""
+"""Read a folder of images, by class or by split and class, as input of `make`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
-    """Return whether the first folders are splits and no classes.
+    """Return whether the first folders are splits and not classes.
 
     Args:
         ways: the folders on the way to every image.
@@ -127,5 +127,5 @@ def read_caption(path: Path, captions: Captions) -> str | None:
 
 
 def key_of(relative: Path) -> str:
-    """Make a sample's key: dots end a key in a shard, and a leading __ marks what webdataset skips."""
+    """Return a sample's key without dots, which would end it in a shard, and a leading __, which webdataset skips."""
     return re.sub(r"[^\w-]+", "-", relative.with_suffix("").as_posix().replace("/", "_")).lstrip("_-") or "image"

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` as input of `make`: folders of `save_to_disk`, and Parquet files; read by pyarrow alone."""
+"""Read Hugging Face `datasets` as input of `make`: folders of `save_to_disk` and Parquet files, by pyarrow alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3i_scale.files import read_json
 
 @dataclass(frozen=True)
 class TableFile:
-    """A file with rows."""
+    """Names a file with rows, and the split they go to."""
 
     path: Path
     split: str | None
@@ -25,7 +25,7 @@ class TableFile:
 
 @dataclass
 class TableInput:
-    """Rows of Arrow or Parquet files, a few at a time."""
+    """Gives the rows of Arrow or Parquet files as records, a few at a time."""
 
     files: Sequence[TableFile]
     roles: Roles
@@ -157,14 +157,14 @@ def _saved(folder: Path, split: str | None) -> list[TableFile]:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """Return a file or folder that a JSON file names: right below, or a downloaded data set could name any other."""
+    """Return the path of a file that JSON names; it must lie right below, or a downloaded data set could name any."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise DataError(f"not the name of a file in the folder: {name!r:.80}", where=str(folder))
     return folder / name
 
 
 def _split_of(path: Path) -> str | None:
-    """`train-00000-of-00004.parquet` and `train/0000.parquet` are of split train."""
+    """Return the split of a file: train for `train-00000-of-00004.parquet` and `train/0000.parquet`."""
     head = path.stem.partition("-")[0] if "-of-" in path.stem else path.parent.name
     return head if head in ("train", "test", "val", "validation", "dev") else None
 
@@ -178,7 +178,7 @@ def _image(value: Any, where: str) -> bytes:
 
 
 def _text(value: Any) -> str | None:
-    """Return a caption; of several, one a line (`captions: lines` of a source)."""
+    """Return the caption; of a list, one caption a line (`captions: lines` of a source)."""
     if isinstance(value, list):
         return "\n".join(" ".join(str(item).split()) for item in value if item) or None
     return None if value is None else str(value).strip() or None

@@ -1,4 +1,4 @@
-"""Tars or folders of files that img2dataset downloaded are an input of `make`, and are compared with its tables."""
+"""Read tars or folders of files that img2dataset downloaded as input of `make`, and compare them with its tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUCCESS = "success"
 
 @dataclass
 class FileInput:
-    """img2dataset's `files` output: a folder per shard, with an image, a text and a JSON file per sample."""
+    """Reads img2dataset's `files` output: a folder per shard, with an image, a text and a JSON file per sample."""
 
     folders: Sequence[Path]
     caption_field: str | None
@@ -57,7 +57,7 @@ class FileInput:
 
 @dataclass
 class Downloaded:
-    """Tars or files, of which img2dataset's tables say how many samples there must be."""
+    """Reads tars or files, and checks that they have as many samples as img2dataset's tables say."""
 
     samples: ShardInput | FileInput
     expected: Mapping[Path, int]
@@ -68,7 +68,7 @@ class Downloaded:
     """There are none."""
 
     def outlines(self) -> Iterator[Outline]:
-        """See `Input`; at the end it is known that every shard has as many as its table says."""
+        """See `Input`; raises at the end if a shard has not as many samples as its table says."""
         counts: Counter[Path] = Counter()
         for outline in self.samples.outlines():
             counts[Path(outline.place)] += 1
@@ -95,7 +95,7 @@ def img2dataset_input(
 ) -> Downloaded:
     """Open a folder that img2dataset wrote, as `webdataset` or as `files`.
 
-    Its tables (`00000.parquet`) say which samples there must be: a shard without one was cut short.
+    Its tables (`00000.parquet`) say which samples there must be: a shard without a table was cut short.
 
     Args:
         folder: img2dataset's output_folder.
@@ -105,7 +105,7 @@ def img2dataset_input(
         skip_incomplete: leave out shards that img2dataset did not finish.
 
     Raises:
-        DataError: no such folder, a shard without a table. One that lacks samples is told when it is read.
+        DataError: no such folder, a shard without a table. That a shard lacks samples is found when it is read.
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))

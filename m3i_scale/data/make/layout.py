@@ -1,4 +1,4 @@
-"""Which split and which shard every sample goes to, decided from names and sizes before any content is read."""
+"""The layout says which split and shard every sample goes to; names and sizes decide, before any content is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 65_536
 
 @dataclass(frozen=True)
 class Outline:
-    """What must be known of a sample beforehand."""
+    """Holds what the layout has to know of a sample before its content is read."""
 
     key: str
     size: int
@@ -39,7 +39,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Layout:
-    """The plan. It takes a few bytes a sample."""
+    """Says which split and shard every sample goes to, in a few bytes a sample."""
 
     splits: list[str]
     split_N: NDArray[np.int16]
@@ -48,7 +48,7 @@ class Layout:
     """Number of the shard within the split."""
 
     def place(self, number: int) -> tuple[str, int]:
-        """Return split and shard of a sample."""
+        """Return the split of a sample, and its shard's number there."""
         return self.splits[self.split_N[number]], int(self.shard_N[number])
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ def plan_layout(
     options: ShardOptions,
     whole: str = WHOLE,
 ) -> Layout:
-    """Draw splits, count, and cut into shards that differ by one sample at most.
+    """Return the layout: splits are drawn, and cut into shards that differ by one sample at most.
 
     Args:
         outlines: gives those of all samples, in order of the input.
@@ -120,18 +120,18 @@ def draw_split(key: str, shares: Mapping[str, float]) -> str:
 
 
 def hash_of(purpose: str, key: str) -> bytes:
-    """Return what orders and splits samples: the same on every machine, whatever else there is."""
+    """Return the hash that orders and splits samples: the same on every machine, whatever other samples there are."""
     return hashlib.sha256(f"{purpose}/{key}".encode()).digest()
 
 
 def training_splits(splits: Iterable[str]) -> set[str]:
-    """Return splits whose captions the tokenizer may see: `train`, also as `Training`; all where there is none such."""
+    """Return the splits whose captions the tokenizer may see: `train`, also as `Training`; all where neither exists."""
     named = set(splits)
     return {split for split in named if split.lower() in ("train", "training")} or named
 
 
 def _unique(outlines: Callable[[], Iterator[Outline]]) -> Iterator[Outline]:
-    """Give the outlines; at the end it is known that no key stands twice."""
+    """Yield the outlines; raise at the end if a key stands twice."""
     with Digests() as keys:
         remaining = outlines()
         total = 0

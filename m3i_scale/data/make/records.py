@@ -1,4 +1,4 @@
-"""Inputs of every kind give records: one per sample, its image not yet read."""
+"""Inputs of every kind give records: one per sample, its image not read yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3i_scale.errors import DataError
 
 
 class Drawn(Protocol):
-    """An image or mask that is made when it is needed. Picklable: that happens in a worker process."""
+    """Makes an image or a mask when it is needed. It must pickle, as that happens in a worker process."""
 
     def read(self) -> bytes:
         """Return the encoded image or mask.
@@ -32,7 +32,7 @@ Contents = Path | bytes | Drawn
 
 @dataclass(frozen=True)
 class Record:
-    """A sample on its way into a shard."""
+    """Holds a sample on its way into a shard."""
 
     key: str
     """Unique name; no dot, since the part of a member's name after the first dot is its type."""
@@ -56,15 +56,15 @@ class Record:
 
 
 class Input(Protocol):
-    """Samples in a fixed order."""
+    """Gives samples in a fixed order, once as outlines and once as records."""
 
     @property
     def labels(self) -> list[str]:
-        """Class names in order of their index."""
+        """Return the class names in order of their index."""
         ...
 
     def outlines(self) -> Iterator[Outline]:
-        """Give names and sizes of all samples.
+        """Yield the outlines (names and sizes) of all samples.
 
         Raises:
             DataError: the input cannot be read.
@@ -72,7 +72,7 @@ class Input(Protocol):
         ...
 
     def records(self) -> Iterator[Record]:
-        """Give the same samples in the same order, with contents.
+        """Yield the same samples in the same order, with contents.
 
         Raises:
             DataError: the input cannot be read.
@@ -85,7 +85,7 @@ class Input(Protocol):
 
 
 class Listed:
-    """Records that are known beforehand, their images not: files, mostly.
+    """Gives records that are all known beforehand, though their images are not read: files, mostly.
 
     They are sorted by a hash of the key, so neighbours in the input are no neighbours in a shard.
 
@@ -125,7 +125,7 @@ Encoded = dict[str, bytes] | DataError
 
 
 def encode_all(records: Sequence[Record]) -> list[Encoded]:
-    """Read and encode images and masks; done in worker processes."""
+    """Read and encode the images and masks of records, in a worker process; a fault stands where that fails."""
     return [_encode(record) for record in records]
 
 
@@ -158,7 +158,7 @@ def _place(record: Record, contents: Contents) -> str:
 
 @contextmanager
 def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iterator[None]:
-    """Name a file or folder in the error where it cannot be read.
+    """Turn errors of reading a file or folder inside into a DataError that names it.
 
     Args:
         path: what is read inside.

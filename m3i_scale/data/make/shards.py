@@ -1,4 +1,4 @@
-"""Make shards out of an input that is read twice, front to back: once for names and sizes, once for contents."""
+"""Make shards from an input that is read twice, front to back: once for names and sizes, once for contents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_shards(
         name: beginning of every shard's file name.
         options: see `ShardOptions`.
         shares: of samples per split, for records that do not name theirs; None: all of these are of `train`.
-        progress: told about samples written.
+        progress: called as samples are written.
 
     Returns:
         A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer.
@@ -73,14 +73,14 @@ def make_shards(
 
 
 class CaptionSample:
-    """The captions whose keys have the smallest hashes: all of them below the limit, a fixed choice above."""
+    """Keeps the captions whose keys have the smallest hashes: all of them up to the limit, a fixed choice beyond."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._heap: list[tuple[int, str]] = []
 
     def add(self, key: str, caption: str) -> None:
-        """Take one caption, or leave it."""
+        """Keep a caption if its key's hash is among the smallest."""
         entry = (-int.from_bytes(hash_of("caption", key)[:8], "big"), caption)
         if len(self._heap) < self._limit:
             heapq.heappush(self._heap, entry)
@@ -104,7 +104,7 @@ class _Maker:
         self.captions = CaptionSample(MAX_CAPTIONS)
 
     def samples(self, records: Iterator[Record]) -> Iterator[tuple[str, dict[str, bytes]] | None]:
-        """Give key and members of every record, in order; None where it cannot be used."""
+        """Yield the key and members of every record, in order; None for a record that cannot be used."""
         for number, (record, encoded) in enumerate(self._encoded(records)):
             if isinstance(encoded, DataError):
                 self._skip(record, encoded)
@@ -137,7 +137,7 @@ class _Maker:
 
 
 def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the members of a sample by extension."""
+    """Return the members of a sample by extension, as webdataset names them."""
     members = dict(encoded)
     if record.caption is not None:
         members["txt"] = record.caption.encode("utf-8")
@@ -148,7 +148,7 @@ def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Give as many records as a worker takes at once, and no more than memory takes."""
+    """Yield as many records as a worker takes at once, and no more than fit in memory."""
     chunk: list[Record] = []
     size = 0
     for record in records:

@@ -1,4 +1,4 @@
-"""A table of paths, captions and labels as input of `make`."""
+"""Read a table of paths, captions and labels as input of `make`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Column names of a manifest. Only `path` must exist; the others must exist if they are not the default name."""
+    """Holds the column names of a manifest. `path` must exist, and the others must if they are not the default name."""
 
     path: str = "path"
     caption: str = "caption"
@@ -34,7 +34,7 @@ def manifest_input(
     root: Path | None = None,
     labels: Sequence[str] | None = None,
 ) -> Listed:
-    """Open a CSV, TSV, Parquet or JSON-lines file.
+    """Open a CSV, TSV, Parquet or JSON-lines file that lists images.
 
     Args:
         manifest: the file; its ending tells the format.
@@ -83,7 +83,7 @@ def _row_record(
 
 
 def _further(row: dict[str, Any], columns: TableColumns) -> dict[str, Any]:
-    """Return columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
+    """Return the columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
     known = {"path", *vars(columns).values()}
     return {
         name: value if isinstance(value, int | float) else str(value)
@@ -152,7 +152,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def _row_name(row: dict[str, Any]) -> str:
-    """Name a row of a CSV file in an error, by its first cell."""
+    """Return what names a row of a CSV file in an error: its first cell."""
     return repr(next(iter(row.values())))
 
 

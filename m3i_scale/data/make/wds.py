@@ -1,4 +1,4 @@
-"""Existing WebDataset shards as input of `make`, and how a record comes out of the members of a sample."""
+"""Read existing WebDataset shards as input of `make`; the members of a sample become a record here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m3i_scale.errors import DataError
 
 @dataclass
 class ShardInput:
-    """Samples of tars."""
+    """Gives the samples of existing tars as records."""
 
     origins: Sequence[Origin]
     label_names: Sequence[str] | None = None
@@ -37,7 +37,7 @@ class ShardInput:
 
     @property
     def labels(self) -> list[str]:
-        """Class names."""
+        """Return the class names in order of their index."""
         return list(self.label_names or ())
 
     def outlines(self) -> Iterator[Outline]:
@@ -80,7 +80,7 @@ def record_of(
     labels: Sequence[str] | None = None,
     caption_field: str | None = None,
 ) -> Record:
-    """Make the record of a sample; one whose members cannot be used holds the fault.
+    """Return the record of a sample; one whose members cannot be used holds the fault.
 
     Args:
         key: of the sample.

@@ -28,7 +28,7 @@ _MODE = 0o444
 
 @contextmanager
 def made_whole(output: Path) -> Iterator[Path]:
-    """Give a folder beside `output` that takes its name when all went well, and is gone when not.
+    """Yield a folder beside `output`, which is renamed to it if all went well, and removed if not.
 
     What a killed run left behind is removed by the next one; the lock keeps two runs apart.
 
@@ -67,7 +67,7 @@ def _is_ours(path: Path, output: Path, folder: Path) -> bool:
 
 
 def refuse_existing(output: Path) -> None:
-    """See that nothing would be overwritten.
+    """Refuse an output that exists, so that nothing is overwritten.
 
     Raises:
         DataError: the output exists.
@@ -77,7 +77,7 @@ def refuse_existing(output: Path) -> None:
 
 
 def check_output(output: Path, name: str) -> None:
-    """See, before anything is read, whether shards of such a name can be made there.
+    """Check, before anything is read, that shards of such a name can be made there.
 
     Raises:
         ConfigError: the name holds more than letters, digits, - and _.
@@ -96,7 +96,7 @@ def write_samples(
     labels: Sequence[str] | None,
     info: Callable[[], Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Write all samples and what lies beside them; returns the counts of every split.
+    """Write all samples and what lies beside them, and return the counts of every split.
 
     Args:
         folder: where splits, or shards without splits, go.
@@ -122,7 +122,7 @@ def write_samples(
 
 
 class _Shards:
-    """Appends samples to many shards at once, in any order, holding none of them; a context manager."""
+    """Appends samples to many shards, in any order, and keeps none of them in memory; a context manager."""
 
     def __init__(self, folder: Path, name: str, layout: Layout) -> None:
         self._folder, self._name, self._layout = folder, name, layout
@@ -139,7 +139,7 @@ class _Shards:
             self._open.popitem()[1].close()
 
     def add(self, number: int, key: str, members: Mapping[str, bytes]) -> None:
-        """Append the sample with this number of the input."""
+        """Append the sample that has this number in the input."""
         place = self._layout.place(number)
         stream = self._stream(self._path(*place))
         for extension in sorted(members):
@@ -147,7 +147,7 @@ class _Shards:
         self._members.setdefault(place, Counter()).update(["samples", *members])
 
     def finish(self, labels: Sequence[str] | None, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Close all shards and write what lies beside them; returns the counts of every split."""
+        """Close all shards, write what lies beside them, and return the counts of every split."""
         self.__exit__()
         sums = {}
         for split in sorted(self._layout.splits):
@@ -206,11 +206,11 @@ def finish_folder(
     labels: Sequence[str] | None,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write labels.json, sizes.json, manifest.json and index/ beside shards; returns the sums of their counts.
+    """Write labels.json, sizes.json, manifest.json and index/ beside shards, and return the sums of their counts.
 
     Args:
         folder: where the shards lie.
-        shards: by file name what the manifest says of them, as `shard_facts`.
+        shards: by file name what the manifest says of them, as `shard_facts` returns it.
         labels: class names; None writes no labels.json.
         facts: head of the manifest: name, split, source, licence …
     """

@@ -1,1 +1,1 @@
-"""Shards at addresses: how they are named, read, fetched ahead and kept on the host."""
+"""Shards at addresses are read here: how they are named, fetched ahead and kept on the host."""

@@ -1,4 +1,4 @@
-"""Limits, attempts and the cache for reading shards come from the run file; what fails is repeated here."""
+"""The run file sets limits, attempts and a cache for reading shards; they are checked here, and failures repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 def default_cache_dir() -> Path:
-    """Return where caches lie by convention."""
+    """Return the folder where caches lie by convention."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3i-scale"
 
 
@@ -60,14 +60,13 @@ class Access:
         return ShardCache(self.cache_dir, self.cache_bytes) if self.cache_bytes else None
 
     def at_start(self) -> Access:
-        """Return what holds for small requests before the first step: somebody waits for the answer, and may mend what
-        is wrong."""
+        """Return the settings of small requests before the first step: somebody waits, and may mend what is wrong."""
         limit = self.start_timeout_s
         return dataclasses.replace(self, timeout_s=min(self.timeout_s, limit), total_timeout_s=limit)
 
 
 def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
-    """Return how the shards of `sources` are read.
+    """Check the settings for reading the shards of `sources`, and return them.
 
     Raises:
         ConfigError: a setting without effect, or a cache that does not fit on its disk.

@@ -19,14 +19,14 @@ _PIPED_SHARD = re.compile(r"([^\s/'\"=;|&]+\.tar)(?![^\s'\";|&])")
 
 @dataclass(frozen=True, order=True)
 class Url:
-    """An address, with the part of pathlib's interface that shards need. `str` is fit for logs and state."""
+    """Holds an address, with the part of pathlib's interface that shards need. `str` is fit for logs and state."""
 
     address: str
     """What fsspec is given; of a pipe, the command."""
 
     @property
     def scheme(self) -> str:
-        """Return http, https, s3, gs, hf or pipe."""
+        """Return the scheme: http, https, s3, gs, hf or pipe."""
         return self.address.partition(":")[0]
 
     @property
@@ -48,7 +48,7 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """Return the folder. A pipe has none and is its own, and so is the root of a server."""
+        """Return the folder. A pipe has none and is its own parent, and so is the root of a server."""
         above = self.address.rstrip("/").rpartition("/")[0]
         return self if self.scheme == "pipe" or above.endswith(("/", ":")) else Url(above)
 
@@ -58,7 +58,7 @@ class Url:
     def __str__(self) -> str:
         if self.scheme != "pipe":
             return self.address
-        # A command may hold a password, also in a variable that it is given: only the program and the shard are told.
+        # A command may hold a password, also in a variable that it is given: only the program and the shard are named.
         try:
             words = shlex.split(self.address.removeprefix("pipe:"))
         except ValueError:  # an open quotation mark

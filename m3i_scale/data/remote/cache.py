@@ -1,4 +1,4 @@
-"""Whole remote shards on the host's disk, shared by all its processes: least recently used ones make room for new ones.
+"""The cache keeps whole remote shards on the host's disk for all its processes; the least recently used make room.
 
     DIR/shards/KEY.tar       complete, and never written again; its time is that of its last use
     DIR/shards/KEY.partial   on its way, at its full size from the start; renamed when it is complete and verified
@@ -31,7 +31,7 @@ Fill = Callable[[BinaryIO], object]
 
 
 class ShardCache:
-    """A folder of shards, of at most `limit` bytes.
+    """Keeps a folder of shards, of at most `limit` bytes.
 
     Args:
         folder: made where it is absent.
@@ -42,7 +42,7 @@ class ShardCache:
         self._root, self._folder, self._limit = folder, folder / "shards", limit
 
     def check(self) -> None:
-        """See before anything is read that the cache can be used.
+        """Check, before anything is read, that the cache can be used.
 
         Raises:
             ConfigError: the folder cannot be written, or the disk has not that much room.
@@ -64,7 +64,7 @@ class ShardCache:
             )
 
     def open(self, key: str) -> int | None:
-        """Return a descriptor of a complete shard, which stays until it is closed; None where there is none.
+        """Return a descriptor of a complete shard, which is kept until it is closed; None where there is none.
 
         Raises:
             DataError: the disk fails.
@@ -95,7 +95,7 @@ class ShardCache:
         return descriptor
 
     def add(self, key: str, size: int | None, fill: Fill) -> bool:
-        """Make sure that a shard is there. One process fetches it, others wait for that.
+        """Make sure that a shard is in the cache. One process fetches it, the others wait.
 
         Args:
             key: see `cache_key`.
@@ -135,7 +135,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _exclusive(self, partial: Path) -> Iterator[BinaryIO]:
-        """Open the partial of a shard, locked for this caller alone; it is gone at the end unless it was renamed."""
+        """Open the partial of a shard, locked for this caller alone; it is removed at the end unless it was renamed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as out:
@@ -167,7 +167,7 @@ class ShardCache:
             return True
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """Return last use, bytes and path of everything there."""
+        """Return the time of last use, the bytes and the path of everything in the cache."""
         entries = []
         for entry in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):
@@ -183,7 +183,7 @@ class ShardCache:
 
 
 def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the name of a shard in the cache: another one for another version.
+    """Return the name of a shard in the cache, which differs for another version.
 
     What a pipe gives has a size only when it has been run.
     """

@@ -1,4 +1,4 @@
-"""What goes wrong with a shard: an attempt to read that failed, and a shard that is given up."""
+"""Errors of reading a shard: one says that an attempt failed, another that the shard is given up."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LIBRARY_ERRORS = (
 
 
 class FaultError(Exception):
-    """One attempt that failed.
+    """Raised when one attempt fails.
 
     Args:
         reason: a few words, the same for all faults of a kind.
@@ -60,7 +60,7 @@ class FaultError(Exception):
 
 
 class RemoteReadError(OSError):
-    """A small file beside remote shards that cannot be read, after all attempts."""
+    """Raised for a small file beside remote shards that cannot be read, after all attempts."""
 
     def __init__(self, fault: FaultError) -> None:
         self.fault = fault
@@ -68,14 +68,14 @@ class RemoteReadError(OSError):
 
 
 class BadShardError(DataError):
-    """A shard that cannot be used, after all attempts; stops the run or is set aside, as the policy says."""
+    """Raised for a shard that cannot be used, after all attempts; `data.bad_shards` says what follows."""
 
     reason = "cannot be read"
     """A few words, the same for all faults of a kind."""
 
 
 def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> BadShardError:
-    """Return the error of a shard that is given up.
+    """Return the error that says that a shard is given up.
 
     Args:
         place: of the shard.
@@ -103,7 +103,7 @@ def start_fix(error: Exception) -> str | None:
 
 
 def to_fault(error: Exception, timeout_s: float) -> Exception:
-    """Return the fault that an error of a file system stands for; what is a mistake in the code stays what it is."""
+    """Return the fault that an error of a file system stands for; others, as mistakes in the code, are not changed."""
     if isinstance(error, FaultError | UserError) or not isinstance(error, _library_errors()):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -134,7 +134,7 @@ def _library_errors() -> tuple[type[BaseException], ...]:
 
 
 def _answer(error: BaseException | None) -> tuple[int | None, Mapping[str, Any]]:
-    """Return status and headers of the HTTP answer that an error is about, itself or through what caused it."""
+    """Return the status and headers of the HTTP answer that an error, or one that caused it, is about."""
     while error is not None:
         answer = getattr(error, "response", None)
         if isinstance(answer, dict):  # botocore
@@ -155,7 +155,7 @@ def _answer(error: BaseException | None) -> tuple[int | None, Mapping[str, Any]]
 
 
 def _pause_s(headers: Mapping[str, Any]) -> float:
-    """Return what `Retry-After` says, a number or a date, in seconds from now; 0 where it says nothing."""
+    """Return the wait in seconds that `Retry-After` asks for, as a number or a date; 0 where it says nothing."""
     text = next((str(value).strip() for name, value in headers.items() if str(name).lower() == "retry-after"), "")
     if text.isdecimal():
         return float(text)

@@ -49,17 +49,17 @@ class Facts:
 
 
 class Output(Protocol):
-    """Takes a whole file from its beginning on, again for each attempt."""
+    """Takes a whole file from its beginning, and anew for each attempt."""
 
     def seek(self, offset: int, /) -> object:
-        """Begin anew; `offset` is 0."""
+        """Go back to the beginning; `offset` is 0."""
 
     def write(self, data: bytes, /) -> object:
-        """Take what comes next."""
+        """Take the next bytes of the file."""
 
 
 def facts(url: Url, access: Access) -> Facts:
-    """Return size and version of a file, asked of the server.
+    """Ask the server for size and version of a file.
 
     Raises:
         FaultError: after all attempts.
@@ -85,7 +85,7 @@ def read_range(url: Url, start: int, end: int, access: Access, version: str = ""
         start: first byte.
         end: byte after the last.
         access: attempts and time limit.
-        version: of the file; refuses another where the server tells it with every answer (http).
+        version: of the file; another is refused where the server sends it with every answer (http).
 
     Raises:
         FaultError: after all attempts.
@@ -136,7 +136,7 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
 
 
 def fetch(url: Url, out: Output, access: Access, size: int | None = None, version: str = "") -> int:
-    """Write a whole file to `out`, by ranges; at once where there are none: out of a pipe, from a server without.
+    """Write a whole file to `out`, by ranges; in one piece from a pipe, or a server without ranges.
 
     Args:
         url: of the file.
@@ -192,9 +192,9 @@ def require_shell(url: Url, access: Access) -> None:
 
 
 def filesystem(url: Url, access: Access) -> Any:
-    """Return fsspec's file system of the scheme, one per process and thread: they do not survive a fork.
+    """Return fsspec's file system of the scheme; each process and thread has its own, as none survives a fork.
 
-    Credentials are found by the usual chains of each.
+    Credentials are found in the usual places of each.
 
     Raises:
         ConfigError: the package that reads the scheme is not installed.
@@ -258,8 +258,10 @@ def _request(
 async def _answer(
     files: Any, address: str, write: Callable[[bytes], object], version: str, ranged: str, silence_s: float
 ) -> None:
-    """Read an answer as fsspec's own would not: that reads all of a file whose server knows no ranges, or never ends,
-    and sees no other version."""
+    """Read an answer up to a limit, and check its version.
+
+    fsspec's own reads all of a file whose server knows no ranges, or never ends, and notices no other version.
+    """
     from aiohttp import ClientTimeout
 
     session = await files.set_session()
@@ -285,7 +287,7 @@ async def _answer(
 
 
 class _Limited:
-    """Passes bytes on, no more than a file may have, and counts them."""
+    """Passes bytes on, but no more than a file may have, and counts them."""
 
     def __init__(self, write: Callable[[bytes], object], limit: int) -> None:
         self._write, self._limit, self.count = write, limit, 0
@@ -316,7 +318,7 @@ def _fetch_at_once(url: Url, out: Output, access: Access, size: int | None, vers
 
 
 def _run(command: str, write: Callable[[bytes], object], timeout_s: float) -> None:
-    """Run a command and pass on what it writes. A failing part of a pipeline fails the whole."""
+    """Run a command and pass on what it writes. Where one part of a pipeline fails, all of it does."""
     with subprocess.Popen(
         ["bash", "-o", "pipefail", "-c", command],
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Indices of remote shards: fetched from beside them, or made by reading them once, and kept with their versions."""
+"""Indices of remote shards are fetched from beside them, or made by one reading, and kept with the shards' versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCAN_BLOCK_BYTES = 1 << 20
 
 
 def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Address, ShardIndex]:
-    """Return indices of remote shards, saved in `cache_dir`.
+    """Return the indices of remote shards, and save them in `cache_dir`.
 
     Raises:
         DataError: a shard that cannot be read, or is not the one that was indexed; pipes that are not allowed.
@@ -34,7 +34,7 @@ def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict
     for url in shards:
         _check_pipe(url, access)
     sums = _checksums(shards, access.at_start())
-    # Ask after one shard of every folder before all are: a server that is down is told once, and soon.
+    # Ask after one shard of every folder before all are: a server that is down is reported once, and soon.
     for url in {url.parent: url for url in reversed(shards) if url.scheme != "pipe"}.values():
         _check_server(url, access)
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
@@ -49,7 +49,7 @@ def _check_pipe(url: Url, access: Access) -> None:
 
 
 def _check_server(url: Url, access: Access) -> None:
-    """See that a server answers; without a cache, that it knows ranges."""
+    """Check that a server answers and, where there is no cache, that it knows ranges."""
     try:
         facts(url, access.at_start())
         if not access.cache_bytes:
@@ -125,7 +125,7 @@ def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:
 
 
 class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """A remote shard in blocks that fsspec keeps, and that are fetched as all else is: checked, and again."""
+    """Reads a remote shard in blocks, which fsspec keeps; each is checked, and fetched again where that fails."""
 
     def __init__(self, url: Url, size: int, access: Access) -> None:
         self._url, self._access = url, access
@@ -138,7 +138,7 @@ class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has 
 
 
 def _scan_whole(url: Url, now: Facts | None, access: Access) -> ShardIndex:
-    """Bring a shard into the cache, and read it there. What a pipe gives shows only when it is run."""
+    """Fetch a shard into the cache, and read it there. What a pipe gives shows only when it is run."""
     if access.cache is None:
         raise _needs_cache(url)
     size, version = (None, "") if now is None else (now.size, now.version)
@@ -152,7 +152,7 @@ def _scan_whole(url: Url, now: Facts | None, access: Access) -> ShardIndex:
 
 
 def _checksums(shards: Sequence[Url], access: Access) -> dict[Url, str]:
-    """Return the SHA-256 of shards, as the manifests beside them have it."""
+    """Return the SHA-256 of shards, from the manifests beside them."""
     sums = {}
     for folder in sorted({url.parent for url in shards if url.scheme != "pipe"}):
         place = folder / "manifest.json"

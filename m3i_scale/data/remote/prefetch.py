@@ -1,4 +1,4 @@
-"""Remote shards as one process reads them: out of the cache where they have come whole, by range until then.
+"""A process reads remote shards from the cache where they have come whole, and by range until then.
 
 The rule, for every shard that is read:
 
@@ -64,7 +64,7 @@ class RemoteShards:
         self._closed = False
 
     def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex] = ()) -> None:
-        """Tell which shards a stream reads now, and which it reads next; what it named before is let go."""
+        """Announce which shards a stream reads now and which it reads next; those it named before are released."""
         if self._cache is None:
             self._same_version.difference_update(index.path for index in now)
             return
@@ -99,7 +99,7 @@ class RemoteShards:
             raise bad_shard(index.path, fault) from None
 
     def close(self) -> None:
-        """Let all shards go; threads end after what they do now."""
+        """Release all shards; threads end after what they do now."""
         with self._changed:
             self._closed = True
             for path in list(self._fetches):
@@ -126,7 +126,7 @@ class RemoteShards:
             return self._read(index, start, end)
 
     def _descriptor(self, index: ShardIndex) -> int | None:
-        """Return that of the shard in the cache; None where it is to be read by range."""
+        """Return the descriptor of the shard in the cache; None where it is to be read by range."""
         if self._cache is None:
             return None
         url = _url(index)
@@ -145,7 +145,7 @@ class RemoteShards:
         return future.result()
 
     def _wait_for(self, path: Address, ahead_of_need: bool) -> int | None:
-        """Return what a fetch gives. One that was begun ahead of need and fails is repeated."""
+        """Wait for a fetch and return its descriptor. A fetch that began ahead of need and failed is repeated."""
         try:
             return self._fetches[path].result()
         except FaultError:
@@ -162,7 +162,7 @@ class RemoteShards:
             future.add_done_callback(_close)
 
     def _work(self) -> None:
-        """Fetch the most urgent shard that nobody else fetches, again and again."""
+        """Fetch the most urgent shard that no other thread fetches, again and again."""
         while True:
             with self._changed:
                 while not self._closed and (index := self._next()) is None:
@@ -216,7 +216,7 @@ class RemoteShards:
 
 
 class _Hashed:
-    """A file that is written from its beginning on, and its SHA-256; without `out` nothing is kept."""
+    """Writes a file from its beginning, and computes its SHA-256; without `out` nothing is kept."""
 
     def __init__(self, out: BinaryIO | None) -> None:
         self._out, self._sha256 = out, hashlib.sha256()
@@ -237,7 +237,7 @@ class _Hashed:
 
 
 def check_version(index: ShardIndex, access: Access) -> None:
-    """See that the server still has what was indexed.
+    """Check that the server still has the version that was indexed.
 
     Raises:
         FaultError: it has not, or does not answer.
@@ -253,7 +253,7 @@ def check_version(index: ShardIndex, access: Access) -> None:
 
 
 def no_room(url: Url) -> DataError:
-    """Return the error of a shard that can only be read whole, and finds no room."""
+    """Return the error of a shard that can only be read whole, and does not fit into the cache."""
     return DataError(
         "the shard can only be read whole, and the cache has no room for it beside the shards in use",
         where=str(url),

@@ -1,1 +1,1 @@
-"""Tools for shards that others made: every tar is hostile, every fault is told, none stops the rest."""
+"""These tools read shards that others made: every tar may be hostile, every fault is reported, none stops the rest."""

@@ -1,4 +1,4 @@
-"""What lies beside shards (sizes.json, manifest.json, index/, img2dataset's statistics), held against the shards."""
+"""Compare shards with what lies beside them: sizes.json, manifest.json, index/, img2dataset's statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m3i_scale.files import read_json, sha256_of
 
 @dataclass(frozen=True)
 class Claims:
-    """What is claimed of one shard; None where nothing is."""
+    """Holds what is claimed of one shard; None where nothing is."""
 
     samples: dict[str, int] = field(default_factory=dict)
     """By the file that says so."""
@@ -27,7 +27,7 @@ class Claims:
 
 @dataclass
 class Beside:
-    """What a folder claims about its shards."""
+    """Holds what a folder claims about its shards."""
 
     claims: dict[str, Claims] = field(default_factory=dict)
     faults: list[tuple[str, Fault]] = field(default_factory=list)
@@ -41,7 +41,7 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> Beside:
     Args:
         folder: where the shards lie.
         shards: those that are looked at.
-        whole: they are all shards of the folder, so one that is listed and not among them is missing.
+        whole: whether they are all shards of the folder; then one that is listed and not among them is missing.
     """
     beside = Beside()
     sizes = _read(folder / "sizes.json", beside)
@@ -70,7 +70,7 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> Beside:
 
 
 def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
-    """Find where a shard is not what is claimed of it; also its index."""
+    """Return where a shard, or its index, is not what is claimed of it."""
     if any(fault.reason == UNREADABLE for fault in shard.faults):
         return []
     faults = [

@@ -1,4 +1,4 @@
-"""`shards check`: every member of every sample, keys across shards, and what lies beside the shards."""
+"""`shards check` looks at every member of every sample, at keys across shards, and at what lies beside the shards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Write = Callable[[dict[str, Any]], object]
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard for a worker."""
+    """Gives a worker one shard to check."""
 
     path: Path
     number: int
@@ -52,7 +52,7 @@ class ShardTask:
 
 @dataclass
 class ShardReport:
-    """What was found in one shard."""
+    """Holds what a worker found in one shard."""
 
     path: Path
     number: int
@@ -68,13 +68,13 @@ class ShardReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is wrong with the shard itself."""
+        """Return whether nothing is wrong with the shard itself."""
         return all(fault.reason in BESIDE for fault in self.faults)
 
 
 @dataclass
 class CheckReport:
-    """What was found in all of them."""
+    """Holds what was found in all shards."""
 
     source: str
     shards: list[ShardReport] = field(default_factory=list)
@@ -85,11 +85,11 @@ class CheckReport:
 
     @property
     def bad(self) -> bool:
-        """Whether anything is wrong."""
+        """Return whether anything is wrong."""
         return bool(self.reasons)
 
     def summary(self) -> dict[str, Any]:
-        """Return all of it as JSON types."""
+        """Return the whole report as JSON types."""
         return {
             "source": self.source,
             "shards": len(self.shards),
@@ -115,7 +115,7 @@ def check_shards(
     quarantine: Path | None = None,
     advance: Advance | None = None,
 ) -> CheckReport:
-    """Look at everything; faults are counted, none of them stops the rest.
+    """Check all shards of a source; faults are counted, and none of them stops the rest.
 
     Args:
         source: a folder, a brace pattern or one tar.
@@ -151,7 +151,7 @@ def check_shards(
 
 
 def check_shard(task: ShardTask) -> ShardReport:
-    """Look at one shard."""
+    """Check one shard: its tar, the members of its samples, and what is claimed of it."""
     raw = read_shard(task.path)
     members: Counter[str] = Counter()
     faults = raw.faults + [fault for sample in _contents(task, raw, members) for fault in sample.faults]
@@ -230,7 +230,7 @@ def _note(report: CheckReport, url: str, fault: Fault, write: Write) -> None:
 
 @contextmanager
 def _lines(path: Path | None) -> Iterator[Write]:
-    """Write JSON lines into a file that appears when it is complete."""
+    """Open a JSON-lines file that appears when it is complete."""
     if path is None:
         yield lambda line: None
         return

@@ -1,4 +1,4 @@
-"""`m3i-scale shards check | stats | peek | split | merge`: look at shards, whoever made them, and rearrange them."""
+"""`m3i-scale shards check | stats | peek | split | merge` look at shards, whoever made them, and rearrange them."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def merge(
 
 @contextmanager
 def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
-    """Show a bar over the bytes of all shards, which are read so many times; none where `quiet`."""
+    """Show a bar over the bytes of all shards, times how often they are read; none where `quiet`."""
     from m3i_scale.data.shards import local_shards
 
     total = 0
@@ -257,7 +257,7 @@ def _print_stats(counts: dict[str, Any]) -> None:
 
 
 def _plain(*cells: object) -> list[Any]:
-    """Make cells whose brackets are no markup."""
+    """Return cells whose brackets are not read as markup."""
     return [Text(str(cell)) for cell in cells]
 
 

@@ -1,4 +1,4 @@
-"""`shards peek`: a contact sheet of random samples, as a picture and as a page."""
+"""`shards peek` makes a contact sheet of random samples, as a picture and as a page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BACKGROUND, INK, FAULT = "white", "black", (170, 30, 30)
 
 @dataclass(frozen=True)
 class Card:
-    """One sample of the sheet."""
+    """Holds what the sheet shows of one sample."""
 
     shard: str
     key: str
@@ -73,7 +73,7 @@ def peek(
         columns: pictures in a row of sheet.png.
         max_pixels: larger images are not decoded.
         workers: processes that count samples.
-        advance: told the bytes of every shard that is counted.
+        advance: called with the bytes of every shard that is counted.
 
     Raises:
         DataError: no shards, no samples, an output that exists.
@@ -106,13 +106,13 @@ def peek(
 
 
 def count_samples(path: Path) -> tuple[int, int]:
-    """Count the bytes and samples of a shard."""
+    """Return the bytes and the number of samples of a shard."""
     shard = read_shard(path)
     return shard.size, len(shard.samples)
 
 
 def read_cards(path: Path, numbers: Sequence[int], side: int, max_pixels: int) -> list[Card]:
-    """Make cards of some samples of a shard, by their numbers."""
+    """Return the cards of some samples of a shard, by their numbers."""
     shard = read_shard(path)
     labels = labels_beside(path.parent)
     with path.open("rb") as stream:
@@ -142,8 +142,7 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
 
 
 def _fitting(picture: Image.Image, side: int) -> Image.Image:
-    """Resize a picture to at most `side` high and wide, and more than half of that: small ones are shown with larger
-    pixels."""
+    """Resize a picture to at most `side` high and wide, and more than half of it; small ones get larger pixels."""
     factor = side // max(picture.size)
     if factor > 1:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -164,7 +163,7 @@ def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
 
 
 def page(cards: Sequence[Card], source: str, samples: int, seed: int) -> str:
-    """Make a page that needs nothing else, runs nothing, and escapes all text of others."""
+    """Return a page that needs nothing else, runs nothing, and escapes all text of others."""
     template = _environment().get_template("peek.html.j2")
     return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)
 
@@ -179,7 +178,7 @@ def _environment() -> Environment:
 
 
 def contact_sheet(cards: Sequence[Card], side: int, columns: int) -> Image.Image:
-    """Draw all pictures in a grid, a few lines of text below each."""
+    """Draw all pictures in a grid, with a few lines of text below each."""
     columns = min(columns, len(cards))
     line = FONT_SIZE + 2
     width, height = side + PADDING, side + TEXT_LINES * line + 2 * PADDING

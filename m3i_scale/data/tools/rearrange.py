@@ -1,4 +1,4 @@
-"""`shards split` and `shards merge`: existing shards into new ones; contents of members stay as they are."""
+"""`shards split` and `shards merge` make new shards of existing ones; contents of members stay as they are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Keys = Literal["refuse", "prefix"]
 
 @dataclass(frozen=True)
 class Labels:
-    """One label set out of several."""
+    """Holds one label set that several were joined to, and their new numbers."""
 
     names: list[str] | None
     """None: no source has labels.json."""
@@ -51,7 +51,7 @@ def split_shards(
         name: beginning of their file names.
         shares: of samples by split.
         group: samples with the same value of this field of their json members go to the same split.
-        advance: told bytes read; every shard is read twice.
+        advance: called with bytes read; every shard is read twice.
 
     Raises:
         DataError: damaged or hostile tars, keys that repeat, samples without the field, an output that exists.
@@ -81,7 +81,7 @@ def merge_shards(
         options: size and order of the new shards.
         name: beginning of their file names.
         keys: what to do with keys that stand for several samples.
-        advance: told bytes read; every shard is read twice.
+        advance: called with bytes read; every shard is read twice.
 
     Raises:
         DataError: see `split_shards`; labels of one source cannot be named.
@@ -166,7 +166,7 @@ def _plain(stem: str) -> str:
 
 
 def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
-    """Copy the tokenizer beside the sources, where all have the same."""
+    """Copy the tokenizer beside the sources if all have the same; return whether they do."""
     tokenizers = []
     for source in sources:
         beside = local_shards(source)[0].parent
@@ -175,8 +175,8 @@ def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
             return False
         tokenizers.append(places[0])
     names = sorted(path.name for path in tokenizers[0].iterdir() if path.is_file())
-    for other in tokenizers[1:]:
-        if filecmp.cmpfiles(tokenizers[0], other, names, shallow=False)[0] != names:
+    for tokenizer in tokenizers[1:]:
+        if filecmp.cmpfiles(tokenizers[0], tokenizer, names, shallow=False)[0] != names:
             return False
     (folder / "tokenizer").mkdir()
     for name in names:

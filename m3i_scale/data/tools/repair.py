@@ -1,4 +1,4 @@
-"""`shards check --repair`: the good samples of bad shards, byte by byte, in a folder of their own."""
+"""`shards check --repair` copies the good samples of bad shards, byte by byte, into a folder of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RepairTask:
-    """One shard for a worker."""
+    """Gives a worker one shard to repair."""
 
     path: Path
     output: Path
@@ -71,7 +71,7 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
 
 
 def repair_shard(task: RepairTask) -> dict[str, Any]:
-    """Copy one shard without its bad samples; returns what the manifest says of it."""
+    """Copy one shard without its bad samples, and return what the manifest says of it."""
     good = [sample for sample in read_shard(task.path).samples if sample.start not in task.bad]
     if not good:
         return {"samples": 0}
@@ -90,7 +90,7 @@ def _facts(samples: Sequence[RawSample], path: Path) -> dict[str, Any]:
 
 
 def _scattered_only(report: CheckReport) -> dict[int, set[int]]:
-    """Return offsets, by shard, of samples whose only fault copying mends: that their members lie apart."""
+    """Return offsets, by shard, of samples whose only fault is that their members lie apart, which copying mends."""
     mendable: dict[int, set[int]] = {}
     for shard in report.shards:
         reasons: dict[int, set[str]] = {}

@@ -1,4 +1,4 @@
-"""`shards stats`: what is in shards, without decoding images."""
+"""`shards stats` counts what is in shards, without decoding images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ MAX_LABEL = 10**9
 
 @dataclass
 class Tally:
-    """Quantiles of any number of values in bounded memory: values are counted, rounded to `digits` significant ones."""
+    """Gives quantiles of any number of values in bounded memory.
+
+    Values are counted after rounding to `digits` significant digits.
+    """
 
     digits: int = 4
     counts: Counter[float] = field(default_factory=Counter)
@@ -41,7 +44,7 @@ class Tally:
         self.counts[_rounded(value, self.digits)] += 1
 
     def quantiles(self, shares: Sequence[float] = QUANTILES) -> dict[str, float]:
-        """Return the value at or below which each share of the values lies, by per cent; empty without values."""
+        """Return the value at or below which each share of values lies, by per cent, and the mean; empty if none."""
         if not self.counts:
             return {}
         values = sorted(self.counts)
@@ -55,7 +58,7 @@ class Tally:
 
 @dataclass
 class ShardStats:
-    """Counts of one shard, or of several."""
+    """Holds the counts of one shard, or of several."""
 
     size: int = 0
     samples: int = 0
@@ -79,7 +82,7 @@ class ShardStats:
             getattr(self, name).update(getattr(other, name))
 
     def count(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
-        """Count a sample, each part of it for itself."""
+        """Count a sample, each of its parts separately."""
         self.having.update(name for name, extension in (("mask", MASK), ("json", "json")) if extension in members)
         for part in (self._image, self._caption, self._label):
             try:
@@ -115,7 +118,7 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class StatsTask:
-    """One shard for a worker."""
+    """Gives a worker one shard to count."""
 
     path: Path
     max_pixels: int
@@ -144,7 +147,7 @@ def stats_of(source: str, *, max_pixels: int, workers: int = 1, advance: Advance
         source: a folder, a brace pattern or one tar.
         max_pixels: larger images are counted as bad.
         workers: processes.
-        advance: told the bytes of every shard that is done.
+        advance: called with the bytes of every shard that is done.
 
     Raises:
         DataError: there are no shards.
@@ -196,7 +199,7 @@ def _duplicates(digests: Digests, paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _set_aside(total: ShardStats, classes: int) -> None:
-    """Count labels that no name belongs to as bad, as in training: no classes, and no samples with a label."""
+    """Count labels without a name as bad, as training does: no classes, and no samples with a label."""
     outside = [label for label in total.labels if label >= classes]
     count = sum(total.labels.pop(label) for label in outside)
     total.having["label"] -= count
@@ -205,7 +208,7 @@ def _set_aside(total: ShardStats, classes: int) -> None:
 
 
 def _balance(labels: Counter[int], names: Sequence[str] | None) -> dict[str, Any]:
-    """Say how often each class occurs; `effective` is the exponential of the entropy: as many equal classes."""
+    """Return how often each class occurs; `effective` is the exponential of the entropy: so many equal classes."""
     total = sum(labels.values())
     shares = [count / total for count in labels.values()]
     known = range(len(names)) if names is not None else sorted(labels)

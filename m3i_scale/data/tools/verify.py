@@ -1,4 +1,4 @@
-"""What is wrong with the contents of a sample, in the words of the loader's quarantine file."""
+"""The contents of a sample are checked here; faults have the words of the loader's quarantine file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 
 @dataclass(frozen=True)
 class Rules:
-    """What a sample must have."""
+    """Says what a sample must have."""
 
     max_pixels: int
     """Larger images are bad; only their header is read."""
@@ -48,7 +48,7 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
 
 
 def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str]]:
-    """Return (reason, detail) of all that is wrong with a sample."""
+    """Return (reason, detail) of everything that is wrong with a sample."""
     faults = []
     for check in (_image, _caption, _label, _json, _mask):
         try:
@@ -60,7 +60,7 @@ def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str
 
 
 def image_extensions(members: Mapping[str, bytes]) -> list[str]:
-    """List the image members, the one that the loader takes first."""
+    """Return the extensions of the image members; first stands the one that the loader takes."""
     return [extension for extension in IMAGE_EXTENSIONS if extension in members]
 
 
@@ -106,7 +106,7 @@ def _mask(members: Mapping[str, bytes], rules: Rules) -> None:
     try:
         size = open_image({extensions[0]: members[extensions[0]]}, rules.max_pixels).size
     except BadSampleError:
-        return  # the image is at fault, and told as such
+        return  # the image is at fault, and reported as such
     mask = open_mask(members, rules.max_pixels, size)
     if mask is not None and rules.decode:
         try:
