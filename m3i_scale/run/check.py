@@ -1,4 +1,4 @@
-"""Everything that can be checked of a run before anything is started, checked at once."""
+"""Check everything of a run that can be checked before anything is started, all at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
-    """Raise what `faults_of` finds.
+    """Raise the faults that `faults_of` returns.
 
     Raises:
         UserError: what was found; a FaultsError where that are several things.
@@ -77,7 +77,7 @@ def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
 
 
 class Checks:
-    """The checks of one run, those left out that need what is at fault already.
+    """Runs the checks of one run, but for those that need a section which is at fault already.
 
     Args:
         run: the run file.
@@ -96,7 +96,7 @@ class Checks:
         return not self.at_fault.intersection(sections)
 
     def resolve(self, faults: Faults) -> ResolvedRun | None:
-        """Look at everything.
+        """Run all checks, and return the resolved run.
 
         Args:
             faults: what is found is added.
@@ -168,7 +168,7 @@ class Checks:
             faults.note(named_peak, peak, compute_dtype(deepspeed.config))
 
     def _access(self, faults: Faults) -> tuple[Access | None, bool]:
-        """Return how servers are asked, and whether the shards are there."""
+        """Return the access to servers, and whether the shards are there."""
         data = self.run.data
         if self.ranks is not None and self.sound("optim"):
             size = self.run.optim.micro_batch_size
@@ -184,7 +184,7 @@ class Checks:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    """Check that losses on validation data have both, data and an interval, and a run that is long enough.
+    """Check that an evaluation has validation data, an interval, and a run that is long enough.
 
     Raises:
         ConfigError: one of them is missing.
@@ -231,7 +231,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
 
 
 def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
-    """Validation sources under the training label set that they share; they never add one to the model.
+    """Return the run with validation sources under the training label set that they share; they never add one.
 
     Raises:
         ConfigError: validation labels that no training source has.
