@@ -1,4 +1,4 @@
-"""Notice what goes wrong without a crash: collapse, a temperature out of range, a group that outweighs the others.
+"""Notice what goes wrong without a crash: collapse, a runaway temperature, a group that outweighs the others.
 
 Every rule looks at logged figures alone (docs/metrics.md), holds for several records in a row before it is named, and
 is named once until it has healed.

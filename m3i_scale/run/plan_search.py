@@ -1,4 +1,4 @@
-"""The plan of a run as it is written, and the search for what would be better."""
+"""Plan a run as it is written, and search for settings that would be better."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the run as it is written takes, and what would be better."""
+    """Holds what the run as it is written takes, and what would be better."""
 
     run: RunConfig
     model: Model
@@ -46,7 +46,7 @@ class RunPlan:
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     def document(self) -> dict[str, Any]:
-        """Return the JSON document."""
+        """Return the JSON document of `m3i-scale plan`."""
         planned, batch = self.planned, self.run.optim.batch_size
         world = self.machine.links.world
         seconds = self.samples / batch * planned.step_s

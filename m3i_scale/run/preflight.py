@@ -1,4 +1,5 @@
-"""What a run needs of its hosts, and the cheap checks before the engine starts; the rest is `m3i-scale doctor`."""
+"""Say what a run needs of its hosts, and check what is cheap before the engine starts; `m3i-scale doctor` does the
+rest."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ _GROUPS = 4
 def needs_of(
     run: RunConfig, *, world_size: int, ranks_here: int, vocabulary: Vocabulary | None = None, config: Any = None
 ) -> Needs:
-    """What a run needs of a host, at least; the model is built without memory for it.
+    """Return what a run needs of a host, at least; the model is built on `meta`, without memory.
 
     Args:
         run: the run file.
@@ -72,7 +73,7 @@ def needs_of(
 
 
 def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
-    """How many lie on the disk at the same time at most, the one being written included."""
+    """Return how many checkpoints are on the disk at the same time at most, the one being written included."""
     saves = math.ceil(steps / config.every_steps)
     kept = config.keep_latest + (config.keep_best.count if config.keep_best is not None else 0)
     if config.keep_every_steps is not None:
@@ -111,7 +112,7 @@ def check_software(run: RunConfig) -> None:
 
 
 def check_machines(resolved: ResolvedRun) -> None:
-    """The cheap part of the doctor, on every host of a run that is about to start: memory, /dev/shm, file limits, and
+    """Do the cheap checks of the doctor on every host of a run that is about to start: memory, /dev/shm, file limits,
     room for a checkpoint. Every rank calls it.
 
     Raises:
@@ -125,7 +126,7 @@ def check_machines(resolved: ResolvedRun) -> None:
 
 
 def _findings_here(resolved: ResolvedRun) -> list[Finding]:
-    """Of this host, by one of its ranks."""
+    """Return the findings of this host; one of its ranks calls it."""
     host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
     config = resolved.deepspeed.config
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: its rules, checked before step 1, and the figures that they ask for."""
+"""Decide which checkpoints a run keeps: its rules, checked before step 1, and the figures that they ask for."""
 
 from __future__ import annotations
 
@@ -121,5 +121,6 @@ def _check_best(run: RunConfig, recipe: Recipe, metric: str) -> None:
 
 
 def _meet(saves: int, every: int, steps: int) -> bool:
-    """Whether a checkpoint, saved at multiples of `saves` and at the last step, is ever of a multiple of `every`."""
+    """Return whether a checkpoint, saved at multiples of `saves` and at the last step, is ever of a multiple of
+    `every`."""
     return math.lcm(saves, every) <= steps or steps % every == 0

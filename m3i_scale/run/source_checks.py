@@ -1,4 +1,4 @@
-"""Settings of sources that say nothing in this run, or something else than was meant, refused before step 1."""
+"""Refuse, before step 1, settings of sources that have no effect in this run, or another one than was meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`m3i-scale stop`: have a run finish its step, save and leave, wherever it runs."""
+"""`m3i-scale stop` has a run finish its step, save and leave, wherever it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TELL_S = 60.0
 
 
 def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Ask a run to stop: through a file in its output folder, which rank 0 looks for after every step. So it does not
+    """Ask a run to stop, through a file in its output folder that rank 0 looks for after every step. So it does not
     matter on which host, in which container or under which launcher it runs.
 
     Args:

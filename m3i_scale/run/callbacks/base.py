@@ -53,8 +53,7 @@ class SourceFigures:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Holds the figures of one logged step. Means over the ranks and over the steps since the last record, unless said
-    otherwise."""
+    """Holds the figures of one logged step: means over ranks and steps since the last record, unless said otherwise."""
 
     step: int
     """Optimizer steps done."""

@@ -76,7 +76,7 @@ class WandbWriter(Callback):
         self._run.log({"step": step, **flatten(values, "evaluation")})
 
     def on_end(self, status: str) -> None:
-        """Close the run; mark it as failed where it did not end well."""
+        """Close the run; mark it as failed where it has not finished."""
         if self._run is not None:
             self._run.finish(exit_code=0 if status == "finished" else 1)
             self._run = None
