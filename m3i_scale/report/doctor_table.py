@@ -22,15 +22,15 @@ def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
     for finding in findings:
         by_check.setdefault(finding["check"], []).append(finding)
         counts[_kind(finding)] += 1
-    for check, found in by_check.items():
-        well = [finding for finding in found if _kind(finding) == "ok"]
+    for check, of_check in by_check.items():
+        well = [finding for finding in of_check if _kind(finding) == "ok"]
         if well:
             table.add_row(_mark("ok"), check, _hosts(well), _together(well))
-        for finding in found:
+        for finding in of_check:
             if _kind(finding) != "ok":
                 table.add_row(_mark(_kind(finding)), check, finding["host"], _found(finding))
-    said = f"{counts['ok']} ✓, {counts['warning']} !, {counts['fault']} ✗"
-    return Group(table, Text(said, "bold red" if counts["fault"] else "bold green"))
+    totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['fault']} ✗"
+    return Group(table, Text(totals, "bold red" if counts["fault"] else "bold green"))
 
 
 def _kind(finding: Mapping[str, Any]) -> str:

@@ -32,8 +32,8 @@ def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:
         batch = _longest(first, run.text.max_tokens).to(get_accelerator().current_device_name())
         return str(fit_activations(engine.module, lambda: engine(batch), policy.budget_gib))
     names = recomputing(engine.module)
-    told = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
-    return f"activations ({text}): {told}"
+    layers = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
+    return f"activations ({text}): {layers}"
 
 
 def _first_batch(stream: TrainStream) -> Iterator[Batch]:

@@ -82,8 +82,8 @@ class BadStep:
         """Return ranks and groups in a line."""
         if not any(report.bad for report in self.ranks):
             return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
-        told = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
-        return "; ".join(told[:_LISTED]) + (" …" if len(told) > _LISTED else "")
+        ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
+        return "; ".join(ranks[:_LISTED]) + (" …" if len(ranks) > _LISTED else "")
 
     @property
     def samples(self) -> str:
@@ -106,8 +106,8 @@ def write_bad_steps(output_dir: Path, step: int, why: str, steps: Iterable[BadSt
     """
     path = output_dir / FOLDER / f"step-{step:08d}.json"
     content = {"step": step, "why": why, "steps": [asdict(bad) for bad in steps], "records": list(records)}
-    said: str = from_rank_0(lambda: _write(path, content))
-    return said
+    message: str = from_rank_0(lambda: _write(path, content))
+    return message
 
 
 def _write(path: Path, content: dict[str, Any]) -> str:

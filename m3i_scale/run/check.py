@@ -220,18 +220,19 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
             why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text: m3i_no_text, supervised",
         )
-    found = find_tokenizer(run.data.sources, run.text.tokenizer, access)
-    if found.pad_token_id != 0:
+    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access)
+    if tokenizer.pad_token_id != 0:
         raise ConfigError(
-            f"the text tower pads with token 0, and the tokenizer with {found.pad_token_id}",
+            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
             where="text.tokenizer",
             fix="take a BERT-type tokenizer, or the one that `shards make` trains",
         )
-    return found
+    return tokenizer
 
 
 def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
-    """Return the run with validation sources under the training label set that they share; they never add one.
+    """Return the run with validation sources under the training label set that they share: they never add one to the
+    model.
 
     Raises:
         ConfigError: validation labels that no training source has.
@@ -240,15 +241,15 @@ def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) ->
         return run
     sources = {}
     for name, source in run.data.validation.items():
-        (found, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
+        (label_set, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
         same = [key for key in label_sets if label_sets[key] == names]
-        if found is not None and not same:
+        if label_set is not None and not same:
             raise ConfigError(
                 f"the labels of validation source '{name}' are those of no training source",
                 where=f"data.validation.{name}: {source.shards}",
                 fix="make both from one folder or manifest (`shards make … --split`), so that labels.json is the same",
             )
         # The same names under another set name: the model has one head for them.
-        chosen = found if found in same else (same[0] if same else source.label_set)
+        chosen = label_set if label_set in same else (same[0] if same else source.label_set)
         sources[name] = source.model_copy(update={"label_set": chosen})
     return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})

@@ -167,10 +167,11 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
 
 def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
     """Return the message of a run whose sources have ended, with so many bad samples; every rank calls it."""
-    left = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
-    over = ", ".join(f"{name} {round(count * world_size)}" for name, count in left.items())
-    told = f", {bad} were bad on the way" if bad else ""
-    return f"the sources are exhausted after step {step} of {steps} (epochs); samples that fill no batch: {over}{told}"
+    unused = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
+    per_source = ", ".join(f"{name} {round(count * world_size)}" for name, count in unused.items())
+    bad_text = f", {bad} were bad on the way" if bad else ""
+    unused_text = f"samples that fill no batch: {per_source}"
+    return f"the sources are exhausted after step {step} of {steps} (epochs); {unused_text}{bad_text}"
 
 
 class Shares:

@@ -57,9 +57,9 @@ class Diagnosis:
         spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
         self._spread_once |= spread
         young = set(record.groups) - self._spread_once if record.step < GROWING_UP_STEPS else set()
-        found = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
-        self._seen = {key: self._seen.get(key, 0) + 1 for key in found}
-        return [fault for key, fault in found.items() if self._seen[key] == PATIENCE]
+        faults = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
+        self._seen = {key: self._seen.get(key, 0) + 1 for key in faults}
+        return [fault for key, fault in faults.items() if self._seen[key] == PATIENCE]
 
 
 def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[RunWarning]:

@@ -366,12 +366,12 @@ _COUNTED = {
 
 def _check_counted(resolved: Resolved) -> None:
     zero = resolved.config["zero_optimization"]
-    other = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
+    uncounted = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
     if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
-        other.append("offload_optimizer.ratio")
-    if other:
+        uncounted.append("offload_optimizer.ratio")
+    if uncounted:
         raise ConfigError(
-            f"the plan does not count 'zero_optimization.{other[0]}'",
+            f"the plan does not count 'zero_optimization.{uncounted[0]}'",
             where=resolved.where,
             why="it changes what memory or communication DeepSpeed takes, and would be left out in silence",
             fix="plan without it: the numbers are then those of DeepSpeed's plain way",

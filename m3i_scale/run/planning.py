@@ -220,8 +220,7 @@ class Model:
         return self._traces[policy, micro_batch]
 
     def quick_trace(self, policy: str, micro_batch: int) -> Trace:
-        """Return the same from two small micro-batches: a tensor's size is a constant plus a number for every
-        sample."""
+        """Return the same from two small micro-batches: a tensor's size is a constant plus a number a sample."""
         small = self.smallest
         if micro_batch <= 2 * small:
             return self.trace(policy, micro_batch)

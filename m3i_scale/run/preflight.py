@@ -97,14 +97,14 @@ def check_software(run: RunConfig) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    own = together(
+    facts_here = together(
         lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)}, names_rank=True
     )
-    digests = gather_objects(checks.digest(own))
+    digests = gather_objects(checks.digest(facts_here))
     if len(set(digests)) == 1:
         return
     answers: dict[str, Any] = {}
-    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), own))):
+    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), facts_here))):
         apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one host
         answers[f"{host}, rank {rank}" if apart else host] = answer
     compared = checks.findings_of(answers, ("commit", "python", "packages", "config"))
@@ -119,8 +119,8 @@ def check_machines(resolved: ResolvedRun) -> None:
         HostsNotReadyError: all that was found, on all ranks.
     """
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
-    own: list[Finding] = together(lambda: _findings_here(resolved) if looks else [])
-    faults = faults_of(dict.fromkeys(finding for findings in gather_objects(own) for finding in findings))
+    findings_here: list[Finding] = together(lambda: _findings_here(resolved) if looks else [])
+    faults = faults_of(dict.fromkeys(finding for findings in gather_objects(findings_here) for finding in findings))
     if faults:
         raise not_ready(faults)
 
@@ -132,8 +132,8 @@ def _findings_here(resolved: ResolvedRun) -> list[Finding]:
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
     ranks_here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # where nobody says so, at least this one
     needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
-    found = machine_findings(host, look(), needs, on_host=on_host())
+    findings = machine_findings(host, look(), needs, on_host=on_host())
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save
-        one = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention will keep is for the doctor to weigh
-        found.append(disk_finding(host, run.output_dir, one))
-    return found
+        one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention keeps is for the doctor
+        findings.append(disk_finding(host, run.output_dir, one_checkpoint))
+    return findings

@@ -161,9 +161,9 @@ def _difference(key: str, before: Any, now: Any) -> str:
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', is '{names[1]}'"
-    found = told_differences(key, before, now)
-    more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
-    return "; ".join(found[:_SHOWN_CHANGES]) + more
+    differences = told_differences(key, before, now)
+    more = f", and {len(differences) - _SHOWN_CHANGES} more" if len(differences) > _SHOWN_CHANGES else ""
+    return "; ".join(differences[:_SHOWN_CHANGES]) + more
 
 
 def meta_of(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Rewinds:
         return checkpoint, rewind
 
     def _note(self) -> None:
-        """Write the file first, then withdraw the undone checkpoints: after a kill in between, a restart withdraws them."""
+        """Write the file first, then withdraw undone checkpoints: after a kill in between, a restart does that."""
         try:
             write_json(self._path, self._entries)
         except OSError as error:

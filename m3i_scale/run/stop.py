@@ -93,11 +93,11 @@ def _folder(run: str, overrides: list[str]) -> Path:
 
 
 def _await_end(folder: Path, holder: Holder, tell: Callable[[str], None]) -> None:
-    began = told = time.monotonic()
+    began = told_at = time.monotonic()
     while _holds(folder, holder):
         now = time.monotonic()
-        if now - told > _TELL_S:
-            told = now
+        if now - told_at > _TELL_S:
+            told_at = now
             tell(f"it still runs after {now - began:.0f} s; it stops after a step, an evaluation or a save")
         time.sleep(_LOOK_S)
 

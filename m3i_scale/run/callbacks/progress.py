@@ -145,9 +145,9 @@ def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
         record: of the step.
         moving: whether weights change. Then their sum says nothing from step to step and every group shows its own.
     """
-    told = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
+    groups = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
     losses = ", ".join(
-        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in told
+        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in groups
     )
     total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
     parts = [f"loss {losses}" if moving else total]
