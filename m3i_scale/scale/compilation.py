@@ -27,7 +27,7 @@ and beyond it a layer that must be one graph ends the run."""
 
 
 def check_compile(policy: str) -> None:
-    """Refuse to compile where it cannot be done, or would undo what the run file asks for. Call it before anything starts.
+    """Refuse to compile where it cannot be done, or would undo what the run file asks for. Call it before any start.
 
     Args:
         policy: `backbone.activation_checkpointing`.

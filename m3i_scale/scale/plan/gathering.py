@@ -42,7 +42,7 @@ class _Gather:
 
 @dataclass
 class Coordinator:
-    """Gathers and releases, for one rank."""
+    """Gathers and releases parameters, for one rank."""
 
     parameters: tuple[Parameter, ...]
     modules: tuple[tuple[int, ...], ...]
