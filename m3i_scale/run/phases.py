@@ -102,7 +102,7 @@ _LONG_STEPS = 2
 
 
 class Timeouts:
-    """Sets the time-out of collectives as the loop goes on. Every rank does the same with it.
+    """Sets the timeout of collectives as the loop goes on. Every rank makes the same calls.
 
     Args:
         timeouts: of the run file.

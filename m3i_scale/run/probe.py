@@ -48,7 +48,7 @@ def probe_loss(engine: Any, batch: Batch) -> float:
 
 @contextlib.contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """Put the module into evaluation between two steps: nothing counts as part of a step."""
+    """Put the module into evaluation mode between two steps: nothing counts as part of a step."""
     span, module.span = module.span, contextlib.nullcontext
     module.measure_health = False
     module.eval()
