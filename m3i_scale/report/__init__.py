@@ -1,1 +1,1 @@
-"""Recipes for people: the paper's table, and one recipe as a graph."""
+"""Documents for people: tables of recipes, backbones, checkpoints, plans and findings, and a recipe as a graph."""

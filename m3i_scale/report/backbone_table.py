@@ -1,4 +1,4 @@
-"""Backbones as a table."""
+"""Show backbones as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def backbone_table(rows: list[dict[str, Any]]) -> Table:
-    """Rows of `describe_backbone`."""
+    """Return the table of rows that `describe_backbone` gives."""
     table = Table(
         *("preset", "input", "token", "mask", "tokens", "width", "layers", "parameters", "GMAC"),
         box=None,

@@ -1,4 +1,4 @@
-"""Findings of the doctor for the terminal."""
+"""Show the findings of the doctor in a terminal."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _SHOWN = 3
 
 
 def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
-    """What is well, a line a check; what asks for something, a line a host with why and what to do; and the sum."""
+    """Return what is well, a line a check; what is not, a line a host with why and what to do; and the totals."""
     table = Table("", "check", "host", "found", box=None, pad_edge=False)
     counts = dict.fromkeys(_MARKS, 0)
     by_check: dict[str, list[Mapping[str, Any]]] = {}
     for finding in findings:
         by_check.setdefault(finding["check"], []).append(finding)
         counts[_kind(finding)] += 1
-    for check, found in by_check.items():
-        well = [finding for finding in found if _kind(finding) == "ok"]
+    for check, of_check in by_check.items():
+        well = [finding for finding in of_check if _kind(finding) == "ok"]
         if well:
             table.add_row(_mark("ok"), check, _hosts(well), _together(well))
-        for finding in found:
+        for finding in of_check:
             if _kind(finding) != "ok":
                 table.add_row(_mark(_kind(finding)), check, finding["host"], _found(finding))
-    said = f"{counts['ok']} ✓, {counts['warning']} !, {counts['fault']} ✗"
-    return Group(table, Text(said, "bold red" if counts["fault"] else "bold green"))
+    totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['fault']} ✗"
+    return Group(table, Text(totals, "bold red" if counts["fault"] else "bold green"))
 
 
 def _kind(finding: Mapping[str, Any]) -> str:
@@ -46,13 +46,13 @@ def _hosts(found: list[Mapping[str, Any]]) -> str:
     return ", ".join(finding["host"] for finding in found) if len(found) <= _NAMED else f"{len(found)} hosts"
 
 
-def _together(found: list[Mapping[str, Any]]) -> Text:
-    """Join values, each once, with the hosts that it is of where there are several; of many, the first ones."""
+def _together(findings: list[Mapping[str, Any]]) -> Text:
+    """Return the values, each once; where there are several, a line each with its hosts; of many, the first."""
     hosts_of: dict[str, list[str]] = {}
-    for finding in found:
+    for finding in findings:
         hosts_of.setdefault(finding["value"], []).append(finding["host"])
     if len(hosts_of) == 1:
-        return Text(found[0]["value"])
+        return Text(findings[0]["value"])
     lines = [f"{_listed(hosts)}: {value}" for value, hosts in list(hosts_of.items())[:_SHOWN]]
     more = f"\n… and {len(hosts_of) - _SHOWN} more (--json)" if len(hosts_of) > _SHOWN else ""
     return Text("\n".join(lines) + more)

@@ -1,4 +1,4 @@
-"""A plan for the terminal: bars of memory, then traffic and time."""
+"""Show a plan in a terminal: bars of memory, then traffic and time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ERROR = 0.1
 
 
 def plan_table(document: dict[str, Any]) -> Group:
-    """Return what `RunPlan.document` says, for the terminal."""
+    """Return the document of `RunPlan.document` as tables for the terminal."""
     peak, limit = document["peak_gib_per_rank"], document["memory_gib"]
     verdict, style = _verdict(peak, limit)
     ranks = f"{document['ranks']:,} rank" + ("s" if document["ranks"] != 1 else "")
@@ -40,13 +40,13 @@ def _planned(choice: dict[str, Any], ranks: int) -> Text:
 
 
 def _rank_hours(document: dict[str, Any], hours: float) -> str:
-    """Write the hours of all ranks together, by what a rank computes on."""
+    """Return the hours of all ranks together, as hours of what a rank computes on."""
     shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     return f"{shown} {'CPU-rank' if document['on_host'] else 'GPU'} hours"
 
 
 def _verdict(peak: float, limit: float) -> tuple[str, str]:
-    """Return what to say of it, and in which colour."""
+    """Return whether the peak fits the limit, in words, and the colour of these words."""
     if peak > limit:
         return "does not fit", "red"
     if peak > (1 - ERROR) * limit:

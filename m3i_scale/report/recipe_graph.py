@@ -1,4 +1,4 @@
-"""One recipe as a small graph: x → f_θ → f_ψ ↔ f_φ ← y. What stands in it; how it is drawn is said elsewhere."""
+"""Read one recipe as a small graph: x → f_θ → f_ψ ↔ f_φ ← y. `recipe_mermaid.py` and `recipe_terminal.py` draw it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENS = {"masked": "hidden patches", "all": "all patches", "pooled": "whole vi
 
 @dataclass(frozen=True)
 class Node:
-    """A box of the graph: a heading, and what stands below it."""
+    """Holds a box of the graph: a heading, and what stands below it."""
 
     title: str
     details: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """A target: its prediction and its representation, joined by P̂."""
+    """Joins the prediction and the representation of a target by P̂."""
 
     inputs: tuple[str, ...]
     decoder: str
@@ -40,7 +40,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Graph:
-    """A recipe as boxes and the links between them; all text is printable."""
+    """Holds a recipe as boxes and the links between them; all text is printable."""
 
     name: str
     notes: tuple[str, ...]
@@ -54,7 +54,7 @@ class Graph:
 
 
 def read_recipe(name_or_path: str) -> Recipe:
-    """The recipe of a built-in run file, by name, or of a run file, by path.
+    """Return the recipe of a built-in run file, by name, or of a run file, by path.
 
     Raises:
         ConfigError: no such file, or a run file that does not hold together.
@@ -63,7 +63,7 @@ def read_recipe(name_or_path: str) -> Recipe:
 
 
 def graph_of(recipe: Recipe) -> Graph:
-    """The boxes and links of a recipe."""
+    """Return the boxes and links of a recipe."""
     balance = recipe.balance.kind
     return Graph(
         name=printable(recipe.name),

@@ -1,4 +1,4 @@
-"""A recipe's graph as a Mermaid flowchart, which GitHub and most editors draw."""
+"""Write a recipe's graph as a Mermaid flowchart, which GitHub and most editors draw."""
 
 from __future__ import annotations
 

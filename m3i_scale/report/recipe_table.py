@@ -1,4 +1,4 @@
-"""The paper's table, read from recipes."""
+"""Make the paper's table from recipes."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def described_rows() -> list[dict[str, Any]]:
 
 
 def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By family, then what hides nothing before what does, then by representation, then by name."""
+    """Return the rows by family, then what hides nothing before what does, then by representation, then by name."""
     return sorted(rows, key=_rank)
 
 
 class RecipeTable:
-    """Described recipes as a table that fits the console it is printed on.
+    """Shows described recipes as a table that fits the console it is printed on.
 
     Args:
         rows: what `describe` gives, those of a family in a row.
@@ -110,7 +110,7 @@ class RecipeTable:
         self.rows = rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """One column per field; two fields a column where the console is narrow, so that no word is broken."""
+        """Yield a table with one column per field; with two where the console is narrow, so that no word is broken."""
         columns = _WIDE if options.max_width >= _cells_of(_WIDE) else _NARROW
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for fields, width in columns.items():
@@ -140,12 +140,12 @@ def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:
 
 
 def _place(value: str, order: Sequence[str]) -> int:
-    """Of an unknown value: behind all known ones."""
+    """Return the place of a value; that of an unknown one is behind all known ones."""
     return order.index(value) if value in order else len(order)
 
 
 def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[str, Text]:
-    """What stands in a target's row, by the heading of its column."""
+    """Return the cells of a target's row, by the heading of their column."""
     name = Text(printable(row["name"]) if first else "", style="bold")
     others = {
         "x": _inputs(row, target),
@@ -161,7 +161,7 @@ def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[
 
 
 def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
-    """Views of the inputs that predict the target, those that are alike together."""
+    """Return the views of the inputs that predict the target, those that are alike together."""
     views: dict[str, list[str]] = {}
     for entry in row["inputs"]:
         if entry["name"] in target["inputs"]:

@@ -1,4 +1,4 @@
-"""A recipe's graph in a terminal of 80 columns: one row of boxes per target."""
+"""Draw a recipe's graph in a terminal of 80 columns: one row of boxes per target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIGN = "//"
 
 
 def render_terminal(graph: Graph) -> RenderableType:
-    """Boxes for a console. Names are shown as they are: nothing in them is markup."""
+    """Return boxes for a console. Names are shown as they are: nothing in them is markup."""
     grid = Table.grid()
     for heading, width in _COLUMNS:
         grid.add_column(Text(heading, style="dim"), width=width, vertical="middle", justify="center")
@@ -80,7 +80,7 @@ def _below_each_other(lines: list[Text]) -> Text:
 
 
 def _likelihood(link: Link) -> RenderableType:
-    """Distribution and regulariser above the arrow, weight and head below: the arrow is level with the boxes."""
+    """Return distribution and regulariser above the arrow, weight and head below: the arrow is level with the boxes."""
     end = f"{_SIGN}─▶" if link.stopped else "─▶"
     arrow = "◀" + end.rjust(_ARROW_WIDTH - 1, "─")
     regularizer, *others = link.likelihood.details

@@ -1,4 +1,4 @@
-"""What a backbone started from: a table for people, and start.json."""
+"""Show what a backbone started from: as a table for people, and in start.json."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
 
 
 def start_table(report: dict[str, Any]) -> Table:
-    """The report of `plan_load`; names that differ by the number of their layer share a line."""
+    """Return the report of `plan_load` as a table; names that differ by the number of their layer share a line."""
     table = Table("start", "", box=None, show_header=False)
     for what, told in lines(report):
         table.add_row(Text(what, style="bold"), Text(told))
@@ -47,23 +47,23 @@ def start_table(report: dict[str, Any]) -> Table:
 
 
 def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What, and how much of it."""
-    found = [
+    """Return (what, how much of it) of a report."""
+    rows = [
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
     ]
     pairs = Counter(_by_layer(f"{old} → {', '.join(new)}") for old, new in report["renamed"].items())
-    found += [("renamed", f"{pair}{f'  × {count}' if count > 1 else ''}") for pair, count in pairs.items()]
-    found += [
+    rows += [("renamed", f"{pair}{f'  × {count}' if count > 1 else ''}") for pair, count in pairs.items()]
+    rows += [
         ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
     ]
-    found += [("nought", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
-    found += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
-    found += [("fresh", name) for name in report["fresh"]]
-    found += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
-    return found
+    rows += [("nought", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
+    rows += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
+    rows += [("fresh", name) for name in report["fresh"]]
+    rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
+    return rows
 
 
 def _by_layer(pair: str) -> str:
-    """The number of the layer as N, so that all layers say the same."""
+    """Return the name with N for the number of its layer, so that all layers have the same name."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", pair)

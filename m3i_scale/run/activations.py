@@ -1,4 +1,4 @@
-"""The policy of activations of a run once the engine stands: a budget is met, and what recomputes is told."""
+"""Once the engine stands, choose and report the layers that recompute their activations."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:
         batch = _longest(first, run.text.max_tokens).to(get_accelerator().current_device_name())
         return str(fit_activations(engine.module, lambda: engine(batch), policy.budget_gib))
     names = recomputing(engine.module)
-    told = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
-    return f"activations ({text}): {told}"
+    layers = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
+    return f"activations ({text}): {layers}"
 
 
 def _first_batch(stream: TrainStream) -> Iterator[Batch]:
@@ -41,7 +41,7 @@ def _first_batch(stream: TrainStream) -> Iterator[Batch]:
 
 
 def _longest(batch: Batch, max_tokens: int) -> Batch:
-    """Captions padded to the most that a later batch may have."""
+    """Return the batch with captions padded to the most tokens that a later batch may have."""
     missing = max(max_tokens - batch.text_ids_BT.shape[1], 0)
     return replace(
         batch,

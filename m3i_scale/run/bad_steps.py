@@ -1,4 +1,4 @@
-"""What is left of a step that was not finite: who had which samples, and what was not finite. For a person to read."""
+"""Record, for a person to read, which rank had which samples in a step that was not finite, and what was not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """What is kept of a forward pass until the ranks have agreed that the step is good."""
+    """Holds what is kept of a forward pass until the ranks have agreed that the step is good."""
 
     loss: Tensor
     figures: dict[str, Tensor]
@@ -29,7 +29,7 @@ class MicroBatchResult:
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank's part of a step."""
+    """Holds one rank's part of a step."""
 
     rank: int
     losses: list[float]
@@ -41,12 +41,12 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        """Whether anything that this rank sees of its own is not finite."""
+        """Return whether any of this rank's own figures is not finite."""
         return bool(self.groups) or not all(map(math.isfinite, self.losses))
 
 
 def report_of(rank: int, seen: Sequence[MicroBatchResult], gradients: Iterable[tuple[str, Tensor]]) -> RankReport:
-    """Read a step back from the device.
+    """Return this rank's part of a step, read back from the device.
 
     Args:
         rank: this one.
@@ -61,14 +61,14 @@ def report_of(rank: int, seen: Sequence[MicroBatchResult], gradients: Iterable[t
 
 
 def gather_reports(own: RankReport) -> list[RankReport]:
-    """Return those of all ranks whose own figures are not finite; of all ranks where nobody's are. Collective."""
+    """Return the reports of ranks whose own figures are not finite; where there are none, of all ranks. Collective."""
     reports: list[RankReport] = gather_objects(own)
     return [report for report in reports if report.bad] or reports
 
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that was not finite."""
+    """Describes a step that was not finite."""
 
     step: int
     what: str
@@ -79,15 +79,15 @@ class BadStep:
 
     @property
     def where(self) -> str:
-        """Ranks and groups, in a line."""
+        """Return ranks and groups in a line."""
         if not any(report.bad for report in self.ranks):
             return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
-        told = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
-        return "; ".join(told[:_LISTED]) + (" …" if len(told) > _LISTED else "")
+        ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
+        return "; ".join(ranks[:_LISTED]) + (" …" if len(ranks) > _LISTED else "")
 
     @property
     def samples(self) -> str:
-        """The first keys of the first rank."""
+        """Return the first sample keys of the first rank."""
         return f"samples of rank {self.ranks[0].rank}: {', '.join(self.ranks[0].keys[:_LISTED])} …"
 
 
@@ -106,8 +106,8 @@ def write_bad_steps(output_dir: Path, step: int, why: str, steps: Iterable[BadSt
     """
     path = output_dir / FOLDER / f"step-{step:08d}.json"
     content = {"step": step, "why": why, "steps": [asdict(bad) for bad in steps], "records": list(records)}
-    said: str = from_rank_0(lambda: _write(path, content))
-    return said
+    message: str = from_rank_0(lambda: _write(path, content))
+    return message
 
 
 def _write(path: Path, content: dict[str, Any]) -> str:

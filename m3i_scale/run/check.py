@@ -1,4 +1,4 @@
-"""Everything that can be checked of a run before anything is started, checked at once."""
+"""Check everything of a run that can be checked before anything is started, all at once."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
-    """Raise what `faults_of` finds.
+    """Raise the faults that `faults_of` returns.
 
     Raises:
         UserError: what was found; a FaultsError where that are several things.
@@ -77,7 +77,7 @@ def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
 
 
 class Checks:
-    """The checks of one run, those left out that need what is at fault already.
+    """Runs the checks of one run, but for those that need a section which is at fault already.
 
     Args:
         run: the run file.
@@ -96,7 +96,7 @@ class Checks:
         return not self.at_fault.intersection(sections)
 
     def resolve(self, faults: Faults) -> ResolvedRun | None:
-        """Look at everything.
+        """Run all checks, and return the resolved run.
 
         Args:
             faults: what is found is added.
@@ -168,7 +168,7 @@ class Checks:
             faults.note(named_peak, peak, compute_dtype(deepspeed.config))
 
     def _access(self, faults: Faults) -> tuple[Access | None, bool]:
-        """Return how servers are asked, and whether the shards are there."""
+        """Return the access to servers, and whether the shards are there."""
         data = self.run.data
         if self.ranks is not None and self.sound("optim"):
             size = self.run.optim.micro_batch_size
@@ -184,7 +184,7 @@ class Checks:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    """Check that losses on validation data have both, data and an interval, and a run that is long enough.
+    """Check that an evaluation has validation data, an interval, and a run that is long enough.
 
     Raises:
         ConfigError: one of them is missing.
@@ -220,18 +220,19 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
             why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text: m3i_no_text, supervised",
         )
-    found = find_tokenizer(run.data.sources, run.text.tokenizer, access)
-    if found.pad_token_id != 0:
+    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access)
+    if tokenizer.pad_token_id != 0:
         raise ConfigError(
-            f"the text tower pads with token 0, and the tokenizer with {found.pad_token_id}",
+            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
             where="text.tokenizer",
             fix="take a BERT-type tokenizer, or the one that `shards make` trains",
         )
-    return found
+    return tokenizer
 
 
 def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
-    """Validation sources under the training label set that they share; they never add one to the model.
+    """Return the run with validation sources under the training label set that they share: they never add one to the
+    model.
 
     Raises:
         ConfigError: validation labels that no training source has.
@@ -240,15 +241,15 @@ def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) ->
         return run
     sources = {}
     for name, source in run.data.validation.items():
-        (found, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
+        (label_set, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
         same = [key for key in label_sets if label_sets[key] == names]
-        if found is not None and not same:
+        if label_set is not None and not same:
             raise ConfigError(
                 f"the labels of validation source '{name}' are those of no training source",
                 where=f"data.validation.{name}: {source.shards}",
                 fix="make both from one folder or manifest (`shards make … --split`), so that labels.json is the same",
             )
         # The same names under another set name: the model has one head for them.
-        chosen = found if found in same else (same[0] if same else source.label_set)
+        chosen = label_set if label_set in same else (same[0] if same else source.label_set)
         sources[name] = source.model_copy(update={"label_set": chosen})
     return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})

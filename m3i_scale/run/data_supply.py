@@ -1,4 +1,4 @@
-"""The micro-batches of a run: all ranks get one or none, and all end at the same whole batch."""
+"""Give a run its micro-batches: all ranks get one or none, and all end at the same whole batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3i_scale.scale.agree import agree, mean_over_ranks, raise_together, summed
 
 
 class Fetcher(Iterator[Batch]):
-    """The micro-batches of this rank, with a stand-in where one cannot be had, until the ranks next agree.
+    """Gives this rank's micro-batches; where one cannot be had, the last one again, until the ranks next agree.
 
     A rank without data cannot leave: the forward and backward passes of the others gather and reduce with it. Asking
     all ranks before every pass would cost a collective and a wait for the device each time. So the rank goes through
@@ -34,11 +34,11 @@ class Fetcher(Iterator[Batch]):
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's data failed since the ranks last agreed."""
+        """Return whether this rank's data failed since the ranks last agreed."""
         return self._fault is not None
 
     def __next__(self) -> Batch:
-        """The next batch, or its stand-in; all ranks ask for the first one together.
+        """Return the next batch, or the last one again; all ranks ask for the first one together.
 
         Raises:
             UserError: the first batch could not be had on some rank.
@@ -59,12 +59,12 @@ class Fetcher(Iterator[Batch]):
         return self._last
 
     def raise_together(self) -> None:
-        """End on every rank with the fault of one; called on all ranks once one of them has `failed`."""
+        """Raise the fault of one rank on every rank; called on all ranks once one of them has `failed`."""
         raise_together(self._fault)
 
 
 class StepBatches(Iterator[Batch]):
-    """The micro-batches of a stream, in turn.
+    """Gives the micro-batches of a stream, in turn.
 
     Args:
         stream: of this rank.
@@ -81,11 +81,11 @@ class StepBatches(Iterator[Batch]):
         """How often samples of all ranks were bad, once the sources have ended."""
 
     def __next__(self) -> Batch:
-        """The next micro-batch."""
+        """Return the next micro-batch."""
         return self._held.popleft() if self._held else next(self._batches)
 
     def ended(self) -> bool:
-        """Whether some rank lacks the micro-batches of a whole step; every rank calls it before a step.
+        """Return whether some rank lacks the micro-batches of a whole step; every rank calls it before a step.
 
         Without `epochs` nothing is fetched and nobody is asked. The stream's state is then that before the step.
 
@@ -118,7 +118,7 @@ class StepBatches(Iterator[Batch]):
 
 
 def account_of_all(stream: TrainStream) -> Account:
-    """Return what is bad over all ranks; every rank calls it."""
+    """Return the account of bad samples and shards over all ranks; every rank calls it."""
     sums = summed_counts(stream.account._asdict())
     return Account(*(sums.get(name, 0) for name in Account._fields))
 
@@ -126,7 +126,7 @@ def account_of_all(stream: TrainStream) -> Account:
 def stop_if_bad(
     stream: TrainStream, account: Account, reasons: dict[str, int] | None = None, *, begun: bool = True
 ) -> None:
-    """All ranks have the same account, and so the same word.
+    """End the run where too much is bad. All ranks have the same account, so all end or none does.
 
     Args:
         stream: of this rank.
@@ -148,7 +148,7 @@ def stop_if_bad(
 
 
 def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str | None:
-    """What to say before the first step about sources that may end before the last one; None where they do not.
+    """Return the note, before the first step, on sources that may end before the last step; None where they do not.
 
     Raises:
         ConfigError: they hold less than one batch.
@@ -166,26 +166,27 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
 
 
 def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
-    """Return what is said of a run whose sources have ended, with so many bad samples; every rank calls it."""
-    left = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
-    over = ", ".join(f"{name} {round(count * world_size)}" for name, count in left.items())
-    told = f", {bad} were bad on the way" if bad else ""
-    return f"the sources are exhausted after step {step} of {steps} (epochs); samples that fill no batch: {over}{told}"
+    """Return the message of a run whose sources have ended, with so many bad samples; every rank calls it."""
+    unused = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
+    per_source = ", ".join(f"{name} {round(count * world_size)}" for name, count in unused.items())
+    bad_text = f", {bad} were bad on the way" if bad else ""
+    unused_text = f"samples that fill no batch: {per_source}"
+    return f"the sources are exhausted after step {step} of {steps} (epochs); {unused_text}{bad_text}"
 
 
 class Shares:
-    """Realised against asked shares of sources, over all ranks, so far and since the last record."""
+    """Compares realised with asked shares of sources, over all ranks, so far and since the last record."""
 
     def __init__(self, stream: TrainStream) -> None:
         self._stream = stream
         self._before: dict[str, float] = {}
 
     def start(self) -> None:
-        """Count from here on what comes after the last record."""
+        """Begin to count what comes after the last record."""
         self._before = self._counts()
 
     def record(self) -> dict[str, SourceFigures]:
-        """Figures of every source by name; every rank calls it."""
+        """Return the figures of every source by name; every rank calls it."""
         now, names = self._counts(), list(self._stream.standing())
         # The difference is taken before the ranks are: they exchange 32 bits, too few for it among billions.
         recent = mean_over_ranks({key: value - self._before[key] for key, value in now.items()})

@@ -1,4 +1,4 @@
-"""What goes wrong in a run that does not crash: collapse, a temperature that has run away, a group that drowns others.
+"""Notice what goes wrong without a crash: collapse, a runaway temperature, a group that outweighs the others.
 
 Every rule looks at logged figures alone (docs/metrics.md), holds for several records in a row before it is named, and
 is named once until it has healed.
@@ -32,7 +32,7 @@ MOST_RATIO = 100.0
 
 @dataclass(frozen=True)
 class RunWarning:
-    """Something a person should look at."""
+    """Names something that a person should look at."""
 
     group: str
     """The group of targets, `backbone`, or `speed`."""
@@ -45,21 +45,21 @@ class RunWarning:
 
 
 class Diagnosis:
-    """Reads every logged record of a run."""
+    """Reads every logged record of a run, and warns."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], int] = {}
         self._spread_once: set[str] = set()
 
     def check(self, record: StepRecord) -> list[RunWarning]:
-        """Faults that have now held for `PATIENCE` records."""
+        """Return the faults that have now held for `PATIENCE` records."""
         health = {name.removeprefix("health/"): value for name, value in record.health.items()}
         spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
         self._spread_once |= spread
         young = set(record.groups) - self._spread_once if record.step < GROWING_UP_STEPS else set()
-        found = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
-        self._seen = {key: self._seen.get(key, 0) + 1 for key in found}
-        return [fault for key, fault in found.items() if self._seen[key] == PATIENCE]
+        faults = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
+        self._seen = {key: self._seen.get(key, 0) + 1 for key in faults}
+        return [fault for key, fault in faults.items() if self._seen[key] == PATIENCE]
 
 
 def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[RunWarning]:

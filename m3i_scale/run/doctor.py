@@ -1,4 +1,4 @@
-"""`m3i-scale doctor`: from a run file and a description of hosts to findings."""
+"""`m3i-scale doctor` goes from a run file and a description of hosts to findings."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def examine(
 
 
 def _same_everywhere(run: str) -> str:
-    """A built-in name, or the path from the root on: as launchers give it to ranks."""
+    """Return a built-in name as it is, a path as an absolute one: as launchers give it to ranks."""
     path = find_run_file(run)
     return run if known_runs().get(run) == path else str(path.absolute())
 

@@ -1,4 +1,4 @@
-"""Counted FLOPs of a training step, from the modules themselves. Nothing is allocated."""
+"""Count the FLOPs of a training step from the modules themselves. Nothing is allocated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m3i_scale.scale.activations import apply_activation_checkpointing, read_pol
 
 
 def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:
-    """FLOPs of one optimizer step over the global batch, all ranks together; a multiply-add counts as two.
+    """Return the FLOPs of one optimizer step over the global batch, of all ranks; a multiply-add counts as two.
 
     Matrix products, convolutions and attention are counted, on a batch in which every sample has every target and
     every caption fills `text.max_tokens`. Sums over other ranks' samples (similarities of a global batch) are not:
@@ -58,7 +58,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
 
 
 def _counted_policy(run: RunConfig) -> str:
-    """A policy that recomputes the same and needs no device: where inputs wait says nothing about products."""
+    """Return a policy that recomputes the same and needs no device: where inputs wait says nothing about products."""
     text = run.backbone.activation_checkpointing
     return "full" if read_policy(text).kind in ("offload", "budget") else text
 
@@ -89,7 +89,7 @@ def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
 
 
 def _around(module: torch.nn.Module, span: Callable[[], contextlib.AbstractContextManager[None]]) -> list[Any]:
-    """Hooks that open a span before a module's forward pass and close it after."""
+    """Register hooks that open a span before a module's forward pass and close it after; return their handles."""
     opened: list[contextlib.ExitStack] = []
 
     def enter(*_: Any) -> None:
@@ -103,7 +103,7 @@ def _around(module: torch.nn.Module, span: Callable[[], contextlib.AbstractConte
 
 
 class _EveryRow(TorchDispatchMode):
-    """Meta tensors hold no values: what a mask says of rows or tokens is taken to be true of all."""
+    """Takes every mask of rows or tokens to be true of all: meta tensors hold no values."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Collects what happened since the last logged step and reduces it over the ranks."""
+"""Collect what happened since the last logged step, and reduce it over the ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3i_scale.scale.plan.hardware import PRESETS
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes, and what it could compute in the same time."""
+    """Holds what a step computes, and what the device could compute in the same time."""
 
     flop: dict[str, float]
     """Of `m3i_scale.run.flops.step_flop`."""
@@ -30,12 +30,13 @@ class Work:
     peak: Peak
 
     def step_flop(self, caption_tokens: float) -> float:
-        """FLOPs of a step with captions of so many tokens on average; nearly all of a text tower's are by token."""
+        """Return the FLOPs of a step with so many tokens a caption on average; a text tower's are nearly all by
+        token."""
         return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 
 def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Say how long a run will take, before its first step, where that is more than a day at the MFU that plans assume.
+    """Return how long a run will take, in words, where that is more than a day at the MFU that plans assume.
 
     Args:
         work: of a step.
@@ -56,7 +57,7 @@ def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | 
 
 
 class _Sums:
-    """Means of figures by name."""
+    """Sums up figures by name, for their means."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
@@ -73,7 +74,8 @@ class _Sums:
 
 
 class Meter:
-    """One rank's running means. Figures stay on the device until a step is logged, so that no step waits for them."""
+    """Keeps one rank's running means. Figures stay on the device until a step is logged, so that no step waits for
+    them."""
 
     def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work | None = None) -> None:
         self.objective = objective
@@ -104,18 +106,18 @@ class Meter:
         self._caption_tokens += caption_tokens
 
     def add_wait(self, data_wait_s: float) -> None:
-        """Add time that was waited for data."""
+        """Add seconds that this rank waited for data."""
         self._data_wait_s += data_wait_s
 
     def add_gradients(self, scale: float) -> None:
-        """After a backward pass: every group's gradient norm at the encoder output, `scale` times too large."""
+        """Add, after a backward pass, every group's gradient norm at the encoder output, `scale` times too large."""
         for name, squared in self.objective.squared_grad_norms.items():
             if squared:
                 self.gradients.append((f"{name}/grad_norm", torch.stack(squared).sum().sqrt() / scale))
 
     def end_step(self, *, applied: bool = True, finite: bool = True) -> None:
-        """After an optimizer step. The gradients of one that was skipped say nothing; nor do its losses, where they
-        are not finite on some rank, unless there are no others until the next record."""
+        """Add an optimizer step. The gradients of one that was skipped say nothing; nor do its losses, where they are
+        not finite on some rank, unless there are no others until the next record."""
         (self._good if finite else self._left_out).add(self._figures)
         if applied:
             self._good.add(self.gradients)
@@ -138,7 +140,7 @@ class Meter:
         skipped_nonfinite: int = 0,
         sources: dict[str, SourceFigures] | None = None,
     ) -> StepRecord:
-        """Means since the last record, over all ranks; every rank calls it."""
+        """Return the means since the last record, over all ranks; every rank calls it."""
         means = mean_over_ranks(self._good.means() or self._left_out.means())
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
@@ -194,7 +196,7 @@ class Meter:
 
 
 def _memory_gib() -> float:
-    """Peak of the accelerator's memory; of the process on a CPU."""
+    """Return the peak of the accelerator's memory; of the process on a CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,5 +1,5 @@
-"""Where the time of a step goes, without waiting for the device before a step is logged; and how long ranks wait for
-each other: long at the start and round checkpoints, short within steps."""
+"""Measure the time of a step by phase, without waiting for the device before a step is logged; and set how long ranks
+wait for each other: long at the start and round checkpoints, short within steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 class Phases:
-    """Time by phase since the last reset. Phases that lie inside others do not count there too.
+    """Measures time by phase since the last reset. A phase inside another one does not count in the outer one too.
 
     Every change of phase sets a mark. On an accelerator that runs beside the host, a mark is an event in its stream:
     what is measured is when the device gets there, and no mark waits for it.
@@ -38,15 +38,15 @@ class Phases:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew, in the phase that is on."""
+        """Begin anew, in the current phase."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._marks: deque[tuple[str, Any]] = deque()
         self._mark(self._now)
 
     @contextlib.contextmanager
     def span(self, phase: str) -> Iterator[None]:
-        """What happens inside is `phase`; the phase around it goes on afterwards. After an error nobody is told of
-        that: it came up in here."""
+        """Count the time inside as `phase`; the phase around it goes on afterwards. After an error `tell` is not
+        called: the error came up in here."""
         around = self._now
         self._mark(phase)
         try:
@@ -57,7 +57,7 @@ class Phases:
         self._mark(around)
 
     def timed(self, phase: str, function: Callable[P, R]) -> Callable[P, R]:
-        """`function`, whose calls are `phase`."""
+        """Return `function`, with its calls counted as `phase`."""
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -67,12 +67,12 @@ class Phases:
         return call
 
     def end_step(self) -> None:
-        """Add up what the device has passed, so that marks do not pile up between logged steps."""
+        """Add up the marks that the device has passed, so that they do not pile up between logged steps."""
         while len(self._marks) > 1 and (self._host or self._marks[1][1].query()):
             self._take()
 
     def shares(self) -> dict[str, float]:
-        """Share of every phase in the time since the last reset; waits for the device."""
+        """Return the share of every phase in the time since the last reset; waits for the device."""
         self._mark(self._now)
         self._accelerator.synchronize()
         while len(self._marks) > 1:
@@ -102,7 +102,7 @@ _LONG_STEPS = 2
 
 
 class Timeouts:
-    """Sets the time-out of collectives as the loop goes on. Every rank does the same with it.
+    """Sets the timeout of collectives as the loop goes on. Every rank makes the same calls.
 
     Args:
         timeouts: of the run file.
@@ -122,10 +122,10 @@ class Timeouts:
 
     @contextlib.contextmanager
     def outside_of_steps(self, name: str) -> Iterator[None]:
-        """Give the time of a start to work that may be one rank's alone while the others wait, as saving is.
+        """Allow the timeout of a start for work that one rank may do alone while the others wait, as saving is.
 
         Args:
-            name: where this rank is meanwhile. After an error it stays there: last words say so.
+            name: the phase of this rank meanwhile. After an error it stays so, for the record of the failure.
         """
         around = self._heartbeat.phase
         tell, self._phases.tell = self._phases.tell, lambda phase: None

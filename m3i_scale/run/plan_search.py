@@ -1,4 +1,4 @@
-"""The plan of a run as it is written, and the search for what would be better."""
+"""Plan a run as it is written, and search for settings that would be better."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the run as it is written takes, and what would be better."""
+    """Holds what the run as it is written takes, and what would be better."""
 
     run: RunConfig
     model: Model
@@ -46,7 +46,7 @@ class RunPlan:
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     def document(self) -> dict[str, Any]:
-        """Return the JSON document."""
+        """Return the JSON document of `m3i-scale plan`."""
         planned, batch = self.planned, self.run.optim.batch_size
         world = self.machine.links.world
         seconds = self.samples / batch * planned.step_s
@@ -366,12 +366,12 @@ _COUNTED = {
 
 def _check_counted(resolved: Resolved) -> None:
     zero = resolved.config["zero_optimization"]
-    other = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
+    uncounted = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
     if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
-        other.append("offload_optimizer.ratio")
-    if other:
+        uncounted.append("offload_optimizer.ratio")
+    if uncounted:
         raise ConfigError(
-            f"the plan does not count 'zero_optimization.{other[0]}'",
+            f"the plan does not count 'zero_optimization.{uncounted[0]}'",
             where=resolved.where,
             why="it changes what memory or communication DeepSpeed takes, and would be left out in silence",
             fix="plan without it: the numbers are then those of DeepSpeed's plain way",

@@ -1,4 +1,4 @@
-"""`m3i-scale plan`: from a run file to what it takes, without data, weights or a GPU."""
+"""`m3i-scale plan` computes what a run file takes, without data, weights or a GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run is to run."""
+    """Describes the devices, hosts and links that the run is planned for."""
 
     links: Links
     memory_gib: float
@@ -64,7 +64,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model needs to know of data."""
+    """Holds what a model needs to know of the data."""
 
     label_sets: dict[str, list[str]]
     tokens: int
@@ -73,7 +73,7 @@ class Vocabulary:
 
 
 class _PlannedRanks:
-    """A world of sizes: a gather has the rows of all ranks, a sum is one."""
+    """Stands for other ranks on `meta`: a gather has the rows of all ranks, a sum the shape of its input."""
 
     rank = 0
 
@@ -91,7 +91,7 @@ class _PlannedRanks:
 
 
 def beside_tensors_gib(*, hosts: bool) -> float:
-    """Return what a rank holds beside tensors: of a host, what this process does, which has imported the same."""
+    """Return the GiB of a rank beside tensors; on hosts those of this process, which has imported the same."""
     if not hosts:
         return ACCELERATOR_WORKSPACE_GIB
     return float(psutil.Process().memory_info().rss) / GIB
@@ -165,7 +165,7 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
 
 @dataclass
 class Model:
-    """A run's objective on `meta`, and what micro-batches of it do."""
+    """Builds a run's objective on `meta`, and records its micro-batches."""
 
     run: RunConfig
     vocabulary: Vocabulary
@@ -220,7 +220,7 @@ class Model:
         return self._traces[policy, micro_batch]
 
     def quick_trace(self, policy: str, micro_batch: int) -> Trace:
-        """Return the same from two small ones: every tensor's size is a number plus a number for every sample."""
+        """Return the same from two small micro-batches: a tensor's size is a constant plus a number a sample."""
         small = self.smallest
         if micro_batch <= 2 * small:
             return self.trace(policy, micro_batch)
@@ -253,7 +253,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Choice:
-    """What can be changed without changing what is learnt (in stages 1 to 3, and short of rounding)."""
+    """Holds what can be changed without changing what is learnt (in stages 1 to 3, and short of rounding)."""
 
     deepspeed: str
     policy: str
@@ -264,7 +264,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one choice takes."""
+    """Holds what one choice takes."""
 
     choice: Choice
     resolved: Resolved
@@ -287,7 +287,7 @@ class Estimate:
 
     @property
     def host_bytes(self) -> int:
-        """Return the bytes of a rank beside its device."""
+        """Return the bytes of host memory that a rank takes beside its device."""
         return sum(self.host_parts.values())
 
     def host_of_node(self, machine: Machine) -> int:

@@ -1,4 +1,5 @@
-"""What a run needs of its hosts, and the cheap checks before the engine starts; the rest is `m3i-scale doctor`."""
+"""Say what a run needs of its hosts, and check what is cheap before the engine starts; `m3i-scale doctor` does the
+rest."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ _GROUPS = 4
 def needs_of(
     run: RunConfig, *, world_size: int, ranks_here: int, vocabulary: Vocabulary | None = None, config: Any = None
 ) -> Needs:
-    """What a run needs of a host, at least; the model is built without memory for it.
+    """Return what a run needs of a host, at least; the model is built on `meta`, without memory.
 
     Args:
         run: the run file.
@@ -72,7 +73,7 @@ def needs_of(
 
 
 def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
-    """How many lie on the disk at the same time at most, the one being written included."""
+    """Return how many checkpoints are on the disk at the same time at most, the one being written included."""
     saves = math.ceil(steps / config.every_steps)
     kept = config.keep_latest + (config.keep_best.count if config.keep_best is not None else 0)
     if config.keep_every_steps is not None:
@@ -96,14 +97,14 @@ def check_software(run: RunConfig) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    own = together(
+    facts_here = together(
         lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)}, names_rank=True
     )
-    digests = gather_objects(checks.digest(own))
+    digests = gather_objects(checks.digest(facts_here))
     if len(set(digests)) == 1:
         return
     answers: dict[str, Any] = {}
-    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), own))):
+    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), facts_here))):
         apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one host
         answers[f"{host}, rank {rank}" if apart else host] = answer
     compared = checks.findings_of(answers, ("commit", "python", "packages", "config"))
@@ -111,28 +112,28 @@ def check_software(run: RunConfig) -> None:
 
 
 def check_machines(resolved: ResolvedRun) -> None:
-    """The cheap part of the doctor, on every host of a run that is about to start: memory, /dev/shm, file limits, and
+    """Do the cheap checks of the doctor on every host of a run that is about to start: memory, /dev/shm, file limits,
     room for a checkpoint. Every rank calls it.
 
     Raises:
         HostsNotReadyError: all that was found, on all ranks.
     """
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
-    own: list[Finding] = together(lambda: _findings_here(resolved) if looks else [])
-    faults = faults_of(dict.fromkeys(finding for findings in gather_objects(own) for finding in findings))
+    findings_here: list[Finding] = together(lambda: _findings_here(resolved) if looks else [])
+    faults = faults_of(dict.fromkeys(finding for findings in gather_objects(findings_here) for finding in findings))
     if faults:
         raise not_ready(faults)
 
 
 def _findings_here(resolved: ResolvedRun) -> list[Finding]:
-    """Of this host, by one of its ranks."""
+    """Return the findings of this host; one of its ranks calls it."""
     host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
     config = resolved.deepspeed.config
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
     ranks_here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # where nobody says so, at least this one
     needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
-    found = machine_findings(host, look(), needs, on_host=on_host())
+    findings = machine_findings(host, look(), needs, on_host=on_host())
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save
-        one = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention will keep is for the doctor to weigh
-        found.append(disk_finding(host, run.output_dir, one))
-    return found
+        one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention keeps is for the doctor
+        findings.append(disk_finding(host, run.output_dir, one_checkpoint))
+    return findings

@@ -1,4 +1,4 @@
-"""A few samples that travel with a checkpoint, and their loss: whoever resumes computes it again.
+"""Store a few samples and their loss with a checkpoint; a run that resumes computes the loss again.
 
 The loss is that of these samples alone, as if there were one rank, so it is the same in every shape of the run. It
 notices what norms cannot: weights that are in the wrong place.
@@ -40,7 +40,7 @@ def probe_of(batch: Batch) -> Batch:
 
 @torch.no_grad()
 def probe_loss(engine: Any, batch: Batch) -> float:
-    """Return the objective of these samples alone; nothing is remembered. Every rank calls it, with the same batch."""
+    """Return the loss of these samples alone; no buffer changes. Every rank calls it, with the same batch."""
     with evaluating(engine.module), _alone(engine.module):
         loss, _ = engine(batch.to(get_accelerator().current_device_name()))
     return float(loss)
@@ -48,7 +48,7 @@ def probe_loss(engine: Any, batch: Batch) -> float:
 
 @contextlib.contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """Have the module as it is evaluated between two steps: nothing counts as part of a step."""
+    """Put the module into evaluation mode between two steps: nothing counts as part of a step."""
     span, module.span = module.span, contextlib.nullcontext
     module.measure_health = False
     module.eval()
@@ -117,7 +117,7 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
 
 @contextlib.contextmanager
 def _alone(module: nn.Module) -> Iterator[None]:
-    """Have no loss look at other ranks."""
+    """Keep every loss from gathering samples of other ranks."""
     looking: list[Any] = [child for child in module.modules() if hasattr(child, "ranks")]
     ranks = [child.ranks for child in looking]
     for child in looking:

@@ -1,4 +1,4 @@
-"""What a rank leaves when it ends by an error: a record of when, where and why, for whoever supervises it."""
+"""A rank that ends by an error leaves a record of when, where and why, for its launcher."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SILENT = "the rank ended without a word: killed (for want of memory, most often
 
 @contextlib.contextmanager
 def recorded(output_dir: Path) -> Iterator[Heartbeat]:
-    """Whatever ends the work inside leaves a record. Under an agent it lies where the agent looks, under other
-    launchers in OUTPUT/failure; a rank without a launcher tells its error itself.
+    """Write a record of whatever ends the work inside. Under an agent it lies where the agent looks, under other
+    launchers in OUTPUT/failure; a rank without a launcher prints its error itself.
 
     An agent sees what a signal ends. Nobody else does: there a rank leaves its record at its start, and takes it back.
 

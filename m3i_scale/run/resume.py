@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, what must be as it was, and what may have changed."""
+"""Go on from a checkpoint: find it, and check what must be as it was; the rest may have changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensor
 
 
 def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to go on from, and what was passed over (rank 0 only: it reads every byte).
+    """Return the checkpoint to go on from, and those passed over (rank 0 only: it reads every byte).
 
     Raises:
         CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
@@ -84,7 +84,7 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
 
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
-    """Notes on another number of ranks, stage or precision."""
+    """Return notes on another number of ranks, stage or precision."""
     now = shape_of(resolved, world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
@@ -103,7 +103,7 @@ _OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr")
 
 
 def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
-    """A note on another length or height of the schedule: the learning rate follows the new one from here on."""
+    """Return a note on another length or height of the schedule: the learning rate follows the new one from here on."""
     if step >= run.optim.steps:
         return []
     saved = read_yaml(checkpoint / "run.yaml").get("optim")
@@ -122,7 +122,7 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
 
 
 def shape_of(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
-    """In which shape a run is computed; a resumed run may have another."""
+    """Return the shape in which a run is computed; a resumed run may have another."""
     config = resolved.deepspeed.config
     return {
         "world_size": world_size,
@@ -157,17 +157,17 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """Return what was and what is: recipes by their names, where those differ, everything else field by field."""
+    """Return the value before and now: recipes by their names, where those differ, everything else field by field."""
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', is '{names[1]}'"
-    found = told_differences(key, before, now)
-    more = f", and {len(found) - _SHOWN_CHANGES} more" if len(found) > _SHOWN_CHANGES else ""
-    return "; ".join(found[:_SHOWN_CHANGES]) + more
+    differences = told_differences(key, before, now)
+    more = f", and {len(differences) - _SHOWN_CHANGES} more" if len(differences) > _SHOWN_CHANGES else ""
+    return "; ".join(differences[:_SHOWN_CHANGES]) + more
 
 
 def meta_of(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
-    """What meta.json and the manifest say about a checkpoint."""
+    """Return what meta.json and the manifest say about a checkpoint."""
     text = run_yaml(resolved.run)
     return {
         "step": step,

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: its rules, checked before step 1, and the figures that they ask for."""
+"""Decide which checkpoints a run keeps: its rules, checked before step 1, and the figures that they ask for."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def evaluated_figures(recipe: Recipe) -> set[str]:
-    """Return the names of all figures that every evaluation of a recipe writes. Nats of densities are estimated
-    on logged training steps alone."""
+    """Return the names of all figures that every evaluation of a recipe writes. Nats of densities are estimated on
+    logged training steps alone."""
     names = {f"{PREFIX}loss"}
     for target in recipe.targets:
         figures = ["loss", "count"] + (["nats"] if target.distribution.bounds_information else [])
@@ -121,5 +121,5 @@ def _check_best(run: RunConfig, recipe: Recipe, metric: str) -> None:
 
 
 def _meet(saves: int, every: int, steps: int) -> bool:
-    """Whether a checkpoint, saved at multiples of `saves` and at the last step, is ever of a multiple of `every`."""
+    """Return whether a step that is a multiple of `saves`, or the last one, is ever a multiple of `every`."""
     return math.lcm(saves, every) <= steps or steps % every == 0

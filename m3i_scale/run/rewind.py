@@ -1,4 +1,4 @@
-"""Going back to a checkpoint while the data go on: which one, and how a restart knows.
+"""Go back to a checkpoint while the data go on: choose it, and note it for a restart.
 
 `output_dir/rewinds.json` lists every rewind with the position of the data at that moment. A checkpoint says in its
 meta.json how many rewinds there had been when it was written. So a run that was killed between a rewind and its next
@@ -26,7 +26,7 @@ REWINDS = "rewinds.json"
 
 
 class _Entry(BaseModel):
-    """What a restart reads of an entry of `rewinds.json`."""
+    """Holds what a restart reads of an entry of `rewinds.json`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -39,7 +39,7 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 class Rewinds:
-    """The rewinds of one run so far, restarts included; the same on every rank."""
+    """Keeps the rewinds of one run so far, restarts included; the same on every rank."""
 
     def __init__(self, output_dir: Path, *, anew: bool) -> None:
         """Read the file; every rank makes one.
@@ -103,7 +103,7 @@ class Rewinds:
         return checkpoint, rewind
 
     def _note(self) -> None:
-        """The file first: from then on a restart withdraws what is left to withdraw."""
+        """Write the file first, then withdraw undone checkpoints: after a kill in between, a restart does that."""
         try:
             write_json(self._path, self._entries)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Learning rate and momentum as pure functions of the step, so there is no schedule state to save."""
+"""Learning rate and momentum are pure functions of the step, so there is no schedule state to save."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from m3i_scale.objective.encoders import MomentumSpec
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Linear warm-up to `lr`, then a half cosine to `min_lr` at the last step. `step` counts from 0."""
+    """Return the rate: linear warm-up to `lr`, then a half cosine to `min_lr` at the last step. `step` counts from
+    0."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(optim.steps - 1 - optim.warmup_steps, 1)
@@ -17,5 +18,5 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
 
 
 def momentum_at(step: int, spec: MomentumSpec, steps: int) -> float:
-    """m from `start` to `end` with a half cosine over the run. `step` counts from 0."""
+    """Return m, which goes from `start` to `end` with a half cosine over the run. `step` counts from 0."""
     return spec.end - (spec.end - spec.start) * (1 + math.cos(math.pi * step / max(steps - 1, 1))) / 2

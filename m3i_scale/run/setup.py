@@ -1,4 +1,4 @@
-"""Everything that can be checked before step 1, checked before step 1."""
+"""Set a run up: batch and engine checked, streams opened, the engine started with its first weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
 
 @dataclass
 class ResolvedRun:
-    """A run that holds together: recipe, data, engine configuration."""
+    """Holds a run that holds together: recipe, data, engine configuration."""
 
     run: RunConfig
     recipe: Recipe
@@ -46,12 +46,13 @@ class ResolvedRun:
 
     @property
     def vocab_size(self) -> int | None:
-        """Size of the tokenizer; None without a text target."""
+        """Return the size of the tokenizer; None without a text target."""
         return len(self.tokenizer) if self.tokenizer is not None else None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run that goes on from it: the shape of the model and what it learns.
+        """Return what a checkpoint must share with a run that goes on from it: the shape of the model and what it
+        learns.
 
         Reads every byte of a teacher, once: ask for it on one rank.
         """
@@ -97,7 +98,7 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
 
 
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> Resolved:
-    """The run's DeepSpeed file, filled in.
+    """Return the run's DeepSpeed file, filled in.
 
     Raises:
         ConfigError: see `resolve`.
@@ -119,7 +120,7 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
 
 
 def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:
-    """This rank's stream of micro-batches; for validation without augmentation, and always from the start."""
+    """Return this rank's stream of micro-batches; for validation without augmentation, and always from the start."""
     run = resolved.run
     output_dir = run.output_dir
     return TrainStream(
@@ -141,7 +142,7 @@ def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: 
 
 
 def open_data(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> tuple[TrainStream, TrainStream | None]:
-    """This rank's streams for training and for validation; every rank calls it.
+    """Return this rank's streams for training and for validation; every rank calls it.
 
     Raises:
         UserError: what any rank cannot open, of both, so that validation data are looked at before the first step.
@@ -206,5 +207,5 @@ def _first_weights(module: nn.Module, run: RunConfig, report_start: ReportStart,
 
 
 def run_yaml(run: RunConfig) -> str:
-    """The complete run file, defaults included."""
+    """Return the complete run file, defaults included."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Settings of sources that say nothing in this run, or something else than was meant, refused before step 1."""
+"""Refuse, before step 1, settings of sources that have no effect in this run, or another one than was meant."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
             raise ConfigError("`labels: false` has no effect: the recipe has no category target", where=where)
         if source.label_set is not None and not recipe.uses_categories:
             raise ConfigError("`label_set` has no effect: the recipe has no category target", where=where)
-        told = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
-        if told and there and not read_label_sets({name: source.model_copy(update={"labels": True})}, access):
+        setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
+        if setting and there and not read_label_sets({name: source.model_copy(update={"labels": True})}, access):
             raise ConfigError(
-                f"{told} has no effect: the source has no labels.json",
+                f"{setting} has no effect: the source has no labels.json",
                 where=f"{where}: {without_secrets(source.shards)}",
                 fix="leave it out, or put labels.json, a list of class names, beside the shards",
             )

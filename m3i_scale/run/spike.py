@@ -1,4 +1,4 @@
-"""When the loss of a step is a spike: a robust score over the losses before it. Numbers only."""
+"""Decide when the loss of a step is a spike, by a robust score over the losses before it. Numbers only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST_DEVIATION = 1e-3
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss that has been above the limit for `patience` steps in a row."""
+    """Describes a loss that has been above the limit for `patience` steps in a row."""
 
     step: int
     """The last of them."""
@@ -54,7 +54,7 @@ class SpikeWatch:
         self._above = self._since = 0
 
     def limit(self) -> tuple[float, float] | None:
-        """(median, limit) for the next loss; None with too short a history."""
+        """Return (median, limit) for the next loss; None with too short a history."""
         if len(self._losses) < self.config.min_history:
             return None
         middle = median(self._losses)
@@ -84,10 +84,10 @@ class SpikeWatch:
             self._losses.append(loss)
 
     def state(self) -> dict[str, Any]:
-        """As JSON types: with it, a resumed run judges as the one that was interrupted would have."""
+        """Return the state as JSON types: with it, a resumed run judges as the one that was interrupted would have."""
         return {"losses": list(self._losses), "above": self._above, "since": self._since}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave; the newest losses where the window is now shorter."""
+        """Take over what `state` gave; only the newest losses where the window is now shorter."""
         self._losses = deque(state["losses"], maxlen=self.config.window)
         self._above, self._since = int(state["above"]), int(state["since"])

@@ -1,4 +1,4 @@
-"""`m3i-scale stop`: have a run finish its step, save and leave, wherever it runs."""
+"""`m3i-scale stop` has a run finish its step, save and leave, wherever it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TELL_S = 60.0
 
 
 def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Ask a run to stop: through a file in its output folder, which rank 0 looks for after every step. So it does not
+    """Ask a run to stop, through a file in its output folder that rank 0 looks for after every step. So it does not
     matter on which host, in which container or under which launcher it runs.
 
     Args:
@@ -93,11 +93,11 @@ def _folder(run: str, overrides: list[str]) -> Path:
 
 
 def _await_end(folder: Path, holder: Holder, tell: Callable[[str], None]) -> None:
-    began = told = time.monotonic()
+    began = told_at = time.monotonic()
     while _holds(folder, holder):
         now = time.monotonic()
-        if now - told > _TELL_S:
-            told = now
+        if now - told_at > _TELL_S:
+            told_at = now
             tell(f"it still runs after {now - began:.0f} s; it stops after a step, an evaluation or a save")
         time.sleep(_LOOK_S)
 

@@ -40,7 +40,7 @@ _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
 
 def make_callbacks(run: RunConfig) -> list[Callback]:
-    """What the run file asks for; metrics.jsonl always."""
+    """Return the callbacks that the run file asks for; the one of metrics.jsonl always."""
     callbacks: list[Callback] = [MetricsWriter()]
     if run.log.progress:
         from m3i_scale.run.callbacks.progress import ProgressDisplay
@@ -106,7 +106,7 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
 
 
 def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) -> None:
-    """What will run, before it runs."""
+    """Print what will run, before it runs."""
     run, config = resolved.run, resolved.deepspeed.config
     _CONSOLE.print(explain_table(resolved.deepspeed))
     for note in notes:
@@ -121,7 +121,7 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) 
 
 
 def tell(text: str) -> None:
-    """One line more."""
+    """Print one line for people."""
     _CONSOLE.print(text, markup=False, highlight=False)
 
 
@@ -181,7 +181,7 @@ def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
 
 
 def _write_settings(resolved: ResolvedRun) -> None:
-    """Keep what the run was given, and the tokenizer that an export needs. Only once nothing is left to refuse."""
+    """Write the run file and the tokenizer that an export needs. Called only once nothing is left to refuse."""
     folder = resolved.run.output_dir
     _ = resolved.identity  # that of the teacher's files as they are now, not as they are at the first save
     try:

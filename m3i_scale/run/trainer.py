@@ -1,4 +1,4 @@
-"""The loop. What acts beside the training step is a hook, what only looks on a callback."""
+"""The training loop. What acts beside the training step is a hook, what only looks on a callback."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Status = Literal["finished", "preempted"]
 
 
 class Trainer:
-    """One run on one rank, from the newest good checkpoint to the last step or to a signal."""
+    """Trains one run on one rank, from the newest good checkpoint to the last step or to a signal."""
 
     def __init__(
         self,
@@ -99,12 +99,12 @@ class Trainer:
         ]
 
     def long_run_note(self, first_step: int) -> str | None:
-        """See `m3i_scale.run.meter.long_run_note`; from a step on."""
+        """Return `m3i_scale.run.meter.long_run_note` for the steps from `first_step` on."""
         optim = self.run.optim
         return long_run_note(self.work, optim.steps - first_step, optim.batch_size, self.state.ranks.world_size)
 
     def fit(self) -> Status:
-        """Train. Returns how it ended; raises a UserError where the run must not go on."""
+        """Train, and return how the run ended; raise a UserError where it must not go on."""
         state = self.state
         self.preemption.install()
         self.heartbeat.at("resume")
@@ -153,7 +153,7 @@ class Trainer:
             hook.on_finish()
 
     def _data_ended(self, batches: StepBatches) -> bool:
-        """Return whether the data are over, which is said."""
+        """Return whether the data have ended, and say so where they have."""
         with self.phases.span("fetch"):
             ended = batches.ended()
         self.meter.add_wait(batches.waited_s)
@@ -196,7 +196,7 @@ class Trainer:
         state.timeouts.end_step()
 
     def _micro_batch(self) -> None:
-        """One forward and backward pass."""
+        """Run one forward and backward pass."""
         state = self.state
         batch = self._next_batch()
         with self.phases.span("forward"):
@@ -217,7 +217,7 @@ class Trainer:
             return batch.to(self.device)
 
     def _vote(self) -> None:
-        """Exchange what all ranks have to say about the step before the optimizer has it, in one collective.
+        """Exchange the votes of all ranks on the step, before the optimizer takes it, in one collective.
 
         Raises:
             UserError: the data of some rank failed, or too much of what all ranks have read is bad.

@@ -1,4 +1,4 @@
-"""How many layers must recompute, so that what is saved for the backward pass fits into a budget.
+"""Choose how many layers must recompute, so that what is saved for the backward pass fits into a budget.
 
 One forward pass without backward is watched: what autograd would save inside each layer is counted and let go at the
 end of the layer, so that the count needs no more memory than `full` does.
@@ -24,7 +24,7 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one layer holds between its forward and its backward pass."""
+    """Counts what one layer holds between its forward and its backward pass."""
 
     name: str
     saved: float
@@ -35,7 +35,7 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers recompute, and what that comes to."""
+    """Names the layers that recompute, and counts what is then saved."""
 
     names: list[str]
     gib: float
@@ -55,7 +55,7 @@ class Choice:
 
 
 class _Counter:
-    """Bytes of the distinct storages that pass by, while they are alive."""
+    """Counts the bytes of the distinct storages that autograd saves, while they are alive."""
 
     def __init__(self, parameters: Iterator[nn.Parameter], keep: bool) -> None:
         self._parameters, self._keep = list(parameters), keep
@@ -79,22 +79,22 @@ def _never(packed: Any) -> Tensor:
 
 
 def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[LayerBytes], int]:
-    """Bytes of every trained layer in the order of the forward pass, and of everything outside layers.
+    """Return the bytes of every trained layer in the order of the forward pass, and of everything outside layers.
 
     Args:
         module: holds the layers, in training mode.
         forward: runs it once, with gradient. Buffers and random states are put back afterwards.
     """
-    found: dict[str, list[int]] = {}
+    bytes_of: dict[str, list[int]] = {}
 
     def counting(name: str, layer: nn.Module) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *inputs: Any) -> Any:
             counter = _Counter(layer.parameters(), keep=False)
             with saved_tensors_hooks(counter.pack, _never):
                 output = function(*inputs)
-            own = found.setdefault(name, [0, 0])
-            own[0] += counter.total
-            own[1] += sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+            layer_bytes = bytes_of.setdefault(name, [0, 0])
+            layer_bytes[0] += counter.total
+            layer_bytes[1] += sum(value.nbytes for value in inputs if isinstance(value, Tensor))
             return output
 
         return run
@@ -106,12 +106,12 @@ def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[Lay
     outside = _Counter(module.parameters(), keep=True)
     with _as_it_was(module), torch.enable_grad(), saved_tensors_hooks(outside.pack, lambda packed: packed):
         forward()
-    return [LayerBytes(name, *own) for name, own in found.items()], outside.total
+    return [LayerBytes(name, *layer_bytes) for name, layer_bytes in bytes_of.items()], outside.total
 
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass in training mode moves: buffers (queues, statistics) and random states."""
+    """Put back what a forward pass in training mode changes: buffers (queues, statistics) and random states."""
     accelerator = get_accelerator()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     host, device = torch.get_rng_state(), accelerator.get_rng_state()
@@ -126,7 +126,7 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -> float:
-    """The most that is saved at a time: after the forward pass, or while a layer has just been computed again.
+    """Return the most that is saved at a time: after the forward pass, or when a layer has just been computed again.
 
     The backward pass frees layers from the last to the first, so a layer that is computed again late meets little.
     """
@@ -139,7 +139,7 @@ def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -
 
 
 def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -> Choice:
-    """The fewest layers that have to recompute: those that save most first, of equals the earlier ones.
+    """Choose the fewest layers that have to recompute: those that save most first, of equals the earlier ones.
 
     Raises:
         ConfigError: not even all of them are enough.
@@ -163,7 +163,7 @@ def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -
 
 
 def fit_activations(module: nn.Module, forward: Callable[[], Any], budget_gib: float) -> Choice:
-    """Count, choose, and set the choice. Every rank calls it, and all choose alike: by the rank that saves most.
+    """Count, choose and set which layers recompute. Every rank calls it; all choose alike, by the rank that saves most.
 
     Raises:
         ConfigError: not even recomputing every layer is enough.

@@ -1,4 +1,4 @@
-"""Which layers recompute their activations in the backward pass, and what they keep meanwhile.
+"""Set which layers recompute their activations in the backward pass, and what they keep meanwhile.
 
 Layers are those of `transformers`' kind (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage.
 All policies use torch's non-reentrant checkpoint through the layers' own switch, so gradients are those of `none`.
@@ -29,7 +29,7 @@ _WORDS = "none, full, selective, offload, every_N with N ≥ 2, or budget_GIB, e
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy, read."""
+    """Holds a policy as it was read from the run file."""
 
     kind: str
     """none | full | every | selective | offload | budget."""
@@ -39,7 +39,7 @@ class Policy:
     """What activations may take on a rank."""
 
     def picks(self, depth: int) -> list[int]:
-        """Indices of the layers of a stack that recompute. With a budget: all of them, until they have been counted."""
+        """Return the indices of a stack's layers that recompute; with a budget all of them, until it is counted."""
         return [] if self.kind == "none" else list(range(0, depth, self.every))
 
 
@@ -76,12 +76,12 @@ def check_policy(text: str) -> Policy:
 
 
 def in_host_memory() -> bool:
-    """Whether the accelerator's memory is the host's."""
+    """Return whether the accelerator's memory is the host's."""
     return bool(get_accelerator().on_accelerator(torch.empty(0)))
 
 
 def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Every stack of layers that is trained and called as a whole, as (name, layer).
+    """Yield every stack of layers that is trained and called as a whole, as (name, layer).
 
     A layer of which only a part of the output is computed (`called_in_parts`) is not called through its switch.
     """
@@ -115,12 +115,12 @@ def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
 
 
 def recomputing(module: nn.Module) -> list[str]:
-    """Names of the layers that recompute, as it has been set."""
+    """Return the names of the layers that are set to recompute."""
     return [name for layers in trained_stacks(module) for name, layer in layers if layer.gradient_checkpointing]
 
 
 def recompute_only(module: nn.Module, names: set[str]) -> None:
-    """Recompute the layers of these names, and no others."""
+    """Have the layers of these names recompute, and no others."""
     for layers in trained_stacks(module):
         for name, layer in layers:
             layer.gradient_checkpointing = name in names
@@ -128,7 +128,7 @@ def recompute_only(module: nn.Module, names: set[str]) -> None:
 
 
 def summarize_layers(names: list[str]) -> str:
-    """Layers by stack: `student.model.layers 0-3, text.model.encoder.layer 0`."""
+    """Return layers by stack, in words: `student.model.layers 0-3, text.model.encoder.layer 0`."""
     stacks: dict[str, list[int]] = {}
     for name in names:
         prefix, _, number = name.rpartition(".")
@@ -154,7 +154,7 @@ def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:
-    """The input of the layer waits in host memory: it is all that a checkpoint saves, before its own hooks begin."""
+    """Run a layer whose input waits in host memory: it is all that a checkpoint saves, before its own hooks begin."""
     device_type = get_accelerator().device_name().split(":")[0]
     with save_on_cpu(pin_memory=not in_host_memory(), device_type=device_type):
         return checkpoint(run, *inputs, use_reentrant=False)

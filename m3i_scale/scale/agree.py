@@ -1,4 +1,4 @@
-"""What ranks tell each other beside training: votes, means, and that something has failed on one of them."""
+"""Exchange values between ranks beside training: votes, means, and that something has failed on one of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _world_size() -> int:
 
 
 def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
-    """For every flag, whether any rank raises it; all ranks get the same answer, in one collective.
+    """Return for every flag whether any rank raises it; all ranks get the same answer, in one collective.
 
     Args:
         flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
@@ -34,8 +34,8 @@ def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
 def agree_and_average(
     *flags: bool | Tensor, value: Tensor, counts: Sequence[int] = ()
 ) -> tuple[tuple[bool, ...], float, list[int]]:
-    """As `agree`, the mean of `value` and the sums of `counts` over the ranks, in fp32: one collective and one transfer
-    for all of it.
+    """Return what `agree` does, the mean of `value` and the sums of `counts` over the ranks, in fp32: one collective
+    and one transfer for all of it.
 
     Args:
         flags: of `agree`.
@@ -60,7 +60,7 @@ def _sums(*values: bool | int | Tensor) -> list[float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return what every rank has given, by rank; every rank calls it."""
+    """Return the values of all ranks, by rank; every rank calls it."""
     values = [value]
     if _world_size() > 1:
         values *= _world_size()
@@ -74,7 +74,7 @@ def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """The mean of every value; all ranks give the same keys."""
+    """Return the mean of every value over the ranks; all ranks give the same keys."""
     if not values or _world_size() == 1:
         return dict(values)
     vector = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
@@ -85,7 +85,7 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """The maximum of every value; all ranks give the same keys."""
+    """Return the maximum of every value over the ranks; all ranks give the same keys."""
     if not values or _world_size() == 1:
         return dict(values)
     vector = torch.tensor([values[key] for key in sorted(values)], device=get_accelerator().current_device_name())
@@ -106,13 +106,13 @@ def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
             ranks being told (`everywhere`).
     """
     crashed = fault is not None and not isinstance(fault, UserError)
-    told = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
-    faults = gather_objects((told, crashed))
+    shared = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
+    faults = gather_objects((shared, crashed))
     if crashed and fault is not None:
         raise fault  # with its traceback
-    for rank, (other, _) in enumerate(faults):
-        if other is not None:
-            first = other.on_rank(rank) if names_rank and len(faults) > 1 else other
+    for rank, (other_fault, _) in enumerate(faults):
+        if other_fault is not None:
+            first = other_fault.on_rank(rank) if names_rank and len(faults) > 1 else other_fault
             raise first if any(crashes for _, crashes in faults) else first.raised_everywhere()
 
 

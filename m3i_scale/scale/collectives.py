@@ -1,4 +1,4 @@
-"""Other ranks, for losses over the global batch: a gather with gradient, and sums."""
+"""Losses over the global batch reach other ranks by these collectives: a gather with gradient, and sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _GatherRows(torch.autograd.Function):
-    """All rows of all ranks; the gradient of a row is summed over the ranks that used it, and goes to its owner."""
+    """Gathers the rows of all ranks; the gradient of a row, summed over the ranks that used it, goes to its owner."""
 
     @staticmethod
     def forward(ctx: Any, x_B: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks. What every rank's loss makes of it flows back to every rank's share."""
+    """Sums over ranks. The gradients of all ranks' losses flow back to every rank's share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ class _Sum(torch.autograd.Function):
 
 
 class ProcessGroupRanks:
-    """`objective.ranks.Ranks` over torch.distributed. Every rank must hold the same number of rows."""
+    """Implements `objective.ranks.Ranks` with torch.distributed. Every rank must hold the same number of rows."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
     def gather(self, x_B: Tensor) -> Tensor:
-        """(B, …) of every rank, by rank; booleans travel as bytes."""
+        """Return (B, …) of every rank, by rank; booleans travel as bytes."""
         if self.world_size == 1:
             return x_B
         if x_B.dtype == torch.bool:
@@ -60,14 +60,14 @@ class ProcessGroupRanks:
         return gathered
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, without gradient."""
+        """Return the sum over ranks, without gradient."""
         total = x.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """The sum over ranks; every rank's share gets the gradient of all ranks' losses."""
+        """Return the sum over ranks; every rank's share gets the gradient of all ranks' losses."""
         if self.world_size == 1:
             return x
         total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""`torch.compile`, layer by layer: those of one class share their kernels, and what lies between them stays as it is.
+"""Use `torch.compile` layer by layer: layers of one class share their kernels, and code between them stays as it is.
 
 What is compiled is the arithmetic of a layer alone. Recomputation is decided outside it, and under ZeRO-3 gathers and
 releases are too: there a compiled layer is a leaf, whose parameters come and go together.
@@ -27,7 +27,7 @@ and beyond it a layer that must be one graph ends the run."""
 
 
 def check_compile(policy: str) -> None:
-    """Refuse to compile where it cannot be done, or would undo what the run file asks for. Before anything starts.
+    """Refuse to compile where it cannot be done, or would undo what the run file asks for. Call it before any start.
 
     Args:
         policy: `backbone.activation_checkpointing`.
@@ -52,7 +52,7 @@ def check_compile(policy: str) -> None:
 
 
 def compile_layers(module: nn.Module) -> list[str]:
-    """Compile every trained layer that is called as a whole; returns their names. Before the engine is started.
+    """Compile every trained layer that is called as a whole; return their names. Call it before the engine is started.
 
     Raises:
         ConfigError: there is no such layer.
@@ -78,13 +78,13 @@ def compile_layers(module: nn.Module) -> list[str]:
 
 
 def _arithmetic(kind: type) -> Callable[..., Any]:
-    """`forward` without the switch for recomputation, which `transformers` wraps round it."""
+    """Return `forward` without the switch for recomputation that `transformers` wraps round it."""
     forward: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
     return getattr(forward, "__wrapped__", forward)
 
 
 def _run(layer: Any, compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-    """What the wrapped `forward` does, with the compiled arithmetic."""
+    """Do what the wrapped `forward` does, with the compiled arithmetic."""
     run = partial(compiled, layer, **named)
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(run, *inputs)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: build partitioned, initialise, hand over."""
+"""Build the DeepSpeed engine: construct the module partitioned, initialise it, hand it over."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from m3i_scale.scale.partition import construct, full_shape
 
 
 def quiet_deepspeed() -> None:
-    """Leave warnings and errors; the toolkit prints its own account of the configuration."""
+    """Have DeepSpeed log warnings and errors only; the toolkit prints its own account of the configuration."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has weight decay, by its full shape.
+    """Return whether a parameter has weight decay, by its full shape.
 
     A (1, 1, D) token or a (1, N, D) position table is a matrix by rank and a set of vectors by use.
     """
@@ -32,7 +32,7 @@ def is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases, norms and other vectors (by their full shape) without."""
+    """Return matrices with weight decay; biases, norms and other vectors (by their full shape) without."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""What an engine trains, piece by piece: the master weights and moments that this rank holds, under any ZeRO stage.
+"""Read and write the master weights and moments of an engine that this rank holds, piece by piece, at any ZeRO stage.
 
 A piece is a range of a flattened parameter. Stage 3 cuts every parameter over the ranks, stages 1 and 2 cut the
 parameters laid end to end; both are ranges, so what one of them wrote the other can read. Beside `partition.py` this is
@@ -23,7 +23,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a flattened parameter that this rank holds."""
+    """Holds a range of a flattened parameter that is this rank's."""
 
     name: str
     """Of the parameter."""
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Where a piece lies in the optimizer's flat tensors."""
+    """Says where a piece is in the optimizer's flat tensors."""
 
     flat: Tensor
     offset: int
@@ -47,7 +47,7 @@ class _Slice:
 
 
 def pieces(engine: Any) -> Iterator[Piece]:
-    """This rank's pieces of all trained parameters, in the order of the module. Padding is not among them."""
+    """Yield this rank's pieces of all trained parameters, in the order of the module. Padding is not among them."""
     states = engine.optimizer.optimizer.state
     for name, parameter in trained(engine.module):
         place = _place(engine.optimizer, parameter)
@@ -60,14 +60,14 @@ def pieces(engine: Any) -> Iterator[Piece]:
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of what the optimizer has."""
+    """Yield names and parameters of what the optimizer has."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
 
 
 def optimizer_steps(engine: Any) -> int:
-    """How many steps the optimizer has taken; bias correction depends on it."""
+    """Return how many steps the optimizer has taken; bias correction depends on it."""
     for moments in engine.optimizer.optimizer.state.values():
         if "step" in moments:
             return int(moments["step"])
@@ -99,7 +99,7 @@ def make_moments(engine: Any, steps: int) -> None:
 
 @torch.no_grad()
 def publish(engine: Any) -> None:
-    """Make the weights that are computed with from the master weights, on all ranks. Collective."""
+    """Write the weights to compute with from the master weights, on all ranks. Collective."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
@@ -114,18 +114,18 @@ def publish(engine: Any) -> None:
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """Counts and the loss scale: what a resumed run takes over besides tensors; JSON."""
-    found: dict[str, Any] = {name: int(getattr(engine, name)) for name in _COUNTERS}
-    found["optimizer_steps"] = optimizer_steps(engine)
+    """Return counts and the loss scale: what a resumed run takes over besides tensors; JSON."""
+    counts: dict[str, Any] = {name: int(getattr(engine, name)) for name in _COUNTERS}
+    counts["optimizer_steps"] = optimizer_steps(engine)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if engine.fp16_enabled():
-        found["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)}
-    return found
+        counts["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER_STATE if hasattr(scaler, name)}
+    return counts
 
 
 def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
-    """Take them over. How the loss scale moves is for the run file to say; where it stands, for the checkpoint. A run
-    that goes on in fp16 from another precision begins with the scale of its own settings."""
+    """Take over what `counters` gave. How the loss scale moves is for the run file to say; where it stands, for the
+    checkpoint. A run that goes on in fp16 from another precision begins with the scale of its own settings."""
     for name in _COUNTERS:
         setattr(engine, name, saved[name])
     if engine.fp16_enabled():
@@ -142,7 +142,7 @@ def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
 
 
 def bytes_per_parameter(engine: Any) -> int:
-    """Of a trained one in a checkpoint: master weight and both moments, in the types that they have here."""
+    """Return the bytes an element of a trained parameter in a checkpoint: master weight and both moments."""
     master = _flat_tensors(engine.optimizer)[0].dtype
     moment = torch.float32 if getattr(engine.optimizer.optimizer, "fp32_optimizer_states", False) else master
     return master.itemsize + len(MOMENTS) * moment.itemsize
@@ -157,7 +157,7 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _place(optimizer: Any, parameter: nn.Parameter) -> _Slice | None:
-    """Where this rank's piece of a parameter lies; None where it has none."""
+    """Return where this rank's piece of a parameter is; None where it has none."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)

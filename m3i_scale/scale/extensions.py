@@ -43,8 +43,8 @@ def find_ninja() -> None:
     takes the log of the first for too old, and each builds everything anew after the other.
     """
     folder = os.path.dirname(sys.executable)
-    own = shutil.which("ninja", path=folder)
-    if own is not None and shutil.which("ninja") != own:
+    ninja = shutil.which("ninja", path=folder)
+    if ninja is not None and shutil.which("ninja") != ninja:
         os.environ["PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PATH", "")]))
 
 
@@ -94,7 +94,7 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
 
 
 def _status(lock: Path) -> tuple[int, int, float] | None:
-    """Return what tells a lock file from others and from a later one of its name, its time last; None without one."""
+    """Return what identifies a lock file, also against a later one of its name, its time last; None without one."""
     try:
         status = lock.stat()
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _is_held(lock: Path, status: tuple[int, int, float]) -> bool:
 
 
 def _lease(file: int) -> None:
-    """Take a lease of a file and give it back; raises OSError where it is refused."""
+    """Take a lease of a file and give it back; raise OSError where it is refused."""
     fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # else whoever opens it meanwhile ends this process by SIGIO
     fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)

@@ -14,7 +14,7 @@ _USERS_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_
 
 
 def keeps_host_memory() -> bool:
-    """Whether `keep_host_memory` changes anything here."""
+    """Return whether `keep_host_memory` changes anything here."""
     return get_accelerator().device_name() == "cpu" and not any(name in os.environ for name in _USERS_OWN)
 
 

@@ -1,4 +1,4 @@
-"""Weights from files into (partitioned) parameters, one at a time: no rank ever holds the whole model."""
+"""Read weights from files into (partitioned) parameters, one at a time: no rank ever holds the whole model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from m3i_scale.scale.partition import whole
 
 
 class WeightStream(Protocol):
-    """Named values in an order that is known before they are read."""
+    """Gives named values in an order that is known before they are read."""
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters, in order."""
+        """Return the names of the parameters, in order."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Their whole values, read as they are asked for."""
+        """Yield their whole values, read as they are asked for."""
 
 
 def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], WeightStream]) -> None:
@@ -56,7 +56,7 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], Weight
 
 @torch.no_grad()
 def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Exception | None:
-    """Write the next value, where this rank has one; returns what went wrong.
+    """Write the next value, where this rank has one; return the error of reading it.
 
     It is read before the parameter is gathered: a slow file does not hold the other ranks inside the collective.
     """

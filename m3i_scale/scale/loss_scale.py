@@ -1,4 +1,4 @@
-"""How a step is taken, and how one is skipped; fp16's dynamic loss scale."""
+"""Take a step, or skip it; adjust fp16's dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _AT_MINIMUM = "loss scale already at minimum"
 
 
 def loss_scale(engine: Any) -> float | None:
-    """By how much the engine multiplies the loss before the backward pass; None unless it computes in fp16."""
+    """Return the factor of the loss before the backward pass; None unless the engine computes in fp16."""
     return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
 
 
 def take_step(engine: Any) -> None:
-    """`engine.step()`. An overflow in fp16 skips the optimizer, and halves the scale.
+    """Call `engine.step()`. An overflow in fp16 skips the optimizer, and halves the scale.
 
     Raises:
         UserError: gradients overflow even at the smallest scale.
@@ -53,7 +53,7 @@ def undone_if_skipped(engine: Any, module: nn.Module) -> Iterator[None]:
 
 
 def spread_nonfinite(loss: Tensor) -> Tensor:
-    """The same loss, to the bit, with the same gradient; where it is not finite, its whole gradient is NaN.
+    """Return the same loss, to the bit, with the same gradient; where it is not finite, its whole gradient is NaN.
 
     A loss may be NaN with gradients that are not. With this the engine skips every such step by itself, on all ranks:
     each ZeRO stage leaves out a step whose global gradient norm is not finite. Nobody waits for the device here.

@@ -1,4 +1,4 @@
-"""The output directory of a run: one job at a time, who it is, and how it is asked to stop.
+"""Lock the output directory of a run, so that one job at a time uses it; say which one, and ask it to stop.
 
 The kernel holds a lock for its process and lets go of it however the process ends, kill -9 included. Across hosts it is
 as good as the `flock` of the shared file system (NFS v4, Lustre with `-o flock`, BeeGFS, GPFS: yes).
@@ -29,7 +29,7 @@ ACQUIRE_S, POLL_S = 1.0, 0.05
 
 @dataclass(frozen=True)
 class LockFile:
-    """A lock in an output directory. A note beside it says who holds it."""
+    """Names a lock in an output directory. A note beside it says who holds it."""
 
     name: str
     busy: str
@@ -47,7 +47,7 @@ RUN = LockFile(".lock", "another job is writing to this output directory", "two 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock."""
+    """Describes the process that holds a lock."""
 
     pid: int
     host: str
@@ -62,7 +62,7 @@ class Holder:
 
 
 class UnknownHolderError(CheckpointError):
-    """A lock is held, and whoever holds it has not yet said who it is."""
+    """Says that a lock is held by a process that has not yet written its note."""
 
 
 @contextmanager

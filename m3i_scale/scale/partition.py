@@ -1,4 +1,4 @@
-"""The one file that touches DeepSpeed's partitioned parameters (`ds_tensor`, persistence, gathering).
+"""This is the one file that touches DeepSpeed's partitioned parameters (`ds_tensor`, persistence, gathering).
 
 Under ZeRO-3 a parameter is an empty tensor with a shard (`ds_tensor`) on every rank. Anything that reads or writes
 weights outside a forward pass goes through here.
@@ -24,32 +24,32 @@ from m3i_scale.scale.split_float import join, split
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 owns the parameter."""
+    """Return whether ZeRO-3 owns the parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, partitioned or not."""
+    """Return the shape of the whole parameter, partitioned or not."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return torch.Size(shape)
 
 
 def full_numel(module: nn.Module, *, trainable_only: bool = False) -> int:
-    """Number of parameters of the whole module, whatever is partitioned."""
+    """Return the number of elements of all parameters of the module, whatever is partitioned."""
     wanted = [p for p in module.parameters() if p.requires_grad or not trainable_only]
     return sum(full_shape(parameter).numel() for parameter in wanted)
 
 
 @contextlib.contextmanager
 def whole(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
-    """The parameters at full shape; with `write`, rank 0's values become everyone's at the end."""
+    """Gather the parameters at full shape; with `write`, rank 0's values become everyone's at the end."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None, enabled=bool(partitioned)):
         yield
 
 
 def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
-    """`build()` with every parameter partitioned as soon as its module exists, where the configuration is ZeRO-3."""
+    """Call `build` with every parameter partitioned as soon as its module exists, where the configuration is ZeRO-3."""
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         return build()
@@ -74,34 +74,34 @@ def initialize_sharded(
     """
     owners = [(name, child) for name, child in module.named_modules() if isinstance(child, PreTrainedModel)]
     for name, child in module.named_modules():
-        own = list(child.parameters(recurse=False))
-        if not own or name.startswith(skip):
+        parameters = list(child.parameters(recurse=False))
+        if not parameters or name.startswith(skip):
             continue
         above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
-        with whole(own, write=True), torch.random.fork_rng(), torch.no_grad():
+        with whole(parameters, write=True), torch.random.fork_rng(), torch.no_grad():
             # One number of 32 bits: torch's generator on the host drops the upper half of a seed.
             torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            with _drawn_in_fp32(own):
+            with _drawn_in_fp32(parameters):
                 initialize(above[-1] if above else child, child)
 
 
 @contextlib.contextmanager
 def _drawn_in_fp32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """The parameters in fp32, rounded to their own type at the end.
+    """Have the parameters in fp32 inside, and round them to their own type at the end.
 
     A uniform number that rounds to the upper bound becomes the lower one in torch: in bf16 one weight of a thousand
     would have the wrong sign, at its largest.
     """
-    own = [parameter.data for parameter in parameters]
+    originals = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     yield
-    for parameter, values in zip(parameters, own, strict=True):
+    for parameter, values in zip(parameters, originals, strict=True):
         parameter.data = values.copy_(parameter.data)
 
 
 def master_shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of the fp32 master weights: the shard under ZeRO-3, the whole parameter otherwise.
+    """Return this rank's part of the fp32 master weights: the shard under ZeRO-3, the whole parameter otherwise.
 
     Raises:
         RuntimeError: DeepSpeed holds no master copy of a low-precision parameter.
@@ -118,7 +118,7 @@ def master_shard(parameter: nn.Parameter) -> Tensor:
 
 
 class ShardedMomentum:
-    """The exponential moving average of the online weights, shard by shard, without a gather.
+    """Keeps the exponential moving average (EMA) of the online weights, shard by shard, without a gather.
 
     The average is fp32, which is more than the target computes in: averaging a bf16 copy would lose the update, since
     1 − m is below half a unit in the last place. It is stored beside the target's compute copy: nothing in fp32 (the
@@ -172,16 +172,16 @@ class ShardedMomentum:
 
     @property
     def sharded(self) -> bool:
-        """Whether a rank has its part of the averages only, as under ZeRO-3, and not the whole of them."""
+        """Return whether a rank has its part of the averages only, as under ZeRO-3, and not the whole of them."""
         return any(is_partitioned(target) for target in self._target.values())
 
     def names(self) -> list[str]:
-        """Names of the averaged parameters."""
+        """Return the names of the averaged parameters."""
         return list(self._target)
 
     @torch.no_grad()
     def shard(self, name: str) -> Tensor:
-        """This rank's part of an average in fp32; a tensor of its own only where the target is bf16."""
+        """Return this rank's part of an average in fp32: a copy where the target is bf16, else a live view."""
         copy = self._copy(name)
         if copy.dtype == torch.float32:
             return copy
@@ -189,7 +189,7 @@ class ShardedMomentum:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """average ← m · average + (1 − m) · online, and the compute copy with it."""
+        """Update average ← m · average + (1 − m) · online, and the compute copy with it."""
         for name, online in self._online.items():
             average = self.shard(name)
             self._store(name, average.lerp_(master_shard(online).view_as(average), 1.0 - momentum))
@@ -217,18 +217,18 @@ class ShardedMomentum:
             copy.copy_(self._beside[name])
 
     def online_names(self) -> dict[str, str]:
-        """Which parameter every averaged one follows."""
+        """Return, by averaged parameter, the name of the online parameter that it follows."""
         return dict(self._follows)
 
     def shapes(self) -> dict[str, list[int]]:
-        """Full shape of every averaged parameter, for consolidation."""
+        """Return the full shape of every averaged parameter, for consolidation."""
         return {name: list(full_shape(parameter)) for name, parameter in self._target.items()}
 
     def pieces(self) -> list[tuple[str, int, int]]:
-        """(name, first element, elements) of what this rank has to save of every average: its shard without padding
-        under ZeRO-3; otherwise an even share of what all ranks hold alike."""
+        """Return (name, first element, elements) of what this rank has to save of every average: its shard without
+        padding under ZeRO-3; otherwise an even share of what all ranks hold alike."""
         own_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        found = []
+        pieces = []
         for name, target in self._target.items():
             numel = full_shape(target).numel()
             if is_partitioned(target):
@@ -236,11 +236,12 @@ class ShardedMomentum:
             else:
                 share, rank = math.ceil(numel / world), own_rank
             start = min(share * rank, numel)
-            found.append((name, start, min(share, numel - start)))
-        return found
+            pieces.append((name, start, min(share, numel - start)))
+        return pieces
 
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
-        """The live tensors that a piece is made of, flat: the fp32 values, or two halves for `split_float.join`."""
+        """Return the live tensors that a piece is made of, flat: the fp32 values, or two halves for
+        `split_float.join`."""
         copy, beside = self._copy(name), self._beside.get(name)
         held = (copy, beside) if copy.dtype == torch.bfloat16 else (copy if beside is None else beside,)
         begin = 0 if is_partitioned(self._target[name]) else start

@@ -1,4 +1,4 @@
-"""What one rank's device could compute at most: by name, as a number, or measured."""
+"""Find what one rank's device could compute at most: by name, as a number, or measured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONG_ENOUGH_S, _MEASURED_S, _LARGEST = 5e-3, 0.2, 8192
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that one rank's device computes."""
+    """Holds the most that one rank's device computes."""
 
     tflops: float
     """10¹² FLOPs a second."""
@@ -39,7 +39,7 @@ class Peak:
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """What a DeepSpeed configuration computes in."""
+    """Return the type that a DeepSpeed configuration computes in."""
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if ds_config.get(key, {}).get("enabled"):
             return dtype
@@ -47,7 +47,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
-    """The peak that a run file names.
+    """Return the peak that a run file names.
 
     Raises:
         ConfigError: an unknown name, one for another type of number, or no positive number.
@@ -76,7 +76,7 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
 
 
 def measured_peak(dtype: torch.dtype) -> Peak:
-    """The pace of a square matrix product in `dtype`, the best of 0.2 s, as a mean over the ranks.
+    """Measure the rate of a square matrix product in `dtype`: the best within 0.2 s, as a mean over the ranks.
 
     All ranks measure at once, because ranks on one processor share it. Every rank calls it.
     """

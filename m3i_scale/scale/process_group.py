@@ -1,4 +1,4 @@
-"""The process group of a run: joining it, how long its collectives may take, leaving it."""
+"""Join the process group of a run, set how long its collectives may take, leave it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def start_ranks(
 
 
 def set_timeout(timeout_s: float) -> None:
-    """From now on, a collective of any group fails when it takes longer. Those under way keep what they have."""
+    """Have every later collective of any group fail when it takes longer. Those under way keep their timeout."""
     for group in list(dist.distributed_c10d._world.pg_map):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of groups of backends that have no time-out
@@ -91,7 +91,7 @@ def set_timeout(timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def count_waits(told: Callable[[float], None]) -> Iterator[None]:
-    """Tell how long this process waits in collectives. An accelerator's collectives do not make it wait.
+    """Report how long this process waits in collectives. An accelerator's collectives do not make it wait.
 
     Args:
         told: seconds of one wait.
@@ -126,7 +126,7 @@ def stop_ranks(*, wait: bool) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
+    """Return a port that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

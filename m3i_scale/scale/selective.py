@@ -1,4 +1,4 @@
-"""Selective recomputation: what is dear to compute is kept, everything else is computed again.
+"""Recompute selectively: what is expensive to compute is kept, everything else is computed again.
 
 The list, and recomputing every second matrix product, are those of torchtitan (`distributed/activation_checkpoint.py`),
 with products that have a bias and the sampling of deformable convolution, which its language models do not have.
@@ -47,7 +47,7 @@ class _OnlyKept(TorchDispatchMode):
 
 
 def selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """`context_fn` of `torch.utils.checkpoint`: attention and every second matrix product of a layer are kept."""
+    """Return contexts for `torch.utils.checkpoint` that keep attention and every second matrix product of a layer."""
     products: Counter[bool] = Counter()
 
     def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,4 +1,4 @@
-"""An fp32 number in two halves of 16 bits, of which the first is a bf16 number by itself.
+"""Store an fp32 number in two halves of 16 bits, of which the first is a bf16 number by itself.
 
 bf16 is the upper half of fp32. A compute copy in bf16 and the lower half, kept as an integer, are the fp32 number to
 the last bit: four bytes for what would take six.
@@ -21,6 +21,6 @@ def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """The fp32 numbers that were split: a new tensor of `upper`'s shape."""
+    """Return the fp32 numbers that were split, in a new tensor of `upper`'s shape."""
     bits = (upper.view(torch.int16).to(torch.int32) << 16) + lower.view_as(upper)
     return bits.view(torch.float32)

@@ -1,5 +1,5 @@
-"""The store in which ranks find each other. Where an interface is chosen, it listens there and nowhere else; who has
-not come is named."""
+"""Open the store in which ranks find each other. Where an interface is chosen, it listens there and nowhere else; ranks
+that have not come are named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
 
 
 class MissingRanksError(UserError):
-    """Ranks that have not come. Nothing has to be mended here before the run is started again."""
+    """Names ranks that have not come. Nothing has to be mended here before the run is started again."""
 
     exit_code = EXIT_FAILED
 
@@ -92,8 +92,8 @@ def _of_agent() -> bool:
 
 
 def await_ranks(timeout_s: float) -> None:
-    """Wait at rank 0's store until all ranks have come; rank 0 tells meanwhile who has not. Every rank calls it, before
-    the process group is made, which would wait for them without a word. torchrun's agents have done so already.
+    """Wait at rank 0's store until all ranks have come; rank 0 reports meanwhile which have not. Every rank calls it,
+    before the process group is made, which would wait for them without a word. torchrun's agents have done so already.
 
     Args:
         timeout_s: how long at most.
@@ -136,7 +136,7 @@ def _has(store: TCPStore, key: str) -> bool:
 
 
 def _store(rank: int, timeout_s: float) -> TCPStore:
-    """Open rank 0's store, which PyTorch finds and uses then, or the way to it."""
+    """Open rank 0's store, which PyTorch finds and uses then, or the connection to it."""
     host, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
     if rank == 0 and _KEPT:
@@ -165,21 +165,21 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
 
 def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
     """Wait for all ranks; return those that have not come."""
-    began = told = time.monotonic()
+    began = told_at = time.monotonic()
     missing = list(range(1, world))
     while missing and time.monotonic() - began < timeout_s:
         missing = [rank for rank in missing if not store.check([f"{_HERE}/{rank}"])]
-        if missing and time.monotonic() - told > _TELL_S:
-            told = time.monotonic()
-            left = f"{timeout_s - (told - began):.0f} s more"
-            print(f"rank 0 waits for {_named(missing)} of {world}, {left}", file=sys.stderr, flush=True)
+        if missing and time.monotonic() - told_at > _TELL_S:
+            told_at = time.monotonic()
+            remaining = f"{timeout_s - (told_at - began):.0f} s more"
+            print(f"rank 0 waits for {_named(missing)} of {world}, {remaining}", file=sys.stderr, flush=True)
         if missing:
             time.sleep(_LOOK_S)
     return missing
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Write `ranks 8–15 (node1)`; hosts where the launcher has said which they are."""
+    """Return `ranks 8–15 (node1)`; with hosts where the launcher has said which they are."""
     host_of = _hosts_of_deepspeed()
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     spans = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
@@ -188,7 +188,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _hosts_of_deepspeed() -> dict[int, str]:
-    """Return hosts by rank, from the command line of the `deepspeed` launcher's process on this host; else nothing."""
+    """Return hosts by rank, from the command line of the `deepspeed` launcher's process on this host; else none."""
     start = "--world_info="
     try:
         words = [word for word in psutil.Process().parent().cmdline() if word.startswith(start)]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What a callback is, what it is told, and how several are called."""
+"""A callback looks on, on rank 0; this is what it is given, and how several are called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3i_scale.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The run, told once before the first step."""
+    """Describes the run, once before the first step."""
 
     name: str
     output_dir: Path
@@ -37,7 +37,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """How much of a source was served, over all ranks."""
+    """Says how much of a source was served, over all ranks."""
 
     share: float
     """Of all good samples of the present sources so far, 0 to 1."""
@@ -53,7 +53,7 @@ class SourceFigures:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logged step. Means over the ranks and over the steps since the last record, unless said otherwise."""
+    """Holds the figures of one logged step: means over ranks and steps since the last record, unless said otherwise."""
 
     step: int
     """Optimizer steps done."""
@@ -105,11 +105,11 @@ class StepRecord:
 
     @property
     def data_wait_share(self) -> float:
-        """Share of the step that was spent waiting for data, 0 to 1."""
+        """Return the share of the step that was spent waiting for data, 0 to 1."""
         return self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
 
     def scalars(self) -> dict[str, float]:
-        """Every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
+        """Return every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
         optional = {
             "grad_norm": self.grad_norm,
             "momentum": self.momentum,
@@ -142,7 +142,8 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Rewind:
-    """The run went back to a checkpoint because its loss spiked, and goes on behind the data that it had by then."""
+    """Says that the run went back to a checkpoint because its loss spiked, and goes on behind the data it had by
+    then."""
 
     rewound_from: int
     """Steps done when the spike was confirmed; those after `rewound_to` are undone."""
@@ -170,78 +171,79 @@ class Rewind:
 
 
 class Callback:
-    """Something that happens beside the training step, on rank 0. Every method may be left out.
+    """Looks on beside the training step, on rank 0. Every method may be left out.
 
     A UserError raised by a callback ends the run with its explanation.
     """
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Before the first step."""
+        """Begin, before the first step."""
 
     def on_step(self, record: StepRecord) -> None:
-        """On every logged step, with values that are reduced over the ranks."""
+        """Receive every logged step, with values that are reduced over the ranks."""
 
     def on_progress(self, step: int) -> None:
-        """Hear of every step that is not logged; nothing is known of it but that it is done."""
+        """Receive every step that is not logged; nothing is known of it but that it is done."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """After an evaluation; `values` are numbers by name, and may be nested."""
+        """Receive the result of an evaluation; `values` are numbers by name, and may be nested."""
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """When a run goes wrong without crashing: `group`, `what`, `why`, `fix` (docs/metrics.md)."""
+        """Receive a warning that the run goes wrong without crashing: `group`, `what`, `why`, `fix`
+        (docs/metrics.md)."""
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """When the run has gone back to a checkpoint: records of steps after `rewind.rewound_to` come a second time."""
+        """Receive that the run has gone back to a checkpoint: steps after `rewind.rewound_to` come a second time."""
 
     def on_end(self, status: str) -> None:
-        """Once, however the run ends: `finished`, `preempted` or `failed`."""
+        """End, once, however the run ends: `finished`, `preempted` or `failed`."""
 
 
 class CallbackList(Callback):
-    """Several callbacks as one, called in order; ended in reverse order."""
+    """Calls several callbacks as one, in order; ends them in reverse order."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = list(callbacks)
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Tell every callback."""
+        """Call every callback."""
         for callback in self.callbacks:
             callback.on_start(run_info)
 
     def on_step(self, record: StepRecord) -> None:
-        """Tell every callback."""
+        """Call every callback."""
         for callback in self.callbacks:
             callback.on_step(record)
 
     def on_progress(self, step: int) -> None:
-        """Tell every callback."""
+        """Call every callback."""
         for callback in self.callbacks:
             callback.on_progress(step)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Tell every callback."""
+        """Call every callback."""
         for callback in self.callbacks:
             callback.on_evaluation(step, values)
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Tell every callback."""
+        """Call every callback."""
         for callback in self.callbacks:
             callback.on_warning(step, fault)
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Tell every callback."""
+        """Call every callback."""
         for callback in self.callbacks:
             callback.on_rewind(rewind)
 
     def on_end(self, status: str) -> None:
-        """Tell every callback, also when one of them raises; the error is raised after the last one."""
+        """Call every callback, also when one of them raises; the error is raised after the last one."""
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.on_end, status)
 
 
 def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Nested numbers under names with `/`.
+    """Return nested numbers under names with `/`.
 
     Raises:
         TypeError: something that is not a number.

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a record, always written."""
+"""This callback writes metrics.jsonl, one line a record, in every run."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a whole line; None for a torn one (also one that only lacks its end)."""
+    """Return the step of a whole line; None for a torn one (also one that only lacks its end)."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a person sees while the run goes on: a bar on a terminal, plain lines elsewhere. On stderr."""
+"""This callback shows progress on stderr: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMOOTHING = 0.3  # weight of the newest step time in the ETA
 
 @dataclass(frozen=True)
 class _Figures:
-    """Figures of a step, broken between them where the terminal ends."""
+    """Shows figures of a step; a line breaks between two of them where the terminal ends."""
 
     parts: tuple[str, ...] = ()
 
@@ -29,18 +29,19 @@ class _Figures:
 
 
 class _Bar(Progress):
-    """A bar with the newest figures under it."""
+    """Shows a bar with the newest figures under it."""
 
     figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Give the bar, then the figures."""
+        """Yield the bar, then the figures."""
         yield self.make_tasks_table(self.tasks)
         yield self.figures
 
 
 class ProgressDisplay(Callback):
-    """Step, time left and throughput; under them loss by group, learning rate, share of time spent waiting for data."""
+    """Shows step, time left, throughput; under them loss by group, learning rate, share of time spent waiting for
+    data."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Show on `console`, by default stderr: stdout belongs to `--json`."""
@@ -79,7 +80,7 @@ class ProgressDisplay(Callback):
         self._bar.start()
 
     def on_progress(self, step: int) -> None:
-        """Move the bar; where there is none, say that the first step is done."""
+        """Move the bar; without one, write that the first step is done."""
         now = time.monotonic()
         if self._bar is not None:
             step_s = self._step_s
@@ -112,12 +113,12 @@ class ProgressDisplay(Callback):
         self._print(f"step {step:,}  {shown}")
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Write what goes wrong, above the bar."""
+        """Write the warning, above the bar."""
         text = f"step {step:,}  warning: {fault['group']}: {fault['what']} ({fault['why']})\n  fix: {fault['fix']}"
         self.console.print(Text(text, style="yellow"))
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Move the bar back; a warning tells why."""
+        """Move the bar back; a warning says why."""
         if self._bar is not None:
             self._bar.update(self._task, completed=rewind.rewound_to)
 
@@ -133,20 +134,20 @@ class ProgressDisplay(Callback):
 
 
 def smooth(mean_s: float | None, newest_s: float) -> float:
-    """A running mean of step times that follows a change within a few records."""
+    """Return a running mean of step times that follows a change within a few records."""
     return newest_s if mean_s is None else mean_s + _SMOOTHING * (newest_s - mean_s)
 
 
 def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
-    """Tell about a step, figure by figure, the most important ones first.
+    """Return the figures of a step as words, the most important ones first.
 
     Args:
-        record: what is told.
+        record: of the step.
         moving: whether weights change. Then their sum says nothing from step to step and every group shows its own.
     """
-    told = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
+    groups = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
     losses = ", ".join(
-        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in told
+        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in groups
     )
     total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
     parts = [f"loss {losses}" if moving else total]

@@ -1,4 +1,4 @@
-"""Event files for TensorBoard."""
+"""This callback writes event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TensorBoardWriter(Callback):
     """Writes to `output_dir/tensorboard`. A resumed run hides the points that it is about to write again."""
 
     def __init__(self) -> None:
-        """Check that the package is there, long before the first step.
+        """Check that the package is installed, long before the first step.
 
         Raises:
             ConfigError: it is not.
@@ -37,11 +37,11 @@ class TensorBoardWriter(Callback):
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:
-        """One point per figure."""
+        """Write one point per figure."""
         self._add(record.step, record.scalars())
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """One point per figure, under `evaluation/`."""
+        """Write one point per figure, under `evaluation/`."""
         self._add(step, flatten(values, "evaluation"))
 
     def on_rewind(self, rewind: Rewind) -> None:

@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline."""
+"""This callback logs to Weights & Biases, online or offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class WandbWriter(Callback):
     """
 
     def __init__(self, mode: Literal["offline", "online"]) -> None:
-        """Check that the package is there, long before the first step.
+        """Check that the package is installed, long before the first step.
 
         Raises:
             ConfigError: it is not.
@@ -35,7 +35,7 @@ class WandbWriter(Callback):
         self._run: Any = None
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Open the run.
+        """Open the run at Weights & Biases.
 
         Raises:
             ConfigError: not logged in, or the server cannot be reached.
@@ -68,15 +68,15 @@ class WandbWriter(Callback):
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: StepRecord) -> None:
-        """One point per figure."""
+        """Log one point per figure."""
         self._run.log({"step": record.step, **record.scalars()})
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """One point per figure, under `evaluation/`."""
+        """Log one point per figure, under `evaluation/`."""
         self._run.log({"step": step, **flatten(values, "evaluation")})
 
     def on_end(self, status: str) -> None:
-        """Close the run; one that failed is marked so."""
+        """Close the run; mark it as failed where it has not finished."""
         if self._run is not None:
             self._run.finish(exit_code=0 if status == "finished" else 1)
             self._run = None
@@ -90,7 +90,7 @@ class WandbWriter(Callback):
 
 
 def _run_id(output_dir: Path) -> str:
-    """The id of this output directory's run; made on first use."""
+    """Return the id of this output directory's run; make it on first use."""
     path = output_dir / _RUN_ID
     if not path.exists():
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""`m3i-scale checkpoint`: look at checkpoints, compare them, remove those that no rule keeps."""
+"""`m3i-scale checkpoint` looks at checkpoints, compares them, and removes those that no rule keeps."""

@@ -1,4 +1,4 @@
-"""`m3i-scale checkpoint list | verify | inspect | diff | prune | consolidate`."""
+"""The command line of `m3i-scale checkpoint list | verify | inspect | diff | prune | consolidate`."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, An
 
 @contextmanager
 def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes on standard error; none where standard output is a JSON document."""
+    """Show a bar over bytes on standard error; none where standard output is a JSON document."""
     if quiet:
         yield lambda size: None
         return

@@ -131,7 +131,7 @@ def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]
 
 
 def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Return what is half written or half removed, but for what a job commits or removes while this looks at it."""
+    """Yield what is half written or half removed, but for what a job commits or removes while this looks at it."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size
@@ -248,7 +248,7 @@ def _in_words(name: str, at: Mapping[str, Any]) -> str:
 
 
 def _backbone(meta: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """`vit, preset vit-b/16, hidden_size 768 …`."""
+    """Return the backbone in words: `vit, preset vit-b/16, hidden_size 768 …`."""
     config = _at(meta, "identity", "backbone") or {}
     chosen = _at(run, "backbone", "preset") or _at(run, "backbone", "from_pretrained")
     words = [str(config.get("model_type", "unknown"))] + ([str(chosen)] if chosen else [])

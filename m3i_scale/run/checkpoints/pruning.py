@@ -1,4 +1,4 @@
-"""`m3i-scale checkpoint prune`: the retention of a run, by hand."""
+"""`m3i-scale checkpoint prune` applies retention by hand."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def prune_run(root: Path, rules: RetentionConfig, *, dry_run: bool) -> dict[str,
 
 
 def _parse_best(text: str) -> KeepBestConfig:
-    """`evaluation/loss`, `evaluation/loss:max`, `evaluation/loss:min:3`."""
+    """Parse `evaluation/loss`, `evaluation/loss:max` or `evaluation/loss:min:3`."""
     match = _BEST.fullmatch(text)
     if match is None:
         raise ConfigError(
@@ -83,7 +83,7 @@ def _parse_best(text: str) -> KeepBestConfig:
 
 
 def _check_effect(root: Path, rules: RetentionConfig, metrics: Metrics) -> None:
-    """Refuse rules that keep nothing here: what was meant to stay must not go because of a slip of the pen."""
+    """Refuse rules that keep nothing here: a typing mistake must not remove what was meant to stay."""
     entries = entries_of(root, metrics)
     if not entries:
         raise CheckpointError("no checkpoints here", where=str(root))

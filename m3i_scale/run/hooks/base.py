@@ -1,4 +1,4 @@
-"""What acts in the loop beside the training step, and what the loop tells it."""
+"""A hook acts in the loop beside the training step; this is what the loop tells it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.scale.partition import ShardedMomentum
 
 @dataclass
 class TrainState:
-    """What the loop and its hooks share. Steps and votes are the same on every rank."""
+    """Holds what the loop and its hooks share. Steps and votes are the same on every rank."""
 
     resolved: ResolvedRun
     ranks: ProcessGroupRanks
@@ -52,8 +52,8 @@ class TrainState:
 
 
 class Hook:
-    """Something that acts in the loop. Every rank has the same hooks and calls them in the same order, so that they may
-    exchange values; every method may be left out.
+    """Acts in the loop. Every rank has the same hooks and calls them in the same order, so that they may exchange
+    values; every method may be left out.
 
     What only looks on, on rank 0, is a `Callback`.
     """
@@ -68,14 +68,14 @@ class Hook:
         """Act after a forward and backward pass."""
 
     def vote(self) -> bool:
-        """Return what this rank has to say before the optimizer has the step. All votes go in one collective."""
+        """Return this rank's vote, before the optimizer takes the step. All votes go in one collective."""
         return False
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Hear whether the `vote` of any rank was true."""
+        """Act on whether the `vote` of any rank was true."""
 
     def post_step(self) -> bool:
-        """Act after a step; return True where it was undone, which later hooks then do not hear of."""
+        """Act after a step; return True where this hook has undone it: later hooks are then not called."""
         return False
 
     def on_rewind(self) -> None:

@@ -1,4 +1,4 @@
-"""Saving checkpoints when they are due, and going on from one."""
+"""This hook saves checkpoints when they are due, and loads the one that a run goes on from."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Checkpointing(Hook):
         self._take_over(meta)
 
     def go_back(self, checkpoint: Path) -> None:
-        """Load an earlier checkpoint of the run, while the data stay where they are."""
+        """Load an earlier checkpoint of the run; the data stay where they are."""
         self._loaded = checkpoint
         load_checkpoint(checkpoint, self._state.engine, self._state.momentum)
         self._take_over(together(lambda: read_meta(checkpoint)))
@@ -79,7 +79,7 @@ class Checkpointing(Hook):
     # -------------------------------------------------------------------- saving
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Take the stored samples from the first batch, where they are wanted."""
+        """Take the samples that are stored with checkpoints from the first batch, where the run file asks for them."""
         if self._probe is None and self._config.probe:
             self._probe = probe_of(batch)
 
@@ -88,7 +88,7 @@ class Checkpointing(Hook):
         return self._saver.writing
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Hear whether any rank is still writing."""
+        """Remember whether any rank is still writing."""
         self._others_write = voted
 
     def post_step(self) -> bool:
@@ -108,14 +108,14 @@ class Checkpointing(Hook):
         return False
 
     def on_finish(self) -> None:
-        """Save the last step, and wait for everything that is on its way."""
+        """Save the last step, and wait until every save is committed."""
         with self._state.timeouts.outside_of_steps("save"):
             if self._step != self._state.step:
                 self.save()
             self.close()
 
     def on_error(self) -> None:
-        """Commit a save that is on its way before all ranks end together; why they end is the error to report."""
+        """Commit a save that has begun before all ranks end together; why they end is the error to report."""
         with self._state.timeouts.outside_of_steps("save"):
             try:
                 self.close()
@@ -123,12 +123,12 @@ class Checkpointing(Hook):
                 self._state.tell(str(fault))
 
     def close(self) -> None:
-        """Commit what is on its way, and wait for what follows a commit."""
+        """Commit a save that has begun, and wait for what follows a commit."""
         self._saver.close()
 
     def save(self) -> None:
         """Commit a checkpoint of this step, or begin to; what retention no longer keeps is dropped after the commit.
-        Nothing where nothing was trained since the checkpoint that was loaded."""
+        Does nothing where nothing was trained since the checkpoint that was loaded."""
         state, probe = self._state, self._probe
         final = self._root / step_name(state.step)
         if self._loaded == final:
@@ -158,7 +158,7 @@ class Checkpointing(Hook):
         return None
 
     def _drop_older(self, committed: Path) -> None:
-        """Remove what no rule keeps. Rank 0 alone, on any thread."""
+        """Remove the checkpoints that no rule keeps. Rank 0 alone calls it, on any thread."""
         output_dir = self._state.resolved.run.output_dir
         metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
         pruned = prune(committed.parent, self._config, metrics, committed=committed)

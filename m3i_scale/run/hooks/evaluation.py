@@ -1,4 +1,4 @@
-"""Losses on the validation sources, every so many steps."""
+"""This hook computes losses on the validation sources, every so many steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Evaluation(Hook):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return losses and nats, of the same micro-batches without augmentation every time; every rank calls it.
+        """Return losses and nats of the same micro-batches without augmentation every time; every rank calls it.
 
         Raises:
             DataError: the data of some rank failed, or too much of them is bad; on all ranks.

@@ -1,4 +1,4 @@
-"""What a run does about steps that are not finite: leave them out, count them, end when they do not cease.
+"""This hook counts the steps that are not finite, which are left out, and ends the run when they do not cease.
 
 The engine itself skips a step whose global gradient norm is not finite, on every ZeRO stage and on all ranks alike;
 `spread_nonfinite` makes that of a loss that is not finite. Here is what follows from it.
@@ -26,7 +26,7 @@ RECORDS = 20
 
 
 class RunEndedError(UserError):
-    """The run must not go on. All ranks raise it together."""
+    """Says that the run must not go on. All ranks raise it together."""
 
     everywhere = True
 
@@ -94,7 +94,7 @@ class Guard(Hook):
         state.callbacks.on_warning(step, fault)
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
-        """The error to end with, on every rank, once the file about it is written."""
+        """Return the error to end with, on every rank, once the file about it is written."""
         path = write_bad_steps(self._output_dir, step, what, self._bad, self._records)
         return RunEndedError(
             what,
@@ -105,7 +105,7 @@ class Guard(Hook):
         )
 
     def warn_no_checkpoint(self, spike: Spike) -> None:
-        """Say a spike that has no checkpoint from before it."""
+        """Warn of a spike that has no checkpoint from before it."""
         fault = {
             "group": "guard",
             "what": "the loss has spiked, and there is no checkpoint to go back to",
@@ -115,7 +115,7 @@ class Guard(Hook):
         self._state.callbacks.on_warning(spike.step, fault)
 
     def warn_rewound(self, rewind: Rewind) -> None:
-        """Say that the run went back."""
+        """Warn that the run went back to a checkpoint."""
         fault = {
             "group": "guard",
             "what": "the loss has spiked, and the run has gone back to a checkpoint",
@@ -129,12 +129,13 @@ class Guard(Hook):
         self._records.append({"step": record.step, **record.scalars()})
 
     def state(self) -> dict[str, Any]:
-        """For meta.json: what a resumed run needs to judge as this one would have."""
+        """Return what a resumed run needs to judge as this one would have, for meta.json."""
         spikes = self._spikes.state() if self._spikes is not None else None
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": spikes}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Take over what a checkpoint knows; one from before there was a guard knows nothing, and so it begins anew."""
+        """Take over what `state` gave; a checkpoint that was saved without a guard has none, and the guard begins
+        anew."""
         state = state or {}
         self.skipped, self._in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
         if self._spikes is not None and state.get("spikes") is not None:
@@ -142,7 +143,7 @@ class Guard(Hook):
 
 
 def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Refuse a guard that could do nothing.
+    """Refuse settings of the guard that can have no effect.
 
     Args:
         run: the run file.
@@ -212,11 +213,11 @@ def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
 
 
 def _checkpoints_needed(patience: int, every_steps: int) -> int:
-    """How many of the newest ones reach back to before a spike at the moment it is confirmed."""
+    """Return how many of the newest checkpoints reach back to before a spike at the moment it is confirmed."""
     return 1 + math.ceil(patience / every_steps)
 
 
 def _rounded_up(gib: float) -> float:
-    """With room for the small files, in three digits."""
+    """Return GiB with room for the small files, rounded up to three digits."""
     step = 10.0 ** (math.floor(math.log10(gib)) - 2)
     return math.ceil(1.02 * gib / step) * step

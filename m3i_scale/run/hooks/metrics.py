@@ -1,4 +1,4 @@
-"""The figures of a run: gathered in every step, reduced over the ranks and told when a step is logged."""
+"""This hook gathers the figures of a run in every step, and reduces them over the ranks when a step is logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3i_scale.scale.loss_scale import loss_scale
 
 
 class Metrics(Hook):
-    """Tells the callbacks of rank 0 the record of a logged step, and what it warns of.
+    """Gives the callbacks of rank 0 the record of a logged step, and the warnings that follow from it.
 
     Args:
         state: of the loop.
@@ -33,7 +33,7 @@ class Metrics(Hook):
         self._shares.start()
 
     def on_rewind(self) -> None:
-        """Forget what was seen since."""
+        """Forget what was seen since the step that the run has gone back to."""
         self._meter.reset()
         self._shares.start()
         self._diagnosis = Diagnosis()
@@ -43,7 +43,7 @@ class Metrics(Hook):
         self._state.engine.module.measure_health = self._state.logged
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Add the figures, which stay on the device."""
+        """Add the figures of a micro-batch, which stay on the device."""
         module = self._state.engine.module
         self._meter.add_micro_batch(
             micro_batch.loss, micro_batch.figures, module.token_count, batch.text_ids_BT.shape[1]

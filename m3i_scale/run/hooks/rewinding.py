@@ -1,4 +1,4 @@
-"""Going back to a checkpoint from before a loss spike, while the data go on."""
+"""This hook goes back to a checkpoint from before a loss spike, while the data go on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from m3i_scale.run.spike import Spike
 
 
 class Rewinding(Hook):
-    """Goes back when the guard has confirmed a spike.
+    """Goes back to a checkpoint when the guard has confirmed a spike.
 
     Args:
         state: of the loop.
@@ -31,7 +31,7 @@ class Rewinding(Hook):
             return self._go_back(spike)
 
     def _go_back(self, spike: Spike) -> bool:
-        """Go back to the newest good checkpoint from before the spike; return False where there is none, which is said.
+        """Go back to the newest good checkpoint from before the spike; where there is none, warn and return False.
 
         Raises:
             UserError: the run has gone back as often as it may.

@@ -1,1 +1,1 @@
-"""Checkpoints that commit: written under a temporary name, checked, renamed."""
+"""Checkpoints commit: they are written under a temporary name, checked, renamed."""

@@ -1,4 +1,4 @@
-"""Directories that commit: what is not committed does not exist.
+"""Directories commit: what is not committed does not exist for a reader.
 
     checkpoints/
       .tmp-step-00000200/   being written; removed at the next start
@@ -101,7 +101,7 @@ def commit(
 
 
 def point_latest(final: Path) -> None:
-    """Let `latest`, beside a checkpoint, name it.
+    """Make `latest`, beside a checkpoint, name it.
 
     Raises:
         CheckpointError: the disk refused.
@@ -193,7 +193,7 @@ def write_guard(
 def explain(
     error: OSError, root: Path, *, temporary: Path | None = None, bytes_wanted: int | None = None
 ) -> CheckpointError:
-    """Return a failed write as a message: which file, bytes wanted and free, and which checkpoint is still good."""
+    """Return the error of a failed write: which file, bytes wanted and free, and which checkpoint is still good."""
     where = str(error.filename or _last_written(temporary) or temporary or root)
     fix = "make the folder writable, or set output_dir to another one; then start the run again"
     if error.errno in _FULL:

@@ -1,4 +1,4 @@
-"""Write whole weights from a sharded checkpoint, into a folder that is there or is not."""
+"""Write whole weights from a sharded checkpoint; the folder appears when it is complete."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _good_checkpoint(path: Path) -> Path:
         root = path if path.name == "checkpoints" else path / "checkpoints"
         newest, passed_over = newest_good(root)
         if newest is None:
-            why = "; ".join(f"{one.name}: {reason}" for one, reason in passed_over)
+            why = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in passed_over)
             raise CheckpointError("no good checkpoint here", where=str(root), why=why or None)
         return newest
     if faults := (verify(path) if path.is_dir() else ["there is no such folder"]):
@@ -189,7 +189,7 @@ def _count_parameters(weights: SavedWeights, source: Path) -> int:
 
 
 def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]) -> None:
-    """Have a folder written under another name, and give it its name when all is on the disk."""
+    """Have `write` fill a folder under another name, and rename it when all is on the disk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free

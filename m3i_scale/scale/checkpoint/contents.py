@@ -1,4 +1,4 @@
-"""Read what lies in a checkpoint by the headers of its files, and compare the values of two checkpoints.
+"""Read what is in a checkpoint from the headers of its files, and compare the values of two checkpoints.
 
 Nothing is unpickled.
 """
@@ -28,7 +28,7 @@ _NUMBERS = 1 << 22
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor, and where it lies."""
+    """Describes a stored tensor, and where it is."""
 
     kind: str
     """The folder, with the first part of the name where that has several; the file, where that lies in none."""

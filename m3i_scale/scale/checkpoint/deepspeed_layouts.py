@@ -86,7 +86,7 @@ def _whole(weights: SavedWeights, name: str) -> Tensor:
 
 
 def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, ranks: int) -> Tensor:
-    """Return what ZeRO-3 has on a rank: of every tensor an even share, the last ones filled up with zeros."""
+    """Return the shard of a rank under ZeRO-3: of every tensor an even share, the last ones filled up with zeros."""
     flat = torch.zeros(sum(math.ceil(shape.numel() / ranks) for shape in shapes.values()))
     at = 0
     for name, shape in shapes.items():

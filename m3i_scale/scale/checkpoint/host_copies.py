@@ -1,4 +1,4 @@
-"""Copies in host memory, which is kept from one save to the next.
+"""Copy tensors into host memory, which is kept from one save to the next.
 
 An accelerator copies into pinned memory while the host goes on. Torch rounds every pinned allocation up to a power of
 two: on its own, a piece of 33 MiB would take 64. So pieces share pools, whose sizes are powers of two to begin with.
@@ -20,13 +20,13 @@ _ALIGNED = 64
 
 @dataclass
 class HostCopies:
-    """Of the same tensors at every save."""
+    """Copies the same tensors at every save."""
 
     places: list[Tensor] = field(default_factory=list)
     """Of the last copies."""
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Flat copies of flat tensors, in their order; complete once the accelerator is synchronised.
+        """Return flat copies of flat tensors, in their order; complete once the accelerator is synchronised.
 
         Raises:
             RuntimeError: there is no memory for them.
@@ -39,12 +39,12 @@ class HostCopies:
         return [place.copy_(tensor, non_blocking=True) for place, tensor in zip(self.places, tensors, strict=True)]
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.places = []
 
 
 def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Pin | None) -> list[Tensor]:
-    """Memory for flat tensors of these sizes and types: one allocation each, or pools where it is to be pinned."""
+    """Allocate flat tensors of these sizes and types: one allocation each, or pools where they are to be pinned."""
     if pin is None:
         return [torch.empty(numel, dtype=dtype) for numel, dtype in wanted]
     sizes = [numel * dtype.itemsize for numel, dtype in wanted]

@@ -1,4 +1,4 @@
-"""Checkpoints lie in these folders, and hold these files.
+"""Checkpoints are in these folders, and hold these files.
 
 checkpoints/
   .tmp-step-00000200/   being written or removed: does not exist for a reader
@@ -65,7 +65,7 @@ def named_latest(root: Path) -> str | None:
 
 
 def stopped_words(root: Path) -> str:
-    """Return the last words of a run that was asked to stop and has saved.
+    """Return the message of a run that was asked to stop and has saved.
 
     Args:
         root: of its checkpoints.
@@ -101,7 +101,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointError:
-    """Return the error of who reads a file of a checkpoint and cannot; where the whole folder has gone, it says so."""
+    """Return the error that a file of a checkpoint cannot be read; where the whole folder has gone, it says so."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     gone = None if folder.exists() else "a run or `checkpoint prune` has removed the checkpoint meanwhile"
     return CheckpointError(

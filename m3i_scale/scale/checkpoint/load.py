@@ -71,7 +71,7 @@ def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | No
 def _read_own_part(
     folder: Path, engine: Any, momentum: ShardedMomentum | None
 ) -> tuple[SavedTensors, list[dict[str, Any]]]:
-    """Read this rank's part; returns the index, and the data states of all ranks. No collective."""
+    """Read this rank's part; return the index, and the data states of all ranks. No collective."""
     try:
         saved, meta = SavedTensors(folder), read_meta(folder)
         _check_names(saved, engine.module, momentum, folder)
@@ -117,7 +117,8 @@ def _load_buffers(folder: Path, module: nn.Module) -> None:
 
 
 def _restore_random_states(folder: Path) -> None:
-    """A rank that the run did not have takes those of one that it had: no number of the training depends on them."""
+    """Restore this rank's random states; a rank that the run did not have takes those of one that it had: no number of
+    the training depends on them."""
     files = _files_of_ranks(folder, "random/rank-*.safetensors")
     states = load_file(folder / files[dist.get_rank() % len(files)])
     torch.set_rng_state(states["host"])
@@ -126,7 +127,7 @@ def _restore_random_states(folder: Path) -> None:
 
 
 def _files_of_ranks(folder: Path, pattern: str) -> list[str]:
-    """Return the names of files that every rank has written."""
+    """Return the names of the files that match `pattern`, one of every rank that wrote the checkpoint."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
     if not names:
         raise unreadable(folder, pattern, "no such file")

@@ -1,4 +1,4 @@
-"""The manifest of a directory: which files belong to it, how long they are, what is in them; and whether that is so."""
+"""A manifest says which files belong to a directory, their sizes and digests; `verify` checks whether that is so."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _THREADS = 4  # hashing releases the interpreter lock; more threads than this on
 
 @dataclass(frozen=True)
 class Digest:
-    """What is in one file."""
+    """Holds size and SHA-256 of one file."""
 
     size: int
     """Bytes."""
@@ -33,7 +33,7 @@ class Digest:
 
 @dataclass(frozen=True)
 class FileFault:
-    """What is wrong with a committed folder."""
+    """Says what is wrong with a committed folder."""
 
     file: str
     """Path below the folder, with `/`; `.` for the folder as a whole."""
@@ -43,7 +43,7 @@ class FileFault:
 
 
 class Manifest(BaseModel):
-    """The contents of `manifest.json`."""
+    """Holds the contents of `manifest.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -235,8 +235,8 @@ def latest_fault(root: Path, good: Container[Path]) -> str | None:
 
 
 def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
-    """Tell a folder that was copied or renamed to another step: a run would go back to the step that it holds, and find
-    its name taken when it saves."""
+    """Yield a fault of a folder that was copied or renamed to another step: a run would go back to the step that it
+    holds, and find its name taken when it saves."""
     named, held = step_of(path), manifest.extra.get("step")
     if named is not None and held is not None and named != held:
         what = f"the folder is named as step {named}, and holds step {held}"
@@ -260,7 +260,7 @@ def _fault_of(name: str, what: str) -> FileFault:
 
 
 def _lies_below(name: str) -> bool:
-    """Return whether `list_files` could give a path of a manifest: below the folder, and written in the one form."""
+    """Return whether `list_files` could return a path of a manifest: below the folder, and in normal form."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the rules, what they say about a folder of checkpoints, and the removal of the others.
+"""Retention decides which checkpoints of a folder stay, by its rules, and removes the others.
 
 One process, no collectives: any thread may call it.
 """
@@ -24,7 +24,7 @@ LAST_GOOD = "the last good one, though larger than the limit"
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint, as far as retention looks at it."""
+    """Holds what retention needs to know of one checkpoint."""
 
     path: Path
     step: int
@@ -82,7 +82,7 @@ def which_to_keep(entries: Iterable[Entry], rules: RetentionConfig) -> dict[Path
 
 
 def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
-    """Return those that have the figure, the best first; of equals the newest first. One that is not finite is none."""
+    """Return the checkpoints that have the figure, and a finite one: the best first, of equals the newest first."""
     sign = 1 if best.mode == "min" else -1
     known = [entry for entry in entries if math.isfinite(entry.metrics.get(best.metric, math.nan))]
     return sorted(known, key=lambda entry: (sign * entry.metrics[best.metric], -entry.step))
@@ -155,7 +155,7 @@ def folder_bytes(folder: Path) -> int:
 def _by_weight(
     newest_first: Sequence[Entry], good: Sequence[Entry], rules: RetentionConfig
 ) -> Iterator[tuple[Entry, str]]:
-    """(checkpoint, reason), what must stay first."""
+    """Yield (checkpoint, reason), what must stay first."""
     yield good[0], f"latest 1 of {rules.keep_latest}"
     if rules.keep_best is not None:
         for rank, entry in enumerate(ranked(good, rules.keep_best)[: rules.keep_best.count], start=1):

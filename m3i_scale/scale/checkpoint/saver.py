@@ -1,4 +1,4 @@
-"""Save while the training goes on: a copy in host memory, and a thread that writes it.
+"""Save while the training goes on: copy to host memory, and write the copy in a thread.
 
 A save has three parts. `save` opens the folder and, where it writes in the background, copies what this rank holds into
 host memory that is kept for the next save: so long the training stands still. A thread writes, hashes and syncs.
@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Task(threading.Thread, Generic[Result]):
-    """Work in a thread that nobody waits for when the process ends; its result, or error, is taken later."""
+    """Runs work in a thread that the end of the process does not wait for; its result, or error, is taken later."""
 
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
         super().__init__(name=name, daemon=True)
@@ -66,7 +66,7 @@ class Task(threading.Thread, Generic[Result]):
 
 @dataclass
 class _Save:
-    """One save on its way."""
+    """Holds one save that has begun and is not committed."""
 
     final: Path
     temporary: Path
@@ -96,12 +96,12 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Whether a save has been begun and not committed; the same on all ranks."""
+        """Return whether a save has been begun and not committed; the same on all ranks."""
         return self._current is not None
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's thread is still at it."""
+        """Return whether this rank's thread is still writing."""
         return self._current is not None and self._current.task.is_alive()
 
     def save(
@@ -113,7 +113,7 @@ class Saver:
         run_yaml: str,
         more: Callable[[Path], object] = lambda folder: None,
     ) -> None:
-        """Begin to write `final`; a save that is still on its way is waited for. Collective.
+        """Begin to write `final`, after any earlier save is committed. Collective.
 
         Args:
             final: `…/checkpoints/step-00000100`.
@@ -140,7 +140,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the save that is on its way, and commit it. Collective; returns what was committed.
+        """Wait for the save that has begun, commit it and return its folder. Collective.
 
         Raises:
             CheckpointError: a rank could not write; on all ranks.
@@ -160,7 +160,7 @@ class Saver:
         return current.final
 
     def close(self) -> None:
-        """Commit what is on its way, and wait for what follows a commit. Collective.
+        """Commit a save that has begun, and wait for what follows a commit. Collective.
 
         Raises:
             CheckpointError: see `finish`, or what follows a commit has failed.
@@ -169,7 +169,7 @@ class Saver:
         from_rank_0(self._wait_after_commit)
 
     def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], Written]:
-        """Return what writes this rank's files; where it does so later, with copies of all that training changes."""
+        """Return the function that writes this rank's files; one that runs later writes copies of the values now."""
         rank = dist.get_rank()
         random = random_states()
         ranges = ranges_of(self.engine, self.momentum)
@@ -196,7 +196,7 @@ class Saver:
         return work
 
     def _copied(self, ranges: list[Range]) -> list[Range]:
-        """Return pieces of copies as they are now; an average in two halves is joined by the thread."""
+        """Return the pieces as copies of their values now; the thread joins the two halves of an average."""
         copies = iter(self._copies.copy([part.view(-1) for piece in ranges for part in piece.parts]))
         return [replace(piece, parts=tuple(next(copies) for _ in piece.parts)) for piece in ranges]
 
@@ -212,7 +212,7 @@ class Saver:
 
 
 def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
-    """Return what this rank has to write, as live views: master weights, moments and averages."""
+    """Return the pieces that this rank has to write, as live views: master weights, moments and averages."""
     ranges = [
         Range(f"{kind}/{piece.name}", piece.shape, piece.start, (view,))
         for piece in pieces(engine)

@@ -1,4 +1,4 @@
-"""A safetensors file written and hashed as a stream.
+"""Write and hash a safetensors file as a stream.
 
 The library's own writer wants all tensors of a file in memory, holds the interpreter while it writes, and would leave a
 second reading for the hash.
@@ -42,7 +42,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Streamed:
-    """A tensor to be written."""
+    """Describes a tensor to be written, block by block."""
 
     name: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Streamed:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
-    """Write one file of tensors that are at hand.
+    """Write one file of tensors that are in memory.
 
     Raises:
         OSError: the disk refused.

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: pieces of flattened tensors in safetensors files, and an index of all ranks' pieces.
+"""Write and read a checkpoint's tensors: pieces of flattened tensors in safetensors files, and an index of all pieces.
 
 tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
@@ -40,7 +40,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Range:
-    """A piece to be written."""
+    """Holds a piece to be written."""
 
     key: str
     """`kind/name`."""
@@ -58,17 +58,17 @@ class Range:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type that is written."""
+        """Return the type in which the piece is written."""
         return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
 
     def read(self) -> Tensor:
-        """Return the piece."""
+        """Return the values of the piece."""
         return join(*self.parts) if len(self.parts) == 2 else self.parts[0].detach()
 
 
 @dataclass
 class Written:
-    """What a rank has written."""
+    """Holds what a rank has written."""
 
     digests: dict[str, Digest] = field(default_factory=dict)
     """By path below the checkpoint's folder."""
@@ -135,7 +135,7 @@ def write_index(folder: Path, all_ranks: Sequence[Written]) -> None:
 
 
 def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
-    """Pieces of one file each."""
+    """Yield the pieces of one file after the other."""
     part: list[Range] = []
     size = 0
     for piece in ranges:
@@ -149,7 +149,7 @@ def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
 
 
 def _counted(piece: Range, written: Written) -> Callable[[], tuple[Tensor]]:
-    """A piece, whose squares are summed up while it is at hand."""
+    """Return the function that reads a piece, and adds its squares to `written` meanwhile."""
 
     def blocks() -> tuple[Tensor]:
         tensor = piece.read()
@@ -160,7 +160,7 @@ def _counted(piece: Range, written: Written) -> Callable[[], tuple[Tensor]]:
 
 
 class SavedTensors:
-    """The tensors of a checkpoint, whole or by range. Nothing is read before it is asked for.
+    """Reads the tensors of a checkpoint, whole or by range. Nothing is read before it is asked for.
 
     Args:
         checkpoint: a folder that `verify` finds good.
@@ -202,7 +202,7 @@ class SavedTensors:
         return [key.removeprefix(f"{kind}/") for key in self._shapes if key.startswith(f"{kind}/")]
 
     def kinds(self) -> list[str]:
-        """Return the kinds that there are."""
+        """Return the kinds of tensors that the checkpoint has."""
         return sorted({key.partition("/")[0] for key in self._shapes})
 
     def shape(self, key: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 class SavedWeights(Mapping[str, Tensor]):
-    """Tensors of a checkpoint under the names of parameters (`student.model.layers.0.…`).
+    """Gives tensors of a checkpoint under the names of parameters (`student.model.layers.0.…`).
 
     A tensor is read when it is asked for, and not kept: memory holds what the caller holds.
 
@@ -73,7 +73,7 @@ class SavedWeights(Mapping[str, Tensor]):
                 )
 
     def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Return a tensor as flat blocks of finite numbers."""
+        """Yield a tensor as flat blocks of finite numbers."""
         numel = math.prod(self.shape(name))
         for start in range(0, numel, BLOCK_ELEMENTS):
             block = torch.empty(min(BLOCK_ELEMENTS, numel - start), dtype=dtype)
@@ -82,7 +82,7 @@ class SavedWeights(Mapping[str, Tensor]):
 
 
 def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.float32) -> SavedWeights:
-    """Return what a committed checkpoint trained.
+    """Return the weights that a committed checkpoint has trained.
 
     Args:
         checkpoint: a folder that `verify` finds good.
@@ -105,7 +105,7 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
 
 
 def load_weights(checkpoint: Path, which: Which) -> dict[str, Tensor]:
-    """Return all of `saved_weights`, in fp32 and in memory.
+    """Read all of `saved_weights` into memory, in fp32.
 
     Raises:
         CheckpointError: momentum weights of a run without a momentum target.

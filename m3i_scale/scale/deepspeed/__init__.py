@@ -1,1 +1,1 @@
-"""The DeepSpeed JSON: its keys, what "auto" becomes, and whether the engine obeys it."""
+"""Read the DeepSpeed JSON: its keys, what "auto" becomes, and whether the engine does what it says."""

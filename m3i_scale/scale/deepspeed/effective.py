@@ -67,7 +67,7 @@ def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]
 
 
 def _sizes(engine: Any, zero: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the same of the sizes that the file gives."""
+    """Return (name, wanted, effective) of the sizes that the file gives."""
     optimizer = engine.optimizer
     effective = {key: getattr(engine, method)() for key, method in _STAGE3_SIZES.items()}
     effective["reduce_bucket_size"] = getattr(optimizer, "reduce_bucket_size", None)
@@ -101,6 +101,6 @@ def _offloads(engine: Any) -> bool:
 
 
 def _decouples(basic: Any) -> bool:
-    """Return whether it is AdamW rather than Adam; the three classes spell it three ways."""
+    """Return whether the optimizer is AdamW rather than Adam; the three classes spell it three ways."""
     mode = getattr(basic, "adam_w_mode", getattr(basic, "adamw_mode", None))
     return bool(mode) if mode is not None else type(basic).__name__ == "AdamW"

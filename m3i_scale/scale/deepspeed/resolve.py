@@ -28,7 +28,7 @@ from m3i_scale.scale.deepspeed.schema import AUTO, DeepSpeedFile
 
 @dataclass(frozen=True)
 class Resolved:
-    """A DeepSpeed configuration without any "auto", but for accumulation where the number of ranks is not known."""
+    """Holds a DeepSpeed configuration without "auto", but for accumulation where the number of ranks is not known."""
 
     config: dict[str, Any]
     """What `deepspeed.initialize(config=…)` is given."""
@@ -40,7 +40,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A value that the run file implies: what it is and where it comes from."""
+    """Holds a value that the run file implies, and where it comes from."""
 
     value: Any
     why: str
@@ -266,7 +266,7 @@ def _same(given: Any, wanted: Any) -> bool:
 
 
 def explain_table(resolved: Resolved) -> Table:
-    """Return every value that the file left to us, as a table for the terminal."""
+    """Return every value that the file leaves to be filled in, as a table for the terminal."""
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
         table.add_column(heading, overflow="fold")

@@ -43,19 +43,19 @@ Names = list[str] | str
 
 
 class Section(BaseModel):
-    """A part of the file. Values are of the type that is written here, or refused."""
+    """Reads a part of the file. Values are of the type that is written here, or refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class Switched(Section):
-    """A section that does nothing unless it says so."""
+    """Reads a section that does nothing unless it is switched on."""
 
     enabled: bool
 
 
 class Bf16(Switched):
-    """Parameters in bf16."""
+    """Switches to parameters in bf16."""
 
     immediate_grad_update: bool = False
     check_grad_overflow: bool = True
@@ -64,7 +64,7 @@ class Bf16(Switched):
 
 
 class Fp16(Switched):
-    """Parameters in fp16."""
+    """Switches to parameters in fp16, and sets the loss scale."""
 
     auto_cast: bool = False
     loss_scale: NotNegative = 0
@@ -78,7 +78,7 @@ class Fp16(Switched):
 
 
 class DataTypes(Section):
-    """Types of what is not a parameter."""
+    """Sets the types of what is not a parameter."""
 
     grad_accum_dtype: DType | None = None
     param_dtype: DType | None = None
@@ -95,13 +95,13 @@ class Offload(Section):
 
 
 class PartialOffload(Offload):
-    """Optimizer states under stage 3."""
+    """Says where the optimizer states are under stage 3, and which part of them."""
 
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class LeafModule(Section):
-    """Modules whose parameters are gathered together."""
+    """Names modules whose parameters are gathered together."""
 
     classes: Names = []
     names: Names = []
@@ -109,7 +109,7 @@ class LeafModule(Section):
 
 
 class Zero(Section):
-    """Holds what all stages read."""
+    """Holds the keys that all stages read."""
 
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
@@ -119,7 +119,7 @@ class Zero(Section):
 
 
 class Zero12(Zero):
-    """Holds what the optimizer of stages 1 and 2 reads."""
+    """Holds the keys that the optimizer of stages 1 and 2 reads."""
 
     stage: Literal[1, 2]
     allgather_bucket_size: Annotated[Size, Field(multiple_of=2)] = 500_000_000
@@ -130,7 +130,7 @@ class Zero12(Zero):
 
 
 class Zero3(Zero):
-    """Holds what the optimizer of stage 3 reads."""
+    """Holds the keys that the optimizer of stage 3 reads."""
 
     stage: Literal[3]
     offload_optimizer: PartialOffload = PartialOffload(device="none")
@@ -156,7 +156,7 @@ class Zero3(Zero):
 
 
 class AdamW(Section):
-    """The numbers of the optimizer. Which of the further keys are read depends on the class that DeepSpeed builds."""
+    """Holds the numbers of the optimizer. Which other keys are read depends on the class that DeepSpeed builds."""
 
     lr: Positive
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -177,20 +177,20 @@ class AdamW(Section):
 
 
 class Optimizer(Section):
-    """The optimizer, which is built from this file."""
+    """Describes the optimizer, which is built from this file."""
 
     type: Annotated[Literal["adamw"], BeforeValidator(_lower)]
     params: AdamW
 
 
 class Checkpoint(Section):
-    """Checks while saving."""
+    """Sets what DeepSpeed checks while saving."""
 
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
 
 
 class FlopsProfiler(Switched):
-    """DeepSpeed's profiler."""
+    """Sets up DeepSpeed's profiler."""
 
     recompute_fwd_factor: NotNegative = 0.0
     profile_step: Count = 1
@@ -201,7 +201,7 @@ class FlopsProfiler(Switched):
 
 
 class CommsLogger(Section):
-    """Timing of collectives; on as soon as the section is there."""
+    """Times collectives, as soon as the section is there."""
 
     enabled: bool = True
     prof_all: bool = True
@@ -211,27 +211,27 @@ class CommsLogger(Section):
 
 
 class ThroughputTimer(Section):
-    """Samples per second in DeepSpeed's log."""
+    """Writes samples per second to DeepSpeed's log."""
 
     enabled: bool = True
     synchronized: bool = True
 
 
 class Timers(Section):
-    """DeepSpeed's timers."""
+    """Holds the settings of DeepSpeed's timers."""
 
     throughput: ThroughputTimer = ThroughputTimer()
 
 
 class FileMonitor(Switched):
-    """DeepSpeed's own curves, in files."""
+    """Writes DeepSpeed's own curves to files."""
 
     output_path: str = ""
     job_name: str = ""
 
 
 class Wandb(Switched):
-    """DeepSpeed's own curves, at Weights & Biases."""
+    """Sends DeepSpeed's own curves to Weights & Biases."""
 
     group: str | None = None
     team: str | None = None
@@ -239,7 +239,7 @@ class Wandb(Switched):
 
 
 class Comet(Switched):
-    """DeepSpeed's own curves, at Comet."""
+    """Sends DeepSpeed's own curves to Comet."""
 
     samples_log_interval: Whole = 100
     project: str | None = None
@@ -252,7 +252,7 @@ class Comet(Switched):
 
 
 class DeepSpeedFile(Section):
-    """The whole file, without any "auto"."""
+    """Reads the whole file, without any "auto"."""
 
     train_batch_size: Count = 1
     train_micro_batch_size_per_gpu: Count = 1

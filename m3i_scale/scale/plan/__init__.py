@@ -1,1 +1,1 @@
-"""Memory, communication and time of a run, before anything runs. Knows counts, no recipe."""
+"""Compute memory, communication and time of a run before anything runs. Nothing here knows a recipe."""

@@ -1,4 +1,4 @@
-"""Bytes between ranks, and how long they take: rings, as NCCL builds them over consecutive ranks, and as gloo does."""
+"""Count the bytes between ranks and their time: rings, as NCCL builds them over consecutive ranks, and as gloo does."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PASSES = {"all-reduce": 2, "all-reduce of the step": 2, AVERAGED: 2}
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way in which NCCL sends, in the numbers of its own tuner (`src/graph/tuning.cc` at b647562, NVLink within a
-    node). Latencies in µs."""
+    """Describes a way in which NCCL sends, in the numbers of its tuner (`src/graph/tuning.cc` at b647562, NVLink within
+    a node). Latencies in µs."""
 
     ring_us: float
     """Of a collective, whatever its steps."""
@@ -47,7 +47,7 @@ PROTOCOLS = (
 
 @dataclass
 class Traffic:
-    """Collectives by kind: how many of which size, the bytes of their whole tensors."""
+    """Counts collectives by kind: how many of which size, the bytes of their whole tensors."""
 
     sizes: defaultdict[str, Counter[float]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -57,11 +57,11 @@ class Traffic:
             self.sizes[kind][size / calls] += calls
 
     def __add__(self, other: Traffic) -> Traffic:
-        found = Traffic()
+        total = Traffic()
         for traffic in (self, other):
             for kind, sizes in traffic.sizes.items():
-                found.sizes[kind] += sizes
-        return found
+                total.sizes[kind] += sizes
+        return total
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -76,7 +76,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the ranks. Bandwidths of one rank, in one direction."""
+    """Describes what connects the ranks. Bandwidths are of one rank, in one direction."""
 
     nodes: int
     ranks_per_node: int
@@ -98,7 +98,7 @@ class Links:
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """One optimizer step."""
+    """Holds the traffic of one optimizer step."""
 
     rank_bytes: dict[str, float]
     """By kind, what every rank sends."""

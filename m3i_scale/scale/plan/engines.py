@@ -1,4 +1,4 @@
-"""The choice between DeepSpeed's optimizers."""
+"""Choose between DeepSpeed's optimizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.scale.plan.whole import Bf16Engine, ZeroEngine
 def engine_for(
     parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, near: Ledger, far: Ledger
 ) -> Engine:
-    """Build the optimizer that DeepSpeed takes."""
+    """Return the model of the optimizer that DeepSpeed takes with these settings."""
     if settings.stage == 3:
         return PartitionedEngine(parameters, trace, settings, near, far)
     if settings.bf16_optimizer:

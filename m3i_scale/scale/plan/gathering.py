@@ -1,5 +1,5 @@
-"""Which parameters are gathered when under ZeRO-3: DeepSpeed's coordinator (`partitioned_param_coordinator.py`), played
-through on sizes.
+"""Find which parameters are gathered when under ZeRO-3: DeepSpeed's coordinator (`partitioned_param_coordinator.py`),
+replayed on sizes.
 
 A module's parameters are gathered when it runs, the next ones ahead of it; they are released after it, unless they are
 small (persistent) or come again soon. A gather takes the flat buffer of all shards and a tensor for every parameter.
@@ -23,7 +23,7 @@ SECOND = "second copies of parameters"
 
 @dataclass(eq=False)
 class _Storage:
-    """A gathered parameter."""
+    """Holds a gathered parameter."""
 
     handle: int
     uses: int = 1
@@ -32,7 +32,7 @@ class _Storage:
 
 @dataclass(eq=False)
 class _Gather:
-    """A gather on its way: the flat buffer lives until the last of its parameters has been fetched."""
+    """Holds a gather that has begun: its flat buffer lives until the last of its parameters has been fetched."""
 
     flat: int
     waiting: set[int]
@@ -42,7 +42,7 @@ class _Gather:
 
 @dataclass
 class Coordinator:
-    """Gathers and releases, for one rank."""
+    """Gathers and releases parameters, for one rank."""
 
     parameters: tuple[Parameter, ...]
     modules: tuple[tuple[int, ...], ...]
@@ -127,7 +127,7 @@ class Coordinator:
             self._views[number] = storage
 
     def drop(self, number: int) -> None:
-        """Note that it does not any more."""
+        """Note that the backward pass no longer holds the view."""
         storage = self._views.pop(number, None)
         if storage is not None:
             self._unuse(storage)

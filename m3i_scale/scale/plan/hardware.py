@@ -1,4 +1,4 @@
-"""What a GPU and its links are said to do, and how long a step takes at that."""
+"""Hold the stated rates of GPUs and their links, and compute how long a step takes at them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _REACHED = "MFU of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md)"
 
 @dataclass(frozen=True)
 class Hardware:
-    """A rank's device. Peak rates without sparsity, bandwidths in one direction."""
+    """Describes a rank's device. Peak rates are without sparsity, bandwidths in one direction."""
 
     tflops: dict[str, float]
     """By precision: 10¹² FLOP/s."""

@@ -1,4 +1,4 @@
-"""Who holds how many bytes, and the most at a time: live tensors, as an accelerator counts them.
+"""Count who holds how many bytes, and the most at a time: live tensors, as an accelerator counts them.
 
 On a host, where glibc keeps freed memory (`scale/host_memory.py`), holes between the tensors come on top. Which ones
 depends on everything else that a process takes, so that they are a measured share: `HOLES`.
@@ -13,7 +13,7 @@ HOLES = 0.36
 
 
 class Ledger:
-    """Bytes by part."""
+    """Counts live bytes by part, and their peak."""
 
     def __init__(self) -> None:
         self.parts: defaultdict[str, int] = defaultdict(int)
@@ -26,7 +26,7 @@ class Ledger:
         self._count = 0
 
     def take(self, part: str, size: int) -> int:
-        """Add a tensor of so many bytes; return what it is given back by."""
+        """Add a tensor of so many bytes; return the handle to free it by."""
         self._count += 1
         self._held[self._count] = part, size
         self.parts[part] += size

@@ -1,5 +1,5 @@
-"""DeepSpeed's stage 3, where every rank has a share of every parameter: what its optimizer takes and frees, from the
-start of the engine to the end of a step. The methods follow those of `stage3.py`.
+"""Replay DeepSpeed's stage 3, where every rank has a share of every parameter: what its optimizer takes and frees, from
+the start of the engine to the end of a step. The methods follow those of `stage3.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from m3i_scale.scale.plan.settings import momentum_state_bytes, share, share_of
 
 
 class PartitionedEngine(Engine):
-    """`stage3.py`: every rank has a share of every parameter."""
+    """Replays `stage3.py`: every rank has a share of every parameter."""
 
     def build(self) -> None:
         """Follow `zero.Init`, first weights, `_create_fp16_partitions_with_defragmentation`, `…_fp32_partitions`."""
@@ -57,7 +57,7 @@ class PartitionedEngine(Engine):
         self.filled: list[tuple[int, int | None]] = []
 
     def held_of(self, param: int, rank: int) -> int:
-        """Return its share."""
+        """Return the elements of the rank's share, without padding."""
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
     averaged_of = held_of
@@ -93,7 +93,7 @@ class PartitionedEngine(Engine):
 
     def _sub_groups(self) -> list[int]:
         """Follow `_create_fp16_sub_groups`."""
-        found = []
+        sub_groups = []
         for matrix in (True, False):
             sizes = [
                 share(self.parameters[p].numel, self.settings.world)
@@ -101,15 +101,15 @@ class PartitionedEngine(Engine):
                 if self.parameters[p].matrix == matrix
             ]
             if self.settings.sub_group >= sum(sizes):
-                found += [sum(sizes)] if sizes else []
+                sub_groups += [sum(sizes)] if sizes else []
                 continue
             size = 0
             for number, numel in enumerate(sizes):
                 size += numel
                 if size >= self.settings.sub_group or number + 1 == len(sizes):
-                    found.append(size)
+                    sub_groups.append(size)
                     size = 0
-        return found
+        return sub_groups
 
     def before_forward(self) -> None:
         """Gather ahead, but in the first iteration, which is recorded."""
@@ -119,7 +119,7 @@ class PartitionedEngine(Engine):
         self.order = []
 
     def on_use(self, module: int, kind: str) -> None:
-        """Gather or release."""
+        """Gather or release the module's parameters."""
         if kind == "fetch":
             self.order.append(module)
             self.coordinator.fetch(module)

@@ -1,5 +1,5 @@
-"""One rank's engine, played through on sizes: a recorded micro-batch is replayed, and every kind of engine says what it
-takes and frees meanwhile.
+"""Replay one rank's engine on sizes: a recorded micro-batch is replayed, and every kind of engine says what it takes
+and frees meanwhile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NORM_BYTES = 8
 
 
 class Engine(ABC):
-    """One rank's engine.
+    """Replays one rank's engine.
 
     Args:
         parameters: of the whole module, in its order.
@@ -107,7 +107,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """Run the optimizer."""
+        """Take and free what the optimizer does in a step."""
 
     def before_forward(self) -> None:  # noqa: B027 - likewise
         """Do nothing, by default."""
@@ -155,5 +155,5 @@ class Engine(ABC):
                 self.states.take(OPTIMIZER, numel * self.settings.state_bytes)
 
     def norm(self, largest: int) -> None:
-        """Take the norm gradient by gradient."""
+        """Take and free what the norm needs, gradient by gradient."""
         self.near.pass_by(WORKSPACE, largest * _NORM_BYTES)

@@ -1,4 +1,4 @@
-"""What the arithmetic of memory and traffic needs to know: the parameters of a model, and of its DeepSpeed
+"""Hold what the arithmetic of memory and traffic needs to know: the parameters of a model, and of its DeepSpeed
 configuration the stage, sizes, bytes an element."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Role = Literal["trained", "momentum", "teacher"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the whole model."""
+    """Describes one parameter of the whole model."""
 
     numel: int
     role: Role
@@ -25,7 +25,7 @@ class Parameter:
 
 
 def momentum_state_bytes(precision: str) -> int:
-    """Return the bytes an element of what the momentum target keeps beside its compute copy (see `ShardedMomentum`).
+    """Return the bytes an element that the momentum target keeps beside its compute copy (see `ShardedMomentum`).
 
     The copy is the average in fp32, its upper half in bf16, and no part of it in fp16.
     """
@@ -38,7 +38,7 @@ def share(numel: int, world: int) -> int:
 
 
 def share_of(numel: int, world: int, rank: int) -> int:
-    """Return those of them that are no padding."""
+    """Return the elements of `share` on `rank` that are no padding."""
     size = share(numel, world)
     return max(0, min(size, numel - size * rank))
 
@@ -50,7 +50,7 @@ def numel_of(parameters: tuple[Parameter, ...], *roles: Role) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """One engine on `world` ranks. Sizes in elements, `…_bytes` an element."""
+    """Describes one engine on `world` ranks. Sizes are in elements, `…_bytes` are of an element."""
 
     world: int
     stage: int

@@ -1,5 +1,5 @@
-"""What one micro-batch of a module does, recorded without computing it: every tensor that comes and goes, every
-gradient, every use of a parameter, and the FLOPs.
+"""Record what one micro-batch of a module does, without computing it: every tensor that comes and goes, every gradient,
+every use of a parameter, and the FLOPs.
 
 The module and its input lie on the `meta` device, where tensors have sizes and lifetimes and no content.
 """
@@ -28,7 +28,7 @@ Kind = Literal["take", "give", "gradient", "fetch", "release", "keep", "drop", "
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happens.
+    """Says one thing that happens in a micro-batch.
 
     take, give: tensor `number` of `size` bytes comes into being, or is freed. gradient: that of parameter `owner` is
     complete, and is tensor `number`. fetch, release: module `owner` needs its parameters, or does not any more. keep,
@@ -44,7 +44,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded micro-batch."""
+    """Holds a recorded micro-batch."""
 
     events: tuple[Event, ...]
     modules: tuple[tuple[int, ...], ...]
@@ -56,7 +56,7 @@ class Trace:
 
 
 def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
-    """Return what `wanted` samples would do, by what `samples` and twice as many do.
+    """Return the trace of `wanted` samples, from those of `samples` and of twice as many.
 
     Sizes are a number, and a number for every sample. None where the two make other tensors or other gradients.
     """
@@ -75,7 +75,7 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
 
 
 def _made(trace: Trace) -> list[tuple[str, int, int]]:
-    """Return which tensors come into being, in order, and which of them are whose gradients."""
+    """Return the tensors that come into being, in order, and which of them are whose gradients."""
     return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("take", "gradient")]
 
 
@@ -126,7 +126,7 @@ class _Storages(TorchDispatchMode):
 
 
 class _NoAnswers(TorchFunctionMode):
-    """A tensor without content answers a question with no: captions are not all of one length, their mask is needed."""
+    """Answers a tensor without content with no where it is asked: captions differ in length, their mask is needed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__bool__ and args[0].device.type == "meta":
@@ -143,7 +143,7 @@ def _fused_attention(
     is_causal: bool = False,
     **_: Any,
 ) -> Tensor:
-    """Do as the fused kernels of all devices: q, k, v, the output and one number a row are kept.
+    """Do as the fused kernels of all devices do: keep q, k, v, the output and one number a row.
 
     On `meta` torch would take the plain products, and keep their scores.
     """
@@ -162,7 +162,7 @@ class _Kept:
 
 
 def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) -> Trace:
-    """Run `step`, which gives the loss, and its backward pass.
+    """Record `step`, which gives the loss, and its backward pass.
 
     Args:
         module: on `meta`, in training mode.
@@ -196,7 +196,7 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
 
 @contextlib.contextmanager
 def _module_hooks(owners: list[nn.Module], own: tuple[tuple[int, ...], ...], recorder: _Recorder) -> Iterator[None]:
-    """Tell when a module uses its parameters, forwards and (by the gradient of its output) backwards."""
+    """Record when a module uses its parameters, forwards and (by the gradient of its output) backwards."""
     handles = []
 
     def before(number: int) -> Callable[..., None]:
@@ -225,7 +225,7 @@ def _module_hooks(owners: list[nn.Module], own: tuple[tuple[int, ...], ...], rec
 def _gradient_hooks(
     parameters: list[nn.Parameter], own: tuple[tuple[int, ...], ...], recorder: _Recorder
 ) -> Iterator[None]:
-    """Let a complete gradient leave the module at once: what becomes of it is the engine's business."""
+    """Take a complete gradient from the module at once: the engine decides what becomes of it."""
     handles = []
     module_of = {place: number for number, places in enumerate(own) for place in places}
     waiting = {number: {p for p in places if parameters[p].requires_grad} for number, places in enumerate(own)}
@@ -258,7 +258,7 @@ def _gradient_hooks(
 
 @contextlib.contextmanager
 def _kept_views(storages: dict[int, int], recorder: _Recorder) -> Iterator[None]:
-    """Note views that `F.linear` saves: they hold the storage, whatever becomes of the parameter."""
+    """Record views that `F.linear` saves: they hold the storage, whatever becomes of the parameter."""
     count = 0
 
     def pack(tensor: Tensor) -> Any:

@@ -1,5 +1,5 @@
-"""DeepSpeed's stages 1 and 2, where every rank has all parameters: what their optimizers take and free, from the start
-of the engine to the end of a step. The methods follow those of DeepSpeed's files, which the docstrings name.
+"""Replay DeepSpeed's stages 1 and 2, where every rank has all parameters: what their optimizers take and free, from the
+start of the engine to the end of a step. The methods follow those of DeepSpeed's files, which the docstrings name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALIGNMENT = 2
 
 
 class WholeEngine(Engine):
-    """Stages 1 and 2: every rank has all parameters."""
+    """Replays stages 1 and 2: every rank has all parameters."""
 
     def build(self) -> None:
         """Follow `DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
@@ -52,7 +52,7 @@ class WholeEngine(Engine):
             self.near.give(whole)
 
     def held_of(self, param: int, rank: int) -> int:
-        """Return its part of the flat group that all ranks share out."""
+        """Return the elements of the rank's part of the flat group that all ranks share out."""
         for group, numel in zip(self.groups, self.flat, strict=True):
             if param in group:
                 before = sum(self.parameters[place].numel for place in group[: group.index(param)])
@@ -93,7 +93,7 @@ class WholeEngine(Engine):
 
 
 class ZeroEngine(WholeEngine):
-    """`stage_1_and_2.py`."""
+    """Replays `stage_1_and_2.py`."""
 
     def _after_groups(self) -> None:
         settings = self.settings
@@ -123,14 +123,14 @@ class ZeroEngine(WholeEngine):
         self.partitions: list[int] = []
 
     def _in_partition(self) -> set[int]:
-        found = set()
+        places = set()
         for group, numel in zip(self.groups, self.flat, strict=True):
             start, end = 0, numel // self.settings.world
             for place in group:
                 if start < end:
-                    found.add(place)
+                    places.add(place)
                 start += self.parameters[place].numel
-        return found
+        return places
 
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
         """Follow `reduce_independent_p_g_buckets_and_remove_grads`, at once or after the backward pass."""
@@ -157,7 +157,7 @@ class ZeroEngine(WholeEngine):
             self.near.give(handle)
 
     def _reduce(self) -> None:
-        """Follow `reduce_ipg_grads`: a flat copy is reduced; what is this rank's own is put aside."""
+        """Follow `reduce_ipg_grads`: a flat copy is reduced, and this rank's own part is copied out."""
         settings = self.settings
         if not self.filled:
             return
@@ -240,7 +240,7 @@ class ZeroEngine(WholeEngine):
 
 
 class Bf16Engine(WholeEngine):
-    """`bf16_optimizer.py`: stage 1 in bf16 with fp32 gradients, which are whole on every rank."""
+    """Replays `bf16_optimizer.py`: stage 1 in bf16 with fp32 gradients, which are whole on every rank."""
 
     def _master(self, numel: int) -> None:
         super()._master(numel)
