@@ -1,4 +1,4 @@
-"""The door: one verb per command, no logic."""
+"""Define the command line: one verb per command, no logic."""
 
 from __future__ import annotations
 
@@ -447,7 +447,7 @@ def main() -> None:
 
 
 def _told(error: UserError, rank: str | None) -> Text:
-    """A message that one rank tells whole, and the others in one line, printed at once: lines of ranks would mix.
+    """Return a message that one rank tells whole and the others in one line. It is printed at once, or lines would mix.
 
     What not all ranks are known to have is told whole by each, in its line.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that take their name when they are whole; what is in a file: its SHA-256, JSON."""
+"""Write files and folders that take their name when they are whole; read and hash what is in files."""
 
 from __future__ import annotations
 

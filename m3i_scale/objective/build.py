@@ -1,4 +1,4 @@
-"""From a run file to the modules of its recipe, and their first weights."""
+"""Build the modules of a run file's recipe, and give them their first weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_objective(
     *,
     target_encoders: bool = True,
 ) -> Objective:
-    """All modules of a run's recipe, not yet initialised (see `initialize_module`).
+    """Build all modules of a run's recipe, not yet initialised (see `initialize_module`).
 
     Args:
         run: the run file.

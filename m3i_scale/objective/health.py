@@ -1,4 +1,4 @@
-"""Is the representation alive? Spread and effective rank of features."""
+"""Measure whether the representation is alive: spread and effective rank of features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.objective.ranks import Ranks
 
 @torch.no_grad()
 def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
-    """`std`: mean over channels of the standard deviation over samples; `rank`: the effective rank.
+    """Return `std`, the mean over channels of the standard deviation over samples, and `rank`, the effective rank.
 
     The effective rank is exp of the entropy of the normalised eigenvalues of the covariance: 1 when all features lie
     on a line, D when all directions carry the same variance. At most `limit` rows are read. Both are NaN where the
@@ -38,7 +38,7 @@ def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def target_health(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Is a group's target alive? Over the samples of all ranks.
+    """Measure whether a group's target is alive, over the samples of all ranks.
 
     Args:
         parts: `z` (…, E): targets; `assignment` (B, K): distributions over prototypes; `scale` (1): 1/τ.

@@ -47,7 +47,7 @@ class PrototypeRegularizer(Regularizer):
 
 
 class Centering(PrototypeRegularizer):
-    """The target is centred and sharpened (DINO)."""
+    """Centres and sharpens the target (DINO)."""
 
     kind: ClassVar[str] = "centering"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -75,7 +75,7 @@ class Centering(PrototypeRegularizer):
 
 
 class MeanEntropy(PrototypeRegularizer):
-    """The mean prediction over the global batch has a high entropy (MSN)."""
+    """Raises the entropy of the mean prediction over the global batch (MSN)."""
 
     kind: ClassVar[str] = "mean_entropy"
     memory_fields: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""One vector for the whole view: a global feature, or a distribution over prototypes."""
+"""Predict one vector for the whole view: a global feature, or a distribution over prototypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Targe
 
 
 class Pooled(HeadTarget):
-    """A global feature."""
+    """Predicts a global feature."""
 
     kind: ClassVar[str] = "pooled"
     representation: ClassVar[str] = "global feature"
@@ -58,7 +58,7 @@ class Pooled(HeadTarget):
 
 
 class Prototypes(HeadTarget):
-    """A distribution over the prototypes of the head."""
+    """Predicts a distribution over the prototypes of the head."""
 
     kind: ClassVar[str] = "prototypes"
     representation: ClassVar[str] = "global feature"
