@@ -1,4 +1,4 @@
-"""What pydantic found in a section, as errors that name the key and what would be right."""
+"""Turn what pydantic finds in a section into errors that name the key and what would be right."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def explained(
 
 
 def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
-    """Return whether a key that is missing is there under a wrong name, which is told instead."""
+    """Return whether a key that is missing is there under a wrong name, which is reported instead."""
     beside = [
         str(fault["loc"][-1])
         for fault in faults
@@ -238,7 +238,7 @@ def _nearest(sections: _Sections, path: KeyPath) -> str:
 
 
 def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
-    """All keys of a section and of those in it, with dots; none below keys that the user names, as of sources."""
+    """Return all keys of a section and of those in it, with dots; none below names of the user's, as of sources."""
     found = []
     for name, field in kind.model_fields.items():
         found.append(f"{above}{name}")
@@ -248,7 +248,7 @@ def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
 
 
 def _choices_of(field: FieldInfo | None) -> str | None:
-    """The values of a field that has a few, or the kinds of its section; None for others."""
+    """Return the values of a field that has a few, or the kinds of its section; None for others."""
     annotation = field.annotation if field is not None else None
     values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
     if isinstance(annotation, type) and issubclass(annotation, Kind):
@@ -257,6 +257,6 @@ def _choices_of(field: FieldInfo | None) -> str | None:
 
 
 def _default_of(field: FieldInfo | None) -> str | None:
-    """The default value of a plain field, as it is written on the command line; None where there is none."""
+    """Return the default of a plain field, as it is written on the command line; None where there is none."""
     default = field.get_default() if field is not None else None
     return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None

@@ -1,4 +1,4 @@
-"""Sections of which there are several kinds, each a class of its own with its own fields.
+"""Define sections of which there are several kinds, each a class of its own with its own fields.
 
 A family is a class below `Kind` with an empty `kinds`; every class below it that has a `kind` is known by that name:
 
@@ -33,7 +33,7 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class Kind(Section):
-    """Base of families and their kinds."""
+    """Gives families and their kinds a common base."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     """The classes of a family by name."""

@@ -1,4 +1,4 @@
-"""`m3i-scale evaluate`: a model folder and shards in, figures with intervals out."""
+"""Run `m3i-scale evaluate`: a model folder and shards in, figures with intervals out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass
 class _Job:
-    """Both sides, and what encoded them."""
+    """Holds both sides, and what encoded them."""
 
     train: Side | None
     test: Side
@@ -195,7 +195,7 @@ def _encoders(
 def _measure(
     names: tuple[str, ...], encoder: str, job: _Job
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, measure.Right]]:
-    """Figures by measure, reasons for those that are absent, and what each probe got right."""
+    """Return figures by measure, reasons for those that are absent, and what each probe got right."""
     found: dict[str, Any] = {}
     absent: dict[str, str] = {}
     right: dict[str, measure.Right] = {}
@@ -319,7 +319,7 @@ def _refuse_unknown_groups(names: tuple[str, ...], tables: list[Table]) -> None:
 
 
 def _same(shard: Address) -> str:
-    """One text for all ways to name a shard."""
+    """Return one text for all ways to name a shard."""
     return str(shard.resolve() if isinstance(shard, Path) else shard)
 
 

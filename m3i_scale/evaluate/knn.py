@@ -1,4 +1,4 @@
-"""k nearest neighbours in cosine distance: what the features know without any training."""
+"""Classify by k nearest neighbours in cosine distance: what the features know without any training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def knn_predict(
     classes: int,
     temperature: float = TEMPERATURE,
 ) -> dict[int, NDArray[np.int64]]:
-    """Predicted classes for several numbers of neighbours; each neighbour votes with exp(cosine / temperature).
+    """Predict classes for several numbers of neighbours; each neighbour votes with exp(cosine / temperature).
 
     Args:
         train_ND: features of the labelled samples.

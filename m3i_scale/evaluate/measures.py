@@ -1,4 +1,4 @@
-"""Each measure on features that have been extracted: figures with intervals, and what blind guessing would reach."""
+"""Compute each measure on extracted features: figures with intervals, and what blind guessing would reach."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEIGHBOURS = (10, 20)
 
 @dataclass
 class Scored:
-    """What a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
+    """Says what a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
 
     right: NDArray[np.bool_]
     clusters: Clusters
@@ -34,12 +34,12 @@ Right = dict[str, Scored]
 
 
 class NotMeasuredError(Exception):
-    """A measure lacks something; the message is the reason that is reported."""
+    """Reports that a measure lacks something; the message is the reason that a user reads."""
 
 
 @dataclass
 class Side:
-    """Features of one set of samples, with what the samples say about themselves."""
+    """Holds features of one set of samples, with what the samples say about themselves."""
 
     table: Table
     features: dict[str, NDArray[np.float32]]
@@ -49,12 +49,12 @@ class Side:
     """Why there are none."""
 
     def labelled(self) -> NDArray[np.int64]:
-        """Indices of the samples that have a class."""
+        """Return the indices of the samples that have a class."""
         return np.flatnonzero(self.table.label_array >= 0).astype(np.int64)
 
 
 def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
-    """Indices of the labelled training and test samples.
+    """Return the indices of the labelled training and test samples.
 
     Raises:
         NotMeasuredError: there are none, or the sides have different classes.
@@ -72,7 +72,7 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
 
 
 def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """k-nearest-neighbour accuracy for every k, and which samples were right.
+    """Measure k-nearest-neighbour accuracy for every k, and which samples were right.
 
     Raises:
         NotMeasuredError: see `probe_sides`; fewer training samples than neighbours.
@@ -94,7 +94,7 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
 
 
 def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Linear-probe accuracy with how C was chosen, and which samples were right.
+    """Measure linear-probe accuracy, with how C was chosen, and which samples were right.
 
     Raises:
         NotMeasuredError: see `probe_sides`; too few classes or families to choose C.
@@ -121,7 +121,7 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
 
 
 def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Linear probe of single patches: accuracy and mean intersection over union, and which patches were right.
+    """Measure a linear probe of patches: accuracy and mean intersection over union, and which patches were right.
 
     Raises:
         NotMeasuredError: no training data, no masks, or too few classes or families to choose C.
@@ -172,7 +172,7 @@ def _chosen(probe: LinearProbe, families: Clusters, name: str) -> dict[str, Any]
 
 
 def measure_advantage(model: Right, baseline: Right) -> dict[str, Any]:
-    """Accuracy of the model minus that of the baseline on the same samples.
+    """Return the accuracy of the model minus that of the baseline on the same samples.
 
     The interval is that of the difference: a sample that both get right, or both wrong, says nothing about which is
     better, so it is usually narrower than what two separate intervals suggest.
@@ -186,7 +186,7 @@ def measure_advantage(model: Right, baseline: Right) -> dict[str, Any]:
 def measure_zero_shot(
     images_NE: NDArray[np.float32], encode: TextEncoder, templates: tuple[str, ...], test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Accuracy of the nearest class name, among the classes that the test data have.
+    """Measure the accuracy of the nearest class name, among the classes that the test data have.
 
     Raises:
         NotMeasuredError: no labels, or a single class.
@@ -211,7 +211,7 @@ def measure_zero_shot(
 def measure_retrieval(
     images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Recall at 1, 5, 10, below the number of candidates, in both directions.
+    """Measure recall at 1, 5, 10, below the number of candidates, in both directions.
 
     The intervals of text → image draw by the cluster of the caption.
 
@@ -239,7 +239,7 @@ def measure_retrieval(
 
 
 def guessing(train_labels_N: NDArray[np.int64], truth_M: NDArray[np.int64]) -> dict[str, float]:
-    """What no features at all reach: one class in K, and always the training data's commonest class."""
+    """Return what no features at all reach: one class in K, and always the training data's commonest class."""
     classes = np.union1d(train_labels_N, truth_M)
     commonest = np.bincount(train_labels_N).argmax()
     return {"chance": 1 / len(classes), "majority": float((truth_M == commonest).mean())}

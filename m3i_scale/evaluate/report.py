@@ -1,4 +1,4 @@
-"""An evaluation for people: one table."""
+"""Show an evaluation to people, in one table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """The result of `evaluate` as a table, followed by what was not measured and what to beware of."""
+    """Return the result of `evaluate` as a table, followed by what was not measured and what to beware of."""
     table = Table(title=f"{result['model']['name']}  ·  {result['data']['samples']} samples", title_justify="left")
     for name, justify in (("measure", "left"), ("value", "right"), ("interval", "right"), ("by guessing", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
@@ -32,7 +32,7 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Measure, value, interval, what blind guessing reaches."""
+    """Yield measure, value, interval, and what blind guessing reaches."""
     for block, measures in (("", result["measures"]), ("pixels: ", result.get("baseline", {}).get("measures", {}))):
         for name, figures in measures.items():
             yield from _rows(block + _NAMES[name], name, figures)

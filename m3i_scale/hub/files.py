@@ -1,4 +1,4 @@
-"""Safetensors of a part, shard by shard: in memory is one shard, never a whole model."""
+"""Write safetensors of a part, shard by shard: in memory is one shard, never a whole model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
 
 def check_shard_size(size: str) -> None:
-    """Whether a size is one that `--max-shard-size` takes.
+    """Check that a size is one that `--max-shard-size` takes.
 
     Raises:
         ExportError: it is not.
@@ -36,7 +36,7 @@ def check_shard_size(size: str) -> None:
 def write_part(
     folder: Path, part: Part, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
 ) -> dict[str, str]:
-    """config.json, safetensors (with an index where there are several) and source files of one model.
+    """Write config.json, safetensors (with an index where there are several) and source files of one model.
 
     Args:
         folder: of the export; the part's own folder is made below it.
@@ -86,7 +86,7 @@ def write_part(
 def write_heads_file(
     path: Path, tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
-    """The tensors of the heads in one file; their fingerprints.
+    """Write the tensors of the heads into one file; return their fingerprints.
 
     Raises:
         ExportError: a tensor is not one that training leaves.
@@ -109,7 +109,7 @@ def _write_config(place: Path, part: Part, dtype: torch.dtype) -> None:
 
 
 def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ...]]]:
-    """By name in the file: shape, and the model's names that it is made of.
+    """Return, by name in the file, the shape and the model's names that it is made of.
 
     `transformers` keeps the names and the packing of the published files, so that every version of it loads the folder.
     """
@@ -139,7 +139,8 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
 
 def _file_name(part: Part, key: str) -> str:
     """Return the name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers`
-    reads that, and those before 5 nothing else."""
+    reads that, and those before 5 nothing else.
+    """
     towers = [
         name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
     ]

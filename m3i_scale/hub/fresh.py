@@ -30,7 +30,7 @@ def block() -> None:
 
 
 def fingerprint(tensor: Any) -> str:
-    """SHA-256 over type, shape and bytes of a tensor."""
+    """Return the SHA-256 over type, shape and bytes of a tensor."""
     import torch
 
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -39,7 +39,7 @@ def fingerprint(tensor: Any) -> str:
 
 
 def inspect_files(folder: Path) -> dict[str, Any]:
-    """Types and fingerprints of all tensors in the folder's safetensors, and those that no training leaves behind."""
+    """Return types and fingerprints of all tensors in the folder's safetensors, and those that no training leaves."""
     import torch
     from safetensors import safe_open
 
@@ -64,13 +64,14 @@ def inspect_files(folder: Path) -> dict[str, Any]:
 
 
 def _is_one_value(tensor: Any) -> bool:
-    """Whether a matrix holds one value everywhere; vectors may."""
+    """Return whether a matrix holds one value everywhere; vectors may."""
     return sum(side > 1 for side in tensor.shape) > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """A model by a class of `transformers`, and what its loading reported. Code runs from the folder only where it was
-    put there."""
+    """Load a model by a class of `transformers`; return it and what its loading reported. Code runs from the folder
+    only where it was put there.
+    """
     import transformers
 
     own = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
@@ -100,7 +101,7 @@ def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple
 
 
 def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """The output that is compared; of several feature maps the last one."""
+    """Return the output that is compared; of several feature maps the last one."""
     import torch
 
     with torch.no_grad():
@@ -109,7 +110,7 @@ def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
 
 
 def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """The same by timm's own loading."""
+    """Return the same output by timm's own loading."""
     import timm
     import torch
 
@@ -120,7 +121,7 @@ def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
 
 
 def main(export: Path, work: Path) -> None:
-    """See the module."""
+    """Load the export, run it on the inputs, and write outputs and report."""
     from PIL import Image
     from safetensors.torch import load_file, save_file
     from transformers import AutoImageProcessor, AutoTokenizer, __version__

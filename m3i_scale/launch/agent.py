@@ -1,4 +1,4 @@
-"""On every host: starts its ranks, forwards what they print, tells how they end, and leaves none behind.
+"""Run one host's part of a launch: start its ranks, forward what they print, report how they end, leave none behind.
 
 `python -m m3i_scale.launch.agent`, over ssh, with messages of `wire` on standard input and output. It ends its ranks
 when told to, when its input ends (the supervisor or the connection is gone) and when it hears nothing for too long (the
@@ -102,7 +102,7 @@ class Agent:
             self.over = True
 
     def _greet(self, message: Message) -> None:
-        """Say who is here, and what a former launch has left."""
+        """Report this host's facts, and the processes that an earlier launch has left."""
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
@@ -117,7 +117,7 @@ class Agent:
         self.writer.say("hello", **told, left=left, fault=fault)
 
     def _say_port(self, wanted: int | None, interface: str | None) -> None:
-        """Say a port where rank 0 can wait, and the address of the interface."""
+        """Report a free port where rank 0 can wait, and the address of the interface."""
         cards = psutil.net_if_addrs()
         found = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
         fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not found else None
@@ -154,7 +154,7 @@ class Agent:
             self.selector.unregister(rank.output)
 
     def _look(self) -> None:
-        """Say what has changed since the last look."""
+        """Report what has changed since the last look."""
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)
@@ -169,7 +169,7 @@ class Agent:
             self.over = True
 
     def _drain(self, rank: Rank) -> None:
-        """Read what the rank still said before its end; a child of it may hold the pipe open."""
+        """Read what the rank printed before its end; a child of it may hold the pipe open."""
         os.set_blocking(rank.output.fileno(), False)
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(rank.output.fileno(), _CHUNK):

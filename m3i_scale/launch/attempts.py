@@ -1,4 +1,4 @@
-"""The loop of the elastic launcher: attempt after attempt over the hosts that answer, each from the last commit."""
+"""Run the loop of the elastic launcher: attempt after attempt over the hosts that answer, each from the last commit."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Launch:
     def _attempt(
         self, links: list[Link], world: World, reasons: dict[str, str], address: tuple[str, int], logs: Logs
     ) -> tuple[AttemptResult, tuple[str, ...]]:
-        """Run one; return how it ended, and which hosts were back by then."""
+        """Run one attempt; return how it ended, and which hosts were back by then."""
         work, number = self.work, len(self.attempts) + 1
         command = [*work.command]
         if world.micro_batch_size != work.run.optim.micro_batch_size:
@@ -188,7 +188,7 @@ class Launch:
         self._last = outcome
 
     def _end(self, code: int) -> int:
-        """Say how it went, the first cause last of all."""
+        """Report how the launch went, with the first cause at the end."""
         if len(self.attempts) > 1:
             for line in summary(self.attempts):
                 self.tell(line)
@@ -226,7 +226,7 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class Watch:
-    """Asks every now and then, beside an attempt, whether hosts that are out of it answer again. Use as a context.
+    """Asks at intervals, beside an attempt, whether hosts that are out of it answer again. Use as a context.
 
     Args:
         run: that goes on meanwhile.
@@ -255,7 +255,7 @@ class Watch:
             self._thread.join()
 
     def tell_once(self, tell: Tell) -> None:
-        """Say who is back."""
+        """Report which hosts are back, once."""
         if not self._told:
             self._told = True
             tell(f"{', '.join(self.back)} answers again: the run saves, and goes on with it")

@@ -1,4 +1,4 @@
-"""Which environment variables travel to the ranks: those that are named, and no others; secrets never by chance."""
+"""Choose the environment variables that travel to the ranks: those that are named, and secrets never by chance."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
 
 
 def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-    """Return the same variables, fit to be shown."""
+    """Return the same variables with secret values hidden, fit to be shown."""
     return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
 
 
 def without_secrets(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
-    """Return this environment for a launcher's own process: without secrets not named. Launchers pass parts of
-    theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything)."""
+    """Return this environment for a launcher's own process, without secrets that are not named. Launchers pass parts of
+    theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything).
+    """
     names = {variable.name for variable in allowed}
     return {name: value for name, value in here.items() if name in names or not is_secret(name)}

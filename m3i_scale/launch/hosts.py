@@ -1,4 +1,4 @@
-"""The hosts of a run: lines of `name slots=N`, read strictly.
+"""Read the hosts of a run strictly: lines of `name slots=N`.
 
 DeepSpeed's own reader trains on the local machine alone where the file does not exist, and takes any word for a name;
 here both are errors, with the line.
@@ -33,12 +33,12 @@ class Host:
 
 
 def is_host_name(name: str) -> bool:
-    """Whether `name` is a host name or an IPv4 address: letters, digits, `-`, `_` and dots, none of them at an end."""
+    """Return whether `name` is a host name or an IPv4 address: letters, digits and, inside, `-`, `_` and dots."""
     return len(name) <= _MOST_CHARACTERS and _NAME.fullmatch(name) is not None
 
 
 def is_here(host: str) -> bool:
-    """Whether a name or an address is that of this machine."""
+    """Return whether a name or an address is that of this machine."""
     own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
     import psutil  # not for help
 

@@ -1,4 +1,4 @@
-"""Kubernetes, with Kubeflow Trainer 2.3 or newer: a TrainJob, the run file, a volume for the output, and secrets.
+"""Write what Kubeflow Trainer 2.3 or newer takes: a TrainJob, the run file, a volume for the output, and secrets.
 
 All of it is built as data and written by a YAML library; nothing is pasted into text.
 """

@@ -1,5 +1,6 @@
-"""Processes of a launch on one host: found by a mark in their environment, whatever became of their parents; tied to
-their parent; asked to stop by signals."""
+"""Handle processes of a launch on one host: find them by a mark in their environment, whatever became of their parents;
+tie them to their parent; note the signals that ask them to stop.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +29,14 @@ _END_S = 10.0
 
 
 def signals_to_note() -> list[signal.Signals]:
-    """Return the signals that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is
-    none."""
+    """Return the signals that ask a launch to stop. A lost terminal is one of them, but not under nohup."""
     hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     return [*SIGNALS, *hung_up]
 
 
 @contextlib.contextmanager
 def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `note` handle the signals that ask a launch to stop, inside."""
+    """Have `note` handle the signals that ask a launch to stop, inside the context."""
     before = {number: signal.signal(number, note) for number in signals_to_note()}
     try:
         yield
@@ -60,8 +60,7 @@ class Marked:
 
 
 def marked(host: str, output_dir: str) -> list[Marked]:
-    """Return the live processes of any launch of that run, as `host`, without those of other users, which cannot be
-    read."""
+    """Return the live processes of any launch of that run, as `host`; those of other users cannot be read."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -81,7 +80,7 @@ def marked(host: str, output_dir: str) -> list[Marked]:
 
 
 def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
-    """Kill what is left of a launch on this host.
+    """Kill the processes of a launch that are left on this host.
 
     Returns:
         The pids of those that are there all the same (in a system call that does not return).
@@ -100,7 +99,7 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
 
 
 def oom_kills() -> int | None:
-    """Return how many processes the kernel of this host has killed for want of memory so far; None: it does not say."""
+    """Return how many processes this host's kernel has killed for want of memory so far; None where it does not say."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -109,7 +108,7 @@ def oom_kills() -> int | None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, from here on. Survives `exec`.
+    """Have the kernel kill this process when its parent ends, from here on. This survives `exec`.
 
     Raises:
         OSError: the kernel refuses (Linux does not).

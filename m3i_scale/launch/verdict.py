@@ -1,4 +1,4 @@
-"""What a run died of whose launcher watches no rank: from what the ranks have left in OUTPUT/failure."""
+"""Find out why a run has failed whose launcher watches no rank, from the records of the ranks in OUTPUT/failure."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: in
 
 
 def _by_signal(record: Failure) -> bool:
-    """Whether it may have ended by a signal that asked it to stop."""
+    """Return whether the rank may have ended by a signal that asked it to stop."""
     interrupted = record.message.startswith("KeyboardInterrupt")
     return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
 
 
 def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
-    """Do the same, once it is known what the ranks have left.
+    """Write OUTPUT/failure.json from the records of ranks, or remove an earlier one, as `conclude` does.
 
     Args:
         output_dir: of the run.
@@ -111,7 +111,7 @@ def _named(ranks: Sequence[int | None]) -> str:
 
 
 def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
-    """Return records with what this process has seen of the ends of its ranks."""
+    """Return records, with what this process has seen of the ends of its ranks."""
     host, told = socket.gethostname(), {record.rank: record for record in records}
     seen = []
     for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
@@ -130,7 +130,8 @@ def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
 
 def _lost_host(ending: Ending, shown: LaunchPlan) -> Failure | None:
     """Return the first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of
-    its ranks can say so, and those of others wait for them until they are ended."""
+    its ranks can report that, and those of others wait for them until they are ended.
+    """
     lost = [
         place
         for place, command in enumerate(shown.commands)

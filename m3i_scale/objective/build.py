@@ -100,8 +100,7 @@ def build_objective(
 
 
 def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
-    """Return the names of the tensors that an objective without target encoders has; arguments as of
-    `build_objective`."""
+    """Return the names of the tensors of an objective without target encoders; arguments as of `build_objective`."""
     with torch.device("meta"):
         return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
 

@@ -84,7 +84,9 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
 
 
 class TextTower(nn.Module):
-    """Encodes texts with a BERT-shaped Transformer, trained jointly; z_y is its first token, projected on the sphere."""
+    """Encodes texts with a BERT-shaped Transformer, trained jointly; z_y is its first token, projected to the
+    sphere.
+    """
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()
@@ -184,8 +186,7 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode uint8 images as class token (B, 1, D), or the mean token where the model has none, and patch tokens
-        (B, N, D).
+        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D).
 
         The model normalises as it was trained to, and stays in evaluation mode.
         """

@@ -78,8 +78,7 @@ class Objective(nn.Module):
         `decoder` (decoders, heads, losses). Whoever measures sets it."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one micro-batch, and detached figures `<group>/loss`, `<group>/count`, `<group>/nats`,
-        `health/…`.
+        """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
         The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
         `health/target…` are means of what every rank sees of its own.
@@ -212,8 +211,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images_BCHW: Tensor, target: str) -> Tensor:
-        """Encode whole images (uint8) in the space of a global target: unit vectors of a text target, logits of a
-        category.
+        """Encode whole images (uint8) as a global target has them: unit vectors of a text target, logits of a category.
 
         A category target with several label sets gives the logits of all sets side by side.
         """

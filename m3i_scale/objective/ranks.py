@@ -18,9 +18,7 @@ class Ranks(Protocol):
     world_size: int
 
     def gather(self, x_B: Tensor) -> Tensor:
-        """Return (B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank that gave the
-        rows.
-        """
+        """Return (B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank of the rows."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, without gradient."""
@@ -49,8 +47,7 @@ class SingleProcess:
 
 
 def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks) -> Tensor:
-    """Return the mean of the valid values of all ranks, scaled so that the average over ranks has the right value and
-    gradient.
+    """Return the mean of all ranks' valid values, scaled so that the average over ranks has its value and gradient.
 
     A global batch without a valid value gives 0 (with a zero gradient), because every rank still runs every module.
     """

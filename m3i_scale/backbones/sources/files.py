@@ -1,4 +1,4 @@
-"""Weight files: names and shapes from their headers, then one tensor, or a part of one, at a time."""
+"""Read weight files: names and shapes from their headers, then one tensor, or a part of one, at a time."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _REFUSED_CODE = "Weights only load failed"  # how torch begins; it goes on to re
 
 
 class Weights(Protocol):
-    """An open weight file."""
+    """Reads an open weight file."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor; no value is read."""
+        """Return the shape of every tensor; no value is read."""
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
-        """Part number `part` of `parts` equal parts along the first dimension."""
+        """Return part number `part` of `parts` equal parts along the first dimension."""
 
 
 class _Safetensors:
@@ -56,7 +56,7 @@ class _Safetensors:
 
 
 class _Pickled:
-    """A `torch.save`d dictionary of tensors, mapped: values come from the disk when they are used."""
+    """Maps a `torch.save`d dictionary of tensors: values come from the disk when they are used."""
 
     def __init__(self, path: Path) -> None:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -79,7 +79,7 @@ def _holds(value: object) -> bool:
 
 @contextlib.contextmanager
 def open_weights(path: Path, where: str) -> Iterator[Weights]:
-    """An open `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone.
+    """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone.
 
     Raises:
         ConfigError: it cannot be read, also where that shows only while it is being read.
@@ -108,7 +108,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file.
+    """Return a JSON object; an empty one where there is no such file.
 
     Raises:
         ConfigError: it is no JSON object.
@@ -125,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(place: Path, kind: str, where: str) -> list[Path]:
-    """The files that hold the weights of a folder, or the one file.
+    """Return the files that hold the weights of a folder, or the one file.
 
     Raises:
         ConfigError: there are none, or an index names files that are not there.
@@ -153,7 +153,7 @@ def _shards(index: Path, where: str) -> list[Path]:
 
 
 def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """By tensor, the file that holds it and its shape.
+    """Return by tensor the file that holds it and its shape.
 
     Raises:
         ConfigError: a file cannot be read, or two of them hold a tensor of one name.

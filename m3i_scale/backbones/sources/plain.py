@@ -1,4 +1,4 @@
-"""The configuration of a plain vision Transformer, read off the shapes of its tensors."""
+"""Read the configuration of a plain vision Transformer off the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_PATCH_BIAS = (r".*patch_embeddings\.projection\.bias$", "no bias of the patch
 
 @dataclass(frozen=True)
 class Facts:
-    """What shapes do not tell. None: the source does not say it."""
+    """Holds what shapes do not tell. None: the source does not say it."""
 
     heads: int | None = None
     hidden_act: str | None = None
@@ -41,7 +41,7 @@ def plain_config(
     fields: Mapping[str, Any],
     refused: tuple[tuple[str, str], ...] = (),
 ) -> tuple[TokenConfig, dict[str, str], tuple[tuple[str, str], ...]]:
-    """The stock configuration that holds the tensors exactly.
+    """Return the stock configuration that holds the tensors exactly.
 
     Args:
         given: what the run file says.
@@ -92,7 +92,7 @@ def plain_config(
 def _parts(
     given: str, names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes by part, e.g. `3.q.weight`."""
+    """Return shapes by part, e.g. `3.q.weight`."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         placed = names.place(name, _ROLES)

@@ -1,4 +1,4 @@
-"""The examination: every host looks at itself, then one rank on each host meets the others and measures their links."""
+"""Examine hosts: each looks at itself, then one rank on each host meets the others and measures their links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Answers = dict[str, dict[str, Any]]
 
 @dataclass
 class Examination:
-    """Looks at hosts, and at whether they are fit for a run, where there is one."""
+    """Examines hosts, and whether they are fit for a run, where there is one."""
 
     slots: Mapping[str, int]
     """Ranks by host, the head first."""
@@ -57,7 +57,7 @@ class Examination:
         return self.hosts[0]
 
     def findings(self) -> list[Finding]:
-        """Examine; return all findings, those of one check together."""
+        """Examine all hosts, and return all findings, those of one check together."""
         with Agents(self.hosts, self.site, self.connect_s) as agents:
             self.tell(f"reaching {len(self.slots)} hosts")
             reached = agents.greet()
@@ -159,7 +159,7 @@ class Examination:
             yield finding("group", "all", "not measured", warning=why, fix="mend what stands above first")
 
     def _head_address(self, answers: Answers) -> str:
-        """Return it as launchers take it: as given, that of the interface, else the name of the head."""
+        """Return the address of the head for launchers: the given one, that of the interface, or else its name."""
         if self.master_address is not None:
             return self.master_address
         if self.interface is not None and self.head in answers:

@@ -1,4 +1,4 @@
-"""What a host says of itself: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
+"""Collect facts of this host: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
 
 Every fact is plain JSON. Nothing is judged here: `checks.py` does that where the answers of all hosts lie side by side.
 """
@@ -50,8 +50,9 @@ def interpreter() -> dict[str, Any]:
 
 
 def incomplete_packages() -> dict[str, str]:
-    """Find packages that this one requires and that are not whole here, and why: a removal or an installation that was
-    cut off may leave a version and no files."""
+    """Return the packages that this one requires and that are not whole here, and why: a removal or an installation
+    that was cut off may leave a version and no files.
+    """
     try:
         wanted = [
             re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requires("m3i-scale") or [] if "extra ==" not in line
@@ -73,8 +74,7 @@ def incomplete_packages() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Hash the package's files, recipes and DeepSpeed files, one over all, and name the commit where they are a
-    checkout's."""
+    """Hash the package's files, recipes and DeepSpeed files, one over all; name the commit of a checkout."""
     files: dict[str, str] = {}
     for folder in (_PACKAGE, resource_folder("recipes"), resource_folder("ds_configs")):
         for path in sorted(folder.rglob("*")):
@@ -169,7 +169,7 @@ def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list
 
 
 def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return what this host takes every name for: its addresses, or why there are none."""
+    """Return the addresses to which this host resolves every name, or why there are none."""
     found: dict[str, dict[str, Any]] = {}
     for host in dict.fromkeys([*hosts, socket.gethostname()]):
         try:
@@ -181,7 +181,7 @@ def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def variables() -> dict[str, str]:
-    """Return what of the environment changes how a run computes or talks; no secrets."""
+    """Return the environment variables that change how a run computes or communicates; no secrets."""
     return {key: value for key, value in os.environ.items() if _TELLING.fullmatch(key) and not is_secret(key)}
 
 

@@ -34,7 +34,7 @@ SMALL_REPEATS = 20
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Be one rank; return what it has found, as far as the group has come.
+    """Run as one rank of the group; return what it has measured, as far as the group has come.
 
     Args:
         request: names of all hosts, the head first, and which of them this is; address and port of the head; how long
@@ -119,13 +119,13 @@ def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> 
 
 
 class Group:
-    """Holds the hosts that have come, as one of them sees it."""
+    """Holds the hosts that have come, as one of them sees them."""
 
     def __init__(self, store: TCPStore, members: Sequence[str], own: str, seconds: float) -> None:
         self._store, self._members, self._own, self._seconds = store, members, own, seconds
 
     def _tell(self, key: str, value: str) -> dict[str, str]:
-        """Tell all members a value; wait until all have told theirs, and return those."""
+        """Give all members a value; wait until all have given theirs, and return those."""
         self._store.set(f"{key}/{self._own}", value)
         keys = [f"{key}/{host}" for host in self._members]
         self._store.wait(keys, timedelta(seconds=3 * self._seconds))
@@ -289,7 +289,7 @@ def _slowest(seconds: float, device: torch.device) -> float:
 
 
 def _best(work: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the quickest; a first one is not counted."""
+    """Return the seconds of the quickest repeat; a first one is not counted."""
     accelerator = get_accelerator()
     times = []
     for _ in range(repeats + 1):

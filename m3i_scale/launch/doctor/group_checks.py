@@ -1,4 +1,4 @@
-"""From what a group of ranks, one on each host, found of ports, shared folders and links, to findings."""
+"""Turn what a group of ranks, one on each host, found of ports, shared folders and links into findings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOW_LATENCY = 5.0
 
 
 def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:
-    """Hold every host to reaching the port where rank 0 will wait."""
+    """Check that every host reaches the port where rank 0 will wait."""
     if "fault" in answers[head]["port"]:
         why = "rank 0 waits for the others at that address and port"
         fix = "another --master-port, or what --interface and --master-address say of the head"
@@ -34,7 +34,7 @@ def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding
 
 
 def broken_findings(answers: Answers) -> Iterator[Finding]:
-    """Tell of hosts where the group came to an end: what it had not yet looked at there is not known."""
+    """Report hosts where the group came to an end: what had not been checked there by then is not known."""
     for host, answer in answers.items():
         if "fault" in answer:
             why = "the hosts no longer reach each other through the port of the head, or one of them does not answer"
@@ -42,7 +42,7 @@ def broken_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def shared_findings(answers: Answers) -> Iterator[Finding]:
-    """Hold the run's folder to being one and the same on all hosts: each has written a note, and read others'."""
+    """Check that the run's folder is one and the same on all hosts: each has written a note, and read others'."""
     notes = {host: answer["shared"] for host, answer in answers.items() if "shared" in answer}
     if not notes:
         return
@@ -65,7 +65,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def pair_findings(measured: Mapping[Pair, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Judge the links of every two hosts; who is slow with everybody, and which pairs are slow beside that.
+    """Judge the links of every two hosts: which hosts are slow with all others, and which pairs are slow besides.
 
     A host counts with its best partner: one slow link makes its own host slow with all, and no other.
     """

@@ -1,4 +1,4 @@
-"""What this machine has: memory, /dev/shm, file limits, free disk, against what a run needs; and the memory of a rank.
+"""Compare what this machine has (memory, /dev/shm, file limits, free disk) with what a run needs; find a rank's memory.
 
 It takes milliseconds and imports neither torch nor DeepSpeed.
 """
@@ -54,7 +54,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Machine:
-    """Says what this machine has to give now."""
+    """Says what resources this machine has now."""
 
     memory_available: int
     """Bytes; the limit of a container counts."""
@@ -148,7 +148,7 @@ def _nvidia_gib() -> list[float]:
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
-    """Hold memory, /dev/shm and file limits of a host against what the run needs.
+    """Compare memory, /dev/shm and file limits of a host with what the run needs.
 
     Args:
         host: its name.
@@ -205,7 +205,7 @@ def _files(host: str, machine: Machine, needs: Needs) -> Finding:
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
-    """Hold free space where checkpoints go against one of them, and against all that are kept."""
+    """Compare free space where checkpoints go with the size of one, and of all that are kept."""
     existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
     fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
     try:

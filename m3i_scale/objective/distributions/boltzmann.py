@@ -23,7 +23,9 @@ _SAFE_BOUND = 40.0
 
 
 class Boltzmann(Distribution):
-    """Applies a softmax over candidates, which the regulariser chooses. All methods give −log P̂ and its bound in nats."""
+    """Applies a softmax over the candidates that the regulariser chooses. Methods return −log P̂ and its bound in
+    nats.
+    """
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True

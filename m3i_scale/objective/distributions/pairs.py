@@ -104,9 +104,7 @@ class BoltzmannPairs(PairDistribution):
 
 
 class BernoulliPairs(PairDistribution):
-    """Takes every pair of an image and a text as a match or none (SigLIP): the sum over the texts, mean over the
-    images.
-    """
+    """Takes each pair of an image and a text as a match or none (SigLIP): sum over texts, mean over images."""
 
     kind: ClassVar[str] = "bernoulli"
     bias: float = -10.0

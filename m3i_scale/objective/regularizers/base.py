@@ -21,9 +21,7 @@ class Regularizer(Kind):
 
 
 class OtherCandidates(Regularizer):
-    """Lets the other candidates of P̂ keep a text or category apart: the other texts of the batch, or the other
-    classes.
-    """
+    """Keeps a text or category apart by the other candidates of P̂: the other texts of the batch, or other classes."""
 
     kind: ClassVar[str] = "negatives"
     encoders: ClassVar[tuple[str, ...]] = ("text_tower", "embedding")

@@ -12,7 +12,7 @@ from m3i_scale.objective.ranks import Ranks
 
 
 class Fp32State(nn.Module):
-    """Keeps its buffers in fp32 whatever type the engine gives the model: they are averages over thousands of batches."""
+    """Keeps its buffers in fp32 whatever type the engine gives the model: they average over thousands of batches."""
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Do as `nn.Module` does. Inside `zero.Init`, new tensors are already of the engine's type."""

@@ -126,7 +126,7 @@ class Sizes:
 
 
 class Target(Kind):
-    """Describes one group k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂(z_y | ẑ_y)."""
+    """Describes one group k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     modality: ClassVar[str] = "image"

@@ -81,7 +81,7 @@ class Category(Target):
 
 
 class Classifier(nn.Linear):
-    """Gives logits over one label set. They are small at first, so that no class is preferred before anything was seen."""
+    """Gives logits over one label set. They are small at first, so that no class is preferred from the start."""
 
     def reset_parameters(self) -> None:
         """Draw first values with a deviation of 0.02, without bias."""
@@ -90,7 +90,7 @@ class Classifier(nn.Linear):
 
 
 class CategoryHead(nn.Module):
-    """Gives logits over each label set: ẑ_y against the category embeddings, which are the rows of a linear classifier."""
+    """Gives logits over each label set: ẑ_y against the category embeddings, the rows of a linear classifier."""
 
     def __init__(self, input_width: int, classes: list[int]) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ class TextHead(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target, from (B, D)."""
+        """Return unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
         prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
         log_scale = self.log_scale.float()
         # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
