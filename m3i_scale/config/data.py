@@ -209,6 +209,6 @@ class DataConfig(Section):
         sources = {}
         for name, source in values["sources"].items():
             plain = plain_values(source)
-            own = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
-            sources[name] = {**plain, "augment": {**shared, **own}} if isinstance(own, dict) else source
+            of_source = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
+            sources[name] = {**plain, "augment": {**shared, **of_source}} if isinstance(of_source, dict) else source
         return {**values, "sources": sources}

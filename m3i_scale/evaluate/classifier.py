@@ -31,9 +31,7 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Return the numbers of the likeliest classes, best first (B, ≤ 5), for uint8 (B, 3, H, W) at the model's
-        size.
-        """
+        """Return the numbers of the likeliest classes, best first (B, ≤ 5), for uint8 (B, 3, H, W)."""
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 

@@ -105,7 +105,9 @@ class PatchCollector:
         return Patches(whole["labels"], whole["image"], features)
 
     def _draw(self, limit: int | None) -> None:
-        """Join the parts into one; over the limit, keep the patches of the lowest lots, so that each is as likely."""
+        """Join the parts into one; over the limit keep those with the lowest random numbers, so that each is as
+        likely.
+        """
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         if limit is not None and self._held > limit:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])

@@ -111,13 +111,13 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
     truth = test.table.label_array[asked]
-    found = Scored(probe.predicted == truth, clusters.take(asked))
+    scored = Scored(probe.predicted == truth, clusters.take(asked))
     document = {
-        "accuracy": mean_interval(found.right, found.clusters).as_dict(),
+        "accuracy": mean_interval(scored.right, scored.clusters).as_dict(),
         **guessing(side.table.label_array[fit], truth),
         **_chosen(probe, families, "linear probe"),
     }
-    return document, {"accuracy": found}
+    return document, {"accuracy": scored}
 
 
 def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
@@ -136,19 +136,19 @@ def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Cluste
         )
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
-    found = Scored(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
+    scored = Scored(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
     commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())
-    iou = mean_iou(probe.predicted, asked.labels_P, found.clusters).as_dict()
-    guessed = mean_iou(commonest, asked.labels_P, found.clusters, resamples=1).value
+    iou = mean_iou(probe.predicted, asked.labels_P, scored.clusters).as_dict()
+    guessed = mean_iou(commonest, asked.labels_P, scored.clusters, resamples=1).value
     document = {
-        "accuracy": mean_interval(found.right, found.clusters).as_dict(),
+        "accuracy": mean_interval(scored.right, scored.clusters).as_dict(),
         "mean_iou": {**iou, "majority": guessed},
         **guessing(fitted.labels_P, asked.labels_P),
         "patches_fitted": len(fitted.labels_P),
         "images": len(np.unique(asked.image_P)),
         **_chosen(probe, families, "dense probe"),
     }
-    return document, {"accuracy": found}
+    return document, {"accuracy": scored}
 
 
 def _patches(side: Side, what: str) -> Patches:
@@ -222,18 +222,18 @@ def measure_retrieval(
     captions, caption_of_N = distinct_captions([test.table.captions[n] or "" for n in asked])
     if len(captions) < 2:
         raise NotMeasuredError("fewer than two distinct captions in the test data (.txt members)")
-    found = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
+    retrieval = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
     of_images = clusters.take(asked)
     first_image_U = np.unique(caption_of_N, return_index=True)[1]
     of_captions = of_images.take(first_image_U)
     result: dict[str, Any] = {"images": len(asked), "distinct_captions": len(captions)}
     for direction, ranks, drawn, candidates in (
-        ("image_to_text", found.image_to_text, of_images, len(captions)),
-        ("text_to_image", found.text_to_image, of_captions, len(asked)),
+        ("image_to_text", retrieval.image_to_text, of_images, len(captions)),
+        ("text_to_image", retrieval.text_to_image, of_captions, len(asked)),
     ):
         result[direction] = {}
         for depth in (depth for depth in DEPTHS if depth < candidates):  # who takes all finds the right one
-            estimate, chance = mean_interval(ranks < depth, drawn), found.chance(direction, depth)
+            estimate, chance = mean_interval(ranks < depth, drawn), retrieval.chance(direction, depth)
             result[direction][f"R@{depth}"] = {**estimate.as_dict(), "chance": chance, "ratio": estimate.value / chance}
     return result
 

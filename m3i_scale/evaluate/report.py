@@ -52,9 +52,9 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
             label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
-            own = "majority" in figure  # then the chance of the other figures is not this one's
-            chance = figure.get("chance", None if own else figures["chance"])
-            guess = f"majority {figure['majority'] if own else figures['majority']:.3f}"
+            has_majority = "majority" in figure  # then the chance of the other figures is not this one's
+            chance = figure.get("chance", None if has_majority else figures["chance"])
+            guess = f"majority {figure['majority'] if has_majority else figures['majority']:.3f}"
             guess = guess if chance is None else f"chance {chance:.3f}, {guess}"
             yield label, f"{figure['value']:.3f}", _interval(figure), guess
 

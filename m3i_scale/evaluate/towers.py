@@ -123,9 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights by full name. Models are read by their stock classes: names in files may be those of older
-    versions.
-    """
+    """Yield weights by full name, read by stock classes: names in the files may be those of older versions."""
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
         if not (place / "config.json").is_file():  # a recipe without text
             continue

@@ -210,18 +210,18 @@ def _tensors(
 
 
 def _expand(prefix: str, table: dict[str, tuple[str, ...]], ours: dict[str, str], number: str) -> dict[str, Made]:
-    found = {}
+    made = {}
     for name, parts in table.items():
         whole = name.endswith(("weight", "bias"))
         suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
         if not whole and not name.endswith("."):  # a bare parameter
-            found[prefix + name] = Made((VISION + ours[parts[0]].format(number),))
+            made[prefix + name] = Made((VISION + ours[parts[0]].format(number),))
             continue
         stem = name.rpartition(".")[0]
         for suffix in suffixes:
             sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
-            found[f"{prefix}{stem}.{suffix}"] = Made(sources, _joined if len(parts) > 1 else None)
-    return found
+            made[f"{prefix}{stem}.{suffix}"] = Made(sources, _joined if len(parts) > 1 else None)
+    return made
 
 
 def _joined(*tensors: Tensor) -> Tensor:

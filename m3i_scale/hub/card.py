@@ -106,8 +106,8 @@ def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple
             continue
         here = (*path, str(key))
         if {"value", "low", "high"} <= value.keys():
-            own = "majority" in value  # then the chance of the other figures is not this one's
-            chance = value.get("chance", None if own else measures.get("chance"))
+            has_majority = "majority" in value  # then the chance of the other figures is not this one's
+            chance = value.get("chance", None if has_majority else measures.get("chance"))
             majority = value.get("majority", measures.get("majority"))
             known = (("{:.3g}", chance), ("majority {:.3g}", majority))
             guess = ", ".join(form.format(figure) for form, figure in known if figure is not None)

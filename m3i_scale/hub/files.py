@@ -28,8 +28,8 @@ def check_shard_size(size: str) -> None:
     Raises:
         ExportError: it is not.
     """
-    found = _SIZE.fullmatch(size)
-    if found is None or float(found[1]) <= 0:
+    match = _SIZE.fullmatch(size)
+    if match is None or float(match[1]) <= 0:
         raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
 
 
@@ -68,12 +68,12 @@ def write_part(
     for file, keys in plan.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for key in keys:
-            own: dict[str, Tensor] = {}
+            tensors: dict[str, Tensor] = {}
             for name in stored[names[key]][1]:
-                own[name] = value_of(name, part.tensors[name], weights, dtype)
-                check_shape(part, name, own[name])
-                fingerprints[name] = distinct(name, own[name])
-            shard[key] = _as_stored(part.model, own, names[key])
+                tensors[name] = value_of(name, part.tensors[name], weights, dtype)
+                check_shape(part, name, tensors[name])
+                fingerprints[name] = distinct(name, tensors[name])
+            shard[key] = _as_stored(part.model, tensors, names[key])
         save_file(shard, place / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -114,20 +114,20 @@ def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ..
     `transformers` keeps the names and the packing of the published files, so that every version of it loads the folder.
     """
     state = dict(model.state_dict())
-    own = {id(tensor): name for name, tensor in state.items()}
+    name_of = {id(tensor): name for name, tensor in state.items()}
     reverted = revert_weight_conversion(model, state)
-    alone = {own[id(tensor)] for tensor in reverted.values() if id(tensor) in own}
-    found: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
+    alone = {name_of[id(tensor)] for tensor in reverted.values() if id(tensor) in name_of}
+    stored: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
     for key, tensor in reverted.items():
-        if id(tensor) in own:
-            found[key] = (tensor.shape, (own[id(tensor)],))
+        if id(tensor) in name_of:
+            stored[key] = (tensor.shape, (name_of[id(tensor)],))
             continue
         # Packed of several, which stand beside it and end alike: `mlp.gate_proj.weight`, … in `mlp.weights_in.weight`.
         stem, _, kind = key.rpartition(".")
         beside = stem.rpartition(".")[0] + "."
         packed = (name for name in state if name not in alone and name.startswith(beside) and name.endswith(f".{kind}"))
-        found[key] = (tensor.shape, tuple(packed))
-    return found
+        stored[key] = (tensor.shape, tuple(packed))
+    return stored
 
 
 def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> Tensor:

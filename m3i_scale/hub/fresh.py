@@ -43,24 +43,24 @@ def inspect_files(folder: Path) -> dict[str, Any]:
     import torch
     from safetensors import safe_open
 
-    found: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
+    report: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
                 tensor = file.get_tensor(name)
-                found["fingerprints"][name] = fingerprint(tensor)
-                found["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
+                report["fingerprints"][name] = fingerprint(tensor)
+                report["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
                 if tensor.numel() == 0:
-                    found["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
+                    report["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
                 elif not torch.isfinite(tensor).all():
-                    found["faults"].append(f"{name}: values that are not finite")
+                    report["faults"].append(f"{name}: values that are not finite")
                 elif _is_one_value(tensor) and not (name.endswith(ZERO_AT_FIRST) and tensor.reshape(-1)[0] == 0):
-                    found["faults"].append(
+                    report["faults"].append(
                         f"{name}: all values are {tensor.reshape(-1)[0].item():g}, never initialised"
                     )
-    found["dtypes"] = sorted(found["dtypes"])
-    return found
+    report["dtypes"] = sorted(report["dtypes"])
+    return report
 
 
 def _is_one_value(tensor: Any) -> bool:
@@ -74,9 +74,9 @@ def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[st
     """
     import transformers
 
-    own = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
+    code = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
     model, info = getattr(transformers, auto).from_pretrained(
-        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=own, **kwargs
+        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=code, **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 

@@ -83,13 +83,13 @@ def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
             )
         return path, []
     root = path if path.name == "checkpoints" else path / "checkpoints"
-    found, passed_over = newest_good(root)
-    if found is None:
+    checkpoint, passed_over = newest_good(root)
+    if checkpoint is None:
         reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in passed_over)
         raise CheckpointError(
             "no checkpoint that verifies", where=str(root), why=reasons or None, fix="give a run's output_dir"
         )
-    return found, passed_over
+    return checkpoint, passed_over
 
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -139,9 +139,9 @@ class Distinct:
         Raises:
             ExportError: an earlier one had the same values.
         """
-        found = fresh.fingerprint(tensor)
+        digest = fresh.fingerprint(tensor)
         if sum(side > 1 for side in tensor.shape) > 1 and not bool((tensor == tensor.reshape(-1)[0]).all()):
-            first = self._seen.setdefault(found, name)
+            first = self._seen.setdefault(digest, name)
             if first != name:
                 raise ExportError(
                     f"'{first}' and '{name}' hold the same values",
@@ -149,7 +149,7 @@ class Distinct:
                     why="they share one tensor, and the model has two",
                     fix="take another checkpoint of the run",
                 )
-        return found
+        return digest
 
 
 def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:

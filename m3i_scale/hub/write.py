@@ -87,15 +87,15 @@ def write_folder(
         ExportError: weights and configuration do not fit together.
     """
     wanted = wanted or Wanted()
-    found = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
+    fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
     write_processor(folder, source)
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
         write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
     if wanted.task == "features" and wanted.format == "transformers":
-        found["heads"] = write_heads(folder / "heads", source, weights, dtype)
-    return found
+        fingerprints["heads"] = write_heads(folder / "heads", source, weights, dtype)
+    return fingerprints
 
 
 def _in_timm(source: Source, wanted: Wanted) -> Part:
@@ -184,9 +184,7 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
 
 
 def portable_run(run: RunConfig) -> dict[str, Any]:
-    """Return the part of a run file that the modules depend on: no path of the training machine, no folder to start
-    from.
-    """
+    """Return the part of a run file that the modules depend on, without paths or folders of the training machine."""
     config = backbone_config(run.backbone)
     return {
         "name": run.name,
@@ -199,9 +197,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
 
 
 def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe with only the name of its teacher: the folder lies on the training machine and is not read
-    again.
-    """
+    """Return a recipe with its teacher's name alone: the folder lies on the training machine and is not read again."""
     if not recipe.get("teacher"):
         return recipe
     return recipe | {"teacher": {"from_pretrained": Path(recipe["teacher"]["from_pretrained"]).name}}

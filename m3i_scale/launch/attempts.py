@@ -48,7 +48,7 @@ class Launch:
         self._rendezvous = Rendezvous(work, policy, self._inbox, tell, lambda: self._signals > 0)
 
     def run(self) -> int:
-        """Launch, and launch again as long as the policy has it. The caller holds the output folder.
+        """Launch, and launch again as long as the policy allows. The caller holds the output folder.
 
         Returns:
             The exit code: 0, 75 (asked to stop, and saved), 130 (interrupted, nothing saved), 2 (a mistake that the log
@@ -217,8 +217,8 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
         steps = "no step" if last is None else f"steps {first} to {last}"
         end = item["status"]
         if item["cause"] is not None:
-            told = item["cause"]["message"].splitlines()[0] if item["cause"]["message"] else item["cause"]["kind"]
-            end += f": {item['cause']['where']}: {told}"
+            reason = item["cause"]["message"].splitlines()[0] if item["cause"]["message"] else item["cause"]["kind"]
+            end += f": {item['cause']['where']}: {reason}"
         elif end == "preempted" and item["came_back"]:
             end = f"saved to go on with {', '.join(item['came_back'])}"
         lines.append(f"attempt {item['attempt']}: {', '.join(item['hosts'])} ({item['ranks']} ranks), {steps}, {end}")
@@ -266,10 +266,10 @@ class Watch:
             links, _ = connect(self._out, self._site, Inbox(), over=self._stop.is_set)
             for link in links:
                 link.close()
-            found = tuple(link.host for link in links)
-            larger = largest_world(self._run, [*self._world.hosts, *found], len(self._world.hosts))
+            answering = tuple(link.host for link in links)
+            larger = largest_world(self._run, [*self._world.hosts, *answering], len(self._world.hosts))
             if larger is not None and larger.ranks > self._world.ranks:
-                self.back = tuple(host.name for host in found if host in larger.hosts)
+                self.back = tuple(host.name for host in answering if host in larger.hosts)
 
 
 def new_launch() -> str:

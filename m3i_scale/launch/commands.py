@@ -108,9 +108,9 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         write_files(plan)
         forget_records(job.output_dir)
         ending = execute(plan, shown, environment)
-        told = conclude(job.output_dir, ending, shown, job.world_size)
-    if told is not None:
-        show(f"{told}\n")
+        conclusion = conclude(job.output_dir, ending, shown, job.world_size)
+    if conclusion is not None:
+        show(f"{conclusion}\n")
     if ending.code == EXIT_PREEMPTED:
         show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
     return ending.code

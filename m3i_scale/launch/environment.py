@@ -59,7 +59,7 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
     Raises:
         ConfigError: a name without a value is not set here.
     """
-    found = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
+    variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals and name not in here:
@@ -68,8 +68,8 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
                 where=f"environment: {name}",
                 fix="set it, or take it off the list" + ("" if is_secret(name) else f", or write {name}=value"),
             )
-        found.append(Variable(name, value if equals else here[name], is_secret(name)))
-    return tuple(sorted(found, key=lambda variable: variable.name))
+        variables.append(Variable(name, value if equals else here[name], is_secret(name)))
+    return tuple(sorted(variables, key=lambda variable: variable.name))
 
 
 def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:

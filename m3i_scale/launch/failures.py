@@ -67,8 +67,8 @@ class Failure:
             return False
         if self.kind in ("ended", "missing"):
             return True
-        told = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
-        return _CONSEQUENCES.search(told) is not None
+        text = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
+        return _CONSEQUENCES.search(text) is not None
 
     @property
     def user_error(self) -> bool:
@@ -110,9 +110,9 @@ def _counted(others: Sequence[Failure]) -> str:
     """Return one line for all that followed."""
     words: dict[str, int] = {}
     for other in others:
-        told = other.message.splitlines()[0][:100] if other.message else other.kind
-        words[told] = words.get(told, 0) + 1
-    shown = [f"{count} × {told}" for told, count in list(words.items())[:3]]
+        message = other.message.splitlines()[0][:100] if other.message else other.kind
+        words[message] = words.get(message, 0) + 1
+    shown = [f"{count} × {message}" for message, count in list(words.items())[:3]]
     return "; ".join(shown) + (" …" if len(words) > 3 else "")
 
 

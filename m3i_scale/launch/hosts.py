@@ -39,11 +39,11 @@ def is_host_name(name: str) -> bool:
 
 def is_here(host: str) -> bool:
     """Return whether a name or an address is that of this machine."""
-    own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
     import psutil  # not for help
 
     cards = psutil.net_if_addrs().values()
-    return host in own or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
+    return host in names or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
@@ -161,7 +161,7 @@ def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[s
                 raise ConfigError(f"no host '{name}'", where=kind, fix=did_you_mean(name, names))
         if len(set(chosen)) < len(chosen):
             raise ConfigError("a host is named twice", where=f"{kind}: {', '.join(chosen)}")
-    left = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
-    if not left:
+    selected = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
+    if not selected:
         raise ConfigError("no host is left", where=f"exclude: {', '.join(exclude)}")
-    return left
+    return selected

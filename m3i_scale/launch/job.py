@@ -175,14 +175,14 @@ def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
             fix=f"--master-address with what `ssh {hosts[0].name} ip -4 address show {interface}` says",
         )
     cards = psutil.net_if_addrs()
-    found = [item.address for item in cards.get(interface, []) if item.family == socket.AF_INET]
-    if not found:
+    addresses = [item.address for item in cards.get(interface, []) if item.family == socket.AF_INET]
+    if not addresses:
         raise ConfigError(
             f"this machine has no interface '{interface}' with an IPv4 address",
             where=f"interface: {interface}",
             fix=f"one of {', '.join(sorted(cards))}",
         )
-    return found[0]
+    return addresses[0]
 
 
 def make_job(

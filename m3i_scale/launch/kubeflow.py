@@ -106,8 +106,8 @@ def _check(job: Job) -> None:
 
 def _shards(job: Job) -> list[str]:
     sources = (job.values.get("data") or {}).get("sources") or {}
-    found = [source.get("shards", []) for source in sources.values()]
-    return [text for shards in found for text in ([shards] if isinstance(shards, str) else shards)]
+    addresses = [source.get("shards", []) for source in sources.values()]
+    return [text for shards in addresses for text in ([shards] if isinstance(shards, str) else shards)]
 
 
 def _name(job: Job) -> str:

@@ -61,7 +61,7 @@ class Marked:
 
 def marked(host: str, output_dir: str) -> list[Marked]:
     """Return the live processes of any launch of that run, as `host`; those of other users cannot be read."""
-    found = []
+    processes = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -75,8 +75,8 @@ def marked(host: str, output_dir: str) -> list[Marked]:
             if variable.startswith(start):
                 launch, _, rest = variable[len(start) :].decode(errors="replace").partition("|")
                 if rest == f"{host}|{output_dir}" and command:  # without a command line: a zombie
-                    found.append(Marked(int(folder.name), launch, command))
-    return sorted(found, key=lambda process: process.pid)
+                    processes.append(Marked(int(folder.name), launch, command))
+    return sorted(processes, key=lambda process: process.pid)
 
 
 def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
@@ -87,10 +87,10 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
     """
     deadline = time.monotonic() + _END_S
     while True:
-        left = [process.pid for process in marked(host, output_dir) if process.launch == launch]
-        if not left or time.monotonic() > deadline:
-            return left
-        for pid in left:
+        pids = [process.pid for process in marked(host, output_dir) if process.launch == launch]
+        if not pids or time.monotonic() > deadline:
+            return pids
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -137,9 +137,9 @@ class Stragglers:
             return None
         if min(beat["step"] - self._before[rank]["step"] for rank, beat in self._beats().items()) < STEPS:
             return None
-        found = self._compare()
+        slow = self._compare()
         self._before = self._beats()
-        return found
+        return slow
 
     def _beats(self) -> dict[int, Message]:
         return {rank: beat for rank, (_, beat) in self._now.items()}

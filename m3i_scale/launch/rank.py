@@ -117,11 +117,11 @@ class Rank:
         """Return whether a signal ended the rank, and the sentence about its end."""
         code = self.code or 0
         if code >= 0:
-            said = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
-            return False, f"the rank ended with exit code {code}" + (f": {said}" if said else "")
+            error_line = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
+            return False, f"the rank ended with exit code {code}" + (f": {error_line}" if error_line else "")
         name = signal.Signals(-code).name
-        told = f"the rank was ended by signal {-code} ({name})"
-        return True, told + (self._about_memory() if -code == signal.SIGKILL else "")
+        message = f"the rank was ended by signal {-code} ({name})"
+        return True, message + (self._about_memory() if -code == signal.SIGKILL else "")
 
     def _about_memory(self) -> str:
         now = oom_kills()

@@ -223,9 +223,9 @@ class Rendezvous:
         asked = [link for link in links if link.host in world.hosts]
         for link in asked:
             link.say("memory", slots=link.host.slots, on_host=self.work.on_host)
-        found = self._await("memory", asked, links)
-        said = [RankMemory(answer["gib"], answer["on_host"]) for answer in found if answer is not None]
-        least = min(said, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
+        answers = self._await("memory", asked, links)
+        memories = [RankMemory(answer["gib"], answer["on_host"]) for answer in answers if answer is not None]
+        least = min(memories, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
 
         def meanwhile() -> bool:
             for link in links:
@@ -256,8 +256,8 @@ class Rendezvous:
             put_back.append((link, message))
             if link in asked and message["kind"] == "gone":
                 answers[link] = None
-        for said in put_back:
-            self._inbox.put(said)
+        for item in put_back:
+            self._inbox.put(item)
         return [answers.get(link) for link in asked]
 
     def address(self, links: list[Link]) -> tuple[str, int]:
@@ -289,15 +289,15 @@ def _told(reasons: dict[str, str]) -> str:
 
 def _refuse_left(links: Sequence[Link]) -> None:
     """Refuse to start beside processes of a former launch of this run."""
-    left = [
+    processes = [
         f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
         for link in links
         for process in (link.hello or {}).get("left", [])
     ]
-    if left:
+    if processes:
         raise UserError(
             "processes of a former launch of this run are still there",
-            where="; ".join(left[:8]) + (" …" if len(left) > 8 else ""),
+            where="; ".join(processes[:8]) + (" …" if len(processes) > 8 else ""),
             why="they and the new ones would write into the same output folder",
             fix="end the former launch, or these processes by `kill -9`",
         )

@@ -68,12 +68,12 @@ def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
     if is_here(host):
         return script_here(script, place)
     path = shlex.quote(str(script))
-    said = shlex.quote(
+    message = shlex.quote(
         f"{host} does not see {script}\n"
         "  why: launch files and checkpoints lie in the output directory, which all hosts share\n"
         "  fix: set output_dir to a folder of a file system that all hosts have mounted"
     )
-    unseen = f"{{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}"
+    unseen = f"{{ printf '%s\\n' {message} >&2; exit {EXIT_USER_ERROR}; }}"
     line = f"[ -r {path} ] || {unseen}; exec env {TIED}={PARENT} /bin/bash {path} {place}"
     return Command((*_ssh(job), host, line), host=host)
 

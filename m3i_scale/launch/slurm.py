@@ -139,11 +139,11 @@ def _body(job: Job) -> list[str]:
         ]
     lines += [f"export MASTER_PORT={cluster.master_port}"]
     lines += export_lines(job.plain)
-    records, told = shlex.quote(str(job.output_dir / RANK_RECORDS)), shlex.quote(str(job.output_dir))
+    records, folder = shlex.quote(str(job.output_dir / RANK_RECORDS)), shlex.quote(str(job.output_dir))
     lines += ["", f"rm -f {records}/rank-*.json  # of ranks of an earlier attempt"]
     lines += ["", *_SIGNALS, _srun(job), "code=$?"]
     if cluster.container_image is None:
-        words = f'{shlex.quote(job.python)} -m {VERDICT} {told} "$code" "$SLURM_NTASKS"'
+        words = f'{shlex.quote(job.python)} -m {VERDICT} {folder} "$code" "$SLURM_NTASKS"'
         lines.append(f'[ "$code" -eq {EXIT_PREEMPTED} ] || {words}')
     if cluster.requeue:
         lines += [

@@ -206,10 +206,10 @@ def refusal_of_plan(
     command = [sys.executable, "-m", "m3i_scale", "plan", *words, f"optim.micro_batch_size={world.micro_batch_size}"]
     command += ["--nodes", str(nodes), "--ranks-per-node", str(per_node), "--memory-gib", f"{gib:.3f}"]
     command += ["--hardware", "cpu" if memory.on_host else "h100", "--json"]
-    code, said, errors = _run(command, meanwhile)
+    code, output, errors = _run(command, meanwhile)
     try:
-        found = json.loads(said)
-        peak_gib, fits = float(found["peak_gib_per_rank"]), bool(found["fits"])
+        document = json.loads(output)
+        peak_gib, fits = float(document["peak_gib_per_rank"]), bool(document["fits"])
     except (ValueError, KeyError, TypeError):
         reason = next((line for line in errors.splitlines() if line.startswith("error: ")), f"exit code {code}")
         return f"whether {wanted} has room could not be planned ({reason.removeprefix('error: ')})"
@@ -230,10 +230,10 @@ def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | N
     deadline = time.monotonic() + PLAN_S
     while meanwhile() and time.monotonic() < deadline:
         try:
-            said, errors = process.communicate(timeout=0.5)
+            output, errors = process.communicate(timeout=0.5)
         except subprocess.TimeoutExpired:
             continue
-        return process.returncode, said, errors
+        return process.returncode, output, errors
     process.kill()
     process.communicate()
     return None, "", "error: it took too long"

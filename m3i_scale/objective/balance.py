@@ -56,7 +56,9 @@ class LearnedWeights(Weights):
         nn.init.zeros_(self.log_sigma_K)
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Weights`. σ of a group without samples stays as it is: its loss of 0 is no likelihood."""
+        """Return total and factors as `Weights` does. σ of a group without samples stays: its loss of 0 is no
+        likelihood.
+        """
         log_sigma_K = self.log_sigma_K.float()
         given_K = torch.tensor(self.given, device=losses_K.device)
         terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
@@ -86,14 +88,16 @@ class GradientNormWeights(Fp32State, Weights):
         self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Weights`."""
+        """Return total and factors as `Weights` does."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
 
     @torch.no_grad()
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """See `Weights`. A group without samples in the batch, and so without a gradient, keeps what it had; so
-        do all when a gradient has overflowed in fp16. The trainer undoes the others of a step that is skipped."""
+        """Update the gradient lengths, and the factors with them. A group without samples in the batch, and so
+        without a gradient, keeps what it had; so do all when a gradient has overflowed in fp16. The trainer undoes
+        the others of a step that is skipped.
+        """
         norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
         now_K = (norm_K > 0) & norm_K.isfinite().all()
         # A plain mean until there are as many values as the momentum averages over: first gradients say little.

@@ -48,17 +48,17 @@ def target_health(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         `spread`: 1 − ‖mean unit target‖², 0 when all samples have the same target, near 1 when they point everywhere;
         `evenness`: entropy of the mean assignment over log K; `scale`. A spread of fewer than two targets is left out.
     """
-    found: dict[str, Tensor] = {}
+    figures: dict[str, Tensor] = {}
     if "z" in parts:
         z_NE = F.normalize(parts["z"].detach().float().flatten(0, -2), dim=-1)
         count = ranks.sum(z_NE.new_tensor(float(len(z_NE))))
         mean_E = ranks.sum(z_NE.sum(dim=0)) / count.clamp(min=1)
         if float(count) > 1:  # the same on all ranks
-            found["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
+            figures["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
     if "assignment" in parts:
         probabilities_BK = parts["assignment"].float()
         mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
-        found["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
+        figures["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
     if "scale" in parts:
-        found["scale"] = parts["scale"].detach().float().squeeze()
-    return found
+        figures["scale"] = parts["scale"].detach().float().squeeze()
+    return figures

@@ -78,9 +78,9 @@ class Recipe(Parts):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        found = list(self._faults())
-        if found:
-            raise ValueError("; ".join(found))
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     def _faults(self) -> Iterator[str]:

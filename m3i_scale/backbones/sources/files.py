@@ -59,12 +59,12 @@ class _Pickled:
     """Maps a `torch.save`d dictionary of tensors: values come from the disk when they are used."""
 
     def __init__(self, path: Path) -> None:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        while isinstance(found, dict) and (key := next((key for key in _WRAPPERS if _holds(found.get(key))), None)):
-            found = found[key]
-        if not _holds(found):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        while isinstance(content, dict) and (key := next((key for key in _WRAPPERS if _holds(content.get(key))), None)):
+            content = content[key]
+        if not _holds(content):
             raise ValueError("it holds no dictionary of tensors")
-        self._tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._tensors.items()}
@@ -103,8 +103,8 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if not text.startswith(_REFUSED_CODE):
         return text.splitlines()[0]
-    found = re.search(r"GLOBAL (\w[\w.]*)", text)
-    return f"there is more in it than tensors: {found[1]}" if found else "it is torn, or holds more than tensors"
+    refused = re.search(r"GLOBAL (\w[\w.]*)", text)
+    return f"there is more in it than tensors: {refused[1]}" if refused else "it is torn, or holds more than tensors"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -158,11 +158,11 @@ def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[i
     Raises:
         ConfigError: a file cannot be read, or two of them hold a tensor of one name.
     """
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    place_of: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in paths:
         with open_weights(path, where) as weights:
             for name, shape in weights.shapes().items():
-                if name in found:
-                    raise ConfigError(f"two files hold '{name}'", where=f"{where}: {found[name][0]}, {path}")
-                found[name] = path, shape
-    return found
+                if name in place_of:
+                    raise ConfigError(f"two files hold '{name}'", where=f"{where}: {place_of[name][0]}, {path}")
+                place_of[name] = path, shape
+    return place_of

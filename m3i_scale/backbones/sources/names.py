@@ -105,5 +105,5 @@ class NameMap:
 
 def _spelt(part: str, number: str, ours: Mapping[str, str], suffix: str) -> str | None:
     """Return our name of a part: `q.bias`, 3 → layers.3.attention.q_proj.bias; None where our model has none."""
-    stem, dot, own = part.partition(".")
-    return None if stem not in ours else ours[stem].format(number) + dot + own + suffix
+    stem, dot, rest = part.partition(".")
+    return None if stem not in ours else ours[stem].format(number) + dot + rest + suffix

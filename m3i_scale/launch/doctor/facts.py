@@ -59,18 +59,18 @@ def incomplete_packages() -> dict[str, str]:
         ]
     except PackageNotFoundError:  # a checkout on PYTHONPATH
         wanted = [name for name in PACKAGES if name != "m3i-scale"]
-    found: dict[str, str] = {}
+    incomplete: dict[str, str] = {}
     for name in wanted:
         try:
             installed = distribution(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            incomplete[name] = "not installed"
             continue
         modules = _MODULE.findall(installed.read_text("RECORD") or "")  # some installers write none
         gone = [path for path in modules if not Path(str(installed.locate_file(path))).is_file()]
         if gone:
-            found[name] = f"installed without {', '.join(gone)}"
-    return found
+            incomplete[name] = f"installed without {', '.join(gone)}"
+    return incomplete
 
 
 def code() -> dict[str, Any]:
@@ -170,14 +170,14 @@ def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list
 
 def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the addresses to which this host resolves every name, or why there are none."""
-    found: dict[str, dict[str, Any]] = {}
+    addresses: dict[str, dict[str, Any]] = {}
     for host in dict.fromkeys([*hosts, socket.gethostname()]):
         try:
             known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            found[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
+            addresses[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
         except OSError as error:
-            found[host] = {"fault": error.strerror or str(error)}
-    return found
+            addresses[host] = {"fault": error.strerror or str(error)}
+    return addresses
 
 
 def variables() -> dict[str, str]:

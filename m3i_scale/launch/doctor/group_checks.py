@@ -69,18 +69,18 @@ def pair_findings(measured: Mapping[Pair, Mapping[str, Any]]) -> Iterator[Findin
 
     A host counts with its best partner: one slow link makes its own host slow with all, and no other.
     """
-    connected = {pair: told for pair, told in measured.items() if "fault" not in told}
+    connected = {pair: link for pair, link in measured.items() if "fault" not in link}
     best: dict[str, float] = {}
-    for pair, told in connected.items():
+    for pair, link in connected.items():
         for host in pair:
-            best[host] = max(best.get(host, 0.0), told["all_reduce_gb_s"])
+            best[host] = max(best.get(host, 0.0), link["all_reduce_gb_s"])
     median = statistics.median(best.values()) if best else 0.0
     slow_hosts = {host for host, rate in best.items() if rate * SLOW < median}
-    usual = [told["all_reduce_gb_s"] for pair, told in connected.items() if not slow_hosts & set(pair)]
+    usual = [link["all_reduce_gb_s"] for pair, link in connected.items() if not slow_hosts & set(pair)]
     pair_median = statistics.median(usual) if usual else 0.0
-    latency = statistics.median(told["latency_us"] for told in connected.values()) if connected else 0.0
-    for pair, told in measured.items():
-        yield _pair(pair, told, sorted(slow_hosts & set(pair)), pair_median, latency)
+    latency = statistics.median(link["latency_us"] for link in connected.values()) if connected else 0.0
+    for pair, link in measured.items():
+        yield _pair(pair, link, sorted(slow_hosts & set(pair)), pair_median, latency)
     if len(best) > 2:
         for host, rate in best.items():
             why = f"the best of its pairs; the median host has {rate_text(median)}, and all ranks wait for the slowest"

@@ -92,8 +92,8 @@ def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
 def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, int]:
     """Return total and available bytes of memory, within the limit of this process's control group."""
     try:
-        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
-        for folder in (cgroup / own, cgroup):  # inside a container the root is its own group
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
+        for folder in (cgroup / group, cgroup):  # inside a container the root is its own group
             limit = folder / "memory.max"
             if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
                 used = int((folder / "memory.current").read_text(encoding="utf-8"))
@@ -141,8 +141,8 @@ def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> R
 
 def _nvidia_gib() -> list[float]:
     try:
-        said = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
-        return [float(line) / 1024 for line in said.split("\n") if line.strip()]
+        output = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
+        return [float(line) / 1024 for line in output.split("\n") if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError):  # no such program, or its driver does not answer
         return []
 

@@ -1,4 +1,4 @@
-"""The Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets: among samples, a queue or prototypes.
+"""Compute the Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets: among samples, a queue or prototypes.
 
 For K candidates, log K − loss is the InfoNCE lower bound on the mutual information in nats.
 """

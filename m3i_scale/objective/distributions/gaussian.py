@@ -1,4 +1,4 @@
-"""The Gaussian P̂ = N(z_y; ẑ_y, σ²I)."""
+"""Compute the Gaussian P̂ = N(z_y; ẑ_y, σ²I)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base class of all regularisers, and the one for texts and categories."""
+"""Define the base class of all regularisers, and the one for texts and categories."""
 
 from __future__ import annotations
 

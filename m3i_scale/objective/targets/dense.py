@@ -43,7 +43,7 @@ class Dense(ImageTarget):
         return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the patches that the decoder answers for, this rank's share."""
         if self.encoder == "momentum" and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_B1D, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_B1D=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
@@ -119,7 +119,7 @@ class DenseNegatives(HeadTarget):
     most similar to that of its own patch."""
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the patches among the queue, this rank's share."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder, self.view][1]
@@ -179,8 +179,8 @@ def decode(
         query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
     if isinstance(given.decoder, Pointwise):
         return query_BQ, given.decoder(tokens_BLD)
-    own, other = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
-    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, own, other)
+    position, other = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
+    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, position, other)
 
 
 def _positions(

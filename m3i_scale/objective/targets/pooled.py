@@ -29,7 +29,7 @@ class Pooled(HeadTarget):
     regularizer: PooledRegularizer
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the view's vector, this rank's share."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
         loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, given.memory, given.ranks)
@@ -67,16 +67,16 @@ class Prototypes(HeadTarget):
     regularizer: PrototypeRegularizer
 
     def build_memory(self, spec: HeadSpec) -> Memory:
-        """See `HeadTarget`."""
+        """Return what the head remembers of earlier batches."""
         return self.regularizer.memory(spec.width, spec.prototypes)
 
     @property
     def averages_prototypes(self) -> bool:
-        """See `ImageTarget`."""
+        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the view's distribution over prototypes, this rank's share."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
         logits_BK = given.head.prototypes(prediction_BE) / self.distribution.temperature

@@ -34,11 +34,11 @@ class Text(Target):
         return TextHead(sizes.decoded, self.width, self.distribution.temperature, self.distribution.first_bias)
 
     def present(self, batch: Batch) -> Tensor:
-        """See `Target`."""
+        """Return which samples have a text: bool (B)."""
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the paired text, this rank's share."""
         texts = cast(PairTargets, context.text)
         prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))
         value, nats = self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks)
