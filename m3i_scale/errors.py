@@ -113,7 +113,7 @@ class FaultsError(ConfigError):
 
 
 class Faults:
-    """Collects what several looks find, so that all of it is told at once."""
+    """Collects the faults of several checks, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.found: list[UserError] = []

@@ -119,15 +119,12 @@ def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) ->
 
 def _remove_left(target: Path, alone: bool) -> None:
     for path in list(target.parent.iterdir()):
-        parts = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.(partial|old)", path.name)
-        if parts is None:
+        name = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.(partial|old)", path.name)
+        if name is None:
             continue
-        host, process = (
-            parts[1],
-            int(parts[2]),
-        )  # a container that starts again may have the same number on the same host
+        host, process = name[1], int(name[2])  # a container that starts again may have the same number on the same host
         if alone or (host == socket.gethostname() and (process == os.getpid() or has_ended(process))):
-            if parts[3] == "old" and not target.exists():
+            if name[3] == "old" and not target.exists():
                 path.rename(target)  # killed before the new one took the name
             else:
                 shutil.rmtree(path, ignore_errors=True)

@@ -36,7 +36,7 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text of somebody else without the logins and queries of addresses, signatures and tokens in it."""
+    """Return a text from elsewhere without the logins and queries of addresses, signatures and tokens in it."""
     if text.startswith("pipe:"):
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))

@@ -105,9 +105,7 @@ class PatchCollector:
         return Patches(whole["labels"], whole["image"], features)
 
     def _draw(self, limit: int | None) -> None:
-        """Join the parts into one; over the limit keep those with the lowest random numbers, so that each is as
-        likely.
-        """
+        """Join the parts; over the limit keep those with the lowest random numbers, so that each is as likely."""
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         if limit is not None and self._held > limit:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])

@@ -102,7 +102,7 @@ def read_samples(
     What cannot be used is counted in `table.left_out` by reason.
 
     Raises:
-        DataError: a damaged or hostile shard.
+        DataError: a damaged or malicious shard.
     """
     view = ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
     for place, members in _members(table):

@@ -181,7 +181,7 @@ def _passed_over(source: Source) -> str | None:
 
 
 def _origin(source: Source) -> dict[str, str]:
-    """Return what tells which checkpoint an export is of; read before the tensors are, since a run may remove it."""
+    """Return what identifies the checkpoint of an export; read before the tensors are, since a run may remove it."""
     try:
         return {
             "checkpoint_manifest_sha256": sha256_of(source.checkpoint / MANIFEST),

@@ -115,9 +115,7 @@ def _trained(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _survives(value: str) -> bool:
-    """Return whether a value can stand in `.deepspeed_env`: one line, no space at an end, nothing that pdsh
-    replaces.
-    """
+    """Return whether a value can stand in `.deepspeed_env`: one line, no outer spaces, nothing that pdsh replaces."""
     return value == value.strip() and value.isprintable() and "%" not in value and value != ""
 
 

@@ -174,7 +174,7 @@ class Running:
                 process.send_signal(number)
 
     def _ask_ranks(self) -> None:
-        """Ask the ranks to stop until somebody has heard it: they may not have been started yet."""
+        """Ask the ranks to stop until one of them has got the request: they may not have been started yet."""
         while self._ended.asked == 1:
             asking = [self._start(command) for command in self._plan.stops]
             codes = [process.wait() for process in asking]

@@ -88,8 +88,8 @@ class Failure:
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
-    """Return the earliest cause that is known; else a rank that was ended by nobody knows what, since launchers end the
-    others when one has failed; else the earliest consequence.
+    """Return the earliest cause that is known; else the earliest rank that ended for no known reason, as launchers
+    end the others when one has failed; else the earliest consequence.
     """
     ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.kind == "silent", failure.time))
     return ordered[0] if ordered else None

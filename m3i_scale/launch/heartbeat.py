@@ -118,7 +118,7 @@ def read_heartbeat(path: Path) -> RankState | None:
 
 
 def own_heartbeat(rank: int) -> Heartbeat:
-    """Return the heartbeat of this process, where an agent has started it; else one that nobody reads.
+    """Return the heartbeat of this process, where an agent has started it; else one without a file.
 
     Raises:
         OSError: the host's disk has no room for a page.

@@ -62,9 +62,7 @@ def script_here(script: Path, place: int) -> Command:
 
 
 def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
-    """Return the command that starts a script of the launch folder on a host; exit code 2 where it is not seen
-    there.
-    """
+    """Return the command that starts a script of the launch folder on a host; exit code 2 where it cannot be read."""
     if is_here(host):
         return script_here(script, place)
     path = shlex.quote(str(script))

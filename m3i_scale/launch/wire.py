@@ -65,7 +65,7 @@ class Writer:
         self.say("log", rank=rank, text=data.decode(errors="replace"))
 
     def close(self) -> None:
-        """Wait, within limits, until what was said has been sent."""
+        """Wait, within limits, until all messages have been sent."""
         self._waiting.put(None)
         self._thread.join(_CLOSE_S)
 

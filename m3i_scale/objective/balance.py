@@ -56,9 +56,7 @@ class LearnedWeights(Weights):
         nn.init.zeros_(self.log_sigma_K)
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return total and factors as `Weights` does. σ of a group without samples stays: its loss of 0 is no
-        likelihood.
-        """
+        """Return what `Weights` returns. σ of a group without samples stays: its loss of 0 is no likelihood."""
         log_sigma_K = self.log_sigma_K.float()
         given_K = torch.tensor(self.given, device=losses_K.device)
         terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)

@@ -187,7 +187,7 @@ class DecoderSpec(Kind):
     module: ClassVar[type[nn.Module]]
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return the module for a backbone of that configuration. It tells its `width`.
+        """Return the module for a backbone of that configuration. It has a `width`.
 
         Raises:
             ValueError: the backbone's width and the fields do not fit together.

@@ -84,9 +84,7 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
 
 
 class TextTower(nn.Module):
-    """Encodes texts with a BERT-shaped Transformer, trained jointly; z_y is its first token, projected to the
-    sphere.
-    """
+    """Encodes texts with a BERT-shaped Transformer, trained jointly; z_y is its first token, projected and unit."""
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def _upgrade(target: dict[str, Any]) -> None:
 
 
 def _move_from_head(target: dict[str, Any], head: dict[str, Any]) -> Iterator[str]:
-    """Write what a head was said to remember into the regulariser that remembers it; return the fields moved."""
+    """Write what a head was to remember into the regulariser that remembers it now; return the fields moved."""
     kind = _kind_in(target, "regularizer")
     if kind in ("negatives", "queued_negatives") and "queue" in head:
         if head["queue"]:

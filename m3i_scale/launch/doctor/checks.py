@@ -32,7 +32,7 @@ def findings_of(answers: Answers, checks: Iterable[str] | None = None) -> Iterat
     """Yield the findings of checks for all hosts.
 
     Args:
-        answers: what the hosts said of themselves.
+        answers: what the hosts have reported of themselves.
         checks: names of the checks, in order. Default: all.
     """
     head = next(iter(answers.values()))

@@ -23,9 +23,7 @@ _SAFE_BOUND = 40.0
 
 
 class Boltzmann(Distribution):
-    """Applies a softmax over the candidates that the regulariser chooses. Methods return −log P̂ and its bound in
-    nats.
-    """
+    """Applies a softmax over candidates of the regulariser. Methods return −log P̂ and its bound in nats."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True

@@ -180,7 +180,7 @@ class QueuedNegatives(PooledRegularizer):
         return Queue(width, self.size)
 
     def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ among a clone of the queue, which moves before the backward pass of the next micro-batch."""
+        """Return −log P̂ among a clone of the queue, which changes before the backward pass of the next micro-batch."""
         queue_QE, filled = memory.queue_QE.clone(), memory.filled.clone()
         return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled, ranks), remember=unit(target_BE))
 

@@ -179,8 +179,8 @@ def decode(
         query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
     if isinstance(given.decoder, Pointwise):
         return query_BQ, given.decoder(tokens_BLD)
-    position, other = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
-    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, position, other)
+    of_input, of_target = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
+    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
 
 
 def _positions(
