@@ -449,7 +449,7 @@ def main() -> None:
 def _told(error: UserError, rank: str | None) -> Text:
     """Return a message that one rank tells whole and the others in one line. It is printed at once, or lines would mix.
 
-    An error that not all ranks are known to have is printed whole by each.
+    An error that not all ranks are known to have is printed whole by each, in one line.
     """
     head = Text("error: " if rank is None else f"[rank {rank}] error: ", style="bold red")
     if rank in (None, "0"):
