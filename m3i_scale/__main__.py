@@ -1,4 +1,4 @@
-"""`python -m m3i_scale` and `m3i-scale`, so that launchers can start the command as a module."""
+"""Start the command as a module, for `python -m m3i_scale`, `m3i-scale` and launchers."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from m3i_scale.launch.processes import obey_tie
 
 
 def run() -> None:
-    """The command line, and the end of the process.
+    """Run the command line, and end the process.
 
     Whatever is open has been closed by then. What is left is an engine that DeepSpeed's hooks keep alive, with threads
     of the process group, and, after an error, a thread that still writes a checkpoint: an interpreter that goes down

@@ -1,4 +1,4 @@
-"""The door: one verb per command, no logic."""
+"""Define the command line: one verb per command, no logic."""
 
 from __future__ import annotations
 
@@ -260,16 +260,16 @@ def plan(
         workspace_gib=workspace_gib,
         host_memory_gib=host_memory_gib,
     )
-    found = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
+    planned = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
     if as_json:
-        print_json(found.document())
+        print_json(planned.document())
     else:
         from m3i_scale.report.plan_table import plan_table
 
-        wide_console().print(plan_table(found.document()))
-    if write is not None and (found.suggestion is not None or not found.hopeless):
-        typer.echo(f"written; train with {write_deepspeed(found, write)}", err=True)
-    refuse_hopeless(found)
+        wide_console().print(plan_table(planned.document()))
+    if write is not None and (planned.suggestion is not None or not planned.hopeless):
+        typer.echo(f"written; train with {write_deepspeed(planned, write)}", err=True)
+    refuse_hopeless(planned)
 
 
 @app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")
@@ -287,14 +287,14 @@ def doctor(
     from m3i_scale.launch.doctor.findings import faults_of
     from m3i_scale.run.doctor import examine
 
-    found = examine(run, overrides or [], cluster, connect_s=connect_s, tell=_ERRORS.print)
+    findings = examine(run, overrides or [], cluster, connect_s=connect_s, tell=_ERRORS.print)
     if as_json:
-        print_json([finding.to_json() for finding in found])
+        print_json([finding.to_json() for finding in findings])
     else:
         from m3i_scale.report.doctor_table import doctor_table
 
-        wide_console().print(doctor_table(finding.to_json() for finding in found))
-    if faults_of(found):
+        wide_console().print(doctor_table(finding.to_json() for finding in findings))
+    if faults_of(findings):
         raise typer.Exit(EXIT_USER_ERROR)
 
 
@@ -415,7 +415,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """The `deepspeed` launcher puts --local_rank=N first; LOCAL_RANK says the same."""
+    """Drop --local_rank=N, which the `deepspeed` launcher puts first; LOCAL_RANK says the same."""
     return [item for item in arguments if not item.startswith("--local_rank=")]
 
 
@@ -426,9 +426,9 @@ def _refuse_dotted_options(arguments: list[str]) -> None:
         ConfigError: there is such a one.
     """
     for item in arguments:
-        found = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
-        if found:
-            raise ConfigError(f"there is no option {item}", fix=f"write {found[1]}{found[2] or '=VALUE'}")
+        match = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
+        if match:
+            raise ConfigError(f"there is no option {item}", fix=f"write {match[1]}{match[2] or '=VALUE'}")
 
 
 def main() -> None:
@@ -447,9 +447,9 @@ def main() -> None:
 
 
 def _told(error: UserError, rank: str | None) -> Text:
-    """A message that one rank tells whole, and the others in one line, printed at once: lines of ranks would mix.
+    """Return a message that one rank tells whole and the others in one line. It is printed at once, or lines would mix.
 
-    What not all ranks are known to have is told whole by each, in its line.
+    An error that not all ranks are known to have is printed whole by each, in one line.
     """
     head = Text("error: " if rank is None else f"[rank {rank}] error: ", style="bold red")
     if rank in (None, "0"):

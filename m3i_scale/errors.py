@@ -1,4 +1,4 @@
-"""Errors that explain: what is wrong, where, why it matters and what to do about it."""
+"""Errors that explain: they say what is wrong, where, why it matters and what to do about it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Looked = TypeVar("Looked")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The command line prints it without a traceback and exits with code 2.
+    """Reports a mistake that the user can mend. The command line prints it without a traceback and exits with code 2.
 
     Args:
         what: the fault, in one sentence.
@@ -55,17 +55,17 @@ class UserError(Exception):
         return {"where": self.where, "message": message, "fix": self.fix}
 
     def on_rank(self, rank: int) -> UserError:
-        """The same fault for all ranks to raise, with the rank that met it."""
+        """Return the same fault for all ranks to raise, with the rank that met it."""
         where = f"rank {rank}" if self.where is None else f"rank {rank}: {self.where}"
         return type(self)(self.what, where=where, why=self.why, fix=self.fix)
 
     def raised_everywhere(self) -> Self:
-        """The same, known to be raised on all ranks."""
+        """Mark the error as known to be raised on all ranks, and return it."""
         self.everywhere = True
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Survive the trip out of a data-loader worker, keyword arguments included."""
+        """Keep the keyword arguments when the error is pickled, as it is on its way out of a data-loader worker."""
         return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
 
 
@@ -75,7 +75,7 @@ def _rebuild(kind: type[UserError], what: str, where: str | None, why: str | Non
 
 @contextmanager
 def named(whose: str) -> Iterator[None]:
-    """Say of what is raised inside whose it is: comes before its `where`."""
+    """Put `whose` before the `where` of every error that is raised inside."""
     try:
         yield
     except UserError as error:
@@ -84,11 +84,11 @@ def named(whose: str) -> Iterator[None]:
 
 
 class ConfigError(UserError):
-    """A run file, a recipe or a DeepSpeed JSON that does not hold together."""
+    """Reports a run file, a recipe or a DeepSpeed JSON that does not hold together."""
 
 
 class FaultsError(ConfigError):
-    """Several faults, found by one look.
+    """Reports several faults at once.
 
     Args:
         faults: each as it would have been raised alone.
@@ -113,7 +113,7 @@ class FaultsError(ConfigError):
 
 
 class Faults:
-    """Collects what several looks find, so that all of it is told at once."""
+    """Collects the faults of several checks, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.found: list[UserError] = []
@@ -142,28 +142,28 @@ class Faults:
 
 
 class DataError(UserError):
-    """Shards, samples or labels that cannot be used."""
+    """Reports shards, samples or labels that cannot be used."""
 
 
 class LostWorkerError(DataError):
-    """A loader process that something else has ended. Nothing has to be mended before the run goes on."""
+    """Reports a loader process that something else has ended. Nothing has to be mended before the run goes on."""
 
     exit_code = EXIT_FAILED
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, torn, changed or made by another run."""
+    """Reports a checkpoint that is missing, torn, changed or made by another run."""
 
 
 class ExportError(UserError):
-    """An export that would not load, or would load as something else."""
+    """Reports an export that would not load, or would load as something else."""
 
 
 _LISTED = 32  # the built-in recipes are fewer
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The hint for a misspelt name: the nearest known names, or the whole (short) list."""
+    """Return the hint for a misspelt name: the nearest known names, or the whole (short) list."""
     names = sorted(known)
     same = [name for name in names if _plain(name) == _plain(word)]  # but for case and punctuation
     near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)

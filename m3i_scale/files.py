@@ -1,4 +1,4 @@
-"""Files and folders that take their name when they are whole; what is in a file: its SHA-256, JSON."""
+"""Write files and folders that take their name when they are whole; read and hash what is in files."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) ->
 
 def _remove_left(target: Path, alone: bool) -> None:
     for path in list(target.parent.iterdir()):
-        left = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.(partial|old)", path.name)
-        if left is None:
+        name = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.(partial|old)", path.name)
+        if name is None:
             continue
-        host, process = left[1], int(left[2])  # a container that starts again may have the same number on the same host
+        host, process = name[1], int(name[2])  # a container that starts again may have the same number on the same host
         if alone or (host == socket.gethostname() and (process == os.getpid() or has_ended(process))):
-            if left[3] == "old" and not target.exists():
+            if name[3] == "old" and not target.exists():
                 path.rename(target)  # killed before the new one took the name
             else:
                 shutil.rmtree(path, ignore_errors=True)

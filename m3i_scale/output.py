@@ -1,4 +1,4 @@
-"""Standard output belongs to the one JSON document of `--json`; whatever libraries print goes to standard error."""
+"""Keep standard output for the one JSON document of `--json`; whatever libraries print goes to standard error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DOCUMENT: list[TextIO] = []
 
 
 def reserve_stdout() -> None:
-    """From now on only `print_json` reaches standard output, C code included."""
+    """Let only `print_json` reach standard output from now on; C code is kept from it too."""
     _DOCUMENT.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     sys.stdout.flush()
     os.dup2(2, 1)
@@ -32,15 +32,16 @@ def release_stdout() -> None:
 
 
 def print_json(value: Any) -> None:
-    """Write the document."""
+    """Write the one JSON document of `--json` to standard output."""
     stream = _DOCUMENT[-1] if _DOCUMENT else sys.stdout
     stream.write(json_text(value))
     stream.flush()
 
 
 def wide_console(*, stderr: bool = False, **options: Any) -> Console:
-    """A console that breaks lines at the width of a terminal, and nowhere where there is none: a file or a program has
-    not 80 columns. COLUMNS overrides both."""
+    """Return a console that breaks lines at the width of a terminal. It breaks none where there is no terminal: a file
+    or a program has not 80 columns. COLUMNS overrides both.
+    """
     made = Console(stderr=stderr, **options)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PIPED_COLUMNS
@@ -48,6 +49,7 @@ def wide_console(*, stderr: bool = False, **options: Any) -> Console:
 
 
 def leave_out_accelerator_warning() -> None:
-    """For commands that only read and write files: that no GPU was found is nothing to warn of. Before DeepSpeed is
-    imported, which looks for one then."""
+    """Silence the warning that no GPU was found, in commands that only read and write files. To be called before
+    DeepSpeed is imported, which looks for one then.
+    """
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

@@ -1,4 +1,4 @@
-"""The place of a process among the ranks, in the variables that the trainer reads, whoever started it."""
+"""Read the place of a process among the ranks from variables of launchers, and set those that the trainer reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OF_MPI = (
 
 
 def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
-    """Say RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE where an MPI launcher has said them in words of its own.
+    """Set the variables of `NAMES` from those of an MPI launcher, where RANK is not set.
 
     Those of Slurm are not read: a batch script has them too, outside `srun`, and its one process would wait for others.
 

@@ -1,4 +1,4 @@
-"""What a person reads: sizes, durations, what differs between two documents; and which secrets stand in no log."""
+"""Write sizes, durations and differences for a person to read, and keep secrets out of logs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text of somebody else without the logins and queries of addresses, signatures and tokens in it."""
+    """Return a text from elsewhere without the logins and queries of addresses, signatures and tokens in it."""
     if text.startswith("pipe:"):
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
@@ -103,7 +103,7 @@ def _json_text(value: Any) -> str:
 
 
 def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, what was, what is) of every field that differs; below dicts, and below lists of the same length.
+    """Yield (key, old value, new value) of every field that differs; below dicts, and below lists of the same length.
 
     Args:
         key: of the whole; "" for none.
@@ -136,7 +136,8 @@ def told_differences(key: str, before: Any, now: Any) -> list[str]:
 
 def known_part(before: Any, now: Any) -> Any:
     """Drop the fields that the older description does not have: a newer version of a package may describe the same
-    thing with more of them."""
+    thing with more of them.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         return {key: known_part(before[key], value) for key, value in now.items() if key in before}
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):

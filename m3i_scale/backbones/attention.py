@@ -1,4 +1,4 @@
-"""Attention over a part of the queries, with the kernel that the stock layers around it take."""
+"""Compute attention over a part of the queries, with the kernel that the stock layers around it take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def split_heads(x_BLD: Tensor, heads: int) -> Tensor:
-    """(B, L, H·D) → (B, H, L, D)."""
+    """Split channels into heads: (B, L, H·D) → (B, H, L, D)."""
     x_BHLD: Tensor = x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
     return x_BHLD
 
@@ -22,7 +22,7 @@ def attend(
     mask_B11L: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(QKᵀ/√D)V: (B, H, Q, D).
+    """Return softmax(QKᵀ/√D)V: (B, H, Q, D).
 
     Args:
         query_BHQD: queries.

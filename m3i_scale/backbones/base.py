@@ -1,4 +1,4 @@
-"""What the objective asks of a backbone f_θ, whatever it is made of."""
+"""Define what the objective asks of a backbone f_θ, whatever it is made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tokens = tuple[Tensor, Tensor]
 
 
 class Backbone(nn.Module, ABC):
-    """A stock vision model, `model`, that is shown a part of its patches or patches of several images."""
+    """Adapts a stock vision model, `model`, that is shown a part of its patches or patches of several images."""
 
     model: Any
     """The `transformers` model: what an export writes."""
@@ -22,53 +22,53 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def has_class_token(self) -> bool:
-        """Whether the first of `Tokens` is a token of its own."""
+        """Return whether the first of `Tokens` is a token of its own, not the mean of the others."""
 
     @property
     @abstractmethod
     def own_attention(self) -> bool:
-        """Whether the images of a mix can be kept apart. Where not, they are mixed pixel by pixel."""
+        """Return whether the images of a mix can be kept apart. Where not, they are mixed pixel by pixel."""
 
     @property
     def width(self) -> int:
-        """D."""
+        """Return D, the channels of a token."""
         return int(self.model.config.hidden_size)
 
     @property
     def image_size(self) -> int:
-        """Side of the input in pixels."""
+        """Return the side of the input in pixels."""
         return int(self.model.config.image_size)
 
     @property
     def patch_size(self) -> int:
-        """Side in pixels of what one token stands for."""
+        """Return the side in pixels of what one token stands for."""
         return int(self.model.config.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patch tokens."""
+        """Return the rows and columns of patch tokens."""
         side = self.image_size // self.patch_size
         return side, side
 
     @property
     def cell(self) -> int:
-        """Side, in tokens, of the squares that are hidden or shown as a whole."""
+        """Return the side, in tokens, of the squares that are hidden or shown as a whole."""
         return 1
 
     @property
     @abstractmethod
     def layers(self) -> list[nn.Module]:
-        """The layers, in order."""
+        """Return the layers, in order."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute type of the parameters."""
+        """Return the compute type of the parameters."""
         first: nn.Parameter = next(self.model.parameters())
         return first.dtype
 
     @abstractmethod
     def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
-        """Inputs that see nothing of each other.
+        """Encode inputs that see nothing of each other.
 
         Args:
             views: normalised images (B, 3, H, W) by view.
@@ -83,7 +83,7 @@ class Backbone(nn.Module, ABC):
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Images of a mix that see each other: one input a row.
+        """Encode images of a mix that see each other: one input a row.
 
         Args:
             views: normalised images by view.
@@ -97,13 +97,13 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
-        """Normalised images, nothing hidden → tokens of all patches, row by row."""
+        """Encode normalised images, nothing hidden, as tokens of all patches, row by row."""
 
     @abstractmethod
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
-        """What `model` calls its last hidden state, as the objective computes it."""
+        """Return what `model` calls its last hidden state, as the objective computes it."""
 
 
 def gather_tokens(tokens_BND: Tensor, index_BL: Tensor) -> Tensor:
-    """Tokens at `index_BL`: (B, L, D)."""
+    """Return the tokens at `index_BL`: (B, L, D)."""
     return tokens_BND.gather(1, index_BL[..., None].expand(-1, -1, tokens_BND.shape[-1]))

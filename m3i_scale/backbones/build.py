@@ -1,4 +1,4 @@
-"""From the `backbone` section of a run file to a configuration, and from that to modules."""
+"""Build a configuration from the `backbone` section of a run file, and modules from that."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SPELT = {"vit": "ViT", "dinov2": "DINOv2", "clip_vision_model": "CLIP", "intern
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
-    """The `transformers` configuration of a backbone section.
+    """Return the `transformers` configuration of a backbone section.
 
     Raises:
         ConfigError: unknown preset or field, another model type than those here, a field that contradicts the weights
@@ -72,7 +72,7 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
 
 
 def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source:
-    """The weights that a backbone section starts from.
+    """Return the weights that a backbone section starts from.
 
     Raises:
         ConfigError: there are none such, or no backbone here is their architecture.
@@ -81,7 +81,7 @@ def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source
 
 
 def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
-    """What the source says. Of that a run file may change the image size, which resizes the table of positions."""
+    """Return the configuration of the source. A run file may change its image size: positions are then resized."""
     source = backbone_source(backbone, where)
     for key in _SHAPE_FIELDS[type(source.config)]:
         here, there = backbone.config.get(key), getattr(source.config, key)
@@ -116,7 +116,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
 
 
 def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> None:
-    """Set a field of a `transformers` configuration, which takes much that its model then computes nonsense with.
+    """Set a field of a `transformers` configuration, and refuse values with which its model would compute nonsense.
 
     Raises:
         ConfigError: names the field.
@@ -180,24 +180,24 @@ def _check_side(side: int, divisor: int, what: str, where: str) -> None:
 
 
 def build_backbone(config: VisionConfig) -> Backbone:
-    """The module, not yet initialised."""
+    """Build the backbone, not yet initialised."""
     return MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
 
 
 def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
-    """The class of the model that an export holds, and what its constructor is given beside the configuration."""
+    """Return the class of the model that an export holds, and its constructor's arguments beside the configuration."""
     if isinstance(config, InternImageConfig):
         return InternImageModel, {}
     return token_class(config)
 
 
 def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
-    """What a folder needs beside the weights where `transformers` has no such model: `auto_map` and source files."""
+    """Return what a folder needs where `transformers` has no such model: `auto_map` and source files."""
     return (AUTO_MAP, SOURCE_FILES) if isinstance(config, InternImageConfig) else ({}, ())
 
 
 def portable_section(config: VisionConfig) -> dict[str, Any]:
-    """A backbone section that needs no folder: preset and every field that shapes the modules."""
+    """Return a backbone section that needs no folder: preset and every field that shapes the modules."""
     return {
         "preset": _FIRST_PRESET[type(config)],
         "config": {key: getattr(config, key) for key in _SHAPE_FIELDS[type(config)]},
@@ -205,5 +205,5 @@ def portable_section(config: VisionConfig) -> dict[str, Any]:
 
 
 def starts_fresh(source: Source, name: str) -> bool:
-    """Whether a source need not have this weight: the fusion head, where its own configuration knows of none."""
+    """Return whether a source need not have this weight: the fusion head, where its own configuration has none."""
     return name.startswith("dcnv3_head_") and "fusion_width" in source.assumed

@@ -1,4 +1,4 @@
-"""What a backbone costs: parameters, and counted FLOPs of a forward pass. Nothing is allocated."""
+"""Count what a backbone costs: parameters, and FLOPs of a forward pass. Nothing is allocated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3i_scale.config import BackboneConfig
 
 
 def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
-    """Size and cost of one backbone.
+    """Return the size and the cost of one backbone.
 
     Args:
         section: what a run file says.

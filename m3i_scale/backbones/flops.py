@@ -1,4 +1,4 @@
-"""Counted FLOPs: what torch's counter has no formula for, and the FLOPs of one call."""
+"""Count the FLOPs of a call, with formulas that torch's counter lacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Shape = tuple[int, ...]
 
 
 def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Of a weighted bag: a product and a sum for every row that is fetched."""
+    """Count a weighted bag: a product and a sum for every row that is fetched."""
     return 2 * torch.Size(_shape(index)).numel() * _shape(weight)[1]
 
 
@@ -29,12 +29,12 @@ def _bag_weights_backward(gradient: Any, _weight: Any, index: Any, *_: Any, **__
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of fused attention: its two matrix products."""
+    """Count the two matrix products of fused attention."""
     return int(sdpa_flop_count(_shape(query), _shape(key), _shape(value)))
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of its backward pass: four products; the one that the kernel does twice to save memory is not counted."""
+    """Count the four products of the backward pass, not the one that the kernel does twice to save memory."""
     shapes = _shape(gradient), _shape(query), _shape(key), _shape(value)
     again = torch.Size(shapes[1]).numel() * shapes[2][-2] * 2  # torch counts the scores, which are computed again
     return int(sdpa_backward_flop_count(*shapes)) - again
@@ -80,7 +80,7 @@ FORMULAS: dict[Any, Formula] = {
 
 
 class _NoModules(ModuleTracker):
-    """Leaves modules alone.
+    """Leaves modules alone, in the place of torch's tracker of modules.
 
     The hooks of torch's own tracker make cycles with the graph that they hang on: what a layer has recomputed would
     stay until the garbage collector happens to come.
@@ -94,14 +94,14 @@ class _NoModules(ModuleTracker):
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, with `FORMULAS`; it tells no modules apart, and keeps nothing alive."""
+    """Return torch's counter with `FORMULAS`; it tells no modules apart, and keeps nothing alive."""
     counted = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     counted.mod_tracker = _NoModules()
     return counted
 
 
 def count_flop(step: Callable[[], None]) -> int:
-    """FLOPs of one call of `step`: products and sums of matrix products, convolutions and attention."""
+    """Return the FLOPs of one call of `step`: products and sums of matrix products, convolutions and attention."""
     with counter() as counted:
         step()
     return int(counted.get_total_flops())

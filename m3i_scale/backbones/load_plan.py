@@ -1,4 +1,4 @@
-"""Which tensor of which file goes where: matched by name and shape before a value is read."""
+"""Plan which tensor of which file goes where: matched by name and shape before a value is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Take:
-    """One parameter, and where its values come from."""
+    """Names one parameter, and where its values come from."""
 
     name: str
     shape: Shape
@@ -41,7 +41,7 @@ class Take:
 
 @dataclass
 class LoadPlan:
-    """What is read, file by file, and what became of every tensor."""
+    """Says what is read, file by file, and what became of every tensor."""
 
     takes: list[Take]
     report: dict[str, Any]
@@ -52,11 +52,11 @@ class LoadPlan:
 
     @property
     def names(self) -> list[str]:
-        """Parameters in the order in which `tensors` gives their values."""
+        """Return the parameters in the order in which `tensors` gives their values."""
         return [take.name for take in self.takes]
 
     def tensors(self) -> Iterator[Tensor]:
-        """The values, one parameter at a time; one file is open at a time.
+        """Yield the values, one parameter at a time; one file is open at a time.
 
         Raises:
             ConfigError: a file cannot be read, or holds anything but floating-point numbers.
@@ -84,7 +84,7 @@ class LoadPlan:
 
 
 def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bool) -> Tensor:
-    """A table of positions for another grid: bicubic. The row of the class token is kept, or is nought.
+    """Resize a table of positions to another grid: bicubic. The row of the class token is kept, or is zero.
 
     Args:
         table: (…, G² or 1 + G², D), row by row.
@@ -105,7 +105,7 @@ def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bo
 
 @dataclass
 class Matching:
-    """What has been found so far."""
+    """Holds the matches so far between tensors of files and parameters."""
 
     wanted: dict[str, Shape]
     positions: str | None = None
@@ -119,7 +119,7 @@ class Matching:
     misshapen: list[str] = field(default_factory=list)
 
     def add(self, name: str, path: Path, shape: Shape, place: Placement) -> None:
-        """One tensor of a file."""
+        """Match one tensor of a file."""
         placed = place(name)
         if isinstance(placed, LeftOut):
             self.left_out.setdefault(placed.reason, []).append(name)
@@ -180,7 +180,7 @@ def plan_model(
     fresh: list[str] | None = None,
     all_placed: bool = True,
 ) -> LoadPlan:
-    """The same for any model, which may be without values.
+    """Do as `plan_load` for any model, which may be without values.
 
     Args:
         source: the weights.

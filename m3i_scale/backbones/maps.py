@@ -1,4 +1,4 @@
-"""InternImage as a backbone: whole images go in, so what is hidden or mixed is so in the pixels."""
+"""Use InternImage as a backbone: whole images go in, so what is hidden or mixed is so in the pixels."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class MaskToken(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, width))
 
     def reset_parameters(self) -> None:
-        """First value."""
+        """Draw the first value."""
         nn.init.normal_(self.token, std=0.02)
 
     def forward(self, map_BHWC: Tensor, shown_BHW: Tensor) -> Tensor:
-        """The map, with the token wherever `shown_BHW` is False."""
+        """Return the map, with the token wherever `shown_BHW` is False."""
         return torch.where(shown_BHW[..., None], map_BHWC, self.token.to(map_BHWC.dtype))
 
 
 class MapBackbone(Backbone):
-    """A hierarchical convolutional network read at its fused map of stride 16.
+    """Adapts a hierarchical convolutional network, read at its fused map of stride 16.
 
     Masks are made of squares of 32 pixels, the stride of the last stage. Hidden pixels are zero (the mean colour) and
     hidden places of the stem's map are a learned token, so nothing of them enters. The images of a mix share one input
@@ -49,16 +49,16 @@ class MapBackbone(Backbone):
 
     @property
     def cell(self) -> int:
-        """Squares of 32 pixels."""
+        """Return the side, in tokens, of squares of 32 pixels."""
         return _LAST_STRIDE // self.patch_size
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers of all stages, in order."""
+        """Return the layers of all stages, in order."""
         return [layer for level in self.model.levels for layer in level.blocks]
 
     def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
-        """Every input is an image of its own; all go through the network together."""
+        """Encode every input as an image of its own; all go through the network together."""
         shown_BN = torch.cat([self._shown(visible_BL) for visible_BL in visible])
         images_BCHW = torch.cat([views[view] for view in view_of])
         map_BND = self._encode(images_BCHW * self._over(shown_BN, self.patch_size)[:, None], shown_BN)
@@ -68,7 +68,7 @@ class MapBackbone(Backbone):
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """One image a row, put together of the squares that each of its images shows."""
+        """Encode one image a row, put together of the squares that each of its images shows."""
         by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]
         mixed = torch.zeros_like(views[view_of[0]])
         for view, row_B, visible_BL in zip(view_of, rows, by_row, strict=True):
@@ -77,30 +77,30 @@ class MapBackbone(Backbone):
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
-        """Normalised images → mean token (B, 1, D) and all tokens (B, N, D)."""
+        """Encode normalised images as mean token (B, 1, D) and all tokens (B, N, D)."""
         tokens_BND = self.last_hidden_state(images_BCHW).flatten(2).transpose(1, 2)
         return tokens_BND.mean(dim=1, keepdim=True), tokens_BND
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
-        """The fused map: (B, D, H/16, W/16)."""
+        """Return the fused map: (B, D, H/16, W/16)."""
         model: InternImageModel = self.model
         return model.fuse(model.stages(model.patch_embed(images_BCHW.to(self.dtype))))
 
     def _encode(self, shown_BCHW: Tensor, shown_BN: Tensor) -> Tensor:
-        """Images, zero where nothing is shown → tokens of the whole grid (B, N, D)."""
+        """Encode images, zero where nothing is shown, as tokens of the whole grid (B, N, D)."""
         model: InternImageModel = self.model
         stem_BHWC = model.patch_embed(shown_BCHW.to(self.dtype))
         stem_BHWC = self.mask_token(stem_BHWC, self._over(shown_BN, self.patch_size // _STEM_STRIDE))
         return model.fuse(model.stages(stem_BHWC)).flatten(2).transpose(1, 2)
 
     def _shown(self, visible_BL: Tensor) -> Tensor:
-        """Which tokens of the grid are visible: bool (B, N)."""
+        """Return which tokens of the grid are visible: bool (B, N)."""
         rows, columns = self.grid
         nothing = torch.zeros(len(visible_BL), rows * columns, dtype=torch.bool, device=visible_BL.device)
         return torch.scatter(nothing, 1, visible_BL, True)
 
     def _over(self, shown_BN: Tensor, times: int) -> Tensor:
-        """The grid, every token a square of `times` × `times`: bool (B, H, W)."""
+        """Return the grid with every token as a square of `times` × `times`: bool (B, H, W)."""
         shown_BHW: Tensor = shown_BN.unflatten(1, self.grid)
         return shown_BHW.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 

@@ -1,4 +1,4 @@
-"""Published sizes by name."""
+"""List published sizes by name."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ DEFAULT_PRESET = "vit-b/16"
 
 
 def preset_config(name: str) -> VisionConfig:
-    """The configuration of a name in `PRESETS`, at 224 pixels."""
+    """Return the configuration of a name in `PRESETS`, at 224 pixels."""
     kind, _, rest = name.partition("-")
     size, _, patch = rest.partition("/")
     if kind == "clip":
@@ -105,11 +105,11 @@ def preset_config(name: str) -> VisionConfig:
 
 
 def published_heads(width: int, depth: int) -> int | None:
-    """Heads of the published ViT or DINOv2 of that size; None where there is none."""
+    """Return the heads of the published ViT or DINOv2 of that size; None where there is none."""
     sizes = {size[:2]: size[2] for size in (*_VIT.values(), *_DINOV2.values())}
     return sizes.get((width, depth))
 
 
 def fusion_width(config: InternImageConfig) -> int:
-    """Channels of the fusion head where nobody says them: those of stage 4, but no more than the published head's."""
+    """Return the default channels of the fusion head: those of stage 4, but no more than the published head's."""
     return min(config.stage_channels[-1], 1024)

@@ -1,4 +1,4 @@
-"""Sizes of the presets, counted once (`python -m m3i_scale.backbones.cost`): counting all takes half a minute."""
+"""Read the presets' sizes, counted once (`python -m m3i_scale.backbones.cost`): counting all takes half a minute."""
 
 from __future__ import annotations
 

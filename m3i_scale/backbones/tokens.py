@@ -1,4 +1,4 @@
-"""Stock `transformers` models of the plain kind, ViT, DINOv2 and CLIP: tokens in, tokens out, any subset of patches."""
+"""Adapt plain stock `transformers` models, ViT, DINOv2 and CLIP: tokens in, tokens out, any subset of patches."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ TokenConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig
 
 
 def token_class(config: TokenConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
-    """The stock class, and how it is told to leave out the pooling layer that nothing here trains."""
+    """Return the stock class, and the arguments that leave out the pooling layer, which nothing here trains."""
     if isinstance(config, ViTConfig):
         return ViTModel, {"add_pooling_layer": False}
     return (CLIPVisionModel if isinstance(config, CLIPVisionConfig) else Dinov2Model), {}
 
 
 def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
-    """What the objective reads of a stock model's last hidden state: that of CLIP comes before its last norm."""
+    """Return what the objective reads of a stock model's last hidden state: that of CLIP comes before its last norm."""
     normed_BLD: Tensor = model.post_layernorm(hidden_BLD) if isinstance(model, CLIPVisionModel) else hidden_BLD
     return normed_BLD
 
 
 class TokenBackbone(Backbone):
-    """A plain vision Transformer with a class token. `embed` and `encode` are separate, so that tokens can be hidden or
-    mixed between them.
+    """Adapts a plain vision Transformer with a class token. `embed` and `encode` are separate, so that tokens can be
+    hidden or mixed between them.
 
     All parameters are used inside the forward of the stock module that owns them, which ZeRO-3 relies on.
     """
@@ -54,21 +54,21 @@ class TokenBackbone(Backbone):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The Transformer layers, in order."""
+        """Return the Transformer layers, in order."""
         model = self.model
         if isinstance(model, ViTModel):
             return list(model.layers)
         return list(model.encoder.layers if isinstance(model, CLIPVisionModel) else model.encoder.layer)
 
     def embed(self, images_BCHW: Tensor) -> Tokens:
-        """Normalised images → class token (B, 1, D) and patch tokens (B, N, D), positions added."""
+        """Embed normalised images as class token (B, 1, D) and patch tokens (B, N, D), positions added."""
         tokens_BND = self.model.embeddings(images_BCHW.to(self.dtype))
         if isinstance(self.model, CLIPVisionModel):  # a norm of each token, so it may come before tokens are hidden
             tokens_BND = self.model.pre_layrnorm(tokens_BND)
         return tokens_BND[:, :1], tokens_BND[:, 1:]
 
     def encode(self, tokens_BLD: Tensor) -> Tensor:
-        """Embedded tokens → the last layer's normalised tokens, same shape."""
+        """Encode embedded tokens as the last layer's normalised tokens, same shape."""
         tokens_BLD = self._through_layers(tokens_BLD)
         if isinstance(self.model, CLIPVisionModel):
             return last_norm(self.model, tokens_BLD)
@@ -81,7 +81,7 @@ class TokenBackbone(Backbone):
         return tokens_BLD
 
     def _visible(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
-        """Embedded class token and visible patch tokens of every input, in one call of the embedding."""
+        """Embed class token and visible patch tokens of every input, in one call of the embedding."""
         names = sorted(set(view_of))
         cls_VB1D, tokens_VBND = self.embed(torch.cat([views[view] for view in names]))
         batch = len(visible[0])
@@ -92,7 +92,7 @@ class TokenBackbone(Backbone):
         ]
 
     def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
-        """Every input is a sequence of its own; those of one length go through the layers together."""
+        """Encode every input as a sequence of its own; those of one length go through the layers together."""
         sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible)]
         outputs: dict[int, Tensor] = {}
         for length in sorted({sequence.shape[1] for sequence in sequences}):
@@ -104,7 +104,7 @@ class TokenBackbone(Backbone):
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """One sequence a row, with the class token of its first image."""
+        """Encode one sequence a row, with the class token of its first image."""
         shown = self._visible(views, view_of, visible)
         parts = [tokens[row_B] for row_B, (_, tokens) in zip(rows, shown, strict=True)]
         output_BSD = self.encode(torch.cat([shown[0][0], *parts], dim=1))
@@ -112,11 +112,11 @@ class TokenBackbone(Backbone):
         return [(output_BSD[:, :1], output) for output in outputs]
 
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
-        """Normalised images → class token (B, 1, D) and all patch tokens (B, N, D)."""
+        """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D)."""
         encoded_BSD = self.encode(torch.cat(self.embed(images_BCHW), dim=1))
         return encoded_BSD[:, :1], encoded_BSD[:, 1:]
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
-        """[class token | patch tokens]: (B, 1 + N, D)."""
+        """Return [class token | patch tokens]: (B, 1 + N, D)."""
         tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
         return self._through_layers(tokens_BSD) if isinstance(self.model, CLIPVisionModel) else self.encode(tokens_BSD)

@@ -1,4 +1,4 @@
-"""The typed run file: what is trained, on which data, for how long, on which engine.
+"""Read the typed run file: what is trained, on which data, for how long, on which engine.
 
 A run file is YAML. It may extend another one (`extends: m3i` for a built-in recipe, or a path); every field can be
 overridden on the command line as `section.key=value`. Unknown keys are errors.
@@ -54,7 +54,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BackboneConfig(Section):
-    """The model that is being pre-trained (f_θ)."""
+    """Describes the model that is being pre-trained (f_θ)."""
 
     preset: str | None = None
     """A size by name, vit-b/16 where nothing else is said; `config` overrides single fields."""
@@ -84,7 +84,7 @@ class BackboneConfig(Section):
 
 
 class TextConfig(Section):
-    """The text target encoder, trained jointly. Only built when the recipe has a text target."""
+    """Describes the text target encoder, trained jointly. It is only built when the recipe has a text target."""
 
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
@@ -95,7 +95,7 @@ class TextConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimisation: AdamW, warm-up, cosine."""
+    """Sets the optimisation: AdamW, warm-up, cosine."""
 
     batch_size: int = Field(default=4096, ge=1)
     """Samples per optimizer step, over all ranks."""
@@ -146,7 +146,7 @@ class OptimConfig(Section):
 
 
 class KeepBestConfig(Section):
-    """Checkpoints that stay because of a figure of data.validation."""
+    """Keeps checkpoints that are best by a figure of data.validation."""
 
     metric: str
     """As metrics.jsonl calls it: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
@@ -157,7 +157,7 @@ class KeepBestConfig(Section):
 
 
 class RetentionConfig(Section):
-    """Which checkpoints stay: those that any rule wants, as far as `max_gib` allows."""
+    """Says which checkpoints stay: those that any rule wants, as far as `max_gib` allows."""
 
     keep_latest: int = Field(default=2, ge=1)
     """The newest so many stay. Others are removed once a newer one has been committed, unless a rule below wants them
@@ -176,7 +176,7 @@ class RetentionConfig(Section):
 
 
 class CheckpointConfig(RetentionConfig):
-    """Saving, keeping and resuming."""
+    """Sets how checkpoints are saved, kept and resumed."""
 
     every_steps: int = Field(default=1_000, ge=1)
     """A checkpoint is committed after every so many steps, and at the end."""
@@ -190,7 +190,7 @@ class CheckpointConfig(RetentionConfig):
 
 
 class LogConfig(Section):
-    """What is written while the run goes on. metrics.jsonl is always written."""
+    """Says what is written while the run goes on. metrics.jsonl is always written."""
 
     every_steps: int = Field(default=10, ge=1)
     """Metrics are reduced over the ranks and written after every so many steps."""
@@ -203,7 +203,7 @@ class LogConfig(Section):
 
 
 class HardwareConfig(Section):
-    """The machine, as far as a run must be told."""
+    """Describes the machine, as far as a run must know it."""
 
     peak_tflops: float | str | None = None
     """What one rank's device computes at most, which MFU is a share of: 10¹² FLOPs a second, or a name such as
@@ -211,8 +211,9 @@ class HardwareConfig(Section):
 
 
 class TimeoutsConfig(Section):
-    """How long ranks wait for each other before they take one for dead (docs/failures.md). Once data are read, longer
-    than data.stall_timeout_s, so that data that cannot be had are told as that."""
+    """Says how long ranks wait for each other before they take one for dead (docs/failures.md). Once data are read,
+    this is longer than data.stall_timeout_s, so that missing data are reported as such.
+    """
 
     join_s: float = Field(default=300.0, gt=0)
     """Until all ranks have started and reached rank 0; torchrun waits by itself."""
@@ -223,7 +224,7 @@ class TimeoutsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The evaluation hook: losses on data.validation while training."""
+    """Sets the evaluation hook: losses on data.validation while training."""
 
     every_steps: int = Field(default=0, ge=0)
     """0 switches the hook off."""
@@ -232,7 +233,7 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """Holds a whole run."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run."""

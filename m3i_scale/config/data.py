@@ -1,4 +1,4 @@
-"""The section `data` of a run file: where samples come from and how they become inputs."""
+"""Read the section `data` of a run file: where samples come from and how they become inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Probability = Annotated[float, AfterValidator(_is_probability)]
 
 
 class DistortionConfig(Section):
-    """How views are drawn from an image. A list holds one value per view; the last one serves all further views."""
+    """Says how views are drawn from an image. A list holds one value per view; the last serves all further views."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image: above 0, at most 1."""
@@ -86,7 +86,7 @@ class DistortionConfig(Section):
 
 
 class AugmentConfig(DistortionConfig):
-    """Views of an image, and how their pixels are normalised."""
+    """Describes the views of an image, and how their pixels are normalised."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means that the model's input is normalised with, of pixels from 0 to 1; written into the export."""
@@ -110,7 +110,7 @@ class AugmentConfig(DistortionConfig):
 
 
 class SourceConfig(Section):
-    """One source of samples."""
+    """Describes one source of samples."""
 
     shards: Annotated[str, InHome]
     """A folder of .tar shards, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one shard; a path, or an
@@ -151,7 +151,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Where samples come from and how they become inputs."""
+    """Says where samples come from and how they become inputs."""
 
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
     """Training sources by name."""
@@ -199,7 +199,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_augment(cls, values: Any) -> Any:
-        """Sources' distortions over the common ones, so that a written run file says what holds."""
+        """Put sources' distortions over the common ones, so that a written run file says what holds."""
         if not isinstance(values, dict) or not isinstance(values.get("sources"), dict):
             return values
         common = plain_values(values.get("augment", {}))
@@ -209,6 +209,6 @@ class DataConfig(Section):
         sources = {}
         for name, source in values["sources"].items():
             plain = plain_values(source)
-            own = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
-            sources[name] = {**plain, "augment": {**shared, **own}} if isinstance(own, dict) else source
+            of_source = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
+            sources[name] = {**plain, "augment": {**shared, **of_source}} if isinstance(of_source, dict) else source
         return {**values, "sources": sources}

@@ -1,4 +1,4 @@
-"""What pydantic found in a section, as errors that name the key and what would be right."""
+"""Turn what pydantic finds in a section into errors that name the key and what would be right."""
 
 from __future__ import annotations
 
@@ -131,20 +131,20 @@ def explained(
         values: what was read.
         below: the key of the run file that holds the section.
     """
-    found: dict[str, ConfigError] = {}
+    error_of: dict[str, ConfigError] = {}
     details = error.errors()
     for fault in details:
         if fault["type"] == "missing" and _is_misspelt(fault["loc"], details):
             continue
         key = ".".join(map(str, _without_branches(fault["loc"])))
-        found.setdefault(key, _explain(_Sections(kind, values), fault, where_of(fault["loc"]), below))
+        error_of.setdefault(key, _explain(_Sections(kind, values), fault, where_of(fault["loc"]), below))
     # Of the alternatives of a union, that which got furthest tells most.
-    faults = [fault for key, fault in found.items() if not any(other.startswith(f"{key}.") for other in found)]
+    faults = [fault for key, fault in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
     return faults[0] if len(faults) == 1 else FaultsError(faults)
 
 
 def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
-    """Return whether a key that is missing is there under a wrong name, which is told instead."""
+    """Return whether a key that is missing is there under a wrong name, which is reported instead."""
     beside = [
         str(fault["loc"][-1])
         for fault in faults
@@ -229,26 +229,26 @@ def _nearest(sections: _Sections, path: KeyPath) -> str:
     meant = MEANT.get(name.casefold())
     if meant is not None and re.split(r"[ ,.:]", meant)[0] in sections.kind.model_fields:
         return f"did you mean {meant}?"
-    elsewhere = sorted(found for found in _keys_of(sections.kind) if found.rpartition(".")[2] == name)
+    elsewhere = sorted(key for key in _keys_of(sections.kind) if key.rpartition(".")[2] == name)
     if elsewhere:
-        return "did you mean " + " or ".join(f"'{found}'" for found in elsewhere) + "?"
+        return "did you mean " + " or ".join(f"'{key}'" for key in elsewhere) + "?"
     here = sections.at(path[:-1])
     known = [*here.model_fields, *(["kind"] if issubclass(here, Kind) else [])]
     return did_you_mean(name, known) if known else "leave it out: there is nothing to set here"
 
 
 def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
-    """All keys of a section and of those in it, with dots; none below keys that the user names, as of sources."""
-    found = []
+    """Return all keys of a section and of those in it, with dots; none below names of the user's, as of sources."""
+    keys = []
     for name, field in kind.model_fields.items():
-        found.append(f"{above}{name}")
+        keys.append(f"{above}{name}")
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += _keys_of(field.annotation, f"{above}{name}.")
-    return found
+            keys += _keys_of(field.annotation, f"{above}{name}.")
+    return keys
 
 
 def _choices_of(field: FieldInfo | None) -> str | None:
-    """The values of a field that has a few, or the kinds of its section; None for others."""
+    """Return the values of a field that has a few, or the kinds of its section; None for others."""
     annotation = field.annotation if field is not None else None
     values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
     if isinstance(annotation, type) and issubclass(annotation, Kind):
@@ -257,6 +257,6 @@ def _choices_of(field: FieldInfo | None) -> str | None:
 
 
 def _default_of(field: FieldInfo | None) -> str | None:
-    """The default value of a plain field, as it is written on the command line; None where there is none."""
+    """Return the default of a plain field, as it is written on the command line; None where there is none."""
     default = field.get_default() if field is not None else None
     return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None

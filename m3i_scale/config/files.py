@@ -1,5 +1,6 @@
-"""Run files as they are written: where they lie, `extends`, `key=value` overrides. Nothing is checked but YAML, and
-that targets of before they had kinds do not lose what the heads of the file that they extend remember."""
+"""Read run files as they are written: where they lie, `extends`, `key=value` overrides. Only YAML is checked, and
+that targets from before they had kinds do not lose what the heads of the file that they extend remember.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +23,23 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def resource_folder(name: Literal["recipes", "ds_configs"]) -> Path:
-    """The folder of built-in files: beside the package in a checkout, inside it when installed as a wheel."""
+    """Return the folder of built-in files: beside the package in a checkout, inside it when installed as a wheel."""
     beside = _PACKAGE.parent / name
     return beside if beside.is_dir() else _PACKAGE / f"_{name}"
 
 
 def known_runs() -> dict[str, Path]:
-    """Built-in run files by name: recipes, and sizes of them."""
+    """Return built-in run files by name: recipes, and sizes of them."""
     return {path.stem: path for path in sorted(resource_folder("recipes").glob("*.yaml"))}
 
 
 def known_recipes() -> dict[str, Path]:
-    """Built-in run files that define a recipe of their own; those that extend another one are sizes of it."""
+    """Return built-in run files that define a recipe of their own; those that extend another one are sizes of it."""
     return {name: path for name, path in known_runs().items() if "extends" not in read_yaml(path)}
 
 
 def find_run_file(name_or_path: str) -> Path:
-    """A built-in name (`m3i`) or a path.
+    """Return the path of a built-in name (`m3i`) or of a file.
 
     Raises:
         ConfigError: neither exists.
@@ -57,7 +58,7 @@ def find_run_file(name_or_path: str) -> Path:
 
 
 def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """What a run file says, `extends` and `key=value` overrides applied, and nothing else checked.
+    """Return what a run file says, `extends` and `key=value` overrides applied, and nothing else checked.
 
     Raises:
         ConfigError: unreadable YAML, a key that stands twice, overrides that are none, a cycle of `extends`, or targets
@@ -130,7 +131,7 @@ def _targets(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping.
+    """Return a YAML mapping.
 
     Raises:
         ConfigError: no such file, not YAML, a key that stands twice, or not a mapping.
@@ -145,7 +146,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
-    """Read a document.
+    """Return the value of a YAML document.
 
     Raises:
         yaml.YAMLError: it is none.
@@ -172,7 +173,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _repeated_keys(
     node: yaml.Node, above: str, seen: set[int], inside: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Find dotted keys that stand twice in their mapping, and on which lines, counted from 1.
+    """Yield dotted keys that stand twice in their mapping, and on which lines, counted from 1.
 
     Raises:
         yaml.YAMLError: an anchor holds itself.

@@ -1,4 +1,4 @@
-"""The section `guard` of a run file: steps that are not finite, and losses that jump."""
+"""Read the section `guard` of a run file: steps that are not finite, and losses that jump."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m3i_scale.config.sections import Section
 
 
 class SpikeConfig(Section):
-    """When a loss counts as a spike, and how often the run goes back for one."""
+    """Says when a loss counts as a spike, and how often the run goes back for one."""
 
     z: float = Field(default=8.0, gt=0)
     """A loss is above the limit when it exceeds the median of the window by so many standard deviations, which are
@@ -44,7 +44,7 @@ class SpikeConfig(Section):
 
 
 class GuardConfig(Section):
-    """What a run does about steps that are not finite, and about losses that jump."""
+    """Says what a run does about steps that are not finite, and about losses that jump."""
 
     nonfinite: Literal["skip", "stop"] = "skip"
     """A loss or gradient that is not finite on any rank: leave the step out on all ranks, or end the run."""

@@ -1,4 +1,4 @@
-"""Sections of which there are several kinds, each a class of its own with its own fields.
+"""Define sections of which there are several kinds, each a class of its own with its own fields.
 
 A family is a class below `Kind` with an empty `kinds`; every class below it that has a `kind` is known by that name:
 
@@ -33,7 +33,7 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class Kind(Section):
-    """Base of families and their kinds."""
+    """Gives families and their kinds a common base."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     """The classes of a family by name."""
@@ -96,10 +96,10 @@ class Kind(Section):
                 f"'{path}' is a class of somebody's own, whose module is not imported: reading this file runs no code",
                 f"where you trust it: --import {module}, or in Python `import {module}` before",
             )
-        found = vars(sys.modules[module]).get(name)  # no attribute: a module may compute those, which runs its code
-        if not (isinstance(found, type) and issubclass(found, cls)):
+        kind = vars(sys.modules[module]).get(name)  # no attribute: a module may compute those, which runs its code
+        if not (isinstance(kind, type) and issubclass(kind, cls)):
             raise ValueError(f"'{path}' is no subclass of {cls.__module__}.{cls.__name__}")
-        return found
+        return kind
 
     @model_validator(mode="wrap")
     @classmethod
@@ -110,9 +110,9 @@ class Kind(Section):
         named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
         if not named and ("kinds" not in cls.__dict__ or cls.kinds.get(cls.kind) is cls):
             return handler(value)
-        found = cls.class_of(value, imports=may_import(info))
+        kind = cls.class_of(value, imports=may_import(info))
         fields = {key: field for key, field in value.items() if key != "kind"} if isinstance(value, dict) else {}
-        return found.model_validate(fields, context=info.context)
+        return kind.model_validate(fields, context=info.context)
 
     @model_serializer
     def _with_kind(self, info: SerializationInfo) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What all sections of a run file are."""
+"""Define what all sections of a run file share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, fiel
 
 
 class FixableError(ValueError):
-    """A rule of ours that values break, with what to write instead.
+    """Reports a rule of ours that values break, with what to write instead.
 
     Args:
         what: the fault.
@@ -25,7 +25,7 @@ class FixableError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values do not change after reading, numbers are finite."""
+    """Refuses unknown keys, changes after reading, and numbers that are not finite: the base of every section."""
 
     # Schemas are built when they are first used: help has no time for it.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
@@ -46,7 +46,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def is_stored(info: ValidationInfo) -> bool:
-    """Return whether values are those of a training that is over: its export does not ask for ranges of training."""
+    """Return whether values are those of a finished training: its export does not check ranges of training."""
     return bool(info.context and info.context.get("stored"))
 
 
@@ -67,7 +67,7 @@ InHome = AfterValidator(_in_home)
 
 
 def plain_values(value: Any) -> Any:
-    """What was set of a section that is one already."""
+    """Return the set fields of a section; any other value as it is."""
     return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
 
 
@@ -83,14 +83,14 @@ ModelFields = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
-    """Walk through all types that an annotation is made of."""
+    """Yield all types that an annotation is made of."""
     yield annotation
     for part in get_args(annotation):
         yield from _types_in(part)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk through plain values within lists and mappings, with their dotted keys."""
+    """Yield plain values within lists and mappings, with their dotted keys."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield key, value

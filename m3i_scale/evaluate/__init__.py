@@ -1,1 +1,1 @@
-"""What frozen features are worth: kNN, linear probe, zero-shot, retrieval."""
+"""Measure what frozen features are worth: kNN, linear probe, zero-shot, retrieval."""

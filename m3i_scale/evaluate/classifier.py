@@ -1,4 +1,4 @@
-"""The trained head of a model folder: is the right class the first that it names, or among the first five?"""
+"""Measure the trained head of a model folder: is the right class the first that it names, or among the first five?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEPTHS = (1, 5)
 
 @dataclass
 class Classifier:
-    """A head, and what its classes are called."""
+    """Holds a head, and what its classes are called."""
 
     logits: Encoder
     classes: list[str]
@@ -31,8 +31,7 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Return numbers of the classes that come first, best first (B, ≤ 5), for uint8 (B, 3, H, W) at the model's
-        size."""
+        """Return the numbers of the likeliest classes, best first (B, ≤ 5), for uint8 (B, 3, H, W)."""
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 

@@ -1,4 +1,4 @@
-"""`m3i-scale evaluate`: a model folder and shards in, figures with intervals out."""
+"""Run `m3i-scale evaluate`: a model folder and shards in, figures with intervals out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass
 class _Job:
-    """Both sides, and what encoded them."""
+    """Holds both sides, and what encoded them."""
 
     train: Side | None
     test: Side
@@ -107,8 +107,8 @@ def evaluate(
         train = read(train_table, fitted, "train data")
     _refuse_unknown_groups(exclude_groups, [test_table, *([train.table] if train else [])])
     job = _Job(train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
-    found, absent, right = _measure(measures, "model", job)
-    if not found:
+    figures, absent, right = _measure(measures, "model", job)
+    if not figures:
         raise DataError(
             "nothing can be measured",
             where=data,
@@ -116,7 +116,7 @@ def evaluate(
             fix="give --train-data with labels (masks for the dense probe), or an export with a text target",
         )
     result = _document(folder, vision, job, data, train_data)
-    result |= {"measures": found, "not_measured": absent}
+    result |= {"measures": figures, "not_measured": absent}
     if baseline == "pixels":
         probes, why_not, theirs = _measure(tuple(name for name in measures if name in PROBES), "pixels", job)
         advantage = {name: measure.measure_advantage(right[name], theirs[name]) for name in right if name in theirs}
@@ -195,21 +195,21 @@ def _encoders(
 def _measure(
     names: tuple[str, ...], encoder: str, job: _Job
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, measure.Right]]:
-    """Figures by measure, reasons for those that are absent, and what each probe got right."""
-    found: dict[str, Any] = {}
+    """Return figures by measure, reasons for those that are absent, and what each probe got right."""
+    figures: dict[str, Any] = {}
     absent: dict[str, str] = {}
     right: dict[str, measure.Right] = {}
     for name in names:
         try:
             if name in PROBES:
-                found[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
+                figures[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
             elif name == "classifier":
-                found[name] = _of_head(job)
+                figures[name] = _of_head(job)
             else:
-                found[name] = _with_text(name, job)
+                figures[name] = _with_text(name, job)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
-    return found, absent, right
+    return figures, absent, right
 
 
 def _of_head(job: _Job) -> dict[str, Any]:
@@ -266,23 +266,23 @@ def _describe(table: Table, shards: str) -> dict[str, Any]:
 
 
 def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
-    found = [job.clusters.warning] if job.clusters.warning else []
+    warnings = [job.clusters.warning] if job.clusters.warning else []
     for block in (result["measures"], result.get("baseline", {}).get("measures", {})):
-        found += [note for name in PROBES for note in block.get(name, {}).pop("notes", [])]
+        warnings += [note for name in PROBES for note in block.get(name, {}).pop("notes", [])]
     for side, where in ((job.test, "test"), (job.train, "training")):
         for reason, count in side.table.bad_masks.items() if side is not None else ():
-            found.append(f"{count} masks of the {where} data cannot be used: {reason}")
+            warnings.append(f"{count} masks of the {where} data cannot be used: {reason}")
     if job.train is not None:
         for name in ("family", "concept"):
             fitted, asked = job.train.table.column(name), job.test.table.column(name)
             shared = set(fitted or []) & set(asked or [])
             if shared:
-                found.append(
+                warnings.append(
                     f"{len(shared)} of {len(set(asked or []))} test values of `{name}` are in the training data too:"
                     " probes see the same things again"
                 )
                 break
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(warnings))
 
 
 def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int) -> None:
@@ -319,7 +319,7 @@ def _refuse_unknown_groups(names: tuple[str, ...], tables: list[Table]) -> None:
 
 
 def _same(shard: Address) -> str:
-    """One text for all ways to name a shard."""
+    """Return one text for all ways to name a shard."""
     return str(shard.resolve() if isinstance(shard, Path) else shard)
 
 

@@ -1,4 +1,4 @@
-"""Dense probe: what single patches know. A linear classifier from the feature of a patch to the class of its pixels."""
+"""Probe what single patches know, by a linear classifier from the feature of a patch to the class of its pixels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PatchEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class Patches:
-    """Patches that have a class, of all images with a mask."""
+    """Holds the patches that have a class, of all images with a mask."""
 
     labels_P: NDArray[np.int64]
     image_P: NDArray[np.int64]
@@ -41,7 +41,7 @@ class Patches:
 
 
 class PatchCollector:
-    """Gathers patches while images pass, in the order of the table.
+    """Gathers patches as images are read, in the order of the table.
 
     Args:
         limit: keep at most so many, drawn from all; None keeps all.
@@ -95,7 +95,7 @@ class PatchCollector:
             self._draw(self._limit)
 
     def patches(self) -> Patches | None:
-        """What was drawn; None, and a `fault`, where nothing was."""
+        """Return what was drawn; None, and a `fault`, where nothing was."""
         if not self._held:
             self.fault = self.fault or ("no mask names the class of any patch" if self.masks else "no masks")
             return None
@@ -105,7 +105,7 @@ class PatchCollector:
         return Patches(whole["labels"], whole["image"], features)
 
     def _draw(self, limit: int | None) -> None:
-        """One part of everything held; over the limit, the patches of the lowest lots, so every one is as likely."""
+        """Join the parts; over the limit keep those with the lowest random numbers, so that each is as likely."""
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         if limit is not None and self._held > limit:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])
@@ -114,7 +114,7 @@ class PatchCollector:
 
 
 def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
-    """The commonest class of every patch, `NO_CLASS` where most of it has none: (side²).
+    """Return the commonest class of every patch, `NO_CLASS` where most of it has none: (side²).
 
     Args:
         mask_SS: class of every pixel.
@@ -128,7 +128,7 @@ def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
 
 
 def pixel_patches(images_BCHW: Tensor, side: int) -> Tensor:
-    """The raw-pixel baseline of the dense probe: the pixels of every patch, values in 0…1 (B, side², 3·p²)."""
+    """Return the pixels of every patch, values in 0…1 (B, side², 3·p²): the raw-pixel baseline of the dense probe."""
     size = images_BCHW.shape[-1] // side * side
     cut = images_BCHW[..., :size, :size].float() / 255
     return nn.functional.unfold(cut, kernel_size=size // side, stride=size // side).transpose(1, 2)
@@ -137,7 +137,7 @@ def pixel_patches(images_BCHW: Tensor, side: int) -> Tensor:
 def mean_iou(
     predicted_P: NDArray[np.int64], truth_P: NDArray[np.int64], clusters: Clusters, **options: Any
 ) -> Estimate:
-    """Intersection over union, mean over the classes that occur in `truth_P`, and its interval over clusters.
+    """Return intersection over union, mean over the classes that occur in `truth_P`, with its interval over clusters.
 
     Args:
         predicted_P: class of every patch.

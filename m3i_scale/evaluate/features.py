@@ -1,4 +1,4 @@
-"""Frozen features: one pass over the samples, everything that the measures need."""
+"""Extract frozen features: one pass over the samples, for everything that the measures need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PIXEL_SIDE = 32
 
 @dataclass
 class VisionModel:
-    """A stock vision model with the normalisation and the input size of its image processor."""
+    """Runs a stock vision model with the normalisation and the input size of its image processor."""
 
     model: Any
     processor: Any
@@ -49,12 +49,12 @@ class VisionModel:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) at `size` → pooled features, fp32 (B, D)."""
+        """Return pooled features, fp32 (B, D), of uint8 (B, 3, H, W) at `size`."""
         return pool_tokens(self._hidden(images_BCHW), self._patches(), self.pool)
 
     @torch.no_grad()
     def with_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) at `size` → pooled features (B, D) and those of the patches (B, L, D), fp32."""
+        """Return pooled features (B, D) and those of the patches (B, L, D), fp32, of uint8 (B, 3, H, W) at `size`."""
         hidden, patches = self._hidden(images_BCHW), self._patches()
         return pool_tokens(hidden, patches, self.pool), patch_tokens(hidden, patches)
 
@@ -80,7 +80,7 @@ class VisionModel:
 
 
 def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
-    """One vector an image out of a model's last hidden state.
+    """Return one vector an image from a model's last hidden state.
 
     Args:
         hidden: (B, L, D) tokens, of which the last `patches` are patch tokens and the first of the others, if any, is
@@ -102,7 +102,7 @@ def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
 
 
 def patch_tokens(hidden: Tensor, patches: int | None) -> Tensor:
-    """The patch tokens of a last hidden state, see `pool_tokens`: fp32 (B, L, D), row by row."""
+    """Return the patch tokens of a last hidden state, see `pool_tokens`: fp32 (B, L, D), row by row."""
     if hidden.ndim == 4:
         return hidden.flatten(2).transpose(1, 2).float()
     prefix = 0 if patches is None else max(hidden.shape[1] - patches, 0)
@@ -110,7 +110,7 @@ def patch_tokens(hidden: Tensor, patches: int | None) -> Tensor:
 
 
 def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
-    """A vision model from any Hub folder, in fp32.
+    """Load a vision model from any Hub folder, in fp32.
 
     Raises:
         ExportError: not such a folder, or weights that do not fill the model.
@@ -153,7 +153,9 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
 
 
 def no_pooling_layer(folder: Path) -> dict[str, bool]:
-    """Pooling layers are not used here, and a folder without one would make transformers add random numbers."""
+    """Return arguments that leave out the pooling layer: it is not used here, and where a folder has none,
+    transformers would add random numbers.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = MODEL_MAPPING.get(type(config), None)
     known = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
@@ -178,7 +180,7 @@ def _input_size(processor: Any, folder: Path) -> int:
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:
-    """The raw-pixel baseline: the image itself at 32 × 32, values in 0…1, flattened (B, 3072)."""
+    """Return the image itself at 32 × 32, values in 0…1, flattened (B, 3072): the raw-pixel baseline."""
     small = nn.functional.interpolate(
         images_BCHW.float(), size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True, align_corners=False
     )
@@ -196,7 +198,7 @@ def extract(
     exclude_groups: tuple[str, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Read all samples once and encode their centre crops; fills the table.
+    """Read all samples once and encode their centre crops; this fills the table.
 
     Args:
         table: filled with the samples that pass.
@@ -240,6 +242,6 @@ def _batches(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:
 
 
 def unit_rows(features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows at length one; a row of zeros stays."""
+    """Return rows at length one; a row of zeros stays."""
     norms = np.linalg.norm(features_ND, axis=1, keepdims=True)
     return cast(NDArray[np.float32], features_ND / np.maximum(norms, np.finfo(np.float32).tiny))

@@ -1,4 +1,4 @@
-"""Confidence intervals by cluster bootstrap: what belongs together is drawn together."""
+"""Compute confidence intervals by cluster bootstrap: what belongs together is drawn together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = 20_221
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which samples were drawn together when the data set came to be."""
+    """Says which samples were drawn together when the data set came to be."""
 
     unit: str
     """concept, family, or sample where the data name neither."""
@@ -27,13 +27,13 @@ class Clusters:
     warning: str | None = None
 
     def take(self, index: NDArray[np.int64]) -> Clusters:
-        """The same clusters for some of the samples."""
+        """Return the same clusters for some of the samples."""
         return Clusters(self.unit, self.of[index], self.warning)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap interval."""
+    """Holds a mean with its bootstrap interval."""
 
     value: float
     low: float
@@ -45,12 +45,12 @@ class Estimate:
     samples: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the estimate as plain data."""
         return asdict(self)
 
 
 def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "family")) -> Clusters:
-    """Clusters by the first of the `preferred` json fields that all samples have; else by sample, with a warning."""
+    """Return clusters by the first `preferred` json field that all samples have; else by sample, with a warning."""
     for name in preferred:
         column = table.column(name)
         if column is not None:
@@ -71,7 +71,7 @@ def mean_interval(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """Mean of `values_N` and its percentile interval; whole clusters are drawn with replacement.
+    """Return the mean of `values_N` and its percentile interval; whole clusters are drawn with replacement.
 
     Args:
         values_N: one figure a sample, e.g. whether it was right.
@@ -104,7 +104,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """A statistic of all clusters, and its percentile interval.
+    """Return a statistic of all clusters, and its percentile interval.
 
     Args:
         statistic: of clusters by number, in the order of `np.unique(clusters.of)`; they may repeat.

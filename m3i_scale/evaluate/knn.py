@@ -1,4 +1,4 @@
-"""k nearest neighbours in cosine distance: what the features know without any training."""
+"""Classify by k nearest neighbours in cosine distance: what the features know without any training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def knn_predict(
     classes: int,
     temperature: float = TEMPERATURE,
 ) -> dict[int, NDArray[np.int64]]:
-    """Predicted classes for several numbers of neighbours; each neighbour votes with exp(cosine / temperature).
+    """Predict classes for several numbers of neighbours; each neighbour votes with exp(cosine / temperature).
 
     Args:
         train_ND: features of the labelled samples.
@@ -42,12 +42,12 @@ def knn_predict(
     train = torch.from_numpy(unit_rows(train_ND))
     labels = torch.from_numpy(train_labels_N)
     test = torch.from_numpy(unit_rows(test_MD))
-    found: dict[int, list[NDArray[np.int64]]] = {k: [] for k in neighbours}
+    predicted: dict[int, list[NDArray[np.int64]]] = {k: [] for k in neighbours}
     for part in torch.split(test, _CHUNK):
         cosine, index = (part @ train.T).topk(max(neighbours), dim=1)
         # cosine − 1 ≤ 0 keeps exp in range and scales all votes alike
         weights = ((cosine - 1) / temperature).exp()
         for k in neighbours:
             votes = torch.zeros(len(part), classes).scatter_add_(1, labels[index[:, :k]], weights[:, :k])
-            found[k].append(votes.argmax(dim=1).numpy())
-    return {k: np.concatenate(parts) for k, parts in found.items()}
+            predicted[k].append(votes.argmax(dim=1).numpy())
+    return {k: np.concatenate(parts) for k, parts in predicted.items()}

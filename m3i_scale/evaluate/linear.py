@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen features, its strength chosen without the test data."""
+"""Fit a linear probe: logistic regression on frozen features, its strength chosen without the test data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SEED = 20_221
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted probe, and how its strength was chosen."""
+    """Holds a fitted probe, and how its strength was chosen."""
 
     predicted: NDArray[np.int64]
     """Class of every test sample: (M)."""
@@ -34,7 +34,7 @@ class LinearProbe:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best C is the smallest or the largest one tried, so a better one may lie outside."""
+        """Return whether the best C is the smallest or the largest one tried, so a better one may lie outside."""
         return self.strength in (STRENGTHS[0], STRENGTHS[-1])
 
 
@@ -74,14 +74,14 @@ def linear_probe(
 
 
 def _declines(accuracies: list[float]) -> bool:
-    """Whether the last two values of C were both worse than the best before: a weaker penalty only overfits."""
+    """Return whether the last two values of C were both worse than the best before: a weaker penalty only overfits."""
     return len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies[:-2])
 
 
 def selection_split(
     labels_N: NDArray[np.int64], groups_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices to fit on and to choose C on; groups stay whole and the fitted part has at least two classes.
+    """Return indices to fit on and to choose C on; groups stay whole and the fitted part has at least two classes.
 
     Raises:
         ValueError: no such split exists among those tried.
@@ -104,7 +104,7 @@ def _probe() -> LogisticRegression:
 def _fit(
     probe: LogisticRegression, features_ND: NDArray[np.float32], labels_N: NDArray[np.int64], strength: float
 ) -> bool:
-    """Fit in place; whether it converged."""
+    """Fit in place; return whether it converged."""
     probe.set_params(C=strength)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)

@@ -1,4 +1,4 @@
-"""Each measure on features that have been extracted: figures with intervals, and what blind guessing would reach."""
+"""Compute each measure on extracted features: figures with intervals, and what blind guessing would reach."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEIGHBOURS = (10, 20)
 
 @dataclass
 class Scored:
-    """What a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
+    """Says what a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
 
     right: NDArray[np.bool_]
     clusters: Clusters
@@ -34,12 +34,12 @@ Right = dict[str, Scored]
 
 
 class NotMeasuredError(Exception):
-    """A measure lacks something; the message is the reason that is reported."""
+    """Reports that a measure lacks something; the message is the reason that a user reads."""
 
 
 @dataclass
 class Side:
-    """Features of one set of samples, with what the samples say about themselves."""
+    """Holds features of one set of samples, with what the samples say about themselves."""
 
     table: Table
     features: dict[str, NDArray[np.float32]]
@@ -49,12 +49,12 @@ class Side:
     """Why there are none."""
 
     def labelled(self) -> NDArray[np.int64]:
-        """Indices of the samples that have a class."""
+        """Return the indices of the samples that have a class."""
         return np.flatnonzero(self.table.label_array >= 0).astype(np.int64)
 
 
 def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
-    """Indices of the labelled training and test samples.
+    """Return the indices of the labelled training and test samples.
 
     Raises:
         NotMeasuredError: there are none, or the sides have different classes.
@@ -72,7 +72,7 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
 
 
 def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """k-nearest-neighbour accuracy for every k, and which samples were right.
+    """Measure k-nearest-neighbour accuracy for every k, and which samples were right.
 
     Raises:
         NotMeasuredError: see `probe_sides`; fewer training samples than neighbours.
@@ -94,7 +94,7 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
 
 
 def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Linear-probe accuracy with how C was chosen, and which samples were right.
+    """Measure linear-probe accuracy, with how C was chosen, and which samples were right.
 
     Raises:
         NotMeasuredError: see `probe_sides`; too few classes or families to choose C.
@@ -111,17 +111,17 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
     truth = test.table.label_array[asked]
-    found = Scored(probe.predicted == truth, clusters.take(asked))
+    scored = Scored(probe.predicted == truth, clusters.take(asked))
     document = {
-        "accuracy": mean_interval(found.right, found.clusters).as_dict(),
+        "accuracy": mean_interval(scored.right, scored.clusters).as_dict(),
         **guessing(side.table.label_array[fit], truth),
         **_chosen(probe, families, "linear probe"),
     }
-    return document, {"accuracy": found}
+    return document, {"accuracy": scored}
 
 
 def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Linear probe of single patches: accuracy and mean intersection over union, and which patches were right.
+    """Measure a linear probe of patches: accuracy and mean intersection over union, and which patches were right.
 
     Raises:
         NotMeasuredError: no training data, no masks, or too few classes or families to choose C.
@@ -136,19 +136,19 @@ def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Cluste
         )
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
-    found = Scored(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
+    scored = Scored(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
     commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())
-    iou = mean_iou(probe.predicted, asked.labels_P, found.clusters).as_dict()
-    guessed = mean_iou(commonest, asked.labels_P, found.clusters, resamples=1).value
+    iou = mean_iou(probe.predicted, asked.labels_P, scored.clusters).as_dict()
+    guessed = mean_iou(commonest, asked.labels_P, scored.clusters, resamples=1).value
     document = {
-        "accuracy": mean_interval(found.right, found.clusters).as_dict(),
+        "accuracy": mean_interval(scored.right, scored.clusters).as_dict(),
         "mean_iou": {**iou, "majority": guessed},
         **guessing(fitted.labels_P, asked.labels_P),
         "patches_fitted": len(fitted.labels_P),
         "images": len(np.unique(asked.image_P)),
         **_chosen(probe, families, "dense probe"),
     }
-    return document, {"accuracy": found}
+    return document, {"accuracy": scored}
 
 
 def _patches(side: Side, what: str) -> Patches:
@@ -172,7 +172,7 @@ def _chosen(probe: LinearProbe, families: Clusters, name: str) -> dict[str, Any]
 
 
 def measure_advantage(model: Right, baseline: Right) -> dict[str, Any]:
-    """Accuracy of the model minus that of the baseline on the same samples.
+    """Return the accuracy of the model minus that of the baseline on the same samples.
 
     The interval is that of the difference: a sample that both get right, or both wrong, says nothing about which is
     better, so it is usually narrower than what two separate intervals suggest.
@@ -186,7 +186,7 @@ def measure_advantage(model: Right, baseline: Right) -> dict[str, Any]:
 def measure_zero_shot(
     images_NE: NDArray[np.float32], encode: TextEncoder, templates: tuple[str, ...], test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Accuracy of the nearest class name, among the classes that the test data have.
+    """Measure the accuracy of the nearest class name, among the classes that the test data have.
 
     Raises:
         NotMeasuredError: no labels, or a single class.
@@ -211,7 +211,7 @@ def measure_zero_shot(
 def measure_retrieval(
     images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Recall at 1, 5, 10, below the number of candidates, in both directions.
+    """Measure recall at 1, 5, 10, below the number of candidates, in both directions.
 
     The intervals of text → image draw by the cluster of the caption.
 
@@ -222,24 +222,24 @@ def measure_retrieval(
     captions, caption_of_N = distinct_captions([test.table.captions[n] or "" for n in asked])
     if len(captions) < 2:
         raise NotMeasuredError("fewer than two distinct captions in the test data (.txt members)")
-    found = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
+    retrieval = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
     of_images = clusters.take(asked)
     first_image_U = np.unique(caption_of_N, return_index=True)[1]
     of_captions = of_images.take(first_image_U)
     result: dict[str, Any] = {"images": len(asked), "distinct_captions": len(captions)}
     for direction, ranks, drawn, candidates in (
-        ("image_to_text", found.image_to_text, of_images, len(captions)),
-        ("text_to_image", found.text_to_image, of_captions, len(asked)),
+        ("image_to_text", retrieval.image_to_text, of_images, len(captions)),
+        ("text_to_image", retrieval.text_to_image, of_captions, len(asked)),
     ):
         result[direction] = {}
         for depth in (depth for depth in DEPTHS if depth < candidates):  # who takes all finds the right one
-            estimate, chance = mean_interval(ranks < depth, drawn), found.chance(direction, depth)
+            estimate, chance = mean_interval(ranks < depth, drawn), retrieval.chance(direction, depth)
             result[direction][f"R@{depth}"] = {**estimate.as_dict(), "chance": chance, "ratio": estimate.value / chance}
     return result
 
 
 def guessing(train_labels_N: NDArray[np.int64], truth_M: NDArray[np.int64]) -> dict[str, float]:
-    """What no features at all reach: one class in K, and always the training data's commonest class."""
+    """Return what no features at all reach: one class in K, and always the training data's commonest class."""
     classes = np.union1d(train_labels_N, truth_M)
     commonest = np.bincount(train_labels_N).argmax()
     return {"chance": 1 / len(classes), "majority": float((truth_M == commonest).mean())}

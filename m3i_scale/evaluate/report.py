@@ -1,4 +1,4 @@
-"""An evaluation for people: one table."""
+"""Show an evaluation to people, in one table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """The result of `evaluate` as a table, followed by what was not measured and what to beware of."""
+    """Return the result of `evaluate` as a table, followed by what was not measured and what to beware of."""
     table = Table(title=f"{result['model']['name']}  ·  {result['data']['samples']} samples", title_justify="left")
     for name, justify in (("measure", "left"), ("value", "right"), ("interval", "right"), ("by guessing", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
@@ -32,7 +32,7 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Measure, value, interval, what blind guessing reaches."""
+    """Yield measure, value, interval, and what blind guessing reaches."""
     for block, measures in (("", result["measures"]), ("pixels: ", result.get("baseline", {}).get("measures", {}))):
         for name, figures in measures.items():
             yield from _rows(block + _NAMES[name], name, figures)
@@ -52,9 +52,9 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
             label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
-            own = "majority" in figure  # then the chance of the other figures is not this one's
-            chance = figure.get("chance", None if own else figures["chance"])
-            guess = f"majority {figure['majority'] if own else figures['majority']:.3f}"
+            has_majority = "majority" in figure  # then the chance of the other figures is not this one's
+            chance = figure.get("chance", None if has_majority else figures["chance"])
+            guess = f"majority {figure['majority'] if has_majority else figures['majority']:.3f}"
             guess = guess if chance is None else f"chance {chance:.3f}, {guess}"
             yield label, f"{figure['value']:.3f}", _interval(figure), guess
 

@@ -1,4 +1,4 @@
-"""Retrieval between images and captions, in which equal captions are one item."""
+"""Measure retrieval between images and captions, in which equal captions are one item."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Ranks (0 is best) of the first right item, and what blind guessing would reach."""
+    """Holds ranks (0 is best) of the first right item, and what blind guessing would reach."""
 
     image_to_text: NDArray[np.int64]
     """For every image, rank of its caption among the distinct captions."""
@@ -28,7 +28,7 @@ class Retrieval:
     """Number of every image's caption."""
 
     def chance(self, direction: str, depth: int) -> float:
-        """Expected recall at `depth` of a random order."""
+        """Return the expected recall at `depth` of a random order."""
         images, distinct = len(self.caption_of), len(self.captions)
         if direction == "image_to_text":
             return min(depth / distinct, 1.0)
@@ -38,7 +38,7 @@ class Retrieval:
 
 
 def distinct_captions(captions: list[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """The distinct captions, and the number of each sample's caption."""
+    """Return the distinct captions, and the number of each sample's caption."""
     distinct, number = np.unique(np.asarray(captions, dtype=object), return_inverse=True)
     return list(distinct), number.astype(np.int64)
 
@@ -46,7 +46,7 @@ def distinct_captions(captions: list[str]) -> tuple[list[str], NDArray[np.int64]
 def rank(
     images_NE: NDArray[np.float32], texts_UE: NDArray[np.float32], captions: list[str], caption_of_N: NDArray[np.int64]
 ) -> Retrieval:
-    """Ranks in both directions. Ties count against the model: features that have collapsed find nothing.
+    """Return ranks in both directions. Ties count against the model: features that have collapsed find nothing.
 
     Args:
         images_NE: image embeddings.
@@ -66,7 +66,7 @@ def rank(
 
 
 def _ranks(scores_QC: NDArray[np.float32], right_QC: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Number of wrong candidates that score at least as high as the best right one."""
+    """Return the number of wrong candidates that score at least as high as the best right one."""
     best_Q1 = np.where(right_QC, scores_QC, -np.inf).max(axis=1, keepdims=True)
     # equal embeddings may differ in the last bits of a matrix product; that is a tie, not a win
     return np.asarray(((scores_QC >= best_Q1 - 1e-6) & ~right_QC).sum(axis=1), dtype=np.int64)

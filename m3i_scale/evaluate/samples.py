@@ -1,4 +1,4 @@
-"""Samples of an evaluation: read from shards in order, as training reads them but without augmentation."""
+"""Read samples of an evaluation from shards in order, as training reads them but without augmentation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_PIXELS = DataConfig().max_image_pixels
 
 @dataclass
 class Sample:
-    """One sample, its image cut to the largest centre square and resized."""
+    """Holds one sample, its image cut to the largest centre square and resized."""
 
     key: str
     pixels: NDArray[np.uint8]
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass
 class Table:
-    """What a set of samples says about itself, without the images. All lists have one entry a sample."""
+    """Holds what a set of samples says about itself, without the images. All lists have one entry a sample."""
 
     shards: list[Address]
     classes: list[str]
@@ -62,12 +62,12 @@ class Table:
     """Masks that do not count, by reason; their samples do."""
 
     def __len__(self) -> int:
-        """Samples that have passed."""
+        """Return the number of samples that have been noted."""
         return len(self.keys)
 
     @property
     def label_array(self) -> NDArray[np.int64]:
-        """Class index of every sample, −1 without one: (N)."""
+        """Return the class index of every sample, −1 without one: (N)."""
         return np.asarray(self.labels, dtype=np.int64)
 
     def add(self, sample: Sample) -> None:
@@ -78,13 +78,13 @@ class Table:
         self.meta.append(sample.meta)
 
     def column(self, name: str) -> list[str] | None:
-        """A field of the json members as text; None when any sample lacks it."""
+        """Return a field of the json members as text; None when any sample lacks it."""
         values = [meta.get(name) for meta in self.meta]
         return None if not values or any(value is None for value in values) else [str(value) for value in values]
 
 
 def open_table(shards: str, where: str) -> Table:
-    """The (still empty) table of a set of shards.
+    """Return the (still empty) table of a set of shards.
 
     Raises:
         DataError: shards are missing, or labels.json is broken.
@@ -97,12 +97,12 @@ def open_table(shards: str, where: str) -> Table:
 def read_samples(
     table: Table, image_size: int, *, exclude_groups: tuple[str, ...] = (), masks: bool = False
 ) -> Iterator[Sample]:
-    """Samples of the table's shards in order, noted in the table as they pass; `masks` also reads theirs.
+    """Yield samples of the table's shards in order, noted in the table as they pass; `masks` also reads theirs.
 
     What cannot be used is counted in `table.left_out` by reason.
 
     Raises:
-        DataError: a damaged or hostile shard.
+        DataError: a damaged or malicious shard.
     """
     view = ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
     for place, members in _members(table):
@@ -127,7 +127,7 @@ def read_samples(
 
 
 def _mask(table: Table, members: Mapping[str, bytes], image: Image.Image, image_size: int) -> NDArray[np.uint8] | None:
-    """The sample's mask. One that cannot be used is counted, and costs its sample no other measure."""
+    """Return the sample's mask. One that cannot be used is counted, and costs its sample no other measure."""
     try:
         return centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size, orientation(image))
     except BadSampleError as bad:
@@ -136,7 +136,7 @@ def _mask(table: Table, members: Mapping[str, bytes], image: Image.Image, image_
 
 
 def centre_mask(mask: Image.Image | None, size: int, lies: int = 1) -> NDArray[np.uint8] | None:
-    """The same centre square as that of the image, without mixing classes.
+    """Cut the same centre square as that of the image, without mixing classes.
 
     Args:
         mask: of the pixels as they are stored.

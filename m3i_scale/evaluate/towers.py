@@ -1,4 +1,4 @@
-"""The joint space of images and texts, put together again from an export."""
+"""Put the joint space of images and texts together again from an export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TEXT_BATCH = 256
 
 @dataclass
 class Towers:
-    """Both encoders of an export, in fp32."""
+    """Holds both encoders of an export, in fp32."""
 
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
@@ -38,11 +38,11 @@ class Towers:
     device: torch.device
 
     def images(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) at the model's size → unit vectors (B, E)."""
+        """Encode uint8 (B, 3, H, W) at the model's size as unit vectors (B, E)."""
         return self.objective.embed_images(images_BCHW.to(self.device), self.target)
 
     def texts(self, captions: list[str]) -> NDArray[np.float32]:
-        """Captions → unit vectors (B, E)."""
+        """Encode captions as unit vectors (B, E)."""
         parts = [self._texts(captions[start : start + _TEXT_BATCH]) for start in range(0, len(captions), _TEXT_BATCH)]
         return np.concatenate(parts)
 
@@ -55,7 +55,7 @@ class Towers:
 
 
 def why_no_towers(folder: Path) -> str | None:
-    """Why a model folder has no joint space; None where it has one."""
+    """Return why a model folder has no joint space; None where it has one."""
     absent = [name for name in ("text/model.safetensors", "heads/objective.json") if not _has(folder, name)]
     return f"the model folder has no {' and no '.join(absent)}: it is no export with a text target" if absent else None
 
@@ -78,7 +78,7 @@ def has_category_head(folder: Path) -> bool:
 
 
 def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:
-    """Load the training modules of an export of features, filled.
+    """Load the training modules of an export of features, with their weights.
 
     Returns:
         The modules, what their run file said of them, and the class names by label set.
@@ -106,7 +106,7 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
 
 
 def towers_of(objective: Objective, run: RunConfig, folder: Path, device: torch.device) -> Towers:
-    """The image and the text encoder of an export whose recipe has a text target."""
+    """Return the image and the text encoder of an export whose recipe has a text target."""
     target = next(item.name for item in objective.recipe.targets if item.modality == "text")
     tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True, trust_remote_code=False)
     return Towers(objective, tokenizer, target, run.text.max_tokens, device)
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """By full name. The models are read by their stock classes: names in the files may be those of older versions."""
+    """Yield weights by full name, read by stock classes: names in the files may be those of older versions."""
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
         if not (place / "config.json").is_file():  # a recipe without text
             continue
@@ -146,6 +146,6 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has(folder: Path, name: str) -> bool:
-    """A weight file counts when it is there whole or in shards."""
+    """Return whether a weight file is there, whole or in shards."""
     path = folder / name
     return path.is_file() or path.with_name(path.name + ".index.json").is_file()

@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names become captions, the nearest caption is the class."""
+"""Classify zero-shot: class names become captions, the nearest caption is the class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TextEncoder = Callable[[list[str]], NDArray[np.float32]]
 
 
 def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
-    """Prompts of a class, its name in plain words.
+    """Return prompts of a class, its name in plain words.
 
     Raises:
         ConfigError: a template without `{}`.
@@ -33,10 +33,10 @@ def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
 def class_embeddings(
     classes: list[str], encode: TextEncoder, templates: tuple[str, ...] = TEMPLATES
 ) -> NDArray[np.float32]:
-    """One unit vector a class (K, E): the normalised mean of its prompts' embeddings."""
+    """Return one unit vector a class (K, E): the normalised mean of its prompts' embeddings."""
     return unit_rows(np.stack([encode(prompts_of(name, templates)).mean(axis=0) for name in classes]))
 
 
 def zero_shot_predict(images_NE: NDArray[np.float32], classes_KE: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The class whose embedding is nearest in angle: (N)."""
+    """Return the class whose embedding is nearest in angle: (N)."""
     return np.asarray((unit_rows(images_NE) @ classes_KE.T).argmax(axis=1), dtype=np.int64)

@@ -1,1 +1,1 @@
-"""Exports in the Hugging Face Hub format, proven in a fresh process."""
+"""Export in the Hugging Face Hub format, proven in a fresh process."""

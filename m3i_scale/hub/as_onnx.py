@@ -1,4 +1,4 @@
-"""The model as an ONNX file beside its weights, for any number of images."""
+"""Write the model as an ONNX file beside its weights, for any number of images."""
 
 from __future__ import annotations
 

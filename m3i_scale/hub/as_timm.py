@@ -1,4 +1,4 @@
-"""A plain vision Transformer with timm's names: a folder that timm loads, and `transformers` through its wrapper."""
+"""Write a plain vision Transformer with timm's names: a folder that timm loads, and `transformers` by its wrapper."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def timm_part(
     labels: list[str],
     augment: AugmentConfig,
 ) -> Part:
-    """A folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
+    """Return a folder that `timm.create_model("local-dir:…", pretrained=True)` loads, as a part.
 
     Args:
         config: of the backbone.
@@ -74,7 +74,7 @@ def timm_part(
 def timm_vision(
     config: VisionConfig, norm: str, augment: AugmentConfig, prefix: str
 ) -> tuple[dict[str, Any], dict[str, Made]]:
-    """Configuration and tensors of a vision model whose `pooler_output` is the normalised mean of the patch tokens.
+    """Return configuration and tensors of a vision model whose `pooler_output` is the normalised mean patch token.
 
     Args:
         config: of the backbone.
@@ -130,7 +130,7 @@ def _hidden(config: TokenConfig) -> int:
 
 
 def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, Made]]:
-    """timm's VisionTransformer, read at the class token."""
+    """Return timm's VisionTransformer, read at the class token."""
     clip, gated = isinstance(config, CLIPVisionConfig), bool(getattr(config, "use_swiglu_ffn", False))
     _check_eps(config, 1e-5 if clip else 1e-6)
     # SwiGLUPacked counts both halves of the first layer
@@ -154,8 +154,9 @@ def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, Made]]:
 
 
 def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, Made]]:
-    """timm's EVA: the one model with a norm before the mean and another one behind it. Its keys have no bias, which
-    would shift all scores of a query alike."""
+    """Return timm's EVA: the one model with a norm before the mean and another one behind it. Its keys have no bias,
+    which would shift all scores of a query alike.
+    """
     _check_eps(config, _POOL_EPS, " in front of and behind the mean")
     gated = bool(getattr(config, "use_swiglu_ffn", False))
     if config.hidden_act != "gelu":
@@ -187,7 +188,7 @@ def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str,
 def _tensors(
     config: TokenConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
 ) -> dict[str, Made]:
-    """By timm's name. A key that ends with a point stands for weight and bias."""
+    """Return tensors by timm's name. A key that ends with a point stands for weight and bias."""
     ours, clip = OURS[type(config)], isinstance(config, CLIPVisionConfig)
     outer: dict[str, tuple[str, ...]] = {
         "patch_embed.proj.weight" if clip else "patch_embed.proj.": ("patch",),
@@ -209,18 +210,18 @@ def _tensors(
 
 
 def _expand(prefix: str, table: dict[str, tuple[str, ...]], ours: dict[str, str], number: str) -> dict[str, Made]:
-    found = {}
+    made = {}
     for name, parts in table.items():
         whole = name.endswith(("weight", "bias"))
         suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
         if not whole and not name.endswith("."):  # a bare parameter
-            found[prefix + name] = Made((VISION + ours[parts[0]].format(number),))
+            made[prefix + name] = Made((VISION + ours[parts[0]].format(number),))
             continue
         stem = name.rpartition(".")[0]
         for suffix in suffixes:
             sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
-            found[f"{prefix}{stem}.{suffix}"] = Made(sources, _joined if len(parts) > 1 else None)
-    return found
+            made[f"{prefix}{stem}.{suffix}"] = Made(sources, _joined if len(parts) > 1 else None)
+    return made
 
 
 def _joined(*tensors: Tensor) -> Tensor:
@@ -243,7 +244,7 @@ def _document(
     augment: AugmentConfig,
     wrapper: str,
 ) -> dict[str, Any]:
-    """config.json as timm and `transformers` both read it."""
+    """Return config.json as timm and `transformers` both read it."""
     return {
         "architecture": architecture,
         "architectures": [wrapper],

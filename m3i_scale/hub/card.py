@@ -1,4 +1,4 @@
-"""The model card: what the model is, what it saw, how it was trained, how it is loaded."""
+"""Write the model card: what the model is, what it saw, how it was trained, how it is loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLDEST_TRANSFORMERS = "4.57"
 
 
 def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
-    """README.md of an export.
+    """Return the README.md of an export.
 
     Args:
         source: the checkpoint.
@@ -80,7 +80,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
 
 
 def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """List targets, what each is taken from, samples that had it, and their share."""
+    """Yield targets, what each is taken from, samples that had it, and their share."""
     seen = provenance["samples"]
     for target in source.recipe.targets:
         samples = provenance["supervision"].get(target.name)
@@ -100,14 +100,14 @@ def _figure(value: Any) -> str:
 
 
 def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str, str]]:
-    """Measure, value, interval and what guessing reaches, for every estimate in an evaluation's `measures`."""
+    """Yield measure, value, interval and what guessing reaches, for every estimate in an evaluation's `measures`."""
     for key, value in measures.items() if isinstance(measures, dict) else ():
         if not isinstance(value, dict):
             continue
         here = (*path, str(key))
         if {"value", "low", "high"} <= value.keys():
-            own = "majority" in value  # then the chance of the other figures is not this one's
-            chance = value.get("chance", None if own else measures.get("chance"))
+            has_majority = "majority" in value  # then the chance of the other figures is not this one's
+            chance = value.get("chance", None if has_majority else measures.get("chance"))
             majority = value.get("majority", measures.get("majority"))
             known = (("{:.3g}", chance), ("majority {:.3g}", majority))
             guess = ", ".join(form.format(figure) for form, figure in known if figure is not None)
@@ -122,7 +122,7 @@ def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def cell(value: Any) -> str:
-    """A value as the text of one table cell: nothing in it can end the cell, the row or the table."""
+    """Return a value as the text of one table cell: nothing in it can end the cell, the row or the table."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`m3i-scale export`: a checkpoint becomes a Hub folder that is proven before it gets its name."""
+"""Run `m3i-scale export`: a checkpoint becomes a Hub folder that is proven before it gets its name."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def export_and_push(
     dry_run: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """`export`, and with `push_to` also `push`. Where the folder already is this very export, it is only pushed: so the
-    same command goes on after an upload that failed.
+    """Run `export`, and with `push_to` also `push`. Where the folder already is this very export, it is only pushed: so
+    the same command goes on after an upload that failed.
 
     Raises:
         ExportError, CheckpointError: see those.
@@ -141,7 +141,7 @@ def export_and_push(
 
 
 def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
-    """What export.json says, if it is of the same checkpoint and the same choices."""
+    """Return what export.json says, if it is of the same checkpoint and the same choices; else None."""
     try:
         facts: dict[str, Any] = read_json(target / PROVENANCE)
     except (OSError, ValueError):
@@ -181,7 +181,7 @@ def _passed_over(source: Source) -> str | None:
 
 
 def _origin(source: Source) -> dict[str, str]:
-    """Return what tells which checkpoint an export is of; read before the tensors are, since a run may remove it."""
+    """Return what identifies the checkpoint of an export; read before the tensors are, since a run may remove it."""
     try:
         return {
             "checkpoint_manifest_sha256": sha256_of(source.checkpoint / MANIFEST),
@@ -217,7 +217,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
 
 
 def _parameters(folder: Path) -> int:
-    """Elements of the vision model's files, by their headers."""
+    """Return the number of elements in the vision model's files, by their headers."""
     from safetensors import safe_open
 
     count = 0
@@ -283,7 +283,7 @@ def _follow_umask(folder: Path) -> None:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Those of `transformers`: one for each of a handful of files."""
+    """Hide those of `transformers`: one for each of a handful of files."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Safetensors of a part, shard by shard: in memory is one shard, never a whole model."""
+"""Write safetensors of a part, shard by shard: in memory is one shard, never a whole model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
 
 def check_shard_size(size: str) -> None:
-    """Whether a size is one that `--max-shard-size` takes.
+    """Check that a size is one that `--max-shard-size` takes.
 
     Raises:
         ExportError: it is not.
     """
-    found = _SIZE.fullmatch(size)
-    if found is None or float(found[1]) <= 0:
+    match = _SIZE.fullmatch(size)
+    if match is None or float(match[1]) <= 0:
         raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
 
 
 def write_part(
     folder: Path, part: Part, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
 ) -> dict[str, str]:
-    """config.json, safetensors (with an index where there are several) and source files of one model.
+    """Write config.json, safetensors (with an index where there are several) and source files of one model.
 
     Args:
         folder: of the export; the part's own folder is made below it.
@@ -68,12 +68,12 @@ def write_part(
     for file, keys in plan.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for key in keys:
-            own: dict[str, Tensor] = {}
+            tensors: dict[str, Tensor] = {}
             for name in stored[names[key]][1]:
-                own[name] = value_of(name, part.tensors[name], weights, dtype)
-                check_shape(part, name, own[name])
-                fingerprints[name] = distinct(name, own[name])
-            shard[key] = _as_stored(part.model, own, names[key])
+                tensors[name] = value_of(name, part.tensors[name], weights, dtype)
+                check_shape(part, name, tensors[name])
+                fingerprints[name] = distinct(name, tensors[name])
+            shard[key] = _as_stored(part.model, tensors, names[key])
         save_file(shard, place / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -86,7 +86,7 @@ def write_part(
 def write_heads_file(
     path: Path, tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
-    """The tensors of the heads in one file; their fingerprints.
+    """Write the tensors of the heads into one file; return their fingerprints.
 
     Raises:
         ExportError: a tensor is not one that training leaves.
@@ -109,25 +109,25 @@ def _write_config(place: Path, part: Part, dtype: torch.dtype) -> None:
 
 
 def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ...]]]:
-    """By name in the file: shape, and the model's names that it is made of.
+    """Return, by name in the file, the shape and the model's names that it is made of.
 
     `transformers` keeps the names and the packing of the published files, so that every version of it loads the folder.
     """
     state = dict(model.state_dict())
-    own = {id(tensor): name for name, tensor in state.items()}
+    name_of = {id(tensor): name for name, tensor in state.items()}
     reverted = revert_weight_conversion(model, state)
-    alone = {own[id(tensor)] for tensor in reverted.values() if id(tensor) in own}
-    found: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
+    alone = {name_of[id(tensor)] for tensor in reverted.values() if id(tensor) in name_of}
+    stored: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
     for key, tensor in reverted.items():
-        if id(tensor) in own:
-            found[key] = (tensor.shape, (own[id(tensor)],))
+        if id(tensor) in name_of:
+            stored[key] = (tensor.shape, (name_of[id(tensor)],))
             continue
         # Packed of several, which stand beside it and end alike: `mlp.gate_proj.weight`, … in `mlp.weights_in.weight`.
         stem, _, kind = key.rpartition(".")
         beside = stem.rpartition(".")[0] + "."
         packed = (name for name in state if name not in alone and name.startswith(beside) and name.endswith(f".{kind}"))
-        found[key] = (tensor.shape, tuple(packed))
-    return found
+        stored[key] = (tensor.shape, tuple(packed))
+    return stored
 
 
 def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> Tensor:
@@ -139,7 +139,8 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
 
 def _file_name(part: Part, key: str) -> str:
     """Return the name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers`
-    reads that, and those before 5 nothing else."""
+    reads that, and those before 5 nothing else.
+    """
     towers = [
         name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
     ]

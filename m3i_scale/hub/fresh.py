@@ -30,7 +30,7 @@ def block() -> None:
 
 
 def fingerprint(tensor: Any) -> str:
-    """SHA-256 over type, shape and bytes of a tensor."""
+    """Return the SHA-256 over type, shape and bytes of a tensor."""
     import torch
 
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -39,43 +39,44 @@ def fingerprint(tensor: Any) -> str:
 
 
 def inspect_files(folder: Path) -> dict[str, Any]:
-    """Types and fingerprints of all tensors in the folder's safetensors, and those that no training leaves behind."""
+    """Return types and fingerprints of all tensors in the folder's safetensors, and those that no training leaves."""
     import torch
     from safetensors import safe_open
 
-    found: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
+    report: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             for name in names:
                 tensor = file.get_tensor(name)
-                found["fingerprints"][name] = fingerprint(tensor)
-                found["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
+                report["fingerprints"][name] = fingerprint(tensor)
+                report["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
                 if tensor.numel() == 0:
-                    found["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
+                    report["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
                 elif not torch.isfinite(tensor).all():
-                    found["faults"].append(f"{name}: values that are not finite")
+                    report["faults"].append(f"{name}: values that are not finite")
                 elif _is_one_value(tensor) and not (name.endswith(ZERO_AT_FIRST) and tensor.reshape(-1)[0] == 0):
-                    found["faults"].append(
+                    report["faults"].append(
                         f"{name}: all values are {tensor.reshape(-1)[0].item():g}, never initialised"
                     )
-    found["dtypes"] = sorted(found["dtypes"])
-    return found
+    report["dtypes"] = sorted(report["dtypes"])
+    return report
 
 
 def _is_one_value(tensor: Any) -> bool:
-    """Whether a matrix holds one value everywhere; vectors may."""
+    """Return whether a matrix holds one value everywhere; vectors may."""
     return sum(side > 1 for side in tensor.shape) > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """A model by a class of `transformers`, and what its loading reported. Code runs from the folder only where it was
-    put there."""
+    """Load a model by a class of `transformers`; return it and what its loading reported. Code runs from the folder
+    only where it was put there.
+    """
     import transformers
 
-    own = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
+    code = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
     model, info = getattr(transformers, auto).from_pretrained(
-        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=own, **kwargs
+        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=code, **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 
@@ -100,7 +101,7 @@ def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple
 
 
 def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """The output that is compared; of several feature maps the last one."""
+    """Return the output that is compared; of several feature maps the last one."""
     import torch
 
     with torch.no_grad():
@@ -109,7 +110,7 @@ def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
 
 
 def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """The same by timm's own loading."""
+    """Return the same output by timm's own loading."""
     import timm
     import torch
 
@@ -120,7 +121,7 @@ def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
 
 
 def main(export: Path, work: Path) -> None:
-    """See the module."""
+    """Load the export, run it on the inputs, and write outputs and report."""
     from PIL import Image
     from safetensors.torch import load_file, save_file
     from transformers import AutoImageProcessor, AutoTokenizer, __version__

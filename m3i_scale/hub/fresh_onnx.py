@@ -23,9 +23,9 @@ def trace(export: Path, work: Path) -> None:
     from safetensors.torch import load_file
 
     job = json.loads((work / "job.json").read_text(encoding="utf-8"))
-    own = "auto_map" in json.loads((export / "config.json").read_text(encoding="utf-8"))
+    has_code = "auto_map" in json.loads((export / "config.json").read_text(encoding="utf-8"))
     model = getattr(transformers, job["auto"]).from_pretrained(
-        str(export), local_files_only=True, trust_remote_code=own, dtype=torch.float32, **job["options"]
+        str(export), local_files_only=True, trust_remote_code=has_code, dtype=torch.float32, **job["options"]
     )
     name = job["output"]
 
@@ -35,8 +35,8 @@ def trace(export: Path, work: Path) -> None:
             self.model = model
 
         def forward(self, pixel_values: Any) -> Any:
-            found = getattr(self.model(pixel_values), name)
-            return found[-1] if isinstance(found, tuple) else found
+            output = getattr(self.model(pixel_values), name)
+            return output[-1] if isinstance(output, tuple) else output
 
     module = Output().eval()
     pixels = load_file(work / "inputs.safetensors")["pixel_values"]

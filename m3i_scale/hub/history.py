@@ -1,4 +1,4 @@
-"""What metrics.jsonl says of the training up to a checkpoint: its cost, what it learnt from, its losses."""
+"""Read from metrics.jsonl the training up to a checkpoint: its cost, what it learnt from, its losses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def compute_of(source: Source) -> dict[str, Any]:
 
 
 def supervision_of(source: Source) -> dict[str, float]:
-    """Count, by target, the samples that were seen and had it; empty where metrics.jsonl does not say it."""
+    """Count, by target, the samples that were seen and had it; empty where metrics.jsonl has no such counts."""
     samples: dict[str, float] = {}
     for record, steps, world, micro_batch in _counted(source):
         if world is None:
@@ -65,7 +65,7 @@ def supervision_of(source: Source) -> dict[str, float]:
 
 
 def curve_of(source: Source) -> list[dict[str, Any]]:
-    """List step, loss and the targets' losses: of the first record, and of the last in every tenth of the training."""
+    """Return step, loss and the targets' losses: of the first record, and of the last in each tenth of the training."""
     rows: dict[int, dict[str, Any]] = {}
     for record in _trained(source):
         rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record
@@ -87,7 +87,7 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
-    """Run and train records, the steps that each stands for, the ranks that did them, and a rank's micro-batch."""
+    """Yield run and train records, with the steps that each stands for, the ranks, and a rank's micro-batch."""
     world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
     before: int | None = None
     for record in _records(source):

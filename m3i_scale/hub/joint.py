@@ -1,4 +1,4 @@
-"""The heads of a recipe as parts of stock models: classifier, backbone of detectors, dual encoder."""
+"""Fit the heads of a recipe into stock models: classifier, backbone of detectors, dual encoder."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ TANH_SCALE = 2.0**-10
 
 
 def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model without values."""
+    """Build a model without values."""
     with init_empty_weights(include_buffers=False):
         return build()
 
 
 def target_of(source: Source, modality: str) -> Target:
-    """The recipe's first target of a modality.
+    """Return the recipe's first target of a modality.
 
     Raises:
         ExportError: it has none.
@@ -63,7 +63,7 @@ def target_of(source: Source, modality: str) -> Target:
 
 
 def choose_label_set(source: Source, wanted: str | None) -> str:
-    """The label set of a classifier.
+    """Return the label set of a classifier.
 
     Raises:
         ExportError: there are several and none is chosen, or there is none of that name.
@@ -84,7 +84,7 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Part:
-    """Backbone and trained head as an image classifier: a stock class where one pools as the recipe does.
+    """Return backbone and trained head as an image classifier: a stock class where one pools as the recipe does.
 
     A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`. Those have nothing that pools
     by a mean and normalises it; timm's EVA has, and `transformers` loads it as `TimmWrapperForImageClassification`.
@@ -133,7 +133,7 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Pa
 
 
 def backbone_part(source: Source) -> Part:
-    """The backbone under `AutoBackbone`, for detectors and segmenters: feature maps by stage.
+    """Return the backbone under `AutoBackbone`, for detectors and segmenters: feature maps by stage.
 
     A ViT becomes a DINOv2 whose layer scales are 1: `transformers` has no backbone class for ViT itself. Its MLP is a
     whole multiple of the width there; where it is not here, hidden units that are always nought fill it up.
@@ -157,7 +157,7 @@ def backbone_part(source: Source) -> Part:
 
 
 def zero_shot_part(source: Source, vocab_size: int) -> Part:
-    """Both encoders, projections and temperature as `VisionTextDualEncoderModel`.
+    """Return both encoders, projections and temperature as `VisionTextDualEncoderModel`.
 
     Raises:
         ExportError: no stock vision model pools as the recipe does, or the target's logits have a bias.
@@ -204,7 +204,7 @@ def _bounded_scale(log_scale: Tensor) -> Tensor:
 def _pooled_vision(
     source: Source, config: VisionConfig, kind: str, norm: str
 ) -> tuple[dict[str, Any], dict[str, Made]]:
-    """Configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
+    """Return configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
     names = _vision_names(config)
     if isinstance(config, InternImageConfig) or kind not in ("class_token", "mean_pool"):
         raise _no_class(config, kind, "a dual encoder")
@@ -259,7 +259,7 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
 
 
 def _part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
-    """`layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
+    """Split a name: `layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
     for part, pattern in ours.items():
         before, _, after = pattern.partition("{}")
         for suffix in ("", ".weight", ".bias"):

@@ -1,4 +1,4 @@
-"""A fresh, isolated Python that has nothing of this package and no network."""
+"""Run a fresh, isolated Python that has nothing of this package and no network."""
 
 from __future__ import annotations
 

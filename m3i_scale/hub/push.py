@@ -1,4 +1,4 @@
-"""An export onto the Hub: what its export.json vouches for, and nothing else."""
+"""Push an export onto the Hub: what its export.json vouches for, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROVENANCE = "export.json"
 
 
 def listed_files(folder: Path) -> dict[str, int]:
-    """The files of an export and their sizes, after each has been compared with its hash in export.json.
+    """Return the files of an export and their sizes, after each has been compared with its hash in export.json.
 
     Raises:
         ExportError: no export; a file that is missing, changed, a link, beside the list, or named outside the folder.
@@ -110,7 +110,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
 
 
 def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
-    """Files that the export.json of a repository lists and that are there; none where it has none that can be read."""
+    """Return files that are there and that the export.json of a repository lists; none where it cannot be read."""
     present = {file.rfilename for file in there.siblings or []}
     if PROVENANCE not in present:
         return set()
@@ -124,7 +124,7 @@ def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
 
 
 def _listed(text: str) -> list[tuple[str, str]]:
-    """Names and hashes of the files that an export.json lists."""
+    """Return names and hashes of the files that an export.json lists."""
     return [(str(name), str(digest)) for name, digest in json.loads(text)["files"].items()]
 
 

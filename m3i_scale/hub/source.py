@@ -1,4 +1,4 @@
-"""What is exported: a good checkpoint, and everything that is known about it."""
+"""Find what is exported: a good checkpoint, and everything that is known about it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that verifies."""
+    """Holds a checkpoint that verifies."""
 
     checkpoint: Path
     run: RunConfig
@@ -35,23 +35,23 @@ class Source:
 
     @property
     def run_dir(self) -> Path:
-        """The run's output folder, two levels above its checkpoints."""
+        """Return the run's output folder, two levels above its checkpoints."""
         return self.checkpoint.parent.parent
 
     @property
     def label_sets(self) -> dict[str, list[str]]:
-        """Class names by label set, in the order of the category heads; none without a category target."""
+        """Return class names by label set, in the order of the category heads; none without a category target."""
         sets: dict[str, list[str]] = self.meta.get("label_sets") or {}
         return sets if self.recipe.uses_categories else {}
 
     @property
     def vocab_size(self) -> int | None:
-        """Size of the text tower's vocabulary; None without a text target."""
+        """Return the size of the text tower's vocabulary; None without a text target."""
         return self.meta.get("vocab_size") if self.recipe.uses_text else None
 
 
 def find_source(path: Path) -> Source:
-    """The newest good checkpoint of a run folder, or the given checkpoint.
+    """Return the newest good checkpoint of a run folder, or the given checkpoint.
 
     Raises:
         CheckpointError: nothing there, or nothing that verifies.
@@ -83,17 +83,17 @@ def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
             )
         return path, []
     root = path if path.name == "checkpoints" else path / "checkpoints"
-    found, passed_over = newest_good(root)
-    if found is None:
+    checkpoint, passed_over = newest_good(root)
+    if checkpoint is None:
         reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in passed_over)
         raise CheckpointError(
             "no checkpoint that verifies", where=str(root), why=reasons or None, fix="give a run's output_dir"
         )
-    return found, passed_over
+    return checkpoint, passed_over
 
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer that the text tower was trained with.
+    """Load the tokenizer that the text tower was trained with.
 
     Raises:
         ExportError: it is gone, or another one lies in its place.
@@ -127,7 +127,7 @@ def _told(key: str, shards: dict[str, Any]) -> bool:
 
 
 def describe_data(source: Source) -> list[dict[str, Any]]:
-    """What the shards beside every training source say about themselves, with a hash that names them exactly.
+    """Return what the shards beside every training source say about themselves, with a hash that names them exactly.
 
     Paths stay out: they are of no use elsewhere. A source whose manifest cannot be read says so.
     """
@@ -202,6 +202,6 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by path with `/`."""
+    """Return the SHA-256 of every file below a folder, by path with `/`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

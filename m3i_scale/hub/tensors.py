@@ -1,4 +1,4 @@
-"""Tensors of an export: which of the checkpoint's each is made of, and what none of them may be."""
+"""Make the tensors of an export: which of the checkpoint's each is made of, and what none of them may be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Made:
-    """One tensor of an export."""
+    """Says what one tensor of an export is made of."""
 
     sources: tuple[str, ...]
     """Names in the checkpoint."""
@@ -31,7 +31,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Part:
-    """One model of an export, and how it is proven."""
+    """Holds one model of an export, and how it is proven."""
 
     name: str
     """vision, tokens (as timm gives them), text, classifier, backbone, zero_shot."""
@@ -61,7 +61,7 @@ class Part:
 
 
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, Made]:
-    """Tensors that are taken over as they are.
+    """Return tensors that are taken over as they are.
 
     Args:
         names: in the model that was trained.
@@ -72,7 +72,7 @@ def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") ->
 
 
 def value_of(name: str, made: Made, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """One tensor of an export, in storage of its own.
+    """Make one tensor of an export, in storage of its own.
 
     Args:
         name: in the export, for messages.
@@ -92,13 +92,13 @@ def value_of(name: str, made: Made, weights: Mapping[str, Tensor], dtype: torch.
 def values_of(
     tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors, one at a time."""
+    """Yield all tensors, one at a time."""
     for name, made in tensors.items():
         yield name, value_of(name, made, weights, dtype)
 
 
 def check_complete(part: Part) -> None:
-    """Whether every tensor of the model is made, and nothing else.
+    """Check that every tensor of the model is made, and nothing else.
 
     Raises:
         ExportError: not so: configuration and checkpoint do not fit together.
@@ -113,7 +113,7 @@ def check_complete(part: Part) -> None:
 
 
 def check_shape(part: Part, name: str, tensor: Tensor) -> None:
-    """Whether a tensor has the shape that the model gives it.
+    """Check that a tensor has the shape that the model gives it.
 
     Raises:
         ExportError: it has not.
@@ -134,14 +134,14 @@ class Distinct:
         self._seen: dict[str, str] = {}
 
     def __call__(self, name: str, tensor: Tensor) -> str:
-        """The tensor's fingerprint.
+        """Return the tensor's fingerprint.
 
         Raises:
             ExportError: an earlier one had the same values.
         """
-        found = fresh.fingerprint(tensor)
+        digest = fresh.fingerprint(tensor)
         if sum(side > 1 for side in tensor.shape) > 1 and not bool((tensor == tensor.reshape(-1)[0]).all()):
-            first = self._seen.setdefault(found, name)
+            first = self._seen.setdefault(digest, name)
             if first != name:
                 raise ExportError(
                     f"'{first}' and '{name}' hold the same values",
@@ -149,7 +149,7 @@ class Distinct:
                     why="they share one tensor, and the model has two",
                     fix="take another checkpoint of the run",
                 )
-        return found
+        return digest
 
 
 def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:
@@ -175,7 +175,7 @@ def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """Contiguous, and no view of a larger buffer: views of one buffer look like tied weights, and would be dropped."""
+    """Return a contiguous tensor, no view of a larger buffer: views of one look like tied weights, and are dropped."""
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()

@@ -1,4 +1,4 @@
-"""What the training modules give on fixed inputs, for every kind of part."""
+"""Compute what the training modules give on fixed inputs, for every kind of part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.objective.information import Objective
 def trained_output(
     objective: Objective, part: Part, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
 ) -> Tensor:
-    """The output of a part as training computes it.
+    """Return the output of a part as training computes it.
 
     Args:
         objective: the training modules, filled.

@@ -1,4 +1,4 @@
-"""The proof: what a fresh process loads with stock classes is what was trained."""
+"""Prove that what a fresh process loads with stock classes is what was trained."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ those of another bicubic filter where it takes its default, torchvision's."""
 
 @dataclass(frozen=True)
 class Reference:
-    """What must come out, computed from the checkpoint's weights by the training modules."""
+    """Holds what must come out, computed from the checkpoint's weights by the training modules."""
 
     parts: list[Part]
     pixels: Tensor
@@ -222,12 +222,12 @@ def _differing(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest one; infinite between different shapes."""
+    """Return the largest difference; infinite between different shapes."""
     return float("inf") if found.shape != wanted.shape else (found - wanted).abs().max().item()
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two outputs agree but for the order of sums."""
+    """Return whether two outputs agree but for the order of sums."""
     scale = max(wanted.abs().max().item(), 1e-6)
     return difference(found, wanted) <= RELATIVE_TOLERANCE * scale  # NaN is not
 
@@ -254,14 +254,15 @@ def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype
 
 
 def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A short, a long and an unusual caption, of words that the vocabulary has."""
+    """Return a short, a long and an unusual caption, of words that the vocabulary has."""
     words = [word for word in sorted(tokenizer.get_vocab()) if word.isalpha()]
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 
 
 def real_pictures(side: int) -> dict[str, Image.Image]:
-    """Photographs (those that come with scikit-learn) as a square of the model's size, a larger one, and in two long
-    shapes whose centre square falls on whole pixels after resizing; by name."""
+    """Return photographs (those that come with scikit-learn) by name: as a square of the model's size, a larger one,
+    and in two long shapes whose centre square falls on whole pixels after resizing.
+    """
     # Sides are such that a processor, which resizes before it cuts, does not cut at half a pixel, and that training
     # does not skip pixels of a much larger picture.
     flower, temple = (Image.fromarray(pixels) for pixels in reversed(load_sample_images().images))

@@ -1,4 +1,4 @@
-"""The folder of an export: which models go into it, image processor, tokenizer, heads."""
+"""Write the folder of an export: which models go into it, image processor, tokenizer, heads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = ("transformers", "timm")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a folder shall hold."""
+    """Says what a folder shall hold."""
 
     task: Task = "features"
     format: Format = "transformers"
@@ -42,7 +42,7 @@ class Wanted:
 
 
 def plan_parts(source: Source, wanted: Wanted, tokenizer: PreTrainedTokenizerBase | None) -> list[Part]:
-    """The models of a folder, without values.
+    """Return the models of a folder, without values.
 
     Raises:
         ExportError: nothing in that format computes what was trained; the reason.
@@ -69,7 +69,7 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: Wanted | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Models, image processor and tokenizer; with plain features also the heads.
+    """Write models, image processor and tokenizer; with plain features also the heads.
 
     Args:
         folder: exists and is empty.
@@ -87,15 +87,15 @@ def write_folder(
         ExportError: weights and configuration do not fit together.
     """
     wanted = wanted or Wanted()
-    found = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
+    fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
     write_processor(folder, source)
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
         write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
     if wanted.task == "features" and wanted.format == "transformers":
-        found["heads"] = write_heads(folder / "heads", source, weights, dtype)
-    return found
+        fingerprints["heads"] = write_heads(folder / "heads", source, weights, dtype)
+    return fingerprints
 
 
 def _in_timm(source: Source, wanted: Wanted) -> Part:
@@ -137,7 +137,7 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
 
 
 def write_processor(folder: Path, source: Source) -> None:
-    """preprocessor_config.json: cover the square, cut the centre, normalise as training did.
+    """Write preprocessor_config.json: cover the square, cut the centre, normalise as training did.
 
     `BitImageProcessor` is the stock class (DINOv2 uses it too) that cuts the centre in every version of transformers;
     that of ViT squeezes the image into the square in older ones.
@@ -170,7 +170,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """objective.json, from which the joint space is built again, and the weights of heads, decoders and projections."""
+    """Write objective.json, from which the joint space is built again, and weights of heads, decoders, projections."""
     folder.mkdir()
     objective = {
         "run": masked(portable_run(source.run)),
@@ -184,7 +184,7 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
 
 
 def portable_run(run: RunConfig) -> dict[str, Any]:
-    """The part of a run file that the modules depend on: no path of the training machine, no folder to start from."""
+    """Return the part of a run file that the modules depend on, without paths or folders of the training machine."""
     config = backbone_config(run.backbone)
     return {
         "name": run.name,
@@ -197,7 +197,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
 
 
 def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Of a teacher only its name: the folder lies on the training machine, and nobody reads it again."""
+    """Return a recipe with its teacher's name alone: the folder lies on the training machine and is not read again."""
     if not recipe.get("teacher"):
         return recipe
     return recipe | {"teacher": {"from_pretrained": Path(recipe["teacher"]["from_pretrained"]).name}}

@@ -1,4 +1,4 @@
-"""On every host: starts its ranks, forwards what they print, tells how they end, and leaves none behind.
+"""Run one host's part of a launch: start its ranks, forward what they print, report how they end, leave none behind.
 
 `python -m m3i_scale.launch.agent`, over ssh, with messages of `wire` on standard input and output. It ends its ranks
 when told to, when its input ends (the supervisor or the connection is gone) and when it hears nothing for too long (the
@@ -90,8 +90,8 @@ class Agent:
         elif kind == "clock":
             self.writer.say("clock", time=time.time())
         elif kind == "memory":
-            found = rank_memory(message["slots"], on_host=message["on_host"])
-            self.writer.say("memory", **asdict(found))
+            memory = rank_memory(message["slots"], on_host=message["on_host"])
+            self.writer.say("memory", **asdict(memory))
             self.heard = time.monotonic()  # it may have taken seconds
         elif kind == "start":
             self._start(message)
@@ -102,7 +102,7 @@ class Agent:
             self.over = True
 
     def _greet(self, message: Message) -> None:
-        """Say who is here, and what a former launch has left."""
+        """Report this host's facts, and the processes that an earlier launch has left."""
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
@@ -113,14 +113,14 @@ class Agent:
             self._held = _hold(self.records)  # until this process ends
         except OSError as error:
             fault = f"no room for the heartbeats of its ranks: {error}"
-        told = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
-        self.writer.say("hello", **told, left=left, fault=fault)
+        facts = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
+        self.writer.say("hello", **facts, left=left, fault=fault)
 
     def _say_port(self, wanted: int | None, interface: str | None) -> None:
-        """Say a port where rank 0 can wait, and the address of the interface."""
+        """Report a free port where rank 0 can wait, and the address of the interface."""
         cards = psutil.net_if_addrs()
-        found = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
-        fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not found else None
+        addresses = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
+        fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not addresses else None
         port = wanted
         with socket.socket() as probe:
             # As rank 0 itself does: connections of the attempt before keep the port for a minute after their end.
@@ -130,7 +130,7 @@ class Agent:
                 port = probe.getsockname()[1]
             except OSError as error:
                 fault = f"port {wanted}: {error.strerror}"
-        self.writer.say("port", port=port, address=found[0] if found else None, fault=fault)
+        self.writer.say("port", port=port, address=addresses[0] if addresses else None, fault=fault)
 
     def _start(self, message: Message) -> None:
         if self.records is None:
@@ -139,8 +139,8 @@ class Agent:
         variables[MARK] = mark_of(self.launch, self.host, self.output_dir)
         variables.setdefault("PYTHONUNBUFFERED", "1")  # the last lines before a kill are those that matter
         variables[RECORDS] = str(self.records)
-        for own in message["ranks"]:
-            rank = Rank(int(own["RANK"]), message["command"], variables | own, message["cwd"], self.records)
+        for place in message["ranks"]:
+            rank = Rank(int(place["RANK"]), message["command"], variables | place, message["cwd"], self.records)
             self.ranks.append(rank)
             self.selector.register(rank.output, selectors.EVENT_READ, rank)
         self.writer.say("started", time=time.time())
@@ -154,7 +154,7 @@ class Agent:
             self.selector.unregister(rank.output)
 
     def _look(self) -> None:
-        """Say what has changed since the last look."""
+        """Report what has changed since the last look."""
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)
@@ -169,7 +169,7 @@ class Agent:
             self.over = True
 
     def _drain(self, rank: Rank) -> None:
-        """Read what the rank still said before its end; a child of it may hold the pipe open."""
+        """Read what the rank printed before its end; a child of it may hold the pipe open."""
         os.set_blocking(rank.output.fileno(), False)
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(rank.output.fileno(), _CHUNK):
@@ -179,24 +179,24 @@ class Agent:
             self.selector.unregister(rank.output)
 
     def _beats(self) -> dict[int, object]:
-        found: dict[int, object] = {}
+        beats: dict[int, object] = {}
         for rank in self.ranks:
             seen = rank.seen() if rank.code is None else None
             if seen is not None:
-                found[rank.number] = asdict(seen)
-        return found
+                beats[rank.number] = asdict(seen)
+        return beats
 
     def _end(self) -> None:
         """End all processes of this launch on this host, whatever happened."""
         for rank in self.ranks:
             rank.kill()
-        left = end_marked(self.launch, self.host, self.output_dir) if self.launch else []
+        pids = end_marked(self.launch, self.host, self.output_dir) if self.launch else []
         for rank in self.ranks:
             if rank.code is None and rank.ended():
                 self._drain(rank)
         if self.records is not None:
             shutil.rmtree(self.records, ignore_errors=True)
-        self.writer.say("bye", left=left)
+        self.writer.say("bye", left=pids)
         self.writer.close()
 
 

@@ -1,4 +1,4 @@
-"""The loop of the elastic launcher: attempt after attempt over the hosts that answer, each from the last commit."""
+"""Run the loop of the elastic launcher: attempt after attempt over the hosts that answer, each from the last commit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Launch:
         self._rendezvous = Rendezvous(work, policy, self._inbox, tell, lambda: self._signals > 0)
 
     def run(self) -> int:
-        """Launch, and launch again as long as the policy has it. The caller holds the output folder.
+        """Launch, and launch again as long as the policy allows. The caller holds the output folder.
 
         Returns:
             The exit code: 0, 75 (asked to stop, and saved), 130 (interrupted, nothing saved), 2 (a mistake that the log
@@ -110,7 +110,7 @@ class Launch:
     def _attempt(
         self, links: list[Link], world: World, reasons: dict[str, str], address: tuple[str, int], logs: Logs
     ) -> tuple[AttemptResult, tuple[str, ...]]:
-        """Run one; return how it ended, and which hosts were back by then."""
+        """Run one attempt; return how it ended, and which hosts were back by then."""
         work, number = self.work, len(self.attempts) + 1
         command = [*work.command]
         if world.micro_batch_size != work.run.optim.micro_batch_size:
@@ -188,7 +188,7 @@ class Launch:
         self._last = outcome
 
     def _end(self, code: int) -> int:
-        """Say how it went, the first cause last of all."""
+        """Report how the launch went, with the first cause at the end."""
         if len(self.attempts) > 1:
             for line in summary(self.attempts):
                 self.tell(line)
@@ -217,8 +217,8 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
         steps = "no step" if last is None else f"steps {first} to {last}"
         end = item["status"]
         if item["cause"] is not None:
-            told = item["cause"]["message"].splitlines()[0] if item["cause"]["message"] else item["cause"]["kind"]
-            end += f": {item['cause']['where']}: {told}"
+            reason = item["cause"]["message"].splitlines()[0] if item["cause"]["message"] else item["cause"]["kind"]
+            end += f": {item['cause']['where']}: {reason}"
         elif end == "preempted" and item["came_back"]:
             end = f"saved to go on with {', '.join(item['came_back'])}"
         lines.append(f"attempt {item['attempt']}: {', '.join(item['hosts'])} ({item['ranks']} ranks), {steps}, {end}")
@@ -226,7 +226,7 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class Watch:
-    """Asks every now and then, beside an attempt, whether hosts that are out of it answer again. Use as a context.
+    """Asks at intervals, beside an attempt, whether hosts that are out of it answer again. Use as a context.
 
     Args:
         run: that goes on meanwhile.
@@ -255,7 +255,7 @@ class Watch:
             self._thread.join()
 
     def tell_once(self, tell: Tell) -> None:
-        """Say who is back."""
+        """Report which hosts are back, once."""
         if not self._told:
             self._told = True
             tell(f"{', '.join(self.back)} answers again: the run saves, and goes on with it")
@@ -266,10 +266,10 @@ class Watch:
             links, _ = connect(self._out, self._site, Inbox(), over=self._stop.is_set)
             for link in links:
                 link.close()
-            found = tuple(link.host for link in links)
-            larger = largest_world(self._run, [*self._world.hosts, *found], len(self._world.hosts))
+            answering = tuple(link.host for link in links)
+            larger = largest_world(self._run, [*self._world.hosts, *answering], len(self._world.hosts))
             if larger is not None and larger.ranks > self._world.ranks:
-                self.back = tuple(host.name for host in found if host in larger.hosts)
+                self.back = tuple(host.name for host in answering if host in larger.hosts)
 
 
 def new_launch() -> str:

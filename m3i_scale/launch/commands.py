@@ -1,4 +1,4 @@
-"""`m3i-scale launch`: one description, any launcher."""
+"""Run `m3i-scale launch`: one description, any launcher."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def launch(
 
 
 def _with_image(job: Job, launcher: str) -> Job:
-    """Have a dry run show a manifest also before there is an image."""
+    """Return the job with a placeholder image, so that a dry run shows a manifest before there is an image."""
     if launcher != "kubeflow" or job.cluster.container_image is not None:
         return job
     typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
@@ -79,7 +79,7 @@ def _with_image(job: Job, launcher: str) -> Job:
 
 
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
-    """Run a plan; where a run has failed, say what it died of at the end."""
+    """Run a plan; where the run has failed, print the cause at the end."""
     from m3i_scale.launch.environment import without_secrets
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.failures import forget_records
@@ -108,9 +108,9 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         write_files(plan)
         forget_records(job.output_dir)
         ending = execute(plan, shown, environment)
-        told = conclude(job.output_dir, ending, shown, job.world_size)
-    if told is not None:
-        show(f"{told}\n")
+        conclusion = conclude(job.output_dir, ending, shown, job.world_size)
+    if conclusion is not None:
+        show(f"{conclusion}\n")
     if ending.code == EXIT_PREEMPTED:
         show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
     return ending.code

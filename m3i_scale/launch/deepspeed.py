@@ -1,4 +1,4 @@
-"""The `deepspeed` launcher: its hostfile, its environment file, and its command line.
+"""Write what the `deepspeed` launcher takes: its hostfile, its environment file, and its command line.
 
 How its version 0.19.8 takes them (launcher/runner.py, launcher/multinode_runner.py): with pdsh it pastes everything
 into one line for the shells of the hosts. A value of `.deepspeed_env` with any unusual character gets double quotes
@@ -115,7 +115,7 @@ def _trained(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _survives(value: str) -> bool:
-    """Whether a value can stand in `.deepspeed_env`: one line, no space at its ends, nothing that pdsh replaces."""
+    """Return whether a value can stand in `.deepspeed_env`: one line, no outer spaces, nothing that pdsh replaces."""
     return value == value.strip() and value.isprintable() and "%" not in value and value != ""
 
 
@@ -129,7 +129,7 @@ def environment_value(value: str) -> str:
 
 
 def pasted(word: str) -> str:
-    """Return an argument as DeepSpeed must be given it, so that a rank gets `word`.
+    """Return an argument as DeepSpeed must be given it so that a rank gets `word`.
 
     DeepSpeed puts double quotes around one with a space, escapes only those inside, and pastes others bare.
     """

@@ -1,4 +1,4 @@
-"""What a run is started on: hosts, ranks, environment; one description for all launchers."""
+"""Describe what a run is started on: hosts, ranks, environment; one description for all launchers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""This package's own launcher: an agent on every host over ssh or srun, failures told by their first cause, and
-restarts over the hosts that remain. Needs no other program."""
+"""Launch with this package's own launcher: an agent on every host over ssh or srun, failures reported by their first
+cause, restarts over the hosts that remain. It needs no other program.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which environment variables travel to the ranks: those that are named, and no others; secrets never by chance."""
+"""Choose the environment variables that travel to the ranks: those that are named, and secrets never by chance."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
     Raises:
         ConfigError: a name without a value is not set here.
     """
-    found = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
+    variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals and name not in here:
@@ -68,17 +68,18 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
                 where=f"environment: {name}",
                 fix="set it, or take it off the list" + ("" if is_secret(name) else f", or write {name}=value"),
             )
-        found.append(Variable(name, value if equals else here[name], is_secret(name)))
-    return tuple(sorted(found, key=lambda variable: variable.name))
+        variables.append(Variable(name, value if equals else here[name], is_secret(name)))
+    return tuple(sorted(variables, key=lambda variable: variable.name))
 
 
 def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-    """Return the same variables, fit to be shown."""
+    """Return the same variables with secret values hidden, fit to be shown."""
     return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
 
 
 def without_secrets(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
-    """Return this environment for a launcher's own process: without secrets not named. Launchers pass parts of
-    theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything)."""
+    """Return this environment for a launcher's own process, without secrets that are not named. Launchers pass parts of
+    theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything).
+    """
     names = {variable.name for variable in allowed}
     return {name: value for name, value in here.items() if name in names or not is_secret(name)}

@@ -29,7 +29,7 @@ _ASK_AGAIN_S = 2.0
 
 
 def write_files(plan: LaunchPlan) -> None:
-    """Write the files; each has its mode from its first byte on.
+    """Write the files of a plan; each has its mode from its first byte on.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -174,7 +174,7 @@ class Running:
                 process.send_signal(number)
 
     def _ask_ranks(self) -> None:
-        """Ask the ranks to stop until somebody has heard it: they may not have been started yet."""
+        """Ask the ranks to stop until one of them has got the request: they may not have been started yet."""
         while self._ended.asked == 1:
             asking = [self._start(command) for command in self._plan.stops]
             codes = [process.wait() for process in asking]
@@ -184,7 +184,7 @@ class Running:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask all of them together, then force those that stay; with everything that they have started."""
+    """Ask all processes together to end, then force those that stay, with everything that they have started."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         with contextlib.suppress(ProcessLookupError):  # a signal's handler has seen its end meanwhile
@@ -204,7 +204,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _below(pid: int) -> list[psutil.Process]:
-    """Return what a process has started, and what that has."""
+    """Return the processes that a process has started, and those that they have started."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

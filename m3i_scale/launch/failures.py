@@ -1,4 +1,4 @@
-"""What a run died of: every rank's last words, and which of them were the first cause."""
+"""Record how ranks have failed, and find the first cause among them."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ class Failure:
     """Of an exception that is no message to users."""
 
     def __post_init__(self) -> None:
-        """Cut out logins and tokens: what stands here is written and shown to others."""
+        """Cut out logins and tokens: these texts are written and shown to others."""
         for name in ("message", "lines", "trace"):
             object.__setattr__(self, name, masked(getattr(self, name)))
 
     @property
     def consequence(self) -> bool:
-        """Whether it only tells of the end of another rank."""
+        """Return whether this end only follows from that of another rank."""
         # A message to users tells of what they can mend, also where a server of shards has closed its connection.
         if self.kind in ("host", "hang", "signal", "silent", "user_error"):
             return False
         if self.kind in ("ended", "missing"):
             return True
-        told = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
-        return _CONSEQUENCES.search(told) is not None
+        text = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
+        return _CONSEQUENCES.search(text) is not None
 
     @property
     def user_error(self) -> bool:
-        """Whether starting again would end in the same way."""
+        """Return whether starting again would end in the same way."""
         return self.kind == "user_error" or self.exit_code == EXIT_USER_ERROR
 
     def where(self) -> str:
@@ -88,14 +88,15 @@ class Failure:
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
-    """Return the earliest cause that is known; then a rank that was ended and nobody knows by what: launchers end those
-    that are left when one has failed; then the earliest consequence."""
+    """Return the earliest cause that is known; else the earliest rank that ended for no known reason, as launchers
+    end the others when one has failed; else the earliest consequence.
+    """
     ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.kind == "silent", failure.time))
     return ordered[0] if ordered else None
 
 
 def failure_text(cause: Failure, others: Sequence[Failure]) -> str:
-    """Return what a person reads at the end: once, whatever the number of ranks."""
+    """Return the text that a person reads at the end: once, whatever the number of ranks."""
     lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
         lines.append("  its last lines:")
@@ -109,9 +110,9 @@ def _counted(others: Sequence[Failure]) -> str:
     """Return one line for all that followed."""
     words: dict[str, int] = {}
     for other in others:
-        told = other.message.splitlines()[0][:100] if other.message else other.kind
-        words[told] = words.get(told, 0) + 1
-    shown = [f"{count} × {told}" for told, count in list(words.items())[:3]]
+        message = other.message.splitlines()[0][:100] if other.message else other.kind
+        words[message] = words.get(message, 0) + 1
+    shown = [f"{count} × {message}" for message, count in list(words.items())[:3]]
     return "; ".join(shown) + (" …" if len(words) > 3 else "")
 
 
@@ -150,7 +151,7 @@ def write_record(folder: Path, failure: Failure) -> None:
 
 
 def read_record(path: Path) -> Failure | None:
-    """Read what a rank has left; None where it has left nothing that can be read."""
+    """Return the record that a rank has left; None where there is none that can be read."""
     try:
         return Failure(**read_json(path))
     except (OSError, ValueError, TypeError):  # TypeError: of another version of this package
@@ -158,13 +159,13 @@ def read_record(path: Path) -> Failure | None:
 
 
 def read_records(output_dir: Path) -> list[Failure]:
-    """Read what ranks without an agent have left in OUTPUT/failure."""
+    """Return the records that ranks without an agent have left in OUTPUT/failure."""
     records = [read_record(path) for path in _records(output_dir)]
     return [record for record in records if record is not None]
 
 
 def forget_records(output_dir: Path) -> None:
-    """Remove what ranks of an earlier launch have left, before another one.
+    """Remove the records of an earlier launch, before another one.
 
     Raises:
         UserError: they cannot be removed.

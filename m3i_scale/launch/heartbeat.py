@@ -1,4 +1,4 @@
-"""Heartbeats of ranks: a small file that the rank maps into memory and its host's agent reads, also after a kill.
+"""Write and read heartbeats: small files that ranks map into memory and their host's agent reads, also after a kill.
 
 A beat costs no system call, and needs no thread that could starve: the kernel keeps the page of a process
 that it has killed.
@@ -24,7 +24,7 @@ _LAYOUT = struct.Struct(f"<qqdd16s{len(PHASES)}d")
 
 @dataclass(frozen=True)
 class RankState:
-    """Says what an agent reads of a rank."""
+    """Holds what an agent reads of a rank."""
 
     step: int
     """Optimizer steps that are done; −1 before the loop."""
@@ -71,7 +71,7 @@ class Heartbeat:
 
     @property
     def read(self) -> bool:
-        """Whether an agent looks at it."""
+        """Return whether an agent reads this heartbeat."""
         return self._map is not None
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -93,7 +93,7 @@ class Heartbeat:
         self._write()
 
     def waited(self, seconds: float) -> None:
-        """Count seconds in a collective, since the last change of phase."""
+        """Add seconds spent in a collective, counted since the last change of phase."""
         self._waited_here += seconds
 
     def _write(self) -> None:
@@ -118,7 +118,7 @@ def read_heartbeat(path: Path) -> RankState | None:
 
 
 def own_heartbeat(rank: int) -> Heartbeat:
-    """Return the heartbeat of this process, where an agent has started it; else one that nobody reads.
+    """Return the heartbeat of this process, where an agent has started it; else one without a file.
 
     Raises:
         OSError: the host's disk has no room for a page.

@@ -1,4 +1,4 @@
-"""The hosts of a run: lines of `name slots=N`, read strictly.
+"""Read the hosts of a run strictly: lines of `name slots=N`.
 
 DeepSpeed's own reader trains on the local machine alone where the file does not exist, and takes any word for a name;
 here both are errors, with the line.
@@ -33,17 +33,17 @@ class Host:
 
 
 def is_host_name(name: str) -> bool:
-    """Whether `name` is a host name or an IPv4 address: letters, digits, `-`, `_` and dots, none of them at an end."""
+    """Return whether `name` is a host name or an IPv4 address: letters, digits and, inside, `-`, `_` and dots."""
     return len(name) <= _MOST_CHARACTERS and _NAME.fullmatch(name) is not None
 
 
 def is_here(host: str) -> bool:
-    """Whether a name or an address is that of this machine."""
-    own = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
+    """Return whether a name or an address is that of this machine."""
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
     import psutil  # not for help
 
     cards = psutil.net_if_addrs().values()
-    return host in own or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
+    return host in names or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
@@ -161,7 +161,7 @@ def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[s
                 raise ConfigError(f"no host '{name}'", where=kind, fix=did_you_mean(name, names))
         if len(set(chosen)) < len(chosen):
             raise ConfigError("a host is named twice", where=f"{kind}: {', '.join(chosen)}")
-    left = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
-    if not left:
+    selected = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
+    if not selected:
         raise ConfigError("no host is left", where=f"exclude: {', '.join(exclude)}")
-    return left
+    return selected

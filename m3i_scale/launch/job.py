@@ -1,4 +1,4 @@
-"""One launch, resolved: which hosts, how many ranks, what each of them runs, with which variables."""
+"""Resolve one launch: which hosts, how many ranks, what each of them runs, with which variables."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def nodes(self) -> int:
-        """Return the number of machines."""
+        """Return the number of hosts."""
         return len(self.hosts) or self.cluster.nodes or 1
 
     @property
@@ -102,13 +102,14 @@ class Job:
 
     @property
     def secret(self) -> tuple[Variable, ...]:
-        """Return the variables that may not."""
+        """Return the variables that may not be read by everyone."""
         return tuple(variable for variable in self.variables if variable.secret)
 
     @property
     def mode(self) -> int:
-        """Return the mode of files with all that ranks are told: for nobody else where a variable is a secret or an
-        address of shards holds a login or a signature."""
+        """Return the mode of files that hold all that ranks are given: readable by their owner alone where a variable
+        is a secret or an address of shards holds a login or a signature.
+        """
         values = dict(self.values)
         hides = any(shown(override) != override for override in self.overrides) or masked(values) != values
         return PRIVATE if self.secret or hides or self.masked else PUBLIC
@@ -135,7 +136,7 @@ class Job:
 
 @cache
 def devices_here() -> int:
-    """Return how many accelerators this machine has, by DeepSpeed's word; one where ranks compute on CPUs."""
+    """Return how many accelerators DeepSpeed finds on this machine; one where ranks compute on CPUs."""
     leave_out_accelerator_warning()
     from deepspeed.accelerator import get_accelerator  # seconds, and only where nobody says how many ranks
 
@@ -144,7 +145,7 @@ def devices_here() -> int:
 
 
 def _check_names(hosts: tuple[Host, ...]) -> None:
-    """Refuse several hosts of which one means another machine everywhere, or two mean this one.
+    """Refuse several hosts of which one name means another machine on each host, or two mean this machine.
 
     Raises:
         ConfigError: the run would be smaller than meant, or two would share this machine's devices.
@@ -174,14 +175,14 @@ def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
             fix=f"--master-address with what `ssh {hosts[0].name} ip -4 address show {interface}` says",
         )
     cards = psutil.net_if_addrs()
-    found = [item.address for item in cards.get(interface, []) if item.family == socket.AF_INET]
-    if not found:
+    addresses = [item.address for item in cards.get(interface, []) if item.family == socket.AF_INET]
+    if not addresses:
         raise ConfigError(
             f"this machine has no interface '{interface}' with an IPv4 address",
             where=f"interface: {interface}",
             fix=f"one of {', '.join(sorted(cards))}",
         )
-    return found[0]
+    return addresses[0]
 
 
 def make_job(

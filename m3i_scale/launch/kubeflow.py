@@ -1,4 +1,4 @@
-"""Kubernetes, with Kubeflow Trainer 2.3 or newer: a TrainJob, the run file, a volume for the output, and secrets.
+"""Write what Kubeflow Trainer 2.3 or newer takes: a TrainJob, the run file, a volume for the output, and secrets.
 
 All of it is built as data and written by a YAML library; nothing is pasted into text.
 """
@@ -106,8 +106,8 @@ def _check(job: Job) -> None:
 
 def _shards(job: Job) -> list[str]:
     sources = (job.values.get("data") or {}).get("sources") or {}
-    found = [source.get("shards", []) for source in sources.values()]
-    return [text for shards in found for text in ([shards] if isinstance(shards, str) else shards)]
+    addresses = [source.get("shards", []) for source in sources.values()]
+    return [text for shards in addresses for text in ([shards] if isinstance(shards, str) else shards)]
 
 
 def _name(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""The launchers by name. A further one is a file with `HONOURS` and `render`, and a line here."""
+"""Find launchers by name. A further one is a file with `HONOURS` and `render`, and a line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The connection to one host's agent, and to those of all hosts at once."""
+"""Connect to the agents of hosts, and exchange messages with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNRESPONSIVE_S = 5.0
 
 
 class Link:
-    """Holds the connection to one host's agent. What it says arrives in `inbox`; its end as a message of kind `gone`.
+    """Holds the connection to one host's agent. Its messages arrive in `inbox`; its end as a message of kind `gone`.
 
     Args:
         host: name and slots.
@@ -57,7 +57,7 @@ class Link:
         self.say("hello", host=host.name, launch=site.launch, output_dir=site.output_dir, silence_s=site.silence_s)
 
     def say(self, kind: str, **fields: Any) -> None:
-        """Send a message to the agent; where it is gone, that is told by `gone`."""
+        """Send a message to the agent. Where the agent is gone, a message of kind `gone` reports it."""
         try:
             if self._process.stdin is not None:
                 self._process.stdin.write(encode(kind, **fields))
@@ -80,7 +80,7 @@ class Link:
         self._process.wait()
 
     def fault(self) -> HostFault:
-        """Return why the agent, which is gone, cannot be talked to any more."""
+        """Return why the agent, which is gone, cannot be reached any more."""
         try:
             code: int | None = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -103,7 +103,7 @@ class Link:
 
 
 def hear(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> Iterator[tuple[Link, Message]]:
-    """Yield what agents say.
+    """Yield the messages of agents.
 
     Args:
         links: all of them get a beat every second: an agent that hears nothing takes the launch for dead.
@@ -176,7 +176,7 @@ def connect(
 
 
 def _unfit(hello: Message, own_code: Mapping[str, Any]) -> str | None:
-    """Return why an agent that is there cannot be used; None: it can."""
+    """Return why an agent that answers cannot be used; None where it can."""
     if hello["fault"] is not None:
         return str(hello["fault"])
     if hello["version"] != __version__:

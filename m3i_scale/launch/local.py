@@ -1,4 +1,4 @@
-"""This machine alone: a process per rank, without any launcher of others in between."""
+"""Launch on this machine alone: a process per rank, without another launcher in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One launch per output folder, told by host and pid."""
+"""Allow one launch per output folder, named by host and pid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
 
 
 def launch_of(output_dir: Path) -> str | None:
-    """Return who launches the run of an output folder at the moment, for a person; None: nobody that is known of."""
+    """Return who launches the run of an output folder at the moment, for a person; None where no launch is known."""
     try:
         holder = holder_of(output_dir, _LAUNCH)
     except UnknownHolderError as error:

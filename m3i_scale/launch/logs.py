@@ -1,4 +1,4 @@
-"""What ranks print: all of it in files, that of rank 0 on the screen too."""
+"""Write what ranks print: all of it into files, that of rank 0 to the screen too."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Logs:
 
 
 def show(text: str) -> None:
-    """Write to the screen. Where its terminal is lost, all further words go nowhere: the run has to save."""
+    """Write to the screen. Once its terminal is lost, further text is dropped: the run has to save."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a launcher's renderer returns: files to write and commands to run, nothing done yet."""
+"""Describe what a launcher's renderer returns: files to write and commands to run; nothing is done yet."""
 
 from __future__ import annotations
 

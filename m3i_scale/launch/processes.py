@@ -1,5 +1,6 @@
-"""Processes of a launch on one host: found by a mark in their environment, whatever became of their parents; tied to
-their parent; asked to stop by signals."""
+"""Handle processes of a launch on one host: find them by a mark in their environment, whatever became of their parents;
+tie them to their parent; note the signals that ask them to stop.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +29,14 @@ _END_S = 10.0
 
 
 def signals_to_note() -> list[signal.Signals]:
-    """Return the signals that ask a launch to stop. A terminal that is lost is an end like any other; under nohup it is
-    none."""
+    """Return the signals that ask a launch to stop. A lost terminal is one of them, but not under nohup."""
     hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     return [*SIGNALS, *hung_up]
 
 
 @contextlib.contextmanager
 def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `note` handle the signals that ask a launch to stop, inside."""
+    """Have `note` handle the signals that ask a launch to stop, inside the context."""
     before = {number: signal.signal(number, note) for number in signals_to_note()}
     try:
         yield
@@ -60,9 +60,8 @@ class Marked:
 
 
 def marked(host: str, output_dir: str) -> list[Marked]:
-    """Return the live processes of any launch of that run, as `host`, without those of other users, which cannot be
-    read."""
-    found = []
+    """Return the live processes of any launch of that run, as `host`; those of other users cannot be read."""
+    processes = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -76,22 +75,22 @@ def marked(host: str, output_dir: str) -> list[Marked]:
             if variable.startswith(start):
                 launch, _, rest = variable[len(start) :].decode(errors="replace").partition("|")
                 if rest == f"{host}|{output_dir}" and command:  # without a command line: a zombie
-                    found.append(Marked(int(folder.name), launch, command))
-    return sorted(found, key=lambda process: process.pid)
+                    processes.append(Marked(int(folder.name), launch, command))
+    return sorted(processes, key=lambda process: process.pid)
 
 
 def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
-    """Kill what is left of a launch on this host.
+    """Kill the processes of a launch that are left on this host.
 
     Returns:
         The pids of those that are there all the same (in a system call that does not return).
     """
     deadline = time.monotonic() + _END_S
     while True:
-        left = [process.pid for process in marked(host, output_dir) if process.launch == launch]
-        if not left or time.monotonic() > deadline:
-            return left
-        for pid in left:
+        pids = [process.pid for process in marked(host, output_dir) if process.launch == launch]
+        if not pids or time.monotonic() > deadline:
+            return pids
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -100,7 +99,7 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
 
 
 def oom_kills() -> int | None:
-    """Return how many processes the kernel of this host has killed for want of memory so far; None: it does not say."""
+    """Return how many processes this host's kernel has killed for want of memory so far; None where it does not say."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -109,7 +108,7 @@ def oom_kills() -> int | None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, from here on. Survives `exec`.
+    """Have the kernel kill this process when its parent ends, from here on. This survives `exec`.
 
     Raises:
         OSError: the kernel refuses (Linux does not).

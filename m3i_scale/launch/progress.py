@@ -1,5 +1,6 @@
-"""How far the ranks of an attempt are, by what agents read of them: who stands still, and which host is slower than the
-others by the time its ranks work between collectives."""
+"""Follow how far the ranks of an attempt are, by their heartbeats: which stand still, and which host is slower than the
+others by the time its ranks work between collectives.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ class Progress:
         return bool(beat["age_s"] > (self._timeouts.step_s if inside else self._timeouts.start_s) + _SLACK_S)
 
     def furthest_behind(self, ranks: Iterable[int]) -> int:
-        """Return which of these ranks has done least."""
+        """Return which of these ranks has done fewest steps."""
         return min(ranks, key=self._order)
 
     def _order(self, rank: int) -> tuple[int, int, float]:
@@ -110,7 +111,7 @@ class Slow:
 
 
 class Stragglers:
-    """Compares hosts, window by window; tells of a host once in an attempt."""
+    """Compares hosts, window by window; names a host once in an attempt."""
 
     def __init__(self) -> None:
         self._now: dict[int, tuple[str, Message]] = {}
@@ -136,9 +137,9 @@ class Stragglers:
             return None
         if min(beat["step"] - self._before[rank]["step"] for rank, beat in self._beats().items()) < STEPS:
             return None
-        found = self._compare()
+        slow = self._compare()
         self._before = self._beats()
-        return found
+        return slow
 
     def _beats(self) -> dict[int, Message]:
         return {rank: beat for rank, (_, beat) in self._now.items()}

@@ -1,4 +1,4 @@
-"""One rank under an agent: its process, its last lines, and what it died of."""
+"""Run one rank under an agent: its process, its last lines, and its cause of failure."""
 
 from __future__ import annotations
 
@@ -58,38 +58,39 @@ class Rank:
         self.output = self._process.stdout
 
     def remember(self, data: bytes) -> None:
-        """Keep the last lines; of a line that is written over again and again (a progress bar), what stays."""
+        """Keep the last lines; of a line that is overwritten again and again (a progress bar), its last text."""
         *whole, self._part = (self._part + data.decode(errors="replace")).split("\n")
         shown = [line.rstrip("\r").rpartition("\r")[2][:_LINE_BYTES] for line in whole]
         self._lines.extend(line for line in shown if line.strip())
         self._part = self._part[-_LINE_BYTES:]
 
     def ended(self) -> bool:
-        """Whether it has ended since it was last asked."""
+        """Return whether the rank has ended since it was last asked."""
         if self.code is not None:
             return False
         self.code = self._process.poll()
         return self.code is not None
 
     def signal(self, number: int) -> None:
-        """Send a signal to the rank alone; its workers obey nobody else."""
+        """Send a signal to the rank alone, not to its workers: the rank ends those."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill the rank and its process group; one that has ended not: its number may be another group's by now, and
-        what it has left is found by its mark."""
+        """Kill the rank and its process group, unless the rank has ended: its number may be another group's by now, and
+        the processes it has left are found by their mark.
+        """
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def seen(self) -> RankState | None:
-        """Return where it is, or was at its end."""
+        """Return where the rank is, or was at its end; None before it has said so."""
         return read_heartbeat(heartbeat_file(self._records, self.number))
 
     def failure(self, host: str) -> dict[str, Any] | None:
-        """Return what it died of; None where it ended as it should."""
+        """Return why the rank failed; None where it ended as it should."""
         if self.code in (0, EXIT_PREEMPTED) or self.code is None:
             return None
         lines = [*self._lines, *([self._part] if self._part.strip() else [])][-LAST_LINES:]
@@ -113,14 +114,14 @@ class Rank:
         )
 
     def _told_by_code(self, lines: Sequence[str]) -> tuple[bool, str]:
-        """Whether a signal ended it, and the sentence about its end."""
+        """Return whether a signal ended the rank, and the sentence about its end."""
         code = self.code or 0
         if code >= 0:
-            said = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
-            return False, f"the rank ended with exit code {code}" + (f": {said}" if said else "")
+            error_line = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
+            return False, f"the rank ended with exit code {code}" + (f": {error_line}" if error_line else "")
         name = signal.Signals(-code).name
-        told = f"the rank was ended by signal {-code} ({name})"
-        return True, told + (self._about_memory() if -code == signal.SIGKILL else "")
+        message = f"the rank was ended by signal {-code} ({name})"
+        return True, message + (self._about_memory() if -code == signal.SIGKILL else "")
 
     def _about_memory(self) -> str:
         now = oom_kills()

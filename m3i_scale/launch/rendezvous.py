@@ -1,5 +1,6 @@
-"""Before an attempt: hosts that answer, the world that they make, and where rank 0 waits; and what attempts have shown
-of the hosts."""
+"""Prepare an attempt: find hosts that answer, the world that they make, and where rank 0 waits; keep what attempts
+have shown of the hosts.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ SPARE = "it answers, but with its ranks the run cannot be shared out (data.strea
 
 
 class CannotStartError(UserError):
-    """Not enough hosts answer, or rank 0 has no port. At the start that ends the launch, later it may pass."""
+    """Reports that too few hosts answer, or rank 0 has no port. At the start it ends the launch, later it may pass."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Says when to go on."""
+    """Says when to go on with another attempt."""
 
     max_restarts: int = 0
     """After so many failed attempts the launch ends. Attempts that end because a host has come back do not count."""
@@ -43,7 +44,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Work:
-    """Says what is launched, and where."""
+    """Says what is launched, and on which hosts."""
 
     run: RunConfig
     command: tuple[str, ...]
@@ -63,7 +64,7 @@ class Work:
 
     @property
     def on_host(self) -> bool:
-        """Return whether ranks are told to compute on CPUs."""
+        """Return whether ranks compute on CPUs."""
         return self.site.environment.get("DS_ACCELERATOR") == "cpu"
 
 
@@ -85,11 +86,11 @@ class HostHistory:
         self._blamed: str | None = None
 
     def unresponsive(self, fewest: int) -> frozenset[str]:
-        """Return the names of hosts that nobody has to wait for: where the others are enough."""
+        """Return the names of hosts that need not be waited for, where the others are enough."""
         return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
 
     def answered(self, reasons: dict[str, str]) -> None:
-        """Note who has answered, once all have been asked.
+        """Note which hosts have answered, once all have been asked.
 
         Args:
             reasons: why a host cannot be used, by name.
@@ -174,13 +175,13 @@ class Rendezvous:
         return [chosen[host] for host in world.hosts], reasons, world
 
     def learn(self, world: World, outcome: AttemptResult) -> None:
-        """Note what an attempt says for the next."""
+        """Note what an attempt has shown, for the next one."""
         if outcome.status == "failed":
             self.compared.note(outcome.cause)
         self.history.ended(world, outcome)
 
     def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
-        """Return the world of the others, where hosts fail again and again and the others are enough."""
+        """Return the world of the other hosts, where some fail again and again and the others are enough."""
         failing = [link.host.name for link in links if link.host.name in self.history.failing]
         others = [link.host for link in links if link.host.name not in failing]
         if not failing or not others:
@@ -214,7 +215,7 @@ class Rendezvous:
         return world
 
     def _refusal(self, world: World, links: Sequence[Link]) -> str | None:
-        """Return why the ranks have no room for a micro-batch; None: they have."""
+        """Return why the ranks have no room for a micro-batch; None where they have."""
         if not self.work.words:
             return f"a micro-batch of {world.micro_batch_size} cannot be planned here"
         if world in self._planned:
@@ -222,9 +223,9 @@ class Rendezvous:
         asked = [link for link in links if link.host in world.hosts]
         for link in asked:
             link.say("memory", slots=link.host.slots, on_host=self.work.on_host)
-        found = self._await("memory", asked, links)
-        said = [RankMemory(answer["gib"], answer["on_host"]) for answer in found if answer is not None]
-        least = min(said, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
+        answers = self._await("memory", asked, links)
+        memories = [RankMemory(answer["gib"], answer["on_host"]) for answer in answers if answer is not None]
+        least = min(memories, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
 
         def meanwhile() -> bool:
             for link in links:
@@ -237,8 +238,7 @@ class Rendezvous:
         return why
 
     def _await(self, kind: str, asked: Sequence[Link], links: Sequence[Link]) -> list[Message | None]:
-        """Wait for the next message of that kind from each that was asked; None where its agent ends before, or says
-        nothing.
+        """Wait for the next message of that kind from each agent that was asked; None where there will be none.
 
         What others say meanwhile, and that one is gone, is put back: whoever reads next has to hear it.
         """
@@ -256,12 +256,12 @@ class Rendezvous:
             put_back.append((link, message))
             if link in asked and message["kind"] == "gone":
                 answers[link] = None
-        for said in put_back:
-            self._inbox.put(said)
+        for item in put_back:
+            self._inbox.put(item)
         return [answers.get(link) for link in asked]
 
     def address(self, links: list[Link]) -> tuple[str, int]:
-        """Return where rank 0 waits, asked of its host: only there can be known which ports are free.
+        """Return where rank 0 waits, asked of its host: only that host knows which of its ports are free.
 
         Raises:
             CannotStartError: it has no port.
@@ -289,15 +289,15 @@ def _told(reasons: dict[str, str]) -> str:
 
 def _refuse_left(links: Sequence[Link]) -> None:
     """Refuse to start beside processes of a former launch of this run."""
-    left = [
+    processes = [
         f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
         for link in links
         for process in (link.hello or {}).get("left", [])
     ]
-    if left:
+    if processes:
         raise UserError(
             "processes of a former launch of this run are still there",
-            where="; ".join(left[:8]) + (" …" if len(left) > 8 else ""),
+            where="; ".join(processes[:8]) + (" …" if len(processes) > 8 else ""),
             why="they and the new ones would write into the same output folder",
             fix="end the former launch, or these processes by `kill -9`",
         )

@@ -1,4 +1,4 @@
-"""Commands and scripts for shells, here and on other hosts, in which no value can become code."""
+"""Write commands and scripts for shells, here and on other hosts, in which no value can become code."""
 
 from __future__ import annotations
 
@@ -57,28 +57,27 @@ def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
 
 
 def script_here(script: Path, place: int) -> Command:
-    """Return the start of a script of the launch folder on this machine."""
+    """Return the command that starts a script of the launch folder on this machine."""
     return Command(("/bin/bash", str(script), str(place)))
 
 
 def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
-    """Return the start of a script of the launch folder on a host, which is told its place; exit code 2 where the host
-    does not see it."""
+    """Return the command that starts a script of the launch folder on a host; exit code 2 where it cannot be read."""
     if is_here(host):
         return script_here(script, place)
     path = shlex.quote(str(script))
-    said = shlex.quote(
+    message = shlex.quote(
         f"{host} does not see {script}\n"
         "  why: launch files and checkpoints lie in the output directory, which all hosts share\n"
         "  fix: set output_dir to a folder of a file system that all hosts have mounted"
     )
-    unseen = f"{{ printf '%s\\n' {said} >&2; exit {EXIT_USER_ERROR}; }}"
+    unseen = f"{{ printf '%s\\n' {message} >&2; exit {EXIT_USER_ERROR}; }}"
     line = f"[ -r {path} ] || {unseen}; exec env {TIED}={PARENT} /bin/bash {path} {place}"
     return Command((*_ssh(job), host, line), host=host)
 
 
 def stop_commands(job: Job) -> tuple[Command, ...]:
-    """Return what asks the ranks of this run on all hosts to save and leave.
+    """Return the commands that ask the ranks of this run on all hosts to save and end.
 
     Launchers end their ranks half a minute after a signal, saved or not, and ssh hands on none; so the ranks are told
     themselves. What starts them has their command line inside its own: only they begin with it.
@@ -89,14 +88,14 @@ def stop_commands(job: Job) -> tuple[Command, ...]:
 
 
 def needs(job: Job) -> tuple[Executable, ...]:
-    """Return the programs that these commands take."""
+    """Return the programs that these commands need."""
     away = any(not is_here(host.name) for host in job.hosts)
     here = not job.hosts or any(is_here(host.name) for host in job.hosts)
     return ((SSH,) if away else ()) + ((PKILL, interpreter(job)) if here else ())
 
 
 def interpreter(job: Job) -> Executable:
-    """Return what ranks run in, where this machine has some of them."""
+    """Return the interpreter of the ranks, where some of them run on this machine."""
     return Executable(job.python, "--python PATH of an interpreter that has this package")
 
 

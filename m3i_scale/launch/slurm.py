@@ -1,4 +1,4 @@
-"""`sbatch`: one task per rank; the job goes back into the queue when its ranks were asked to stop and have saved."""
+"""Write a script for `sbatch`: one task per rank; a job whose ranks were asked to stop and have saved is requeued."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _SIGNALS = (
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return a batch script, and its submission.
+    """Return a batch script, and the command that submits it.
 
     Raises:
         ConfigError: a line of `sbatch` that is no option, or a time limit that leaves no time to train.
@@ -121,7 +121,7 @@ def _check_time(cluster: Cluster) -> None:
 
 
 def _option(option: str) -> str:
-    """Quote an option for sbatch, which takes lines apart by itself: behind a backslash a character means itself."""
+    """Quote an option for sbatch, which splits lines by itself: behind a backslash a character means itself."""
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", option)
 
 
@@ -139,11 +139,11 @@ def _body(job: Job) -> list[str]:
         ]
     lines += [f"export MASTER_PORT={cluster.master_port}"]
     lines += export_lines(job.plain)
-    records, told = shlex.quote(str(job.output_dir / RANK_RECORDS)), shlex.quote(str(job.output_dir))
+    records, folder = shlex.quote(str(job.output_dir / RANK_RECORDS)), shlex.quote(str(job.output_dir))
     lines += ["", f"rm -f {records}/rank-*.json  # of ranks of an earlier attempt"]
     lines += ["", *_SIGNALS, _srun(job), "code=$?"]
     if cluster.container_image is None:
-        words = f'{shlex.quote(job.python)} -m {VERDICT} {told} "$code" "$SLURM_NTASKS"'
+        words = f'{shlex.quote(job.python)} -m {VERDICT} {folder} "$code" "$SLURM_NTASKS"'
         lines.append(f'[ "$code" -eq {EXIT_PREEMPTED} ] || {words}')
     if cluster.requeue:
         lines += [

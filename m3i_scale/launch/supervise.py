@@ -1,4 +1,4 @@
-"""One attempt: ranks on all hosts, watched until every one of them has ended, for whatever reason."""
+"""Watch one attempt: ranks on all hosts, until every one of them has ended, for whatever reason."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Attempt:
         self._beat = 0.0
 
     def run(self, requested: Callable[[], Request]) -> AttemptResult:
-        """Start the ranks, and watch them until it is over on every host.
+        """Start the ranks, and watch them until they have ended on every host.
 
         Args:
             requested: asked again and again.
@@ -217,7 +217,7 @@ class Attempt:
             self._blame_who_stayed()
 
     def _blame_who_stayed(self) -> None:
-        """Blame the rank that is furthest behind of those that neither go on nor end, where no other cause is known."""
+        """Blame, where no other cause is known, the rank with fewest steps of those that neither go on nor end."""
         cause = first_cause(self._failures)
         if not self._running or (cause is not None and not cause.consequence):
             return
@@ -228,8 +228,9 @@ class Attempt:
         self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
 
     def _ask(self) -> bool:
-        """Have all ranks save and leave, once. False where the loop has not begun: there is nothing to save, and the
-        signal would only kill them."""
+        """Ask all ranks to save and end, once. Return False where the loop has not begun: there is nothing to save, and
+        the signal would only kill them.
+        """
         begun = [self._progress.beat_of(rank)["step"] >= 0 for rank in self._running]
         if self._asked is None and all(begun):
             self._asked = time.monotonic()
@@ -238,7 +239,7 @@ class Attempt:
         return any(begun) or self._asked is not None
 
     def _clean(self) -> None:
-        """Leave no process: agents end theirs and say so; those that cannot be heard do it by themselves."""
+        """Leave no process: agents end theirs and report it; those that cannot be reached do it by themselves."""
         self._over = True
         for link in self._links:
             link.say("end")

@@ -1,4 +1,4 @@
-"""`torchrun`, once on every host. Hosts are fixed, so each is told its place: nobody has to find the others."""
+"""Launch with `torchrun`, once on every host. Hosts are fixed, and each is given its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AGENT = "m3i_scale.launch.torchrun_agent"
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return a script for all hosts, and its start on every one, over ssh."""
+    """Return a script for all hosts, and the commands that start it on each, over ssh."""
     hosts = job.hosts
     script = job.folder / SCRIPT
     commands = [shell.script_on_host(job, host.name, script, place) for place, host in enumerate(hosts)]

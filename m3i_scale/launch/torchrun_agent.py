@@ -1,4 +1,4 @@
-"""`torchrun` that ends as its ranks do: `python -m m3i_scale.launch.torchrun_agent`, with torchrun's own arguments.
+"""Run `torchrun` so that it ends as its ranks do: `python -m m3i_scale.launch.torchrun_agent …`.
 
 torchrun itself ends with 1 whatever happened, so that nobody could tell a run that was asked to stop and has saved (75)
 from a crash; it ends its ranks half a minute after a signal, whether they have saved or not; and ranks outlive it where
@@ -22,7 +22,7 @@ _STORE_STAYS_S = 3.0
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun; returns the exit code of the rank that failed first, as a shell has it."""
+    """Run torchrun; return the exit code of the rank that failed first, as a shell gives it."""
     obey_tie()  # before seconds of imports, in which the parent may end
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _ask_ranks(number: int, frame: FrameType | None) -> None:
-    """Ask the ranks to save and leave; torchrun waits for them."""
+    """Ask the ranks to save and end; torchrun waits for them."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(signal.SIGUSR2)

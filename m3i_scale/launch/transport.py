@@ -1,4 +1,4 @@
-"""One command starts the agent of a host: over ssh, here, or with srun; and why one has not come up, or has ended."""
+"""Start the agent of a host by one command, over ssh, here or with srun; explain why it is missing or has ended."""
 
 from __future__ import annotations
 
@@ -60,13 +60,14 @@ class Site:
 
 
 def own_environment() -> dict[str, str]:
-    """Return the environment of ssh and srun: without what belongs to another launch, and without secrets, which travel
-    as messages where they are named."""
+    """Return the environment of ssh and srun: without what belongs to another launch, and without secrets. Those
+    that are named travel as messages.
+    """
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
 
 
 def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
-    """Return what starts the agent of a host.
+    """Return the command that starts the agent of a host.
 
     Args:
         name: of the host.

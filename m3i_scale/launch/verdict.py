@@ -1,4 +1,4 @@
-"""What a run died of whose launcher watches no rank: from what the ranks have left in OUTPUT/failure."""
+"""Find out why a run has failed whose launcher watches no rank, from the records of the ranks in OUTPUT/failure."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: in
 
 
 def _by_signal(record: Failure) -> bool:
-    """Whether it may have ended by a signal that asked it to stop."""
+    """Return whether the rank may have ended by a signal that asked it to stop."""
     interrupted = record.message.startswith("KeyboardInterrupt")
     return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
 
 
 def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
-    """Do the same, once it is known what the ranks have left.
+    """Write OUTPUT/failure.json from the records of ranks, or remove an earlier one, as `conclude` does.
 
     Args:
         output_dir: of the run.
@@ -86,23 +86,23 @@ def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: in
 
 
 def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
-    found = first_cause(records)
-    if found is None:
+    cause = first_cause(records)
+    if cause is None:
         return Failure(time.time(), socket.gethostname(), None, None, None, "exit", "no rank has left a word")
     silent = [record for record in records if record.kind == "silent"]
     heard = {record.rank for record in records}
     unheard = [rank for rank in range(world_size or 0) if rank not in heard]
-    if found.kind != "silent" or (len(silent) == 1 and not unheard):
-        return found
+    if cause.kind != "silent" or (len(silent) == 1 and not unheard):
+        return cause
     # A launcher ends those that are left when one has failed: which one that was, none of them says.
-    told = f"{_named([record.rank for record in silent])} ended without a word: killed (for want of memory, most often)"
-    told += ", their host is gone, or their launcher ended them"
+    text = f"{_named([record.rank for record in silent])} ended without a word: killed (for want of memory, most often)"
+    text += ", their host is gone, or their launcher ended them"
     if unheard:
-        told += f"; {_named(unheard)} left nothing: ended before it began, or as it should; see what it printed"
+        text += f"; {_named(unheard)} left nothing: ended before it began, or as it should; see what it printed"
     elif len(silent) > 1:
-        told += "; which was the first is not known"
+        text += "; which was the first is not known"
     hosts = ", ".join(dict.fromkeys(record.host for record in silent))
-    return replace(found, host=hosts, rank=None if len(silent) > 1 or unheard else found.rank, message=told)
+    return replace(cause, host=hosts, rank=None if len(silent) > 1 or unheard else cause.rank, message=text)
 
 
 def _named(ranks: Sequence[int | None]) -> str:
@@ -111,12 +111,12 @@ def _named(ranks: Sequence[int | None]) -> str:
 
 
 def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
-    """Return records with what this process has seen of the ends of its ranks."""
-    host, told = socket.gethostname(), {record.rank: record for record in records}
+    """Return records, with what this process has seen of the ends of its ranks."""
+    host, record_of = socket.gethostname(), {record.rank: record for record in records}
     seen = []
     for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
         unheard = Failure(at, host, rank, None, None, "silent", f"the rank ended with exit code {code}")
-        record = told.get(rank, unheard)
+        record = record_of.get(rank, unheard)
         if record.kind == "silent" and rank in ending.forced:
             record = replace(record, time=at, kind="ended", message="ended by the launch: another rank had failed")
         elif record.kind == "silent" and code < 0:
@@ -130,7 +130,8 @@ def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
 
 def _lost_host(ending: Ending, shown: LaunchPlan) -> Failure | None:
     """Return the first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of
-    its ranks can say so, and those of others wait for them until they are ended."""
+    its ranks can report that, and those of others wait for them until they are ended.
+    """
     lost = [
         place
         for place, command in enumerate(shown.commands)
@@ -157,8 +158,8 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
         why = _LOST
     line = str(command)
     line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
-    told = f"{why or 'no rank has left a word'} (exit code {code}): {line}"
-    return Failure(ending.times[first], command.host or socket.gethostname(), None, None, "start", "exit", told, code)
+    text = f"{why or 'no rank has left a word'} (exit code {code}): {line}"
+    return Failure(ending.times[first], command.host or socket.gethostname(), None, None, "start", "exit", text, code)
 
 
 def main() -> None:

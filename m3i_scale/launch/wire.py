@@ -1,4 +1,4 @@
-"""What the launch and the agents of hosts say to each other: JSON, a line a message."""
+"""Encode the messages between the launch and the agents of hosts: JSON, one message a line."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Writer:
         self.say("log", rank=rank, text=data.decode(errors="replace"))
 
     def close(self) -> None:
-        """Wait for what is on its way, within limits."""
+        """Wait, within limits, until all messages have been sent."""
         self._waiting.put(None)
         self._thread.join(_CLOSE_S)
 

@@ -1,4 +1,4 @@
-"""Whether a run fits its hosts, and which of them make a world that it fits.
+"""Check whether a run fits its hosts, and choose those that make a world that it fits.
 
 Ranks share out streams and batch evenly; and losses that compare the samples of a micro-batch over all ranks compare as
 many as they did, where memory allows a larger micro-batch.
@@ -41,12 +41,12 @@ class World:
 
     @property
     def ranks(self) -> int:
-        """Return the ranks of all hosts."""
+        """Return the number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def compared(self) -> int:
-        """Return samples of a micro-batch over all ranks, which some losses compare with each other."""
+        """Return the number of samples of a micro-batch over all ranks, which some losses compare with each other."""
         return self.ranks * self.micro_batch_size
 
     @property
@@ -56,8 +56,9 @@ class World:
 
 
 def micro_batch_for(run: RunConfig, ranks: int) -> int | None:
-    """Return samples per rank in one forward pass, in a world of that many ranks: the run file's where they fit, else
-    the largest number below that does, else the smallest above; None where no number does."""
+    """Return samples per rank in one forward pass, in a world of that many ranks: the run file's number where it fits,
+    else the largest that fits below it, else the smallest above; None where no number does.
+    """
     wanted = run.optim.micro_batch_size
     above = range(wanted + 1, run.optim.batch_size // ranks + 1)
     return next((size for size in [*range(wanted, 0, -1), *above] if _fits(run, ranks, size)), None)
@@ -187,7 +188,7 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
 def refusal_of_plan(
     words: Sequence[str], world: World, memory: RankMemory, meanwhile: Callable[[], bool], given_gib: float | None
 ) -> str | None:
-    """Return why ranks have no room for a world's micro-batch, according to `m3i-scale plan`; None: they have.
+    """Return why ranks have no room for a world's micro-batch, according to `m3i-scale plan`; None where they have.
 
     Args:
         words: run file and overrides, as `train` gets them.
@@ -205,10 +206,10 @@ def refusal_of_plan(
     command = [sys.executable, "-m", "m3i_scale", "plan", *words, f"optim.micro_batch_size={world.micro_batch_size}"]
     command += ["--nodes", str(nodes), "--ranks-per-node", str(per_node), "--memory-gib", f"{gib:.3f}"]
     command += ["--hardware", "cpu" if memory.on_host else "h100", "--json"]
-    code, said, errors = _run(command, meanwhile)
+    code, output, errors = _run(command, meanwhile)
     try:
-        found = json.loads(said)
-        peak_gib, fits = float(found["peak_gib_per_rank"]), bool(found["fits"])
+        document = json.loads(output)
+        peak_gib, fits = float(document["peak_gib_per_rank"]), bool(document["fits"])
     except (ValueError, KeyError, TypeError):
         reason = next((line for line in errors.splitlines() if line.startswith("error: ")), f"exit code {code}")
         return f"whether {wanted} has room could not be planned ({reason.removeprefix('error: ')})"
@@ -229,10 +230,10 @@ def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | N
     deadline = time.monotonic() + PLAN_S
     while meanwhile() and time.monotonic() < deadline:
         try:
-            said, errors = process.communicate(timeout=0.5)
+            output, errors = process.communicate(timeout=0.5)
         except subprocess.TimeoutExpired:
             continue
-        return process.returncode, said, errors
+        return process.returncode, output, errors
     process.kill()
     process.communicate()
     return None, "", "error: it took too long"

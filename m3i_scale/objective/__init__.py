@@ -1,4 +1,4 @@
-"""The paper, equation by equation, in plain PyTorch: nothing here knows of DeepSpeed; `ranks.py` is all of other ranks.
+"""Compute the paper, equation by equation, in plain PyTorch: no DeepSpeed here, and other ranks only in `ranks.py`.
 
 Equation (2), −log P̂(z_y | ẑ_y) and what keeps z_y from collapsing: `distributions/` and `regularizers/`; they meet in
 the `loss` of a regulariser. Equation (5), inputs and targets: `inputs.py`, `targets/`. Equation (6), the weighted sum

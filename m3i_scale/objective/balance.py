@@ -1,4 +1,4 @@
-"""w_k of equation (6): fixed, learned, or following the gradients."""
+"""Weigh the groups by w_k of equation (6): fixed, learned, or following the gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m3i_scale.objective.regularizers.memory import Fp32State
 
 
 class Weights(nn.Module):
-    """w_k as the recipe says; subclasses change them."""
+    """Holds w_k as the recipe says; subclasses change them."""
 
     needs_presence = needs_gradients = False
 
@@ -33,12 +33,13 @@ class Weights(nn.Module):
         return (factors_K * losses_K).sum(), factors_K
 
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """Take note of a backward pass, where `needs_gradients`: of the squared gradient norm of every group at the
-        encoder output, on this rank."""
+        """Take in the squared gradient norm of every group at the encoder output, on this rank, after a backward pass
+        (only where `needs_gradients`).
+        """
 
 
 class LearnedWeights(Weights):
-    """Every group is a distribution whose own variance is learnt: w_k (L_k / σ_k² + log σ_k).
+    """Treats every group as a distribution whose own variance is learnt: w_k (L_k / σ_k² + log σ_k).
 
     For a Gaussian that is its likelihood with the variance it has; for a Boltzmann distribution, σ² is a temperature
     (Kendall, Gal and Cipolla, 2018). σ_k² settles at 2 L_k, and the factor of the group at w_k / 2 L_k.
@@ -55,7 +56,7 @@ class LearnedWeights(Weights):
         nn.init.zeros_(self.log_sigma_K)
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Weights`. σ of a group without samples stays as it is: its loss of 0 is no likelihood."""
+        """Return what `Weights` returns. σ of a group without samples stays: its loss of 0 is no likelihood."""
         log_sigma_K = self.log_sigma_K.float()
         given_K = torch.tensor(self.given, device=losses_K.device)
         terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
@@ -65,7 +66,7 @@ class LearnedWeights(Weights):
 
 
 class GradientNormWeights(Fp32State, Weights):
-    """Factors under which the groups' gradients at the encoder output have the lengths that the weights ask for.
+    """Keeps factors under which the groups' gradients at the encoder output have the lengths that the weights ask for.
 
     Weight 1 stands for the geometric mean of the plain gradients.
     """
@@ -85,14 +86,16 @@ class GradientNormWeights(Fp32State, Weights):
         self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Weights`."""
+        """Return total and factors as `Weights` does."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
 
     @torch.no_grad()
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """See `Weights`. A group without samples in the batch, and so without a gradient, keeps what it had; so
-        do all when a gradient has overflowed in fp16. The trainer undoes the others of a step that is skipped."""
+        """Update the gradient lengths, and the factors with them. A group without samples in the batch, and so
+        without a gradient, keeps what it had; so do all when a gradient has overflowed in fp16. The trainer undoes
+        the others of a step that is skipped.
+        """
         norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
         now_K = (norm_K > 0) & norm_K.isfinite().all()
         # A plain mean until there are as many values as the momentum averages over: first gradients say little.
@@ -115,20 +118,20 @@ class BalanceSpec(Kind):
 
 
 class FixedSpec(BalanceSpec):
-    """`weight` of every target."""
+    """Takes `weight` of every target as it stands."""
 
     kind: ClassVar[str] = "fixed"
 
 
 class LearnedSpec(BalanceSpec):
-    """Every group has a σ of its own, which is trained: weight × (loss / σ² + log σ)."""
+    """Gives every group a σ of its own, which is trained: weight × (loss / σ² + log σ)."""
 
     kind: ClassVar[str] = "learned"
     module: ClassVar[type[Weights]] = LearnedWeights
 
 
 class GradientNormSpec(BalanceSpec):
-    """The groups' gradients at the encoder output stand to each other as the weights do."""
+    """Scales the groups so that their gradients at the encoder output stand to each other as the weights do."""
 
     kind: ClassVar[str] = "gradient_norm"
     module: ClassVar[type[Weights]] = GradientNormWeights

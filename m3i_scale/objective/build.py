@@ -1,4 +1,4 @@
-"""From a run file to the modules of its recipe, and their first weights."""
+"""Build the modules of a run file's recipe, and give them their first weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_objective(
     *,
     target_encoders: bool = True,
 ) -> Objective:
-    """All modules of a run's recipe, not yet initialised (see `initialize_module`).
+    """Build all modules of a run's recipe, not yet initialised (see `initialize_module`).
 
     Args:
         run: the run file.
@@ -100,8 +100,7 @@ def build_objective(
 
 
 def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
-    """Return the names of the tensors that an objective without target encoders has; arguments as of
-    `build_objective`."""
+    """Return the names of the tensors of an objective without target encoders; arguments as of `build_objective`."""
     with torch.device("meta"):
         return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
 

@@ -1,4 +1,4 @@
-"""f_ψ: predictions ẑ_y from the dense representation of the input."""
+"""f_ψ: decoders predict ẑ_y from the dense representation of the input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m3i_scale.objective.positions import grid_position
 
 
 class TransformerDecoder(nn.Module):
-    """[class token | visible tokens | mask tokens] through a few layers; read at the mask tokens.
+    """Runs [class token | visible tokens | mask tokens] through a few layers; the mask tokens hold the prediction.
 
     Mask tokens carry the position of the target patch: relative to the input view (paper), or on a fixed grid (MAE).
     Visible tokens carry their own position in the same code.
@@ -48,7 +48,7 @@ class TransformerDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def reset_parameters(self) -> None:
-        """First value of the mask token; layers are initialised by themselves."""
+        """Give the mask token its first value; layers are initialised by themselves."""
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -97,7 +97,7 @@ class TransformerDecoder(nn.Module):
 
 
 def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
-    """The last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`.
+    """Return the last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`.
 
     Nobody reads the other tokens of the last layer, so their queries and MLP are not computed. The layer's parts are
     called one by one, which also leaves out its switch for recomputation: it is the cheapest layer to keep.
@@ -117,7 +117,7 @@ def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """One query, the mean token, attends to all tokens; LayerNorm on q, k and v (head of InternImage-H)."""
+    """Lets one query, the mean token, attend to all tokens; LayerNorm on q, k and v (head of InternImage-H)."""
 
     def __init__(self, input_width: int, width: int, heads: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class AttentionPool(nn.Module):
         self.output = nn.Linear(input_width, width)
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
-        """Visible tokens (B, L, D) → (B, width)."""
+        """Return one vector from visible tokens: (B, L, D) → (B, width)."""
         query_BHID = split_heads(self.query(self.norm_q(tokens_BLD.mean(dim=1, keepdim=True))), self.heads)
         key_BHLD = split_heads(self.key(self.norm_k(tokens_BLD)), self.heads)
         value_BHLD = split_heads(self.value(self.norm_v(tokens_BLD)), self.heads)
@@ -141,31 +141,31 @@ class AttentionPool(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """Every patch token is the prediction at its own place."""
+    """Takes every patch token as the prediction at its own place."""
 
     def __init__(self, input_width: int) -> None:
         super().__init__()
         self.width = input_width
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        """All patch tokens (B, N, D), unchanged."""
+        """Return all patch tokens (B, N, D), unchanged."""
         return tokens_BND
 
 
 class ClassToken(nn.Module):
-    """The class token, which the backbone's last LayerNorm has normalised."""
+    """Reads the class token, which the backbone's last LayerNorm has normalised."""
 
     def __init__(self, input_width: int) -> None:
         super().__init__()
         self.width = input_width
 
     def forward(self, cls_B1D: Tensor) -> Tensor:
-        """(B, 1, D) → (B, D)."""
+        """Return the class token without its dimension of one: (B, 1, D) → (B, D)."""
         return cls_B1D[:, 0]
 
 
 class MeanPool(nn.Module):
-    """The mean token, normalised: the plainest global prediction."""
+    """Takes the mean token, normalised: the plainest global prediction."""
 
     def __init__(self, input_width: int) -> None:
         super().__init__()
@@ -173,13 +173,13 @@ class MeanPool(nn.Module):
         self.norm = nn.LayerNorm(input_width, eps=1e-6)
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
-        """Visible tokens (B, L, D) → (B, D)."""
+        """Return the normalised mean of visible tokens: (B, L, D) → (B, D)."""
         pooled_BD: Tensor = self.norm(tokens_BLD.mean(dim=1))
         return pooled_BD
 
 
 class DecoderSpec(Kind):
-    """The prediction f_ψ. Targets that name the same decoder share its weights."""
+    """Describes the prediction f_ψ. Targets that name the same decoder share its weights."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     dense: ClassVar[bool] = False
@@ -187,7 +187,7 @@ class DecoderSpec(Kind):
     module: ClassVar[type[nn.Module]]
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return the module for a backbone of that configuration. It tells its `width`.
+        """Return the module for a backbone of that configuration. It has a `width`.
 
         Raises:
             ValueError: the backbone's width and the fields do not fit together.
@@ -196,7 +196,7 @@ class DecoderSpec(Kind):
 
 
 class TransformerSpec(DecoderSpec):
-    """Mask tokens ask for any patch of any view."""
+    """Asks for any patch of any view by mask tokens."""
 
     kind: ClassVar[str] = "transformer"
     dense: ClassVar[bool] = True
@@ -227,7 +227,7 @@ class TransformerSpec(DecoderSpec):
 
 
 class PointwiseSpec(DecoderSpec):
-    """Every patch token predicts at its own place."""
+    """Lets every patch token predict at its own place."""
 
     kind: ClassVar[str] = "pointwise"
     dense: ClassVar[bool] = True
@@ -235,7 +235,7 @@ class PointwiseSpec(DecoderSpec):
 
 
 class AttentionPoolSpec(DecoderSpec):
-    """One vector for the image: attention with the mean token as query."""
+    """Makes one vector for the image by attention with the mean token as query."""
 
     kind: ClassVar[str] = "attention_pool"
     width: int | None = Field(default=None, ge=8)
@@ -251,14 +251,14 @@ class AttentionPoolSpec(DecoderSpec):
 
 
 class MeanPoolSpec(DecoderSpec):
-    """One vector for the image: the mean of the visible tokens."""
+    """Makes one vector for the image, the mean of the visible tokens."""
 
     kind: ClassVar[str] = "mean_pool"
     module: ClassVar[type[nn.Module]] = MeanPool
 
 
 class ClassTokenSpec(DecoderSpec):
-    """One vector for the image: the class token."""
+    """Makes one vector for the image, the class token."""
 
     kind: ClassVar[str] = "class_token"
     module: ClassVar[type[nn.Module]] = ClassToken
@@ -270,7 +270,7 @@ def _check_heads(width: int, heads: int) -> None:
 
 
 def width_of(decoder: nn.Module) -> int:
-    """Return how many numbers a decoder gives a vector."""
+    """Return the number of channels of a decoder's vectors."""
     width = decoder.width
     if not isinstance(width, int):
         raise TypeError(f"{type(decoder).__name__} does not tell its width")

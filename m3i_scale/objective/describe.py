@@ -1,4 +1,4 @@
-"""The row of the paper's table that a recipe is."""
+"""Describe a recipe as a row of the paper's table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from m3i_scale.objective.recipe import Recipe
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """Inputs and targets as plain data."""
+    """Return inputs and targets as plain data."""
     return {
         "name": recipe.name,
         "family": recipe.family,

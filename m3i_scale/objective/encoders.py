@@ -1,4 +1,4 @@
-"""f_φ: what encodes targets beside the backbone itself (the text tower, the averaged copy, a frozen teacher)."""
+"""f_φ: encode targets by other modules than the backbone (the text tower, the averaged copy, a frozen teacher)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from m3i_scale.objective.inputs import normalize
 
 
 class MomentumSpec(Section):
-    """The exponential moving average that image targets are encoded with."""
+    """Describes the exponential moving average (EMA) that image targets are encoded with."""
 
     start: float = Field(default=0.995, ge=0, lt=1)
     """m at the first step; rises to `end` with a cosine."""
@@ -42,7 +42,7 @@ class MomentumSpec(Section):
 
 
 class TeacherSpec(Section):
-    """A frozen vision model that image targets are encoded with."""
+    """Names a frozen vision model that image targets are encoded with."""
 
     from_pretrained: str
     """A local `transformers` folder or a Hub id."""
@@ -84,7 +84,7 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
 
 
 class TextTower(nn.Module):
-    """A BERT-shaped Transformer, trained jointly; z_y is the projected first token, on the unit sphere."""
+    """Encodes texts with a BERT-shaped Transformer, trained jointly; z_y is its first token, projected and unit."""
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
 
     def forward(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
-        """Tokens (B, T) and their mask → unit vectors, fp32 (B, E)."""
+        """Encode tokens (B, T) with their mask as unit vectors, fp32 (B, E)."""
         hidden_BTD = self.model.embeddings(input_ids=text_ids_BT)
         mask = create_bidirectional_mask(self.model.config, hidden_BTD, text_mask_BT.long())
         *layers, last = self.model.encoder.layer
@@ -104,7 +104,7 @@ class TextTower(nn.Module):
 
 
 def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """The first token after a BERT layer: exactly `layer(hidden, mask)[:, 0]`.
+    """Return the first token after a BERT layer: exactly `layer(hidden, mask)[:, 0]`.
 
     Nobody reads the other tokens of the last layer, so their queries and MLP are not computed.
     """
@@ -125,7 +125,7 @@ def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Residual MLP blocks between the backbone and a dense target, so that the backbone need not be its own target."""
+    """Puts residual MLP blocks before a dense target, so that the backbone need not be its own target."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -139,15 +139,16 @@ class Projector(nn.Module):
         )
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
-        """(B, L, D) → (B, L, D)."""
+        """Project tokens: (B, L, D) → (B, L, D)."""
         for block in self.blocks:
             tokens_BLD = tokens_BLD + block(tokens_BLD)
         return tokens_BLD
 
 
 class MomentumTarget(nn.Module):
-    """The averaged copy of backbone, projector, and of what pools and projects image targets. Never trained; whoever
-    owns the parameters moves them."""
+    """Holds the averaged copy (EMA) of backbone, projector, and of what pools and projects image targets. It is never
+    trained; whoever owns the parameters updates it.
+    """
 
     def __init__(self, backbone: Backbone, projector_depth: int, pools: nn.ModuleDict, heads: nn.ModuleDict) -> None:
         super().__init__()
@@ -161,12 +162,12 @@ class MomentumTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images → class token (B, 1, D) and all patch tokens (B, N, D) of the whole view."""
+        """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D) of the whole view."""
         return self.backbone.encode_whole(images_BCHW)
 
 
 class FrozenTeacher(nn.Module):
-    """Any `transformers` vision model with patch tokens, as it was trained elsewhere."""
+    """Runs any `transformers` vision model with patch tokens, as it was trained elsewhere."""
 
     def __init__(self, config: Any, mean: tuple[float, ...], std: tuple[float, ...], grid: tuple[int, int]) -> None:
         super().__init__()
@@ -178,12 +179,12 @@ class FrozenTeacher(nn.Module):
 
     @property
     def width(self) -> int:
-        """D."""
+        """Return D, the channels of a token."""
         return int(self.model.config.hidden_size)
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images → class token (B, 1, D), or the mean token where the model has none, and patch tokens (B, N, D).
+        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D).
 
         The model normalises as it was trained to, and stays in evaluation mode.
         """

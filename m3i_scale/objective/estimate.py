@@ -1,4 +1,4 @@
-"""How many nats of a Gaussian target the prediction holds. Boltzmann groups bound theirs by their loss."""
+"""Estimate how many nats of a Gaussian target the prediction holds. Boltzmann groups bound theirs by their loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS_PER_COMPONENT = 20
 
 @torch.no_grad()
 def gaussian_information(prediction_ND: Tensor, target_ND: Tensor, ranks: Ranks, limit: int = 4096) -> Tensor | None:
-    """Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row.
+    """Return Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row.
 
     λ_i is the target's variance along component i, e_i the mean squared error of the prediction along it. For a
     Gaussian target this is a lower bound on the information: components are independent, errors that correlate are

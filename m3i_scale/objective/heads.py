@@ -1,4 +1,4 @@
-"""From a decoded vector to z_y or ẑ_y of an image target: projector, predictor, prototypes."""
+"""Turn a decoded vector into z_y or ẑ_y of an image target, by projector, predictor and prototypes."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ class HeadSpec(Section):
 
 
 class BatchNorm(nn.Module):
-    """Normalises every channel with the statistics of the global batch, in fp32. Keeps no running statistics: such
-    layers serve the targets, and are not used after the training."""
+    """Normalises every channel with the statistics of the global batch, in fp32. It keeps no running statistics: such
+    layers serve the targets, and are not used after the training.
+    """
 
     eps = 1e-5
 
@@ -66,13 +67,13 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def reset_parameters(self) -> None:
-        """Scale 1, offset 0."""
+        """Set scale 1 and offset 0."""
         if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """(…, D) → the same, mean 0 and variance 1 over all but the last dimension of all ranks."""
+        """Normalise (…, D) to mean 0 and variance 1 over all but the last dimension of all ranks."""
         flat_ND = x_ND.float().flatten(0, -2)
         output_ND = standardize(flat_ND, self.ranks, self.eps)
         if self.weight is not None and self.bias is not None:
@@ -81,23 +82,23 @@ class BatchNorm(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Cosines with K learnt unit vectors."""
+    """Compares vectors with K learnt unit vectors, by cosine."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width))
 
     def reset_parameters(self) -> None:
-        """Directions drawn from the sphere; their length has no effect."""
+        """Draw directions from the sphere; their length has no effect."""
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, z_BE: Tensor) -> Tensor:
-        """(B, E) → cosines in fp32 (B, K)."""
+        """Return cosines with all prototypes in fp32: (B, E) → (B, K)."""
         return F.normalize(z_BE.float(), dim=-1) @ F.normalize(self.weight.float(), dim=-1).T
 
 
 class ImageHead(nn.Module):
-    """Projector (online, and averaged for momentum targets), predictor (online alone), prototypes."""
+    """Holds projector (online, and averaged for momentum targets), predictor (online alone) and prototypes."""
 
     def __init__(self, input_width: int, spec: HeadSpec, ranks: Ranks, *, online: bool, prototypes: bool) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class ImageHead(nn.Module):
         self.prototypes = Prototypes(spec.width, spec.prototypes) if prototypes else None
 
     def forward(self, decoded_BD: Tensor, *, predict: bool) -> Tensor:
-        """(…, D) → ẑ_y (with the predictor) or z_y (without): (…, E)."""
+        """Return ẑ_y (with the predictor) or z_y (without) of decoded vectors: (…, D) → (…, E)."""
         output_BE: Tensor = self.projector(decoded_BD)
         if predict and self.predictor is not None:
             output_BE = self.predictor(output_BE)

@@ -1,4 +1,4 @@
-"""Is the representation alive? Spread and effective rank of features."""
+"""Measure whether the representation is alive: spread and effective rank of features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.objective.ranks import Ranks
 
 @torch.no_grad()
 def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
-    """`std`: mean over channels of the standard deviation over samples; `rank`: the effective rank.
+    """Return `std`, the mean over channels of the standard deviation over samples, and `rank`, the effective rank.
 
     The effective rank is exp of the entropy of the normalised eigenvalues of the covariance: 1 when all features lie
     on a line, D when all directions carry the same variance. At most `limit` rows are read. Both are NaN where the
@@ -38,7 +38,7 @@ def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def target_health(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Is a group's target alive? Over the samples of all ranks.
+    """Measure whether a group's target is alive, over the samples of all ranks.
 
     Args:
         parts: `z` (…, E): targets; `assignment` (B, K): distributions over prototypes; `scale` (1): 1/τ.
@@ -48,17 +48,17 @@ def target_health(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         `spread`: 1 − ‖mean unit target‖², 0 when all samples have the same target, near 1 when they point everywhere;
         `evenness`: entropy of the mean assignment over log K; `scale`. A spread of fewer than two targets is left out.
     """
-    found: dict[str, Tensor] = {}
+    figures: dict[str, Tensor] = {}
     if "z" in parts:
         z_NE = F.normalize(parts["z"].detach().float().flatten(0, -2), dim=-1)
         count = ranks.sum(z_NE.new_tensor(float(len(z_NE))))
         mean_E = ranks.sum(z_NE.sum(dim=0)) / count.clamp(min=1)
         if float(count) > 1:  # the same on all ranks
-            found["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
+            figures["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
     if "assignment" in parts:
         probabilities_BK = parts["assignment"].float()
         mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
-        found["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
+        figures["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
     if "scale" in parts:
-        found["scale"] = parts["scale"].detach().float().squeeze()
-    return found
+        figures["scale"] = parts["scale"].detach().float().squeeze()
+    return figures

@@ -28,7 +28,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Targe
 
 
 class Objective(nn.Module):
-    """All modules of a recipe. Built by `m3i_scale.objective.build.build_objective`."""
+    """Holds all modules of a recipe. `m3i_scale.objective.build.build_objective` builds it."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Objective(nn.Module):
         `decoder` (decoders, heads, losses). Whoever measures sets it."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one micro-batch, and detached figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
+        """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
         The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
         `health/target…` are means of what every rank sees of its own.
@@ -168,7 +168,7 @@ class Objective(nn.Module):
         return context
 
     def _encode_targets(self, batch: Batch, views: dict[int, Tensor]) -> dict[tuple[str, int], Tokens]:
-        """Every view that is a target, once through the frozen branch that encodes it."""
+        """Encode every view that is a target, once by each frozen branch that is asked for it."""
         encoded: dict[tuple[str, int], Tokens] = {}
         wanted = {(target.encoder, target.view) for target in self.recipe.image_targets}
         for encoder, view in sorted(wanted):
@@ -181,14 +181,14 @@ class Objective(nn.Module):
     def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
-            found = self.student.encode_own(views, view_of, visible)
+            encoded = self.student.encode_own(views, view_of, visible)
         else:
             by_row = self.student.encode_mixed(views, view_of, visible, [spec.image_of_row_B for spec in where])
-            found = [
+            encoded = [
                 (cls_B1D[spec.row_of_image_B], tokens_BLD[spec.row_of_image_B])
                 for spec, (cls_B1D, tokens_BLD) in zip(where, by_row, strict=True)
             ]
-        return {spec.name: Encoded(spec, *tokens) for spec, tokens in zip(where, found, strict=True)}
+        return {spec.name: Encoded(spec, *tokens) for spec, tokens in zip(where, encoded, strict=True)}
 
     def _health(self, context: Context, watched: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         first = context.inputs[self.recipe.inputs[0].name].tokens_BLD
@@ -203,15 +203,15 @@ class Objective(nn.Module):
             if len(features_ND) > 1  # one sample has no spread
         }
         for name, parts in watched.items():
-            found = target_health(parts, self.ranks)
-            figures |= {f"health/{name}_{figure}": value for figure, value in found.items()}
+            measured = target_health(parts, self.ranks)
+            figures |= {f"health/{name}_{figure}": value for figure, value in measured.items()}
         return figures
 
     # ---------------------------------------------------------------- inference
 
     @torch.no_grad()
     def embed_images(self, images_BCHW: Tensor, target: str) -> Tensor:
-        """Whole images (uint8) in the space of a global target: unit vectors of a text target, logits of a category.
+        """Encode whole images (uint8) as a global target has them: unit vectors of a text target, logits of a category.
 
         A category target with several label sets gives the logits of all sets side by side.
         """
@@ -222,7 +222,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
-        """Captions as unit vectors (B, E).
+        """Encode captions as unit vectors (B, E).
 
         Raises:
             ValueError: the recipe has no text target.

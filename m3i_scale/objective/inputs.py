@@ -1,4 +1,4 @@
-"""t_x: what the backbone sees of normalised views, by masks and by the mixing of images."""
+"""t_x: choose what the backbone sees of normalised views, by masks and by the mixing of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.objective.masks import Mask, RandomMask
 
 
 class MaskSpec(Section):
-    """Which patches of an input the encoder does not see."""
+    """Says which patches of an input the encoder does not see."""
 
     form: Mask = RandomMask()
     """random: independent patches; block: a union of rectangles; or a class of one's own."""
@@ -22,7 +22,7 @@ class MaskSpec(Section):
 
 
 class InputSpec(Section):
-    """One input x of the backbone."""
+    """Describes one input x of the backbone."""
 
     name: str
     """The name that targets refer to."""
@@ -32,7 +32,7 @@ class InputSpec(Section):
 
 
 class MixSpec(Section):
-    """Several images in one input with complementary patch masks (paper, Fig. 2).
+    """Puts several images into one input with complementary patch masks (paper, Fig. 2).
 
     The first input shows the share of patches that its equal part is, the second one what the first left over, and so
     on; all inputs of a mix come from different images of the local batch.
@@ -45,7 +45,7 @@ class MixSpec(Section):
 
 @dataclass
 class EncodedInput:
-    """Where one input lies: which patches of which view the encoder sees."""
+    """Says where one input lies: which patches of which view the encoder sees."""
 
     name: str
     view: int
@@ -61,7 +61,7 @@ class EncodedInput:
 
 
 def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
-    """For each place r of a mix, which image of the batch sits there in row i: int64 (B) each.
+    """Return for each place r of a mix which image of the batch sits there in row i: int64 (B) each.
 
     Rows are cut into groups of `images` neighbours (the last group takes the remainder) and rotated within the group:
     every image serves once in every place, never meets itself, and a group never spans two ranks' micro-batches.
@@ -129,7 +129,7 @@ def _split(
 
 
 def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInput:
-    """Every index of a cell becomes those of its cell × cell patches."""
+    """Replace every index of a cell by those of its cell × cell patches."""
     device = spec.visible_BL.device
     inner = torch.arange(cell, device=device)
     inside_K = (inner[:, None] * (grid[1] * cell) + inner).flatten()
@@ -142,7 +142,7 @@ def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInpu
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (B, 3, H, W) → float32, channel-wise (x/255 − mean) / std."""
+    """Return (x/255 − mean) / std by channel: uint8 (B, 3, H, W) → float32."""
     mean_C11 = torch.tensor(mean, device=images_BCHW.device, dtype=torch.float32)[:, None, None] * 255.0
     std_C11 = torch.tensor(std, device=images_BCHW.device, dtype=torch.float32)[:, None, None] * 255.0
     return (images_BCHW.to(torch.float32) - mean_C11) / std_C11

@@ -17,7 +17,7 @@ _BLOCKS = 24
 
 
 class Mask(Kind):
-    """A law of hidden patches."""
+    """Orders the patches of an image by when they are hidden; subclasses say how."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
@@ -34,7 +34,7 @@ class Mask(Kind):
 
 
 class RandomMask(Mask):
-    """Independent patches."""
+    """Hides patches independently of each other."""
 
     kind: ClassVar[str] = "random"
 
@@ -44,7 +44,7 @@ class RandomMask(Mask):
 
 
 class BlockMask(Mask):
-    """A union of rectangles."""
+    """Hides a union of rectangles."""
 
     kind: ClassVar[str] = "block"
 

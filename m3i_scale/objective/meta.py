@@ -1,4 +1,4 @@
-"""The modules of a run without memory for them: whatever keeps them from being built is told with its key."""
+"""Build the modules of a run without memory for them; whatever keeps them from being built is reported with its key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where target patches lie relative to the input view (method of SIM), and on a fixed grid (MAE)."""
+"""Compute where target patches lie relative to the input view (method of SIM), and on a fixed grid (MAE)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def frequencies(count: int, device: torch.device) -> Tensor:
-    """ω_k = 10000^(−k/count), k = 0 … count−1, fp32."""
+    """Return ω_k = 10000^(−k/count), k = 0 … count−1, fp32."""
     return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(10000.0) / count))
 
 
@@ -27,7 +27,7 @@ def relative_position(
     grid: tuple[int, int],
     width: int,
 ) -> Tensor:
-    """Sine-cosine features of every target patch relative to the input view: fp32 (B, N, 2·width).
+    """Return sine-cosine features of every target patch relative to the input view: fp32 (B, N, 2·width).
 
     With crops (top, left, height, width) taken after the flip, and target patch (r, c), in units of the input grid:
 
@@ -59,7 +59,7 @@ def relative_position(
 
 
 def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """The fixed table of MAE, column first: fp32 (N, width) of [sin x, cos x, sin y, cos y] at width/4 frequencies."""
+    """Return MAE's fixed table, column first: fp32 (N, width), [sin x, cos x, sin y, cos y] at width/4 frequencies."""
     rows, columns = grid
     omega_F = frequencies(width // 4, device)
     row_N = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)

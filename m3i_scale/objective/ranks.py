@@ -1,4 +1,4 @@
-"""What the formula needs to know of other ranks: a sum and a gather. The default is a world of one."""
+"""Give the losses what they need of other ranks: a sum and a gather. The default is a world of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """Other ranks, as far as a loss over the global batch needs them.
+    """Reaches other ranks, as far as a loss over the global batch needs them.
 
     Gradients are averaged over ranks afterwards (as DDP and ZeRO do), so a local loss that is a share of a global mean
     is multiplied by `world_size`.
@@ -18,36 +18,36 @@ class Ranks(Protocol):
     world_size: int
 
     def gather(self, x_B: Tensor) -> Tensor:
-        """(B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank that gave the rows."""
+        """Return (B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank of the rows."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, without gradient."""
+        """Return the sum over ranks, without gradient."""
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """The sum over ranks; every rank's share gets the gradient of all ranks' losses."""
+        """Return the sum over ranks; every rank's share gets the gradient of all ranks' losses."""
 
 
 class SingleProcess:
-    """A world of one rank."""
+    """Stands for a world of one rank."""
 
     rank = 0
     world_size = 1
 
     def gather(self, x_B: Tensor) -> Tensor:
-        """The input."""
+        """Return the input."""
         return x_B
 
     def sum(self, x: Tensor) -> Tensor:
-        """The input, detached."""
+        """Return the input, detached."""
         return x.detach()
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """The input."""
+        """Return the input."""
         return x
 
 
 def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks) -> Tensor:
-    """Mean of the valid values of all ranks, scaled so that the average over ranks has the right value and gradient.
+    """Return the mean of all ranks' valid values, scaled so that the average over ranks has its value and gradient.
 
     A global batch without a valid value gives 0 (with a zero gradient), because every rank still runs every module.
     """

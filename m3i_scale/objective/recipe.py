@@ -1,4 +1,4 @@
-"""A recipe: inputs × targets, as data.
+"""Describe a recipe, inputs × targets, as data.
 
 Every approach of the paper's table is one choice of the input x = t_x(s), the target y = t_y(s), its representation
 z_y = f_φ(y), the prediction ẑ_y = f_ψ(z_x), the distribution P̂ and what keeps z_y from collapsing. Nothing in this
@@ -25,7 +25,7 @@ from m3i_scale.objective.upgrade import upgraded
 
 
 class Recipe(Parts):
-    """Inputs × targets."""
+    """Describes an approach: its inputs, its targets, and what they share."""
 
     name: str
     family: str
@@ -47,27 +47,27 @@ class Recipe(Parts):
 
     @property
     def views(self) -> int:
-        """How many views of an image the loader has to make."""
+        """Return how many views of an image the loader has to make."""
         return max([spec.view for spec in self.inputs] + [target.view for target in self.image_targets])
 
     @property
     def uses_text(self) -> bool:
-        """Whether a text tower and captions are needed."""
+        """Return whether a text tower and captions are needed."""
         return any(target.modality == "text" for target in self.targets)
 
     @property
     def uses_categories(self) -> bool:
-        """Whether label sets are needed."""
+        """Return whether label sets are needed."""
         return any(target.modality == "category" for target in self.targets)
 
     @property
     def projects_dense_targets(self) -> bool:
-        """Whether a dense momentum target without a head goes through the residual projector."""
+        """Return whether a dense momentum target without a head goes through the residual projector."""
         return any(isinstance(target, Dense) and target.encoder == "momentum" for target in self.targets)
 
     @property
     def compares_samples(self) -> str | None:
-        """What in the recipe needs at least two samples in the global micro-batch; None where nothing does."""
+        """Return what in the recipe needs at least two samples in the global micro-batch; None where nothing does."""
         for name, head in self.heads.items():
             if "batch" in (head.norm, head.output_norm):
                 return f"head '{name}' has batch norm"
@@ -78,9 +78,9 @@ class Recipe(Parts):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        found = list(self._faults())
-        if found:
-            raise ValueError("; ".join(found))
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     def _faults(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A frozen teacher: any `transformers` vision model whose patches lie on the student's grid."""
+"""Build a frozen teacher from any `transformers` vision model whose patches lie on the student's grid."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def teacher_plan(recipe: Recipe) -> LoadPlan:
-    """Which tensors of the teacher's files fill its module (see `build_teacher`); reads no weight.
+    """Return which tensors of the teacher's files fill its module (see `build_teacher`); reads no weight.
 
     Raises:
         ConfigError: they do not fill the model, or its outputs are not one token a patch.
@@ -110,7 +110,7 @@ def teacher_plan(recipe: Recipe) -> LoadPlan:
 
 @torch.no_grad()
 def _check_outputs(config: Any, source: str) -> None:
-    """Tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone.
+    """Check that tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone.
 
     All of that is a matter of the architecture: one layer with random numbers shows it.
 

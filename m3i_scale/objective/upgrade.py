@@ -1,4 +1,4 @@
-"""Recipes of before targets, distributions and regularisers had kinds, read as what they mean today.
+"""Read recipes of the time before targets, distributions and regularisers had kinds, as what they mean today.
 
 Then all fields stood side by side in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
 `state_momentum` in its head.
@@ -28,8 +28,9 @@ _MOVED = {
 
 
 def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe of either form in today's. What stands in the old place comes before what stands in the new one:
-    an override in the old words changes a recipe in the new ones."""
+    """Return a recipe of either form in today's. A field in its old place wins over the same field in its new one: an
+    override in the old words changes a recipe in the new ones.
+    """
     recipe = copy.deepcopy(recipe)
     targets, heads = recipe.get("targets"), recipe.get("heads")
     moved: list[tuple[dict[str, Any], str]] = []
@@ -58,7 +59,7 @@ def _upgrade(target: dict[str, Any]) -> None:
 
 
 def _move_from_head(target: dict[str, Any], head: dict[str, Any]) -> Iterator[str]:
-    """Write what a head was said to remember into the regulariser that remembers it; return the fields moved."""
+    """Write what a head was to remember into the regulariser that remembers it now; return the fields moved."""
     kind = _kind_in(target, "regularizer")
     if kind in ("negatives", "queued_negatives") and "queue" in head:
         if head["queue"]:
@@ -82,13 +83,13 @@ def _kind_of_target(target: dict[str, Any]) -> Any:
 
 
 def _kind_in(target: dict[str, Any], section: str) -> Any:
-    """Return the kind of a section, which may stand there by its kind alone."""
+    """Return the kind of a section, which may be written as its kind alone."""
     there = target.get(section)
     return there.get("kind") if isinstance(there, dict) else there
 
 
 def _put(target: dict[str, Any], section: str, name: str, value: Any) -> None:
-    """Write a field into a section, which may stand there by its kind alone."""
+    """Write a field into a section, which may be written as its kind alone."""
     there = target.get(section)
     target[section] = there = dict(there) if isinstance(there, dict) else {} if there is None else {"kind": there}
     there[name] = value

@@ -10,7 +10,7 @@ _FIXED = {"core_op": "DCNv3", "act_layer": "GELU", "norm_layer": "LN", "remove_c
 
 
 class InternImageConfig(PretrainedConfig):
-    """Shape of an InternImage. The defaults are InternImage-T.
+    """Holds the shape of an InternImage. The defaults are InternImage-T.
 
     Args:
         channels: of the first stage; every stage has twice those of the one before.
@@ -82,7 +82,7 @@ class InternImageConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def check(self) -> None:
-        """Whether the fields go together.
+        """Check that the fields go together.
 
         Raises:
             ValueError: they do not.
@@ -112,20 +112,20 @@ class InternImageConfig(PretrainedConfig):
 
     @property
     def stage_channels(self) -> list[int]:
-        """Channels of the four stages."""
+        """Return the channels of the four stages."""
         return [self.channels * 2**stage for stage in range(4)]
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last map: of the fusion head where there is one, else of stage 4."""
+        """Return the channels of the last map: of the fusion head where there is one, else of stage 4."""
         return self.fusion_width or self.stage_channels[-1]
 
     @property
     def patch_size(self) -> int:
-        """Stride of the last map in pixels."""
+        """Return the stride of the last map in pixels."""
         return 16 if self.fusion_width else 32
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of all stages."""
+        """Return the number of layers of all stages."""
         return sum(self.depths)

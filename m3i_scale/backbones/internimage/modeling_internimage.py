@@ -22,7 +22,7 @@ _CORNERS = 4
 
 
 def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, offset_scale: float) -> Tensor:
-    """y(p₀) = Σ_k w_gk(p₀) · x_g(p₀ + s·(p_k + Δp_gk(p₀))): deformable convolution, version 3.
+    """Compute y(p₀) = Σ_k w_gk(p₀) · x_g(p₀ + s·(p_k + Δp_gk(p₀))): deformable convolution, version 3.
 
     Every output is a weighted sum of 9 points × 4 neighbours, which `embedding_bag` computes without ever holding the
     sampled values. Points are enumerated x outer, y inner; what lies outside the map is zero.
@@ -48,7 +48,7 @@ def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: 
 
 
 def _neighbours(offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
-    """For every place and group, the rows of 9 × 4 neighbours, and the share of each in the sum."""
+    """Return for every place and group the rows of 9 × 4 neighbours, and the share of each in the sum."""
     batch, height, width, _ = offset_BHWO.shape
     device = offset_BHWO.device
     offset_BNGK2 = offset_BHWO.reshape(batch, height * width, groups, _POINTS, 2).float()
@@ -77,18 +77,18 @@ def _neighbours(offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, scale: fl
 
 
 class ToChannelsFirst(nn.Module):
-    """(B, H, W, C) → (B, C, H, W)."""
+    """Moves channels to the front: (B, H, W, C) → (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the map with channels first."""
         return x.permute(0, 3, 1, 2)
 
 
 class ToChannelsLast(nn.Module):
-    """(B, C, H, W) → (B, H, W, C)."""
+    """Moves channels to the end: (B, C, H, W) → (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the map with channels last."""
         return x.permute(0, 2, 3, 1)
 
 
@@ -105,7 +105,7 @@ def _norm(config: InternImageConfig, channels: int) -> nn.Sequential:
 
 
 class DCNv3(nn.Module):
-    """The core operator: where to look and how much of it to take is read off the map itself."""
+    """Reads off the map itself where to look and how much of it to take: the core operator."""
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class DCNv3(nn.Module):
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) → the same shape."""
+        """Apply the operator to a map (B, H, W, C); the shape stays."""
         value_BHWC = self.input_proj(x_BHWC)
         around_BHWC = self.dw_conv(x_BHWC.permute(0, 3, 1, 2))
         weight_BHWGK = self.mask(around_BHWC).unflatten(-1, (self.groups, _POINTS)).float().softmax(dim=-1)
@@ -144,7 +144,7 @@ class DCNv3(nn.Module):
 
 
 class MLPLayer(nn.Module):
-    """Two linear maps with GELU between."""
+    """Applies two linear maps with GELU between."""
 
     def __init__(self, config: InternImageConfig, channels: int) -> None:
         super().__init__()
@@ -154,12 +154,12 @@ class MLPLayer(nn.Module):
         self.fc2 = nn.Linear(inner, channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) → the same shape."""
+        """Apply the MLP to a map (B, H, W, C); the shape stays."""
         return cast(Tensor, self.fc2(self.act(self.fc1(x_BHWC))))
 
 
 class InternImageLayer(GradientCheckpointingLayer):
-    """Operator and MLP, each a residual branch: norms before, after, or on both sides."""
+    """Applies operator and MLP, each a residual branch: norms before, after, or on both sides."""
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int, drop_path: float) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class InternImageLayer(GradientCheckpointingLayer):
             self.res_post_norm1, self.res_post_norm2 = _norm(config, channels), _norm(config, channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) → the same shape."""
+        """Apply the layer to a map (B, H, W, C); the shape stays."""
         if self.after:
             first = self._branch(self.norm1(self.dcn(x_BHWC)), self.layer_scale1)
             x_BHWC = x_BHWC + first
@@ -196,7 +196,7 @@ class InternImageLayer(GradientCheckpointingLayer):
 
 
 class StemLayer(nn.Module):
-    """Two convolutions of stride 2: pixels → the first map, of stride 4."""
+    """Turns pixels into the first map, of stride 4, by two convolutions of stride 2."""
 
     def __init__(self, config: InternImageConfig) -> None:
         super().__init__()
@@ -208,12 +208,12 @@ class StemLayer(nn.Module):
         self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(full, eps=eps))
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """(B, 3, 4H, 4W) → (B, H, W, C)."""
+        """Return the first map: (B, 3, 4H, 4W) → (B, H, W, C)."""
         return cast(Tensor, self.norm2(self.conv2(self.act(self.norm1(self.conv1(pixels_BCHW))))))
 
 
 class DownsampleLayer(nn.Module):
-    """A convolution of stride 2 that doubles the channels."""
+    """Doubles the channels by a convolution of stride 2."""
 
     def __init__(self, config: InternImageConfig, channels: int) -> None:
         super().__init__()
@@ -221,12 +221,12 @@ class DownsampleLayer(nn.Module):
         self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(2 * channels, eps=config.layer_norm_eps))
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) → (B, H/2, W/2, 2C)."""
+        """Return the smaller map: (B, H, W, C) → (B, H/2, W/2, 2C)."""
         return cast(Tensor, self.norm(self.conv(x_BHWC.permute(0, 3, 1, 2))))
 
 
 class InternImageBlock(nn.Module):
-    """One stage."""
+    """Runs the layers of one stage."""
 
     def __init__(self, config: InternImageConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class InternImageBlock(nn.Module):
         self.downsample = DownsampleLayer(config, channels) if stage < 3 else None
 
     def forward(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) → this stage's map, and what the next stage starts from."""
+        """Return this stage's map, and what the next stage starts from, for (B, H, W, C)."""
         for number, layer in enumerate(self.blocks):
             x_BHWC = layer(x_BHWC)
             if number in self.extra_norms:
@@ -253,7 +253,7 @@ class InternImageBlock(nn.Module):
 
 
 class InternImageModel(PreTrainedModel):
-    """Four stages of stride 4, 8, 16 and 32; with `fusion_width` also the map of stride 16 that joins the last two."""
+    """Runs four stages of stride 4, 8, 16 and 32; `fusion_width` adds the map of stride 16 that joins the last two."""
 
     config_class = InternImageConfig
     base_model_prefix = "model"
@@ -283,7 +283,7 @@ class InternImageModel(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[Tensor, ...]:
-        """Pixels (B, 3, H, W), both sides multiples of 32.
+        """Encode pixels (B, 3, H, W), both sides multiples of 32.
 
         Returns:
             `last_hidden_state`: the last map (B, C, H/32, W/32), with the fusion head (B, C, H/16, W/16);
@@ -303,7 +303,7 @@ class InternImageModel(PreTrainedModel):
         return output if as_dict else output.to_tuple()
 
     def stages(self, x_BHWC: Tensor) -> list[Tensor]:
-        """The stem's map → the maps of the four stages, (B, H, W, C) each."""
+        """Return the maps of the four stages, (B, H, W, C) each, from the stem's map."""
         maps = []
         for level in self.levels:
             map_BHWC, x_BHWC = level(x_BHWC)
@@ -311,7 +311,7 @@ class InternImageModel(PreTrainedModel):
         return maps
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
-        """Maps of the stages → the last map (B, C, H, W)."""
+        """Return the last map (B, C, H, W) from the maps of the stages."""
         third, fourth = (x.permute(0, 3, 1, 2) for x in maps[2:])
         if self.config.fusion_width is None:
             return fourth
@@ -322,7 +322,7 @@ class InternImageModel(PreTrainedModel):
 
 
 class InternImageForImageClassification(PreTrainedModel):
-    """The last map's mean, normalised, before a linear classifier."""
+    """Puts a linear classifier on the normalised mean of the last map."""
 
     config_class = InternImageConfig
     base_model_prefix = "model"
@@ -345,7 +345,7 @@ class InternImageForImageClassification(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor, ...]:
-        """Pixels (B, 3, H, W) → logits (B, K); the cross-entropy where `labels` (B) are given."""
+        """Return logits (B, K) for pixels (B, 3, H, W); with `labels` (B) also the cross-entropy."""
         features = self.model(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         logits_BK = self.classifier(self.pool_norm(features.pooler_output))
         loss = None if labels is None else F.cross_entropy(logits_BK, labels)
@@ -358,7 +358,7 @@ class InternImageForImageClassification(PreTrainedModel):
 
 
 def _initialize(module: nn.Module, config: InternImageConfig) -> None:
-    """First values of a module's own parameters."""
+    """Give a module's own parameters their first values."""
     init = nn.init
     if isinstance(module, ZeroLinear):
         init.zeros_(module.weight)

@@ -1,4 +1,4 @@
-"""Where weights may come from: each file here recognises one kind and says what its names mean."""
+"""Find where weights come from: each file here recognises one kind and says what its names mean."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STOCK = ("vit", "dinov2", "clip", "clip_vision_model", "internimage")
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
-    """What a folder, a file or a Hub id holds. Reads configurations and headers, no weights.
+    """Recognise what a folder, a file or a Hub id holds. Reads configurations and headers, no weights.
 
     Args:
         given: what the run file says.
@@ -56,7 +56,7 @@ def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Sour
 
 
 def pretrained_folder(source: str, where: str = "from_pretrained", kind: str = "transformers") -> Path:
-    """Where the weights of `source` lie: its own path, or the local snapshot of a Hub id.
+    """Return where the weights of `source` lie: its own path, or the local snapshot of a Hub id.
 
     Raises:
         ConfigError: no such path and no such id.
@@ -84,7 +84,7 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
 
 
 def source_files(source: Source, where: str = "backbone.from_pretrained") -> list[Path]:
-    """The weight files of a source; downloads those of a Hub id.
+    """Return the weight files of a source; downloads those of a Hub id.
 
     Raises:
         ConfigError: there are none.

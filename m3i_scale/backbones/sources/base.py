@@ -1,4 +1,4 @@
-"""What is known of weights before they are read."""
+"""Describe what is known of weights before they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Placement = Callable[[str], Placed | LeftOut | None]
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to start from, recognised but not read."""
+    """Describes weights to start from, recognised but not read."""
 
     given: str
     """What the run file says."""
@@ -45,12 +45,12 @@ class Source:
 
 
 def refusal(given: str, what: str, why: str, fix: str | None = None) -> ConfigError:
-    """The error of a source that no backbone here can hold exactly."""
+    """Return the error of a source that no backbone here can hold exactly."""
     return ConfigError(f"cannot start from '{given}': {what}", where="backbone.from_pretrained", why=why, fix=fix)
 
 
 def square_side(count: int, given: str, what: str) -> int:
-    """Side of a square of `count` places.
+    """Return the side of a square of `count` places.
 
     Raises:
         ConfigError: it is no square.
@@ -62,11 +62,11 @@ def square_side(count: int, given: str, what: str) -> int:
 
 
 def numbers(values: Any) -> list[float] | None:
-    """Three numbers out of a configuration; None where it has none."""
+    """Return three numbers out of a configuration; None where it has none."""
     return [float(value) for value in values] if isinstance(values, list | tuple) and len(values) == 3 else None
 
 
 def normalisation(mean: Any, std: Any) -> dict[str, list[float]]:
-    """Both or none."""
+    """Return mean and standard deviation as fields; none where either is missing."""
     pair = numbers(mean), numbers(std)
     return {"mean": pair[0], "std": pair[1]} if pair[0] and pair[1] else {}

@@ -1,4 +1,4 @@
-"""Weight files: names and shapes from their headers, then one tensor, or a part of one, at a time."""
+"""Read weight files: names and shapes from their headers, then one tensor, or a part of one, at a time."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _REFUSED_CODE = "Weights only load failed"  # how torch begins; it goes on to re
 
 
 class Weights(Protocol):
-    """An open weight file."""
+    """Reads an open weight file."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor; no value is read."""
+        """Return the shape of every tensor; no value is read."""
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
-        """Part number `part` of `parts` equal parts along the first dimension."""
+        """Return part number `part` of `parts` equal parts along the first dimension."""
 
 
 class _Safetensors:
@@ -56,15 +56,15 @@ class _Safetensors:
 
 
 class _Pickled:
-    """A `torch.save`d dictionary of tensors, mapped: values come from the disk when they are used."""
+    """Maps a `torch.save`d dictionary of tensors: values come from the disk when they are used."""
 
     def __init__(self, path: Path) -> None:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        while isinstance(found, dict) and (key := next((key for key in _WRAPPERS if _holds(found.get(key))), None)):
-            found = found[key]
-        if not _holds(found):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        while isinstance(content, dict) and (key := next((key for key in _WRAPPERS if _holds(content.get(key))), None)):
+            content = content[key]
+        if not _holds(content):
             raise ValueError("it holds no dictionary of tensors")
-        self._tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._tensors.items()}
@@ -79,7 +79,7 @@ def _holds(value: object) -> bool:
 
 @contextlib.contextmanager
 def open_weights(path: Path, where: str) -> Iterator[Weights]:
-    """An open `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone.
+    """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone.
 
     Raises:
         ConfigError: it cannot be read, also where that shows only while it is being read.
@@ -103,12 +103,12 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if not text.startswith(_REFUSED_CODE):
         return text.splitlines()[0]
-    found = re.search(r"GLOBAL (\w[\w.]*)", text)
-    return f"there is more in it than tensors: {found[1]}" if found else "it is torn, or holds more than tensors"
+    refused = re.search(r"GLOBAL (\w[\w.]*)", text)
+    return f"there is more in it than tensors: {refused[1]}" if refused else "it is torn, or holds more than tensors"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file.
+    """Return a JSON object; an empty one where there is no such file.
 
     Raises:
         ConfigError: it is no JSON object.
@@ -125,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(place: Path, kind: str, where: str) -> list[Path]:
-    """The files that hold the weights of a folder, or the one file.
+    """Return the files that hold the weights of a folder, or the one file.
 
     Raises:
         ConfigError: there are none, or an index names files that are not there.
@@ -153,16 +153,16 @@ def _shards(index: Path, where: str) -> list[Path]:
 
 
 def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """By tensor, the file that holds it and its shape.
+    """Return by tensor the file that holds it and its shape.
 
     Raises:
         ConfigError: a file cannot be read, or two of them hold a tensor of one name.
     """
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    place_of: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in paths:
         with open_weights(path, where) as weights:
             for name, shape in weights.shapes().items():
-                if name in found:
-                    raise ConfigError(f"two files hold '{name}'", where=f"{where}: {found[name][0]}, {path}")
-                found[name] = path, shape
-    return found
+                if name in place_of:
+                    raise ConfigError(f"two files hold '{name}'", where=f"{where}: {place_of[name][0]}, {path}")
+                place_of[name] = path, shape
+    return place_of

@@ -1,4 +1,4 @@
-"""Folders of `transformers`: published models, and the exports of runs."""
+"""Recognise folders of `transformers`: published models, and the exports of runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEFT_OUT = (
 
 
 def hub_config(source: str, where: str) -> VisionConfig:
-    """The configuration of a `transformers` folder or Hub id.
+    """Return the configuration of a `transformers` folder or Hub id.
 
     Raises:
         ConfigError: there is none, or it is none of a backbone.
@@ -55,7 +55,7 @@ def hub_config(source: str, where: str) -> VisionConfig:
 
 
 def hub_source(given: str, folder: Path, where: str) -> Source:
-    """The source of a folder with a `transformers` config.json.
+    """Return the source of a folder with a `transformers` config.json.
 
     Raises:
         ConfigError: as `hub_config`.
@@ -78,7 +78,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
 
 
 def hub_places(model: PreTrainedModel) -> Placement:
-    """What `transformers` itself makes of a name in a file of that model."""
+    """Return the function that places a name in a file of that model as `transformers` itself does."""
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
@@ -88,7 +88,7 @@ def hub_places(model: PreTrainedModel) -> Placement:
     def place(name: str) -> Placed | LeftOut | None:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if pattern is not None:
-            return Placed(_split(renamed, next(one for one in converters if pattern in one.source_patterns), name))
+            return Placed(_split(renamed, next(item for item in converters if pattern in item.source_patterns), name))
         if renamed in known:
             return Placed((renamed,))
         if any(re.search(pattern, name) for pattern in ignored):
@@ -99,7 +99,7 @@ def hub_places(model: PreTrainedModel) -> Placement:
 
 
 def _split(renamed: str, converter: WeightConverter, name: str) -> tuple[str, ...]:
-    """The names that one tensor is cut into, along its first dimension."""
+    """Return the names that one tensor is cut into, along its first dimension."""
     operation = converter.operations[0]
     if len(converter.operations) != 1 or not isinstance(operation, Chunk) or operation.dim:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the parts of a plain vision Transformer are called, here and elsewhere."""
+"""Translate the names of the parts of a plain vision Transformer between code bases."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ OURS: dict[type, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor goes: to one parameter, or in equal parts along its first dimension to several."""
+    """Says where a tensor goes: to one parameter, or in equal parts along its first dimension to several."""
 
     targets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor that is no part of a backbone."""
+    """Marks a tensor that is no part of a backbone."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class NameMap:
-    """The names of one code base."""
+    """Holds the names of one code base."""
 
     prefix: str
     """Of the vision tower; what does not have it is `outside`."""
@@ -79,7 +79,7 @@ class NameMap:
     """(pattern, reason) of what is no part of a backbone; patterns match from the start of the name."""
 
     def place(self, name: str, ours: Mapping[str, str]) -> Placed | LeftOut | None:
-        """What becomes of a tensor; None where nothing is known of it.
+        """Return what becomes of a tensor; None where nothing is known of it.
 
         Args:
             name: in the file.
@@ -104,6 +104,6 @@ class NameMap:
 
 
 def _spelt(part: str, number: str, ours: Mapping[str, str], suffix: str) -> str | None:
-    """`q.bias`, 3 → layers.3.attention.q_proj.bias; None where our model has no such part."""
-    stem, dot, own = part.partition(".")
-    return None if stem not in ours else ours[stem].format(number) + dot + own + suffix
+    """Return our name of a part: `q.bias`, 3 → layers.3.attention.q_proj.bias; None where our model has none."""
+    stem, dot, rest = part.partition(".")
+    return None if stem not in ours else ours[stem].format(number) + dot + rest + suffix

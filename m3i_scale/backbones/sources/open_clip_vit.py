@@ -1,4 +1,4 @@
-"""Vision towers of open_clip."""
+"""Recognise vision towers of open_clip."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ _INNER = {
 
 
 def open_clip_prefix(shapes: Shapes) -> str | None:
-    """What stands before the names of the vision tower; None where there is none."""
+    """Return the prefix of the names of the vision tower; None where there is none."""
     return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
 
 
 def open_clip_source(
     given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """The vision tower of a file of open_clip's.
+    """Return the vision tower of a file of open_clip's.
 
     Raises:
         ConfigError: an architecture that no backbone here is.
@@ -73,7 +73,7 @@ def open_clip_source(
 
 
 def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
-    """The vision tower of a folder with open_clip_config.json.
+    """Return the vision tower of a folder with open_clip_config.json.
 
     Raises:
         ConfigError: an architecture that no backbone here is.
@@ -101,7 +101,7 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields
 
 
 def _shapes(given: str, vision: Mapping[str, Any]) -> Shapes:
-    """What `vision_cfg` says the tensors of the tower are."""
+    """Return the shapes that the tensors of the tower have by `vision_cfg`."""
     try:
         width, layers, patch, side = (int(vision[key]) for key in ("width", "layers", "patch_size", "image_size"))
         hidden = int(width * float(vision.get("mlp_ratio", 4.0)))
@@ -138,7 +138,7 @@ def _trunk(
     fields: Mapping[str, Any],
     images: Mapping[str, list[float]],
 ) -> Source:
-    """As open_clip's TimmModel makes its trunk: without a projection of its own, pooling and head are timm's."""
+    """Return the tower of open_clip's TimmModel: it has no projection of its own, pooling and head are timm's."""
     pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
     own_head = projection in ("linear", "mlp") or pool in ("abs_attn", "rot_attn")
     arguments = {} if own_head else {"global_pool": pool, "num_classes": 0}

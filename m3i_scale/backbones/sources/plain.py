@@ -1,4 +1,4 @@
-"""The configuration of a plain vision Transformer, read off the shapes of its tensors."""
+"""Read the configuration of a plain vision Transformer off the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_PATCH_BIAS = (r".*patch_embeddings\.projection\.bias$", "no bias of the patch
 
 @dataclass(frozen=True)
 class Facts:
-    """What shapes do not tell. None: the source does not say it."""
+    """Holds what shapes do not tell. None: the source does not say it."""
 
     heads: int | None = None
     hidden_act: str | None = None
@@ -41,7 +41,7 @@ def plain_config(
     fields: Mapping[str, Any],
     refused: tuple[tuple[str, str], ...] = (),
 ) -> tuple[TokenConfig, dict[str, str], tuple[tuple[str, str], ...]]:
-    """The stock configuration that holds the tensors exactly.
+    """Return the stock configuration that holds the tensors exactly.
 
     Args:
         given: what the run file says.
@@ -76,34 +76,34 @@ def plain_config(
         )
     pre_norm = "pre_norm.weight" in parts
     # All that shapes say comes first: what is no stock model here need not be told its heads.
-    kind, own = (_clip if pre_norm else _dinov2 if "0.scale1" in parts else _vit)(given, parts, width)
+    kind, specific = (_clip if pre_norm else _dinov2 if "0.scale1" in parts else _vit)(given, parts, width)
     common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(given, pre_norm, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
     if facts.layer_norm_eps is None:
         assumed["layer_norm_eps"] = "a bare file does not say it; the default of its code base"
     if pre_norm:
-        return kind(**common, **own), assumed, ()
+        return kind(**common, **specific), assumed, ()
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
-    return kind(**common, **own), assumed, tuple(zeros)
+    return kind(**common, **specific), assumed, tuple(zeros)
 
 
 def _parts(
     given: str, names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes by part, e.g. `3.q.weight`."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return shapes by part, e.g. `3.q.weight`."""
+    shape_of: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         placed = names.place(name, _ROLES)
         if isinstance(placed, Placed):
             share = (shape[0] // len(placed.targets), *shape[1:]) if shape else shape
-            found |= dict.fromkeys(placed.targets, share)
+            shape_of |= dict.fromkeys(placed.targets, share)
         elif placed is None:
             inner = name.removeprefix(names.prefix)
             reason = next((reason for pattern, reason in refused if re.match(pattern, inner)), None)
             raise refusal(given, f"no backbone here has its '{name}' {shape}", reason or "it would be lost")
-    return found
+    return shape_of
 
 
 def _require(given: str, parts: Mapping[str, tuple[int, ...]]) -> None:
@@ -203,6 +203,6 @@ def _dinov2(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Ow
     for ratio in range(1, 17):
         # Dinov2SwiGLUFFN: two thirds of the hidden width, rounded up to a multiple of 8.
         if hidden == ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio):
-            own = {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "qkv_bias": "0.q.bias" in parts}
-            return Dinov2Config, {**own, "use_mask_token": False}
+            specific = {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "qkv_bias": "0.q.bias" in parts}
+            return Dinov2Config, {**specific, "use_mask_token": False}
     raise refusal(given, f"its MLP is {hidden} wide at width {width}", "that of Dinov2Model is a whole multiple")

@@ -1,4 +1,4 @@
-"""Vision Transformers of timm: ViT (also MAE's and DINOv2's own files) and EVA."""
+"""Recognise vision Transformers of timm: ViT (also MAE's and DINOv2's own files) and EVA."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "q
 
 
 def timm_prefix(shapes: Shapes) -> str | None:
-    """What stands before timm's names; None where there are none."""
+    """Return the prefix of timm's names; None where there are none."""
     return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
 
 
 def timm_source(
     given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """The source whose tensors have timm's names.
+    """Return the source whose tensors have timm's names.
 
     Args:
         given: what the run file says.
@@ -126,7 +126,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
 
 
 def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
-    """The source of a folder that timm wrote: `config.json` names the architecture.
+    """Return the source of a folder that timm wrote: `config.json` names the architecture.
 
     Raises:
         ConfigError: timm is not installed, does not know it, or no backbone here is it.
@@ -140,7 +140,7 @@ def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Map
 def timm_trunk(
     given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> Source:
-    """The vision tower of an open_clip model that is one of timm's, below `visual.trunk.`."""
+    """Return the vision tower of an open_clip model that is one of timm's, below `visual.trunk.`."""
     source, shapes = _by_architecture(given, folder, architecture, arguments, fields)
     prefix, ours = "visual.trunk.", OURS[type(source.config)]
     names = _names(prefix, {prefix + name: shape for name, shape in shapes.items()})
@@ -156,7 +156,7 @@ def _by_architecture(
 
 @lru_cache(maxsize=8)
 def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes, Facts]:
-    """Shapes and facts of an architecture, from the model itself, without values."""
+    """Return shapes and facts of an architecture, from the model itself, without values."""
     try:
         import timm
         from timm.models.eva import Eva, EvaBlock

@@ -1,1 +1,1 @@
-"""Whether every machine is ready for a run: looked at, measured, told; nothing is changed."""
+"""Check whether every machine is ready for a run; nothing is changed."""

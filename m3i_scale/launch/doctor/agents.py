@@ -1,4 +1,4 @@
-"""The doctor's questions to all hosts at the same time: an agent on each, which starts a process that answers."""
+"""Ask all hosts at the same time: an agent on each starts a process that answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN_CHARACTERS = 300
 
 
 class Agents:
-    """Holds an agent on every host: `with Agents(hosts, site, connect_s) as agents`. At its end nothing of them runs.
+    """Holds an agent on every host: `with Agents(hosts, site, connect_s) as agents`. It leaves no process behind.
 
     Args:
         hosts: their names, the head first.
@@ -47,8 +47,9 @@ class Agents:
             link.close()
 
     def greet(self) -> dict[str, dict[str, Any]]:
-        """Return of the hosts that answer after how many seconds they were there (`reached_s`) and by how many their
-        clock is ahead, with the uncertainty of that (`clock`)."""
+        """Return, for every host that answers, the seconds until it did (`reached_s`) and by how much its clock is
+        ahead, with the uncertainty of that (`clock`).
+        """
         answers: dict[str, dict[str, Any]] = {}
         asked: dict[str, float] = {}
         waiting = set(self._links)
@@ -105,7 +106,7 @@ class Agents:
         return {host: answers[host] for host in requests if host in answers}
 
     def _hear(self, waiting: set[str], within_s: float) -> Iterator[tuple[str, Message]]:
-        """Yield what agents say while there is somebody to wait for; give up those that are waited for at the end."""
+        """Yield messages of agents while an answer is missing; give up hosts that have not answered in time."""
         until = time.monotonic() + within_s
 
         def left_s() -> float:

@@ -1,4 +1,4 @@
-"""From what all hosts said of themselves to findings: a table of checks, each of which holds a host to the head."""
+"""Turn what all hosts report into findings, by a table of checks, each of which compares a host with the head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Host:
-    """Holds what a host said, beside the head's and all others' answers."""
+    """Holds what a host reports, beside the reports of the head and of all others."""
 
     name: str
     own: Mapping[str, Any]
@@ -32,7 +32,7 @@ def findings_of(answers: Answers, checks: Iterable[str] | None = None) -> Iterat
     """Yield the findings of checks for all hosts.
 
     Args:
-        answers: what the hosts said of themselves.
+        answers: what the hosts have reported of themselves.
         checks: names of the checks, in order. Default: all.
     """
     head = next(iter(answers.values()))
@@ -43,7 +43,7 @@ def findings_of(answers: Answers, checks: Iterable[str] | None = None) -> Iterat
 
 
 def digest(answer: Mapping[str, Any]) -> str:
-    """Hash Python, packages, code and run file: equal where the findings about them have no fault."""
+    """Hash Python, packages, code and run file. Equal hashes mean that the checks of these find no fault."""
     python = answer["python"]
     same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
     return sha256_of_json(same)
@@ -83,7 +83,7 @@ def _commit(host: Host) -> Seen:
 
 
 def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Name the files of the code that differ between two answers, the first ones."""
+    """Name the first files of the code that differ between two answers."""
     mine, theirs = own["files"], other["files"]
     return _listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), ", ")
 
@@ -232,7 +232,7 @@ CHECKS: Mapping[str, Callable[[Host], Seen]] = {
 
 
 def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    """Hold clocks against the head's.
+    """Compare every host's clock with the head's.
 
     Args:
         offsets: seconds by which a host is ahead of the machine that asks, and how uncertain that is.

@@ -1,4 +1,4 @@
-"""The examination: every host looks at itself, then one rank on each host meets the others and measures their links."""
+"""Examine hosts: each looks at itself, then one rank on each host meets the others and measures their links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Answers = dict[str, dict[str, Any]]
 
 @dataclass
 class Examination:
-    """Looks at hosts, and at whether they are fit for a run, where there is one."""
+    """Examines hosts, and whether they are fit for a run, where there is one."""
 
     slots: Mapping[str, int]
     """Ranks by host, the head first."""
@@ -57,26 +57,26 @@ class Examination:
         return self.hosts[0]
 
     def findings(self) -> list[Finding]:
-        """Examine; return all findings, those of one check together."""
+        """Examine all hosts, and return all findings, those of one check together."""
         with Agents(self.hosts, self.site, self.connect_s) as agents:
             self.tell(f"reaching {len(self.slots)} hosts")
             reached = agents.greet()
-            found = [item for host in self.hosts for item in self._reached(host, reached, agents.errors)]
+            findings = [item for host in self.hosts for item in self._reached(host, reached, agents.errors)]
             self.tell("each host looks at itself")
             answers = agents.ask("look", {host: self._request(host) for host in reached}, self.look_s)
             if answers:
-                found += checks.findings_of(answers)
+                findings += checks.findings_of(answers)
                 if len(answers) > 1:
-                    found += checks.clock_findings({host: reached[host]["clock"] for host in answers})
-                found += (Finding(**item) for answer in answers.values() for item in answer["findings"])
+                    findings += checks.clock_findings({host: reached[host]["clock"] for host in answers})
+                findings += (Finding(**item) for answer in answers.values() for item in answer["findings"])
                 self.tell("the hosts meet and measure their links")
-                found += self._measure(agents, answers)
+                findings += self._measure(agents, answers)
             for host in reached:
                 if host in agents.errors:
                     why, fix = "it did answer at first", "look at this host: load, memory, network"
-                    found.append(finding("probe", host, agents.errors[host].what, fault=why, fix=fix))
-        order = {check: number for number, check in enumerate(dict.fromkeys(item.check for item in found))}
-        return sorted(found, key=lambda item: order[item.check])
+                    findings.append(finding("probe", host, agents.errors[host].what, fault=why, fix=fix))
+        order = {check: number for number, check in enumerate(dict.fromkeys(item.check for item in findings))}
+        return sorted(findings, key=lambda item: order[item.check])
 
     def _reached(
         self, host: str, reached: Mapping[str, Mapping[str, Any]], errors: Mapping[str, HostFault]
@@ -147,10 +147,10 @@ class Examination:
         if len(members) > 1:
             pairs: dict[group_checks.Pair, list[Mapping[str, Any]]] = {}
             for answer in answers.values():
-                for told in answer.get("links", ()):
-                    one, other = told["pair"]
-                    pairs.setdefault((one, other), []).append(told)
-            yield from group_checks.pair_findings({pair: group_checks.slowest(told, 2) for pair, told in pairs.items()})
+                for link in answer.get("links", ()):
+                    host, other = link["pair"]
+                    pairs.setdefault((host, other), []).append(link)
+            yield from group_checks.pair_findings({pair: group_checks.slowest(link, 2) for pair, link in pairs.items()})
         if len(members) > 2:
             whole = [answer["group"] for answer in answers.values() if "group" in answer]
             yield group_checks.group_finding(group_checks.slowest(whole, len(members)), len(members))
@@ -159,11 +159,11 @@ class Examination:
             yield finding("group", "all", "not measured", warning=why, fix="mend what stands above first")
 
     def _head_address(self, answers: Answers) -> str:
-        """Return it as launchers take it: as given, that of the interface, else the name of the head."""
+        """Return the address of the head for launchers: the given one, that of the interface, or else its name."""
         if self.master_address is not None:
             return self.master_address
         if self.interface is not None and self.head in answers:
-            found = own_addresses(answers[self.head]["interfaces"], self.interface)
-            if found:
-                return found[0]
+            addresses = own_addresses(answers[self.head]["interfaces"], self.interface)
+            if addresses:
+                return addresses[0]
         return self.head if self.site.ssh_to_all else "127.0.0.1"

@@ -1,4 +1,4 @@
-"""What a host says of itself: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
+"""Collect facts of this host: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
 
 Every fact is plain JSON. Nothing is judged here: `checks.py` does that where the answers of all hosts lie side by side.
 """
@@ -50,31 +50,31 @@ def interpreter() -> dict[str, Any]:
 
 
 def incomplete_packages() -> dict[str, str]:
-    """Find packages that this one requires and that are not whole here, and why: a removal or an installation that was
-    cut off may leave a version and no files."""
+    """Return the packages that this one requires and that are not whole here, and why: a removal or an installation
+    that was cut off may leave a version and no files.
+    """
     try:
         wanted = [
             re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requires("m3i-scale") or [] if "extra ==" not in line
         ]
     except PackageNotFoundError:  # a checkout on PYTHONPATH
         wanted = [name for name in PACKAGES if name != "m3i-scale"]
-    found: dict[str, str] = {}
+    incomplete: dict[str, str] = {}
     for name in wanted:
         try:
             installed = distribution(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            incomplete[name] = "not installed"
             continue
         modules = _MODULE.findall(installed.read_text("RECORD") or "")  # some installers write none
         gone = [path for path in modules if not Path(str(installed.locate_file(path))).is_file()]
         if gone:
-            found[name] = f"installed without {', '.join(gone)}"
-    return found
+            incomplete[name] = f"installed without {', '.join(gone)}"
+    return incomplete
 
 
 def code() -> dict[str, Any]:
-    """Hash the package's files, recipes and DeepSpeed files, one over all, and name the commit where they are a
-    checkout's."""
+    """Hash the package's files, recipes and DeepSpeed files, one over all; name the commit of a checkout."""
     files: dict[str, str] = {}
     for folder in (_PACKAGE, resource_folder("recipes"), resource_folder("ds_configs")):
         for path in sorted(folder.rglob("*")):
@@ -169,19 +169,19 @@ def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list
 
 
 def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return what this host takes every name for: its addresses, or why there are none."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the addresses to which this host resolves every name, or why there are none."""
+    addresses: dict[str, dict[str, Any]] = {}
     for host in dict.fromkeys([*hosts, socket.gethostname()]):
         try:
             known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            found[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
+            addresses[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
         except OSError as error:
-            found[host] = {"fault": error.strerror or str(error)}
-    return found
+            addresses[host] = {"fault": error.strerror or str(error)}
+    return addresses
 
 
 def variables() -> dict[str, str]:
-    """Return what of the environment changes how a run computes or talks; no secrets."""
+    """Return the environment variables that change how a run computes or communicates; no secrets."""
     return {key: value for key, value in os.environ.items() if _TELLING.fullmatch(key) and not is_secret(key)}
 
 

@@ -1,4 +1,4 @@
-"""Findings are what the doctor says: one line each, with what to do where something is wrong."""
+"""Findings are the doctor's results: one line each, with what to do where something is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """Says what one check has found on one host, or between two."""
+    """Holds the result of one check on one host, or between two."""
 
     check: str
     """Its stable name: docs/doctor.md lists them."""
@@ -29,14 +29,14 @@ class Finding:
     """Worth a look, and no reason to stop: `ok` is true."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it with the same keys every time."""
+        """Return the finding for JSON, with the same keys every time."""
         return asdict(self)
 
 
 def finding(
     check: str, host: str, value: str, *, fault: str | None = None, warning: str | None = None, fix: str | None = None
 ) -> Finding:
-    """Return a finding; it is good where neither a fault nor a warning is given.
+    """Return a finding; it is ok where neither a fault nor a warning is given.
 
     Args:
         check: its name.
@@ -51,12 +51,12 @@ def finding(
 
 
 def faults_of(findings: Iterable[Finding]) -> list[Finding]:
-    """Return those that are not ok."""
+    """Return the findings that are not ok."""
     return [item for item in findings if not item.ok]
 
 
 class HostsNotReadyError(UserError):
-    """Some host cannot run this as it is. Says all that was found, not only the first."""
+    """Reports that some host cannot run this as it is, with all findings, not only the first."""
 
 
 def not_ready(faults: list[Finding]) -> HostsNotReadyError:

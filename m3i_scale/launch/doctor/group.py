@@ -1,5 +1,6 @@
-"""A group of ranks, one on each host: they meet at the head's port, read each other's notes and measure their links,
-by all-reduce and all-gather over the accelerator's backend."""
+"""Join a group of ranks, one on each host: they meet at the head's port, read each other's notes and measure their
+links, by all-reduce and all-gather over the accelerator's backend.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +35,15 @@ SMALL_REPEATS = 20
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Be one rank; return what it has found, as far as the group has come.
+    """Run as one rank of the group; return what it has measured, as far as the group has come.
 
     Args:
         request: names of all hosts, the head first, and which of them this is; address and port of the head; how long
             to wait for others and for a measurement; the run's folder and a token for notes, or None.
     """
-    hosts, own = request["hosts"], request["host"]
+    hosts, host = request["hosts"], request["host"]
     address, port, join_s = request["address"], request["port"], request["join_s"]
-    head = own == hosts[0]
+    head = host == hosts[0]
     try:
         reached_ms = None if head else reach(address, port, join_s)
         store = open_store(address, port, master=head, seconds=join_s)
@@ -50,10 +51,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         return {"port": {"fault": f"cannot be opened: {_first_line(error)}" if head else _first_line(error)}}
     answer: dict[str, Any] = {"port": {"ms": reached_ms}, "links": []}
     try:
-        members = _members(store, hosts, own, join_s)
-        if own not in members:
+        members = _members(store, hosts, host, join_s)
+        if host not in members:
             return {"port": {"fault": "the others had stopped waiting for it"}}
-        group = Group(store, members, own, request["measure_s"])
+        group = Group(store, members, host, request["measure_s"])
         if request["folder"] is not None:
             answer["shared"] = group.compare_notes(Path(request["folder"]), request["token"])
         answer["members"] = members
@@ -119,13 +120,13 @@ def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> 
 
 
 class Group:
-    """Holds the hosts that have come, as one of them sees it."""
+    """Holds the hosts that have come, as one of them sees them."""
 
     def __init__(self, store: TCPStore, members: Sequence[str], own: str, seconds: float) -> None:
         self._store, self._members, self._own, self._seconds = store, members, own, seconds
 
     def _tell(self, key: str, value: str) -> dict[str, str]:
-        """Tell all members a value; wait until all have told theirs, and return those."""
+        """Give all members a value; wait until all have given theirs, and return those."""
         self._store.set(f"{key}/{self._own}", value)
         keys = [f"{key}/{host}" for host in self._members]
         self._store.wait(keys, timedelta(seconds=3 * self._seconds))
@@ -175,13 +176,13 @@ class Group:
 def rounds(hosts: Sequence[str]) -> list[list[tuple[str, str]]]:
     """Return every two hosts once, in as few rounds as there can be, none of them twice in a round (circle method)."""
     circle: list[str | None] = [*hosts] if len(hosts) % 2 == 0 else [*hosts, None]
-    found = []
+    all_rounds = []
     for _ in range(len(circle) - 1):
         half = len(circle) // 2
         pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        found.append([(one, other) for one, other in pairs if one is not None and other is not None])
+        all_rounds.append([(one, other) for one, other in pairs if one is not None and other is not None])
         circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+    return all_rounds
 
 
 def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
@@ -289,7 +290,7 @@ def _slowest(seconds: float, device: torch.device) -> float:
 
 
 def _best(work: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the quickest; a first one is not counted."""
+    """Return the seconds of the quickest repeat; a first one is not counted."""
     accelerator = get_accelerator()
     times = []
     for _ in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""From what a group of ranks, one on each host, found of ports, shared folders and links, to findings."""
+"""Turn what a group of ranks, one on each host, found of ports, shared folders and links into findings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOW_LATENCY = 5.0
 
 
 def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:
-    """Hold every host to reaching the port where rank 0 will wait."""
+    """Check that every host reaches the port where rank 0 will wait."""
     if "fault" in answers[head]["port"]:
         why = "rank 0 waits for the others at that address and port"
         fix = "another --master-port, or what --interface and --master-address say of the head"
@@ -34,7 +34,7 @@ def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding
 
 
 def broken_findings(answers: Answers) -> Iterator[Finding]:
-    """Tell of hosts where the group came to an end: what it had not yet looked at there is not known."""
+    """Report hosts where the group came to an end: what had not been checked there by then is not known."""
     for host, answer in answers.items():
         if "fault" in answer:
             why = "the hosts no longer reach each other through the port of the head, or one of them does not answer"
@@ -42,7 +42,7 @@ def broken_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def shared_findings(answers: Answers) -> Iterator[Finding]:
-    """Hold the run's folder to being one and the same on all hosts: each has written a note, and read others'."""
+    """Check that the run's folder is one and the same on all hosts: each has written a note, and read others'."""
     notes = {host: answer["shared"] for host, answer in answers.items() if "shared" in answer}
     if not notes:
         return
@@ -65,22 +65,22 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def pair_findings(measured: Mapping[Pair, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Judge the links of every two hosts; who is slow with everybody, and which pairs are slow beside that.
+    """Judge the links of every two hosts: which hosts are slow with all others, and which pairs are slow besides.
 
     A host counts with its best partner: one slow link makes its own host slow with all, and no other.
     """
-    connected = {pair: told for pair, told in measured.items() if "fault" not in told}
+    connected = {pair: link for pair, link in measured.items() if "fault" not in link}
     best: dict[str, float] = {}
-    for pair, told in connected.items():
+    for pair, link in connected.items():
         for host in pair:
-            best[host] = max(best.get(host, 0.0), told["all_reduce_gb_s"])
+            best[host] = max(best.get(host, 0.0), link["all_reduce_gb_s"])
     median = statistics.median(best.values()) if best else 0.0
     slow_hosts = {host for host, rate in best.items() if rate * SLOW < median}
-    usual = [told["all_reduce_gb_s"] for pair, told in connected.items() if not slow_hosts & set(pair)]
+    usual = [link["all_reduce_gb_s"] for pair, link in connected.items() if not slow_hosts & set(pair)]
     pair_median = statistics.median(usual) if usual else 0.0
-    latency = statistics.median(told["latency_us"] for told in connected.values()) if connected else 0.0
-    for pair, told in measured.items():
-        yield _pair(pair, told, sorted(slow_hosts & set(pair)), pair_median, latency)
+    latency = statistics.median(link["latency_us"] for link in connected.values()) if connected else 0.0
+    for pair, link in measured.items():
+        yield _pair(pair, link, sorted(slow_hosts & set(pair)), pair_median, latency)
     if len(best) > 2:
         for host, rate in best.items():
             why = f"the best of its pairs; the median host has {rate_text(median)}, and all ranks wait for the slowest"

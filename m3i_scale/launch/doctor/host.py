@@ -1,4 +1,4 @@
-"""One host's part, `python -m m3i_scale.launch.doctor.host VERB`: an agent starts it, and ends it when nobody asks.
+"""Answer for one host, `python -m m3i_scale.launch.doctor.host VERB`: an agent starts it, and ends it when nobody asks.
 
 The question stands in the environment, where secrets may; the answer is a marked line of its output.
 """
@@ -48,7 +48,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer one question."""
+    """Answer the question in the environment."""
     request = json.loads(os.environ.pop(REQUEST))
     try:
         if sys.argv[1] == "look":

@@ -1,4 +1,4 @@
-"""What this machine has: memory, /dev/shm, file limits, free disk, against what a run needs; and the memory of a rank.
+"""Compare what this machine has (memory, /dev/shm, file limits, free disk) with what a run needs; find a rank's memory.
 
 It takes milliseconds and imports neither torch nor DeepSpeed.
 """
@@ -54,7 +54,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Machine:
-    """Says what this machine has to give now."""
+    """Says what resources this machine has now."""
 
     memory_available: int
     """Bytes; the limit of a container counts."""
@@ -92,8 +92,8 @@ def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
 def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, int]:
     """Return total and available bytes of memory, within the limit of this process's control group."""
     try:
-        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
-        for folder in (cgroup / own, cgroup):  # inside a container the root is its own group
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
+        for folder in (cgroup / group, cgroup):  # inside a container the root is its own group
             limit = folder / "memory.max"
             if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
                 used = int((folder / "memory.current").read_text(encoding="utf-8"))
@@ -141,14 +141,14 @@ def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> R
 
 def _nvidia_gib() -> list[float]:
     try:
-        said = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
-        return [float(line) / 1024 for line in said.split("\n") if line.strip()]
+        output = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
+        return [float(line) / 1024 for line in output.split("\n") if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError):  # no such program, or its driver does not answer
         return []
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
-    """Hold memory, /dev/shm and file limits of a host against what the run needs.
+    """Compare memory, /dev/shm and file limits of a host with what the run needs.
 
     Args:
         host: its name.
@@ -205,7 +205,7 @@ def _files(host: str, machine: Machine, needs: Needs) -> Finding:
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
-    """Hold free space where checkpoints go against one of them, and against all that are kept."""
+    """Compare free space where checkpoints go with the size of one, and of all that are kept."""
     existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
     fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
     try:

@@ -18,7 +18,7 @@ from m3i_scale.objective.ranks import Ranks
 
 @dataclass
 class Loss:
-    """−log P̂ of one target from one input, with what keeps the target from collapsing."""
+    """Holds −log P̂ of one target from one input, with what keeps the target from collapsing."""
 
     value: Tensor
     nats: Tensor | None = None
@@ -30,7 +30,7 @@ class Loss:
 
 
 class Distribution(Kind):
-    """P̂ of an image target."""
+    """Describes P̂ of an image target; subclasses compute it."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     bounds_information: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class Distribution(Kind):
 
 
 class Density(Distribution):
-    """A distribution over vectors: how far the target lies from its prediction."""
+    """Describes a distribution over vectors: its loss says how far the target lies from its prediction."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = Distribution.kinds
 

@@ -1,4 +1,4 @@
-"""The Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets: among samples, a queue or prototypes.
+"""Compute the Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets: among samples, a queue or prototypes.
 
 For K candidates, log K − loss is the InfoNCE lower bound on the mutual information in nats.
 """
@@ -23,7 +23,7 @@ _SAFE_BOUND = 40.0
 
 
 class Boltzmann(Distribution):
-    """A softmax over candidates, which the regulariser chooses. All methods give −log P̂ and its bound in nats."""
+    """Applies a softmax over candidates of the regulariser. Methods return −log P̂ and its bound in nats."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class Boltzmann(Distribution):
     def among_queue(
         self, prediction_BE: Tensor, target_BE: Tensor, queue_QE: Tensor, filled: Tensor, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        """Ask for the own target among those of earlier batches (MoCo).
+        """Ask which of its own target and those of earlier batches belongs to the prediction (MoCo).
 
         Args:
             prediction_BE: ẑ of this rank's samples.
@@ -97,7 +97,7 @@ def _with_bound(loss_B: Tensor, candidates: Tensor | int, ranks: Ranks) -> tuple
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log Σ_q exp(ẑ·z_q + mask_q) per row: (B), without ever holding (B, Q).
+    """Computes log Σ_q exp(ẑ·z_q + mask_q) per row: (B), without ever holding (B, Q).
 
     In a dense group B is all patches of a micro-batch and Q the queue: 128 images of 196 patches against 65,536 targets
     are 6.6 GB of logits, as much again in every step of a plain softmax. Here a block of rows at a time makes its

@@ -1,4 +1,4 @@
-"""The Gaussian P̂ = N(z_y; ẑ_y, σ²I)."""
+"""Compute the Gaussian P̂ = N(z_y; ẑ_y, σ²I)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.objective.ranks import Ranks, global_mean
 
 
 class Gaussian(Density):
-    """−log P̂ = ‖z − ẑ‖² / 2σ², without its constant."""
+    """Computes −log P̂ = ‖z − ẑ‖² / 2σ², without its constant."""
 
     kind: ClassVar[str] = "gaussian"
     sigma2: float = Field(default=0.5, gt=0)

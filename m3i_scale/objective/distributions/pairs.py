@@ -16,7 +16,7 @@ from m3i_scale.objective.ranks import Ranks, global_mean
 
 @dataclass
 class PairTargets:
-    """Targets of the global batch, which every prediction of this rank is compared with."""
+    """Holds the targets of the global batch, which every prediction of this rank is compared with."""
 
     own_BE: Tensor
     """L2-normalised z of this rank's samples."""
@@ -31,7 +31,7 @@ class PairTargets:
 
 
 def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ranks) -> PairTargets:
-    """Gathered once for a micro-batch, however many inputs predict them.
+    """Gather the targets of all ranks, once for a micro-batch, however many inputs predict them.
 
     Args:
         target_BE: L2-normalised z of this rank's samples.
@@ -50,7 +50,7 @@ def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ra
 
 
 class PairDistribution(Kind):
-    """P̂ of a text target."""
+    """Describes P̂ of a text target; subclasses compute it."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     bounds_information: ClassVar[bool] = True
@@ -78,7 +78,7 @@ class PairDistribution(Kind):
 
 
 class BoltzmannPairs(PairDistribution):
-    """InfoNCE: a softmax over the texts of the batch, and over its images (mean over the directions)."""
+    """Computes InfoNCE: a softmax over the texts of the batch, and over its images (mean over the directions)."""
 
     kind: ClassVar[str] = "boltzmann"
     direction: Literal["both", "forward"] = "both"
@@ -104,7 +104,7 @@ class BoltzmannPairs(PairDistribution):
 
 
 class BernoulliPairs(PairDistribution):
-    """Every pair of an image and a text is a match or none (SigLIP): the sum over the texts, mean over the images."""
+    """Takes each pair of an image and a text as a match or none (SigLIP): sum over texts, mean over images."""
 
     kind: ClassVar[str] = "bernoulli"
     bias: float = -10.0

@@ -1,4 +1,4 @@
-"""All regularisers share this base."""
+"""Define the base class of all regularisers, and the one for texts and categories."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Regularizer(Kind):
 
 
 class OtherCandidates(Regularizer):
-    """The other candidates of P̂ keep a text or category apart: the other texts of the batch, or the other classes."""
+    """Keeps a text or category apart by the other candidates of P̂: the other texts of the batch, or other classes."""
 
     kind: ClassVar[str] = "negatives"
     encoders: ClassVar[tuple[str, ...]] = ("text_tower", "embedding")

@@ -37,21 +37,21 @@ class DenseRegularizer(Regularizer):
 
 
 class NoRegularizer(DenseRegularizer):
-    """Pixels are fixed: they cannot collapse."""
+    """Adds nothing: pixels are fixed and cannot collapse."""
 
     kind: ClassVar[str] = "none"
     encoders: ClassVar[tuple[str, ...]] = ("patchify",)
 
 
 class DenseStopGradient(DenseRegularizer):
-    """No gradient reaches the target, and a decoder stands between it and the prediction."""
+    """Lets no gradient reach the target; a decoder stands between it and the prediction."""
 
     kind: ClassVar[str] = "stop_gradient"
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "teacher")
 
 
 class DenseUniGrad(DenseRegularizer):
-    """The dense negative of UniGrad as SIM uses it: predictions away from directions that many patches share."""
+    """Moves predictions away from directions that many patches share: the dense negative of UniGrad as SIM uses it."""
 
     kind: ClassVar[str] = "unigrad"
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)

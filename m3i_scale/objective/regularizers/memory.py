@@ -1,4 +1,4 @@
-"""Heads remember earlier batches, the same on all ranks."""
+"""Memories of heads hold what is needed of earlier batches, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m3i_scale.objective.ranks import Ranks
 
 
 class Fp32State(nn.Module):
-    """Buffers that stay in fp32 whatever type the engine gives the model: averages over thousands of batches."""
+    """Keeps its buffers in fp32 whatever type the engine gives the model: they average over thousands of batches."""
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Do as `nn.Module` does. Inside `zero.Init`, new tensors are already of the engine's type."""
@@ -65,27 +65,27 @@ class Memory(Fp32State):
 
 
 class Center(Memory):
-    """The mean of the targets' logits over K prototypes (DINO)."""
+    """Holds the mean of the targets' logits over K prototypes (DINO)."""
 
     def __init__(self, width: int, prototypes: int, momentum: float) -> None:
         super().__init__(width, momentum, center_K=(prototypes,))
 
     @torch.no_grad()
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """c ← m c + (1 − m) mean of the targets' logits over all ranks."""
+        """Set c ← m c + (1 − m) mean of the targets' logits over all ranks."""
         mean_K = ranks.sum(values_BE.float().sum(dim=0)) / (len(values_BE) * ranks.world_size)
         self.center_K.lerp_(mean_K, 1 - self.momentum)
 
 
 class Correlation(Memory):
-    """F, the correlation of unit targets (UniGrad)."""
+    """Holds F, the correlation of unit targets (UniGrad)."""
 
     def __init__(self, width: int, momentum: float) -> None:
         super().__init__(width, momentum, correlation_EE=(width, width))
 
     @torch.no_grad()
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """F ← m F + (1 − m) mean of z zᵀ over all ranks; the first batch counts whole."""
+        """Set F ← m F + (1 − m) mean of z zᵀ over all ranks; the first batch counts whole."""
         unit_BE = values_BE.float()
         mean_EE = ranks.sum(unit_BE.T @ unit_BE) / (len(unit_BE) * ranks.world_size)
         weight = torch.where(self.updates == 0, 1.0, 1 - self.momentum)
@@ -94,7 +94,7 @@ class Correlation(Memory):
 
 
 class Queue(Memory):
-    """The last unit targets of all ranks (MoCo)."""
+    """Holds the last unit targets of all ranks (MoCo)."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__(width, queue_QE=(size, width))

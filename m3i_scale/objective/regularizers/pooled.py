@@ -54,7 +54,7 @@ class PooledRegularizer(Regularizer):
 
 
 class StopGradient(PooledRegularizer):
-    """No gradient reaches the target; a predictor stands between (BYOL, SimSiam), or the target is fixed."""
+    """Lets no gradient reach the target; a predictor stands between (BYOL, SimSiam), or the target is fixed."""
 
     kind: ClassVar[str] = "stop_gradient"
     needs_predictor: ClassVar[bool] = True
@@ -66,7 +66,7 @@ class StopGradient(PooledRegularizer):
 
 
 class UniGrad(PooledRegularizer):
-    """Predictions away from the directions that the correlation F of all targets holds."""
+    """Moves predictions away from the directions that the correlation F of all targets holds."""
 
     kind: ClassVar[str] = "unigrad"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -93,7 +93,7 @@ class UniGrad(PooledRegularizer):
 
 
 class CrossCorrelation(PooledRegularizer):
-    """Channels correlate each with itself and with no other one (Barlow Twins): takes the place of −log P̂."""
+    """Correlates each channel with itself and with no other one (Barlow Twins): takes the place of −log P̂."""
 
     kind: ClassVar[str] = "cross_correlation"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -116,7 +116,7 @@ class CrossCorrelation(PooledRegularizer):
 
 
 class VarianceCovariance(PooledRegularizer):
-    """Every channel varies, and no two correlate (VICReg)."""
+    """Makes every channel vary, and no two correlate (VICReg)."""
 
     kind: ClassVar[str] = "variance_covariance"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -150,7 +150,7 @@ class VarianceCovariance(PooledRegularizer):
 
 
 class Negatives(PooledRegularizer):
-    """The other samples of the global batch are candidates of P̂ (SimCLR)."""
+    """Takes the other samples of the global batch as candidates of P̂ (SimCLR)."""
 
     kind: ClassVar[str] = "negatives"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -166,7 +166,7 @@ class Negatives(PooledRegularizer):
 
 
 class QueuedNegatives(PooledRegularizer):
-    """Targets of earlier batches are candidates of P̂ (MoCo)."""
+    """Takes targets of earlier batches as candidates of P̂ (MoCo)."""
 
     kind: ClassVar[str] = "queued_negatives"
     memory_fields: ClassVar[tuple[str, ...]] = ("size",)
@@ -180,7 +180,7 @@ class QueuedNegatives(PooledRegularizer):
         return Queue(width, self.size)
 
     def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ among the queue. Clones: it moves before the backward pass of the next micro-batch."""
+        """Return −log P̂ among a clone of the queue, which changes before the backward pass of the next micro-batch."""
         queue_QE, filled = memory.queue_QE.clone(), memory.filled.clone()
         return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled, ranks), remember=unit(target_BE))
 

@@ -30,7 +30,7 @@ class PrototypeRegularizer(Regularizer):
         return Memory(width)
 
     def fault(self, p: Boltzmann) -> str | None:
-        """Say why the target would collapse beside that distribution."""
+        """Return why the target would collapse beside that distribution; None where it would not."""
         return None
 
     def loss(self, p: Boltzmann, logits_BK: Tensor, target_BK: Tensor, memory: Memory, ranks: Ranks) -> Loss:
@@ -47,7 +47,7 @@ class PrototypeRegularizer(Regularizer):
 
 
 class Centering(PrototypeRegularizer):
-    """The target is centred and sharpened (DINO)."""
+    """Centres and sharpens the target (DINO)."""
 
     kind: ClassVar[str] = "centering"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -62,7 +62,7 @@ class Centering(PrototypeRegularizer):
         return Center(width, prototypes, self.momentum)
 
     def fault(self, p: Boltzmann) -> str | None:
-        """See `PrototypeRegularizer`."""
+        """Return why the target would collapse beside that distribution; None where it would not."""
         if self.target_temperature >= p.temperature:
             return "`target_temperature` must be below `temperature`: a target that is not sharper becomes uniform"
         return None
@@ -75,7 +75,7 @@ class Centering(PrototypeRegularizer):
 
 
 class MeanEntropy(PrototypeRegularizer):
-    """The mean prediction over the global batch has a high entropy (MSN)."""
+    """Raises the entropy of the mean prediction over the global batch (MSN)."""
 
     kind: ClassVar[str] = "mean_entropy"
     memory_fields: ClassVar[tuple[str, ...]] = ()

@@ -49,7 +49,7 @@ class Parts(Section):
 
 @dataclass
 class Encoded:
-    """One encoded input, by image."""
+    """Holds one encoded input, by image."""
 
     where: EncodedInput
     cls_B1D: Tensor
@@ -93,7 +93,7 @@ class Context:
 
 @dataclass
 class TargetModules:
-    """The modules that a target computes with."""
+    """Holds the modules that a target computes with."""
 
     ranks: Ranks
     grid: tuple[int, int]
@@ -113,7 +113,7 @@ class TargetModules:
 
 @dataclass
 class Sizes:
-    """What the head of a target is built for."""
+    """Says what the head of a target is built for."""
 
     decoded: int
     """Width of what the decoder gives."""
@@ -126,7 +126,7 @@ class Sizes:
 
 
 class Target(Kind):
-    """One group k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂(z_y | ẑ_y)."""
+    """Describes one group k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     modality: ClassVar[str] = "image"
@@ -152,7 +152,7 @@ class Target(Kind):
     @field_validator("distribution", "regularizer")
     @classmethod
     def _is_declared(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what no family has read: the class of the target has to say which may stand there."""
+        """Refuse a value that no family has read: the class of the target has to say which may stand there."""
         if not isinstance(value, Kind):
             raise ValueError(f"{cls.kind} does not declare the family of its {info.field_name}")
         return value
@@ -207,7 +207,7 @@ class Target(Kind):
         return {name: family.kinds[name] for name in family.choices()}
 
     def faults(self, parts: Parts) -> Iterator[str]:
-        """Find what does not hold together, in words."""
+        """Yield, in words, what does not hold together."""
         names = [spec.name for spec in parts.inputs]
         unknown = [name for name in self.inputs if name not in names]
         if unknown:
@@ -218,7 +218,7 @@ class Target(Kind):
             yield from self._faults(parts)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
-        """Find faults of a target whose inputs and decoder are there."""
+        """Yield faults of a target whose inputs and decoder are there."""
         decoder = parts.decoders[self.decoder]
         if decoder.dense != self.dense:
             valid = [name for name, kind in DecoderSpec.kinds.items() if cast(Any, kind).dense == self.dense]
@@ -232,7 +232,7 @@ class Target(Kind):
 
 
 class ImageTarget(Target):
-    """A target that lies in a view."""
+    """Describes a target that lies in a view."""
 
     view: int = Field(ge=1)
     """Target view."""
@@ -260,7 +260,7 @@ class ImageTarget(Target):
 
 
 class HeadTarget(ImageTarget):
-    """A target that a head of the recipe projects, prediction and target alike."""
+    """Describes a target that a head of the recipe projects, prediction and target alike."""
 
     head: str
     """Name of a head of the recipe."""
@@ -286,6 +286,6 @@ class HeadTarget(ImageTarget):
             yield from self._head_faults(parts.heads[self.head])
 
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
-        """Find faults of a target whose head is there."""
+        """Yield faults of a target whose head is there."""
         if head.prototypes:
             yield f"`prototypes` of head '{self.head}' have no effect: they are for `kind: prototypes`"

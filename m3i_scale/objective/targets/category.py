@@ -1,4 +1,4 @@
-"""The annotated category."""
+"""Predict the annotated category."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, Ta
 
 
 class BoltzmannClasses(Kind):
-    """P̂ of a category target: a softmax over the K classes of a label set."""
+    """Computes P̂ of a category target: a softmax over the K classes of a label set."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class BoltzmannClasses(Kind):
 
 
 class Category(Target):
-    """Which class of its label set the image shows."""
+    """Asks which class of its label set the image shows."""
 
     kind: ClassVar[str] = "category"
     modality: ClassVar[str] = "category"
@@ -62,7 +62,7 @@ class Category(Target):
         return CategoryHead(sizes.decoded, sizes.classes)
 
     def present(self, batch: Batch) -> Tensor:
-        """See `Target`."""
+        """Return which samples have a label: bool (B)."""
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
@@ -81,21 +81,21 @@ class Category(Target):
 
 
 class Classifier(nn.Linear):
-    """Logits over one label set. Small at first, so that no class is preferred before anything was seen."""
+    """Gives logits over one label set. They are small at first, so that no class is preferred from the start."""
 
     def reset_parameters(self) -> None:
-        """First values: a deviation of 0.02, no bias."""
+        """Draw first values with a deviation of 0.02, without bias."""
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
 
 class CategoryHead(nn.Module):
-    """Logits over each label set: ẑ_y against the category embeddings, which are the rows of a linear classifier."""
+    """Gives logits over each label set: ẑ_y against the category embeddings, the rows of a linear classifier."""
 
     def __init__(self, input_width: int, classes: list[int]) -> None:
         super().__init__()
         self.sets = nn.ModuleList([Classifier(input_width, count) for count in classes])
 
     def forward(self, pooled_BD: Tensor) -> list[Tensor]:
-        """(B, D) → for every label set, logits (B, K)."""
+        """Return logits (B, K) for every label set, from (B, D)."""
         return [classifier(pooled_BD) for classifier in self.sets]

@@ -1,4 +1,4 @@
-"""Maps over the patches of a view: pixels, features, and features among those of other images."""
+"""Predict maps over the patches of a view: pixels, features, and features among those of other images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Asked = Literal["masked", "all"]
 
 
 class Dense(ImageTarget):
-    """A feature of every patch, under a density."""
+    """Predicts a feature of every patch, under a density."""
 
     kind: ClassVar[str] = "dense"
     representation: ClassVar[str] = "dense feature"
@@ -43,7 +43,7 @@ class Dense(ImageTarget):
         return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the patches that the decoder answers for, this rank's share."""
         if self.encoder == "momentum" and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_B1D, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_B1D=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
@@ -85,7 +85,7 @@ class Dense(ImageTarget):
 
 
 class Pixels(Dense):
-    """The pixels of every patch."""
+    """Predicts the pixels of every patch."""
 
     kind: ClassVar[str] = "pixels"
     modality: ClassVar[str] = "pixels"
@@ -104,7 +104,7 @@ class Pixels(Dense):
 
 
 class DenseNegatives(HeadTarget):
-    """Every patch among the patch that it stands for and the means of earlier images (DenseCL)."""
+    """Compares every patch with the patch that it stands for and the means of earlier images (DenseCL)."""
 
     kind: ClassVar[str] = "dense_negatives"
     representation: ClassVar[str] = "dense feature"
@@ -119,7 +119,7 @@ class DenseNegatives(HeadTarget):
     most similar to that of its own patch."""
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the patches among the queue, this rank's share."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder, self.view][1]
@@ -142,7 +142,7 @@ class DenseNegatives(HeadTarget):
 
 
 def place_faults(target: Dense | DenseNegatives, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
-    """Find why inputs and decoder cannot say where the patches lie.
+    """Yield why inputs and decoder cannot say where the patches lie.
 
     Args:
         target: what is predicted.
@@ -179,8 +179,8 @@ def decode(
         query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
     if isinstance(given.decoder, Pointwise):
         return query_BQ, given.decoder(tokens_BLD)
-    own, other = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
-    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, own, other)
+    of_input, of_target = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
+    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
 
 
 def _positions(
@@ -205,30 +205,30 @@ def _positions(
 
 
 def most_similar(one_BQD: Tensor, other_BND: Tensor) -> Tensor:
-    """For every token of `one`, the index of the token of `other` with the largest cosine: int64 (B, Q)."""
+    """Return for every token of `one` the index of the token of `other` with the largest cosine: int64 (B, Q)."""
     return (unit(one_BQD.detach()) @ unit(other_BND.detach()).transpose(1, 2)).argmax(dim=-1)
 
 
 def standardize_target(tokens_BND: Tensor) -> Tensor:
-    """z̄: LayerNorm without affine over the channels, fp32, no gradient (SIM)."""
+    """Return z̄: LayerNorm without affine over the channels, fp32, no gradient (SIM)."""
     return F.layer_norm(tokens_BND.detach().float(), (tokens_BND.shape[-1],), eps=1e-5)
 
 
 class DenseHead(nn.Module):
-    """ẑ_y of a dense target: one linear map per token."""
+    """Maps every token linearly to ẑ_y of a dense target."""
 
     def __init__(self, input_width: int, width: int) -> None:
         super().__init__()
         self.projection = nn.Linear(input_width, width)
 
     def forward(self, tokens_BQD: Tensor) -> Tensor:
-        """(B, Q, D) → (B, Q, width)."""
+        """Map tokens: (B, Q, D) → (B, Q, width)."""
         prediction_BQD: Tensor = self.projection(tokens_BQD)
         return prediction_BQD
 
 
 def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
-    """Pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
+    """Return the pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
 
     With `standardize`, each patch has mean 0 and (unbiased) variance 1.
     """

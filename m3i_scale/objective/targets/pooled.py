@@ -1,4 +1,4 @@
-"""One vector for the whole view: a global feature, or a distribution over prototypes."""
+"""Predict one vector for the whole view: a global feature, or a distribution over prototypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Targe
 
 
 class Pooled(HeadTarget):
-    """A global feature."""
+    """Predicts a global feature."""
 
     kind: ClassVar[str] = "pooled"
     representation: ClassVar[str] = "global feature"
@@ -29,7 +29,7 @@ class Pooled(HeadTarget):
     regularizer: PooledRegularizer
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the view's vector, this rank's share."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
         loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, given.memory, given.ranks)
@@ -58,7 +58,7 @@ class Pooled(HeadTarget):
 
 
 class Prototypes(HeadTarget):
-    """A distribution over the prototypes of the head."""
+    """Predicts a distribution over the prototypes of the head."""
 
     kind: ClassVar[str] = "prototypes"
     representation: ClassVar[str] = "global feature"
@@ -67,16 +67,16 @@ class Prototypes(HeadTarget):
     regularizer: PrototypeRegularizer
 
     def build_memory(self, spec: HeadSpec) -> Memory:
-        """See `HeadTarget`."""
+        """Return what the head remembers of earlier batches."""
         return self.regularizer.memory(spec.width, spec.prototypes)
 
     @property
     def averages_prototypes(self) -> bool:
-        """See `ImageTarget`."""
+        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the view's distribution over prototypes, this rank's share."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
         logits_BK = given.head.prototypes(prediction_BE) / self.distribution.temperature

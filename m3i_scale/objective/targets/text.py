@@ -1,4 +1,4 @@
-"""The paired text, as the text tower sees it."""
+"""Predict the paired text, as the text tower encodes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, Ta
 
 
 class Text(Target):
-    """Which text of the global batch belongs to the image."""
+    """Asks which text of the global batch belongs to the image."""
 
     kind: ClassVar[str] = "text"
     modality: ClassVar[str] = "text"
@@ -34,11 +34,11 @@ class Text(Target):
         return TextHead(sizes.decoded, self.width, self.distribution.temperature, self.distribution.first_bias)
 
     def present(self, batch: Batch) -> Tensor:
-        """See `Target`."""
+        """Return which samples have a text: bool (B)."""
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """See `Target`."""
+        """Return −log P̂ of the paired text, this rank's share."""
         texts = cast(PairTargets, context.text)
         prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))
         value, nats = self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks)
@@ -46,7 +46,7 @@ class Text(Target):
 
 
 class TextHead(nn.Module):
-    """ẑ_y of a text target: a projection onto the unit sphere, and the temperature of its softmax."""
+    """Projects ẑ_y of a text target onto the unit sphere, and holds the temperature of its softmax."""
 
     max_scale = 100.0
 
@@ -58,13 +58,13 @@ class TextHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1)) if bias is not None else None
 
     def reset_parameters(self) -> None:
-        """First temperature, and first bias of a Bernoulli target."""
+        """Set the first temperature, and the first bias of a Bernoulli target."""
         nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, D) → unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
+        """Return unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
         prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
         log_scale = self.log_scale.float()
         # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
