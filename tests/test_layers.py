@@ -178,7 +178,7 @@ def trusting_loads(source: str, *, own_code: bool = False) -> list[int]:
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         says = given.get("trust_remote_code")
         never = isinstance(says, ast.Constant) and says.value is False
-        if not never and not (own_code and isinstance(says, ast.Name) and says.id == "own"):
+        if not never and not (own_code and isinstance(says, ast.Name) and says.id == "has_code"):
             lines.append(node.lineno)
     return lines
 

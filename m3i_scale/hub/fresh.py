@@ -74,9 +74,11 @@ def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[st
     """
     import transformers
 
-    code = (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
+    has_code = (folder / "config.json").is_file() and "auto_map" in json.loads(
+        (folder / "config.json").read_text("utf-8")
+    )
     model, info = getattr(transformers, auto).from_pretrained(
-        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=code, **kwargs
+        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=has_code, **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 
