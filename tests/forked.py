@@ -11,6 +11,7 @@ signals, which reach the process that calls and not the fork.
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import select
@@ -47,12 +48,21 @@ class Forks:
         self._process.wait()
 
 
-def serve(address: str) -> None:
-    """Answer calls, each in a fork."""
+def preload() -> None:
+    """Import all that commands need, once for all forks."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  the first engine imports torch's compiler for it
+
     import m3i_scale.evaluate.measures
     import m3i_scale.hub.verify
-    import m3i_scale.run.train  # noqa: F401  all that commands need, before the forks
+    import m3i_scale.run.train  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # else every fork searches what was imported, and with that copies it
+
+
+def serve(address: str) -> None:
+    """Answer calls, each in a fork."""
+    preload()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()

@@ -484,6 +484,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
 
 
 def main() -> None:
+    gc.freeze()  # DeepSpeed collects garbage for every engine, which would search all that was imported
     cases = Cases(Path(sys.argv[1]))
     clean = False
     try:

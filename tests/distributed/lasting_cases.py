@@ -19,7 +19,7 @@ from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.saver import Saver
 from m3i_scale.scale.checkpoint.weights import load_weights
 
-STEPS = 30
+STEPS = 8
 REMEMBERED = {
     "queue": ("densecl",),
     "center": ("global_distillation",),
@@ -123,8 +123,8 @@ class LastingCases(RankParts):
     def _through_checkpoint(
         self, name: str, stage: int, engine: Any, momentum: Any, averages: dict[str, Tensor]
     ) -> dict[str, Any]:
-        folder = self.out / "checkpoints" / name / "step-00000030"
-        meta = {"world_size": self.world, "zero_stage": stage, "step": 30}
+        folder = self.out / "checkpoints" / name / "step-00000008"
+        meta = {"world_size": self.world, "zero_stage": stage, "step": STEPS}
         clipping, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 123.0
         Saver(engine, momentum).save(folder, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
         engine.optimizer.clip_grad = clipping

@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import m3i_scale.run.train  # noqa: F401  all that `train` needs, before the forks
+from forked import preload
+
 from m3i_scale.cli import main
 
 AT_A_TIME = 2
@@ -57,4 +58,5 @@ def run_all(calls: list[dict[str, Any]], results: Path) -> None:
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     faulthandler.enable()  # ranks do; the streams of a call have no file for it
+    preload()
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import m3i_scale.run.train  # noqa: F401  all that `train` needs, before the forks
+from forked import preload
+
 from m3i_scale.__main__ import run
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import DataError, UserError
@@ -187,4 +188,5 @@ def wait_until(running: list[dict[int, Path]], left: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    preload()
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

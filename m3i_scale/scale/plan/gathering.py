@@ -10,6 +10,7 @@ gathered from there until the optimizer, or the momentum target, has changed it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,10 @@ class Coordinator:
     _second: dict[int, int] = field(default_factory=dict)
     _queue: deque[tuple[int, int]] = field(default_factory=deque)
     _latest: dict[int, int] = field(default_factory=dict)
+    _uses: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Steps of `order` that use a parameter; none while `order` is recorded."""
+    _passed: list[int] = field(default_factory=lambda: [0])
+    """Elements of the parameters of all modules before a step of `order`."""
     _step: int = 0
     _available: int = 0
 
@@ -69,7 +74,13 @@ class Coordinator:
         self._step, self._available = 0, 0
         self._latest.clear()
         self._queue.clear()
+        self._uses.clear()
         if self.order is not None:
+            self._passed = [0]
+            for step, module in enumerate(self.order):
+                self._passed.append(self._passed[-1] + sum(self.parameters[param].numel for param in self._own(module)))
+                for param in self._own(module):
+                    self._uses[param].append(step)
             last = {param: step for step, module in enumerate(self.order) for param in self.modules[module]}
             for step, module in enumerate(self.order):
                 self._queue.extend((param, last[param] if last[param] == step else step) for param in self._own(module))
@@ -195,16 +206,12 @@ class Coordinator:
 
     def _soon(self, own: tuple[int, ...]) -> set[int]:
         """Return those of `own` that come again within the reuse distance, or were passed over ahead of time."""
-        if self.order is None:
-            return set()
-        soon = {param for param in own if self._latest.get(param, -1) > self._step}
-        passed = 0
-        for module in self.order[self._step :]:
-            if passed >= self.settings.max_reuse:
-                break
-            soon |= set(own) & set(self._own(module))
-            passed += sum(self.parameters[param].numel for param in self._own(module))
-        return soon
+        return {param for param in own if self._latest.get(param, -1) > self._step or self._comes_again(param)}
+
+    def _comes_again(self, param: int) -> bool:
+        uses = self._uses[param]
+        index = bisect_left(uses, self._step)
+        return index < len(uses) and self._passed[uses[index]] - self._passed[self._step] < self.settings.max_reuse
 
     def copy(self, param: int) -> None:
         """Follow `_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
