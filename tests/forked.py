@@ -47,6 +47,11 @@ class Forks:
         self._process.kill()
         self._process.wait()
 
+    def run(self, *arguments: str, **given: Any) -> subprocess.CompletedProcess[str]:
+        """Run the command with `arguments`; `given` goes to `subprocess.run`."""
+        command = [str(self.folder / "m3i-scale"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **given)
+
 
 def preload() -> None:
     """Import all that commands need, once for all forks."""

@@ -24,7 +24,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import Forks
 from PIL import Image, ImageDraw
 
 from m3i_scale.config import load_run
@@ -158,13 +157,6 @@ def after_readme(tmp_path_factory):
 
 def test_the_commands_of_the_readme_run(after_readme):
     assert after_readme[2] is None, after_readme[2]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "bash")], ids=name_of)

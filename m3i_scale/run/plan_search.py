@@ -26,13 +26,12 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Holds what the run as it is written takes, and what would be better."""
+    """Holds what the run as it is written takes; finds what would be better."""
 
     run: RunConfig
     model: Model
     machine: Machine
     planned: Estimate
-    suggestion: Estimate | None
     samples: int
 
     @property
@@ -44,6 +43,11 @@ class RunPlan:
     def hopeless(self) -> bool:
         """Return whether it would not fit with the smallest micro-batch either."""
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
+
+    @cached_property
+    def suggestion(self) -> Estimate | None:
+        """Return what would be better; None where nothing fits."""
+        return suggest(self.model, self.machine, self.planned.choice)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of `m3i-scale plan`."""
@@ -143,7 +147,7 @@ def plan_run(
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)
     planned = estimate(model, machine, choice)
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
-    return RunPlan(run, model, machine, planned, suggest(model, machine, choice), total)
+    return RunPlan(run, model, machine, planned, total)
 
 
 POLICIES = ("none", "every_2", "full")

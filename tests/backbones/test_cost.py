@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import Forks
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.cost import describe_backbone
@@ -104,14 +103,13 @@ def test_a_preset_that_is_none() -> None:
         describe_presets(["vit-b/61"])
 
 
-def test_the_command() -> None:
-    command = [sys.executable, "-m", "m3i_scale", "backbones"]
-    found = json.loads(subprocess.check_output([*command, "dinov2-g/14", "vit-g/14", "--json"], text=True))
+def test_the_command(forks: Forks) -> None:
+    found = json.loads(forks.run("backbones", "dinov2-g/14", "vit-g/14", "--json").stdout)
     assert [(row["name"], round(row["parameters"] / 1e6)) for row in found] == [
         ("dinov2-g/14", 1135),
         ("vit-g/14", 1011),
     ]
-    everything = subprocess.check_output(command, text=True)
+    everything = forks.run("backbones").stdout
     heading, *lines = everything.splitlines()
     assert heading.split()[0] == "preset"
     assert [line.split()[0] for line in lines[: len(PRESETS)]] == list(PRESETS)

@@ -8,12 +8,13 @@ import json
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forked import Forks
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
@@ -195,14 +196,14 @@ def test_recipes_stand_in_the_order_of_the_paper():
 # -------------------------------------------------------------------- the command
 
 
-def call(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def call(forks: Forks, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
-    command = [sys.executable, "-m", "m3i_scale", "recipes", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return lambda *arguments: forks.run("recipes", *arguments, cwd=tmp_path, env=environment)
 
 
-def test_the_table_as_json_has_its_keys(tmp_path):
-    done = call("--json", folder=tmp_path)
+def test_the_table_as_json_has_its_keys(call):
+    done = call("--json")
     rows = json.loads(done.stdout)
     assert done.returncode == 0
     assert rows == built_in_rows()
@@ -212,10 +213,10 @@ def test_the_table_as_json_has_its_keys(tmp_path):
     assert set(target) >= {"distribution", "regularizer", "weight"}
 
 
-def test_show_draws_a_run_file(tmp_path):
+def test_show_draws_a_run_file(call, tmp_path):
     run = {"extends": "mae", "recipe": {"name": "[bold]mine[/]", "balance": {"kind": "learned"}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
-    done = call("show", "run.yaml", "--mermaid", "out.mmd", folder=tmp_path)
+    done = call("show", "run.yaml", "--mermaid", "out.mmd")
     assert done.returncode == 0, done.stderr
     assert "[bold]mine[/]" in done.stdout
     assert "weights: learned" in done.stdout
@@ -223,8 +224,8 @@ def test_show_draws_a_run_file(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("show", "m3i", "--json", "--mermaid", "out.md"), ("--json", "show", "m3i")])
-def test_show_as_json_is_one_document(tmp_path, arguments):
-    done = call(*arguments, folder=tmp_path)
+def test_show_as_json_is_one_document(call, tmp_path, arguments):
+    done = call(*arguments)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == next(row for row in built_in_rows() if row["name"] == "m3i")
     if "--mermaid" in arguments:
@@ -239,8 +240,8 @@ def test_show_as_json_is_one_document(tmp_path, arguments):
         (("mae", "--json", "--mermaid", "."), "cannot write"),
     ],
 )
-def test_mistakes_are_explained(tmp_path, arguments, says):
-    done = call("show", *arguments, folder=tmp_path)
+def test_mistakes_are_explained(call, arguments, says):
+    done = call("show", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import Forks
 from shapes import write_run
 from typer.testing import CliRunner
 
@@ -156,13 +155,8 @@ def test_the_text_tower_is_built_before_anything_starts(shards: Path, tmp_path: 
     assert find_tokenizer(load_run(run_file).data.sources, None).pad_token_id == 0
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "m3i_scale", *arguments], capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def test_the_commands(tmp_path: Path) -> None:
+def test_the_commands(forks: Forks, tmp_path: Path) -> None:
+    command = forks.run
     done = command("check", "m3i", "--json")
     assert done.returncode == 2
     (fault,) = json.loads(done.stdout)["faults"]

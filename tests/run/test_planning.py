@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -18,7 +19,7 @@ from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.report.plan_table import plan_table
 from m3i_scale.run import plan_search
-from m3i_scale.run.plan_search import nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
+from m3i_scale.run.plan_search import RunPlan, nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
 from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
@@ -35,6 +36,12 @@ def model_of(recipe: str, *overrides: str, world: int = 2) -> Model:
 
 def machine(memory_gib: float = 4.0, nodes: int = 1, ranks: int = 2, name: str = "h100"):
     return machine_of(name, nodes=nodes, ranks_per_node=ranks, memory_gib=memory_gib, mfu=0.4, workspace_gib=0.01)
+
+
+@functools.cache
+def plan_of_sim() -> RunPlan:
+    """Return one plan for several tests: a search for a suggestion takes seconds."""
+    return plan_run(tiny_run("sim", *SMALL), machine(), samples=None)
 
 
 def test_more_ranks_take_less_under_zero_3():
@@ -89,7 +96,9 @@ def test_hours_of_ranks_on_hosts_are_no_gpu_hours():
     hosts, gpus = (
         text_of(
             plan_table(
-                plan_run(tiny_run("sim", *SMALL, "deepspeed=zero3_cpu"), machine(name=name), samples=None).document()
+                plan_run(
+                    tiny_run("supervised", *SMALL, "deepspeed=zero3_cpu"), machine(name=name), samples=None
+                ).document()
             )
         )
         for name in ("cpu", "h100")
@@ -134,7 +143,7 @@ def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engin
 
 
 def test_a_suggestion_can_be_taken(tmp_path):
-    found = plan_run(tiny_run("sim", *SMALL), machine(), samples=None)
+    found = plan_of_sim()
     path = tmp_path / "not there yet" / "suggested.json"
     overrides = write_deepspeed(found, path).replace(f"deepspeed={path} ", "").split()
     assert overrides == found.document()["suggestion"]["overrides"][1:]
@@ -155,7 +164,7 @@ def test_a_suggestion_is_never_slower_than_a_run_that_fits():
 
 @pytest.mark.parametrize("file", ["zero1_cpu_fp32", "zero3_cpu", "zero3_cpu_fp32", "zero3_cpu_lean"])
 def test_files_for_hosts_are_not_suggested_for_gpus(file):
-    run = tiny_run("sim", *SMALL, f"deepspeed={file}")
+    run = tiny_run("supervised", *SMALL, f"deepspeed={file}")
     found = plan_run(run, machine(), samples=None)
     assert found.planned.choice.deepspeed == file
     assert "_cpu" not in found.suggestion.choice.deepspeed.replace("_cpu_offload", "")
@@ -185,20 +194,22 @@ def test_what_is_not_counted_is_refused(tmp_path, key, value):
 
 def test_a_save_in_the_background_is_planned_and_one_in_the_foreground_takes_nothing():
     """On hosts at the peak; beside accelerators in host memory, a rank and a node."""
-    runs = {way: tiny_run("sim", *SMALL, f"checkpoint.background={way}") for way in ("true", "false")}
-    gpu, none = (plan_run(runs[way], machine(), samples=None).document() for way in ("true", "false"))
-    assert gpu["host_parts"]["snapshot"] > 0
-    assert "snapshot" not in none["host_parts"]
-    assert gpu["parts"] == none["parts"]
-    assert sum(gpu["host_parts"].values()) == pytest.approx(gpu["host_gib_per_rank"])
-    assert gpu["host_gib_per_node"] == pytest.approx(2 * gpu["host_gib_per_rank"])
-    host, less = (plan_run(runs[way], machine(name="cpu"), samples=None).document() for way in ("true", "false"))
+    foreground = tiny_run("sim", *SMALL, "checkpoint.background=false")
+    document, gpu = plan_of_sim().document(), plan_of_sim().planned
+    none = plan_run(foreground, machine(), samples=None).planned
+    assert gpu.host_parts["snapshot"] > 0
+    assert "snapshot" not in none.host_parts
+    assert gpu.parts == none.parts
+    assert sum(document["host_parts"].values()) == pytest.approx(document["host_gib_per_rank"])
+    assert document["host_gib_per_node"] == pytest.approx(2 * document["host_gib_per_rank"])
+    background = tiny_run("sim", *SMALL)
+    host, less = (plan_run(run, machine(name="cpu"), samples=None).planned for run in (background, foreground))
     # Pools are a device's; a host has the bytes themselves: 12 a trained parameter, 4 an averaged one.
-    numel = host["parameters"]
-    wanted = (12 * numel["trained"] + 4 * numel["momentum"]) / 2 / 2**30
-    assert host["parts"]["snapshot"] == pytest.approx(wanted, rel=1e-3)
-    assert "snapshot" not in less["parts"]
-    assert host["peak_gib_per_rank"] > less["peak_gib_per_rank"]
+    numel = document["parameters"]
+    wanted = (12 * numel["trained"] + 4 * numel["momentum"]) / 2
+    assert host.parts["snapshot"] == pytest.approx(wanted, rel=1e-3)
+    assert "snapshot" not in less.parts
+    assert host.peak_bytes > less.peak_bytes
 
 
 def test_holes_of_the_heap_are_counted_on_hosts_that_keep_it(monkeypatch):
@@ -237,7 +248,7 @@ def test_a_host_without_the_memory_is_refused_with_what_would_do():
 
 
 def test_a_checkpoint_has_weights_moments_averages_and_buffers():
-    found = plan_run(tiny_run("sim", *SMALL), machine(), samples=None)
+    found = plan_of_sim()
     numel, averaged = (numel_of(found.model.parameters, role) for role in ("trained", "momentum"))
     size = 12 * numel + 4 * averaged + found.model.remembered_bytes
     assert found.document()["checkpoint_gib"] == size / 2**30
@@ -275,7 +286,7 @@ def test_more_nodes_are_named_with_sizes_that_divide():
 
 @pytest.mark.parametrize(("limit", "said"), [(4.1, "leave more room"), (8.0, "fits"), (3.9, "does not fit")])
 def test_a_plan_near_the_limit_says_so(limit, said):
-    document = plan_run(tiny_run("sim", *SMALL), machine(), samples=None).document()
+    document = plan_of_sim().document()
     printed = Console(width=200, record=True, file=io.StringIO())
     printed.print(plan_table(document | {"peak_gib_per_rank": 4.0, "memory_gib": limit, "fits": limit > 4}))
     assert said in printed.export_text().splitlines()[0]
