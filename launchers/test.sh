@@ -82,7 +82,7 @@ else
   trap 'interrupted=yes' INT # pytest ends by itself, and the rest is not wanted either
   : >test-report-alone.xml
   run_tests test-report.xml -n 2 --dist loadfile "${alone[@]/#/--ignore=}" "$@"
-  if [ "$interrupted" = no ]; then run_tests test-report-alone.xml "${alone[@]}" "$@"; fi
+  if [ "$interrupted" = no ]; then run_tests test-report-alone.xml -n 2 --dist loadfile "${alone[@]}" "$@"; fi
 fi
 
 mypy_result() {

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.doctor.agents import Agents
 from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
-from m3i_scale.launch.doctor.group import open_store, reach, read_notes, remove, write_note
+from m3i_scale.launch.doctor.group import Group, open_store, reach, read_notes, remove, write_note
 from m3i_scale.launch.transport import Site
 from m3i_scale.run.doctor import examine as doctor
 
@@ -189,3 +190,15 @@ def test_what_cannot_be_examined_is_refused():
         doctor(None, [], Cluster(nodes=2))
     with pytest.raises(ConfigError, match="no effect without a run file"):
         doctor(None, ["optim.lr=1"], Cluster())
+
+
+def test_the_head_serves_the_others_until_the_last_has_asked() -> None:
+    port = free_port()
+    stores = [open_store("127.0.0.1", port, master=master, seconds=30) for master in (True, False)]
+    head, other = (Group(store, ["n1", "n2"], host, 30) for store, host in zip(stores, ("n1", "n2"), strict=True))
+    with ThreadPoolExecutor(1) as pool:
+        left = pool.submit(head.leave)
+        with pytest.raises(TimeoutError):
+            left.result(0.5)
+        other.leave()
+        left.result(30)

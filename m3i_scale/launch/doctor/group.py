@@ -55,10 +55,13 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         if host not in members:
             return {"port": {"fault": "the others had stopped waiting for it"}}
         group = Group(store, members, host, request["measure_s"])
-        if request["folder"] is not None:
-            answer["shared"] = group.compare_notes(Path(request["folder"]), request["token"])
-        answer["members"] = members
-        group.measure(answer)
+        try:
+            if request["folder"] is not None:
+                answer["shared"] = group.compare_notes(Path(request["folder"]), request["token"])
+            answer["members"] = members
+            group.measure(answer)
+        finally:
+            group.leave()
     except (RuntimeError, OSError) as error:
         answer["fault"] = _first_line(error)
     return answer
@@ -164,6 +167,13 @@ class Group:
                 break  # each of them has waited for its time to be over, and so would all others
         if len(self._members) > 2:
             answer["group"] = self._measured(self._members, "all")
+
+    def leave(self) -> None:
+        """Ask nothing more of the store. The head, which serves it, waits until that holds for all members."""
+        self._store.set(f"left/{self._own}", "")
+        if self._own == self._members[0]:
+            with suppress(RuntimeError):  # one that has gone without a word
+                self._store.wait([f"left/{host}" for host in self._members], timedelta(seconds=self._seconds))
 
     def _measured(self, hosts: Sequence[str], key: str) -> dict[str, Any]:
         key, rank = f"{key} {' '.join(hosts)}", hosts.index(self._own)
