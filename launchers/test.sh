@@ -3,8 +3,8 @@
 #
 #   bash launchers/test.sh [--all] [pytest argument …]
 #
-# --all: the tests of benchmarks/ too, which are left out otherwise. Where no file is named, two files run at a time, and
-# then those that measure silence and time-outs, by themselves. test-report*.xml (JUnit) stay.
+# --all: the tests of benchmarks/ too, which are left out otherwise. Where no file is named, two files run at a time: first
+# those that compute, then those that measure silence and time-outs. test-report*.xml (JUnit) stay.
 # Exit code: pytest's; 1 where all tests pass but lint or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
