@@ -16,6 +16,7 @@ from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, S
 from m3i_scale.config.explain import explained, origin, parse_section
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
 
 __all__ = [
@@ -95,7 +96,7 @@ class TextConfig(Section):
 
 
 class OptimConfig(Section):
-    """Sets the optimisation: AdamW, warm-up, cosine."""
+    """Sets the optimisation: AdamW, warm-up, and how the rate falls."""
 
     batch_size: int = Field(default=4096, ge=1)
     """Samples per optimizer step, over all ranks."""
@@ -106,7 +107,10 @@ class OptimConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate, as is (no scaling rule is applied)."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate that the schedule falls to."""
+    schedule: Schedule = Field(default_factory=Cosine)
+    """How the rate falls: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv's: over all steps) |
+    {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
     warmup_steps: int = Field(default=2_500, ge=0)
     """Linear warm-up. Default: 2,500, or a tenth of the steps where 2,500 would not fit."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -136,6 +140,11 @@ class OptimConfig(Section):
             raise FixableError(
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})",
                 f"optim.warmup_steps={self.steps // 10}, or leave it out",
+            )
+        if isinstance(self.schedule, MultiStep) and self.schedule.milestones[-1] >= self.steps:
+            raise FixableError(
+                f"the milestone {self.schedule.milestones[-1]} has no effect: the run has {self.steps} steps",
+                f"optim.schedule.milestones below {self.steps}",
             )
         if self.min_lr > self.lr and not is_stored(info):
             raise FixableError(

@@ -178,7 +178,7 @@ class Trainer:
         state.logged = (state.step + 1) % run.log.every_steps == 0 or state.step + 1 == run.optim.steps
         state.lr = learning_rate(state.step, run.optim)
         for group in state.engine.optimizer.param_groups:
-            group["lr"] = state.lr
+            group["lr"] = state.lr * group["lr_scale"]
         for hook in self.hooks:
             hook.pre_step()
         state.micro_batches = []
