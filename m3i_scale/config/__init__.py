@@ -18,11 +18,13 @@ from m3i_scale.config.files import find_run_file, known_recipes, known_runs, rea
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
+from m3i_scale.config.tasks import Classification, Task
 
 __all__ = [
     "AugmentConfig",
     "BackboneConfig",
     "CheckpointConfig",
+    "Classification",
     "DataConfig",
     "DistortionConfig",
     "EvaluationConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "SectionT",
     "SourceConfig",
     "SpikeConfig",
+    "Task",
     "TextConfig",
     "TimeoutsConfig",
     "find_run_file",
@@ -250,8 +253,10 @@ class RunConfig(Section):
     """Everything the run writes lies here."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of first weights, of the order of samples and of their views and masks."""
-    recipe: dict[str, Any]
-    """Inputs × targets (docs/recipes.md)."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Inputs × targets (docs/recipes.md). A task gives its own."""
+    task: Task | None = None
+    """A labelled task in place of a recipe (docs/downstream.md)."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     text: TextConfig = Field(default_factory=TextConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -264,6 +269,20 @@ class RunConfig(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_of_task(cls, values: Any) -> Any:
+        """Fill in the recipe of a task; in what `run_yaml` wrote it stands already."""
+        if not isinstance(values, dict) or values.get("task") is None:
+            return values
+        try:
+            recipe = Task.model_validate(values["task"]).recipe()
+        except ValidationError:  # told of the section itself
+            return {**values, "recipe": {}}
+        if values.get("recipe") not in (None, {}, recipe):
+            raise ValueError("a run has a recipe or a task: `recipe` has no effect beside `task`")
+        return {**values, "recipe": recipe}
 
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:

@@ -41,11 +41,6 @@ def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float =
     return {name: scale * (dcn if any(part in name for part in _DCN) else 1.0) for name, scale in scales.items()}
 
 
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Return the rate of every layer: a linear ramp from 0 to `rate`, as all published recipes mean it."""
-    return [rate * layer / max(depth - 1, 1) for layer in range(depth)]
-
-
 def _layer_of(name: str, depth: int) -> int:
     """Return 0 for embeddings and the norm right behind them, N + 1 for layer N, and what heads have for the rest."""
     if name.startswith(("embeddings.", "pre_layrnorm.")):

@@ -69,6 +69,8 @@ class Objective(nn.Module):
         self.ranks = ranks
         self.measure_health = False
         """Set on steps that are logged: effective ranks and Gaussian information cost eigenvalue decompositions."""
+        self.mix_labelled: Callable[[Batch], Batch] = lambda batch: batch
+        """Mixes labelled images while training, as a task asks for it."""
         self.token_count = 0
         """Visible patch tokens of the last forward pass."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
@@ -83,7 +85,7 @@ class Objective(nn.Module):
         The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
         `health/target…` are means of what every rank sees of its own.
         """
-        context = self._encode(batch)
+        context = self._encode(self.mix_labelled(batch) if self.training else batch)
         with self.span("decoder"):
             return self._predict(context)
 

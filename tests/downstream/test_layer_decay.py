@@ -12,7 +12,7 @@ from weights import started, timm_folder, timm_model
 from m3i_scale.backbones.build import build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import preset_config
-from m3i_scale.downstream.layer_decay import drop_path_rates, lr_scales
+from m3i_scale.downstream.layer_decay import lr_scales
 
 DECAY = 0.65
 
@@ -90,8 +90,3 @@ def test_internimage_has_the_scales_of_both_published_variants(preset: str) -> N
         assert late
         assert all(classification[name] == 1 for name in late)
         assert any(dense[name] < DECAY**10 for name in late)
-
-
-def test_drop_path_is_a_linear_ramp() -> None:
-    for depth in (1, 2, 12, 40):
-        assert drop_path_rates(0.3, depth) == pytest.approx(torch.linspace(0, 0.3, depth).tolist())
