@@ -48,8 +48,6 @@ class Batch:
     """int64 (B): random seed of the sample in this epoch; masks are drawn from it, so they do not depend on ranks."""
     keys: list[str]
     """`source/shard/key` of every sample, for error messages."""
-    soft_labels_BK: Tensor | None = None
-    """float32 (B, K): shares of the classes, where images were mixed; `labels_B` has the first of each."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -86,12 +84,18 @@ class Batch:
             if field.name == "keys":
                 joined["keys"] = [key for part in values for key in part]
                 continue
-            if field.name == "soft_labels_BK":  # images are mixed when the parts are one
-                continue
             if field.name in ("text_ids_BT", "text_mask_BT"):
                 values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
             joined[field.name] = torch.cat(values, dim=1 if "_VB" in field.name else 0)
         return Batch(**joined)
+
+
+@dataclass
+class MixedBatch(Batch):
+    """Holds a micro-batch whose images are each made of two; `labels_B` has the class of the first."""
+
+    soft_labels_BK: Tensor
+    """float32 (B, K): shares of the classes, smoothed."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from m3i_scale.config import Classification, Task
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
-from m3i_scale.downstream.mixing import LabelMixing
+from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
+
+if TYPE_CHECKING:
+    from m3i_scale.downstream.mixing import LabelMixing
 
 STUDENT = "student.model."
 
@@ -26,7 +31,19 @@ def prepare(objective: Objective, task: Task, classes: int) -> None:
     if task.freeze:
         objective.student.requires_grad_(False)
     if isinstance(task, Classification) and (task.mixup or task.cutmix):
-        objective.mix_labelled = LabelMixing(task, classes)
+        objective.mix_labelled = _mixing(task, classes)
+
+
+def _mixing(task: Classification, classes: int) -> LabelMixing:
+    try:
+        from m3i_scale.downstream.mixing import LabelMixing
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "mixup and cutmix are timm's, which is not installed",
+            where="task",
+            fix="pip install 'm3i_scale[downstream]'",
+        ) from None
+    return LabelMixing(task, classes)
 
 
 def scales_of(module: nn.Module, task: Task | None) -> dict[str, float]:

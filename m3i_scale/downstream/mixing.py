@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from timm.data.mixup import Mixup
 
 from m3i_scale.config import Classification
-from m3i_scale.data.batch import Batch
+from m3i_scale.data.batch import Batch, MixedBatch
 
 
 class LabelMixing:
@@ -31,7 +29,7 @@ class LabelMixing:
             num_classes=classes,
         )
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch) -> MixedBatch:
         """Return the batch with float images, mixed, and soft labels."""
         images_BCHW = batch.images_VBCHW[0].float()
         drawn_from = np.random.get_state()  # timm draws from numpy's global generator
@@ -41,9 +39,5 @@ class LabelMixing:
         finally:
             np.random.set_state(drawn_from)
         labelled_B = batch.labels_B.flip(0) >= 0  # the other image's label counts as well
-        return replace(
-            batch,
-            images_VBCHW=images_BCHW[None],
-            labels_B=batch.labels_B.where(labelled_B, -1),
-            soft_labels_BK=soft_BK,
-        )
+        mixed = {"images_VBCHW": images_BCHW[None], "labels_B": batch.labels_B.where(labelled_B, -1)}
+        return MixedBatch(**vars(batch) | mixed, soft_labels_BK=soft_BK)

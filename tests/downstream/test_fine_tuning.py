@@ -101,7 +101,7 @@ def test_a_branch_that_is_kept_is_scaled_by_what_it_is_kept_at(kind: str) -> Non
     dropping = backbone(kind).train()
     apply_drop_path(dropping, 0.5)
     last = dropping.layers[-1]
-    plain = [module for name, module in last.named_children() if name in ("attention", "self_attn")][0]
+    plain = next(module for name, module in last.named_children() if name in ("attention", "self_attn"))
     seen: list[torch.Tensor] = []
     plain.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     tokens = torch.randn(1, 5, 64).expand(200, -1, -1)

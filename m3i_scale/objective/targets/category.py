@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.data.batch import Batch
+from m3i_scale.data.batch import Batch, MixedBatch
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
@@ -81,7 +81,7 @@ class Category(Target):
             valid_B = labelled_B & (batch.label_sets_B == number)
             share = ranks.sum(valid_B.sum().float()) / total
             labels_B = batch.labels_B.where(valid_B, 0)  # another set's label may be out of this set's range
-            soft = {} if batch.soft_labels_BK is None else {"soft_BK": batch.soft_labels_BK}
+            soft = {"soft_BK": batch.soft_labels_BK} if isinstance(batch, MixedBatch) else {}
             set_loss, set_nats = self.distribution.loss(logits_BK, labels_B, valid_B, ranks, **soft)
             loss, nats = loss + share * set_loss, nats + share * set_nats
         return Loss(loss, nats)
