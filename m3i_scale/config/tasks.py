@@ -31,7 +31,8 @@ class Task(Kind):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a sample skips a residual branch, at the last layer; a linear ramp from 0 at the first."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an average of all weights, which is evaluated and exported as `momentum`. Default: none."""
+    """Decay of an average of all weights, which `export --weights momentum` takes; what is validated during training are
+    the trained ones. Default: none."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
