@@ -17,7 +17,9 @@ from shapes import make_shapes, metrics
 from tiny import first_weights, in_parts
 from transformers import AutoModelForImageClassification, pipeline
 
-from m3i_scale.config import load_run
+from m3i_scale.backbones.build import backbone_config, backbone_source
+from m3i_scale.backbones.load_plan import plan_load
+from m3i_scale.config import BackboneConfig, load_run
 from m3i_scale.objective.build import build_objective
 from m3i_scale.scale.checkpoint.weights import Which, load_weights
 
@@ -86,7 +88,9 @@ def test_the_engine_has_a_rate_for_every_layer(shards: Path, tmp_path: Path, ds_
 
 def test_one_rank_and_two_are_one_run_and_so_is_a_run_that_was_stopped(shards: Path, tmp_path: Path) -> None:
     """Every rank draws for itself which branches it drops, so that the first pair drops none."""
-    plain = {name: run_file(tmp_path / name, shards, layer_decay=0.65, ema=EMA) for name in ("one", "two")}
+    plain = {
+        name: run_file(tmp_path / name, shards, pool="mean_pool", layer_decay=0.65, ema=EMA) for name in ("one", "two")
+    }
     dropped = {
         name: run_file(tmp_path / name, shards, layer_decay=0.65, ema=EMA, drop_path=0.3, mixup=0.8, cutmix=1.0)
         for name in ("whole", "stopped")
@@ -147,6 +151,12 @@ def test_the_result_is_a_stock_classifier(trained: Path, shards: Path, forks: Fo
     done = forks.run("evaluate", str(folder), *data)
     assert done.returncode == 0, done.stderr
     assert "top" in done.stdout
+    start = BackboneConfig(from_pretrained=str(folder))
+    plan = plan_load(backbone_source(start), backbone_config(start))
+    assert plan.report["left_out"] == {"classifier": ["classifier.bias", "classifier.weight"]}
+    has = weights(trained / "run.yaml")
+    for name, value in zip(plan.names, plan.tensors(), strict=True):
+        assert torch.equal(value, has[f"student.model.{name}"])
 
 
 def test_the_average_is_exported_as_the_same_class(trained: Path, forks: Forks, tmp_path: Path) -> None:
