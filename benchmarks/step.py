@@ -24,7 +24,7 @@ from _common import emit, in_turn, machine, need, say
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.data.batch import Batch
+from m3i_scale.data.batch import Batch, no_masks
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
@@ -114,6 +114,7 @@ def _batch(sizes: dict[str, int], tokens: torch.Tensor | None) -> Batch:
         has_text_B=torch.ones(count, dtype=torch.bool),
         captions_B=torch.arange(1, count + 1),
         seeds_B=torch.randint(0, 2**62, (count,)),
+        masks_BHW=no_masks(count),
         keys=[str(index) for index in range(count)],
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:  # the objective takes batches, and no images
@@ -46,6 +47,8 @@ class Batch:
     """int64 (B): hash of the caption, equal for equal captions; 0 where there is none."""
     seeds_B: Tensor
     """int64 (B): random seed of the sample in this epoch; masks are drawn from it, so they do not depend on ranks."""
+    masks_BHW: Tensor
+    """uint8 (B, H, W): class of every pixel of view 1, 255 where it has none; (B, 0, 0) where no target asks for it."""
     keys: list[str]
     """`source/shard/key` of every sample, for error messages."""
 
@@ -146,6 +149,7 @@ class Collator:
             has_text_B=torch.tensor([caption is not None for caption in captions]),
             captions_B=torch.tensor([caption_hash(caption) for caption in captions]),
             seeds_B=torch.tensor([sample.seed for sample in samples]),
+            masks_BHW=_masks([sample.views.mask_HW for sample in samples]),
             keys=[sample.key for sample in samples],
         )
 
@@ -167,6 +171,16 @@ class Collator:
         return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
+def no_masks(count: int) -> Tensor:
+    """Return the masks of samples of which no target asks for any: no pixels."""
+    return torch.empty(count, 0, 0, dtype=torch.uint8)
+
+
+def _masks(masks: Sequence[NDArray[np.uint8] | None]) -> Tensor:
+    read = [mask_HW for mask_HW in masks if mask_HW is not None]
+    return torch.from_numpy(np.stack(read)) if read else no_masks(len(masks))
+
+
 def caption_hash(caption: str | None) -> int:
     """Return a positive 63-bit number, equal for equal captions; 0 for none."""
     if caption is None:
@@ -174,7 +188,9 @@ def caption_hash(caption: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1 | 1
 
 
-def synthetic_batch(count: int, views: int, *, image: int, tokens: int, classes: int, vocabulary: int) -> Batch:
+def synthetic_batch(
+    count: int, views: int, *, image: int, tokens: int, classes: int, vocabulary: int, masks: bool = False
+) -> Batch:
     """Return noise images, each with a category and a caption of its own.
 
     Made on torch's default device: under `torch.device("meta")` it is a batch of sizes alone.
@@ -186,6 +202,7 @@ def synthetic_batch(count: int, views: int, *, image: int, tokens: int, classes:
         tokens: of every caption.
         classes: labels are below this number.
         vocabulary: token numbers are below this number.
+        masks: whether every pixel has a class too.
     """
     crops = torch.tensor([0.0, 0.0, image, image]).expand(views, count, 4)
     return Batch(
@@ -200,10 +217,11 @@ def synthetic_batch(count: int, views: int, *, image: int, tokens: int, classes:
         has_text_B=torch.ones(count, dtype=torch.bool),
         captions_B=torch.arange(1, count + 1),
         seeds_B=torch.randint(0, 2**62, (count,)),
+        masks_BHW=torch.randint(0, classes, (count, image, image), dtype=torch.uint8) if masks else no_masks(count),
         keys=[str(number) for number in range(count)],
     )
 
 
 def _by_value(value: Any) -> Any:
     small = isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes <= _BY_VALUE_BYTES
-    return value.detach().numpy() if small and value.dtype in _BY_VALUE_TYPES else value
+    return value.detach().numpy() if small and (value.dtype in _BY_VALUE_TYPES or not value.nbytes) else value

@@ -88,6 +88,7 @@ class TrainStream:
         cache_dir: for indices of shards that have none; shared by the ranks.
         augment: False gives centre crops, for evaluation.
         quarantine_path: JSON lines of bad samples; None writes none.
+        masks: every sample has to have a mask, whose pixels are of the label set; `.cls` members are not read.
 
     Raises:
         ConfigError: ranks, streams, workers, weights and batch do not fit.
@@ -111,6 +112,7 @@ class TrainStream:
         cache_dir: Path,
         augment: bool = True,
         quarantine_path: Path | None = None,
+        masks: bool = False,
     ) -> None:
         check_shares(data, micro_batch_size=micro_batch_size, world_size=world_size)
         check_weights(sources)
@@ -132,7 +134,7 @@ class TrainStream:
         def make_views(source: SourceConfig) -> ViewMaker:
             return ViewMaker(source.augment or data.augment, views=views, image_size=image_size, augment=augment)
 
-        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views)
+        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, masks=masks)
         read = [source for plan in plans.values() for source in plan.values()]
         self._quarantine = Quarantine(
             quarantine_path,
@@ -335,6 +337,8 @@ class TrainStream:
         rank: int,
         seed: int,
         make_views: Callable[[SourceConfig], ViewMaker],
+        *,
+        masks: bool,
     ) -> dict[int, dict[str, StreamSource]]:
         plans: dict[int, dict[str, StreamSource]] = {stream: {} for stream in self._streams}
         ends: list[list[int | None]] = [[] for _ in range(self._data.streams)]
@@ -356,6 +360,7 @@ class TrainStream:
                 end = None if passes is None else position_of_pass(passes, samples, stream, self._data.streams)
                 of_stream.append(end)
             label_set = (source.label_set or name) if source.labels else ""
+            classes = len(label_sets[label_set]) if label_set in label_sets else None
             for stream in self._streams:
                 order_seed = seed_of("order", seed, name, stream)
                 order = StreamOrder(shard_ends, stream, self._data.streams, self._data.shuffle_shards, order_seed)
@@ -364,10 +369,11 @@ class TrainStream:
                     order=order,
                     indices={shard: indices[shard] for shard in order.shards},
                     label_set=set_numbers.get(label_set, -1),
-                    classes=len(label_sets[label_set]) if label_set in label_sets else None,
+                    classes=None if masks else classes,
                     views=make_views(source),
                     captions=source.captions,
                     end=ends[stream][-1],
+                    mask_classes=(classes or 0) if masks else None,
                 )
         self.samples_at_most = samples_at_most(ends)
         return plans

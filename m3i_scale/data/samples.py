@@ -14,11 +14,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from m3i_scale.data.images import DECODE_FAULTS, IMAGE_EXTENSIONS, KEPT_FORMATS, MASK, fault_text, mask_fault
+from m3i_scale.data.images import (
+    DECODE_FAULTS,
+    IMAGE_EXTENSIONS,
+    KEPT_FORMATS,
+    MASK,
+    NO_CLASS,
+    fault_text,
+    mask_fault,
+)
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.defaults import MAX_CAPTION_BYTES
 
 OUT_OF_RANGE = "label out of range"
+MASK_OUT_OF_RANGE = "mask out of range"
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,29 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     if mask.size != size:
         raise BadSampleError("mask is not of the size of its image", f"{mask.size} pixels for {size}")
     return mask
+
+
+def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int], classes: int) -> Image.Image:
+    """Decode the mask that a sample has to have: the class of every pixel as it is stored, of a palette the index.
+
+    Args:
+        members: as read from the shard.
+        max_pixels: see `open_image`.
+        size: width and height of the sample's image.
+        classes: pixels are below this number, or `NO_CLASS`.
+
+    Raises:
+        BadSampleError: there is none, see `open_mask`, it does not decode, or it has a class beyond the last.
+    """
+    mask = open_mask(members, max_pixels, size)
+    if mask is None:
+        raise BadSampleError("no mask")
+    with decoding():
+        pixels_HW = np.asarray(mask)
+    beyond = (pixels_HW >= classes) & (pixels_HW != NO_CLASS)
+    if beyond.any():
+        raise BadSampleError(MASK_OUT_OF_RANGE, f"class {pixels_HW[beyond].max()} in a mask, of {classes} classes")
+    return Image.fromarray(pixels_HW)
 
 
 def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:

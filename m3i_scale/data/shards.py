@@ -16,6 +16,9 @@ from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.errors import DataError, did_you_mean
 from m3i_scale.text import without_secrets
 
+LABELS, MASK_LABELS = "labels.json", "mask_labels.json"
+"""Files beside shards: what the classes of samples are called, and what those of pixels."""
+
 
 def shard_folder(shards: str) -> Address:
     """Return the folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
@@ -130,17 +133,24 @@ def _by_name(named: Sequence[Address], where: str) -> list[Address]:
     return sorted(named, key=lambda item: item.name)
 
 
-def read_label_sets(sources: dict[str, SourceConfig], access: Access | None = None) -> dict[str, list[str]]:
-    """Return the class names of every label set, from labels.json beside the shards; a source without has no classes.
+def read_label_sets(
+    sources: dict[str, SourceConfig], access: Access | None = None, file: str = LABELS
+) -> dict[str, list[str]]:
+    """Return the class names of every label set, from a file beside the shards; a source without has no classes.
+
+    Args:
+        sources: that have the sets.
+        access: how servers are asked.
+        file: LABELS or MASK_LABELS.
 
     Raises:
-        DataError: a broken labels.json, or two different ones for one label set.
+        DataError: a broken file, or two different ones for one label set.
     """
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
         if source.shards.startswith("pipe:"):
             continue
-        path = shard_folder(source.shards) / "labels.json"
+        path = shard_folder(source.shards) / file
         if not source.labels:
             continue
         labels = _read_labels(path, f"source '{name}': ", access)
@@ -151,7 +161,7 @@ def read_label_sets(sources: dict[str, SourceConfig], access: Access | None = No
             raise DataError(
                 f"two different label lists for the label set '{label_set}'",
                 where=str(path),
-                fix="give the sources different label_set names, or make their labels.json equal",
+                fix=f"give the sources different label_set names, or make their {file} equal",
             )
     return {name: labels for name, labels in sets.items() if labels}
 
@@ -179,7 +189,7 @@ def labels_beside(folder: Address) -> list[str] | None:
     Raises:
         DataError: it is broken.
     """
-    return _read_labels(folder / "labels.json")
+    return _read_labels(folder / LABELS)
 
 
 def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:
@@ -190,5 +200,5 @@ def _read_labels(path: Address, whose: str = "", access: Access | None = None) -
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the labels: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise DataError("labels.json must be a list of names", where=f"{whose}{path}")
+        raise DataError(f"{path.name} must be a list of names", where=f"{whose}{path}")
     return labels

@@ -15,7 +15,7 @@ from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Url
 from m3i_scale.data.remote.faults import SHARD, BadShardError
-from m3i_scale.data.samples import open_image, read_annotations
+from m3i_scale.data.samples import open_image, read_annotations, read_mask
 from m3i_scale.data.scan import ShardIndex
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker
@@ -46,6 +46,8 @@ class StreamSource:
     """Of `SourceConfig.captions`."""
     end: int | None = None
     """Position at which the source is exhausted; None: never."""
+    mask_classes: int | None = None
+    """Number of classes that a pixel may have; None: masks are not read."""
 
 
 class ExhaustedError(Exception):
@@ -139,7 +141,10 @@ class Stream:
                 captions=source.captions != "none",
                 max_caption_bytes=self._data.max_caption_bytes,
             )
-            views = source.views(open_image(members, self._data.max_image_pixels), seed_of("views", *identity))
+            image, mask = open_image(members, self._data.max_image_pixels), None
+            if source.mask_classes is not None:
+                mask = read_mask(members, self._data.max_image_pixels, image.size, source.mask_classes)
+            views = source.views(image, seed_of("views", *identity), mask)
         except BadSampleError as bad:
             bad.key = key
             raise

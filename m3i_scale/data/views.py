@@ -47,6 +47,8 @@ class Views:
     crops: list[Crop]
     size: tuple[int, int]
     """Height and width of the source image in pixels."""
+    mask_HW: NDArray[np.uint8] | None = None
+    """Class of every pixel of the first view, where the image has a mask."""
 
 
 class ViewMaker:
@@ -65,8 +67,13 @@ class ViewMaker:
         self._size = image_size
         self._augment = augment
 
-    def __call__(self, image: Image.Image, seed: int) -> Views:
+    def __call__(self, image: Image.Image, seed: int, mask: Image.Image | None = None) -> Views:
         """Return views of an opened image; the same for the same seed.
+
+        Args:
+            image: not decoded yet.
+            seed: of its crops and colours.
+            mask: class of every pixel of the image as it is stored; it is turned and cut as the first view is.
 
         Raises:
             BadSampleError: the image does not decode.
@@ -93,7 +100,8 @@ class ViewMaker:
                 cut = self._cut(rgb, crop, (height, width))
             cut = self._recolour(cut, view, rng) if self._augment else cut
             pixels[view] = np.asarray(cut).transpose(2, 0, 1)
-        return Views(pixels, crops, (height, width))
+        mask_HW = None if mask is None else self._cut_mask(upright(mask, lies), crops[0])
+        return Views(pixels, crops, (height, width), mask_HW)
 
     def _crop(self, height: int, width: int, rng: random.Random) -> Crop:
         if not self._augment:
@@ -108,11 +116,7 @@ class ViewMaker:
 
     def _cut(self, image: Image.Image, crop: Crop, source: tuple[int, int]) -> Image.Image:
         """Crop and resize in one step. Flipping the small view instead of the large image gives the same pixels."""
-        height, width = source
-        left = width - crop.left - crop.width if crop.flip else crop.left
-        x, y = image.width / width, image.height / height
-        box = (left * x, crop.top * y, (left + crop.width) * x, (crop.top + crop.height) * y)
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+        box = _box(crop, source, image)
         if (
             (box[2] - box[0], box[3] - box[1]) == (self._size, self._size)
             and box[0].is_integer()
@@ -122,6 +126,12 @@ class ViewMaker:
         else:
             view = image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         return ImageOps.mirror(view) if crop.flip else view
+
+    def _cut_mask(self, mask: Image.Image, crop: Crop) -> NDArray[np.uint8]:
+        """Crop and resize as `_cut` does, without mixing classes."""
+        box = _box(crop, (mask.height, mask.width), mask)
+        view = mask.resize((self._size, self._size), Image.Resampling.NEAREST, box=box)
+        return np.array(ImageOps.mirror(view) if crop.flip else view)
 
     def _recolour(self, cut: Pixels | Image.Image, view: int, rng: random.Random) -> Pixels | Image.Image:
         config = self._config
@@ -135,6 +145,21 @@ class ViewMaker:
         if rng.random() < per_view(config.solarize, view):
             cut = ImageOps.solarize(_as_image(cut), 128)
         return cut
+
+
+def _box(crop: Crop, source: tuple[int, int], image: Image.Image) -> tuple[float, float, float, float]:
+    """Return where a crop lies in an image that is not flipped, and may have been decoded at less than its size.
+
+    Args:
+        crop: in pixels of the source.
+        source: its height and width.
+        image: as it was decoded.
+    """
+    height, width = source
+    left = width - crop.left - crop.width if crop.flip else crop.left
+    x, y = image.width / width, image.height / height
+    right, bottom = (left + crop.width) * x, (crop.top + crop.height) * y
+    return left * x, crop.top * y, min(right, image.width), min(bottom, image.height)
 
 
 def _decoded(image: Image.Image, shrink: int) -> Image.Image:

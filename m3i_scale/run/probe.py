@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from m3i_scale.data.batch import Batch
+from m3i_scale.data.batch import Batch, no_masks
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.scale.agree import gather_objects, together
@@ -73,8 +73,9 @@ def read_probe(folder: Path) -> Batch:
     """
     try:
         with safe_open(folder / FILE, framework="pt") as opened:
-            tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name != "keys"}
-            return Batch(**tensors, keys=json.loads(opened.metadata()["keys"]))
+            keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
+            tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name in saved}
+            return Batch(**{"masks_BHW": no_masks(len(keys))} | tensors, keys=keys)  # earlier versions stored no masks
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the stored samples cannot be read: {error}",
