@@ -99,6 +99,24 @@ class Backbone(nn.Module, ABC):
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
         """Encode normalised images, nothing hidden, as tokens of all patches, row by row."""
 
+    @property
+    @abstractmethod
+    def stage_widths(self) -> list[int]:
+        """Return the channels of the maps of stride 4, 8, 16 and 32 that the stages give; nothing where there are no
+        stages, and every layer has the same grid."""
+
+    @abstractmethod
+    def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
+        """Encode as `encode_whole` does, and keep maps on the way.
+
+        Args:
+            images_BCHW: normalised.
+            layers: by number from 1, whose outputs are kept; of a backbone with stages those of all stages are.
+
+        Returns:
+            The tokens, and the maps (B, C, H, W) as the layers give them, before the last norm.
+        """
+
     @abstractmethod
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return what `model` calls its last hidden state, as the objective computes it."""

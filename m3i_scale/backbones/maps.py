@@ -57,6 +57,11 @@ class MapBackbone(Backbone):
         """Return the layers of all stages, in order."""
         return [layer for level in self.model.levels for layer in level.blocks]
 
+    @property
+    def stage_widths(self) -> list[int]:
+        """Return the channels of the four stages."""
+        return list(self.model.config.stage_channels)
+
     def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
         """Encode every input as an image of its own; all go through the network together."""
         shown_BN = torch.cat([self._shown(visible_BL) for visible_BL in visible])
@@ -78,13 +83,22 @@ class MapBackbone(Backbone):
 
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
         """Encode normalised images as mean token (B, 1, D) and all tokens (B, N, D)."""
-        tokens_BND = self.last_hidden_state(images_BCHW).flatten(2).transpose(1, 2)
-        return tokens_BND.mean(dim=1, keepdim=True), tokens_BND
+        return self.encode_maps(images_BCHW, ())[0]
+
+    def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
+        """Encode as `encode_whole` does, and return the maps of the four stages too, whatever `layers` says."""
+        maps = self._stages(images_BCHW)
+        tokens_BND = self.model.fuse(maps).flatten(2).transpose(1, 2)
+        return (tokens_BND.mean(dim=1, keepdim=True), tokens_BND), [x.permute(0, 3, 1, 2) for x in maps]
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return the fused map: (B, D, H/16, W/16)."""
         model: InternImageModel = self.model
-        return model.fuse(model.stages(model.patch_embed(images_BCHW.to(self.dtype))))
+        return model.fuse(self._stages(images_BCHW))
+
+    def _stages(self, images_BCHW: Tensor) -> list[Tensor]:
+        model: InternImageModel = self.model
+        return model.stages(model.patch_embed(images_BCHW.to(self.dtype)))
 
     def _encode(self, shown_BCHW: Tensor, shown_BN: Tensor) -> Tensor:
         """Encode images, zero where nothing is shown, as tokens of the whole grid (B, N, D)."""

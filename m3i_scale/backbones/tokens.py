@@ -53,6 +53,11 @@ class TokenBackbone(Backbone):
     own_attention = True
 
     @property
+    def stage_widths(self) -> list[int]:
+        """Return nothing: there are no stages."""
+        return []
+
+    @property
     def layers(self) -> list[nn.Module]:
         """Return the Transformer layers, in order."""
         model = self.model
@@ -69,15 +74,20 @@ class TokenBackbone(Backbone):
 
     def encode(self, tokens_BLD: Tensor) -> Tensor:
         """Encode embedded tokens as the last layer's normalised tokens, same shape."""
-        tokens_BLD = self._through_layers(tokens_BLD)
+        return self._normed(self._through_layers(tokens_BLD))
+
+    def _normed(self, tokens_BLD: Tensor) -> Tensor:
         if isinstance(self.model, CLIPVisionModel):
             return last_norm(self.model, tokens_BLD)
         output_BLD: Tensor = self.model.layernorm(tokens_BLD)
         return output_BLD
 
-    def _through_layers(self, tokens_BLD: Tensor) -> Tensor:
-        for layer in self.layers:
+    def _through_layers(self, tokens_BLD: Tensor, outputs: dict[int, Tensor] | None = None) -> Tensor:
+        """Run all layers; those whose numbers are keys of `outputs` leave what they give there."""
+        for number, layer in enumerate(self.layers, start=1):
             tokens_BLD = layer(tokens_BLD, None)
+            if outputs is not None and number in outputs:
+                outputs[number] = tokens_BLD
         return tokens_BLD
 
     def _visible(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
@@ -115,6 +125,14 @@ class TokenBackbone(Backbone):
         """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D)."""
         encoded_BSD = self.encode(torch.cat(self.embed(images_BCHW), dim=1))
         return encoded_BSD[:, :1], encoded_BSD[:, 1:]
+
+    def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
+        """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
+        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
+        outputs = dict.fromkeys(layers, tokens_BSD)
+        last_BSD = self._normed(self._through_layers(tokens_BSD, outputs))
+        maps = [outputs[layer][:, 1:].transpose(1, 2).unflatten(2, self.grid) for layer in layers]
+        return (last_BSD[:, :1], last_BSD[:, 1:]), maps
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return [class token | patch tokens]: (B, 1 + N, D)."""

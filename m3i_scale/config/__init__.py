@@ -18,7 +18,14 @@ from m3i_scale.config.files import find_run_file, known_recipes, known_runs, rea
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
-from m3i_scale.config.tasks import Classification, Task
+from m3i_scale.config.tasks import (
+    Classification,
+    LinearSegmentation,
+    Segmentation,
+    SegmentationHead,
+    Task,
+    UperNetSegmentation,
+)
 
 __all__ = [
     "AugmentConfig",
@@ -32,17 +39,21 @@ __all__ = [
     "GuardConfig",
     "HardwareConfig",
     "KeepBestConfig",
+    "LinearSegmentation",
     "LogConfig",
     "OptimConfig",
     "RetentionConfig",
     "RunConfig",
     "Section",
     "SectionT",
+    "Segmentation",
+    "SegmentationHead",
     "SourceConfig",
     "SpikeConfig",
     "Task",
     "TextConfig",
     "TimeoutsConfig",
+    "UperNetSegmentation",
     "find_run_file",
     "known_recipes",
     "known_runs",

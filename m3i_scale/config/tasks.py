@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
@@ -87,5 +87,77 @@ class Classification(Task):
             "family": "supervised",
             "inputs": [{"name": "image", "view": 1}],
             "decoders": {"pool": {"kind": self.pool}},
+            "targets": [target],
+        }
+
+
+class SegmentationHead(Kind):
+    """Predicts the class of every pixel from what the backbone gives."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Probability that a channel is left out, before the classifier, while training."""
+
+
+class LinearSegmentation(SegmentationHead):
+    """Classifies every patch token of the last layer, batch-normalised."""
+
+    kind: ClassVar[str] = "linear"
+
+
+class UperNetSegmentation(SegmentationHead):
+    """Joins maps of four sizes by UPerNet. A plain Transformer's are made of four of its layers, scaled ×4, ×2, ×1, ×½
+    by transposed convolutions and pooling, as BEiT and MAE are fine-tuned; an InternImage has them in its stages."""
+
+    kind: ClassVar[str] = "upernet"
+
+    channels: int = Field(default=512, ge=1)
+    """Width of the head."""
+    out_layers: tuple[int, int, int, int] | None = None
+    """Layers that are read, from 1. Default: the layers at a third, a half and two thirds of the depth, and the last:
+    4, 6, 8, 12 of 12."""
+    auxiliary_weight: float = Field(default=0.4, ge=0)
+    """Weight of the loss of a small convolutional head on the third map; 0: there is none."""
+
+    @field_validator("out_layers")
+    @classmethod
+    def _ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (list(layers) != sorted(layers) or layers[0] < 1):
+            raise ValueError("out_layers are four layers in ascending order, from 1 on")
+        return layers
+
+
+class Segmentation(Task):
+    """Predicts the class of every pixel. Its classes are those of mask_labels.json beside the shards."""
+
+    kind: ClassVar[str] = "segmentation"
+    dense: ClassVar[bool] = True
+
+    head: SegmentationHead = UperNetSegmentation()
+    """upernet | linear, or {kind: upernet, channels: 768}."""
+
+    @model_validator(mode="after")
+    def _averages_no_statistics(self) -> Self:
+        if self.ema is not None:
+            raise ValueError(
+                "ema averages weights, and the head's batch norm keeps statistics of the trained ones alone"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the class of every pixel predicted from the whole image."""
+        target = {
+            "name": "segmentation",
+            "kind": "segmentation",
+            "inputs": ["image"],
+            "decoder": "patches",
+            "head": self.head.model_dump(mode="json"),
+        }
+        return {
+            "name": "segmentation",
+            "family": "supervised",
+            "inputs": [{"name": "image", "view": 1}],
+            "decoders": {"patches": {"kind": "pointwise"}},
             "targets": [target],
         }

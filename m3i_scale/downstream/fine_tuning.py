@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import VisionConfig
-from m3i_scale.config import Classification, RunConfig, Task
+from m3i_scale.config import Classification, RunConfig, Segmentation, Task
+from m3i_scale.data.images import NO_CLASS
+from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
@@ -81,6 +83,8 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
     Raises:
         ConfigError: there is none, or there are several.
     """
+    if isinstance(task, Segmentation):
+        _check_mask_labels(label_sets)
     if isinstance(task, Classification) and len(label_sets) != 1:
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
         raise ConfigError(
@@ -91,6 +95,22 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
             " data.sources.NAME.label_set"
             if several
             else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
+        )
+
+
+def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
+    if len(label_sets) != 1:
+        several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+        raise ConfigError(
+            f"pixels have one list of classes, and the sources have {several or 'none'}",
+            where="data.sources",
+            fix=f"equal {MASK_LABELS} become one by data.sources.NAME.label_set",
+        )
+    ((name, names),) = label_sets.items()
+    if not 2 <= len(names) <= NO_CLASS:
+        raise ConfigError(
+            f"{MASK_LABELS} has {len(names)} classes, and a pixel is one of 2 to {NO_CLASS}",
+            where=f"data.sources, label set '{name}'",
         )
 
 

@@ -115,7 +115,7 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Pa
     labelled = _with_names(config, names)
     gated = isinstance(config, Dinov2Config)
     build = Dinov2ForImageClassification if gated else ViTForImageClassification
-    tensors = copied(_vision_names(config), VISION, "dinov2." if gated else "vit.")
+    tensors = copied(vision_names(config), VISION, "dinov2." if gated else "vit.")
     # DINOv2's classifier reads [class token | mean patch]; nothing was trained on the second half.
     widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if gated else None
     tensors |= {
@@ -142,7 +142,7 @@ def backbone_part(source: Source) -> Part:
         ExportError: the backbone has no such form.
     """
     config = backbone_config(source.run.backbone)
-    tensors = copied(_vision_names(config), VISION)
+    tensors = copied(vision_names(config), VISION)
     if isinstance(config, ViTConfig):
         tensors, config = _as_dinov2(config)
     elif not isinstance(config, Dinov2Config):
@@ -205,7 +205,7 @@ def _pooled_vision(
     source: Source, config: VisionConfig, kind: str, norm: str
 ) -> tuple[dict[str, Any], dict[str, Made]]:
     """Return configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
-    names = _vision_names(config)
+    names = vision_names(config)
     if isinstance(config, InternImageConfig) or kind not in ("class_token", "mean_pool"):
         raise _no_class(config, kind, "a dual encoder")
     if kind == "mean_pool":
@@ -244,8 +244,8 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
 
     ours, theirs = OURS[ViTConfig], OURS[Dinov2Config]
     tensors: dict[str, Made] = {}
-    for name in _vision_names(config):
-        part, number, suffix = _part_of(name, ours)
+    for name in vision_names(config):
+        part, number, suffix = part_of(name, ours)
         made = Made((VISION + name,))
         if idle and part == "fc1":
             made = replace(made, make=more_rows)
@@ -258,7 +258,7 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
     return tensors, shape
 
 
-def _part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
+def part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
     """Split a name: `layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
     for part, pattern in ours.items():
         before, _, after = pattern.partition("{}")
@@ -272,7 +272,8 @@ def _part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
     raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
 
 
-def _vision_names(config: VisionConfig) -> list[str]:
+def vision_names(config: VisionConfig) -> list[str]:
+    """Return the names of a backbone's tensors."""
     kind, options = vision_class(config)
     return list(empty(lambda: kind(config, **options)).state_dict())
 
@@ -288,7 +289,7 @@ def _internimage_classifier(config: InternImageConfig, target: Target, kind: str
 
     if kind != "mean_pool":
         raise _no_class(config, kind, "image classification")
-    tensors = copied(_vision_names(config), VISION, "model.")
+    tensors = copied(vision_names(config), VISION, "model.")
     norm = f"decoders.{target.decoder}.norm."
     tensors |= {f"pool_norm.{suffix}": Made((norm + suffix,)) for suffix in ("weight", "bias")}
     tensors |= {f"classifier.{suffix}": Made((head + suffix,)) for suffix in ("weight", "bias")}

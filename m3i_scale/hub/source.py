@@ -42,7 +42,7 @@ class Source:
     def label_sets(self) -> dict[str, list[str]]:
         """Return class names by label set, in the order of the category heads; none without a category target."""
         sets: dict[str, list[str]] = self.meta.get("label_sets") or {}
-        return sets if self.recipe.uses_categories else {}
+        return sets if self.recipe.labels_file is not None else {}
 
     @property
     def vocab_size(self) -> int | None:

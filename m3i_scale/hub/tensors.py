@@ -34,7 +34,7 @@ class Part:
     """Holds one model of an export, and how it is proven."""
 
     name: str
-    """vision, tokens (as timm gives them), text, classifier, backbone, zero_shot."""
+    """vision, tokens (as timm gives them), text, classifier, segmenter, backbone, zero_shot."""
     model: PreTrainedModel
     """Without values: names, shapes, configuration."""
     tensors: dict[str, Made]
@@ -86,7 +86,8 @@ def value_of(name: str, made: Made, weights: Mapping[str, Tensor], dtype: torch.
     sources = [_checked(source, weights).to(dtype) for source in made.sources]
     if made.make is None:
         return _own_storage(sources[0])
-    return _own_storage(made.make(*[source.float() for source in sources]).to(dtype))
+    value = made.make(*[source.float() for source in sources])
+    return _own_storage(value.to(dtype) if value.is_floating_point() else value)
 
 
 def values_of(

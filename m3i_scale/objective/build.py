@@ -56,8 +56,8 @@ def build_objective(
     _check_fit(run, recipe, student, label_sets, vocab_size)
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     classes = [len(names) for names in label_sets.values()]
-    heads = _target_heads(recipe, decoders, config, classes, target_encoders)
     ranks = ranks or SingleProcess()
+    heads = _target_heads(recipe, decoders, student, classes, ranks, target_encoders)
     weights = [target.weight for target in recipe.targets]
     momentum = teacher = text = None
     depth = recipe.momentum.projector_depth if recipe.momentum is not None and recipe.projects_dense_targets else 0
@@ -65,7 +65,7 @@ def build_objective(
         momentum = MomentumTarget(build_backbone(config), depth, *_averaged(recipe, decoders, config, ranks))
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
-        averaged = _target_heads(recipe, decoders, config, classes, target_encoders)
+        averaged = _target_heads(recipe, decoders, student, classes, ranks, target_encoders)
         momentum = MomentumTarget(build_backbone(config), 0, pools, nn.ModuleDict(), averaged)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.teacher is not None and target_encoders:
@@ -104,10 +104,12 @@ def _check_fit(
 ) -> None:
     if run.backbone.attention == "mixed" and recipe.mix is None:
         raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
-    if recipe.uses_categories and not label_sets:
+    if recipe.labels_file is not None and not label_sets:
         raise ConfigError(
-            "the recipe has a category target, and no source has labels",
-            fix="give labels to `shards make`, or take a recipe without a category target",
+            f"the recipe predicts classes, and no source has {recipe.labels_file}",
+            fix="put it, a list of class names, beside the shards of masks"
+            if recipe.reads_masks
+            else "give labels to `shards make`, or take a recipe without a category target",
         )
     if recipe.uses_text and vocab_size is None:
         raise ConfigError(
@@ -168,10 +170,16 @@ def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
 
 
 def _target_heads(
-    recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, classes: list[int], target_encoders: bool
+    recipe: Recipe,
+    decoders: nn.ModuleDict,
+    student: Backbone,
+    classes: list[int],
+    ranks: Ranks,
+    target_encoders: bool,
 ) -> nn.ModuleDict:
     """Return the targets' own heads, by target."""
     heads = nn.ModuleDict()
+    config = student.model.config
     encoded = {}
     if recipe.teacher is not None and target_encoders:
         encoded["teacher"] = int(teacher_config(recipe.teacher.from_pretrained).hidden_size)
@@ -183,6 +191,8 @@ def _target_heads(
             encoded=encoded.get(target.encoder, config.hidden_size),
             pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
+            backbone=student,
+            ranks=ranks,
         )
         heads[target.name] = target.build_head(sizes)
     return heads

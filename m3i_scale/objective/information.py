@@ -25,6 +25,7 @@ from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.segmentation import PixelHead
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 
 
@@ -74,6 +75,8 @@ class Objective(nn.Module):
         """Mixes labelled images while training, as a task asks for it."""
         self.token_count = 0
         """Visible patch tokens of the last forward pass."""
+        self.overlaps_3K: dict[str, Tensor] = {}
+        """Of the last forward pass outside of training: see `Loss.overlaps_3K`; by target."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
         """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -100,6 +103,7 @@ class Objective(nn.Module):
     def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
+        self.overlaps_3K = {}
         figures: dict[str, Tensor] = {}
         watched: dict[str, dict[str, Tensor]] = {}
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once a view, for all inputs
@@ -112,6 +116,8 @@ class Objective(nn.Module):
             ]
             for loss in by_input:
                 watched[target.name] = loss.watched
+                if loss.overlaps_3K is not None:
+                    self.overlaps_3K[target.name] = loss.overlaps_3K
                 if isinstance(target, HeadTarget) and loss.remember is not None:
                     remember.setdefault(target.head, {})[target.encoder, target.view] = loss.remember.detach()
             losses.append(torch.stack([loss.value for loss in by_input]).mean())
@@ -189,6 +195,11 @@ class Objective(nn.Module):
         return encoded
 
     def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
+        for head in self.heads.values():
+            if isinstance(head, PixelHead):
+                (only,) = where
+                tokens, maps = self.student.encode_maps(views[only.view + 1], head.layers)
+                return {only.name: Encoded(only, *tokens, maps=maps)}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
             encoded = self.student.encode_own(views, view_of, visible)

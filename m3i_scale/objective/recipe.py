@@ -61,6 +61,16 @@ class Recipe(Parts):
         return any(target.modality == "category" for target in self.targets)
 
     @property
+    def labels_file(self) -> str | None:
+        """Return the file beside the shards that names the classes which are predicted; None where none are."""
+        return next((target.labels_file for target in self.targets if target.labels_file is not None), None)
+
+    @property
+    def reads_masks(self) -> bool:
+        """Return whether the loader has to read the classes of pixels."""
+        return any(target.reads_masks for target in self.targets)
+
+    @property
     def projects_dense_targets(self) -> bool:
         """Return whether a dense momentum target without a head goes through the residual projector."""
         return any(isinstance(target, Dense) and target.encoder == "momentum" for target in self.targets)
@@ -73,7 +83,7 @@ class Recipe(Parts):
                 return f"head '{name}' has batch norm"
         for target in self.targets:
             if target.compares_samples:
-                return f"target '{target.name}' has {target.regularizer.kind} within the batch"
+                return f"target '{target.name}' has {target.compared_by}"
         return None
 
     @model_validator(mode="after")
@@ -93,6 +103,8 @@ class Recipe(Parts):
         for target in self.targets:
             for fault in target.faults(self):
                 yield f"target '{target.name}': {fault}"
+            if target.reads_masks and len(self.targets) > 1:
+                yield f"target '{target.name}': a {target.kind} target is the only one of its recipe"
         yield from self._unused(names)
         yield from self._head_faults()
         yield from self._section_faults()

@@ -9,7 +9,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import captions_beside, read_label_sets, require_shards
+from m3i_scale.data.shards import LABELS, captions_beside, read_label_sets, require_shards
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.downstream.fine_tuning import check_labels, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError
@@ -121,11 +121,12 @@ class Checks:
             if self.sound("data"):
                 faults.note(check_sources, run, recipe, access, there=there)
             if access is not None and there:
-                if recipe.uses_categories:
-                    label_sets = faults.note(self._read_labels, access) or {}
+                if recipe.labels_file is not None:
+                    label_sets = faults.note(self._read_labels, access, recipe.labels_file) or {}
                 if recipe.uses_text and self.sound("text"):
                     tokenizer = faults.note(_tokenizer, self.run, access)
-                run = faults.note(_with_validation_labels, self.run, label_sets) or run
+                file = recipe.labels_file or LABELS
+                run = faults.note(_with_validation_labels, self.run, label_sets, file) or run
         deepspeed = None
         if self.sound("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
@@ -143,8 +144,8 @@ class Checks:
             return None
         return resolved
 
-    def _read_labels(self, access: Access) -> dict[str, list[str]]:
-        label_sets = read_label_sets(self.run.data.sources, access)
+    def _read_labels(self, access: Access, file: str) -> dict[str, list[str]]:
+        label_sets = read_label_sets(self.run.data.sources, access, file)
         check_labels(self.run.task, label_sets)
         return label_sets
 
@@ -238,7 +239,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) -> RunConfig:
+def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], file: str) -> RunConfig:
     """Return the run with validation sources under the training label set that they share: they never add one to the
     model.
 
@@ -249,13 +250,13 @@ def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]]) ->
         return run
     sources = {}
     for name, source in run.data.validation.items():
-        (label_set, names), *_ = [*read_label_sets({name: source}).items(), (None, None)]
+        (label_set, names), *_ = [*read_label_sets({name: source}, file=file).items(), (None, None)]
         same = [key for key in label_sets if label_sets[key] == names]
         if label_set is not None and not same:
             raise ConfigError(
                 f"the labels of validation source '{name}' are those of no training source",
                 where=f"data.validation.{name}: {source.shards}",
-                fix="make both from one folder or manifest (`shards make … --split`), so that labels.json is the same",
+                fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
             )
         # The same names under another set name: the model has one head for them.
         chosen = label_set if label_set in same else (same[0] if same else source.label_set)

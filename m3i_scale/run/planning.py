@@ -37,8 +37,8 @@ from m3i_scale.text import GIB
 
 AVERAGE_BYTES = 4
 """A checkpoint takes so many for an element of the momentum target."""
-CLASSES, VOCABULARY = 1000, 30522
-"""What a run without its shards is planned with: ImageNet's classes, BERT's tokens."""
+CLASSES, PIXEL_CLASSES, VOCABULARY = 1000, 150, 30522
+"""What a run without its shards is planned with: ImageNet's classes, ADE20k's, BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0
 """Beside tensors: the context, workspaces of libraries, NCCL's channels. An allowance, not measured."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,12 +150,13 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
     # A plan asks no server: shards elsewhere count as not there, and what it assumes then is told.
     there = bool(folders) and all(isinstance(folder, Path) and folder.is_dir() for folder in folders)
     label_sets: dict[str, list[str]] = {}
-    if recipe.uses_categories:
+    if recipe.labels_file is not None:
         if classes is None and there:
-            label_sets = read_label_sets(run.data.sources)
+            label_sets = read_label_sets(run.data.sources, file=recipe.labels_file)
         else:
-            label_sets = {"classes": [str(number) for number in range(classes or CLASSES)]}
-            assumed += [f"{CLASSES} classes"] if classes is None else []
+            usual = PIXEL_CLASSES if recipe.reads_masks else CLASSES
+            label_sets = {"classes": [str(number) for number in range(classes or usual)]}
+            assumed += [f"{usual} classes"] if classes is None else []
     if tokens is None and recipe.uses_text and (there or run.text.tokenizer):
         tokens = len(find_tokenizer(run.data.sources, run.text.tokenizer))
     elif tokens is None and recipe.uses_text:
@@ -250,6 +251,7 @@ class Model:
                 tokens=run.text.max_tokens,
                 classes=classes,
                 vocabulary=self.vocabulary.tokens,
+                masks=recipe.reads_masks,
             )
             inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
             return record(objective, lambda: objective(batch)[0], inputs)

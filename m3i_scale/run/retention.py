@@ -70,6 +70,7 @@ def evaluated_figures(recipe: Recipe) -> set[str]:
     names = {f"{PREFIX}loss"}
     for target in recipe.targets:
         figures = ["loss", "count"] + (["nats"] if target.distribution.bounds_information else [])
+        figures += target.evaluated
         names |= {f"{PREFIX}{target.name}/{figure}" for figure in figures}
     return names
 

@@ -68,7 +68,7 @@ class ResolvedRun:
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
             "text": run.text.config if self.recipe.uses_text else None,
-            "label_sets": self.label_sets if self.recipe.uses_categories else None,
+            "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
             "teacher_sha256": teacher_sha256(self.recipe),
             "vocabulary_sha256": self._vocabulary_sha256(),
@@ -140,6 +140,7 @@ def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: 
         cache_dir=output_dir / "index",
         augment=not validation,
         quarantine_path=output_dir / ("quarantine_validation.jsonl" if validation else "quarantine.jsonl"),
+        masks=resolved.recipe.reads_masks,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.shards import read_label_sets
+from m3i_scale.data.shards import LABELS, MASK_LABELS, read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.text import without_secrets
@@ -26,7 +26,7 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
     Raises:
         ConfigError: names the source and the setting.
     """
-    sources = run.data.sources
+    sources, file = run.data.sources, recipe.labels_file
     for name, source in sources.items():
         where = f"data.sources.{name}"
         if source.captions != "one" and not recipe.uses_text:
@@ -35,14 +35,22 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
             )
         if not source.labels and not recipe.uses_categories:
             raise ConfigError("`labels: false` has no effect: the recipe has no category target", where=where)
-        if source.label_set is not None and not recipe.uses_categories:
-            raise ConfigError("`label_set` has no effect: the recipe has no category target", where=where)
+        if source.label_set is not None and file is None:
+            raise ConfigError("`label_set` has no effect: the recipe predicts no classes", where=where)
         setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
-        if setting and there and not read_label_sets({name: source.model_copy(update={"labels": True})}, access):
+        read = {name: source.model_copy(update={"labels": True})}
+        if setting and there and not read_label_sets(read, access, file or LABELS):
             raise ConfigError(
-                f"{setting} has no effect: the source has no labels.json",
+                f"{setting} has no effect: the source has no {file}",
                 where=f"{where}: {without_secrets(source.shards)}",
-                fix="leave it out, or put labels.json, a list of class names, beside the shards",
+                fix=f"leave it out, or put {file}, a list of class names, beside the shards",
+            )
+    for name, source in (sources | run.data.validation).items() if recipe.reads_masks and there else ():
+        if not read_label_sets({name: source}, access, MASK_LABELS):
+            raise ConfigError(
+                f"the source '{name}' has no {MASK_LABELS}, so nobody knows what its masks mean",
+                where=without_secrets(source.shards),
+                fix="put it, a list of class names in the order of the masks' numbers, beside the shards",
             )
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(

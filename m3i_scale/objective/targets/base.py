@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from m3i_scale.backbones.base import Tokens
+from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch
@@ -55,6 +55,8 @@ class Encoded:
     cls_B1D: Tensor
     tokens_BLD: Tensor
     """Visible tokens only."""
+    maps: list[Tensor] = field(default_factory=list)
+    """What layers or stages gave on the way, where a head asks for it: (B, C, H, W) each."""
 
     def pooled(self, decoder: nn.Module) -> Tensor:
         """Return what a decoder makes of the image: (B, D)."""
@@ -123,6 +125,8 @@ class Sizes:
     """Numbers in a patch."""
     classes: list[int]
     """Classes of every label set."""
+    backbone: Backbone
+    ranks: Ranks
 
 
 class Target(Kind):
@@ -135,6 +139,12 @@ class Target(Kind):
     """z_y in the words of the paper's table."""
     dense: ClassVar[bool] = False
     """Whether z_y is a map over patches."""
+    labels_file: ClassVar[str | None] = None
+    """File beside the shards that names the classes which are predicted."""
+    reads_masks: ClassVar[bool] = False
+    """Whether it needs `Batch.masks_BHW`."""
+    evaluated: ClassVar[tuple[str, ...]] = ()
+    """Further figures of an evaluation."""
 
     name: str
     inputs: list[str] = Field(min_length=1)
@@ -177,6 +187,11 @@ class Target(Kind):
     def compares_samples(self) -> bool:
         """Return whether the loss needs at least two samples in the global micro-batch."""
         return bool(self.regularizer.within_batch)
+
+    @property
+    def compared_by(self) -> str:
+        """Return what compares samples, where something does."""
+        return f"{self.regularizer.kind} within the batch"
 
     @property
     def stopped(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch, MixedBatch
+from m3i_scale.data.shards import LABELS
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
@@ -44,7 +45,9 @@ class BoltzmannClasses(Kind):
         else:
             loss_B = F.cross_entropy(logits_BK, soft_BK, reduction="none")
         loss = global_mean(loss_B, valid_B, ranks)
-        plain_B = F.cross_entropy(logits_BK.detach(), safe_B, reduction="none")
+        plain_B = loss_B.detach()
+        if self.label_smoothing or soft_BK is not None:
+            plain_B = F.cross_entropy(logits_BK.detach(), safe_B, reduction="none")
         return loss, global_mean(math.log(logits_BK.shape[1]) - plain_B, valid_B, ranks)
 
 
@@ -54,6 +57,7 @@ class Category(Target):
     kind: ClassVar[str] = "category"
     modality: ClassVar[str] = "category"
     representation: ClassVar[str] = "category embedding"
+    labels_file: ClassVar[str | None] = LABELS
     encoder: Literal["embedding"] = "embedding"
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()

@@ -6,8 +6,10 @@ import contextlib
 import itertools
 
 import torch
+from torch import Tensor
 
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.probe import evaluating
@@ -37,7 +39,9 @@ class Evaluation(Hook):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return losses and nats of the same micro-batches without augmentation every time; every rank calls it.
+        """Return losses, nats and mIoU of the same micro-batches without augmentation every time; every rank calls it.
+
+        mIoU is that of all their pixels together, not the mean over micro-batches.
 
         Raises:
             DataError: the data of some rank failed, or too much of them is bad; on all ranks.
@@ -45,6 +49,7 @@ class Evaluation(Hook):
         self._stream.load_state_dict(self._start)
         engine, count = self._state.engine, self._state.resolved.run.evaluation.batches
         totals: dict[str, float] = {}
+        overlaps_3K: dict[str, Tensor] = {}
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
@@ -53,6 +58,10 @@ class Evaluation(Hook):
                     if name.endswith("/weight"):  # as in the training records
                         continue
                     totals[name] = totals.get(name, 0.0) + float(value) / count
+                for name, counts_3K in engine.module.overlaps_3K.items():
+                    overlaps_3K[name] = overlaps_3K.get(name, 0) + counts_3K
         batches.raise_together()
         stop_if_bad(self._stream, account_of_all(self._stream))  # a rank by itself is sure of the worst only
-        return mean_over_ranks(totals)
+        ranks = engine.module.ranks
+        scores = {f"{name}/miou": mean_iou(ranks.sum(counts_3K)) for name, counts_3K in overlaps_3K.items()}
+        return mean_over_ranks(totals) | scores

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.layout import read_meta
+from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors
 from m3i_scale.scale.engine_state import MASTER
 
 Which = Literal["student", "momentum"]
+HEADS = "heads."
+"""What heads remember is part of what they compute: the running statistics of batch norm."""
 BLOCK_ELEMENTS = 1 << 22
 """Read at a time: 16 MiB in fp32."""
 
@@ -29,23 +32,34 @@ class SavedWeights(Mapping[str, Tensor]):
         saved: the tensors of the checkpoint.
         keys: names, and which tensors they stand for.
         dtype: of the tensors that are given.
+        statistics: further tensors by name, which no optimizer has.
     """
 
-    def __init__(self, saved: SavedTensors, keys: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        saved: SavedTensors,
+        keys: Mapping[str, str],
+        dtype: torch.dtype = torch.float32,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._saved, self._keys, self._dtype = saved, dict(keys), dtype
+        self._statistics = dict(statistics or {})
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._saved.whole(self._keys[name]).to(self._dtype)
+        held = self._statistics.get(name)
+        return (self._saved.whole(self._keys[name]) if held is None else held).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        yield from self._keys
+        yield from self._statistics
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._keys) + len(self._statistics)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
-        return self._saved.shape(self._keys[name])
+        held = self._statistics.get(name)
+        return self._saved.shape(self._keys[name]) if held is None else tuple(held.shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type.
@@ -53,7 +67,11 @@ class SavedWeights(Mapping[str, Tensor]):
         Raises:
             CheckpointError: there is no such range, or a file is not as the index says.
         """
-        self._saved.read_into(self._keys[name], start, out)
+        held = self._statistics.get(name)
+        if held is None:
+            self._saved.read_into(self._keys[name], start, out)
+        else:
+            out.copy_(held.flatten()[start : start + out.numel()])
 
     def read_finite(self, name: str, start: int, out: Tensor) -> None:
         """Fill as `read_into` does, block by block: a change of type takes no second copy of the tensor.
@@ -101,7 +119,9 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
         if not averages:
             raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
         keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
-    return SavedWeights(saved, keys, dtype)
+    buffers = load_file(checkpoint / BUFFERS)
+    statistics = {name: buffer for name, buffer in buffers.items() if name.startswith(HEADS)}
+    return SavedWeights(saved, keys, dtype, statistics)
 
 
 def load_weights(checkpoint: Path, which: Which) -> dict[str, Tensor]:

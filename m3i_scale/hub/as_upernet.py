@@ -1,0 +1,117 @@
+"""Fit a plain Transformer and its UPerNet into stock classes: the Transformer becomes a BEiT, which has the pyramid."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from transformers import BeitConfig, CLIPVisionConfig, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.sources.names import OURS
+from m3i_scale.config import UperNetSegmentation
+from m3i_scale.errors import ExportError
+from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
+from m3i_scale.hub.source import Source
+from m3i_scale.hub.tensors import VISION, Made, Part
+from m3i_scale.objective.segmentation import read_layers
+from m3i_scale.objective.targets.segmentation import Segmentation
+
+_BEIT = {
+    "patch": "embeddings.patch_embeddings.projection",
+    "class": "embeddings.cls_token",
+    "positions": "embeddings.position_embeddings",
+    "norm1": "layers.{}.layernorm_before",
+    **{part: f"layers.{{}}.attention.{part}_proj" for part in "qkvo"},
+    "scale1": "layers.{}.lambda_1",
+    "norm2": "layers.{}.layernorm_after",
+    **{part: f"layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
+    "scale2": "layers.{}.lambda_2",
+}
+"""Names of BEiT's parts, by those of `OURS`; without a last norm, which maps of layers do not go through."""
+_COUNT = "num_batches_tracked"
+
+
+def segmenter_part(source: Source) -> Part:
+    """Return backbone and UPerNet as `UperNetForSemanticSegmentation`.
+
+    Raises:
+        ExportError: no stock class computes what was trained; the reason.
+    """
+    target = cast(Segmentation, target_of(source, "mask"))
+    config, spec = backbone_config(source.run.backbone), target.head
+    if not isinstance(spec, UperNetSegmentation):
+        raise _no_class("no stock class has a linear head on patch tokens")
+    (names,) = source.label_sets.values()
+    shape = _as_beit(config, spec)
+    upernet = UperNetConfig(
+        backbone_config=shape,
+        hidden_size=spec.channels,
+        use_auxiliary_head=spec.auxiliary_weight > 0,
+        auxiliary_loss_weight=spec.auxiliary_weight,
+        auxiliary_in_channels=None,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    model = empty(lambda: UperNetForSemanticSegmentation(upernet))
+    head = f"heads.{target.name}."
+    tensors = _backbone_tensors(config)
+    for name in model.state_dict():
+        if name.endswith(_COUNT):
+            tensors[name] = Made((), lambda: torch.zeros((), dtype=torch.int64))
+        elif name.startswith("backbone.fpn."):
+            tensors[name] = Made((head + "neck." + name.removeprefix("backbone.fpn."),))
+        elif not name.startswith("backbone."):
+            tensors[name] = Made((head + name,))
+    return Part("segmenter", model, tensors, auto="AutoModelForSemanticSegmentation", output="logits")
+
+
+def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
+    """Return the BEiT that computes what a ViT or DINOv2 does."""
+    if isinstance(config, InternImageConfig | CLIPVisionConfig):
+        raise _no_class(f"a {config.model_type} is no BEiT")
+    gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn
+    if gated or not config.qkv_bias:
+        raise _no_class("BEiT has biases, and no gates in its MLP")
+    layers = read_layers(spec, config.num_hidden_layers)
+    if len(set(layers)) < len(layers):
+        raise _no_class(f"BEiT's pyramid needs four different layers, and {list(layers)} are read")
+    hidden = config.hidden_size * config.mlp_ratio if isinstance(config, Dinov2Config) else config.intermediate_size
+    return BeitConfig(
+        **{
+            key: getattr(config, key)
+            for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+        },
+        **{key: getattr(config, key) for key in ("image_size", "patch_size", "num_channels")},
+        intermediate_size=int(hidden),
+        use_absolute_position_embeddings=True,
+        use_relative_position_bias=False,
+        use_mask_token=False,
+        layer_scale_init_value=1.0,
+        drop_path_rate=0.0,
+        add_fpn=True,
+        out_indices=list(layers),
+    )
+
+
+def _backbone_tensors(config: VisionConfig) -> dict[str, Made]:
+    width, tensors = config.hidden_size, {}
+    for name in vision_names(config):
+        part, number, suffix = part_of(name, OURS[type(config)])
+        # The bias of keys moves all logits of a query alike, which a softmax does not see; BEiT has none.
+        if part in _BEIT and (part, suffix) != ("k", ".bias"):
+            tensors["backbone.beit." + _BEIT[part].format(number) + suffix] = Made((VISION + name,))
+    if not isinstance(config, Dinov2Config):
+        for layer in range(config.num_hidden_layers):
+            for part in ("scale1", "scale2"):
+                tensors["backbone.beit." + _BEIT[part].format(layer)] = Made((), lambda: torch.ones(width))
+    return tensors
+
+
+def _no_class(why: str) -> ExportError:
+    return ExportError(
+        f"no stock class for segmentation computes what was trained: {why}",
+        fix="--task features: heads/ holds the head",
+    )

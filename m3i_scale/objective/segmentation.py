@@ -1,0 +1,225 @@
+"""Heads give the class of every pixel: a linear one, and UPerNet, whose parts are those of `transformers`.
+
+Batch norm takes the statistics of the global batch, on every kind of process group: one rank computes what many do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BeitConfig, UperNetConfig
+from transformers.models.beit.modeling_beit import BeitFPNNeck
+from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
+from m3i_scale.backbones.base import Backbone
+from m3i_scale.config import LinearSegmentation, SegmentationHead, UperNetSegmentation
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.regularizers.memory import Fp32State
+
+
+class MapBatchNorm(Fp32State):
+    """Normalises the channels of maps in fp32, with running statistics in fp32 for evaluation."""
+
+    eps, momentum = 1e-5, 0.1
+
+    def __init__(self, channels: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def reset_parameters(self) -> None:
+        """Set scale 1 and offset 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return maps of mean 0 and variance 1, scaled: by the global batch while training."""
+        values_BCHW = x_BCHW.float()
+        if self.training:
+            count = values_BCHW.numel() // values_BCHW.shape[1] * self.ranks.world_size
+            mean_C = self.ranks.sum_with_gradient(values_BCHW.sum(dim=(0, 2, 3))) / count
+            centred_BCHW = values_BCHW - mean_C[:, None, None]
+            var_C = self.ranks.sum_with_gradient(centred_BCHW.square().sum(dim=(0, 2, 3))) / count
+            self.running_mean.lerp_(mean_C.detach(), self.momentum)
+            self.running_var.lerp_(var_C.detach() * (count / max(count - 1, 1)), self.momentum)
+        else:
+            centred_BCHW, var_C = values_BCHW - self.running_mean[:, None, None], self.running_var
+        scale_C = (var_C + self.eps).rsqrt() * self.weight.float()
+        output_BCHW = centred_BCHW * scale_C[:, None, None] + self.bias.float()[:, None, None]
+        return output_BCHW.to(x_BCHW.dtype)
+
+
+class _HeadConv(nn.Conv2d):
+    """Convolves, and starts from what keeps the variance of gradients behind a ReLU."""
+
+    def reset_parameters(self) -> None:
+        """Draw first values."""
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class _PixelClassifier(nn.Conv2d):
+    """Gives logits at every place. They are small at first, so that no class is preferred from the start."""
+
+    def __init__(self, channels: int, classes: int, dropout: float) -> None:
+        super().__init__(channels, classes, kernel_size=1)
+        self.dropout = dropout
+
+    def reset_parameters(self) -> None:
+        """Draw first values with a deviation of 0.01, without bias."""
+        nn.init.normal_(self.weight, std=0.01)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return logits (B, K, H, W) from (B, C, H, W)."""
+        return super().forward(F.dropout2d(input, self.dropout, self.training) if self.dropout else input)
+
+
+class PixelHead(nn.Module):
+    """Predicts the class of every pixel. Subclasses say from what."""
+
+    weights: tuple[float, ...] = (1.0,)
+    """Of the loss of every prediction that `forward` gives."""
+    layers: tuple[int, ...] = ()
+    """Layers of the backbone whose maps are asked for, from 1."""
+
+    def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+        super().__init__()
+
+    def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return logits (B, K, H, W) of some size: the prediction, and what only helps to train it.
+
+        Args:
+            map_BDHW: the tokens of the last layer.
+            maps: of `layers`, or of the stages.
+        """
+        raise NotImplementedError
+
+
+class LinearPixelHead(PixelHead):
+    """Classifies every patch token, batch-normalised."""
+
+    def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+        super().__init__(spec, backbone, classes, ranks)
+        self.norm = MapBatchNorm(backbone.width, ranks)
+        self.classifier = _PixelClassifier(backbone.width, classes, spec.dropout)
+
+    def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return logits for every patch."""
+        return [self.classifier(self.norm(map_BDHW))]
+
+
+class UperNet(PixelHead):
+    """Joins maps of four sizes; a further head on the third of them helps to train it."""
+
+    def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+        super().__init__(spec, backbone, classes, ranks)
+        spec = cast(UperNetSegmentation, spec)
+        widths = backbone.stage_widths
+        self.neck = None
+        if not widths:
+            self.layers = read_layers(spec, len(backbone.layers))
+            if min(backbone.grid) < 2:
+                raise ConfigError("UPerNet halves the grid of patches, and there is one patch", where="backbone.config")
+            widths = [backbone.width] * len(self.layers)
+            self.neck = BeitFPNNeck(BeitConfig(hidden_size=backbone.width))
+        elif spec.out_layers is not None:
+            raise ConfigError(
+                "out_layers has no effect: this backbone has stages, all of which are read",
+                where="task.head.out_layers",
+                fix="leave it out",
+            )
+        config = UperNetConfig(hidden_size=spec.channels, num_labels=classes, auxiliary_in_channels=None)
+        self.decode_head = UperNetHead(config, widths)
+        self.auxiliary_head = None
+        if spec.auxiliary_weight:
+            self.auxiliary_head = UperNetFCNHead(config, widths)
+            self.weights = (1.0, spec.auxiliary_weight)
+        _replace_parts(self, spec.dropout, ranks)
+
+    def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return logits at the size of the first map, and of the third."""
+        pyramid = maps if self.neck is None else self.neck(maps)
+        heads = [self.decode_head] if self.auxiliary_head is None else [self.decode_head, self.auxiliary_head]
+        return [head(pyramid) for head in heads]
+
+
+HEADS: dict[type[SegmentationHead], type[PixelHead]] = {
+    LinearSegmentation: LinearPixelHead,
+    UperNetSegmentation: UperNet,
+}
+
+
+def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
+    """Return the layers of a plain Transformer that UPerNet reads, from 1.
+
+    Raises:
+        ConfigError: it has not so many.
+    """
+    if spec.out_layers is None:
+        return tuple(max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+    if spec.out_layers[-1] > depth:
+        raise ConfigError(
+            f"there is no layer {spec.out_layers[-1]}: the backbone has {depth}", where="task.head.out_layers"
+        )
+    return spec.out_layers
+
+
+def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
+    """Put in batch norm over all ranks, dropout, and the first values that mmsegmentation starts from."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, MapBatchNorm(child.num_features, ranks))
+        elif isinstance(child, nn.Conv2d) and name == "classifier":
+            setattr(module, name, _PixelClassifier(child.in_channels, child.out_channels, dropout))
+        elif isinstance(child, nn.Conv2d):
+            own = _HeadConv(
+                child.in_channels,
+                child.out_channels,
+                cast(tuple[int, int], child.kernel_size),
+                padding=cast(tuple[int, int], child.padding),
+                dilation=cast(tuple[int, int], child.dilation),
+                bias=child.bias is not None,
+            )
+            setattr(module, name, own)
+        else:
+            _replace_parts(child, dropout, ranks)
+
+
+def overlaps(logits_BKHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
+    """Return how many pixels of every class are of both, of the truth and of the prediction: int64 (3, K).
+
+    Args:
+        logits_BKHW: of the prediction.
+        classes_BHW: of the truth, int64.
+        valid_BHW: bool, whether there is one.
+    """
+    count = logits_BKHW.shape[1]
+    predicted_BHW = logits_BKHW.argmax(dim=1)
+    counted = (
+        (classes_BHW, valid_BHW & (predicted_BHW == classes_BHW)),
+        (classes_BHW, valid_BHW),
+        (predicted_BHW, valid_BHW),
+    )
+    rows = [torch.bincount(of.where(where, count).flatten(), minlength=count + 1)[:count] for of, where in counted]
+    return torch.stack(rows)
+
+
+def mean_iou(overlaps_3K: Tensor) -> float:
+    """Return intersection over union, mean over the classes that occur in the truth; 0 where none does."""
+    both_K, truth_K, predicted_K = overlaps_3K.double()
+    present_K = truth_K > 0
+    iou_K = both_K[present_K] / (truth_K + predicted_K - both_K)[present_K]
+    return float(iou_K.mean()) if len(iou_K) else 0.0

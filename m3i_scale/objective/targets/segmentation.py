@@ -1,0 +1,86 @@
+"""Predict the class of every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_scale.config import SegmentationHead
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.images import NO_CLASS
+from m3i_scale.data.shards import MASK_LABELS
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.segmentation import HEADS, overlaps
+from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
+from m3i_scale.objective.targets.category import BoltzmannClasses
+
+
+class Segmentation(Target):
+    """Asks which class every pixel of the view shows. It is the only target of its recipe, predicted from one whole
+    image, since its head may read the backbone's layers."""
+
+    kind: ClassVar[str] = "segmentation"
+    modality: ClassVar[str] = "mask"
+    representation: ClassVar[str] = "class of every pixel"
+    dense: ClassVar[bool] = True
+    labels_file: ClassVar[str | None] = MASK_LABELS
+    reads_masks: ClassVar[bool] = True
+    evaluated: ClassVar[tuple[str, ...]] = ("miou",)
+    encoder: Literal["embedding"] = "embedding"
+    distribution: BoltzmannClasses = BoltzmannClasses()
+    regularizer: OtherCandidates = OtherCandidates()
+    head: SegmentationHead
+
+    @property
+    def compares_samples(self) -> bool:
+        """Return whether batch norm has a single value of a sample: that of the whole image in UPerNet."""
+        return self.head.kind == "upernet"
+
+    @property
+    def compared_by(self) -> str:
+        """Return what compares samples."""
+        return "batch norm"
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a `PixelHead`.
+
+        Raises:
+            ConfigError: it and the backbone do not fit together; or there are several label sets.
+        """
+        if len(sizes.classes) != 1:
+            raise ConfigError(
+                f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.sources"
+            )
+        return HEADS[type(self.head)](self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
+
+    def present(self, batch: Batch) -> Tensor:
+        """Return which samples have a pixel with a class: bool (B)."""
+        return (batch.masks_BHW != NO_CLASS).flatten(1).any(dim=1)
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return the mean over all pixels with a class; outside of training also how truth and prediction overlap."""
+        truth_BHW = context.batch.masks_BHW.long()
+        valid_BHW = truth_BHW != NO_CLASS
+        truth_BHW = truth_BHW.where(valid_BHW, 0)
+        map_BDHW = given.decoder(encoded.tokens_BLD).transpose(1, 2).unflatten(2, given.grid)
+        predictions = [
+            F.interpolate(logits_BKHW.float(), size=truth_BHW.shape[1:], mode="bilinear", align_corners=False)
+            for logits_BKHW in given.head(map_BDHW, encoded.maps)
+        ]
+        losses = [self.distribution.loss(one, truth_BHW, valid_BHW, given.ranks) for one in predictions]
+        weighted = [weight * loss for weight, (loss, _) in zip(given.head.weights, losses, strict=True)]
+        counts = None if given.head.training else overlaps(predictions[0], truth_BHW, valid_BHW)
+        return Loss(torch.stack(weighted).sum(), losses[0][1], overlaps_3K=counts)
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        if parts.decoders[self.decoder].kind != "pointwise":
+            yield f"a segmentation target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
+        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or parts.inputs[0].view != 1:
+            yield "a segmentation target is predicted from one input, which shows all of view 1"
