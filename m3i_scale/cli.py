@@ -361,7 +361,9 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    task: Annotated[str, typer.Option(help="features, classification, zero_shot or backbone.")] = "features",
+    task: Annotated[
+        str, typer.Option(help="features, classification, segmentation, zero_shot or backbone.")
+    ] = "features",
     file_format: Annotated[str, typer.Option("--format", help="transformers or timm.")] = "transformers",
     label_set: Annotated[str | None, typer.Option(help="Whose classes a classifier has.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",

@@ -16,6 +16,7 @@ from m3i_scale.objective.describe import describe
 _TAKEN_OVER = ("data", "files", "weights", "step", "samples", "dtype", "parameters", "compute", "versions", "label_set")
 _PIPELINES = {
     "features": "image-feature-extraction",
+    "segmentation": "image-segmentation",
     "backbone": "image-feature-extraction",
     "classification": "image-classification",
     "zero_shot": "zero-shot-image-classification",

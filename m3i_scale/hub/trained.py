@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_scale.errors import ExportError
@@ -37,9 +38,8 @@ def trained_output(
         _, tokens_BND = objective.student.encode_whole(pixels_BCHW)
         map_BDHW: Tensor = tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid)
         return map_BDHW
-    if part.name == "classifier":
-        logits: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
-        return logits
+    if part.output == "logits":
+        return _logits(objective, part, pixels_BCHW)
     if tokens is None or objective.text is None:
         raise ExportError("the recipe has no text target", where=part.name)
     if part.name == "text":
@@ -50,6 +50,18 @@ def trained_output(
     texts_TE = objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
     similar: Tensor = scale * (images_BE @ texts_TE.T)
     return similar
+
+
+def _logits(objective: Objective, part: Part, pixels_BCHW: Tensor) -> Tensor:
+    """Return those of a classifier (B, K), or of a segmenter at the size of its input (B, K, H, W)."""
+    if part.name == "classifier":
+        logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
+        return logits_BK
+    target = next(item for item in objective.recipe.targets if item.reads_masks)
+    head: Any = objective.heads[target.name]
+    (_, tokens_BND), maps = objective.student.encode_maps(pixels_BCHW, head.layers)
+    logits_BKHW: Tensor = head(tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid), maps)[0]
+    return F.interpolate(logits_BKHW, size=pixels_BCHW.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate import init_empty_weights
@@ -48,7 +49,7 @@ class Reference:
     """Probe input (B, 3, H, W): noise and photographs, normalised as in training."""
     pictures: dict[str, Image.Image]
     trained_on: dict[str, Tensor]
-    """The pictures as training would feed them (centre square, normalised)."""
+    """The pictures as training would feed them (centre square, or of a segmenter the whole squeezed; normalised)."""
     captions: list[str]
     tokens: Tensor | None
     outputs: dict[str, Tensor]
@@ -81,7 +82,8 @@ def make_reference(
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment
     pictures = real_pictures(side)
-    trained_on = {name: _as_trained(picture, side, augment) for name, picture in pictures.items()}
+    whole = any(part.name == "segmenter" for part in parts)
+    trained_on = {name: _as_trained(picture, side, augment, whole=whole) for name, picture in pictures.items()}
     noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels_BCHW = torch.cat([normalize(noise, augment.mean, augment.std), trained_on["square"], trained_on["wide"]])
     captions, tokens = [], None
@@ -274,6 +276,9 @@ def real_pictures(side: int) -> dict[str, Image.Image]:
     }
 
 
-def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig) -> Tensor:
+def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, *, whole: bool) -> Tensor:
+    if whole:
+        squeezed = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        return normalize(torch.from_numpy(squeezed.copy())[None], augment.mean, augment.std)
     view = ViewMaker(augment, views=1, image_size=side, augment=False)
     return normalize(torch.from_numpy(view(picture.copy(), 0).pixels_VCHW), augment.mean, augment.std)

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BertModel, BitImageProcessor, PreTrainedTokenizerBase
+from transformers import BeitImageProcessor, BertModel, BitImageProcessor, PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json, write_json
 from m3i_scale.hub.as_timm import timm_part
+from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
 from m3i_scale.hub.source import Source
@@ -24,9 +25,9 @@ from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.text import masked
 
-Task = Literal["features", "classification", "zero_shot", "backbone"]
+Task = Literal["features", "classification", "segmentation", "zero_shot", "backbone"]
 Format = Literal["transformers", "timm"]
-TASKS = ("features", "classification", "zero_shot", "backbone")
+TASKS = ("features", "classification", "segmentation", "zero_shot", "backbone")
 FORMATS = ("transformers", "timm")
 
 
@@ -53,6 +54,8 @@ def plan_parts(source: Source, wanted: Wanted, tokenizer: PreTrainedTokenizerBas
         return [_in_timm(source, wanted)]
     if wanted.task == "classification":
         return [classifier_part(source, choose_label_set(source, wanted.label_set))]
+    if wanted.task == "segmentation":
+        return [segmenter_part(source)]
     if wanted.task == "backbone":
         return [backbone_part(source)]
     if wanted.task == "zero_shot":
@@ -88,7 +91,7 @@ def write_folder(
     """
     wanted = wanted or Wanted()
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
-    write_processor(folder, source)
+    write_processor(folder, source, whole=wanted.task == "segmentation")
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
@@ -136,20 +139,23 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
     )
 
 
-def write_processor(folder: Path, source: Source) -> None:
+def write_processor(folder: Path, source: Source, *, whole: bool) -> None:
     """Write preprocessor_config.json: cover the square, cut the centre, normalise as training did.
+
+    A segmenter is shown the `whole` image, squeezed into the square, and its processor makes masks of logits.
 
     `BitImageProcessor` is the stock class (DINOv2 uses it too) that cuts the centre in every version of transformers;
     that of ViT squeezes the image into the square in older ones.
     """
     size = int(backbone_config(source.run.backbone).image_size)
-    augment = source.run.data.augment
-    BitImageProcessor(
+    augment, square = source.run.data.augment, {"height": size, "width": size}
+    kind = BeitImageProcessor if whole else BitImageProcessor
+    kind(
         do_resize=True,
-        size={"shortest_edge": size},
+        size=square if whole else {"shortest_edge": size},
         resample=3,
-        do_center_crop=True,
-        crop_size={"height": size, "width": size},
+        do_center_crop=not whole,
+        crop_size=square,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
