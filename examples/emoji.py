@@ -31,8 +31,10 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import Listed, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
+from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
+from m3i_scale.files import write_json
 from m3i_scale.output import reserve_stdout
 
 GROUPS = [
@@ -487,6 +489,8 @@ def main(
             options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),
             progress=tell,
         )
+    for split in summary["splits"]:
+        write_json(output / split / MASK_LABELS, ["ground", *GROUPS])
     print_summary(summary, as_json, "\n".join(made_lines(summary, output)))
 
 

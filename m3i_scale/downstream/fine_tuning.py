@@ -83,7 +83,7 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    if isinstance(task, Segmentation):
+    if isinstance(task, Segmentation) and label_sets:  # a source without is told of by itself
         _check_mask_labels(label_sets)
     if isinstance(task, Classification) and len(label_sets) != 1:
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
@@ -102,7 +102,7 @@ def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
     if len(label_sets) != 1:
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
         raise ConfigError(
-            f"pixels have one list of classes, and the sources have {several or 'none'}",
+            f"pixels have one list of classes, and the sources have {several}",
             where="data.sources",
             fix=f"equal {MASK_LABELS} become one by data.sources.NAME.label_set",
         )

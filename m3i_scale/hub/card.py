@@ -21,7 +21,13 @@ _PIPELINES = {
     "classification": "image-classification",
     "zero_shot": "zero-shot-image-classification",
 }
-_KINDS = {"category": "class labels", "text": "captions", "pixels": "the image itself", "image": "the image itself"}
+_KINDS = {
+    "category": "class labels",
+    "mask": "masks",
+    "text": "captions",
+    "pixels": "the image itself",
+    "image": "the image itself",
+}
 
 OLDEST_TRANSFORMERS = "4.57"
 """That loads every kind of export: the proof of them runs in it, too (tests/hub/test_oldest_transformers.py)."""
