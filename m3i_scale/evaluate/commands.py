@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,14 @@ from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, loa
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
 from m3i_scale.evaluate.samples import Table, open_table
+from m3i_scale.evaluate.segmenter import (
+    Segmenter,
+    check_classes,
+    count_overlaps,
+    is_segmenter,
+    load_segmenter,
+    measure_segmenter,
+)
 from m3i_scale.evaluate.towers import Towers, has_category_head, load_objective, towers_of, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 from m3i_scale.files import read_json
@@ -26,6 +35,8 @@ from m3i_scale.files import read_json
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
 """What learns from training data."""
 MEASURES = (*PROBES, "classifier", "zero_shot", "retrieval")
+SEGMENTER = "segmenter"
+"""The only measure of a folder that holds a segmenter."""
 Baseline = Literal["none", "pixels"]
 Progress = Callable[[str, int], None]
 """Called with what is read ("data", "train data") and the number of samples so far."""
@@ -67,7 +78,7 @@ def evaluate(
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
         data: shards to test on: a folder, a brace pattern or one .tar.
         train_data: shards that the probes learn from; kNN and the linear probes need it.
-        measures: which of `MEASURES`.
+        measures: which of `MEASURES`; of a folder that holds a segmenter, `SEGMENTER` or all.
         pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
         baseline: `pixels` also probes the raw 32 × 32 image.
         exclude_groups: leave out samples whose json member has one of these as `group`.
@@ -86,6 +97,14 @@ def evaluate(
     """
     _check(measures, pool, baseline, batch_size)
     where, folder = _device(device), Path(model_dir)
+    if is_segmenter(folder):
+        if measures not in ((SEGMENTER,), MEASURES):
+            raise ConfigError("the folder holds a segmenter", where=str(folder), fix=f"--measure {SEGMENTER}")
+        if train_data is not None or baseline != "none" or pool != "mean":
+            raise ConfigError(
+                "training data, a baseline and a pool have no effect: the folder holds a segmenter", where=str(folder)
+            )
+        return _evaluate_segmenter(load_segmenter(folder, where, batch_size), folder, data, exclude_groups, progress)
     test_table = open_table(data, "--data")
     train_table = open_table(train_data, "--train-data") if train_data is not None else None
     _refuse_same_shards(test_table, train_table)
@@ -128,6 +147,43 @@ def evaluate(
         }
     result["warnings"] = _warnings(job, result)
     return result
+
+
+def _evaluate_segmenter(
+    segmenter: Segmenter,
+    folder: Path,
+    data: str,
+    exclude_groups: tuple[str, ...],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Return the document of `evaluate` for a folder whose model gives the class of every pixel."""
+    check_classes(segmenter, data)
+    table = open_table(data, "--data")
+    tell = None if progress is None else partial(progress, "data")
+    counts_M3K, masked = count_overlaps(segmenter, table, exclude_groups, tell)
+    _refuse_unknown_groups(exclude_groups, [table])
+    if not counts_M3K[:, 1].any():
+        raise DataError("no pixel of the test data has a class", where=data, why=str(dict(table.bad_masks)))
+    clusters = clusters_of(table).take(masked)
+    figures = measure_segmenter(counts_M3K, clusters, segmenter.classes, segmenter.size)
+    warnings = [clusters.warning] if clusters.warning else []
+    warnings += [f"{count} masks of the test data cannot be used: {why}" for why, count in table.bad_masks.items()]
+    return {
+        "model": {
+            "name": folder.resolve().name,
+            "path": str(folder),
+            "type": segmenter.model.config.model_type,
+            "image_size": segmenter.size,
+            "export": _exported_from(folder),
+        },
+        "data": _describe(table, data) | {"cluster_unit": clusters.unit, "clusters": len(np.unique(clusters.of))},
+        "train_data": None,
+        "level": LEVEL,
+        "bootstrap": {"resamples": RESAMPLES, "seed": SEED},
+        "measures": {SEGMENTER: figures},
+        "not_measured": {},
+        "warnings": warnings,
+    }
 
 
 @dataclass
@@ -203,6 +259,8 @@ def _measure(
         try:
             if name in PROBES:
                 figures[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
+            elif name == SEGMENTER:
+                raise NotMeasuredError("the model folder holds no segmenter (export --task segmentation)")
             elif name == "classifier":
                 figures[name] = _of_head(job)
             else:
@@ -287,7 +345,7 @@ def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
 
 def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int) -> None:
     for value, known, what in (
-        *((name, MEASURES, "measure") for name in measures),
+        *((name, (*MEASURES, SEGMENTER), "measure") for name in measures),
         (pool, ("mean", "cls", "both"), "pool"),
         (baseline, ("none", "pixels"), "baseline"),
     ):

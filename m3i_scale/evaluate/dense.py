@@ -159,9 +159,30 @@ def mean_iou(
     everything = np.ones(len(truth), dtype=np.bool_)
     both_CK, truth_CK = table(truth, predicted == truth), table(truth, everything)
     either_CK = truth_CK + table(predicted, everything) - both_CK
+    return iou_of_clusters(both_CK, truth_CK, either_CK, clusters, len(truth_P), **options)
+
+
+def iou_of_clusters(
+    both_CK: NDArray[np.float64],
+    truth_CK: NDArray[np.float64],
+    either_CK: NDArray[np.float64],
+    clusters: Clusters,
+    samples: int,
+    **options: Any,
+) -> Estimate:
+    """Return intersection over union, mean over the classes that occur, with its interval over clusters.
+
+    Args:
+        both_CK: how much of every class truth and prediction share, by cluster in the order of `np.unique`.
+        truth_CK: how much is of the class in truth.
+        either_CK: how much is of it in one of them.
+        clusters: of what was counted.
+        samples: how much was counted, for the record.
+        options: see `bootstrap`.
+    """
 
     def statistic(chosen: NDArray[np.int64]) -> float:
         present = truth_CK[chosen].sum(axis=0) > 0
         return float((both_CK[chosen].sum(axis=0)[present] / either_CK[chosen].sum(axis=0)[present]).mean())
 
-    return bootstrap(statistic, clusters, samples=len(truth_P), **options)
+    return bootstrap(statistic, clusters, samples=samples, **options)

@@ -14,6 +14,7 @@ _NAMES = {
     "linear": "linear probe",
     "dense": "dense probe",
     "classifier": "trained head",
+    "segmenter": "trained segmenter",
     "zero_shot": "zero-shot",
     "retrieval": "retrieval",
 }

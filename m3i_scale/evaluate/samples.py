@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
-from m3i_scale.data.images import orientation, upright
+from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.index import load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Address
@@ -95,16 +95,17 @@ def open_table(shards: str, where: str) -> Table:
 
 
 def read_samples(
-    table: Table, image_size: int, *, exclude_groups: tuple[str, ...] = (), masks: bool = False
+    table: Table, image_size: int | None, *, exclude_groups: tuple[str, ...] = (), masks: bool = False
 ) -> Iterator[Sample]:
     """Yield samples of the table's shards in order, noted in the table as they pass; `masks` also reads theirs.
 
-    What cannot be used is counted in `table.left_out` by reason.
+    What cannot be used is counted in `table.left_out` by reason. Without `image_size` images and masks are whole, and
+    of their own size.
 
     Raises:
         DataError: a damaged or malicious shard.
     """
-    view = ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
+    view = None if image_size is None else ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
     for place, members in _members(table):
         meta = _meta(members)
         group = str(meta.get("group", ""))
@@ -116,7 +117,7 @@ def read_samples(
             annotations = read_annotations(members, len(table.classes) or None)
             image = open_image(members, _MAX_PIXELS)
             mask = _mask(table, members, image, image_size) if masks else None
-            pixels = view(image, 0).pixels_VCHW[0]
+            pixels = whole_pixels(image) if view is None else view(image, 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
             continue
@@ -126,7 +127,20 @@ def read_samples(
         yield sample
 
 
-def _mask(table: Table, members: Mapping[str, bytes], image: Image.Image, image_size: int) -> NDArray[np.uint8] | None:
+def whole_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return all pixels of an opened image, upright: (3, H, W).
+
+    Raises:
+        BadSampleError: it does not decode.
+    """
+    lies = orientation(image)
+    with decoding():
+        return np.asarray(upright(on_white(image), lies), dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _mask(
+    table: Table, members: Mapping[str, bytes], image: Image.Image, image_size: int | None
+) -> NDArray[np.uint8] | None:
     """Return the sample's mask. One that cannot be used is counted, and costs its sample no other measure."""
     try:
         return centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size, orientation(image))
@@ -135,12 +149,12 @@ def _mask(table: Table, members: Mapping[str, bytes], image: Image.Image, image_
         return None
 
 
-def centre_mask(mask: Image.Image | None, size: int, lies: int = 1) -> NDArray[np.uint8] | None:
+def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
     """Cut the same centre square as that of the image, without mixing classes.
 
     Args:
         mask: of the pixels as they are stored.
-        size: side of the square in pixels.
+        size: side of the square in pixels; None leaves the mask whole.
         lies: orientation of the image.
 
     Raises:
@@ -150,6 +164,8 @@ def centre_mask(mask: Image.Image | None, size: int, lies: int = 1) -> NDArray[n
         return None
     with decoding():
         classes = upright(Image.fromarray(np.asarray(mask)), lies)  # of a palette, the index
+    if size is None:
+        return np.asarray(classes, dtype=np.uint8)
     side = min(classes.size)
     left, top = (classes.width - side) / 2, (classes.height - side) / 2
     box = (left, top, left + side, top + side)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from tiny import first_weights, random_batch
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from m3i_scale.config import RunConfig
+from m3i_scale.config import RunConfig, Segmentation
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.segmenter import Segmenter, starts
 from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
@@ -27,6 +29,7 @@ from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.segmentation import MapBatchNorm, mean_iou, overlaps
+from m3i_scale.scale.activations import apply_activation_checkpointing
 
 CLASSES = ["sky", "sea", "sand", "stone", "ship"]
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -233,6 +236,31 @@ def test_every_backbone_is_segmented_and_learns(backbone: str, head: dict[str, A
     assert objective.overlaps_3K["segmentation"].shape == (3, len(CLASSES))
 
 
+@pytest.mark.parametrize("backbone", ["dinov2", "internimage"])
+@pytest.mark.parametrize("head", [UPERNET, LINEAR])
+def test_layers_that_recompute_give_the_same_maps_and_gradients(backbone: str, head: dict[str, Any]) -> None:
+    kept, recomputing = objective_of(backbone, head), objective_of(backbone, head)
+    assert apply_activation_checkpointing(recomputing, "full")
+    batch = batch_of(2, kept.student.image_size)
+    for objective in (kept, recomputing):
+        objective(batch)[0].backward()
+    others = dict(recomputing.named_parameters())
+    for name, parameter in kept.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(others[name].grad, parameter.grad)
+
+
+@pytest.mark.parametrize("head", [UPERNET, LINEAR])
+def test_of_a_frozen_backbone_the_head_alone_learns(head: dict[str, Any]) -> None:
+    run = run_of("vit", head)
+    frozen = run.model_copy(update={"task": Segmentation.model_validate({"head": head, "freeze": True})})
+    objective = build_objective(frozen, {"scenes": CLASSES}, None)
+    first_weights(objective, seed=0)
+    objective.train()(batch_of(2, 32))[0].backward()
+    learns = {name.partition(".")[0] for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert learns == {"heads"}
+
+
 # ---------------------------------------------------------------- the linear head
 
 
@@ -285,3 +313,41 @@ def test_miou_is_that_of_a_confusion_matrix() -> None:
     assert mean_iou(parts) == pytest.approx(np.mean(scores))
     perfect = torch.nn.functional.one_hot(truth, 5).permute(0, 3, 1, 2)
     assert mean_iou(overlaps(perfect, truth, valid)) == 1.0
+
+
+# ---------------------------------------------------------------- sliding windows
+
+
+def test_windows_cover_a_side_as_published_ones_do() -> None:
+    assert starts(512, 512) == [0]
+    assert starts(600, 512) == [0, 88]
+    assert starts(853, 512) == [0, 341]
+    assert starts(854, 512) == [0, 341, 342]
+    for length in range(24, 120):
+        covered = {place for start in starts(length, 24) for place in range(start, start + 24)}
+        assert covered == set(range(length))
+
+
+class Shown:
+    """A segmenter whose logits are the pixels themselves, so that it is known what a window has to give."""
+
+    config = None
+
+    def __call__(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(logits=pixel_values)
+
+
+def as_tensors(images: list[Tensor], **options: Any) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack(images).float()}
+
+
+@pytest.mark.parametrize("size", [(24, 24), (24, 70), (90, 24), (40, 30)])
+def test_a_sliding_window_gives_every_pixel_what_it_shows(size: tuple[int, int]) -> None:
+    y, x = np.mgrid[: size[0], : size[1]]
+    pixels = np.stack([2 * x, 2 * y, 100 + 0 * x]).astype(np.uint8)
+    segmenter = Segmenter(Shown(), as_tensors, 24, ["a", "b", "c"], torch.device("cpu"), batch_size=3)
+    logits = segmenter(pixels)
+    assert logits.shape == (3, *size)
+    inner = (slice(None), slice(3, -3), slice(3, -3))  # at the edge a resize is not linear
+    tolerance = 0.0 if min(size) == 24 else 1.0  # of rounded levels where it is resized
+    assert (logits[inner] - torch.from_numpy(pixels).float()[inner]).abs().max() <= tolerance

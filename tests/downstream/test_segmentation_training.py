@@ -152,7 +152,7 @@ def test_a_run_that_was_stopped_is_the_whole_one(ran: dict[str, Path], tmp_path:
     assert all(torch.equal(value, stopped[name]) for name, value in student(ran["two"]).items())
 
 
-def test_the_result_is_a_stock_segmenter(ran: dict[str, Path], forks: Forks, tmp_path: Path) -> None:
+def test_the_result_is_a_stock_segmenter(ran: dict[str, Path], shards: Path, forks: Forks, tmp_path: Path) -> None:
     folder = tmp_path / "segmenter"
     done = forks.run("export", str(ran["two"].parent / "out"), "--to", str(folder), "--task", "segmentation")
     assert done.returncode == 0, done.stderr
@@ -162,6 +162,14 @@ def test_the_result_is_a_stock_segmenter(ran: dict[str, Path], forks: Forks, tmp
     covered = sum(np.asarray(segment["mask"]) > 0 for segment in segments)
     assert covered.shape == (40, 48)
     assert (covered == 1).all()
+    done = forks.run("evaluate", str(folder), "--data", str(shards / "val"), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["measures"]["segmenter"]
+    # The images are as large as the window, so that it is the evaluation that the run made in the end.
+    wanted = evaluations(ran["two"])[STEPS]["evaluation/segmentation/miou"]
+    assert found["mIoU"]["value"] == pytest.approx(wanted, rel=1e-3)
+    assert found["mIoU"]["samples"] == 16
+    assert [one["name"] for one in found["classes"]] == SCENE_CLASSES
     config = json.loads((folder / "config.json").read_text())
     assert [config["id2label"][str(number)] for number in range(3)] == SCENE_CLASSES
 

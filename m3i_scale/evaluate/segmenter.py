@@ -1,0 +1,186 @@
+"""Measure a trained segmenter: mIoU over all pixels of a set, at the images' own sizes, by a sliding window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from m3i_scale.config import SourceConfig
+from m3i_scale.data.images import NO_CLASS
+from m3i_scale.data.shards import MASK_LABELS, read_label_sets
+from m3i_scale.errors import DataError, ExportError
+from m3i_scale.evaluate.dense import iou_of_clusters
+from m3i_scale.evaluate.intervals import Clusters
+from m3i_scale.evaluate.samples import Table, read_samples
+from m3i_scale.files import read_json
+from m3i_scale.objective.segmentation import overlaps
+
+STRIDE = 2 / 3
+"""Of the window's side: from one window to the next."""
+
+
+@dataclass
+class Segmenter:
+    """Runs a stock segmenter on windows of images, with the normalisation of its image processor."""
+
+    model: Any
+    processor: Any
+    size: int
+    """Side of a window in pixels."""
+    classes: list[str]
+    device: torch.device
+    batch_size: int = 16
+    """Windows in one forward pass."""
+
+    @torch.no_grad()
+    def __call__(self, pixels_CHW: NDArray[np.uint8]) -> Tensor:
+        """Return logits (K, H, W) for an image of any size.
+
+        Its shorter side is resized to the window's; where windows overlap, the mean of their logits counts.
+        """
+        height, width = pixels_CHW.shape[1:]
+        scale = self.size / min(height, width)
+        shown = max(round(height * scale), self.size), max(round(width * scale), self.size)
+        image = Image.fromarray(pixels_CHW.transpose(1, 2, 0)).resize(shown[::-1], Image.Resampling.BICUBIC)
+        resized_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        places = [(top, left) for top in starts(shown[0], self.size) for left in starts(shown[1], self.size)]
+        total_KHW = torch.zeros(len(self.classes), *shown, device=self.device)
+        count_HW = torch.zeros(shown, device=self.device)
+        for first in range(0, len(places), self.batch_size):
+            chosen = places[first : first + self.batch_size]
+            windows = [resized_CHW[:, top : top + self.size, left : left + self.size] for top, left in chosen]
+            inputs = self.processor(images=windows, do_resize=False, do_center_crop=False, return_tensors="pt")
+            logits_BKHW = self.model(pixel_values=inputs["pixel_values"].to(self.device)).logits.float()
+            for (top, left), logits_KHW in zip(chosen, logits_BKHW, strict=True):
+                total_KHW[:, top : top + self.size, left : left + self.size] += logits_KHW
+                count_HW[top : top + self.size, left : left + self.size] += 1
+        mean_KHW = total_KHW / count_HW
+        return F.interpolate(mean_KHW[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+
+
+def starts(length: int, size: int) -> list[int]:
+    """Return where windows begin along a side: a stride apart, and the last one at the end."""
+    stride = max(int(size * STRIDE), 1)
+    return [min(number * stride, length - size) for number in range(math.ceil((length - size) / stride) + 1)]
+
+
+def is_segmenter(folder: Path) -> bool:
+    """Return whether the folder is that of a semantic segmenter."""
+    try:
+        values = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False  # which whoever loads it tells
+    return any(str(name).endswith("ForSemanticSegmentation") for name in values.get("architectures") or ())
+
+
+def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
+    """Load a stock segmenter of square inputs from any Hub folder, in fp32.
+
+    Raises:
+        ExportError: it does not load, weights do not fill it, or its input is no square.
+    """
+    try:
+        model, info = AutoModelForSemanticSegmentation.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(f"the segmenter does not load: {str(error).splitlines()[0]}", where=str(folder)) from None
+    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
+    if faulty:
+        raise ExportError(f"{len(faulty)} tensors do not fill the segmenter, e.g. {faulty[0]}", where=str(folder))
+    size = dict(processor.size)
+    if not size.get("height") or size["height"] != size.get("width"):
+        raise ExportError(f"the image processor has no square input size: {size}", where=str(folder))
+    names: dict[int, str] = model.config.id2label
+    classes = [str(names[number]) for number in sorted(names)]
+    return Segmenter(model.to(device).eval(), processor, int(size["height"]), classes, device, batch_size)
+
+
+def check_classes(segmenter: Segmenter, shards: str) -> None:
+    """Check that the masks of a set have the classes of a segmenter.
+
+    Raises:
+        DataError: they have others, or nobody says which.
+    """
+    sets = read_label_sets({"data": SourceConfig(shards=shards)}, file=MASK_LABELS)
+    names = next(iter(sets.values()), None)
+    if names != segmenter.classes:
+        raise DataError(
+            f"the shards have no {MASK_LABELS}"
+            if names is None
+            else f"the classes of the masks are not the segmenter's {len(segmenter.classes)}, in their order",
+            where=shards,
+            fix=f"{MASK_LABELS} beside the shards: the names in config.json of the model, in the order of the masks",
+        )
+
+
+def count_overlaps(
+    segmenter: Segmenter, table: Table, exclude_groups: tuple[str, ...], progress: Callable[[int], None] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Read all samples once; this fills the table.
+
+    Returns:
+        Pixels of every class that truth and prediction share, that are of the truth, and of the prediction: (M, 3, K)
+        of the samples that have a mask; and which of the table's they are: (M).
+    """
+    counts: list[NDArray[np.int64]] = []
+    masked: list[int] = []
+    for number, sample in enumerate(read_samples(table, None, exclude_groups=exclude_groups, masks=True)):
+        if progress is not None:
+            progress(number + 1)
+        if sample.mask is None:
+            continue
+        truth_HW = torch.from_numpy(sample.mask).long().to(segmenter.device)
+        valid_HW = truth_HW != NO_CLASS
+        if bool((truth_HW[valid_HW] >= len(segmenter.classes)).any()):
+            table.bad_masks["mask out of range"] += 1
+            continue
+        logits_KHW = segmenter(sample.pixels)
+        counts.append(overlaps(logits_KHW[None], truth_HW.where(valid_HW, 0)[None], valid_HW[None]).cpu().numpy())
+        masked.append(number)
+    shape = (len(counts), 3, len(segmenter.classes))
+    return np.asarray(counts, dtype=np.int64).reshape(shape), np.asarray(masked, dtype=np.int64)
+
+
+def measure_segmenter(
+    counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
+) -> dict[str, Any]:
+    """Return mIoU over the classes that occur, with its interval over clusters of images, and IoU by class.
+
+    Args:
+        counts_M3K: of `count_overlaps`.
+        clusters: of the same images.
+        classes: of the segmenter.
+        size: of its window.
+    """
+    drawn = np.unique(clusters.of, return_inverse=True)[1]
+    by_cluster = np.zeros((int(drawn.max()) + 1, *counts_M3K.shape[1:]))
+    np.add.at(by_cluster, drawn, counts_M3K)
+    both_CK, truth_CK, predicted_CK = by_cluster.transpose(1, 0, 2)
+    estimate = iou_of_clusters(both_CK, truth_CK, truth_CK + predicted_CK - both_CK, clusters, len(counts_M3K))
+    both_K, truth_K, predicted_K = counts_M3K.sum(axis=0)
+    iou_K = both_K / np.maximum(truth_K + predicted_K - both_K, 1)
+    commonest = truth_K.max() / truth_K.sum() / max(int((truth_K > 0).sum()), 1)
+    return {
+        "mIoU": estimate.as_dict() | {"majority": float(commonest)},
+        "pixel_accuracy": float(both_K.sum() / truth_K.sum()),
+        "classes": [
+            {"name": name, "iou": float(iou), "pixels": int(pixels)}
+            for name, iou, pixels in zip(classes, iou_K, truth_K, strict=True)
+            if pixels
+        ],
+        "window": size,
+        "stride": starts(2 * size, size)[1],
+    }
