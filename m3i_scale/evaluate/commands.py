@@ -24,11 +24,12 @@ from m3i_scale.evaluate.segmenter import (
     Segmenter,
     check_classes,
     count_overlaps,
+    head_of_features,
     is_segmenter,
     load_segmenter,
     measure_segmenter,
 )
-from m3i_scale.evaluate.towers import Towers, has_category_head, load_objective, towers_of, why_no_towers
+from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of, why_no_towers
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 from m3i_scale.files import read_json
 
@@ -36,7 +37,7 @@ PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense":
 """What learns from training data."""
 MEASURES = (*PROBES, "classifier", "zero_shot", "retrieval")
 SEGMENTER = "segmenter"
-"""The only measure of a folder that holds a segmenter."""
+"""Measured alone: of a folder that holds a segmenter, or of features with one in `heads/`."""
 Baseline = Literal["none", "pixels"]
 Progress = Callable[[str, int], None]
 """Called with what is read ("data", "train data") and the number of samples so far."""
@@ -78,7 +79,7 @@ def evaluate(
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
         data: shards to test on: a folder, a brace pattern or one .tar.
         train_data: shards that the probes learn from; kNN and the linear probes need it.
-        measures: which of `MEASURES`; of a folder that holds a segmenter, `SEGMENTER` or all.
+        measures: which of `MEASURES`, or `SEGMENTER` alone; of a folder that holds one, that is what all of them are.
         pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
         baseline: `pixels` also probes the raw 32 × 32 image.
         exclude_groups: leave out samples whose json member has one of these as `group`.
@@ -105,6 +106,8 @@ def evaluate(
                 "training data, a baseline and a pool have no effect: the folder holds a segmenter", where=str(folder)
             )
         return _evaluate_segmenter(load_segmenter(folder, where, batch_size), folder, data, exclude_groups, progress)
+    if measures == (SEGMENTER,) and has_head(folder, "segmentation"):
+        return _evaluate_segmenter(head_of_features(folder, where, batch_size), folder, data, exclude_groups, progress)
     test_table = open_table(data, "--data")
     train_table = open_table(train_data, "--train-data") if train_data is not None else None
     _refuse_same_shards(test_table, train_table)
@@ -172,7 +175,7 @@ def _evaluate_segmenter(
         "model": {
             "name": folder.resolve().name,
             "path": str(folder),
-            "type": segmenter.model.config.model_type,
+            "type": segmenter.model_type,
             "image_size": segmenter.size,
             "export": _exported_from(folder),
         },
@@ -221,7 +224,7 @@ def _trained_heads(
     try:
         if wants_classifier and has_own_head(folder):
             classifier = own_head(folder, vision)
-        elif wants_text or (wants_classifier and has_category_head(folder)):
+        elif wants_text or (wants_classifier and has_head(folder, "category")):
             objective, run, label_sets = load_objective(folder, vision.device)
             if wants_classifier and objective.recipe.uses_categories and label_sets:
                 classifier = head_of_targets(objective, label_sets, classes)
@@ -260,7 +263,7 @@ def _measure(
             if name in PROBES:
                 figures[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
             elif name == SEGMENTER:
-                raise NotMeasuredError("the model folder holds no segmenter (export --task segmentation)")
+                raise NotMeasuredError(f"the model folder holds no segmenter, or --measure {SEGMENTER} is not alone")
             elif name == "classifier":
                 figures[name] = _of_head(job)
             else:

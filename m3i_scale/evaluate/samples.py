@@ -165,7 +165,7 @@ def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> ND
     with decoding():
         classes = upright(Image.fromarray(np.asarray(mask)), lies)  # of a palette, the index
     if size is None:
-        return np.asarray(classes, dtype=np.uint8)
+        return np.array(classes, dtype=np.uint8)
     side = min(classes.size)
     left, top = (classes.width - side) / 2, (classes.height - side) / 2
     box = (left, top, left + side, top + side)

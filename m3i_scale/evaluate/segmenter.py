@@ -23,7 +23,9 @@ from m3i_scale.errors import DataError, ExportError
 from m3i_scale.evaluate.dense import iou_of_clusters
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.evaluate.samples import Table, read_samples
+from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.files import read_json
+from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.segmentation import overlaps
 
 STRIDE = 2 / 3
@@ -32,13 +34,14 @@ STRIDE = 2 / 3
 
 @dataclass
 class Segmenter:
-    """Runs a stock segmenter on windows of images, with the normalisation of its image processor."""
+    """Runs a model on windows of images."""
 
-    model: Any
-    processor: Any
+    logits: Callable[[Tensor], Tensor]
+    """uint8 windows (B, 3, S, S) → logits (B, K, S, S)."""
     size: int
     """Side of a window in pixels."""
     classes: list[str]
+    model_type: str
     device: torch.device
     batch_size: int = 16
     """Windows in one forward pass."""
@@ -60,8 +63,7 @@ class Segmenter:
         for first in range(0, len(places), self.batch_size):
             chosen = places[first : first + self.batch_size]
             windows = [resized_CHW[:, top : top + self.size, left : left + self.size] for top, left in chosen]
-            inputs = self.processor(images=windows, do_resize=False, do_center_crop=False, return_tensors="pt")
-            logits_BKHW = self.model(pixel_values=inputs["pixel_values"].to(self.device)).logits.float()
+            logits_BKHW = self.logits(torch.stack(windows).to(self.device)).float()
             for (top, left), logits_KHW in zip(chosen, logits_BKHW, strict=True):
                 total_KHW[:, top : top + self.size, left : left + self.size] += logits_KHW
                 count_HW[top : top + self.size, left : left + self.size] += 1
@@ -105,7 +107,31 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
         raise ExportError(f"the image processor has no square input size: {size}", where=str(folder))
     names: dict[int, str] = model.config.id2label
     classes = [str(names[number]) for number in sorted(names)]
-    return Segmenter(model.to(device).eval(), processor, int(size["height"]), classes, device, batch_size)
+    model = model.to(device).eval()
+
+    def logits(windows_BCHW: Tensor) -> Tensor:
+        inputs = processor(images=list(windows_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
+        found: Tensor = model(pixel_values=inputs["pixel_values"].to(device)).logits
+        return found
+
+    return Segmenter(logits, int(size["height"]), classes, model.config.model_type, device, batch_size)
+
+
+def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
+    """Return the segmenter that an export of features has in `heads/`.
+
+    Raises:
+        ExportError: see `load_objective`.
+    """
+    objective, run, label_sets = load_objective(folder, device)
+    (classes,) = label_sets.values()
+    mean, std = run.data.augment.mean, run.data.augment.std
+
+    def logits(windows_BCHW: Tensor) -> Tensor:
+        return objective.segment(normalize(windows_BCHW, mean, std))
+
+    kind = objective.student.model.config.model_type
+    return Segmenter(logits, objective.student.image_size, classes, kind, device, batch_size)
 
 
 def check_classes(segmenter: Segmenter, shards: str) -> None:

@@ -60,8 +60,12 @@ def why_no_towers(folder: Path) -> str | None:
     return f"the model folder has no {' and no '.join(absent)}: it is no export with a text target" if absent else None
 
 
-def has_category_head(folder: Path) -> bool:
-    """Return whether a model folder is an export of features with the head of a category target beside them.
+def has_head(folder: Path, kind: str) -> bool:
+    """Return whether a model folder is an export of features with the head of a target beside them.
+
+    Args:
+        folder: of the model.
+        kind: of the target: category, segmentation.
 
     Raises:
         ExportError: heads/objective.json is there and broken.
@@ -72,7 +76,7 @@ def has_category_head(folder: Path) -> bool:
     values = _read(path)
     try:
         targets = upgraded(values["run"]["recipe"])["targets"]
-        return bool(values["label_sets"]) and "category" in {target["kind"] for target in targets}
+        return bool(values["label_sets"]) and kind in {target["kind"] for target in targets}
     except (KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"the heads' description does not name its targets: {error}", where=str(path)) from None
 

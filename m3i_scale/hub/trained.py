@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_scale.errors import ExportError
@@ -57,11 +56,7 @@ def _logits(objective: Objective, part: Part, pixels_BCHW: Tensor) -> Tensor:
     if part.name == "classifier":
         logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
         return logits_BK
-    target = next(item for item in objective.recipe.targets if item.reads_masks)
-    head: Any = objective.heads[target.name]
-    (_, tokens_BND), maps = objective.student.encode_maps(pixels_BCHW, head.layers)
-    logits_BKHW: Tensor = head(tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid), maps)[0]
-    return F.interpolate(logits_BKHW, size=pixels_BCHW.shape[2:], mode="bilinear", align_corners=False)
+    return objective.segment(pixels_BCHW)
 
 
 def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:

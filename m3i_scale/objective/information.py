@@ -25,7 +25,7 @@ from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
-from m3i_scale.objective.segmentation import PixelHead
+from m3i_scale.objective.segmentation import PixelHead, resized
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 
 
@@ -240,6 +240,20 @@ class Objective(nn.Module):
         cls_B1D, tokens_BND = self.student.encode_whole(normalize(images_BCHW, self.mean, self.std))
         output = self.heads[target](pool(self.decoders[spec.decoder], cls_B1D, tokens_BND))
         return output[0] if spec.modality == "text" else torch.cat(output, dim=1)
+
+    @torch.no_grad()
+    def segment(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the logits of every class at every pixel (B, K, H, W) of normalised images.
+
+        Raises:
+            ValueError: the recipe has no segmentation target.
+        """
+        head = next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
+        if head is None:
+            raise ValueError("the recipe has no segmentation target")
+        (_, tokens_BND), maps = self.student.encode_maps(pixels_BCHW, head.layers)
+        logits_BKHW = head(tokens_BND.transpose(1, 2).unflatten(2, self.student.grid), maps)[0]
+        return resized(logits_BKHW, (pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Batch norm takes the statistics of the global batch, on every kind of process gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -95,9 +95,6 @@ class PixelHead(nn.Module):
     layers: tuple[int, ...] = ()
     """Layers of the backbone whose maps are asked for, from 1."""
 
-    def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
-        super().__init__()
-
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return logits (B, K, H, W) of some size: the prediction, and what only helps to train it.
 
@@ -112,7 +109,7 @@ class LinearPixelHead(PixelHead):
     """Classifies every patch token, batch-normalised."""
 
     def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
-        super().__init__(spec, backbone, classes, ranks)
+        super().__init__()
         self.norm = MapBatchNorm(backbone.width, ranks)
         self.classifier = _PixelClassifier(backbone.width, classes, spec.dropout)
 
@@ -124,9 +121,8 @@ class LinearPixelHead(PixelHead):
 class UperNet(PixelHead):
     """Joins maps of four sizes; a further head on the third of them helps to train it."""
 
-    def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
-        super().__init__(spec, backbone, classes, ranks)
-        spec = cast(UperNetSegmentation, spec)
+    def __init__(self, spec: UperNetSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+        super().__init__()
         widths = backbone.stage_widths
         self.neck = None
         if not widths:
@@ -156,7 +152,7 @@ class UperNet(PixelHead):
         return [head(pyramid) for head in heads]
 
 
-HEADS: dict[type[SegmentationHead], type[PixelHead]] = {
+HEADS: dict[type[SegmentationHead], Callable[..., PixelHead]] = {
     LinearSegmentation: LinearPixelHead,
     UperNetSegmentation: UperNet,
 }
@@ -196,6 +192,11 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
             setattr(module, name, own)
         else:
             _replace_parts(child, dropout, ranks)
+
+
+def resized(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return logits in fp32 at the height and width of what is labelled."""
+    return F.interpolate(logits_BKHW.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def overlaps(logits_BKHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor) -> Tensor:

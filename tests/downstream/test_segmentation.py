@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from masked import CLASSES as CELLS
+from masked import SIZE, classes_of, mask_of_picture, picture, png, write_shards
+from PIL import Image
 from pydantic import ValidationError
 from tiny import first_weights, random_batch
 from torch import Tensor, nn
@@ -18,8 +20,10 @@ from transformers import UperNetForSemanticSegmentation
 from m3i_scale.config import RunConfig, Segmentation
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
-from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.segmenter import Segmenter, starts
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate.intervals import clusters_of
+from m3i_scale.evaluate.samples import open_table
+from m3i_scale.evaluate.segmenter import Segmenter, check_classes, count_overlaps, measure_segmenter, starts
 from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
@@ -328,26 +332,45 @@ def test_windows_cover_a_side_as_published_ones_do() -> None:
         assert covered == set(range(length))
 
 
-class Shown:
-    """A segmenter whose logits are the pixels themselves, so that it is known what a window has to give."""
-
-    config = None
-
-    def __call__(self, pixel_values: Tensor) -> Any:
-        return SimpleNamespace(logits=pixel_values)
-
-
-def as_tensors(images: list[Tensor], **options: Any) -> dict[str, Tensor]:
-    return {"pixel_values": torch.stack(images).float()}
-
-
 @pytest.mark.parametrize("size", [(24, 24), (24, 70), (90, 24), (40, 30)])
 def test_a_sliding_window_gives_every_pixel_what_it_shows(size: tuple[int, int]) -> None:
+    """Of a segmenter whose logits are the pixels themselves."""
     y, x = np.mgrid[: size[0], : size[1]]
     pixels = np.stack([2 * x, 2 * y, 100 + 0 * x]).astype(np.uint8)
-    segmenter = Segmenter(Shown(), as_tensors, 24, ["a", "b", "c"], torch.device("cpu"), batch_size=3)
+    segmenter = Segmenter(lambda windows: windows, 24, ["a", "b", "c"], "pixels", torch.device("cpu"), batch_size=3)
     logits = segmenter(pixels)
     assert logits.shape == (3, *size)
     inner = (slice(None), slice(3, -3), slice(3, -3))  # at the edge a resize is not linear
     tolerance = 0.0 if min(size) == 24 else 1.0  # of rounded levels where it is resized
     assert (logits[inner] - torch.from_numpy(pixels).float()[inner]).abs().max() <= tolerance
+
+
+def by_colour(windows: Tensor) -> Tensor:
+    """Logits of a segmenter that reads from the colour where a pixel lies, and so of which class it is."""
+    x, y = (windows[:, 0] - 2) // 5 + 0.5, (windows[:, 1] - 2) // 6 + 0.5
+    classes = torch.from_numpy(classes_of(x.numpy(), y.numpy()))
+    return nn.functional.one_hot(classes, len(CELLS)).permute(0, 3, 1, 2)
+
+
+def test_a_segmenter_is_measured_at_the_size_of_its_images_with_their_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = {"png": png(picture()), "mask.png": png(mask_of_picture())}
+    samples = [good, good | {"png": png(picture(), exif=exif)}, {"png": good["png"]}]
+    samples.append(good | {"mask.png": png(mask_of_picture().resize((20, 20)))})
+    samples.append(good | {"mask.png": png(Image.new("L", SIZE, len(CELLS)))})
+    shards = str(write_shards(tmp_path / "shards", samples, CELLS))
+    segmenter = Segmenter(by_colour, min(SIZE), CELLS, "colours", torch.device("cpu"))
+    check_classes(segmenter, shards)
+    table = open_table(shards, "--data")
+    counts, masked = count_overlaps(segmenter, table, (), None)
+    assert counts.shape == (2, 3, len(CELLS))
+    assert len(table) == 5
+    assert sum(table.bad_masks.values()) == 2
+    found = measure_segmenter(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
+    assert found["mIoU"]["value"] == found["pixel_accuracy"] == 1.0
+    counts[0, 0] //= 2
+    worse = measure_segmenter(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
+    assert worse["mIoU"]["low"] < worse["mIoU"]["value"] < 1.0
+    with pytest.raises(DataError):
+        check_classes(replace(segmenter, classes=CELLS[::-1]), shards)

@@ -174,15 +174,20 @@ def test_the_result_is_a_stock_segmenter(ran: dict[str, Path], shards: Path, for
     assert [config["id2label"][str(number)] for number in range(3)] == SCENE_CLASSES
 
 
-def test_a_linear_head_is_in_no_stock_class_and_its_features_are(
-    ran: dict[str, Path], forks: Forks, tmp_path: Path
+def test_a_linear_head_is_in_no_stock_class_and_is_measured_beside_its_features(
+    ran: dict[str, Path], shards: Path, forks: Forks, tmp_path: Path
 ) -> None:
     run = str(ran["linear"].parent / "out")
     assert forks.run("export", run, "--to", str(tmp_path / "no"), "--task", "segmentation").returncode == 2
     done = forks.run("export", run, "--to", str(tmp_path / "features"))
     assert done.returncode == 0, done.stderr
-    heads = load_file(tmp_path / "features" / "heads" / "heads.safetensors")
-    assert "heads.segmentation.norm.running_mean" in heads
+    data = ["--data", str(shards / "val"), "--measure", "segmenter", "--json"]
+    done = forks.run("evaluate", str(tmp_path / "features"), *data)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["measures"]["segmenter"]
+    assert found["mIoU"]["value"] == pytest.approx(
+        evaluations(ran["linear"])[STEPS]["evaluation/segmentation/miou"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("head", [{"kind": "linear"}, UPERNET | {"dropout": 0.1}])

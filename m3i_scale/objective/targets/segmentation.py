@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_scale.config import SegmentationHead
@@ -16,7 +15,7 @@ from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.segmentation import HEADS, overlaps
+from m3i_scale.objective.segmentation import HEADS, overlaps, resized
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
 
@@ -69,10 +68,8 @@ class Segmentation(Target):
         valid_BHW = truth_BHW != NO_CLASS
         truth_BHW = truth_BHW.where(valid_BHW, 0)
         map_BDHW = given.decoder(encoded.tokens_BLD).transpose(1, 2).unflatten(2, given.grid)
-        predictions = [
-            F.interpolate(logits_BKHW.float(), size=truth_BHW.shape[1:], mode="bilinear", align_corners=False)
-            for logits_BKHW in given.head(map_BDHW, encoded.maps)
-        ]
+        size = truth_BHW.shape[1], truth_BHW.shape[2]
+        predictions = [resized(logits_BKHW, size) for logits_BKHW in given.head(map_BDHW, encoded.maps)]
         losses = [self.distribution.loss(one, truth_BHW, valid_BHW, given.ranks) for one in predictions]
         weighted = [weight * loss for weight, (loss, _) in zip(given.head.weights, losses, strict=True)]
         counts = None if given.head.training else overlaps(predictions[0], truth_BHW, valid_BHW)
