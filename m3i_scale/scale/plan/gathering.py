@@ -51,39 +51,45 @@ class Coordinator:
     ledger: Ledger
     shards: Ledger
     """Where shards of parameters lie: the same, or that of host memory."""
-    order: list[int] | None = None
-    """Modules in the order of their use in one iteration; None while DeepSpeed still records it."""
     told: Callable[[bool, int, int], None] = lambda in_group, size, calls: None
     """Called at gathers: whether they are from second copies, their bytes, and how many they are."""
+    order: list[int] = field(default_factory=list)
+    """Modules in the order of their use in one iteration; empty while DeepSpeed still records it."""
     _full: dict[int, _Storage] = field(default_factory=dict)
     _inflight: dict[int, _Gather] = field(default_factory=dict)
     _active: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     _views: dict[int, _Storage] = field(default_factory=dict)
     _second: dict[int, int] = field(default_factory=dict)
+    _expected: list[tuple[int, int]] = field(default_factory=list)
+    """Parameters in the order of their use, with its step."""
     _queue: deque[tuple[int, int]] = field(default_factory=deque)
+    """What is left of these in an iteration."""
     _latest: dict[int, int] = field(default_factory=dict)
     _uses: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Steps of `order` that use a parameter; none while `order` is recorded."""
+    """Steps of `order` that use a parameter."""
     _passed: list[int] = field(default_factory=lambda: [0])
     """Elements of the parameters of all modules before a step of `order`."""
     _step: int = 0
     _available: int = 0
 
+    def follow(self, order: list[int]) -> None:
+        """Gather ahead from now on, in the order of an iteration that has been recorded."""
+        if order == self.order:
+            return
+        self.order, self._expected, self._passed = order, [], [0]
+        self._uses.clear()
+        for step, module in enumerate(order):
+            own = self._own(module)
+            self._expected.extend((param, step) for param in own)
+            self._passed.append(self._passed[-1] + sum(self.parameters[param].numel for param in own))
+            for param in own:
+                self._uses[param].append(step)
+
     def start(self) -> None:
         """Begin a new iteration."""
         self._step, self._available = 0, 0
         self._latest.clear()
-        self._queue.clear()
-        self._uses.clear()
-        if self.order is not None:
-            self._passed = [0]
-            for step, module in enumerate(self.order):
-                self._passed.append(self._passed[-1] + sum(self.parameters[param].numel for param in self._own(module)))
-                for param in self._own(module):
-                    self._uses[param].append(step)
-            last = {param: step for step, module in enumerate(self.order) for param in self.modules[module]}
-            for step, module in enumerate(self.order):
-                self._queue.extend((param, last[param] if last[param] == step else step) for param in self._own(module))
+        self._queue = deque(self._expected)
 
     def fetch(self, module: int) -> None:
         """Gather what `module` needs, which is about to run, forwards or backwards."""
@@ -95,7 +101,7 @@ class Coordinator:
             self._active[param].add(module)
             if param in self._inflight:
                 self._wait(param)
-        if self.order is not None:
+        if self.order:
             self._advance(own)
         self._step += 1
 

@@ -114,7 +114,7 @@ class PartitionedEngine(Engine):
     def before_forward(self) -> None:
         """Gather ahead, but in the first iteration, which is recorded."""
         if self.order:
-            self.coordinator.order = self.order
+            self.coordinator.follow(self.order)
         self.coordinator.start()
         self.order = []
 

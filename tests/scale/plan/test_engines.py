@@ -163,6 +163,22 @@ def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
     assert at(kept, efficient=False) > at(plain, efficient=False) + 2 * 2_000
 
 
+@pytest.mark.parametrize(("reuse", "gathers"), [(1_000, 2), (1_001, 1)])
+def test_what_comes_again_within_the_reuse_distance_is_not_gathered_again(reuse: int, gathers: int) -> None:
+    """The first module runs once more behind one of 1,000 elements: it is gathered twice or once in an iteration."""
+    parameters = (Parameter(640, "trained"), Parameter(1_000, "trained"))
+    uses = [Event(kind, owner=owner) for owner in (0, 1, 0) for kind in ("fetch", "release")]
+    trace = Trace((*uses, Event("backward")), ((0,), (1,)), 0, 0)
+    engine = replace(GPU, persistence=0, prefetch_bucket=0, max_reuse=reuse, accumulation_steps=2)
+    ledger = Ledger()
+    played = engine_for(parameters, trace, engine, ledger, ledger)
+    played.run()
+    links = Links(1, 8, 100.0, 10.0, 0.0)
+    one, more = (step_traffic(played.traffic, played.again, links, further=further) for further in (0, 1))
+    again = more.rank_bytes["gather forward"] - one.rank_bytes["gather forward"]
+    assert again == pytest.approx(2 * 7 / 8 * (gathers * 640 + 1_000))
+
+
 def test_a_ring_sends_its_share_and_leaves_a_node_over_all_ports():
     parameters = tuple(Parameter(1_000, "trained") for _ in range(4))
     ledger = Ledger()
