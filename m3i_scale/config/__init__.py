@@ -17,6 +17,7 @@ from m3i_scale.config.explain import explained, origin, parse_section
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
+from m3i_scale.text import GIB
 
 __all__ = [
     "AugmentConfig",
@@ -172,7 +173,7 @@ class RetentionConfig(Section):
     @property
     def max_bytes(self) -> int | None:
         """Return `max_gib` in bytes."""
-        return None if self.max_gib is None else max(1, int(self.max_gib * 2**30))
+        return None if self.max_gib is None else max(1, int(self.max_gib * GIB))
 
 
 class CheckpointConfig(RetentionConfig):

@@ -23,7 +23,7 @@ from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.checkpoint.saver import buffers_of
-from m3i_scale.scale.deepspeed.resolve import Resolved
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
 from m3i_scale.scale.engine import is_matrix
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
@@ -267,7 +267,7 @@ class Estimate:
     """Holds what one choice takes."""
 
     choice: Choice
-    resolved: Resolved
+    resolved: ResolvedConfig
     settings: Settings
     peak_bytes: int
     """Of a rank's device, workspace included."""
@@ -360,7 +360,7 @@ def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
     return parts
 
 
-def _sized(resolved: Resolved, sizes: tuple[tuple[str, int], ...]) -> Resolved:
+def _sized(resolved: ResolvedConfig, sizes: tuple[tuple[str, int], ...]) -> ResolvedConfig:
     """Return the same configuration with other sizes."""
     zero = resolved.config["zero_optimization"] | dict(sizes)
     return replace(resolved, config=resolved.config | {"zero_optimization": zero})

@@ -85,7 +85,7 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
     """Return notes on another number of ranks, stage or precision."""
-    now = shape_of(resolved, world_size)
+    now = computed_shape(resolved, world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
         for key, value in now.items()
@@ -121,7 +121,7 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     return [f"the schedule changed: {', '.join(changes)}; the learning rate of step {step + 1} is {rates}"]
 
 
-def shape_of(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
+def computed_shape(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
     """Return the shape in which a run is computed; a resumed run may have another."""
     config = resolved.deepspeed.config
     return {
@@ -166,13 +166,13 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return "; ".join(differences[:_SHOWN_CHANGES]) + more
 
 
-def meta_of(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
+def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
     """Return what meta.json and the manifest say about a checkpoint."""
     text = run_yaml(resolved.run)
     return {
         "step": step,
         "samples": step * resolved.run.optim.batch_size,
-        **shape_of(resolved, world_size),
+        **computed_shape(resolved, world_size),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "identity": resolved.identity,
         "label_sets": resolved.label_sets,

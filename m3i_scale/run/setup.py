@@ -26,7 +26,7 @@ from m3i_scale.scale.agree import from_rank_0, open_together
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
 from m3i_scale.scale.deepspeed.effective import check_effective
-from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
@@ -40,7 +40,7 @@ class ResolvedRun:
     recipe: Recipe
     label_sets: dict[str, list[str]]
     tokenizer: PreTrainedTokenizerBase | None
-    deepspeed: Resolved
+    deepspeed: ResolvedConfig
     image_size: int
     accumulation: int
 
@@ -97,7 +97,7 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
         )
 
 
-def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> Resolved:
+def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
     """Return the run's DeepSpeed file, filled in.
 
     Raises:

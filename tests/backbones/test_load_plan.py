@@ -109,7 +109,7 @@ def mapped_bytes(files: Collection[str]) -> int:
 
 
 def test_one_file_is_held_at_a_time(tmp_path: Path) -> None:
-    """A model of 200 MB in shards of 20: what is mapped and resident grows by no more than a shard, while it is read."""
+    """A model of 200 MB in shards of 20: no more than a shard is mapped at a time, and nothing stays resident."""
     config = ViTConfig(hidden_size=640, num_hidden_layers=10, num_attention_heads=8, intermediate_size=2560)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path, max_shard_size="20MB")
     files = {str(path): path.stat().st_size for path in tmp_path.glob("*.safetensors")}

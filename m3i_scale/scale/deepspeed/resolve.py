@@ -27,7 +27,7 @@ from m3i_scale.scale.deepspeed.schema import AUTO, DeepSpeedFile
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedConfig:
     """Holds a DeepSpeed configuration without "auto", but for accumulation where the number of ranks is not known."""
 
     config: dict[str, Any]
@@ -108,7 +108,7 @@ def resolve(
     weight_decay: float,
     hidden_size: int,
     where: str,
-) -> Resolved:
+) -> ResolvedConfig:
     """Check `raw` and fill in what the run file knows.
 
     Args:
@@ -132,7 +132,7 @@ def resolve(
     config = copy.deepcopy(raw)
     filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
     _check(config, world_size, where)
-    return Resolved(config, filled + _complete(config, wanted, where), where)
+    return ResolvedConfig(config, filled + _complete(config, wanted, where), where)
 
 
 def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
@@ -265,7 +265,7 @@ def _same(given: Any, wanted: Any) -> bool:
     return math.isclose(given, wanted, rel_tol=1e-12)
 
 
-def explain_table(resolved: Resolved) -> Table:
+def explain_table(resolved: ResolvedConfig) -> Table:
     """Return every value that the file leaves to be filled in, as a table for the terminal."""
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
@@ -275,7 +275,7 @@ def explain_table(resolved: Resolved) -> Table:
     return table
 
 
-def check_accelerator(resolved: Resolved) -> None:
+def check_accelerator(resolved: ResolvedConfig) -> None:
     """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised.
 
     Raises:
