@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
-from m3i_scale.config.explain import explained, origin, parse_section
+from m3i_scale.config.explain import origin, parse_section, validation_error
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
@@ -286,7 +286,7 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        fault = explained(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
+        fault = validation_error(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
     raise fault
 
 

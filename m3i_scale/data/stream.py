@@ -93,7 +93,7 @@ class Stream:
             DataError: a shard cannot be read, or the source is bad from here on.
         """
         while True:
-            shares = self._mix.shares(self.state.taken, left_of(self._sources, self.state))
+            shares = self._mix.shares(self.state.taken, remaining_sources(self._sources, self.state))
             if not shares:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
@@ -233,13 +233,13 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
     )
 
 
-def left_of(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
+def remaining_sources(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
     """Return the names of the sources that are not exhausted."""
     return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
 
 
-def standing_of(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
-    """Return counts of one source over streams; see `TrainStream.standing`."""
+def counts_of_source(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
+    """Return counts of one source over streams; see `TrainStream.source_counts`."""
     counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
     for source, stream in streams:
         state = stream.sources[name]

@@ -45,7 +45,7 @@ def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: in
     elif (lost := _lost_host(ending, shown)) is not None:
         records = [*records, lost]
     interrupted = ending.asked and ending.code in _ASKED and all(_by_signal(record) for record in records)
-    return None if interrupted or ending.asked > 1 else tell(output_dir, ending.code, records, world_size)
+    return None if interrupted or ending.asked > 1 else write_verdict(output_dir, ending.code, records, world_size)
 
 
 def _by_signal(record: Failure) -> bool:
@@ -54,7 +54,7 @@ def _by_signal(record: Failure) -> bool:
     return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
 
 
-def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
+def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
     """Write OUTPUT/failure.json from the records of ranks, or remove an earlier one, as `conclude` does.
 
     Args:
@@ -64,7 +64,7 @@ def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: in
         world_size: ranks in all, where that is known.
     """
     if code == EXIT_PREEMPTED:  # all have saved, or one has failed while it did
-        records = [record for record in records if not record.consequence and record.kind != "silent"]
+        records = [record for record in records if not record.is_consequence and record.kind != "silent"]
         if not records:
             return None
     if code == 0:
@@ -165,7 +165,7 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
 def main() -> None:
     """Run `python -m m3i_scale.launch.verdict OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
     output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    text = tell(output_dir, code, read_records(output_dir), world_size)
+    text = write_verdict(output_dir, code, read_records(output_dir), world_size)
     if text is not None:
         print(text, file=sys.stderr)
 

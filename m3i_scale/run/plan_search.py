@@ -109,7 +109,7 @@ def described(estimated: Estimate) -> dict[str, Any]:
         "activation_checkpointing": choice.policy,
         "peak_gib_per_rank": estimated.peak_bytes / GIB,
         "step_time_s": estimated.step_s,
-        "knobs": {key: value for key, value, _ in estimated.resolved.explained if key.startswith("zero_optimization.")}
+        "knobs": {key: value for key, value, _ in estimated.resolved.filled_in if key.startswith("zero_optimization.")}
         | larger,
         "larger": larger,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.records import Listed, Record, split_name
+from m3i_scale.data.make.records import ListedInput, Record, split_name
 from m3i_scale.errors import DataError
 
 Captions = Literal["auto", "none", "optional", "required"]
@@ -22,7 +22,7 @@ SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "tes
 """In any case of letters."""
 
 
-def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> Listed:
+def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> ListedInput:
     """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
 
     Args:
@@ -54,7 +54,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
         label = numbers[way[depth]] if len(way) > depth else None
         split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
         records.append(_folder_record(path, folder, label, split, captions))
-    return Listed(records, classes, source="imagefolder")
+    return ListedInput(records, classes, source="imagefolder")
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:

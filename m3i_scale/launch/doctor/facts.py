@@ -34,7 +34,7 @@ READ_BYTES = 1 << 16
 """Of the first shard of every source."""
 
 
-def interpreter() -> dict[str, Any]:
+def software_versions() -> dict[str, Any]:
     """Return Python, and the versions of the packages that a run computes with; None for one that is missing."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from m3i_scale.config import resource_folder
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.scale.deepspeed.hints import check_auto, explained
+from m3i_scale.scale.deepspeed.hints import check_auto, schema_error
 from m3i_scale.scale.deepspeed.rules import check_rules, precision, quantized
 from m3i_scale.scale.deepspeed.schema import AUTO, DeepSpeedFile
 
@@ -32,7 +32,7 @@ class ResolvedConfig:
 
     config: dict[str, Any]
     """What `deepspeed.initialize(config=…)` is given."""
-    explained: list[tuple[str, Any, str]]
+    filled_in: list[tuple[str, Any, str]]
     """(key, value, why) of every value that was not in the file."""
     where: str
     """The file, for messages."""
@@ -144,7 +144,7 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
         DeepSpeedFile.model_validate(known)
     except ValidationError as error:
         faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-        raise explained(faults[0], config, where) from None
+        raise schema_error(faults[0], config, where) from None
     check_auto(known, where)
     check_rules(known, world_size=world_size, where=where)
 
@@ -270,7 +270,7 @@ def explain_table(resolved: ResolvedConfig) -> Table:
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
         table.add_column(heading, overflow="fold")
-    for key, value, why in resolved.explained:
+    for key, value, why in resolved.filled_in:
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value), why)
     return table
 

@@ -134,7 +134,7 @@ class Coordinator:
     def changed(self, param: int) -> None:
         """Drop the second copy of a parameter that has been changed."""
         if param in self._second:
-            self.shards.give(self._second.pop(param))
+            self.shards.free(self._second.pop(param))
 
     def keep(self, param: int, number: int) -> None:
         """Note that the backward pass holds a view of a gathered parameter."""
@@ -171,13 +171,13 @@ class Coordinator:
         self._available += sum(self.parameters[param].numel for param in params)
         if self.settings.world == 1:  # the shard is the parameter
             for param in params:
-                self._full[param] = _Storage(self.ledger.take(GATHERED, 0))
+                self._full[param] = _Storage(self.ledger.allocate(GATHERED, 0))
             return
         size = sum(self._bytes(param, padded=True) for param in params)
         self.told(in_group, size, calls)
-        gather = _Gather(self.ledger.take(GATHERED, size), set(params), params)
+        gather = _Gather(self.ledger.allocate(GATHERED, size), set(params), params)
         if self.settings.on_host:  # gloo collects into a buffer of its own
-            self.ledger.pass_by("collectives", size)
+            self.ledger.allocate_and_free("collectives", size)
         for param in params:
             self._inflight[param] = gather
 
@@ -185,11 +185,11 @@ class Coordinator:
         gather = self._inflight.pop(param)
         if not gather.complete:
             for other in gather.params:
-                self._full[other] = _Storage(self.ledger.take(GATHERED, self._bytes(other)))
+                self._full[other] = _Storage(self.ledger.allocate(GATHERED, self._bytes(other)))
             gather.complete = True
         gather.waiting.discard(param)
         if not gather.waiting:
-            self.ledger.give(gather.flat)
+            self.ledger.free(gather.flat)
 
     def _advance(self, own: tuple[int, ...]) -> None:
         """Take the module's parameters off the queue, and gather the next ones ahead."""
@@ -222,7 +222,7 @@ class Coordinator:
     def copy(self, param: int) -> None:
         """Follow `_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
         if self.settings.hpz > 1 and param not in self._second:
-            self._second[param] = self.shards.take(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
+            self._second[param] = self.shards.allocate(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
 
     def _free(self, param: int) -> None:
         self.copy(param)
@@ -232,6 +232,6 @@ class Coordinator:
     def _unuse(self, storage: _Storage) -> None:
         storage.uses -= 1
         if storage.uses == 0:
-            self.ledger.give(storage.handle)
+            self.ledger.free(storage.handle)
         elif storage.uses > 0:
             self.ledger.move(storage.handle, KEPT)
