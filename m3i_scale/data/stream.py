@@ -20,6 +20,7 @@ from m3i_scale.data.scan import ShardIndex
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
+from m3i_scale.text import listed
 
 _ALREADY_NOTED = ""
 """The key of a sample whose shard is in the quarantine file already."""
@@ -185,7 +186,7 @@ class Stream:
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]
-            where = ", ".join(paths[:_SHARDS_NAMED]) + (" …" if len(paths) > _SHARDS_NAMED else "")
+            where = listed(paths, _SHARDS_NAMED)
             what = f"a stream of source '{source.name}' has no good sample" if no_good_one else None
             raise too_many_bad(
                 self.state.bad, self.state.read, self._data.max_bad_fraction, where, what, listed_in=self._quarantine

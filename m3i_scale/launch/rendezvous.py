@@ -17,6 +17,7 @@ from m3i_scale.launch.supervise import AttemptResult, Tell
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import Message
 from m3i_scale.launch.worlds import ComparedSamples, World, largest_world, refusal_of_plan
+from m3i_scale.text import listed
 
 FAILS = "its ranks were the first to fail, twice running"
 SPARE = "it answers, but with its ranks the run cannot be shared out (data.streams, optim.batch_size)"
@@ -297,7 +298,7 @@ def _refuse_left(links: Sequence[Link]) -> None:
     if processes:
         raise UserError(
             "processes of a former launch of this run are still there",
-            where="; ".join(processes[:8]) + (" …" if len(processes) > 8 else ""),
+            where=listed(processes, 8, "; "),
             why="they and the new ones would write into the same output folder",
             fix="end the former launch, or these processes by `kill -9`",
         )

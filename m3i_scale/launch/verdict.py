@@ -16,6 +16,7 @@ from m3i_scale.launch.execute import Ending
 from m3i_scale.launch.failures import FAILURE, Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
+from m3i_scale.text import listed
 
 _SHOWN = 200
 _SSH_FAILED = 255
@@ -106,8 +107,7 @@ def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
 
 
 def _named(ranks: Sequence[int | None]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:_LISTED]) + (" …" if len(ranks) > _LISTED else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _LISTED)}"
 
 
 def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:

@@ -17,7 +17,7 @@ from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.text import known_part, told_differences
+from m3i_scale.text import known_part, listed, told_differences
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
@@ -161,9 +161,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', is '{names[1]}'"
-    differences = told_differences(key, before, now)
-    more = f", and {len(differences) - _SHOWN_CHANGES} more" if len(differences) > _SHOWN_CHANGES else ""
-    return "; ".join(differences[:_SHOWN_CHANGES]) + more
+    return listed(told_differences(key, before, now), _SHOWN_CHANGES, "; ")
 
 
 def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:

@@ -229,9 +229,10 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
 
 
 def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
-    """Return the size of a checkpoint's tensors: weights and two moments of what is trained, fp32 averages."""
+    """Return the size of a checkpoint's tensors: weights and two moments of what is trained, fp32 averages, buffers."""
+    remembered = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
     averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
-    return bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True) + 4 * averaged
+    return bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True) + 4 * averaged + remembered
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
