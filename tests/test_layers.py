@@ -23,6 +23,7 @@ LEVELS = {
     "backbones": 4,
     "objective": 5,
     "scale": 6,
+    "downstream": 7,
     "evaluate": 7,
     "hub": 7,
     "launch": 7,

@@ -16,13 +16,16 @@ from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, S
 from m3i_scale.config.explain import origin, parse_section, validation_error
 from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
+from m3i_scale.config.tasks import Classification, Task
 from m3i_scale.text import GIB
 
 __all__ = [
     "AugmentConfig",
     "BackboneConfig",
     "CheckpointConfig",
+    "Classification",
     "DataConfig",
     "DistortionConfig",
     "EvaluationConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "SectionT",
     "SourceConfig",
     "SpikeConfig",
+    "Task",
     "TextConfig",
     "TimeoutsConfig",
     "find_run_file",
@@ -96,7 +100,7 @@ class TextConfig(Section):
 
 
 class OptimConfig(Section):
-    """Sets the optimisation: AdamW, warm-up, cosine."""
+    """Sets the optimisation: AdamW, warm-up, and how the rate falls."""
 
     batch_size: int = Field(default=4096, ge=1)
     """Samples per optimizer step, over all ranks."""
@@ -107,7 +111,10 @@ class OptimConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate, as is (no scaling rule is applied)."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate that the schedule falls to."""
+    schedule: Schedule = Field(default_factory=Cosine)
+    """How the rate falls: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv's: over all steps) |
+    {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
     warmup_steps: int = Field(default=2_500, ge=0)
     """Linear warm-up. Default: 2,500, or a tenth of the steps where 2,500 would not fit."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -137,6 +144,11 @@ class OptimConfig(Section):
             raise FixableError(
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})",
                 f"optim.warmup_steps={self.steps // 10}, or leave it out",
+            )
+        if isinstance(self.schedule, MultiStep) and self.schedule.milestones[-1] >= self.steps:
+            raise FixableError(
+                f"the milestone {self.schedule.milestones[-1]} has no effect: the run has {self.steps} steps",
+                f"optim.schedule.milestones below {self.steps}",
             )
         if self.min_lr > self.lr and not is_stored(info):
             raise FixableError(
@@ -242,8 +254,10 @@ class RunConfig(Section):
     """Everything the run writes lies here."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of first weights, of the order of samples and of their views and masks."""
-    recipe: dict[str, Any]
-    """Inputs × targets (docs/recipes.md)."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Inputs × targets (docs/recipes.md). A task gives its own."""
+    task: Task | None = None
+    """A labelled task in place of a recipe (docs/downstream.md)."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     text: TextConfig = Field(default_factory=TextConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -256,6 +270,23 @@ class RunConfig(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_of_task(cls, values: Any) -> Any:
+        """Fill in the recipe of a task; in what `run_yaml` wrote it stands already."""
+        if not isinstance(values, dict) or values.get("task") is None:
+            return values
+        try:
+            recipe = Task.model_validate(values["task"]).recipe()
+        except ValidationError:  # told of the section itself
+            return {**values, "recipe": {}}
+        if values.get("recipe") not in (None, {}, recipe):
+            raise FixableError(
+                "a run has a recipe or a task: `recipe` has no effect beside `task`",
+                "leave one of them out; a run file of a task extends none that has a recipe",
+            )
+        return {**values, "recipe": recipe}
 
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:

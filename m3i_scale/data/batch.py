@@ -90,6 +90,14 @@ class Batch:
         return Batch(**joined)
 
 
+@dataclass
+class MixedBatch(Batch):
+    """Holds a micro-batch whose images are each made of two; `labels_B` has the class of the first."""
+
+    soft_labels_BK: Tensor
+    """float32 (B, K): shares of the classes, smoothed."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """Holds one good sample: decoded, checked, and not yet part of a batch."""

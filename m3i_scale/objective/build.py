@@ -51,28 +51,22 @@ def build_objective(
     recipe = parse_recipe(run.recipe)
     config = backbone_config(run.backbone)
     student = build_backbone(config)
+    if run.task is not None and run.task.freeze:
+        student.requires_grad_(False)
     _check_fit(run, recipe, student, label_sets, vocab_size)
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
-    heads = nn.ModuleDict()
-    encoded = {}
-    if recipe.teacher is not None and target_encoders:
-        encoded["teacher"] = int(teacher_config(recipe.teacher.from_pretrained).hidden_size)
-    for target in recipe.targets:
-        if isinstance(target, HeadTarget) or (target.encoder == "teacher" and not target_encoders):
-            continue
-        sizes = Sizes(
-            decoded=width_of(decoders[target.decoder]),
-            encoded=encoded.get(target.encoder, config.hidden_size),
-            pixels=config.patch_size**2 * config.num_channels,
-            classes=[len(names) for names in label_sets.values()],
-        )
-        heads[target.name] = target.build_head(sizes)
+    classes = [len(names) for names in label_sets.values()]
+    heads = _target_heads(recipe, decoders, config, classes, target_encoders)
     ranks = ranks or SingleProcess()
     weights = [target.weight for target in recipe.targets]
     momentum = teacher = text = None
     depth = recipe.momentum.projector_depth if recipe.momentum is not None and recipe.projects_dense_targets else 0
     if recipe.momentum is not None and target_encoders:
         momentum = MomentumTarget(build_backbone(config), depth, *_averaged(recipe, decoders, config, ranks))
+    if run.task is not None and run.task.ema is not None and target_encoders:
+        pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
+        averaged = _target_heads(recipe, decoders, config, classes, target_encoders)
+        momentum = MomentumTarget(build_backbone(config), 0, pools, nn.ModuleDict(), averaged)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.teacher is not None and target_encoders:
         teacher = build_teacher(recipe, config)
@@ -173,6 +167,27 @@ def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
         raise ConfigError(f"decoder '{name}': {error}", where=f"recipe.decoders.{name}") from None
 
 
+def _target_heads(
+    recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, classes: list[int], target_encoders: bool
+) -> nn.ModuleDict:
+    """Return the targets' own heads, by target."""
+    heads = nn.ModuleDict()
+    encoded = {}
+    if recipe.teacher is not None and target_encoders:
+        encoded["teacher"] = int(teacher_config(recipe.teacher.from_pretrained).hidden_size)
+    for target in recipe.targets:
+        if isinstance(target, HeadTarget) or (target.encoder == "teacher" and not target_encoders):
+            continue
+        sizes = Sizes(
+            decoded=width_of(decoders[target.decoder]),
+            encoded=encoded.get(target.encoder, config.hidden_size),
+            pixels=config.patch_size**2 * config.num_channels,
+            classes=classes,
+        )
+        heads[target.name] = target.build_head(sizes)
+    return heads
+
+
 def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> nn.ModuleDict:
     heads = nn.ModuleDict()
     for name, spec in recipe.heads.items():
@@ -237,7 +252,13 @@ def _start_on_grid(table_1LD: Tensor) -> None:
     table_1LD[0, 1:] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
 
 
-_ONLINE = {"backbone": "student", "pools": "decoders", "heads": "image_heads", "projector": "projector"}
+_ONLINE = {
+    "backbone": "student",
+    "pools": "decoders",
+    "heads": "image_heads",
+    "projector": "projector",
+    "target_heads": "heads",
+}
 """Parts of the momentum target → those of the objective that they follow."""
 
 

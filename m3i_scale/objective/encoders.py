@@ -150,7 +150,14 @@ class MomentumTarget(nn.Module):
     trained; whoever owns the parameters updates it.
     """
 
-    def __init__(self, backbone: Backbone, projector_depth: int, pools: nn.ModuleDict, heads: nn.ModuleDict) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        projector_depth: int,
+        pools: nn.ModuleDict,
+        heads: nn.ModuleDict,
+        target_heads: nn.ModuleDict | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = Projector(self.backbone.width, projector_depth)
@@ -158,6 +165,8 @@ class MomentumTarget(nn.Module):
         """By the name of the decoder that they follow."""
         self.heads = heads
         """By the name of the head that they follow."""
+        self.target_heads = target_heads or nn.ModuleDict()
+        """By the name of the target whose own head they follow: a task averages all that it trains."""
         self.requires_grad_(False)
 
     @torch.no_grad()

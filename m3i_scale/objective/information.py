@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
@@ -69,6 +70,8 @@ class Objective(nn.Module):
         self.ranks = ranks
         self.measure_health = False
         """Set on steps that are logged: effective ranks and Gaussian information cost eigenvalue decompositions."""
+        self.mix_labelled: Callable[[Batch], Batch] = lambda batch: batch
+        """Mixes labelled images while training, as a task asks for it."""
         self.token_count = 0
         """Visible patch tokens of the last forward pass."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
@@ -77,13 +80,20 @@ class Objective(nn.Module):
         """Called round each part of a forward pass: `forward` (the inputs), `target` (f_φ of images and texts),
         `decoder` (decoders, heads, losses). Whoever measures sets it."""
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+            self.student.eval()
+        return self
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
         The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
         `health/target…` are means of what every rank sees of its own.
         """
-        context = self._encode(batch)
+        context = self._encode(self.mix_labelled(batch) if self.training else batch)
         with self.span("decoder"):
             return self._predict(context)
 

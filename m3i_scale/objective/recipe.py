@@ -206,7 +206,9 @@ def load_run_and_recipe(
     faults, recipe = Faults(), None
     run = faults.note(load_run, name_or_path, overrides, values)
     described = values.get("recipe")
-    if isinstance(described, dict):  # else the run file lacks it, which is told
+    if run is not None and run.task is not None:
+        recipe = parse_recipe(run.recipe)
+    elif isinstance(described, dict):  # else the run file lacks it, which is told
         path = find_run_file(name_or_path)
         recipe = faults.note(
             lambda: parse_recipe(

@@ -9,12 +9,10 @@ from m3i_scale.objective.encoders import MomentumSpec
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Return the rate: linear warm-up to `lr`, then a half cosine to `min_lr` at the last step. `step` counts from
-    0."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(optim.steps - 1 - optim.warmup_steps, 1)
-    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    """Return the rate: that of the schedule between `lr` and `min_lr`, after a linear warm-up. `step` counts from 0."""
+    share = optim.schedule.share(step, steps=optim.steps, warmup_steps=optim.warmup_steps)
+    rate = optim.min_lr + (optim.lr - optim.min_lr) * share if share < 1 else optim.lr
+    return rate * (step + 1) / optim.warmup_steps if step < optim.warmup_steps else rate
 
 
 def momentum_at(step: int, spec: MomentumSpec, steps: int) -> float:

@@ -16,9 +16,11 @@ from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.tokenizer import tokenizer_identity
+from m3i_scale.downstream.fine_tuning import prepare, scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
 from m3i_scale.scale.activations import apply_activation_checkpointing
@@ -29,7 +31,7 @@ from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
-from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
+from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded, kept_frozen, refuse_unwritable
 
 
 @dataclass
@@ -73,7 +75,7 @@ class ResolvedRun:
             "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
             "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
             "pixels": {"mean": list(run.data.augment.mean), "std": list(run.data.augment.std)},
-        }
+        } | ({} if run.task is None else {"task": {"freeze": run.task.freeze, "averages": run.task.ema is not None}})
 
     def _vocabulary_sha256(self) -> str | None:
         if self.tokenizer is None:
@@ -173,15 +175,25 @@ def start_engine(
     """
     run = resolved.run
     engine = build_engine(
-        lambda: build_objective(run, resolved.label_sets, resolved.vocab_size, ranks),
+        lambda: _build(resolved, ranks),
         lambda module: _prepare(module, run, report_start, reads_source),
         resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
+        lr_scales=lambda module: scales_of(module, run.task),
     )
     check_effective(engine, resolved.deepspeed)
+    refuse_unwritable(engine, kept_frozen(engine.module), "a frozen backbone")
     apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
     return engine, ShardedMomentum(engine, pairs) if pairs else None
+
+
+def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
+    objective = build_objective(resolved.run, resolved.label_sets, resolved.vocab_size, ranks)
+    if resolved.run.task is not None:
+        (names,) = resolved.label_sets.values()
+        prepare(objective, resolved.run.task, len(names))
+    return objective
 
 
 def _prepare(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:

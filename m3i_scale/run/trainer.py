@@ -178,7 +178,7 @@ class Trainer:
         state.logged = (state.step + 1) % run.log.every_steps == 0 or state.step + 1 == run.optim.steps
         state.lr = learning_rate(state.step, run.optim)
         for group in state.engine.optimizer.param_groups:
-            group["lr"] = state.lr
+            group["lr"] = state.lr * group["lr_scale"]
         for hook in self.hooks:
             hook.pre_step()
         state.micro_batches = []
@@ -240,13 +240,23 @@ class Trainer:
 
     def _update_average(self) -> None:
         state = self.state
-        schedule = state.resolved.recipe.momentum
-        if state.momentum is None or schedule is None:
+        if state.momentum is None:
             return
-        state.ema_decay = momentum_at(state.step, schedule, self.run.optim.steps)
+        state.ema_decay = ema_decay(state.step, state.resolved)
         if state.applied:
             with self.phases.span("momentum"):
                 state.momentum.update(state.ema_decay)
+
+
+def ema_decay(step: int, resolved: ResolvedRun) -> float:
+    """Return the decay of the average at a step: that of a task is constant, that of a momentum target follows its
+    schedule."""
+    task, schedule = resolved.run.task, resolved.recipe.momentum
+    if task is not None and task.ema is not None:
+        return task.ema
+    if schedule is None:
+        raise ValueError("an average is there, and nothing says how it moves")
+    return momentum_at(step, schedule, resolved.run.optim.steps)
 
 
 def count_work(resolved: ResolvedRun) -> Work:

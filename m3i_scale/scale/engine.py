@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -31,15 +31,27 @@ def is_matrix(parameter: nn.Parameter) -> bool:
     return len(shape) > 1 and shape[0] > 1
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return matrices with weight decay; biases, norms and other vectors (by their full shape) without."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in module.parameters():
+def parameter_groups(
+    module: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return matrices with weight decay; biases, norms and other vectors (by their full shape) without.
+
+    Args:
+        module: the whole module.
+        weight_decay: of matrices.
+        lr_scales: what the learning rate is multiplied by, by name of a parameter, where that is not 1.
+    """
+    by_scale: dict[float, dict[bool, list[nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (matrices if is_matrix(parameter) else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            of_scale = by_scale.setdefault((lr_scales or {}).get(name, 1.0), {True: [], False: []})
+            of_scale[is_matrix(parameter)].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        for scale, of_scale in sorted(by_scale.items(), reverse=True)
+        for decays, parameters in of_scale.items()
+        if parameters
+    ]
 
 
 def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
@@ -64,6 +76,7 @@ def build_engine(
     ds_config: dict[str, Any],
     *,
     weight_decay: float,
+    lr_scales: Callable[[nn.Module], Mapping[str, float]] = lambda module: {},
 ) -> Any:
     """Construct the module (partitioned under ZeRO-3), give it its first weights and start the engine.
 
@@ -72,11 +85,12 @@ def build_engine(
         initialize: fills the weights of the built module, before the optimizer copies them.
         ds_config: resolved DeepSpeed configuration.
         weight_decay: of matrices.
+        lr_scales: gives what the learning rate of a parameter is multiplied by, by name; 1 where nothing is said.
     """
     quiet_deepspeed()
     module = construct(build, ds_config)
     initialize(module)
     engine, _, _, _ = deepspeed.initialize(
-        model=module, model_parameters=parameter_groups(module, weight_decay), config=ds_config
+        model=module, model_parameters=parameter_groups(module, weight_decay, lr_scales(module)), config=ds_config
     )
     return engine

@@ -36,6 +36,26 @@ def test_learning_rate_stays_within_its_bounds_and_never_rises_after_warm_up(ste
     assert all(early < late for early, late in itertools.pairwise(rates[:warmup]))
 
 
+def test_the_rate_falls_as_a_power_of_what_is_left() -> None:
+    """mmcv's poly: (1 − step / steps)^power over all steps, times the warm-up."""
+    optim = OptimConfig(steps=100, warmup_steps=10, lr=1.0, min_lr=0.2, schedule={"kind": "poly", "power": 0.9})
+    wanted = [0.2 + 0.8 * (1 - step / 100) ** 0.9 for step in range(100)]
+    assert learning_rate(4, optim) == pytest.approx(0.5 * wanted[4])
+    assert [learning_rate(step, optim) for step in range(10, 100)] == pytest.approx(wanted[10:])
+
+
+def test_the_rate_falls_at_milestones() -> None:
+    optim = OptimConfig(steps=100, warmup_steps=10, lr=1.0, schedule={"kind": "multi_step", "milestones": [80, 95]})
+    rates = [learning_rate(step, optim) for step in (10, 79, 80, 94, 95, 99)]
+    assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("milestones", [[], [80, 80], [95, 80], [0, 80], [80, 100]])
+def test_milestones_without_effect_are_refused(milestones: list[int]) -> None:
+    with pytest.raises(ValueError, match="milestone"):
+        OptimConfig(steps=100, warmup_steps=10, schedule={"kind": "multi_step", "milestones": milestones})
+
+
 def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
     spec = MomentumSpec(start=0.9, end=1.0)
     assert momentum_at(0, spec, 11) == pytest.approx(0.9)

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.data.batch import Batch
+from m3i_scale.data.batch import Batch, MixedBatch
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
@@ -25,18 +25,24 @@ class BoltzmannClasses(Kind):
     bounds_information: ClassVar[bool] = True
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
-    def loss(self, logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy, and log K − the plain one, also where labels are smoothed.
+    def loss(
+        self, logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor, ranks: Ranks, soft_BK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy, and log K − the plain one, also where labels are smoothed or mixed.
 
         Args:
             logits_BK: ẑ against the embedding of every class.
             labels_B: the class of every sample; any number where there is none.
             valid_B: bool, whether there is one.
             ranks: for the mean over all samples with a label.
+            soft_BK: shares of the classes in place of labels, smoothed already; None: there are none.
         """
         logits_BK = logits_BK.float()
         safe_B = labels_B.clamp(min=0)
-        loss_B = F.cross_entropy(logits_BK, safe_B, reduction="none", label_smoothing=self.label_smoothing)
+        if soft_BK is None:
+            loss_B = F.cross_entropy(logits_BK, safe_B, reduction="none", label_smoothing=self.label_smoothing)
+        else:
+            loss_B = F.cross_entropy(logits_BK, soft_BK, reduction="none")
         loss = global_mean(loss_B, valid_B, ranks)
         plain_B = F.cross_entropy(logits_BK.detach(), safe_B, reduction="none")
         return loss, global_mean(math.log(logits_BK.shape[1]) - plain_B, valid_B, ranks)
@@ -75,7 +81,8 @@ class Category(Target):
             valid_B = labelled_B & (batch.label_sets_B == number)
             share = ranks.sum(valid_B.sum().float()) / total
             labels_B = batch.labels_B.where(valid_B, 0)  # another set's label may be out of this set's range
-            set_loss, set_nats = self.distribution.loss(logits_BK, labels_B, valid_B, ranks)
+            soft = {"soft_BK": batch.soft_labels_BK} if isinstance(batch, MixedBatch) else {}
+            set_loss, set_nats = self.distribution.loss(logits_BK, labels_B, valid_B, ranks, **soft)
             loss, nats = loss + share * set_loss, nats + share * set_nats
         return Loss(loss, nats)
 

@@ -1,0 +1,63 @@
+"""Define how the learning rate falls once the warm-up is over: `optim.schedule` of a run file."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+from pydantic import Field, field_validator
+
+from m3i_scale.config.kinds import Kind
+
+
+class Schedule(Kind):
+    """Gives the share of `lr − min_lr` that a step has, before the warm-up is applied."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+
+    @abstractmethod
+    def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
+        """Return the share, 1 at most. `step` counts from 0."""
+
+
+class Cosine(Schedule):
+    """Follows a half cosine from the end of the warm-up to 0 at the last step."""
+
+    kind: ClassVar[str] = "cosine"
+
+    def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
+        """Return the share."""
+        progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
+        return (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+
+
+class Poly(Schedule):
+    """Falls as a power of the steps that are left, the warm-up included: what segmentation is trained with (mmcv)."""
+
+    kind: ClassVar[str] = "poly"
+    power: float = Field(default=1.0, gt=0)
+
+    def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
+        """Return the share."""
+        return float((1 - step / steps) ** self.power)
+
+
+class MultiStep(Schedule):
+    """Is multiplied by `gamma` at every milestone: what detection is trained with (detectron2)."""
+
+    kind: ClassVar[str] = "multi_step"
+    milestones: tuple[int, ...]
+    """Steps, ascending."""
+    gamma: float = Field(default=0.1, gt=0, lt=1)
+
+    @field_validator("milestones")
+    @classmethod
+    def _ascends(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+        if not milestones or list(milestones) != sorted(set(milestones)) or milestones[0] < 1:
+            raise ValueError("milestones are steps in ascending order, from 1 on")
+        return milestones
+
+    def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
+        """Return the share."""
+        return self.gamma ** sum(milestone <= step for milestone in self.milestones)

@@ -1,0 +1,43 @@
+"""Mix labelled images of a micro-batch, by timm's mixup and cutmix."""
+
+from __future__ import annotations
+
+import numpy as np
+from timm.data.mixup import Mixup
+
+from m3i_scale.config import Classification
+from m3i_scale.data.batch import Batch, MixedBatch
+
+
+class LabelMixing:
+    """Blends every image with another one of its micro-batch, or pastes a rectangle of that one into it.
+
+    What is drawn depends on the first sample's seed alone, so that a run that was resumed draws the same.
+
+    Args:
+        task: of the run.
+        classes: of the label set.
+    """
+
+    def __init__(self, task: Classification, classes: int) -> None:
+        self._mixup = Mixup(
+            mixup_alpha=task.mixup,
+            cutmix_alpha=task.cutmix,
+            prob=task.mix_prob,
+            switch_prob=task.switch_prob,
+            label_smoothing=task.label_smoothing,
+            num_classes=classes,
+        )
+
+    def __call__(self, batch: Batch) -> MixedBatch:
+        """Return the batch with float images, mixed, and soft labels."""
+        images_BCHW = batch.images_VBCHW[0].float()
+        drawn_from = np.random.get_state()  # timm draws from numpy's global generator
+        np.random.seed(int(batch.seeds_B[0]) % 2**32)
+        try:
+            images_BCHW, soft_BK = self._mixup(images_BCHW, batch.labels_B.clamp(min=0))
+        finally:
+            np.random.set_state(drawn_from)
+        labelled_B = batch.labels_B.flip(0) >= 0  # the other image's label counts as well
+        mixed = {"images_VBCHW": images_BCHW[None], "labels_B": batch.labels_B.where(labelled_B, -1)}
+        return MixedBatch(**vars(batch) | mixed, soft_labels_BK=soft_BK)
