@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import RunConfig, read_yaml
+from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
@@ -99,7 +99,7 @@ def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int)
     return notes
 
 
-_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr")
+_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "schedule")
 
 
 def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
@@ -109,12 +109,9 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     saved = read_yaml(checkpoint / "run.yaml").get("optim")
     if not isinstance(saved, dict):
         return []
-    before = run.optim.model_copy(update={name: saved[name] for name in _OF_THE_SCHEDULE if name in saved})
-    changes = [
-        f"optim.{name} was {getattr(before, name)}, is {getattr(run.optim, name)}"
-        for name in _OF_THE_SCHEDULE
-        if getattr(before, name) != getattr(run.optim, name)
-    ]
+    before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
+    values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
+    changes = told_differences("optim", *values)
     if not changes:
         return []
     rates = " instead of ".join(f"{learning_rate(step, optim):.3g}" for optim in (run.optim, before))
