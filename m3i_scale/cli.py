@@ -20,6 +20,7 @@ from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.checkpoints.commands import checkpoint_app
+from m3i_scale.run.finetune_command import finetune_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -409,68 +410,10 @@ def export(
     wide_console().print(table)
 
 
-finetune_app = typer.Typer(
-    no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
-)
-app.add_typer(finetune_app, name="finetune")
-
-
-@finetune_app.command(
-    epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
-)
-def classification(
-    start: Annotated[
-        str, typer.Argument(metavar="EXPORT", help="An exported folder, or any of backbone.from_pretrained.")
-    ],
-    data: Annotated[
-        Path, typer.Option(help="train/CLASS/… and val/CLASS/…; shards in train and val; or a folder of save_to_disk.")
-    ],
-    overrides: Overrides = None,
-    protocol: Annotated[str, typer.Option(help="The name of a built-in one, or a run file with a task.")] = "finetune",
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Over the training images; default: the protocol's.")
-    ] = None,
-    shards: Annotated[
-        Path | None, typer.Option(help="Where images are packed into, once; default: output_dir/shards.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device.")
-    ] = False,
-    device: Annotated[str, typer.Option("--hardware", help="Of --dry-run: h100, a100 or cpu.")] = "h100",
-    as_json: Json = False,
-) -> None:
-    """Train a classifier on one device, export it to output_dir/classifier, and measure it. The same command goes on
-    with a run that was stopped.
-
-    Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
-    data.sources.train.shards=/data/shards/train
-    """
-    if dry_run:
-        leave_out_accelerator_warning()
-    from m3i_scale.run.finetune import lines_of, measure, planned, prepare_classification
-
-    prepared = prepare_classification(
-        start, data, protocol, overrides or [], epochs=epochs, shards=shards, here=not dry_run
-    )
-    if dry_run:
-        document = planned(prepared, device)
-    else:
-        from m3i_scale.run.train import start as train_run
-        from m3i_scale.run.train import tell
-
-        prepared.data.pack(tell)
-        if train_run(prepared.run) == "preempted":
-            raise typer.Exit(EXIT_PREEMPTED)
-        document = measure(prepared, tell)
-    if as_json:
-        print_json(document)
-    else:
-        wide_console().print("\n".join(lines_of(document)), markup=False, highlight=False)
-
-
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(finetune_app, name="finetune")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -87,9 +87,10 @@ def prepare_classification(
     """
     _refuse_ranks(protocol)
     _refuse_run_folder(start)
-    given = {override.partition("=")[0] for override in overrides}
     first = [f"backbone.from_pretrained={json.dumps(start)}"]
-    run, _ = load_run_and_recipe(protocol, [*first, *overrides])
+    # Steps that are given are fewer than the protocol's warm-up, maybe, which is about to follow them.
+    others = [override for override in overrides if not override.startswith(("optim.steps=", "optim.warmup_steps="))]
+    run, _ = load_run_and_recipe(protocol, [*first, *others])
     task = run.task
     if not isinstance(task, Classification):
         raise ConfigError(
@@ -102,7 +103,7 @@ def prepare_classification(
         raise ConfigError(
             "--shards has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
         )
-    computed = [*first, *_sources(data), *_length(run, data, epochs, given)]
+    computed = [*first, *_sources(data), *_length(run, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     faults = Faults()
     Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
@@ -164,9 +165,19 @@ def _sources(data: Labelled) -> list[str]:
     return sources
 
 
-def _length(run: RunConfig, data: Labelled, epochs: int | None, given: set[str]) -> list[str]:
-    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps."""
+def _length(run: RunConfig, data: Labelled, epochs: int | None, overrides: list[str]) -> list[str]:
+    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps.
+
+    Args:
+        run: without the steps that are given.
+        data: the images.
+        epochs: that are given.
+        overrides: that are given.
+    """
+    given = dict(override.partition("=")[::2] for override in overrides)
     optim, steps = run.optim, run.optim.steps
+    if given.get("optim.steps", "").isdecimal():  # anything else is refused with the whole run file
+        steps = int(given["optim.steps"])
     if epochs is not None and "optim.steps" in given:
         raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
     computed = []
