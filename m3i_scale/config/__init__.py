@@ -295,7 +295,10 @@ class RunConfig(Section):
         except ValidationError:  # told of the section itself
             return {**values, "recipe": {}}
         if values.get("recipe") not in (None, {}, recipe):
-            raise ValueError("a run has a recipe or a task: `recipe` has no effect beside `task`")
+            raise FixableError(
+                "a run has a recipe or a task: `recipe` has no effect beside `task`",
+                "leave one of them out; a run file of a task extends none that has a recipe",
+            )
         return {**values, "recipe": recipe}
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ class Poly(Schedule):
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
         """Return the share."""
-        return (1 - step / steps) ** self.power
+        return float((1 - step / steps) ** self.power)
 
 
 class MultiStep(Schedule):

@@ -23,7 +23,7 @@ class Task(Kind):
     """Whether places of the image are predicted, and not the image: InternImage has other learning rates then."""
 
     freeze: bool = False
-    """The backbone stays as it is; heads alone are trained."""
+    """The backbone stays as it is, in evaluation mode; heads alone are trained."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Every layer of the backbone learns at so much of the rate of the layer behind it (docs/downstream.md)."""
     dcn_lr: float = Field(default=1.0, gt=0)
@@ -31,13 +31,16 @@ class Task(Kind):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a sample skips a residual branch, at the last layer; a linear ramp from 0 at the first."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an average of all weights, which is evaluated and exported as `momentum`. Default: none."""
+    """Decay of an average of all weights, which `export --weights momentum` takes. Evaluated during training are the
+    trained ones. Default: none."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
         idle = [name for name in ("layer_decay", "dcn_lr", "drop_path") if getattr(self, name) not in (0.0, 1.0)]
         if self.freeze and idle:
             raise ValueError(f"{', '.join(idle)} has no effect: the backbone is frozen")
+        if self.freeze and self.ema is not None:
+            raise ValueError("ema averages a backbone and its head together, and this backbone is frozen")
         return self
 
     @abstractmethod

@@ -2,20 +2,96 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from m3i_scale.config import Classification, Task
+from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.config import Classification, RunConfig, Task
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
+from m3i_scale.scale.partition import keep_in_checkpoints
 
 if TYPE_CHECKING:
     from m3i_scale.downstream.mixing import LabelMixing
 
 STUDENT = "student.model."
+
+
+def check_task(run: RunConfig, model: VisionConfig) -> None:
+    """Refuse what the task of a run has no effect on, or cannot be trained with; whatever its data.
+
+    Args:
+        run: the run file.
+        model: the configuration of its backbone.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    task, maps = run.task, isinstance(model, InternImageConfig)
+    if task is None:
+        return
+    if task.freeze:
+        _check_frozen(run)
+    if task.dcn_lr != 1 and not maps:
+        raise ConfigError(
+            f"dcn_lr has no effect: a {model.model_type} has no deformable convolutions",
+            where=f"task.dcn_lr: {task.dcn_lr:g}",
+            fix="leave it out, or take an InternImage",
+        )
+    if isinstance(task, Classification):
+        if maps and task.pool == "class_token":
+            raise ConfigError(
+                "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
+            )
+        if (task.mixup or task.cutmix) and run.optim.micro_batch_size % 2:
+            raise ConfigError(
+                "mixup and cutmix pair the images of a micro-batch, and one is left over",
+                where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
+                fix="an even optim.micro_batch_size",
+            )
+
+
+def _check_frozen(run: RunConfig) -> None:
+    if run.backbone.from_pretrained is None:
+        raise ConfigError(
+            "the backbone is frozen at random weights",
+            where="task.freeze",
+            why="a head on features that nothing was trained for measures nothing",
+            fix="backbone.from_pretrained=/data/first-export, or task.freeze=false",
+        )
+    recomputes = run.backbone.activation_checkpointing != "none"
+    if recomputes or run.backbone.compile:
+        name = "activation_checkpointing" if recomputes else "compile"
+        raise ConfigError(
+            f"`{name}` has no effect: it is for layers that are trained, and the backbone is frozen",
+            where=f"backbone.{name}",
+            fix="leave it out",
+        )
+
+
+def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
+    """Check that there is one list of classes to predict.
+
+    Args:
+        task: of the run.
+        label_sets: class names by label set, over all training sources.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    if isinstance(task, Classification) and len(label_sets) != 1:
+        several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+        raise ConfigError(
+            f"a classifier has one list of classes, and the sources have {several or 'no labels'}",
+            where="data.sources",
+            why=None if several else "no source has labels.json beside its shards",
+            fix="leave all but one label set out: data.sources.NAME.labels=false; equal lists become one by"
+            " data.sources.NAME.label_set"
+            if several
+            else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
+        )
 
 
 def prepare(objective: Objective, task: Task, classes: int) -> None:
@@ -29,7 +105,8 @@ def prepare(objective: Objective, task: Task, classes: int) -> None:
     if task.drop_path:
         apply_drop_path(objective.student, task.drop_path)
     if task.freeze:
-        objective.student.requires_grad_(False)
+        keep_in_checkpoints(objective.student)
+        objective.train()  # all but the backbone
     if isinstance(task, Classification) and (task.mixup or task.cutmix):
         objective.mix_labelled = _mixing(task, classes)
 
@@ -41,12 +118,12 @@ def _mixing(task: Classification, classes: int) -> LabelMixing:
         raise ConfigError(
             "mixup and cutmix are timm's, which is not installed",
             where="task",
-            fix="pip install 'm3i_scale[downstream]'",
+            fix="pip install 'm3i-scale[timm]'",
         ) from None
     return LabelMixing(task, classes)
 
 
-def scales_of(module: nn.Module, task: Task | None) -> dict[str, float]:
+def scales_of(module: Any, task: Task | None) -> dict[str, float]:
     """Return what the learning rate is multiplied by, by name of a parameter; 1 where nothing is said."""
     if task is None or task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
         return {}

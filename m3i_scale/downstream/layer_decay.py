@@ -35,9 +35,9 @@ def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float =
         depth = int(config.num_hidden_layers)
         return {name: decay ** (depth + 1 - _layer_of(name, depth)) for name in names}
     rule = _dense_layer_of if dense else _block_of
-    depth = sum(config.depths)
-    last = depth + 1 if dense else depth
-    scales = {name: decay ** (last - rule(name, config.depths)) for name in names}
+    depths = tuple(config.depths)
+    last = sum(depths) + 1 if dense else sum(depths)
+    scales = {name: decay ** (last - rule(name, depths)) for name in names}
     return {name: scale * (dcn if any(part in name for part in _DCN) else 1.0) for name, scale in scales.items()}
 
 

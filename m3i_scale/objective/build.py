@@ -51,6 +51,8 @@ def build_objective(
     recipe = parse_recipe(run.recipe)
     config = backbone_config(run.backbone)
     student = build_backbone(config)
+    if run.task is not None and run.task.freeze:
+        student.requires_grad_(False)
     _check_fit(run, recipe, student, label_sets, vocab_size)
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     classes = [len(names) for names in label_sets.values()]

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
@@ -78,6 +79,13 @@ class Objective(nn.Module):
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
         """Called round each part of a forward pass: `forward` (the inputs), `target` (f_φ of images and texts),
         `decoder` (decoders, heads, losses). Whoever measures sets it."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.student.parameters()):
+            self.student.eval()
+        return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.

@@ -11,6 +11,7 @@ from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import captions_beside, read_label_sets, require_shards
 from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.downstream.fine_tuning import check_labels, check_task
 from m3i_scale.downstream.protocol import check_family
 from m3i_scale.errors import ConfigError, Faults, UserError
 from m3i_scale.objective.meta import build_on_meta
@@ -116,13 +117,15 @@ class Checks:
             faults.note(check_compile, run.backbone.activation_checkpointing)
         label_sets: dict[str, list[str]] = {}
         tokenizer = None
+        if model is not None and self.sound("optim"):
+            faults.note(check_task, run, model)
         if recipe is not None:
             self._check_without_data(recipe, faults)
             if self.sound("data"):
                 faults.note(check_sources, run, recipe, access, there=there)
             if access is not None and there:
                 if recipe.uses_categories:
-                    label_sets = faults.note(read_label_sets, run.data.sources, access) or {}
+                    label_sets = faults.note(self._read_labels, access) or {}
                 if recipe.uses_text and self.sound("text"):
                     tokenizer = faults.note(_tokenizer, self.run, access)
                 run = faults.note(_with_validation_labels, self.run, label_sets) or run
@@ -142,6 +145,11 @@ class Checks:
         if faults.note(build_on_meta, run, label_sets, resolved.vocab_size) is None:
             return None
         return resolved
+
+    def _read_labels(self, access: Access) -> dict[str, list[str]]:
+        label_sets = read_label_sets(self.run.data.sources, access)
+        check_labels(self.run.task, label_sets)
+        return label_sets
 
     def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
         run = self.run

@@ -87,7 +87,7 @@ def prepare_classification(
     """
     _refuse_ranks(protocol)
     _refuse_run_folder(start)
-    first = [f"backbone.from_pretrained={json.dumps(start)}"]
+    first = ["backbone.preset=null", f"backbone.from_pretrained={json.dumps(start)}"]
     # Steps that are given are fewer than the protocol's warm-up, maybe, which is about to follow them.
     others = [override for override in overrides if not override.startswith(("optim.steps=", "optim.warmup_steps="))]
     run, _ = load_run_and_recipe(protocol, [*first, *others])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
@@ -20,7 +20,7 @@ from m3i_scale.scale.activations import read_policy
 from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config
 from m3i_scale.scale.deepspeed.rules import offloads_optimizer
 from m3i_scale.scale.plan.replay import SNAPSHOT
-from m3i_scale.scale.plan.settings import numel_of, settings_of
+from m3i_scale.scale.plan.settings import Role, numel_of, settings_of
 from m3i_scale.text import GIB
 
 
@@ -68,7 +68,7 @@ class RunPlan:
             "host_parts": {name: size / GIB for name, size in planned.host_parts.items()},
             "host_gib_per_node": planned.host_of_node(self.machine) / GIB,
             "host_memory_gib": self.machine.host_memory_gib,
-            "parameters": {role: numel_of(self.model.parameters, role) for role in ("trained", "momentum", "teacher")},
+            "parameters": {role: numel_of(self.model.parameters, role) for role in get_args(Role)},
             "flop_per_sample": planned.flop * world / batch,
             "comm_gib_per_step": sum(planned.traffic.rank_bytes.values()) / GIB,
             "comm_gib_per_step_by_kind": {kind: size / GIB for kind, size in planned.traffic.rank_bytes.items()},

@@ -195,7 +195,8 @@ class Model:
         parameters = []
         for name, parameter in self.objective.named_parameters():
             role = name.partition(".")[0]
-            kind: Any = role if role in ("momentum", "teacher") else "trained"
+            others = "trained" if parameter.requires_grad else "frozen"
+            kind: Any = role if role in ("momentum", "teacher") else others
             parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter)))
         return tuple(parameters)
 
@@ -205,9 +206,12 @@ class Model:
         return sum(buffer.nbytes for buffer in buffers_of(self.objective).values())
 
     def checkpoint_bytes(self, settings: Settings) -> int:
-        """Return the bytes of a checkpoint's tensors: master weights, moments, fp32 averages, buffers."""
+        """Return the bytes of a checkpoint's tensors: master weights and moments, frozen weights, fp32 averages,
+        buffers."""
         trained = numel_of(self.parameters, "trained") * (settings.master_bytes + 2 * settings.state_bytes)
-        return trained + numel_of(self.parameters, "momentum") * AVERAGE_BYTES + self.remembered_bytes
+        frozen = numel_of(self.parameters, "frozen") * _DTYPES[self.precision].itemsize
+        averaged = numel_of(self.parameters, "momentum") * AVERAGE_BYTES
+        return trained + frozen + averaged + self.remembered_bytes
 
     @cached_property
     def _traces(self) -> dict[tuple[str, int], Trace]:

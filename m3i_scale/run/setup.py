@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
-from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded
+from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded, kept_frozen, refuse_unwritable
 
 
 @dataclass
@@ -182,6 +183,7 @@ def start_engine(
         lr_scales=lambda module: scales_of(module, run.task),
     )
     check_effective(engine, resolved.deepspeed)
+    refuse_unwritable(engine, kept_frozen(engine.module), "a frozen backbone")
     apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
     return engine, ShardedMomentum(engine, pairs) if pairs else None
@@ -192,6 +194,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
         prepare(objective, resolved.run.task, len(names))
+        torch.manual_seed(resolved.run.seed + ranks.rank)  # what drops branches must not drop the same on every rank
     return objective
 
 

@@ -117,6 +117,90 @@ def master_shard(parameter: nn.Parameter) -> Tensor:
     raise RuntimeError(f"no fp32 master weights behind a {parameter.dtype} parameter of shape {parameter.shape}")
 
 
+_KEPT = "kept_in_checkpoints"
+
+
+def keep_in_checkpoints(module: nn.Module) -> None:
+    """Have checkpoints hold the parameters of a module that does not learn, in the type that is computed in."""
+    for parameter in module.parameters():
+        setattr(parameter, _KEPT, True)
+
+
+def kept_frozen(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what does not learn and is in checkpoints all the same, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if getattr(parameter, _KEPT, False)}
+
+
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return (first element, elements) of what this rank has to save of a parameter that no optimizer has: its shard
+    without padding under ZeRO-3; otherwise an even share of what all ranks hold alike."""
+    numel = full_shape(parameter).numel()
+    if is_partitioned(parameter):
+        share = own_values(parameter).numel()
+        rank = dist.get_rank(group=getattr(parameter, "ds_process_group", None))
+    else:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share = math.ceil(numel / world)
+    start = min(share * rank, numel)
+    return start, min(share, numel - start)
+
+
+def own_values(parameter: Any) -> Tensor:
+    """Return the live values that this rank holds of a parameter: its shard, padding included, or all of it."""
+    values: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
+    return values.detach()
+
+
+def own_piece(parameter: nn.Parameter) -> Tensor:
+    """Return the live values of `own_range`, flat."""
+    start, numel = own_range(parameter)
+    begin = 0 if is_partitioned(parameter) else start
+    return own_values(parameter).view(-1)[begin : begin + numel]
+
+
+def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) -> None:
+    """Fill a parameter that no optimizer has. Under ZeRO-3 gathered copies are stale until all are partitioned again.
+
+    Args:
+        parameter: to be filled.
+        read: `(first element, out)` fills a flat tensor with that range of the values.
+    """
+    _forget_copy(parameter)
+    values = own_values(parameter).view(-1)
+    start, numel = own_range(parameter) if is_partitioned(parameter) else (0, values.numel())
+    read(start, values[:numel])
+
+
+def _forget_copy(parameter: Any) -> None:
+    """Forget the copy within the group of zero_hpz_partition_size ranks, which the next gather makes anew."""
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        parameter.ds_secondary_tensor = None
+
+
+def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: str) -> None:
+    """Refuse an engine configuration under which the shards of what does not learn cannot be written in place.
+
+    Args:
+        engine: the DeepSpeed engine.
+        parameters: that are written, by name.
+        what: they are, in words.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if engine._config.zero_config.zero_quantized_nontrainable_weights and parameters:
+        raise ConfigError(
+            f"'zero_optimization.zero_quantized_nontrainable_weights' cannot hold {what}",
+            why="it keeps what is not trained in 8 bits, and other values are written there",
+            fix="remove it, or take zero_quantized_weights, which quantises what is sent",
+        )
+    for name, parameter in parameters.items():
+        if is_partitioned(parameter) and own_values(parameter).numel() == 0:
+            raise ConfigError(
+                f"the shard of '{name}' is not in memory", fix="offload_param to cpu or none, not to nvme"
+            )
+
+
 class ShardedMomentum:
     """Keeps the exponential moving average (EMA) of the online weights, shard by shard, without a gather.
 
@@ -137,25 +221,12 @@ class ShardedMomentum:
         self._follows = {target: online for online, target in pairs}
         self._online = {target: named[online] for online, target in pairs}
         self._target = {target: named[target] for _, target in pairs}
-        self._refuse_unsupported(engine)
+        refuse_unwritable(engine, self._target, "a momentum target")
         self._keep_partitioned(engine)
         self._beside: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, online in self._online.items():
                 self._store(name, master_shard(online))
-
-    def _refuse_unsupported(self, engine: Any) -> None:
-        if engine._config.zero_config.zero_quantized_nontrainable_weights and self._target:
-            raise ConfigError(
-                "'zero_optimization.zero_quantized_nontrainable_weights' cannot hold a momentum target",
-                why="it keeps what is not trained in 8 bits, and the average is written there at every step",
-                fix="remove it, or take zero_quantized_weights, which quantises what is sent",
-            )
-        for name, target in self._target.items():
-            if is_partitioned(target) and target.ds_tensor.numel() == 0:
-                raise ConfigError(
-                    f"the shard of '{name}' is not in memory", fix="offload_param to cpu or none, not to nvme"
-                )
 
     def _keep_partitioned(self, engine: Any) -> None:
         """Take the targets out of persistence: DeepSpeed keeps small parameters gathered, so that a write to the shard
@@ -182,7 +253,7 @@ class ShardedMomentum:
     @torch.no_grad()
     def shard(self, name: str) -> Tensor:
         """Return this rank's part of an average in fp32: a copy where the target is bf16, else a live view."""
-        copy = self._copy(name)
+        copy = own_values(self._target[name])
         if copy.dtype == torch.float32:
             return copy
         return join(copy, self._beside[name]) if copy.dtype == torch.bfloat16 else self._beside[name]
@@ -194,16 +265,9 @@ class ShardedMomentum:
             average = self.shard(name)
             self._store(name, average.lerp_(master_shard(online).view_as(average), 1.0 - momentum))
 
-    def _copy(self, name: str) -> Tensor:
-        target = self._target[name]
-        copy: Tensor = target.ds_tensor if is_partitioned(target) else target
-        return copy.detach()
-
     def _store(self, name: str, average: Tensor) -> None:
-        copy = self._copy(name)
-        if getattr(self._target[name], "ds_secondary_tensor", None) is not None:
-            # The copy within the group of zero_hpz_partition_size ranks; made anew by the next gather.
-            self._target[name].ds_secondary_tensor = None
+        copy = own_values(self._target[name])
+        _forget_copy(self._target[name])
         if copy.dtype == torch.float32:
             copy.copy_(average.view_as(copy))  # nothing to do where it is the copy itself
             return
@@ -225,24 +289,13 @@ class ShardedMomentum:
         return {name: list(full_shape(parameter)) for name, parameter in self._target.items()}
 
     def pieces(self) -> list[tuple[str, int, int]]:
-        """Return (name, first element, elements) of what this rank has to save of every average: its shard without
-        padding under ZeRO-3; otherwise an even share of what all ranks hold alike."""
-        own_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        pieces = []
-        for name, target in self._target.items():
-            numel = full_shape(target).numel()
-            if is_partitioned(target):
-                share, rank = self._copy(name).numel(), dist.get_rank(group=getattr(target, "ds_process_group", None))
-            else:
-                share, rank = math.ceil(numel / world), own_rank
-            start = min(share * rank, numel)
-            pieces.append((name, start, min(share, numel - start)))
-        return pieces
+        """Return (name, first element, elements) of what this rank has to save of every average."""
+        return [(name, *own_range(target)) for name, target in self._target.items()]
 
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
         """Return the live tensors that a piece is made of, flat: the fp32 values, or two halves for
         `split_float.join`."""
-        copy, beside = self._copy(name), self._beside.get(name)
+        copy, beside = own_values(self._target[name]), self._beside.get(name)
         held = (copy, beside) if copy.dtype == torch.bfloat16 else (copy if beside is None else beside,)
         begin = 0 if is_partitioned(self._target[name]) else start
         return tuple(part.view(-1)[begin : begin + numel] for part in held if part is not None)
@@ -255,7 +308,7 @@ class ShardedMomentum:
             read: `(name, first element, out)` fills a flat fp32 tensor with that range of the average.
         """
         for name, start, numel in self.pieces():
-            copy = self._copy(name)
+            copy = own_values(self._target[name])
             values = torch.zeros(copy.numel())
             if is_partitioned(self._target[name]):
                 read(name, start, values[:numel])  # the rest is padding

@@ -12,16 +12,23 @@ import torch
 import yaml
 from forked import Forks
 from launch import start_ranks
+from safetensors.torch import load_file
 from saved_runs import call, make_calls
 from shapes import make_shapes, metrics
-from tiny import in_parts
-from transformers import pipeline
+from tiny import first_weights, in_parts
+from transformers import AutoModelForImageClassification, pipeline
 
-from m3i_scale.scale.checkpoint.weights import load_weights
+from m3i_scale.backbones.build import backbone_config, backbone_source
+from m3i_scale.backbones.load_plan import plan_load
+from m3i_scale.config import BackboneConfig, load_run
+from m3i_scale.objective.build import build_objective
+from m3i_scale.scale.checkpoint.weights import Which, load_weights
 
 STEPS = 8
 MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
 MODEL["patch_size"] = 8
+EMA = 0.8
+KINDS: tuple[Which, ...] = ("student", "momentum")
 
 
 def run_file(folder: Path, shards: Path, *, ds_config: str = "zero3_cpu_fp32", **task: Any) -> Path:
@@ -55,8 +62,17 @@ def test_it_trains_on_two_ranks(shards: Path, tmp_path: Path) -> None:
     assert sorted(metrics(path)) == list(range(1, STEPS + 1))
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_weights(path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}", "student")
+def weights(path: Path, which: Which = "student", step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_weights(path.parent / "out" / "checkpoints" / f"step-{step:08d}", which)
+
+
+def first_averages(path: Path) -> dict[str, torch.Tensor]:
+    """What the average of a run starts from: the weights before the first step."""
+    run = load_run(str(path))
+    meta = json.loads((path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}" / "meta.json").read_text())
+    objective = build_objective(run, meta["label_sets"], None)
+    first_weights(objective, run.seed)
+    return {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
 
 
 @pytest.mark.parametrize("ds_config", ["zero1_cpu_fp32", "zero3_cpu_fp32", "zero2_bf16"])
@@ -73,9 +89,11 @@ def test_the_engine_has_a_rate_for_every_layer(shards: Path, tmp_path: Path, ds_
 
 def test_one_rank_and_two_are_one_run_and_so_is_a_run_that_was_stopped(shards: Path, tmp_path: Path) -> None:
     """Every rank draws for itself which branches it drops, so that the first pair drops none."""
-    plain = {name: run_file(tmp_path / name, shards, layer_decay=0.65) for name in ("one", "two")}
+    plain = {
+        name: run_file(tmp_path / name, shards, pool="mean_pool", layer_decay=0.65, ema=EMA) for name in ("one", "two")
+    }
     dropped = {
-        name: run_file(tmp_path / name, shards, layer_decay=0.65, drop_path=0.3, mixup=0.8, cutmix=1.0)
+        name: run_file(tmp_path / name, shards, layer_decay=0.65, ema=EMA, drop_path=0.3, mixup=0.8, cutmix=1.0)
         for name in ("whole", "stopped")
     }
     stop = {"rank": 1, "at": "write", "what": "signals", "numbers": [signal.SIGTERM], "seconds": 0.5, "step": 4}
@@ -85,26 +103,41 @@ def test_one_rank_and_two_are_one_run_and_so_is_a_run_that_was_stopped(shards: P
     done = make_calls(calls, folders, tmp_path / "results")
     codes = {name: told.codes for name, told in done.items()}
     assert codes == {"two": [0, 0], "whole": [0, 0], "stopped": [75, 75]}, done
-    job = start_ranks(["-m", "m3i_scale", "train", str(plain["one"])], 1, tmp_path / "logs")
+    every_step = ["checkpoint.every_steps=1", f"checkpoint.keep_latest={STEPS}"]
+    job = start_ranks(["-m", "m3i_scale", "train", str(plain["one"]), *every_step], 1, tmp_path / "logs")
     assert job.wait(300) == [0], job.text()[-4000:]
     one, two = (metrics(plain[name]) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for step in one:
         assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-5)
-    for name, value in weights(plain["one"]).items():
-        torch.testing.assert_close(weights(plain["two"])[name], value, rtol=1e-3, atol=1e-5)
+    for which in KINDS:
+        of_two = weights(plain["two"], which)
+        for name, value in weights(plain["one"], which).items():
+            torch.testing.assert_close(of_two[name], value, rtol=1e-3, atol=1e-5)
+    averages = first_averages(plain["one"])
+    for step in range(1, STEPS + 1):
+        online, saved = weights(plain["one"], "student", step), weights(plain["one"], "momentum", step)
+        assert saved.keys() == online.keys()
+        assert {name.partition(".")[0] for name in saved} == {"student", "decoders", "heads"}
+        for name, value in saved.items():
+            averages[name] = EMA * averages[name] + (1 - EMA) * online[name]
+            torch.testing.assert_close(value, averages[name], rtol=1e-5, atol=1e-7)
+    assert not any(torch.equal(value, online[name]) for name, value in saved.items())
+    random = dropped["whole"].parent / "out" / "checkpoints" / f"step-{STEPS:08d}" / "random"
+    states = [load_file(random / f"rank-{rank:05d}.safetensors")["host"] for rank in range(2)]
+    assert not torch.equal(*states)
     again = {"stopped": call(folders["stopped"], faults=[])}
     assert make_calls(again, folders, tmp_path / "again")["stopped"].codes == [0, 0]
     assert metrics(dropped["stopped"]) == metrics(dropped["whole"])
-    assert all(
-        torch.equal(value, weights(dropped["stopped"])[name]) for name, value in weights(dropped["whole"]).items()
-    )
+    for which in KINDS:
+        stopped = weights(dropped["stopped"], which)
+        assert all(torch.equal(value, stopped[name]) for name, value in weights(dropped["whole"], which).items())
 
 
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
-    path = run_file(root / "run", shards)
+    path = run_file(root / "run", shards, pool="class_token", ema=EMA)
     assert make_calls({"run": call(path.parent, faults=[])}, {"run": path.parent}, root / "results")["run"].codes == [
         0,
         0,
@@ -122,3 +155,29 @@ def test_the_result_is_a_stock_classifier(trained: Path, shards: Path, forks: Fo
     done = forks.run("evaluate", str(folder), *data)
     assert done.returncode == 0, done.stderr
     assert "top" in done.stdout
+    start = BackboneConfig(from_pretrained=str(folder))
+    plan = plan_load(backbone_source(start), backbone_config(start))
+    assert plan.report["left_out"] == {"classifier": ["classifier.bias", "classifier.weight"]}
+    has = weights(trained / "run.yaml")
+    for name, value in zip(plan.names, plan.tensors(), strict=True):
+        assert torch.equal(value, has[f"student.model.{name}"])
+
+
+def test_the_average_is_exported_as_the_same_class(trained: Path, forks: Forks, tmp_path: Path) -> None:
+    run, models = trained / "run.yaml", {}
+    for which in KINDS:
+        options = ["--to", str(tmp_path / which), "--task", "classification", "--weights", which]
+        done = forks.run("export", str(trained / "out"), *options)
+        assert done.returncode == 0, done.stderr
+        models[which] = AutoModelForImageClassification.from_pretrained(tmp_path / which)
+    assert type(models["student"]) is type(models["momentum"])
+    for which, other in (KINDS, KINDS[::-1]):
+        has, has_not = weights(run, which), weights(run, other)
+        model = models[which]
+        exported = {
+            "student.model.embeddings.cls_token": model.dinov2.embeddings.cls_token,
+            "heads.category.sets.0.weight": model.classifier.weight[:, : MODEL["hidden_size"]],
+        }
+        for name, value in exported.items():
+            assert torch.equal(value, has[name])
+            assert not torch.equal(value, has_not[name])

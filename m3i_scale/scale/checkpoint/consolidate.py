@@ -82,6 +82,13 @@ def consolidate(
                 raise CheckpointError(
                     f"the checkpoint has no {min(missing)}: its optimizer had taken no step", where=str(source)
                 )
+            if frozen := kinds[MASTER].keys() - kinds[MOMENTS[0]].keys():
+                raise CheckpointError(
+                    f"'{min(frozen)}' does not learn, and has no moments",
+                    where=str(source),
+                    why="'--layout universal' is for going on with training, and holds moments of every weight",
+                    fix="take another layout",
+                )
             write_universal(folder, kinds, meta["engine"], int(meta.get("world_size", 1)))
         elif layout == "deepspeed":
             write_zero3(folder, chosen, shard_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from m3i_scale.scale.agree import together
 from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta, read_object, unreadable
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
-from m3i_scale.scale.engine_state import make_moments, pieces, publish, restore_counters, trained
-from m3i_scale.scale.partition import ShardedMomentum, full_shape
+from m3i_scale.scale.engine_state import MASTER, make_moments, pieces, publish, restore_counters, trained
+from m3i_scale.scale.partition import ShardedMomentum, full_shape, kept_frozen, load_frozen
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
 """Relative: terms are added up in another order; master weights in 16 bits are rounded."""
@@ -89,11 +90,12 @@ def _read_own_part(
 
 
 def _check_names(saved: SavedTensors, module: nn.Module, momentum: ShardedMomentum | None, folder: Path) -> None:
-    """Check that the checkpoint has what the model trains and averages, in the same shapes, and nothing else."""
-    shapes = {f"weight/{name}": tuple(full_shape(parameter)) for name, parameter in trained(module)}
+    """Check that the checkpoint has what the model trains, keeps and averages, in the same shapes, and nothing else."""
+    stored = dict(trained(module)) | kept_frozen(module)
+    shapes = {f"{MASTER}/{name}": tuple(full_shape(parameter)) for name, parameter in stored.items()}
     if momentum is not None:
         shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in momentum.shapes().items()}
-    keys = [f"{kind}/{name}" for kind in ("weight", AVERAGE) for name in saved.names(kind)]
+    keys = [f"{kind}/{name}" for kind in (MASTER, AVERAGE) for name in saved.names(kind)]
     saved_shapes = {key: saved.shape(key) for key in keys}
     _compare_shapes(shapes, saved_shapes, folder)
 
@@ -105,6 +107,8 @@ def _read_pieces(saved: SavedTensors, meta: dict[str, Any], engine: Any) -> None
         for kind, view in piece.tensors.items():
             if kind in kinds:  # an optimizer that had taken no step has saved no moments
                 saved.read_into(f"{kind}/{piece.name}", piece.start, view)
+    for name, parameter in kept_frozen(engine.module).items():
+        load_frozen(parameter, partial(saved.read_into, f"{MASTER}/{name}"))
 
 
 def _load_buffers(folder: Path, module: nn.Module) -> None:
@@ -117,8 +121,8 @@ def _load_buffers(folder: Path, module: nn.Module) -> None:
 
 
 def _restore_random_states(folder: Path) -> None:
-    """Restore this rank's random states; a rank that the run did not have takes those of one that it had: no number of
-    the training depends on them."""
+    """Restore this rank's random states; a rank that the run did not have takes those of one that it had: nothing but
+    which branches a task drops depends on them."""
     files = _files_of_ranks(folder, "random/rank-*.safetensors")
     states = load_file(folder / files[dist.get_rank() % len(files)])
     torch.set_rng_state(states["host"])

@@ -29,8 +29,8 @@ from m3i_scale.scale.checkpoint.layout import BUFFERS
 from m3i_scale.scale.checkpoint.manifest import digest_files
 from m3i_scale.scale.checkpoint.stream import write_tensors
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, write_index, write_ranges
-from m3i_scale.scale.engine_state import bytes_per_parameter, counters, pieces
-from m3i_scale.scale.partition import ShardedMomentum, full_numel
+from m3i_scale.scale.engine_state import MASTER, bytes_per_parameter, counters, pieces
+from m3i_scale.scale.partition import ShardedMomentum, full_numel, full_shape, kept_frozen, own_piece, own_range
 
 Result = TypeVar("Result")
 
@@ -212,11 +212,17 @@ class Saver:
 
 
 def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
-    """Return the pieces that this rank has to write, as live views: master weights, moments and averages."""
+    """Return the pieces that this rank has to write, as live views: master weights and moments, frozen weights,
+    averages."""
     ranges = [
         Range(f"{kind}/{piece.name}", piece.shape, piece.start, (view,))
         for piece in pieces(engine)
         for kind, view in piece.tensors.items()
+    ]
+    ranges += [
+        Range(f"{MASTER}/{name}", tuple(full_shape(parameter)), own_range(parameter)[0], (piece,))
+        for name, parameter in kept_frozen(engine.module).items()
+        if (piece := own_piece(parameter)).numel()
     ]
     if momentum is not None:
         shapes = momentum.shapes()
@@ -229,9 +235,11 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
 
 
 def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
-    """Return the size of a checkpoint's tensors: weights and two moments of what is trained, fp32 averages."""
+    """Return the size of a checkpoint's tensors: weights and two moments of what is trained, frozen weights, fp32
+    averages."""
+    frozen = sum(full_shape(p).numel() * p.element_size() for p in kept_frozen(engine.module).values())
     averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
-    return bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True) + 4 * averaged
+    return bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True) + frozen + 4 * averaged
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:

@@ -4,10 +4,11 @@ tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
   index.json                       shapes, norms, and for every key where its pieces lie
 
-A key is `weight/…` (fp32 or bf16 master weights), `exp_avg/…`, `exp_avg_sq/…` (moments) or `average/…` (momentum
-target), each with the parameter's name. A piece is a range of the flattened tensor, so a checkpoint does not know how
-many ranks will read it. Files are written and read piece by piece: memory never holds a file. The library's reader is
-not for this: it maps files, and a disk that fails under a map ends the process without a word.
+A key is `weight/…` (fp32 or bf16 master weights, and frozen weights in the type that is computed in), `exp_avg/…`,
+`exp_avg_sq/…` (moments) or `average/…` (momentum target), each with the parameter's name. A piece is a range of the
+flattened tensor, so a checkpoint does not know how many ranks will read it. Files are written and read piece by piece:
+memory never holds a file. The library's reader is not for this: it maps files, and a disk that fails under a map ends
+the process without a word.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer", "reduce buckets"
 SNAPSHOT = "snapshot"
 """What a save in the background copies into host memory, kept for the next one."""
 ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
-OF_ROLE: Final = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER}
+OF_ROLE: Final = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER, "frozen": PARAMETERS}
 PLAYED: Final = 2
 """Micro-batches of a step that are played through, at most."""
 _NORM_BYTES = 8
@@ -44,6 +44,7 @@ class Engine(ABC):
         self.states = near if not settings.far_optimizer else far
         self.trained = [place for place, p in enumerate(parameters) if p.role == "trained"]
         self.averaged = [place for place, p in enumerate(parameters) if p.role == "momentum"]
+        self.frozen = [place for place, p in enumerate(parameters) if p.role == "frozen"]
         self.stepped = False
         self.traffic, self.again = Traffic(), Traffic()
         self.build()
@@ -124,11 +125,12 @@ class Engine(ABC):
 
     @abstractmethod
     def averaged_of(self, param: int, rank: int) -> int:
-        """Return the elements of an average that `rank` saves."""
+        """Return the elements of an average, or of a frozen parameter, that `rank` saves."""
 
     def snapshot(self, rank: int = 0) -> list[int]:
         """Return the bytes of every copy in host memory that a save in the background makes on `rank`: master weights
-        and moments of each parameter, and an average in fp32, or in two halves (see `checkpoint/saver.py`)."""
+        and moments of each parameter, frozen weights, and an average in fp32, or in two halves (see
+        `checkpoint/saver.py`)."""
         settings, sizes = self.settings, []
         for param in self.trained:
             numel = self.held_of(param, rank)
@@ -136,6 +138,7 @@ class Engine(ABC):
         halves = (2, 2) if settings.precision == "bf16" else (4,)
         for param in self.averaged:
             sizes += [self.averaged_of(param, rank) * size for size in halves]
+        sizes += [self.averaged_of(param, rank) * settings.parameter_bytes for param in self.frozen]
         return [size for size in sizes if size]
 
     def save(self) -> None:

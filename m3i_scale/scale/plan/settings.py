@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from m3i_scale.scale.deepspeed.rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-Role = Literal["trained", "momentum", "teacher"]
+Role = Literal["trained", "momentum", "teacher", "frozen"]
 
 
 @dataclass(frozen=True)
