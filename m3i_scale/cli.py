@@ -20,6 +20,7 @@ from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.checkpoints.commands import checkpoint_app
+from m3i_scale.run.finetune_command import finetune_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -414,6 +415,7 @@ def export(
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(finetune_app, name="finetune")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

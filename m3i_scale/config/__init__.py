@@ -14,8 +14,17 @@ from typing_extensions import Self
 
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
 from m3i_scale.config.explain import origin, parse_section, validation_error
-from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
+from m3i_scale.config.files import (
+    find_run_file,
+    known_protocols,
+    known_recipes,
+    known_runs,
+    read_yaml,
+    resource_folder,
+    run_values,
+)
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
 from m3i_scale.config.tasks import Classification, Task
@@ -35,6 +44,8 @@ __all__ = [
     "KeepBestConfig",
     "LogConfig",
     "OptimConfig",
+    "Protocol",
+    "Published",
     "RetentionConfig",
     "RunConfig",
     "Section",
@@ -45,6 +56,7 @@ __all__ = [
     "TextConfig",
     "TimeoutsConfig",
     "find_run_file",
+    "known_protocols",
     "known_recipes",
     "known_runs",
     "load_run",
@@ -258,6 +270,8 @@ class RunConfig(Section):
     """Inputs × targets (docs/recipes.md). A task gives its own."""
     task: Task | None = None
     """A labelled task in place of a recipe (docs/downstream.md)."""
+    protocol: Protocol | None = None
+    """What is published of such a run, and what differs here; it stands in the result of a task."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     text: TextConfig = Field(default_factory=TextConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -287,6 +301,12 @@ class RunConfig(Section):
                 "leave one of them out; a run file of a task extends none that has a recipe",
             )
         return {**values, "recipe": recipe}
+
+    @model_validator(mode="after")
+    def _protocol_is_of_a_task(self) -> Self:
+        if self.protocol is not None and self.task is None:
+            raise ValueError("`protocol` has no effect without `task`")
+        return self
 
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -193,6 +194,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
         prepare(objective, resolved.run.task, len(names))
+        torch.manual_seed(resolved.run.seed + ranks.rank)  # what drops branches must not drop the same on every rank
     return objective
 
 

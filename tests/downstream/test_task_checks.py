@@ -13,7 +13,9 @@ import yaml
 from shapes import make_shapes
 from tiny import DINOV2, MAPS
 from transformers import Dinov2Config, Dinov2Model
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.config import Classification, load_run
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.run.check import faults_of
@@ -111,3 +113,23 @@ def test_a_recipe_beside_a_task_is_refused_but_for_the_one_that_it_gives(tmp_pat
         load_run(str(path))
     assert str(path) in fault.value.where
     assert fault.value.fix
+
+
+def test_a_plan_counts_what_learns_what_is_frozen_and_what_is_averaged(
+    shards: Path, source: Path, tmp_path: Path
+) -> None:
+    start = f"backbone.from_pretrained={source}"
+    plans: dict[str, Any] = {}
+    for name, task in {"all": {}, "frozen": {"freeze": True}, "averaged": {"ema": 0.9}}.items():
+        assert not faults(tmp_path, {"shapes": {"shards": str(shards)}}, task, start)
+        planned = ["plan", str(tmp_path / "run.yaml"), start, "--ranks-per-node", "1", "--json"]
+        done = CliRunner().invoke(app, planned)
+        assert done.exit_code == 0, done.output
+        plans[name] = json.loads(done.stdout)
+    numbers = {name: plan["parameters"] for name, plan in plans.items()}
+    assert numbers["frozen"]["trained"] + numbers["frozen"]["frozen"] == numbers["all"]["trained"]
+    assert 0 < numbers["frozen"]["trained"] < numbers["frozen"]["frozen"]
+    assert numbers["averaged"]["momentum"] == numbers["averaged"]["trained"] == numbers["all"]["trained"]
+    assert plans["frozen"]["flop_per_sample"] < plans["all"]["flop_per_sample"] / 2
+    sizes = [plans[name]["checkpoint_gib"] for name in ("frozen", "all", "averaged")]
+    assert sizes == sorted(sizes)

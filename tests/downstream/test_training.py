@@ -12,6 +12,7 @@ import torch
 import yaml
 from forked import Forks
 from launch import start_ranks
+from safetensors.torch import load_file
 from saved_runs import call, make_calls
 from shapes import make_shapes, metrics
 from tiny import first_weights, in_parts
@@ -122,6 +123,9 @@ def test_one_rank_and_two_are_one_run_and_so_is_a_run_that_was_stopped(shards: P
             averages[name] = EMA * averages[name] + (1 - EMA) * online[name]
             torch.testing.assert_close(value, averages[name], rtol=1e-5, atol=1e-7)
     assert not any(torch.equal(value, online[name]) for name, value in saved.items())
+    random = dropped["whole"].parent / "out" / "checkpoints" / f"step-{STEPS:08d}" / "random"
+    states = [load_file(random / f"rank-{rank:05d}.safetensors")["host"] for rank in range(2)]
+    assert not torch.equal(*states)
     again = {"stopped": call(folders["stopped"], faults=[])}
     assert make_calls(again, folders, tmp_path / "again")["stopped"].codes == [0, 0]
     assert metrics(dropped["stopped"]) == metrics(dropped["whole"])

@@ -121,8 +121,8 @@ def _load_buffers(folder: Path, module: nn.Module) -> None:
 
 
 def _restore_random_states(folder: Path) -> None:
-    """Restore this rank's random states; a rank that the run did not have takes those of one that it had: no number of
-    the training depends on them."""
+    """Restore this rank's random states; a rank that the run did not have takes those of one that it had: nothing but
+    which branches a task drops depends on them."""
     files = _files_of_ranks(folder, "random/rank-*.safetensors")
     states = load_file(folder / files[dist.get_rank() % len(files)])
     torch.set_rng_state(states["host"])
