@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
 from m3i_scale.config import Classification, RunConfig, Task
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from m3i_scale.downstream.mixing import LabelMixing
 
 STUDENT = "student.model."
+_FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP)", "internimage": "InternImage"}
 
 
 def check_task(run: RunConfig, model: VisionConfig) -> None:
@@ -32,6 +33,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
     task, maps = run.task, isinstance(model, InternImageConfig)
     if task is None:
         return
+    _check_family(run, model)
     if task.freeze:
         _check_frozen(run)
     if task.dcn_lr != 1 and not maps:
@@ -51,6 +53,21 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
                 where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
                 fix="an even optim.micro_batch_size",
             )
+
+
+def _check_family(run: RunConfig, config: VisionConfig) -> None:
+    """Check that the run's backbone is of the kind that the numbers of its protocol are for."""
+    backbone, protocol = run.backbone, run.protocol
+    if protocol is None or protocol.family is None:
+        return
+    family = "internimage" if isinstance(config, InternImageConfig) else "transformer"
+    if family != protocol.family:
+        raise ConfigError(
+            f"the protocol is for {_FAMILIES[protocol.family]}, and the backbone is {_FAMILIES[family]}",
+            where=f"backbone: {backbone.from_pretrained or backbone.preset or DEFAULT_PRESET}",
+            why="learning rates by layer and their decay are those of another model",
+            fix="take a protocol for it, or protocol `finetune`, which is for any",
+        )
 
 
 def _check_frozen(run: RunConfig) -> None:

@@ -12,7 +12,6 @@ from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import captions_beside, read_label_sets, require_shards
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.downstream.fine_tuning import check_labels, check_task
-from m3i_scale.downstream.protocol import check_family
 from m3i_scale.errors import ConfigError, Faults, UserError
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
@@ -110,8 +109,6 @@ class Checks:
         recipe = faults.note(parse_recipe, run.recipe) if self.sound("recipe") else None
         access, there = self._access(faults) if self.sound("data") else (None, False)
         model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
-        if model is not None:
-            faults.note(check_family, run, model)
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compile:
             faults.note(check_compile, run.backbone.activation_checkpointing)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run
-from m3i_scale.downstream.protocol import check_family
+from m3i_scale.downstream.fine_tuning import check_task
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.check import faults_of
 
@@ -55,7 +55,7 @@ def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
 def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}"])
     with pytest.raises(ConfigError) as caught:
-        check_family(run, backbone_config(run.backbone))
+        check_task(run, backbone_config(run.backbone))
     assert preset in str(caught.value.where)
     assert any(preset in str(fault.where) for fault in faults_of(name, [f"backbone.preset={preset}"]))
 
@@ -63,7 +63,7 @@ def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> Non
 @pytest.mark.parametrize("preset", ["vit-b/16", "dinov2-s/14", "clip-b/16", "internimage-t"])
 def test_the_default_protocol_is_for_any_family(preset: str) -> None:
     run = load_run("finetune", [f"backbone.preset={preset}"])
-    check_family(run, backbone_config(run.backbone))
+    check_task(run, backbone_config(run.backbone))
 
 
 def test_a_protocol_without_task_has_no_effect() -> None:
