@@ -69,7 +69,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def at_test_size(line: str, port: int) -> str:
     """A command as the test runs it; only commands that train are changed."""
     words = shlex.split(line, comments=True)
-    if "finetune" in words and "--dry-run" not in words:
+    if words[:2] == ["m3i-scale", "finetune"] and "--dry-run" not in words:
         return f"{line} {shlex.join(FINE_TUNING_AT_TEST_SIZE)}"
     verb = "train" if "train" in words else "launch"
     if verb not in words or "--dry-run" in words:
