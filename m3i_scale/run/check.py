@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
@@ -115,8 +114,8 @@ class Checks:
             faults.note(check_compile, run.backbone.activation_checkpointing)
         label_sets: dict[str, list[str]] = {}
         tokenizer = None
-        if model is not None:
-            self._check_task(model, faults)
+        if model is not None and self.sound("optim"):
+            faults.note(check_task, run, model)
         if recipe is not None:
             self._check_without_data(recipe, faults)
             if self.sound("data"):
@@ -143,12 +142,6 @@ class Checks:
         if faults.note(build_on_meta, run, label_sets, resolved.vocab_size) is None:
             return None
         return resolved
-
-    def _check_task(self, model: VisionConfig, faults: Faults) -> None:
-        if self.sound("protocol"):
-            faults.note(check_family, self.run, model)
-        if self.sound("optim"):
-            faults.note(check_task, self.run, model)
 
     def _read_labels(self, access: Access) -> dict[str, list[str]]:
         label_sets = read_label_sets(self.run.data.sources, access)
