@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from m3i_scale.files import read_json
 from m3i_scale.text import listed
 
 TRAIN = "train"
-EVALUATED = ("val", "validation", "valid", "dev", "test")
-"""Names of splits; the first that is there is evaluated on."""
+TRAINED = (TRAIN, "training")
+EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
+"""Names of splits, in any case of letters; the first that is there is trained, or evaluated, on."""
 _FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
 _DIGEST = "input_sha256"
 
@@ -77,16 +78,27 @@ def find_labelled(folder: Path, packed: Path, cache: Path) -> Labelled:
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=f"--data {folder}", fix=_FIX)
     if any(folder.glob("*.tar")):
-        return _shards(folder, folder, None, cache)
-    if any((folder / TRAIN).glob("*.tar")):
-        return _shards(folder, folder / TRAIN, _evaluated(folder), cache)
+        return _shards(folder, None, cache)
+    train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
+    if train is not None and any(train.glob("*.tar")):
+        return _shards(train, evaluated, cache)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _to_pack(packed, _saved_dataset(folder))
-    return _to_pack(packed, _image_folder(folder))
+    if train is None and evaluated is not None:
+        raise ConfigError(f"'{evaluated.name}' has no '{TRAIN}' beside it", where=f"--data {folder}", fix=_FIX)
+    places = {TRAIN: folder if train is None else train}
+    if evaluated is not None:
+        places[evaluated.name.lower()] = evaluated
+    return _to_pack(packed, _image_folders(places))
 
 
-def _shards(folder: Path, train: Path, split: str | None, cache: Path) -> Labelled:
-    validation = None if split is None else folder / split
+def _split(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the folder of the first split that is there."""
+    folders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
+
+
+def _shards(train: Path, validation: Path | None, cache: Path) -> Labelled:
     classes = labels_beside(train)
     if not classes:
         raise ConfigError(
@@ -98,10 +110,6 @@ def _shards(folder: Path, train: Path, split: str | None, cache: Path) -> Labell
         raise _differing(classes, others or [], str(validation))
     index = load_index(expand_shards(str(train), "--data"), cache)
     return Labelled(train, validation, classes, sum(map(len, index)))
-
-
-def _evaluated(folder: Path) -> str | None:
-    return next((name for name in EVALUATED if (folder / name).is_dir()), None)
 
 
 @dataclass(frozen=True)
@@ -162,18 +170,13 @@ class _Marked:
         return self._source.info() | {_DIGEST: self._digest}
 
 
-def _image_folder(folder: Path) -> _Found:
-    places = {TRAIN: folder}
-    if (folder / TRAIN).is_dir():
-        split = _evaluated(folder)
-        places = {name: folder / name for name in (TRAIN, split) if name is not None}
-    elif (split := _evaluated(folder)) is not None:
-        raise ConfigError(f"'{split}' has no '{TRAIN}' beside it", where=f"--data {folder}", fix=_FIX)
+def _image_folders(places: dict[str, Path]) -> _Found:
     records: list[Record] = []
     classes: dict[str, list[str]] = {}
     for split, place in places.items():
-        names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-        loose = next((path for path in sorted(place.iterdir()) if path.suffix.lower()[1:] in FILE_EXTENSIONS), None)
+        shown = sorted(path for path in place.iterdir() if not path.name.startswith("."))
+        names = [path.name for path in shown if path.is_dir()]
+        loose = next((path for path in shown if path.suffix.lower()[1:] in FILE_EXTENSIONS), None)
         if not names or loose is not None:
             what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
             raise ConfigError(what, where=f"--data {loose or place}", fix=_FIX)

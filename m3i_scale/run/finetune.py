@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import Classification, RunConfig
+from m3i_scale.config import Classification, OptimConfig, RunConfig, load_run
 from m3i_scale.downstream.labelled import TRAIN, Labelled, find_labelled
 from m3i_scale.errors import ConfigError, ExportError, Faults
 from m3i_scale.evaluate.commands import evaluate
@@ -88,9 +88,8 @@ def prepare_classification(
     _refuse_ranks(protocol)
     _refuse_run_folder(start)
     first = ["backbone.preset=null", f"backbone.from_pretrained={json.dumps(start)}"]
-    # Steps that are given are fewer than the protocol's warm-up, maybe, which is about to follow them.
-    others = [override for override in overrides if not override.startswith(("optim.steps=", "optim.warmup_steps="))]
-    run, _ = load_run_and_recipe(protocol, [*first, *others])
+    # The length is not known yet: whatever is measured in steps fits into so many.
+    run, _ = load_run_and_recipe(protocol, [*first, *overrides, "optim.steps=1000000000", "optim.warmup_steps=0"])
     task = run.task
     if not isinstance(task, Classification):
         raise ConfigError(
@@ -103,7 +102,7 @@ def prepare_classification(
         raise ConfigError(
             "--shards has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
         )
-    computed = [*first, *_sources(data), *_length(run, data, epochs, overrides)]
+    computed = [*first, *_sources(data), *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     faults = Faults()
     Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
@@ -165,17 +164,20 @@ def _sources(data: Labelled) -> list[str]:
     return sources
 
 
-def _length(run: RunConfig, data: Labelled, epochs: int | None, overrides: list[str]) -> list[str]:
+def _length(
+    run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
+) -> list[str]:
     """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps.
 
     Args:
-        run: without the steps that are given.
+        run: the run, whose steps are not known yet.
+        published: what the protocol says of them.
         data: the images.
         epochs: that are given.
         overrides: that are given.
     """
     given = dict(override.partition("=")[::2] for override in overrides)
-    optim, steps = run.optim, run.optim.steps
+    optim, steps = run.optim, published.steps
     if given.get("optim.steps", "").isdecimal():  # anything else is refused with the whole run file
         steps = int(given["optim.steps"])
     if epochs is not None and "optim.steps" in given:
@@ -187,7 +189,8 @@ def _length(run: RunConfig, data: Labelled, epochs: int | None, overrides: list[
         steps = max(1, round(epochs * data.samples / optim.batch_size))
         computed.append(f"optim.steps={steps}")
     if "optim.warmup_steps" not in given:
-        computed.append(f"optim.warmup_steps={min(round(optim.warmup_steps / optim.steps * steps), steps - 1)}")
+        share = published.warmup_steps / published.steps
+        computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
         every = min(max(1, round(data.samples / optim.batch_size)), steps)
         computed.append(f"evaluation.every_steps={every}")

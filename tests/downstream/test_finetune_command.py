@@ -168,6 +168,16 @@ def test_images_without_splits_are_all_trained_on(tmp_path: Path) -> None:
     assert (found.samples, found.validation) == (2 * len(SHAPES), None)
 
 
+def test_splits_are_known_by_other_names_too_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    root = images(tmp_path / "images", {"Training": 2, "Testing": 1})
+    (root / "Training" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(root / "Training" / "disc" / "00.png", root / "Training" / ".ipynb_checkpoints" / "00-checkpoint.png")
+    shutil.copy(root / "Training" / "disc" / "00.png", root / "Training" / "disc" / "._00.png")
+    found = find_labelled(root, tmp_path / "shards", tmp_path)
+    assert (found.classes, found.samples) == (sorted(SHAPES), 2 * len(SHAPES))
+    assert found.validation == tmp_path / "shards" / "testing"
+
+
 def emptied(root: Path) -> None:
     (root / "train" / "cross").mkdir()
 
@@ -224,7 +234,8 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
     output = f"output_dir={tmp_path / 'out'}"
     run = prepared(start, data, output, "optim.batch_size=8", "optim.micro_batch_size=8").run
     assert (run.optim.steps, run.optim.warmup_steps) == (150, 15)  # 50 epochs of 24
-    assert prepared(start, data, output, "optim.steps=40").run.optim.steps == 40
+    given = prepared(start, data, output, "optim.steps=40", "optim.schedule={kind: multi_step, milestones: [30]}").run
+    assert (given.optim.steps, given.optim.warmup_steps) == (40, 4)
 
 
 @pytest.mark.parametrize(

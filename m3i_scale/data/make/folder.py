@@ -26,7 +26,8 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
     """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
 
     Args:
-        folder: where they lie; what lies directly in it, or in the folder of a split, has no label.
+        folder: where they lie; what lies directly in it, or in the folder of a split, has no label, and what is hidden
+            (by a dot) is left out.
         captions: which images have one.
         layout: what the first folder on the way to an image is; see `FolderLayout`.
 
@@ -35,7 +36,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in FILE_EXTENSIONS and path.is_file())
+    images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
     if not images:
         raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
     ways = [path.relative_to(folder).parts[:-1] for path in images]
@@ -55,6 +56,13 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
         split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
         records.append(_folder_record(path, folder, label, split, captions))
     return ListedInput(records, classes, source="imagefolder")
+
+
+def _is_shown_image(path: Path, folder: Path) -> bool:
+    """Return whether a file is an image by its name, and neither it nor a folder on the way to it is hidden: notebooks
+    leave `.ipynb_checkpoints`, macOS `._NAME.jpg`."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and path.is_file()
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
