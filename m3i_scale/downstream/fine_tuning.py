@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from typing import Any
 
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
@@ -12,9 +13,6 @@ from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
 from m3i_scale.scale.partition import keep_in_checkpoints
-
-if TYPE_CHECKING:
-    from m3i_scale.downstream.mixing import LabelMixing
 
 STUDENT = "student.model."
 _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP)", "internimage": "InternImage"}
@@ -47,6 +45,8 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
             raise ConfigError(
                 "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
             )
+        if task.mixup or task.cutmix:
+            _check_timm()
         if (task.mixup or task.cutmix) and run.optim.micro_batch_size % 2:
             raise ConfigError(
                 "mixup and cutmix pair the images of a micro-batch, and one is left over",
@@ -125,19 +125,18 @@ def prepare(objective: Objective, task: Task, classes: int) -> None:
         keep_in_checkpoints(objective.student)
         objective.train()  # all but the backbone
     if isinstance(task, Classification) and (task.mixup or task.cutmix):
-        objective.mix_labelled = _mixing(task, classes)
+        from m3i_scale.downstream.mixing import LabelMixing  # timm is an extra; `check_task` has looked for it
+
+        objective.mix_labelled = LabelMixing(task, classes)
 
 
-def _mixing(task: Classification, classes: int) -> LabelMixing:
-    try:
-        from m3i_scale.downstream.mixing import LabelMixing
-    except ModuleNotFoundError:
+def _check_timm() -> None:
+    if importlib.util.find_spec("timm") is None:
         raise ConfigError(
             "mixup and cutmix are timm's, which is not installed",
             where="task",
-            fix="pip install 'm3i-scale[timm]'",
-        ) from None
-    return LabelMixing(task, classes)
+            fix="pip install 'm3i-scale[timm]', or task.mixup=0 task.cutmix=0",
+        )
 
 
 def scales_of(module: Any, task: Task | None) -> dict[str, float]:

@@ -24,7 +24,7 @@ from m3i_scale.data.make.records import Input, ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.shards import expand_shards, labels_beside
 from m3i_scale.data.workers import DEFAULT_WORKERS
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import read_json
 from m3i_scale.text import listed
 
@@ -34,6 +34,7 @@ EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
 """Names of splits, in any case of letters; the first that is there is trained, or evaluated, on."""
 _FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
 _DIGEST = "input_sha256"
+_TOLD_EVERY = 50_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,19 @@ class Labelled:
             return
         folder = self.train.parent
         tell(f"packing {self.samples} images for training into {folder}, which later starts use again")
-        make_shards(self.source, folder, options=ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0))
+
+        def progress(done: int, total: int) -> None:
+            if done % _TOLD_EVERY == 0:
+                tell(f"packed {done} of {total} images")
+
+        try:
+            make_shards(
+                self.source, folder, options=ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0), progress=progress
+            )
+        except DataError as error:
+            others = "m3i-scale shards make imagefolder --input DIR --output /data/shards --skip-bad"
+            error.fix = f"repair or remove the file; or pack all others by `{others}`, and give --data /data/shards"
+            raise
 
 
 def find_labelled(folder: Path, packed: Path, cache: Path) -> Labelled:
@@ -77,9 +90,9 @@ def find_labelled(folder: Path, packed: Path, cache: Path) -> Labelled:
     """
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=f"--data {folder}", fix=_FIX)
-    if any(folder.glob("*.tar")):
-        return _shards(folder, None, cache)
     train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
+    if train is None and any(folder.glob("*.tar")):
+        return _shards(folder, None, cache)
     if train is not None and any(train.glob("*.tar")):
         return _shards(train, evaluated, cache)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -125,7 +138,7 @@ class _Found:
 def _to_pack(packed: Path, found: _Found) -> Labelled:
     validation = packed / found.splits[1] if len(found.splits) > 1 else None
     source: Input | None = _Marked(found.source, found.digest)
-    if packed.exists():
+    if packed.is_file() or (packed.is_dir() and any(packed.iterdir())):
         try:
             made_of = read_json(packed / TRAIN / "manifest.json").get(_DIGEST)
         except (OSError, ValueError, AttributeError):
@@ -180,9 +193,11 @@ def _image_folders(places: dict[str, Path]) -> _Found:
         if not names or loose is not None:
             what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
             raise ConfigError(what, where=f"--data {loose or place}", fix=_FIX)
+        _refuse_names(place, names)
         of_split = imagefolder_input(place, "none", "classes")
         if split == TRAIN:
-            _refuse_empty([name for name in names if name not in of_split.labels], str(place))
+            with_images = {*of_split.labels}
+            _refuse_empty([name for name in names if name not in with_images], str(place))
         classes[split] = of_split.labels
         records += [replace(record, split=split, key=f"{split}_{record.key}") for record in of_split.records()]
     for split, labels in classes.items():
@@ -192,6 +207,23 @@ def _image_folders(places: dict[str, Path]) -> _Found:
     samples = sum(record.split == TRAIN for record in records)
     images = ListedInput(records, classes[TRAIN], source="imagefolder")
     return _Found(images, list(places), samples, _digest(files))
+
+
+def _refuse_names(place: Path, names: list[str]) -> None:
+    links = [name for name in names if (place / name).is_symlink()]
+    if links:
+        raise ConfigError(
+            f"folders of classes are links, which are not followed: {listed(links, 4)}",
+            where=f"--data {place}",
+            fix="give the folders themselves",
+        )
+    odd = [name for name in names if name != name.encode(errors="replace").decode()]
+    if odd:
+        raise ConfigError(
+            f"the name of a class is no UTF-8: {odd[0].encode(errors='backslashreplace').decode()}",
+            where=f"--data {place}",
+            fix="rename the folder",
+        )
 
 
 def _saved_dataset(folder: Path) -> _Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -24,9 +25,24 @@ from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB
+from m3i_scale.text import GIB, told_differences
 
 RESULT = "finetune.json"
+_FOLLOWED: dict[str, set[str] | None] = {
+    "task": None,
+    "optim": set(OptimConfig.model_fields) - {"steps", "warmup_steps"},
+    "data": {"augment"},
+    "backbone": {"config"},
+}
+"""Sections, and their fields, in which a run may differ from its protocol; None: all."""
+_COMPUTED = {
+    "backbone.from_pretrained": "EXPORT",
+    "backbone.preset": "EXPORT",
+    "data.sources": "--data",
+    "data.validation": "--data",
+    "protocol": "--protocol",
+}
+"""Keys that the command sets itself, and what it takes them from."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,12 @@ class FineTuning:
         run = self.run
         of_protocol = run.protocol
         published = None if of_protocol is None else of_protocol.published
+        stated = [] if of_protocol is None else of_protocol.deviations
         return {
             "task": "classification",
             "protocol": self.protocol,
             "published": None if published is None else published.model_dump(mode="json"),
-            "deviations": [] if of_protocol is None else list(of_protocol.deviations),
+            "deviations": [*stated, *self._differences()],
             "backbone": run.backbone.from_pretrained,
             "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
             "classes": len(self.data.classes),
@@ -59,6 +76,24 @@ class FineTuning:
             "steps": run.optim.steps,
             "batch_size": run.optim.batch_size,
         }
+
+    def _differences(self) -> list[str]:
+        """Return where the run is not as the file of the protocol has it; its length counts in epochs."""
+        followed = load_run(self.protocol)
+        differences = [
+            told
+            for part, fields in _FOLLOWED.items()
+            for told in told_differences(
+                part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
+            )
+        ]
+        epochs = None if followed.protocol is None else followed.protocol.epochs
+        # Steps are whole: they may be off by a half.
+        if epochs is not None and abs(self.epochs - epochs) * self.data.samples > self.run.optim.batch_size:
+            differences.append(f"epochs was {epochs}, is {self.epochs:.4g}")
+        if followed.deepspeed != self.run.deepspeed:
+            differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
+        return differences
 
 
 def prepare_classification(
@@ -87,6 +122,7 @@ def prepare_classification(
     """
     _refuse_ranks(protocol)
     _refuse_run_folder(start)
+    _refuse_computed(overrides)
     first = ["backbone.preset=null", f"backbone.from_pretrained={json.dumps(start)}"]
     # The length is not known yet: whatever is measured in steps fits into so many.
     run, _ = load_run_and_recipe(protocol, [*first, *overrides, "optim.steps=1000000000", "optim.warmup_steps=0"])
@@ -149,7 +185,7 @@ def _refuse_ranks(protocol: str) -> None:
 
 def _refuse_run_folder(start: str) -> None:
     folder = Path(start).expanduser()
-    if (folder / "checkpoints").is_dir() or folder.name.startswith("step-"):
+    if (folder / "checkpoints").is_dir() or (folder / "meta.json").is_file():
         raise ConfigError(
             "this is the folder of a run, and no export",
             where=start,
@@ -157,11 +193,25 @@ def _refuse_run_folder(start: str) -> None:
         )
 
 
+def _refuse_computed(overrides: list[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        taken = next((name for name in _COMPUTED if key == name or key.startswith(name + ".")), None)
+        if taken is not None:
+            raise ConfigError(
+                f"{key} has no effect: `finetune` takes it from {_COMPUTED[taken]}",
+                where=override,
+                fix="leave it out, or train a run file with a task by `m3i-scale train`",
+            )
+
+
 def _sources(data: Labelled) -> list[str]:
-    sources = [f"data.sources.{TRAIN}.shards={json.dumps(str(data.train))}"]
-    if data.validation is not None:
-        sources.append(f"data.validation.val.shards={json.dumps(str(data.validation))}")
-    return sources
+    """Return overrides of the data, in place of all that the run file has."""
+    validation = {} if data.validation is None else {"val": {"shards": str(data.validation)}}
+    return [
+        f"data.sources={json.dumps({TRAIN: {'shards': str(data.train)}})}",
+        f"data.validation={json.dumps(validation)}",
+    ]
 
 
 def _length(
@@ -178,8 +228,8 @@ def _length(
     """
     given = dict(override.partition("=")[::2] for override in overrides)
     optim, steps = run.optim, published.steps
-    if given.get("optim.steps", "").isdecimal():  # anything else is refused with the whole run file
-        steps = int(given["optim.steps"])
+    with contextlib.suppress(ValueError):  # what is no number is refused with the whole run file
+        steps = int(given.get("optim.steps", steps))
     if epochs is not None and "optim.steps" in given:
         raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
     computed = []
@@ -240,6 +290,12 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
     return result
 
 
+def _top_1(figures: dict[str, Any]) -> str:
+    top = figures["top-1"]
+    value, low, high, chance = (100 * top[name] for name in ("value", "low", "high", "chance"))
+    return f"top_1: {value:.2f} % (95 % interval {low:.2f} to {high:.2f}; by chance {chance:.2f})"
+
+
 def lines_of(document: dict[str, Any]) -> list[str]:
     """Return a plan or a result as lines for people: what was published, and what differs, beside the figure."""
     lines = []
@@ -253,7 +309,7 @@ def lines_of(document: dict[str, Any]) -> list[str]:
         elif key == "sources":
             lines += [f"{name}: {shards}" for name, shards in value.items()]
         elif key == "top_1":
-            lines.append("top_1: there are no images to evaluate" if value is None else f"top_1: {value:.2f} %")
+            lines.append("top_1: there are no images to evaluate" if value is None else _top_1(document["figures"]))
         elif isinstance(value, str | int | float):
             lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
     return lines

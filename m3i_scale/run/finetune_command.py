@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from m3i_scale.data.options import AsJson
-from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 finetune_app = typer.Typer(
@@ -18,7 +18,7 @@ finetune_app = typer.Typer(
 
 @finetune_app.callback()
 def tasks() -> None:
-    """Have the task named, though there is one."""
+    """Hold the options of no task."""
 
 
 @finetune_app.command(
@@ -42,24 +42,31 @@ def classification(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device.")
     ] = False,
-    device: Annotated[str, typer.Option("--hardware", help="Of --dry-run: h100, a100 or cpu.")] = "h100",
+    device: Annotated[
+        str | None, typer.Option("--hardware", help="Of --dry-run: h100, a100 or cpu; default: h100.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a classifier on one device, export it to output_dir/classifier, and measure it. The same command goes on
-    with a run that was stopped.
+    """Train a classifier on one device, export it to output_dir/classifier, and measure it.
+
+    The same command goes on with a run that was stopped.
 
     Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.sources.train.shards=/data/shards/train
     """
     if dry_run:
         leave_out_accelerator_warning()
+    elif device is not None:
+        raise ConfigError(
+            "--hardware has no effect without --dry-run", where=f"--hardware {device}", fix="leave it out"
+        )
     from m3i_scale.run.finetune import lines_of, measure, planned, prepare_classification
 
     prepared = prepare_classification(
         start, data, protocol, overrides or [], epochs=epochs, shards=shards, here=not dry_run
     )
     if dry_run:
-        document = planned(prepared, device)
+        document = planned(prepared, device or "h100")
     else:
         from m3i_scale.run.train import start as train_run
         from m3i_scale.run.train import tell

@@ -76,7 +76,19 @@ class ResolvedRun:
             "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
             "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
             "pixels": {"mean": list(run.data.augment.mean), "std": list(run.data.augment.std)},
-        } | ({} if run.task is None else {"task": {"freeze": run.task.freeze, "averages": run.task.ema is not None}})
+        } | self._task_identity()
+
+    def _task_identity(self) -> dict[str, Any]:
+        """Return all that the result of a task is named by."""
+        run = self.run
+        if run.task is None:
+            return {}
+        protocol = None if run.protocol is None else run.protocol.model_dump(mode="json")
+        return {
+            "task": run.task.model_dump(mode="json"),
+            "protocol": protocol,
+            "from_pretrained": run.backbone.from_pretrained,
+        }
 
     def _vocabulary_sha256(self) -> str | None:
         if self.tokenizer is None:

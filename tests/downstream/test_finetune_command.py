@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from shapes import COLOURS, SHAPES, draw
 from transformers import ViTConfig, ViTModel, pipeline
 
+from m3i_scale.config import load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import read_json
 from m3i_scale.run.finetune import FineTuning, prepare_classification
 
@@ -66,7 +68,12 @@ def test_a_dry_run_tells_all_and_starts_nothing(start: Path, data: Path, forks: 
     told = json.loads(done.stdout)
     assert (told["protocol"], told["steps"], told["classes"]) == ("in1k_finetune_b", STEPS, len(SHAPES))
     assert told["published"]["number"] == 83.664
-    assert told["deviations"]
+    stated = load_run("in1k_finetune_b").protocol
+    assert stated is not None
+    added = told["deviations"][len(stated.deviations) :]
+    assert told["deviations"] == [*stated.deviations, *added]
+    ours = ("optim.batch_size", "optim.micro_batch_size", "backbone.config.image_size", "epochs", "deepspeed")
+    assert sorted(text.split()[0] for text in added) == sorted(ours)
     assert told["memory_gib"] > 0
     assert told["gpu_hours"] > 0
     assert not output.exists()
@@ -121,6 +128,10 @@ def test_the_same_command_goes_on_to_the_same_weights(
     assert (again / "shards" / "train" / "manifest.json").stat().st_mtime_ns == made
     assert steps_of(again) == list(range(1, STEPS + 1))
     assert json.loads(done.stdout)["top_1"] == told["top_1"]
+    other = shutil.copytree(start, tmp_path / "other export")
+    refused = forks.run(*command(other, data, again), env=environment())
+    assert refused.returncode == 2, refused.stderr
+    assert "from_pretrained" in refused.stderr
     before, after = (load_file(folder / "classifier" / "model.safetensors") for folder in (output, again))
     assert before.keys() == after.keys()
     assert all(value.equal(after[name]) for name, value in before.items())
@@ -194,6 +205,15 @@ def no_training(root: Path) -> None:
     shutil.rmtree(root / "train")
 
 
+def linked(root: Path) -> None:
+    (root / "train" / "disc").rename(root / "disc")
+    (root / "train" / "disc").symlink_to(root / "disc")
+
+
+def not_utf8(root: Path) -> None:
+    (root / "train" / "disc").rename(os.fsencode(root / "train") + b"/d\xff")
+
+
 def flat(root: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
@@ -201,7 +221,15 @@ def flat(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "where"),
-    [(emptied, "train"), (differing, "val"), (loose, "00.png"), (no_training, "images"), (flat, "images")],
+    [
+        (emptied, "train"),
+        (differing, "val"),
+        (loose, "00.png"),
+        (linked, "train"),
+        (not_utf8, "train"),
+        (no_training, "images"),
+        (flat, "images"),
+    ],
 )
 def test_what_is_no_labelled_folder_is_refused(spoil: Any, where: str, tmp_path: Path) -> None:
     root = images(tmp_path / "images", {"train": 1, "val": 1})
@@ -210,6 +238,15 @@ def test_what_is_no_labelled_folder_is_refused(spoil: Any, where: str, tmp_path:
         find_labelled(root, tmp_path / "shards", tmp_path)
     assert str(caught.value.where).endswith(where)
     assert caught.value.fix
+
+
+def test_an_image_that_is_missing_is_named_before_anything_is_packed(tmp_path: Path) -> None:
+    root = images(tmp_path / "images", {"train": 1})
+    (root / "train" / "disc" / "01.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(DataError) as caught:
+        find_labelled(root, tmp_path / "shards", tmp_path).pack(lambda text: None)
+    assert str(caught.value.where).endswith("01.png")
+    assert not list(tmp_path.glob("shards*/train/*.tar"))
 
 
 def test_shards_of_other_images_are_not_used(tmp_path: Path) -> None:
@@ -245,8 +282,11 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
         ([], {"protocol": "supervised"}),
         (["optim.steps=3"], {"epochs": 2}),
         (["optim.micro_batch_size=7"], {}),
+        (["backbone.from_pretrained=/data/other"], {}),
+        (["data.sources={x: {shards: /data/x}}"], {}),
+        (["protocol=null"], {}),
     ],
-    ids=["family", "recipe", "epochs", "batch"],
+    ids=["family", "recipe", "epochs", "batch", "export", "data", "protocol"],
 )
 def test_what_does_not_hold_together_is_refused_before_anything_is_packed(
     fields: list[str], given: dict[str, Any], start: Path, data: Path, tmp_path: Path

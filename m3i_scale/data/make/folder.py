@@ -62,7 +62,7 @@ def _is_shown_image(path: Path, folder: Path) -> bool:
     """Return whether a file is an image by its name, and neither it nor a folder on the way to it is hidden: notebooks
     leave `.ipynb_checkpoints`, macOS `._NAME.jpg`."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and path.is_file()
+    return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
@@ -110,8 +110,13 @@ def _folder_record(path: Path, folder: Path, label: int | None, split: str | Non
         caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
     except DataError as error:
         fault = error
+    size = 0
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # a link to nowhere
+        fault = DataError(f"the image is missing: {error.strerror}", where=str(path), fix="remove the link")
     meta = {"path": relative.as_posix()}
-    return Record(key_of(relative), path, caption, label, meta, split, size=path.stat().st_size, fault=fault)
+    return Record(key_of(relative), path, caption, label, meta, split, size=size, fault=fault)
 
 
 def read_caption(path: Path, captions: Captions) -> str | None:
