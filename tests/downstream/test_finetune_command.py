@@ -211,7 +211,7 @@ def linked(root: Path) -> None:
 
 
 def not_utf8(root: Path) -> None:
-    (root / "train" / "disc").rename(os.fsencode(root / "train") + b"/d\xff")
+    os.rename(root / "train" / "disc", os.fsencode(root / "train") + b"/d\xff")
 
 
 def flat(root: Path) -> None:

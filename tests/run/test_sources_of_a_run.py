@@ -61,7 +61,7 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
 class Ends:
     """A stream of a few micro-batches, and its state."""
 
-    ends = True
+    can_end = True
 
     def __init__(self, batches: int) -> None:
         self.at, self.batches = 0, batches
