@@ -28,7 +28,7 @@ from PIL import Image
 
 from m3i_scale.data.images import to_png
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
 from m3i_scale.data.shards import MASK_LABELS
@@ -483,7 +483,7 @@ def main(
     licenses = {str(record.meta["source"]): str(record.meta["license"]) for record in records}
     with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
-            Listed(records, GROUPS, source="emoji", licenses=licenses),
+            ListedInput(records, GROUPS, source="emoji", licenses=licenses),
             output,
             name="emoji",
             options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),

@@ -70,7 +70,7 @@ run_tests() {
   if [ "$code" -eq 5 ] || { [ "$result" -ne 0 ] && [ "$result" -ne 5 ]; }; then code=$result; fi
 }
 
-alone=(tests/cluster tests/doctor tests/launching)
+of_hosts=(tests/cluster tests/doctor tests/launching)
 named=no
 for argument in "$@"; do
   if [ -e "${argument%%::*}" ]; then named=yes; fi
@@ -80,9 +80,9 @@ if [ "$named" = yes ]; then
 else
   interrupted=no
   trap 'interrupted=yes' INT # pytest ends by itself, and the rest is not wanted either
-  : >test-report-alone.xml
-  run_tests test-report.xml -n 2 --dist loadfile "${alone[@]/#/--ignore=}" "$@"
-  if [ "$interrupted" = no ]; then run_tests test-report-alone.xml -n 2 --dist loadfile "${alone[@]}" "$@"; fi
+  : >test-report-hosts.xml
+  run_tests test-report.xml -n 2 --dist loadfile "${of_hosts[@]/#/--ignore=}" "$@"
+  if [ "$interrupted" = no ]; then run_tests test-report-hosts.xml -n 2 --dist loadfile "${of_hosts[@]}" "$@"; fi
 fi
 
 mypy_result() {

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from m3i_scale.launch.processes import obey_tie
+from m3i_scale.launch.processes import end_with_parent
 
 
 def run() -> None:
@@ -13,7 +13,7 @@ def run() -> None:
     of the process group, and, after an error, a thread that still writes a checkpoint: an interpreter that goes down
     under them is aborted now and then, or waits for them.
     """
-    obey_tie()  # before seconds of imports, in which the parent may end
+    end_with_parent()  # before seconds of imports, in which the parent may end
     from m3i_scale.cli import main
 
     try:

@@ -20,6 +20,7 @@ from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.checkpoints.commands import checkpoint_app
+from m3i_scale.run.finetune_command import finetune_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +61,7 @@ app.add_typer(recipes_app, name="recipes")
 
 @recipes_app.callback(epilog="Example: m3i-scale recipes --json")
 def recipes(context: typer.Context, as_json: Json = False) -> None:
-    """The paper's table, read from the built-in recipes: what predicts what, and how."""
+    """Print the paper's table, read from the built-in recipes: what predicts what, and how."""
     from m3i_scale.report.recipe_table import RecipeTable, built_in_rows
 
     context.obj = as_json
@@ -82,7 +83,7 @@ def show_recipe(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """One recipe as a graph: x → f_θ → f_ψ ↔ f_φ ← y."""
+    """Draw one recipe as a graph: x → f_θ → f_ψ ↔ f_φ ← y."""
     from m3i_scale.objective.describe import describe
     from m3i_scale.report.recipe_graph import graph_of, read_recipe
     from m3i_scale.report.recipe_mermaid import write_mermaid
@@ -104,7 +105,7 @@ def show_recipe(
 def backbones(
     names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: Json = False
 ) -> None:
-    """Sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
+    """Print the sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
     from m3i_scale.backbones.sizes import describe_presets
     from m3i_scale.report.backbone_table import backbone_table
 
@@ -239,7 +240,7 @@ def plan(
     write: Annotated[Path | None, typer.Option(help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory, communication and time of a run, before anything runs; needs neither data nor a GPU."""
+    """Plan memory, communication and time of a run before anything runs; needs neither data nor a GPU."""
     from m3i_scale.objective.recipe import load_run_and_recipe
 
     config, _ = load_run_and_recipe(run, overrides)
@@ -281,8 +282,10 @@ def doctor(
     connect_s: Annotated[float, typer.Option("--connect-timeout", min=1, help="Seconds that ssh may take.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards. Exit code 2
-    where one is not."""
+    """Check whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards.
+
+    Exit code 2 where one is not.
+    """
     leave_out_accelerator_warning()
     from m3i_scale.launch.doctor.findings import faults_of
     from m3i_scale.run.doctor import examine
@@ -381,7 +384,7 @@ def export(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """A Hugging Face folder that stock classes load, proven in a fresh process."""
+    """Write a Hugging Face folder that stock classes load, proven in a fresh process."""
     leave_out_accelerator_warning()
     from m3i_scale.hub.export import export_and_push
     from m3i_scale.hub.write import Wanted
@@ -414,6 +417,7 @@ def export(
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(finetune_app, name="finetune")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _LOGIN = re.compile(r"://(?:[^\s/]*|[^\s/:]+:(?!\d+/)[^\s@]*)@")
@@ -70,6 +70,12 @@ def masked(value: Any, *, names: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [masked(item, names=names) for item in value]
     return value
+
+
+def listed(items: Sequence[object], most: int, between: str = ", ") -> str:
+    """Return the first `most` items, joined, and how many more there are."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return between.join([*map(str, items[:most]), *more])
 
 
 GIB = 2**30

@@ -55,7 +55,7 @@ class Forks:
 
 def preload() -> None:
     """Import all that commands need, once for all forks."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  the first engine imports torch's compiler for it
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  it imports torch's compiler
 
     import m3i_scale.evaluate.measures
     import m3i_scale.hub.verify

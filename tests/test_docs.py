@@ -49,6 +49,12 @@ AT_TEST_SIZE = [
     "checkpoint.every_steps=2",
     "evaluation.batches=1",
 ]
+FINE_TUNING_AT_TEST_SIZE = [
+    "optim.steps=4",
+    "optim.batch_size=16",
+    "optim.micro_batch_size=16",
+    "deepspeed=zero1_cpu_fp32",
+]
 TEXT_AT_TEST_SIZE = (
     "text.config={hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 128}"
 )
@@ -63,6 +69,8 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def at_test_size(line: str, port: int) -> str:
     """A command as the test runs it; only commands that train are changed."""
     words = shlex.split(line, comments=True)
+    if words[:2] == ["m3i-scale", "finetune"] and "--dry-run" not in words:
+        return f"{line} {shlex.join(FINE_TUNING_AT_TEST_SIZE)}"
     verb = "train" if "train" in words else "launch"
     if verb not in words or "--dry-run" in words:
         return line

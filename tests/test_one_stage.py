@@ -16,7 +16,7 @@ from PIL import Image
 
 from m3i_scale.config import load_run
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError, UserError
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
             )
         )
     options = ShardOptions(multiple_of=4, vocabulary=64)
-    make_shards(Listed(records, LABELS), root / "shards", name="d", options=options)
+    make_shards(ListedInput(records, LABELS), root / "shards", name="d", options=options)
     return root / "shards"
 
 

@@ -13,9 +13,18 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
-from m3i_scale.config.explain import explained, origin, parse_section
-from m3i_scale.config.files import find_run_file, known_recipes, known_runs, read_yaml, resource_folder, run_values
+from m3i_scale.config.explain import origin, parse_section, validation_error
+from m3i_scale.config.files import (
+    find_run_file,
+    known_protocols,
+    known_recipes,
+    known_runs,
+    read_yaml,
+    resource_folder,
+    run_values,
+)
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
 from m3i_scale.config.tasks import (
@@ -26,6 +35,7 @@ from m3i_scale.config.tasks import (
     Task,
     UperNetSegmentation,
 )
+from m3i_scale.text import GIB
 
 __all__ = [
     "AugmentConfig",
@@ -42,6 +52,8 @@ __all__ = [
     "LinearSegmentation",
     "LogConfig",
     "OptimConfig",
+    "Protocol",
+    "Published",
     "RetentionConfig",
     "RunConfig",
     "Section",
@@ -55,6 +67,7 @@ __all__ = [
     "TimeoutsConfig",
     "UperNetSegmentation",
     "find_run_file",
+    "known_protocols",
     "known_recipes",
     "known_runs",
     "load_run",
@@ -195,7 +208,7 @@ class RetentionConfig(Section):
     @property
     def max_bytes(self) -> int | None:
         """Return `max_gib` in bytes."""
-        return None if self.max_gib is None else max(1, int(self.max_gib * 2**30))
+        return None if self.max_gib is None else max(1, int(self.max_gib * GIB))
 
 
 class CheckpointConfig(RetentionConfig):
@@ -268,6 +281,8 @@ class RunConfig(Section):
     """Inputs × targets (docs/recipes.md). A task gives its own."""
     task: Task | None = None
     """A labelled task in place of a recipe (docs/downstream.md)."""
+    protocol: Protocol | None = None
+    """What is published of such a run, and what differs here; it stands in the result of a task."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     text: TextConfig = Field(default_factory=TextConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -299,6 +314,12 @@ class RunConfig(Section):
         return {**values, "recipe": recipe}
 
     @model_validator(mode="after")
+    def _protocol_is_of_a_task(self) -> Self:
+        if self.protocol is not None and self.task is None:
+            raise ValueError("`protocol` has no effect without `task`")
+        return self
+
+    @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:
         for name, limit_s in self.timeouts:
             if name != "join_s" and limit_s <= self.data.stall_timeout_s:  # nothing is read yet while ranks join
@@ -327,7 +348,7 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        fault = explained(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
+        fault = validation_error(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
     raise fault
 
 

@@ -115,11 +115,11 @@ def parse_section(
     try:
         return kind.model_validate(values, context={"stored": stored, "imports": imports})
     except ValidationError as error:
-        fault = explained(kind, error, where if callable(where) else lambda place: where, values, below)
+        fault = validation_error(kind, error, where if callable(where) else lambda place: where, values, below)
     raise fault
 
 
-def explained(
+def validation_error(
     kind: type[Section], error: ValidationError, where_of: WhereOf, values: Any, below: str = ""
 ) -> ConfigError:
     """Return what to raise for a ValidationError, once for every key.

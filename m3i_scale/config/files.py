@@ -22,20 +22,29 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """That of libyaml, where PyYAML was built with it, is seven times as fast."""
 
 
-def resource_folder(name: Literal["recipes", "ds_configs"]) -> Path:
+def resource_folder(name: Literal["recipes", "protocols", "ds_configs"]) -> Path:
     """Return the folder of built-in files: beside the package in a checkout, inside it when installed as a wheel."""
     beside = _PACKAGE.parent / name
     return beside if beside.is_dir() else _PACKAGE / f"_{name}"
 
 
 def known_runs() -> dict[str, Path]:
-    """Return built-in run files by name: recipes, and sizes of them."""
+    """Return built-in run files by name: recipes, sizes of them, and protocols of tasks."""
+    return _recipe_files() | known_protocols()
+
+
+def known_protocols() -> dict[str, Path]:
+    """Return built-in run files that train a task as it has been published."""
+    return {path.stem: path for path in sorted(resource_folder("protocols").glob("*.yaml"))}
+
+
+def _recipe_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(resource_folder("recipes").glob("*.yaml"))}
 
 
 def known_recipes() -> dict[str, Path]:
     """Return built-in run files that define a recipe of their own; those that extend another one are sizes of it."""
-    return {name: path for name, path in known_runs().items() if "extends" not in read_yaml(path)}
+    return {name: path for name, path in _recipe_files().items() if "extends" not in read_yaml(path)}
 
 
 def find_run_file(name_or_path: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from m3i_scale.data.options import AsJson, LabelsFile, Making, choice, print_summary, takes_making
+from m3i_scale.data.options import AsJson, LabelsFile, MakeOptions, choice, print_summary, takes_making
 from m3i_scale.data.tools import commands as tools
 
 CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
@@ -54,7 +54,7 @@ def imagefolder(
     input_folder: Annotated[
         Path, typer.Option("--input", help="One folder per class, images below; or such folders in train, val …")
     ],
-    making: Making,
+    making: MakeOptions,
     captions: Annotated[
         str, typer.Option(help="NAME.txt beside an image: auto (all have one or none has), none, optional, required")
     ] = "auto",
@@ -62,7 +62,7 @@ def imagefolder(
         str, typer.Option(help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the folders' names")
     ] = "auto",
 ) -> None:
-    """A folder of images, one folder per class, captions beside."""
+    """Take a folder of images, one folder per class, captions beside."""
     from m3i_scale.data.make.folder import Captions, FolderLayout, imagefolder_input
 
     kind, depth = choice("--captions", captions, Captions), choice("--layout", layout, FolderLayout)
@@ -73,7 +73,7 @@ def imagefolder(
 @takes_making
 def manifest(
     table: Annotated[Path, typer.Option("--input", help="A .csv, .tsv, .parquet or .jsonl file.")],
-    making: Making,
+    making: MakeOptions,
     root: Annotated[
         Path | None, typer.Option(help="Relative paths start here; default: the manifest's folder.")
     ] = None,
@@ -86,7 +86,7 @@ def manifest(
     ] = None,
     labels_file: LabelsFile = None,
 ) -> None:
-    """A table of image paths, captions and labels."""
+    """Take a table of image paths, captions and labels."""
     from m3i_scale.data.make.table import TableColumns, manifest_input, read_labels
 
     columns = TableColumns(path_column, caption_column, label_column, split_column, mask_column)
@@ -98,7 +98,7 @@ def manifest(
 @takes_making
 def img2dataset(
     input_folder: Annotated[Path, typer.Option("--input", help="img2dataset's output_folder.")],
-    making: Making,
+    making: MakeOptions,
     caption_field: CaptionField = None,
     skip_incomplete: Annotated[
         bool, typer.Option("--skip-incomplete", help="Leave out shards that img2dataset did not finish.")
@@ -120,14 +120,14 @@ def img2dataset(
 @takes_making
 def huggingface(
     source: Annotated[Path, typer.Option("--input", help="A folder of save_to_disk, or Parquet: a file or a folder.")],
-    making: Making,
+    making: MakeOptions,
     image_column: Annotated[str | None, typer.Option(help="Default: the one of type Image.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Default: caption or text; none: no captions.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Default: the one ClassLabel; none: no labels.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Keys of the samples; default: the rows' numbers.")] = None,
     group_column: Annotated[str | None, typer.Option(help="Rows of one value share a split.")] = None,
 ) -> None:
-    """A data set of Hugging Face `datasets`, saved or as Parquet; its splits are kept."""
+    """Take a data set of Hugging Face `datasets`, saved or as Parquet; its splits are kept."""
     from m3i_scale.data.make.arrow import Columns
     from m3i_scale.data.make.huggingface import huggingface_input
 
@@ -139,12 +139,12 @@ def huggingface(
 @takes_making
 def webdataset(
     shards: Annotated[str, typer.Option("--input", help="A folder, a brace pattern or one tar.")],
-    making: Making,
+    making: MakeOptions,
     caption_field: CaptionField = None,
     labels_file: LabelsFile = None,
     group: Group = None,
 ) -> None:
-    """Existing shards: every sample is verified, images of other formats become PNGs, captions train a tokenizer."""
+    """Take existing shards: every sample is verified, other formats become PNGs, captions train a tokenizer."""
     from m3i_scale.data.make.table import read_labels
     from m3i_scale.data.make.wds import webdataset_input
 

@@ -13,7 +13,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from m3i_scale.config import AugmentConfig, DistortionConfig, SourceConfig
-from m3i_scale.text import told_differences
+from m3i_scale.text import listed, told_differences
 
 Shard = tuple[str, int, int, str]
 """Name, bytes, samples, digest of the members' headers."""
@@ -126,7 +126,7 @@ def _shards(
 
 def _shown(names: Sequence[str]) -> str:
     patterns = [pattern.removeprefix("=") for pattern in _patterns(names)]
-    return " ".join(patterns[:_SHOWN]) + (" …" if len(patterns) > _SHOWN else "")
+    return listed(patterns, _SHOWN, " ")
 
 
 def _letters(*values: int | str) -> str:

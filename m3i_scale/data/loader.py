@@ -39,9 +39,9 @@ from m3i_scale.data.stream import (
     ExhaustedError,
     Stream,
     StreamSource,
+    counts_of_source,
     lost_of_pass,
     single_faults,
-    standing_of,
     too_many_bad,
     too_many_lost,
 )
@@ -126,7 +126,7 @@ class TrainStream:
         self._shards: dict[str, list[Shard]] = {}
         self._changes: list[dict[str, Any]] = []
         self._watch = DeathWatch()
-        self.ends = whole_passes(sources)
+        self.can_end = whole_passes(sources)
         """Whether the stream may end; the same on all ranks."""
         self.samples_at_most: int | None = None
         """Samples that all ranks together can take before it ends, were none bad; None: it never ends."""
@@ -269,14 +269,16 @@ class TrainStream:
             raise too_many_bad(single_faults(counts, 0)[0], account.read, limit, place)
         raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
 
-    def standing(self) -> dict[str, dict[str, float]]:
+    def source_counts(self) -> dict[str, dict[str, float]]:
         """Return counts of every source, summed over this rank's streams.
 
         `served` and `asked`: good samples it gave, and was to give by its weights; `read`: with the bad ones; `pass`:
         samples of one pass; `left`: samples that may still be read, none of a source that never ends.
         """
         return {
-            name: standing_of(name, [(plan[name], self._states[number]) for number, plan in self._recipe.plans.items()])
+            name: counts_of_source(
+                name, [(plan[name], self._states[number]) for number, plan in self._recipe.plans.items()]
+            )
             for name in self._fingerprints
         }
 

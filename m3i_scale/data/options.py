@@ -79,7 +79,7 @@ _CUT: Parts = {
 
 
 @dataclass(frozen=True)
-class Making:
+class MakeOptions:
     """Holds what all commands of `shards make` take beside their input."""
 
     output: Path
@@ -114,8 +114,8 @@ def takes_sizes(command: Command) -> Command:
     return expanded(command, "options", _CUT, _cut)
 
 
-def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> Making:
-    return Making(output, name, split, ShardOptions(**options), as_json)
+def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> MakeOptions:
+    return MakeOptions(output, name, split, ShardOptions(**options), as_json)
 
 
 def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:

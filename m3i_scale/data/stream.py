@@ -20,6 +20,7 @@ from m3i_scale.data.scan import ShardIndex
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
+from m3i_scale.text import listed
 
 _ALREADY_NOTED = ""
 """The key of a sample whose shard is in the quarantine file already."""
@@ -95,7 +96,7 @@ class Stream:
             DataError: a shard cannot be read, or the source is bad from here on.
         """
         while True:
-            shares = self._mix.shares(self.state.taken, left_of(self._sources, self.state))
+            shares = self._mix.shares(self.state.taken, remaining_sources(self._sources, self.state))
             if not shares:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
@@ -190,7 +191,7 @@ class Stream:
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]
-            where = ", ".join(paths[:_SHARDS_NAMED]) + (" …" if len(paths) > _SHARDS_NAMED else "")
+            where = listed(paths, _SHARDS_NAMED)
             what = f"a stream of source '{source.name}' has no good sample" if no_good_one else None
             raise too_many_bad(
                 self.state.bad, self.state.read, self._data.max_bad_fraction, where, what, listed_in=self._quarantine
@@ -238,13 +239,13 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
     )
 
 
-def left_of(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
+def remaining_sources(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
     """Return the names of the sources that are not exhausted."""
     return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
 
 
-def standing_of(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
-    """Return counts of one source over streams; see `TrainStream.standing`."""
+def counts_of_source(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
+    """Return counts of one source over streams; see `TrainStream.source_counts`."""
     counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
     for source, stream in streams:
         state = stream.sources[name]

@@ -3,7 +3,7 @@
 A scheduler that preempts a job signals every process of it. The training process then finishes its step and saves, for
 which it needs its workers; a worker that died would end the run with an error instead. So a worker obeys SIGTERM,
 SIGUSR2 and SIGINT only when its parent sends them (multiprocessing ends workers so at exit, and waits for them), and it
-ends when its parent is gone. Processes of a pool (`in_order`) do the latter alone.
+ends when its parent is gone. Processes of a pool (`map_in_processes`) do the latter alone.
 
 A worker sends tensors through a socket in a temporary folder. It holds a lock there: a folder without one has lost its
 worker, and is removed when workers are started next.
@@ -167,7 +167,7 @@ def _sweep_temporary_folders() -> None:
             os.close(descriptor)
 
 
-def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Do as `map` does, in `workers` processes; at most two tasks a process are under way or wait to be taken.
 
     Raises:

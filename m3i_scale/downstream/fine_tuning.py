@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from typing import Any
 
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
 from m3i_scale.config import Classification, RunConfig, Segmentation, Task
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.shards import MASK_LABELS
@@ -15,10 +16,8 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
 from m3i_scale.scale.partition import keep_in_checkpoints
 
-if TYPE_CHECKING:
-    from m3i_scale.downstream.mixing import LabelMixing
-
 STUDENT = "student.model."
+_FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP)", "internimage": "InternImage"}
 
 
 def check_task(run: RunConfig, model: VisionConfig) -> None:
@@ -34,6 +33,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
     task, maps = run.task, isinstance(model, InternImageConfig)
     if task is None:
         return
+    _check_family(run, model)
     if task.freeze:
         _check_frozen(run)
     if task.dcn_lr != 1 and not maps:
@@ -47,12 +47,29 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
             raise ConfigError(
                 "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
             )
+        if task.mixup or task.cutmix:
+            _check_timm()
         if (task.mixup or task.cutmix) and run.optim.micro_batch_size % 2:
             raise ConfigError(
                 "mixup and cutmix pair the images of a micro-batch, and one is left over",
                 where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
                 fix="an even optim.micro_batch_size",
             )
+
+
+def _check_family(run: RunConfig, config: VisionConfig) -> None:
+    """Check that the run's backbone is of the kind that the numbers of its protocol are for."""
+    backbone, protocol = run.backbone, run.protocol
+    if protocol is None or protocol.family is None:
+        return
+    family = "internimage" if isinstance(config, InternImageConfig) else "transformer"
+    if family != protocol.family:
+        raise ConfigError(
+            f"the protocol is for {_FAMILIES[protocol.family]}, and the backbone is {_FAMILIES[family]}",
+            where=f"backbone: {backbone.from_pretrained or backbone.preset or DEFAULT_PRESET}",
+            why="learning rates by layer and their decay are those of another model",
+            fix="take a protocol for it, or protocol `finetune`, which is for any",
+        )
 
 
 def _check_frozen(run: RunConfig) -> None:
@@ -128,19 +145,18 @@ def prepare(objective: Objective, task: Task, classes: int) -> None:
         keep_in_checkpoints(objective.student)
         objective.train()  # all but the backbone
     if isinstance(task, Classification) and (task.mixup or task.cutmix):
-        objective.mix_labelled = _mixing(task, classes)
+        from m3i_scale.downstream.mixing import LabelMixing  # timm is an extra; `check_task` has looked for it
+
+        objective.mix_labelled = LabelMixing(task, classes)
 
 
-def _mixing(task: Classification, classes: int) -> LabelMixing:
-    try:
-        from m3i_scale.downstream.mixing import LabelMixing
-    except ModuleNotFoundError:
+def _check_timm() -> None:
+    if importlib.util.find_spec("timm") is None:
         raise ConfigError(
             "mixup and cutmix are timm's, which is not installed",
             where="task",
-            fix="pip install 'm3i-scale[timm]'",
-        ) from None
-    return LabelMixing(task, classes)
+            fix="pip install 'm3i-scale[timm]', or task.mixup=0 task.cutmix=0",
+        )
 
 
 def scales_of(module: Any, task: Task | None) -> dict[str, float]:

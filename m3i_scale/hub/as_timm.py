@@ -23,7 +23,7 @@ from m3i_scale.backbones.sources.names import OURS
 from m3i_scale.backbones.tokens import TokenConfig
 from m3i_scale.config import AugmentConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.hub.tensors import VISION, Made, Part
+from m3i_scale.hub.tensors import VISION, Part, TensorSource
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _POOL_EPS = 1e-6
@@ -53,7 +53,7 @@ def timm_part(
     """
     architecture, arguments, tensors = _model(config, kind, norm)
     if head is not None:
-        tensors |= {f"head.{suffix}": Made((head + suffix,)) for suffix in ("weight", "bias")}
+        tensors |= {f"head.{suffix}": TensorSource((head + suffix,)) for suffix in ("weight", "bias")}
     wrapped = TimmWrapperConfig(architecture=architecture, model_args=arguments)
     if labels:
         wrapped.id2label = dict(enumerate(labels))
@@ -73,7 +73,7 @@ def timm_part(
 
 def timm_vision(
     config: VisionConfig, norm: str, augment: AugmentConfig, prefix: str
-) -> tuple[dict[str, Any], dict[str, Made]]:
+) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     """Return configuration and tensors of a vision model whose `pooler_output` is the normalised mean patch token.
 
     Args:
@@ -94,7 +94,7 @@ def timm_vision(
     return values, {prefix + name: made for name, made in tensors.items()}
 
 
-def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict[str, Any], dict[str, Made]]:
+def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig):
         raise _refused(f"timm has no {config.model_type}")
     if config.hidden_act not in _ACTIVATIONS:
@@ -129,7 +129,7 @@ def _hidden(config: TokenConfig) -> int:
     return int(config.intermediate_size)
 
 
-def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, Made]]:
+def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     """Return timm's VisionTransformer, read at the class token."""
     clip, gated = isinstance(config, CLIPVisionConfig), bool(getattr(config, "use_swiglu_ffn", False))
     _check_eps(config, 1e-5 if clip else 1e-6)
@@ -153,7 +153,7 @@ def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, Made]]:
     return architecture, arguments, _tensors(config, inner, packed, gated=gated)
 
 
-def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, Made]]:
+def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     """Return timm's EVA: the one model with a norm before the mean and another one behind it. Its keys have no bias,
     which would shift all scores of a query alike.
     """
@@ -181,13 +181,13 @@ def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str,
         **({} if arguments["qkv_bias"] else {"attn.q_proj.weight": "q", "attn.v_proj.weight": "v"}),
     }
     tensors = _tensors(config, inner, {}, gated=gated)
-    tensors |= {f"fc_norm.{suffix}": Made((norm + suffix,)) for suffix in ("weight", "bias")}
+    tensors |= {f"fc_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
     return "eva_giant_patch14_224", arguments, tensors
 
 
 def _tensors(
     config: TokenConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
-) -> dict[str, Made]:
+) -> dict[str, TensorSource]:
     """Return tensors by timm's name. A key that ends with a point stands for weight and bias."""
     ours, clip = OURS[type(config)], isinstance(config, CLIPVisionConfig)
     outer: dict[str, tuple[str, ...]] = {
@@ -197,8 +197,8 @@ def _tensors(
     }
     width = config.hidden_size
     made = {
-        "cls_token": Made((VISION + ours["class"],), lambda tensor: tensor.reshape(1, 1, width)),
-        "pos_embed": Made((VISION + ours["positions"],), lambda tensor: tensor.reshape(1, -1, width)),
+        "cls_token": TensorSource((VISION + ours["class"],), lambda tensor: tensor.reshape(1, 1, width)),
+        "pos_embed": TensorSource((VISION + ours["positions"],), lambda tensor: tensor.reshape(1, -1, width)),
     }
     made |= _expand("", outer, ours, "")
     mlp = {"mlp.fc1.": ("gate_proj", "up_proj"), "mlp.fc2.": ("down_proj",)}
@@ -209,18 +209,20 @@ def _tensors(
     return made
 
 
-def _expand(prefix: str, table: dict[str, tuple[str, ...]], ours: dict[str, str], number: str) -> dict[str, Made]:
+def _expand(
+    prefix: str, table: dict[str, tuple[str, ...]], ours: dict[str, str], number: str
+) -> dict[str, TensorSource]:
     made = {}
     for name, parts in table.items():
         whole = name.endswith(("weight", "bias"))
         suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
         if not whole and not name.endswith("."):  # a bare parameter
-            made[prefix + name] = Made((VISION + ours[parts[0]].format(number),))
+            made[prefix + name] = TensorSource((VISION + ours[parts[0]].format(number),))
             continue
         stem = name.rpartition(".")[0]
         for suffix in suffixes:
             sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
-            made[f"{prefix}{stem}.{suffix}"] = Made(sources, _joined if len(parts) > 1 else None)
+            made[f"{prefix}{stem}.{suffix}"] = TensorSource(sources, _joined if len(parts) > 1 else None)
     return made
 
 

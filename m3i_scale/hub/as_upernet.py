@@ -15,7 +15,7 @@ from m3i_scale.config import UperNetSegmentation
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import VISION, Made, Part
+from m3i_scale.hub.tensors import VISION, Part, TensorSource
 from m3i_scale.objective.segmentation import read_layers
 from m3i_scale.objective.targets.segmentation import Segmentation
 
@@ -60,11 +60,11 @@ def segmenter_part(source: Source) -> Part:
     tensors = _backbone_tensors(config)
     for name in model.state_dict():
         if name.endswith(_COUNT):
-            tensors[name] = Made((), lambda: torch.zeros((), dtype=torch.int64))
+            tensors[name] = TensorSource((), lambda: torch.zeros((), dtype=torch.int64))
         elif name.startswith("backbone.fpn."):
-            tensors[name] = Made((head + "neck." + name.removeprefix("backbone.fpn."),))
+            tensors[name] = TensorSource((head + "neck." + name.removeprefix("backbone.fpn."),))
         elif not name.startswith("backbone."):
-            tensors[name] = Made((head + name,))
+            tensors[name] = TensorSource((head + name,))
     return Part("segmenter", model, tensors, auto="AutoModelForSemanticSegmentation", output="logits")
 
 
@@ -96,17 +96,17 @@ def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
     )
 
 
-def _backbone_tensors(config: VisionConfig) -> dict[str, Made]:
+def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
     width, tensors = config.hidden_size, {}
     for name in vision_names(config):
         part, number, suffix = part_of(name, OURS[type(config)])
         # The bias of keys moves all logits of a query alike, which a softmax does not see; BEiT has none.
         if part in _BEIT and (part, suffix) != ("k", ".bias"):
-            tensors["backbone.beit." + _BEIT[part].format(number) + suffix] = Made((VISION + name,))
+            tensors["backbone.beit." + _BEIT[part].format(number) + suffix] = TensorSource((VISION + name,))
     if not isinstance(config, Dinov2Config):
         for layer in range(config.num_hidden_layers):
             for part in ("scale1", "scale2"):
-                tensors["backbone.beit." + _BEIT[part].format(layer)] = Made((), lambda: torch.ones(width))
+                tensors["backbone.beit." + _BEIT[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
     return tensors
 
 

@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.errors import ExportError
 from m3i_scale.files import write_json
-from m3i_scale.hub.tensors import Distinct, Made, Part, check_complete, check_shape, value_of, values_of
+from m3i_scale.hub.tensors import Distinct, Part, TensorSource, check_complete, check_shape, value_of, values_of
 
 DEFAULT_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
@@ -84,7 +84,7 @@ def write_part(
 
 
 def write_heads_file(
-    path: Path, tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
+    path: Path, tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
     """Write the tensors of the heads into one file; return their fingerprints.
 

@@ -30,7 +30,7 @@ from m3i_scale.backbones.sources.names import OURS
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import TEXT, VISION, Made, Part, copied
+from m3i_scale.hub.tensors import TEXT, VISION, Part, TensorSource, copied
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.text import Text, TextHead
@@ -119,8 +119,8 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Pa
     # DINOv2's classifier reads [class token | mean patch]; nothing was trained on the second half.
     widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if gated else None
     tensors |= {
-        "classifier.weight": Made((head + "weight",), widen),
-        "classifier.bias": Made((head + "bias",)),
+        "classifier.weight": TensorSource((head + "weight",), widen),
+        "classifier.bias": TensorSource((head + "bias",)),
     }
     return Part(
         "classifier",
@@ -181,11 +181,11 @@ def zero_shot_part(source: Source, vocab_size: int) -> Part:
     width = text.hidden_size
     tensors |= copied(empty(lambda: BertModel(text, add_pooling_layer=False)).state_dict(), TEXT, "text_model.")
     tensors |= {
-        "text_model.pooler.dense.weight": Made((), lambda: TANH_SCALE * torch.eye(width)),
-        "text_model.pooler.dense.bias": Made((), lambda: torch.zeros(width)),
-        "text_projection.weight": Made(("text.projection.weight",)),
-        "visual_projection.weight": Made((f"heads.{target.name}.projection.weight",)),
-        "logit_scale": Made((f"heads.{target.name}.log_scale",), _bounded_scale),
+        "text_model.pooler.dense.weight": TensorSource((), lambda: TANH_SCALE * torch.eye(width)),
+        "text_model.pooler.dense.bias": TensorSource((), lambda: torch.zeros(width)),
+        "text_projection.weight": TensorSource(("text.projection.weight",)),
+        "visual_projection.weight": TensorSource((f"heads.{target.name}.projection.weight",)),
+        "logit_scale": TensorSource((f"heads.{target.name}.log_scale",), _bounded_scale),
     }
     return Part(
         "zero_shot",
@@ -203,7 +203,7 @@ def _bounded_scale(log_scale: Tensor) -> Tensor:
 
 def _pooled_vision(
     source: Source, config: VisionConfig, kind: str, norm: str
-) -> tuple[dict[str, Any], dict[str, Made]]:
+) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     """Return configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
     names = vision_names(config)
     if isinstance(config, InternImageConfig) or kind not in ("class_token", "mean_pool"):
@@ -216,13 +216,13 @@ def _pooled_vision(
         width = config.hidden_size
         values |= {"pooler_act": "linear", "pooler_output_size": width}
         tensors |= {
-            "vision_model.pooler.dense.weight": Made((), lambda: torch.eye(width)),
-            "vision_model.pooler.dense.bias": Made((), lambda: torch.zeros(width)),
+            "vision_model.pooler.dense.weight": TensorSource((), lambda: torch.eye(width)),
+            "vision_model.pooler.dense.bias": TensorSource((), lambda: torch.zeros(width)),
         }
     return values, tensors
 
 
-def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
+def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config]:
     width, hidden = config.hidden_size, config.intermediate_size
     ratio = math.ceil(hidden / width)
     shape = Dinov2Config(
@@ -243,10 +243,10 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
         return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], idle))], dim=1)
 
     ours, theirs = OURS[ViTConfig], OURS[Dinov2Config]
-    tensors: dict[str, Made] = {}
+    tensors: dict[str, TensorSource] = {}
     for name in vision_names(config):
         part, number, suffix = part_of(name, ours)
-        made = Made((VISION + name,))
+        made = TensorSource((VISION + name,))
         if idle and part == "fc1":
             made = replace(made, make=more_rows)
         elif idle and part == "fc2" and suffix == ".weight":
@@ -254,7 +254,7 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, Made], Dinov2Config]:
         tensors[theirs[part].format(number) + suffix] = made
     for layer in range(config.num_hidden_layers):
         for part in ("scale1", "scale2"):
-            tensors[theirs[part].format(layer)] = Made((), lambda: torch.ones(width))
+            tensors[theirs[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
     return tensors, shape
 
 
@@ -291,8 +291,8 @@ def _internimage_classifier(config: InternImageConfig, target: Target, kind: str
         raise _no_class(config, kind, "image classification")
     tensors = copied(vision_names(config), VISION, "model.")
     norm = f"decoders.{target.decoder}.norm."
-    tensors |= {f"pool_norm.{suffix}": Made((norm + suffix,)) for suffix in ("weight", "bias")}
-    tensors |= {f"classifier.{suffix}": Made((head + suffix,)) for suffix in ("weight", "bias")}
+    tensors |= {f"pool_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
+    tensors |= {f"classifier.{suffix}": TensorSource((head + suffix,)) for suffix in ("weight", "bias")}
     auto_map, files = model_files(config)
     labelled = _with_names(config, names)
     labelled.auto_map = auto_map

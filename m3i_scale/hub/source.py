@@ -121,7 +121,7 @@ def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 _KINDS = ("with_label", "with_caption")
 
 
-def _told(key: str, shards: dict[str, Any]) -> bool:
+def _is_counted(key: str, shards: dict[str, Any]) -> bool:
     """Return whether a manifest counts this; those that others have written need not."""
     return key == "samples" or all(key in shard for shard in shards.values())
 
@@ -145,7 +145,7 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
                 **{
                     key: sum(shard[key] for shard in shards.values())
                     for key in ("samples", *_KINDS)
-                    if _told(key, shards)
+                    if _is_counted(key, shards)
                 },
                 **{key: manifest[key] for key in ("split", "source", "licenses") if key in manifest},
                 "dataset": manifest.get("name", name),

@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Made:
+class TensorSource:
     """Says what one tensor of an export is made of."""
 
     sources: tuple[str, ...]
@@ -37,7 +37,7 @@ class Part:
     """vision, tokens (as timm gives them), text, classifier, segmenter, backbone, zero_shot."""
     model: PreTrainedModel
     """Without values: names, shapes, configuration."""
-    tensors: dict[str, Made]
+    tensors: dict[str, TensorSource]
     """By the name in `model`."""
     folder: str = ""
     """Below the export's."""
@@ -60,7 +60,7 @@ class Part:
     """Source files that travel along."""
 
 
-def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, Made]:
+def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:
     """Return tensors that are taken over as they are.
 
     Args:
@@ -68,10 +68,10 @@ def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") ->
         source_prefix: before them in the checkpoint.
         target_prefix: before them in the export's model.
     """
-    return {target_prefix + name: Made((source_prefix + name,)) for name in names}
+    return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
 
 
-def value_of(name: str, made: Made, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Make one tensor of an export, in storage of its own.
 
     Args:
@@ -91,7 +91,7 @@ def value_of(name: str, made: Made, weights: Mapping[str, Tensor], dtype: torch.
 
 
 def values_of(
-    tensors: Mapping[str, Made], weights: Mapping[str, Tensor], dtype: torch.dtype
+    tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors, one at a time."""
     for name, made in tensors.items():

@@ -26,7 +26,7 @@ from m3i_scale import __version__
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.doctor.machine import rank_memory
 from m3i_scale.launch.heartbeat import RECORDS
-from m3i_scale.launch.processes import MARK, end_marked, mark_of, marked
+from m3i_scale.launch.processes import MARK, end_marked, marked, process_tag
 from m3i_scale.launch.rank import Rank
 from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
 
@@ -136,7 +136,7 @@ class Agent:
         if self.records is None:
             raise RuntimeError("no folder for records")
         variables = os.environ | message["environment"]
-        variables[MARK] = mark_of(self.launch, self.host, self.output_dir)
+        variables[MARK] = process_tag(self.launch, self.host, self.output_dir)
         variables.setdefault("PYTHONUNBUFFERED", "1")  # the last lines before a kill are those that matter
         variables[RECORDS] = str(self.records)
         for place in message["ranks"]:

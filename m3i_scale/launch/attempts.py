@@ -165,7 +165,7 @@ class Launch:
                 "hosts": list(world.names),
                 "ranks": world.ranks,
                 "micro_batch_size": world.micro_batch_size,
-                "without": reasons,
+                "left_out": reasons,
                 "status": outcome.status,
                 "first_step": outcome.first_step,
                 "last_step": outcome.last_step,

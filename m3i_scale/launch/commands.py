@@ -80,7 +80,7 @@ def _with_image(job: Job, launcher: str) -> Job:
 
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     """Run a plan; where the run has failed, print the cause at the end."""
-    from m3i_scale.launch.environment import without_secrets
+    from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.failures import forget_records
     from m3i_scale.launch.lock import launch_lock
@@ -88,7 +88,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.verdict import conclude
     from m3i_scale.scale.checkpoint.layout import stopped_words
 
-    environment = without_secrets(os.environ, job.variables)
+    environment = without_secret_variables(os.environ, job.variables)
     if not plan.waits:
         with launch_lock(job.output_dir):
             check_needs(plan)

@@ -77,7 +77,7 @@ def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
     return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
 
 
-def without_secrets(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
+def without_secret_variables(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
     """Return this environment for a launcher's own process, without secrets that are not named. Launchers pass parts of
     theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything).
     """

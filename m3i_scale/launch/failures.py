@@ -60,7 +60,7 @@ class Failure:
             object.__setattr__(self, name, masked(getattr(self, name)))
 
     @property
-    def consequence(self) -> bool:
+    def is_consequence(self) -> bool:
         """Return whether this end only follows from that of another rank."""
         # A message to users tells of what they can mend, also where a server of shards has closed its connection.
         if self.kind in ("host", "hang", "signal", "silent", "user_error"):
@@ -91,7 +91,7 @@ def first_cause(failures: Iterable[Failure]) -> Failure | None:
     """Return the earliest cause that is known; else the earliest rank that ended for no known reason, as launchers
     end the others when one has failed; else the earliest consequence.
     """
-    ordered = sorted(failures, key=lambda failure: (failure.consequence, failure.kind == "silent", failure.time))
+    ordered = sorted(failures, key=lambda failure: (failure.is_consequence, failure.kind == "silent", failure.time))
     return ordered[0] if ordered else None
 
 

@@ -70,7 +70,7 @@ class Heartbeat:
         self._write()
 
     @property
-    def read(self) -> bool:
+    def has_reader(self) -> bool:
         """Return whether an agent reads this heartbeat."""
         return self._map is not None
 

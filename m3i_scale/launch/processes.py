@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 MARK = "M3I_SCALE_LAUNCH"
-"""Environment variable of every rank and of what it starts: launch, host and output folder, as `mark_of` joins them."""
+"""Environment variable of every rank and of what it starts: launch, host, output folder (`process_tag`)."""
 TIED = "M3I_SCALE_TIED"
 """Environment variable of ranks, and of their launchers on other hosts: they end with their parent, however it ends.
 Its value is the parent's number, or PARENT."""
@@ -45,13 +45,13 @@ def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[Non
             signal.signal(number, handler)
 
 
-def mark_of(launch: str, host: str, output_dir: str) -> str:
+def process_tag(launch: str, host: str, output_dir: str) -> str:
     """Return the value of MARK. Hosts may share a process table (containers, namespaces), so each has its own."""
     return f"{launch}|{host}|{output_dir}"
 
 
 @dataclass(frozen=True)
-class Marked:
+class TaggedProcess:
     """Names a process that a launch has left on this host."""
 
     pid: int
@@ -59,7 +59,7 @@ class Marked:
     command: str
 
 
-def marked(host: str, output_dir: str) -> list[Marked]:
+def marked(host: str, output_dir: str) -> list[TaggedProcess]:
     """Return the live processes of any launch of that run, as `host`; those of other users cannot be read."""
     processes = []
     for folder in Path("/proc").iterdir():
@@ -75,7 +75,7 @@ def marked(host: str, output_dir: str) -> list[Marked]:
             if variable.startswith(start):
                 launch, _, rest = variable[len(start) :].decode(errors="replace").partition("|")
                 if rest == f"{host}|{output_dir}" and command:  # without a command line: a zombie
-                    processes.append(Marked(int(folder.name), launch, command))
+                    processes.append(TaggedProcess(int(folder.name), launch, command))
     return sorted(processes, key=lambda process: process.pid)
 
 
@@ -118,7 +118,7 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def obey_tie() -> None:
+def end_with_parent() -> None:
     """End with the parent, where it has asked for that; at once where it has ended already.
 
     Raises:

@@ -16,7 +16,8 @@ from m3i_scale.launch.link import Inbox, Link, connect, hear
 from m3i_scale.launch.supervise import AttemptResult, Tell
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.wire import Message
-from m3i_scale.launch.worlds import Compared, World, largest_world, refusal_of_plan
+from m3i_scale.launch.worlds import ComparedSamples, World, largest_world, refusal_of_plan
+from m3i_scale.text import listed
 
 FAILS = "its ranks were the first to fail, twice running"
 SPARE = "it answers, but with its ranks the run cannot be shared out (data.streams, optim.batch_size)"
@@ -102,7 +103,7 @@ class HostHistory:
         self.without_answer |= set(outcome.lost)
         cause = outcome.cause if outcome.status == "failed" else None
         # One that was lost is another matter: it may be back for good.
-        blamed = cause.host if cause is not None and cause.kind != "host" and not cause.consequence else None
+        blamed = cause.host if cause is not None and cause.kind != "host" and not cause.is_consequence else None
         if blamed is not None and blamed == self._blamed:
             self.failing.add(blamed)
         self._blamed = blamed
@@ -127,7 +128,7 @@ class Rendezvous:
         self.work, self.policy, self.tell, self._inbox, self._stopped = work, policy, tell, inbox, stopped
         self._fewest = policy.min_hosts or len(work.hosts)
         self.history = HostHistory(work.hosts)
-        self.compared = Compared(work.run, work.hosts, self._fewest)
+        self.compared = ComparedSamples(work.run, work.hosts, self._fewest)
         self._planned: dict[World, str | None] = {}
 
     def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
@@ -297,7 +298,7 @@ def _refuse_left(links: Sequence[Link]) -> None:
     if processes:
         raise UserError(
             "processes of a former launch of this run are still there",
-            where="; ".join(processes[:8]) + (" …" if len(processes) > 8 else ""),
+            where=listed(processes, 8, "; "),
             why="they and the new ones would write into the same output folder",
             fix="end the former launch, or these processes by `kill -9`",
         )

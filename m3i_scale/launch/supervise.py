@@ -219,7 +219,7 @@ class Attempt:
     def _blame_who_stayed(self) -> None:
         """Blame, where no other cause is known, the rank with fewest steps of those that neither go on nor end."""
         cause = first_cause(self._failures)
-        if not self._running or (cause is not None and not cause.consequence):
+        if not self._running or (cause is not None and not cause.is_consequence):
             return
         rank = self._progress.furthest_behind(self._running)
         beat, link = self._progress.beat_of(rank), self._running[rank]

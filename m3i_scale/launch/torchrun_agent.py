@@ -16,14 +16,14 @@ from types import FrameType
 
 import psutil
 
-from m3i_scale.launch.processes import TIED, obey_tie, signals_to_note
+from m3i_scale.launch.processes import TIED, end_with_parent, signals_to_note
 
 _STORE_STAYS_S = 3.0
 
 
 def main(arguments: list[str]) -> int:
     """Run torchrun; return the exit code of the rank that failed first, as a shell gives it."""
-    obey_tie()  # before seconds of imports, in which the parent may end
+    end_with_parent()  # before seconds of imports, in which the parent may end
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
     from torch.distributed.run import parse_args, run

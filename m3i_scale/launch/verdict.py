@@ -16,6 +16,7 @@ from m3i_scale.launch.execute import Ending
 from m3i_scale.launch.failures import FAILURE, Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
+from m3i_scale.text import listed
 
 _SHOWN = 200
 _SSH_FAILED = 255
@@ -45,7 +46,7 @@ def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: in
     elif (lost := _lost_host(ending, shown)) is not None:
         records = [*records, lost]
     interrupted = ending.asked and ending.code in _ASKED and all(_by_signal(record) for record in records)
-    return None if interrupted or ending.asked > 1 else tell(output_dir, ending.code, records, world_size)
+    return None if interrupted or ending.asked > 1 else write_verdict(output_dir, ending.code, records, world_size)
 
 
 def _by_signal(record: Failure) -> bool:
@@ -54,7 +55,7 @@ def _by_signal(record: Failure) -> bool:
     return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
 
 
-def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
+def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
     """Write OUTPUT/failure.json from the records of ranks, or remove an earlier one, as `conclude` does.
 
     Args:
@@ -64,7 +65,7 @@ def tell(output_dir: Path, code: int, records: Sequence[Failure], world_size: in
         world_size: ranks in all, where that is known.
     """
     if code == EXIT_PREEMPTED:  # all have saved, or one has failed while it did
-        records = [record for record in records if not record.consequence and record.kind != "silent"]
+        records = [record for record in records if not record.is_consequence and record.kind != "silent"]
         if not records:
             return None
     if code == 0:
@@ -106,8 +107,7 @@ def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
 
 
 def _named(ranks: Sequence[int | None]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:_LISTED]) + (" …" if len(ranks) > _LISTED else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _LISTED)}"
 
 
 def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
@@ -165,7 +165,7 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
 def main() -> None:
     """Run `python -m m3i_scale.launch.verdict OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
     output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    text = tell(output_dir, code, read_records(output_dir), world_size)
+    text = write_verdict(output_dir, code, read_records(output_dir), world_size)
     if text is not None:
         print(text, file=sys.stderr)
 

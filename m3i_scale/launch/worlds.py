@@ -93,7 +93,7 @@ def _worlds(run: RunConfig, hosts: Sequence[Host], fewest: int) -> Iterator[Worl
             yield World(chosen, size)
 
 
-class Compared:
+class ComparedSamples:
     """Keeps the number of samples that losses compare at a time, from attempt to attempt.
 
     Args:
@@ -144,7 +144,7 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
     """
     if least is None:
         return
-    usual = Compared(run, hosts, fewest).usual
+    usual = ComparedSamples(run, hosts, fewest).usual
     if usual is None and not parse_recipe(run.recipe).compares_samples:
         raise ConfigError(
             "min_compared has no effect: no loss of this recipe compares samples",

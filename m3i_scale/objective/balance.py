@@ -13,7 +13,7 @@ from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Fp32State
 
 
-class Weights(nn.Module):
+class GroupWeights(nn.Module):
     """Holds w_k as the recipe says; subclasses change them."""
 
     needs_presence = needs_gradients = False
@@ -38,7 +38,7 @@ class Weights(nn.Module):
         """
 
 
-class LearnedWeights(Weights):
+class LearnedWeights(GroupWeights):
     """Treats every group as a distribution whose own variance is learnt: w_k (L_k / σ_k² + log σ_k).
 
     For a Gaussian that is its likelihood with the variance it has; for a Boltzmann distribution, σ² is a temperature
@@ -56,7 +56,7 @@ class LearnedWeights(Weights):
         nn.init.zeros_(self.log_sigma_K)
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what `Weights` returns. σ of a group without samples stays: its loss of 0 is no likelihood."""
+        """Return what `GroupWeights` returns. σ of a group without samples stays: its loss of 0 is no likelihood."""
         log_sigma_K = self.log_sigma_K.float()
         given_K = torch.tensor(self.given, device=losses_K.device)
         terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
@@ -65,7 +65,7 @@ class LearnedWeights(Weights):
         return terms_K.sum(), (given_K * (-2 * log_sigma_K).exp()).detach()
 
 
-class GradientNormWeights(Fp32State, Weights):
+class GradientNormWeights(Fp32State, GroupWeights):
     """Keeps factors under which the groups' gradients at the encoder output have the lengths that the weights ask for.
 
     Weight 1 stands for the geometric mean of the plain gradients.
@@ -86,7 +86,7 @@ class GradientNormWeights(Fp32State, Weights):
         self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return total and factors as `Weights` does."""
+        """Return total and factors as `GroupWeights` does."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
 
@@ -113,7 +113,7 @@ class BalanceSpec(Kind):
     """Says how the weights of the groups come about."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    module: ClassVar[type[Weights]] = Weights
+    module: ClassVar[type[GroupWeights]] = GroupWeights
     """Is built with the weights that the recipe gives, and the fields."""
 
 
@@ -127,13 +127,13 @@ class LearnedSpec(BalanceSpec):
     """Gives every group a σ of its own, which is trained: weight × (loss / σ² + log σ)."""
 
     kind: ClassVar[str] = "learned"
-    module: ClassVar[type[Weights]] = LearnedWeights
+    module: ClassVar[type[GroupWeights]] = LearnedWeights
 
 
 class GradientNormSpec(BalanceSpec):
     """Scales the groups so that their gradients at the encoder output stand to each other as the weights do."""
 
     kind: ClassVar[str] = "gradient_norm"
-    module: ClassVar[type[Weights]] = GradientNormWeights
+    module: ClassVar[type[GroupWeights]] = GradientNormWeights
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of the measured norms over micro-batches: they are averaged over the last 1 / (1 − momentum)."""

@@ -14,7 +14,7 @@ from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.balance import Weights
+from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import ClassTokenSpec, width_of
 from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower, text_config
 from m3i_scale.objective.heads import ImageHead
@@ -83,7 +83,7 @@ def build_objective(
         std=run.data.augment.std,
         mixed_attention=run.backbone.attention == "mixed",
         ranks=ranks,
-        weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else Weights(weights),
+        weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),
         image_heads=_image_heads(recipe, decoders, ranks),
         states=_memories(recipe) if target_encoders else None,
         projector=projector,

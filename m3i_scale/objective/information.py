@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.balance import Weights
+from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import pool
 from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
@@ -43,7 +43,7 @@ class Objective(nn.Module):
         std: tuple[float, float, float],
         mixed_attention: bool,
         ranks: Ranks,
-        weights: Weights,
+        weights: GroupWeights,
         image_heads: nn.ModuleDict | None = None,
         states: nn.ModuleDict | None = None,
         projector: Projector | None = None,

@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from m3i_scale.text import listed
+
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "fault": ("✗", "red")}
 _NAMED = 2
 _SHOWN = 3
@@ -53,14 +55,9 @@ def _together(findings: list[Mapping[str, Any]]) -> Text:
         hosts_of.setdefault(finding["value"], []).append(finding["host"])
     if len(hosts_of) == 1:
         return Text(findings[0]["value"])
-    lines = [f"{_listed(hosts)}: {value}" for value, hosts in list(hosts_of.items())[:_SHOWN]]
+    lines = [f"{listed(hosts, _SHOWN)}: {value}" for value, hosts in list(hosts_of.items())[:_SHOWN]]
     more = f"\n… and {len(hosts_of) - _SHOWN} more (--json)" if len(hosts_of) > _SHOWN else ""
     return Text("\n".join(lines) + more)
-
-
-def _listed(hosts: list[str]) -> str:
-    more = f" and {len(hosts) - _SHOWN} more" if len(hosts) > _SHOWN else ""
-    return ", ".join(hosts[:_SHOWN]) + more
 
 
 def _found(finding: Mapping[str, Any]) -> Text:

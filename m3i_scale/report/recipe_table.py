@@ -91,10 +91,10 @@ def described_rows() -> list[dict[str, Any]]:
     from m3i_scale.objective.recipe import parse_recipe
 
     recipes = known_recipes().values()
-    return in_order([describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in recipes])
+    return paper_order([describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in recipes])
 
 
-def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows by family, then what hides nothing before what does, then by representation, then by name."""
     return sorted(rows, key=_rank)
 

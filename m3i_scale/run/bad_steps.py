@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m3i_scale.files import write_json
 from m3i_scale.scale.agree import from_rank_0, gather_objects
+from m3i_scale.text import listed
 
 FOLDER = "bad_steps"
 _LISTED = 8
@@ -83,7 +84,7 @@ class BadStep:
         if not any(report.bad for report in self.ranks):
             return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
         ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
-        return "; ".join(ranks[:_LISTED]) + (" …" if len(ranks) > _LISTED else "")
+        return listed(ranks, _LISTED, "; ")
 
     @property
     def samples(self) -> str:

@@ -21,7 +21,7 @@ from m3i_scale.run.setup import ResolvedRun, check_batch, resolve_engine
 from m3i_scale.run.source_checks import check_sources
 from m3i_scale.scale.activations import check_policy
 from m3i_scale.scale.compilation import check_compile
-from m3i_scale.scale.deepspeed.resolve import Resolved, check_accelerator, load_ds_config
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
 from m3i_scale.text import shown
 
@@ -163,7 +163,7 @@ class Checks:
             ranks = self.ranks
             faults.note(check_batch, run, recipe, ranks)
 
-    def _check_engine(self, deepspeed: Resolved | None, faults: Faults) -> None:
+    def _check_engine(self, deepspeed: ResolvedConfig | None, faults: Faults) -> None:
         peak = self.run.hardware.peak_tflops
         if deepspeed is None:
             if not isinstance(peak, str | None):  # a name is one of some precision

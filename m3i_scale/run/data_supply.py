@@ -93,7 +93,7 @@ class StepBatches(Iterator[Batch]):
             UserError: the data of some rank failed, too much is bad, or the sources end before the first step.
         """
         self.waited_s = 0.0
-        if not self._stream.ends:
+        if not self._stream.can_end:
             return False
         started = time.perf_counter()
         before = self._stream.state_dict()
@@ -167,7 +167,7 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
 
 def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
     """Return the message of a run whose sources have ended, with so many bad samples; every rank calls it."""
-    unused = mean_over_ranks({name: counts["left"] for name, counts in stream.standing().items()})
+    unused = mean_over_ranks({name: counts["left"] for name, counts in stream.source_counts().items()})
     per_source = ", ".join(f"{name} {round(count * world_size)}" for name, count in unused.items())
     bad_text = f", {bad} were bad on the way" if bad else ""
     unused_text = f"samples that fill no batch: {per_source}"
@@ -187,7 +187,7 @@ class Shares:
 
     def record(self) -> dict[str, SourceFigures]:
         """Return the figures of every source by name; every rank calls it."""
-        now, names = self._counts(), list(self._stream.standing())
+        now, names = self._counts(), list(self._stream.source_counts())
         # The difference is taken before the ranks are: they exchange 32 bits, too few for it among billions.
         recent = mean_over_ranks({key: value - self._before[key] for key, value in now.items()})
         self._before = now
@@ -205,7 +205,9 @@ class Shares:
 
     def _counts(self) -> dict[str, float]:
         return {
-            f"{name}/{key}": value for name, counts in self._stream.standing().items() for key, value in counts.items()
+            f"{name}/{key}": value
+            for name, counts in self._stream.source_counts().items()
+            for key, value in counts.items()
         }
 
 

@@ -17,6 +17,7 @@ from m3i_scale.run.phases import Phases
 from m3i_scale.scale.agree import max_over_ranks, mean_over_ranks
 from m3i_scale.scale.peak import Peak
 from m3i_scale.scale.plan.hardware import PRESETS
+from m3i_scale.text import GIB
 
 
 @dataclass(frozen=True)
@@ -200,4 +201,4 @@ def _memory_gib() -> float:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return float(accelerator.max_memory_allocated()) / 2**30
+    return float(accelerator.max_memory_allocated()) / GIB

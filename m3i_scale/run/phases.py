@@ -33,7 +33,7 @@ class Phases:
         self._accelerator = get_accelerator()
         self._host = bool(self._accelerator.is_synchronized_device())
         self._now = "other"
-        self.tell: Callable[[str], object] = lambda phase: None
+        self.on_phase: Callable[[str], object] = lambda phase: None
         """Called at every change of phase, but for those after an error."""
         self.reset()
 
@@ -45,7 +45,7 @@ class Phases:
 
     @contextlib.contextmanager
     def span(self, phase: str) -> Iterator[None]:
-        """Count the time inside as `phase`; the phase around it goes on afterwards. After an error `tell` is not
+        """Count the time inside as `phase`; the phase around it goes on afterwards. After an error `on_phase` is not
         called: the error came up in here."""
         around = self._now
         self._mark(phase)
@@ -83,7 +83,7 @@ class Phases:
     def _mark(self, phase: str, *, told: bool = True) -> None:
         self._now = phase
         if told:
-            self.tell(phase)
+            self.on_phase(phase)
         if self._host:
             mark: Any = time.perf_counter()
         else:
@@ -128,7 +128,7 @@ class Timeouts:
             name: the phase of this rank meanwhile. After an error it stays so, for the record of the failure.
         """
         around = self._heartbeat.phase
-        tell, self._phases.tell = self._phases.tell, lambda phase: None
+        on_phase, self._phases.on_phase = self._phases.on_phase, lambda phase: None
         self._heartbeat.at(name)
         if self._steps >= _LONG_STEPS:
             set_timeout(self._timeouts.start_s)
@@ -137,5 +137,5 @@ class Timeouts:
         finally:
             if self._steps >= _LONG_STEPS:
                 set_timeout(self._timeouts.step_s)
-            self._phases.tell = tell
+            self._phases.on_phase = on_phase
         self._heartbeat.at(around)

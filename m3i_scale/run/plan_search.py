@@ -17,7 +17,7 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.run.setup import check_batch, resolve_engine
 from m3i_scale.scale.activations import read_policy
-from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.scale.deepspeed.rules import offloads_optimizer
 from m3i_scale.scale.plan.replay import SNAPSHOT
 from m3i_scale.scale.plan.settings import Role, numel_of, settings_of
@@ -109,7 +109,7 @@ def described(estimated: Estimate) -> dict[str, Any]:
         "activation_checkpointing": choice.policy,
         "peak_gib_per_rank": estimated.peak_bytes / GIB,
         "step_time_s": estimated.step_s,
-        "knobs": {key: value for key, value, _ in estimated.resolved.explained if key.startswith("zero_optimization.")}
+        "knobs": {key: value for key, value, _ in estimated.resolved.filled_in if key.startswith("zero_optimization.")}
         | larger,
         "larger": larger,
     }
@@ -368,7 +368,7 @@ _COUNTED = {
 """Settings of DeepSpeed that change memory or traffic, with the value that the plan counts with."""
 
 
-def _check_counted(resolved: Resolved) -> None:
+def _check_counted(resolved: ResolvedConfig) -> None:
     zero = resolved.config["zero_optimization"]
     uncounted = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
     if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:

@@ -23,14 +23,14 @@ from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.checkpoint.saver import buffers_of
-from m3i_scale.scale.deepspeed.resolve import Resolved
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
 from m3i_scale.scale.engine import is_matrix
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import hardware, step_time
 from m3i_scale.scale.plan.ledger import HOLES, Ledger
-from m3i_scale.scale.plan.replay import ACTIVATIONS, PLAYED
+from m3i_scale.scale.plan.replay import ACTIVATIONS, REPLAYED
 from m3i_scale.scale.plan.settings import Parameter, Settings, numel_of, settings_of
 from m3i_scale.scale.plan.trace import Trace, record, scaled
 from m3i_scale.text import GIB
@@ -273,7 +273,7 @@ class Estimate:
     """Holds what one choice takes."""
 
     choice: Choice
-    resolved: Resolved
+    resolved: ResolvedConfig
     settings: Settings
     peak_bytes: int
     """Of a rank's device, workspace included."""
@@ -318,25 +318,25 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
     settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)
     settings = replace(settings, snapshot=model.remembered_bytes if run.checkpoint.background else None)
     trace = (model.quick_trace if quick else model.trace)(choice.policy, choice.micro_batch)
-    near = Ledger()
-    far = near if machine.on_host else Ledger()
-    engine = engine_for(model.parameters, trace, settings, near, far)
+    device = Ledger()
+    host = device if machine.on_host else Ledger()
+    engine = engine_for(model.parameters, trace, settings, device, host)
     engine.run()
     beside = {"workspace": round(machine.workspace_gib * GIB) + sum(b.nbytes for b in model.objective.buffers())}
     if machine.on_host and keeps_host_memory():
-        beside["fragmentation"] = round(HOLES * near.peak)
+        beside["fragmentation"] = round(HOLES * device.peak)
     flop = trace.flop * settings.accumulation_steps
     compute_s = flop / (machine.tflops[settings.precision] * 1e12 * machine.mfu)
     estimated = Estimate(
         choice,
         resolved,
         settings,
-        near.peak + sum(beside.values()),
-        near.at_peak | beside,
-        near.most[ACTIVATIONS],
-        {} if machine.on_host else host_parts(model, choice, far),
+        device.peak + sum(beside.values()),
+        device.at_peak | beside,
+        device.most[ACTIVATIONS],
+        {} if machine.on_host else host_parts(model, choice, host),
         flop,
-        (engine.traffic, engine.again),
+        (engine.traffic, engine.last_micro_batch),
         StepTraffic({}, 0.0, 0.0, 0.0, 0.0),
         compute_s,
         compute_s,
@@ -346,19 +346,19 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
 
 def over(estimated: Estimate, links: Links) -> Estimate:
     """Return the same step over other links between as many ranks; or over the same, with other `collectives`."""
-    settings, (traffic, again) = estimated.settings, estimated.collectives
-    further = settings.accumulation_steps - min(settings.accumulation_steps, PLAYED)
-    sent = step_traffic(traffic, again, links, further=further, group=settings.hpz)
+    settings, (traffic, last_micro_batch) = estimated.settings, estimated.collectives
+    further = settings.accumulation_steps - min(settings.accumulation_steps, REPLAYED)
+    sent = step_traffic(traffic, last_micro_batch, links, further=further, group=settings.hpz)
     seconds = step_time(
         compute_s=estimated.compute_s, communication_s=sent.time_s, once_s=sent.once_s, overlap=settings.overlap
     )
     return replace(estimated, traffic=sent, step_s=seconds)
 
 
-def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
+def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
     """Return what a rank of a device holds in host memory: what is offloaded, the copy of a save, batches that workers
     have ready, and its process."""
-    parts = dict(far.at_peak)
+    parts = dict(host.at_peak)
     if model.run.data.workers:
         side, views = model.objective.student.image_size, model.recipe.views
         parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * views * 3 * side**2
@@ -366,7 +366,7 @@ def host_parts(model: Model, choice: Choice, far: Ledger) -> dict[str, int]:
     return parts
 
 
-def _sized(resolved: Resolved, sizes: tuple[tuple[str, int], ...]) -> Resolved:
+def _sized(resolved: ResolvedConfig, sizes: tuple[tuple[str, int], ...]) -> ResolvedConfig:
     """Return the same configuration with other sizes."""
     zero = resolved.config["zero_optimization"] | dict(sizes)
     return replace(resolved, config=resolved.config | {"zero_optimization": zero})

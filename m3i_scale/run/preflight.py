@@ -56,7 +56,7 @@ def needs_of(
         checkpoint = Model(run, known, world_size, settings.precision).checkpoint_bytes(settings)
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0
-    far = checkpoint * of_this_host if settings.far_optimizer else 0
+    far = checkpoint * of_this_host if settings.optimizer_on_host else 0
     pixels = 3 * model.image_size**2 * recipe.views * run.optim.micro_batch_size
     count = kept_checkpoints(run.checkpoint, run.optim.steps)
     return Needs(
@@ -66,7 +66,7 @@ def needs_of(
         kept_checkpoints=count,
         kept_bytes=_kept_bytes(run.checkpoint, checkpoint, count),
         memory_bytes=int(copies + far),
-        state_bytes=0 if settings.far_optimizer else int(checkpoint * of_this_host),
+        state_bytes=0 if settings.optimizer_on_host else int(checkpoint * of_this_host),
         shm_bytes=ranks_here * PREFETCH_PARTS * pixels if run.data.workers else 0,
         open_files=_FILES_OF_A_RANK + OPEN_SHARDS + _FILES_OF_A_WORKER * run.data.workers + _GROUPS * world_size,
     )
@@ -98,7 +98,8 @@ def check_software(run: RunConfig) -> None:
     if dist.get_world_size() == 1:
         return
     facts_here = together(
-        lambda: {"python": facts.interpreter(), "code": facts.code(), "config": facts.run_values(run)}, names_rank=True
+        lambda: {"python": facts.software_versions(), "code": facts.code(), "config": facts.run_values(run)},
+        names_rank=True,
     )
     digests = gather_objects(checks.digest(facts_here))
     if len(set(digests)) == 1:

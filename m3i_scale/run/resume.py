@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import RunConfig, read_yaml
+from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
@@ -17,7 +17,7 @@ from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.text import known_part, told_differences
+from m3i_scale.text import known_part, listed, told_differences
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
@@ -85,7 +85,7 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
     """Return notes on another number of ranks, stage or precision."""
-    now = shape_of(resolved, world_size)
+    now = computed_shape(resolved, world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
         for key, value in now.items()
@@ -99,7 +99,7 @@ def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int)
     return notes
 
 
-_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr")
+_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "schedule")
 
 
 def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
@@ -109,19 +109,16 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     saved = read_yaml(checkpoint / "run.yaml").get("optim")
     if not isinstance(saved, dict):
         return []
-    before = run.optim.model_copy(update={name: saved[name] for name in _OF_THE_SCHEDULE if name in saved})
-    changes = [
-        f"optim.{name} was {getattr(before, name)}, is {getattr(run.optim, name)}"
-        for name in _OF_THE_SCHEDULE
-        if getattr(before, name) != getattr(run.optim, name)
-    ]
+    before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
+    values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
+    changes = told_differences("optim", *values)
     if not changes:
         return []
     rates = " instead of ".join(f"{learning_rate(step, optim):.3g}" for optim in (run.optim, before))
     return [f"the schedule changed: {', '.join(changes)}; the learning rate of step {step + 1} is {rates}"]
 
 
-def shape_of(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
+def computed_shape(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
     """Return the shape in which a run is computed; a resumed run may have another."""
     config = resolved.deepspeed.config
     return {
@@ -161,18 +158,16 @@ def _difference(key: str, before: Any, now: Any) -> str:
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', is '{names[1]}'"
-    differences = told_differences(key, before, now)
-    more = f", and {len(differences) - _SHOWN_CHANGES} more" if len(differences) > _SHOWN_CHANGES else ""
-    return "; ".join(differences[:_SHOWN_CHANGES]) + more
+    return listed(told_differences(key, before, now), _SHOWN_CHANGES, "; ")
 
 
-def meta_of(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
+def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
     """Return what meta.json and the manifest say about a checkpoint."""
     text = run_yaml(resolved.run)
     return {
         "step": step,
         "samples": step * resolved.run.optim.batch_size,
-        **shape_of(resolved, world_size),
+        **computed_shape(resolved, world_size),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "identity": resolved.identity,
         "label_sets": resolved.label_sets,

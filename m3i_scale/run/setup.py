@@ -29,7 +29,7 @@ from m3i_scale.scale.agree import from_rank_0, open_together
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
 from m3i_scale.scale.deepspeed.effective import check_effective
-from m3i_scale.scale.deepspeed.resolve import Resolved, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded, kept_frozen, refuse_unwritable
@@ -43,7 +43,7 @@ class ResolvedRun:
     recipe: Recipe
     label_sets: dict[str, list[str]]
     tokenizer: PreTrainedTokenizerBase | None
-    deepspeed: Resolved
+    deepspeed: ResolvedConfig
     image_size: int
     accumulation: int
 
@@ -76,7 +76,19 @@ class ResolvedRun:
             "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
             "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
             "pixels": {"mean": list(run.data.augment.mean), "std": list(run.data.augment.std)},
-        } | ({} if run.task is None else {"task": {"freeze": run.task.freeze, "averages": run.task.ema is not None}})
+        } | self._task_identity()
+
+    def _task_identity(self) -> dict[str, Any]:
+        """Return all that the result of a task is named by."""
+        run = self.run
+        if run.task is None:
+            return {}
+        protocol = None if run.protocol is None else run.protocol.model_dump(mode="json")
+        return {
+            "task": run.task.model_dump(mode="json"),
+            "protocol": protocol,
+            "from_pretrained": run.backbone.from_pretrained,
+        }
 
     def _vocabulary_sha256(self) -> str | None:
         if self.tokenizer is None:
@@ -100,7 +112,7 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
         )
 
 
-def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> Resolved:
+def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
     """Return the run's DeepSpeed file, filled in.
 
     Raises:

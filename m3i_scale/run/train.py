@@ -68,7 +68,7 @@ def start(run: RunConfig) -> Status:
         ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
         clean = False
         try:
-            with count_waits(heartbeat.waited) if heartbeat.read else contextlib.nullcontext():
+            with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
                 status = train(run, ranks, callbacks, heartbeat, resolve)
             clean = True
         finally:

@@ -109,7 +109,7 @@ class Trainer:
         self.preemption.install()
         self.heartbeat.at("resume")
         self.checkpointing.resume()
-        self.phases.tell = self.heartbeat.at
+        self.phases.on_phase = self.heartbeat.at
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
         # Closing ends loader workers here, while everything still stands, and not at the exit of the interpreter.

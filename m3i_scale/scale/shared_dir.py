@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.agree import from_rank_0, gather_objects
+from m3i_scale.text import listed
 
 VISIBLE_S = 15.0
 """A network file system may show a new file this much later on other hosts."""
@@ -39,9 +40,8 @@ def check_shared(output_dir: Path) -> None:
             shutil.rmtree(mark, ignore_errors=True)
     faults = [f"rank {rank} on {host} {fault}" for rank, (host, fault) in enumerate(results) if fault]
     if faults:
-        more = f"; and {len(faults) - _NAMED_RANKS} more" if len(faults) > _NAMED_RANKS else ""
         raise CheckpointError(
-            f"the ranks do not share the output directory: {'; '.join(faults[:_NAMED_RANKS])}{more}",
+            f"the ranks do not share the output directory: {listed(faults, _NAMED_RANKS, '; ')}",
             where=f"{mark.parent}, as rank 0 sees it on {results[0][0]}",
             why="every rank writes its part of a checkpoint there; parts on separate disks cannot be committed or read",
             fix="set output_dir to a folder of a file system that all hosts have mounted, and may write to",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from pathlib import Path
 
 import open_clip.model
@@ -101,26 +102,33 @@ def test_a_vision_tower_alone_of_clip(tmp_path: Path) -> None:
     torch.testing.assert_close(backbone.encode_whole(IMAGES[32])[0][:, 0], output.pooler_output)
 
 
+def mapped_bytes(files: Collection[str]) -> int:
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [fields[0].split("-") for fields in lines if fields[-1] in files]
+    return sum(int(end, 16) - int(start, 16) for start, end in spans)
+
+
 def test_one_file_is_held_at_a_time(tmp_path: Path) -> None:
-    """A model of 200 MB in shards of 20: what is resident grows by no more than a shard, whatever has been read."""
+    """A model of 200 MB in shards of 20: no more than a shard is mapped at a time, and nothing stays resident."""
     config = ViTConfig(hidden_size=640, num_hidden_layers=10, num_attention_heads=8, intermediate_size=2560)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path, max_shard_size="20MB")
-    files = sorted(tmp_path.glob("*.safetensors"))
-    total = sum(path.stat().st_size for path in files)
-    largest = max(path.stat().st_size for path in files)
+    files = {str(path): path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    total, largest = sum(files.values()), max(files.values())
     assert total > 190e6
     assert len(files) > 8
     plan = planned(tmp_path)
     process = psutil.Process()
 
-    def grown(keep: bool) -> int:
+    def most(keep: bool) -> tuple[int, int]:
+        """Return the most bytes of files that were mapped at a time, and by how much the resident ones grew."""
         gc.collect()
-        start, peak, kept = process.memory_info().rss, 0, []
+        start, mapped, resident, kept = process.memory_info().rss, 0, 0, []
         for value in plan.tensors():
             float(value.sum())  # what is mapped is not resident until it is read
             kept += [value] if keep else []
-            peak = max(peak, process.memory_info().rss - start)
-        return peak
+            mapped = max(mapped, mapped_bytes(files))
+            resident = max(resident, process.memory_info().rss - start)
+        return mapped, resident
 
-    assert grown(keep=False) < 1.5 * largest
-    assert grown(keep=True) > 0.8 * total
+    assert max(most(keep=False)) < 1.5 * largest
+    assert most(keep=True)[0] > 0.99 * total  # resident is less of it, where memory is short

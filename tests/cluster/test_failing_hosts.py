@@ -16,7 +16,7 @@ from hosts import Hosts, Process
 from launch import TESTS, environment
 
 from m3i_scale.config import run_values
-from m3i_scale.launch.processes import MARK, mark_of
+from m3i_scale.launch.processes import MARK, process_tag
 
 PARTS = TESTS / "cluster" / "playing_rank.py"
 WAIT_S = 300
@@ -130,7 +130,7 @@ def test_a_port_that_is_taken_is_told(launch: Supervised):
 
 
 def test_processes_of_a_former_launch_are_named(launch: Supervised):
-    mark = {MARK: mark_of("former", "node1", str(launch.out))}
+    mark = {MARK: process_tag("former", "node1", str(launch.out))}
     stale = launch.hosts.start("node1", ["sleep", "303"], log=launch.folder / "stale", env=environment(**mark))
     until(lambda: "sleep 303" in launch.hosts.processes("node1").values())
     process = launch.start()

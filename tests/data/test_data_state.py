@@ -81,7 +81,7 @@ def test_a_diff_says_which_shards_and_settings():
     again = [*shards[:5], ("s-005.tar", 1005, 10, "other"), *shards[6:]]
     assert told(shards, again) == "1 shard of the same size with other members: s-005.tar"
     scattered = [shard for number, shard in enumerate(shards) if number % 2]
-    assert told(shards, scattered) == "5 shards removed: s-000.tar s-002.tar s-004.tar s-006.tar …"
+    assert told(shards, scattered) == "5 shards removed: s-000.tar s-002.tar s-004.tar s-006.tar and 1 more"
 
 
 def test_a_run_that_began_with_other_blur_is_told_and_goes_on_where_it_is_stated():

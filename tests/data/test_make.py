@@ -19,7 +19,7 @@ from m3i_scale.config import SourceConfig
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.make.folder import imagefolder_input, key_of
-from m3i_scale.data.make.records import Listed, Record, encode_all
+from m3i_scale.data.make.records import ListedInput, Record, encode_all
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.make.table import TableColumns, manifest_input
 from m3i_scale.data.make.write import made_whole
@@ -81,7 +81,7 @@ def test_the_same_input_gives_the_same_bytes(photos, tmp_path):
     for name in ("one", "two"):
         source = imagefolder_input(photos)
         if name == "two":
-            source = Listed(list(source.records())[::-1], source.labels, source="imagefolder")
+            source = ListedInput(list(source.records())[::-1], source.labels, source="imagefolder")
         make_shards(source, tmp_path / name, name="p")
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
     assert len(files) > 15
@@ -343,22 +343,22 @@ def test_what_cannot_be_made(photos, tmp_path):
     with pytest.raises(DataError, match="the output exists"):
         make_shards(source, photos)
     with pytest.raises(DataError, match="stand for several samples") as caught:
-        make_shards(Listed([Record("k", picture), Record("k", picture)], []), tmp_path / "out")
+        make_shards(ListedInput([Record("k", picture), Record("k", picture)], []), tmp_path / "out")
     assert caught.value.where == f"{picture}: key 'k'"
     with pytest.raises(DataError, match="no samples"):
-        make_shards(Listed([], []), tmp_path / "out")
+        make_shards(ListedInput([], []), tmp_path / "out")
     with pytest.raises(ConfigError, match="no name for shards"):
         make_shards(source, tmp_path / "out", name="../p")
     with pytest.raises(ConfigError, match="must be positive"):
         make_shards(source, tmp_path / "out", options=ShardOptions(multiple_of=0))
     with pytest.raises(DataError, match="gets no samples"):
-        make_shards(Listed([Record("k", picture)], []), tmp_path / "out", shares={"a": 0.5, "b": 0.5})
+        make_shards(ListedInput([Record("k", picture)], []), tmp_path / "out", shares={"a": 0.5, "b": 0.5})
     with pytest.raises(DataError, match="out of range"):
-        Listed([Record("k", picture, label=5)], [])
+        ListedInput([Record("k", picture, label=5)], [])
     (photos / "none").mkdir()
     with pytest.raises(DataError, match="holds no images"):
         imagefolder_input(photos / "none")
-    bad = Listed([Record("k", b"", fault=DataError("broken"))], [])
+    bad = ListedInput([Record("k", b"", fault=DataError("broken"))], [])
     with pytest.raises(DataError, match="can be used"):
         make_shards(bad, tmp_path / "out", options=ShardOptions(skip_bad=True))
 

@@ -134,12 +134,12 @@ def test_when_all_sources_are_exhausted_the_stream_ends_at_a_whole_batch(tools, 
             two, cache, streams=STREAMS, epochs={"a": 1, "b": 2}, world=world, rank=rank, micro=8 // world,
             workers=workers, max_bad_fraction=1.0,
         )  # fmt: skip
-        assert (loader.ends, loader.samples_at_most) == (True, 168)
+        assert (loader.can_end, loader.samples_at_most) == (True, 168)
         batches = list(loader)
         assert all(len(batch) == 8 // world for batch in batches)
         counts.append(len(batches))
         assert len(list(loader)) == 0  # and it stays at its end
-        left += sum(source["left"] for source in loader.standing().values())
+        left += sum(source["left"] for source in loader.source_counts().values())
     # Of 42 samples a stream, one stream has 41 good ones: 20 batches of two, and up to two samples over.
     assert min(counts) == 20
     assert max(counts) <= 21

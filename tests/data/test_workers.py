@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from m3i_scale.data.workers import START_METHOD, in_order, leave_signals_to_parent, signals_held
+from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, map_in_processes, signals_held
 
 WAIT_S = 30
 
@@ -97,7 +97,7 @@ def stay(task) -> None:
 
 
 def map_in_order() -> None:
-    list(in_order(stay, iter(range(4)), 2))
+    list(map_in_processes(stay, iter(range(4)), 2))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

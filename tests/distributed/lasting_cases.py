@@ -123,7 +123,7 @@ class LastingCases(RankParts):
     def _through_checkpoint(
         self, name: str, stage: int, engine: Any, momentum: Any, averages: dict[str, Tensor]
     ) -> dict[str, Any]:
-        folder = self.out / "checkpoints" / name / "step-00000008"
+        folder = self.out / "checkpoints" / name / f"step-{STEPS:08d}"
         meta = {"world_size": self.world, "zero_stage": stage, "step": STEPS}
         clipping, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 123.0
         Saver(engine, momentum).save(folder, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")

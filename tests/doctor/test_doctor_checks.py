@@ -123,7 +123,7 @@ def test_a_package_whose_files_are_gone_is_found_by_its_metadata(tmp_path: Path,
     (left / "RECORD").write_text("webdataset/__init__.py,,\nwebdataset/cache.py,,\n")
     (tmp_path / "webdataset").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert facts.interpreter()["packages"]["webdataset"] == "1.0.2"
+    assert facts.software_versions()["packages"]["webdataset"] == "1.0.2"
     assert list(facts.incomplete_packages()) == ["webdataset"]
 
 

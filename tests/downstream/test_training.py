@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, load_run
+from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.scale.checkpoint.weights import Which, load_weights
 
@@ -85,6 +87,13 @@ def test_the_engine_has_a_rate_for_every_layer(shards: Path, tmp_path: Path, ds_
     assert sorted({scale for _, scale, _ in found["groups"]}) == pytest.approx([0.65**3, 0.65**2, 0.65, 1.0])
     assert all(rate == pytest.approx(found["lr"] * scale) for rate, scale, _ in found["groups"])
     assert {decay for *_, decay in found["groups"]} == {0.0, 0.05}
+    objective = build_objective(load_run(str(path)), {"shapes": ["bar", "disc", "square"]}, None)
+    scales, wanted, has = scales_of(objective, load_run(str(path)).task), Counter[float](), Counter[float]()
+    for name, parameter in objective.named_parameters():
+        wanted[round(scales.get(name, 1.0), 6)] += parameter.numel()
+    for (_, scale, _), size in zip(found["groups"], found["sizes"], strict=True):
+        has[round(scale, 6)] += size
+    assert has == pytest.approx(wanted, abs=64)  # groups are padded
 
 
 def test_one_rank_and_two_are_one_run_and_so_is_a_run_that_was_stopped(shards: Path, tmp_path: Path) -> None:
@@ -154,7 +163,7 @@ def test_the_result_is_a_stock_classifier(trained: Path, shards: Path, forks: Fo
     data = ["--data", str(shards / "val"), "--measure", "classifier", "--json"]
     done = forks.run("evaluate", str(folder), *data)
     assert done.returncode == 0, done.stderr
-    assert "top" in done.stdout
+    assert 0 <= json.loads(done.stdout)["measures"]["classifier"]["top-1"]["value"] <= 1
     start = BackboneConfig(from_pretrained=str(folder))
     plan = plan_load(backbone_source(start), backbone_config(start))
     assert plan.report["left_out"] == {"classifier": ["classifier.bias", "classifier.weight"]}

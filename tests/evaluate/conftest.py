@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 
 LABELS = ["warm", "cold", "green"]
@@ -50,7 +50,7 @@ def make_records(count=24, styles=3, meta=True, labels=True):
 def shards(tmp_path_factory):
     output = tmp_path_factory.mktemp("data") / "shards"
     make_shards(
-        Listed(make_records(), LABELS), output, name="things", options=ShardOptions(multiple_of=2, vocabulary=0)
+        ListedInput(make_records(), LABELS), output, name="things", options=ShardOptions(multiple_of=2, vocabulary=0)
     )
     return output
 

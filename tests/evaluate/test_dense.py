@@ -13,7 +13,7 @@ from sklearn.metrics import jaccard_score
 
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.samples import open_mask
 from m3i_scale.evaluate import samples
@@ -82,7 +82,7 @@ def halves_records(count=40, wide=0):
 def masked(tmp_path_factory):
     output = tmp_path_factory.mktemp("data") / "masked"
     options = ShardOptions(multiple_of=2, vocabulary=0)
-    summary = make_shards(Listed(halves_records(), ["red", "green", "blue"]), output, name="h", options=options)
+    summary = make_shards(ListedInput(halves_records(), ["red", "green", "blue"]), output, name="h", options=options)
     assert summary["splits"]["train"]["with_mask"] == 32
     return output
 
@@ -179,7 +179,7 @@ def test_the_interval_is_of_the_classes_that_a_draw_has():
 
 def test_masks_follow_the_centre_crop(tmp_path):
     options = ShardOptions(multiple_of=1, vocabulary=0)
-    make_shards(Listed(halves_records(10, wide=16), ["a", "b", "c"]), tmp_path / "wide", name="w", options=options)
+    make_shards(ListedInput(halves_records(10, wide=16), ["a", "b", "c"]), tmp_path / "wide", name="w", options=options)
     for sample in read_samples(open_table(str(tmp_path / "wide" / "val"), "--data"), 16, masks=True):
         left, right = sample.mask[2, 0], sample.mask[2, -1]
         assert left != right

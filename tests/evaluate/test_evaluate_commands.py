@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Listed
+from m3i_scale.data.make.records import ListedInput
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
@@ -117,7 +117,7 @@ def test_training_on_the_test_data_is_refused(vit_folder, shards):
 
 def test_shared_families_are_told(vit_folder, shards, tmp_path, records_of):
     make_shards(
-        Listed(records_of(count=6), ["warm", "cold", "green"]),
+        ListedInput(records_of(count=6), ["warm", "cold", "green"]),
         tmp_path / "other",
         name="o",
         options=ShardOptions(multiple_of=1, vocabulary=0),
@@ -130,7 +130,7 @@ def test_shared_families_are_told(vit_folder, shards, tmp_path, records_of):
 
 def test_without_concepts_it_says_so(vit_folder, shards, tmp_path, records_of):
     make_shards(
-        Listed(records_of(meta=False), ["warm", "cold", "green"]),
+        ListedInput(records_of(meta=False), ["warm", "cold", "green"]),
         tmp_path / "bare",
         name="b",
         options=ShardOptions(multiple_of=1, vocabulary=0),

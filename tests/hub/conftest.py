@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Listed, Record
+from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.hub import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
@@ -56,7 +56,9 @@ def shards(tmp_path_factory):
                 )
             )
     output = tmp_path_factory.mktemp("data") / "shards"
-    make_shards(Listed(records, LABELS), output, name="things", options=ShardOptions(multiple_of=2, vocabulary=200))
+    make_shards(
+        ListedInput(records, LABELS), output, name="things", options=ShardOptions(multiple_of=2, vocabulary=200)
+    )
     return output
 
 

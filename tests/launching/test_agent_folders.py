@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from m3i_scale.launch import agent
-from m3i_scale.launch.processes import MARK, mark_of, marked
+from m3i_scale.launch.processes import MARK, marked, process_tag
 
 
 def aged(folder):
@@ -38,7 +38,7 @@ def test_the_folder_of_a_killed_agent_goes_and_that_of_a_living_one_stays(tmp_pa
 
 @pytest.mark.parametrize("foreign", ["", "yes", "one|two", "|", "a|b|c|d"])
 def test_a_mark_that_is_none_is_somebody_elses_and_breaks_nothing(foreign):
-    marks = [foreign, mark_of("first", "node0", "/out|put")]
+    marks = [foreign, process_tag("first", "node0", "/out|put")]
     processes = [subprocess.Popen(["sleep", "60"], env={MARK: mark}) for mark in marks]
     try:
         assert [(found.pid, found.launch) for found in marked("node0", "/out|put")] == [(processes[1].pid, "first")]

@@ -12,7 +12,7 @@ from m3i_scale.config import load_run
 from m3i_scale.launch.doctor.machine import RankMemory, rank_memory
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.worlds import Compared, World, refusal_of_plan
+from m3i_scale.launch.worlds import ComparedSamples, World, refusal_of_plan
 
 HOSTS = tuple(Host(f"node{number}", 2) for number in range(4))
 SIZES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=24"]
@@ -49,7 +49,7 @@ def test_memory_that_nobody_knows_is_no_room():
 
 
 def test_a_larger_micro_batch_that_ran_out_of_memory_is_not_tried_again():
-    losses = Compared(load_run("m3i", SIZES), HOSTS, 2)
+    losses = ComparedSamples(load_run("m3i", SIZES), HOSTS, 2)
     assert losses.usual == 8 * 24
     half = World(HOSTS[:2], 24)
     assert losses.keep(half, lambda world: None)[0].micro_batch_size == 48

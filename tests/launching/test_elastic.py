@@ -109,7 +109,7 @@ def test_a_host_that_fails_first_twice_running_is_left_out_where_the_others_are_
     found = attempts(tmp_path)
     assert [len(item["hosts"]) for item in found] == worlds
     assert [item["cause"]["host"] for item in found if item["cause"]] == ["node1"] * (3 if exit_code else 2)
-    assert list(found[-1]["without"]) == ([] if exit_code else ["node1"])
+    assert list(found[-1]["left_out"]) == ([] if exit_code else ["node1"])
     assert found[-1]["came_back"] == []  # it answers, and nobody stops for it
     told = capsys.readouterr().out
     assert (told.count("host node1: "), told.count("without node1: ")) == ((1, 0) if exit_code else (0, 1))

@@ -45,7 +45,7 @@ PEERS = [
 
 @pytest.mark.parametrize("told", PEERS)
 def test_words_about_other_ranks_are_no_cause(told):
-    assert failure(1.0, told).consequence
+    assert failure(1.0, told).is_consequence
     cause = failure(9.0, "OutOfMemoryError: CUDA out of memory")
     assert first_cause([failure(1.0, told), cause, failure(12.0, "ValueError: later")]) == cause
 
@@ -55,20 +55,20 @@ def test_words_about_other_ranks_are_no_cause(told):
     ["ValueError: 3 views", "DataError: no sample has arrived for 900 s", "the disk is full", "KeyError: 'text'"],
 )
 def test_other_errors_are_causes(told):
-    assert not failure(1.0, told).consequence
+    assert not failure(1.0, told).is_consequence
 
 
 def test_a_signal_and_a_lost_host_are_causes_whatever_their_log_says():
     lines = ["Connection closed by peer"]
-    assert not failure(1.0, "signal 9", kind="signal", lines=lines).consequence
-    assert not failure(1.0, "the connection to the host ended", kind="host", rank=None).consequence
-    assert failure(1.0, "exit code 1", kind="exit", lines=lines).consequence
+    assert not failure(1.0, "signal 9", kind="signal", lines=lines).is_consequence
+    assert not failure(1.0, "the connection to the host ended", kind="host", rank=None).is_consequence
+    assert failure(1.0, "exit code 1", kind="exit", lines=lines).is_consequence
 
 
 def test_a_server_of_shards_that_is_gone_is_a_mistake_to_mend_and_no_other_ranks_end():
     told = "cannot read the shard: connection lost\n  why: ClientConnectorError: [Errno 111] Connection refused"
     mistake = failure(1.0, told, kind="user_error", exit_code=2)
-    assert not mistake.consequence
+    assert not mistake.is_consequence
     cause = first_cause([mistake, failure(2.0, "signal 6", kind="signal", exit_code=-6), failure(1.5, PEERS[3])])
     assert cause == mistake
     assert cause.user_error  # so it is not started again
@@ -192,7 +192,7 @@ def test_a_rank_that_waited_for_others_that_did_not_come_is_not_to_blame(tmp_pat
         raise MissingRanksError("ranks 8–15 of 16 did not come in 600 s")
     waited = read_record(record_file(tmp_path, 0))
     assert waited is not None
-    assert waited.consequence
+    assert waited.is_consequence
     assert not waited.user_error
     lost = failure(waited.time + 9, "the connection to the host ended", kind="host", rank=None)
     assert first_cause([waited, lost]) == lost

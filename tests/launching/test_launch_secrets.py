@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.environment import Variable, hidden, travelling, without_secrets
+from m3i_scale.launch.environment import Variable, hidden, travelling, without_secret_variables
 from m3i_scale.launch.execute import write_files
 from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.text import HIDDEN
@@ -21,8 +21,8 @@ VALUE = "hf_it's $plutonium"
 
 def test_a_secret_that_was_not_named_does_not_reach_the_launcher():
     here = {"HF_TOKEN": "a", "MLFLOW_TRACKING_TOKEN": "b", "HOME": "/home/me"}
-    assert without_secrets(here, ()) == {"HOME": "/home/me"}
-    assert without_secrets(here, (Variable("HF_TOKEN", "a", True),)) == {"HF_TOKEN": "a", "HOME": "/home/me"}
+    assert without_secret_variables(here, ()) == {"HOME": "/home/me"}
+    assert without_secret_variables(here, (Variable("HF_TOKEN", "a", True),)) == {"HF_TOKEN": "a", "HOME": "/home/me"}
 
 
 def test_what_is_to_travel_must_be_there():

@@ -82,7 +82,7 @@ def programs(tmp_path, monkeypatch):
     folder.mkdir()
     a_script(folder, "ssh", SSH)
     a_script(folder, "pdsh", STARTED)
-    for name in ("m3i_scale", "recipes", "ds_configs"):
+    for name in ("m3i_scale", "recipes", "protocols", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other" / "m3i_scale" / "cli.py").open("a") as file:
         file.write("# another commit\n")

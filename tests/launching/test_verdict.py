@@ -12,7 +12,7 @@ import pytest
 from m3i_scale.launch.execute import Ending, execute
 from m3i_scale.launch.failures import FAILURE, RANK_RECORDS, Failure, read_records, write_failure, write_record
 from m3i_scale.launch.plan import Command, LaunchPlan
-from m3i_scale.launch.verdict import conclude, main, tell
+from m3i_scale.launch.verdict import conclude, main, write_verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYS = str(ROOT / "tests" / "cluster" / "playing_rank.py")
@@ -107,22 +107,25 @@ def record(rank, kind, message="x", time=1.0, **more):
 
 def test_of_several_that_say_nothing_none_is_named_the_first(tmp_path):
     """A launcher ends those that are left: what is blocked in a collective dies like the one that was killed."""
-    told = tell(tmp_path, 1, [record(0, "silent"), record(1, "silent")], 2)
+    told = write_verdict(tmp_path, 1, [record(0, "silent"), record(1, "silent")], 2)
     assert "ranks 0, 1 ended without a word" in told
     assert "which was the first is not known" in told
     assert cause(tmp_path)["rank"] is None
 
 
 def test_a_rank_that_never_began_is_named_beside_those_that_were_ended_for_it(tmp_path):
-    told = tell(tmp_path, 1, [record(0, "silent")], 2)
+    told = write_verdict(tmp_path, 1, [record(0, "silent")], 2)
     assert "rank 1 left nothing: ended before it began" in told
     assert cause(tmp_path)["rank"] is None
 
 
 def test_what_fails_while_others_save_is_told(tmp_path):
     words = [record(0, "silent"), record(1, "user_error", "the disk is full", exit_code=2)]
-    assert "first cause: the disk is full" in tell(tmp_path, 75, words, 2)
-    assert tell(tmp_path, 75, [record(0, "silent"), record(1, "exception", "Connection closed by peer")], 2) is None
+    assert "first cause: the disk is full" in write_verdict(tmp_path, 75, words, 2)
+    assert (
+        write_verdict(tmp_path, 75, [record(0, "silent"), record(1, "exception", "Connection closed by peer")], 2)
+        is None
+    )
 
 
 def test_an_end_that_was_forced_keeps_what_the_rank_has_said(tmp_path):
@@ -135,7 +138,7 @@ def test_an_end_that_was_forced_keeps_what_the_rank_has_said(tmp_path):
 
 
 def test_no_secret_stands_in_what_is_written_or_told(tmp_path):
-    told = tell(tmp_path, 1, [record(0, "exception", "403: https://me:plutonium@h/a.tar?sig=plutonium")], 1)
+    told = write_verdict(tmp_path, 1, [record(0, "exception", "403: https://me:plutonium@h/a.tar?sig=plutonium")], 1)
     assert "403: https://" in told
     assert "plutonium" not in told + (tmp_path / FAILURE).read_text()
 
@@ -204,7 +207,7 @@ def test_an_ssh_that_the_launch_has_ended_itself_is_no_lost_host(tmp_path):
 
 def test_ranks_of_several_hosts_that_say_nothing_blame_none_of_them(tmp_path):
     silent = [record(0, "silent"), Failure(2.0, "node2", 1, None, None, "silent", "x")]
-    tell(tmp_path, 1, silent, 2)
+    write_verdict(tmp_path, 1, silent, 2)
     assert cause(tmp_path)["host"] == "node1, node2"
 
 

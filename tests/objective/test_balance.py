@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import random_batch, tiny_objective
 
-from m3i_scale.objective.balance import GradientNormWeights, LearnedWeights, Weights
+from m3i_scale.objective.balance import GradientNormWeights, GroupWeights, LearnedWeights
 from m3i_scale.objective.ranks import SingleProcess
 
 RANKS = SingleProcess()
 
 
 def test_fixed_weights_are_those_of_the_recipe() -> None:
-    total, factors = Weights([2.0, 0.5])(torch.tensor([3.0, 4.0]))
+    total, factors = GroupWeights([2.0, 0.5])(torch.tensor([3.0, 4.0]))
     assert float(total) == 8.0
     assert factors.tolist() == [2.0, 0.5]
 

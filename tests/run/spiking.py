@@ -26,7 +26,7 @@ def install(faults: list[tuple[int, int, float | str]]) -> None:
 
     def counted(trainer: Trainer) -> Any:
         found = next_batch(trainer)
-        served = sum(counts["served"] for counts in trainer.state.stream.standing().values())
+        served = sum(counts["served"] for counts in trainer.state.stream.source_counts().values())
         at["batch"] = round(served / trainer.run.optim.micro_batch_size)
         return found
 

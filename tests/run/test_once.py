@@ -14,10 +14,10 @@ from tiny import LABEL_SETS, tiny_objective, tiny_run
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import setup
 from m3i_scale.run.activations import set_activations
-from m3i_scale.run.resume import check_resume, meta_of
+from m3i_scale.run.resume import check_resume, checkpoint_meta
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.deepspeed.resolve import Resolved
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
 
 CONFIG = {
     "zero_optimization": {"stage": 3},
@@ -41,8 +41,8 @@ def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     reads: list[Any] = []
     monkeypatch.setattr(setup, "teacher_sha256", lambda recipe: reads.append(recipe) or "0" * 64)
     run = tiny_run("dense_distillation")
-    plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, Resolved(CONFIG, [], "test"), 32, 1)
-    metas = [meta_of(plan, step=step, world_size=1) for step in (1, 2, 3)]
+    plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, ResolvedConfig(CONFIG, [], "test"), 32, 1)
+    metas = [checkpoint_meta(plan, step=step, world_size=1) for step in (1, 2, 3)]
     (tmp_path / "meta.json").write_text(json.dumps(metas[0]))
     (tmp_path / "run.yaml").write_text(run_yaml(run))
     check_resume(plan, tmp_path, 1)

@@ -119,10 +119,10 @@ def test_the_most_live_bytes_are_those_of_a_real_pass(backbone, more, policy):
         gc.enable()
     ledger, held = Ledger(), {}
     for event in trace.events:
-        if event.kind == "take":
-            held[event.number] = ledger.take("", event.size)
-        elif event.kind in ("give", "gradient") and event.number in held:
-            ledger.give(held.pop(event.number))
+        if event.kind == "allocate":
+            held[event.number] = ledger.allocate("", event.size)
+        elif event.kind in ("free", "gradient") and event.number in held:
+            ledger.free(held.pop(event.number))
     assert 0.9 * real.peak <= ledger.peak <= (1 + more) * real.peak
 
 
@@ -152,7 +152,7 @@ def test_a_large_micro_batch_follows_from_two_small_ones(recipe):
 
 def test_everything_that_is_taken_is_given_back():
     events = model_of("m3i").trace("every_2", 4).events
-    taken = {e.number for e in events if e.kind == "take"}
-    given = {e.number for e in events if e.kind in ("give", "gradient")}
+    taken = {e.number for e in events if e.kind == "allocate"}
+    given = {e.number for e in events if e.kind in ("free", "gradient")}
     assert len(taken - given) < 20  # what the objective remembers, and the loss
     assert sum(e.kind == "keep" for e in events) == sum(e.kind == "drop" for e in events)

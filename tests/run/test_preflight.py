@@ -93,7 +93,7 @@ def test_a_run_that_may_not_open_enough_files_ends_on_all_ranks_with_all_faults(
 
 
 def test_ranks_with_other_code_or_another_run_file_are_refused_with_what_differs(shards: Path, tmp_path: Path):
-    for name in ("m3i_scale", "recipes", "ds_configs"):
+    for name in ("m3i_scale", "recipes", "protocols", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / "other" / name, ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "other" / "m3i_scale" / "objective" / "targets.py").open("a") as file:
         file.write("# another commit\n")

@@ -11,6 +11,7 @@ from published import FULL, model_of, published_folder
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
+from m3i_scale.config.schedules import Poly
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.resume import _difference, check_resume
@@ -71,6 +72,7 @@ def test_another_shape_is_told(tmp_path, changed, compares, told):
         ({}, []),
         ({"steps": 40, "warmup_steps": 4}, ["optim.steps was 40, is 20, optim.warmup_steps was 4, is 2"]),
         ({"lr": 2e-3}, ["optim.lr was 0.002, is 0.001"]),
+        ({"schedule": Poly(power=0.9)}, ["optim.schedule"]),
         ({"batch_size": 8}, []),
     ],
 )

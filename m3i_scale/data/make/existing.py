@@ -13,7 +13,7 @@ from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import Fault, RawSample, RawShard, printable, read_members, read_shard, shard_error
-from m3i_scale.data.workers import in_order
+from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
@@ -49,7 +49,7 @@ def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = 
     Raises:
         DataError: a tar that is damaged or hostile, or a sample without the group's field.
     """
-    for size, outlines_of_shard in in_order(outline_shard, origins, workers):
+    for size, outlines_of_shard in map_in_processes(outline_shard, origins, workers):
         yield from outlines_of_shard
         if advance is not None:
             advance(size)

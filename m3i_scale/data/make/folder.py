@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.records import Listed, Record, split_name
+from m3i_scale.data.make.records import ListedInput, Record, split_name
 from m3i_scale.errors import DataError
 
 Captions = Literal["auto", "none", "optional", "required"]
@@ -22,11 +22,12 @@ SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "tes
 """In any case of letters."""
 
 
-def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> Listed:
+def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> ListedInput:
     """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
 
     Args:
-        folder: where they lie; what lies directly in it, or in the folder of a split, has no label.
+        folder: where they lie; what lies directly in it, or in the folder of a split, has no label, and what is hidden
+            (by a dot) is left out.
         captions: which images have one.
         layout: what the first folder on the way to an image is; see `FolderLayout`.
 
@@ -35,7 +36,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in FILE_EXTENSIONS and path.is_file())
+    images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
     if not images:
         raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
     ways = [path.relative_to(folder).parts[:-1] for path in images]
@@ -54,7 +55,14 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
         label = numbers[way[depth]] if len(way) > depth else None
         split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
         records.append(_folder_record(path, folder, label, split, captions))
-    return Listed(records, classes, source="imagefolder")
+    return ListedInput(records, classes, source="imagefolder")
+
+
+def _is_shown_image(path: Path, folder: Path) -> bool:
+    """Return whether a file is an image by its name, and neither it nor a folder on the way to it is hidden: notebooks
+    leave `.ipynb_checkpoints`, macOS `._NAME.jpg`."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
@@ -102,8 +110,13 @@ def _folder_record(path: Path, folder: Path, label: int | None, split: str | Non
         caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
     except DataError as error:
         fault = error
+    size = 0
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # a link to nowhere
+        fault = DataError(f"the image is missing: {error.strerror}", where=str(path), fix="remove the link")
     meta = {"path": relative.as_posix()}
-    return Record(key_of(relative), path, caption, label, meta, split, size=path.stat().st_size, fault=fault)
+    return Record(key_of(relative), path, caption, label, meta, split, size=size, fault=fault)
 
 
 def read_caption(path: Path, captions: Captions) -> str | None:

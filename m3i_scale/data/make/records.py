@@ -14,7 +14,7 @@ from m3i_scale.data.make.layout import Outline, hash_of
 from m3i_scale.errors import DataError
 
 
-class Drawn(Protocol):
+class LazyContents(Protocol):
     """Makes an image or a mask when it is needed. It must pickle, as that happens in a worker process."""
 
     def read(self) -> bytes:
@@ -26,7 +26,7 @@ class Drawn(Protocol):
         ...
 
 
-Contents = Path | bytes | Drawn
+Contents = Path | bytes | LazyContents
 """A file, bytes out of another container, or what is drawn."""
 
 
@@ -84,7 +84,7 @@ class Input(Protocol):
         ...
 
 
-class Listed:
+class ListedInput:
     """Gives records that are all known beforehand, though their images are not read: files, mostly.
 
     They are sorted by a hash of the key, so neighbours in the input are no neighbours in a shard.

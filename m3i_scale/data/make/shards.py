@@ -14,7 +14,7 @@ from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_sp
 from m3i_scale.data.make.records import Encoded, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
 from m3i_scale.data.tokenizer import train_tokenizer
-from m3i_scale.data.workers import in_order
+from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 
@@ -124,7 +124,7 @@ class _Maker:
                 ahead.append(chunk)
                 yield chunk
 
-        for encoded in in_order(encode_all, chunks(), self._options.workers):
+        for encoded in map_in_processes(encode_all, chunks(), self._options.workers):
             yield from zip(ahead.popleft(), encoded, strict=True)
 
     def _skip(self, record: Record, fault: DataError) -> None:

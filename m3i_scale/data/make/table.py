@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.make.arrow import read_rows
-from m3i_scale.data.make.records import Listed, Record, reading, split_name
+from m3i_scale.data.make.records import ListedInput, Record, reading, split_name
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 
@@ -33,7 +33,7 @@ def manifest_input(
     columns: TableColumns | None = None,
     root: Path | None = None,
     labels: Sequence[str] | None = None,
-) -> Listed:
+) -> ListedInput:
     """Open a CSV, TSV, Parquet or JSON-lines file that lists images.
 
     Args:
@@ -52,7 +52,7 @@ def manifest_input(
     numbers = {label: number for number, label in enumerate(known)}
     root = manifest.parent if root is None else root
     records = [_row_record(number, row, columns, root, numbers, manifest) for number, row in enumerate(rows)]
-    return Listed(records, known, source="manifest")
+    return ListedInput(records, known, source="manifest")
 
 
 def _row_record(

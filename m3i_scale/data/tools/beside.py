@@ -26,7 +26,7 @@ class Claims:
 
 
 @dataclass
-class Beside:
+class FolderClaims:
     """Holds what a folder claims about its shards."""
 
     claims: dict[str, Claims] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Beside:
     notes: list[str] = field(default_factory=list)
 
 
-def read_claims(folder: Path, shards: list[Path], whole: bool) -> Beside:
+def read_claims(folder: Path, shards: list[Path], whole: bool) -> FolderClaims:
     """Read sizes.json, manifest.json and img2dataset's `NAME_stats.json`.
 
     Args:
@@ -43,7 +43,7 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> Beside:
         shards: those that are looked at.
         whole: whether they are all shards of the folder; then one that is listed and not among them is missing.
     """
-    beside = Beside()
+    beside = FolderClaims()
     sizes = _read(folder / "sizes.json", beside)
     manifest = _read(folder / "manifest.json", beside)
     listed = manifest.get("shards") if isinstance(manifest, dict) else None
@@ -110,7 +110,7 @@ def _lists_differ(path: Path, known: Mapping[str, Any], present: set[str]) -> li
     return faults + [(str(path.parent / name), Fault("shard is not listed", f"in {path.name}")) for name in new]
 
 
-def _read(path: Path, beside: Beside) -> Any:
+def _read(path: Path, beside: FolderClaims) -> Any:
     try:
         return read_json(path)
     except FileNotFoundError:

@@ -27,7 +27,7 @@ from m3i_scale.data.tar import (
 )
 from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
 from m3i_scale.data.tools.verify import Rules, faults_of, readable_members
-from m3i_scale.data.workers import in_order
+from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
 
@@ -131,7 +131,7 @@ def check_shards(
     report = CheckReport(source)
     with _lines(quarantine) as write, Digests() as keys:
         tasks = _tasks(source, rules, report, write)
-        for shard in in_order(check_shard, tasks, workers):
+        for shard in map_in_processes(check_shard, tasks, workers):
             if not keys_per_shard:
                 keys.add(shard.keys)
             shard.keys = shard.keys[:0]

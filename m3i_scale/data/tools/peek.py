@@ -24,7 +24,7 @@ from m3i_scale.data.samples import decoding, open_image, read_annotations, refus
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import RawSample, printable, read_shard
 from m3i_scale.data.tools.verify import readable_members
-from m3i_scale.data.workers import in_order
+from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 
@@ -80,7 +80,7 @@ def peek(
     """
     paths = local_shards(source)
     counts = []
-    for size, samples in in_order(count_samples, paths, workers):
+    for size, samples in map_in_processes(count_samples, paths, workers):
         counts.append(samples)
         if advance is not None:
             advance(size)

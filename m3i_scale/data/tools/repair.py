@@ -12,7 +12,7 @@ from m3i_scale.data.make.existing import common_labels
 from m3i_scale.data.make.write import close_tar, finish_folder, shard_facts
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.tools.check import CheckReport
-from m3i_scale.data.workers import in_order
+from m3i_scale.data.workers import map_in_processes
 from m3i_scale.files import write_json
 
 BLOCK_BYTES = 1 << 20
@@ -46,7 +46,7 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     tasks = [
         RepairTask(shard.path, folder / shard.path.name, frozenset(shard.bad - mendable[shard.number])) for shard in bad
     ]
-    facts = list(in_order(repair_shard, tasks, workers))
+    facts = list(map_in_processes(repair_shard, tasks, workers))
     kept = {shard.path.name: counts for shard, counts in zip(bad, facts, strict=True) if counts["samples"]}
     good = [shard.path for shard in report.shards if shard.clean]
     if link:

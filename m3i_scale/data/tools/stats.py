@@ -19,7 +19,7 @@ from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tools.verify import image_extensions, readable_members
-from m3i_scale.data.workers import in_order
+from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 
 EXAMPLES = 5
@@ -156,7 +156,7 @@ def stats_of(source: str, *, max_pixels: int, workers: int = 1, advance: Advance
     total = ShardStats()
     tasks = [StatsTask(path, max_pixels) for path in paths]
     with Digests() as images, Digests() as captions:
-        for number, stats in enumerate(in_order(shard_stats, tasks, workers)):
+        for number, stats in enumerate(map_in_processes(shard_stats, tasks, workers)):
             total.merge(stats)
             for digests, name in ((images, "images"), (captions, "captions")):
                 pairs = stats.digests[name]

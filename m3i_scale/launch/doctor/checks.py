@@ -10,7 +10,7 @@ from typing import Any
 from m3i_scale.files import sha256_of_json
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import short_differences, shown, size_text
+from m3i_scale.text import listed, short_differences, shown, size_text
 
 Answers = Mapping[str, Mapping[str, Any]]
 """Answers by host, the head first."""
@@ -85,11 +85,7 @@ def _commit(host: Host) -> Seen:
 def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Name the first files of the code that differ between two answers."""
     mine, theirs = own["files"], other["files"]
-    return _listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), ", ")
-
-
-def _listed(items: list[str], between: str) -> str:
-    return between.join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+    return listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), _SHOWN)
 
 
 def _config(host: Host) -> Seen:
@@ -111,7 +107,7 @@ def _config(host: Host) -> Seen:
         yield (
             f"sha256 {own['sha256'][:12]}, the head has {head['sha256'][:12]}",
             {
-                "fault": f"it differs in {_listed(apart, '; ')}",
+                "fault": f"it differs in {listed(apart, _SHOWN, '; ')}",
                 "fix": "the same run file, and the same files that it extends, on all hosts",
             },
         )
@@ -198,7 +194,7 @@ def _environment(host: Host) -> Seen:
     own, head = host.own["variables"], host.head["variables"]
     names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
     others = [f"{name}={own.get(name, '(not set)')}" for name in names]
-    why = f"other than on {next(iter(host.answers))}: {_listed(others, ', ')}" if others else None
+    why = f"other than on {next(iter(host.answers))}: {listed(others, _SHOWN)}" if others else None
     yield f"{len(own)} variables that change a run", {"warning": why, "fix": "send them from here: --env NAME=value"}
 
 

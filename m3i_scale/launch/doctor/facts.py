@@ -34,7 +34,7 @@ READ_BYTES = 1 << 16
 """Of the first shard of every source."""
 
 
-def interpreter() -> dict[str, Any]:
+def software_versions() -> dict[str, Any]:
     """Return Python, and the versions of the packages that a run computes with; None for one that is missing."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -73,12 +73,16 @@ def incomplete_packages() -> dict[str, str]:
     return incomplete
 
 
+_IN_WHEEL = ("_recipes", "_protocols", "_ds_configs")
+
+
 def code() -> dict[str, Any]:
-    """Hash the package's files, recipes and DeepSpeed files, one over all; name the commit of a checkout."""
+    """Hash the package's files, recipes, protocols and DeepSpeed files, one over all; name the commit of a checkout."""
     files: dict[str, str] = {}
-    for folder in (_PACKAGE, resource_folder("recipes"), resource_folder("ds_configs")):
+    folders = [resource_folder("recipes"), resource_folder("protocols"), resource_folder("ds_configs")]
+    for folder in (_PACKAGE, *folders):
         for path in sorted(folder.rglob("*")):
-            again = path.relative_to(folder).parts[0] in ("_recipes", "_ds_configs")  # of a wheel: read below
+            again = path.relative_to(folder).parts[0] in _IN_WHEEL  # read below
             if path.suffix in (".py", ".yaml", ".json") and not again:
                 name = f"{folder.name.removeprefix('_')}/{path.relative_to(folder).as_posix()}"
                 files[name] = sha256_of(path)[:16]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from m3i_scale.errors import UserError
+from m3i_scale.text import listed
 
 _LISTED = 8
 
@@ -64,12 +65,11 @@ def not_ready(faults: list[Finding]) -> HostsNotReadyError:
     first, *rest = faults
     others = [
         f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")
-        for item in rest[:_LISTED]
+        for item in rest
     ]
-    more = [f"and {len(rest) - _LISTED} more"] if len(rest) > _LISTED else []
     return HostsNotReadyError(
         f"{first.check}: {first.value}",
-        where="; ".join([first.host, *others, *more]),
+        where=listed([first.host, *others], 1 + _LISTED, "; "),
         why=first.why,
         fix="; ".join(dict.fromkeys(item.fix for item in faults[:_LISTED] if item.fix)),
     )

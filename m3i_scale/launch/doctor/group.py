@@ -170,9 +170,9 @@ class Group:
 
     def leave(self) -> None:
         """Ask nothing more of the store. The head, which serves it, waits until that holds for all members."""
-        self._store.set(f"left/{self._own}", "")
-        if self._own == self._members[0]:
-            with suppress(RuntimeError):  # one that has gone without a word
+        with suppress(RuntimeError):  # the head is gone, or another has gone without a word: nothing depends on it here
+            self._store.set(f"left/{self._own}", "")
+            if self._own == self._members[0]:
                 self._store.wait([f"left/{host}" for host in self._members], timedelta(seconds=self._seconds))
 
     def _measured(self, hosts: Sequence[str], key: str) -> dict[str, Any]:

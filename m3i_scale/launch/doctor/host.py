@@ -29,7 +29,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     devices = facts.devices()
     findings = machine.machine_findings(host, machine.look(), needs, on_host=devices["kind"] == "cpu")
     answer: dict[str, Any] = {
-        "python": {**facts.interpreter(), "incomplete": facts.incomplete_packages()},
+        "python": {**facts.software_versions(), "incomplete": facts.incomplete_packages()},
         "code": facts.code(),
         "interface": request["interface"],
         "interfaces": facts.interfaces(),

@@ -15,14 +15,13 @@ from pathlib import Path
 import psutil
 
 from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import size_text
+from m3i_scale.text import GIB, size_text
 
 SHM = Path("/dev/shm")
 _CGROUP = Path("/sys/fs/cgroup")
 COMFORTABLE_FILES = 4096
 COMFORTABLE_SHM = 2**30
 """NCCL's own advice for containers: --shm-size=1g."""
-_GIB = 2**30
 _ASK_NVIDIA = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 _ASK_NVIDIA_S = 10.0
 _OTHER_DEVICES = ("kfd", "accel*", "accel/accel*", "davinci*", "hl*")
@@ -136,7 +135,7 @@ def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> R
         return RankMemory(min(sizes), on_host=False)
     if not on_host and any(any(devices.glob(pattern)) for pattern in ("nvidia[0-9]*", *_OTHER_DEVICES)):
         return RankMemory(None, on_host=False)
-    return RankMemory(look().memory_available / _GIB / slots, on_host=True)
+    return RankMemory(look().memory_available / GIB / slots, on_host=True)
 
 
 def _nvidia_gib() -> list[float]:

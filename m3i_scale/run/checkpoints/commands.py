@@ -26,7 +26,7 @@ def list_(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte; otherwise sizes are compared.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """All checkpoints of a run: step, age, size, whether good, figures, and why each stays."""
+    """List all checkpoints of a run: step, age, size, whether good, figures, and why each stays."""
     from m3i_scale.report.checkpoint_tables import listing
     from m3i_scale.run.checkpoints.documents import list_checkpoints, root_of
 
@@ -53,7 +53,7 @@ def verify(
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
-    """What is in a checkpoint; reads headers and small files only."""
+    """Show what is in a checkpoint; reads headers and small files only."""
     from m3i_scale.report.checkpoint_tables import inspection
     from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, inspect_checkpoint
 
@@ -67,7 +67,7 @@ def diff(
     values: Annotated[bool, typer.Option("--values", help="Compare the tensors' values as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What differs between two checkpoints: settings field by field, position in the data, tensors."""
+    """Show what differs between two checkpoints: settings field by field, position in the data, tensors."""
     from m3i_scale.report.checkpoint_tables import comparison
     from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, diff_checkpoints
     from m3i_scale.scale.checkpoint.contents import tensors_of

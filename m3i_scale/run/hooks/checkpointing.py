@@ -12,7 +12,7 @@ from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
-from m3i_scale.run.resume import meta_of
+from m3i_scale.run.resume import checkpoint_meta
 from m3i_scale.run.retention import evaluations
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
@@ -135,7 +135,7 @@ class Checkpointing(Hook):
             return
         meta: dict[str, Any] = {}
         if state.ranks.rank == 0:  # who writes it
-            meta = meta_of(state.resolved, step=state.step, world_size=state.ranks.world_size)
+            meta = checkpoint_meta(state.resolved, step=state.step, world_size=state.ranks.world_size)
             meta |= {"guard": self._guard.state(), "rewinds": len(self._rewinds)}
         if probe is not None:
             meta["probe_loss"] = self._probe_loss(probe)

@@ -35,7 +35,7 @@ from m3i_scale.scale.partition import ShardedMomentum, full_numel, full_shape, k
 Result = TypeVar("Result")
 
 
-class Task(threading.Thread, Generic[Result]):
+class BackgroundCall(threading.Thread, Generic[Result]):
     """Runs work in a thread that the end of the process does not wait for; its result, or error, is taken later."""
 
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
@@ -72,7 +72,7 @@ class _Save:
     temporary: Path
     meta: dict[str, Any]
     run_yaml: str
-    task: Task[Written]
+    call: BackgroundCall[Written]
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Saver:
     committed: Callable[[Path], object] = lambda final: None
     _copies: HostCopies = field(default_factory=HostCopies)
     _current: _Save | None = None
-    _after_commit: Task[object] | None = None
+    _after_commit: BackgroundCall[object] | None = None
 
     @property
     def pending(self) -> bool:
@@ -102,7 +102,7 @@ class Saver:
     @property
     def writing(self) -> bool:
         """Return whether this rank's thread is still writing."""
-        return self._current is not None and self._current.task.is_alive()
+        return self._current is not None and self._current.call.is_alive()
 
     def save(
         self,
@@ -131,12 +131,12 @@ class Saver:
         averages = self.momentum.online_names() if self.momentum is not None else {}
         meta = {**meta, "engine": counters(self.engine), "averages": averages}
         # A rank that has no memory for its copy ends all: the others would go on, and wait for it in the next step.
-        task = together(lambda: Task("checkpoint", self._work(temporary, json.dumps(data_state), more)))
-        self._current = _Save(final, temporary, meta, run_yaml, task)
+        call = together(lambda: BackgroundCall("checkpoint", self._work(temporary, json.dumps(data_state), more)))
+        self._current = _Save(final, temporary, meta, run_yaml, call)
         if self.background:
-            task.start()
+            call.start()
         else:
-            task.run()
+            call.run()
             self.finish()
 
     def finish(self) -> Path | None:
@@ -148,9 +148,9 @@ class Saver:
         if self._current is None:
             return None
         current, self._current = self._current, None
-        current.task.wait()
+        current.call.wait()
         try:
-            all_ranks = gather_objects(together(current.task.take))
+            all_ranks = gather_objects(together(current.call.take))
             from_rank_0(lambda: _commit(current, all_ranks))
         except Exception:
             # Only now, when no rank is writing any more: a folder that vanishes early would hide the first cause.
@@ -202,13 +202,13 @@ class Saver:
 
     def _begin_after_commit(self, final: Path) -> None:
         self._wait_after_commit()
-        self._after_commit = Task("after-commit", lambda: self.committed(final))
+        self._after_commit = BackgroundCall("after-commit", lambda: self.committed(final))
         self._after_commit.start()
 
     def _wait_after_commit(self) -> None:
-        task, self._after_commit = self._after_commit, None
-        if task is not None:
-            task.take()
+        call, self._after_commit = self._after_commit, None
+        if call is not None:
+            call.take()
 
 
 def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
@@ -236,10 +236,12 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
 
 def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
     """Return the size of a checkpoint's tensors: weights and two moments of what is trained, frozen weights, fp32
-    averages."""
+    averages, buffers."""
     frozen = sum(full_shape(p).numel() * p.element_size() for p in kept_frozen(engine.module).values())
     averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
-    return bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True) + frozen + 4 * averaged
+    remembered = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
+    trained = bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True)
+    return trained + frozen + 4 * averaged + remembered
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:

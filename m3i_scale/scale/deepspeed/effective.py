@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.deepspeed.resolve import Resolved
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
 from m3i_scale.scale.deepspeed.rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
 
 _STAGE3_SIZES = {
@@ -17,7 +17,7 @@ _STAGE3_SIZES = {
 }
 
 
-def check_effective(engine: Any, resolved: Resolved) -> None:
+def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
     """Compare what the engine will do with what was asked for. Call it on every rank, before the first step.
 
     Compared are the ZeRO stage, the precision of every trainable parameter, batch arithmetic, gradient accumulation

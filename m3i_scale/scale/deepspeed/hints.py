@@ -182,7 +182,7 @@ def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
             raise _unfilled(f"{above}{key}", where)
 
 
-def explained(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
+def schema_error(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
     """Return the error for what pydantic found.
 
     Args:

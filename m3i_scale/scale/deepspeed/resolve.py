@@ -21,18 +21,18 @@ from rich.table import Table
 
 from m3i_scale.config import resource_folder
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.scale.deepspeed.hints import check_auto, explained
+from m3i_scale.scale.deepspeed.hints import check_auto, schema_error
 from m3i_scale.scale.deepspeed.rules import check_rules, precision, quantized
 from m3i_scale.scale.deepspeed.schema import AUTO, DeepSpeedFile
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedConfig:
     """Holds a DeepSpeed configuration without "auto", but for accumulation where the number of ranks is not known."""
 
     config: dict[str, Any]
     """What `deepspeed.initialize(config=…)` is given."""
-    explained: list[tuple[str, Any, str]]
+    filled_in: list[tuple[str, Any, str]]
     """(key, value, why) of every value that was not in the file."""
     where: str
     """The file, for messages."""
@@ -108,7 +108,7 @@ def resolve(
     weight_decay: float,
     hidden_size: int,
     where: str,
-) -> Resolved:
+) -> ResolvedConfig:
     """Check `raw` and fill in what the run file knows.
 
     Args:
@@ -132,7 +132,7 @@ def resolve(
     config = copy.deepcopy(raw)
     filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
     _check(config, world_size, where)
-    return Resolved(config, filled + _complete(config, wanted, where), where)
+    return ResolvedConfig(config, filled + _complete(config, wanted, where), where)
 
 
 def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
@@ -144,7 +144,7 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
         DeepSpeedFile.model_validate(known)
     except ValidationError as error:
         faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-        raise explained(faults[0], config, where) from None
+        raise schema_error(faults[0], config, where) from None
     check_auto(known, where)
     check_rules(known, world_size=world_size, where=where)
 
@@ -265,17 +265,17 @@ def _same(given: Any, wanted: Any) -> bool:
     return math.isclose(given, wanted, rel_tol=1e-12)
 
 
-def explain_table(resolved: Resolved) -> Table:
+def explain_table(resolved: ResolvedConfig) -> Table:
     """Return every value that the file leaves to be filled in, as a table for the terminal."""
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
         table.add_column(heading, overflow="fold")
-    for key, value, why in resolved.explained:
+    for key, value, why in resolved.filled_in:
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value), why)
     return table
 
 
-def check_accelerator(resolved: Resolved) -> None:
+def check_accelerator(resolved: ResolvedConfig) -> None:
     """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised.
 
     Raises:

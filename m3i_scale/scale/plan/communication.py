@@ -112,7 +112,9 @@ class StepTraffic:
     """Of these seconds, those of traffic that comes when forward and backward passes are over."""
 
 
-def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int, group: int = 1) -> StepTraffic:
+def step_traffic(
+    traffic: Traffic, last_micro_batch: Traffic, links: Links, *, further: int, group: int = 1
+) -> StepTraffic:
     """Return what the collectives of a step cost.
 
     A ring of n ranks sends (n − 1)/n of the tensor over every one of its links. Where it spans nodes, the rings of a
@@ -122,7 +124,7 @@ def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int
 
     Args:
         traffic: of a step with few micro-batches.
-        again: of the last one of these micro-batches.
+        last_micro_batch: of the last one of these micro-batches.
         links: between the ranks.
         further: micro-batches that the step has beside them; each does what the last one does.
         group: consecutive ranks that hold a second copy of the shards between them.
@@ -131,7 +133,7 @@ def step_traffic(traffic: Traffic, again: Traffic, links: Links, *, further: int
     intra = inter = time_s = once_s = 0.0
     for kind in traffic.sizes:
         repeats = 0 if kind in ONCE_A_STEP else further
-        last = again.sizes.get(kind, Counter())
+        last = last_micro_batch.sizes.get(kind, Counter())
         calls = traffic.sizes[kind] + Counter({size: n * repeats for size, n in last.items()})
         ranks = group if kind == IN_GROUP else links.world
         passes = 2 if links.gloo and kind == "reduce-scatter" else _PASSES.get(kind, 1)

@@ -11,11 +11,11 @@ from m3i_scale.scale.plan.whole import Bf16Engine, ZeroEngine
 
 
 def engine_for(
-    parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, near: Ledger, far: Ledger
+    parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, device: Ledger, host: Ledger
 ) -> Engine:
     """Return the model of the optimizer that DeepSpeed takes with these settings."""
     if settings.stage == 3:
-        return PartitionedEngine(parameters, trace, settings, near, far)
+        return PartitionedEngine(parameters, trace, settings, device, host)
     if settings.bf16_optimizer:
-        return Bf16Engine(parameters, trace, settings, near, far)
-    return ZeroEngine(parameters, trace, settings, near, far)
+        return Bf16Engine(parameters, trace, settings, device, host)
+    return ZeroEngine(parameters, trace, settings, device, host)

@@ -51,39 +51,45 @@ class Coordinator:
     ledger: Ledger
     shards: Ledger
     """Where shards of parameters lie: the same, or that of host memory."""
-    order: list[int] | None = None
-    """Modules in the order of their use in one iteration; None while DeepSpeed still records it."""
     told: Callable[[bool, int, int], None] = lambda in_group, size, calls: None
     """Called at gathers: whether they are from second copies, their bytes, and how many they are."""
+    order: list[int] = field(default_factory=list)
+    """Modules in the order of their use in one iteration; empty while DeepSpeed still records it."""
     _full: dict[int, _Storage] = field(default_factory=dict)
     _inflight: dict[int, _Gather] = field(default_factory=dict)
     _active: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     _views: dict[int, _Storage] = field(default_factory=dict)
     _second: dict[int, int] = field(default_factory=dict)
+    _expected: list[tuple[int, int]] = field(default_factory=list)
+    """Parameters in the order of their use, with its step."""
     _queue: deque[tuple[int, int]] = field(default_factory=deque)
+    """What is left of these in an iteration."""
     _latest: dict[int, int] = field(default_factory=dict)
     _uses: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Steps of `order` that use a parameter; none while `order` is recorded."""
+    """Steps of `order` that use a parameter."""
     _passed: list[int] = field(default_factory=lambda: [0])
     """Elements of the parameters of all modules before a step of `order`."""
     _step: int = 0
     _available: int = 0
 
+    def follow(self, order: list[int]) -> None:
+        """Gather ahead from now on, in the order of an iteration that has been recorded."""
+        if order == self.order:
+            return
+        self.order, self._expected, self._passed = order, [], [0]
+        self._uses.clear()
+        for step, module in enumerate(order):
+            own = self._own(module)
+            self._expected.extend((param, step) for param in own)
+            self._passed.append(self._passed[-1] + sum(self.parameters[param].numel for param in own))
+            for param in own:
+                self._uses[param].append(step)
+
     def start(self) -> None:
         """Begin a new iteration."""
         self._step, self._available = 0, 0
         self._latest.clear()
-        self._queue.clear()
-        self._uses.clear()
-        if self.order is not None:
-            self._passed = [0]
-            for step, module in enumerate(self.order):
-                self._passed.append(self._passed[-1] + sum(self.parameters[param].numel for param in self._own(module)))
-                for param in self._own(module):
-                    self._uses[param].append(step)
-            last = {param: step for step, module in enumerate(self.order) for param in self.modules[module]}
-            for step, module in enumerate(self.order):
-                self._queue.extend((param, last[param] if last[param] == step else step) for param in self._own(module))
+        self._queue = deque(self._expected)
 
     def fetch(self, module: int) -> None:
         """Gather what `module` needs, which is about to run, forwards or backwards."""
@@ -95,7 +101,7 @@ class Coordinator:
             self._active[param].add(module)
             if param in self._inflight:
                 self._wait(param)
-        if self.order is not None:
+        if self.order:
             self._advance(own)
         self._step += 1
 
@@ -128,7 +134,7 @@ class Coordinator:
     def changed(self, param: int) -> None:
         """Drop the second copy of a parameter that has been changed."""
         if param in self._second:
-            self.shards.give(self._second.pop(param))
+            self.shards.free(self._second.pop(param))
 
     def keep(self, param: int, number: int) -> None:
         """Note that the backward pass holds a view of a gathered parameter."""
@@ -165,13 +171,13 @@ class Coordinator:
         self._available += sum(self.parameters[param].numel for param in params)
         if self.settings.world == 1:  # the shard is the parameter
             for param in params:
-                self._full[param] = _Storage(self.ledger.take(GATHERED, 0))
+                self._full[param] = _Storage(self.ledger.allocate(GATHERED, 0))
             return
         size = sum(self._bytes(param, padded=True) for param in params)
         self.told(in_group, size, calls)
-        gather = _Gather(self.ledger.take(GATHERED, size), set(params), params)
+        gather = _Gather(self.ledger.allocate(GATHERED, size), set(params), params)
         if self.settings.on_host:  # gloo collects into a buffer of its own
-            self.ledger.pass_by("collectives", size)
+            self.ledger.allocate_and_free("collectives", size)
         for param in params:
             self._inflight[param] = gather
 
@@ -179,11 +185,11 @@ class Coordinator:
         gather = self._inflight.pop(param)
         if not gather.complete:
             for other in gather.params:
-                self._full[other] = _Storage(self.ledger.take(GATHERED, self._bytes(other)))
+                self._full[other] = _Storage(self.ledger.allocate(GATHERED, self._bytes(other)))
             gather.complete = True
         gather.waiting.discard(param)
         if not gather.waiting:
-            self.ledger.give(gather.flat)
+            self.ledger.free(gather.flat)
 
     def _advance(self, own: tuple[int, ...]) -> None:
         """Take the module's parameters off the queue, and gather the next ones ahead."""
@@ -216,7 +222,7 @@ class Coordinator:
     def copy(self, param: int) -> None:
         """Follow `_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
         if self.settings.hpz > 1 and param not in self._second:
-            self._second[param] = self.shards.take(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
+            self._second[param] = self.shards.allocate(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
 
     def _free(self, param: int) -> None:
         self.copy(param)
@@ -226,6 +232,6 @@ class Coordinator:
     def _unuse(self, storage: _Storage) -> None:
         storage.uses -= 1
         if storage.uses == 0:
-            self.ledger.give(storage.handle)
+            self.ledger.free(storage.handle)
         elif storage.uses > 0:
             self.ledger.move(storage.handle, KEPT)

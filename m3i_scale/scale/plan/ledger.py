@@ -25,7 +25,7 @@ class Ledger:
         self._held: dict[int, tuple[str, int]] = {}
         self._count = 0
 
-    def take(self, part: str, size: int) -> int:
+    def allocate(self, part: str, size: int) -> int:
         """Add a tensor of so many bytes; return the handle to free it by."""
         self._count += 1
         self._held[self._count] = part, size
@@ -37,7 +37,7 @@ class Ledger:
             self.at_peak = {name: held for name, held in self.parts.items() if held}
         return self._count
 
-    def give(self, handle: int) -> None:
+    def free(self, handle: int) -> None:
         """Free a tensor."""
         part, size = self._held.pop(handle)
         self.parts[part] -= size
@@ -50,6 +50,6 @@ class Ledger:
         self.parts[part] += size
         self._held[handle] = part, size
 
-    def pass_by(self, part: str, size: int) -> None:
+    def allocate_and_free(self, part: str, size: int) -> None:
         """Add a tensor and free it at once."""
-        self.give(self.take(part, size))
+        self.free(self.allocate(part, size))

@@ -27,18 +27,18 @@ class PartitionedEngine(Engine):
     def build(self) -> None:
         """Follow `zero.Init`, first weights, `_create_fp16_partitions_with_defragmentation`, `…_fp32_partitions`."""
         settings, world = self.settings, self.settings.world
-        places = self.near if not settings.far_parameters else self.far
+        places = self.device if not settings.parameters_on_host else self.host
         shards = {}
         for module in self.trace.modules:
-            whole = [self.near.take(WORKSPACE, self._bytes(place)) for place in module]
+            whole = [self.device.allocate(WORKSPACE, self._bytes(place)) for place in module]
             for place, handle in zip(module, whole, strict=True):
                 part = OF_ROLE[self.parameters[place].role]
                 size = share(self.parameters[place].numel, world) * settings.parameter_bytes
-                shards[place] = places.take(part, size)
-                self.near.give(handle)
+                shards[place] = places.allocate(part, size)
+                self.device.free(handle)
         self.phase = "start"
         self.coordinator = Coordinator(
-            self.parameters, self.trace.modules, settings, self.near, places, told=self._count_gather
+            self.parameters, self.trace.modules, settings, self.device, places, told=self._count_gather
         )
         for place in range(len(self.parameters)):
             self.coordinator.copy(place)
@@ -47,12 +47,12 @@ class PartitionedEngine(Engine):
             self.coordinator.release_all()
         self._flatten(shards, places)
         self._masters()
-        self.near.take(BUCKETS, settings.reduce_bucket * settings.communication_bytes)
+        self.device.allocate(BUCKETS, settings.reduce_bucket * settings.communication_bytes)
         total = sum(share(self.parameters[p].numel, world) for p in self.trained)
-        self.states.take(GRADIENTS, total * settings.accumulation_bytes)
+        self.states.allocate(GRADIENTS, total * settings.accumulation_bytes)
         for place in self.averaged:
             numel = share(self.parameters[place].numel, world)
-            self.near.take(MOMENTUM, numel * momentum_state_bytes(settings.precision))
+            self.device.allocate(MOMENTUM, numel * momentum_state_bytes(settings.precision))
         self.order: list[int] = []
         self.filled: list[tuple[int, int | None]] = []
 
@@ -68,28 +68,28 @@ class PartitionedEngine(Engine):
     def _flatten(self, shards: dict[int, int], places: Ledger) -> None:
         total = sum(share(self.parameters[p].numel, self.settings.world) for p in self.trained)
         size = total * self.settings.parameter_bytes
-        if self.settings.on_host or self.settings.far_parameters:
-            places.take(PARAMETERS, size)
+        if self.settings.on_host or self.settings.parameters_on_host:
+            places.allocate(PARAMETERS, size)
             for place in self.trained:
-                places.give(shards[place])
+                places.free(shards[place])
         else:  # by way of the host
             for place in self.trained:
-                places.give(shards[place])
-            places.take(PARAMETERS, size)
+                places.free(shards[place])
+            places.allocate(PARAMETERS, size)
 
     def _masters(self) -> None:
         settings = self.settings
         self.sub_groups = self._sub_groups()
         # Also where parameters have the masters' type: DeepSpeed compares a device with its name, and copies.
         for numel in self.sub_groups:
-            converted = self.states.take(WORKSPACE, numel * settings.master_bytes)
-            self.states.take(OPTIMIZER, numel * settings.master_bytes)
-            self.states.give(converted)
-        if settings.far_optimizer:
+            converted = self.states.allocate(WORKSPACE, numel * settings.master_bytes)
+            self.states.allocate(OPTIMIZER, numel * settings.master_bytes)
+            self.states.free(converted)
+        if settings.optimizer_on_host:
             for numel in self.sub_groups:
-                self.far.take(GRADIENTS, numel * settings.master_bytes)
+                self.host.allocate(GRADIENTS, numel * settings.master_bytes)
         else:
-            self.near.pass_by(GRADIENTS, max(self.sub_groups) * settings.master_bytes)
+            self.device.allocate_and_free(GRADIENTS, max(self.sub_groups) * settings.master_bytes)
 
     def _sub_groups(self) -> list[int]:
         """Follow `_create_fp16_sub_groups`."""
@@ -114,7 +114,7 @@ class PartitionedEngine(Engine):
     def before_forward(self) -> None:
         """Gather ahead, but in the first iteration, which is recorded."""
         if self.order:
-            self.coordinator.order = self.order
+            self.coordinator.follow(self.order)
         self.coordinator.start()
         self.order = []
 
@@ -146,7 +146,7 @@ class PartitionedEngine(Engine):
             self._reduce()
             used = 0
         if used + numel <= self.settings.reduce_bucket:  # copied into the bucket
-            self.near.give(handle)
+            self.device.free(handle)
             self.filled.append((numel, None))
         else:
             self.filled.append((numel, handle))
@@ -158,16 +158,16 @@ class PartitionedEngine(Engine):
         padded = sum(share(numel, world) * world for numel in sizes)
         self.traffic.add("reduce-scatter", padded * settings.communication_bytes)
         alone = len(sizes) == 1 and padded == sizes[0]
-        flat = None if alone else self.near.take(BUCKETS, padded * settings.communication_bytes)
+        flat = None if alone else self.device.allocate(BUCKETS, padded * settings.communication_bytes)
         if settings.on_host and world > 1:  # gloo reduces a clone
-            self.near.pass_by(COLLECTIVES, padded * settings.communication_bytes)
+            self.device.allocate_and_free(COLLECTIVES, padded * settings.communication_bytes)
         if settings.accumulation_bytes != settings.communication_bytes:
-            self.near.pass_by(BUCKETS, padded // world * settings.accumulation_bytes)
+            self.device.allocate_and_free(BUCKETS, padded // world * settings.accumulation_bytes)
         if flat is not None:
-            self.near.give(flat)
+            self.device.free(flat)
         for _, handle in self.filled:
             if handle is not None:
-                self.near.give(handle)
+                self.device.free(handle)
         self.filled.clear()
 
     def after_backward(self, *, first: bool, last: bool) -> None:
@@ -182,15 +182,15 @@ class PartitionedEngine(Engine):
         self.norm(max(share(self.parameters[p].numel, settings.world) for p in self.trained))
         for numel in self.sub_groups:
             gradient = None
-            if not settings.far_optimizer:
-                gradient = self.near.take(WORKSPACE, numel * settings.accumulation_bytes)
+            if not settings.optimizer_on_host:
+                gradient = self.device.allocate(WORKSPACE, numel * settings.accumulation_bytes)
                 if settings.accumulation_bytes != settings.master_bytes:
-                    converted = self.near.take(WORKSPACE, numel * settings.master_bytes)
-                    self.near.give(gradient)
+                    converted = self.device.allocate(WORKSPACE, numel * settings.master_bytes)
+                    self.device.free(gradient)
                     gradient = converted
             self.take_states(numel)
             if gradient is not None:
-                self.near.give(gradient)
+                self.device.free(gradient)
         self.phase = "update"
         self.coordinator.gather_persistent()
         for param in (*self.trained, *self.averaged):

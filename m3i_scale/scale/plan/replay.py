@@ -19,7 +19,7 @@ SNAPSHOT = "snapshot"
 """What a save in the background copies into host memory, kept for the next one."""
 ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
 OF_ROLE: Final = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER, "frozen": PARAMETERS}
-PLAYED: Final = 2
+REPLAYED: Final = 2
 """Micro-batches of a step that are played through, at most."""
 _NORM_BYTES = 8
 """Gradient norms are taken in fp64."""
@@ -32,33 +32,33 @@ class Engine(ABC):
         parameters: of the whole module, in its order.
         trace: what a micro-batch does.
         settings: of the engine.
-        near: where the device's tensors are written down.
-        far: host memory beside the device; the same as `near` where the host computes.
+        device: where the device's tensors are written down.
+        host: host memory beside the device; the same as `device` where the host computes.
     """
 
     def __init__(
-        self, parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, near: Ledger, far: Ledger
+        self, parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, device: Ledger, host: Ledger
     ) -> None:
         self.parameters, self.trace, self.settings = parameters, trace, settings
-        self.near, self.far = near, far
-        self.states = near if not settings.far_optimizer else far
+        self.device, self.host = device, host
+        self.states = device if not settings.optimizer_on_host else host
         self.trained = [place for place, p in enumerate(parameters) if p.role == "trained"]
         self.averaged = [place for place, p in enumerate(parameters) if p.role == "momentum"]
         self.frozen = [place for place, p in enumerate(parameters) if p.role == "frozen"]
         self.stepped = False
-        self.traffic, self.again = Traffic(), Traffic()
+        self.traffic, self.last_micro_batch = Traffic(), Traffic()
         self.build()
 
     def run(self, steps: int = 2) -> None:
         """Take optimizer steps: the second one finds all states there. `traffic` is that of the last one, in as many
-        micro-batches as were played; `again` that of the last micro-batch."""
+        micro-batches as were played; `last_micro_batch` that of the last micro-batch."""
         for _ in range(steps):
             traffic, count = Traffic(), self.played
             for number in range(count):
                 self.traffic = Traffic()
                 self.micro_batch(first=number == 0, last=number + 1 == count)
-                self.again = self.traffic
-                traffic += self.again
+                self.last_micro_batch = self.traffic
+                traffic += self.last_micro_batch
             self.traffic = Traffic()
             self.step()
             self.traffic += traffic
@@ -69,7 +69,7 @@ class Engine(ABC):
     @property
     def played(self) -> int:
         """Return the micro-batches of a step that are played: further ones repeat the second."""
-        return min(self.settings.accumulation_steps, PLAYED)
+        return min(self.settings.accumulation_steps, REPLAYED)
 
     def micro_batch(self, *, first: bool, last: bool) -> None:
         """Replay the trace."""
@@ -79,19 +79,19 @@ class Engine(ABC):
         for event in self.trace.events:
             if event.kind == "backward":
                 self.phase = "backward"
-            elif event.kind == "take":
-                held[event.number] = self.near.take(ACTIVATIONS, event.size)
-            elif event.kind == "give" and event.number in held:
-                self.near.give(held.pop(event.number))
+            elif event.kind == "allocate":
+                held[event.number] = self.device.allocate(ACTIVATIONS, event.size)
+            elif event.kind == "free" and event.number in held:
+                self.device.free(held.pop(event.number))
             elif event.kind == "gradient":
-                self.near.move(held[event.number], GRADIENTS)
+                self.device.move(held[event.number], GRADIENTS)
                 self.on_gradient(event.owner, held.pop(event.number), first=first)
             elif event.kind in ("fetch", "release"):
                 self.on_use(event.owner, event.kind)
             elif event.kind in ("keep", "drop"):
                 self.on_view(event.owner, event.number, event.kind)
         for handle in held.values():
-            self.near.give(handle)
+            self.device.free(handle)
         self.after_backward(first=first, last=last)
 
     @abstractmethod
@@ -147,16 +147,16 @@ class Engine(ABC):
             return
         sizes = self.snapshot()
         for size in sizes if self.settings.on_host else plan_pools(sizes)[0]:
-            self.far.take(SNAPSHOT, size)
+            self.host.allocate(SNAPSHOT, size)
         if self.settings.snapshot:
-            self.near.take(SNAPSHOT, self.settings.snapshot)
+            self.device.allocate(SNAPSHOT, self.settings.snapshot)
 
     def take_states(self, numel: int) -> None:
         """Make AdamW's moments at the first step."""
         if not self.stepped:
             for _ in range(2):
-                self.states.take(OPTIMIZER, numel * self.settings.state_bytes)
+                self.states.allocate(OPTIMIZER, numel * self.settings.state_bytes)
 
     def norm(self, largest: int) -> None:
         """Take and free what the norm needs, gradient by gradient."""
-        self.near.pass_by(WORKSPACE, largest * _NORM_BYTES)
+        self.device.allocate_and_free(WORKSPACE, largest * _NORM_BYTES)

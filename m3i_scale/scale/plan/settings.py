@@ -75,9 +75,9 @@ class Settings:
     """DeepSpeed's own linear function keeps the parameter and not a view of its gathered storage."""
     hpz: int
     """Ranks that hold a second copy of the shards between them; 1 for none."""
-    far_optimizer: bool
+    optimizer_on_host: bool
     """Optimizer states and master weights in host memory."""
-    far_parameters: bool
+    parameters_on_host: bool
     accumulation_steps: int
     on_host: bool
     """The host is what computes: gloo carries the traffic."""
@@ -100,8 +100,8 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
     lean = bool(bf16.get("bf16_master_weights_and_grads")) or bool(
         config.get("fp16", {}).get("fp16_master_weights_and_grads")
     )
-    far = offloads_optimizer(config)
-    state_bytes = 2 if bf16.get("bf16_optimizer_states") or (lean and not far and kind != "fp32") else 4
+    host = offloads_optimizer(config)
+    state_bytes = 2 if bf16.get("bf16_optimizer_states") or (lean and not host and kind != "fp32") else 4
     return Settings(
         world=world,
         stage=int(zero["stage"]),
@@ -121,8 +121,8 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
         max_reuse=int(parsed.max_reuse_distance),
         efficient_linear=bool(parsed.memory_efficient_linear),
         hpz=max(int(parsed.zero_hpz_partition_size), 1),
-        far_optimizer=far,
-        far_parameters=(zero.get("offload_param") or {}).get("device") == "cpu",
+        optimizer_on_host=host,
+        parameters_on_host=(zero.get("offload_param") or {}).get("device") == "cpu",
         accumulation_steps=int(config["gradient_accumulation_steps"]),
         on_host=on_host,
     )

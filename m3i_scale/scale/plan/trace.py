@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from m3i_scale.backbones.flops import counter
 
-Kind = Literal["take", "give", "gradient", "fetch", "release", "keep", "drop", "backward"]
+Kind = Literal["allocate", "free", "gradient", "fetch", "release", "keep", "drop", "backward"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
 
 def _made(trace: Trace) -> list[tuple[str, int, int]]:
     """Return the tensors that come into being, in order, and which of them are whose gradients."""
-    return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("take", "gradient")]
+    return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("allocate", "gradient")]
 
 
 @dataclass
@@ -101,11 +101,11 @@ class _Recorder:
         def end(_: Any) -> None:
             if self.alive.pop(key, (0, None))[0] == number:
                 self.live_bytes -= size
-                self.events.append(Event("give", number))
+                self.events.append(Event("free", number))
 
         self.alive[key] = number, weakref.ref(storage, end)
         self.live_bytes += size
-        self.events.append(Event("take", number, size))
+        self.events.append(Event("allocate", number, size))
 
     def number_of(self, tensor: Tensor) -> int:
         self.meet(tensor)

@@ -29,27 +29,27 @@ class WholeEngine(Engine):
         """Follow `DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
         kept = {}
         for place, parameter in enumerate(self.parameters):
-            kept[place] = self.near.take(OF_ROLE[parameter.role], parameter.numel * 4)  # built in fp32
+            kept[place] = self.device.allocate(OF_ROLE[parameter.role], parameter.numel * 4)  # built in fp32
         if self.settings.parameter_bytes != 4:
             for place, parameter in enumerate(self.parameters):
                 size = parameter.numel * self.settings.parameter_bytes
-                cast = self.near.take(OF_ROLE[parameter.role], size)
-                self.near.give(kept[place])
+                cast = self.device.allocate(OF_ROLE[parameter.role], size)
+                self.device.free(kept[place])
                 kept[place] = cast
         self.groups = [[p for p in self.trained if self.parameters[p].matrix == matrix] for matrix in (True, False)]
         self.groups = [group for group in self.groups if group]
         self.flat = [self._padded(sum(self.parameters[p].numel for p in group)) for group in self.groups]
         for group, numel in zip(self.groups, self.flat, strict=True):
-            self.near.take(PARAMETERS, numel * self.settings.parameter_bytes)
+            self.device.allocate(PARAMETERS, numel * self.settings.parameter_bytes)
             for place in group:
-                self.near.give(kept[place])
+                self.device.free(kept[place])
             self._master(numel // self.settings.world)
         self._after_groups()
         for place in self.averaged:
             numel = self.parameters[place].numel
-            whole = self.near.take(WORKSPACE, numel * 4)
-            self.near.take(MOMENTUM, numel * momentum_state_bytes(self.settings.precision))
-            self.near.give(whole)
+            whole = self.device.allocate(WORKSPACE, numel * 4)
+            self.device.allocate(MOMENTUM, numel * momentum_state_bytes(self.settings.precision))
+            self.device.free(whole)
 
     def held_of(self, param: int, rank: int) -> int:
         """Return the elements of the rank's part of the flat group that all ranks share out."""
@@ -70,9 +70,9 @@ class WholeEngine(Engine):
         return -(-numel // unit) * unit
 
     def _master(self, numel: int) -> None:
-        copy = self.near.take(WORKSPACE, numel * self.settings.parameter_bytes)
-        self.states.take(OPTIMIZER, numel * self.settings.master_bytes)
-        self.near.give(copy)
+        copy = self.device.allocate(WORKSPACE, numel * self.settings.parameter_bytes)
+        self.states.allocate(OPTIMIZER, numel * self.settings.master_bytes)
+        self.device.free(copy)
 
     def _after_groups(self) -> None:
         """Take nothing more, by default."""
@@ -89,7 +89,7 @@ class WholeEngine(Engine):
         for numel in self.flat:
             self.traffic.add("update", numel * self.settings.parameter_bytes)
             if self.settings.on_host and self.settings.world > 1:
-                self.near.pass_by(COLLECTIVES, numel * self.settings.parameter_bytes)
+                self.device.allocate_and_free(COLLECTIVES, numel * self.settings.parameter_bytes)
 
 
 class ZeroEngine(WholeEngine):
@@ -99,16 +99,16 @@ class ZeroEngine(WholeEngine):
         settings = self.settings
         largest = max(self.parameters[p].numel for p in self.trained)
         shards = [numel // settings.world for numel in self.flat]
-        if settings.far_optimizer:
+        if settings.optimizer_on_host:
             for numel in shards:
-                self.far.take(OPTIMIZER, numel * settings.parameter_bytes)  # param_buffer_of_bit16_for_cpu_offload
-                self.far.take(GRADIENTS, numel * settings.master_bytes)
-            self.far.take(BUCKETS, largest * settings.parameter_bytes)  # temp_grad_buffer_for_cpu_offload
-            self.near.take(BUCKETS, largest * settings.parameter_bytes)
+                self.host.allocate(OPTIMIZER, numel * settings.parameter_bytes)  # param_buffer_of_bit16_for_cpu_offload
+                self.host.allocate(GRADIENTS, numel * settings.master_bytes)
+            self.host.allocate(BUCKETS, largest * settings.parameter_bytes)  # temp_grad_buffer_for_cpu_offload
+            self.device.allocate(BUCKETS, largest * settings.parameter_bytes)
         else:
-            starting = [self.near.take(GRADIENTS, numel * settings.master_bytes) for numel in shards]
+            starting = [self.device.allocate(GRADIENTS, numel * settings.master_bytes) for numel in shards]
             for handle in starting:
-                self.near.give(handle)
+                self.device.free(handle)
         self.compact = settings.accumulation_bytes == 4 and settings.parameter_bytes != 4
         self.early = settings.stage == 2 or settings.overlap
         self.own = self._in_partition()
@@ -139,14 +139,14 @@ class ZeroEngine(WholeEngine):
         elif first or param not in self.waiting:
             self.waiting[param] = handle
         else:  # added to the one that is there
-            self.near.give(handle)
+            self.device.free(handle)
 
     def _put(self, param: int, handle: int) -> None:
         settings, numel = self.settings, self.parameters[param].numel
         if not self.buckets:
             count = 2 if settings.overlap else 1
             size = settings.reduce_bucket * settings.parameter_bytes
-            self.buckets = [self.near.take(BUCKETS, size) for _ in range(count)]
+            self.buckets = [self.device.allocate(BUCKETS, size) for _ in range(count)]
         if self.filled + numel > settings.reduce_bucket:
             self._reduce()
         self.filled += numel
@@ -154,7 +154,7 @@ class ZeroEngine(WholeEngine):
         if numel > settings.reduce_bucket:
             self.large.append(handle)
         else:
-            self.near.give(handle)
+            self.device.free(handle)
 
     def _reduce(self) -> None:
         """Follow `reduce_ipg_grads`: a flat copy is reduced, and this rank's own part is copied out."""
@@ -163,17 +163,17 @@ class ZeroEngine(WholeEngine):
             return
         if self.compact and not self.partitions:
             shards = [numel // settings.world for numel in self.flat]
-            self.partitions = [self.near.take(GRADIENTS, numel * settings.accumulation_bytes) for numel in shards]
+            self.partitions = [self.device.allocate(GRADIENTS, numel * settings.accumulation_bytes) for numel in shards]
         kind = "all-reduce" if self.early else "all-reduce of the step"
         self.traffic.add(kind, self.filled * settings.communication_bytes)
-        flat = self.near.take(BUCKETS, self.filled * settings.parameter_bytes)
+        flat = self.device.allocate(BUCKETS, self.filled * settings.parameter_bytes)
         if settings.communication_bytes != settings.parameter_bytes:
-            self.near.pass_by(BUCKETS, self.filled * settings.communication_bytes)
-        self.near.give(flat)
-        if not self.compact and not settings.far_optimizer:
+            self.device.allocate_and_free(BUCKETS, self.filled * settings.communication_bytes)
+        self.device.free(flat)
+        if not self.compact and not settings.optimizer_on_host:
             self._put_aside()
         for handle in self.large:
-            self.near.give(handle)
+            self.device.free(handle)
         self.large.clear()
         self.in_bucket.clear()
         self.filled = 0
@@ -184,9 +184,9 @@ class ZeroEngine(WholeEngine):
         size = self.settings.parameter_bytes
         if self.settings.on_host:
             mine = [param for param in self.in_bucket if param in self.own]
-            self.owned += [self.near.take(GRADIENTS, self.parameters[param].numel * size) for param in mine]
+            self.owned += [self.device.allocate(GRADIENTS, self.parameters[param].numel * size) for param in mine]
         elif not self.owned:
-            self.owned = [self.near.take(GRADIENTS, sum(self.parameters[p].numel for p in self.own) * size)]
+            self.owned = [self.device.allocate(GRADIENTS, sum(self.parameters[p].numel for p in self.own) * size)]
 
     def after_backward(self, *, first: bool, last: bool) -> None:
         """Follow `independent_gradient_partition_epilogue`."""
@@ -197,7 +197,7 @@ class ZeroEngine(WholeEngine):
         if self.early or last:
             self._reduce()
         for handle in self.buckets:
-            self.near.give(handle)
+            self.device.free(handle)
         self.buckets.clear()
         if self.accumulated:  # added to what earlier micro-batches left
             self._release(self.owned)
@@ -207,7 +207,7 @@ class ZeroEngine(WholeEngine):
 
     def _release(self, handles: list[int]) -> None:
         for handle in handles:
-            self.near.give(handle)
+            self.device.free(handle)
 
     def step(self) -> None:
         """Update group by group."""
@@ -216,22 +216,22 @@ class ZeroEngine(WholeEngine):
         for number, numel in enumerate(self.flat):
             shard = numel // settings.world
             gradient = None
-            if settings.far_optimizer:
+            if settings.optimizer_on_host:
                 pass
             elif self.compact:
                 gradient = self.partitions[number]
             else:
-                gradient = self.near.take(GRADIENTS, shard * settings.parameter_bytes)
+                gradient = self.device.allocate(GRADIENTS, shard * settings.parameter_bytes)
                 if settings.master_bytes != settings.parameter_bytes:
-                    converted = self.near.take(GRADIENTS, shard * settings.master_bytes)
-                    self.near.give(gradient)
+                    converted = self.device.allocate(GRADIENTS, shard * settings.master_bytes)
+                    self.device.free(gradient)
                     gradient = converted
             self.take_states(shard)
             if gradient is not None:
-                self.near.give(gradient)
-        if self.compact and settings.far_optimizer:
+                self.device.free(gradient)
+        if self.compact and settings.optimizer_on_host:
             for handle in self.partitions:
-                self.near.give(handle)
+                self.device.free(handle)
         self.partitions = []
         self._release(self.owned)
         self.owned = []
@@ -244,7 +244,7 @@ class Bf16Engine(WholeEngine):
 
     def _master(self, numel: int) -> None:
         super()._master(numel)
-        self.near.take(GRADIENTS, numel * self.settings.world * self.settings.accumulation_bytes)
+        self.device.allocate(GRADIENTS, numel * self.settings.world * self.settings.accumulation_bytes)
 
     def _after_groups(self) -> None:
         self.kept: set[int] = set()
@@ -252,23 +252,25 @@ class Bf16Engine(WholeEngine):
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
         """Keep 16-bit gradients, which are set to zero after the step, and stay."""
         if param in self.kept:
-            self.near.give(handle)
+            self.device.free(handle)
         self.kept.add(param)
 
     def after_backward(self, *, first: bool, last: bool) -> None:
         """Follow `update_hp_grads`, then `buffered_allreduce_fallback`: a flat copy, and another one in the type that
         is sent."""
         settings = self.settings
-        self.near.pass_by(WORKSPACE, max(self.parameters[p].numel for p in self.trained) * settings.accumulation_bytes)
+        self.device.allocate_and_free(
+            WORKSPACE, max(self.parameters[p].numel for p in self.trained) * settings.accumulation_bytes
+        )
         if not last:
             return
         numel = sum(self.flat)
         self.traffic.add("all-reduce of the step", numel * settings.communication_bytes)
-        copy = self.near.take(BUCKETS, numel * settings.accumulation_bytes) if len(self.flat) > 1 else None
+        copy = self.device.allocate(BUCKETS, numel * settings.accumulation_bytes) if len(self.flat) > 1 else None
         if settings.communication_bytes != settings.accumulation_bytes:
-            self.near.pass_by(BUCKETS, numel * settings.communication_bytes)
+            self.device.allocate_and_free(BUCKETS, numel * settings.communication_bytes)
         if copy is not None:
-            self.near.give(copy)
+            self.device.free(copy)
 
     def step(self) -> None:
         """Update the shard of every group."""

@@ -35,8 +35,8 @@ GPU = Settings(
     max_reuse=2_000,
     efficient_linear=True,
     hpz=1,
-    far_optimizer=False,
-    far_parameters=False,
+    optimizer_on_host=False,
+    parameters_on_host=False,
     accumulation_steps=1,
     on_host=False,
 )
@@ -47,15 +47,15 @@ def trace_of(parameters: tuple[Parameter, ...], activation: int) -> Trace:
     events, number = [], 0
     for place in range(len(parameters)):
         number += 1
-        events += [Event("fetch", owner=place), Event("take", number, activation), Event("release", owner=place)]
+        events += [Event("fetch", owner=place), Event("allocate", number, activation), Event("release", owner=place)]
     events.append(Event("backward"))
     for place in reversed(range(len(parameters))):
         events.append(Event("fetch", owner=place))
         if parameters[place].role == "trained":
             number += 1
-            events.append(Event("take", number, parameters[place].numel * 2))
+            events.append(Event("allocate", number, parameters[place].numel * 2))
             events.append(Event("gradient", number, parameters[place].numel * 2, place))
-        events += [Event("give", place + 1), Event("release", owner=place)]
+        events += [Event("free", place + 1), Event("release", owner=place)]
     return Trace(tuple(events), tuple((place,) for place in range(len(parameters))), 0, 0)
 
 
@@ -74,10 +74,10 @@ models = st.lists(
 
 def test_the_peak_is_split_into_parts():
     ledger = Ledger()
-    first = ledger.take("activations", 100)
-    ledger.take("parameters", 50)
-    ledger.give(first)
-    ledger.take("gradients", 20)
+    first = ledger.allocate("activations", 100)
+    ledger.allocate("parameters", 50)
+    ledger.free(first)
+    ledger.allocate("gradients", 20)
     assert ledger.peak == 150
     assert ledger.at_peak == {"activations": 100, "parameters": 50}
     assert ledger.live == 70
@@ -85,11 +85,11 @@ def test_the_peak_is_split_into_parts():
 
 def test_a_tensor_may_change_its_part():
     ledger = Ledger()
-    handle = ledger.take("activations", 100)
+    handle = ledger.allocate("activations", 100)
     ledger.move(handle, "gradients")
     assert ledger.parts["gradients"] == 100
     assert ledger.parts["activations"] == 0
-    ledger.give(handle)
+    ledger.free(handle)
     assert ledger.live == 0
 
 
@@ -135,11 +135,11 @@ def test_what_stays_is_what_the_formulas_say(stage):
 
 def test_offloaded_states_lie_in_host_memory():
     parameters = (Parameter(4_096, "trained"),)
-    near, far = Ledger(), Ledger()
-    engine = replace(GPU, far_optimizer=True)
-    engine_for(parameters, trace_of(parameters, 0), engine, near, far).run()
-    assert far.parts["optimizer"] == 12 * 4_096 // 8
-    assert near.parts["optimizer"] == 0
+    device, host = Ledger(), Ledger()
+    engine = replace(GPU, optimizer_on_host=True)
+    engine_for(parameters, trace_of(parameters, 0), engine, device, host).run()
+    assert host.parts["optimizer"] == 12 * 4_096 // 8
+    assert device.parts["optimizer"] == 0
 
 
 def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
@@ -148,9 +148,9 @@ def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
     keeps = []
     for event in plain.events:
         keeps.append(event)
-        if event.kind == "take" and event.size == 0:
+        if event.kind == "allocate" and event.size == 0:
             keeps.append(Event("keep", 100 + event.number, owner=event.number - 1))
-        if event.kind == "give":
+        if event.kind == "free":
             keeps.append(Event("drop", 100 + event.number, owner=event.number - 1))
     kept = replace(plain, events=tuple(keeps))
 
@@ -163,17 +163,33 @@ def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
     assert at(kept, efficient=False) > at(plain, efficient=False) + 2 * 2_000
 
 
+@pytest.mark.parametrize(("reuse", "gathers"), [(1_000, 2), (1_001, 1)])
+def test_what_comes_again_within_the_reuse_distance_is_not_gathered_again(reuse: int, gathers: int) -> None:
+    """The first module runs once more behind one of 1,000 elements: it is gathered twice or once in an iteration."""
+    parameters = (Parameter(640, "trained"), Parameter(1_000, "trained"))
+    uses = [Event(kind, owner=owner) for owner in (0, 1, 0) for kind in ("fetch", "release")]
+    trace = Trace((*uses, Event("backward")), ((0,), (1,)), 0, 0)
+    engine = replace(GPU, persistence=0, prefetch_bucket=0, max_reuse=reuse, accumulation_steps=2)
+    ledger = Ledger()
+    played = engine_for(parameters, trace, engine, ledger, ledger)
+    played.run()
+    links = Links(1, 8, 100.0, 10.0, 0.0)
+    one, more = (step_traffic(played.traffic, played.last_micro_batch, links, further=further) for further in (0, 1))
+    again = more.rank_bytes["gather forward"] - one.rank_bytes["gather forward"]
+    assert again == pytest.approx(2 * 7 / 8 * (gathers * 640 + 1_000))
+
+
 def test_a_ring_sends_its_share_and_leaves_a_node_over_all_ports():
     parameters = tuple(Parameter(1_000, "trained") for _ in range(4))
     ledger = Ledger()
     engine = engine_for(parameters, trace_of(parameters, 0), replace(GPU, world=16, stage=2), ledger, ledger)
     engine.run()
     links = Links(2, 8, 100.0, 10.0, 0.0, gloo=True)
-    sent = step_traffic(engine.traffic, engine.again, links, further=0)
+    sent = step_traffic(engine.traffic, engine.last_micro_batch, links, further=0)
     total = 2 * 4_000 * 2 * 15 / 16 + 4_000 * 2 * 15 / 16  # all-reduce of gradients, gather of parameters
     assert sum(sent.rank_bytes.values()) == pytest.approx(total)
     assert sent.inter_bytes == pytest.approx(total / 8)
-    more = step_traffic(engine.traffic, engine.again, links, further=2)
+    more = step_traffic(engine.traffic, engine.last_micro_batch, links, further=2)
     assert sum(more.rank_bytes.values()) == pytest.approx(total + 2 * 2 * 4_000 * 2 * 15 / 16)
     parameters_s = 4_000 * 2 * 15 / 16 / 8 / 10e9
     assert sent.once_s == more.once_s == pytest.approx(parameters_s)
@@ -250,7 +266,7 @@ def test_the_momentum_target_reduces_each_parameter_where_masters_are_divided_an
     played.run()
     counted = (played.traffic.calls.get(AVERAGED, 0), played.traffic.bytes.get(AVERAGED, 0))
     assert counted == ((2, 4 * 3_072) if stage < 3 and precision == "bf16" else (0, 0))
-    one, more = (step_traffic(played.traffic, played.again, NODES, further=n).rank_bytes for n in (0, 6))
+    one, more = (step_traffic(played.traffic, played.last_micro_batch, NODES, further=n).rank_bytes for n in (0, 6))
     assert more.get(AVERAGED) == one.get(AVERAGED)  # once a step
 
 
@@ -260,15 +276,15 @@ def test_copies_of_a_save_are_all_of_the_states_without_padding(stage, world):
     """12 bytes a trained parameter and 4 an averaged one, over all ranks, of which the first has most."""
     parameters = (Parameter(4_099, "trained"), Parameter(1_021, "trained", False), Parameter(2_047, "momentum"))
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, world=world, snapshot=10)
-    near, far = Ledger(), Ledger()
-    planned = engine_for(parameters, trace_of(parameters, 0), engine, near, far)
+    device, host = Ledger(), Ledger()
+    planned = engine_for(parameters, trace_of(parameters, 0), engine, device, host)
     planned.run()
     copies = [planned.snapshot(rank) for rank in range(world)]
     assert sum(map(sum, copies)) == 12 * (4_099 + 1_021) + 4 * 2_047
     assert max(map(sum, copies)) == sum(copies[0])
     # Pinned memory comes in powers of two; the buffers stay on the device.
-    assert far.parts["snapshot"] == sum(plan_pools(copies[0])[0])
-    assert near.parts["snapshot"] == 10
+    assert host.parts["snapshot"] == sum(plan_pools(copies[0])[0])
+    assert device.parts["snapshot"] == 10
 
 
 def test_copies_of_a_save_lie_beside_the_next_step_on_a_host():
@@ -298,7 +314,7 @@ def test_second_copies_take_memory_and_keep_gathers_in_their_group():
         ledger = Ledger()
         found = engine_for(parameters, trace_of(parameters, 0), engine, ledger, ledger)
         found.run()
-        return ledger, step_traffic(found.traffic, found.again, links, further=further, group=engine.hpz)
+        return ledger, step_traffic(found.traffic, found.last_micro_batch, links, further=further, group=engine.hpz)
 
     ledger, sent = played(replace(plain, hpz=4))
     without, all_sent = played(plain)
@@ -324,7 +340,7 @@ def test_further_micro_batches_do_what_the_last_one_did():
         ledger = Ledger()
         found = engine_for(parameters, trace_of(parameters, 0), replace(GPU, accumulation_steps=steps), ledger, ledger)
         found.run()
-        return step_traffic(found.traffic, found.again, links, further=steps - found.played)
+        return step_traffic(found.traffic, found.last_micro_batch, links, further=steps - found.played)
 
     two, three, five = (sent(steps) for steps in (2, 3, 5))
     for kind, size in five.rank_bytes.items():

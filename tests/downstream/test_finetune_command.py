@@ -1,0 +1,322 @@
+"""`finetune classification`: from an export and a folder of images to a classifier and a figure, in one command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forks
+from launch import environment
+from safetensors.torch import load_file
+from shapes import COLOURS, SHAPES, draw
+from transformers import ViTConfig, ViTModel, pipeline
+
+from m3i_scale.config import load_run
+from m3i_scale.downstream.labelled import Labelled, find_labelled
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.files import read_json
+from m3i_scale.run.finetune import FineTuning, prepare_classification
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+TRAIN, VAL = 8, 4
+STEPS = 6  # two epochs of 24 images in batches of 8
+
+
+def export(folder: Path, eps: float = 1e-6) -> Path:
+    config = ViTConfig(**SIZES, image_size=32, patch_size=8, layer_norm_eps=eps)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def images(root: Path, counts: dict[str, int]) -> Path:
+    """`root/SPLIT/CLASS/NUMBER.png`, other images in every split; split "" is none."""
+    for first, (split, count) in enumerate(counts.items()):
+        for shape in SHAPES:
+            folder = root / split / shape
+            folder.mkdir(parents=True)
+            for number in range(count):
+                draw(shape, list(COLOURS)[number % 4], 40 * first + number).save(folder / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("start") / "export")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("data") / "images", {"train": TRAIN, "val": VAL})
+
+
+def command(start: Path, data: Path, output: Path, *more: str) -> list[str]:
+    fields = [f"output_dir={output}", "optim.batch_size=8", "optim.micro_batch_size=4", "deepspeed=zero1_cpu_fp32"]
+    fields += ["checkpoint.every_steps=4", "log.every_steps=1", "log.progress=false", "data.streams=4"]
+    options = ["--data", str(data), "--epochs", "2", "--json"]
+    return ["finetune", "classification", str(start), *options, *fields, *more]
+
+
+def test_a_dry_run_tells_all_and_starts_nothing(start: Path, data: Path, forks: Forks, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    fields = ["--protocol", "in1k_finetune_b", "--dry-run", "backbone.config.image_size=32"]
+    done = forks.run(*command(start, data, output, *fields), env=environment())
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["protocol"], told["steps"], told["classes"]) == ("in1k_finetune_b", STEPS, len(SHAPES))
+    assert told["published"]["number"] == 83.664
+    stated = load_run("in1k_finetune_b").protocol
+    assert stated is not None
+    added = told["deviations"][len(stated.deviations) :]
+    assert told["deviations"] == [*stated.deviations, *added]
+    ours = ("optim.batch_size", "optim.micro_batch_size", "backbone.config.image_size", "epochs", "deepspeed")
+    assert sorted(text.split()[0] for text in added) == sorted(ours)
+    assert told["memory_gib"] > 0
+    assert told["gpu_hours"] > 0
+    assert not output.exists()
+    text = forks.run(*(item for item in command(start, data, output, *fields) if item != "--json"), env=environment())
+    assert "83.664" in text.stdout
+    assert "deviation" in text.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(start: Path, data: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    output = tmp_path_factory.mktemp("trained") / "out"
+    done = forks.run(*command(start, data, output), env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "packing" in done.stderr
+    return output, json.loads(done.stdout)
+
+
+def test_the_result_says_what_it_may_be_compared_with(trained: tuple[Path, Any]) -> None:
+    output, told = trained
+    assert read_json(output / "finetune.json") == told
+    assert (told["protocol"], told["published"], told["step"]) == ("finetune", None, STEPS)
+    assert told["deviations"]
+    assert told["epochs"] == 2
+    assert 0 <= told["top_1"] <= 100
+
+
+def test_the_result_is_a_stock_classifier_with_the_names_of_the_folders(trained: tuple[Path, Any], data: Path) -> None:
+    output, told = trained
+    assert Path(told["export"]) == output / "classifier"
+    answers = pipeline("image-classification", told["export"])(str(data / "val" / "disc" / "00.png"))
+    assert {answer["label"] for answer in answers} == set(SHAPES)
+
+
+def steps_of(output: Path) -> list[int]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["kind"] == "train"]
+
+
+def test_the_same_command_goes_on_to_the_same_weights(
+    trained: tuple[Path, Any], start: Path, data: Path, forks: Forks, tmp_path: Path
+) -> None:
+    """As after a kill: the last checkpoint and what came after are not there."""
+    output, told = trained
+    again = tmp_path / "out"
+    shutil.copytree(output, again)
+    shutil.rmtree(again / "checkpoints" / f"step-{STEPS:08d}")
+    shutil.rmtree(again / "classifier")
+    made = (again / "shards" / "train" / "manifest.json").stat().st_mtime_ns
+    done = forks.run(*command(start, data, again), env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "step-00000004" in done.stderr
+    assert (again / "shards" / "train" / "manifest.json").stat().st_mtime_ns == made
+    assert steps_of(again) == list(range(1, STEPS + 1))
+    assert json.loads(done.stdout)["top_1"] == told["top_1"]
+    other = shutil.copytree(start, tmp_path / "other export")
+    refused = forks.run(*command(other, data, again), env=environment())
+    assert refused.returncode == 2, refused.stderr
+    assert "from_pretrained" in refused.stderr
+    before, after = (load_file(folder / "classifier" / "model.safetensors") for folder in (output, again))
+    assert before.keys() == after.keys()
+    assert all(value.equal(after[name]) for name, value in before.items())
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_shards_and_saved_data_sets_are_read_as_folders_of_images_are(data: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    found = pack(data, tmp_path / "a")
+    assert (found.classes, found.samples) == (sorted(SHAPES), TRAIN * len(SHAPES))
+    shards = find_labelled(tmp_path / "a", tmp_path / "unused", tmp_path / "index")
+    assert (shards.train, shards.validation, shards.samples) == (found.train, found.validation, found.samples)
+    labels = datasets.ClassLabel(names=sorted(SHAPES))
+    features = datasets.Features({"image": datasets.Image(), "label": labels})
+    split = {
+        name: datasets.Dataset.from_dict(
+            {
+                "image": [str(path) for path in sorted((data / folder).rglob("*.png"))],
+                "label": [path.parent.name for path in sorted((data / folder).rglob("*.png"))],
+            },
+            features=features,
+        )
+        for name, folder in (("train", "train"), ("validation", "val"), ("extra", "val"))
+    }
+    datasets.DatasetDict(split).save_to_disk(str(tmp_path / "saved"))
+    saved = pack(tmp_path / "saved", tmp_path / "b")
+    assert (saved.classes, saved.samples) == (found.classes, found.samples)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["train", "validation"]
+    assert read_json(tmp_path / "b" / "train" / "labels.json") == sorted(SHAPES)
+
+
+def pack(folder: Path, to: Path) -> Labelled:
+    found = find_labelled(folder, to, to.parent / "index")
+    found.pack(lambda text: None)
+    again = find_labelled(folder, to, to.parent / "index")
+    assert again.source is None
+    assert (again.train, again.validation) == (found.train, found.validation)
+    return found
+
+
+def test_images_without_splits_are_all_trained_on(tmp_path: Path) -> None:
+    found = find_labelled(images(tmp_path / "images", {"": 2}), tmp_path / "shards", tmp_path)
+    assert (found.samples, found.validation) == (2 * len(SHAPES), None)
+
+
+def test_splits_are_known_by_other_names_too_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    root = images(tmp_path / "images", {"Training": 2, "Testing": 1})
+    (root / "Training" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(root / "Training" / "disc" / "00.png", root / "Training" / ".ipynb_checkpoints" / "00-checkpoint.png")
+    shutil.copy(root / "Training" / "disc" / "00.png", root / "Training" / "disc" / "._00.png")
+    found = find_labelled(root, tmp_path / "shards", tmp_path)
+    assert (found.classes, found.samples) == (sorted(SHAPES), 2 * len(SHAPES))
+    assert found.validation == tmp_path / "shards" / "testing"
+
+
+def emptied(root: Path) -> None:
+    (root / "train" / "cross").mkdir()
+
+
+def differing(root: Path) -> None:
+    (root / "val" / "disc").rename(root / "val" / "disk")
+
+
+def loose(root: Path) -> None:
+    shutil.copy(root / "train" / "disc" / "00.png", root / "train" / "00.png")
+
+
+def no_training(root: Path) -> None:
+    shutil.rmtree(root / "train")
+
+
+def linked(root: Path) -> None:
+    (root / "train" / "disc").rename(root / "disc")
+    (root / "train" / "disc").symlink_to(root / "disc")
+
+
+def not_utf8(root: Path) -> None:
+    os.rename(root / "train" / "disc", os.fsencode(root / "train") + b"/d\xff")
+
+
+def flat(root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "where"),
+    [
+        (emptied, "train"),
+        (differing, "val"),
+        (loose, "00.png"),
+        (linked, "train"),
+        (not_utf8, "train"),
+        (no_training, "images"),
+        (flat, "images"),
+    ],
+)
+def test_what_is_no_labelled_folder_is_refused(spoil: Any, where: str, tmp_path: Path) -> None:
+    root = images(tmp_path / "images", {"train": 1, "val": 1})
+    spoil(root)
+    with pytest.raises(ConfigError) as caught:
+        find_labelled(root, tmp_path / "shards", tmp_path)
+    assert str(caught.value.where).endswith(where)
+    assert caught.value.fix
+
+
+def test_an_image_that_is_missing_is_named_before_anything_is_packed(tmp_path: Path) -> None:
+    root = images(tmp_path / "images", {"train": 1})
+    (root / "train" / "disc" / "01.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(DataError) as caught:
+        find_labelled(root, tmp_path / "shards", tmp_path).pack(lambda text: None)
+    assert str(caught.value.where).endswith("01.png")
+    assert not list(tmp_path.glob("shards*/train/*.tar"))
+
+
+def test_shards_of_other_images_are_not_used(tmp_path: Path) -> None:
+    root = images(tmp_path / "images", {"train": 2})
+    pack(root, tmp_path / "shards")
+    (root / "train" / "disc" / "00.png").unlink()
+    with pytest.raises(ConfigError) as caught:
+        find_labelled(root, tmp_path / "shards", tmp_path)
+    assert caught.value.where == str(tmp_path / "shards")
+
+
+# ---------------------------------------------------------------- before anything is packed
+
+
+def prepared(start: Path, data: Path, *overrides: str, **given: Any) -> FineTuning:
+    options: dict[str, Any] = {"epochs": None, "shards": None, "here": False} | given
+    protocol = options.pop("protocol", "finetune")
+    return prepare_classification(str(start), data, protocol, list(overrides), **options)
+
+
+def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_path: Path) -> None:
+    output = f"output_dir={tmp_path / 'out'}"
+    run = prepared(start, data, output, "optim.batch_size=8", "optim.micro_batch_size=8").run
+    assert (run.optim.steps, run.optim.warmup_steps) == (150, 15)  # 50 epochs of 24
+    given = prepared(start, data, output, "optim.steps=40", "optim.schedule={kind: multi_step, milestones: [30]}").run
+    assert (given.optim.steps, given.optim.warmup_steps) == (40, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given"),
+    [
+        ([], {"protocol": "in1k_internimage_h"}),
+        ([], {"protocol": "supervised"}),
+        (["optim.steps=3"], {"epochs": 2}),
+        (["optim.micro_batch_size=7"], {}),
+        (["backbone.from_pretrained=/data/other"], {}),
+        (["data.sources={x: {shards: /data/x}}"], {}),
+        (["protocol=null"], {}),
+    ],
+    ids=["family", "recipe", "epochs", "batch", "export", "data", "protocol"],
+)
+def test_what_does_not_hold_together_is_refused_before_anything_is_packed(
+    fields: list[str], given: dict[str, Any], start: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError):
+        prepared(start, data, f"output_dir={tmp_path / 'out'}", *fields, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_run_is_no_export(trained: tuple[Path, Any], data: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepared(trained[0], data)
+    assert "export" in str(caught.value.fix)
+
+
+def test_a_pool_that_no_class_exports_is_refused_where_another_would_do(data: Path, tmp_path: Path) -> None:
+    start = export(tmp_path / "export", eps=1e-12)
+    with pytest.raises(ConfigError) as caught:
+        prepared(start, data, f"output_dir={tmp_path / 'out'}")
+    assert caught.value.fix == "task.pool=class_token"
+    assert (
+        prepared(start, data, f"output_dir={tmp_path / 'out'}", str(caught.value.fix)).export_task == "classification"
+    )
+
+
+def test_several_ranks_are_told_to_launch(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError) as caught:
+        prepared(start, data, f"output_dir={tmp_path / 'out'}")
+    assert "launch" in str(caught.value.fix)

@@ -1,0 +1,71 @@
+"""Built-in protocols hold together, say where each of their numbers is from, and are for one family of backbones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run
+from m3i_scale.downstream.fine_tuning import check_task
+from m3i_scale.errors import ConfigError
+from m3i_scale.run.check import faults_of
+
+IMAGENET = 1_281_167
+NUMBER = re.compile(r"[:\[,]\s*-?\d")
+
+
+def without_source(path: Path) -> list[str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+    parts = [line.partition(" # ") for line in lines]
+    return [code for code, _, source in parts if NUMBER.search(code) and not source.strip()]
+
+
+@pytest.mark.parametrize("name", known_protocols())
+def test_a_protocol_holds_together_but_for_data(name: str) -> None:
+    assert [fault.where for fault in faults_of(name, ranks=1)] == ["data.sources"]
+    assert without_source(known_protocols()[name]) == []
+    run = load_run(name)
+    assert run.name == name
+    assert run.protocol is not None
+    assert run.protocol.deviations
+    assert (run.protocol.published is None) == (name == "finetune")
+    if name.startswith("in1k_"):
+        assert run.optim.steps == round(run.protocol.epochs * IMAGENET / run.optim.batch_size)
+
+
+def test_a_number_without_source_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim:\n  lr: 1.0e-3\n  betas: [0.9, 0.999]  # paper, table 2\n  eps: 1  #\n")
+    assert [code.strip() for code in without_source(path)] == ["lr: 1.0e-3", "eps: 1  #"]
+
+
+def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
+    assert known_protocols().keys() <= known_runs().keys()
+    assert not known_protocols().keys() & known_recipes().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("in1k_internimage_h", "vit-b/16"), ("in1k_finetune_b", "internimage-t"), ("in1k_finetune_l", "internimage-h")],
+)
+def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:
+    run = load_run(name, [f"backbone.preset={preset}"])
+    with pytest.raises(ConfigError) as caught:
+        check_task(run, backbone_config(run.backbone))
+    assert preset in str(caught.value.where)
+    assert any(preset in str(fault.where) for fault in faults_of(name, [f"backbone.preset={preset}"]))
+
+
+@pytest.mark.parametrize("preset", ["vit-b/16", "dinov2-s/14", "clip-b/16", "internimage-t"])
+def test_the_default_protocol_is_for_any_family(preset: str) -> None:
+    run = load_run("finetune", [f"backbone.preset={preset}"])
+    check_task(run, backbone_config(run.backbone))
+
+
+def test_a_protocol_without_task_has_no_effect() -> None:
+    with pytest.raises(ValidationError, match="no effect"):
+        RunConfig.model_validate({"protocol": {"epochs": 1}})
