@@ -307,7 +307,7 @@ class Job:
         say(f"{self.entry.name}, seed {self.seed}: {text}")
 
     def _point(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """What a checkpoint is worth; measured once."""
+        """What a checkpoint is worth; measured once. The export of the last one stays."""
         path = folder / f"{checkpoint.name}.json"
         if not path.is_file():
             self._say(f"measuring {checkpoint.name}")
@@ -316,7 +316,7 @@ class Job:
         return found
 
     def _measured(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
-        model, log, data = folder / checkpoint.name, folder / f"{checkpoint.name}.log", self.data.folder
+        model, log, data = folder / "export", folder / f"{checkpoint.name}.log", self.data.folder
         tool(["export", str(checkpoint), "--to", str(model), "--overwrite"], log, environment)
         probes = tool(
             ["evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train")]
@@ -332,7 +332,6 @@ class Job:
             measures |= tool(style, log, environment)["measures"]
         else:
             absent["retrieval"] = absent["text_to_image"] = absent["zero_shot"]
-        shutil.rmtree(model)
         return {
             "step": int(checkpoint.name.rpartition("-")[2]),
             "measures": headline(measures),

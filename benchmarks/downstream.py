@@ -1,0 +1,200 @@
+"""What an export is worth beside random weights of its architecture: segmentation, classification, few-shot.
+
+Every training is `m3i-scale finetune`, by a built-in protocol whose length fits two cores: a frozen backbone with a
+linear head classifies pixels; all weights are fine-tuned on all labels, and on a few of every class. Every seed has an
+order of images, first weights of the head, a few-shot subset and random weights of its own; figures are means with 95 %
+intervals over seeds.
+
+    python benchmarks/downstream.py --json [--export FOLDER …] [--only segmentation …] [--data FOLDER]
+
+What is done is not done again: results lie in --output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from _common import emit, emoji_shards, machine, say
+from _one_stage import stop_all, tool
+from one_stage import difference_interval, mean_interval
+from transformers import AutoConfig, AutoModel
+
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, UserError, did_you_mean
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = Path("runs/quickstart/export")
+CODE = ("m3i_scale", "protocols", "ds_configs", "benchmarks/downstream.py")
+HELD = ("model.safetensors", "config.json")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A task, and how it is trained here."""
+
+    name: str
+    command: tuple[str, ...]
+    figure: str
+    """Of the result, in percent."""
+    overrides: tuple[str, ...]
+
+
+TASKS = (
+    Measured("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "8"), "miou", ()),
+    Measured("classification", ("classification", "--epochs", "4"), "top_1", ("optim.lr=1.0e-3",)),
+    Measured(
+        "classification_5_per_class",
+        ("classification", "--per-class", "5", "--epochs", "100"),
+        "top_1",
+        ("optim.lr=1.0e-3",),
+    ),
+)
+
+
+def main(
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
+    exports: list[Path] = typer.Option(
+        [], "--export", help="An export; several: one a seed, in turn. Default: the quickstart's, made where missing."
+    ),
+    only: list[str] = typer.Option([], help="Only these tasks; classification: both with it."),
+    data: Path = typer.Option(None, help="Folder of shards with train and val; default: the emoji set."),
+    seeds: int = typer.Option(3, min=2, help="Trainings of a task, of each side."),
+    output: Path = typer.Option(Path("runs/downstream"), help="Keeps every training's result."),
+    workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
+) -> None:
+    """Print {task: {export, random: {seeds, mean, low, high}, difference: {mean, low, high}, seconds}}, machine."""
+    try:
+        folders = [_checked(folder) for folder in exports] or [_quickstart()]
+        tasks = _chosen(only)
+        folder = (data or emoji_shards()).resolve()
+        document = {task.name: compare(task, folders, folder, seeds, output, workers) for task in tasks}
+    except UserError as fault:
+        say(f"error: {fault}")
+        sys.exit(EXIT_USER_ERROR)
+    emit(document | {"exports": [str(export) for export in folders], "data": str(folder), "machine": machine()})
+
+
+def _checked(folder: Path) -> Path:
+    for name in HELD:
+        if not (folder / name).is_file():
+            raise ConfigError(f"no {name} there", where=f"--export {folder}", fix="the folder of `m3i-scale export`")
+    return folder.resolve()
+
+
+def _quickstart() -> Path:
+    if not QUICKSTART.is_dir():
+        raise ConfigError(
+            "the quickstart has not been run here",
+            where=str(QUICKSTART),
+            fix="bash launchers/quickstart.sh, or --export /data/export",
+        )
+    return _checked(QUICKSTART)
+
+
+def _chosen(only: list[str]) -> list[Measured]:
+    groups = sorted({task.command[0] for task in TASKS})
+    known = [*dict.fromkeys([*groups, *(task.name for task in TASKS)])]
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"no task '{name}' in this comparison", fix=did_you_mean(name, known))
+    return [task for task in TASKS if not only or task.name in only or task.command[0] in only]
+
+
+def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output: Path, workers: int) -> dict[str, Any]:
+    """Train from the export and from random weights, in parallel, and compare."""
+    started = time.monotonic()
+    jobs = [
+        (side, seed, start)
+        for seed in range(seeds)
+        for side, start in (
+            ("export", exports[seed % len(exports)]),
+            ("random", random_weights(exports[seed % len(exports)], seed, output)),
+        )
+    ]
+    count = torch.cuda.device_count()
+    places: queue.SimpleQueue[int] = queue.SimpleQueue()
+    workers = workers or count or os.cpu_count() or 1
+    for number in range(workers):
+        places.put(number % max(count, 1))
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), "TOKENIZERS_PARALLELISM": "false"}
+
+    def work(job: tuple[str, int, Path]) -> float:
+        side, seed, start = job
+        place = places.get()
+        try:
+            gpu = {"CUDA_VISIBLE_DEVICES": str(place)} if count else {}
+            value = result(task, start, data, seed, output, environment | gpu)
+        finally:
+            places.put(place)
+        say(f"{task.name}, {side}, seed {seed}: {value:.2f} %")
+        return value
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            values = [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            raise
+    sides = {
+        name: [value for (side, _, _), value in zip(jobs, values, strict=True) if side == name]
+        for name in ("export", "random")
+    }
+    return {name: mean_interval(found) for name, found in sides.items()} | {
+        "difference": difference_interval(sides["export"], sides["random"]),
+        "figure": f"{task.figure}, percent",
+        "command": ["m3i-scale", "finetune", *task.command, *task.overrides],
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def random_weights(export: Path, seed: int, output: Path) -> Path:
+    """Return a folder with the architecture and the image processor of an export, and first weights."""
+    config = AutoConfig.from_pretrained(export, local_files_only=True, trust_remote_code=False)
+    name = hashlib.sha256((export / "config.json").read_bytes()).hexdigest()[:12]
+    folder = output / "random" / f"{name}-{seed}"
+    if not (folder / "preprocessor_config.json").is_file():
+        torch.manual_seed(seed)
+        AutoModel.from_config(config, trust_remote_code=False).save_pretrained(folder)
+        shutil.copy(export / "preprocessor_config.json", folder)  # last: the folder is whole then
+    return folder.resolve()
+
+
+def result(task: Measured, start: Path, data: Path, seed: int, output: Path, environment: dict[str, str]) -> float:
+    """Return the figure of one training; or what an earlier call with the same weights, data and code found."""
+    arguments = [*task.command, *task.overrides, f"seed={seed}"]
+    digest = hashlib.sha256(json.dumps([arguments, torch.__version__, environment], sort_keys=True).encode())
+    tree = (file for name in CODE for file in [ROOT / name, *sorted((ROOT / name).rglob("*.[pjy][ysa]*"))])
+    manifests = [data / split / "manifest.json" for split in ("train", "val")]
+    for file in [start / HELD[0], *manifests, *tree]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    folder = output / f"{task.name}-{start.name}-{seed}-{digest.hexdigest()[:12]}"
+    path = folder / "result.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        engine = [] if torch.cuda.is_available() else ["deepspeed=zero1_cpu_fp32"]
+        few = ["--subset-seed", str(seed)] if "--per-class" in task.command else []
+        command = ["finetune", task.command[0], str(start), "--data", str(data), *task.command[1:], *few]
+        command += [*task.overrides, *engine, f"seed={seed}", f"output_dir={folder / 'run'}", "log.progress=false"]
+        document = tool(command, folder / "finetune.log", environment)
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        shutil.rmtree(folder / "run")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return float(found[task.figure])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,100 @@
+"""The comparison of an export with random weights: who is trained from what, what is kept, what is compared."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+from m3i_scale.errors import ConfigError
+
+pytestmark = pytest.mark.bench
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    """The benchmark's own modules, as they import each other."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def exports(tmp_path):
+    folders = []
+    for number in range(2):
+        config = Dinov2Config(image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        folders.append(tmp_path / f"export-{number}")
+        torch.manual_seed(100 + number)
+        Dinov2Model(config).save_pretrained(folders[-1])
+        (folders[-1] / "preprocessor_config.json").write_text("{}")
+    return folders
+
+
+def test_both_sides_train_alike_and_once(exports, tmp_path, monkeypatch):
+    import downstream
+
+    commands = []
+
+    def tool(arguments, log, environment):
+        commands.append(arguments)
+        start, seed = Path(arguments[2]), int(next(a for a in arguments if a.startswith("seed=")).partition("=")[2])
+        run = next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]
+        Path(run).mkdir()
+        return {"miou": 10.0 + seed + (20.0 if start in exports else 0.0)}
+
+    monkeypatch.setattr(downstream, "tool", tool)
+    (segmentation,) = downstream._chosen(["segmentation"])
+    found = downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    assert found["export"]["seeds"] == [30.0, 31.0, 32.0]
+    assert found["random"]["seeds"] == [10.0, 11.0, 12.0]
+    assert found["difference"]["mean"] == pytest.approx(20.0)
+    assert found["difference"]["low"] < 20.0 < found["difference"]["high"]
+    starts = [Path(command[2]) for command in commands]
+    assert sorted(start.name for start in starts if start in exports) == ["export-0", "export-0", "export-1"]
+    random = [start for start in starts if start not in exports]
+    weights = [load_file(start / "model.safetensors")["encoder.layer.0.mlp.fc1.weight"] for start in random]
+    assert len(random) == 3
+    assert not any(torch.equal(weights[a], weights[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+    def settings(command):
+        return [part for part in command if not part.startswith("output_dir=")][3:]
+
+    of_seeds = {}
+    for command in commands:
+        of_seeds.setdefault(next(a for a in command if a.startswith("seed=")), []).append(settings(command))
+    assert all(len(both) == 2 and both[0] == both[1] for both in of_seeds.values())
+
+    commands.clear()
+    again = downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    assert (again["export"], commands) == (found["export"], [])
+    (exports[0] / "model.safetensors").write_bytes((exports[1] / "model.safetensors").read_bytes())
+    downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    assert [Path(command[2]).name for command in commands] == ["export-0", "export-0"]
+
+
+def test_tasks_are_chosen_by_what_is_trained():
+    import downstream
+
+    assert [task.name for task in downstream._chosen(["classification"])] == [
+        "classification",
+        "classification_5_per_class",
+    ]
+    assert downstream._chosen([]) == list(downstream.TASKS)
+    with pytest.raises(ConfigError):
+        downstream._chosen(["detecting"])
+
+
+def test_every_training_is_a_command_that_exists():
+    import downstream
+
+    from m3i_scale.config import load_run
+
+    for task in downstream.TASKS:
+        at = task.command.index("--protocol") + 1 if "--protocol" in task.command else None
+        run = load_run("finetune" if at is None else task.command[at], [*task.overrides, "seed=1"])
+        assert run.task is not None
+        assert run.task.kind == task.command[0]
