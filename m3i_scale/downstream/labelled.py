@@ -165,6 +165,11 @@ class _Marked:
         """See `Input`."""
         return self._source.labels
 
+    @property
+    def mask_labels(self) -> list[str] | None:
+        """See `Input`."""
+        return self._source.mask_labels
+
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""
         return self._source.outlines()
