@@ -31,10 +31,8 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
-from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
-from m3i_scale.files import write_json
 from m3i_scale.output import reserve_stdout
 
 GROUPS = [
@@ -483,14 +481,12 @@ def main(
     licenses = {str(record.meta["source"]): str(record.meta["license"]) for record in records}
     with sample_bar(quiet=as_json) as tell:
         summary = make_shards(
-            ListedInput(records, GROUPS, source="emoji", licenses=licenses),
+            ListedInput(records, GROUPS, mask_labels=["ground", *GROUPS], source="emoji", licenses=licenses),
             output,
             name="emoji",
             options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),
             progress=tell,
         )
-    for split in summary["splits"]:
-        write_json(output / split / MASK_LABELS, ["ground", *GROUPS])
     print_summary(summary, as_json, "\n".join(made_lines(summary, output)))
 
 

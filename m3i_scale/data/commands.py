@@ -94,6 +94,34 @@ def manifest(
     making.make(manifest_input(table, columns=columns, root=root, labels=labels))
 
 
+@make_app.command(
+    epilog="Example: m3i-scale shards make masks --images /data/ADEChallengeData2016/images --masks "
+    "/data/ADEChallengeData2016/annotations --labels /data/ADEChallengeData2016/objectInfo150.txt --zero-is-none "
+    "--output /data/ade"
+)
+@takes_making
+def masks(
+    images: Annotated[Path, typer.Option(help="Images, in any folders; or in such of train, val …, which are kept.")],
+    masks_folder: Annotated[
+        Path, typer.Option("--masks", help="PNGs by the same names, in the same folders: the class of every pixel.")
+    ],
+    labels_file: Annotated[
+        Path,
+        typer.Option("--labels", help="Class names: a JSON list, one a line, or ADE20k's objectInfo150.txt as it is."),
+    ],
+    making: MakeOptions,
+    zero_is_none: Annotated[
+        bool, typer.Option("--zero-is-none", help="0 is no class, and names begin at 1, as ADE20k has it.")
+    ] = False,
+) -> None:
+    """Take images and masks, paired by their names."""
+    from m3i_scale.data.make.masks import masks_input, read_mask_labels
+
+    labels = read_mask_labels(labels_file, zero_is_none=zero_is_none)
+    skip_bad = making.options.skip_bad
+    making.make(masks_input(images, masks_folder, labels, zero_is_none=zero_is_none, skip_bad=skip_bad))
+
+
 @make_app.command(epilog="Example: m3i-scale shards make img2dataset --input /data/cc12m --output /data/c")
 @takes_making
 def img2dataset(

@@ -183,13 +183,17 @@ def captions_beside(shards: str, access: Access | None = None) -> int | None:
         return None  # shards of other tools have no such file
 
 
-def labels_beside(folder: Address) -> list[str] | None:
-    """Return the class names in labels.json of a folder of shards; None where there is no such file.
+def labels_beside(folder: Address, file: str = LABELS) -> list[str] | None:
+    """Return the class names in a file beside shards; None where there is no such file.
+
+    Args:
+        folder: of the shards.
+        file: LABELS or MASK_LABELS.
 
     Raises:
         DataError: it is broken.
     """
-    return _read_labels(folder / LABELS)
+    return _read_labels(folder / file)
 
 
 def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:

@@ -1,33 +1,27 @@
-"""`m3i-scale finetune` makes a run file of a protocol, an export and labelled images, trains by it, and measures."""
+"""Put the run file of `m3i-scale finetune` together, of a protocol, an export and labelled images."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from m3i_scale.config import Classification, OptimConfig, RunConfig, load_run
-from m3i_scale.downstream.labelled import TRAIN, Labelled, find_labelled
+from m3i_scale.config import Classification, OptimConfig, RunConfig, Task, load_run
+from m3i_scale.downstream.labelled import Labelled, find_labelled
+from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError, ExportError, Faults
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.files import write_json
-from m3i_scale.hub.export import export
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.write import Task, Wanted, plan_parts
+from m3i_scale.hub.write import Task as ExportTask
+from m3i_scale.hub.write import Wanted, plan_parts
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.check import Checks
-from m3i_scale.run.plan_search import plan_run
-from m3i_scale.run.planning import machine_of
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB, told_differences
+from m3i_scale.text import told_differences
 
-RESULT = "finetune.json"
+TaskName = Literal["classification", "segmentation"]
 _FOLLOWED: dict[str, set[str] | None] = {
     "task": None,
     "optim": set(OptimConfig.model_fields) - {"steps", "warmup_steps"},
@@ -46,16 +40,41 @@ _COMPUTED = {
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """Says what comes of a task."""
+
+    model: str
+    """The folder of the export, and the measure of `evaluate`."""
+    metric: str
+    """The figure, as `evaluate` and `protocol.published` name it."""
+
+
+OUTCOMES: dict[TaskName, Outcome] = {
+    "classification": Outcome("classifier", "top-1"),
+    "segmentation": Outcome("segmenter", "mIoU"),
+}
+
+
+@dataclass(frozen=True)
 class FineTuning:
     """Holds a run file that is complete but for shards that are still to be made."""
 
+    task: TaskName
     protocol: str
     run: RunConfig
     data: Labelled
-    epochs: float
-    """Of the images for training."""
-    export_task: Task
+    export_task: ExportTask
     """As what the result is exported."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return what comes of the task."""
+        return OUTCOMES[self.task]
+
+    @property
+    def epochs(self) -> float:
+        """Return how often an image for training is seen."""
+        return self.run.optim.steps * self.run.optim.batch_size / self.data.samples
 
     def facts(self) -> dict[str, Any]:
         """Return what a result cannot be read without."""
@@ -64,7 +83,7 @@ class FineTuning:
         published = None if of_protocol is None else of_protocol.published
         stated = [] if of_protocol is None else of_protocol.deviations
         return {
-            "task": "classification",
+            "task": self.task,
             "protocol": self.protocol,
             "published": None if published is None else published.model_dump(mode="json"),
             "deviations": [*stated, *self._differences()],
@@ -78,7 +97,7 @@ class FineTuning:
         }
 
     def _differences(self) -> list[str]:
-        """Return where the run is not as the file of the protocol has it; its length counts in epochs."""
+        """Return where the run is not as the file of the protocol has it; its length counts in what that states."""
         followed = load_run(self.protocol)
         differences = [
             told
@@ -87,16 +106,19 @@ class FineTuning:
                 part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
             )
         ]
-        epochs = None if followed.protocol is None else followed.protocol.epochs
+        epochs, steps = (None, None) if followed.protocol is None else followed.protocol.length
         # Steps are whole: they may be off by a half.
         if epochs is not None and abs(self.epochs - epochs) * self.data.samples > self.run.optim.batch_size:
             differences.append(f"epochs was {epochs}, is {self.epochs:.4g}")
+        if steps is not None and self.run.optim.steps != steps:
+            differences.append(f"steps was {steps}, is {self.run.optim.steps}")
         if followed.deepspeed != self.run.deepspeed:
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
 
 
-def prepare_classification(
+def prepare(
+    task_name: TaskName,
     start: str,
     folder: Path,
     protocol: str,
@@ -109,6 +131,7 @@ def prepare_classification(
     """Put the run file together, and check all of it that can be checked before images are read.
 
     Args:
+        task_name: what is trained.
         start: an export, or what else `backbone.from_pretrained` names.
         folder: of labelled images.
         protocol: a run file with a task, or the name of a built-in one.
@@ -127,13 +150,14 @@ def prepare_classification(
     # The length is not known yet: whatever is measured in steps fits into so many.
     run, _ = load_run_and_recipe(protocol, [*first, *overrides, "optim.steps=1000000000", "optim.warmup_steps=0"])
     task = run.task
-    if not isinstance(task, Classification):
+    if task is None or task.kind != task_name:
         raise ConfigError(
-            "the protocol trains no classifier",
+            f"the protocol trains no {OUTCOMES[task_name].model}",
             where=f"--protocol {protocol}",
-            fix="one with task: {kind: classification}",
+            fix=f"one with task: {{kind: {task_name}}}",
         )
-    data = find_labelled(folder, shards or run.output_dir / "shards", run.output_dir / "index")
+    packed, masks = shards or run.output_dir / "shards", task_name == "segmentation"
+    data = find_labelled(folder, packed, run.output_dir / "index", masks=masks)
     if shards is not None and not data.train.is_relative_to(shards):
         raise ConfigError(
             "--shards has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
@@ -143,33 +167,38 @@ def prepare_classification(
     faults = Faults()
     Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
     faults.end()
-    epochs_seen = run.optim.steps * run.optim.batch_size / data.samples
-    return FineTuning(protocol, run, data, epochs_seen, _export_task(run, task, data.classes))
+    return FineTuning(task_name, protocol, run, data, _export_task(run, task, task_name, data.classes))
 
 
-def _export_task(run: RunConfig, task: Classification, classes: list[str]) -> Task:
-    """Return as what the result can be exported: a classifier, or features and a head where no class computes both.
+def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
+    """Return as what the result can be exported: as its task's, or as features and a head where no class computes both.
 
     Raises:
         ConfigError: a classifier could be exported if it pooled otherwise.
     """
-    refused: dict[str, ExportError] = {}
-    for pool in dict.fromkeys([task.pool, "class_token", "mean_pool"]):
-        recipe = parse_recipe(task.model_copy(update={"pool": pool}).recipe())
-        source = Source(run.output_dir, run, recipe, 0, {"label_sets": {TRAIN: classes}}, [])
-        try:
-            plan_parts(source, Wanted("classification"), None)
-        except ExportError as error:
-            refused[pool] = error
-            continue
-        if not refused:
-            return "classification"
-        raise ConfigError(
-            f"the result could not be exported as a classifier: {refused[task.pool].what}",
-            where=f"task.pool: {task.pool}",
-            fix=f"task.pool={pool}",
-        )
+    refusal = _refusal(run, task, name, classes)
+    if refusal is None:
+        return name
+    if not isinstance(task, Classification):
+        return "features"
+    for pool in ("class_token", "mean_pool"):
+        if _refusal(run, task.model_copy(update={"pool": pool}), name, classes) is None:
+            raise ConfigError(
+                f"the result could not be exported as a {OUTCOMES[name].model}: {refusal.what}",
+                where=f"task.pool: {task.pool}",
+                fix=f"task.pool={pool}",
+            )
     return "features"
+
+
+def _refusal(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportError | None:
+    """Return why no class computes what the task trains; None where one does."""
+    source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
+    try:
+        plan_parts(source, Wanted(name), None)
+    except ExportError as error:
+        return error
+    return None
 
 
 def _refuse_ranks(protocol: str) -> None:
@@ -233,10 +262,12 @@ def _length(
     if epochs is not None and "optim.steps" in given:
         raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
     computed = []
-    if epochs is None and run.protocol is not None:
-        epochs = run.protocol.epochs
-    if "optim.steps" not in given and epochs is not None:
-        steps = max(1, round(epochs * data.samples / optim.batch_size))
+    if "optim.steps" not in given:
+        stated = (None, None) if run.protocol is None else run.protocol.length
+        of_epochs, of_steps = (epochs, None) if epochs is not None else stated
+        if of_epochs is not None:
+            steps = max(1, round(of_epochs * data.samples / optim.batch_size))
+        steps = of_steps or steps
         computed.append(f"optim.steps={steps}")
     if "optim.warmup_steps" not in given:
         share = published.warmup_steps / published.steps
@@ -245,71 +276,3 @@ def _length(
         every = min(max(1, round(data.samples / optim.batch_size)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed
-
-
-def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
-    """Return what the run takes on one device, of which nothing is started.
-
-    Args:
-        prepared: the run.
-        device: h100, a100 or cpu; `hardware.peak_tflops` takes the place of its peak.
-    """
-    run = prepared.run
-    peak = run.hardware.peak_tflops
-    rate = None if peak is None else named_peak(peak, compute_dtype(load_ds_config(run.deepspeed))).tflops
-    machine = machine_of(device, nodes=1, ranks_per_node=1, memory_gib=1.0, tflops=rate)
-    taken = plan_run(run, machine, classes=len(prepared.data.classes), samples=None).planned
-    return prepared.facts() | {
-        "hardware": device,
-        "memory_gib": taken.peak_bytes / GIB,
-        "gpu_hours": run.optim.steps * taken.step_s / 3600,
-    }
-
-
-def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Export the trained classifier, measure it on the images for evaluation, and write and return the result."""
-    run = prepared.run
-    folder = run.output_dir / "classifier"
-    weights: Any = "student" if run.task is None or run.task.ema is None else "momentum"
-    tell(f"exporting into {folder}, as {prepared.export_task}")
-    facts = export(run.output_dir, folder, weights, wanted=Wanted(prepared.export_task), overwrite=True)
-    result = prepared.facts() | {
-        "step": facts["step"],
-        "weights": weights,
-        "export": str(folder),
-        "export_task": prepared.export_task,
-        "top_1": None,
-    }
-    if prepared.data.validation is not None:
-        tell(f"measuring on {prepared.data.validation}")
-        document = evaluate(folder, str(prepared.data.validation), measures=("classifier",))
-        write_json(run.output_dir / "evaluation.json", document)
-        figures = document["measures"]["classifier"]
-        result |= {"top_1": 100 * figures["top-1"]["value"], "figures": figures}
-    write_json(run.output_dir / RESULT, result)
-    return result
-
-
-def _top_1(figures: dict[str, Any]) -> str:
-    top = figures["top-1"]
-    value, low, high, chance = (100 * top[name] for name in ("value", "low", "high", "chance"))
-    return f"top_1: {value:.2f} % (95 % interval {low:.2f} to {high:.2f}; by chance {chance:.2f})"
-
-
-def lines_of(document: dict[str, Any]) -> list[str]:
-    """Return a plan or a result as lines for people: what was published, and what differs, beside the figure."""
-    lines = []
-    for key, value in document.items():
-        if key == "published" and value is not None:
-            lines.append(f"published: {value['number']:g} % top-1 by {value['model']} ({value['source']})")
-        elif key == "published":
-            lines.append("published: nothing by this protocol")
-        elif key == "deviations":
-            lines += [f"deviation: {text}" for text in value]
-        elif key == "sources":
-            lines += [f"{name}: {shards}" for name, shards in value.items()]
-        elif key == "top_1":
-            lines.append("top_1: there are no images to evaluate" if value is None else _top_1(document["figures"]))
-        elif isinstance(value, str | int | float):
-            lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-    return lines

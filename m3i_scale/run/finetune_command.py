@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from m3i_scale.data.options import AsJson
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
+from m3i_scale.options import Command, Parts, expanded
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
+
+if TYPE_CHECKING:
+    from m3i_scale.run.finetune import TaskName
 
 finetune_app = typer.Typer(
     no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
 )
+_REQUIRED = inspect.Parameter.empty
+_OPTIONS: Parts = {
+    "start": (
+        Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")],
+        _REQUIRED,
+    ),
+    "data": (Annotated[Path, typer.Option(help="Images with labels; see above.")], _REQUIRED),
+    "overrides": (Annotated[list[str] | None, typer.Argument(help="section.key=value …")], None),
+    "protocol": (
+        Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")],
+        None,
+    ),
+    "epochs": (
+        Annotated[int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")],
+        None,
+    ),
+    "shards": (
+        Annotated[Path | None, typer.Option(help="Where images are packed into, once; default: output_dir/shards.")],
+        None,
+    ),
+    "dry_run": (
+        Annotated[
+            bool,
+            typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
+        ],
+        False,
+    ),
+    "hardware": (Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")], None),
+    "as_json": (AsJson, False),
+}
 
 
 @finetune_app.callback()
@@ -21,61 +57,94 @@ def tasks() -> None:
     """Hold the options of no task."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Holds what the command of any task is given."""
+
+    start: str
+    data: Path
+    overrides: list[str] | None
+    protocol: str | None
+    epochs: int | None
+    shards: Path | None
+    dry_run: bool
+    hardware: str | None
+    as_json: bool
+
+    def run(self, task: TaskName, protocol: str) -> None:
+        """Train and measure, or only tell what that takes.
+
+        Args:
+            task: of the command.
+            protocol: where none is named.
+        """
+        if self.dry_run:
+            leave_out_accelerator_warning()
+        elif self.hardware is not None:
+            raise ConfigError(
+                "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
+            )
+        from m3i_scale.run.finetune import prepare
+        from m3i_scale.run.finetune_result import lines_of, measure, planned
+
+        prepared = prepare(
+            task,
+            self.start,
+            self.data,
+            self.protocol or protocol,
+            self.overrides or [],
+            epochs=self.epochs,
+            shards=self.shards,
+            here=not self.dry_run,
+        )
+        if self.dry_run:
+            document = planned(prepared, self.hardware or "h100")
+        else:
+            from m3i_scale.run.train import start as train_run
+            from m3i_scale.run.train import tell
+
+            prepared.data.pack(tell)
+            if train_run(prepared.run) == "preempted":
+                raise typer.Exit(EXIT_PREEMPTED)
+            document = measure(prepared, tell)
+        if self.as_json:
+            print_json(document)
+        else:
+            wide_console().print("\n".join(lines_of(document)), markup=False, highlight=False)
+
+
+def _takes_options(command: Command) -> Command:
+    """Give a command the options that those of all tasks have, in place of the parameter `asked`."""
+    return expanded(command, "asked", _OPTIONS, Asked)
+
+
 @finetune_app.command(
     epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
 )
-def classification(
-    start: Annotated[
-        str, typer.Argument(metavar="EXPORT", help="An exported folder, or any of backbone.from_pretrained.")
-    ],
-    data: Annotated[
-        Path, typer.Option(help="train/CLASS/… and val/CLASS/…; shards in train and val; or a folder of save_to_disk.")
-    ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
-    protocol: Annotated[str, typer.Option(help="The name of a built-in one, or a run file with a task.")] = "finetune",
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Over the training images; default: the protocol's.")
-    ] = None,
-    shards: Annotated[
-        Path | None, typer.Option(help="Where images are packed into, once; default: output_dir/shards.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device.")
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option("--hardware", help="Of --dry-run: h100, a100 or cpu; default: h100.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+@_takes_options
+def classification(asked: Asked) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and measure it.
 
-    The same command goes on with a run that was stopped.
+    The same command goes on with a run that was stopped. DIR of --data holds train/CLASS/… and val/CLASS/…, shards in
+    train and val, or a data set of save_to_disk. Default protocol: finetune.
 
     Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.sources.train.shards=/data/shards/train
     """
-    if dry_run:
-        leave_out_accelerator_warning()
-    elif device is not None:
-        raise ConfigError(
-            "--hardware has no effect without --dry-run", where=f"--hardware {device}", fix="leave it out"
-        )
-    from m3i_scale.run.finetune import lines_of, measure, planned, prepare_classification
+    asked.run("classification", "finetune")
 
-    prepared = prepare_classification(
-        start, data, protocol, overrides or [], epochs=epochs, shards=shards, here=not dry_run
-    )
-    if dry_run:
-        document = planned(prepared, device or "h100")
-    else:
-        from m3i_scale.run.train import start as train_run
-        from m3i_scale.run.train import tell
 
-        prepared.data.pack(tell)
-        if train_run(prepared.run) == "preempted":
-            raise typer.Exit(EXIT_PREEMPTED)
-        document = measure(prepared, tell)
-    if as_json:
-        print_json(document)
-    else:
-        wide_console().print("\n".join(lines_of(document)), markup=False, highlight=False)
+@finetune_app.command(
+    epilog="Example: m3i-scale finetune segmentation /data/export --data /data/scenes output_dir=/data/runs/scenes"
+)
+@_takes_options
+def segmentation(asked: Asked) -> None:
+    """Train a segmenter on one device, export it to output_dir/segmenter, and measure it.
+
+    The same command goes on with a run that was stopped. DIR of --data holds shards with masks in train and val, and
+    mask_labels.json beside each. Default protocol: segment.
+
+    Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    data.sources.train.shards=/data/shards/train
+    """
+    asked.run("segmentation", "segment")

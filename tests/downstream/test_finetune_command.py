@@ -19,7 +19,7 @@ from m3i_scale.config import load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import read_json
-from m3i_scale.run.finetune import FineTuning, prepare_classification
+from m3i_scale.run.finetune import FineTuning, prepare
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 TRAIN, VAL = 8, 4
@@ -264,7 +264,7 @@ def test_shards_of_other_images_are_not_used(tmp_path: Path) -> None:
 def prepared(start: Path, data: Path, *overrides: str, **given: Any) -> FineTuning:
     options: dict[str, Any] = {"epochs": None, "shards": None, "here": False} | given
     protocol = options.pop("protocol", "finetune")
-    return prepare_classification(str(start), data, protocol, list(overrides), **options)
+    return prepare("classification", str(start), data, protocol, list(overrides), **options)
 
 
 def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_path: Path) -> None:

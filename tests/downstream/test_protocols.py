@@ -9,12 +9,21 @@ import pytest
 from pydantic import ValidationError
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run
+from m3i_scale.config import (
+    Classification,
+    RunConfig,
+    Segmentation,
+    known_protocols,
+    known_recipes,
+    known_runs,
+    load_run,
+)
 from m3i_scale.downstream.fine_tuning import check_task
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.check import faults_of
 
 IMAGENET = 1_281_167
+METRICS: dict[object, str] = {Classification: "top-1", Segmentation: "mIoU"}
 NUMBER = re.compile(r"[:\[,]\s*-?\d")
 
 
@@ -26,14 +35,19 @@ def without_source(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", known_protocols())
 def test_a_protocol_holds_together_but_for_data(name: str) -> None:
-    assert [fault.where for fault in faults_of(name, ranks=1)] == ["data.sources"]
+    starts_at_random = {"task.freeze"} if load_run(name).task.freeze else set()
+    assert {fault.where for fault in faults_of(name, ranks=1)} == {"data.sources", *starts_at_random}
     assert without_source(known_protocols()[name]) == []
     run = load_run(name)
     assert run.name == name
     assert run.protocol is not None
     assert run.protocol.deviations
-    assert (run.protocol.published is None) == (name == "finetune")
-    if name.startswith("in1k_"):
+    published = run.protocol.published
+    assert (published is None) == (name in ("finetune", "segment"))
+    assert published is None or published.metric == METRICS[type(run.task)]
+    if run.protocol.epochs is None:
+        assert run.optim.steps == run.protocol.steps
+    elif name.startswith("in1k_"):
         assert run.optim.steps == round(run.protocol.epochs * IMAGENET / run.optim.batch_size)
 
 
@@ -61,9 +75,16 @@ def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> Non
 
 
 @pytest.mark.parametrize("preset", ["vit-b/16", "dinov2-s/14", "clip-b/16", "internimage-t"])
-def test_the_default_protocol_is_for_any_family(preset: str) -> None:
-    run = load_run("finetune", [f"backbone.preset={preset}"])
+@pytest.mark.parametrize("name", ["finetune", "segment"])
+def test_a_default_protocol_is_for_any_family(name: str, preset: str) -> None:
+    run = load_run(name, [f"backbone.preset={preset}", "task.freeze=false"])
     check_task(run, backbone_config(run.backbone))
+
+
+@pytest.mark.parametrize("length", [{}, {"epochs": 1, "steps": 10}])
+def test_a_protocol_has_one_length(length: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="one of both"):
+        RunConfig.model_validate({"task": {"kind": "classification"}, "protocol": length})
 
 
 def test_a_protocol_without_task_has_no_effect() -> None:

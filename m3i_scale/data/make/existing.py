@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.shards import LABELS, labels_beside, local_shards
 from m3i_scale.data.tar import Fault, RawSample, RawShard, printable, read_members, read_shard, shard_error
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -103,16 +103,20 @@ def sound_shard(path: Path) -> RawShard:
     return shard
 
 
-def common_labels(source: str) -> list[str] | None:
+def common_labels(source: str, file: str = LABELS) -> list[str] | None:
     """Read the class names beside the shards of a source, whose pattern may lead into several folders.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+        file: LABELS or MASK_LABELS.
 
     Raises:
         DataError: the folders have different ones.
     """
     folders = sorted({path.parent for path in local_shards(source)})
-    sets = [labels_beside(folder) for folder in folders]
+    sets = [labels_beside(folder, file) for folder in folders]
     if any(labels != sets[0] for labels in sets):
-        raise DataError("its folders have different labels.json", where=source, fix="name them as several sources")
+        raise DataError(f"its folders have different {file}", where=source, fix="name them as several sources")
     return sets[0]
 
 

@@ -34,11 +34,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
     Raises:
         DataError: no such folder, no images, or it is not clear what the first folders are.
     """
-    if not folder.is_dir():
-        raise DataError("there is no such folder", where=str(folder))
-    images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
-    if not images:
-        raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+    images = shown_images(folder)
     ways = [path.relative_to(folder).parts[:-1] for path in images]
     if layout == "auto":
         layout = "splits" if _has_splits(ways, folder) else "classes"
@@ -56,6 +52,20 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
         split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
         records.append(_folder_record(path, folder, label, split, captions))
     return ListedInput(records, classes, source="imagefolder")
+
+
+def shown_images(folder: Path) -> list[Path]:
+    """Return the files below a folder that are images by their name and not hidden, sorted.
+
+    Raises:
+        DataError: no such folder, or no images.
+    """
+    if not folder.is_dir():
+        raise DataError("there is no such folder", where=str(folder))
+    images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
+    if not images:
+        raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+    return images
 
 
 def _is_shown_image(path: Path, folder: Path) -> bool:

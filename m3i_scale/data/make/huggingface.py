@@ -32,6 +32,8 @@ class TableInput:
     labels: list[str]
     left_out: set[str] = field(default_factory=set)
     """Columns that no json member can hold."""
+    mask_labels: list[str] | None = None
+    """There are none."""
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""

@@ -66,6 +66,8 @@ class Downloaded:
     """Number of downloads by how they ended."""
     labels: list[str]
     """There are none."""
+    mask_labels: list[str] | None = None
+    """There are none."""
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`; raises at the end if a shard has not as many samples as its table says."""

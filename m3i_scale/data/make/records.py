@@ -63,6 +63,11 @@ class Input(Protocol):
         """Return the class names in order of their index."""
         ...
 
+    @property
+    def mask_labels(self) -> list[str] | None:
+        """Return the class names of masks in order of their numbers; None where nothing names them."""
+        ...
+
     def outlines(self) -> Iterator[Outline]:
         """Yield the outlines (names and sizes) of all samples.
 
@@ -92,19 +97,23 @@ class ListedInput:
     Args:
         records: in any order.
         labels: class names in order of their index.
+        mask_labels: those of masks.
         info: for manifest.json: source, licence …
 
     Raises:
         DataError: a label that has no name.
     """
 
-    def __init__(self, records: Sequence[Record], labels: Sequence[str], **info: Any) -> None:
+    def __init__(
+        self, records: Sequence[Record], labels: Sequence[str], *, mask_labels: Sequence[str] | None = None, **info: Any
+    ) -> None:
         for record in records:
             if record.label is not None and not 0 <= record.label < len(labels):
                 what = f"label {record.label} is out of range: there are {len(labels)} labels"
                 raise DataError(what, where=record.key)
         self._records = sorted(records, key=lambda record: hash_of("order", record.key))
         self.labels, self._info = list(labels), info
+        self.mask_labels = None if mask_labels is None else list(mask_labels)
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""

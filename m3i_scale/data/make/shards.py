@@ -13,6 +13,7 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
+from m3i_scale.data.shards import LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
@@ -62,7 +63,8 @@ def make_shards(
     with made_whole(output) as folder:
         maker = _Maker(layout, options, folder / SKIPPED, progress)
         samples = maker.samples(source.records())
-        splits = write_samples(folder, name, layout, samples, source.labels, source.info)
+        names = {LABELS: source.labels, MASK_LABELS: source.mask_labels}
+        splits = write_samples(folder, name, layout, samples, names, source.info)
         summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
         if maker.skipped:
             summary["skipped_list"] = str(output / SKIPPED)

@@ -19,7 +19,7 @@ from m3i_scale.data.make.existing import (
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Record
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import local_shards
+from m3i_scale.data.shards import MASK_LABELS, local_shards
 from m3i_scale.errors import DataError
 
 
@@ -34,6 +34,8 @@ class ShardInput:
     """Field of the json member that holds the caption; None: the txt member."""
     workers: int = 1
     """Processes that read headers."""
+    mask_labels: list[str] | None = None
+    """See `Input`."""
 
     @property
     def labels(self) -> list[str]:
@@ -70,7 +72,8 @@ def webdataset_input(
         DataError: no shards there.
     """
     names = labels if labels is not None else common_labels(source)
-    return ShardInput([Origin(path, group=group) for path in local_shards(source)], names, caption_field, workers)
+    origins = [Origin(path, group=group) for path in local_shards(source)]
+    return ShardInput(origins, names, caption_field, workers, common_labels(source, MASK_LABELS))
 
 
 def record_of(

@@ -19,6 +19,8 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import sha256_of, whole_folder, write_json
 
 MANIFEST_FORMAT = 1
+ClassNames = Mapping[str, Sequence[str] | None]
+"""Names of classes by the file that they go to, LABELS or MASK_LABELS; None writes none."""
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
 """Figures that the manifest has per shard."""
 OPEN_SHARDS = 64
@@ -93,7 +95,7 @@ def write_samples(
     name: str,
     layout: Layout,
     samples: Iterable[tuple[str, Mapping[str, bytes]] | None],
-    labels: Sequence[str] | None,
+    names: ClassNames,
     info: Callable[[], Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Write all samples and what lies beside them, and return the counts of every split.
@@ -103,7 +105,7 @@ def write_samples(
         name: beginning of the shards' file names.
         layout: where every sample goes.
         samples: key and members of each, in order of the layout; None for one that is left out.
-        labels: class names; None writes no labels.json.
+        names: of classes.
         info: gives the head of the manifest, when all has been read: source, licence …
 
     Raises:
@@ -118,7 +120,7 @@ def write_samples(
                 shards.add(number, *sample)
         if number + 1 != len(layout):
             raise DataError("the input changed while it was read", fix="start again when nobody writes to it")
-        return shards.finish(labels, info())
+        return shards.finish(names, info())
 
 
 class _Shards:
@@ -146,7 +148,7 @@ class _Shards:
             stream.write(tar_member(f"{key}.{extension}", members[extension]))
         self._members.setdefault(place, Counter()).update(["samples", *members])
 
-    def finish(self, labels: Sequence[str] | None, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def finish(self, names: ClassNames, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Close all shards, write what lies beside them, and return the counts of every split."""
         self.__exit__()
         sums = {}
@@ -160,7 +162,7 @@ class _Shards:
             if not shards:
                 raise DataError(f"no sample of split '{split}' can be used", fix="see the reasons without --skip-bad")
             head = {"name": self._name, **({} if split == WHOLE else {"split": split}), **info}
-            sums[split] = finish_folder(self._folder / split, shards, labels, head)
+            sums[split] = finish_folder(self._folder / split, shards, names, head)
         return sums
 
     def _path(self, split: str, shard: int) -> Path:
@@ -203,19 +205,20 @@ def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
 def finish_folder(
     folder: Path,
     shards: Mapping[str, Mapping[str, Any]],
-    labels: Sequence[str] | None,
+    names: ClassNames,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write labels.json, sizes.json, manifest.json and index/ beside shards, and return the sums of their counts.
+    """Write names of classes, sizes.json, manifest.json and index/ beside shards, and return the sums of their counts.
 
     Args:
         folder: where the shards lie.
         shards: by file name what the manifest says of them, as `shard_facts` returns it.
-        labels: class names; None writes no labels.json.
+        names: of classes.
         facts: head of the manifest: name, split, source, licence …
     """
-    if labels is not None:
-        write_json(folder / "labels.json", list(labels))
+    for file, of_file in names.items():
+        if of_file is not None:
+            write_json(folder / file, list(of_file))
     write_json(folder / "sizes.json", {shard: facts_of["samples"] for shard, facts_of in shards.items()})
     write_json(folder / "manifest.json", {"format": MANIFEST_FORMAT, **facts, "shards": shards})
     build_index([folder / shard for shard in shards], folder / "index")

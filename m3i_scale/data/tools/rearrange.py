@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from m3i_scale.data.images import MASK
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.existing import Advance, Origin, annotations_of, common_labels, contents, outlines
 from m3i_scale.data.make.layout import WHOLE, plan_layout
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import local_shards
+from m3i_scale.data.shards import LABELS, MASK_LABELS, local_shards
 from m3i_scale.errors import ConfigError, DataError
 
 Keys = Literal["refuse", "prefix"]
@@ -129,22 +130,31 @@ def _rewrite(
     advance: Advance | None,
 ) -> dict[str, Any]:
     check_output(output, name)
+    mask_labels, unnamed = _mask_labels(sources)
     layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
     with made_whole(output) as folder:
-        samples = _relabelled(origins, labels, advance)
-        splits = write_samples(folder, name, layout, samples, labels.names, lambda: info)
+        samples = _relabelled(origins, labels, unnamed, advance)
+        names = {LABELS: labels.names, MASK_LABELS: mask_labels}
+        splits = write_samples(folder, name, layout, samples, names, lambda: info)
         tokenizer = _copy_tokenizer(sources, folder)
     counts = splits[WHOLE] if shares is None else {"splits": splits}
     return {"output": str(output), **counts, "tokenizer": str(output / "tokenizer") if tokenizer else None}
 
 
 def _relabelled(
-    origins: Sequence[Origin], labels: Labels, advance: Advance | None
+    origins: Sequence[Origin], labels: Labels, unnamed: set[int], advance: Advance | None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for origin, key, members in contents(origins, advance):
         numbers = labels.numbers[origin.source]
         if numbers is not None and "cls" in members:
             members["cls"] = _new_label(members["cls"], numbers, origin.where(key))
+        if MASK in members and origin.source in unnamed:
+            raise DataError(
+                f"the sample has a mask, but its source has no {MASK_LABELS}",
+                where=origin.where(key),
+                why="its classes would get the names that another source has",
+                fix=f"put a {MASK_LABELS} beside its shards",
+            )
         yield key, members
 
 
@@ -159,6 +169,25 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
     with annotations_of(where, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"):
         label = read_annotations({"cls": data}, len(numbers)).label
     return data if label is None or numbers[label] == label else str(numbers[label]).encode("ascii")
+
+
+def _mask_labels(sources: Sequence[str]) -> tuple[list[str] | None, set[int]]:
+    """Return the names of masks' classes, the same in all sources that have some, and the numbers of the other sources.
+
+    Raises:
+        DataError: they are not, and masks stay as they are.
+    """
+    sets = [common_labels(source, MASK_LABELS) for source in sources]
+    first = next((names for names in sets if names is not None), None)
+    for source, names in zip(sources, sets, strict=True):
+        if names not in (None, first):
+            raise DataError(
+                "the masks have other classes than those of a source before",
+                where=f"{source}: {MASK_LABELS}",
+                why="masks keep the numbers that they have",
+                fix="leave it out, or make the masks and their names anew",
+            )
+    return first, set() if first is None else {number for number, names in enumerate(sets) if names is None}
 
 
 def _plain(stem: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from m3i_scale.data.make.existing import common_labels
 from m3i_scale.data.make.write import close_tar, finish_folder, shard_facts
+from m3i_scale.data.shards import LABELS, MASK_LABELS
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.tools.check import CheckReport
 from m3i_scale.data.workers import map_in_processes
@@ -66,7 +67,8 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     }
     write_json(folder / "shards.json", result)
     if kept:
-        finish_folder(folder, dict(sorted(kept.items())), common_labels(report.source), {"source": "check --repair"})
+        names = {file: common_labels(report.source, file) for file in (LABELS, MASK_LABELS)}
+        finish_folder(folder, dict(sorted(kept.items())), names, {"source": "check --repair"})
     return result
 
 

@@ -1,0 +1,196 @@
+"""Read a folder of images and one of masks, paired by their names, as input of `make`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from m3i_scale.data.images import DECODE_FAULTS, NO_CLASS, mask_fault
+from m3i_scale.data.make.folder import SPLIT_NAMES, key_of, shown_images
+from m3i_scale.data.make.records import ListedInput, Record, reading
+from m3i_scale.data.make.table import read_labels
+from m3i_scale.errors import ConfigError, DataError
+
+_FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
+"""The class of every number where names begin at 1: 0 and 255 have none."""
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """Gives a mask as shards hold it; see `LazyContents`."""
+
+    path: Path
+    classes: int
+    zero_is_none: bool
+
+    def read(self) -> bytes:
+        """Return the mask, its numbers beginning at 0. One that is none comes as it is: `check_mask` says what it is.
+
+        Raises:
+            DataError: it cannot be read, or a number has no name.
+            ConfigError: its numbers begin at 1, and nobody says so. That is of all masks, so none is left out for it.
+        """
+        with reading(self.path):
+            data = self.path.read_bytes()
+        if mask_fault(data) is not None:
+            return data
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
+                pixels_HW = np.asarray(mask)
+        except DECODE_FAULTS:
+            return data
+        highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
+        if highest == self.classes and not self.zero_is_none:
+            raise ConfigError(
+                f"a mask has the class {highest}, and the {self.classes} names are of 0 to {self.classes - 1}",
+                where=str(self.path),
+                why="where 0 is no class, as in ADE20k, all masks are off by one",
+                fix="--zero-is-none; or, where 0 is a class, a name for every one in --labels",
+            )
+        if highest >= self.classes + self.zero_is_none:
+            raise DataError(
+                f"the mask has a class without a name: {highest}, of {self.classes} names",
+                where=str(self.path),
+                fix="name all classes in --labels; pixels without one are 255",
+            )
+        if not self.zero_is_none:
+            return data
+        buffer = io.BytesIO()
+        Image.fromarray(_FROM_ONE[pixels_HW]).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def masks_input(
+    images: Path,
+    masks: Path,
+    labels: Sequence[str],
+    *,
+    zero_is_none: bool = False,
+    split: str | None = None,
+    skip_bad: bool = False,
+) -> ListedInput:
+    """List images and the masks of the same name: IMAGES/a/b.jpg and MASKS/a/b.png.
+
+    Args:
+        images: a folder of images.
+        masks: a folder of masks: eight-bit grey PNGs, or PNGs with a palette, whose indices are the classes.
+        labels: names of the classes, in the order of their numbers.
+        zero_is_none: 0 in a mask is no class, and names begin at 1; in the shards they begin at 0 and 255 is none.
+        split: of all samples; None: the first folder on the way to an image, where those have the names of splits.
+        skip_bad: samples that lack one of the two are left out when shards are made.
+
+    Raises:
+        DataError: no such folder, an image without mask or a mask without image, two files of one name, or folders of
+            which only some are splits.
+        ConfigError: too few or too many classes.
+    """
+    if not 2 <= len(labels) <= NO_CLASS - zero_is_none:
+        raise ConfigError(
+            f"there are {len(labels)} classes, and a pixel is one of 2 to {NO_CLASS - zero_is_none}", where="--labels"
+        )
+    of_images, of_masks = _by_name(images), _by_name(masks)
+    both = of_images.keys() & of_masks.keys()
+    if not both:
+        raise DataError(
+            "no mask has the name of an image",
+            where=f"{images}, {masks}",
+            why=f"the first are {min(of_images)} and {min(of_masks)}",
+            fix="name them alike, as in IMAGES/a/b.jpg and MASKS/a/b.png",
+        )
+    splits = split is None and _are_splits((name.parts[0] if name.parent.parts else "" for name in both), images)
+    records = []
+    for name in sorted({*of_images, *of_masks}):
+        image, mask = of_images.get(name), of_masks.get(name)
+        fault = None
+        if mask is None:
+            fault = DataError("the image has no mask", where=str(image))
+        elif image is None:
+            fault = DataError("the mask has no image", where=str(mask))
+        elif mask.suffix.lower() != ".png":
+            fault = DataError("the mask is no PNG", where=str(mask))
+        if fault is not None and not skip_bad:
+            fault.fix = f"{len(both)} pairs are whole; --skip-bad leaves the others out"
+            raise fault
+        records.append(
+            Record(
+                key_of(Path(f"{name}.png")),
+                image or b"",
+                mask=None if mask is None else MaskFile(mask, len(labels), zero_is_none),
+                meta={} if image is None else {"path": image.relative_to(images).as_posix()},
+                split=name.parts[0] if splits else split,
+                size=sum(path.stat().st_size for path in (image, mask) if path is not None and path.is_file()),
+                where=str(mask or image),
+                fault=fault,
+            )
+        )
+    return ListedInput(records, [], mask_labels=labels, source="masks", zero_is_none=zero_is_none)
+
+
+def read_mask_labels(path: Path, *, zero_is_none: bool) -> list[str]:
+    """Read names of classes: a JSON list, one a line, or a table like ADE20k's, with the columns Idx and Name.
+
+    Args:
+        path: the file.
+        zero_is_none: see `masks_input`.
+
+    Raises:
+        ConfigError: it cannot be read, or numbers its classes otherwise than masks are read.
+    """
+    lines = read_labels(path)
+    header, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines] or [[]]
+    if not {"Idx", "Name"} <= {*header}:
+        return lines
+    numbers, names = (
+        [row[header.index(column)] for row in rows if len(row) == len(header)] for column in ("Idx", "Name")
+    )
+    first = int(zero_is_none)
+    if numbers != [str(number) for number in range(first, first + len(rows))] or len({*names}) < len(names):
+        from_one = not zero_is_none and numbers[:1] == ["1"]
+        raise ConfigError(
+            "its classes are numbered from 1: 0 in a mask is none of them"
+            if from_one
+            else f"it is no table of classes, numbered from {first} on",
+            where=str(path),
+            fix="--zero-is-none" if from_one else "one name a line",
+        )
+    return names
+
+
+def _by_name(folder: Path) -> dict[Path, Path]:
+    """Return the images below a folder by their way from there, without suffix."""
+    found: dict[Path, Path] = {}
+    for path in shown_images(folder):
+        name = path.relative_to(folder).with_suffix("")
+        if name in found:
+            raise DataError(
+                "two files have one name, and each is paired by it", where=f"{found[name]}, {path}", fix="remove one"
+            )
+        found[name] = path
+    return found
+
+
+def _are_splits(folders: Iterable[str], images: Path) -> bool:
+    """Return whether the first folders are splits.
+
+    Args:
+        folders: the first folder on the way to every image; empty where there is none.
+        images: where they lie.
+
+    Raises:
+        DataError: only some of them are.
+    """
+    first = {*folders}
+    splits = {name for name in first if name.lower() in SPLIT_NAMES}
+    if splits and splits != first:
+        raise DataError(
+            f"it is not clear whether {', '.join(sorted(splits))} are splits",
+            where=str(images),
+            why=f"beside them: {', '.join(sorted(first - splits)) or 'images'}",
+            fix="pack them one by one: --images IMAGES/train --masks MASKS/train --split train=1",
+        )
+    return bool(splits)

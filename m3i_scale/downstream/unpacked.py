@@ -1,0 +1,162 @@
+"""List labelled images that are still to be packed into shards: a tree of images by class, or a saved data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.data.images import FILE_EXTENSIONS
+from m3i_scale.data.make.arrow import NONE, Columns, find_roles, read_rows, schema_of
+from m3i_scale.data.make.folder import imagefolder_input
+from m3i_scale.data.make.huggingface import TableInput, find_files, huggingface_input
+from m3i_scale.data.make.records import Input, ListedInput, Record
+from m3i_scale.errors import ConfigError
+from m3i_scale.text import listed
+
+TRAIN = "train"
+TRAINED = (TRAIN, "training")
+EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
+"""Names of splits, in any case of letters; the first that is there is trained, or evaluated, on."""
+FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Holds what is to be packed."""
+
+    source: Input
+    splits: list[str]
+    samples: int
+    digest: str
+
+
+def image_folders(places: dict[str, Path]) -> Unpacked:
+    """List images by split and class.
+
+    Args:
+        places: folders of classes by split, that of training first.
+
+    Raises:
+        ConfigError: no folders of classes, a class without images for training, or classes that differ.
+    """
+    records: list[Record] = []
+    classes: dict[str, list[str]] = {}
+    for split, place in places.items():
+        shown = sorted(path for path in place.iterdir() if not path.name.startswith("."))
+        names = [path.name for path in shown if path.is_dir()]
+        loose = next((path for path in shown if path.suffix.lower()[1:] in FILE_EXTENSIONS), None)
+        if not names or loose is not None:
+            what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
+            raise ConfigError(what, where=f"--data {loose or place}", fix=FIX)
+        _refuse_names(place, names)
+        of_split = imagefolder_input(place, "none", "classes")
+        if split == TRAIN:
+            with_images = {*of_split.labels}
+            _refuse_empty([name for name in names if name not in with_images], str(place))
+        classes[split] = of_split.labels
+        records += [replace(record, split=split, key=f"{split}_{record.key}") for record in of_split.records()]
+    for split, labels in classes.items():
+        if labels != classes[TRAIN]:
+            raise differing_classes(classes[TRAIN], labels, str(places[split]))
+    files = ((f"{record.split}/{record.meta['path']}", record.size) for record in records)
+    samples = sum(record.split == TRAIN for record in records)
+    images = ListedInput(records, classes[TRAIN], source="imagefolder")
+    return Unpacked(images, list(places), samples, digest_of(files))
+
+
+def _refuse_names(place: Path, names: list[str]) -> None:
+    links = [name for name in names if (place / name).is_symlink()]
+    if links:
+        raise ConfigError(
+            f"folders of classes are links, which are not followed: {listed(links, 4)}",
+            where=f"--data {place}",
+            fix="give the folders themselves",
+        )
+    odd = [name for name in names if name != name.encode(errors="replace").decode()]
+    if odd:
+        raise ConfigError(
+            f"the name of a class is no UTF-8: {odd[0].encode(errors='backslashreplace').decode()}",
+            where=f"--data {place}",
+            fix="rename the folder",
+        )
+
+
+def saved_dataset(folder: Path) -> Unpacked:
+    """List the rows of a data set that Hugging Face's `save_to_disk` wrote.
+
+    Raises:
+        ConfigError: no classes, a class without images for training, or classes that differ.
+        DataError: it is damaged.
+    """
+    found = find_files(folder)
+    there = {file.split for file in found}
+    if there == {None}:
+        found, splits = [replace(file, split=TRAIN) for file in found], [TRAIN]
+    elif TRAIN in there:
+        splits = [TRAIN, *[name for name in EVALUATED if name in there][:1]]
+    else:
+        names = ", ".join(sorted(map(str, there)))
+        raise ConfigError(f"the data set has no split '{TRAIN}'", where=f"--data {folder}: {names}", fix=FIX)
+    files = [file for file in found if file.split in splits]
+    try:
+        table = huggingface_input(folder, Columns(caption=NONE))
+    except ConfigError as error:
+        error.fix = "m3i-scale shards make huggingface, which can be told the columns; then --data their folder"
+        raise
+    label = table.roles.label
+    if label is None:
+        raise ConfigError(
+            "the data set has no column of classes",
+            where=f"--data {folder}",
+            fix="cast its labels to ClassLabel: datasets.class_encode_column",
+        )
+    for file in files:
+        labels = _names_in(schema_of(file.path), label)
+        if labels != table.labels:
+            raise differing_classes(table.labels, labels, str(file.path))
+    counts: Counter[Any] = Counter()
+    for file in files:
+        if file.split == TRAIN:
+            counts.update(row[label] for row in read_rows(file.path, [label]))
+    _refuse_empty([name for number, name in enumerate(table.labels) if not counts[number]], f"{folder}, split {TRAIN}")
+    digest = digest_of((f"{file.split}/{file.path.name}", file.path.stat().st_size) for file in files)
+    source = TableInput(files, table.roles, table.labels)
+    return Unpacked(source, splits, sum(counts.values()), digest)
+
+
+def _names_in(schema: Any, label: str) -> list[str]:
+    return find_roles(schema, Columns(caption=NONE, label=label), "")[1]
+
+
+def digest_of(files: Iterable[tuple[str, int]]) -> str:
+    """Return a digest of names and sizes."""
+    digest = hashlib.sha256()
+    for name, size in sorted(files):
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _refuse_empty(names: list[str], where: str) -> None:
+    if names:
+        raise ConfigError(
+            f"{len(names)} classes have no images for training: {listed(names, 4)}",
+            where=f"--data {where}",
+            why="the head would never be right about them",
+            fix="add images, or remove the classes",
+        )
+
+
+def differing_classes(train: list[str], others: list[str], where: str) -> ConfigError:
+    """Return the error of a split whose classes are others than those to train."""
+    missing, extra = sorted(set(train) - set(others)), sorted(set(others) - set(train))
+    parts = [f"{what} {listed(names, 4)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
+    return ConfigError(
+        "the classes to evaluate are not those to train",
+        where=f"--data {where}",
+        why=f"it {' and '.join(parts) or 'has them in another order'}",
+        fix="the same classes in both",
+    )

@@ -1,0 +1,249 @@
+"""Shards of images and masks that lie in folders: paired by name, numbers as they are to be, nothing off by one."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from foreign import by_webdataset, image_bytes
+from PIL import Image
+from typer.testing import CliRunner
+
+from m3i_scale.data.commands import shards_app
+from m3i_scale.data.make.cut import ShardOptions
+from m3i_scale.data.make.masks import masks_input, read_mask_labels
+from m3i_scale.data.make.shards import make_shards
+from m3i_scale.data.tools.rearrange import merge_shards, split_shards
+from m3i_scale.errors import ConfigError, DataError
+
+NAMES = ["wall", "building, edifice", "sky"]
+SIZE = (20, 16)
+"""Width and height."""
+FLAT = ShardOptions(multiple_of=1)
+LENIENT = ShardOptions(multiple_of=1, skip_bad=True)
+
+
+def pixels_of(number, classes=4):
+    pixels = (np.arange(SIZE[0] * SIZE[1]) // 7 + number).reshape(SIZE[::-1]) % classes
+    pixels[0] = 255
+    return pixels.astype(np.uint8)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    if "palette" in options:
+        image = Image.fromarray(pixels, "P")
+        image.putpalette(options.pop("palette"))
+    image.save(path, "PNG", **options)
+    return path
+
+
+def pairs(root, *names, classes=4):
+    """images/NAME.jpg and annotations/NAME.png."""
+    for number, name in enumerate(names):
+        image = root / "images" / f"{name}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(image_bytes(number, SIZE, "JPEG"))
+        save(root / "annotations" / f"{name}.png", pixels_of(number, classes))
+    return root / "images", root / "annotations"
+
+
+def read(folder):
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        found |= by_webdataset(path)
+    return found
+
+
+def mask_in(sample):
+    return np.asarray(Image.open(io.BytesIO(sample["mask.png"])))
+
+
+def test_ade_comes_out_with_its_splits_its_names_and_numbers_from_0(tmp_path):
+    images, masks = pairs(tmp_path, "training/ADE_train_1", "training/ADE_train_2", "validation/ADE_val_1")
+    (tmp_path / "objectInfo150.txt").write_text(
+        "Idx\tRatio\tTrain\tVal\tName\n1\t0.1576\t11664\t1172\twall\n2\t0.1072\t6046\t612\tbuilding, edifice\n"
+        "3 \t0.0878\t8265\t796\tsky \n"
+    )
+    arguments = ["make", "masks", "--images", str(images), "--masks", str(masks), "--workers", "1", "--json"]
+    arguments += ["--labels", str(tmp_path / "objectInfo150.txt"), "--output", str(tmp_path / "out")]
+    refused = CliRunner().invoke(shards_app, arguments)
+    assert isinstance(refused.exception, ConfigError)
+    assert refused.exception.fix == "--zero-is-none"
+    made = CliRunner().invoke(shards_app, [*arguments, "--zero-is-none"])
+    assert made.exit_code == 0, made.output
+    splits = json.loads(made.stdout)["splits"]
+    assert {name: facts["with_mask"] for name, facts in splits.items()} == {"training": 2, "validation": 1}
+    for split in splits:
+        assert json.loads((tmp_path / "out" / split / "mask_labels.json").read_text()) == NAMES
+    samples = read(tmp_path / "out" / "training")
+    assert samples["training_ADE_train_1"]["jpg"] == (images / "training" / "ADE_train_1.jpg").read_bytes()
+    for number in (1, 2):
+        before = pixels_of(number - 1)
+        wanted = np.where((before == 0) | (before == 255), 255, before - 1)
+        assert np.array_equal(mask_in(samples[f"training_ADE_train_{number}"]), wanted)
+
+
+def test_masks_whose_numbers_begin_at_0_stay_the_bytes_that_they_were(tmp_path):
+    images, masks = pairs(tmp_path, "a/x", "a/y.z", classes=3)
+    save(masks / "a" / "x.png", pixels_of(0, 3), palette=[9] * 768)
+    make_shards(masks_input(images, masks, NAMES), tmp_path / "out", options=FLAT)
+    samples = read(tmp_path / "out" / "train")
+    assert samples["a_x"]["mask.png"] == (masks / "a" / "x.png").read_bytes()
+    assert samples["a_y-z"]["mask.png"] == (masks / "a" / "y.z.png").read_bytes()
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_index_of_a_palette_is_the_number(tmp_path, bits):
+    images, masks = pairs(tmp_path, "x")
+    pixels = pixels_of(0)
+    pixels[0] = 1
+    save(masks / "x.png", pixels, palette=[9] * 12, bits=bits)
+    source = masks_input(images, masks, NAMES, zero_is_none=True, split="val")
+    assert set(make_shards(source, tmp_path / "out", options=FLAT)["splits"]) == {"val"}
+    (sample,) = read(tmp_path / "out" / "val").values()
+    assert np.array_equal(mask_in(sample), np.where(pixels == 0, 255, pixels - 1))
+
+
+def sixteen_bits(path):
+    save(path, pixels_of(0).astype(np.uint16))
+
+
+def three_channels(path):
+    save(path, np.zeros((*SIZE[::-1], 3), dtype=np.uint8))
+
+
+def another_size(path):
+    save(path, pixels_of(0, 3).T.copy())
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def a_class_without_a_name(path):
+    pixels = pixels_of(0)
+    pixels[-1, -1] = 17
+    save(path, pixels)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [sixteen_bits, three_channels, another_size, damaged, a_class_without_a_name, empty])
+@pytest.mark.parametrize("zero_is_none", [True, False])
+def test_what_is_no_mask_of_its_image_stops_or_is_left_out_and_listed(tmp_path, spoil, zero_is_none):
+    images, masks = pairs(tmp_path, "x", "y", classes=4 if zero_is_none else 3)
+    spoil(masks / "x.png")
+    source = masks_input(images, masks, NAMES, zero_is_none=zero_is_none)
+    with pytest.raises(DataError) as caught:
+        make_shards(source, tmp_path / "out", options=FLAT)
+    assert caught.value.where == str(masks / "x.png")
+    made = make_shards(source, tmp_path / "out", options=LENIENT)
+    assert set(read(tmp_path / "out" / "train")) == {"y"}
+    assert sum(made["skipped"].values()) == 1
+    (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"] == str(masks / "x.png")
+
+
+@pytest.mark.parametrize("options", [FLAT, LENIENT, ShardOptions(workers=2, skip_bad=True)])
+def test_masks_that_are_off_by_one_are_refused_whatever_may_be_left_out(tmp_path, options):
+    images, masks = pairs(tmp_path, *map(str, range(40)))
+    with pytest.raises(ConfigError) as caught:
+        make_shards(masks_input(images, masks, NAMES), tmp_path / "out", options=options)
+    assert "--zero-is-none" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+def remove_a_mask(images, masks):
+    (masks / "x.png").unlink()
+    return images / "x.jpg"
+
+
+def remove_an_image(images, masks):
+    (images / "x.jpg").unlink()
+    return masks / "x.png"
+
+
+def a_jpeg_as_mask(images, masks):
+    (masks / "x.png").unlink()
+    return save(masks / "x.jpg", pixels_of(0))
+
+
+@pytest.mark.parametrize("spoil", [remove_a_mask, remove_an_image, a_jpeg_as_mask])
+def test_what_is_no_pair_is_refused_by_its_name_or_left_out(tmp_path, spoil):
+    images, masks = pairs(tmp_path, "x", "y", classes=3)
+    where = spoil(images, masks)
+    with pytest.raises(DataError) as caught:
+        masks_input(images, masks, NAMES)
+    assert caught.value.where == str(where)
+    made = make_shards(masks_input(images, masks, NAMES, skip_bad=True), tmp_path / "out", options=LENIENT)
+    assert set(read(tmp_path / "out" / "train")) == {"y"}
+    assert sum(made["skipped"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    "names", [("train/a", "val/b", "other/c"), ("train/a", "b")], ids=["a folder beside", "an image beside"]
+)
+def test_folders_of_which_some_are_splits_are_refused(tmp_path, names):
+    with pytest.raises(DataError) as caught:
+        masks_input(*pairs(tmp_path, *names), NAMES)
+    assert caught.value.where == str(tmp_path / "images")
+
+
+def test_what_cannot_be_paired_or_named_is_refused_before_anything_is_read(tmp_path):
+    images, masks = pairs(tmp_path, "x")
+    (masks / "x.png").rename(masks / "x_mask.png")
+    for skip_bad in (True, False):
+        with pytest.raises(DataError):
+            masks_input(images, masks, NAMES, skip_bad=skip_bad)
+    (masks / "x_mask.png").rename(masks / "x.png")
+    save(images / "x.png", pixels_of(0))
+    with pytest.raises(DataError):
+        masks_input(images, masks, NAMES)
+    (images / "x.png").unlink()
+    for labels, zero_is_none in ((["one"], False), (["n"] * 255, True), (["n"] * 256, False)):
+        with pytest.raises(ConfigError):
+            masks_input(images, masks, labels, zero_is_none=zero_is_none)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("wall\nbuilding, edifice\n\nsky\n", NAMES),
+        ("Idx\tName\n0\twall\n1\tbuilding, edifice\n2\tsky\n", NAMES),
+        ("Idx\tName\n0\twall\n2\tsky\n", None),
+        ("Idx\tName\n0\twall\n1\n", None),
+        ("Idx\tName\n0\twall\n1\twall\n", None),
+        ("wall\nwall\n", None),
+    ],
+)
+def test_names_of_classes(tmp_path, text, names):
+    path = tmp_path / "names.txt"
+    path.write_text(text)
+    if names is None:
+        with pytest.raises(ConfigError):
+            read_mask_labels(path, zero_is_none=False)
+    else:
+        assert read_mask_labels(path, zero_is_none=False) == names
+
+
+def test_names_of_masks_stay_beside_shards_that_are_rearranged(tmp_path):
+    for number, labels in enumerate((NAMES, NAMES, NAMES[::-1])):
+        images, masks = pairs(tmp_path / str(number), f"x{number}", f"y{number}", classes=3)
+        make_shards(masks_input(images, masks, labels, split="s"), tmp_path / f"out{number}", options=FLAT)
+    one, two, other = (str(tmp_path / f"out{number}" / "s") for number in range(3))
+    split_shards(one, tmp_path / "split", options=FLAT)
+    merge_shards([one, two], tmp_path / "merged", options=FLAT)
+    for folder in ("split", "merged"):
+        assert json.loads((tmp_path / folder / "mask_labels.json").read_text()) == NAMES
+    again = ["make", "webdataset", "--input", one, "--output", str(tmp_path / "again"), "--workers", "1"]
+    assert CliRunner().invoke(shards_app, again).exit_code == 0
+    assert json.loads((tmp_path / "again" / "train" / "mask_labels.json").read_text()) == NAMES
+    (tmp_path / "out1" / "s" / "mask_labels.json").unlink()
+    for second in (other, two):  # with other names, and with none
+        with pytest.raises(DataError) as caught:
+            merge_shards([one, second], tmp_path / "refused", options=FLAT)
+        assert second in caught.value.where
