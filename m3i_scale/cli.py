@@ -233,7 +233,7 @@ def plan(
         float | None, typer.Option(min=0.1, help="Host memory of a node; not checked where it is not given.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="To be seen; default: steps × batch size.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Of a category target; default: the shards'.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Of labels or masks; default: the shards'.")] = None,
     vocabulary: Annotated[
         int | None, typer.Option(min=8, help="Tokens of the text tower; default: the shards'.")
     ] = None,
@@ -319,7 +319,8 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Shards to measure on.")],
     train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probes learn from.")] = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="knn, linear, dense, classifier, zero_shot, retrieval. Default: all.")
+        list[str] | None,
+        typer.Option(help="knn, linear, dense, classifier, zero_shot, retrieval: default all; or segmenter alone."),
     ] = None,
     pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
     baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
@@ -329,11 +330,15 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    overlays: Annotated[
+        Path | None, typer.Option(help="New folder for pictures of a segmenter: image, truth, prediction.")
+    ] = None,
+    overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
-    trained head is right (top-1, top-5), with intervals by concept."""
+    trained head is right (top-1, top-5, or mIoU of a segmenter), with intervals by concept."""
     from m3i_scale.evaluate.commands import MEASURES
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
@@ -351,6 +356,8 @@ def evaluate(
         templates=tuple(template or TEMPLATES),
         batch_size=batch_size,
         device=device,
+        overlays=overlays,
+        overlay_count=overlay_count,
     )
     if as_json:
         print_json(result)

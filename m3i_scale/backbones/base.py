@@ -95,9 +95,10 @@ class Backbone(nn.Module, ABC):
             By place, the tokens by row.
         """
 
-    @abstractmethod
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
-        """Encode normalised images, nothing hidden, as tokens of all patches, row by row."""
+        """Encode normalised images, nothing hidden: class or mean token (B, 1, D), and those of all patches (B, N, D),
+        row by row."""
+        return self.encode_maps(images_BCHW, ())[0]
 
     @property
     @abstractmethod

@@ -81,10 +81,6 @@ class MapBackbone(Backbone):
         map_BND = self._encode(mixed, self._shown(torch.cat(by_row, dim=1)))
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
-    def encode_whole(self, images_BCHW: Tensor) -> Tokens:
-        """Encode normalised images as mean token (B, 1, D) and all tokens (B, N, D)."""
-        return self.encode_maps(images_BCHW, ())[0]
-
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the maps of the four stages too, whatever `layers` says."""
         maps = self._stages(images_BCHW)

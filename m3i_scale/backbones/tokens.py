@@ -82,12 +82,9 @@ class TokenBackbone(Backbone):
         output_BLD: Tensor = self.model.layernorm(tokens_BLD)
         return output_BLD
 
-    def _through_layers(self, tokens_BLD: Tensor, outputs: dict[int, Tensor] | None = None) -> Tensor:
-        """Run all layers; those whose numbers are keys of `outputs` leave what they give there."""
-        for number, layer in enumerate(self.layers, start=1):
+    def _through_layers(self, tokens_BLD: Tensor) -> Tensor:
+        for layer in self.layers:
             tokens_BLD = layer(tokens_BLD, None)
-            if outputs is not None and number in outputs:
-                outputs[number] = tokens_BLD
         return tokens_BLD
 
     def _visible(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
@@ -121,17 +118,15 @@ class TokenBackbone(Backbone):
         outputs = output_BSD[:, 1:].split([part.shape[1] for part in parts], dim=1)
         return [(output_BSD[:, :1], output) for output in outputs]
 
-    def encode_whole(self, images_BCHW: Tensor) -> Tokens:
-        """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D)."""
-        encoded_BSD = self.encode(torch.cat(self.embed(images_BCHW), dim=1))
-        return encoded_BSD[:, :1], encoded_BSD[:, 1:]
-
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
         tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
-        outputs = dict.fromkeys(layers, tokens_BSD)
-        last_BSD = self._normed(self._through_layers(tokens_BSD, outputs))
-        maps = [outputs[layer][:, 1:].transpose(1, 2).unflatten(2, self.grid) for layer in layers]
+        maps = []
+        for number, layer in enumerate(self.layers, start=1):
+            tokens_BSD = layer(tokens_BSD, None)
+            if number in layers:
+                maps.append(tokens_BSD[:, 1:].transpose(1, 2).unflatten(2, self.grid))
+        last_BSD = self._normed(tokens_BSD)
         return (last_BSD[:, :1], last_BSD[:, 1:]), maps
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:

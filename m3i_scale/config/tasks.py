@@ -95,6 +95,8 @@ class SegmentationHead(Kind):
     """Predicts the class of every pixel from what the backbone gives."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
+    module: ClassVar[str]
+    """Import path of the `PixelHead` that is built of it; a kind of one's own names its own."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Probability that a channel is left out, before the classifier, while training."""
@@ -104,6 +106,7 @@ class LinearSegmentation(SegmentationHead):
     """Classifies every patch token of the last layer, batch-normalised."""
 
     kind: ClassVar[str] = "linear"
+    module: ClassVar[str] = "m3i_scale.objective.segmentation.LinearPixelHead"
 
 
 class UperNetSegmentation(SegmentationHead):
@@ -111,6 +114,7 @@ class UperNetSegmentation(SegmentationHead):
     by transposed convolutions and pooling, as BEiT and MAE are fine-tuned; an InternImage has them in its stages."""
 
     kind: ClassVar[str] = "upernet"
+    module: ClassVar[str] = "m3i_scale.objective.segmentation.UperNet"
 
     channels: int = Field(default=512, ge=1)
     """Width of the head."""
@@ -123,8 +127,8 @@ class UperNetSegmentation(SegmentationHead):
     @field_validator("out_layers")
     @classmethod
     def _ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (list(layers) != sorted(layers) or layers[0] < 1):
-            raise ValueError("out_layers are four layers in ascending order, from 1 on")
+        if layers is not None and (list(layers) != sorted(set(layers)) or layers[0] < 1):
+            raise ValueError("out_layers are four different layers in ascending order, from 1 on")
         return layers
 
 

@@ -74,7 +74,7 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     fault = mask_fault(data)
     if fault:
         raise BadSampleError(f"mask is {fault}")
-    mask = _open(data, ("PNG",), max_pixels)
+    mask = _open(data, ("PNG",), max_pixels, "mask")
     if mask.size != size:
         raise BadSampleError("mask is not of the size of its image", f"{mask.size} pixels for {size}")
     return mask
@@ -95,7 +95,7 @@ def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     mask = open_mask(members, max_pixels, size)
     if mask is None:
         raise BadSampleError("no mask")
-    with decoding():
+    with decoding("mask"):
         pixels_HW = np.asarray(mask)
     beyond = (pixels_HW >= classes) & (pixels_HW != NO_CLASS)
     if beyond.any():
@@ -103,7 +103,7 @@ def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     return Image.fromarray(pixels_HW)
 
 
-def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
+def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str = "image") -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS  # Pillow's is global and differs from the configured one, checked right after
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -111,12 +111,12 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image
             warnings.simplefilter("ignore")  # e.g. damaged EXIF, which does not touch the pixels
             image = Image.open(io.BytesIO(data), formats=formats)
     except DECODE_FAULTS as error:
-        raise _undecodable(error) from None
+        raise _undecodable(error, what) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     width, height = image.size
     if width * height > max_pixels:
-        raise BadSampleError("image too large", f"{width} × {height} pixels, data.max_image_pixels is {max_pixels}")
+        raise BadSampleError(f"{what} too large", f"{width} × {height} pixels, data.max_image_pixels is {max_pixels}")
     return image
 
 
@@ -146,16 +146,16 @@ def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
 
 
 @contextlib.contextmanager
-def decoding() -> Iterator[None]:
-    """Turn Pillow's errors into `BadSampleError`."""
+def decoding(what: str = "image") -> Iterator[None]:
+    """Turn Pillow's errors into `BadSampleError`; `what` names the member in its reason."""
     try:
         yield
     except DECODE_FAULTS as error:
-        raise _undecodable(error) from None
+        raise _undecodable(error, what) from None
 
 
-def _undecodable(error: Exception) -> BadSampleError:
-    return BadSampleError("image does not decode", fault_text(error))
+def _undecodable(error: Exception, what: str) -> BadSampleError:
+    return BadSampleError(f"{what} does not decode", fault_text(error))
 
 
 def read_annotations(

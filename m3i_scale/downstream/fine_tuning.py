@@ -129,6 +129,13 @@ def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
             f"{MASK_LABELS} has {len(names)} classes, and a pixel is one of 2 to {NO_CLASS}",
             where=f"data.sources, label set '{name}'",
         )
+    twice = sorted({one for one in names if names.count(one) > 1})
+    if twice:
+        raise ConfigError(
+            f"{MASK_LABELS} has the class '{twice[0]}' twice",
+            where=f"data.sources, label set '{name}'",
+            why="a segmenter finds the number of a class by its name",
+        )
 
 
 def prepare(objective: Objective, task: Task, classes: int) -> None:

@@ -19,6 +19,7 @@ from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
+from m3i_scale.evaluate.overlays import OVERLAY_COUNT, Overlays
 from m3i_scale.evaluate.samples import Table, open_table
 from m3i_scale.evaluate.segmenter import (
     Segmenter,
@@ -69,11 +70,13 @@ def evaluate(
     templates: tuple[str, ...] = TEMPLATES,
     batch_size: int = 64,
     device: str = "auto",
+    overlays: Path | None = None,
+    overlay_count: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure what the frozen features of a model are worth, and how often its trained head is right.
 
-    Changes nothing on disk; the same call, the same figures.
+    Changes nothing on disk but for overlays; the same call, the same figures.
 
     Args:
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
@@ -86,6 +89,8 @@ def evaluate(
         templates: prompts of zero-shot, `{}` stands for the class name.
         batch_size: images in one forward pass.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
+        overlays: a new folder for pictures of what a segmenter predicts.
+        overlay_count: so many of them; default: `OVERLAY_COUNT`.
         progress: told about samples read.
 
     Returns:
@@ -94,20 +99,27 @@ def evaluate(
     Raises:
         ExportError: the model folder does not load.
         DataError: the shards cannot be read, training and test data are the same, or nothing can be measured.
-        ConfigError: an unknown measure, pool, baseline or device, or a broken template.
+        ConfigError: an unknown measure, pool, baseline or device, a broken template, or an option without effect.
     """
-    _check(measures, pool, baseline, batch_size)
+    _check(measures, pool, baseline, batch_size, overlay_count)
     where, folder = _device(device), Path(model_dir)
-    if is_segmenter(folder):
-        if measures not in ((SEGMENTER,), MEASURES):
-            raise ConfigError("the folder holds a segmenter", where=str(folder), fix=f"--measure {SEGMENTER}")
-        if train_data is not None or baseline != "none" or pool != "mean":
-            raise ConfigError(
-                "training data, a baseline and a pool have no effect: the folder holds a segmenter", where=str(folder)
-            )
-        return _evaluate_segmenter(load_segmenter(folder, where, batch_size), folder, data, exclude_groups, progress)
-    if measures == (SEGMENTER,) and has_head(folder, "segmentation"):
-        return _evaluate_segmenter(head_of_features(folder, where, batch_size), folder, data, exclude_groups, progress)
+    load = _segmenter_of(folder, measures)
+    if overlay_count is not None and overlays is None:
+        raise ConfigError("a number of overlays has no effect without their folder", fix="--overlays /data/overlays")
+    if load is None and overlays is not None:
+        raise ConfigError(
+            "overlays have no effect: they show what a segmenter predicts, and none is measured",
+            where=str(folder),
+            fix=f"--measure {SEGMENTER}, of a folder that holds one; else leave them out",
+        )
+    if load is not None:
+        given = {"--train-data": train_data, "--baseline": baseline, "--pool": pool, "--template": templates}
+        usual = {"--train-data": None, "--baseline": "none", "--pool": "mean", "--template": TEMPLATES}
+        if idle := [name for name in given if given[name] != usual[name]]:
+            raise ConfigError(f"{', '.join(idle)} has no effect: a segmenter is measured", where=str(folder))
+        segmenter = load(folder, where, batch_size)
+        drawing = None if overlays is None else Overlays(overlays, overlay_count or OVERLAY_COUNT)
+        return _evaluate_segmenter(segmenter, folder, data, exclude_groups, drawing, progress)
     test_table = open_table(data, "--data")
     train_table = open_table(train_data, "--train-data") if train_data is not None else None
     _refuse_same_shards(test_table, train_table)
@@ -152,25 +164,51 @@ def evaluate(
     return result
 
 
+def _segmenter_of(folder: Path, measures: tuple[str, ...]) -> Callable[[Path, torch.device, int], Segmenter] | None:
+    """Return what loads the segmenter that is measured; None where features are.
+
+    Raises:
+        ConfigError: the folder and the measures do not fit together.
+    """
+    if is_segmenter(folder):
+        if measures not in ((SEGMENTER,), MEASURES):
+            raise ConfigError("the folder holds a segmenter", where=str(folder), fix=f"--measure {SEGMENTER}")
+        return load_segmenter
+    if SEGMENTER not in measures:
+        return None
+    if len(measures) > 1:
+        raise ConfigError("a segmenter is measured alone", where="--measure", fix=f"--measure {SEGMENTER}")
+    if not has_head(folder, "segmentation"):
+        raise ConfigError(
+            "the folder holds no segmenter",
+            where=str(folder),
+            fix="m3i-scale export of a run with `task: segmentation`",
+        )
+    return head_of_features
+
+
 def _evaluate_segmenter(
     segmenter: Segmenter,
     folder: Path,
     data: str,
     exclude_groups: tuple[str, ...],
+    overlays: Overlays | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Return the document of `evaluate` for a folder whose model gives the class of every pixel."""
     check_classes(segmenter, data)
     table = open_table(data, "--data")
     tell = None if progress is None else partial(progress, "data")
-    counts_M3K, masked = count_overlaps(segmenter, table, exclude_groups, tell)
+    counts_M3K, masked = count_overlaps(segmenter, table, exclude_groups, tell, overlays)
     _refuse_unknown_groups(exclude_groups, [table])
-    if not counts_M3K[:, 1].any():
+    if not len(masked):
         raise DataError("no pixel of the test data has a class", where=data, why=str(dict(table.bad_masks)))
     clusters = clusters_of(table).take(masked)
     figures = measure_segmenter(counts_M3K, clusters, segmenter.classes, segmenter.size)
     warnings = [clusters.warning] if clusters.warning else []
     warnings += [f"{count} masks of the test data cannot be used: {why}" for why, count in table.bad_masks.items()]
+    if without := len(table) - len(masked) - table.bad_masks.total():
+        warnings.append(f"{without} images of the test data have no mask, and count for nothing")
     return {
         "model": {
             "name": folder.resolve().name,
@@ -262,8 +300,6 @@ def _measure(
         try:
             if name in PROBES:
                 figures[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
-            elif name == SEGMENTER:
-                raise NotMeasuredError(f"the model folder holds no segmenter, or --measure {SEGMENTER} is not alone")
             elif name == "classifier":
                 figures[name] = _of_head(job)
             else:
@@ -346,7 +382,7 @@ def _warnings(job: _Job, result: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(warnings))
 
 
-def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int) -> None:
+def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int, overlay_count: int | None) -> None:
     for value, known, what in (
         *((name, (*MEASURES, SEGMENTER), "measure") for name in measures),
         (pool, ("mean", "cls", "both"), "pool"),
@@ -358,6 +394,8 @@ def _check(measures: tuple[str, ...], pool: str, baseline: str, batch_size: int)
         raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(MEASURES)}")
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is below 1")
+    if overlay_count is not None and overlay_count < 1:
+        raise ConfigError(f"{overlay_count} overlays are none", where="--overlay-count")
 
 
 def _device(name: str) -> torch.device:

@@ -164,17 +164,17 @@ def mean_iou(
 
 def iou_of_clusters(
     both_CK: NDArray[np.float64],
-    truth_CK: NDArray[np.float64],
+    counted_CK: NDArray[np.float64],
     either_CK: NDArray[np.float64],
     clusters: Clusters,
     samples: int,
     **options: Any,
 ) -> Estimate:
-    """Return intersection over union, mean over the classes that occur, with its interval over clusters.
+    """Return intersection over union, mean over the classes that count, with its interval over clusters.
 
     Args:
         both_CK: how much of every class truth and prediction share, by cluster in the order of `np.unique`.
-        truth_CK: how much is of the class in truth.
+        counted_CK: positive in some cluster that is drawn: the class counts.
         either_CK: how much is of it in one of them.
         clusters: of what was counted.
         samples: how much was counted, for the record.
@@ -182,7 +182,7 @@ def iou_of_clusters(
     """
 
     def statistic(chosen: NDArray[np.int64]) -> float:
-        present = truth_CK[chosen].sum(axis=0) > 0
+        present = counted_CK[chosen].sum(axis=0) > 0
         return float((both_CK[chosen].sum(axis=0)[present] / either_CK[chosen].sum(axis=0)[present]).mean())
 
     return bootstrap(statistic, clusters, samples=samples, **options)

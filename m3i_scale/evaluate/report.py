@@ -18,6 +18,8 @@ _NAMES = {
     "zero_shot": "zero-shot",
     "retrieval": "retrieval",
 }
+_WORST = 5
+"""So many classes of a segmenter are shown."""
 _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
@@ -67,6 +69,9 @@ def _interval(figure: dict[str, Any]) -> str:
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     data = result["data"]
     yield f"{result['level']:.0%} intervals by bootstrap over {data['clusters']} × {data['cluster_unit']}"
+    classes = sorted(result["measures"].get("segmenter", {}).get("classes", []), key=lambda one: float(one["iou"]))
+    if classes:
+        yield "lowest IoU: " + ", ".join(f"{one['name']} {one['iou']:.3f}" for one in classes[:_WORST])
     for name, reason in result["not_measured"].items():
         yield f"not measured: {_NAMES[name]}: {reason}"
     for side in ("data", "train_data"):

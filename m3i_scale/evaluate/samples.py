@@ -162,7 +162,7 @@ def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> ND
     """
     if mask is None:
         return None
-    with decoding():
+    with decoding("mask"):
         classes = upright(Image.fromarray(np.asarray(mask)), lies)  # of a palette, the index
     if size is None:
         return np.array(classes, dtype=np.uint8)

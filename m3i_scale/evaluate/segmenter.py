@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -18,18 +17,23 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.images import NO_CLASS
+from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import MASK_LABELS, read_label_sets
 from m3i_scale.errors import DataError, ExportError
 from m3i_scale.evaluate.dense import iou_of_clusters
 from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.samples import Table, read_samples
+from m3i_scale.evaluate.samples import Sample, Table, read_samples
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.objective.segmentation import overlaps
+from m3i_scale.objective.segmentation import overlaps, resized
 
 STRIDE = 2 / 3
 """Of the window's side: from one window to the next."""
+MAX_ASPECT = 20
+"""Images that are longer are not measured: logits of every class are held for a side of so many windows."""
+RESIZED = 1 << 26
+"""At most so many logits are resized at a time (256 MiB), whatever the size of the image."""
 
 
 @dataclass
@@ -46,12 +50,14 @@ class Segmenter:
     batch_size: int = 16
     """Windows in one forward pass."""
 
-    @torch.no_grad()
     def __call__(self, pixels_CHW: NDArray[np.uint8]) -> Tensor:
-        """Return logits (K, H, W) for an image of any size.
+        """Return the class of every pixel (H, W) of an image of any size."""
+        return classes_at(self.slide(pixels_CHW), (pixels_CHW.shape[1], pixels_CHW.shape[2]))
 
-        Its shorter side is resized to the window's; where windows overlap, the mean of their logits counts.
-        """
+    @torch.no_grad()
+    def slide(self, pixels_CHW: NDArray[np.uint8]) -> Tensor:
+        """Return logits (K, H, W) for an image whose shorter side is resized to the window's; where windows overlap,
+        the mean of theirs."""
         height, width = pixels_CHW.shape[1:]
         scale = self.size / min(height, width)
         shown = max(round(height * scale), self.size), max(round(width * scale), self.size)
@@ -67,13 +73,31 @@ class Segmenter:
             for (top, left), logits_KHW in zip(chosen, logits_BKHW, strict=True):
                 total_KHW[:, top : top + self.size, left : left + self.size] += logits_KHW
                 count_HW[top : top + self.size, left : left + self.size] += 1
-        mean_KHW = total_KHW / count_HW
-        return F.interpolate(mean_KHW[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+        return total_KHW.div_(count_HW)
+
+
+def classes_at(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the class of every pixel (H, W) at some size: the argmax of logits that are resized a few classes at a
+    time, since those of all classes would not fit for a large image."""
+    step = max(RESIZED // (size[0] * size[1]), 1)
+    best_HW = torch.full(size, -math.inf, device=logits_KHW.device)
+    classes_HW = torch.zeros(size, dtype=torch.int64, device=logits_KHW.device)
+    for first in range(0, len(logits_KHW), step):
+        largest_HW, place_HW = resized(logits_KHW[None, first : first + step], size)[0].max(dim=0)
+        better_HW = largest_HW > best_HW
+        best_HW = torch.where(better_HW, largest_HW, best_HW)
+        classes_HW = torch.where(better_HW, place_HW + first, classes_HW)
+    return classes_HW
+
+
+def stride_of(size: int) -> int:
+    """Return how far one window is from the next, in pixels."""
+    return max(int(size * STRIDE), 1)
 
 
 def starts(length: int, size: int) -> list[int]:
     """Return where windows begin along a side: a stride apart, and the last one at the end."""
-    stride = max(int(size * STRIDE), 1)
+    stride = stride_of(size)
     return [min(number * stride, length - size) for number in range(math.ceil((length - size) / stride) + 1)]
 
 
@@ -82,7 +106,9 @@ def is_segmenter(folder: Path) -> bool:
     try:
         values = read_json(folder / "config.json")
     except (OSError, ValueError):
-        return False  # which whoever loads it tells
+        return False  # loading it as a model of features reports the fault
+    if not isinstance(values, dict):
+        return False
     return any(str(name).endswith("ForSemanticSegmentation") for name in values.get("architectures") or ())
 
 
@@ -111,8 +137,8 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
 
     def logits(windows_BCHW: Tensor) -> Tensor:
         inputs = processor(images=list(windows_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
-        found: Tensor = model(pixel_values=inputs["pixel_values"].to(device)).logits
-        return found
+        logits_BKHW: Tensor = model(pixel_values=inputs["pixel_values"].to(device)).logits
+        return resized(logits_BKHW, (windows_BCHW.shape[2], windows_BCHW.shape[3]))  # some give a quarter of the input
 
     return Segmenter(logits, int(size["height"]), classes, model.config.model_type, device, batch_size)
 
@@ -153,9 +179,20 @@ def check_classes(segmenter: Segmenter, shards: str) -> None:
 
 
 def count_overlaps(
-    segmenter: Segmenter, table: Table, exclude_groups: tuple[str, ...], progress: Callable[[int], None] | None
+    segmenter: Segmenter,
+    table: Table,
+    exclude_groups: tuple[str, ...],
+    progress: Callable[[int], None] | None,
+    draw: Callable[[Sample, NDArray[np.uint8]], None] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Read all samples once; this fills the table.
+
+    Args:
+        segmenter: what is measured.
+        table: of the samples, still empty.
+        exclude_groups: leave out samples that have one of these as `group`.
+        progress: called with the number of samples read.
+        draw: called with every sample that counts, and the predicted class of its pixels.
 
     Returns:
         Pixels of every class that truth and prediction share, that are of the truth, and of the prediction: (M, 3, K)
@@ -171,11 +208,21 @@ def count_overlaps(
         truth_HW = torch.from_numpy(sample.mask).long().to(segmenter.device)
         valid_HW = truth_HW != NO_CLASS
         if bool((truth_HW[valid_HW] >= len(segmenter.classes)).any()):
-            table.bad_masks["mask out of range"] += 1
+            table.bad_masks[MASK_OUT_OF_RANGE] += 1
             continue
-        logits_KHW = segmenter(sample.pixels)
-        counts.append(overlaps(logits_KHW[None], truth_HW.where(valid_HW, 0)[None], valid_HW[None]).cpu().numpy())
+        if max(truth_HW.shape) > MAX_ASPECT * min(truth_HW.shape):
+            table.bad_masks[f"the image is more than {MAX_ASPECT} times as long as wide"] += 1
+            continue
+        if not bool(valid_HW.any()):
+            table.bad_masks["no pixel has a class"] += 1
+            continue
+        predicted_HW = segmenter(sample.pixels)
+        truth_HW = truth_HW.where(valid_HW, 0)
+        overlaps_3K = overlaps(predicted_HW[None], truth_HW[None], valid_HW[None], len(segmenter.classes))
+        counts.append(overlaps_3K.cpu().numpy())
         masked.append(number)
+        if draw is not None:
+            draw(sample, predicted_HW.cpu().numpy().astype(np.uint8))
     shape = (len(counts), 3, len(segmenter.classes))
     return np.asarray(counts, dtype=np.int64).reshape(shape), np.asarray(masked, dtype=np.int64)
 
@@ -183,7 +230,8 @@ def count_overlaps(
 def measure_segmenter(
     counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
 ) -> dict[str, Any]:
-    """Return mIoU over the classes that occur, with its interval over clusters of images, and IoU by class.
+    """Return mIoU over the classes that occur in truth or prediction, with its interval over clusters of images, and
+    IoU by class.
 
     Args:
         counts_M3K: of `count_overlaps`.
@@ -195,18 +243,20 @@ def measure_segmenter(
     by_cluster = np.zeros((int(drawn.max()) + 1, *counts_M3K.shape[1:]))
     np.add.at(by_cluster, drawn, counts_M3K)
     both_CK, truth_CK, predicted_CK = by_cluster.transpose(1, 0, 2)
-    estimate = iou_of_clusters(both_CK, truth_CK, truth_CK + predicted_CK - both_CK, clusters, len(counts_M3K))
+    either_CK = truth_CK + predicted_CK - both_CK
+    estimate = iou_of_clusters(both_CK, either_CK, either_CK, clusters, len(counts_M3K))
     both_K, truth_K, predicted_K = counts_M3K.sum(axis=0)
-    iou_K = both_K / np.maximum(truth_K + predicted_K - both_K, 1)
+    either_K = truth_K + predicted_K - both_K
+    iou_K = both_K / np.maximum(either_K, 1)
     commonest = truth_K.max() / truth_K.sum() / max(int((truth_K > 0).sum()), 1)
     return {
         "mIoU": estimate.as_dict() | {"majority": float(commonest)},
         "pixel_accuracy": float(both_K.sum() / truth_K.sum()),
         "classes": [
             {"name": name, "iou": float(iou), "pixels": int(pixels)}
-            for name, iou, pixels in zip(classes, iou_K, truth_K, strict=True)
-            if pixels
+            for name, iou, pixels, either in zip(classes, iou_K, truth_K, either_K, strict=True)
+            if either
         ],
         "window": size,
-        "stride": starts(2 * size, size)[1],
+        "stride": stride_of(size),
     }

@@ -97,7 +97,7 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
             objective = build_objective(run, values["label_sets"], values["vocab_size"], target_encoders=False)
         weights = dict(_weights(folder))
         missing, unexpected = objective.load_state_dict(weights, strict=False, assign=True)
-    except (KeyError, TypeError, RuntimeError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise ExportError(f"the heads do not fit the model: {error}", where=str(folder / "heads")) from None
     if missing or unexpected:
         raise ExportError(

@@ -75,9 +75,6 @@ def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
     gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn
     if gated or not config.qkv_bias:
         raise _no_class("BEiT has biases, and no gates in its MLP")
-    layers = read_layers(spec, config.num_hidden_layers)
-    if len(set(layers)) < len(layers):
-        raise _no_class(f"BEiT's pyramid needs four different layers, and {list(layers)} are read")
     hidden = config.hidden_size * config.mlp_ratio if isinstance(config, Dinov2Config) else config.intermediate_size
     return BeitConfig(
         **{
@@ -92,7 +89,8 @@ def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
         layer_scale_init_value=1.0,
         drop_path_rate=0.0,
         add_fpn=True,
-        out_indices=list(layers),
+        batch_norm_eps=1e-5,  # that of every version; transformers 4 reads it here, and has no default
+        out_indices=list(read_layers(spec, config.num_hidden_layers)),
     )
 
 

@@ -71,7 +71,10 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         width=shape.hidden_size,
         patch=shape.patch_size,
         side=shape.image_size // shape.patch_size,
-        classes={name: len(names) for name, names in source.label_sets.items()},
+        classes={name: len(names) for name, names in source.label_sets.items()}
+        if source.recipe.uses_categories
+        else {},
+        segments=source.recipe.reads_masks,
         text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,

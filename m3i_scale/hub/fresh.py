@@ -50,7 +50,7 @@ def inspect_files(folder: Path) -> dict[str, Any]:
             for name in names:
                 tensor = file.get_tensor(name)
                 report["fingerprints"][name] = fingerprint(tensor)
-                if tensor.is_floating_point():  # others count
+                if tensor.is_floating_point():  # counters are integers
                     report["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
                 if tensor.numel() == 0:
                     report["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")

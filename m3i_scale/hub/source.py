@@ -40,7 +40,7 @@ class Source:
 
     @property
     def label_sets(self) -> dict[str, list[str]]:
-        """Return class names by label set, in the order of the category heads; none without a category target."""
+        """Return class names by label set, in the order of the heads; none where no target predicts classes."""
         sets: dict[str, list[str]] = self.meta.get("label_sets") or {}
         return sets if self.recipe.labels_file is not None else {}
 

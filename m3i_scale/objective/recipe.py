@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from m3i_scale.config import RunConfig, find_run_file, load_run, parse_section, run_values
 from m3i_scale.config.explain import WhereOf, origin
+from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.encoders import MomentumSpec, TeacherSpec
@@ -68,7 +69,7 @@ class Recipe(Parts):
     @property
     def reads_masks(self) -> bool:
         """Return whether the loader has to read the classes of pixels."""
-        return any(target.reads_masks for target in self.targets)
+        return self.labels_file == MASK_LABELS
 
     @property
     def projects_dense_targets(self) -> bool:
@@ -83,7 +84,7 @@ class Recipe(Parts):
                 return f"head '{name}' has batch norm"
         for target in self.targets:
             if target.compares_samples:
-                return f"target '{target.name}' has {target.compared_by}"
+                return f"target '{target.name}' compares the samples of a micro-batch"
         return None
 
     @model_validator(mode="after")
@@ -103,7 +104,7 @@ class Recipe(Parts):
         for target in self.targets:
             for fault in target.faults(self):
                 yield f"target '{target.name}': {fault}"
-            if target.reads_masks and len(self.targets) > 1:
+            if target.labels_file == MASK_LABELS and len(self.targets) > 1:
                 yield f"target '{target.name}': a {target.kind} target is the only one of its recipe"
         yield from self._unused(names)
         yield from self._head_faults()

@@ -5,7 +5,7 @@ Batch norm takes the statistics of the global batch, on every kind of process gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from transformers.models.beit.modeling_beit import BeitFPNNeck
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.config import LinearSegmentation, SegmentationHead, UperNetSegmentation
+from m3i_scale.config import SegmentationHead, UperNetSegmentation
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Fp32State
@@ -152,12 +152,6 @@ class UperNet(PixelHead):
         return [head(pyramid) for head in heads]
 
 
-HEADS: dict[type[SegmentationHead], Callable[..., PixelHead]] = {
-    LinearSegmentation: LinearPixelHead,
-    UperNetSegmentation: UperNet,
-}
-
-
 def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
     """Return the layers of a plain Transformer that UPerNet reads, from 1.
 
@@ -165,7 +159,14 @@ def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
         ConfigError: it has not so many.
     """
     if spec.out_layers is None:
-        return tuple(max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        layers = tuple(max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        if len(set(layers)) < len(layers):
+            raise ConfigError(
+                f"UPerNet reads four different layers, and the backbone has {depth}",
+                where="task.head.kind: upernet",
+                fix="task.head=linear",
+            )
+        return layers
     if spec.out_layers[-1] > depth:
         raise ConfigError(
             f"there is no layer {spec.out_layers[-1]}: the backbone has {depth}", where="task.head.out_layers"
@@ -195,20 +196,19 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
 
 
 def resized(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return logits in fp32 at the height and width of what is labelled."""
+    """Return logits in fp32 at the height and width of the labels."""
     return F.interpolate(logits_BKHW.float(), size=size, mode="bilinear", align_corners=False)
 
 
-def overlaps(logits_BKHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
+def overlaps(predicted_BHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor, count: int) -> Tensor:
     """Return how many pixels of every class are of both, of the truth and of the prediction: int64 (3, K).
 
     Args:
-        logits_BKHW: of the prediction.
+        predicted_BHW: predicted classes, int64.
         classes_BHW: of the truth, int64.
         valid_BHW: bool, whether there is one.
+        count: of classes.
     """
-    count = logits_BKHW.shape[1]
-    predicted_BHW = logits_BKHW.argmax(dim=1)
     counted = (
         (classes_BHW, valid_BHW & (predicted_BHW == classes_BHW)),
         (classes_BHW, valid_BHW),
@@ -219,8 +219,11 @@ def overlaps(logits_BKHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor) -> Ten
 
 
 def mean_iou(overlaps_3K: Tensor) -> float:
-    """Return intersection over union, mean over the classes that occur in the truth; 0 where none does."""
+    """Return intersection over union, mean over the classes that occur in truth or prediction; 0 where none does.
+
+    So mmsegmentation counts: a class that is only predicted has 0.
+    """
     both_K, truth_K, predicted_K = overlaps_3K.double()
-    present_K = truth_K > 0
-    iou_K = both_K[present_K] / (truth_K + predicted_K - both_K)[present_K]
+    either_K = truth_K + predicted_K - both_K
+    iou_K = both_K[either_K > 0] / either_K[either_K > 0]
     return float(iou_K.mean()) if len(iou_K) else 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from m3i_scale.config import CheckpointConfig, RetentionConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.config import CheckpointConfig, KeepBestConfig, RetentionConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
 from m3i_scale.files import read_json_lines
 from m3i_scale.objective.recipe import Recipe
@@ -91,7 +91,7 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
         )
     if checkpoint.keep_best is None:
         return
-    _check_best(run, recipe, checkpoint.keep_best.metric)
+    _check_best(run, recipe, checkpoint.keep_best)
     evaluates = run.evaluation.every_steps
     if every is not None and evaluates % every == 0 and checkpoint.max_gib is None:
         raise ConfigError(
@@ -101,7 +101,8 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
         )
 
 
-def _check_best(run: RunConfig, recipe: Recipe, metric: str) -> None:
+def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
+    metric = best.metric
     evaluates, saves = run.evaluation.every_steps, run.checkpoint.every_steps
     known = evaluated_figures(recipe)
     if not evaluates:
@@ -113,6 +114,14 @@ def _check_best(run: RunConfig, recipe: Recipe, metric: str) -> None:
     if metric not in known:
         near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
         raise ConfigError(f"no evaluation of this run writes '{metric}'", where="checkpoint.keep_best.metric", fix=near)
+    figure = metric.rpartition("/")[2]
+    mode = {"loss": "min", "count": best.mode}.get(figure, "max")
+    if best.mode != mode:
+        raise ConfigError(
+            f"the worst checkpoints would be kept: '{metric}' is better when {'higher' if mode == 'max' else 'lower'}",
+            where=f"checkpoint.keep_best.mode: {best.mode}",
+            fix=f"checkpoint.keep_best.mode={mode}",
+        )
     if not _meet(saves, evaluates, run.optim.steps):
         raise ConfigError(
             "checkpoint.keep_best has no effect: no checkpoint is of a step that is evaluated",

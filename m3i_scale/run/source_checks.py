@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import RunConfig
+from m3i_scale.config import RunConfig, SourceConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import LABELS, MASK_LABELS, read_label_sets
 from m3i_scale.errors import CheckpointError, ConfigError
@@ -45,13 +45,10 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
                 where=f"{where}: {without_secrets(source.shards)}",
                 fix=f"leave it out, or put {file}, a list of class names, beside the shards",
             )
-    for name, source in (sources | run.data.validation).items() if recipe.reads_masks and there else ():
-        if not read_label_sets({name: source}, access, MASK_LABELS):
-            raise ConfigError(
-                f"the source '{name}' has no {MASK_LABELS}, so nobody knows what its masks mean",
-                where=without_secrets(source.shards),
-                fix="put it, a list of class names in the order of the masks' numbers, beside the shards",
-            )
+    if recipe.reads_masks:
+        for kind, named in (("sources", sources), ("validation", run.data.validation)):
+            for name, source in named.items():
+                _check_mask_classes(source, f"data.{kind}.{name}", access, there=there)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
             "the recipe has a text target, and every source has `captions: none`",
@@ -66,6 +63,28 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
                 f"{idle[0]} has no effect: the same validation batches are read every time, without augmentation",
                 where=f"data.validation.{name}",
             )
+
+
+def _check_mask_classes(source: SourceConfig, where: str, access: Access | None, *, there: bool) -> None:
+    """Check that a file beside the shards of a source names the classes of its masks.
+
+    Raises:
+        ConfigError: why none does.
+    """
+    if not source.labels:
+        raise ConfigError(f"`labels: false` leaves {MASK_LABELS} unread, and masks need it", where=where)
+    if source.shards.startswith("pipe:"):
+        raise ConfigError(
+            f"masks need {MASK_LABELS} beside the shards, and nothing lies beside a pipe",
+            where=f"{where}.shards",
+            fix="name the shards by a path or an address",
+        )
+    if there and not read_label_sets({"source": source}, access, MASK_LABELS):
+        raise ConfigError(
+            f"the source has no {MASK_LABELS}, which names the classes of its masks",
+            where=f"{where}: {without_secrets(source.shards)}",
+            fix="put it, a list of class names in the order of the masks' numbers, beside the shards",
+        )
 
 
 def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:

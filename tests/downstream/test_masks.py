@@ -115,24 +115,23 @@ def with_class(number: int) -> bytes:
 
 
 HOSTILE = {
-    "of another size": resized((40, 48)),
-    "half its size": resized((24, 20)),
-    "sixteen bits": sixteen_bits(),
-    "three channels": png(mask_of_picture().convert("RGB")),
-    "four bits of grey": png(mask_of_picture().convert("1")),
-    "beyond the classes": with_class(len(CLASSES)),
-    "cut off": png(mask_of_picture())[:60],
-    "no png": b"\xff\xd8\xff" + bytes(40),
-    "empty": b"",
-    "none": None,
+    "of another size": (resized((40, 48)), "size of its image"),
+    "half its size": (resized((24, 20)), "size of its image"),
+    "sixteen bits": (sixteen_bits(), "mask is"),
+    "three channels": (png(mask_of_picture().convert("RGB")), "mask is"),
+    "four bits of grey": (png(mask_of_picture().convert("1")), "mask is"),
+    "beyond the classes": (with_class(len(CLASSES)), "out of range"),
+    "cut off": (png(mask_of_picture())[:60], "mask does not decode"),
+    "no png": (b"\xff\xd8\xff" + bytes(40), "mask is"),
+    "empty": (b"", "mask is"),
+    "none": (None, "no mask"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_sample_whose_mask_cannot_be_used_is_counted_listed_and_replaced(tmp_path: Path, name: str) -> None:
-    bad = GOOD | {"mask.png": HOSTILE[name]}
-    if HOSTILE[name] is None:
-        bad.pop("mask.png")
+    mask, reason = HOSTILE[name]
+    bad = {"png": GOOD["png"]} | ({} if mask is None else {"mask.png": mask})
     folder = write_shards(tmp_path / "shards", [bad if number % 8 == 5 else GOOD for number in range(32)], CLASSES)
     opened = stream(folder, max_bad_fraction=0.5)
     iterator = iter(opened)
@@ -145,6 +144,7 @@ def test_a_sample_whose_mask_cannot_be_used_is_counted_listed_and_replaced(tmp_p
     assert sum(opened.quarantined.values()) >= 3
     listed = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert {int(line["key"][1:]) % 8 for line in listed} == {5}
+    assert all(reason in line["reason"] for line in listed)
 
 
 def test_masks_are_not_read_where_nobody_asks_for_them(tmp_path: Path) -> None:

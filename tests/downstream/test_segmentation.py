@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from masked import CLASSES as CELLS
-from masked import SIZE, classes_of, mask_of_picture, picture, png, write_shards
-from PIL import Image
 from pydantic import ValidationError
 from tiny import first_weights, random_batch
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from m3i_scale.config import RunConfig, Segmentation
+from m3i_scale.backbones.base import Backbone
+from m3i_scale.config import BackboneConfig, RunConfig, Segmentation, SegmentationHead
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
-from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.samples import open_table
-from m3i_scale.evaluate.segmenter import Segmenter, check_classes, count_overlaps, measure_segmenter, starts
+from m3i_scale.errors import ConfigError
 from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.segmentation import MapBatchNorm, mean_iou, overlaps
+from m3i_scale.objective.segmentation import MapBatchNorm, PixelHead, mean_iou, overlaps
 from m3i_scale.scale.activations import apply_activation_checkpointing
 
 CLASSES = ["sky", "sea", "sand", "stone", "ship"]
@@ -84,6 +80,7 @@ def batch_of(size: int, side: int, seed: int = 0) -> Batch:
     [
         ({"head": {"kind": "linear", "channels": 64}}, "channels"),
         ({"head": {"kind": "upernet", "out_layers": [4, 2, 6, 8]}}, "ascending"),
+        ({"head": {"kind": "upernet", "out_layers": [4, 4, 6, 8]}}, "different"),
         ({"head": {"kind": "upernet", "out_layers": [0, 2, 6, 8]}}, "from 1"),
         ({"head": "eomt"}, "no such kind"),
         ({"ema": 0.99}, "batch norm"),
@@ -99,17 +96,62 @@ def test_layers_that_a_backbone_does_not_have_are_refused() -> None:
         with pytest.raises(ConfigError) as caught:
             objective_of(backbone, UPERNET | {"out_layers": layers})
         assert caught.value.where == "task.head.out_layers"
+    shallow = BACKBONES["vit"]["config"] | {"num_hidden_layers": 3}
+    run = run_of("vit", UPERNET).model_copy(update={"backbone": BackboneConfig(config=shallow)})
+    with pytest.raises(ConfigError) as caught:
+        build_objective(run, {"scenes": CLASSES}, None)
+    assert "task.head" in str(caught.value.where)
+
+
+class MiddleHead(SegmentationHead):
+    """Of a user: reads one layer."""
+
+    module: ClassVar[str] = "test_segmentation.MiddlePixels"
+    layer: int = 2
+
+
+class MiddlePixels(PixelHead):
+    """Classifies the map of that layer."""
+
+    def __init__(self, spec: MiddleHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.layers = (spec.layer,)
+        self.classifier = nn.Conv2d(backbone.width, classes, 1)
+
+    def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [self.classifier(maps[0])]
+
+
+class NoHead(SegmentationHead):
+    """Of a user who has forgotten the module."""
+
+
+def test_a_head_may_be_a_class_of_ones_own() -> None:
+    objective = build_objective(
+        run_of("vit", {"kind": "test_segmentation.MiddleHead", "layer": 4}), {"a": CLASSES}, None
+    )
+    first_weights(objective, seed=0)
+    objective(batch_of(2, 32))[0].backward()
+    learns = {layer for layer, module in enumerate(objective.student.layers, start=1) if has_gradient(module)}
+    assert learns == {1, 2, 3, 4}
+    with pytest.raises(ConfigError) as caught:
+        build_objective(run_of("vit", "test_segmentation.NoHead"), {"a": CLASSES}, None)
+    assert caught.value.where == "task.head"
+
+
+def has_gradient(module: nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in module.parameters())
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "says"),
     [
-        {"inputs": [{"name": "image", "view": 1, "mask": {"ratio": 0.5}}]},
-        {"decoders": {"patches": {"kind": "transformer"}}},
+        ({"inputs": [{"name": "image", "view": 1, "mask": {"ratio": 0.5}}]}, "shows all of view 1"),
+        ({"decoders": {"patches": {"kind": "transformer"}}}, "decoded by pointwise"),
     ],
 )
-def test_a_recipe_that_hides_what_is_segmented_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+def test_a_recipe_that_hides_what_is_segmented_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
         parse_recipe(run_of("vit", LINEAR).recipe | changes)
 
 
@@ -305,72 +347,15 @@ def test_pixels_without_a_class_count_for_nothing() -> None:
 def test_miou_is_that_of_a_confusion_matrix() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, 5, 8, 8, generator=generator)
-    truth = torch.randint(0, 4, (3, 8, 8), generator=generator)  # nothing is of class 4, which is predicted
+    truth = torch.randint(0, 4, (3, 8, 8), generator=generator)  # nothing is of class 4, which is predicted: 0
     valid = torch.rand(3, 8, 8, generator=generator) < 0.8
     predicted = logits.argmax(1)
     scores = []
-    for label in range(4):
+    for label in range(5):
         of_truth, of_prediction = (truth == label) & valid, (predicted == label) & valid
         scores.append(float((of_truth & of_prediction).sum() / (of_truth | of_prediction).sum()))
-    assert mean_iou(overlaps(logits, truth, valid)) == pytest.approx(np.mean(scores))
-    parts = sum(overlaps(logits[k : k + 1], truth[k : k + 1], valid[k : k + 1]) for k in range(3))
+    assert scores[4] == 0
+    assert mean_iou(overlaps(predicted, truth, valid, 6)) == pytest.approx(np.mean(scores))  # the sixth is nowhere
+    parts = sum(overlaps(predicted[k : k + 1], truth[k : k + 1], valid[k : k + 1], 6) for k in range(3))
     assert mean_iou(parts) == pytest.approx(np.mean(scores))
-    perfect = torch.nn.functional.one_hot(truth, 5).permute(0, 3, 1, 2)
-    assert mean_iou(overlaps(perfect, truth, valid)) == 1.0
-
-
-# ---------------------------------------------------------------- sliding windows
-
-
-def test_windows_cover_a_side_as_published_ones_do() -> None:
-    assert starts(512, 512) == [0]
-    assert starts(600, 512) == [0, 88]
-    assert starts(853, 512) == [0, 341]
-    assert starts(854, 512) == [0, 341, 342]
-    for length in range(24, 120):
-        covered = {place for start in starts(length, 24) for place in range(start, start + 24)}
-        assert covered == set(range(length))
-
-
-@pytest.mark.parametrize("size", [(24, 24), (24, 70), (90, 24), (40, 30)])
-def test_a_sliding_window_gives_every_pixel_what_it_shows(size: tuple[int, int]) -> None:
-    """Of a segmenter whose logits are the pixels themselves."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    pixels = np.stack([2 * x, 2 * y, 100 + 0 * x]).astype(np.uint8)
-    segmenter = Segmenter(lambda windows: windows, 24, ["a", "b", "c"], "pixels", torch.device("cpu"), batch_size=3)
-    logits = segmenter(pixels)
-    assert logits.shape == (3, *size)
-    inner = (slice(None), slice(3, -3), slice(3, -3))  # at the edge a resize is not linear
-    tolerance = 0.0 if min(size) == 24 else 1.0  # of rounded levels where it is resized
-    assert (logits[inner] - torch.from_numpy(pixels).float()[inner]).abs().max() <= tolerance
-
-
-def by_colour(windows: Tensor) -> Tensor:
-    """Logits of a segmenter that reads from the colour where a pixel lies, and so of which class it is."""
-    x, y = (windows[:, 0] - 2) // 5 + 0.5, (windows[:, 1] - 2) // 6 + 0.5
-    classes = torch.from_numpy(classes_of(x.numpy(), y.numpy()))
-    return nn.functional.one_hot(classes, len(CELLS)).permute(0, 3, 1, 2)
-
-
-def test_a_segmenter_is_measured_at_the_size_of_its_images_with_their_orientation(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    good = {"png": png(picture()), "mask.png": png(mask_of_picture())}
-    samples = [good, good | {"png": png(picture(), exif=exif)}, {"png": good["png"]}]
-    samples.append(good | {"mask.png": png(mask_of_picture().resize((20, 20)))})
-    samples.append(good | {"mask.png": png(Image.new("L", SIZE, len(CELLS)))})
-    shards = str(write_shards(tmp_path / "shards", samples, CELLS))
-    segmenter = Segmenter(by_colour, min(SIZE), CELLS, "colours", torch.device("cpu"))
-    check_classes(segmenter, shards)
-    table = open_table(shards, "--data")
-    counts, masked = count_overlaps(segmenter, table, (), None)
-    assert counts.shape == (2, 3, len(CELLS))
-    assert len(table) == 5
-    assert sum(table.bad_masks.values()) == 2
-    found = measure_segmenter(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
-    assert found["mIoU"]["value"] == found["pixel_accuracy"] == 1.0
-    counts[0, 0] //= 2
-    worse = measure_segmenter(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
-    assert worse["mIoU"]["low"] < worse["mIoU"]["value"] < 1.0
-    with pytest.raises(DataError):
-        check_classes(replace(segmenter, classes=CELLS[::-1]), shards)
+    assert mean_iou(overlaps(truth, truth, valid, 5)) == 1.0

@@ -229,7 +229,7 @@ def grey(bits):
         (Halves(0, 1, 0, wide=2).mask(), "mask is not of the size of its image"),
         (Halves(0, 1, 0).image(), "mask is a PNG of three channels"),
         (grey(4), "mask is a PNG of one grey channel of 4 bit"),
-        (Halves(0, 1, 0).mask()[:50], "image does not decode"),
+        (Halves(0, 1, 0).mask()[:50], "mask does not decode"),
     ],
 )
 def test_masks_that_do_not_fit_are_counted_and_their_samples_stay(vit_folder, masked, monkeypatch, mask, reason):

@@ -62,6 +62,17 @@ def shards(tmp_path_factory):
     return output
 
 
+def small_segmenter(shards, output_dir):
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    values = {
+        "output_dir": str(output_dir),
+        "task": {"kind": "segmentation", "head": {"kind": "upernet", "channels": 16}},
+        "backbone": {"config": shape | {"image_size": 32, "patch_size": 8}},
+        "data": {"sources": {"things": {"shards": str(shards / "train")}}},
+    }
+    return parse_section(RunConfig, values, where="test")
+
+
 def small_run(shards, output_dir, backbone=None, pool="mean_pool", regularizer="unigrad"):
     values = read_yaml(resource_folder("recipes") / "m3i.yaml")
     values["recipe"]["decoders"]["pool"]["kind"] = pool
@@ -99,8 +110,8 @@ def small_run(shards, output_dir, backbone=None, pool="mean_pool", regularizer="
 def make_run(shards):
     """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one."""
 
-    def make(output_dir: Path, steps=(10,), vocab_size=None, label_sets=None, **fields):
-        run = small_run(shards, output_dir, **fields)
+    def make(output_dir: Path, steps=(10,), vocab_size=None, label_sets=None, *, segments=False, **fields):
+        run = small_segmenter(shards, output_dir) if segments else small_run(shards, output_dir, **fields)
         label_sets = label_sets or {"things": LABELS}
         tokenizer = shards / "tokenizer"
         vocab_size = vocab_size or len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
@@ -123,7 +134,8 @@ def make_run(shards):
 
 
 def first_weights(objective):
-    for root in (objective.student.model, objective.text.model, objective.momentum.backbone.model):
+    others = (objective.text, None if objective.momentum is None else objective.momentum.backbone)
+    for root in (objective.student.model, *(other.model for other in others if other is not None)):
         for module in root.modules():
             initialize_module(root, module)
     for module in objective.modules():

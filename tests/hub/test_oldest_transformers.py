@@ -49,6 +49,8 @@ CASES = (
     ("clip", "mean_pool", Wanted("features", "timm")),
     ("internimage", "mean_pool", Wanted()),
     ("internimage", "mean_pool", Wanted("classification")),
+    ("segmenter", None, Wanted("segmentation")),
+    ("segmenter", None, Wanted()),
 )
 
 
@@ -106,7 +108,8 @@ def test_every_kind_of_export(proven_there, make_run, tmp_path):
     runs = {}
     for number, (kind, pool, wanted) in enumerate(CASES):
         if (kind, pool) not in runs:
-            runs[kind, pool], _ = make_run(tmp_path / f"{kind}-{pool}", backbone=BACKBONES.get(kind), pool=pool)
+            fields = {"backbone": BACKBONES.get(kind), "pool": pool} if pool else {"segments": True}
+            runs[kind, pool], _ = make_run(tmp_path / f"{kind}-{pool}", **fields)
         result = export(runs[kind, pool], tmp_path / str(number), wanted=wanted)
         assert max(result["verified"]["largest_output_difference"].values()) < 1e-4
         assert f"transformers {OLDEST_TRANSFORMERS} or later" in (tmp_path / str(number) / "README.md").read_text()

@@ -47,7 +47,9 @@ def hub_config(source: str, where: str) -> VisionConfig:
         config = config.vision_config
     if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig | InternImageConfig):
         raise ConfigError(
-            f"'{source}' is a {config.model_type}, and a backbone is a vit, dinov2, clip or internimage", where=where
+            f"'{source}' is a {config.model_type}, and a backbone is a vit, dinov2, clip or internimage",
+            where=where,
+            fix="export the run of the segmenter by --task features" if config.model_type == "upernet" else None,
         )
     if isinstance(config, Dinov2Config):
         config.use_mask_token = False  # hidden patches are left out here, so nothing would train that token

@@ -141,8 +141,6 @@ class Target(Kind):
     """Whether z_y is a map over patches."""
     labels_file: ClassVar[str | None] = None
     """File beside the shards that names the classes which are predicted."""
-    reads_masks: ClassVar[bool] = False
-    """Whether it needs `Batch.masks_BHW`."""
     evaluated: ClassVar[tuple[str, ...]] = ()
     """Further figures of an evaluation."""
 
@@ -187,11 +185,6 @@ class Target(Kind):
     def compares_samples(self) -> bool:
         """Return whether the loss needs at least two samples in the global micro-batch."""
         return bool(self.regularizer.within_batch)
-
-    @property
-    def compared_by(self) -> str:
-        """Return what compares samples, where something does."""
-        return f"{self.regularizer.kind} within the batch"
 
     @property
     def stopped(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from pkgutil import resolve_name
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.segmentation import HEADS, overlaps, resized
+from m3i_scale.objective.segmentation import overlaps, resized
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
 
@@ -29,7 +30,6 @@ class Segmentation(Target):
     representation: ClassVar[str] = "class of every pixel"
     dense: ClassVar[bool] = True
     labels_file: ClassVar[str | None] = MASK_LABELS
-    reads_masks: ClassVar[bool] = True
     evaluated: ClassVar[tuple[str, ...]] = ("miou",)
     encoder: Literal["embedding"] = "embedding"
     distribution: BoltzmannClasses = BoltzmannClasses()
@@ -41,11 +41,6 @@ class Segmentation(Target):
         """Return whether batch norm has a single value of a sample: that of the whole image in UPerNet."""
         return self.head.kind == "upernet"
 
-    @property
-    def compared_by(self) -> str:
-        """Return what compares samples."""
-        return "batch norm"
-
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `PixelHead`.
 
@@ -56,7 +51,15 @@ class Segmentation(Target):
             raise ConfigError(
                 f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.sources"
             )
-        return HEADS[type(self.head)](self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
+        try:
+            kind = resolve_name(self.head.module)
+        except (AttributeError, ImportError, ValueError) as error:  # of a class of the user's own
+            raise ConfigError(
+                f"the head '{self.head.kind}' does not name the module that is built of it: {error}",
+                where="task.head",
+                fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
+            ) from None
+        return cast(nn.Module, kind(self.head, sizes.backbone, sizes.classes[0], sizes.ranks))
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have a pixel with a class: bool (B)."""
@@ -72,7 +75,10 @@ class Segmentation(Target):
         predictions = [resized(logits_BKHW, size) for logits_BKHW in given.head(map_BDHW, encoded.maps)]
         losses = [self.distribution.loss(one, truth_BHW, valid_BHW, given.ranks) for one in predictions]
         weighted = [weight * loss for weight, (loss, _) in zip(given.head.weights, losses, strict=True)]
-        counts = None if given.head.training else overlaps(predictions[0], truth_BHW, valid_BHW)
+        counts = None
+        if not given.head.training:
+            logits_BKHW = predictions[0]
+            counts = overlaps(logits_BKHW.argmax(dim=1), truth_BHW, valid_BHW, logits_BKHW.shape[1])
         return Loss(torch.stack(weighted).sum(), losses[0][1], overlaps_3K=counts)
 
     def _faults(self, parts: Parts) -> Iterator[str]:

@@ -46,8 +46,8 @@ class SavedWeights(Mapping[str, Tensor]):
         self._statistics = dict(statistics or {})
 
     def __getitem__(self, name: str) -> Tensor:
-        held = self._statistics.get(name)
-        return (self._saved.whole(self._keys[name]) if held is None else held).to(self._dtype)
+        statistic = self._statistics.get(name)
+        return (self._saved.whole(self._keys[name]) if statistic is None else statistic).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._keys
@@ -58,8 +58,8 @@ class SavedWeights(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
-        held = self._statistics.get(name)
-        return self._saved.shape(self._keys[name]) if held is None else tuple(held.shape)
+        statistic = self._statistics.get(name)
+        return self._saved.shape(self._keys[name]) if statistic is None else tuple(statistic.shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type.
@@ -67,11 +67,11 @@ class SavedWeights(Mapping[str, Tensor]):
         Raises:
             CheckpointError: there is no such range, or a file is not as the index says.
         """
-        held = self._statistics.get(name)
-        if held is None:
+        statistic = self._statistics.get(name)
+        if statistic is None:
             self._saved.read_into(self._keys[name], start, out)
         else:
-            out.copy_(held.flatten()[start : start + out.numel()])
+            out.copy_(statistic.flatten()[start : start + out.numel()])
 
     def read_finite(self, name: str, start: int, out: Tensor) -> None:
         """Fill as `read_into` does, block by block: a change of type takes no second copy of the tensor.

@@ -1,0 +1,77 @@
+"""Draw what a segmenter predicts beside the truth: the image, and both in colours over it."""
+
+from __future__ import annotations
+
+import re
+from colorsys import hsv_to_rgb
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from m3i_scale.data.images import NO_CLASS
+from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.samples import Sample
+
+OVERLAY_COUNT = 20
+"""So many are drawn, unless another number is asked for."""
+_SIDE = 512
+"""Longest side of an image in pixels, as it is drawn."""
+_GAP = 4
+_GOLDEN = 0.618034
+PALETTE = np.array(
+    [hsv_to_rgb(number * _GOLDEN % 1, (1.0, 0.6, 0.8)[number % 3], (1.0, 0.7)[number % 2]) for number in range(256)]
+)
+"""The colour of a class by its number, the same in every picture: red, green, blue from 0 to 1."""
+
+
+class Overlays:
+    """Writes pictures of the first samples that are measured: image | truth | prediction.
+
+    Args:
+        folder: is made; one that exists is empty.
+        count: so many samples are drawn.
+
+    Raises:
+        ConfigError: the folder cannot be made, or something is in it.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._count, self._drawn = folder, count, 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = any(folder.iterdir())
+        except OSError as error:
+            raise ConfigError(f"overlays cannot be written: {error.strerror}", where=f"--overlays {folder}") from None
+        if taken:
+            raise ConfigError("the folder is not empty", where=f"--overlays {folder}", fix="name a new one")
+
+    def __call__(self, sample: Sample, predicted_HW: NDArray[np.uint8]) -> None:
+        """Draw a sample with the predicted class of every pixel, unless enough are drawn.
+
+        Raises:
+            ConfigError: the disk refuses.
+        """
+        if sample.mask is None or self._drawn == self._count:
+            return
+        self._drawn += 1
+        image = Image.fromarray(sample.pixels.transpose(1, 2, 0))
+        image.thumbnail((_SIDE, _SIDE))
+        panels = [image, *(_coloured(image, classes_HW) for classes_HW in (sample.mask, predicted_HW))]
+        picture = Image.new("RGB", (3 * image.width + 2 * _GAP, image.height), "white")
+        for place, panel in enumerate(panels):
+            picture.paste(panel, (place * (image.width + _GAP), 0))
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", sample.key)[-100:]
+        try:
+            picture.save(self._folder / f"{self._drawn:04d}-{name}.png")
+        except OSError as error:
+            raise ConfigError(f"overlays cannot be written: {error}", where=f"--overlays {self._folder}") from None
+
+
+def _coloured(image: Image.Image, classes_HW: NDArray[np.uint8]) -> Image.Image:
+    """Return the image with the colour of its class over every pixel; one without a class stays as it is."""
+    classes = np.asarray(Image.fromarray(classes_HW).resize(image.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(image, dtype=np.float64)
+    mixed = 0.35 * pixels + 0.65 * 255 * PALETTE[classes]
+    return Image.fromarray(np.where((classes == NO_CLASS)[..., None], pixels, mixed).round().astype(np.uint8))
