@@ -171,7 +171,8 @@ class Objective(nn.Module):
         recipe = self.recipe
         used = sorted({spec.view for spec in recipe.inputs} | {target.view for target in recipe.image_targets})
         views = {view: normalize(batch.images_VBCHW[view - 1], self.mean, self.std) for view in used}
-        where = build_inputs(recipe.inputs, recipe.mix, batch.seeds_B, self.student.grid, self.student.cell)
+        seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
+        where = build_inputs(recipe.inputs, recipe.mix, seeds_B, self.student.grid, self.student.cell)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         with self.span("target"):
