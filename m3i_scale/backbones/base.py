@@ -99,6 +99,15 @@ class Backbone(nn.Module, ABC):
     def encode_whole(self, images_BCHW: Tensor) -> Tokens:
         """Encode normalised images, nothing hidden, as tokens of all patches, row by row."""
 
+    def encode_blocks(self, images_BCHW: Tensor, blocks: int) -> Tokens:
+        """Encode as `encode_whole` does, with the class tokens of the last `blocks` layers, (B, blocks, D), each
+        normalised as that of the last layer is.
+
+        Raises:
+            ValueError: the backbone has no class token.
+        """
+        raise ValueError("the backbone has no class token")
+
     @property
     @abstractmethod
     def stage_widths(self) -> list[int]:

@@ -126,6 +126,15 @@ class TokenBackbone(Backbone):
         encoded_BSD = self.encode(torch.cat(self.embed(images_BCHW), dim=1))
         return encoded_BSD[:, :1], encoded_BSD[:, 1:]
 
+    def encode_blocks(self, images_BCHW: Tensor, blocks: int) -> Tokens:
+        """Encode as `encode_whole` does, with the class tokens of the last layers."""
+        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
+        depth = len(self.layers)
+        outputs = dict.fromkeys(range(depth - blocks + 1, depth), tokens_BSD)
+        last_BSD = self._normed(self._through_layers(tokens_BSD, outputs))
+        cls = [self._normed(output_BSD[:, :1]) for output_BSD in outputs.values()]
+        return torch.cat([*cls, last_BSD[:, :1]], dim=1), last_BSD[:, 1:]
+
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
         tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
