@@ -100,6 +100,15 @@ class Backbone(nn.Module, ABC):
         row by row."""
         return self.encode_maps(images_BCHW, ())[0]
 
+    def encode_blocks(self, images_BCHW: Tensor, blocks: int) -> Tokens:
+        """Encode as `encode_whole` does, with the class tokens of the last `blocks` layers, (B, blocks, D), each
+        normalised as that of the last layer is.
+
+        Raises:
+            ValueError: the backbone has no class token.
+        """
+        raise ValueError("the backbone has no class token")
+
     @property
     @abstractmethod
     def stage_widths(self) -> list[int]:

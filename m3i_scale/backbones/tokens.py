@@ -118,6 +118,15 @@ class TokenBackbone(Backbone):
         outputs = output_BSD[:, 1:].split([part.shape[1] for part in parts], dim=1)
         return [(output_BSD[:, :1], output) for output in outputs]
 
+    def encode_blocks(self, images_BCHW: Tensor, blocks: int) -> Tokens:
+        """Encode as `encode_whole` does, with the class tokens of the last layers."""
+        tokens_BSD, cls = torch.cat(self.embed(images_BCHW), dim=1), []
+        for number, layer in enumerate(self.layers, start=1):
+            tokens_BSD = layer(tokens_BSD, None)
+            if number > len(self.layers) - blocks:
+                cls.append(self._normed(tokens_BSD[:, :1]))
+        return torch.cat(cls, dim=1), self._normed(tokens_BSD)[:, 1:]
+
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
         tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)

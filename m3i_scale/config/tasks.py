@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Section
 
 
 class Task(Kind):
@@ -48,6 +49,45 @@ class Task(Kind):
         """Return what is predicted from what, as the section `recipe` has it."""
 
 
+class Sweep(Section):
+    """Trains a linear head for every choice of what it reads and how fast it learns, each as if it were alone; the best
+    one on data.validation is exported."""
+
+    blocks: tuple[int, ...] = (1, 4)
+    """The class tokens of so many last layers are read, each normalised by the backbone's last norm."""
+    mean: tuple[bool, ...] = (False, True)
+    """Whether the mean of the last layer's patches is read beside them."""
+    lr_scales: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+    """Shares of optim.lr."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        for name, values in self:
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} are several choices, each once: {list(values)}")
+        if min(self.blocks) < 1:
+            raise ValueError("blocks are numbers of layers, from 1 on")
+        if not 0 < min(self.lr_scales) <= max(self.lr_scales) <= 1:
+            raise ValueError("lr_scales are shares of optim.lr: above 0, and 1 at most")
+        return self
+
+    def decoders(self) -> dict[str, dict[str, Any]]:
+        """Return what heads read, by name, as a recipe has it."""
+        return {
+            f"last{blocks}{'_mean' if mean else ''}": {"kind": "class_tokens", "blocks": blocks, "mean": mean}
+            for blocks in self.blocks
+            for mean in self.mean
+        }
+
+    def heads(self) -> dict[str, tuple[str, float]]:
+        """Return what a head reads and its share of the rate, by its name."""
+        return {
+            f"{decoder}_lr{scale:g}".replace(".", "_"): (decoder, scale)
+            for decoder in self.decoders()
+            for scale in self.lr_scales
+        }
+
+
 class Classification(Task):
     """Predicts the class of an image."""
 
@@ -64,6 +104,16 @@ class Classification(Task):
     """Probability that a micro-batch is mixed."""
     switch_prob: float = Field(default=0.5, gt=0, lt=1)
     """Probability of cutmix, where both are asked for."""
+    sweep: Sweep | None = None
+    """Many linear heads on a frozen backbone in one pass. Default: one."""
+
+    @model_validator(mode="after")
+    def _sweeps(self) -> Self:
+        if self.sweep is not None and not self.freeze:
+            raise ValueError("sweep is for a frozen backbone, which would learn from all heads at once: freeze: true")
+        if self.sweep is not None and self.pool != "class_token":
+            raise ValueError("pool has no effect: sweep says what its heads read")
+        return self
 
     @model_validator(mode="after")
     def _mixes(self) -> Self:
@@ -74,20 +124,26 @@ class Classification(Task):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """Return a category predicted from the whole image."""
-        target = {
-            "name": "category",
-            "kind": "category",
-            "inputs": ["image"],
-            "decoder": "pool",
-            "distribution": {"kind": "boltzmann", "label_smoothing": self.label_smoothing},
-        }
+        """Return a category predicted from the whole image, by every head of a sweep."""
+        sweep, decoder_of = self.sweep, {"category": "pool"}
+        if sweep is not None:
+            decoder_of = {name: decoder for name, (decoder, _) in sweep.heads().items()}
+        targets = [
+            {
+                "name": name,
+                "kind": "category",
+                "inputs": ["image"],
+                "decoder": decoder,
+                "distribution": {"kind": "boltzmann", "label_smoothing": self.label_smoothing},
+            }
+            for name, decoder in decoder_of.items()
+        ]
         return {
             "name": "classification",
             "family": "supervised",
             "inputs": [{"name": "image", "view": 1}],
-            "decoders": {"pool": {"kind": self.pool}},
-            "targets": [target],
+            "decoders": {"pool": {"kind": self.pool}} if sweep is None else sweep.decoders(),
+            "targets": targets,
         }
 
 

@@ -46,7 +46,8 @@ class Batch:
     captions_B: Tensor
     """int64 (B): hash of the caption, equal for equal captions; 0 where there is none."""
     seeds_B: Tensor
-    """int64 (B): random seed of the sample in this epoch; masks are drawn from it, so they do not depend on ranks."""
+    """int64 (B): random seed of the sample in this epoch; masks are drawn from it, so they do not depend on ranks.
+    It stays on the host, which draws by it too: to ask a device would be to wait for it."""
     masks_BHW: Tensor
     """uint8 (B, H, W): class of every pixel of view 1, 255 where it has none; (B, 0, 0) where no target asks for it."""
     keys: list[str]
@@ -67,13 +68,13 @@ class Batch:
         vars(self).update(arrived)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch on `device`."""
+        """Return the same batch on `device`, but for the seeds."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            if field.name != "seeds_B" and isinstance(value := getattr(self, field.name), Tensor)
         }
-        return Batch(**moved, keys=self.keys)
+        return Batch(**moved, seeds_B=self.seeds_B, keys=self.keys)
 
     @staticmethod
     def cat(parts: list[Batch]) -> Batch:

@@ -43,6 +43,8 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
             fix="leave it out, or take an InternImage",
         )
     if isinstance(task, Classification):
+        if task.sweep is not None:
+            _check_sweep(run)
         if maps and task.pool == "class_token":
             raise ConfigError(
                 "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
@@ -87,6 +89,22 @@ def _check_frozen(run: RunConfig) -> None:
             f"`{name}` has no effect: it is for layers that are trained, and the backbone is frozen",
             where=f"backbone.{name}",
             fix="leave it out",
+        )
+
+
+def _check_sweep(run: RunConfig) -> None:
+    if run.optim.clip_grad_norm:
+        raise ConfigError(
+            "the gradient of all heads of a sweep together would be clipped",
+            where=f"optim.clip_grad_norm: {run.optim.clip_grad_norm:g}",
+            why="how a head learns would depend on the others",
+            fix="optim.clip_grad_norm=0",
+        )
+    if run.data.sources and not run.data.validation:
+        raise ConfigError(
+            "the best head of a sweep is the best on images for validation, and there are none",
+            where="data.validation",
+            fix="data.validation.val.shards=/data/shards/val and evaluation.every_steps",
         )
 
 
@@ -168,6 +186,13 @@ def _check_timm() -> None:
 
 def scales_of(module: Any, task: Task | None) -> dict[str, float]:
     """Return what the learning rate is multiplied by, by name of a parameter; 1 where nothing is said."""
+    if isinstance(task, Classification) and task.sweep is not None:
+        of_head = {name: scale for name, (_, scale) in task.sweep.heads().items()}
+        return {
+            f"heads.{head}.{name}": scale
+            for head, scale in of_head.items()
+            for name, _ in module.heads[head].named_parameters()
+        }
     if task is None or task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
         return {}
     scales = lr_scales(module.student.model, task.layer_decay, dense=task.dense, dcn=task.dcn_lr)

@@ -51,7 +51,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         autoescape=False,
     )
     environment.filters["cell"] = cell
-    evaluation = provenance["evaluation"]
+    evaluation, heads = provenance["evaluation"], provenance["heads"]
     shape = backbone_config(source.run.backbone)
     return environment.get_template("card.md.j2").render(
         name=source.run.name,
@@ -83,6 +83,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         supervision=list(_supervision(source, provenance)),
         curve=_table(provenance["curve"]),
         evaluation=evaluation,
+        heads=heads,
         evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],
         difference=max(provenance["verified"]["largest_output_difference"].values()),
         **{key: provenance[key] for key in _TAKEN_OVER},

@@ -20,7 +20,7 @@ from m3i_scale.files import read_json, sha256_of, whole_folder, write_json
 from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
-from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of
+from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
 from m3i_scale.hub.push import PROVENANCE, listed_files, push
 from m3i_scale.hub.source import (
     Source,
@@ -78,7 +78,7 @@ def export(
     _check(weights, dtype, target, overwrite)
     check_wanted(wanted)
     check_also(also)
-    source = find_source(Path(run_dir_or_checkpoint))
+    source, heads = with_best_head(find_source(Path(run_dir_or_checkpoint)))
     reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
     tokenizer = source_tokenizer(source) if source.recipe.uses_text and reads_text else None
     parts = plan_parts(source, wanted, tokenizer)
@@ -102,6 +102,7 @@ def export(
                 "license": license_id,
                 "verified": proven,
                 "evaluation": evaluation,
+                "heads": heads,
             }
         )
         facts = masked(facts)

@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from m3i_scale.config import Classification
+from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json_lines
 from m3i_scale.hub.source import Source
+from m3i_scale.objective.recipe import parse_recipe
 
 CURVE_ROWS = 10
+
+
+def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
+    """Return a checkpoint of a sweep with its best head alone, and how all were measured; others as they are.
+
+    The choice is that of the last evaluation at or before the checkpoint's step. Of equals the first is taken.
+
+    Raises:
+        ExportError: there was none.
+    """
+    task = source.run.task
+    if not isinstance(task, Classification) or task.sweep is None:
+        return source, None
+    names = [target.name for target in source.recipe.targets]
+    measured: dict[str, Any] = {}
+    for record in _records(source):
+        if record.get("kind") == "evaluation" and record.get("step", 0) <= source.step:
+            measured = record
+    scores = {name: measured[key] for name in names if (key := f"evaluation/{name}/top_1") in measured}
+    if not scores:
+        raise ExportError(
+            "no head of the sweep is the best: none has been evaluated",
+            where=str(source.run_dir / "metrics.jsonl"),
+            why=f"it has no evaluation up to step {source.step}",
+            fix="export a later checkpoint",
+        )
+    best = max(scores, key=lambda name: scores[name])
+    target = next(target for target in source.run.recipe["targets"] if target["name"] == best)
+    decoders = {target["decoder"]: source.run.recipe["decoders"][target["decoder"]]}
+    recipe = source.run.recipe | {"targets": [target], "decoders": decoders}
+    run = source.run.model_copy(update={"recipe": recipe})
+    facts = {"chosen": best, "step": measured["step"], "top_1": scores}
+    return replace(source, run=run, recipe=parse_recipe(recipe)), facts
 
 
 def last_figures(source: Source) -> dict[str, Any]:

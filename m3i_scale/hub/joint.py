@@ -27,10 +27,12 @@ from m3i_scale.backbones.build import backbone_config, model_files, vision_class
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.backbones.sources.names import OURS
+from m3i_scale.config import Classification
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, TensorSource, copied
+from m3i_scale.objective.decoders import ClassTokensSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.text import Text, TextHead
@@ -86,8 +88,9 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Part:
     """Return backbone and trained head as an image classifier: a stock class where one pools as the recipe does.
 
-    A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`. Those have nothing that pools
-    by a mean and normalises it; timm's EVA has, and `transformers` loads it as `TimmWrapperForImageClassification`.
+    A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`; with the mean of the patches
+    beside it into the latter, and a ViT becomes one. Those have nothing that pools by a mean and normalises it; timm's
+    EVA has, and `transformers` loads it as `TimmWrapperForImageClassification`.
 
     Args:
         source: the checkpoint.
@@ -97,8 +100,15 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Pa
     Raises:
         ExportError: no class computes that head; the reason.
     """
-    target = target_of(source, "category")
-    kind = source.recipe.decoders[target.decoder].kind
+    target, task = target_of(source, "category"), source.run.task
+    if isinstance(task, Classification) and task.sweep is not None and len(source.recipe.targets) > 1:
+        raise ExportError(
+            f"which of the {len(source.recipe.targets)} heads of the sweep is the best is known when they are trained"
+        )
+    decoder = source.recipe.decoders[target.decoder]
+    kind, beside = decoder.kind, False
+    if isinstance(decoder, ClassTokensSpec) and decoder.blocks == 1:
+        kind, beside = "class_token", decoder.mean
     config, names = backbone_config(source.run.backbone), source.label_sets[label_set]
     number = list(source.label_sets).index(label_set)
     head = f"heads.{target.name}.sets.{number}."
@@ -106,18 +116,24 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Pa
         if timm:
             raise _no_class(config, kind, "timm")
         return replace(_internimage_classifier(config, target, kind, head, names), label_set=number)
+    if timm and (beside or kind == "class_tokens"):
+        raise _no_class(config, "class_tokens", "timm")
     if timm or kind == "mean_pool":
         norm = f"decoders.{target.decoder}.norm."
         part = timm_part(config, kind, norm, head, names, source.run.data.augment)
         return replace(part, label_set=number, native="timm" if timm else None)
     if kind != "class_token" or isinstance(config, CLIPVisionConfig):
         raise _no_class(config, kind, "image classification")
+    tensors = copied(vision_names(config), VISION)
+    if beside and isinstance(config, ViTConfig):
+        tensors, config = _as_dinov2(config)
     labelled = _with_names(config, names)
-    gated = isinstance(config, Dinov2Config)
-    build = Dinov2ForImageClassification if gated else ViTForImageClassification
-    tensors = copied(vision_names(config), VISION, "dinov2." if gated else "vit.")
-    # DINOv2's classifier reads [class token | mean patch]; nothing was trained on the second half.
-    widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if gated else None
+    dinov2 = isinstance(config, Dinov2Config)
+    build = Dinov2ForImageClassification if dinov2 else ViTForImageClassification
+    tensors = {f"{'dinov2' if dinov2 else 'vit'}.{name}": made for name, made in tensors.items()}
+    # DINOv2's classifier reads [class token | mean patch]; where the token alone was, nothing was trained on the rest.
+    alone = dinov2 and not beside
+    widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if alone else None
     tensors |= {
         "classifier.weight": TensorSource((head + "weight",), widen),
         "classifier.bias": TensorSource((head + "bias",)),
@@ -311,6 +327,7 @@ def _no_class(config: VisionConfig, kind: str, what: str) -> ExportError:
         "attention_pool": "the recipe pools by attention with the mean token as its query",
         "mean_pool": "the recipe pools by a mean that is normalised once more",
         "class_token": "the recipe reads the class token",
+        "class_tokens": "the recipe reads class tokens of several layers, or the mean of the patches beside it",
     }
     return ExportError(
         f"no stock class for {what} computes what was trained: {pools[kind]}, on a {config.model_type} backbone",

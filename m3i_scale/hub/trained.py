@@ -10,7 +10,6 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import Part
-from m3i_scale.objective.decoders import pool
 from m3i_scale.objective.information import Objective
 
 
@@ -61,5 +60,4 @@ def _logits(objective: Objective, part: Part, pixels_BCHW: Tensor) -> Tensor:
 
 def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:
     target = next(item for item in objective.recipe.targets if item.modality == modality)
-    cls_B1D, tokens_BND = objective.student.encode_whole(pixels_BCHW)
-    return objective.heads[target.name](pool(objective.decoders[target.decoder], cls_B1D, tokens_BND))
+    return objective.heads[target.name](objective.pooled(target.decoder, pixels_BCHW))

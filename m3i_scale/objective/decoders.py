@@ -164,6 +164,20 @@ class ClassToken(nn.Module):
         return cls_B1D[:, 0]
 
 
+class ClassTokens(nn.Module):
+    """Reads the class tokens of the last layers, and the mean of the patches beside them."""
+
+    def __init__(self, input_width: int, blocks: int, mean: bool) -> None:
+        super().__init__()
+        self.blocks, self.mean = blocks, mean
+        self.width = input_width * (blocks + mean)
+
+    def forward(self, cls_BND: Tensor, tokens_BLD: Tensor) -> Tensor:
+        """Return them one behind the other: (B, N, D) and (B, L, D) → (B, width)."""
+        read_BF = cls_BND[:, -self.blocks :].flatten(1)
+        return torch.cat([read_BF, tokens_BLD.mean(dim=1)], dim=1) if self.mean else read_BF
+
+
 class MeanPool(nn.Module):
     """Takes the mean token, normalised: the plainest global prediction."""
 
@@ -264,6 +278,22 @@ class ClassTokenSpec(DecoderSpec):
     module: ClassVar[type[nn.Module]] = ClassToken
 
 
+class ClassTokensSpec(DecoderSpec):
+    """Makes one vector for the image of the class tokens of the last layers: what linear heads read."""
+
+    kind: ClassVar[str] = "class_tokens"
+    blocks: int = Field(default=4, ge=1)
+    """Layers, each token normalised by the backbone's last norm."""
+    mean: bool = False
+    """Put the mean of the last layer's patches beside them."""
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        """Return a `ClassTokens`."""
+        if self.blocks > getattr(config, "num_hidden_layers", self.blocks):
+            raise ValueError(f"it reads {self.blocks} layers, and the backbone has {config.num_hidden_layers}")
+        return ClassTokens(config.hidden_size, self.blocks, self.mean)
+
+
 def _check_heads(width: int, heads: int) -> None:
     if width % heads:
         raise ValueError(f"width {width} is no multiple of its {heads} heads")
@@ -277,7 +307,21 @@ def width_of(decoder: nn.Module) -> int:
     return width
 
 
-def pool(decoder: nn.Module, cls_B1D: Tensor, tokens_BLD: Tensor) -> Tensor:
-    """Return one vector for the image from an encoded input: (B, D)."""
-    pooled_BD: Tensor = decoder(cls_B1D if isinstance(decoder, ClassToken) else tokens_BLD)
+def blocks_read(decoders: nn.ModuleDict) -> int:
+    """Return of how many last layers the class tokens are read; 0 where that of the last one serves."""
+    return max((decoder.blocks for decoder in decoders.values() if isinstance(decoder, ClassTokens)), default=0)
+
+
+def pool(decoder: nn.Module, cls_BND: Tensor, tokens_BLD: Tensor) -> Tensor:
+    """Return one vector for the image from an encoded input: (B, D).
+
+    Args:
+        decoder: f_ψ.
+        cls_BND: class tokens, that of the last layer last.
+        tokens_BLD: patch tokens.
+    """
+    if isinstance(decoder, ClassTokens):
+        read_BF: Tensor = decoder(cls_BND, tokens_BLD)
+        return read_BF
+    pooled_BD: Tensor = decoder(cls_BND[:, -1:] if isinstance(decoder, ClassToken) else tokens_BLD)
     return pooled_BD

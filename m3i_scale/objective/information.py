@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from typing_extensions import Self
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
-from m3i_scale.objective.decoders import pool
+from m3i_scale.objective.decoders import blocks_read, pool
 from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
 from m3i_scale.objective.health import feature_health, target_health
@@ -116,6 +117,8 @@ class Objective(nn.Module):
             ]
             for loss in by_input:
                 watched[target.name] = loss.watched
+                if loss.top_1 is not None:
+                    figures[f"{target.name}/top_1"] = loss.top_1
                 if loss.overlaps_3K is not None:
                     self.overlaps_3K[target.name] = loss.overlaps_3K
                 if isinstance(target, HeadTarget) and loss.remember is not None:
@@ -171,7 +174,8 @@ class Objective(nn.Module):
         recipe = self.recipe
         used = sorted({spec.view for spec in recipe.inputs} | {target.view for target in recipe.image_targets})
         views = {view: normalize(batch.images_VBCHW[view - 1], self.mean, self.std) for view in used}
-        where = build_inputs(recipe.inputs, recipe.mix, batch.seeds_B, self.student.grid, self.student.cell)
+        seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
+        where = build_inputs(recipe.inputs, recipe.mix, seeds_B, self.student.grid, self.student.cell)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         with self.span("target"):
@@ -200,6 +204,10 @@ class Objective(nn.Module):
                 (only,) = where
                 tokens, maps = self.student.encode_maps(views[only.view + 1], head.layers)
                 return {only.name: Encoded(only, *tokens, maps=maps)}
+        if blocks := blocks_read(self.decoders):
+            (only,) = where
+            cls_BND, tokens_BND = self.student.encode_blocks(views[only.view + 1], blocks)
+            return {only.name: Encoded(only, cls_BND[:, -1:], tokens_BND, cls_BND=cls_BND)}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
             encoded = self.student.encode_own(views, view_of, visible)
@@ -237,9 +245,15 @@ class Objective(nn.Module):
         A category target with several label sets gives the logits of all sets side by side.
         """
         spec = next(item for item in self.recipe.targets if item.name == target)
-        cls_B1D, tokens_BND = self.student.encode_whole(normalize(images_BCHW, self.mean, self.std))
-        output = self.heads[target](pool(self.decoders[spec.decoder], cls_B1D, tokens_BND))
+        output = self.heads[target](self.pooled(spec.decoder, normalize(images_BCHW, self.mean, self.std)))
         return output[0] if spec.modality == "text" else torch.cat(output, dim=1)
+
+    @torch.no_grad()
+    def pooled(self, decoder: str, pixels_BCHW: Tensor) -> Tensor:
+        """Return what a decoder of the recipe makes of whole, normalised images: (B, D)."""
+        blocks = blocks_read(self.decoders)
+        encode = partial(self.student.encode_blocks, blocks=blocks) if blocks else self.student.encode_whole
+        return pool(self.decoders[decoder], *encode(pixels_BCHW))
 
     @torch.no_grad()
     def segment(self, pixels_BCHW: Tensor) -> Tensor:

@@ -135,6 +135,13 @@ def test_images_and_labels_are_mixed_as_timm_does_for_a_seed(fields: dict[str, f
         assert np.array_equal(np.random.get_state()[1], before)  # whoever else draws from it draws the same
 
 
+def test_a_device_is_asked_for_nothing() -> None:
+    batch = random_batch(4, image=32).to("meta")  # which has no answer
+    mixed = LabelMixing(Classification(mixup=0.8, cutmix=1.0), 5)(batch)
+    assert mixed.images_VBCHW.is_meta
+    assert mixed.soft_labels_BK.is_meta
+
+
 def test_an_image_whose_partner_has_no_label_has_none() -> None:
     batch = random_batch(4, image=32)
     batch = replace(batch, labels_B=torch.tensor([1, -1, 2, 3]))

@@ -27,6 +27,8 @@ class Loss:
     """Values that the memory of the target's head takes over after the batch."""
     watched: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that tell whether the group is alive: see `target_health`."""
+    top_1: Tensor | None = None
+    """Of a target that names classes, outside of training: the share of samples whose class is the likeliest."""
     overlaps_3K: Tensor | None = None
     """Of a target that counts pixels, outside of training: see `segmentation.overlaps`."""
 

@@ -57,10 +57,12 @@ class Encoded:
     """Visible tokens only."""
     maps: list[Tensor] = field(default_factory=list)
     """What layers or stages gave on the way, where a head asks for it: (B, C, H, W) each."""
+    cls_BND: Tensor | None = None
+    """Class tokens of the last layers, where a decoder reads several."""
 
     def pooled(self, decoder: nn.Module) -> Tensor:
         """Return what a decoder makes of the image: (B, D)."""
-        return pool(decoder, self.cls_B1D, self.tokens_BLD)
+        return pool(decoder, self.cls_B1D if self.cls_BND is None else self.cls_BND, self.tokens_BLD)
 
     def tapped(self, squared_norms: list[Tensor]) -> Encoded:
         """Return an alias, which adds the squared norms of the gradients that arrive through it to a list."""

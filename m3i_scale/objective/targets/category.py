@@ -58,6 +58,7 @@ class Category(Target):
     modality: ClassVar[str] = "category"
     representation: ClassVar[str] = "category embedding"
     labels_file: ClassVar[str | None] = LABELS
+    evaluated: ClassVar[tuple[str, ...]] = ("top_1",)
     encoder: Literal["embedding"] = "embedding"
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
@@ -76,11 +77,12 @@ class Category(Target):
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum over label sets, weighted by their labelled samples: a mean over all labelled samples."""
+        """Return the sum over label sets, weighted by their labelled samples: a mean over all labelled samples.
+        Outside of training also how often the likeliest class is right."""
         batch, ranks = context.batch, given.ranks
         labelled_B = self.present(batch)
         total = ranks.sum(labelled_B.sum().float()).clamp(min=1)
-        loss, nats = torch.zeros((), device=total.device), torch.zeros((), device=total.device)
+        loss, nats, top_1 = (torch.zeros((), device=total.device) for _ in range(3))
         for number, logits_BK in enumerate(given.head(encoded.pooled(given.decoder))):
             valid_B = labelled_B & (batch.label_sets_B == number)
             share = ranks.sum(valid_B.sum().float()) / total
@@ -88,7 +90,10 @@ class Category(Target):
             soft = {"soft_BK": batch.soft_labels_BK} if isinstance(batch, MixedBatch) else {}
             set_loss, set_nats = self.distribution.loss(logits_BK, labels_B, valid_B, ranks, **soft)
             loss, nats = loss + share * set_loss, nats + share * set_nats
-        return Loss(loss, nats)
+            if not given.head.training:
+                right_B = (logits_BK.argmax(dim=1) == labels_B).float()
+                top_1 = top_1 + share * global_mean(right_B, valid_B, ranks)
+        return Loss(loss, nats, top_1=None if given.head.training else top_1)
 
 
 class Classifier(nn.Linear):

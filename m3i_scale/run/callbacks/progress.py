@@ -16,6 +16,7 @@ from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
+_MOST_GROUPS = 12  # whose losses are shown one by one
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,9 @@ def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
     losses = ", ".join(
         f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in groups
     )
+    if len(groups) > _MOST_GROUPS:
+        every = [figures["loss"] for _, figures in groups]
+        losses = f"of {len(groups)} groups, each {min(every):.4g} to {max(every):.4g}"
     total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
     parts = [f"loss {losses}" if moving else total]
     if record.skipped_nonfinite:

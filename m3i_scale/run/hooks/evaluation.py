@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from m3i_scale.config import Classification
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
@@ -30,16 +31,19 @@ class Evaluation(Hook):
         self._start = stream.state_dict()
 
     def post_step(self) -> bool:
-        """Evaluate where that is due."""
-        state, every = self._state, self._state.resolved.run.evaluation.every_steps
-        if every and state.step % every == 0:
+        """Evaluate where that is due; the heads of a sweep also after the last step, since one of them is chosen."""
+        state, run = self._state, self._state.resolved.run
+        chooses = isinstance(run.task, Classification) and run.task.sweep is not None
+        every = run.evaluation.every_steps
+        if every and (state.step % every == 0 or (chooses and state.step == run.optim.steps)):
             with state.timeouts.outside_of_steps("evaluate"):
                 state.callbacks.on_evaluation(state.step, self.evaluate())
         return False
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return losses, nats and mIoU of the same micro-batches without augmentation every time; every rank calls it.
+        """Return losses, nats, top-1 accuracies and mIoU of the same micro-batches without augmentation every time;
+        every rank calls it.
 
         mIoU is that of all their pixels together, not the mean over micro-batches.
 
