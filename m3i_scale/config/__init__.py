@@ -320,6 +320,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _augmentation_acts(self) -> Self:
+        dense = self.task is not None and self.task.dense
+        for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values())):
+            if kinds is not None and kinds.max_class_share is not None and not dense:
+                raise FixableError(
+                    "max_class_share has no effect: it is of the classes of pixels, and no mask is read",
+                    "leave it out; it is for task: {kind: segmentation}",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:
         for name, limit_s in self.timeouts:
             if name != "join_s" and limit_s <= self.data.stall_timeout_s:  # nothing is read yet while ranks join

@@ -33,6 +33,13 @@ class DistortionConfig(Section):
     """Smallest and largest area of a random crop, as a share of the image: above 0, at most 1."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """Smallest and largest width : height of a random crop, from 1/20 to 20."""
+    resize: tuple[float, float] | None = None
+    """Scale jitter, in place of crop_scale and crop_ratio: the short side of the image becomes the side of a view times
+    a random factor, from the smallest to the largest that stands here, from 1/20 to 20. Of that a view is cut; where
+    the image ends before the view does, it is filled up with `mean`, and its mask with 255. Default: none."""
+    max_class_share: float | None = Field(default=None, gt=0, lt=1)
+    """A crop is drawn anew, up to ten times in all, where one class has more of those pixels of the mask that have a
+    class (`cat_max_ratio` of mmsegmentation). Default: any crop will do."""
     flip: Probability = 0.5
     """Probability of a horizontal flip (before the crop)."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -69,6 +76,24 @@ class DistortionConfig(Section):
                 f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.75, 1.3333]"
             )
         return ratio
+
+    @field_validator("resize")
+    @classmethod
+    def _images_keep_a_size(cls, factors: tuple[float, float] | None) -> tuple[float, float] | None:
+        if factors is not None and not 1 / _EXTREME_RATIO <= factors[0] <= factors[1] <= _EXTREME_RATIO:
+            raise ValueError(
+                f"[{factors[0]:g}, {factors[1]:g}] is no range of factors: the smallest first, from "
+                f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.5, 2.0]"
+            )
+        return factors
+
+    @model_validator(mode="after")
+    def _crops_are_drawn_one_way(self) -> Self:
+        fields = type(self).model_fields  # a complete run file holds the defaults too
+        idle = [name for name in ("crop_scale", "crop_ratio") if getattr(self, name) != fields[name].default]
+        if self.resize is not None and idle:
+            raise ValueError(f"{' and '.join(idle)} has no effect beside resize, which says how large a crop is")
+        return self
 
     @field_validator("color_jitter")
     @classmethod

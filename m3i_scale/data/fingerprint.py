@@ -40,7 +40,10 @@ def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentC
         digest.update(f"{name} {size} {number} {headers}\n".encode())
         count += 1
         samples += number
-    distortions = (source.augment or augment).model_dump(mode="json", include=set(DistortionConfig.model_fields))
+    # What is None came later than the first checkpoints, which lack it.
+    distortions = (source.augment or augment).model_dump(
+        mode="json", include=set(DistortionConfig.model_fields), exclude_none=True
+    )
     settings = source.model_dump(mode="json", exclude={"shards", "augment"}) | {"augment": distortions}
     return {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "deal": _DEAL, "settings": settings}
 

@@ -132,7 +132,8 @@ class TrainStream:
         """Samples that all ranks together can take before it ends, were none bad; None: it never ends."""
 
         def make_views(source: SourceConfig) -> ViewMaker:
-            return ViewMaker(source.augment or data.augment, views=views, image_size=image_size, augment=augment)
+            kinds, mean = source.augment or data.augment, data.augment.mean
+            return ViewMaker(kinds, views=views, image_size=image_size, augment=augment, mean=mean)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, masks=masks)
         read = [source for plan in plans.values() for source in plan.values()]

@@ -1,21 +1,22 @@
 """Images become augmented views here, with the geometry that the position embedding of targets needs.
 
 The order is flip, crop and resize (one step from the decoded image to the view), colour jitter, grey, blur, solarise.
+What a crop has beyond the edge of the image is filled up last.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from m3i_scale.config import DistortionConfig
-from m3i_scale.data.images import on_white, orientation, upright, upright_size
+from m3i_scale.config import AugmentConfig, DistortionConfig
+from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
 from m3i_scale.data.samples import decoding, quick_pixels
 
 CROP_ATTEMPTS = 10
@@ -30,7 +31,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """Says which rectangle a view shows, in pixels of the (already flipped) source image."""
+    """Says which rectangle a view shows, in pixels of the (already flipped) source image; it may end beyond it."""
 
     top: float
     left: float
@@ -59,10 +60,20 @@ class ViewMaker:
         views: V, number of views per image.
         image_size: side of a view in pixels.
         augment: False gives the largest centre square, V times, with nothing random.
+        mean: of the pixels, from 0 to 1: the colour beyond the edge of an image.
     """
 
-    def __init__(self, config: DistortionConfig, *, views: int, image_size: int, augment: bool) -> None:
+    def __init__(
+        self,
+        config: DistortionConfig,
+        *,
+        views: int,
+        image_size: int,
+        augment: bool,
+        mean: tuple[float, float, float] = AugmentConfig().mean,
+    ) -> None:
         self._config = config
+        self._fill = tuple(round(255 * channel) for channel in mean)
         self._views = views
         self._size = image_size
         self._augment = augment
@@ -81,7 +92,8 @@ class ViewMaker:
         lies = orientation(image)
         width, height = upright_size(image.size, lies)
         rng = random.Random(seed)
-        crops = [self._crop(height, width, rng) for _ in range(self._views)]
+        mask = None if mask is None else upright(mask, lies)
+        crops = [self._crop(height, width, rng, None if view else mask) for view in range(self._views)]
         smallest = min(min(crop.height, crop.width) for crop in crops)
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what the smallest crop needs.
         shrink = max((factor for factor in (1, 2, 4, 8) if smallest >= factor * self._size), default=1)
@@ -92,46 +104,72 @@ class ViewMaker:
         pixels = np.empty((self._views, 3, self._size, self._size), dtype=np.uint8)
         for view, crop in enumerate(crops):
             cut: Pixels | Image.Image
-            if quick is not None and self._needs_no_resize(crop):
+            if quick is not None and self._needs_no_resize(crop, (height, width)):
                 cut = _cut_out(quick, crop)
             else:
                 if rgb is None:
                     rgb = upright(_decoded(image, shrink), lies) if quick is None else Image.fromarray(quick)
                 cut = self._cut(rgb, crop, (height, width))
             cut = self._recolour(cut, view, rng) if self._augment else cut
-            pixels[view] = np.asarray(cut).transpose(2, 0, 1)
-        mask_HW = None if mask is None else self._cut_mask(upright(mask, lies), crops[0])
+            shown = np.asarray(cut)
+            rows, columns = shown.shape[:2]
+            if min(rows, columns) < self._size:
+                pixels[view] = np.array(self._fill)[:, None, None]
+            pixels[view, :, :rows, :columns] = shown.transpose(2, 0, 1)
+        mask_HW = None if mask is None else self._cut_mask(mask, crops[0])
         return Views(pixels, crops, (height, width), mask_HW)
 
-    def _crop(self, height: int, width: int, rng: random.Random) -> Crop:
+    def _crop(self, height: int, width: int, rng: random.Random, mask: Image.Image | None = None) -> Crop:
+        """Draw a crop; one of a mask anew, as long as a class has too much of it."""
         if not self._augment:
             side = min(height, width)
             return Crop((height - side) / 2, (width - side) / 2, side, side, False)
         flip = rng.random() < self._config.flip
-        return Crop(*random_crop(height, width, self._config.crop_scale, self._config.crop_ratio, rng), flip)
+        draw = self._draw(height, width, rng)
+        crop = Crop(*draw(), flip)
+        if mask is not None and self._config.max_class_share is not None:
+            for _ in range(CROP_ATTEMPTS - 1):
+                if largest_share(self._cut_mask(mask, crop)) <= self._config.max_class_share:
+                    break
+                crop = Crop(*draw(), flip)
+        return crop
 
-    def _needs_no_resize(self, crop: Crop) -> bool:
+    def _draw(self, height: int, width: int, rng: random.Random) -> Callable[[], tuple[float, float, float, float]]:
+        """Return what draws top, left, height and width of a crop; of scale jitter, at a scale that is drawn here."""
+        config = self._config
+        if config.resize is None:
+            return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
+        scale = _uniform(*config.resize, rng) * self._size / min(height, width)
+        return lambda: scaled_crop(height, width, scale, self._size, rng)
+
+    def _needs_no_resize(self, crop: Crop, source: tuple[int, int]) -> bool:
         whole = crop.top == int(crop.top) and crop.left == int(crop.left)
-        return whole and (crop.height, crop.width) == (self._size, self._size)
+        inside = crop.top + crop.height <= source[0] and crop.left + crop.width <= source[1]
+        return whole and inside and (crop.height, crop.width) == (self._size, self._size)
 
     def _cut(self, image: Image.Image, crop: Crop, source: tuple[int, int]) -> Image.Image:
         """Crop and resize in one step. Flipping the small view instead of the large image gives the same pixels."""
-        box = _box(crop, source, image)
-        if (
-            (box[2] - box[0], box[3] - box[1]) == (self._size, self._size)
-            and box[0].is_integer()
-            and box[1].is_integer()
-        ):
+        inside, size = self._inside(crop, source)
+        box = _box(inside, source, image)
+        if (box[2] - box[0], box[3] - box[1]) == size and box[0].is_integer() and box[1].is_integer():
             view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
         else:
-            view = image.resize((self._size, self._size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+            view = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         return ImageOps.mirror(view) if crop.flip else view
 
     def _cut_mask(self, mask: Image.Image, crop: Crop) -> NDArray[np.uint8]:
         """Crop and resize as `_cut` does, without mixing classes."""
-        box = _box(crop, (mask.height, mask.width), mask)
-        view = mask.resize((self._size, self._size), Image.Resampling.NEAREST, box=box)
-        return np.array(ImageOps.mirror(view) if crop.flip else view)
+        inside, size = self._inside(crop, (mask.height, mask.width))
+        view = mask.resize(size, Image.Resampling.NEAREST, box=_box(inside, (mask.height, mask.width), mask))
+        mask_HW = np.full((self._size, self._size), NO_CLASS, dtype=np.uint8)
+        mask_HW[: size[1], : size[0]] = np.asarray(ImageOps.mirror(view) if crop.flip else view)
+        return mask_HW
+
+    def _inside(self, crop: Crop, source: tuple[int, int]) -> tuple[Crop, tuple[int, int]]:
+        """Return what of a crop lies inside of the source, and how many columns and rows of the view show it."""
+        height, width = min(crop.height, source[0] - crop.top), min(crop.width, source[1] - crop.left)
+        columns, rows = round(self._size * width / crop.width), round(self._size * height / crop.height)
+        return Crop(crop.top, crop.left, height, width, crop.flip), (columns, rows)
 
     def _recolour(self, cut: Pixels | Image.Image, view: int, rng: random.Random) -> Pixels | Image.Image:
         config = self._config
@@ -204,6 +242,25 @@ def random_crop(
     crop_width = min(width, max(1, round(height * ratio[1])))
     crop_height = min(height, max(1, round(width / ratio[0])))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def scaled_crop(
+    height: int, width: int, scale: float, side: int, rng: random.Random
+) -> tuple[float, float, float, float]:
+    """Draw the top, left, height and width of what a square shows of an image that is scaled, in pixels of the image.
+
+    Where the scaled image is smaller than the square it begins at its edge, and ends inside of it.
+    """
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    top = int(rng.random() * (max(0, rows - side) + 1)) * height / rows
+    left = int(rng.random() * (max(0, columns - side) + 1)) * width / columns
+    return top, left, side * height / rows, side * width / columns
+
+
+def largest_share(mask_HW: NDArray[np.uint8]) -> float:
+    """Return the share that the most frequent class has of the pixels with a class; 1 where none has."""
+    counts = np.bincount(mask_HW.ravel(), minlength=256)[:NO_CLASS]
+    return float(counts.max() / max(1, counts.sum())) if counts.any() else 1.0
 
 
 def jitter(image: Image.Image, strength: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
