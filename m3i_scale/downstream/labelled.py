@@ -6,32 +6,38 @@ and size; the contents of files are not compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Input, Record
-from m3i_scale.data.make.shards import make_shards
+from m3i_scale.data.make.records import Input
+from m3i_scale.data.make.shards import SKIPPED, make_shards
 from m3i_scale.data.shards import LABELS, MASK_LABELS, expand_shards, labels_beside
 from m3i_scale.data.workers import DEFAULT_WORKERS
+from m3i_scale.downstream.subset import Subset, subset_of_shards
 from m3i_scale.downstream.unpacked import (
+    ADE_NAMES,
     EVALUATED,
     FIX,
     TRAIN,
     TRAINED,
     Unpacked,
+    Wrapped,
     differing_classes,
     image_folders,
+    mask_folders,
     saved_dataset,
 )
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 
-MASKS_FIX = "shards with masks, and mask_labels.json beside them, in DIR/train and DIR/val, or in DIR alone"
+MASKS_FIX = (
+    "shards with masks, and mask_labels.json beside them, in DIR/train and DIR/val, or in DIR; DIR/train/images and "
+    "DIR/train/masks, and such in DIR/val; or DIR/images/training and DIR/annotations/training, and validation beside"
+)
 _DIGEST = "input_sha256"
 _TOLD_EVERY = 50_000
 
@@ -45,15 +51,32 @@ class Labelled:
     validation: Path | None
     classes: list[str]
     samples: int
-    """For training."""
+    """For training, with a label or a mask; where `unlabelled` is None, those without are among them."""
+    unlabelled: int | None = 0
+    """How many others are read beside them; None: nobody has counted."""
     source: Input | None = None
     """What the shards are still to be made of."""
 
-    def pack(self, tell: Callable[[str], None]) -> None:
+    @property
+    def read(self) -> int:
+        """Return how many images a pass reads."""
+        return self.samples + (self.unlabelled or 0)
+
+    @property
+    def skipped(self) -> int:
+        """Return how many images were left out when the shards were made, since they could not be used."""
+        path = self.train.parent / SKIPPED
+        return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+
+    def pack(self, tell: Callable[[str], None], *, skip_bad: bool = False) -> None:
         """Make the shards where they are not there yet.
 
+        Args:
+            tell: prints a line for people.
+            skip_bad: leave out images that cannot be used, and list them.
+
         Raises:
-            DataError: an image that cannot be used.
+            DataError: an image that cannot be used, and is not to be left out.
         """
         if self.source is None:
             return
@@ -64,24 +87,30 @@ class Labelled:
             if done % _TOLD_EVERY == 0:
                 tell(f"packed {done} of {total} images")
 
-        try:
-            make_shards(
-                self.source, folder, options=ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0), progress=progress
-            )
-        except DataError as error:
-            others = "m3i-scale shards make imagefolder --input DIR --output /data/shards --skip-bad"
-            error.fix = f"repair or remove the file; or pack all others by `{others}`, and give --data /data/shards"
-            raise
+        options = ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0, skip_bad=skip_bad)
+        make_shards(self.source, folder, options=options, progress=progress)
+        if self.skipped:
+            tell(f"left out {self.skipped} images that cannot be used: {folder / SKIPPED}")
 
 
-def find_labelled(folder: Path, packed: Path, cache: Path, *, masks: bool = False) -> Labelled:
+def find_labelled(
+    folder: Path,
+    packed: Path,
+    cache: Path,
+    *,
+    masks: bool = False,
+    subset: Subset | None = None,
+    skip_bad: bool = False,
+) -> Labelled:
     """Find out what kind of data lie in a folder, and check them as far as names tell.
 
     Args:
         folder: where they lie.
-        packed: where shards of what is not in shards lie or will.
+        packed: where shards of what is not in shards, or of a subset, lie or will.
         cache: keeps indices of shards that have none beside them.
         masks: whether pixels have classes, and not images.
+        subset: of the images for training; None: all of them.
+        skip_bad: whether images may lack a mask, and masks an image.
 
     Raises:
         ConfigError: neither kind, a class without images for training, classes that differ between splits, or shards
@@ -93,19 +122,56 @@ def find_labelled(folder: Path, packed: Path, cache: Path, *, masks: bool = Fals
         raise ConfigError("there is no such folder", where=f"--data {folder}", fix=fix)
     train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
     if train is None and any(folder.glob("*.tar")):
-        return _shards(folder, None, cache, file)
+        train, evaluated = folder, None
     if train is not None and any(train.glob("*.tar")):
-        return _shards(train, evaluated, cache, file)
+        given = _shards(train, evaluated, cache, file)
+        if subset is None:
+            return given
+        few = subset_of_shards(subset, train, given.classes, masks=masks)
+        return replace(_to_pack(packed, few), validation=evaluated)
     if masks:
-        raise ConfigError("there are no shards", where=f"--data {folder}", fix=fix)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _to_pack(packed, saved_dataset(folder))
-    if train is None and evaluated is not None:
+        found = mask_folders(_mask_places(folder, train, evaluated), _mask_names(folder), skip_bad=skip_bad)
+    elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        found = saved_dataset(folder)
+    elif train is None and evaluated is not None:
         raise ConfigError(f"'{evaluated.name}' has no '{TRAIN}' beside it", where=f"--data {folder}", fix=FIX)
-    places = {TRAIN: folder if train is None else train}
-    if evaluated is not None:
-        places[evaluated.name.lower()] = evaluated
-    return _to_pack(packed, image_folders(places))
+    else:
+        found = image_folders(_places(folder if train is None else train, evaluated))
+    return _to_pack(packed, found if subset is None else subset.of(found))
+
+
+def _places(train: Path, evaluated: Path | None) -> dict[str, Path]:
+    return {TRAIN: train} | ({} if evaluated is None else {evaluated.name.lower(): evaluated})
+
+
+def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> dict[str, tuple[Path, Path]]:
+    """Return folders of images and of masks by split: DIR/images/SPLIT and DIR/annotations/SPLIT, or DIR/SPLIT/images
+    and DIR/SPLIT/masks."""
+    images, masks = folder / "images", folder / "annotations"
+    together = images.is_dir() and masks.is_dir()
+    if together:
+        train, evaluated = _split(images, TRAINED), _split(images, EVALUATED)
+    if train is None:
+        raise ConfigError(
+            "there are neither shards nor folders of images and masks", where=f"--data {folder}", fix=MASKS_FIX
+        )
+    return {
+        split: (place, masks / place.name) if together else (place / "images", place / "masks")
+        for split, place in _places(train, evaluated).items()
+    }
+
+
+def _mask_names(folder: Path) -> Path:
+    """Return the file that names the classes of masks in folders."""
+    for name in (ADE_NAMES, MASK_LABELS):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(
+        "nothing names the classes of the masks",
+        where=f"--data {folder}",
+        fix=f"put {MASK_LABELS} there, a list of class names in the order of the masks' numbers, from 0 on; or, where "
+        f"0 is no class, the {ADE_NAMES} of ADE20k",
+    )
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
@@ -127,7 +193,24 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     if validation is not None and (others := labels_beside(validation, file)) != classes:
         raise differing_classes(classes, others or [], str(validation))
     index = load_index(expand_shards(str(train), "--data"), cache)
-    return Labelled(train, validation, classes, sum(map(len, index)))
+    read, labelled = sum(map(len, index)), _labelled(train, {one.path.name for one in index}, masks=file == MASK_LABELS)
+    if labelled == 0:
+        raise ConfigError("no sample for training has a class", where=f"--data {train}: manifest.json", fix=FIX)
+    if labelled is None:
+        return Labelled(train, validation, classes, read, None)
+    return Labelled(train, validation, classes, labelled, read - labelled)
+
+
+def _labelled(train: Path, shards: set[str], *, masks: bool) -> int | None:
+    """Return how many samples have a label, or a mask, as the manifest counts them; None where it is of other shards or
+    not there."""
+    try:
+        counts = read_json(train / "manifest.json")["shards"]
+        if {*counts} != shards:
+            return None
+        return sum(int(counts[name]["with_mask" if masks else "with_label"]) for name in shards)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # shards of other tools have no such file
 
 
 def _to_pack(packed: Path, found: Unpacked) -> Labelled:
@@ -142,15 +225,16 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
             raise ConfigError(
                 "the shards there are of other data",
                 where=str(packed),
-                why="files of --data have been added, removed or changed since, by name or size",
+                why="files of --data have changed since, by name or size; or they are of another subset",
                 fix="remove them, or give another folder with --shards or output_dir",
             )
         source = None
-    return Labelled(packed / TRAIN, validation, found.source.labels, found.samples, source)
+    classes = found.source.mask_labels or found.source.labels
+    return Labelled(packed / TRAIN, validation, classes, len(found.classes), found.unlabelled, source)
 
 
-class _Marked:
-    """Gives the samples of an input, and has the manifest say which files it had.
+class _Marked(Wrapped):
+    """Has the manifest say which files an input had.
 
     Args:
         source: the input.
@@ -158,26 +242,9 @@ class _Marked:
     """
 
     def __init__(self, source: Input, digest: str) -> None:
-        self._source, self._digest = source, digest
-
-    @property
-    def labels(self) -> list[str]:
-        """See `Input`."""
-        return self._source.labels
-
-    @property
-    def mask_labels(self) -> list[str] | None:
-        """See `Input`."""
-        return self._source.mask_labels
-
-    def outlines(self) -> Iterator[Outline]:
-        """See `Input`."""
-        return self._source.outlines()
-
-    def records(self) -> Iterator[Record]:
-        """See `Input`."""
-        return self._source.records()
+        super().__init__(source)
+        self._digest = digest
 
     def info(self) -> dict[str, Any]:
         """See `Input`."""
-        return self._source.info() | {_DIGEST: self._digest}
+        return super().info() | {_DIGEST: self._digest}

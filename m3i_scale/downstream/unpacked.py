@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.arrow import NONE, Columns, find_roles, read_rows, schema_of
+from m3i_scale.data.make.arrow import NONE, Columns, find_roles, schema_of
 from m3i_scale.data.make.folder import imagefolder_input
 from m3i_scale.data.make.huggingface import TableInput, find_files, huggingface_input
+from m3i_scale.data.make.layout import Outline
+from m3i_scale.data.make.masks import masks_input, read_mask_labels
 from m3i_scale.data.make.records import Input, ListedInput, Record
 from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
@@ -21,6 +22,7 @@ TRAIN = "train"
 TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
 """Names of splits, in any case of letters; the first that is there is trained, or evaluated, on."""
+ADE_NAMES = "objectInfo150.txt"
 FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
 
 
@@ -30,8 +32,45 @@ class Unpacked:
 
     source: Input
     splits: list[str]
-    samples: int
+    classes: dict[str, str]
+    """Class by key, of the images for training that have one; where pixels have classes, of all, the same."""
+    unlabelled: int
+    """How many images for training have none."""
     digest: str
+    """Of all that goes into the shards."""
+
+
+class Wrapped:
+    """Gives all of an input; classes below it change a part.
+
+    Args:
+        source: the input.
+    """
+
+    def __init__(self, source: Input) -> None:
+        self._source = source
+
+    @property
+    def labels(self) -> list[str]:
+        """See `Input`."""
+        return self._source.labels
+
+    @property
+    def mask_labels(self) -> list[str] | None:
+        """See `Input`."""
+        return self._source.mask_labels
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        return self._source.outlines()
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        return self._source.records()
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return self._source.info()
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:
@@ -63,9 +102,36 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         if labels != classes[TRAIN]:
             raise differing_classes(classes[TRAIN], labels, str(places[split]))
     files = ((f"{record.split}/{record.meta['path']}", record.size) for record in records)
-    samples = sum(record.split == TRAIN for record in records)
-    images = ListedInput(records, classes[TRAIN], source="imagefolder")
-    return Unpacked(images, list(places), samples, digest_of(files))
+    names = classes[TRAIN]
+    trained = {
+        record.key: names[record.label] for record in records if record.split == TRAIN and record.label is not None
+    }
+    images = ListedInput(records, names, source="imagefolder")
+    return Unpacked(images, list(places), trained, 0, digest_of(files))
+
+
+def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad: bool) -> Unpacked:
+    """List images with masks of the same names, by split.
+
+    Args:
+        places: folders of images and of masks by split, that of training first.
+        names: of the classes: a list from 0 on, or the table of ADE20k, where 0 in a mask is no class.
+        skip_bad: images without mask, and masks without image, are left out when the shards are made.
+
+    Raises:
+        ConfigError: no names of classes.
+        DataError: no images, or a pair that is not whole.
+    """
+    zero_is_none = names.name == ADE_NAMES
+    labels = read_mask_labels(names, zero_is_none=zero_is_none)
+    records: list[Record] = []
+    for split, (images, masks) in places.items():
+        pairs = masks_input(images, masks, labels, zero_is_none=zero_is_none, split=split, skip_bad=skip_bad)
+        records += [replace(record, key=f"{split}_{record.key}") for record in pairs.records()]
+    files = [(f"{record.split}/{record.meta.get('path', record.key)}", record.size) for record in records]
+    trained = {record.key: "" for record in records if record.split == TRAIN and record.fault is None}
+    source = ListedInput(records, [], mask_labels=labels, source="masks", zero_is_none=zero_is_none)
+    return Unpacked(source, list(places), trained, 0, digest_of([*files, *((name, 0) for name in labels)]))
 
 
 def _refuse_names(place: Path, names: list[str]) -> None:
@@ -93,15 +159,14 @@ def saved_dataset(folder: Path) -> Unpacked:
         DataError: it is damaged.
     """
     found = find_files(folder)
-    there = {file.split for file in found}
-    if there == {None}:
-        found, splits = [replace(file, split=TRAIN) for file in found], [TRAIN]
-    elif TRAIN in there:
-        splits = [TRAIN, *[name for name in EVALUATED if name in there][:1]]
-    else:
-        names = ", ".join(sorted(map(str, there)))
+    there = {file.split.lower(): file.split for file in found if file.split is not None}
+    train = next((there[name] for name in TRAINED if name in there), None)
+    if there and train is None:
+        names = ", ".join(sorted(there.values()))
         raise ConfigError(f"the data set has no split '{TRAIN}'", where=f"--data {folder}: {names}", fix=FIX)
-    files = [file for file in found if file.split in splits]
+    evaluated = next((name for name in EVALUATED if name in there), None)
+    splits: dict[str | None, str] = {train: TRAIN} | ({} if evaluated is None else {there[evaluated]: evaluated})
+    files = [replace(file, split=splits[file.split]) for file in found if file.split in splits]
     try:
         table = huggingface_input(folder, Columns(caption=NONE))
     except ConfigError as error:
@@ -118,14 +183,13 @@ def saved_dataset(folder: Path) -> Unpacked:
         labels = _names_in(schema_of(file.path), label)
         if labels != table.labels:
             raise differing_classes(table.labels, labels, str(file.path))
-    counts: Counter[Any] = Counter()
-    for file in files:
-        if file.split == TRAIN:
-            counts.update(row[label] for row in read_rows(file.path, [label]))
-    _refuse_empty([name for number, name in enumerate(table.labels) if not counts[number]], f"{folder}, split {TRAIN}")
     digest = digest_of((f"{file.split}/{file.path.name}", file.path.stat().st_size) for file in files)
     source = TableInput(files, table.roles, table.labels)
-    return Unpacked(source, splits, sum(counts.values()), digest)
+    rows = list(source.labels_of(TRAIN))
+    trained = {key: table.labels[number] for key, number in rows if number is not None}
+    with_images = set(trained.values())
+    _refuse_empty([name for name in table.labels if name not in with_images], f"{folder}, split {train or TRAIN}")
+    return Unpacked(source, list(splits.values()), trained, len(rows) - len(trained), digest)
 
 
 def _names_in(schema: Any, label: str) -> list[str]:

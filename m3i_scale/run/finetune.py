@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from m3i_scale.config import Classification, OptimConfig, RunConfig, Task, load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
+from m3i_scale.downstream.subset import Subset
 from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError, ExportError, Faults
 from m3i_scale.hub.source import Source
@@ -19,16 +18,8 @@ from m3i_scale.hub.write import Wanted, plan_parts
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.check import Checks
-from m3i_scale.text import told_differences
+from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
 
-TaskName = Literal["classification", "segmentation"]
-_FOLLOWED: dict[str, set[str] | None] = {
-    "task": None,
-    "optim": set(OptimConfig.model_fields) - {"steps", "warmup_steps"},
-    "data": {"augment"},
-    "backbone": {"config"},
-}
-"""Sections, and their fields, in which a run may differ from its protocol; None: all."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -37,84 +28,6 @@ _COMPUTED = {
     "protocol": "--protocol",
 }
 """Keys that the command sets itself, and what it takes them from."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Says what comes of a task."""
-
-    model: str
-    """The folder of the export, and the measure of `evaluate`."""
-    metric: str
-    """The figure, as `evaluate` and `protocol.published` name it."""
-
-
-OUTCOMES: dict[TaskName, Outcome] = {
-    "classification": Outcome("classifier", "top-1"),
-    "segmentation": Outcome("segmenter", "mIoU"),
-}
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """Holds a run file that is complete but for shards that are still to be made."""
-
-    task: TaskName
-    protocol: str
-    run: RunConfig
-    data: Labelled
-    export_task: ExportTask
-    """As what the result is exported."""
-
-    @property
-    def outcome(self) -> Outcome:
-        """Return what comes of the task."""
-        return OUTCOMES[self.task]
-
-    @property
-    def epochs(self) -> float:
-        """Return how often an image for training is seen."""
-        return self.run.optim.steps * self.run.optim.batch_size / self.data.samples
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a result cannot be read without."""
-        run = self.run
-        of_protocol = run.protocol
-        published = None if of_protocol is None else of_protocol.published
-        stated = [] if of_protocol is None else of_protocol.deviations
-        return {
-            "task": self.task,
-            "protocol": self.protocol,
-            "published": None if published is None else published.model_dump(mode="json"),
-            "deviations": [*stated, *self._differences()],
-            "backbone": run.backbone.from_pretrained,
-            "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
-            "classes": len(self.data.classes),
-            "samples": self.data.samples,
-            "epochs": self.epochs,
-            "steps": run.optim.steps,
-            "batch_size": run.optim.batch_size,
-        }
-
-    def _differences(self) -> list[str]:
-        """Return where the run is not as the file of the protocol has it; its length counts in what that states."""
-        followed = load_run(self.protocol)
-        differences = [
-            told
-            for part, fields in _FOLLOWED.items()
-            for told in told_differences(
-                part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
-            )
-        ]
-        epochs, steps = (None, None) if followed.protocol is None else followed.protocol.length
-        # Steps are whole: they may be off by a half.
-        if epochs is not None and abs(self.epochs - epochs) * self.data.samples > self.run.optim.batch_size:
-            differences.append(f"epochs was {epochs}, is {self.epochs:.4g}")
-        if steps is not None and self.run.optim.steps != steps:
-            differences.append(f"steps was {steps}, is {self.run.optim.steps}")
-        if followed.deepspeed != self.run.deepspeed:
-            differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
-        return differences
 
 
 def prepare(
@@ -127,6 +40,8 @@ def prepare(
     epochs: int | None,
     shards: Path | None,
     here: bool,
+    subset: Subset | None = None,
+    skip_bad: bool = False,
 ) -> FineTuning:
     """Put the run file together, and check all of it that can be checked before images are read.
 
@@ -139,6 +54,8 @@ def prepare(
         epochs: default: the protocol's.
         shards: where images are packed into; default: `shards` in the output folder.
         here: whether this machine is to train.
+        subset: of the images for training; None: all of them.
+        skip_bad: whether images that cannot be used are left out.
 
     Raises:
         UserError: what does not hold together.
@@ -157,17 +74,19 @@ def prepare(
             fix=f"one with task: {{kind: {task_name}}}",
         )
     packed, masks = shards or run.output_dir / "shards", task_name == "segmentation"
-    data = find_labelled(folder, packed, run.output_dir / "index", masks=masks)
-    if shards is not None and not data.train.is_relative_to(shards):
-        raise ConfigError(
-            "--shards has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
-        )
+    index = run.output_dir / "index"
+    data = find_labelled(folder, packed, index, masks=masks, subset=subset, skip_bad=skip_bad)
+    for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
+        if given and not data.train.is_relative_to(packed):
+            raise ConfigError(
+                f"{option} has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
+            )
     computed = [*first, *_sources(data), *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     faults = Faults()
     Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
     faults.end()
-    return FineTuning(task_name, protocol, run, data, _export_task(run, task, task_name, data.classes))
+    return FineTuning(task_name, protocol, run, data, _export_task(run, task, task_name, data.classes), subset)
 
 
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
@@ -266,13 +185,13 @@ def _length(
         stated = (None, None) if run.protocol is None else run.protocol.length
         of_epochs, of_steps = (epochs, None) if epochs is not None else stated
         if of_epochs is not None:
-            steps = max(1, round(of_epochs * data.samples / optim.batch_size))
+            steps = max(1, round(of_epochs * data.read / optim.batch_size))
         steps = of_steps or steps
         computed.append(f"optim.steps={steps}")
     if "optim.warmup_steps" not in given:
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        every = min(max(1, round(data.samples / optim.batch_size)), steps)
+        every = min(max(1, round(data.read / optim.batch_size)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,8 @@ from m3i_scale.options import Command, Parts, expanded
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
-    from m3i_scale.run.finetune import TaskName
+    from m3i_scale.downstream.subset import Subset
+    from m3i_scale.run.finetune_result import TaskName
 
 finetune_app = typer.Typer(
     no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
@@ -40,6 +42,21 @@ _OPTIONS: Parts = {
         Annotated[Path | None, typer.Option(help="Where images are packed into, once; default: output_dir/shards.")],
         None,
     ),
+    "share": (
+        Annotated[
+            float | None,
+            typer.Option(help="Train on so much of every class, at least an image; of segmentation, of all images."),
+        ],
+        None,
+    ),
+    "subset_seed": (
+        Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")],
+        None,
+    ),
+    "skip_bad": (
+        Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")],
+        False,
+    ),
     "dry_run": (
         Annotated[
             bool,
@@ -49,6 +66,9 @@ _OPTIONS: Parts = {
     ),
     "hardware": (Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")], None),
     "as_json": (AsJson, False),
+}
+_PER_CLASS: Parts = {
+    "per_class": (Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")], None)
 }
 
 
@@ -67,9 +87,39 @@ class Asked:
     protocol: str | None
     epochs: int | None
     shards: Path | None
+    share: float | None
+    subset_seed: int | None
+    skip_bad: bool
     dry_run: bool
     hardware: str | None
     as_json: bool
+    per_class: int | None = None
+
+    def subset(self) -> Subset | None:
+        """Return which of the images for training are taken; None: all of them.
+
+        Raises:
+            ConfigError: it is asked for in two ways, or a seed without one; a share that is none.
+        """
+        from m3i_scale.downstream.subset import Subset
+
+        if self.per_class is None and self.share is None:
+            if self.subset_seed is not None:
+                raise ConfigError(
+                    "--subset-seed has no effect: all images are taken",
+                    where=f"--subset-seed {self.subset_seed}",
+                    fix="leave it out, or give --share",
+                )
+            return None
+        if self.per_class is not None and self.share is not None:
+            raise ConfigError(
+                "--per-class and --share both say how many images are taken", where="--share", fix="leave one out"
+            )
+        if self.share is not None and not 0 < self.share < 1:
+            raise ConfigError(
+                f"{self.share:g} is no share of the images: above 0, below 1", where="--share", fix="--share 0.1"
+            )
+        return Subset(self.per_class, self.share, self.subset_seed or 0)
 
     def run(self, task: TaskName, protocol: str) -> None:
         """Train and measure, or only tell what that takes.
@@ -96,6 +146,8 @@ class Asked:
             epochs=self.epochs,
             shards=self.shards,
             here=not self.dry_run,
+            subset=self.subset(),
+            skip_bad=self.skip_bad,
         )
         if self.dry_run:
             document = planned(prepared, self.hardware or "h100")
@@ -103,7 +155,7 @@ class Asked:
             from m3i_scale.run.train import start as train_run
             from m3i_scale.run.train import tell
 
-            prepared.data.pack(tell)
+            prepared.data.pack(tell, skip_bad=self.skip_bad)
             if train_run(prepared.run) == "preempted":
                 raise typer.Exit(EXIT_PREEMPTED)
             document = measure(prepared, tell)
@@ -113,15 +165,15 @@ class Asked:
             wide_console().print("\n".join(lines_of(document)), markup=False, highlight=False)
 
 
-def _takes_options(command: Command) -> Command:
-    """Give a command the options that those of all tasks have, in place of the parameter `asked`."""
-    return expanded(command, "asked", _OPTIONS, Asked)
+def _takes(parts: Parts) -> Callable[[Command], Command]:
+    """Return what gives a command options in place of the parameter `asked`."""
+    return lambda command: expanded(command, "asked", parts, Asked)
 
 
 @finetune_app.command(
     epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
 )
-@_takes_options
+@_takes({**_PER_CLASS, **_OPTIONS})
 def classification(asked: Asked) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and measure it.
 
@@ -137,7 +189,7 @@ def classification(asked: Asked) -> None:
 @finetune_app.command(
     epilog="Example: m3i-scale finetune segmentation /data/export --data /data/scenes output_dir=/data/runs/scenes"
 )
-@_takes_options
+@_takes(_OPTIONS)
 def segmentation(asked: Asked) -> None:
     """Train a segmenter on one device, export it to output_dir/segmenter, and measure it.
 

@@ -3,22 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from m3i_scale.config import OptimConfig, RunConfig, load_run
+from m3i_scale.downstream.labelled import Labelled
+from m3i_scale.downstream.subset import Subset
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.files import write_json
 from m3i_scale.hub.export import export
+from m3i_scale.hub.write import Task as ExportTask
 from m3i_scale.hub.write import Wanted
-from m3i_scale.run.finetune import FineTuning
 from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB
+from m3i_scale.text import GIB, told_differences
 
+TaskName = Literal["classification", "segmentation"]
 RESULT = "finetune.json"
 FIGURES = {"top-1": "top_1", "mIoU": "miou"}
 """What a result calls a figure, in percent, by the name that `evaluate` gives it."""
+_FOLLOWED: dict[str, set[str] | None] = {
+    "task": None,
+    "optim": set(OptimConfig.model_fields) - {"steps", "warmup_steps"},
+    "data": {"augment"},
+    "backbone": {"config"},
+}
+"""Sections, and their fields, in which a run may differ from its protocol; None: all."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Says what comes of a task."""
+
+    model: str
+    """The folder of the export, and the measure of `evaluate`."""
+    metric: str
+    """The figure, as `evaluate` and `protocol.published` name it."""
+
+
+OUTCOMES: dict[TaskName, Outcome] = {
+    "classification": Outcome("classifier", "top-1"),
+    "segmentation": Outcome("segmenter", "mIoU"),
+}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Holds a run file that is complete but for shards that are still to be made."""
+
+    task: TaskName
+    protocol: str
+    run: RunConfig
+    data: Labelled
+    export_task: ExportTask
+    """As what the result is exported."""
+    subset: Subset | None = None
+    """Of the images for training; None: all of them."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return what comes of the task."""
+        return OUTCOMES[self.task]
+
+    @property
+    def epochs(self) -> float:
+        """Return how often an image for training is seen."""
+        return self.run.optim.steps * self.run.optim.batch_size / self.data.read
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a result cannot be read without."""
+        run = self.run
+        of_protocol = run.protocol
+        published = None if of_protocol is None else of_protocol.published
+        stated = [] if of_protocol is None else of_protocol.deviations
+        return {
+            "task": self.task,
+            "protocol": self.protocol,
+            "published": None if published is None else published.model_dump(mode="json"),
+            "deviations": [*stated, *self._differences()],
+            "backbone": run.backbone.from_pretrained,
+            "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
+            "classes": len(self.data.classes),
+            "samples": self.data.samples,
+            "unlabelled": self.data.unlabelled,
+            "skipped": self.data.skipped,
+            "per_class": None if self.subset is None else self.subset.per_class,
+            "share": None if self.subset is None else self.subset.share,
+            "subset_seed": None if self.subset is None else self.subset.seed,
+            "epochs": self.epochs,
+            "steps": run.optim.steps,
+            "batch_size": run.optim.batch_size,
+        }
+
+    def _differences(self) -> list[str]:
+        """Return where the run is not as the file of the protocol has it; its length counts in what that states."""
+        followed = load_run(self.protocol)
+        differences = [] if self.subset is None else [f"trained on {self.subset.words}"]
+        differences += [
+            told
+            for part, fields in _FOLLOWED.items()
+            for told in told_differences(
+                part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
+            )
+        ]
+        epochs, steps = (None, None) if followed.protocol is None else followed.protocol.length
+        # Steps are whole: they may be off by a half.
+        if epochs is not None and abs(self.epochs - epochs) * self.data.read > self.run.optim.batch_size:
+            differences.append(f"epochs was {epochs}, is {self.epochs:.4g}")
+        if steps is not None and self.run.optim.steps != steps:
+            differences.append(f"steps was {steps}, is {self.run.optim.steps}")
+        if followed.deepspeed != self.run.deepspeed:
+            differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
+        return differences
 
 
 def planned(prepared: FineTuning, device: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,14 @@ def outline_shard(origin: Origin) -> tuple[int, list[Outline]]:
 
 
 def contents(
-    origins: Sequence[Origin], advance: Advance | None = None
+    origins: Sequence[Origin], advance: Advance | None = None, *, keys: Container[str] | None = None
 ) -> Iterator[tuple[Origin, str, dict[str, bytes]]]:
     """Yield origin, key and members of all samples, in the order of `outlines`.
+
+    Args:
+        origins: the shards.
+        advance: progress.
+        keys: of the samples that are read; None: all of them.
 
     Raises:
         DataError: see `outlines`; a shard that changed meanwhile.
@@ -78,7 +83,9 @@ def contents(
         try:
             with origin.path.open("rb") as stream:
                 for sample in shard.samples:
-                    yield origin, origin.prefix + sample.key, read_members(stream, sample)
+                    key = origin.prefix + sample.key
+                    if keys is None or key in keys:
+                        yield origin, key, read_members(stream, sample)
         except OSError as error:
             raise DataError(f"cannot read the shard: {error}", where=str(origin.path)) from None
         if advance is not None:

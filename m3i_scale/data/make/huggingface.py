@@ -60,6 +60,15 @@ class TableInput:
         """See `Input`."""
         return {"source": "huggingface", **({"columns_left_out": sorted(self.left_out)} if self.left_out else {})}
 
+    def labels_of(self, split: str | None) -> Iterator[tuple[str, int | None]]:
+        """Yield key and label of every row of a split, its image unread; no label where it is out of range."""
+        for row in self._rows([name for name in (self.roles.label, self.roles.key) if name is not None]):
+            if row.file.split == split:
+                try:
+                    yield row.key, self._label(row)
+                except DataError:
+                    yield row.key, None
+
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         meta = {}
         for name, value in row.items():

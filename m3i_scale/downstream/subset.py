@@ -1,0 +1,158 @@
+"""Take a few of the images for training: so many of every class, or a share, the same for a seed on every machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.data.images import MASK
+from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
+from m3i_scale.data.make.layout import Outline, hash_of
+from m3i_scale.data.make.records import Input, Record
+from m3i_scale.data.make.wds import record_of
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import local_shards
+from m3i_scale.data.tar import RawSample, read_members
+from m3i_scale.downstream.unpacked import TRAIN, Unpacked, Wrapped, digest_of
+from m3i_scale.errors import ConfigError
+from m3i_scale.text import listed
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Says which of the images for training are taken. A larger subset of the same seed holds the smaller one."""
+
+    per_class: int | None = None
+    """So many of every class."""
+    share: float | None = None
+    """So much of every class, one image at least. One of both is given."""
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        """Return it as people say it."""
+        amount = f"{self.per_class} images of every class" if self.per_class else f"{self.share:.4g} of the images"
+        return f"{amount}, drawn with seed {self.seed}"
+
+    def choose(self, classes: Mapping[str, str]) -> set[str]:
+        """Return the keys of the images that are taken: those whose hashes are the smallest.
+
+        Args:
+            classes: by key.
+
+        Raises:
+            ConfigError: a class has too few images.
+        """
+        keys: dict[str, list[str]] = defaultdict(list)
+        for key, name in classes.items():
+            keys[name].append(key)
+        short = sorted(name for name, of_class in keys.items() if len(of_class) < self._count(len(of_class)))
+        if short:
+            raise ConfigError(
+                f"{len(short)} classes have fewer images for training: {listed(short, 4)}",
+                where=f"--per-class {self.per_class}",
+                why=f"the smallest has {min(map(len, keys.values()))}",
+                fix=f"--per-class {min(map(len, keys.values()))} or less, or --share",
+            )
+        purpose = f"subset/{self.seed}"
+        return {
+            key
+            for of_class in keys.values()
+            for key in sorted(of_class, key=lambda key: hash_of(purpose, key))[: self._count(len(of_class))]
+        }
+
+    def _count(self, images: int) -> int:
+        """Return how many of so many images of a class are taken."""
+        return self.per_class or max(1, round((self.share or 0.0) * images))
+
+    def of(self, found: Unpacked) -> Unpacked:
+        """Return what is left to be packed when the subset is taken; images to evaluate all are."""
+        keys = self.choose(found.classes)
+        classes = {key: name for key, name in found.classes.items() if key in keys}
+        digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
+        return replace(found, source=_Chosen(found.source, keys), classes=classes, unlabelled=0, digest=digest)
+
+
+class _Chosen(Wrapped):
+    """Gives those samples of an input that are taken.
+
+    Args:
+        source: the input.
+        keys: of samples for training.
+    """
+
+    def __init__(self, source: Input, keys: Container[str]) -> None:
+        super().__init__(source)
+        self._keys = keys
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        return (outline for outline in super().outlines() if self._takes(outline))
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        return (record for record in super().records() if self._takes(record))
+
+    def _takes(self, sample: Outline | Record) -> bool:
+        return sample.split != TRAIN or sample.key in self._keys
+
+
+def subset_of_shards(subset: Subset, train: Path, classes: list[str], *, masks: bool) -> Unpacked:
+    """Return what is to be packed of the samples of shards that have a label, or a mask.
+
+    Args:
+        subset: which of them.
+        train: a folder of shards.
+        classes: of labels, or of pixels.
+        masks: whether samples have masks, and labels do not count.
+
+    Raises:
+        ConfigError: a class has too few images.
+        DataError: a shard is damaged, or a label is none.
+    """
+    origins = [Origin(path) for path in local_shards(str(train), "--data")]
+    found: dict[str, str] = {}
+    for origin in origins:
+        with origin.path.open("rb") as stream:
+            for sample in sound_shard(origin.path).samples:
+                only = [member for member in sample.members if member.extension == (MASK if masks else "cls")]
+                label = None
+                if only and not masks:
+                    with annotations_of(origin.where(sample.key)):
+                        members = read_members(stream, RawSample(sample.key, only))
+                        label = read_annotations(members, len(classes), captions=False).label
+                if only and (masks or label is not None):
+                    found[sample.key] = "" if label is None else classes[label]
+    keys = subset.choose(found)
+    source = _ChosenShards(origins, keys, [] if masks else classes, classes if masks else None)
+    files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
+    chosen = {key: name for key, name in found.items() if key in keys}
+    return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]))
+
+
+@dataclass(frozen=True)
+class _ChosenShards:
+    """Gives those samples of existing shards that are taken; others are not read."""
+
+    origins: Sequence[Origin]
+    keys: Container[str]
+    labels: list[str]
+    """Where there are none, those of samples are not read."""
+    mask_labels: list[str] | None
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        return (outline for outline in outlines(self.origins, workers=1) if outline.key in self.keys)
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        for origin, key, members in contents(self.origins, keys=self.keys):
+            read = {name: data for name, data in members.items() if name != "cls" or self.labels}
+            yield record_of(key, read, origin.where(key), self.labels)
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return {"source": "webdataset"}
