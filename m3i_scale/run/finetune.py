@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -192,6 +193,7 @@ def _length(
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        every = min(max(1, round(data.read / optim.batch_size)), steps)
+        # Once a pass over the images, and not more often than so: a few of every class are passed in a step.
+        every = min(max(round(data.read / optim.batch_size), math.ceil(steps / _MOST_EVALUATIONS)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed
