@@ -21,6 +21,7 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.check import Checks
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
 
+_MOST_EVALUATIONS = 20
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -193,7 +194,7 @@ def _length(
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        # Once a pass over the images, and not more often than so: a few of every class are passed in a step.
+        # Once a pass over the images, but not after each step where these are a few of every class.
         every = min(max(round(data.read / optim.batch_size), math.ceil(steps / _MOST_EVALUATIONS)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed
