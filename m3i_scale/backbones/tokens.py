@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -137,6 +137,34 @@ class TokenBackbone(Backbone):
                 maps.append(tokens_BSD[:, 1:].transpose(1, 2).unflatten(2, self.grid))
         last_BSD = self._normed(tokens_BSD)
         return (last_BSD[:, :1], last_BSD[:, 1:]), maps
+
+    def encode_beside(
+        self,
+        images_BCHW: Tensor,
+        others_BQD: Tensor,
+        blocks: int,
+        attend: Callable[[Tensor, int], Tensor | None] | None = None,
+    ) -> Tensor:
+        """Encode normalised images with further tokens before theirs in the last layers.
+
+        Args:
+            images_BCHW: normalised.
+            others_BQD: the further tokens.
+            blocks: so many layers, from the last, have them.
+            attend: called before each of those with the normalised tokens (B, S, D) and its number from 0; returns what
+                is added to attention.
+
+        Returns:
+            The last layer's normalised tokens [others | class token | patches].
+        """
+        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
+        first = len(self.layers) - blocks
+        for number, layer in enumerate(self.layers):
+            if number == first:
+                tokens_BSD = torch.cat([others_BQD.to(tokens_BSD.dtype), tokens_BSD], dim=1)
+            mask = attend(self._normed(tokens_BSD), number - first) if attend is not None and number >= first else None
+            tokens_BSD = layer(tokens_BSD, mask)
+        return self._normed(tokens_BSD)
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return [class token | patch tokens]: (B, 1 + N, D)."""

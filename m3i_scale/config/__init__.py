@@ -29,6 +29,7 @@ from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
 from m3i_scale.config.tasks import (
     Classification,
+    EomtSegmentation,
     LinearSegmentation,
     Segmentation,
     SegmentationHead,
@@ -44,6 +45,7 @@ __all__ = [
     "Classification",
     "DataConfig",
     "DistortionConfig",
+    "EomtSegmentation",
     "EvaluationConfig",
     "FixableError",
     "GuardConfig",

@@ -154,15 +154,15 @@ class SegmentationHead(Kind):
     module: ClassVar[str]
     """Import path of the `PixelHead` that is built of it; a kind of one's own names its own."""
 
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability that a channel is left out, before the classifier, while training."""
-
 
 class LinearSegmentation(SegmentationHead):
     """Classifies every patch token of the last layer, batch-normalised."""
 
     kind: ClassVar[str] = "linear"
     module: ClassVar[str] = "m3i_scale.objective.segmentation.LinearPixelHead"
+
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Probability that a channel is left out, before the classifier, while training."""
 
 
 class UperNetSegmentation(SegmentationHead):
@@ -172,6 +172,8 @@ class UperNetSegmentation(SegmentationHead):
     kind: ClassVar[str] = "upernet"
     module: ClassVar[str] = "m3i_scale.objective.segmentation.UperNet"
 
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Probability that a channel is left out, before the classifiers, while training."""
     channels: int = Field(default=512, ge=1)
     """Width of the head."""
     out_layers: tuple[int, int, int, int] | None = None
@@ -188,6 +190,33 @@ class UperNetSegmentation(SegmentationHead):
         return layers
 
 
+class EomtSegmentation(SegmentationHead):
+    """Predicts masks and their classes by queries that go through the last blocks of a plain Transformer, as EoMT."""
+
+    kind: ClassVar[str] = "eomt"
+    module: ClassVar[str] = "m3i_scale.objective.mask_queries.MaskQueries"
+
+    queries: int = Field(default=100, ge=1)
+    blocks: int = Field(default=4, ge=1)
+    """Of the backbone, counted from the last, that the queries go through."""
+    class_weight: float = Field(default=2.0, ge=0)
+    """Weight of the cross-entropy of the queries' classes, in the loss and in the matching."""
+    mask_weight: float = Field(default=5.0, ge=0)
+    """Weight of the cross-entropy of the pixels of matched masks."""
+    dice_weight: float = Field(default=5.0, ge=0)
+    """Weight of the Dice loss of matched masks."""
+    no_object_weight: float = Field(default=0.1, gt=0, le=1)
+    """What a query counts that matches no mask."""
+    points: int = Field(default=12544, ge=1)
+    """Pixels of a mask that its losses are computed of, most of them where it is uncertain."""
+
+    @model_validator(mode="after")
+    def _matches(self) -> Self:
+        if not (self.class_weight or self.mask_weight or self.dice_weight):
+            raise ValueError("class_weight, mask_weight and dice_weight are all 0: nothing would be learnt")
+        return self
+
+
 class Segmentation(Task):
     """Predicts the class of every pixel. Its classes are those of mask_labels.json beside the shards."""
 
@@ -195,13 +224,13 @@ class Segmentation(Task):
     dense: ClassVar[bool] = True
 
     head: SegmentationHead = UperNetSegmentation()
-    """upernet | linear, or {kind: upernet, channels: 768}."""
+    """upernet | linear | eomt, or {kind: upernet, channels: 768}."""
 
     @model_validator(mode="after")
     def _averages_no_statistics(self) -> Self:
         if self.ema is not None:
             raise ValueError(
-                "ema averages weights, and the head's batch norm keeps statistics of the trained ones alone"
+                "ema averages weights alone, and a segmentation head may keep more: batch norm has statistics"
             )
         return self
 

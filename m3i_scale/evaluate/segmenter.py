@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.images import NO_CLASS
@@ -26,8 +26,10 @@ from m3i_scale.evaluate.samples import Sample, Table, read_samples
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.mask_queries import class_scores
 from m3i_scale.objective.segmentation import overlaps, resized
 
+EOMT = "EomtForUniversalSegmentation"
 STRIDE = 2 / 3
 """Of the window's side: from one window to the next."""
 MAX_ASPECT = 20
@@ -109,7 +111,8 @@ def is_segmenter(folder: Path) -> bool:
         return False  # loading it as a model of features reports the fault
     if not isinstance(values, dict):
         return False
-    return any(str(name).endswith("ForSemanticSegmentation") for name in values.get("architectures") or ())
+    names = [str(name) for name in values.get("architectures") or ()]
+    return any(name == EOMT or name.endswith("ForSemanticSegmentation") for name in names)
 
 
 def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
@@ -119,7 +122,9 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
         ExportError: it does not load, weights do not fill it, or its input is no square.
     """
     try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
+        queries = EOMT in (read_json(folder / "config.json").get("architectures") or ())
+        auto = AutoModelForUniversalSegmentation if queries else AutoModelForSemanticSegmentation
+        model, info = auto.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
         )
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -129,6 +134,8 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
     if faulty:
         raise ExportError(f"{len(faulty)} tensors do not fill the segmenter, e.g. {faulty[0]}", where=str(folder))
     size = dict(processor.size)
+    if queries:  # whose processor cuts squares along the longer side
+        size = dict.fromkeys(("height", "width"), size.get("shortest_edge"))
     if not size.get("height") or size["height"] != size.get("width"):
         raise ExportError(f"the image processor has no square input size: {size}", where=str(folder))
     names: dict[int, str] = model.config.id2label
@@ -136,8 +143,13 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
     model = model.to(device).eval()
 
     def logits(windows_BCHW: Tensor) -> Tensor:
-        inputs = processor(images=list(windows_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
-        logits_BKHW: Tensor = model(pixel_values=inputs["pixel_values"].to(device)).logits
+        alone = {"do_split_image": False} if queries else {"do_center_crop": False}
+        inputs = processor(images=list(windows_BCHW), do_resize=False, **alone, return_tensors="pt")
+        output = model(pixel_values=inputs["pixel_values"].to(device))
+        if queries:
+            masks_BQHW = resized(output.masks_queries_logits, (windows_BCHW.shape[2], windows_BCHW.shape[3]))
+            return class_scores(output.class_queries_logits, masks_BQHW)
+        logits_BKHW: Tensor = output.logits
         return resized(logits_BKHW, (windows_BCHW.shape[2], windows_BCHW.shape[3]))  # some give a quarter of the input
 
     return Segmenter(logits, int(size["height"]), classes, model.config.model_type, device, batch_size)

@@ -11,8 +11,8 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.backbones.sources.names import OURS
-from m3i_scale.config import UperNetSegmentation
-from m3i_scale.errors import ExportError
+from m3i_scale.config import EomtSegmentation, UperNetSegmentation
+from m3i_scale.hub.as_eomt import eomt_part, no_class
 from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import VISION, Part, TensorSource
@@ -35,15 +35,17 @@ _COUNT = "num_batches_tracked"
 
 
 def segmenter_part(source: Source) -> Part:
-    """Return backbone and UPerNet as `UperNetForSemanticSegmentation`.
+    """Return backbone and UPerNet as `UperNetForSemanticSegmentation`, or backbone and queries as the stock EoMT.
 
     Raises:
         ExportError: no stock class computes what was trained; the reason.
     """
     target = cast(Segmentation, target_of(source, "mask"))
     config, spec = backbone_config(source.run.backbone), target.head
+    if isinstance(spec, EomtSegmentation):
+        return eomt_part(source, spec, target.name)
     if not isinstance(spec, UperNetSegmentation):
-        raise _no_class("no stock class has a linear head on patch tokens")
+        raise no_class(f"none has a head of kind {spec.kind}")
     (names,) = source.label_sets.values()
     shape = _as_beit(config, spec)
     upernet = UperNetConfig(
@@ -71,10 +73,10 @@ def segmenter_part(source: Source) -> Part:
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
     """Return the BEiT that computes what a ViT or DINOv2 does."""
     if isinstance(config, InternImageConfig | CLIPVisionConfig):
-        raise _no_class(f"a {config.model_type} is no BEiT")
+        raise no_class(f"a {config.model_type} is no BEiT")
     gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn
     if gated or not config.qkv_bias:
-        raise _no_class("BEiT has biases, and no gates in its MLP")
+        raise no_class("BEiT has biases, and no gates in its MLP")
     hidden = config.hidden_size * config.mlp_ratio if isinstance(config, Dinov2Config) else config.intermediate_size
     return BeitConfig(
         **{
@@ -106,10 +108,3 @@ def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
             for part in ("scale1", "scale2"):
                 tensors["backbone.beit." + _BEIT[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
     return tensors
-
-
-def _no_class(why: str) -> ExportError:
-    return ExportError(
-        f"no stock class for segmentation computes what was trained: {why}",
-        fix="--task features: heads/ holds the head",
-    )

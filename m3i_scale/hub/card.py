@@ -75,6 +75,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         if source.recipe.uses_categories
         else {},
         segments=source.recipe.reads_masks,
+        queries=config["model_type"] == "eomt",
         text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,

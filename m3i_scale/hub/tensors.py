@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import fresh
 
+Shown = Literal["centre", "whole", "windows"]
 VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,6 +59,14 @@ class Part:
     """config.json, where the model's own configuration does not say it."""
     files: tuple[Path, ...] = ()
     """Source files that travel along."""
+
+    @property
+    def shown(self) -> Shown:
+        """Return what of an image the model is shown: its centre square, all of it resized to the square, or, of a
+        model that gives masks of queries, squares along its longer side."""
+        if self.name != "segmenter":
+            return "centre"
+        return "whole" if self.output == "logits" else "windows"
 
 
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:

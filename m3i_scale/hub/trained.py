@@ -11,6 +11,7 @@ from torch import Tensor
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import Part
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.mask_queries import MaskQueries
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def trained_output(
         _, tokens_BND = objective.student.encode_whole(pixels_BCHW)
         map_BDHW: Tensor = tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid)
         return map_BDHW
-    if part.output == "logits":
+    if part.output in ("logits", "masks_queries_logits"):
         return _logits(objective, part, pixels_BCHW)
     if tokens is None or objective.text is None:
         raise ExportError("the recipe has no text target", where=part.name)
@@ -51,10 +52,14 @@ def trained_output(
 
 
 def _logits(objective: Objective, part: Part, pixels_BCHW: Tensor) -> Tensor:
-    """Return those of a classifier (B, K), or of a segmenter at the size of its input (B, K, H, W)."""
+    """Return those of a classifier (B, K), of a segmenter at the size of its input (B, K, H, W), or of the masks of its
+    queries (B, Q, H, W)."""
     if part.name == "classifier":
         logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
         return logits_BK
+    queries = next((head for head in objective.heads.values() if isinstance(head, MaskQueries)), None)
+    if queries is not None:
+        return queries.encode(objective.student, pixels_BCHW, 1.0)[1][-1]
     return objective.segment(pixels_BCHW)
 
 

@@ -26,7 +26,7 @@ from m3i_scale.files import read_json, write_json
 from m3i_scale.hub import fresh
 from m3i_scale.hub.process import run_fresh
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import Part
+from m3i_scale.hub.tensors import Part, Shown
 from m3i_scale.hub.trained import trained_output
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
@@ -49,7 +49,7 @@ class Reference:
     """Probe input (B, 3, H, W): noise and photographs, normalised as in training."""
     pictures: dict[str, Image.Image]
     trained_on: dict[str, Tensor]
-    """The pictures as training would feed them (centre square, or of a segmenter the whole squeezed; normalised)."""
+    """The pictures as training would feed them (see `Part.shown`; normalised)."""
     captions: list[str]
     tokens: Tensor | None
     outputs: dict[str, Tensor]
@@ -82,8 +82,7 @@ def make_reference(
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment
     pictures = real_pictures(side)
-    whole = any(part.name == "segmenter" for part in parts)
-    trained_on = {name: _as_trained(picture, side, augment, whole=whole) for name, picture in pictures.items()}
+    trained_on = {name: _as_trained(picture, side, augment, parts[0].shown) for name, picture in pictures.items()}
     noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels_BCHW = torch.cat([normalize(noise, augment.mean, augment.std), trained_on["square"], trained_on["wide"]])
     captions, tokens = [], None
@@ -276,9 +275,13 @@ def real_pictures(side: int) -> dict[str, Image.Image]:
     }
 
 
-def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, *, whole: bool) -> Tensor:
-    if whole:
-        squeezed = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        return normalize(torch.from_numpy(squeezed.copy())[None], augment.mean, augment.std)
+def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: Shown) -> Tensor:
+    if shown != "centre":
+        scale = side / min(picture.size)
+        width, height = (round(length * scale) if shown == "windows" else side for length in picture.size)
+        resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        pixels_CHW = torch.from_numpy(resized.copy())
+        windows = [part for row in pixels_CHW.split(side, dim=1) for part in row.split(side, dim=2)]
+        return normalize(torch.stack(windows), augment.mean, augment.std)
     view = ViewMaker(augment, views=1, image_size=side, augment=False)
     return normalize(torch.from_numpy(view(picture.copy(), 0).pixels_VCHW), augment.mean, augment.std)

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BeitImageProcessor, BertModel, BitImageProcessor, PreTrainedTokenizerBase
+from transformers import (
+    BeitImageProcessor,
+    BertModel,
+    BitImageProcessor,
+    EomtImageProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
 from m3i_scale.config import RunConfig
@@ -20,7 +26,7 @@ from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import TEXT, VISION, Part, copied
+from m3i_scale.hub.tensors import TEXT, VISION, Part, Shown, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.text import masked
@@ -91,7 +97,7 @@ def write_folder(
     """
     wanted = wanted or Wanted()
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
-    write_processor(folder, source, whole=wanted.task == "segmentation")
+    write_processor(folder, source, parts[0].shown)
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
@@ -139,23 +145,28 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
     )
 
 
-def write_processor(folder: Path, source: Source, *, whole: bool) -> None:
+def write_processor(folder: Path, source: Source, shown: Shown) -> None:
     """Write preprocessor_config.json: cover the square, cut the centre, normalise as training did.
 
-    A segmenter is shown the `whole` image, squeezed into the square, and its processor makes masks of logits.
+    A segmenter is shown the whole image, and its processor makes masks of what it gives.
 
     `BitImageProcessor` is the stock class (DINOv2 uses it too) that cuts the centre in every version of transformers;
     that of ViT squeezes the image into the square in older ones.
     """
     size = int(backbone_config(source.run.backbone).image_size)
     augment, square = source.run.data.augment, {"height": size, "width": size}
-    kind = BeitImageProcessor if whole else BitImageProcessor
+    kind, options = {
+        "centre": (BitImageProcessor, {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}),
+        "whole": (BeitImageProcessor, {"size": square, "do_center_crop": False, "crop_size": square}),
+        "windows": (
+            EomtImageProcessor,
+            {"size": {"shortest_edge": size, "longest_edge": None}, "do_split_image": True, "do_pad": False},
+        ),
+    }[shown]
     kind(
+        **options,
         do_resize=True,
-        size=square if whole else {"shortest_edge": size},
         resample=3,
-        do_center_crop=not whole,
-        crop_size=square,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
@@ -163,6 +174,10 @@ def write_processor(folder: Path, source: Source, *, whole: bool) -> None:
         image_std=list(augment.std),
         do_convert_rgb=True,
     ).save_pretrained(folder)
+    if shown == "windows":  # transformers 4 asks for the key, and 5 leaves it out
+        path = folder / "preprocessor_config.json"
+        values = read_json(path)
+        write_json(path, values | {"size": values["size"] | {"longest_edge": None}})
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

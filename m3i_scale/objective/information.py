@@ -72,6 +72,8 @@ class Objective(nn.Module):
         self.ranks = ranks
         self.measure_health = False
         """Set on steps that are logged: effective ranks and Gaussian information cost eigenvalue decompositions."""
+        self.progress = 0.0
+        """Share of the training that is over; the trainer sets it before every step."""
         self.mix_labelled: Callable[[Batch], Batch] = lambda batch: batch
         """Mixes labelled images while training, as a task asks for it."""
         self.token_count = 0
@@ -202,7 +204,7 @@ class Objective(nn.Module):
         for head in self.heads.values():
             if isinstance(head, PixelHead):
                 (only,) = where
-                tokens, maps = self.student.encode_maps(views[only.view + 1], head.layers)
+                tokens, maps = head.encode(self.student, views[only.view + 1], self.progress)
                 return {only.name: Encoded(only, *tokens, maps=maps)}
         if blocks := blocks_read(self.decoders):
             (only,) = where
@@ -265,7 +267,7 @@ class Objective(nn.Module):
         head = next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
         if head is None:
             raise ValueError("the recipe has no segmentation target")
-        (_, tokens_BND), maps = self.student.encode_maps(pixels_BCHW, head.layers)
+        (_, tokens_BND), maps = head.encode(self.student, pixels_BCHW, self.progress)
         logits_BKHW = head(tokens_BND.transpose(1, 2).unflatten(2, self.student.grid), maps)[0]
         return resized(logits_BKHW, (pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
 

@@ -6,7 +6,7 @@ Batch norm takes the statistics of the global batch, on every kind of process gr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from transformers import BeitConfig, UperNetConfig
 from transformers.models.beit.modeling_beit import BeitFPNNeck
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
-from m3i_scale.backbones.base import Backbone
-from m3i_scale.config import SegmentationHead, UperNetSegmentation
+from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.config import LinearSegmentation, UperNetSegmentation
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Fp32State
@@ -95,20 +95,53 @@ class PixelHead(nn.Module):
     layers: tuple[int, ...] = ()
     """Layers of the backbone whose maps are asked for, from 1."""
 
+    def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
+        """Return the tokens of normalised images, and the maps of `layers`, or of the stages.
+
+        Args:
+            backbone: f_θ.
+            images_BCHW: normalised.
+            progress: share of the training that is over.
+        """
+        return backbone.encode_maps(images_BCHW, self.layers)
+
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return logits (B, K, H, W) of some size: the prediction, and what only helps to train it.
 
         Args:
             map_BDHW: the tokens of the last layer.
-            maps: of `layers`, or of the stages.
+            maps: what `encode` has given.
         """
         raise NotImplementedError
+
+    def loss(
+        self,
+        predictions: list[Tensor],
+        maps: Sequence[Tensor],
+        truth_BHW: Tensor,
+        valid_BHW: Tensor,
+        distribution: Any,
+        ranks: Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of the predictions' cross-entropies, and nats of the first.
+
+        Args:
+            predictions: of `forward`, at the size of the truth.
+            maps: what `encode` has given.
+            truth_BHW: classes, int64.
+            valid_BHW: bool, whether a pixel has one.
+            distribution: P̂ of a class.
+            ranks: for means over all ranks.
+        """
+        losses = [distribution.loss(logits_BKHW, truth_BHW, valid_BHW, ranks) for logits_BKHW in predictions]
+        weighted = [weight * loss for weight, (loss, _) in zip(self.weights, losses, strict=True)]
+        return torch.stack(weighted).sum(), losses[0][1]
 
 
 class LinearPixelHead(PixelHead):
     """Classifies every patch token, batch-normalised."""
 
-    def __init__(self, spec: SegmentationHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+    def __init__(self, spec: LinearSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
         super().__init__()
         self.norm = MapBatchNorm(backbone.width, ranks)
         self.classifier = _PixelClassifier(backbone.width, classes, spec.dropout)

@@ -177,6 +177,7 @@ class Trainer:
         state, run = self.state, self.run
         state.logged = (state.step + 1) % run.log.every_steps == 0 or state.step + 1 == run.optim.steps
         state.lr = learning_rate(state.step, run.optim)
+        state.engine.module.progress = state.step / run.optim.steps
         for group in state.engine.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
         for hook in self.hooks:

@@ -82,7 +82,7 @@ def batch_of(size: int, side: int, seed: int = 0) -> Batch:
         ({"head": {"kind": "upernet", "out_layers": [4, 2, 6, 8]}}, "ascending"),
         ({"head": {"kind": "upernet", "out_layers": [4, 4, 6, 8]}}, "different"),
         ({"head": {"kind": "upernet", "out_layers": [0, 2, 6, 8]}}, "from 1"),
-        ({"head": "eomt"}, "no such kind"),
+        ({"head": "mask2former"}, "no such kind"),
         ({"ema": 0.99}, "batch norm"),
     ],
 )

@@ -62,11 +62,14 @@ def shards(tmp_path_factory):
     return output
 
 
-def small_segmenter(shards, output_dir):
+SEGMENTERS = {"upernet": {"kind": "upernet", "channels": 16}, "eomt": {"kind": "eomt", "queries": 5, "blocks": 2}}
+
+
+def small_segmenter(shards, output_dir, head):
     shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     values = {
         "output_dir": str(output_dir),
-        "task": {"kind": "segmentation", "head": {"kind": "upernet", "channels": 16}},
+        "task": {"kind": "segmentation", "head": SEGMENTERS[head]},
         "backbone": {"config": shape | {"image_size": 32, "patch_size": 8}},
         "data": {"sources": {"things": {"shards": str(shards / "train")}}},
     }
@@ -110,8 +113,8 @@ def small_run(shards, output_dir, backbone=None, pool="mean_pool", regularizer="
 def make_run(shards):
     """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one."""
 
-    def make(output_dir: Path, steps=(10,), vocab_size=None, label_sets=None, *, segments=False, **fields):
-        run = small_segmenter(shards, output_dir) if segments else small_run(shards, output_dir, **fields)
+    def make(output_dir: Path, steps=(10,), vocab_size=None, label_sets=None, *, segments=None, **fields):
+        run = small_segmenter(shards, output_dir, segments) if segments else small_run(shards, output_dir, **fields)
         label_sets = label_sets or {"things": LABELS}
         tokenizer = shards / "tokenizer"
         vocab_size = vocab_size or len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])

@@ -49,8 +49,9 @@ CASES = (
     ("clip", "mean_pool", Wanted("features", "timm")),
     ("internimage", "mean_pool", Wanted()),
     ("internimage", "mean_pool", Wanted("classification")),
-    ("segmenter", None, Wanted("segmentation")),
-    ("segmenter", None, Wanted()),
+    ("upernet", None, Wanted("segmentation")),
+    ("upernet", None, Wanted()),
+    ("eomt", None, Wanted("segmentation")),
 )
 
 
@@ -108,7 +109,7 @@ def test_every_kind_of_export(proven_there, make_run, tmp_path):
     runs = {}
     for number, (kind, pool, wanted) in enumerate(CASES):
         if (kind, pool) not in runs:
-            fields = {"backbone": BACKBONES.get(kind), "pool": pool} if pool else {"segments": True}
+            fields = {"backbone": BACKBONES.get(kind), "pool": pool} if pool else {"segments": kind}
             runs[kind, pool], _ = make_run(tmp_path / f"{kind}-{pool}", **fields)
         result = export(runs[kind, pool], tmp_path / str(number), wanted=wanted)
         assert max(result["verified"]["largest_output_difference"].values()) < 1e-4

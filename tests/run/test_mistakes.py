@@ -177,7 +177,7 @@ MISTAKES = {
         r"`labels: false` has no effect: the recipe has no category target", ["data.sources.shapes.labels=false"], "mae"
     ),
     "label set without a category target": Mistake(
-        r"`label_set` has no effect: the recipe has no category target", ["data.sources.shapes.label_set=a"], "mae"
+        r"`label_set` has no effect: the recipe predicts no classes", ["data.sources.shapes.label_set=a"], "mae"
     ),
     "label set without labels": Mistake(
         r"`label_set` has no effect: the source has no labels.json",

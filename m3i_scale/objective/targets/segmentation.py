@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pkgutil import resolve_name
 from typing import ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from m3i_scale.config import SegmentationHead
@@ -16,7 +15,7 @@ from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.segmentation import overlaps, resized
+from m3i_scale.objective.segmentation import PixelHead, overlaps, resized
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
 
@@ -73,13 +72,13 @@ class Segmentation(Target):
         map_BDHW = given.decoder(encoded.tokens_BLD).transpose(1, 2).unflatten(2, given.grid)
         size = truth_BHW.shape[1], truth_BHW.shape[2]
         predictions = [resized(logits_BKHW, size) for logits_BKHW in given.head(map_BDHW, encoded.maps)]
-        losses = [self.distribution.loss(one, truth_BHW, valid_BHW, given.ranks) for one in predictions]
-        weighted = [weight * loss for weight, (loss, _) in zip(given.head.weights, losses, strict=True)]
+        head: PixelHead = given.head
+        value, nats = head.loss(predictions, encoded.maps, truth_BHW, valid_BHW, self.distribution, given.ranks)
         counts = None
-        if not given.head.training:
+        if not head.training:
             logits_BKHW = predictions[0]
             counts = overlaps(logits_BKHW.argmax(dim=1), truth_BHW, valid_BHW, logits_BKHW.shape[1])
-        return Loss(torch.stack(weighted).sum(), losses[0][1], overlaps_3K=counts)
+        return Loss(value, nats, overlaps_3K=counts)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)

@@ -1,0 +1,213 @@
+"""Predict masks and their classes by queries that go through the backbone's own last layers, as EoMT does.
+
+The parts and the losses are those of `transformers`; what is a mean over a batch there is one over all ranks here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import EomtConfig
+from transformers.models.eomt.modeling_eomt import EomtHungarianMatcher, EomtLoss, EomtMaskHead, EomtScaleBlock
+
+from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.backbones.tokens import TokenBackbone
+from m3i_scale.config import EomtSegmentation
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.segmentation import PixelHead, resized
+
+_POWER = 0.9
+_COUNTED_CLASSES = 8
+"""Of an image without values, whose work is counted."""
+
+
+class MaskQueries(PixelHead):
+    """Lets queries read the image in the last blocks; each predicts a mask and its class. In training a query reads
+    patches of its own mask alone: at first in all blocks, then in fewer and fewer of them, at the end in none. So the
+    trained model reads without masks."""
+
+    def __init__(self, spec: EomtSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
+        super().__init__()
+        if not isinstance(backbone, TokenBackbone):
+            raise ConfigError(
+                "EoMT's queries are tokens among those of the image, and this backbone has maps",
+                where="task.head.kind: eomt",
+                fix="task.head=upernet",
+            )
+        if spec.blocks > len(backbone.layers):
+            raise ConfigError(f"the backbone has {len(backbone.layers)} layers", where="task.head.blocks")
+        self.spec, self.size = spec, backbone.image_size
+        self.config = query_config(spec, backbone.model.config, classes)
+        self.query = nn.Embedding(spec.queries, backbone.width)
+        self.upscale_block = EomtScaleBlock(self.config)
+        self.mask_head = EomtMaskHead(self.config)
+        self.class_predictor = nn.Linear(backbone.width, classes + 1)
+
+    def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
+        """Return the tokens of the image, and what the queries predict before each of the last blocks (in training)
+        and after the last: class logits (B, Q, K + 1) and mask logits (B, Q, H, W) in turn."""
+        vision = cast(TokenBackbone, backbone)  # `__init__` has refused others
+        predictions: list[Tensor] = []
+
+        def attend(tokens_BSD: Tensor, block: int) -> Tensor | None:
+            predictions.extend(self._predict(tokens_BSD, vision.grid))
+            share = mask_share(progress, block, self.spec.blocks)
+            return self._attention_mask(predictions[-1], tokens_BSD, vision.grid, share) if share else None
+
+        numbers_Q = torch.arange(self.spec.queries, device=images_BCHW.device)
+        queries_BQD = self.query(numbers_Q).expand(len(images_BCHW), -1, -1)
+        masked = attend if self.training else None
+        tokens_BSD = vision.encode_beside(images_BCHW, queries_BQD, self.spec.blocks, masked)
+        predictions.extend(self._predict(tokens_BSD, vision.grid))
+        image_BSD = tokens_BSD[:, self.spec.queries :]
+        return (image_BSD[:, :1], image_BSD[:, 1:]), predictions
+
+    def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return scores of the classes at every pixel (B, K, H, W), not negative: sums over queries of the probability
+        of the class times that of the mask."""
+        class_logits_BQK, mask_logits_BQHW = maps[-2:]
+        return [class_scores(class_logits_BQK, resized(mask_logits_BQHW, (self.size, self.size)))]
+
+    def loss(
+        self,
+        predictions: list[Tensor],
+        maps: Sequence[Tensor],
+        truth_BHW: Tensor,
+        valid_BHW: Tensor,
+        distribution: Any,
+        ranks: Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of the losses of matched queries, over all predictions; and log K − the
+        cross-entropy of the scores, normalised."""
+        criterion = _GlobalLoss(self.config, ranks).to(truth_BHW.device)
+        classes, masks = _targets(truth_BHW, valid_BHW, self.config.num_labels)
+        weights = {
+            "loss_cross_entropy": self.spec.class_weight,
+            "loss_mask": self.spec.mask_weight,
+            "loss_dice": self.spec.dice_weight,
+        }
+        total = torch.zeros((), device=truth_BHW.device)
+        devices = [truth_BHW.device] if truth_BHW.is_cuda and not self.training else []
+        with torch.random.fork_rng(devices, enabled=not self.training and not truth_BHW.is_meta):
+            if not self.training and not truth_BHW.is_meta:
+                torch.manual_seed(0)  # an evaluation draws the same points every time
+            for class_logits_BQK, mask_logits_BQHW in zip(maps[::2], maps[1::2], strict=True):
+                losses = criterion(mask_logits_BQHW.float(), class_logits_BQK.float(), masks, classes)
+                total = total + sum(weights[name] * loss for name, loss in losses.items())
+        with torch.no_grad():
+            log_BKHW = predictions[0].clamp(min=1e-6).log()
+            nats: Tensor = distribution.loss(log_BKHW, truth_BHW, valid_BHW, ranks)[1]
+        return total, nats
+
+    def _predict(self, tokens_BSD: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        queries_BQD = tokens_BSD[:, : self.spec.queries]
+        patches_BDHW = tokens_BSD[:, self.spec.queries + 1 :].transpose(1, 2).unflatten(2, grid)
+        map_BDHW = self.upscale_block(patches_BDHW)
+        masks_BQHW = torch.einsum("bqd,bdhw->bqhw", self.mask_head(queries_BQD), map_BDHW)
+        return self.class_predictor(queries_BQD), masks_BQHW
+
+    @torch.no_grad()
+    def _attention_mask(
+        self, mask_logits_BQHW: Tensor, tokens_BSD: Tensor, grid: tuple[int, int], share: float
+    ) -> Tensor:
+        """Return what is added to attention (B, 1, S, S): queries, but for a random share of them, read the patches of
+        their masks alone."""
+        batch, length, queries = len(tokens_BSD), tokens_BSD.shape[1], self.spec.queries
+        shown_BQN = F.interpolate(mask_logits_BQHW.float(), size=grid, mode="bilinear").flatten(2) > 0
+        if share < 1:
+            shown_BQN |= torch.rand(batch, queries, 1, device=tokens_BSD.device) > share
+        read_BSS = torch.ones(batch, length, length, dtype=torch.bool, device=tokens_BSD.device)
+        read_BSS[:, :queries, queries + 1 :] = shown_BQN
+        lowest = torch.finfo(tokens_BSD.dtype).min
+        return torch.zeros_like(read_BSS, dtype=tokens_BSD.dtype).masked_fill(~read_BSS, lowest)[:, None]
+
+
+def class_scores(class_logits_BQK: Tensor, mask_logits_BQHW: Tensor) -> Tensor:
+    """Return scores of the classes at every pixel (B, K, H, W), without that of no object, which is the last one."""
+    classes_BQK = class_logits_BQK.float().softmax(dim=-1)[..., :-1]
+    return torch.einsum("bqk,bqhw->bkhw", classes_BQK, mask_logits_BQHW.float().sigmoid())
+
+
+def mask_share(progress: float, block: int, blocks: int) -> float:
+    """Return which share of the queries reads its own mask alone before a block.
+
+    Training has blocks + 2 equal parts. In the first all do; in each further one the share falls to nothing in the next
+    block; in the last none does.
+    """
+    over = min(max(progress * (blocks + 2) - (block + 1), 0.0), 1.0)
+    return float((1 - over) ** _POWER)
+
+
+def query_config(spec: EomtSegmentation, config: Any, classes: int) -> EomtConfig:
+    """Return the stock configuration of queries on a plain Transformer; of its MLP it says nothing."""
+    return EomtConfig(
+        **{key: getattr(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+        **{key: getattr(config, key) for key in ("hidden_act", "layer_norm_eps", "image_size", "patch_size")},
+        num_channels=config.num_channels,
+        num_register_tokens=0,
+        num_upscale_blocks=max(int(math.log2(config.patch_size)) - 2, 1),
+        num_blocks=spec.blocks,
+        num_queries=spec.queries,
+        num_labels=classes,
+        no_object_weight=spec.no_object_weight,
+        class_weight=spec.class_weight,
+        mask_weight=spec.mask_weight,
+        dice_weight=spec.dice_weight,
+        train_num_points=spec.points,
+    )
+
+
+def _targets(truth_BHW: Tensor, valid_BHW: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return, by image, the classes that occur and their masks (N, H, W)."""
+    classes, masks = [], []
+    for truth_HW, valid_HW in zip(truth_BHW, valid_BHW, strict=True):
+        if truth_HW.is_meta:
+            classes_N = torch.arange(min(count, _COUNTED_CLASSES), device="meta")
+        else:
+            classes_N = truth_HW[valid_HW].unique()
+        classes.append(classes_N)
+        masks.append(((truth_HW == classes_N[:, None, None]) & valid_HW).float())
+    return classes, masks
+
+
+class _Matcher(EomtHungarianMatcher):  # type: ignore[misc]
+    """Matches queries and masks; where there are no values, the first ones."""
+
+    def forward(
+        self, masks_queries_logits: Tensor, class_queries_logits: Tensor, mask_labels: Any, class_labels: Any
+    ) -> Any:
+        if not masks_queries_logits.is_meta:
+            return super().forward(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
+        count = masks_queries_logits.shape[1]
+        return [(torch.arange(min(count, len(one)), device="meta"),) * 2 for one in class_labels]
+
+
+class _GlobalLoss(EomtLoss):  # type: ignore[misc]
+    """Takes means over the queries and masks of all ranks; images without a class count for nothing."""
+
+    def __init__(self, config: EomtConfig, ranks: Ranks) -> None:
+        super().__init__(config, {})
+        self.ranks = ranks
+        self.matcher = _Matcher(config.class_weight, config.mask_weight, config.dice_weight, config.train_num_points)
+
+    def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
+        """Return the mean number of masks of a rank."""
+        count = torch.as_tensor(float(sum(len(classes) for classes in class_labels)), device=device)
+        return (self.ranks.sum(count) / self.ranks.world_size).clamp(min=1)
+
+    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
+        """Return the cross-entropy of all queries; those without a mask are of no object, which has a weight."""
+        wanted_BQ = torch.full(class_queries_logits.shape[:2], self.num_labels, device=class_queries_logits.device)
+        place = self._get_predictions_permutation_indices(indices)
+        wanted_BQ[place] = torch.cat([classes[j] for classes, (_, j) in zip(class_labels, indices, strict=True)])
+        labelled_B = torch.tensor([float(len(classes) > 0) for classes in class_labels], device=wanted_BQ.device)
+        weight_BQ = self.empty_weight.float()[wanted_BQ] * labelled_B[:, None]
+        loss_BQ = F.cross_entropy(class_queries_logits.transpose(1, 2), wanted_BQ, reduction="none")
+        total = (self.ranks.sum(weight_BQ.sum()) / self.ranks.world_size).clamp(min=1e-6)
+        return {"loss_cross_entropy": (loss_BQ * weight_BQ).sum() / total}
