@@ -104,11 +104,15 @@ class Classification(Task):
     """Probability that a micro-batch is mixed."""
     switch_prob: float = Field(default=0.5, gt=0, lt=1)
     """Probability of cutmix, where both are asked for."""
+    batch_norm: bool = False
+    """Normalise what a linear head reads by the statistics of a micro-batch of all ranks, without a learnt scale."""
     sweep: Sweep | None = None
     """Many linear heads on a frozen backbone in one pass. Default: one."""
 
     @model_validator(mode="after")
     def _sweeps(self) -> Self:
+        if self.batch_norm and not self.freeze:
+            raise ValueError("batch_norm is for a linear head on a frozen backbone: freeze: true")
         if self.sweep is not None and not self.freeze:
             raise ValueError("sweep is for a frozen backbone, which would learn from all heads at once: freeze: true")
         if self.sweep is not None and self.pool != "class_token":
@@ -135,6 +139,7 @@ class Classification(Task):
                 "inputs": ["image"],
                 "decoder": decoder,
                 "distribution": {"kind": "boltzmann", "label_smoothing": self.label_smoothing},
+                **({"batch_norm": True} if self.batch_norm else {}),
             }
             for name, decoder in decoder_of.items()
         ]

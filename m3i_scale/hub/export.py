@@ -33,6 +33,7 @@ from m3i_scale.hub.source import (
 from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
+from m3i_scale.objective.targets.category import Category
 from m3i_scale.scale.checkpoint.layout import MANIFEST
 from m3i_scale.scale.checkpoint.weights import saved_weights
 from m3i_scale.text import masked
@@ -82,6 +83,7 @@ def export(
     reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
     tokenizer = source_tokenizer(source) if source.recipe.uses_text and reads_text else None
     parts = plan_parts(source, wanted, tokenizer)
+    _check_rounding(source, wanted, dtype)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
     tensors = saved_weights(source.checkpoint, weights)
     origin = _origin(source)
@@ -228,6 +230,17 @@ def _parameters(folder: Path) -> int:
             for name in names:
                 count += torch.Size(file.get_slice(name).get_shape()).numel()
     return count
+
+
+def _check_rounding(source: Source, wanted: Wanted, dtype: Dtype) -> None:
+    normalised = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
+    if dtype == "bfloat16" and wanted.task == "classification" and normalised:
+        raise ExportError(
+            "a classifier with batch norm in its rows is not what was trained in bfloat16",
+            where="--dtype bfloat16",
+            why="the products of weights and statistics would be rounded once more",
+            fix="--dtype float32, or --task features",
+        )
 
 
 def check_wanted(wanted: Wanted) -> None:

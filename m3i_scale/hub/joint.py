@@ -35,6 +35,7 @@ from m3i_scale.hub.tensors import TEXT, VISION, Part, TensorSource, copied
 from m3i_scale.objective.decoders import ClassTokensSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.base import Target
+from m3i_scale.objective.targets.category import Category, FeatureNorm
 from m3i_scale.objective.targets.text import Text, TextHead
 
 TANH_SCALE = 2.0**-10
@@ -86,7 +87,38 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Part:
-    """Return backbone and trained head as an image classifier: a stock class where one pools as the recipe does.
+    """Return backbone and trained head as an image classifier; arguments and errors as of `_plain_classifier`."""
+    target = target_of(source, "category")
+    part = _plain_classifier(source, label_set, timm=timm)
+    if not isinstance(target, Category) or not target.batch_norm:
+        return part
+    head = f"heads.{target.name}."
+    return _with_norm(part, f"{head}sets.{part.label_set}.", f"{head}norm.")
+
+
+def _with_norm(part: Part, head: str, norm: str) -> Part:
+    """Return a classifier whose rows and offsets do what the batch norm before it did."""
+    rows, offset = head + "weight", head + "bias"
+    statistics = (norm + "running_mean", norm + "running_var")
+
+    def folded(made: TensorSource) -> TensorSource:
+        if made.sources == (rows,):
+            place = made.make or (lambda weight: weight)
+            return TensorSource((rows, *statistics), lambda weight, mean, var: place(_scaled(weight, var)))
+        if made.sources == (offset,):
+            moved = (offset, rows, *statistics)
+            return TensorSource(moved, lambda bias, weight, mean, var: bias - _scaled(weight, var) @ mean)
+        return made
+
+    return replace(part, tensors={name: folded(made) for name, made in part.tensors.items()})
+
+
+def _scaled(rows_KD: Tensor, var_D: Tensor) -> Tensor:
+    return rows_KD * (var_D + FeatureNorm.eps).rsqrt()
+
+
+def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
+    """Return backbone and trained head, whatever stands between: a stock class where one pools as the recipe does.
 
     A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`; with the mean of the patches
     beside it into the latter, and a ViT becomes one. Those have nothing that pools by a mean and normalises it; timm's

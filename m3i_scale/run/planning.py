@@ -17,7 +17,7 @@ from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.data.loader import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.downstream.fine_tuning import check_labels
+from m3i_scale.downstream.fine_tuning import check_labels, scales_of
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -195,12 +195,12 @@ class Model:
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the parameters of the whole model."""
-        parameters = []
+        parameters, scales = [], scales_of(self.objective, self.run.task)
         for name, parameter in self.objective.named_parameters():
             role = name.partition(".")[0]
             others = "trained" if parameter.requires_grad else "frozen"
             kind: Any = role if role in ("momentum", "teacher") else others
-            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter)))
+            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter), scales.get(name, 1.0)))
         return tuple(parameters)
 
     @property

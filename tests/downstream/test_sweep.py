@@ -26,6 +26,8 @@ from m3i_scale.downstream.fine_tuning import check_task, prepare, scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.objective.targets.category import FeatureNorm
 from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.engine import parameter_groups
 
@@ -126,6 +128,16 @@ def test_the_protocol_trains_by_sgd_at_the_published_rates() -> None:
         torch.testing.assert_close(objective.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
 
 
+def test_batch_norm_is_the_one_of_torch_without_a_learnt_scale() -> None:
+    ours, theirs = FeatureNorm(5, SingleProcess()), torch.nn.BatchNorm1d(5, affine=False, eps=1e-6)
+    assert not list(ours.parameters())
+    for _ in range(3):
+        x = torch.randn(7, 5) * 3 + 1
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -133,6 +145,7 @@ def test_the_protocol_trains_by_sgd_at_the_published_rates() -> None:
     "values",
     [
         {"freeze": False, "sweep": {}},
+        {"freeze": False, "batch_norm": True},
         {"freeze": True, "sweep": {}, "pool": "mean_pool"},
         {"freeze": True, "sweep": {"lr_scales": [0.1, 2.0]}},
         {"freeze": True, "sweep": {"lr_scales": [0.1, 0.1]}},
@@ -169,13 +182,13 @@ def test_heads_that_depend_on_others_or_cannot_be_chosen_are_refused(changes: di
 # ---------------------------------------------------------------- runs
 
 
-def write(folder: Path, source: Path, shards: Path, engine: str) -> Path:
+def write(folder: Path, source: Path, shards: Path, engine: str, *, batch_norm: bool) -> Path:
     folder.mkdir(parents=True)
     (folder / "in_parts.json").write_text(json.dumps(in_parts(engine)))
     run = {
         "name": "sweep",
         "output_dir": str(folder / "out"),
-        "task": task(),
+        "task": task() | {"batch_norm": batch_norm},
         "backbone": {"from_pretrained": str(source)},
         "data": {
             "sources": {"shapes": {"shards": str(shards / "train")}},
@@ -212,7 +225,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(shards: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     stages = {"one": "zero1_cpu_fp32", "two": "zero1_cpu_fp32", "stage 3": "zero3_bf16"}
-    paths = {name: write(root / name, source, shards, engine) for name, engine in stages.items()}
+    paths = {
+        name: write(root / name, source, shards, engine, batch_norm=name != "stage 3")
+        for name, engine in stages.items()
+    }
     folders = {name: path.parent for name, path in paths.items()}
     calls = {name: call(folders[name], faults=[]) for name in ("two", "stage 3")}
     done = make_calls(calls, folders, root / "results")
@@ -239,6 +255,7 @@ def test_one_rank_and_two_are_one_run(ran: dict[str, Path]) -> None:
     for step in one:
         assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-5)
     of_two = weights(ran["two"])
+    assert {name.rpartition(".")[2] for name in of_two} >= {"running_mean", "running_var"}
     for name, value in weights(ran["one"]).items():
         torch.testing.assert_close(of_two[name], value, rtol=1e-3, atol=1e-5)
     first, second = (evaluations(ran[name]) for name in ("one", "two"))
@@ -271,21 +288,35 @@ def with_best(path: Path, best: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("best", "kind"),
-    [("last1_lr0_01", "ViTForImageClassification"), ("last1_mean_lr1", "Dinov2ForImageClassification")],
+    ("run", "best", "kind"),
+    [
+        ("stage 3", "last1_lr0_01", "ViTForImageClassification"),
+        ("two", "last1_mean_lr1", "Dinov2ForImageClassification"),
+    ],
 )
 def test_the_best_head_alone_is_a_stock_classifier(
-    ran: dict[str, Path], forks: Forks, tmp_path: Path, best: str, kind: str
+    ran: dict[str, Path], forks: Forks, tmp_path: Path, run: str, best: str, kind: str
 ) -> None:
     """`export` itself proves that the outputs are those of the training modules."""
-    out, folder = with_best(ran["two"], best, tmp_path), tmp_path / "classifier"
+    out, folder = with_best(ran[run], best, tmp_path), tmp_path / "classifier"
     done = forks.run("export", str(out), "--to", str(folder), "--task", "classification")
     assert done.returncode == 0, done.stderr
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert type(model).__name__ == kind
-    assert torch.equal(model.classifier.weight, weights(ran["two"])[f"heads.{best}.sets.0.weight"])
+    trained, head = weights(ran[run]), f"heads.{best}."
+    rows = trained[f"{head}sets.0.weight"]
+    if run == "two":  # batch norm is in the classifier
+        rows = rows * (trained[f"{head}norm.running_var"] + 1e-6).rsqrt()
+    torch.testing.assert_close(model.classifier.weight, rows)
     told = json.loads((folder / "export.json").read_text())["heads"]
     assert (told["chosen"], told["step"], sorted(told["top_1"])) == (best, STEPS, sorted(HEADS))
+
+
+def test_batch_norm_is_not_rounded_into_rows(ran: dict[str, Path], forks: Forks, tmp_path: Path) -> None:
+    out = with_best(ran["two"], "last1_lr1", tmp_path)
+    options = ["--to", str(tmp_path / "no"), "--task", "classification", "--dtype", "bfloat16"]
+    assert forks.run("export", str(out), *options).returncode == 2
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_head_of_several_layers_is_kept_beside_features(ran: dict[str, Path], forks: Forks, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, load_run
 from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.objective.build import build_objective
+from m3i_scale.run.planning import Model, Vocabulary
 from m3i_scale.scale.checkpoint.weights import Which, load_weights
+from m3i_scale.scale.plan.settings import groups_of
 
 STEPS = 8
 MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
@@ -88,6 +90,10 @@ def test_the_engine_has_a_rate_for_every_layer(shards: Path, tmp_path: Path, ds_
     assert all(rate == pytest.approx(found["lr"] * scale) for rate, scale, _ in found["groups"])
     assert {decay for *_, decay in found["groups"]} == {0.0, 0.05}
     objective = build_objective(load_run(str(path)), {"shapes": ["bar", "disc", "square"]}, None)
+    model = Model(load_run(str(path)), Vocabulary({"shapes": ["bar", "disc", "square"]}, 0, ()), 1, "fp32")
+    trained = [place for place, parameter in enumerate(model.parameters) if parameter.role == "trained"]
+    planned = [sum(model.parameters[place].numel for place in group) for group in groups_of(model.parameters, trained)]
+    assert planned == pytest.approx(found["sizes"], abs=4)  # groups are padded; in the order of the engine
     scales, wanted, has = scales_of(objective, load_run(str(path)).task), Counter[float](), Counter[float]()
     for name, parameter in objective.named_parameters():
         wanted[round(scales.get(name, 1.0), 6)] += parameter.numel()

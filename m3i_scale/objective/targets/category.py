@@ -16,6 +16,7 @@ from m3i_scale.data.shards import LABELS
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.regularizers.memory import Fp32State
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
@@ -62,15 +63,23 @@ class Category(Target):
     encoder: Literal["embedding"] = "embedding"
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
+    batch_norm: bool = False
+    """Whether a `FeatureNorm` stands before the classifier."""
 
     @property
     def compares_samples(self) -> bool:
-        """Return False: classes are compared, not samples."""
-        return False
+        """Return whether batch norm does; otherwise classes are compared, not samples."""
+        return self.batch_norm
+
+    @property
+    def compared_by(self) -> str:
+        """Return what compares samples."""
+        return "batch norm"
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `CategoryHead`."""
-        return CategoryHead(sizes.decoded, sizes.classes)
+        norm = FeatureNorm(sizes.decoded, sizes.ranks) if self.batch_norm else None
+        return CategoryHead(sizes.decoded, sizes.classes, norm)
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have a label: bool (B)."""
@@ -105,13 +114,41 @@ class Classifier(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
+class FeatureNorm(Fp32State):
+    """Normalises features in fp32 by the statistics of the global batch, without a learnt scale, and by running ones
+    outside of training: what MAE and SIM put before a linear head."""
+
+    eps, momentum = 1e-6, 0.1
+
+    def __init__(self, width: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Return features of mean 0 and variance 1."""
+        mean_D, var_D = self.running_mean, self.running_var
+        if self.training:
+            count = len(x_BD) * self.ranks.world_size
+            mean_D = self.ranks.sum_with_gradient(x_BD.float().sum(dim=0)) / count
+            var_D = self.ranks.sum_with_gradient((x_BD.float() - mean_D).square().sum(dim=0)) / count
+            self.running_mean.lerp_(mean_D.detach(), self.momentum)
+            self.running_var.lerp_(var_D.detach() * (count / max(count - 1, 1)), self.momentum)
+        return ((x_BD.float() - mean_D) * (var_D + self.eps).rsqrt()).to(x_BD.dtype)
+
+
 class CategoryHead(nn.Module):
     """Gives logits over each label set: ẑ_y against the category embeddings, the rows of a linear classifier."""
 
-    def __init__(self, input_width: int, classes: list[int]) -> None:
+    def __init__(self, input_width: int, classes: list[int], norm: FeatureNorm | None = None) -> None:
         super().__init__()
+        self.norm = norm
         self.sets = nn.ModuleList([Classifier(input_width, count) for count in classes])
 
     def forward(self, pooled_BD: Tensor) -> list[Tensor]:
         """Return logits (B, K) for every label set, from (B, D)."""
-        return [classifier(pooled_BD) for classifier in self.sets]
+        features_BD = pooled_BD if self.norm is None else self.norm(pooled_BD)
+        return [classifier(features_BD) for classifier in self.sets]

@@ -18,7 +18,7 @@ from m3i_scale.scale.plan.replay import (
     WORKSPACE,
     Engine,
 )
-from m3i_scale.scale.plan.settings import momentum_state_bytes, share, share_of
+from m3i_scale.scale.plan.settings import groups_of, momentum_state_bytes, share, share_of
 
 
 class PartitionedEngine(Engine):
@@ -94,14 +94,10 @@ class PartitionedEngine(Engine):
     def _sub_groups(self) -> list[int]:
         """Follow `_create_fp16_sub_groups`."""
         sub_groups = []
-        for matrix in (True, False):
-            sizes = [
-                share(self.parameters[p].numel, self.settings.world)
-                for p in self.trained
-                if self.parameters[p].matrix == matrix
-            ]
+        for group in groups_of(self.parameters, self.trained):
+            sizes = [share(self.parameters[place].numel, self.settings.world) for place in group]
             if self.settings.sub_group >= sum(sizes):
-                sub_groups += [sum(sizes)] if sizes else []
+                sub_groups.append(sum(sizes))
                 continue
             size = 0
             for number, numel in enumerate(sizes):

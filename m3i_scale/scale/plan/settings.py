@@ -3,6 +3,7 @@ configuration the stage, sizes, bytes an element."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,22 @@ class Parameter:
     numel: int
     role: Role
     matrix: bool = True
-    """Whether it has weight decay: those make one group of the optimizer, the others another."""
+    """Whether it has weight decay."""
+    lr_scale: float = 1.0
+    """What its learning rate is multiplied by."""
+
+
+def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[list[int]]:
+    """Return the groups of the optimizer, as `engine.parameter_groups` makes them: places of parameters.
+
+    Args:
+        parameters: of the whole model.
+        trained: places of those that the optimizer has.
+    """
+    groups: dict[tuple[float, bool], list[int]] = {}
+    for place in trained:
+        groups.setdefault((parameters[place].lr_scale, parameters[place].matrix), []).append(place)
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def momentum_state_bytes(precision: str) -> int:

@@ -16,7 +16,7 @@ from m3i_scale.scale.plan.replay import (
     WORKSPACE,
     Engine,
 )
-from m3i_scale.scale.plan.settings import momentum_state_bytes, share_of
+from m3i_scale.scale.plan.settings import groups_of, momentum_state_bytes, share_of
 
 _ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the ranks."""
@@ -36,8 +36,7 @@ class WholeEngine(Engine):
                 cast = self.device.allocate(OF_ROLE[parameter.role], size)
                 self.device.free(kept[place])
                 kept[place] = cast
-        self.groups = [[p for p in self.trained if self.parameters[p].matrix == matrix] for matrix in (True, False)]
-        self.groups = [group for group in self.groups if group]
+        self.groups = groups_of(self.parameters, self.trained)
         self.flat = [self._padded(sum(self.parameters[p].numel for p in group)) for group in self.groups]
         for group, numel in zip(self.groups, self.flat, strict=True):
             self.device.allocate(PARAMETERS, numel * self.settings.parameter_bytes)
