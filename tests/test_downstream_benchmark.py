@@ -90,10 +90,16 @@ def test_tasks_are_chosen_by_what_is_trained():
 
 def test_every_training_is_a_command_that_exists():
     import downstream
+    from typer.main import get_command
 
     from m3i_scale.config import load_run
+    from m3i_scale.run.finetune_command import finetune_app
 
+    commands = get_command(finetune_app).commands
     for task in downstream.TASKS:
+        known = {option for parameter in commands[task.command[0]].params for option in parameter.opts}
+        options = {part for part in task.command if part.startswith("--")} | {"--data", "--json"}
+        assert options | ({"--subset-seed"} if "--per-class" in task.command else set()) <= known
         at = task.command.index("--protocol") + 1 if "--protocol" in task.command else None
         run = load_run("finetune" if at is None else task.command[at], [*task.overrides, "seed=1"])
         assert run.task is not None
