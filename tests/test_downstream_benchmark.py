@@ -47,6 +47,9 @@ def test_both_sides_train_alike_and_once(exports, tmp_path, monkeypatch):
         return {"miou": 10.0 + seed + (20.0 if start in exports else 0.0)}
 
     monkeypatch.setattr(downstream, "tool", tool)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "manifest.json").write_text("{}")
     (segmentation,) = downstream._chosen(["segmentation"])
     found = downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
     assert found["export"]["seeds"] == [30.0, 31.0, 32.0]
