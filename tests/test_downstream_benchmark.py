@@ -47,6 +47,9 @@ def test_both_sides_train_alike_and_once(exports, tmp_path, monkeypatch):
         return {"miou": 10.0 + seed + (20.0 if start in exports else 0.0)}
 
     monkeypatch.setattr(downstream, "tool", tool)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "manifest.json").write_text("{}")
     (segmentation,) = downstream._chosen(["segmentation"])
     found = downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
     assert found["export"]["seeds"] == [30.0, 31.0, 32.0]
@@ -90,10 +93,16 @@ def test_tasks_are_chosen_by_what_is_trained():
 
 def test_every_training_is_a_command_that_exists():
     import downstream
+    from typer.main import get_command
 
     from m3i_scale.config import load_run
+    from m3i_scale.run.finetune_command import finetune_app
 
+    commands = get_command(finetune_app).commands
     for task in downstream.TASKS:
+        known = {option for parameter in commands[task.command[0]].params for option in parameter.opts}
+        options = {part for part in task.command if part.startswith("--")} | {"--data", "--json"}
+        assert options | ({"--subset-seed"} if "--per-class" in task.command else set()) <= known
         at = task.command.index("--protocol") + 1 if "--protocol" in task.command else None
         run = load_run("finetune" if at is None else task.command[at], [*task.overrides, "seed=1"])
         assert run.task is not None
