@@ -328,6 +328,16 @@ class RunConfig(Section):
                     "max_class_share has no effect: it is of the classes of pixels, and no mask is read",
                     "leave it out; it is for task: {kind: segmentation}",
                 )
+            if kinds is not None and kinds.rand_augment is not None and (self.task is None or dense):
+                raise FixableError(
+                    "rand_augment moves pixels, so that places of the image are no longer known, nor its mask's",
+                    "leave it out; it is for task: {kind: classification}",
+                )
+        if self.data.augment.erasing and (self.task is None or dense):
+            raise FixableError(
+                "erasing is for labelled images: other targets would be predicted from noise, and noise from them",
+                "data.augment.erasing=0; it is for task: {kind: classification}",
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from m3i_scale import defaults
 from m3i_scale.config.sections import InHome, Section, is_stored, plain_values
 
 _EXTREME_RATIO = 20.0
+_RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
 
 
@@ -54,6 +55,8 @@ class DistortionConfig(Section):
     with pairs of views state it (docs/recipes.md)."""
     solarize: list[Probability] = Field(default=[0.0], min_length=1)
     """Probability of solarisation, per view; stated by recipes as `blur` is."""
+    rand_augment: str | None = Field(default=None, pattern=_RAND_AUGMENT)
+    """RandAugment as timm has it and calls it, e.g. rand-m9-mstd0.5-inc1, of labelled images. Default: none."""
 
     @field_validator("crop_scale")
     @classmethod
@@ -113,6 +116,9 @@ class DistortionConfig(Section):
 class AugmentConfig(DistortionConfig):
     """Describes the views of an image, and how their pixels are normalised."""
 
+    erasing: Probability = 0.0
+    """Probability that a rectangle of a labelled image is erased: after normalisation, by standard normal noise, as
+    timm's random erasing does `pixel` by pixel."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means that the model's input is normalised with, of pixels from 0 to 1; written into the export."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

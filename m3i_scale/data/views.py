@@ -1,6 +1,7 @@
 """Images become augmented views here, with the geometry that the position embedding of targets needs.
 
-The order is flip, crop and resize (one step from the decoded image to the view), colour jitter, grey, blur, solarise.
+The order is flip, crop and resize (one step from the decoded image to the view), RandAugment, colour jitter, grey,
+blur, solarise.
 What a crop has beyond the edge of the image is filled up last.
 """
 
@@ -10,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,9 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from m3i_scale.config import AugmentConfig, DistortionConfig
 from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
 from m3i_scale.data.samples import decoding, quick_pixels
+
+if TYPE_CHECKING:
+    from m3i_scale.data.rand_augment import RandAugment
 
 CROP_ATTEMPTS = 10
 BLUR_SIGMA = (0.1, 2.0)
@@ -74,6 +79,11 @@ class ViewMaker:
     ) -> None:
         self._config = config
         self._fill = tuple(round(255 * channel) for channel in mean)
+        self._rand_augment: RandAugment | None = None
+        if augment and config.rand_augment is not None:
+            from m3i_scale.data.rand_augment import RandAugment  # an extra, of which tasks say so where it is missing
+
+            self._rand_augment = RandAugment(config.rand_augment, image_size, self._fill)
         self._views = views
         self._size = image_size
         self._augment = augment
@@ -173,6 +183,8 @@ class ViewMaker:
 
     def _recolour(self, cut: Pixels | Image.Image, view: int, rng: random.Random) -> Pixels | Image.Image:
         config = self._config
+        if self._rand_augment is not None:
+            cut = self._rand_augment(_as_image(cut), rng.getrandbits(64))
         if rng.random() < config.color_jitter_p:
             cut = jitter(_as_image(cut), config.color_jitter, rng)
         if rng.random() < config.grayscale:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
 from m3i_scale.config import Classification, RunConfig, Segmentation, Task
+from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.downstream.drop_path import apply_drop_path
@@ -36,6 +39,12 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
     _check_family(run, model)
     if task.freeze:
         _check_frozen(run)
+    augment = run.data.augment
+    kinds = (augment, *(source.augment for source in run.data.sources.values()))
+    if any(one is not None and one.rand_augment is not None for one in kinds):
+        _check_timm("RandAugment is", "data.augment.rand_augment=null")
+    if augment.erasing:
+        _check_timm("random erasing is", "data.augment.erasing=0")
     if task.dcn_lr != 1 and not maps:
         raise ConfigError(
             f"dcn_lr has no effect: a {model.model_type} has no deformable convolutions",
@@ -48,7 +57,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
                 "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
             )
         if task.mixup or task.cutmix:
-            _check_timm()
+            _check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
         if (task.mixup or task.cutmix) and run.optim.micro_batch_size % 2:
             raise ConfigError(
                 "mixup and cutmix pair the images of a micro-batch, and one is left over",
@@ -131,31 +140,39 @@ def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
         )
 
 
-def prepare(objective: Objective, task: Task, classes: int) -> None:
+def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0) -> None:
     """Have the modules train as the task says.
 
     Args:
         objective: of the task's recipe, just built.
         task: of the run.
         classes: of its label set.
+        erasing: see `AugmentConfig`.
     """
     if task.drop_path:
         apply_drop_path(objective.student, task.drop_path)
     if task.freeze:
         keep_in_checkpoints(objective.student)
         objective.train()  # all but the backbone
+    changes: list[Callable[[Batch], Batch]] = []  # by timm, which is an extra; `check_task` has looked for it
+    if erasing:
+        from m3i_scale.downstream.erasing import Erasing
+
+        changes.append(Erasing(erasing, objective.mean, objective.std))
     if isinstance(task, Classification) and (task.mixup or task.cutmix):
-        from m3i_scale.downstream.mixing import LabelMixing  # timm is an extra; `check_task` has looked for it
+        from m3i_scale.downstream.mixing import LabelMixing
 
-        objective.mix_labelled = LabelMixing(task, classes)
+        changes.append(LabelMixing(task, classes))
+    if changes:
+        objective.mix_labelled = lambda batch: reduce(lambda changed, change: change(changed), changes, batch)
 
 
-def _check_timm() -> None:
+def _check_timm(what: str, without: str) -> None:
     if importlib.util.find_spec("timm") is None:
         raise ConfigError(
-            "mixup and cutmix are timm's, which is not installed",
-            where="task",
-            fix="pip install 'm3i-scale[timm]', or task.mixup=0 task.cutmix=0",
+            f"{what} timm's, which is not installed",
+            where=without.partition("=")[0],
+            fix=f"pip install 'm3i-scale[timm]', or {without}",
         )
 
 

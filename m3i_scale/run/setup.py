@@ -206,7 +206,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     objective = build_objective(resolved.run, resolved.label_sets, resolved.vocab_size, ranks)
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
-        prepare(objective, resolved.run.task, len(names))
+        prepare(objective, resolved.run.task, len(names), resolved.run.data.augment.erasing)
         torch.manual_seed(resolved.run.seed + ranks.rank)  # what drops branches must not drop the same on every rank
     return objective
 
