@@ -20,6 +20,7 @@ from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.check import Checks
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
+from m3i_scale.run.resume import check_resume, find_resume
 
 _MOST_EVALUATIONS = 20
 _COMPUTED = {
@@ -198,3 +199,31 @@ def _length(
         every = min(max(round(data.read / optim.batch_size), math.ceil(steps / _MOST_EVALUATIONS)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed
+
+
+def trained_checkpoint(run: RunConfig) -> Path:
+    """Return the newest good checkpoint of a run that is only to be measured.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: there are some, and none is good.
+    """
+    newest, _ = find_resume(run)
+    if newest is None:
+        raise ConfigError(
+            "nothing is trained there", where=str(run.output_dir), fix="the same command without --evaluate-only"
+        )
+    return newest
+
+
+def check_trained(run: RunConfig, checkpoint: Path) -> None:
+    """Refuse a checkpoint of another run than the one that the result would be named by. Its shards are there.
+
+    Raises:
+        UserError: what differs, or does not hold together.
+    """
+    faults = Faults()
+    resolved = Checks(run, 1, here=False).resolve(faults)
+    faults.end()
+    if resolved is not None:
+        check_resume(resolved, checkpoint, 1)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_con
 
 if TYPE_CHECKING:
     from m3i_scale.downstream.subset import Subset
-    from m3i_scale.run.finetune_result import TaskName
+    from m3i_scale.run.finetune_result import FineTuning, TaskName
 
 finetune_app = typer.Typer(
     no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
@@ -57,6 +57,10 @@ _OPTIONS: Parts = {
         Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")],
         False,
     ),
+    "evaluate_only": (
+        Annotated[bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")],
+        False,
+    ),
     "dry_run": (
         Annotated[
             bool,
@@ -90,6 +94,7 @@ class Asked:
     share: float | None
     subset_seed: int | None
     skip_bad: bool
+    evaluate_only: bool
     dry_run: bool
     hardware: str | None
     as_json: bool
@@ -134,8 +139,12 @@ class Asked:
             raise ConfigError(
                 "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
             )
+        if self.dry_run and self.evaluate_only:
+            raise ConfigError(
+                "--evaluate-only has no effect with --dry-run", where="--evaluate-only", fix="leave one of them out"
+            )
         from m3i_scale.run.finetune import prepare
-        from m3i_scale.run.finetune_result import lines_of, measure, planned
+        from m3i_scale.run.finetune_result import lines_of, planned
 
         prepared = prepare(
             task,
@@ -145,24 +154,30 @@ class Asked:
             self.overrides or [],
             epochs=self.epochs,
             shards=self.shards,
-            here=not self.dry_run,
+            here=not (self.dry_run or self.evaluate_only),
             subset=self.subset(),
             skip_bad=self.skip_bad,
         )
-        if self.dry_run:
-            document = planned(prepared, self.hardware or "h100")
-        else:
-            from m3i_scale.run.train import start as train_run
-            from m3i_scale.run.train import tell
-
-            prepared.data.pack(tell, skip_bad=self.skip_bad)
-            if train_run(prepared.run) == "preempted":
-                raise typer.Exit(EXIT_PREEMPTED)
-            document = measure(prepared, tell)
+        document = planned(prepared, self.hardware or "h100") if self.dry_run else self._measured(prepared)
         if self.as_json:
             print_json(document)
         else:
             wide_console().print("\n".join(lines_of(document)), markup=False, highlight=False)
+
+    def _measured(self, prepared: FineTuning) -> dict[str, Any]:
+        """Train unless that is over, and measure."""
+        from m3i_scale.run.finetune import check_trained, trained_checkpoint
+        from m3i_scale.run.finetune_result import measure
+        from m3i_scale.run.train import start as train_run
+        from m3i_scale.run.train import tell
+
+        trained = trained_checkpoint(prepared.run) if self.evaluate_only else None
+        prepared.data.pack(tell, skip_bad=self.skip_bad)
+        if trained is not None:
+            check_trained(prepared.run, trained)
+        elif train_run(prepared.run) == "preempted":
+            raise typer.Exit(EXIT_PREEMPTED)
+        return measure(prepared, tell)
 
 
 def _takes(parts: Parts) -> Callable[[Command], Command]:

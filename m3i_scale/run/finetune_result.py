@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.config import OptimConfig, RunConfig, load_run
 from m3i_scale.downstream.labelled import Labelled
 from m3i_scale.downstream.subset import Subset
 from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.files import write_json
+from m3i_scale.files import read_json, sha256_of, write_json
+from m3i_scale.hub.card import render_card
 from m3i_scale.hub.export import export
+from m3i_scale.hub.push import PROVENANCE
+from m3i_scale.hub.source import find_source
 from m3i_scale.hub.write import Task as ExportTask
 from m3i_scale.hub.write import Wanted
 from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB, told_differences
+from m3i_scale.text import GIB, masked, told_differences
 
 TaskName = Literal["classification", "segmentation"]
-RESULT = "finetune.json"
+RESULT, CARD = "finetune.json", "README.md"
 FIGURES = {"top-1": "top_1", "mIoU": "miou"}
 """What a result calls a figure, in percent, by the name that `evaluate` gives it."""
 _FOLLOWED: dict[str, set[str] | None] = {
@@ -157,10 +161,21 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         tell(f"measuring on {prepared.data.validation}")
         document = evaluate(folder, str(prepared.data.validation), measures=(outcome.model,))
         write_json(run.output_dir / "evaluation.json", document)
+        _write_card(run.output_dir / "checkpoints" / facts["checkpoint"], folder, document)
         figures = document["measures"][outcome.model]
         result |= {name: 100 * figures[outcome.metric]["value"], "figures": figures}
     write_json(run.output_dir / RESULT, result)
     return result
+
+
+def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> None:
+    """Have the card of an export say what was measured of it: that took the export."""
+    stored = read_json(folder / PROVENANCE) | {"evaluation": masked(evaluation)}
+    stored["files"] = {name: digest for name, digest in stored["files"].items() if name != CARD}
+    card = render_card(find_source(checkpoint), stored, read_json(folder / "config.json"))
+    (folder / CARD).write_text(card, encoding="utf-8")
+    stored["files"][CARD] = sha256_of(folder / CARD)
+    write_json(folder / PROVENANCE, stored)
 
 
 def lines_of(document: dict[str, Any]) -> list[str]:

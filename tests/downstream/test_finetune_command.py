@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTModel, pipeline
 from m3i_scale.config import load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.files import read_json
+from m3i_scale.files import read_json, sha256_of
 from m3i_scale.run.finetune import FineTuning, prepare
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -105,6 +105,45 @@ def test_the_result_is_a_stock_classifier_with_the_names_of_the_folders(trained:
     assert Path(told["export"]) == output / "classifier"
     answers = pipeline("image-classification", told["export"])(str(data / "val" / "disc" / "00.png"))
     assert {answer["label"] for answer in answers} == set(SHAPES)
+
+
+def test_the_card_of_the_result_says_the_figure(trained: tuple[Path, Any]) -> None:
+    output, told = trained
+    folder = output / "classifier"
+    card = (folder / "README.md").read_text()
+    assert f"| classifier top-1 | {told['top_1'] / 100:.3f} |" in card
+    stored = read_json(folder / "export.json")
+    assert stored["evaluation"] == read_json(output / "evaluation.json")
+    assert stored["files"] == {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "export.json"
+    }
+
+
+def test_what_is_trained_is_measured_alone(
+    trained: tuple[Path, Any], start: Path, data: Path, forks: Forks, tmp_path: Path
+) -> None:
+    output, told = trained
+    again = shutil.copytree(output, tmp_path / "out")
+    shutil.rmtree(again / "checkpoints" / f"step-{STEPS:08d}")
+    shutil.rmtree(again / "classifier")
+    for name in ("finetune.json", "evaluation.json"):
+        (again / name).unlink()
+    done = forks.run(*command(start, data, again, "--evaluate-only"), env=environment())
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["step"], result["steps"]) == (4, STEPS)
+    assert result == read_json(again / "finetune.json")
+    assert result.keys() == told.keys()
+    assert sorted(path.name for path in (again / "checkpoints").glob("step-*")) == ["step-00000004"]
+    other = export(tmp_path / "other export")
+    refused = forks.run(*command(other, data, again, "--evaluate-only"), env=environment())
+    assert refused.returncode == 2
+    assert "from_pretrained" in refused.stderr
+    refused = forks.run(*command(start, data, tmp_path / "new", "--evaluate-only"), env=environment())
+    assert refused.returncode == 2
+    assert not (tmp_path / "new" / "shards").exists()
 
 
 def steps_of(output: Path) -> list[int]:
@@ -225,7 +264,6 @@ def flat(root: Path) -> None:
         (emptied, "train"),
         (differing, "val"),
         (loose, "00.png"),
-        (linked, "train"),
         (not_utf8, "train"),
         (no_training, "images"),
         (flat, "images"),
@@ -238,6 +276,15 @@ def test_what_is_no_labelled_folder_is_refused(spoil: Any, where: str, tmp_path:
         find_labelled(root, tmp_path / "shards", tmp_path)
     assert str(caught.value.where).endswith(where)
     assert caught.value.fix
+
+
+def test_folders_of_classes_that_are_links_are_told_as_such(tmp_path: Path) -> None:
+    """They are not followed, so that they would count as empty."""
+    root = images(tmp_path / "images", {"train": 1})
+    linked(root)
+    with pytest.raises(ConfigError, match="links") as caught:
+        find_labelled(root, tmp_path / "shards", tmp_path)
+    assert str(caught.value.where).endswith("train")
 
 
 def test_an_image_that_is_missing_is_named_before_anything_is_packed(tmp_path: Path) -> None:
@@ -282,7 +329,7 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
         ([], {"protocol": "supervised"}),
         (["optim.steps=3"], {"epochs": 2}),
         (["optim.micro_batch_size=7"], {}),
-        (["backbone.from_pretrained=/data/other"], {}),
+        (["backbone.from_pretrained=OTHER"], {}),
         (["data.sources={x: {shards: /data/x}}"], {}),
         (["protocol=null"], {}),
     ],
@@ -291,6 +338,8 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
 def test_what_does_not_hold_together_is_refused_before_anything_is_packed(
     fields: list[str], given: dict[str, Any], start: Path, data: Path, tmp_path: Path
 ) -> None:
+    other = str(export(tmp_path / "other"))
+    fields = [field.replace("OTHER", other) for field in fields]
     with pytest.raises(ConfigError):
         prepared(start, data, f"output_dir={tmp_path / 'out'}", *fields, **given)
     assert not (tmp_path / "out").exists()

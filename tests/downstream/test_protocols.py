@@ -64,7 +64,13 @@ def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [("in1k_internimage_h", "vit-b/16"), ("in1k_finetune_b", "internimage-t"), ("in1k_finetune_l", "internimage-h")],
+    [
+        ("in1k_internimage_h", "vit-b/16"),
+        ("in1k_finetune_b", "internimage-t"),
+        ("in1k_finetune_l", "internimage-h"),
+        ("ade20k_upernet", "internimage-t"),
+        ("ade20k_upernet_internimage", "vit-b/16"),
+    ],
 )
 def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}"])
