@@ -1,13 +1,11 @@
 """Images become augmented views here, with the geometry that the position embedding of targets needs.
 
 The order is flip, crop and resize (one step from the decoded image to the view), RandAugment, colour jitter, grey,
-blur, solarise.
-What a crop has beyond the edge of the image is filled up last.
+blur, solarise. What a crop has beyond the edge of the image is filled up last.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from m3i_scale.config import AugmentConfig, DistortionConfig
+from m3i_scale.data.crops import CROP_ATTEMPTS, Crop, box_of, largest_share, random_crop, scaled_crop, uniform
 from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
 from m3i_scale.data.samples import decoding, quick_pixels
 
 if TYPE_CHECKING:
     from m3i_scale.data.rand_augment import RandAugment
 
-CROP_ATTEMPTS = 10
 BLUR_SIGMA = (0.1, 2.0)
 """Standard deviation of the blur in pixels of a 224-pixel view; in proportion for other sizes."""
 BLUR_REFERENCE_SIZE = 224
@@ -32,17 +30,6 @@ BLUR_REFERENCE_SIZE = 224
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3)."""
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Says which rectangle a view shows, in pixels of the (already flipped) source image; it may end beyond it."""
-
-    top: float
-    left: float
-    height: float
-    width: float
-    flip: bool
 
 
 @dataclass(frozen=True)
@@ -149,7 +136,7 @@ class ViewMaker:
         config = self._config
         if config.resize is None:
             return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
-        scale = _uniform(*config.resize, rng) * self._size / min(height, width)
+        scale = uniform(*config.resize, rng) * self._size / min(height, width)
         return lambda: scaled_crop(height, width, scale, self._size, rng)
 
     def _needs_no_resize(self, crop: Crop, source: tuple[int, int]) -> bool:
@@ -160,7 +147,7 @@ class ViewMaker:
     def _cut(self, image: Image.Image, crop: Crop, source: tuple[int, int]) -> Image.Image:
         """Crop and resize in one step. Flipping the small view instead of the large image gives the same pixels."""
         inside, size = self._inside(crop, source)
-        box = _box(inside, source, image)
+        box = box_of(inside, source, image)
         if (box[2] - box[0], box[3] - box[1]) == size and box[0].is_integer() and box[1].is_integer():
             view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
         else:
@@ -170,7 +157,7 @@ class ViewMaker:
     def _cut_mask(self, mask: Image.Image, crop: Crop) -> NDArray[np.uint8]:
         """Crop and resize as `_cut` does, without mixing classes."""
         inside, size = self._inside(crop, (mask.height, mask.width))
-        view = mask.resize(size, Image.Resampling.NEAREST, box=_box(inside, (mask.height, mask.width), mask))
+        view = mask.resize(size, Image.Resampling.NEAREST, box=box_of(inside, (mask.height, mask.width), mask))
         mask_HW = np.full((self._size, self._size), NO_CLASS, dtype=np.uint8)
         mask_HW[: size[1], : size[0]] = np.asarray(ImageOps.mirror(view) if crop.flip else view)
         return mask_HW
@@ -190,26 +177,11 @@ class ViewMaker:
         if rng.random() < config.grayscale:
             cut = _as_image(cut).convert("L").convert("RGB")
         if rng.random() < per_view(config.blur, view):
-            sigma = _uniform(*BLUR_SIGMA, rng) * self._size / BLUR_REFERENCE_SIZE
+            sigma = uniform(*BLUR_SIGMA, rng) * self._size / BLUR_REFERENCE_SIZE
             cut = _as_image(cut).filter(ImageFilter.GaussianBlur(sigma))
         if rng.random() < per_view(config.solarize, view):
             cut = ImageOps.solarize(_as_image(cut), 128)
         return cut
-
-
-def _box(crop: Crop, source: tuple[int, int], image: Image.Image) -> tuple[float, float, float, float]:
-    """Return where a crop lies in an image that is not flipped, and may have been decoded at less than its size.
-
-    Args:
-        crop: in pixels of the source.
-        source: its height and width.
-        image: as it was decoded.
-    """
-    height, width = source
-    left = width - crop.left - crop.width if crop.flip else crop.left
-    x, y = image.width / width, image.height / height
-    right, bottom = (left + crop.width) * x, (crop.top + crop.height) * y
-    return left * x, crop.top * y, min(right, image.width), min(bottom, image.height)
 
 
 def _decoded(image: Image.Image, shrink: int) -> Image.Image:
@@ -236,45 +208,6 @@ def per_view(values: Sequence[float], view: int) -> float:
     return values[min(view, len(values) - 1)]
 
 
-def random_crop(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
-) -> tuple[int, int, int, int]:
-    """Draw the top, left, height and width of a crop with a random share of the area and a random shape.
-
-    Where no draw fits the image, the largest centred crop of an allowed shape.
-    """
-    for _ in range(CROP_ATTEMPTS):
-        area = height * width * _uniform(*scale, rng)
-        shape = math.exp(_uniform(math.log(ratio[0]), math.log(ratio[1]), rng))
-        crop_width, crop_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(rng.random() * (height - crop_height + 1))
-            left = int(rng.random() * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_width = min(width, max(1, round(height * ratio[1])))
-    crop_height = min(height, max(1, round(width / ratio[0])))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def scaled_crop(
-    height: int, width: int, scale: float, side: int, rng: random.Random
-) -> tuple[float, float, float, float]:
-    """Draw the top, left, height and width of what a square shows of an image that is scaled, in pixels of the image.
-
-    Where the scaled image is smaller than the square it begins at its edge, and ends inside of it.
-    """
-    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-    top = int(rng.random() * (max(0, rows - side) + 1)) * height / rows
-    left = int(rng.random() * (max(0, columns - side) + 1)) * width / columns
-    return top, left, side * height / rows, side * width / columns
-
-
-def largest_share(mask_HW: NDArray[np.uint8]) -> float:
-    """Return the share that the most frequent class has of the pixels with a class; 1 where none has."""
-    counts = np.bincount(mask_HW.ravel(), minlength=256)[:NO_CLASS]
-    return float(counts.max() / max(1, counts.sum())) if counts.any() else 1.0
-
-
 def jitter(image: Image.Image, strength: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
     """Change brightness, contrast, saturation and hue, in random order."""
     order = sorted(range(4), key=lambda _: rng.random())
@@ -283,10 +216,10 @@ def jitter(image: Image.Image, strength: tuple[float, float, float, float], rng:
         if not amount:
             continue
         if which == 3:
-            image = shift_hue(image, _uniform(-amount, amount, rng))
+            image = shift_hue(image, uniform(-amount, amount, rng))
             continue
         enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[which]
-        image = enhance(image).enhance(_uniform(max(0.0, 1 - amount), 1 + amount, rng))
+        image = enhance(image).enhance(uniform(max(0.0, 1 - amount), 1 + amount, rng))
     return image
 
 
@@ -296,7 +229,3 @@ def shift_hue(image: Image.Image, turns: float) -> Image.Image:
     steps = round(turns * 256)
     turned = hue.point([(level + steps) % 256 for level in range(256)])
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
-
-
-def _uniform(low: float, high: float, rng: random.Random) -> float:
-    return low + (high - low) * rng.random()

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from m3i_scale.config import AugmentConfig, known_runs, load_run
+from m3i_scale.data.crops import Crop, random_crop
 from m3i_scale.data.images import encoded_image, on_white, orientation
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image
-from m3i_scale.data.views import Crop, ViewMaker, per_view, random_crop, shift_hue
+from m3i_scale.data.views import ViewMaker, per_view, shift_hue
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.regularizers.dense import DenseUniGrad
 

@@ -25,9 +25,10 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import AugmentConfig, DataConfig, RunConfig, SourceConfig, load_run
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.crops import random_crop
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.rand_augment import RandAugment
-from m3i_scale.data.views import ViewMaker, random_crop
+from m3i_scale.data.views import ViewMaker
 from m3i_scale.downstream.erasing import Erasing
 from m3i_scale.downstream.fine_tuning import check_task, prepare
 from m3i_scale.errors import ConfigError

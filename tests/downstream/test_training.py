@@ -32,6 +32,7 @@ STEPS = 8
 MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
 MODEL["patch_size"] = 8
 EMA = 0.8
+AUGMENT = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25}
 KINDS: tuple[Which, ...] = ("student", "momentum")
 
 
@@ -43,7 +44,7 @@ def run_file(folder: Path, shards: Path, *, ds_config: str = "zero3_cpu_fp32", *
         "output_dir": str(folder / "out"),
         "task": {"kind": "classification", **task},
         "backbone": {"preset": "dinov2-s/14", "config": MODEL},
-        "data": {"sources": {"shapes": {"shards": str(shards / "train")}}, "streams": 4},
+        "data": {"sources": {"shapes": {"shards": str(shards / "train")}}, "streams": 4, "augment": AUGMENT},
         "optim": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "warmup_steps": 2, "lr": 1e-3},
         "checkpoint": {"every_steps": 4},
         "log": {"every_steps": 1, "progress": False},
