@@ -21,6 +21,8 @@ from m3i_scale.run.check import Checks
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
 from m3i_scale.run.resume import check_resume, find_resume
 
+STEPS_APART = 20
+"""Evaluations are an epoch apart, and so many steps at least: of a few images they would take longer than training."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -193,7 +195,7 @@ def _length(
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        every = min(max(1, round(data.read / optim.batch_size)), steps)
+        every = min(max(STEPS_APART, round(data.read / optim.batch_size)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed
 
