@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from m3i_scale.run.check import Checks
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
 from m3i_scale.run.resume import check_resume, find_resume
 
-_MOST_EVALUATIONS = 20
+STEPS_APART = 20
+"""Evaluations are an epoch apart, and so many steps at least: of a few images they would take longer than training."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -195,8 +195,7 @@ def _length(
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        # Once a pass over the images, but not after each step where these are a few of every class.
-        every = min(max(round(data.read / optim.batch_size), math.ceil(steps / _MOST_EVALUATIONS)), steps)
+        every = min(max(STEPS_APART, round(data.read / optim.batch_size)), steps)
         computed.append(f"evaluation.every_steps={every}")
     return computed
 
