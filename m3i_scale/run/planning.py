@@ -18,11 +18,8 @@ from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.loader import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-<<<<<<< HEAD
-from m3i_scale.downstream.fine_tuning import check_labels, scales_of
-=======
+from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
->>>>>>> w-seg
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
