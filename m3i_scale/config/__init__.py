@@ -327,9 +327,9 @@ class RunConfig(Section):
             return self
         dense = self.task is not None and self.task.dense
         for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values())):
-            if kinds is not None and kinds.max_class_share is not None and not dense:
+            if kinds is not None and kinds.cat_max_ratio is not None and not dense:
                 raise FixableError(
-                    "max_class_share has no effect: it is of the classes of pixels, and no mask is read",
+                    "cat_max_ratio has no effect: it is of the classes of pixels, and no mask is read",
                     "leave it out; it is for task: {kind: segmentation}",
                 )
             if kinds is not None and kinds.rand_augment is not None and (self.task is None or dense):

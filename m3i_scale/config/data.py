@@ -34,13 +34,13 @@ class DistortionConfig(Section):
     """Smallest and largest area of a random crop, as a share of the image: above 0, at most 1."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """Smallest and largest width : height of a random crop, from 1/20 to 20."""
-    resize: tuple[float, float] | None = None
+    scale_jitter: tuple[float, float] | None = None
     """Scale jitter, in place of crop_scale and crop_ratio: the short side of the image becomes the side of a view times
     a random factor, from the smallest to the largest that stands here, from 1/20 to 20. Of that a view is cut; where
     the image ends before the view does, it is filled up with `mean`, and its mask with 255. Default: none."""
-    max_class_share: float | None = Field(default=None, gt=0, lt=1)
-    """A crop is drawn anew, up to ten times in all, where one class has more of those pixels of the mask that have a
-    class (`cat_max_ratio` of mmsegmentation). Default: any crop will do."""
+    cat_max_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """A crop is drawn anew, up to ten times in all, where one class takes more than this share of the labelled pixels.
+    Default: any crop will do."""
     flip: Probability = 0.5
     """Probability of a horizontal flip (before the crop)."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -80,7 +80,7 @@ class DistortionConfig(Section):
             )
         return ratio
 
-    @field_validator("resize")
+    @field_validator("scale_jitter")
     @classmethod
     def _images_keep_a_size(cls, factors: tuple[float, float] | None) -> tuple[float, float] | None:
         if factors is not None and not 1 / _EXTREME_RATIO <= factors[0] <= factors[1] <= _EXTREME_RATIO:
@@ -94,8 +94,8 @@ class DistortionConfig(Section):
     def _crops_are_drawn_one_way(self) -> Self:
         fields = type(self).model_fields  # a complete run file holds the defaults too
         idle = [name for name in ("crop_scale", "crop_ratio") if getattr(self, name) != fields[name].default]
-        if self.resize is not None and idle:
-            raise ValueError(f"{' and '.join(idle)} has no effect beside resize, which says how large a crop is")
+        if self.scale_jitter is not None and idle:
+            raise ValueError(f"{' and '.join(idle)} has no effect beside scale_jitter, which says how large a crop is")
         return self
 
     @field_validator("color_jitter")

@@ -96,7 +96,7 @@ def manifest(
 
 @make_app.command(
     epilog="Example: m3i-scale shards make masks --images /data/ADEChallengeData2016/images --masks "
-    "/data/ADEChallengeData2016/annotations --labels /data/ADEChallengeData2016/objectInfo150.txt --zero-is-none "
+    "/data/ADEChallengeData2016/annotations --labels /data/ADEChallengeData2016/objectInfo150.txt --reduce-zero-label "
     "--output /data/ade"
 )
 @takes_making
@@ -110,16 +110,16 @@ def masks(
         typer.Option("--labels", help="Class names: a JSON list, one a line, or ADE20k's objectInfo150.txt as it is."),
     ],
     making: MakeOptions,
-    zero_is_none: Annotated[
-        bool, typer.Option("--zero-is-none", help="0 is no class, and names begin at 1, as ADE20k has it.")
+    reduce_zero_label: Annotated[
+        bool, typer.Option("--reduce-zero-label", help="0 is no class, and names begin at 1, as ADE20k has it.")
     ] = False,
 ) -> None:
     """Take images and masks, paired by their names."""
     from m3i_scale.data.make.masks import masks_input, read_mask_labels
 
-    labels = read_mask_labels(labels_file, zero_is_none=zero_is_none)
+    labels = read_mask_labels(labels_file, reduce_zero_label=reduce_zero_label)
     skip_bad = making.options.skip_bad
-    making.make(masks_input(images, masks_folder, labels, zero_is_none=zero_is_none, skip_bad=skip_bad))
+    making.make(masks_input(images, masks_folder, labels, reduce_zero_label=reduce_zero_label, skip_bad=skip_bad))
 
 
 @make_app.command(epilog="Example: m3i-scale shards make img2dataset --input /data/cc12m --output /data/c")

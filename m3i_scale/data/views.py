@@ -124,9 +124,9 @@ class ViewMaker:
         flip = rng.random() < self._config.flip
         draw = self._draw(height, width, rng)
         crop = Crop(*draw(), flip)
-        if mask is not None and self._config.max_class_share is not None:
+        if mask is not None and self._config.cat_max_ratio is not None:
             for _ in range(CROP_ATTEMPTS - 1):
-                if largest_share(self._cut_mask(mask, crop)) <= self._config.max_class_share:
+                if largest_share(self._cut_mask(mask, crop)) <= self._config.cat_max_ratio:
                     break
                 crop = Crop(*draw(), flip)
         return crop
@@ -134,9 +134,9 @@ class ViewMaker:
     def _draw(self, height: int, width: int, rng: random.Random) -> Callable[[], tuple[float, float, float, float]]:
         """Return what draws top, left, height and width of a crop; of scale jitter, at a scale that is drawn here."""
         config = self._config
-        if config.resize is None:
+        if config.scale_jitter is None:
             return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
-        scale = uniform(*config.resize, rng) * self._size / min(height, width)
+        scale = uniform(*config.scale_jitter, rng) * self._size / min(height, width)
         return lambda: scaled_crop(height, width, scale, self._size, rng)
 
     def _needs_no_resize(self, crop: Crop, source: tuple[int, int]) -> bool:

@@ -122,15 +122,15 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
         ConfigError: no names of classes.
         DataError: no images, or a pair that is not whole.
     """
-    zero_is_none = names.name == ADE_NAMES
-    labels = read_mask_labels(names, zero_is_none=zero_is_none)
+    reduce_zero_label = names.name == ADE_NAMES
+    labels = read_mask_labels(names, reduce_zero_label=reduce_zero_label)
     records: list[Record] = []
     for split, (images, masks) in places.items():
-        pairs = masks_input(images, masks, labels, zero_is_none=zero_is_none, split=split, skip_bad=skip_bad)
+        pairs = masks_input(images, masks, labels, reduce_zero_label=reduce_zero_label, split=split, skip_bad=skip_bad)
         records += [replace(record, key=f"{split}_{record.key}") for record in pairs.records()]
     files = [(f"{record.split}/{record.meta.get('path', record.key)}", record.size) for record in records]
     trained = {record.key: "" for record in records if record.split == TRAIN and record.fault is None}
-    source = ListedInput(records, [], mask_labels=labels, source="masks", zero_is_none=zero_is_none)
+    source = ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
     return Unpacked(source, list(places), trained, 0, digest_of([*files, *((name, 0) for name in labels)]))
 
 

@@ -70,8 +70,8 @@ def test_ade_comes_out_with_its_splits_its_names_and_numbers_from_0(tmp_path):
     arguments += ["--labels", str(tmp_path / "objectInfo150.txt"), "--output", str(tmp_path / "out")]
     refused = CliRunner().invoke(shards_app, arguments)
     assert isinstance(refused.exception, ConfigError)
-    assert refused.exception.fix == "--zero-is-none"
-    made = CliRunner().invoke(shards_app, [*arguments, "--zero-is-none"])
+    assert refused.exception.fix == "--reduce-zero-label"
+    made = CliRunner().invoke(shards_app, [*arguments, "--reduce-zero-label"])
     assert made.exit_code == 0, made.output
     splits = json.loads(made.stdout)["splits"]
     assert {name: facts["with_mask"] for name, facts in splits.items()} == {"training": 2, "validation": 1}
@@ -100,7 +100,7 @@ def test_the_index_of_a_palette_is_the_number(tmp_path, bits):
     pixels = pixels_of(0)
     pixels[0] = 1
     save(masks / "x.png", pixels, palette=[9] * 12, bits=bits)
-    source = masks_input(images, masks, NAMES, zero_is_none=True, split="val")
+    source = masks_input(images, masks, NAMES, reduce_zero_label=True, split="val")
     assert set(make_shards(source, tmp_path / "out", options=FLAT)["splits"]) == {"val"}
     (sample,) = read(tmp_path / "out" / "val").values()
     assert np.array_equal(mask_in(sample), np.where(pixels == 0, 255, pixels - 1))
@@ -133,11 +133,11 @@ def empty(path):
 
 
 @pytest.mark.parametrize("spoil", [sixteen_bits, three_channels, another_size, damaged, a_class_without_a_name, empty])
-@pytest.mark.parametrize("zero_is_none", [True, False])
-def test_what_is_no_mask_of_its_image_stops_or_is_left_out_and_listed(tmp_path, spoil, zero_is_none):
-    images, masks = pairs(tmp_path, "x", "y", classes=4 if zero_is_none else 3)
+@pytest.mark.parametrize("reduce_zero_label", [True, False])
+def test_what_is_no_mask_of_its_image_stops_or_is_left_out_and_listed(tmp_path, spoil, reduce_zero_label):
+    images, masks = pairs(tmp_path, "x", "y", classes=4 if reduce_zero_label else 3)
     spoil(masks / "x.png")
-    source = masks_input(images, masks, NAMES, zero_is_none=zero_is_none)
+    source = masks_input(images, masks, NAMES, reduce_zero_label=reduce_zero_label)
     with pytest.raises(DataError) as caught:
         make_shards(source, tmp_path / "out", options=FLAT)
     assert caught.value.where == str(masks / "x.png")
@@ -153,7 +153,7 @@ def test_masks_that_are_off_by_one_are_refused_whatever_may_be_left_out(tmp_path
     images, masks = pairs(tmp_path, *map(str, range(40)))
     with pytest.raises(ConfigError) as caught:
         make_shards(masks_input(images, masks, NAMES), tmp_path / "out", options=options)
-    assert "--zero-is-none" in caught.value.fix
+    assert "--reduce-zero-label" in caught.value.fix
     assert not (tmp_path / "out").exists()
 
 
@@ -204,9 +204,9 @@ def test_what_cannot_be_paired_or_named_is_refused_before_anything_is_read(tmp_p
     with pytest.raises(DataError):
         masks_input(images, masks, NAMES)
     (images / "x.png").unlink()
-    for labels, zero_is_none in ((["one"], False), (["n"] * 255, True), (["n"] * 256, False)):
+    for labels, reduce_zero_label in ((["one"], False), (["n"] * 255, True), (["n"] * 256, False)):
         with pytest.raises(ConfigError):
-            masks_input(images, masks, labels, zero_is_none=zero_is_none)
+            masks_input(images, masks, labels, reduce_zero_label=reduce_zero_label)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_names_of_classes(tmp_path, text, names):
     path.write_text(text)
     if names is None:
         with pytest.raises(ConfigError):
-            read_mask_labels(path, zero_is_none=False)
+            read_mask_labels(path, reduce_zero_label=False)
     else:
-        assert read_mask_labels(path, zero_is_none=False) == names
+        assert read_mask_labels(path, reduce_zero_label=False) == names
 
 
 def test_names_of_masks_stay_beside_shards_that_are_rearranged(tmp_path):

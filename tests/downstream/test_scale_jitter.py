@@ -53,7 +53,7 @@ def test_image_and_mask_are_those_of_a_rescaling_and_a_cut(quick: bool) -> None:
     scales = []
     for seed in range(60):
         image = picture() if quick else picture().convert("RGBA")
-        views = views_of(seed, image, mask_of_picture(), resize=[0.4, 2.0])
+        views = views_of(seed, image, mask_of_picture(), scale_jitter=[0.4, 2.0])
         pixels = views.pixels_VCHW[0].transpose(1, 2, 0).astype(int)
         assert abs(pixels - rescaled(picture(), views)).max() <= 1
         assert views.mask_HW is not None
@@ -72,7 +72,7 @@ def test_image_and_mask_are_those_of_a_rescaling_and_a_cut(quick: bool) -> None:
 
 
 def test_the_seed_decides() -> None:
-    one, again, other = (views_of(seed, picture(), mask_of_picture(), resize=[0.5, 2.0]) for seed in (1, 1, 2))
+    one, again, other = (views_of(seed, picture(), mask_of_picture(), scale_jitter=[0.5, 2.0]) for seed in (1, 1, 2))
     assert np.array_equal(one.pixels_VCHW, again.pixels_VCHW)
     assert np.array_equal(one.mask_HW, again.mask_HW)
     assert one.crops == again.crops
@@ -81,7 +81,7 @@ def test_the_seed_decides() -> None:
 
 def test_an_image_that_is_neither_scaled_nor_cut_is_shown_as_it_is() -> None:
     image = picture().resize((SIDE, 10))
-    views = views_of(0, image, None, resize=[10 / SIDE, 10 / SIDE], flip=0.0)
+    views = views_of(0, image, None, scale_jitter=[10 / SIDE, 10 / SIDE], flip=0.0)
     assert np.array_equal(views.pixels_VCHW[0, :, :10].transpose(1, 2, 0), np.asarray(image))
     assert (views.pixels_VCHW[0, :, 10:] == np.array(FILL)[:, None, None]).all()
 
@@ -92,25 +92,25 @@ def share(mask_HW: np.ndarray | None) -> float:
     return float(counts.max() / counts.sum()) if len(counts) else 1.0
 
 
-@pytest.mark.parametrize("kinds", [{"resize": [1.0, 3.0]}, {"crop_scale": [0.1, 0.4]}])
+@pytest.mark.parametrize("kinds", [{"scale_jitter": [1.0, 3.0]}, {"crop_scale": [0.1, 0.4]}])
 def test_crops_with_too_much_of_one_class_are_drawn_anew(kinds: dict[str, Any]) -> None:
     pixels = np.zeros(SIZE[::-1], dtype=np.uint8)
     pixels[:, 30:40], pixels[:, 40:] = 1, 255
     mask = Image.fromarray(pixels)
     before = [views_of(seed, picture(), mask, **kinds) for seed in range(60)]
-    after = [views_of(seed, picture(), mask, max_class_share=0.75, **kinds) for seed in range(60)]
+    after = [views_of(seed, picture(), mask, cat_max_ratio=0.75, **kinds) for seed in range(60)]
     assert sum(share(views.mask_HW) > 0.75 for views in before) > 20
     assert sum(share(views.mask_HW) > 0.75 for views in after) < 6
     for one, two in zip(before, after, strict=True):
         assert one.crops[0].flip == two.crops[0].flip
         assert share(one.mask_HW) > 0.75 or one.crops == two.crops
-        if "resize" in kinds:  # where it is cut is drawn anew, and its scale is not
+        if "scale_jitter" in kinds:  # where it is cut is drawn anew, and its scale is not
             assert one.crops[0].height == two.crops[0].height
 
 
 def test_of_a_mask_of_one_class_the_last_crop_is_taken() -> None:
     mask = Image.new("L", SIZE, 3)
-    views = views_of(0, picture(), mask, resize=[2.0, 2.0], max_class_share=0.75)
+    views = views_of(0, picture(), mask, scale_jitter=[2.0, 2.0], cat_max_ratio=0.75)
     assert (views.mask_HW == 3).all()
 
 
@@ -119,23 +119,23 @@ def run_of(**augment: Any) -> RunConfig:
 
 
 def test_what_does_not_hold_together_is_refused() -> None:
-    run = run_of(resize=[0.5, 2.0], max_class_share=0.75)
+    run = run_of(scale_jitter=[0.5, 2.0], cat_max_ratio=0.75)
     assert RunConfig.model_validate(run.model_dump(mode="json")) == run  # a complete file has crop_scale too
     for wrong in (
-        {"resize": [0.5, 2.0], "crop_scale": [0.2, 1.0]},
-        {"resize": [0.5, 2.0], "crop_ratio": [1.0, 1.0]},
-        {"resize": [2.0, 0.5]},
-        {"resize": [0.0, 2.0]},
-        {"resize": [0.5, 200.0]},
-        {"max_class_share": 1.0},
-        {"max_class_share": 0.0},
+        {"scale_jitter": [0.5, 2.0], "crop_scale": [0.2, 1.0]},
+        {"scale_jitter": [0.5, 2.0], "crop_ratio": [1.0, 1.0]},
+        {"scale_jitter": [2.0, 0.5]},
+        {"scale_jitter": [0.0, 2.0]},
+        {"scale_jitter": [0.5, 200.0]},
+        {"cat_max_ratio": 1.0},
+        {"cat_max_ratio": 0.0},
     ):
         with pytest.raises(ValidationError):
             run_of(**wrong)
     for values in ({"recipe": {}}, {"task": {"kind": "classification"}}):
-        sources = {"a": {"shards": "/data/a", "augment": {"max_class_share": 0.75}}}
-        for data in ({"augment": {"max_class_share": 0.75}}, {"sources": sources}):
-            with pytest.raises(ValidationError, match="max_class_share"):
+        sources = {"a": {"shards": "/data/a", "augment": {"cat_max_ratio": 0.75}}}
+        for data in ({"augment": {"cat_max_ratio": 0.75}}, {"sources": sources}):
+            with pytest.raises(ValidationError, match="cat_max_ratio"):
                 RunConfig.model_validate({**values, "data": data})
 
 
@@ -145,12 +145,15 @@ def test_a_source_without_them_is_what_it_was_before_there_were_any() -> None:
     assert set(settings) == {
         "crop_scale", "crop_ratio", "flip", "color_jitter", "color_jitter_p", "grayscale", "blur", "solarize"
     }  # fmt: skip
-    settings = fingerprint([], source, AugmentConfig(resize=(0.5, 2.0)))["settings"]["augment"]
-    assert settings["resize"] == [0.5, 2.0]
+    settings = fingerprint([], source, AugmentConfig(scale_jitter=(0.5, 2.0)))["settings"]["augment"]
+    assert settings["scale_jitter"] == [0.5, 2.0]
 
 
 def test_sources_may_differ() -> None:
-    data = {"augment": {"max_class_share": 0.75}, "sources": {"a": {"shards": "/a", "augment": {"resize": [0.5, 2.0]}}}}
+    data = {
+        "augment": {"cat_max_ratio": 0.75},
+        "sources": {"a": {"shards": "/a", "augment": {"scale_jitter": [0.5, 2.0]}}},
+    }
     kinds = DataConfig.model_validate(data).sources["a"].augment
     assert kinds is not None
-    assert (kinds.resize, kinds.max_class_share) == ((0.5, 2.0), 0.75)
+    assert (kinds.scale_jitter, kinds.cat_max_ratio) == ((0.5, 2.0), 0.75)

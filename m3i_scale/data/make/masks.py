@@ -26,7 +26,7 @@ class MaskFile:
 
     path: Path
     classes: int
-    zero_is_none: bool
+    reduce_zero_label: bool
 
     def read(self) -> bytes:
         """Return the mask, its numbers beginning at 0. One that is none comes as it is: `check_mask` says what it is.
@@ -45,20 +45,20 @@ class MaskFile:
         except DECODE_FAULTS:
             return data
         highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
-        if highest == self.classes and not self.zero_is_none:
+        if highest == self.classes and not self.reduce_zero_label:
             raise ConfigError(
                 f"a mask has the class {highest}, and the {self.classes} names are of 0 to {self.classes - 1}",
                 where=str(self.path),
                 why="where 0 is no class, as in ADE20k, all masks are off by one",
-                fix="--zero-is-none; or, where 0 is a class, a name for every one in --labels",
+                fix="--reduce-zero-label; or, where 0 is a class, a name for every one in --labels",
             )
-        if highest >= self.classes + self.zero_is_none:
+        if highest >= self.classes + self.reduce_zero_label:
             raise DataError(
                 f"the mask has a class without a name: {highest}, of {self.classes} names",
                 where=str(self.path),
                 fix="name all classes in --labels; pixels without one are 255",
             )
-        if not self.zero_is_none:
+        if not self.reduce_zero_label:
             return data
         buffer = io.BytesIO()
         Image.fromarray(_FROM_ONE[pixels_HW]).save(buffer, "PNG")
@@ -70,7 +70,7 @@ def masks_input(
     masks: Path,
     labels: Sequence[str],
     *,
-    zero_is_none: bool = False,
+    reduce_zero_label: bool = False,
     split: str | None = None,
     skip_bad: bool = False,
 ) -> ListedInput:
@@ -80,7 +80,7 @@ def masks_input(
         images: a folder of images.
         masks: a folder of masks: eight-bit grey PNGs, or PNGs with a palette, whose indices are the classes.
         labels: names of the classes, in the order of their numbers.
-        zero_is_none: 0 in a mask is no class, and names begin at 1; in the shards they begin at 0 and 255 is none.
+        reduce_zero_label: 0 in a mask is no class, and names begin at 1; in the shards they begin at 0 and 255 is none.
         split: of all samples; None: the first folder on the way to an image, where those have the names of splits.
         skip_bad: samples that lack one of the two are left out when shards are made.
 
@@ -89,9 +89,10 @@ def masks_input(
             which only some are splits.
         ConfigError: too few or too many classes.
     """
-    if not 2 <= len(labels) <= NO_CLASS - zero_is_none:
+    if not 2 <= len(labels) <= NO_CLASS - reduce_zero_label:
         raise ConfigError(
-            f"there are {len(labels)} classes, and a pixel is one of 2 to {NO_CLASS - zero_is_none}", where="--labels"
+            f"there are {len(labels)} classes, and a pixel is one of 2 to {NO_CLASS - reduce_zero_label}",
+            where="--labels",
         )
     of_images, of_masks = _by_name(images), _by_name(masks)
     both = of_images.keys() & of_masks.keys()
@@ -120,7 +121,7 @@ def masks_input(
             Record(
                 key_of(Path(f"{name}.png")),
                 image or b"",
-                mask=None if mask is None else MaskFile(mask, len(labels), zero_is_none),
+                mask=None if mask is None else MaskFile(mask, len(labels), reduce_zero_label),
                 meta={} if image is None else {"path": image.relative_to(images).as_posix()},
                 split=name.parts[0] if splits else split,
                 size=sum(path.stat().st_size for path in (image, mask) if path is not None and path.is_file()),
@@ -128,15 +129,15 @@ def masks_input(
                 fault=fault,
             )
         )
-    return ListedInput(records, [], mask_labels=labels, source="masks", zero_is_none=zero_is_none)
+    return ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
 
 
-def read_mask_labels(path: Path, *, zero_is_none: bool) -> list[str]:
+def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
     """Read names of classes: a JSON list, one a line, or a table like ADE20k's, with the columns Idx and Name.
 
     Args:
         path: the file.
-        zero_is_none: see `masks_input`.
+        reduce_zero_label: see `masks_input`.
 
     Raises:
         ConfigError: it cannot be read, or numbers its classes otherwise than masks are read.
@@ -148,15 +149,15 @@ def read_mask_labels(path: Path, *, zero_is_none: bool) -> list[str]:
     numbers, names = (
         [row[header.index(column)] for row in rows if len(row) == len(header)] for column in ("Idx", "Name")
     )
-    first = int(zero_is_none)
+    first = int(reduce_zero_label)
     if numbers != [str(number) for number in range(first, first + len(rows))] or len({*names}) < len(names):
-        from_one = not zero_is_none and numbers[:1] == ["1"]
+        from_one = not reduce_zero_label and numbers[:1] == ["1"]
         raise ConfigError(
             "its classes are numbered from 1: 0 in a mask is none of them"
             if from_one
             else f"it is no table of classes, numbered from {first} on",
             where=str(path),
-            fix="--zero-is-none" if from_one else "one name a line",
+            fix="--reduce-zero-label" if from_one else "one name a line",
         )
     return names
 
