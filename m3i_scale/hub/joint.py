@@ -365,7 +365,8 @@ def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportEr
         else "the recipe reads the class token",
     }
     return ExportError(
-        f"no stock class for {what} computes what was trained: {pools[decoder.kind]}, on a {config.model_type} backbone",
+        f"no stock class for {what} computes what was trained: {pools[decoder.kind]}, on a {config.model_type} "
+        "backbone",
         fix="--task features: heads/ holds what pools and projects",
     )
 

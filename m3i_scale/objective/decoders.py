@@ -153,7 +153,7 @@ class Pointwise(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """Reads the class tokens of the last layers, normalised by the backbone's last norm, and the mean of the patches."""
+    """Reads the class tokens of the last layers, which the backbone's last norm has normalised, and the mean patch."""
 
     def __init__(self, input_width: int, blocks: int, mean: bool) -> None:
         super().__init__()

@@ -110,8 +110,8 @@ class Recipe(Parts):
         for name, decoder in self.decoders.items():
             if isinstance(decoder, ClassTokenSpec) and not decoder.alone and not self._asks_one_whole_image:
                 yield (
-                    f"decoder '{name}': more than the class token is read of the only input, which shows all of view 1, "
-                    "and by targets that lie in no view"
+                    f"decoder '{name}': more than the class token is read of the only input, which shows all of view "
+                    "1, and by targets that lie in no view"
                 )
         yield from self._unused(names)
         yield from self._head_faults()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import FeatureNorm
+from m3i_scale.run.hooks.evaluation import Evaluation
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.engine import parameter_groups
@@ -184,6 +187,30 @@ def test_an_internimage_has_nothing_to_sweep() -> None:
     with pytest.raises(ConfigError) as caught:
         check_task(RunConfig.model_validate(values), backbone_config(BackboneConfig(preset="internimage-h")))
     assert caught.value.where == "task.sweep"
+
+
+@pytest.mark.parametrize(("stopping", "wanted"), [(False, [4, 6]), (True, [4])])
+def test_the_last_step_is_evaluated_where_the_data_end_before(stopping: bool, wanted: list[int]) -> None:
+    class Evaluated(Evaluation):
+        def evaluate(self) -> dict[str, float]:
+            return {}
+
+    found: list[int] = []
+    run = RunConfig.model_validate({"task": task(), "optim": {"steps": 9}, "evaluation": {"every_steps": 4}})
+    state: Any = SimpleNamespace(
+        step=0,
+        stopping=False,
+        resolved=SimpleNamespace(run=run),
+        timeouts=SimpleNamespace(outside_of_steps=lambda what: nullcontext()),
+        callbacks=SimpleNamespace(on_evaluation=lambda step, figures: found.append(step)),
+    )
+    stream: Any = SimpleNamespace(state_dict=dict)
+    hook = Evaluated(state, stream, torch.device("cpu"))
+    for state.step in range(1, 7):
+        hook.post_step()
+    state.stopping = stopping  # what is stopped goes on later
+    hook.on_finish()
+    assert found == wanted
 
 
 # ---------------------------------------------------------------- runs

@@ -40,9 +40,8 @@ class Evaluation(Hook):
         """Evaluate where that is due."""
         step = self._state.step
         self._is_behind = True
-        if self._every and (
-            step % self._every == 0 or (self._chooses and step == self._state.resolved.run.optim.steps)
-        ):
+        is_last = step == self._state.resolved.run.optim.steps
+        if self._every and (step % self._every == 0 or (self._chooses and is_last)):
             self._evaluate()
         return False
 
