@@ -313,9 +313,11 @@ def test_the_engine_has_the_rate_of_every_head(ran: dict[str, Path]) -> None:
 
 def test_it_trains_in_bf16_in_parts(ran: dict[str, Path]) -> None:
     first, last = (evaluations(ran["stage 3"])[step] for step in (4, STEPS))
-    for head in HEADS:
-        if head.endswith("_lr1"):
-            assert last[f"evaluation/{head}/loss"] < first[f"evaluation/{head}/loss"] - 1e-3
+    for fast in [head for head in HEADS if head.endswith("_lr1")]:
+        slow = fast.replace("_lr1", "_lr0_01")  # hardly leaves its first weights in so few steps
+        figure = f"evaluation/{fast}/loss"
+        assert last[figure] < first[figure]
+        assert last[figure] < last[f"evaluation/{slow}/loss"] - 0.005
 
 
 def with_best(path: Path, best: str, folder: Path) -> Path:
