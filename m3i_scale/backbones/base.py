@@ -95,19 +95,20 @@ class Backbone(nn.Module, ABC):
             By place, the tokens by row.
         """
 
-    def encode_whole(self, images_BCHW: Tensor) -> Tokens:
+    def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
         """Encode normalised images, nothing hidden: class or mean token (B, 1, D), and those of all patches (B, N, D),
-        row by row."""
-        return self.encode_maps(images_BCHW, ())[0]
+        row by row.
 
-    def encode_blocks(self, images_BCHW: Tensor, blocks: int) -> Tokens:
-        """Encode as `encode_whole` does, with the class tokens of the last `blocks` layers, (B, blocks, D), each
-        normalised as that of the last layer is.
+        Args:
+            images_BCHW: normalised.
+            blocks: the class tokens of so many last layers, (B, blocks, D), each normalised as the last one is.
 
         Raises:
-            ValueError: the backbone has no class token.
+            ValueError: several are asked for, and the backbone has no class token.
         """
-        raise ValueError("the backbone has no class token")
+        if blocks > 1:
+            raise ValueError("the backbone has no class token")
+        return self.encode_maps(images_BCHW, ())[0]
 
     @property
     @abstractmethod

@@ -118,14 +118,15 @@ class TokenBackbone(Backbone):
         outputs = output_BSD[:, 1:].split([part.shape[1] for part in parts], dim=1)
         return [(output_BSD[:, :1], output) for output in outputs]
 
-    def encode_blocks(self, images_BCHW: Tensor, blocks: int) -> Tokens:
-        """Encode as `encode_whole` does, with the class tokens of the last layers."""
+    def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
+        """Encode normalised images, nothing hidden: class tokens of the last layers, and the patch tokens."""
         tokens_BSD, cls = torch.cat(self.embed(images_BCHW), dim=1), []
-        for number, layer in enumerate(self.layers, start=1):
+        for left, layer in zip(reversed(range(len(self.layers))), self.layers, strict=True):
             tokens_BSD = layer(tokens_BSD, None)
-            if number > len(self.layers) - blocks:
+            if 0 < left < blocks:
                 cls.append(self._normed(tokens_BSD[:, :1]))
-        return torch.cat(cls, dim=1), self._normed(tokens_BSD)[:, 1:]
+        last_BSD = self._normed(tokens_BSD)
+        return torch.cat([*cls, last_BSD[:, :1]], dim=1), last_BSD[:, 1:]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""

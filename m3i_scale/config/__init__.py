@@ -146,6 +146,9 @@ class OptimConfig(Section):
     """Decoupled decay of matrices; biases, norms and other vectors have none."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
+    momentum_correction: bool = True
+    """AdamW divides the first moment of step t by 1 − β₁ᵗ. false: the rate is multiplied by it, which undoes that;
+    beside an eps far above the second moment, steps are then those of SGD with momentum (docs/downstream.md)."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient-norm limit; 0 switches clipping off."""
 

@@ -69,12 +69,16 @@ class Sweep(Section):
             raise ValueError("blocks are numbers of layers, from 1 on")
         if not 0 < min(self.lr_scales) <= max(self.lr_scales) <= 1:
             raise ValueError("lr_scales are shares of optim.lr: above 0, and 1 at most")
+        if len(self.heads()) < len(self.decoders()) * len(self.lr_scales):
+            raise ValueError(
+                f"lr_scales differ by the sixth digit at least, by which heads are named: {self.lr_scales}"
+            )
         return self
 
     def decoders(self) -> dict[str, dict[str, Any]]:
         """Return what heads read, by name, as a recipe has it."""
         return {
-            f"last{blocks}{'_mean' if mean else ''}": {"kind": "class_tokens", "blocks": blocks, "mean": mean}
+            f"last{blocks}{'_mean' if mean else ''}": {"kind": "class_token", "blocks": blocks, "mean": mean}
             for blocks in self.blocks
             for mean in self.mean
         }

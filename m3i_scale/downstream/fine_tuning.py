@@ -53,7 +53,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
         )
     if isinstance(task, Classification):
         if task.sweep is not None:
-            _check_sweep(run)
+            _check_sweep(run, maps)
         if maps and task.pool == "class_token":
             raise ConfigError(
                 "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
@@ -101,7 +101,20 @@ def _check_frozen(run: RunConfig) -> None:
         )
 
 
-def _check_sweep(run: RunConfig) -> None:
+def _check_sweep(run: RunConfig, maps: bool) -> None:
+    if maps:
+        raise ConfigError(
+            "the heads of a sweep read class tokens, and an InternImage has none",
+            where="task.sweep",
+            fix="leave it out, with task.pool=mean_pool",
+        )
+    if run.guard.spike is not None:
+        raise ConfigError(
+            "a spike of the sum of all heads' losses would take all of them back",
+            where="guard.spike",
+            why="the rate of the fastest is meant to be too high, and the others would lose their steps with it",
+            fix="leave it out",
+        )
     if run.optim.clip_grad_norm:
         raise ConfigError(
             "the gradient of all heads of a sweep together would be clipped",

@@ -32,7 +32,7 @@ from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, TensorSource, copied
-from m3i_scale.objective.decoders import ClassTokensSpec
+from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.category import Category, FeatureNorm
@@ -138,33 +138,30 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
             f"which of the {len(source.recipe.targets)} heads of the sweep is the best is known when they are trained"
         )
     decoder = source.recipe.decoders[target.decoder]
-    kind, beside = decoder.kind, False
-    if isinstance(decoder, ClassTokensSpec) and decoder.blocks == 1:
-        kind, beside = "class_token", decoder.mean
     config, names = backbone_config(source.run.backbone), source.label_sets[label_set]
     number = list(source.label_sets).index(label_set)
     head = f"heads.{target.name}.sets.{number}."
     if isinstance(config, InternImageConfig):
         if timm:
-            raise _no_class(config, kind, "timm")
-        return replace(_internimage_classifier(config, target, kind, head, names), label_set=number)
-    if timm and (beside or kind == "class_tokens"):
-        raise _no_class(config, "class_tokens", "timm")
-    if timm or kind == "mean_pool":
+            raise _no_class(config, decoder, "timm")
+        return replace(_internimage_classifier(config, target, decoder, head, names), label_set=number)
+    if isinstance(decoder, ClassTokenSpec) and (decoder.blocks > 1 or (timm and decoder.mean)):
+        raise _no_class(config, decoder, "timm" if timm else "image classification")
+    if timm or decoder.kind == "mean_pool":
         norm = f"decoders.{target.decoder}.norm."
-        part = timm_part(config, kind, norm, head, names, source.run.data.augment)
+        part = timm_part(config, decoder.kind, norm, head, names, source.run.data.augment)
         return replace(part, label_set=number, native="timm" if timm else None)
-    if kind != "class_token" or isinstance(config, CLIPVisionConfig):
-        raise _no_class(config, kind, "image classification")
+    if not isinstance(decoder, ClassTokenSpec) or isinstance(config, CLIPVisionConfig):
+        raise _no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION)
-    if beside and isinstance(config, ViTConfig):
+    if decoder.mean and isinstance(config, ViTConfig):
         tensors, config = _as_dinov2(config)
     labelled = _with_names(config, names)
     dinov2 = isinstance(config, Dinov2Config)
     build = Dinov2ForImageClassification if dinov2 else ViTForImageClassification
     tensors = {f"{'dinov2' if dinov2 else 'vit'}.{name}": made for name, made in tensors.items()}
     # DINOv2's classifier reads [class token | mean patch]; where the token alone was, nothing was trained on the rest.
-    alone = dinov2 and not beside
+    alone = dinov2 and not decoder.mean
     widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if alone else None
     tensors |= {
         "classifier.weight": TensorSource((head + "weight",), widen),
@@ -218,9 +215,9 @@ def zero_shot_part(source: Source, vocab_size: int) -> Part:
             where=f"recipe.targets: {target.name}",
             fix="--task features: heads/ holds the bias",
         )
-    kind = source.recipe.decoders[target.decoder].kind
+    decoder = source.recipe.decoders[target.decoder]
     config = backbone_config(source.run.backbone)
-    vision, tensors = _pooled_vision(source, config, kind, f"decoders.{target.decoder}.norm.")
+    vision, tensors = _pooled_vision(source, config, decoder, f"decoders.{target.decoder}.norm.")
     run = source.run
     text = text_config(run.text.config, vocab_size, run.text.max_tokens)
     dual = VisionTextDualEncoderConfig(
@@ -250,13 +247,15 @@ def _bounded_scale(log_scale: Tensor) -> Tensor:
 
 
 def _pooled_vision(
-    source: Source, config: VisionConfig, kind: str, norm: str
+    source: Source, config: VisionConfig, decoder: DecoderSpec, norm: str
 ) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     """Return configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
     names = vision_names(config)
-    if isinstance(config, InternImageConfig) or kind not in ("class_token", "mean_pool"):
-        raise _no_class(config, kind, "a dual encoder")
-    if kind == "mean_pool":
+    pools_mean = decoder.kind == "mean_pool"
+    reads_token = isinstance(decoder, ClassTokenSpec) and decoder.alone
+    if isinstance(config, InternImageConfig) or not (pools_mean or reads_token):
+        raise _no_class(config, decoder, "a dual encoder")
+    if pools_mean:
         return timm_vision(config, norm, source.run.data.augment, "vision_model.timm_model.")
     tensors = copied(names, VISION, "vision_model.")
     values = _plain(config.to_dict())
@@ -332,11 +331,13 @@ def _with_names(config: VisionConfig, names: list[str]) -> VisionConfig:
     return config
 
 
-def _internimage_classifier(config: InternImageConfig, target: Target, kind: str, head: str, names: list[str]) -> Part:
+def _internimage_classifier(
+    config: InternImageConfig, target: Target, decoder: DecoderSpec, head: str, names: list[str]
+) -> Part:
     from m3i_scale.backbones.internimage.modeling_internimage import InternImageForImageClassification
 
-    if kind != "mean_pool":
-        raise _no_class(config, kind, "image classification")
+    if decoder.kind != "mean_pool":
+        raise _no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION, "model.")
     norm = f"decoders.{target.decoder}.norm."
     tensors |= {f"pool_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
@@ -354,15 +355,18 @@ def _internimage_classifier(config: InternImageConfig, target: Target, kind: str
     )
 
 
-def _no_class(config: VisionConfig, kind: str, what: str) -> ExportError:
+def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportError:
+    more = isinstance(decoder, ClassTokenSpec) and not decoder.alone
     pools = {
         "attention_pool": "the recipe pools by attention with the mean token as its query",
         "mean_pool": "the recipe pools by a mean that is normalised once more",
-        "class_token": "the recipe reads the class token",
-        "class_tokens": "the recipe reads class tokens of several layers, or the mean of the patches beside it",
+        "class_token": "the recipe reads class tokens of several layers, or the mean of the patches beside it"
+        if more
+        else "the recipe reads the class token",
     }
     return ExportError(
-        f"no stock class for {what} computes what was trained: {pools[kind]}, on a {config.model_type} backbone",
+        f"no stock class for {what} computes what was trained: {pools[decoder.kind]}, on a {config.model_type} "
+        "backbone",
         fix="--task features: heads/ holds what pools and projects",
     )
 

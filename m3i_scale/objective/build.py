@@ -15,7 +15,7 @@ from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
-from m3i_scale.objective.decoders import ClassTokenSpec, ClassTokensSpec, width_of
+from m3i_scale.objective.decoders import ClassTokenSpec, width_of
 from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower, text_config
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
@@ -124,9 +124,7 @@ def _check_fit(
     if len(widths) > 1:
         raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
     first_is_cls = [
-        target.name
-        for target in recipe.targets
-        if isinstance(recipe.decoders[target.decoder], ClassTokenSpec | ClassTokensSpec)
+        target.name for target in recipe.targets if isinstance(recipe.decoders[target.decoder], ClassTokenSpec)
     ]
     if first_is_cls and not student.has_class_token:
         raise ConfigError(

@@ -153,19 +153,7 @@ class Pointwise(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """Reads the class token, which the backbone's last LayerNorm has normalised."""
-
-    def __init__(self, input_width: int) -> None:
-        super().__init__()
-        self.width = input_width
-
-    def forward(self, cls_B1D: Tensor) -> Tensor:
-        """Return the class token without its dimension of one: (B, 1, D) → (B, D)."""
-        return cls_B1D[:, 0]
-
-
-class ClassTokens(nn.Module):
-    """Reads the class tokens of the last layers, and the mean of the patches beside them."""
+    """Reads the class tokens of the last layers, which the backbone's last norm has normalised, and the mean patch."""
 
     def __init__(self, input_width: int, blocks: int, mean: bool) -> None:
         super().__init__()
@@ -272,26 +260,24 @@ class MeanPoolSpec(DecoderSpec):
 
 
 class ClassTokenSpec(DecoderSpec):
-    """Makes one vector for the image, the class token."""
+    """Makes one vector for the image, the class token; linear heads read more."""
 
     kind: ClassVar[str] = "class_token"
-    module: ClassVar[type[nn.Module]] = ClassToken
-
-
-class ClassTokensSpec(DecoderSpec):
-    """Makes one vector for the image of the class tokens of the last layers: what linear heads read."""
-
-    kind: ClassVar[str] = "class_tokens"
-    blocks: int = Field(default=4, ge=1)
-    """Layers, each token normalised by the backbone's last norm."""
+    blocks: int = Field(default=1, ge=1)
+    """The tokens of so many last layers, each normalised by the backbone's last norm, one behind the other."""
     mean: bool = False
-    """Put the mean of the last layer's patches beside them."""
+    """Put the mean of the last layer's patches behind them."""
+
+    @property
+    def alone(self) -> bool:
+        """Return whether it is the class token of the last layer, and nothing else."""
+        return self.blocks == 1 and not self.mean
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `ClassTokens`."""
+        """Return a `ClassToken`."""
         if self.blocks > getattr(config, "num_hidden_layers", self.blocks):
             raise ValueError(f"it reads {self.blocks} layers, and the backbone has {config.num_hidden_layers}")
-        return ClassTokens(config.hidden_size, self.blocks, self.mean)
+        return ClassToken(config.hidden_size, self.blocks, self.mean)
 
 
 def _check_heads(width: int, heads: int) -> None:
@@ -308,20 +294,17 @@ def width_of(decoder: nn.Module) -> int:
 
 
 def blocks_read(decoders: nn.ModuleDict) -> int:
-    """Return of how many last layers the class tokens are read; 0 where that of the last one serves."""
-    return max((decoder.blocks for decoder in decoders.values() if isinstance(decoder, ClassTokens)), default=0)
+    """Return of how many last layers the class tokens are read: 1 at least."""
+    return max((decoder.blocks for decoder in decoders.values() if isinstance(decoder, ClassToken)), default=1)
 
 
 def pool(decoder: nn.Module, cls_BND: Tensor, tokens_BLD: Tensor) -> Tensor:
-    """Return one vector for the image from an encoded input: (B, D).
+    """Return one vector for the image from an encoded input: (B, F).
 
     Args:
         decoder: f_ψ.
         cls_BND: class tokens, that of the last layer last.
         tokens_BLD: patch tokens.
     """
-    if isinstance(decoder, ClassTokens):
-        read_BF: Tensor = decoder(cls_BND, tokens_BLD)
-        return read_BF
-    pooled_BD: Tensor = decoder(cls_BND[:, -1:] if isinstance(decoder, ClassToken) else tokens_BLD)
-    return pooled_BD
+    pooled_BF: Tensor = decoder(cls_BND, tokens_BLD) if isinstance(decoder, ClassToken) else decoder(tokens_BLD)
+    return pooled_BF

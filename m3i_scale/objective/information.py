@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -206,10 +205,9 @@ class Objective(nn.Module):
                 (only,) = where
                 tokens, maps = head.encode(self.student, views[only.view + 1], self.progress)
                 return {only.name: Encoded(only, *tokens, maps=maps)}
-        if blocks := blocks_read(self.decoders):
+        if (blocks := blocks_read(self.decoders)) > 1:
             (only,) = where
-            cls_BND, tokens_BND = self.student.encode_blocks(views[only.view + 1], blocks)
-            return {only.name: Encoded(only, cls_BND[:, -1:], tokens_BND, cls_BND=cls_BND)}
+            return {only.name: Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
             encoded = self.student.encode_own(views, view_of, visible)
@@ -252,10 +250,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def pooled(self, decoder: str, pixels_BCHW: Tensor) -> Tensor:
-        """Return what a decoder of the recipe makes of whole, normalised images: (B, D)."""
-        blocks = blocks_read(self.decoders)
-        encode = partial(self.student.encode_blocks, blocks=blocks) if blocks else self.student.encode_whole
-        return pool(self.decoders[decoder], *encode(pixels_BCHW))
+        """Return what a decoder of the recipe makes of whole, normalised images: (B, F)."""
+        return pool(self.decoders[decoder], *self.student.encode_whole(pixels_BCHW, blocks_read(self.decoders)))
 
     @torch.no_grad()
     def segment(self, pixels_BCHW: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from m3i_scale.config.explain import WhereOf, origin
 from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
-from m3i_scale.objective.decoders import ClassTokensSpec
+from m3i_scale.objective.decoders import ClassTokenSpec
 from m3i_scale.objective.encoders import MomentumSpec, TeacherSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
 from m3i_scale.objective.targets.dense import Dense
@@ -108,15 +108,18 @@ class Recipe(Parts):
             if target.labels_file == MASK_LABELS and len(self.targets) > 1:
                 yield f"target '{target.name}': a {target.kind} target is the only one of its recipe"
         for name, decoder in self.decoders.items():
-            if isinstance(decoder, ClassTokensSpec) and not self._is_one_whole_image:
-                yield f"decoder '{name}': a class_tokens decoder reads layers of one input, which shows all of view 1"
+            if isinstance(decoder, ClassTokenSpec) and not decoder.alone and not self._asks_one_whole_image:
+                yield (
+                    f"decoder '{name}': more than the class token is read of the only input, which shows all of view "
+                    "1, and by targets that lie in no view"
+                )
         yield from self._unused(names)
         yield from self._head_faults()
         yield from self._section_faults()
 
     @property
-    def _is_one_whole_image(self) -> bool:
-        return len(self.inputs) == 1 and self.shows(1) is not None and self.views == 1
+    def _asks_one_whole_image(self) -> bool:
+        return len(self.inputs) == 1 and self.shows(1) is not None and not self.image_targets
 
     def _mix_faults(self, names: list[str]) -> Iterator[str]:
         if self.mix is None:

@@ -9,9 +9,12 @@ from m3i_scale.objective.encoders import MomentumSpec
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Return the rate: that of the schedule between `lr` and `min_lr`, after a linear warm-up. `step` counts from 0."""
+    """Return the rate: that of the schedule between `lr` and `min_lr`, after a linear warm-up; less by what AdamW
+    corrects its first moment by, where that is switched off. `step` counts from 0."""
     share = optim.schedule.share(step, steps=optim.steps, warmup_steps=optim.warmup_steps)
     rate = optim.min_lr + (optim.lr - optim.min_lr) * share if share < 1 else optim.lr
+    if not optim.momentum_correction:
+        rate *= 1 - optim.betas[0] ** (step + 1)
     return rate * (step + 1) / optim.warmup_steps if step < optim.warmup_steps else rate
 
 

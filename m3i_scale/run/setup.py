@@ -116,10 +116,10 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
     """Return the run's DeepSpeed file, filled in.
 
     Raises:
-        ConfigError: see `resolve`.
+        ConfigError: see `resolve`; or the file switches off what the run file undoes already.
     """
     optim = run.optim
-    return resolve(
+    resolved = resolve(
         load_ds_config(run.deepspeed),
         world_size=world_size,
         batch_size=optim.batch_size,
@@ -132,6 +132,15 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
         hidden_size=hidden_size,
         where=run.deepspeed,
     )
+    corrects = resolved.config["optimizer"]["params"].get("bias_correction", True)
+    if not (optim.momentum_correction or corrects):
+        raise ConfigError(
+            "the first moment would be left uncorrected twice",
+            where="optim.momentum_correction: false",
+            why=f"{run.deepspeed} has bias_correction: false, and the rate would undo a correction that is not there",
+            fix="optim.momentum_correction=true, or remove optimizer.params.bias_correction",
+        )
+    return resolved
 
 
 def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:

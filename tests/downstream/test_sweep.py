@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,8 @@ from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import FeatureNorm
+from m3i_scale.run.hooks.evaluation import Evaluation
+from m3i_scale.run.schedule import learning_rate
 from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.engine import parameter_groups
 
@@ -64,7 +68,7 @@ def test_class_tokens_are_those_of_the_last_layers_normalised(preset: str, shape
         initialize_module(backbone.model, module)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        cls, tokens = backbone.encode_blocks(images, 2)
+        cls, tokens = backbone.encode_whole(images, blocks=2)
         whole = backbone.encode_whole(images)
         states = backbone.model(images, output_hidden_states=True).hidden_states
         norm = backbone.model.post_layernorm if preset.startswith("clip") else backbone.model.layernorm
@@ -73,8 +77,6 @@ def test_class_tokens_are_those_of_the_last_layers_normalised(preset: str, shape
     torch.testing.assert_close(tokens, whole[1])
     torch.testing.assert_close(cls[:, 0], wanted)
     assert not torch.allclose(cls[:, 0], cls[:, 1], atol=1e-3)
-    alone = backbone.encode_blocks(images, 1)
-    torch.testing.assert_close(alone, whole)
 
 
 # ---------------------------------------------------------------- every head is as if it were alone
@@ -102,30 +104,29 @@ def test_a_head_has_the_gradient_that_it_has_alone() -> None:
 
 
 def test_the_protocol_trains_by_sgd_at_the_published_rates() -> None:
-    """But for the first steps, which AdamW makes longer by a known factor."""
     published = load_run("in1k_linear")
     optim = published.optim
-    rate = 0.1 * 1024 / 256
+    schedule = optim.model_copy(update={"lr": 0.1 * 1024 / 256, "momentum_correction": True})
     objective, run = objective_of(task(lr_scales=[0.001, 0.02]))
     other, _ = objective_of(task(lr_scales=[0.001, 0.02]))
     batch = replace(random_batch(6, image=32), labels_B=torch.arange(6) % 3, label_sets_B=torch.zeros(6).long())
     scales = scales_of(objective, run.task)
     groups = parameter_groups(objective, optim.weight_decay, scales)
     assert {group["lr_scale"] for group in groups} == {0.001, 0.02}
-    for group in groups:
-        group["lr"] = optim.lr * group["lr_scale"]
     ours = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
     named = {name: parameter for name, parameter in other.named_parameters() if parameter.requires_grad}
     theirs = torch.optim.SGD([{"params": [parameter]} for parameter in named.values()], lr=1.0, momentum=0.9)
-    for step in range(1, 31):
+    for step in range(30):
+        for group in ours.param_groups:
+            group["lr"] = learning_rate(step, optim) * group["lr_scale"]
         for name, group in zip(named, theirs.param_groups, strict=True):
-            group["lr"] = rate * scales[name] / (1 - 0.9**step)
+            group["lr"] = learning_rate(step, schedule) * scales[name]
         for module, optimizer in ((objective, ours), (other, theirs)):
             optimizer.zero_grad()
             module(batch)[0].backward()
             optimizer.step()
     for name, parameter in named.items():
-        torch.testing.assert_close(objective.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(objective.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_is_the_one_of_torch_without_a_learnt_scale() -> None:
@@ -149,6 +150,7 @@ def test_batch_norm_is_the_one_of_torch_without_a_learnt_scale() -> None:
         {"freeze": True, "sweep": {}, "pool": "mean_pool"},
         {"freeze": True, "sweep": {"lr_scales": [0.1, 2.0]}},
         {"freeze": True, "sweep": {"lr_scales": [0.1, 0.1]}},
+        {"freeze": True, "sweep": {"lr_scales": [0.1, 0.1000001]}},  # of one name
         {"freeze": True, "sweep": {"blocks": [0]}},
         {"freeze": True, "sweep": {"mean": []}},
     ],
@@ -169,6 +171,7 @@ def test_more_layers_than_there_are_cannot_be_read() -> None:
     [
         ({"optim": {"clip_grad_norm": 1.0}}, "optim.clip_grad_norm"),
         ({"data": {"sources": {"shapes": {"shards": "/data/shards/train"}}}}, "data.validation"),
+        ({"guard": {"spike": {}}}, "guard.spike"),
     ],
 )
 def test_heads_that_depend_on_others_or_cannot_be_chosen_are_refused(changes: dict[str, Any], where: str) -> None:
@@ -179,7 +182,42 @@ def test_heads_that_depend_on_others_or_cannot_be_chosen_are_refused(changes: di
     assert where in str(caught.value.where)
 
 
+def test_an_internimage_has_nothing_to_sweep() -> None:
+    values = {"task": task(), "backbone": {"from_pretrained": "/data/export"}, "optim": {"clip_grad_norm": 0.0}}
+    with pytest.raises(ConfigError) as caught:
+        check_task(RunConfig.model_validate(values), backbone_config(BackboneConfig(preset="internimage-h")))
+    assert caught.value.where == "task.sweep"
+
+
+@pytest.mark.parametrize(("stopping", "wanted"), [(False, [4, 6]), (True, [4])])
+def test_the_last_step_is_evaluated_where_the_data_end_before(stopping: bool, wanted: list[int]) -> None:
+    class Evaluated(Evaluation):
+        def evaluate(self) -> dict[str, float]:
+            return {}
+
+    found: list[int] = []
+    run = RunConfig.model_validate({"task": task(), "optim": {"steps": 9}, "evaluation": {"every_steps": 4}})
+    state: Any = SimpleNamespace(
+        step=0,
+        stopping=False,
+        resolved=SimpleNamespace(run=run),
+        timeouts=SimpleNamespace(outside_of_steps=lambda what: nullcontext()),
+        callbacks=SimpleNamespace(on_evaluation=lambda step, figures: found.append(step)),
+    )
+    stream: Any = SimpleNamespace(state_dict=dict)
+    hook = Evaluated(state, stream, torch.device("cpu"))
+    for state.step in range(1, 7):
+        hook.post_step()
+    state.stopping = stopping  # what is stopped goes on later
+    hook.on_finish()
+    assert found == wanted
+
+
 # ---------------------------------------------------------------- runs
+
+
+RATE = 3e-3
+"""Of SGD with momentum 0.9, for a head whose share is 1."""
 
 
 def write(folder: Path, source: Path, shards: Path, engine: str, *, batch_norm: bool) -> Path:
@@ -196,8 +234,9 @@ def write(folder: Path, source: Path, shards: Path, engine: str, *, batch_norm: 
             "streams": 4,
             "augment": {"crop_scale": [1.0, 1.0], "flip": 0.0, "color_jitter_p": 0.0, "grayscale": 0.0},
         },
-        "optim": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "warmup_steps": 1, "lr": 1e-2}
-        | {"clip_grad_norm": 0.0, "weight_decay": 0.0},
+        # AdamW at so large an eps forgives no factor in a gradient.
+        "optim": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "warmup_steps": 0, "lr": RATE * 1e7}
+        | {"eps": 1e6, "betas": [0.9, 0.999], "momentum_correction": False, "clip_grad_norm": 0.0, "weight_decay": 0.0},
         "checkpoint": {"every_steps": 3},
         "evaluation": {"every_steps": 4, "batches": 3},
         "log": {"every_steps": 1, "progress": False},
@@ -254,6 +293,7 @@ def test_one_rank_and_two_are_one_run(ran: dict[str, Path]) -> None:
     assert sorted(one) == sorted(two) == list(range(1, STEPS + 1))
     for step in one:
         assert one[step]["loss"] == pytest.approx(two[step]["loss"], rel=1e-5)
+        assert one[step]["grad_norm"] == pytest.approx(two[step]["grad_norm"], rel=1e-4)
     of_two = weights(ran["two"])
     assert {name.rpartition(".")[2] for name in of_two} >= {"running_mean", "running_var"}
     for name, value in weights(ran["one"]).items():
@@ -272,8 +312,12 @@ def test_the_engine_has_the_rate_of_every_head(ran: dict[str, Path]) -> None:
 
 
 def test_it_trains_in_bf16_in_parts(ran: dict[str, Path]) -> None:
-    found = evaluations(ran["stage 3"])[STEPS]
-    assert all(0 <= found[f"evaluation/{head}/top_1"] <= 1 for head in HEADS)
+    first, last = (evaluations(ran["stage 3"])[step] for step in (4, STEPS))
+    for fast in [head for head in HEADS if head.endswith("_lr1")]:
+        slow = fast.replace("_lr1", "_lr0_01")  # hardly leaves its first weights in so few steps
+        figure = f"evaluation/{fast}/loss"
+        assert last[figure] < first[figure]
+        assert last[figure] < last[f"evaluation/{slow}/loss"] - 0.005
 
 
 def with_best(path: Path, best: str, folder: Path) -> Path:

@@ -45,7 +45,7 @@ def test_own_attention_does_not_leak_the_other_image() -> None:
         assert not torch.allclose(after[name].tokens_BLD[1], before[name].tokens_BLD[1], atol=1e-3)
         for image in (0, 2, 3):
             torch.testing.assert_close(after[name].tokens_BLD[image], before[name].tokens_BLD[image])
-            torch.testing.assert_close(after[name].cls_B1D[image], before[name].cls_B1D[image])
+            torch.testing.assert_close(after[name].cls_BND[image], before[name].cls_BND[image])
 
 
 def test_mixed_attention_sees_the_partner_and_only_the_partner() -> None:
@@ -191,9 +191,12 @@ def test_the_geometry_matters_between_views_and_not_within_one() -> None:
 # ---------------------------------------------------------------- what is watched
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_group_gradient_norms_are_those_of_autograd(recipe: str) -> None:
-    objective, batch = tiny_objective(recipe, "recipe.targets.0.weight=2.5"), random_batch(6)
+SEVERAL_LAYERS = "recipe.decoders.pool={kind: class_token, blocks: 2, mean: true}"
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [*((name, ()) for name in RECIPES), ("clip", (SEVERAL_LAYERS,))])
+def test_group_gradient_norms_are_those_of_autograd(recipe: str, overrides: tuple[str, ...]) -> None:
+    objective, batch = tiny_objective(recipe, "recipe.targets.0.weight=2.5", *overrides), random_batch(6)
     objective(random_batch(6, seed=1))  # fills what heads remember
     objective.eval()
     kept = []
@@ -209,7 +212,7 @@ def test_group_gradient_norms_are_those_of_autograd(recipe: str) -> None:
         given = objective.given(target)
         by_input = [target.loss(given, context, context.inputs[name]).value for name in target.inputs]
         loss = target.weight * torch.stack(by_input).mean()
-        parts = [part for encoded in context.inputs.values() for part in (encoded.cls_B1D, encoded.tokens_BLD)]
+        parts = [part for encoded in context.inputs.values() for part in (encoded.cls_BND, encoded.tokens_BLD)]
         gradients = torch.autograd.grad(loss, parts, retain_graph=True, allow_unused=True)
         wanted = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
         torch.testing.assert_close(found[target.name], wanted, rtol=1e-4, atol=1e-7)

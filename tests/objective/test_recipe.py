@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "dense decoder for text": (
         "m3i",
         target(2, decoder="dense"),
-        "decoded by attention_pool or mean_pool or class_token or class_tokens, not transformer",
+        "decoded by attention_pool or mean_pool or class_token, not transformer",
     ),
     "no collapse control": (
         "m3i",

@@ -8,6 +8,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,22 @@ def test_the_rate_falls_at_milestones() -> None:
     optim = OptimConfig(steps=100, warmup_steps=10, lr=1.0, schedule={"kind": "multi_step", "milestones": [80, 95]})
     rates = [learning_rate(step, optim) for step in (10, 79, 80, 94, 95, 99)]
     assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_the_correction_of_the_first_moment_is_undone_by_the_rate() -> None:
+    """Beside an eps that outweighs the second moment, AdamW takes the steps of SGD with momentum."""
+    optim = OptimConfig(steps=20, warmup_steps=3, lr=4e6, betas=(0.9, 0.999), eps=1e6, momentum_correction=False)
+    corrected = optim.model_copy(update={"momentum_correction": True, "lr": 0.4})
+    ours, theirs = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+    adam = torch.optim.AdamW([ours], betas=optim.betas, eps=optim.eps, weight_decay=0.0)
+    sgd = torch.optim.SGD([theirs], momentum=0.9)
+    for step in range(20):
+        gradient = torch.randn(3)
+        for parameter, optimizer, schedule in ((ours, adam, optim), (theirs, sgd, corrected)):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, schedule)
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("milestones", [[], [80, 80], [95, 80], [0, 80], [80, 100]])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from launch import TESTS, environment, start_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
@@ -36,7 +36,12 @@ def ranges(key: str, tensor: torch.Tensor, cut: int) -> list[Range]:
     ]
 
 
-def checkpoint(root: Path, tensors: dict[str, torch.Tensor], averages: dict[str, str] | None = None) -> Path:
+def checkpoint(
+    root: Path,
+    tensors: dict[str, torch.Tensor],
+    averages: dict[str, str] | None = None,
+    buffers: dict[str, torch.Tensor] | None = None,
+) -> Path:
     """Committed, as two ranks would; keys are `kind/name`."""
     final = root / "checkpoints" / "step-00000007"
     temporary = begin(final)
@@ -46,6 +51,7 @@ def checkpoint(root: Path, tensors: dict[str, torch.Tensor], averages: dict[str,
     counters = {"global_steps": 7, "global_samples": 28, "skipped_steps": 0, "optimizer_steps": 7}
     meta = {"step": 7, "world_size": 2, "engine": counters, "averages": averages or {}}
     (temporary / "meta.json").write_text(json.dumps(meta))
+    save_file(buffers or {}, temporary / "buffers.safetensors")
     commit(final, temporary, meta)
     return final
 
@@ -88,6 +94,17 @@ def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> Non
     assert told["parameters"] == 40 * 50 + 30 + 1
     with safe_open(tmp_path / "whole" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "checkpoint": "step-00000007", "weights": weights}
+
+
+def test_statistics_of_heads_are_those_of_the_trained_weights(tmp_path, tensors) -> None:
+    statistics = {"heads.x.running_mean": torch.randn(5), "text.position": torch.randn(2)}
+    source = checkpoint(tmp_path, tensors, NAMES, statistics)
+    found = {}
+    for weights in ("student", "momentum"):
+        consolidate(source, tmp_path / weights, weights=weights)
+        found[weights] = read(tmp_path / weights)
+    assert found["student"].keys() - found["momentum"].keys() == {"heads.x.running_mean"}
+    assert torch.equal(found["student"]["heads.x.running_mean"], statistics["heads.x.running_mean"])
 
 
 def test_shards_are_named_as_on_the_hub_and_their_index_names_every_tensor(tmp_path, tensors) -> None:

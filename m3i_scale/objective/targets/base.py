@@ -52,26 +52,25 @@ class Encoded:
     """Holds one encoded input, by image."""
 
     where: EncodedInput
-    cls_B1D: Tensor
+    cls_BND: Tensor
+    """Class tokens, that of the last layer last; where no decoder reads several, that one alone."""
     tokens_BLD: Tensor
     """Visible tokens only."""
     maps: list[Tensor] = field(default_factory=list)
     """What layers or stages gave on the way, where a head asks for it: (B, C, H, W) each."""
-    cls_BND: Tensor | None = None
-    """Class tokens of the last layers, where a decoder reads several."""
 
     def pooled(self, decoder: nn.Module) -> Tensor:
-        """Return what a decoder makes of the image: (B, D)."""
-        return pool(decoder, self.cls_B1D if self.cls_BND is None else self.cls_BND, self.tokens_BLD)
+        """Return what a decoder makes of the image: (B, F)."""
+        return pool(decoder, self.cls_BND, self.tokens_BLD)
 
     def tapped(self, squared_norms: list[Tensor]) -> Encoded:
         """Return an alias, which adds the squared norms of the gradients that arrive through it to a list."""
         if not self.tokens_BLD.requires_grad:
             return self
-        cls_B1D, tokens_BLD = (part.view_as(part) for part in (self.cls_B1D, self.tokens_BLD))
-        for part in (cls_B1D, tokens_BLD):
+        cls_BND, tokens_BLD = (part.view_as(part) for part in (self.cls_BND, self.tokens_BLD))
+        for part in (cls_BND, tokens_BLD):
             part.register_hook(lambda gradient: squared_norms.append(gradient.detach().float().square().sum()))
-        return replace(self, cls_B1D=cls_B1D, tokens_BLD=tokens_BLD)
+        return replace(self, cls_BND=cls_BND, tokens_BLD=tokens_BLD)
 
 
 @dataclass

@@ -45,8 +45,8 @@ class Dense(ImageTarget):
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return −log P̂ of the patches that the decoder answers for, this rank's share."""
         if self.encoder == "momentum" and given.projector is not None:
-            tokens_BSD = given.projector(torch.cat([encoded.cls_B1D, encoded.tokens_BLD], dim=1))
-            encoded = replace(encoded, cls_B1D=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
+            tokens_BSD = given.projector(torch.cat([encoded.cls_BND, encoded.tokens_BLD], dim=1))
+            encoded = replace(encoded, cls_BND=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
@@ -171,7 +171,7 @@ def decode(
     target: Dense | DenseNegatives, given: TargetModules, context: Context, encoded: Encoded
 ) -> tuple[Tensor, Tensor]:
     """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
-    cls_B1D, tokens_BLD, where = encoded.cls_B1D, encoded.tokens_BLD, encoded.where
+    cls_B1D, tokens_BLD, where = encoded.cls_BND, encoded.tokens_BLD, encoded.where
     if target.tokens == "masked":
         query_BQ = where.hidden_BM
     else:

@@ -29,16 +29,31 @@ class Evaluation(Hook):
     def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
         self._state, self._stream, self._device = state, stream, device
         self._start = stream.state_dict()
+        run = state.resolved.run
+        self._every = run.evaluation.every_steps
+        self._chooses = bool(self._every) and isinstance(run.task, Classification) and run.task.sweep is not None
+        """Whether the last step is evaluated too, since one head of a sweep is chosen."""
+        self._is_behind = False
+        """Whether a step was taken since the last evaluation."""
 
     def post_step(self) -> bool:
-        """Evaluate where that is due; the heads of a sweep also after the last step, since one of them is chosen."""
-        state, run = self._state, self._state.resolved.run
-        chooses = isinstance(run.task, Classification) and run.task.sweep is not None
-        every = run.evaluation.every_steps
-        if every and (state.step % every == 0 or (chooses and state.step == run.optim.steps)):
-            with state.timeouts.outside_of_steps("evaluate"):
-                state.callbacks.on_evaluation(state.step, self.evaluate())
+        """Evaluate where that is due."""
+        step = self._state.step
+        self._is_behind = True
+        is_last = step == self._state.resolved.run.optim.steps
+        if self._every and (step % self._every == 0 or (self._chooses and is_last)):
+            self._evaluate()
         return False
+
+    def on_finish(self) -> None:
+        """Evaluate the step that turns out to be the last where the data have ended."""
+        if self._chooses and self._is_behind and not self._state.stopping:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        with self._state.timeouts.outside_of_steps("evaluate"):
+            self._state.callbacks.on_evaluation(self._state.step, self.evaluate())
+        self._is_behind = False
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

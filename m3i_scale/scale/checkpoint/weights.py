@@ -119,6 +119,7 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
         if not averages:
             raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
         keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
+        return SavedWeights(saved, keys, dtype)  # statistics are those of the trained weights
     buffers = load_file(checkpoint / BUFFERS)
     statistics = {name: buffer for name, buffer in buffers.items() if name.startswith(HEADS)}
     return SavedWeights(saved, keys, dtype, statistics)
