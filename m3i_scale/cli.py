@@ -328,10 +328,14 @@ def evaluate(
     template: Annotated[
         list[str] | None, typer.Option(help="A zero-shot prompt, {} for the class name; several are averaged.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images in one forward pass, default 64; of a segmenter windows, default 16."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     overlays: Annotated[
-        Path | None, typer.Option(help="New folder for pictures of a segmenter: image, truth, prediction.")
+        Path | None,
+        typer.Option(help="New folder for pictures of a segmenter: image, truth, prediction; with their colours."),
     ] = None,
     overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     imports: Imports = None,
@@ -339,7 +343,6 @@ def evaluate(
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
     trained head is right (top-1, top-5, or mIoU of a segmenter), with intervals by concept."""
-    from m3i_scale.evaluate.commands import MEASURES
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
     from m3i_scale.evaluate.zero_shot import TEMPLATES
@@ -349,7 +352,7 @@ def evaluate(
         model_dir,
         data,
         train_data=train_data,
-        measures=tuple(measure or MEASURES),
+        measures=tuple(measure) if measure else None,
         pool=cast(Any, pool),
         baseline=cast(Any, baseline),
         exclude_groups=tuple(exclude_group or ()),

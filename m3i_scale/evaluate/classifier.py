@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from m3i_scale.evaluate.features import Encoder, VisionModel
+from m3i_scale.errors import UserError
+from m3i_scale.evaluate.features import Encoder, VisionModel, architectures
 from m3i_scale.evaluate.intervals import Clusters, mean_interval
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
-from m3i_scale.files import read_json
+from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
 from m3i_scale.objective.information import Objective
 
 DEPTHS = (1, 5)
@@ -37,8 +38,7 @@ class Classifier:
 
 def has_own_head(folder: Path) -> bool:
     """Return whether the folder is that of an image classifier."""
-    values = read_json(folder / "config.json")
-    return any(str(name).endswith("ForImageClassification") for name in values.get("architectures") or ())
+    return any(name.endswith("ForImageClassification") for name in architectures(folder))
 
 
 def own_head(folder: Path, vision: VisionModel) -> Classifier:
@@ -135,3 +135,38 @@ def _numbers_in_head(classes: list[str], labels_M: NDArray[np.int64], head: list
     if len(number_of) < len(head):
         raise NotMeasuredError("several classes of the trained head have one name, and labels.json is not in its order")
     return np.asarray([number_of[classes[label]] for label in labels_M], dtype=np.int64)
+
+
+def trained_heads(
+    folder: Path, vision: VisionModel, classes: list[str], *, wants_text: bool, wants_classifier: bool
+) -> tuple[Classifier | None, str | None, Towers | None]:
+    """Return the trained classifier or, where it is asked for, why there is none; and both towers of a text target.
+
+    Args:
+        folder: of the model.
+        vision: the same model as one of features.
+        classes: of the test data.
+        wants_text: whether the towers are asked for.
+        wants_classifier: whether the classifier is asked for.
+
+    Raises:
+        ExportError: the towers are asked for and do not load.
+    """
+    classifier: Classifier | None = None
+    no_classifier: str | None = None
+    towers: Towers | None = None
+    try:
+        if wants_classifier and has_own_head(folder):
+            classifier = own_head(folder, vision)
+        elif wants_text or (wants_classifier and has_head(folder, "category")):
+            objective, run, label_sets = load_objective(folder, vision.device)
+            if wants_classifier and objective.recipe.uses_categories and label_sets:
+                classifier = head_of_targets(objective, label_sets, classes)
+            towers = towers_of(objective, run, folder, vision.device) if wants_text else None
+    except NotMeasuredError as reason:
+        no_classifier = str(reason)
+    except UserError as fault:
+        if wants_text:
+            raise
+        no_classifier = f"{fault.what} ({fault.where})"  # the features can be measured all the same
+    return classifier, no_classifier, towers

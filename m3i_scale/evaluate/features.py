@@ -26,6 +26,7 @@ from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
+from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import normalize
 
 Pool = Literal["mean", "cls", "both"]
@@ -150,6 +151,16 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             fix="export it with --task features",
         )
     return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
+
+
+def architectures(folder: Path) -> list[str]:
+    """Return the classes that config.json of a model names; none where it is broken, which loading it reports."""
+    try:
+        values = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return []
+    names = values.get("architectures") if isinstance(values, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def no_pooling_layer(folder: Path) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from colorsys import hsv_to_rgb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,32 +14,42 @@ from PIL import Image
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.samples import Sample
+from m3i_scale.files import write_json
 
 OVERLAY_COUNT = 20
 """So many are drawn, unless another number is asked for."""
 _SIDE = 512
 """Longest side of an image in pixels, as it is drawn."""
 _GAP = 4
+LEGEND = "palette.json"
+"""Beside the pictures: number, name and colour (red, green, blue) of every class."""
 _GOLDEN = 0.618034
 PALETTE = np.array(
-    [hsv_to_rgb(number * _GOLDEN % 1, (1.0, 0.6, 0.8)[number % 3], (1.0, 0.7)[number % 2]) for number in range(256)]
+    [
+        [
+            round(255 * part)
+            for part in hsv_to_rgb(number * _GOLDEN % 1, (1.0, 0.6, 0.8)[number % 3], (1.0, 0.7)[number % 2])
+        ]
+        for number in range(256)
+    ]
 )
-"""The colour of a class by its number, the same in every picture: red, green, blue from 0 to 1."""
+"""The colour of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
 
 
 class Overlays:
-    """Writes pictures of the first samples that are measured: image | truth | prediction.
+    """Writes pictures of the first samples that are measured, image | truth | prediction, and the colours of classes.
 
     Args:
         folder: is made; one that exists is empty.
         count: so many samples are drawn.
+        classes: their names, by number.
 
     Raises:
         ConfigError: the folder cannot be made, or something is in it.
     """
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._folder, self._count, self._drawn = folder, count, 0
+    def __init__(self, folder: Path, count: int, classes: list[str]) -> None:
+        self._folder, self._count, self._classes, self._drawn = folder, count, classes, 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             taken = any(folder.iterdir())
@@ -64,14 +75,22 @@ class Overlays:
             picture.paste(panel, (place * (image.width + _GAP), 0))
         name = re.sub(r"[^A-Za-z0-9._-]", "_", sample.key)[-100:]
         try:
+            if self._drawn == 1:
+                write_json(self._folder / LEGEND, self._legend())
             picture.save(self._folder / f"{self._drawn:04d}-{name}.png")
         except OSError as error:
             raise ConfigError(f"overlays cannot be written: {error}", where=f"--overlays {self._folder}") from None
+
+    def _legend(self) -> list[dict[str, Any]]:
+        return [
+            {"class": number, "name": name, "rgb": PALETTE[number].tolist()}
+            for number, name in enumerate(self._classes)
+        ]
 
 
 def _coloured(image: Image.Image, classes_HW: NDArray[np.uint8]) -> Image.Image:
     """Return the image with the colour of its class over every pixel; one without a class stays as it is."""
     classes = np.asarray(Image.fromarray(classes_HW).resize(image.size, Image.Resampling.NEAREST))
     pixels = np.asarray(image, dtype=np.float64)
-    mixed = 0.35 * pixels + 0.65 * 255 * PALETTE[classes]
+    mixed = 0.35 * pixels + 0.65 * PALETTE[classes]
     return Image.fromarray(np.where((classes == NO_CLASS)[..., None], pixels, mixed).round().astype(np.uint8))

@@ -23,6 +23,7 @@ from m3i_scale.data.remote.address import Address
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.views import ViewMaker
+from m3i_scale.errors import DataError, did_you_mean
 
 _MAX_PIXELS = DataConfig().max_image_pixels
 
@@ -190,3 +191,36 @@ def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
     except (ValueError, RecursionError):  # no group and no concept is known of it, which the intervals then report
         return {}
     return meta if isinstance(meta, dict) else {}
+
+
+def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
+    """Check that every group that is left out is one of the samples'.
+
+    Raises:
+        DataError: it is of none.
+    """
+    known = {group for table in tables for group in table.groups if group}
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "no sample has a `group` in its json member"
+            raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
+
+
+def _same(shard: Address) -> str:
+    """Return one text for all ways to name a shard."""
+    return str(shard.resolve() if isinstance(shard, Path) else shard)
+
+
+def check_apart(test: Table, train: Table) -> None:
+    """Check that training and test data share no shard.
+
+    Raises:
+        DataError: they do.
+    """
+    shared = {_same(shard) for shard in test.shards} & {_same(shard) for shard in train.shards}
+    if shared:
+        raise DataError(
+            f"{len(shared)} shards are both training and test data",
+            where=min(shared),
+            why="a probe that is tested on what it learnt says nothing about the features",
+        )

@@ -25,7 +25,7 @@ from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
-from m3i_scale.objective.segmentation import PixelHead, resized
+from m3i_scale.objective.segmentation import PixelHead
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 
 
@@ -156,6 +156,11 @@ class Objective(nn.Module):
             squared_norms=self.squared_grad_norms[target.name],
         )
 
+    @property
+    def pixel_head(self) -> PixelHead | None:
+        """Return the head that gives the class of every pixel; None where the recipe has none."""
+        return next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
+
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
         """Tell the weights how long every group's gradient was. Called by the trainer after every backward pass.
@@ -200,11 +205,10 @@ class Objective(nn.Module):
         return encoded
 
     def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
-        for head in self.heads.values():
-            if isinstance(head, PixelHead):
-                (only,) = where
-                tokens, maps = head.encode(self.student, views[only.view + 1], self.progress)
-                return {only.name: Encoded(only, *tokens, maps=maps)}
+        if self.pixel_head is not None:
+            (only,) = where
+            tokens, maps = self.pixel_head.encode(self.student, views[only.view + 1], self.progress)
+            return {only.name: Encoded(only, *tokens, maps=maps)}
         if (blocks := blocks_read(self.decoders)) > 1:
             (only,) = where
             return {only.name: Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))}
@@ -260,12 +264,12 @@ class Objective(nn.Module):
         Raises:
             ValueError: the recipe has no segmentation target.
         """
-        head = next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
+        head = self.pixel_head
         if head is None:
             raise ValueError("the recipe has no segmentation target")
         (_, tokens_BND), maps = head.encode(self.student, pixels_BCHW, self.progress)
-        logits_BKHW = head(tokens_BND.transpose(1, 2).unflatten(2, self.student.grid), maps)[0]
-        return resized(logits_BKHW, (pixels_BCHW.shape[2], pixels_BCHW.shape[3]))
+        size = pixels_BCHW.shape[2], pixels_BCHW.shape[3]
+        return next(head.predict(tokens_BND, maps, self.student.grid, size))
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:

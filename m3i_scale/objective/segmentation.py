@@ -5,7 +5,7 @@ Batch norm takes the statistics of the global batch, on every kind of process gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -113,6 +113,20 @@ class PixelHead(nn.Module):
             maps: what `encode` has given.
         """
         raise NotImplementedError
+
+    def predict(
+        self, tokens_BND: Tensor, maps: Sequence[Tensor], grid: tuple[int, int], size: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """Yield what `forward` makes of tokens and maps, each resized when it is asked for: (B, K, H, W).
+
+        Args:
+            tokens_BND: of the last layer.
+            maps: what `encode` has given.
+            grid: rows and columns of the tokens.
+            size: H and W.
+        """
+        for logits_BKHW in self(tokens_BND.transpose(1, 2).unflatten(2, grid), maps):
+            yield resized(logits_BKHW, size)
 
     def loss(
         self,

@@ -15,6 +15,8 @@ from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.callbacks.metrics import METRICS
 
 PREFIX = "evaluation/"
+_BETTER = {"loss": "min", "nats": "max", "miou": "max", "top_1": "max"}
+"""Whether a figure is better when it is small or large. Of others, those of one's own targets, nobody knows."""
 
 
 def rules_of_run(root: Path) -> RetentionConfig | None:
@@ -115,7 +117,7 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
         near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
         raise ConfigError(f"no evaluation of this run writes '{metric}'", where="checkpoint.keep_best.metric", fix=near)
     figure = metric.rpartition("/")[2]
-    mode = {"loss": "min", "count": best.mode}.get(figure, "max")
+    mode = _BETTER.get(figure, best.mode)
     if best.mode != mode:
         raise ConfigError(
             f"the worst checkpoints would be kept: '{metric}' is better when {'higher' if mode == 'max' else 'lower'}",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.config import BackboneConfig, RunConfig, Segmentation, SegmentationHead
+from m3i_scale.config import BackboneConfig, RunConfig, Segmentation, SegmentationHead, UperNetSegmentation
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.errors import ConfigError
@@ -126,6 +126,16 @@ class NoHead(SegmentationHead):
     """Of a user who has forgotten the module."""
 
 
+class AlienHead(SegmentationHead):
+    """Of a user whose module is none that predicts pixels."""
+
+    module: ClassVar[str] = "torch.nn.Identity"
+
+
+class WideHead(UperNetSegmentation):
+    """Of a user: UPerNet by another name."""
+
+
 def test_a_head_may_be_a_class_of_ones_own() -> None:
     objective = build_objective(
         run_of("vit", {"kind": "test_segmentation.MiddleHead", "layer": 4}), {"a": CLASSES}, None
@@ -134,9 +144,15 @@ def test_a_head_may_be_a_class_of_ones_own() -> None:
     objective(batch_of(2, 32))[0].backward()
     learns = {layer for layer, module in enumerate(objective.student.layers, start=1) if has_gradient(module)}
     assert learns == {1, 2, 3, 4}
-    with pytest.raises(ConfigError) as caught:
-        build_objective(run_of("vit", "test_segmentation.NoHead"), {"a": CLASSES}, None)
-    assert caught.value.where == "task.head"
+    for wrong in ("NoHead", "AlienHead"):
+        with pytest.raises(ConfigError) as caught:
+            build_objective(run_of("vit", f"test_segmentation.{wrong}"), {"a": CLASSES}, None)
+        assert caught.value.where == "task.head"
+
+
+def test_what_is_made_of_upernet_needs_two_samples_too() -> None:
+    for head, needs in ((UPERNET, True), ("test_segmentation.WideHead", True), (LINEAR, False)):
+        assert bool(parse_recipe(run_of("vit", head).recipe).compares_samples) is needs
 
 
 def has_gradient(module: nn.Module) -> bool:
@@ -168,16 +184,16 @@ def test_the_layers_that_are_read_are_those_of_published_configurations(preset: 
 # ---------------------------------------------------------------- batch norm
 
 
-class Halves:
-    """Two ranks that take turns: sums are those that were noted of both."""
+class OneOfTwo:
+    """Stands for a rank of two, given what the other adds to every sum."""
 
     rank, world_size = 0, 2
 
-    def __init__(self, sums: list[Tensor]) -> None:
-        self._sums = iter(sums)
+    def __init__(self, of_other: list[Tensor]) -> None:
+        self._of_other = iter(of_other)
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        return x + (next(self._sums) - x.detach())
+        return x + next(self._of_other)
 
 
 def test_batch_norm_is_torchs_in_training_and_evaluation() -> None:
@@ -209,15 +225,26 @@ def test_batch_norm_computes_and_remembers_in_fp32_under_bf16() -> None:
     torch.testing.assert_close(output.float(), wanted.bfloat16().float(), rtol=1e-2, atol=1e-2)
 
 
-def test_batch_norm_takes_the_statistics_of_all_ranks() -> None:
+def test_batch_norm_takes_the_statistics_of_all_ranks_and_gives_them_their_gradients() -> None:
     torch.manual_seed(0)
-    maps = torch.randn(4, 3, 2, 2) * 2 + 1
-    total = maps.sum(dim=(0, 2, 3))
-    squares = (maps - (total / 16)[:, None, None]).square().sum(dim=(0, 2, 3))
-    half = MapBatchNorm(3, Halves([total, squares]))  # type: ignore[arg-type]
+    maps = (torch.randn(5, 3, 2, 2) * 2 + 1)[:4].requires_grad_()
+    factors = torch.randn(4, 3, 2, 2)  # without them the gradient of what is normalised would be 0
     whole = MapBatchNorm(3, SingleProcess())
-    torch.testing.assert_close(half(maps[:2]), whole(maps)[:2])
-    torch.testing.assert_close(half.running_var, whole.running_var)
+    output = whole(maps)
+    (wanted,) = torch.autograd.grad((output * factors).sum(), maps)
+    mean = maps.mean(dim=(0, 2, 3), keepdim=True)
+    losses = []
+    for own, other in ((maps[:2], maps[2:]), (maps[2:], maps[:2])):
+        of_other = [other.sum(dim=(0, 2, 3)), (other - mean).square().sum(dim=(0, 2, 3))]
+        half = MapBatchNorm(3, OneOfTwo(of_other))  # type: ignore[arg-type]
+        rows = slice(2 * len(losses), 2 * len(losses) + 2)
+        normalised = half(own)
+        torch.testing.assert_close(normalised, output[rows])
+        torch.testing.assert_close(half.running_var, whole.running_var)
+        losses.append((normalised * factors[rows]).sum())
+    (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), maps)
+    torch.testing.assert_close(gradient, wanted)
+    assert wanted.abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- UPerNet as published

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate import segmenter as module
 from m3i_scale.evaluate.commands import MEASURES, evaluate
 from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.overlays import Overlays
+from m3i_scale.evaluate.miou import check_classes, count_overlaps, measure_segmenter
+from m3i_scale.evaluate.overlays import LEGEND, Overlays
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.samples import Sample, open_table
-from m3i_scale.evaluate.segmenter import (
-    Segmenter,
-    check_classes,
-    classes_at,
-    count_overlaps,
-    is_segmenter,
-    measure_segmenter,
-    starts,
-)
+from m3i_scale.evaluate.segmenter import Segmenter, classes_at, is_segmenter, load_segmenter, starts
 
 
 def test_windows_cover_a_side_as_published_ones_do() -> None:
@@ -102,6 +96,19 @@ def test_a_segmenter_is_measured_at_the_size_of_its_images_with_their_orientatio
         check_classes(replace(segmenter, classes=CELLS[::-1]), shards)
 
 
+def test_more_classes_than_a_mask_can_tell_apart_are_refused(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(256)]
+    segmenter = Segmenter(by_colour, 24, names, "colours", torch.device("cpu"))
+    for count in (255, 256):
+        shards = str(write_shards(tmp_path / str(count), [{"png": png(picture())}], names[:count]))
+        if count == 255:
+            check_classes(replace(segmenter, classes=names[:count]), shards)
+        else:
+            with pytest.raises(DataError) as caught:
+                check_classes(segmenter, shards)
+            assert caught.value.where == shards
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -159,7 +166,9 @@ def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, 
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(found))
     assert f"{worst['name']} {worst['iou']:.3f}" in console.export_text()
-    assert len(list((tmp_path / "overlays").iterdir())) == 2
+    assert len(list((tmp_path / "overlays").glob("*.png"))) == 2
+    legend = json.loads((tmp_path / "overlays" / LEGEND).read_text())
+    assert [one["name"] for one in legend] == SCENE_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -170,6 +179,7 @@ def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, 
         ({"pool": "cls"}, "--pool"),
         ({"templates": ("a drawing of {}",)}, "--template"),
         ({"measures": ("knn",)}, "--measure segmenter"),
+        ({"measures": MEASURES}, "--measure segmenter"),
         ({"measures": ("segmenter", "knn")}, "--measure segmenter"),
         ({"overlay_count": 3}, "--overlays"),
         ({"overlays": "STOCK"}, "not empty"),
@@ -185,7 +195,44 @@ def test_an_option_without_effect_on_a_segmenter_is_refused(
     assert names in str(caught.value)
 
 
-@pytest.mark.parametrize("config", [{"architectures": ["Dinov2Model"]}, []])
+@pytest.mark.parametrize(("asked", "largest"), [({}, 16), ({"batch_size": 64}, 30)])
+def test_few_windows_at_a_time_unless_more_are_asked_for(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], largest: int
+) -> None:
+    long = {"png": png(Image.new("RGB", (640, 32))), "mask.png": png(Image.new("L", (640, 32)))}
+    batches: list[int] = []
+    forward = SegformerForSemanticSegmentation.forward
+
+    def noted(self: SegformerForSemanticSegmentation, pixel_values: Tensor) -> Any:
+        batches.append(len(pixel_values))
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(SegformerForSemanticSegmentation, "forward", noted)
+    evaluate(stock, str(write_shards(tmp_path / "long", [long], SCENE_CLASSES, shards=1)), **asked)
+    assert (max(batches), sum(batches)) == (largest, 30)
+
+
+@pytest.mark.parametrize("size", [None, "abc", {"height": "abc", "width": "abc"}, {"height": 0, "width": 0}, [32]])
+def test_a_segmenter_whose_input_size_is_broken_is_refused(stock: Path, tmp_path: Path, size: Any) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(stock, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
+    with pytest.raises(ExportError) as caught:
+        load_segmenter(folder, torch.device("cpu"), 1)
+    assert caught.value.where == str(folder)
+
+
+def test_an_error_without_words_is_told_by_its_name(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", fails)
+    with pytest.raises(ExportError, match="RuntimeError"):
+        load_segmenter(stock, torch.device("cpu"), 1)
+
+
+@pytest.mark.parametrize("config", [{"architectures": ["Dinov2Model"]}, {"architectures": 5}, []])
 @pytest.mark.parametrize(
     "options", [{"measures": ("segmenter",)}, {"measures": (*MEASURES, "segmenter")}, {"overlays": Path("overlays")}]
 )
@@ -209,10 +256,10 @@ def test_an_overlay_shows_image_truth_and_prediction_in_the_same_colours(tmp_pat
     mask[:5] = 255
     predicted = np.where(mask == 255, 1, mask).astype(np.uint8)
     predicted[10, 10] = (mask[10, 10] + 1) % 4
-    draw = Overlays(tmp_path / "new" / "overlays", 1)
+    draw = Overlays(tmp_path / "new" / "overlays", 1, ["sky", "sea", "sand", "ship"])
     for key in ("a.tar/../x y", "a.tar/z"):
         draw(Sample(key, pixels, None, -1, {}, mask), predicted)
-    (path,) = (tmp_path / "new" / "overlays").iterdir()
+    (path,) = (tmp_path / "new" / "overlays").glob("*.png")
     drawn = np.asarray(Image.open(path))
     image, truth, prediction = drawn[:, :30], drawn[:, 34:64], drawn[:, 68:]
     assert np.array_equal(image, pixels.transpose(1, 2, 0))
@@ -221,5 +268,10 @@ def test_an_overlay_shows_image_truth_and_prediction_in_the_same_colours(tmp_pat
     differs = (truth != prediction).any(axis=2)
     assert differs[:5].all()
     assert np.argwhere(differs[5:]).tolist() == [[5, 10]]
+    legend = json.loads((tmp_path / "new" / "overlays" / LEGEND).read_text())
+    assert [(one["class"], one["name"]) for one in legend] == [(0, "sky"), (1, "sea"), (2, "sand"), (3, "ship")]
+    colours = np.array([one["rgb"] for one in legend])
+    mixed = (0.35 * image[5:] + 0.65 * colours[mask[5:]]).round()
+    assert np.array_equal(truth[5:], mixed.astype(np.uint8))
     with pytest.raises(ConfigError):
-        Overlays(tmp_path / "new" / "overlays", 1)
+        Overlays(tmp_path / "new" / "overlays", 1, ["sky"])

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny import RECIPES, random_batch, tiny_objective
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.targets.text import Text
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.retention import check_retention, evaluated_figures, evaluations
 from m3i_scale.scale.checkpoint.commit import begin, commit
@@ -61,6 +63,19 @@ def test_rules_without_an_effect_are_refused(overrides: tuple[str, ...], says: s
     with pytest.raises(ConfigError) as caught:
         check(*overrides)
     assert re.search(says, str(caught.value)), str(caught.value)
+
+
+class Priced(Text):
+    """A target of a user whose evaluations write a figure of its own."""
+
+    evaluated: ClassVar[tuple[str, ...]] = ("price",)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_figure_of_ones_own_is_better_as_its_rule_says(mode: str) -> None:
+    kind = "recipe.targets.0.kind=test_retention_rules.Priced"
+    run = load_run("clip", [*EVALUATES, kind, f"checkpoint.keep_best={{metric: evaluation/text/price, mode: {mode}}}"])
+    check_retention(run, parse_recipe(run.recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

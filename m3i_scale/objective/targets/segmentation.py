@@ -8,14 +8,14 @@ from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
-from m3i_scale.config import SegmentationHead
+from m3i_scale.config import SegmentationHead, UperNetSegmentation
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.segmentation import PixelHead, overlaps, resized
+from m3i_scale.objective.segmentation import PixelHead, overlaps
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
 
@@ -38,7 +38,7 @@ class Segmentation(Target):
     @property
     def compares_samples(self) -> bool:
         """Return whether batch norm has a single value of a sample: that of the whole image in UPerNet."""
-        return self.head.kind == "upernet"
+        return isinstance(self.head, UperNetSegmentation)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `PixelHead`.
@@ -50,14 +50,20 @@ class Segmentation(Target):
             raise ConfigError(
                 f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.sources"
             )
+        fault = None
         try:
             kind = resolve_name(self.head.module)
         except (AttributeError, ImportError, ValueError) as error:  # of a class of the user's own
+            fault = str(error)
+        else:
+            if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
+                fault = f"{self.head.module} is no class below PixelHead"
+        if fault is not None:
             raise ConfigError(
-                f"the head '{self.head.kind}' does not name the module that is built of it: {error}",
+                f"the head '{self.head.kind}' does not name the module that is built of it: {fault}",
                 where="task.head",
                 fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
-            ) from None
+            )
         return cast(nn.Module, kind(self.head, sizes.backbone, sizes.classes[0], sizes.ranks))
 
     def present(self, batch: Batch) -> Tensor:
@@ -69,10 +75,9 @@ class Segmentation(Target):
         truth_BHW = context.batch.masks_BHW.long()
         valid_BHW = truth_BHW != NO_CLASS
         truth_BHW = truth_BHW.where(valid_BHW, 0)
-        map_BDHW = given.decoder(encoded.tokens_BLD).transpose(1, 2).unflatten(2, given.grid)
-        size = truth_BHW.shape[1], truth_BHW.shape[2]
-        predictions = [resized(logits_BKHW, size) for logits_BKHW in given.head(map_BDHW, encoded.maps)]
         head: PixelHead = given.head
+        size = truth_BHW.shape[1], truth_BHW.shape[2]
+        predictions = list(head.predict(given.decoder(encoded.tokens_BLD), encoded.maps, given.grid, size))
         value, nats = head.loss(predictions, encoded.maps, truth_BHW, valid_BHW, self.distribution, given.ranks)
         counts = None
         if not head.training:
