@@ -93,11 +93,14 @@ def prepare(
 
 
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
-    """Return as what the result can be exported: as its task's, or as features and a head where no class computes both.
+    """Return as what the result can be exported: as its task's, or as features and a head where no class computes both;
+    which head of a sweep is the best, and whether a class computes that, is not known yet.
 
     Raises:
         ConfigError: a classifier could be exported if it pooled otherwise.
     """
+    if isinstance(task, Classification) and task.sweep is not None:
+        return "features"
     refusal = _refusal(run, task, name, classes)
     if refusal is None:
         return name
@@ -168,7 +171,8 @@ def _sources(data: Labelled) -> list[str]:
 def _length(
     run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
 ) -> list[str]:
-    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps.
+    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps, and
+    every evaluation reads all images for evaluation once.
 
     Args:
         run: the run, whose steps are not known yet.
@@ -197,7 +201,8 @@ def _length(
     if data.validation is not None:
         # Once a pass over the images, but not after each step where these are a few of every class.
         every = min(max(round(data.read / optim.batch_size), math.ceil(steps / _MOST_EVALUATIONS)), steps)
-        computed.append(f"evaluation.every_steps={every}")
+        batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))
+        computed += [f"evaluation.every_steps={every}", f"evaluation.batches={batches}"]
     return computed
 
 
