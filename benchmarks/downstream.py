@@ -52,7 +52,7 @@ class Measured:
 
 
 TASKS = (
-    Measured("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "2"), "miou", ()),
+    Measured("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "1"), "miou", ()),
     Measured("classification", ("classification", "--epochs", "1"), "top_1", ("optim.lr=1.0e-3",)),
     Measured(
         "classification_5_per_class",

@@ -22,7 +22,9 @@ from m3i_scale.run.check import Checks
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
 from m3i_scale.run.resume import check_resume, find_resume
 
-_MOST_EVALUATIONS = 20
+STEPS_APART = 20
+"""Evaluations are an epoch apart, so many steps at least, and read no more images than training does: of a few images
+they would take longer than that."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -199,8 +201,7 @@ def _length(
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        # Once a pass over the images, but not after each step where these are a few of every class.
-        every = min(max(round(data.read / optim.batch_size), math.ceil(steps / _MOST_EVALUATIONS)), steps)
+        every = min(max(STEPS_APART, round(max(data.read, data.evaluated) / optim.batch_size)), steps)
         batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))
         computed += [f"evaluation.every_steps={every}", f"evaluation.batches={batches}"]
     return computed

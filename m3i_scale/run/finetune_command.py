@@ -209,7 +209,8 @@ def segmentation(asked: Asked) -> None:
     """Train a segmenter on one device, export it to output_dir/segmenter, and measure it.
 
     The same command goes on with a run that was stopped. DIR of --data holds shards with masks in train and val, and
-    mask_labels.json beside each. Default protocol: segment.
+    mask_labels.json beside each; train/images, train/masks and such in val; or ADE20k as it is. Default protocol:
+    segment.
 
     Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.sources.train.shards=/data/shards/train

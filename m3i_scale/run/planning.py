@@ -14,10 +14,12 @@ from torch import Tensor
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.loader import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.downstream.fine_tuning import check_labels, scales_of
+from m3i_scale.downstream.fine_tuning import scales_of
+from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -158,7 +160,8 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
             assumed_classes = PIXEL_CLASSES if recipe.reads_masks else CLASSES
             label_sets = {"classes": [str(number) for number in range(classes or assumed_classes)]}
             assumed += [f"{assumed_classes} classes"] if classes is None else []
-        check_labels(run.task, label_sets)
+    if recipe.reads_masks and classes is not None and classes > NO_CLASS:
+        raise ConfigError(f"a pixel of a mask is one of at most {NO_CLASS} classes", where=f"--classes {classes}")
     if tokens is None and recipe.uses_text and (there or run.text.tokenizer):
         tokens = len(find_tokenizer(run.data.sources, run.text.tokenizer))
     elif tokens is None and recipe.uses_text:

@@ -319,6 +319,7 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
     output = f"output_dir={tmp_path / 'out'}"
     run = prepared(start, data, output, "optim.batch_size=8", "optim.micro_batch_size=8").run
     assert (run.optim.steps, run.optim.warmup_steps) == (150, 15)  # 50 epochs of 24
+    assert run.evaluation.every_steps == 20  # and not 3, an epoch
     given = prepared(start, data, output, "optim.steps=40", "optim.schedule={kind: multi_step, milestones: [30]}").run
     assert (given.optim.steps, given.optim.warmup_steps) == (40, 4)
 

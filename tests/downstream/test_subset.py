@@ -252,6 +252,21 @@ def test_a_result_says_what_it_was_trained_on(start: Path, data: Path, forks: Fo
         assert forks.run(*arguments, *wrong, *fields, env=environment()).returncode == 2
 
 
+def test_a_few_images_out_of_shards_are_trained_on(start: Path, data: Path, forks: Forks, tmp_path: Path) -> None:
+    """Fewer than a batch; all images for evaluation are measured."""
+    pack(data, tmp_path / "whole")
+    output = tmp_path / "out"
+    fields = [f"output_dir={output}", "optim.batch_size=16", "optim.micro_batch_size=8", "deepspeed=zero1_cpu_fp32"]
+    fields += ["log.progress=false"]
+    arguments = ["finetune", "classification", str(start), "--data", str(tmp_path / "whole"), "--json"]
+    done = forks.run(*arguments, "--per-class", "2", "--epochs", "4", *fields, env=environment())
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["samples"], told["step"]) == (2 * len(SHAPES), round(4 * 2 * len(SHAPES) / 16))
+    assert told["sources"] == {"train": str(output / "shards" / "train"), "val": str(tmp_path / "whole" / "val")}
+    assert told["figures"]["top-1"]["samples"] == VAL * len(SHAPES)
+
+
 def test_what_is_done_when_images_are_packed_has_no_effect_on_shards(start: Path, data: Path, tmp_path: Path) -> None:
     pack(data, tmp_path / "whole")
     with pytest.raises(ConfigError) as caught:
