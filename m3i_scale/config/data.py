@@ -11,10 +11,12 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from typing_extensions import Self
 
 from m3i_scale import defaults
-from m3i_scale.config.sections import InHome, Section, is_stored, plain_values
+from m3i_scale.config.sections import FixableError, InHome, Section, is_stored, plain_values
 
 _EXTREME_RATIO = 20.0
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
+_CROPS = ("crop_scale", "crop_ratio")
+"""Fields in whose place scale_jitter stands."""
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
 
 
@@ -93,9 +95,13 @@ class DistortionConfig(Section):
     @model_validator(mode="after")
     def _crops_are_drawn_one_way(self) -> Self:
         fields = type(self).model_fields  # a complete run file holds the defaults too
-        idle = [name for name in ("crop_scale", "crop_ratio") if getattr(self, name) != fields[name].default]
+        idle = [name for name in _CROPS if getattr(self, name) != fields[name].default]
         if self.scale_jitter is not None and idle:
-            raise ValueError(f"{' and '.join(idle)} has no effect beside scale_jitter, which says how large a crop is")
+            usual = " ".join(f"data.augment.{name}={[*fields[name].default]}".replace(" ", "") for name in idle)
+            raise FixableError(
+                f"{' and '.join(idle)} has no effect beside scale_jitter, which says how large a crop is",
+                usual if isinstance(self, AugmentConfig) else "leave one of them out",
+            )
         return self
 
     @field_validator("color_jitter")
@@ -241,5 +247,18 @@ class DataConfig(Section):
         for name, source in values["sources"].items():
             plain = plain_values(source)
             of_source = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
-            sources[name] = {**plain, "augment": {**shared, **of_source}} if isinstance(of_source, dict) else source
+            if isinstance(of_source, dict):
+                sources[name] = {**plain, "augment": {**_inherited(shared, of_source), **of_source}}
+            else:
+                sources[name] = source
         return {**values, "sources": sources}
+
+
+def _inherited(shared: dict[str, Any], of_source: dict[str, Any]) -> dict[str, Any]:
+    """Return which common distortions a source has: of crops none where it says in the other way how large they are."""
+    replaced: tuple[str, ...] = ()
+    if of_source.get("scale_jitter") is not None:
+        replaced = _CROPS
+    elif not of_source.keys().isdisjoint(_CROPS):
+        replaced = ("scale_jitter",)
+    return {name: value for name, value in shared.items() if name not in replaced}

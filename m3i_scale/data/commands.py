@@ -111,7 +111,7 @@ def masks(
     ],
     making: MakeOptions,
     reduce_zero_label: Annotated[
-        bool, typer.Option("--reduce-zero-label", help="0 is no class, and names begin at 1, as ADE20k has it.")
+        bool, typer.Option("--reduce-zero-label", help="0 is no class: the first name is that of 1, as in ADE20k.")
     ] = False,
 ) -> None:
     """Take images and masks, paired by their names."""

@@ -94,11 +94,13 @@ def check_mask(data: bytes, image: bytes, where: str) -> None:
     fault = mask_fault(data)
     try:
         with Image.open(io.BytesIO(image), formats=READ_FORMATS) as picture:
-            size = picture.size
+            size, lies = picture.size, orientation(picture)
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as mask:
             mask.load()
             if mask.size != size:
-                fault = fault or f"of {mask.size} pixels, its image of {size}"
+                upright_only = mask.size == upright_size(size, lies)
+                turned = f", which its EXIF orientation, {lies}, turns" if upright_only else ""
+                fault = fault or f"of {mask.size} pixels, its image of {size}{turned}"
     except DECODE_FAULTS as error:
         fault = fault or f"damaged: {fault_text(error)}"
     if fault is not None:

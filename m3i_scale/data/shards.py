@@ -9,11 +9,12 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from m3i_scale.config import SourceConfig
+from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
-from m3i_scale.errors import DataError, did_you_mean
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.text import without_secrets
 
 LABELS, MASK_LABELS = "labels.json", "mask_labels.json"
@@ -194,6 +195,29 @@ def labels_beside(folder: Address, file: str = LABELS) -> list[str] | None:
         DataError: it is broken.
     """
     return _read_labels(folder / file)
+
+
+def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
+    """Check that names can be those of the classes of pixels.
+
+    Args:
+        names: in the order of their numbers.
+        where: names their file in errors.
+        most: how many there may be.
+
+    Raises:
+        ConfigError: too few or too many, or a name twice.
+    """
+    if not 2 <= len(names) <= most:
+        raise ConfigError(f"there are {len(names)} classes, and a pixel is one of 2 to {most}", where=where)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"the class '{twice[0]}' stands twice",
+            where=where,
+            why="a segmenter finds the number of a class by its name",
+            fix="name every class once, as in 'door' and 'door, open'",
+        )
 
 
 def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:

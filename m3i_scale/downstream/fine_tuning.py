@@ -11,8 +11,7 @@ from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
 from m3i_scale.config import Classification, RunConfig, Segmentation, Task
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.images import NO_CLASS
-from m3i_scale.data.shards import MASK_LABELS
+from m3i_scale.data.shards import MASK_LABELS, check_mask_classes
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
@@ -164,18 +163,7 @@ def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
             fix=f"equal {MASK_LABELS} become one by data.sources.NAME.label_set",
         )
     ((name, names),) = label_sets.items()
-    if not 2 <= len(names) <= NO_CLASS:
-        raise ConfigError(
-            f"{MASK_LABELS} has {len(names)} classes, and a pixel is one of 2 to {NO_CLASS}",
-            where=f"data.sources, label set '{name}'",
-        )
-    twice = sorted({one for one in names if names.count(one) > 1})
-    if twice:
-        raise ConfigError(
-            f"{MASK_LABELS} has the class '{twice[0]}' twice",
-            where=f"data.sources, label set '{name}'",
-            why="a segmenter finds the number of a class by its name",
-        )
+    check_mask_classes(names, f"data.sources, label set '{name}': {MASK_LABELS}")
 
 
 def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0) -> None:

@@ -15,7 +15,7 @@ from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import Input
 from m3i_scale.data.make.shards import SKIPPED, make_shards
-from m3i_scale.data.shards import LABELS, MASK_LABELS, expand_shards, labels_beside
+from m3i_scale.data.shards import LABELS, MASK_LABELS, check_mask_classes, expand_shards, labels_beside
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.downstream.subset import Subset, subset_of_shards
 from m3i_scale.downstream.unpacked import (
@@ -56,6 +56,8 @@ class Labelled:
     """How many others are read beside them; None: nobody has counted."""
     source: Input | None = None
     """What the shards are still to be made of."""
+    evaluated: int = 0
+    """How many images there are for evaluation, with a class or not."""
 
     @property
     def read(self) -> int:
@@ -128,16 +130,20 @@ def find_labelled(
         if subset is None:
             return given
         few = subset_of_shards(subset, train, given.classes, masks=masks)
-        return replace(_to_pack(packed, few), validation=evaluated)
+        return replace(_to_pack(packed, few), validation=evaluated, evaluated=given.evaluated)
     if masks:
         found = mask_folders(_mask_places(folder, train, evaluated), _mask_names(folder), skip_bad=skip_bad)
     elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = saved_dataset(folder)
     elif train is None and evaluated is not None:
-        raise ConfigError(f"'{evaluated.name}' has no '{TRAIN}' beside it", where=f"--data {folder}", fix=FIX)
+        raise _without_train(evaluated, FIX)
     else:
         found = image_folders(_places(folder if train is None else train, evaluated))
     return _to_pack(packed, found if subset is None else subset.of(found))
+
+
+def _without_train(evaluated: Path, fix: str) -> ConfigError:
+    return ConfigError(f"'{evaluated.name}' has no '{TRAIN}' beside it", where=f"--data {evaluated.parent}", fix=fix)
 
 
 def _places(train: Path, evaluated: Path | None) -> dict[str, Path]:
@@ -151,6 +157,8 @@ def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> di
     together = images.is_dir() and masks.is_dir()
     if together:
         train, evaluated = _split(images, TRAINED), _split(images, EVALUATED)
+    if train is None and evaluated is not None:
+        raise _without_train(evaluated, MASKS_FIX)
     if train is None:
         raise ConfigError(
             "there are neither shards nor folders of images and masks", where=f"--data {folder}", fix=MASKS_FIX
@@ -181,24 +189,40 @@ def _split(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Labelled:
-    classes = labels_beside(train, file)
-    if not classes:
-        masks = f"put {file} there, a list of class names in the order of the masks' numbers"
-        make = "m3i-scale shards make imagefolder, or make webdataset --labels"
-        raise ConfigError(
-            f"the shards have no classes: {file} beside them names them",
-            where=f"--data {train}",
-            fix=make if file == LABELS else masks,
-        )
-    if validation is not None and (others := labels_beside(validation, file)) != classes:
-        raise differing_classes(classes, others or [], str(validation))
+    classes = _classes_beside(train, file)
+    evaluated = 0
+    if validation is not None:
+        others = _classes_beside(validation, file)
+        if others != classes:
+            raise differing_classes(classes, others, str(validation))
+        evaluated = sum(map(len, load_index(expand_shards(str(validation), "--data"), cache)))
     index = load_index(expand_shards(str(train), "--data"), cache)
     read, labelled = sum(map(len, index)), _labelled(train, {one.path.name for one in index}, masks=file == MASK_LABELS)
     if labelled == 0:
         raise ConfigError("no sample for training has a class", where=f"--data {train}: manifest.json", fix=FIX)
     if labelled is None:
-        return Labelled(train, validation, classes, read, None)
-    return Labelled(train, validation, classes, labelled, read - labelled)
+        return Labelled(train, validation, classes, read, None, evaluated=evaluated)
+    return Labelled(train, validation, classes, labelled, read - labelled, evaluated=evaluated)
+
+
+def _classes_beside(folder: Path, file: str) -> list[str]:
+    """Return what a file beside shards names.
+
+    Raises:
+        ConfigError: there is no such file, or its names cannot be those of pixels.
+    """
+    classes = labels_beside(folder, file)
+    if not classes:
+        masks = f"put {file} there, a list of class names in the order of the masks' numbers"
+        make = "m3i-scale shards make imagefolder, or make webdataset --labels"
+        raise ConfigError(
+            f"the shards have no classes: {file} beside them names them",
+            where=f"--data {folder}",
+            fix=make if file == LABELS else masks,
+        )
+    if file == MASK_LABELS:
+        check_mask_classes(classes, str(folder / file))
+    return classes
 
 
 def _labelled(train: Path, shards: set[str], *, masks: bool) -> int | None:
@@ -230,7 +254,8 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
             )
         source = None
     classes = found.source.mask_labels or found.source.labels
-    return Labelled(packed / TRAIN, validation, classes, len(found.classes), found.unlabelled, source)
+    train, samples = packed / TRAIN, len(found.classes)
+    return Labelled(train, validation, classes, samples, found.unlabelled, source, found.evaluated)
 
 
 class _Marked(Wrapped):

@@ -38,6 +38,8 @@ class Unpacked:
     """How many images for training have none."""
     digest: str
     """Of all that goes into the shards."""
+    evaluated: int = 0
+    """How many images there are for evaluation."""
 
 
 class Wrapped:
@@ -107,7 +109,7 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         record.key: names[record.label] for record in records if record.split == TRAIN and record.label is not None
     }
     images = ListedInput(records, names, source="imagefolder")
-    return Unpacked(images, list(places), trained, 0, digest_of(files))
+    return Unpacked(images, list(places), trained, 0, digest_of(files), len(records) - len(trained))
 
 
 def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad: bool) -> Unpacked:
@@ -129,9 +131,12 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
         pairs = masks_input(images, masks, labels, reduce_zero_label=reduce_zero_label, split=split, skip_bad=skip_bad)
         records += [replace(record, key=f"{split}_{record.key}") for record in pairs.records()]
     files = [(f"{record.split}/{record.meta.get('path', record.key)}", record.size) for record in records]
-    trained = {record.key: "" for record in records if record.split == TRAIN and record.fault is None}
+    numbered = [(f"{number} {name}", int(reduce_zero_label)) for number, name in enumerate(labels)]
+    usable = [record for record in records if record.fault is None]
+    trained = {record.key: "" for record in usable if record.split == TRAIN}
+    evaluated = len(usable) - len(trained)
     source = ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
-    return Unpacked(source, list(places), trained, 0, digest_of([*files, *((name, 0) for name in labels)]))
+    return Unpacked(source, list(places), trained, 0, digest_of([*files, *numbered]), evaluated)
 
 
 def _refuse_names(place: Path, names: list[str]) -> None:
@@ -189,7 +194,8 @@ def saved_dataset(folder: Path) -> Unpacked:
     trained = {key: table.labels[number] for key, number in rows if number is not None}
     with_images = set(trained.values())
     _refuse_empty([name for name in table.labels if name not in with_images], f"{folder}, split {train or TRAIN}")
-    return Unpacked(source, list(splits.values()), trained, len(rows) - len(trained), digest)
+    read = 0 if evaluated is None else sum(1 for _ in source.labels_of(evaluated))
+    return Unpacked(source, list(splits.values()), trained, len(rows) - len(trained), digest, read)
 
 
 def _names_in(schema: Any, label: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
 from m3i_scale.run.resume import check_resume, find_resume
 
 STEPS_APART = 20
-"""Evaluations are an epoch apart, and so many steps at least: of a few images they would take longer than training."""
+"""Evaluations are an epoch apart, so many steps at least, and read no more images than training does: of a few images
+they would take longer than that."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -93,11 +95,14 @@ def prepare(
 
 
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
-    """Return as what the result can be exported: as its task's, or as features and a head where no class computes both.
+    """Return as what the result can be exported: as its task's, or as features and a head where no class computes both;
+    which head of a sweep is the best, and whether a class computes that, is not known yet.
 
     Raises:
         ConfigError: a classifier could be exported if it pooled otherwise.
     """
+    if isinstance(task, Classification) and task.sweep is not None:
+        return "features"
     refusal = _refusal(run, task, name, classes)
     if refusal is None:
         return name
@@ -168,7 +173,8 @@ def _sources(data: Labelled) -> list[str]:
 def _length(
     run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
 ) -> list[str]:
-    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps.
+    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps, and
+    every evaluation reads all images for evaluation once.
 
     Args:
         run: the run, whose steps are not known yet.
@@ -195,8 +201,9 @@ def _length(
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
     if data.validation is not None:
-        every = min(max(STEPS_APART, round(data.read / optim.batch_size)), steps)
-        computed.append(f"evaluation.every_steps={every}")
+        every = min(max(STEPS_APART, round(max(data.read, data.evaluated) / optim.batch_size)), steps)
+        batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))
+        computed += [f"evaluation.every_steps={every}", f"evaluation.batches={batches}"]
     return computed
 
 

@@ -26,8 +26,6 @@ from m3i_scale.text import GIB, masked, told_differences
 
 TaskName = Literal["classification", "segmentation"]
 RESULT, CARD = "finetune.json", "README.md"
-FIGURES = {"top-1": "top_1", "mIoU": "miou"}
-"""What a result calls a figure, in percent, by the name that `evaluate` gives it."""
 _FOLLOWED: dict[str, set[str] | None] = {
     "task": None,
     "optim": set(OptimConfig.model_fields) - {"steps", "warmup_steps"},
@@ -45,11 +43,13 @@ class Outcome:
     """The folder of the export, and the measure of `evaluate`."""
     metric: str
     """The figure, as `evaluate` and `protocol.published` name it."""
+    key: str
+    """What a result calls it, in percent."""
 
 
 OUTCOMES: dict[TaskName, Outcome] = {
-    "classification": Outcome("classifier", "top-1"),
-    "segmentation": Outcome("segmenter", "mIoU"),
+    "classification": Outcome("classifier", "top-1", "top_1"),
+    "segmentation": Outcome("segmenter", "mIoU", "miou"),
 }
 
 
@@ -149,13 +149,12 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
     weights: Any = "student" if run.task is None or run.task.ema is None else "momentum"
     tell(f"exporting into {folder}, as {prepared.export_task}")
     facts = export(run.output_dir, folder, weights, wanted=Wanted(prepared.export_task), overwrite=True)
-    name = FIGURES[outcome.metric]
     result = prepared.facts() | {
         "step": facts["step"],
         "weights": weights,
         "export": str(folder),
         "export_task": prepared.export_task,
-        name: None,
+        outcome.key: None,
     }
     if prepared.data.validation is not None:
         tell(f"measuring on {prepared.data.validation}")
@@ -163,7 +162,7 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         write_json(run.output_dir / "evaluation.json", document)
         _write_card(run.output_dir / "checkpoints" / facts["checkpoint"], folder, document)
         figures = document["measures"][outcome.model]
-        result |= {name: 100 * figures[outcome.metric]["value"], "figures": figures}
+        result |= {outcome.key: 100 * figures[outcome.metric]["value"], "figures": figures}
     write_json(run.output_dir / RESULT, result)
     return result
 
@@ -180,8 +179,7 @@ def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> N
 
 def lines_of(document: dict[str, Any]) -> list[str]:
     """Return a plan or a result as lines for people: what was published, and what differs, beside the figure."""
-    lines = []
-    metrics = {name: metric for metric, name in FIGURES.items()}
+    lines, outcome = [], OUTCOMES[document["task"]]
     for key, value in document.items():
         if key == "published" and value is not None:
             metric = value["metric"]
@@ -192,8 +190,8 @@ def lines_of(document: dict[str, Any]) -> list[str]:
             lines += [f"deviation: {text}" for text in value]
         elif key == "sources":
             lines += [f"{name}: {shards}" for name, shards in value.items()]
-        elif key in metrics:
-            estimate = None if value is None else document["figures"][metrics[key]]
+        elif key == outcome.key:
+            estimate = None if value is None else document["figures"][outcome.metric]
             lines.append(f"{key}: {'there are no images to evaluate' if estimate is None else _percent(estimate)}")
         elif isinstance(value, str | int | float):
             lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

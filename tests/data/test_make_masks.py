@@ -20,6 +20,8 @@ NAMES = ["wall", "building, edifice", "sky"]
 SIZE = (20, 16)
 """Width and height."""
 FLAT = ShardOptions(multiple_of=1)
+ORIENTATION = 274
+"""The tag of EXIF."""
 LENIENT = ShardOptions(multiple_of=1, skip_bad=True)
 
 
@@ -184,6 +186,26 @@ def test_what_is_no_pair_is_refused_by_its_name_or_left_out(tmp_path, spoil):
     assert sum(made["skipped"].values()) == 1
 
 
+def test_what_is_left_out_makes_no_split_of_its_own(tmp_path):
+    images, masks = pairs(tmp_path, "train/a", "val/b", "test/c", "loose", "other/d", classes=3)
+    for name in ("test/c", "loose", "other/d"):
+        (masks / f"{name}.png").unlink()
+    made = make_shards(masks_input(images, masks, NAMES, skip_bad=True), tmp_path / "out", options=LENIENT)
+    assert {split: facts["samples"] for split, facts in made["splits"].items()} == {"train": 1, "val": 1}
+    assert sum(made["skipped"].values()) == 3
+
+
+def test_a_mask_that_is_upright_where_its_image_lies_is_told_as_such(tmp_path):
+    images, masks = pairs(tmp_path, "x", classes=3)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.open(images / "x.jpg").save(images / "x.jpg", exif=exif)
+    make_shards(masks_input(images, masks, NAMES), tmp_path / "out", options=FLAT)
+    save(masks / "x.png", pixels_of(0, 3).T.copy())
+    with pytest.raises(DataError, match="orientation"):
+        make_shards(masks_input(images, masks, NAMES), tmp_path / "refused", options=FLAT)
+
+
 @pytest.mark.parametrize(
     "names", [("train/a", "val/b", "other/c"), ("train/a", "b")], ids=["a folder beside", "an image beside"]
 )
@@ -204,7 +226,8 @@ def test_what_cannot_be_paired_or_named_is_refused_before_anything_is_read(tmp_p
     with pytest.raises(DataError):
         masks_input(images, masks, NAMES)
     (images / "x.png").unlink()
-    for labels, reduce_zero_label in ((["one"], False), (["n"] * 255, True), (["n"] * 256, False)):
+    many = [str(number) for number in range(256)]
+    for labels, reduce_zero_label in ((["one"], False), (many[:255], True), (many, False), (["a", "b", "a"], False)):
         with pytest.raises(ConfigError):
             masks_input(images, masks, labels, reduce_zero_label=reduce_zero_label)
 
@@ -216,7 +239,6 @@ def test_what_cannot_be_paired_or_named_is_refused_before_anything_is_read(tmp_p
         ("Idx\tName\n0\twall\n1\tbuilding, edifice\n2\tsky\n", NAMES),
         ("Idx\tName\n0\twall\n2\tsky\n", None),
         ("Idx\tName\n0\twall\n1\n", None),
-        ("Idx\tName\n0\twall\n1\twall\n", None),
         ("wall\nwall\n", None),
     ],
 )

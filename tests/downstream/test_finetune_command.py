@@ -185,6 +185,7 @@ def test_shards_and_saved_data_sets_are_read_as_folders_of_images_are(data: Path
     assert (found.classes, found.samples) == (sorted(SHAPES), TRAIN * len(SHAPES))
     shards = find_labelled(tmp_path / "a", tmp_path / "unused", tmp_path / "index")
     assert (shards.train, shards.validation, shards.samples) == (found.train, found.validation, found.samples)
+    assert shards.evaluated == found.evaluated == VAL * len(SHAPES)
     labels = datasets.ClassLabel(names=sorted(SHAPES))
     features = datasets.Features({"image": datasets.Image(), "label": labels})
     split = {
@@ -199,7 +200,7 @@ def test_shards_and_saved_data_sets_are_read_as_folders_of_images_are(data: Path
     }
     datasets.DatasetDict(split).save_to_disk(str(tmp_path / "saved"))
     saved = pack(tmp_path / "saved", tmp_path / "b")
-    assert (saved.classes, saved.samples) == (found.classes, found.samples)
+    assert (saved.classes, saved.samples, saved.evaluated) == (found.classes, found.samples, found.evaluated)
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["train", "validation"]
     assert read_json(tmp_path / "b" / "train" / "labels.json") == sorted(SHAPES)
 
@@ -321,6 +322,14 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
     assert run.evaluation.every_steps == 20  # and not 3, an epoch
     given = prepared(start, data, output, "optim.steps=40", "optim.schedule={kind: multi_step, milestones: [30]}").run
     assert (given.optim.steps, given.optim.warmup_steps) == (40, 4)
+
+
+def test_an_evaluation_reads_all_images_for_evaluation_unless_it_is_told_how_many(
+    start: Path, data: Path, tmp_path: Path
+) -> None:
+    fields = [f"output_dir={tmp_path / 'out'}", "optim.batch_size=8", "optim.micro_batch_size=8"]
+    assert prepared(start, data, *fields).run.evaluation.batches == 2  # of 12 images
+    assert prepared(start, data, *fields, "evaluation.batches=5").run.evaluation.batches == 5
 
 
 @pytest.mark.parametrize(

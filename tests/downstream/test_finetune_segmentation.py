@@ -66,7 +66,7 @@ def test_a_segmenter_is_trained_exported_and_measured(
     assert read_json(output / "finetune.json") == told
     assert (told["step"], told["epochs"]) == (STEPS, 2)
     assert "epochs was 32, is 2" in told["deviations"]
-    assert 0 < told["miou"] <= 100
+    assert told["figures"]["mIoU"]["value"] > told["figures"]["mIoU"]["majority"]
     assert told["miou"] == pytest.approx(100 * told["figures"]["mIoU"]["value"])
     assert [one["name"] for one in told["figures"]["classes"]] == SCENE_CLASSES
     assert any(line.startswith(f"miou: {told['miou']:.2f} %") for line in lines_of(told))
@@ -78,8 +78,8 @@ def test_a_segmenter_is_trained_exported_and_measured(
         assert [config.id2label[number] for number in range(len(SCENE_CLASSES))] == SCENE_CLASSES
 
 
-def prepared(start: Path, data: Path, tmp_path: Path, protocol: str = "segment") -> Any:
-    overrides = [f"output_dir={tmp_path / 'out'}"]
+def prepared(start: Path, data: Path, tmp_path: Path, *fields: str, protocol: str = "segment") -> Any:
+    overrides = [f"output_dir={tmp_path / 'out'}", *fields]
     return prepare("segmentation", str(start), data, protocol, overrides, epochs=None, shards=None, here=False)
 
 
@@ -91,13 +91,36 @@ def differing(root: Path) -> None:
     (root / "val" / "mask_labels.json").write_text(json.dumps([*SCENE_CLASSES, "blue"]))
 
 
+def unnamed_to_evaluate(root: Path) -> None:
+    (root / "val" / "mask_labels.json").unlink()
+
+
+def twice(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "mask_labels.json").write_text(json.dumps(["ground", "red", "red"]))
+
+
+def no_training(root: Path) -> None:
+    (root / "train").rename(root / "more")
+
+
 def flat(root: Path) -> None:
     for path in root.rglob("*.tar"):
         path.unlink()
 
 
-@pytest.mark.parametrize(("spoil", "where"), [(unnamed, "train"), (differing, "val"), (flat, "scenes")])
-def test_what_is_no_data_with_masks_is_refused(spoil: Any, where: str, start: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "where", "named"),
+    [
+        (unnamed, "train", "mask_labels.json"),
+        (unnamed_to_evaluate, "val", "mask_labels.json"),
+        (differing, "val", "blue"),
+        (twice, "train/mask_labels.json", "red"),
+        (no_training, "scenes", "val"),
+        (flat, "scenes", "masks"),
+    ],
+)
+def test_what_is_no_data_with_masks_is_refused(spoil: Any, where: str, named: str, start: Path, tmp_path: Path) -> None:
     root = tmp_path / "scenes"
     for split in ("train", "val"):
         write_shards(root / split, [scene(1)] * 8, SCENE_CLASSES)
@@ -105,7 +128,13 @@ def test_what_is_no_data_with_masks_is_refused(spoil: Any, where: str, start: Pa
     with pytest.raises(ConfigError) as caught:
         prepared(start, root, tmp_path)
     assert str(caught.value.where).endswith(where)
+    assert named in f"{caught.value.what} {caught.value.why}"
     assert caught.value.fix
+
+
+def test_an_evaluation_reads_all_images_for_evaluation_once(start: Path, data: Path, tmp_path: Path) -> None:
+    assert prepared(start, data, tmp_path).run.evaluation.batches == 1
+    assert prepared(start, data, tmp_path, "optim.micro_batch_size=8").run.evaluation.batches == VAL // 8
 
 
 def test_a_protocol_of_another_task_is_refused(start: Path, data: Path, tmp_path: Path) -> None:

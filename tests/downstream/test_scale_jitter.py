@@ -10,9 +10,10 @@ from masked import CELL, SIZE, classes_of, mask_of_picture, picture
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-from m3i_scale.config import AugmentConfig, DataConfig, RunConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DataConfig, DistortionConfig, RunConfig, SourceConfig, load_run
 from m3i_scale.data.fingerprint import fingerprint
 from m3i_scale.data.views import ViewMaker, Views
+from m3i_scale.errors import ConfigError
 
 SIDE = 24
 MEAN = (0.2, 0.4, 0.6)
@@ -150,10 +151,31 @@ def test_a_source_without_them_is_what_it_was_before_there_were_any() -> None:
 
 
 def test_sources_may_differ() -> None:
-    data = {
+    data: dict[str, Any] = {
         "augment": {"cat_max_ratio": 0.75},
         "sources": {"a": {"shards": "/a", "augment": {"scale_jitter": [0.5, 2.0]}}},
     }
     kinds = DataConfig.model_validate(data).sources["a"].augment
     assert kinds is not None
     assert (kinds.scale_jitter, kinds.cat_max_ratio) == ((0.5, 2.0), 0.75)
+
+
+JITTER, CROPS = {"scale_jitter": [0.5, 2.0]}, {"crop_scale": [0.25, 1.0], "crop_ratio": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(("common", "own"), [(CROPS, JITTER), (JITTER, CROPS)])
+def test_a_source_that_crops_in_the_other_way_inherits_no_crops(common: dict[str, Any], own: dict[str, Any]) -> None:
+    data = {"augment": common, "sources": {"a": {"shards": "/a", "augment": own}, "b": {"shards": "/b"}}}
+    run = RunConfig.model_validate({"recipe": {}, "data": data})
+    kinds = run.data.sources["a"].augment
+    assert kinds is not None
+    assert kinds == DistortionConfig.model_validate(own)
+    assert RunConfig.model_validate(run.model_dump(mode="json")) == run
+
+
+@pytest.mark.parametrize("crops", [["crop_scale=[0.25,1.0]"], ["crop_scale=[0.25,1.0]", "crop_ratio=[1.0,1.0]"]])
+def test_the_fix_for_crops_of_a_protocol_is_one(crops: list[str]) -> None:
+    fields = ["data.augment.scale_jitter=[0.5,2.0]", *(f"data.augment.{field}" for field in crops)]
+    with pytest.raises(ConfigError) as caught:
+        load_run("finetune", fields)
+    load_run("finetune", [*fields, *str(caught.value.fix).split()])

@@ -194,7 +194,7 @@ def test_folders_of_images_and_masks_become_shards_with_masks(layout: str, tmp_p
     found = pack(folders(tmp_path / "scenes", layout), tmp_path / "shards", masks=True)
     assert (found.samples, found.classes) == (8, SCENE_CLASSES)
     assert found.validation is not None
-    assert len(members(found.validation, "mask.png")) == 4
+    assert len(members(found.validation, "mask.png")) == found.evaluated == 4
     packed = members(found.train, "mask.png")
     wanted = {scene(number)["png"]: scene(number)["mask.png"] for number in range(8)}
     for key, image in members(found.train, "png").items():
@@ -203,6 +203,15 @@ def test_folders_of_images_and_masks_become_shards_with_masks(layout: str, tmp_p
         assert (masks[0] == NO_CLASS).any()
     few = pack(tmp_path / "scenes", tmp_path / "few", Subset(share=0.5), masks=True)
     assert len(members(few.train, "mask.png")) == few.samples == 4
+
+
+def test_shards_are_not_used_where_names_have_changed_places(tmp_path: Path) -> None:
+    root = folders(tmp_path / "scenes", "by split")
+    pack(root, tmp_path / "shards", masks=True)
+    (root / "mask_labels.json").write_text(json.dumps(SCENE_CLASSES[::-1]))
+    with pytest.raises(ConfigError) as caught:
+        find_labelled(root, tmp_path / "shards", tmp_path, masks=True)
+    assert caught.value.where == str(tmp_path / "shards")
 
 
 def test_masks_without_names_or_images_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from m3i_scale.data.images import DECODE_FAULTS, NO_CLASS, mask_fault
 from m3i_scale.data.make.folder import SPLIT_NAMES, key_of, shown_images
 from m3i_scale.data.make.records import ListedInput, Record, reading
 from m3i_scale.data.make.table import read_labels
+from m3i_scale.data.shards import check_mask_classes
 from m3i_scale.errors import ConfigError, DataError
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
@@ -87,13 +88,9 @@ def masks_input(
     Raises:
         DataError: no such folder, an image without mask or a mask without image, two files of one name, or folders of
             which only some are splits.
-        ConfigError: too few or too many classes.
+        ConfigError: too few or too many classes, or one twice.
     """
-    if not 2 <= len(labels) <= NO_CLASS - reduce_zero_label:
-        raise ConfigError(
-            f"there are {len(labels)} classes, and a pixel is one of 2 to {NO_CLASS - reduce_zero_label}",
-            where="--labels",
-        )
+    check_mask_classes(labels, "--labels", NO_CLASS - reduce_zero_label)
     of_images, of_masks = _by_name(images), _by_name(masks)
     both = of_images.keys() & of_masks.keys()
     if not both:
@@ -103,7 +100,8 @@ def masks_input(
             why=f"the first are {min(of_images)} and {min(of_masks)}",
             fix="name them alike, as in IMAGES/a/b.jpg and MASKS/a/b.png",
         )
-    splits = split is None and _are_splits((name.parts[0] if name.parent.parts else "" for name in both), images)
+    whole = {name for name in both if of_masks[name].suffix.lower() == ".png"}
+    splits = set() if split is not None else _splits(whole, images)
     records = []
     for name in sorted({*of_images, *of_masks}):
         image, mask = of_images.get(name), of_masks.get(name)
@@ -115,7 +113,7 @@ def masks_input(
         elif mask.suffix.lower() != ".png":
             fault = DataError("the mask is no PNG", where=str(mask))
         if fault is not None and not skip_bad:
-            fault.fix = f"{len(both)} pairs are whole; --skip-bad leaves the others out"
+            fault.fix = f"{len(whole)} pairs are whole; --skip-bad leaves the others out"
             raise fault
         records.append(
             Record(
@@ -123,7 +121,8 @@ def masks_input(
                 image or b"",
                 mask=None if mask is None else MaskFile(mask, len(labels), reduce_zero_label),
                 meta={} if image is None else {"path": image.relative_to(images).as_posix()},
-                split=name.parts[0] if splits else split,
+                # What is left out makes no split of its own.
+                split=name.parts[0] if name.parts[0] in splits else min(splits, default=split),
                 size=sum(path.stat().st_size for path in (image, mask) if path is not None and path.is_file()),
                 where=str(mask or image),
                 fault=fault,
@@ -150,7 +149,7 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
         [row[header.index(column)] for row in rows if len(row) == len(header)] for column in ("Idx", "Name")
     )
     first = int(reduce_zero_label)
-    if numbers != [str(number) for number in range(first, first + len(rows))] or len({*names}) < len(names):
+    if numbers != [str(number) for number in range(first, first + len(rows))]:
         from_one = not reduce_zero_label and numbers[:1] == ["1"]
         raise ConfigError(
             "its classes are numbered from 1: 0 in a mask is none of them"
@@ -175,17 +174,17 @@ def _by_name(folder: Path) -> dict[Path, Path]:
     return found
 
 
-def _are_splits(folders: Iterable[str], images: Path) -> bool:
-    """Return whether the first folders are splits.
+def _splits(names: Iterable[Path], images: Path) -> set[str]:
+    """Return the first folders on the way to images, where those are splits.
 
     Args:
-        folders: the first folder on the way to every image; empty where there is none.
+        names: of the images: their way from `images`.
         images: where they lie.
 
     Raises:
         DataError: only some of them are.
     """
-    first = {*folders}
+    first = {name.parts[0] if name.parent.parts else "" for name in names}
     splits = {name for name in first if name.lower() in SPLIT_NAMES}
     if splits and splits != first:
         raise DataError(
@@ -194,4 +193,4 @@ def _are_splits(folders: Iterable[str], images: Path) -> bool:
             why=f"beside them: {', '.join(sorted(first - splits)) or 'images'}",
             fix="pack them one by one: --images IMAGES/train --masks MASKS/train --split train=1",
         )
-    return bool(splits)
+    return splits
