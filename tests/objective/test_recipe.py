@@ -134,6 +134,11 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(2, decoder="dense"),
         "decoded by attention_pool or mean_pool or class_token, not transformer",
     ),
+    "layers of a view among several": (
+        "global_distillation",
+        lambda r: r["decoders"]["pool"].update(blocks=2),
+        "decoder 'pool': more than the class token is read of the only input",
+    ),
     "no collapse control": (
         "m3i",
         target(0, regularizer="none"),
