@@ -156,6 +156,8 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         "export_task": prepared.export_task,
         outcome.key: None,
     }
+    if facts["heads"] is not None:
+        result["heads"] = facts["heads"]
     if prepared.data.validation is not None:
         tell(f"measuring on {prepared.data.validation}")
         document = evaluate(folder, str(prepared.data.validation), measures=(outcome.model,))

@@ -396,5 +396,6 @@ def test_finetune_takes_the_protocol(source: Path, shards: Path, forks: Forks, t
     found = json.loads((tmp_path / "out" / "finetune.json").read_text())
     told = json.loads((Path(found["export"]) / "export.json").read_text())["heads"]
     assert sorted(told["top_1"]) == sorted(HEADS)
+    assert found["heads"] == told
     # The run has measured the same crops of the same 21 images once.
     assert found["top_1"] == pytest.approx(100 * max(told["top_1"].values()))
