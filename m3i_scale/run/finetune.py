@@ -88,6 +88,7 @@ def prepare(
             )
     computed = [*first, *_sources(data), *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
+    _refuse_few(run, data)
     faults = Faults()
     Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
     faults.end()
@@ -126,6 +127,17 @@ def _refusal(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> 
     except ExportError as error:
         return error
     return None
+
+
+def _refuse_few(run: RunConfig, data: Labelled) -> None:
+    streams, batch = run.data.streams, run.optim.micro_batch_size
+    if data.read < streams:
+        most = max(number for number in range(1, max(data.read, 1) + 1) if batch % number == 0)
+        raise ConfigError(
+            f"{data.read} images for training cannot be dealt to {streams} streams",
+            where=f"data.streams: {streams}",
+            fix=f"data.streams={most}",
+        )
 
 
 def _refuse_ranks(protocol: str) -> None:

@@ -259,7 +259,12 @@ def test_a_few_images_out_of_shards_are_trained_on(start: Path, data: Path, fork
     fields = [f"output_dir={output}", "optim.batch_size=16", "optim.micro_batch_size=8", "deepspeed=zero1_cpu_fp32"]
     fields += ["log.progress=false"]
     arguments = ["finetune", "classification", str(start), "--data", str(tmp_path / "whole"), "--json"]
-    done = forks.run(*arguments, "--per-class", "2", "--epochs", "4", *fields, env=environment())
+    arguments += ["--per-class", "2", "--epochs", "4", *fields]
+    refused = forks.run(*arguments, env=environment())
+    assert refused.returncode == 2
+    assert "data.streams=4" in refused.stderr  # of 6 images, and a micro-batch of 8
+    assert not (output / "shards").exists()
+    done = forks.run(*arguments, "data.streams=4", env=environment())
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["samples"], told["step"]) == (2 * len(SHAPES), round(4 * 2 * len(SHAPES) / 16))
