@@ -12,6 +12,7 @@ The convention, page by page:
 """
 
 import csv
+import json
 import os
 import random
 import re
@@ -99,7 +100,7 @@ def script_of(block: str, data: Path, port: int) -> str:
 
 
 def a_data_folder(folder: Path) -> None:
-    """Pictures of three shapes: with captions, without, and listed in a table."""
+    """Pictures of three shapes: with captions, without, listed in a table, and with masks."""
     draw_one = random.Random(0)
     shapes = {"disc": "ellipse", "box": "rectangle", "star": "polygon"}
     rows = []
@@ -123,6 +124,15 @@ def a_data_folder(folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=["path", "title", "label"])
         writer.writeheader()
         writer.writerows(rows)
+    for number in range(40):
+        split = folder / "scenes" / ("train" if number < 32 else "val")
+        corner = (draw_one.randint(2, 18), draw_one.randint(2, 18))
+        for kind, mode, ground, colour in (("images", "RGB", "white", "red"), ("masks", "L", 0, 1)):
+            (split / kind).mkdir(parents=True, exist_ok=True)
+            picture = Image.new(mode, (40, 40), ground)
+            ImageDraw.Draw(picture).rectangle([corner, (corner[0] + 20, corner[1] + 20)], fill=colour)
+            picture.save(split / kind / f"{number:02d}.png")
+    (folder / "scenes" / "mask_labels.json").write_text(json.dumps(["ground", "box"]), encoding="utf-8")
 
 
 def name_of(page: Path) -> str:

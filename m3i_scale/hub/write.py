@@ -213,7 +213,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
         "recipe": _portable_recipe(run.recipe),
         "backbone": {"attention": run.backbone.attention, **portable_section(config)},
         "text": {"config": run.text.config, "max_tokens": run.text.max_tokens},
-        "data": {"augment": run.data.augment.model_dump(mode="json")},
+        "data": {"augment": run.data.augment.model_dump(mode="json", include={"mean", "std"})},
     }
 
 

@@ -17,9 +17,11 @@ from m3i_scale.config import (
     known_recipes,
     known_runs,
     load_run,
+    parse_section,
 )
 from m3i_scale.downstream.fine_tuning import check_task
 from m3i_scale.errors import ConfigError
+from m3i_scale.hub.write import portable_run
 from m3i_scale.run.check import faults_of
 
 IMAGENET = 1_281_167
@@ -31,6 +33,13 @@ def without_source(path: Path) -> list[str]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
     parts = [line.partition(" # ") for line in lines]
     return [code for code, _, source in parts if NUMBER.search(code) and not source.strip()]
+
+
+@pytest.mark.parametrize("name", known_protocols())
+def test_what_an_export_says_of_a_run_is_read_again(name: str) -> None:
+    run = load_run(name)
+    again = parse_section(RunConfig, portable_run(run), where="objective.json", stored=True)
+    assert (again.recipe, again.data.augment.mean) == (run.recipe, run.data.augment.mean)
 
 
 @pytest.mark.parametrize("name", known_protocols())
