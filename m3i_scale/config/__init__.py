@@ -325,9 +325,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _augmentation_acts(self, info: ValidationInfo) -> Self:
-        if is_stored(info):  # what is left of a run file beside the heads of an export has no task
-            return self
+    def _augmentation_acts(self) -> Self:
         dense = self.task is not None and self.task.dense
         for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values())):
             if kinds is not None and kinds.cat_max_ratio is not None and not dense:
