@@ -240,7 +240,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_result_says_what_it_was_trained_on(start: Path, data: Path, forks: Forks, tmp_path: Path) -> None:
     arguments = ["finetune", "classification", str(start), "--data", str(data), "--json", "--dry-run"]
-    fields = [f"output_dir={tmp_path / 'out'}", "optim.batch_size=8", "optim.micro_batch_size=8"]
+    fields = [f"output_dir={tmp_path / 'out'}", "optim.batch_size=8", "optim.micro_batch_size=8", "data.streams=4"]
     subset = ["--per-class", "2", "--subset-seed", "3"]
     done = forks.run(*arguments, *subset, *fields, env=environment())
     assert done.returncode == 0, done.stderr
