@@ -1,4 +1,4 @@
-"""What an export is worth beside random weights of its architecture: segmentation, classification, few-shot.
+"""Compare an export with random weights of its architecture: segmentation, classification, few-shot.
 
 Every training is `m3i-scale finetune`, by a built-in protocol whose length fits two cores: a frozen backbone with a
 linear head classifies pixels; all weights are fine-tuned on all labels, and on a few of every class. Every seed has an

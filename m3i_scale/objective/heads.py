@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from m3i_scale.config import Section
 from m3i_scale.objective.ranks import Ranks, standardize
+from m3i_scale.objective.regularizers.memory import Fp32State
 
 Norm = Literal["none", "layer", "batch"]
 
@@ -79,6 +80,33 @@ class BatchNorm(nn.Module):
         if self.weight is not None and self.bias is not None:
             output_ND = output_ND * self.weight.float() + self.bias.float()
         return output_ND.view_as(x_ND).to(x_ND.dtype)
+
+
+class RunningStatistics(Fp32State):
+    """Centres channels in fp32 by the statistics of the global batch, and by running ones outside of training."""
+
+    eps, momentum = 1e-5, 0.1
+
+    def __init__(self, channels: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, C, …) in fp32 less the mean of every channel, and the variances of the channels (C)."""
+        values, rest = x.float(), [1] * (x.ndim - 2)
+        if not self.training:
+            return values - self.running_mean.view(-1, *rest), self.running_var
+        dims, count = [0, *range(2, x.ndim)], values.numel() // values.shape[1] * self.ranks.world_size
+        mean_C = self.ranks.sum_with_gradient(values.sum(dim=dims)) / count
+        centred = values - mean_C.view(-1, *rest)
+        var_C = self.ranks.sum_with_gradient(centred.square().sum(dim=dims)) / count
+        self.running_mean.lerp_(mean_C.detach(), self.momentum)
+        self.running_var.lerp_(var_C.detach() * (count / max(count - 1, 1)), self.momentum)
+        return centred, var_C
 
 
 class Prototypes(nn.Module):

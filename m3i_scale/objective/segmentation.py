@@ -18,24 +18,17 @@ from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNet
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import LinearSegmentation, UperNetSegmentation
 from m3i_scale.errors import ConfigError
+from m3i_scale.objective.heads import RunningStatistics
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.memory import Fp32State
 
 
-class MapBatchNorm(Fp32State):
+class MapBatchNorm(RunningStatistics):
     """Normalises the channels of maps in fp32, with running statistics in fp32 for evaluation."""
 
-    eps, momentum = 1e-5, 0.1
-
     def __init__(self, channels: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.ranks = ranks
+        super().__init__(channels, ranks)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
 
     def reset_parameters(self) -> None:
         """Set scale 1 and offset 0."""
@@ -44,16 +37,7 @@ class MapBatchNorm(Fp32State):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return maps of mean 0 and variance 1, scaled: by the global batch while training."""
-        values_BCHW = x_BCHW.float()
-        if self.training:
-            count = values_BCHW.numel() // values_BCHW.shape[1] * self.ranks.world_size
-            mean_C = self.ranks.sum_with_gradient(values_BCHW.sum(dim=(0, 2, 3))) / count
-            centred_BCHW = values_BCHW - mean_C[:, None, None]
-            var_C = self.ranks.sum_with_gradient(centred_BCHW.square().sum(dim=(0, 2, 3))) / count
-            self.running_mean.lerp_(mean_C.detach(), self.momentum)
-            self.running_var.lerp_(var_C.detach() * (count / max(count - 1, 1)), self.momentum)
-        else:
-            centred_BCHW, var_C = values_BCHW - self.running_mean[:, None, None], self.running_var
+        centred_BCHW, var_C = self.centred(x_BCHW)
         scale_C = (var_C + self.eps).rsqrt() * self.weight.float()
         output_BCHW = centred_BCHW * scale_C[:, None, None] + self.bias.float()[:, None, None]
         return output_BCHW.to(x_BCHW.dtype)

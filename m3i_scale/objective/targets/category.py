@@ -14,9 +14,9 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch, MixedBatch
 from m3i_scale.data.shards import LABELS
 from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.heads import RunningStatistics
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.regularizers.memory import Fp32State
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
@@ -71,11 +71,6 @@ class Category(Target):
         """Return whether batch norm does; otherwise classes are compared, not samples."""
         return self.batch_norm
 
-    @property
-    def compared_by(self) -> str:
-        """Return what compares samples."""
-        return "batch norm"
-
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `CategoryHead`."""
         norm = FeatureNorm(sizes.decoded, sizes.ranks) if self.batch_norm else None
@@ -114,30 +109,15 @@ class Classifier(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class FeatureNorm(Fp32State):
-    """Normalises features in fp32 by the statistics of the global batch, without a learnt scale, and by running ones
-    outside of training: what MAE and SIM put before a linear head."""
+class FeatureNorm(RunningStatistics):
+    """Normalises features without a learnt scale: what MAE and SIM put before a linear head."""
 
-    eps, momentum = 1e-6, 0.1
-
-    def __init__(self, width: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.ranks = ranks
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
+    eps = 1e-6
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return features of mean 0 and variance 1."""
-        mean_D, var_D = self.running_mean, self.running_var
-        if self.training:
-            count = len(x_BD) * self.ranks.world_size
-            mean_D = self.ranks.sum_with_gradient(x_BD.float().sum(dim=0)) / count
-            var_D = self.ranks.sum_with_gradient((x_BD.float() - mean_D).square().sum(dim=0)) / count
-            self.running_mean.lerp_(mean_D.detach(), self.momentum)
-            self.running_var.lerp_(var_D.detach() * (count / max(count - 1, 1)), self.momentum)
-        return ((x_BD.float() - mean_D) * (var_D + self.eps).rsqrt()).to(x_BD.dtype)
+        centred_BD, var_D = self.centred(x_BD)
+        return (centred_BD * (var_D + self.eps).rsqrt()).to(x_BD.dtype)
 
 
 class CategoryHead(nn.Module):
