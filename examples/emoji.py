@@ -124,14 +124,11 @@ class Art:
     def read(self) -> bytes:
         """See `Drawn`."""
         canvas = Image.new("RGBA", (self.size, self.size), (*self.background, 255))
-        canvas.alpha_composite(self._centred())
+        canvas.alpha_composite(self.cut_out())
         return to_png(canvas)
 
-    def alpha(self) -> Image.Image:
-        """How opaque the art is in every pixel, 0 … 255."""
-        return self._centred().getchannel("A")
-
-    def _centred(self) -> Image.Image:
+    def cut_out(self) -> Image.Image:
+        """The art (RGBA), as large as fits and in the middle of a transparent square."""
         canvas = Image.new("RGBA", (self.size, self.size))
         with Image.open(io.BytesIO(self._bitmap())) as picture:
             rgba = picture.convert("RGBA")
@@ -165,7 +162,7 @@ class ArtMask:
         """See `Drawn`."""
         buffer = io.BytesIO()
         inside = [0] * 128 + [self.label] * 128
-        self.art.alpha().point(inside).save(buffer, "PNG")
+        self.art.cut_out().getchannel("A").point(inside).save(buffer, "PNG")
         return buffer.getvalue()
 
 
@@ -189,22 +186,31 @@ def emoji_records(
     Raises:
         DataError: a package or an extra is missing; the message says how to get it.
     """
-    _require_extra()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    table = read_archive(fetch_npm(OPENMOJI, cache_dir), "package/data", ".csv")["openmoji"]
-    concepts = read_concepts(table.decode("utf-8"), limit)
+    concepts, styles = npm_styles(cache_dir, limit)
     held_out = held_out_families(concepts)
-    sets = [
-        Style("openmoji", "svg", OPENMOJI.spec, OPENMOJI.license, _npm_art(OPENMOJI, cache_dir, "color/svg", ".svg")),
-        Style("twemoji", "svg", TWEMOJI.spec, TWEMOJI.license, _npm_art(TWEMOJI, cache_dir, ".", ".svg")),
-        Style("fluent", "bitmap", FLUENT.spec, FLUENT.license, _npm_art(FLUENT, cache_dir, "assets", ".webp")),
-        Style("noto", "bitmap", NOTO_PACKAGE, NOTO_LICENSE, noto_art(noto_font or fetch_noto(cache_dir), concepts)),
-    ]
+    noto = noto_art(noto_font or fetch_noto(cache_dir), concepts)
+    sets = [*styles, Style(HELD_OUT_STYLE, "bitmap", NOTO_PACKAGE, NOTO_LICENSE, noto)]
     return [
         _record(style, concept, concept.family in held_out, image_size, background)
         for style in sets
         for concept in concepts
         if concept.code in style.art
+    ]
+
+
+def npm_styles(cache_dir: Path, limit: int | None = None) -> tuple[list[Concept], list[Style]]:
+    """The concepts, and the three styles for training, downloaded into `cache_dir`; see `emoji_records`.
+
+    Raises:
+        DataError: a package or an extra is missing; the message says how to get it.
+    """
+    _require_extra()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    table = read_archive(fetch_npm(OPENMOJI, cache_dir), "package/data", ".csv")["openmoji"]
+    return read_concepts(table.decode("utf-8"), limit), [
+        Style("openmoji", "svg", OPENMOJI.spec, OPENMOJI.license, _npm_art(OPENMOJI, cache_dir, "color/svg", ".svg")),
+        Style("twemoji", "svg", TWEMOJI.spec, TWEMOJI.license, _npm_art(TWEMOJI, cache_dir, ".", ".svg")),
+        Style("fluent", "bitmap", FLUENT.spec, FLUENT.license, _npm_art(FLUENT, cache_dir, "assets", ".webp")),
     ]
 
 

@@ -320,7 +320,9 @@ def evaluate(
     train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probes learn from.")] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="knn, linear, dense, classifier, zero_shot, retrieval: default all; or segmenter alone."),
+        typer.Option(
+            help="knn, linear, dense, classifier, zero_shot, retrieval: all by default; or segmenter or detector."
+        ),
     ] = None,
     pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
     baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
@@ -330,19 +332,19 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Images in one forward pass, default 64; of a segmenter windows, default 16."),
+        typer.Option(help="Images in one forward pass (64), of a detector (4); of a segmenter windows (16)."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     overlays: Annotated[
         Path | None,
-        typer.Option(help="New folder for pictures of a segmenter: image, truth, prediction; with their colours."),
+        typer.Option(help="New folder for pictures of a segmenter or detector: image, truth, prediction."),
     ] = None,
     overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
-    trained head is right (top-1, top-5, or mIoU of a segmenter), with intervals by concept."""
+    trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector), with intervals by concept."""
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
     from m3i_scale.evaluate.zero_shot import TEMPLATES

@@ -9,3 +9,5 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_CAPTION_BYTES = 2**16
 MAX_SAMPLE_BYTES = 2**29
 """No image of `MAX_IMAGE_PIXELS` is so large."""
+MASK_SIDE = 112
+"""Masks of objects are kept in their boxes at so many pixels a side: four times what a Mask R-CNN learns from."""

@@ -84,7 +84,7 @@ def write_whole(path: Path, text: str, *, mode: int | None = None, durable: bool
 
 
 @contextmanager
-def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, *, replace: bool = False, alone: bool = False, durable: bool = True) -> Iterator[Path]:
     """Give an empty folder beside `target` that takes its name when all in it is on the disk, and is gone after an
     error. What a killed process left of such a folder goes with the next one on its host.
 
@@ -92,6 +92,7 @@ def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) ->
         target: missing, or an empty folder.
         replace: a `target` with something in it goes when the new one is there.
         alone: no other process, on any host, makes this target: what all of them left goes.
+        durable: see `replacing`.
 
     Raises:
         OSError: the disk refused.
@@ -103,11 +104,13 @@ def whole_folder(target: Path, *, replace: bool = False, alone: bool = False) ->
     folder.mkdir()
     try:
         yield folder
-        _sync_below(folder)
+        if durable:
+            _sync_below(folder)
         if replace and target.is_dir():
             target.rename(old)
         folder.rename(target)
-        sync(target.parent)
+        if durable:
+            sync(target.parent)
     except BaseException:
         if old.is_dir() and not target.exists():
             old.rename(target)

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ def a_data_folder(folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=["path", "title", "label"])
         writer.writeheader()
         writer.writerows(rows)
+    boxes: dict[str, Any] = {name: {"images": [], "annotations": []} for name in ("train", "val")}
     for number in range(40):
         split = folder / "scenes" / ("train" if number < 32 else "val")
         corner = (draw_one.randint(2, 18), draw_one.randint(2, 18))
@@ -132,6 +134,14 @@ def a_data_folder(folder: Path) -> None:
             picture = Image.new(mode, (40, 40), ground)
             ImageDraw.Draw(picture).rectangle([corner, (corner[0] + 20, corner[1] + 20)], fill=colour)
             picture.save(split / kind / f"{number:02d}.png")
+        image = {"id": number, "file_name": f"{split.name}/images/{number:02d}.png", "width": 40, "height": 40}
+        boxes[split.name]["images"].append(image)
+        box = {"id": number, "image_id": number, "category_id": 7, "bbox": [*corner, 21, 21], "area": 441}
+        boxes[split.name]["annotations"].append(box)
+    (folder / "scenes" / "annotations").mkdir()
+    for name, value in boxes.items():
+        text = json.dumps(value | {"categories": [{"id": 7, "name": "box"}]})
+        (folder / "scenes" / "annotations" / f"instances_{name}.json").write_text(text, encoding="utf-8")
     (folder / "scenes" / "mask_labels.json").write_text(json.dumps(["ground", "box"]), encoding="utf-8")
 
 

@@ -76,6 +76,13 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, log: lis
     assert (names(tmp_path), names(tmp_path / "out")) == (["out"], ["below", "link"])
 
 
+def test_a_folder_that_can_be_made_anew_does_not_wait_for_the_disk(tmp_path: Path, log: list[str]) -> None:
+    with whole_folder(tmp_path / "out", durable=False) as folder:
+        (folder / "file").write_text("x")
+    assert log == ["RENAME"]
+    assert names(tmp_path / "out") == ["file"]
+
+
 def test_a_folder_is_replaced_only_where_that_is_meant_and_only_by_a_whole_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")

@@ -13,7 +13,7 @@ import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from m3i_scale.config import RunConfig, known_recipes, load_run
-from m3i_scale.data.batch import Batch, no_masks
+from m3i_scale.data.batch import Batch, no_masks, no_objects
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
@@ -166,6 +166,7 @@ def random_batch(
         captions_B=captions,
         seeds_B=torch.randint(0, 2**62, (size,), generator=generator),
         masks_BHW=no_masks(size),
+        **no_objects(size),
         keys=[f"k{int(n)}" for n in number],
     )
 

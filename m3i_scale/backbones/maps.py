@@ -87,6 +87,10 @@ class MapBackbone(Backbone):
         tokens_BND = self.model.fuse(maps).flatten(2).transpose(1, 2)
         return (tokens_BND.mean(dim=1, keepdim=True), tokens_BND), [x.permute(0, 3, 1, 2) for x in maps]
 
+    def stage_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the maps of the four stages alone: (B, C, H, W) each."""
+        return [x.permute(0, 3, 1, 2) for x in self._stages(images_BCHW)]
+
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return the fused map: (B, D, H/16, W/16)."""
         model: InternImageModel = self.model

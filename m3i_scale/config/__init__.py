@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
+from m3i_scale.config.detection import Detection, DetectionHead, MaskRcnn
 from m3i_scale.config.explain import origin, parse_section, validation_error
 from m3i_scale.config.files import (
     find_run_file,
@@ -44,6 +45,8 @@ __all__ = [
     "CheckpointConfig",
     "Classification",
     "DataConfig",
+    "Detection",
+    "DetectionHead",
     "DistortionConfig",
     "EomtSegmentation",
     "EvaluationConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "KeepBestConfig",
     "LinearSegmentation",
     "LogConfig",
+    "MaskRcnn",
     "OptimConfig",
     "Protocol",
     "Published",
@@ -328,7 +332,8 @@ class RunConfig(Section):
     def _augmentation_acts(self) -> Self:
         dense = self.task is not None and self.task.dense
         for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values())):
-            if kinds is not None and kinds.cat_max_ratio is not None and not dense:
+            reads_masks = isinstance(self.task, Segmentation)
+            if kinds is not None and kinds.cat_max_ratio is not None and not reads_masks:
                 raise FixableError(
                     "cat_max_ratio has no effect: it is of the classes of pixels, and no mask is read",
                     "leave it out; it is for task: {kind: segmentation}",

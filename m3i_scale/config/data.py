@@ -17,6 +17,8 @@ _EXTREME_RATIO = 20.0
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _CROPS = ("crop_scale", "crop_ratio")
 """Fields in whose place scale_jitter stands."""
+Reads = Literal["labels", "masks", "boxes", "boxes_and_masks"]
+"""What a sample is asked for beside its image and caption: its class, that of every pixel, or objects."""
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
 
 
@@ -40,6 +42,9 @@ class DistortionConfig(Section):
     """Scale jitter, in place of crop_scale and crop_ratio: the short side of the image becomes the side of a view times
     a random factor, from the smallest to the largest that stands here, from 1/20 to 20. Of that a view is cut; where
     the image ends before the view does, it is filled up with `mean`, and its mask with 255. Default: none."""
+    scale_jitter_side: Literal["short", "long"] | None = None
+    """The side that `scale_jitter` scales: the short one as mmsegmentation, the long one as detectron2 and torchvision.
+    Default: the short one."""
     cat_max_ratio: float | None = Field(default=None, gt=0, lt=1)
     """A crop is drawn anew, up to ten times in all, where one class takes more than this share of the labelled pixels.
     Default: any crop will do."""
@@ -95,6 +100,8 @@ class DistortionConfig(Section):
     @model_validator(mode="after")
     def _crops_are_drawn_one_way(self) -> Self:
         fields = type(self).model_fields  # a complete run file holds the defaults too
+        if self.scale_jitter is None and self.scale_jitter_side is not None:
+            raise ValueError("scale_jitter_side has no effect without scale_jitter")
         idle = [name for name in _CROPS if getattr(self, name) != fields[name].default]
         if self.scale_jitter is not None and idle:
             usual = " ".join(f"data.augment.{name}={[*fields[name].default]}".replace(" ", "") for name in idle)
@@ -164,6 +171,10 @@ class SourceConfig(Section):
     captions: Literal["one", "lines", "none"] = "one"
     """What a `.txt` member holds: one caption, or one on every line, of which each visit draws one. `none`: captions
     are not read, so that no text target applies to this source."""
+    repeat_threshold: float | None = Field(default=None, ge=0, le=1)
+    """Samples with objects of a category that a smaller share of them has are read several times in a pass, by LVIS's
+    repeat factors (0.001 there), and those without objects are not read. 0 only leaves these out. Default: each sample
+    is read once. Needs shards of boxes and their index."""
     augment: DistortionConfig | None = None
     """Where views of this source differ from `data.augment`; what is left out is as there."""
 
@@ -252,6 +263,13 @@ class DataConfig(Section):
             else:
                 sources[name] = source
         return {**values, "sources": sources}
+
+    @model_validator(mode="after")
+    def _evaluation_reads_all(self) -> Self:
+        for name, source in self.validation.items():
+            if source.repeat_threshold is not None:
+                raise ValueError(f"repeat_threshold of validation.{name} would count samples several times, or not")
+        return self
 
 
 def _inherited(shared: dict[str, Any], of_source: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,19 @@ class Published(Section):
     """What was trained, and from which weights."""
     number: float
     """In percent."""
-    metric: Literal["top-1", "mIoU"] = "top-1"
-    """What was counted: images whose class is right, or the overlap of classes over all pixels."""
+    metric: Literal["top-1", "mIoU", "box AP"] = "top-1"
+    """What was counted: images whose class is right, the overlap of classes over all pixels, or the average precision
+    of boxes."""
+    mask_ap: float | None = None
+    """Average precision of masks beside that of boxes, in percent."""
     source: str
     """Where it stands: paper and table, or file of the published code."""
+
+    @model_validator(mode="after")
+    def _masks_have_boxes(self) -> Self:
+        if self.mask_ap is not None and self.metric != "box AP":
+            raise ValueError("mask_ap stands beside the box AP of a detector")
+        return self
 
 
 class Protocol(Section):
@@ -38,13 +47,17 @@ class Protocol(Section):
     deviations: list[str] = Field(default_factory=list)
     """What is done otherwise here."""
 
-    @property
-    def length(self) -> tuple[int | None, int | None]:
-        """Return epochs and steps, of which one is stated."""
-        return self.epochs, self.steps
-
     @model_validator(mode="after")
     def _is_of_one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a protocol is of so many epochs, or of so many steps: one of both")
         return self
+
+    def steps_for(self, images: int, batch_size: int) -> int:
+        """Return how many steps it has with so many images for training."""
+        return self.steps or steps_of(self.epochs or 1, images, batch_size)
+
+
+def steps_of(epochs: int, images: int, batch_size: int) -> int:
+    """Return the nearest whole number of steps, one at least."""
+    return max(1, round(epochs * images / batch_size))

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import ClassVar
 
 from pydantic import Field, field_validator
+from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
 
@@ -19,6 +20,10 @@ class Schedule(Kind):
     @abstractmethod
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
         """Return the share, 1 at most. `step` counts from 0."""
+
+    def fitted(self, steps: int, to: int) -> Self:
+        """Return the schedule of a run of `steps`, for one of `to` steps."""
+        return self
 
 
 class Cosine(Schedule):
@@ -61,3 +66,9 @@ class MultiStep(Schedule):
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
         """Return the share."""
         return self.gamma ** sum(milestone <= step for milestone in self.milestones)
+
+    def fitted(self, steps: int, to: int) -> Self:
+        """Return one whose milestones are at the same shares of the run; of a few steps they may be fewer."""
+        nearest = {min(round(milestone * to / steps), to - 1) for milestone in self.milestones}
+        milestones = tuple(sorted(nearest - {0}))
+        return self.model_copy(update={"milestones": milestones}) if milestones else self

@@ -12,12 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3i_scale.config.data import Reads
+from m3i_scale.defaults import MASK_SIDE
+
 if TYPE_CHECKING:  # the objective takes batches, and no images
     from transformers import PreTrainedTokenizerBase
 
+    from m3i_scale.data.objects import Objects
     from m3i_scale.data.views import Views
 
 _BY_VALUE_BYTES = 65_536
+_COUNTED_OBJECTS = 20
+"""Of an image without values; one of COCO has 7."""
+_OF_OBJECTS = {"boxes_BN4": 0, "box_labels_BN": -1, "box_masks_BNMM": 0}
+"""Fields with an axis of objects, and what they are padded with."""
 _BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
 
 
@@ -50,6 +58,12 @@ class Batch:
     It stays on the host, which draws by it too: to ask a device would be to wait for it."""
     masks_BHW: Tensor
     """uint8 (B, H, W): class of every pixel of view 1, 255 where it has none; (B, 0, 0) where no target asks for it."""
+    boxes_BN4: Tensor
+    """float32 (B, N, 4): x1, y1, x2, y2 of the objects in view 1, padded; N = 0 where no target asks for them."""
+    box_labels_BN: Tensor
+    """int64 (B, N): their classes; −1 is padding."""
+    box_masks_BNMM: Tensor
+    """uint8 (B, N, M, M): the part of an object's mask in its box, resized; M = 0 where no target asks for it."""
     keys: list[str]
     """`source/shard/key` of every sample, for error messages."""
 
@@ -90,6 +104,8 @@ class Batch:
                 continue
             if field.name in ("text_ids_BT", "text_mask_BT"):
                 values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
+            if field.name in _OF_OBJECTS:
+                values = _padded_alike(values, _OF_OBJECTS[field.name])
             joined[field.name] = torch.cat(values, dim=1 if "_VB" in field.name else 0)
         return Batch(**joined)
 
@@ -151,6 +167,7 @@ class Collator:
             captions_B=torch.tensor([caption_hash(caption) for caption in captions]),
             seeds_B=torch.tensor([sample.seed for sample in samples]),
             masks_BHW=_masks([sample.views.mask_HW for sample in samples]),
+            **_objects([sample.views.objects for sample in samples]),
             keys=[sample.key for sample in samples],
         )
 
@@ -177,6 +194,39 @@ def no_masks(count: int) -> Tensor:
     return torch.empty(count, 0, 0, dtype=torch.uint8)
 
 
+def no_objects(count: int) -> dict[str, Tensor]:
+    """Return the objects of samples of which no target asks for any."""
+    return {
+        "boxes_BN4": torch.empty(count, 0, 4),
+        "box_labels_BN": torch.empty(count, 0, dtype=torch.int64),
+        "box_masks_BNMM": torch.empty(count, 0, 0, 0, dtype=torch.uint8),
+    }
+
+
+def _objects(objects: Sequence[Objects | None]) -> dict[str, Tensor]:
+    read = [one for one in objects if one is not None]
+    if not read:
+        return no_objects(len(objects))
+    fields_of: dict[str, list[NDArray[Any]]] = {
+        "boxes_BN4": [one.boxes_N4 for one in read],
+        "box_labels_BN": [one.labels_N for one in read],
+        "box_masks_BNMM": [one.masks_NMM for one in read],
+    }
+    return {
+        name: torch.cat(_padded_alike([torch.from_numpy(value)[None] for value in values], _OF_OBJECTS[name]))
+        for name, values in fields_of.items()
+    }
+
+
+def _padded_alike(parts: Sequence[Tensor], padding: int) -> list[Tensor]:
+    """Return parts (B, N, …) with as many objects each."""
+    count, padded = max(part.shape[1] for part in parts), []
+    for part in parts:
+        padded.append(part.new_full((part.shape[0], count, *part.shape[2:]), padding))
+        padded[-1][:, : part.shape[1]] = part
+    return padded
+
+
 def _masks(masks: Sequence[NDArray[np.uint8] | None]) -> Tensor:
     read = [mask_HW for mask_HW in masks if mask_HW is not None]
     return torch.from_numpy(np.stack(read)) if read else no_masks(len(masks))
@@ -190,7 +240,7 @@ def caption_hash(caption: str | None) -> int:
 
 
 def synthetic_batch(
-    count: int, views: int, *, image: int, tokens: int, classes: int, vocabulary: int, masks: bool = False
+    count: int, views: int, *, image: int, tokens: int, classes: int, vocabulary: int, reads: Reads = "labels"
 ) -> Batch:
     """Return noise images, each with a category and a caption of its own.
 
@@ -203,9 +253,13 @@ def synthetic_batch(
         tokens: of every caption.
         classes: labels are below this number.
         vocabulary: token numbers are below this number.
-        masks: whether every pixel has a class too.
+        reads: what a sample has beside that.
     """
+    objects = _COUNTED_OBJECTS if reads in ("boxes", "boxes_and_masks") else 0
+    side = MASK_SIDE if reads == "boxes_and_masks" else 0
+    pixels = image if reads == "masks" else 0
     crops = torch.tensor([0.0, 0.0, image, image]).expand(views, count, 4)
+    corners = torch.rand(count, objects, 2) * image / 2
     return Batch(
         images_VBCHW=torch.randint(0, 256, (views, count, 3, image, image), dtype=torch.uint8),
         crops_VB4=crops,
@@ -218,7 +272,10 @@ def synthetic_batch(
         has_text_B=torch.ones(count, dtype=torch.bool),
         captions_B=torch.arange(1, count + 1),
         seeds_B=torch.randint(0, 2**62, (count,)),
-        masks_BHW=torch.randint(0, classes, (count, image, image), dtype=torch.uint8) if masks else no_masks(count),
+        masks_BHW=torch.randint(0, classes, (count, pixels, pixels), dtype=torch.uint8),
+        boxes_BN4=torch.cat([corners, corners + image / 4], dim=-1),
+        box_labels_BN=torch.randint(0, classes, (count, objects)),
+        box_masks_BNMM=torch.ones(count, objects, side, side, dtype=torch.uint8),
         keys=[str(number) for number in range(count)],
     )
 

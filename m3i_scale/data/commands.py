@@ -122,6 +122,25 @@ def masks(
     making.make(masks_input(images, masks_folder, labels, reduce_zero_label=reduce_zero_label, skip_bad=skip_bad))
 
 
+@make_app.command(epilog="Example: m3i-scale shards make coco --input /data/coco --output /data/coco-shards")
+@takes_making
+def coco(
+    inputs: Annotated[
+        list[Path],
+        typer.Option("--input", help="A folder as COCO's lies, or an annotation file of COCO or LVIS; once for each."),
+    ],
+    making: MakeOptions,
+    images: Annotated[
+        Path | None, typer.Option(help="Names of images lead from here; default: the annotation files' folder.")
+    ] = None,
+) -> None:
+    """Take images with boxes and masks, out of annotation files of COCO or LVIS."""
+    from m3i_scale.data.make.coco import coco_input
+
+    shares, skip_bad = making.split is not None, making.options.skip_bad
+    making.make(coco_input(inputs, images, shares=shares, skip_bad=skip_bad))
+
+
 @make_app.command(epilog="Example: m3i-scale shards make img2dataset --input /data/cc12m --output /data/c")
 @takes_making
 def img2dataset(

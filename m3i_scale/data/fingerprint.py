@@ -26,13 +26,16 @@ _DEAL = 2
 _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 
-def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentConfig) -> dict[str, Any]:
+def fingerprint(
+    shards: Iterable[Shard], source: SourceConfig, augment: AugmentConfig, repeats: str | None = None
+) -> dict[str, Any]:
     """Return what every rank's state holds of a source: shards and their order as one hash, settings one by one.
 
     Args:
         shards: in order.
         source: its settings.
         augment: distortions where the source has none of its own.
+        repeats: digest of what says how often each sample is read; None: each is once.
     """
     digest = hashlib.sha256()
     count = samples = 0
@@ -44,8 +47,10 @@ def fingerprint(shards: Iterable[Shard], source: SourceConfig, augment: AugmentC
     distortions = (source.augment or augment).model_dump(
         mode="json", include=set(DistortionConfig.model_fields), exclude_none=True
     )
-    settings = source.model_dump(mode="json", exclude={"shards", "augment"}) | {"augment": distortions}
-    return {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "deal": _DEAL, "settings": settings}
+    exclude = {"shards", "augment"} | ({"repeat_threshold"} if source.repeat_threshold is None else set())
+    settings = source.model_dump(mode="json", exclude=exclude) | {"augment": distortions}
+    found = {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "deal": _DEAL, "settings": settings}
+    return found if repeats is None else found | {"repeats": repeats}
 
 
 def listing(shards: Sequence[Shard]) -> dict[str, Any]:
@@ -85,13 +90,15 @@ def changes(
                 parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
             if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
+            elif not parts:
+                parts.append("samples have objects of other categories, by which they are repeated")
             differences[name] = "; ".join(parts)
     return differences
 
 
 def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two fingerprints describe the same shards, dealt to streams by the same rule."""
-    return all(before.get(key) == now.get(key) for key in ("sha256", "deal"))
+    """Return whether two fingerprints describe the same shards, read as often, dealt to streams by the same rule."""
+    return all(before.get(key) == now.get(key) for key in ("sha256", "deal", "repeats"))
 
 
 def _amount(source: Mapping[str, Any]) -> str:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from m3i_scale.data.present import file_of, save_present
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.index import index_remote
 from m3i_scale.data.scan import ShardIndex, cached, load_saved, save_index, scan_shard
+from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import DataError
 
 WAIT_TIMEOUT_S = 3_600.0
@@ -19,7 +21,7 @@ WAIT_TIMEOUT_S = 3_600.0
 
 
 def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[ShardIndex]:
-    """Scan shards and save their indices as `folder/<shard>.npz`.
+    """Scan shards and save their indices as `folder/<shard>.npz`, and beside them which categories their samples have.
 
     Raises:
         DataError: see `scan_shard`; the folder cannot be written.
@@ -28,8 +30,10 @@ def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:
             indices = list(pool.map(scan_shard, shards))
-        for index in indices:
-            save_index(index, folder / f"{index.path.name}.npz")
+        for path, index in zip(shards, indices, strict=True):
+            save_index(index, folder / f"{path.name}.npz")
+            if folder == path.parent / "index" and (path.parent / CATEGORIES).is_file():
+                save_present(path, index.digest, folder / file_of(path.name))
     except OSError as error:
         raise DataError(f"cannot write the index: {error}", where=str(folder)) from None
     return indices

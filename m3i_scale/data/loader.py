@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
@@ -23,6 +25,7 @@ from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access, check_access
+from m3i_scale.data.repeats import repeats_of
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import (
     STATE_FORMAT,
@@ -88,7 +91,8 @@ class TrainStream:
         cache_dir: for indices of shards that have none; shared by the ranks.
         augment: False gives centre crops, for evaluation.
         quarantine_path: JSON lines of bad samples; None writes none.
-        masks: every sample has to have a mask, whose pixels are of the label set; `.cls` members are not read.
+        reads: what every sample has to have, of the label set; `.cls` members are read for `labels` alone, and need
+            not be there.
 
     Raises:
         ConfigError: ranks, streams, workers, weights and batch do not fit.
@@ -112,7 +116,7 @@ class TrainStream:
         cache_dir: Path,
         augment: bool = True,
         quarantine_path: Path | None = None,
-        masks: bool = False,
+        reads: Reads = "labels",
     ) -> None:
         check_shares(data, micro_batch_size=micro_batch_size, world_size=world_size)
         check_weights(sources)
@@ -133,9 +137,9 @@ class TrainStream:
 
         def make_views(source: SourceConfig) -> ViewMaker:
             kinds, mean = source.augment or data.augment, data.augment.mean
-            return ViewMaker(kinds, views=views, image_size=image_size, augment=augment, mean=mean)
+            return ViewMaker(kinds, views=views, image_size=image_size, augment=augment, mean=mean, reads=reads)
 
-        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, masks=masks)
+        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads)
         read = [source for plan in plans.values() for source in plan.values()]
         self._quarantine = Quarantine(
             quarantine_path,
@@ -341,7 +345,7 @@ class TrainStream:
         seed: int,
         make_views: Callable[[SourceConfig], ViewMaker],
         *,
-        masks: bool,
+        reads: Reads,
     ) -> dict[int, dict[str, StreamSource]]:
         plans: dict[int, dict[str, StreamSource]] = {stream: {} for stream in self._streams}
         ends: list[list[int | None]] = [[] for _ in range(self._data.streams)]
@@ -353,9 +357,13 @@ class TrainStream:
             with named(where):
                 indices = load_index(places, cache_dir, rank=rank, access=self._access)
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
-            self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment)
             indices = [indices[shard] for shard in shard_order(len(indices), seed, name)]
-            shard_ends = ends_of([len(index) for index in indices], self._data.streams, where)
+            repeat_seed, limits = seed_of("repeats", seed, name), self._access.at_start()
+            repeats = repeats_of(indices, source.repeat_threshold, repeat_seed, where, limits)
+            digest = None if repeats is None else repeats.digest
+            self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment, digest)
+            sizes = [len(index) for index in indices] if repeats is None else np.diff(repeats.ends(0), prepend=0)
+            shard_ends = ends_of(sizes, self._data.streams, where)
             samples = int(shard_ends[-1])
             self._pass_samples += samples
             for stream, of_stream in enumerate(ends):
@@ -366,17 +374,20 @@ class TrainStream:
             classes = len(label_sets[label_set]) if label_set in label_sets else None
             for stream in self._streams:
                 order_seed = seed_of("order", seed, name, stream)
-                order = StreamOrder(shard_ends, stream, self._data.streams, self._data.shuffle_shards, order_seed)
+                order = StreamOrder(
+                    shard_ends, stream, self._data.streams, self._data.shuffle_shards, order_seed, repeats
+                )
                 plans[stream][name] = StreamSource(
                     name=name,
                     order=order,
                     indices={shard: indices[shard] for shard in order.shards},
                     label_set=set_numbers.get(label_set, -1),
-                    classes=None if masks else classes,
+                    classes=classes if reads == "labels" else None,
                     views=make_views(source),
                     captions=source.captions,
                     end=ends[stream][-1],
-                    mask_classes=(classes or 0) if masks else None,
+                    mask_classes=(classes or 0) if reads == "masks" else None,
+                    categories=(classes or 0) if reads in ("boxes", "boxes_and_masks") else None,
                 )
         self.samples_at_most = samples_at_most(ends)
         return plans

@@ -126,9 +126,15 @@ def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
     """Return lines that say what was made of every split, and what was left out."""
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
-        f"caption, {facts['with_mask']} with mask) in {facts['shards']} shards"
+        f"caption, {facts['with_mask']} with mask"
+        + (f", {facts['with_instances']} with instances" if "with_instances" in facts else "")
+        + f") in {facts['shards']} shards"
         for which, facts in summary["splits"].items()
     ]
+    for file, counts in summary.get("annotations", {}).items():
+        lines.append(
+            f"{file}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
+        )
     lines += [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
     return lines + ([f"each of them: {summary['skipped_list']}"] if "skipped_list" in summary else [])
 

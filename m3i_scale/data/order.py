@@ -14,7 +14,7 @@ import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def shard_order(shards: int, seed: int, source: str) -> NDArray[np.int64]:
     return permutation(shards, seed_of("deal", seed, source))
 
 
-def ends_of(sizes: Sequence[int], streams: int, where: str) -> NDArray[np.int64]:
+def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) -> NDArray[np.int64]:
     """Return where each shard ends in the list of all samples of a source.
 
     Args:
@@ -70,6 +70,25 @@ def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int
     return -((stream - epoch * samples) // streams)
 
 
+class Reads(Protocol):
+    """Says which sample every read of a pass is of, where a pass may read samples several times, or not; see `Repeats`.
+
+    All passes have the same number of reads.
+    """
+
+    def ends(self, epoch: int) -> NDArray[np.int64]:
+        """Return where each shard ends in the list of all reads of a pass."""
+        ...
+
+    def outermost_ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where each shard ends in the list at least, and at most, whatever the pass."""
+        ...
+
+    def sample(self, epoch: int, shard: int, number: int) -> tuple[int, int]:
+        """Return the index within its shard of the sample that a read is of, and how often the pass read it before."""
+        ...
+
+
 @dataclass(frozen=True)
 class SampleRef:
     """Names the sample that a position of a stream leads to."""
@@ -80,6 +99,8 @@ class SampleRef:
     """Index of the shard within the source, in the order of `shard_order`."""
     sample: int
     """Index of the sample within the shard."""
+    copy: int = 0
+    """How often this pass has had it before."""
 
 
 class _Pass(NamedTuple):
@@ -102,9 +123,18 @@ class StreamOrder:
         streams: of how many.
         shuffle_shards: shards per window.
         seed: seed of this (run, source, stream).
+        reads: of the source, where they are others than its samples once each; the ends are then those of some pass.
     """
 
-    def __init__(self, ends: NDArray[np.int64], stream: int, streams: int, shuffle_shards: int, seed: int) -> None:
+    def __init__(
+        self,
+        ends: NDArray[np.int64],
+        stream: int,
+        streams: int,
+        shuffle_shards: int,
+        seed: int,
+        reads: Reads | None = None,
+    ) -> None:
         self._samples = int(ends[-1])
         self._stream, self._streams = stream, streams
         self._shuffle_shards = shuffle_shards
@@ -114,12 +144,14 @@ class StreamOrder:
         each, remainder = divmod(self._samples, streams)
         lowest = each * stream + max(0, stream + remainder - streams)
         highest = each * (stream + 1) + min(stream + 1, remainder)
-        first, last = np.searchsorted(ends, (lowest, highest - 1), side="right").tolist()
+        least, most = (ends, ends) if reads is None else reads.outermost_ends()
+        first = int(np.searchsorted(most, lowest, side="right"))
+        last = int(np.searchsorted(least, highest - 1, side="right"))
         self.shards = range(first, last + 1)
         """Shards of the source that any pass of the stream reads from."""
-        self._ends = ends[first : last + 1]
-        self._begins = np.concatenate((ends[first - 1 : first] if first else [0], self._ends[:-1]))
-        owners = self._begins * streams // self._samples
+        self._reads = reads
+        self._edges = self._edges_in(ends)
+        owners = self._edges[0] * streams // self._samples
         self.own_shards = [first + int(number) for number in np.flatnonzero(owners == stream)]
         """Of a shard that several streams read from, one is the owner."""
         self.longest = -(-self._samples // streams)
@@ -140,7 +172,10 @@ class StreamOrder:
         which = bisect.bisect_right(ends, number)
         before = ends[which - 1] if which else 0
         part = window * self._shuffle_shards + which
-        return SampleRef(epoch, int(parts.shards[part]), int(parts.firsts[part]) + number - before)
+        shard, place = int(parts.shards[part]), int(parts.firsts[part]) + number - before
+        if self._reads is None:
+            return SampleRef(epoch, shard, place)
+        return SampleRef(epoch, shard, *self._reads.sample(epoch, shard, place))
 
     def window_at(self, position: int) -> tuple[int, int]:
         """Return the pass and the number of the window that a position lies in."""
@@ -159,18 +194,30 @@ class StreamOrder:
         """Count the samples of some shards that the stream has in a pass; without a permutation, as every step asks."""
         numbers = np.asarray([shard - self.shards.start for shard in shards if shard in self.shards], dtype=np.int64)
         first, end = self._stretch(epoch)
-        lows, highs = np.maximum(self._begins[numbers], first), np.minimum(self._ends[numbers], end)
+        begins, ends = self._edges_of(epoch)
+        lows, highs = np.maximum(begins[numbers], first), np.minimum(ends[numbers], end)
         return int(np.maximum(highs - lows, 0).sum())
+
+    def _edges_in(self, ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the shards that the stream reads from begin and end in the list of all samples."""
+        first = self.shards.start
+        mine = ends[first : self.shards.stop]
+        return np.concatenate((ends[first - 1 : first] if first else [0], mine[:-1])), mine
+
+    def _edges_of(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the same in a pass: where samples are read several times, the edges move from pass to pass."""
+        return self._edges if self._reads is None else self._edges_in(self._reads.ends(epoch))
 
     def _stretch(self, epoch: int) -> tuple[int, int]:
         return self._before(self._stream, epoch), self._before(self._stream + 1, epoch)
 
     def _pass(self, epoch: int) -> _Pass:
         first, end = self._stretch(epoch)
-        lows, highs = np.maximum(self._begins, first), np.minimum(self._ends, end)
+        begins, ends = self._edges_of(epoch)
+        lows, highs = np.maximum(begins, first), np.minimum(ends, end)
         mine = np.flatnonzero(lows < highs)
         mine = mine[permutation(len(mine), seed_of(self._seed, "shards", epoch))]
-        return _Pass(mine + self.shards.start, (lows - self._begins)[mine], (highs - lows)[mine])
+        return _Pass(mine + self.shards.start, (lows - begins)[mine], (highs - lows)[mine])
 
     def _before(self, stream: int, epoch: int) -> int:
         """Count the samples of earlier streams in a pass, which is where this stream's stretch of the list begins."""

@@ -190,7 +190,7 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
     Raises:
         ValueError: no index.
     """
-    arrays = _arrays(data)
+    arrays = stored_arrays(data)
     try:
         if int(arrays["format"]) != INDEX_FORMAT:
             return None
@@ -209,8 +209,8 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
     return ShardIndex(path, size, ranges, heads, version, sha256)
 
 
-def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Read what `np.savez` wrote, without `np.load`, which trusts the size in a header before it has seen its checksum.
+def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """Read what `np.savez` wrote, without `np.load`, which trusts a header's size before it has seen its checksum.
 
     Raises:
         ValueError: damaged, or packed so that it could grow.

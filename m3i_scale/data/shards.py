@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 
@@ -17,8 +18,8 @@ from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.text import without_secrets
 
-LABELS, MASK_LABELS = "labels.json", "mask_labels.json"
-"""Files beside shards: what the classes of samples are called, and what those of pixels."""
+LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
+"""Files beside shards: what the classes of samples are called, what those of pixels, and what those of objects."""
 
 
 def shard_folder(shards: str) -> Address:
@@ -142,7 +143,7 @@ def read_label_sets(
     Args:
         sources: that have the sets.
         access: how servers are asked.
-        file: LABELS or MASK_LABELS.
+        file: LABELS, MASK_LABELS or CATEGORIES.
 
     Raises:
         DataError: a broken file, or two different ones for one label set.
@@ -189,7 +190,7 @@ def labels_beside(folder: Address, file: str = LABELS) -> list[str] | None:
 
     Args:
         folder: of the shards.
-        file: LABELS or MASK_LABELS.
+        file: LABELS, MASK_LABELS or CATEGORIES.
 
     Raises:
         DataError: it is broken.
@@ -221,12 +222,33 @@ def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -
 
 
 def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:
+    labels = read_beside(path, whose, access)
+    if path.name == CATEGORIES and isinstance(labels, dict):
+        rows = labels.get("categories")
+        labels = [row.get("name") if isinstance(row, dict) else None for row in rows or []]
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise DataError(f"{path.name} must be a list of names", where=f"{whose}{path}")
+    return labels
+
+
+def read_beside(path: Address, whose: str = "", access: Access | None = None) -> Any:
+    """Read a JSON file beside shards; None where there is no such file.
+
+    Args:
+        path: of the file.
+        whose: names the source in errors.
+        access: how servers are asked.
+
+    Raises:
+        DataError: it cannot be read, or says nothing.
+    """
     try:
-        labels = json.loads(read_file(path, access).decode("utf-8"))
+        value = json.loads(read_file(path, access).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read the labels: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise DataError(f"{path.name} must be a list of names", where=f"{whose}{path}")
-    return labels
+        what = "labels" if path.name in (LABELS, MASK_LABELS) else path.name
+        raise DataError(f"cannot read the {what}: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
+    if value is None:
+        raise DataError(f"{path.name} says nothing", where=f"{whose}{path}")
+    return value

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from m3i_scale.config import DataConfig
 from m3i_scale.data.batch import Sample
+from m3i_scale.data.instances import read_instances
 from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
 from m3i_scale.data.quarantine import WHOLE_SHARD
@@ -49,6 +50,8 @@ class StreamSource:
     """Position at which the source is exhausted; None: never."""
     mask_classes: int | None = None
     """Number of classes that a pixel may have; None: masks are not read."""
+    categories: int | None = None
+    """Number of classes that an object may have; None: objects are not read."""
 
 
 class ExhaustedError(Exception):
@@ -133,7 +136,7 @@ class Stream:
         members = self._members(source, ref)
         key = str(members["__key__"])
         try:
-            identity = (self._seed, source.name, ref.epoch, index.path.name, key)
+            identity = (self._seed, source.name, ref.epoch, index.path.name, key, *([ref.copy] if ref.copy else []))
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
             annotations = read_annotations(
                 members,
@@ -145,7 +148,10 @@ class Stream:
             image, mask = open_image(members, self._data.max_image_pixels), None
             if source.mask_classes is not None:
                 mask = read_mask(members, self._data.max_image_pixels, image.size, source.mask_classes)
-            views = source.views(image, seed_of("views", *identity), mask)
+            instances = None
+            if source.categories is not None:
+                instances = read_instances(members, source.categories, image.size)
+            views = source.views(image, seed_of("views", *identity), mask, instances)
         except BadSampleError as bad:
             bad.key = key
             raise

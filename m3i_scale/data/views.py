@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from m3i_scale.config import AugmentConfig, DistortionConfig
+from m3i_scale.config.data import Reads
 from m3i_scale.data.crops import CROP_ATTEMPTS, Crop, box_of, largest_share, random_crop, scaled_crop, uniform
 from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
+from m3i_scale.data.instances import Instances, check_turned
+from m3i_scale.data.objects import Objects, objects_in
 from m3i_scale.data.samples import decoding, quick_pixels
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ class Views:
     """Height and width of the source image in pixels."""
     mask_HW: NDArray[np.uint8] | None = None
     """Class of every pixel of the first view, where the image has a mask."""
+    objects: Objects | None = None
+    """What the first view shows, where the image has boxes."""
 
 
 class ViewMaker:
@@ -52,6 +57,8 @@ class ViewMaker:
         views: V, number of views per image.
         image_size: side of a view in pixels.
         augment: False gives the largest centre square, V times, with nothing random.
+        reads: what is asked of a sample; where that is objects, the whole image is shown without augmentation, its long
+            side as long as the view.
         mean: of the pixels, from 0 to 1: the colour beyond the edge of an image.
     """
 
@@ -62,6 +69,7 @@ class ViewMaker:
         views: int,
         image_size: int,
         augment: bool,
+        reads: Reads = "labels",
         mean: tuple[float, float, float] = AugmentConfig().mean,
     ) -> None:
         self._config = config
@@ -74,19 +82,25 @@ class ViewMaker:
         self._views = views
         self._size = image_size
         self._augment = augment
+        self._reads = reads
 
-    def __call__(self, image: Image.Image, seed: int, mask: Image.Image | None = None) -> Views:
+    def __call__(
+        self, image: Image.Image, seed: int, mask: Image.Image | None = None, instances: Instances | None = None
+    ) -> Views:
         """Return views of an opened image; the same for the same seed.
 
         Args:
             image: not decoded yet.
             seed: of its crops and colours.
             mask: class of every pixel of the image as it is stored; it is turned and cut as the first view is.
+            instances: boxes and masks of the image as it is stored; they are cut as the first view is.
 
         Raises:
-            BadSampleError: the image does not decode.
+            BadSampleError: the image does not decode; or it is turned, and has instances.
         """
         lies = orientation(image)
+        if instances is not None:
+            check_turned(lies)
         width, height = upright_size(image.size, lies)
         rng = random.Random(seed)
         mask = None if mask is None else upright(mask, lies)
@@ -114,10 +128,15 @@ class ViewMaker:
                 pixels[view] = np.array(self._fill)[:, None, None]
             pixels[view, :, :rows, :columns] = shown.transpose(2, 0, 1)
         mask_HW = None if mask is None else self._cut_mask(mask, crops[0])
-        return Views(pixels, crops, (height, width), mask_HW)
+        objects = None
+        if instances is not None:
+            objects = objects_in(instances, crops[0], self._size, masks=self._reads == "boxes_and_masks")
+        return Views(pixels, crops, (height, width), mask_HW, objects)
 
     def _crop(self, height: int, width: int, rng: random.Random, mask: Image.Image | None = None) -> Crop:
         """Draw a crop; one of a mask anew, as long as a class has too much of it."""
+        if not self._augment and self._reads in ("boxes", "boxes_and_masks"):
+            return Crop(*scaled_crop(height, width, self._size / max(height, width), self._size, rng), False)
         if not self._augment:
             side = min(height, width)
             return Crop((height - side) / 2, (width - side) / 2, side, side, False)
@@ -136,7 +155,8 @@ class ViewMaker:
         config = self._config
         if config.scale_jitter is None:
             return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
-        scale = uniform(*config.scale_jitter, rng) * self._size / min(height, width)
+        side = (max if config.scale_jitter_side == "long" else min)(height, width)
+        scale = uniform(*config.scale_jitter, rng) * self._size / side
         return lambda: scaled_crop(height, width, scale, self._size, rng)
 
     def _needs_no_resize(self, crop: Crop, source: tuple[int, int]) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
-from m3i_scale.config import Classification, RunConfig, Segmentation, Task
+from m3i_scale.config import Classification, Detection, MaskRcnn, RunConfig, Segmentation, Task
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.shards import MASK_LABELS, check_mask_classes
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, check_mask_classes
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
@@ -50,6 +50,8 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
             where=f"task.dcn_lr: {task.dcn_lr:g}",
             fix="leave it out, or take an InternImage",
         )
+    if isinstance(task, Detection) and isinstance(task.head, MaskRcnn) and task.head.masks:
+        _check_mask_library()
     if isinstance(task, Classification):
         if task.sweep is not None:
             _check_sweep(run, maps)
@@ -78,7 +80,7 @@ def _check_family(run: RunConfig, config: VisionConfig) -> None:
             f"the protocol is for {_FAMILIES[protocol.family]}, and the backbone is {_FAMILIES[family]}",
             where=f"backbone: {backbone.from_pretrained or backbone.preset or DEFAULT_PRESET}",
             why="learning rates by layer and their decay are those of another model",
-            fix="take a protocol for it, or protocol `finetune`, which is for any",
+            fix="take a protocol for it, or the default one of `finetune`, which is for any",
         )
 
 
@@ -129,6 +131,26 @@ def _check_sweep(run: RunConfig, maps: bool) -> None:
         )
 
 
+def check_stage(run: RunConfig, engine: dict[str, Any]) -> None:
+    """Refuse partitioned parameters where the ranks' passes differ.
+
+    Args:
+        run: the run file.
+        engine: its DeepSpeed file, filled in.
+
+    Raises:
+        ConfigError: a detector would be trained by stage 3.
+    """
+    if isinstance(run.task, Detection) and engine.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            "a detector is not trained by ZeRO stage 3",
+            where=f"deepspeed: {run.deepspeed}",
+            why="which of its modules compute depends on what an image shows; stage 3 gathers a module's parameters on"
+            " all ranks together, and ranks that show different images would wait for each other for ever",
+            fix="deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
+        )
+
+
 def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
     """Check that there is one list of classes to predict.
 
@@ -141,6 +163,12 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
     """
     if isinstance(task, Segmentation) and label_sets:  # a source without is told of by itself
         _check_mask_labels(label_sets)
+    if isinstance(task, Detection) and len(label_sets) > 1:
+        raise ConfigError(
+            f"objects have one list of categories, and the sources have {', '.join(label_sets)}",
+            where="data.sources",
+            fix=f"equal {CATEGORIES} become one by data.sources.NAME.label_set",
+        )
     if isinstance(task, Classification) and len(label_sets) != 1:
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
         raise ConfigError(
@@ -151,6 +179,26 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
             " data.sources.NAME.label_set"
             if several
             else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
+        )
+
+
+def check_image_counts(task: Task | None, counts: list[int] | None) -> None:
+    """Check that a federated loss knows in how many images every category is.
+
+    Args:
+        task: of the run.
+        counts: by category; None: the sources do not say so.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    head = task.head if isinstance(task, Detection) else None
+    if isinstance(head, MaskRcnn) and head.federated_classes is not None and counts is None:
+        raise ConfigError(
+            "a federated loss draws categories by how many images have them, and no source says so",
+            where="task.head.federated_classes",
+            why=f"{CATEGORIES} beside the shards has no image_count: it is not of LVIS",
+            fix="task.head.federated_classes=null, or shards of LVIS",
         )
 
 
@@ -193,6 +241,15 @@ def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0
         objective.mix_labelled = lambda batch: reduce(lambda changed, change: change(changed), changes, batch)
 
 
+def _check_mask_library() -> None:
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise ConfigError(
+            "masks of polygons are drawn by faster-coco-eval, which is not installed",
+            where="task.head.masks",
+            fix="pip install 'm3i-scale[detection]'",
+        )
+
+
 def _check_timm(what: str, without: str) -> None:
     if importlib.util.find_spec("timm") is None:
         raise ConfigError(
@@ -214,4 +271,9 @@ def scales_of(module: Any, task: Task | None) -> dict[str, float]:
     if task is None or task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
         return {}
     scales = lr_scales(module.student.model, task.layer_decay, dense=task.dense, dcn=task.dcn_lr)
-    return {STUDENT + name: scale for name, scale in scales.items()}
+    named = {STUDENT + name: scale for name, scale in scales.items()}
+    if module.detector is not None:  # its windows have parameters of the backbone's layers
+        depth = len(module.student.layers)
+        for name, layer in module.detector.backbone_layers().items():
+            named[f"heads.detection.{name}"] = task.layer_decay ** (depth - layer)
+    return named

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import Input
 from m3i_scale.data.make.shards import SKIPPED, make_shards
-from m3i_scale.data.shards import LABELS, MASK_LABELS, check_mask_classes, expand_shards, labels_beside
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, labels_beside
 from m3i_scale.data.workers import DEFAULT_WORKERS
+from m3i_scale.downstream.annotated import BOXES_FIX, annotated_images, masked_of
 from m3i_scale.downstream.subset import Subset, subset_of_shards
 from m3i_scale.downstream.unpacked import (
     ADE_NAMES,
@@ -24,6 +26,7 @@ from m3i_scale.downstream.unpacked import (
     FIX,
     TRAIN,
     TRAINED,
+    Masked,
     Unpacked,
     Wrapped,
     differing_classes,
@@ -38,6 +41,9 @@ MASKS_FIX = (
     "shards with masks, and mask_labels.json beside them, in DIR/train and DIR/val, or in DIR; DIR/train/images and "
     "DIR/train/masks, and such in DIR/val; or DIR/images/training and DIR/annotations/training, and validation beside"
 )
+_FIXES = {LABELS: FIX, MASK_LABELS: MASKS_FIX, CATEGORIES: BOXES_FIX}
+_COUNTED = {LABELS: "with_label", MASK_LABELS: "with_mask", CATEGORIES: "with_instances"}
+"""What the manifest calls samples that can be learnt from, by the file that names their classes."""
 _DIGEST = "input_sha256"
 _TOLD_EVERY = 50_000
 
@@ -51,13 +57,18 @@ class Labelled:
     validation: Path | None
     classes: list[str]
     samples: int
-    """For training, with a label or a mask; where `unlabelled` is None, those without are among them."""
+    """For training, with a label, a mask or a list of boxes, which may be empty; where `unlabelled` is None, those
+    without are among them."""
     unlabelled: int | None = 0
     """How many others are read beside them; None: nobody has counted."""
     source: Input | None = None
     """What the shards are still to be made of."""
     evaluated: int = 0
     """How many images there are for evaluation, with a class or not."""
+    categories: Categories | None = None
+    """Of boxes."""
+    masked: Masked = "all"
+    """Of objects with boxes: which of them have masks."""
 
     @property
     def read(self) -> int:
@@ -99,29 +110,31 @@ def find_labelled(
     folder: Path,
     packed: Path,
     cache: Path,
+    file: str = LABELS,
     *,
-    masks: bool = False,
     subset: Subset | None = None,
     skip_bad: bool = False,
 ) -> Labelled:
     """Find out what kind of data lie in a folder, and check them as far as names tell.
 
     Args:
-        folder: where they lie.
+        folder: where they lie; of boxes also the annotation file for training.
         packed: where shards of what is not in shards, or of a subset, lie or will.
         cache: keeps indices of shards that have none beside them.
-        masks: whether pixels have classes, and not images.
+        file: names classes beside shards, and says of what: of images, of pixels or of boxes.
         subset: of the images for training; None: all of them.
-        skip_bad: whether images may lack a mask, and masks an image.
+        skip_bad: whether images may lack a mask, masks an image, and images of an annotation file may have faults.
 
     Raises:
-        ConfigError: neither kind, a class without images for training, classes that differ between splits, or shards
+        ConfigError: no such kind, a class without images for training, classes that differ between splits, or shards
             at `packed` of other data.
-        DataError: shards or a saved data set that are damaged.
+        DataError: shards, a saved data set or annotation files that are damaged.
     """
-    fix, file = (MASKS_FIX, MASK_LABELS) if masks else (FIX, LABELS)
+    if file == CATEGORIES and folder.is_file():
+        found = annotated_images(folder, skip_bad=skip_bad)
+        return _to_pack(packed, found if subset is None else subset.of(found))
     if not folder.is_dir():
-        raise ConfigError("there is no such folder", where=f"--data {folder}", fix=fix)
+        raise ConfigError("there is no such folder", where=f"--data {folder}", fix=_FIXES[file])
     train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
     if train is None and any(folder.glob("*.tar")):
         train, evaluated = folder, None
@@ -129,9 +142,11 @@ def find_labelled(
         given = _shards(train, evaluated, cache, file)
         if subset is None:
             return given
-        few = subset_of_shards(subset, train, given.classes, masks=masks)
+        few = replace(subset_of_shards(subset, train, given.classes, file), masked=given.masked)
         return replace(_to_pack(packed, few), validation=evaluated, evaluated=given.evaluated)
-    if masks:
+    if file == CATEGORIES:
+        found = annotated_images(folder, skip_bad=skip_bad)
+    elif file == MASK_LABELS:
         found = mask_folders(_mask_places(folder, train, evaluated), _mask_names(folder), skip_bad=skip_bad)
     elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = saved_dataset(folder)
@@ -197,12 +212,16 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
             raise differing_classes(classes, others, str(validation))
         evaluated = sum(map(len, load_index(expand_shards(str(validation), "--data"), cache)))
     index = load_index(expand_shards(str(train), "--data"), cache)
-    read, labelled = sum(map(len, index)), _labelled(train, {one.path.name for one in index}, masks=file == MASK_LABELS)
+    read, labelled = sum(map(len, index)), _labelled(train, {one.path.name for one in index}, file)
     if labelled == 0:
-        raise ConfigError("no sample for training has a class", where=f"--data {train}: manifest.json", fix=FIX)
-    if labelled is None:
-        return Labelled(train, validation, classes, read, None, evaluated=evaluated)
-    return Labelled(train, validation, classes, labelled, read - labelled, evaluated=evaluated)
+        raise ConfigError(
+            "no sample for training has a class", where=f"--data {train}: manifest.json", fix=_FIXES[file]
+        )
+    samples, unlabelled = (read, None) if labelled is None else (labelled, read - labelled)
+    given = Labelled(train, validation, classes, samples, unlabelled, evaluated=evaluated)
+    if file != CATEGORIES:
+        return given
+    return replace(given, categories=categories_beside(train), masked=_masked(train))
 
 
 def _classes_beside(folder: Path, file: str) -> list[str]:
@@ -213,28 +232,37 @@ def _classes_beside(folder: Path, file: str) -> list[str]:
     """
     classes = labels_beside(folder, file)
     if not classes:
-        masks = f"put {file} there, a list of class names in the order of the masks' numbers"
-        make = "m3i-scale shards make imagefolder, or make webdataset --labels"
+        makes = {
+            LABELS: "m3i-scale shards make imagefolder, or make webdataset --labels",
+            MASK_LABELS: f"put {file} there, a list of class names in the order of the masks' numbers",
+            CATEGORIES: "m3i-scale shards make coco",
+        }
         raise ConfigError(
-            f"the shards have no classes: {file} beside them names them",
-            where=f"--data {folder}",
-            fix=make if file == LABELS else masks,
+            f"the shards have no classes: {file} beside them names them", where=f"--data {folder}", fix=makes[file]
         )
     if file == MASK_LABELS:
         check_mask_classes(classes, str(folder / file))
     return classes
 
 
-def _labelled(train: Path, shards: set[str], *, masks: bool) -> int | None:
-    """Return how many samples have a label, or a mask, as the manifest counts them; None where it is of other shards or
-    not there."""
+def _labelled(train: Path, shards: set[str], file: str) -> int | None:
+    """Return how many samples have a label, a mask or boxes, as the manifest counts them; None where it is of other
+    shards or not there."""
     try:
         counts = read_json(train / "manifest.json")["shards"]
         if {*counts} != shards:
             return None
-        return sum(int(counts[name]["with_mask" if masks else "with_label"]) for name in shards)
+        return sum(int(counts[name][_COUNTED[file]]) for name in shards)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # shards of other tools have no such file
+
+
+def _masked(train: Path) -> Masked:
+    """Return which objects have masks, as the manifest counts them."""
+    try:
+        return masked_of(read_json(train / "manifest.json")["annotations"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "all"  # shards of other tools have no such file; a sample without masks is a bad one
 
 
 def _to_pack(packed: Path, found: Unpacked) -> Labelled:
@@ -253,9 +281,10 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
                 fix="remove them, or give another folder with --shards or output_dir",
             )
         source = None
-    classes = found.source.mask_labels or found.source.labels
-    train, samples = packed / TRAIN, len(found.classes)
-    return Labelled(train, validation, classes, samples, found.unlabelled, source, found.evaluated)
+    categories, train = found.source.categories, packed / TRAIN
+    classes = found.source.mask_labels or found.source.labels if categories is None else categories.names
+    counts = (len(found.classes), found.unlabelled)
+    return Labelled(*(train, validation, classes, *counts, source, found.evaluated), categories, masked=found.masked)
 
 
 class _Marked(Wrapped):

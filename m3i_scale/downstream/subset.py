@@ -8,17 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.images import MASK
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
 from m3i_scale.data.make.layout import Outline, hash_of
 from m3i_scale.data.make.records import Input, Record
 from m3i_scale.data.make.wds import record_of
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import local_shards
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.downstream.unpacked import TRAIN, Unpacked, Wrapped, digest_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
+
+MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}
+"""What a sample has to be learnt, by the file that names its classes."""
 
 
 @dataclass(frozen=True)
@@ -100,34 +105,38 @@ class _Chosen(Wrapped):
         return sample.split != TRAIN or sample.key in self._keys
 
 
-def subset_of_shards(subset: Subset, train: Path, classes: list[str], *, masks: bool) -> Unpacked:
-    """Return what is to be packed of the samples of shards that have a label, or a mask.
+def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
+    """Return what is to be packed of the samples of shards that have a label, a mask or boxes.
 
     Args:
         subset: which of them.
         train: a folder of shards.
-        classes: of labels, or of pixels.
-        masks: whether samples have masks, and labels do not count.
+        classes: of labels, of pixels or of boxes.
+        file: which names them beside the shards: one of `MEMBERS`. Labels count where it is that of labels.
 
     Raises:
         ConfigError: a class has too few images.
         DataError: a shard is damaged, or a label is none.
     """
+    labels = classes if file == LABELS else []
     origins = [Origin(path) for path in local_shards(str(train), "--data")]
     found: dict[str, str] = {}
     for origin in origins:
         with origin.path.open("rb") as stream:
             for sample in sound_shard(origin.path).samples:
-                only = [member for member in sample.members if member.extension == (MASK if masks else "cls")]
+                only = [member for member in sample.members if member.extension == MEMBERS[file]]
                 label = None
-                if only and not masks:
+                if only and labels:
                     with annotations_of(origin.where(sample.key)):
                         members = read_members(stream, RawSample(sample.key, only))
                         label = read_annotations(members, len(classes), captions=False).label
-                if only and (masks or label is not None):
+                if only and (not labels or label is not None):
                     found[sample.key] = "" if label is None else classes[label]
     keys = subset.choose(found)
-    source = _ChosenShards(origins, keys, [] if masks else classes, classes if masks else None)
+    source = _ChosenShards(
+        *(origins, keys, labels, classes if file == MASK_LABELS else None),
+        categories_beside(train) if file == CATEGORIES else None,
+    )
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
     chosen = {key: name for key, name in found.items() if key in keys}
     return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]))
@@ -142,6 +151,8 @@ class _ChosenShards:
     labels: list[str]
     """Where there are none, those of samples are not read."""
     mask_labels: list[str] | None
+    categories: Categories | None
+    """Where there are none, boxes are not read."""
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""
@@ -150,8 +161,9 @@ class _ChosenShards:
     def records(self) -> Iterator[Record]:
         """See `Input`."""
         for origin, key, members in contents(self.origins, keys=self.keys):
-            read = {name: data for name, data in members.items() if name != "cls" or self.labels}
-            yield record_of(key, read, origin.where(key), self.labels)
+            unread = {name for name, has in ((INSTANCES, self.categories), ("cls", self.labels)) if not has}
+            read = {name: data for name, data in members.items() if name not in unread}
+            yield record_of(key, read, origin.where(key), self.labels, categories=self.categories)
 
     def info(self) -> dict[str, Any]:
         """See `Input`."""

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.data.make.arrow import NONE, Columns, find_roles, schema_of
 from m3i_scale.data.make.folder import imagefolder_input
@@ -18,6 +19,7 @@ from m3i_scale.data.make.records import Input, ListedInput, Record
 from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
 
+Masked = Literal["all", "some", "none"]
 TRAIN = "train"
 TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
@@ -40,6 +42,8 @@ class Unpacked:
     """Of all that goes into the shards."""
     evaluated: int = 0
     """How many images there are for evaluation."""
+    masked: Masked = "all"
+    """Of objects with boxes: which of them have masks."""
 
 
 class Wrapped:
@@ -61,6 +65,11 @@ class Wrapped:
     def mask_labels(self) -> list[str] | None:
         """See `Input`."""
         return self._source.mask_labels
+
+    @property
+    def categories(self) -> Categories | None:
+        """See `Input`."""
+        return self._source.categories
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""

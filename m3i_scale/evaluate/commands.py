@@ -13,15 +13,16 @@ from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, measure_classifier, trained_heads
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
+from m3i_scale.evaluate.detector import DETECTOR
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import Clusters, clusters_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
-from m3i_scale.evaluate.miou import evaluate_segmenter
-from m3i_scale.evaluate.overlays import OVERLAY_COUNT, Overlays
+from m3i_scale.evaluate.overlays import OVERLAY_COUNT
 from m3i_scale.evaluate.samples import Table, check_apart, check_groups, open_table
-from m3i_scale.evaluate.segmenter import SEGMENTER, WINDOWS, segmenter_of
+from m3i_scale.evaluate.segmenter import SEGMENTER
 from m3i_scale.evaluate.towers import Towers, why_no_towers
+from m3i_scale.evaluate.whole import trained_whole
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
@@ -72,14 +73,15 @@ def evaluate(
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
         data: shards to test on: a folder, a brace pattern or one .tar.
         train_data: shards that the probes learn from; kNN and the linear probes need it.
-        measures: which of `MEASURES`, or `SEGMENTER` alone; default: all that the folder is for.
+        measures: which of `MEASURES`, or `SEGMENTER` or `DETECTOR` alone; default: all that the folder is for.
         pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
         baseline: `pixels` also probes the raw 32 × 32 image.
         exclude_groups: leave out samples whose json member has one of these as `group`.
         templates: prompts of zero-shot, `{}` stands for the class name.
-        batch_size: images in one forward pass (default: `IMAGES`), of a segmenter windows (default: `WINDOWS`).
+        batch_size: images in one forward pass (default: `IMAGES`, of a detector `DETECTED`), of a segmenter windows
+            (default: `WINDOWS`).
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
-        overlays: a new folder for pictures of what a segmenter predicts.
+        overlays: a new folder for pictures of what a segmenter predicts, or a detector of the worst images.
         overlay_count: so many of them; default: `OVERLAY_COUNT`.
         progress: told about samples read.
 
@@ -93,23 +95,21 @@ def evaluate(
     """
     _check(measures, pool, baseline, batch_size, overlays, overlay_count)
     where, folder = _device(device), Path(model_dir)
-    if (load := segmenter_of(folder, measures)) is not None:
-        given = {
-            "--train-data": train_data is not None,
-            "--baseline": baseline != "none",
-            "--pool": pool != "mean",
-            "--template": templates != TEMPLATES,
-        }
-        if idle := [name for name, is_given in given.items() if is_given]:
-            raise ConfigError(f"{', '.join(idle)} has no effect: a segmenter is measured", where=str(folder))
-        segmenter = load(folder, where, batch_size or WINDOWS)
-        drawing = None if overlays is None else Overlays(overlays, overlay_count or OVERLAY_COUNT, segmenter.classes)
-        return evaluate_segmenter(segmenter, folder, data, exclude_groups, drawing, progress)
+    given = {
+        "--train-data": train_data is not None,
+        "--baseline": baseline != "none",
+        "--pool": pool != "mean",
+        "--template": templates != TEMPLATES,
+    }
+    idle = [name for name, is_given in given.items() if is_given]
+    pictures = None if overlays is None else (overlays, overlay_count or OVERLAY_COUNT)
+    if (measured := trained_whole(folder, measures, idle)) is not None:
+        return measured(folder, data, where, batch_size, exclude_groups, pictures, progress)
     if overlays is not None:
         raise ConfigError(
-            "overlays have no effect: they show what a segmenter predicts, and none is measured",
+            "overlays have no effect: they show what a segmenter or a detector predicts, and none is measured",
             where=str(folder),
-            fix=f"--measure {SEGMENTER}, of a folder that holds one; else leave them out",
+            fix=f"--measure {SEGMENTER} or --measure {DETECTOR}, of a folder that holds one; else leave them out",
         )
     measures = MEASURES if measures is None else measures
     test_table = open_table(data, "--data")
@@ -246,7 +246,7 @@ def _check(
     overlay_count: int | None,
 ) -> None:
     for value, known, what in (
-        *((name, (*MEASURES, SEGMENTER), "measure") for name in measures or ()),
+        *((name, (*MEASURES, SEGMENTER, DETECTOR), "measure") for name in measures or ()),
         (pool, ("mean", "cls", "both"), "pool"),
         (baseline, ("none", "pixels"), "baseline"),
     ):

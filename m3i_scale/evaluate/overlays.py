@@ -1,4 +1,4 @@
-"""Draw what a segmenter predicts beside the truth: the image, and both in colours over it."""
+"""Draw what a model predicts beside the truth: the image, and both in colours over it. Here that of a segmenter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.files import write_json
 
 OVERLAY_COUNT = 20
 """So many are drawn, unless another number is asked for."""
-_SIDE = 512
+SIDE = 512
 """Longest side of an image in pixels, as it is drawn."""
 _GAP = 4
 LEGEND = "palette.json"
@@ -36,6 +36,40 @@ PALETTE = np.array(
 """The colour of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of pictures, or take an empty one.
+
+    Raises:
+        ConfigError: it cannot be made, or something is in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise refused(folder, error) from None
+    if taken:
+        raise ConfigError("the folder is not empty", where=f"--overlays {folder}", fix="name a new one")
+
+
+def refused(folder: Path, error: OSError) -> ConfigError:
+    """Return the error for a disk that takes no pictures."""
+    return ConfigError(f"overlays cannot be written: {error.strerror or error}", where=f"--overlays {folder}")
+
+
+def plain(key: str) -> str:
+    """Return what a file of a sample can be called by, of its key."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", key)[-100:]
+
+
+def side_by_side(panels: list[Image.Image]) -> Image.Image:
+    """Return one picture of panels of equal sizes."""
+    width, height = panels[0].size
+    picture = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height), "white")
+    for place, panel in enumerate(panels):
+        picture.paste(panel, (place * (width + _GAP), 0))
+    return picture
+
+
 class Overlays:
     """Writes pictures of the first samples that are measured, image | truth | prediction, and the colours of classes.
 
@@ -50,13 +84,7 @@ class Overlays:
 
     def __init__(self, folder: Path, count: int, classes: list[str]) -> None:
         self._folder, self._count, self._classes, self._drawn = folder, count, classes, 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            taken = any(folder.iterdir())
-        except OSError as error:
-            raise ConfigError(f"overlays cannot be written: {error.strerror}", where=f"--overlays {folder}") from None
-        if taken:
-            raise ConfigError("the folder is not empty", where=f"--overlays {folder}", fix="name a new one")
+        make_folder(folder)
 
     def __call__(self, sample: Sample, predicted_HW: NDArray[np.uint8]) -> None:
         """Draw a sample with the predicted class of every pixel, unless enough are drawn.
@@ -68,18 +96,14 @@ class Overlays:
             return
         self._drawn += 1
         image = Image.fromarray(sample.pixels.transpose(1, 2, 0))
-        image.thumbnail((_SIDE, _SIDE))
-        panels = [image, *(_coloured(image, classes_HW) for classes_HW in (sample.mask, predicted_HW))]
-        picture = Image.new("RGB", (3 * image.width + 2 * _GAP, image.height), "white")
-        for place, panel in enumerate(panels):
-            picture.paste(panel, (place * (image.width + _GAP), 0))
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", sample.key)[-100:]
+        image.thumbnail((SIDE, SIDE))
+        picture = side_by_side([image, *(_coloured(image, classes_HW) for classes_HW in (sample.mask, predicted_HW))])
         try:
             if self._drawn == 1:
                 write_json(self._folder / LEGEND, self._legend())
-            picture.save(self._folder / f"{self._drawn:04d}-{name}.png")
+            picture.save(self._folder / f"{self._drawn:04d}-{plain(sample.key)}.png")
         except OSError as error:
-            raise ConfigError(f"overlays cannot be written: {error}", where=f"--overlays {self._folder}") from None
+            raise refused(self._folder, error) from None
 
     def _legend(self) -> list[dict[str, Any]]:
         return [

@@ -15,11 +15,13 @@ _NAMES = {
     "dense": "dense probe",
     "classifier": "trained head",
     "segmenter": "trained segmenter",
+    "detector": "trained detector",
     "zero_shot": "zero-shot",
     "retrieval": "retrieval",
 }
 _WORST = 5
-"""So many classes of a segmenter are shown."""
+"""So many classes of a segmenter or detector are shown."""
+_OBJECTS = {"box": "boxes", "mask": "masks"}
 _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
@@ -52,6 +54,9 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
                 guess = f"chance {figure['chance']:.4f} (× {figure['ratio']:.1f})"
                 yield f"{title} {arrow} {depth}", f"{figure['value']:.3f}", _interval(figure), guess
         return
+    if name == "detector":
+        yield from _rows_of_detector(title, figures)
+        return
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
             label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
@@ -60,6 +65,20 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
             guess = f"majority {figure['majority'] if has_majority else figures['majority']:.3f}"
             guess = guess if chance is None else f"chance {chance:.3f}, {guess}"
             yield label, f"{figure['value']:.3f}", _interval(figure), guess
+
+
+def _rows_of_detector(title: str, figures: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for kind, what in _OBJECTS.items():
+        for name, figure in figures.get(kind, {}).items():
+            estimate = figures.get(f"{kind}_AP" if name == "AP" else f"class_agnostic_{kind}_AP")
+            if name in ("AP", "class_agnostic_AP") and estimate is not None:
+                yield f"{title} {what} {_words(name)}", f"{estimate['value']:.3f}", _interval(estimate), ""
+            elif isinstance(figure, float):
+                yield f"{title} {what} {_words(name)}", f"{figure:.3f}", "", ""
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _interval(figure: dict[str, Any]) -> str:
@@ -72,6 +91,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     classes = sorted(result["measures"].get("segmenter", {}).get("classes", []), key=lambda one: float(one["iou"]))
     if classes:
         yield "lowest IoU: " + ", ".join(f"{one['name']} {one['iou']:.3f}" for one in classes[:_WORST])
+    found = result["measures"].get("detector", {})
+    for kind in (kind for kind in _OBJECTS if kind in found):
+        known = [one for one in found[kind]["classes"] if one["AP"] is not None]
+        worst = sorted(known, key=lambda one: float(one["AP"]))[:_WORST]
+        yield f"lowest AP of {_OBJECTS[kind]}: " + ", ".join(f"{one['name']} {one['AP']:.3f}" for one in worst)
     for name, reason in result["not_measured"].items():
         yield f"not measured: {_NAMES[name]}: {reason}"
     for side in ("data", "train_data"):

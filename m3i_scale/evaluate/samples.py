@@ -18,6 +18,7 @@ from PIL import Image
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.index import load_index
+from m3i_scale.data.instances import Instances, check_turned, read_instances
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Address
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
@@ -42,6 +43,8 @@ class Sample:
     """The json member; empty without one."""
     mask: NDArray[np.uint8] | None = None
     """Class of every pixel (S, S), where masks are asked for and the sample has one."""
+    instances: Instances | None = None
+    """Its objects, where they are asked for."""
 
 
 @dataclass
@@ -96,12 +99,23 @@ def open_table(shards: str, where: str) -> Table:
 
 
 def read_samples(
-    table: Table, image_size: int | None, *, exclude_groups: tuple[str, ...] = (), masks: bool = False
+    table: Table,
+    image_size: int | None,
+    *,
+    exclude_groups: tuple[str, ...] = (),
+    masks: bool = False,
+    categories: int | None = None,
 ) -> Iterator[Sample]:
-    """Yield samples of the table's shards in order, noted in the table as they pass; `masks` also reads theirs.
+    """Yield samples of the table's shards in order, noted in the table as they pass.
 
-    What cannot be used is counted in `table.left_out` by reason. Without `image_size` images and masks are whole, and
-    of their own size.
+    What cannot be used is counted in `table.left_out` by reason.
+
+    Args:
+        table: of the samples, still empty.
+        image_size: without it images and masks are whole, and of their own size.
+        exclude_groups: leave out samples that have one of these as `group`.
+        masks: also read masks.
+        categories: also read objects, of so many categories; a sample without that member is left out.
 
     Raises:
         DataError: a damaged or malicious shard.
@@ -118,12 +132,15 @@ def read_samples(
             annotations = read_annotations(members, len(table.classes) or None)
             image = open_image(members, _MAX_PIXELS)
             mask = _mask(table, members, image, image_size) if masks else None
+            instances = None if categories is None else read_instances(members, categories, image.size)
+            if instances is not None:
+                check_turned(orientation(image))
             pixels = whole_pixels(image) if view is None else view(image, 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
             continue
         label = -1 if annotations.label is None else annotations.label
-        sample = Sample(place, pixels, annotations.caption, label, meta, mask)
+        sample = Sample(place, pixels, annotations.caption, label, meta, mask, instances)
         table.add(sample)
         yield sample
 

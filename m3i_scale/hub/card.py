@@ -25,6 +25,7 @@ _KINDS = {
     "category": "class labels",
     "mask": "masks",
     "text": "captions",
+    "boxes": "boxes and masks of objects",
     "pixels": "the image itself",
     "image": "the image itself",
 }
@@ -63,6 +64,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         task=provenance["task"],
         timm=config["model_type"] == "timm_wrapper",
         pipeline=_PIPELINES[provenance["task"]],
+        tuned=source.run.task is not None and not source.run.task.freeze,
         image_size=shape.image_size,
         patches=(shape.image_size // shape.patch_size) ** 2,
         pooling=provenance["task"] == "features" and config["model_type"] == "vit",
@@ -75,6 +77,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         if source.recipe.uses_categories
         else {},
         segments=source.recipe.reads_masks,
+        detects=source.recipe.reads in ("boxes", "boxes_and_masks"),
         queries=config["model_type"] == "eomt",
         text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,

@@ -19,7 +19,13 @@ from typing import Any
 BLOCKED = ("m3i_scale", "deepspeed")
 """What the training side has installed and a user of the export need not have."""
 
-ZERO_AT_FIRST = (".dcn.offset.weight", ".dcn.mask.weight", ".dcn.center_feature_scale_proj_weight")
+ZERO_AT_FIRST = (
+    ".dcn.offset.weight",
+    ".dcn.mask.weight",
+    ".dcn.center_feature_scale_proj_weight",
+    ".rows",
+    ".columns",
+)
 """Matrices that a model starts at zero on purpose: they are so in first weights."""
 
 

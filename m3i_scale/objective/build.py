@@ -34,6 +34,7 @@ def build_objective(
     ranks: Ranks | None = None,
     *,
     target_encoders: bool = True,
+    image_counts: list[int] | None = None,
 ) -> Objective:
     """Build all modules of a run's recipe, not yet initialised (see `initialize_module`).
 
@@ -44,6 +45,7 @@ def build_objective(
         ranks: other ranks for losses over the global batch; default: none.
         target_encoders: build the momentum copy, the teacher and what predicts it, memories and balanced weights, which
             only training needs.
+        image_counts: in how many images for training a category is; which only a federated loss needs.
 
     Raises:
         ConfigError: the recipe, the backbone and the data do not fit together.
@@ -57,7 +59,7 @@ def build_objective(
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     classes = [len(names) for names in label_sets.values()]
     ranks = ranks or SingleProcess()
-    heads = _target_heads(recipe, decoders, student, classes, ranks, target_encoders)
+    heads = _target_heads(recipe, decoders, student, classes, ranks, target_encoders, image_counts)
     weights = [target.weight for target in recipe.targets]
     momentum = teacher = text = None
     depth = recipe.momentum.projector_depth if recipe.momentum is not None and recipe.projects_dense_targets else 0
@@ -176,6 +178,7 @@ def _target_heads(
     classes: list[int],
     ranks: Ranks,
     target_encoders: bool,
+    image_counts: list[int] | None = None,
 ) -> nn.ModuleDict:
     """Return the targets' own heads, by target."""
     heads = nn.ModuleDict()
@@ -193,6 +196,7 @@ def _target_heads(
             classes=classes,
             backbone=student,
             ranks=ranks,
+            image_counts=image_counts,
         )
         heads[target.name] = target.build_head(sizes)
     return heads

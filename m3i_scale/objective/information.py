@@ -18,6 +18,7 @@ from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
+from m3i_scale.objective.detection.mask_rcnn import Detections, MaskRcnnDetector
 from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
 from m3i_scale.objective.health import feature_health, target_health
@@ -120,6 +121,7 @@ class Objective(nn.Module):
                 watched[target.name] = loss.watched
                 if loss.top_1 is not None:
                     figures[f"{target.name}/top_1"] = loss.top_1
+                figures |= {f"{target.name}/{name}": term.detach() for name, term in loss.terms.items()}
                 if loss.overlaps_3K is not None:
                     self.overlaps_3K[target.name] = loss.overlaps_3K
                 if isinstance(target, HeadTarget) and loss.remember is not None:
@@ -160,6 +162,11 @@ class Objective(nn.Module):
     def pixel_head(self) -> PixelHead | None:
         """Return the head that gives the class of every pixel; None where the recipe has none."""
         return next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
+
+    @property
+    def detector(self) -> MaskRcnnDetector | None:
+        """Return the head that finds objects; None where the recipe has none."""
+        return next((head for head in self.heads.values() if isinstance(head, MaskRcnnDetector)), None)
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
@@ -209,6 +216,11 @@ class Objective(nn.Module):
             (only,) = where
             tokens, maps = self.pixel_head.encode(self.student, views[only.view + 1], self.progress)
             return {only.name: Encoded(only, *tokens, maps=maps)}
+        if self.detector is not None:
+            (only,) = where
+            levels = self.detector.encode(self.student, views[only.view + 1])
+            tokens_BND = levels[2].flatten(2).transpose(1, 2)  # at the stride of the patches
+            return {only.name: Encoded(only, tokens_BND.mean(dim=1, keepdim=True), tokens_BND, maps=levels)}
         if (blocks := blocks_read(self.decoders)) > 1:
             (only,) = where
             return {only.name: Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))}
@@ -270,6 +282,22 @@ class Objective(nn.Module):
         (_, tokens_BND), maps = head.encode(self.student, pixels_BCHW, self.progress)
         size = pixels_BCHW.shape[2], pixels_BCHW.shape[3]
         return next(head.predict(tokens_BND, maps, self.student.grid, size))
+
+    @torch.no_grad()
+    def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
+        """Return the objects that are found on normalised, padded images.
+
+        Args:
+            pixels_BCHW: the images.
+            sizes_B2: their heights and widths before padding.
+            own_B2: those of the images themselves, which boxes are scaled to.
+
+        Raises:
+            ValueError: the recipe has no detection target.
+        """
+        if self.detector is None:
+            raise ValueError("the recipe has no detection target")
+        return self.detector.detect(self.detector.encode(self.student, pixels_BCHW), sizes_B2, own_B2)
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ from m3i_scale.objective.ranks import Ranks
 
 
 def build_on_meta(
-    run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None, ranks: Ranks | None = None
+    run: RunConfig,
+    label_sets: dict[str, list[str]],
+    vocab_size: int | None,
+    ranks: Ranks | None = None,
+    *,
+    image_counts: list[int] | None = None,
 ) -> Objective:
     """Build as `build_objective`, on `meta`.
 
@@ -25,7 +30,7 @@ def build_on_meta(
 
     def build(run: RunConfig) -> Objective:
         with torch.device("meta"):
-            return build_objective(run, label_sets, vocab_size, ranks)
+            return build_objective(run, label_sets, vocab_size, ranks, image_counts=image_counts)
 
     try:
         return build(run)

@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config import RunConfig, find_run_file, load_run, parse_section, run_values
+from m3i_scale.config.data import Reads
 from m3i_scale.config.explain import WhereOf, origin
-from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.decoders import ClassTokenSpec
@@ -68,9 +68,14 @@ class Recipe(Parts):
         return next((target.labels_file for target in self.targets if target.labels_file is not None), None)
 
     @property
+    def reads(self) -> Reads:
+        """Return what the loader has to read of a sample beside its image and caption."""
+        return next((target.reads for target in self.targets if target.reads != "labels"), "labels")
+
+    @property
     def reads_masks(self) -> bool:
         """Return whether the loader has to read the classes of pixels."""
-        return self.labels_file == MASK_LABELS
+        return self.reads == "masks"
 
     @property
     def projects_dense_targets(self) -> bool:
@@ -105,7 +110,7 @@ class Recipe(Parts):
         for target in self.targets:
             for fault in target.faults(self):
                 yield f"target '{target.name}': {fault}"
-            if target.labels_file == MASK_LABELS and len(self.targets) > 1:
+            if target.reads != "labels" and len(self.targets) > 1:
                 yield f"target '{target.name}': a {target.kind} target is the only one of its recipe"
         for name, decoder in self.decoders.items():
             if isinstance(decoder, ClassTokenSpec) and not decoder.alone and not self._asks_one_whole_image:

@@ -43,7 +43,7 @@ class MapBatchNorm(RunningStatistics):
         return output_BCHW.to(x_BCHW.dtype)
 
 
-class _HeadConv(nn.Conv2d):
+class HeadConv(nn.Conv2d):
     """Convolves, and starts from what keeps the variance of gradients behind a ReLU."""
 
     def reset_parameters(self) -> None:
@@ -213,7 +213,7 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
         elif isinstance(child, nn.Conv2d) and name == "classifier":
             setattr(module, name, _PixelClassifier(child.in_channels, child.out_channels, dropout))
         elif isinstance(child, nn.Conv2d):
-            own = _HeadConv(
+            own = HeadConv(
                 child.in_channels,
                 child.out_channels,
                 cast(tuple[int, int], child.kernel_size),

@@ -7,11 +7,12 @@ from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, TextConfig, find_run_file, run_values, sections_that_hold
+from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import LABELS, captions_beside, read_label_sets, require_shards
+from m3i_scale.data.shards import CATEGORIES, LABELS, captions_beside, read_label_sets, require_shards, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.downstream.fine_tuning import check_labels, check_task
+from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels, check_stage, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
@@ -113,6 +114,7 @@ class Checks:
         if run.backbone.compile:
             faults.note(check_compile, run.backbone.activation_checkpointing)
         label_sets: dict[str, list[str]] = {}
+        image_counts: list[int] | None = None
         tokenizer = None
         if model is not None and self.sound("optim"):
             faults.note(check_task, run, model)
@@ -121,8 +123,7 @@ class Checks:
             if self.sound("data"):
                 faults.note(check_sources, run, recipe, access, there=there)
             if access is not None and there:
-                if recipe.labels_file is not None:
-                    label_sets = faults.note(self._read_labels, access, recipe.labels_file) or {}
+                label_sets, image_counts = self._read_classes(recipe, access, faults)
                 if recipe.uses_text and self.sound("text"):
                     tokenizer = faults.note(_tokenizer, self.run, access)
                 file = recipe.labels_file or LABELS
@@ -133,6 +134,8 @@ class Checks:
             deepspeed = faults.note(resolve_engine, run, self.ranks, width)
         elif self.sound("deepspeed"):  # which is filled in from `optim`
             faults.note(load_ds_config, run.deepspeed)
+        if deepspeed is not None:
+            faults.note(check_stage, run, deepspeed.config)
         self._check_engine(deepspeed, faults)
         if recipe is None or model is None or deepspeed is None or not self.sound("data", "text"):
             return None
@@ -140,14 +143,35 @@ class Checks:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
         resolved = ResolvedRun(run, recipe, label_sets, tokenizer, deepspeed, model.image_size, accumulation)
-        if faults.note(build_on_meta, run, label_sets, resolved.vocab_size) is None:
+        resolved.image_counts = image_counts
+        vocab_size = resolved.vocab_size
+        if faults.note(lambda: build_on_meta(run, label_sets, vocab_size, image_counts=image_counts)) is None:
             return None
         return resolved
+
+    def _read_classes(
+        self, recipe: Recipe, access: Access, faults: Faults
+    ) -> tuple[dict[str, list[str]], list[int] | None]:
+        """Return class names by label set, and in how many images the classes are, where a source says so."""
+        if recipe.labels_file is None:
+            return {}, None
+        label_sets = faults.note(self._read_labels, access, recipe.labels_file) or {}
+        counts = faults.note(self._image_counts, access) if recipe.labels_file == CATEGORIES else None
+        return label_sets, counts
 
     def _read_labels(self, access: Access, file: str) -> dict[str, list[str]]:
         label_sets = read_label_sets(self.run.data.sources, access, file)
         check_labels(self.run.task, label_sets)
         return label_sets
+
+    def _image_counts(self, access: Access) -> list[int] | None:
+        counts = None
+        for name, source in self.run.data.sources.items():
+            categories = categories_beside(shard_folder(source.shards), f"source '{name}': ", access)
+            if categories is not None and categories.format == "lvis":
+                counts = [category.image_count or 0 for category in categories.categories]
+        check_image_counts(self.run.task, counts)
+        return counts
 
     def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
         run = self.run

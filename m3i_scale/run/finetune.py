@@ -8,19 +8,26 @@ import math
 import os
 from pathlib import Path
 
-from m3i_scale.config import Classification, OptimConfig, RunConfig, Task, load_run
+from m3i_scale.config import Classification, Detection, MaskRcnn, OptimConfig, RunConfig, Task, load_run
+from m3i_scale.config.protocol import steps_of
+from m3i_scale.downstream.fine_tuning import check_image_counts
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.subset import Subset
 from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError, ExportError, Faults
-from m3i_scale.hub.source import Source
+from m3i_scale.files import read_json, sha256_of
+from m3i_scale.hub.export import export
+from m3i_scale.hub.push import PROVENANCE
+from m3i_scale.hub.source import Source, find_source
 from m3i_scale.hub.write import Task as ExportTask
 from m3i_scale.hub.write import Wanted, plan_parts
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.check import Checks
-from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName
+from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
 from m3i_scale.run.resume import check_resume, find_resume
+from m3i_scale.scale.checkpoint.layout import MANIFEST
+from m3i_scale.scale.output_dir import is_run_folder
 
 STEPS_APART = 20
 """Evaluations are an epoch apart, so many steps at least, and read no more images than training does: of a few images
@@ -33,6 +40,8 @@ _COMPUTED = {
     "protocol": "--protocol",
 }
 """Keys that the command sets itself, and what it takes them from."""
+_REPEATED = f"data.sources.{TRAIN}.repeat_threshold"
+"""The one field of the source for training that a protocol may state."""
 
 
 def prepare(
@@ -52,7 +61,7 @@ def prepare(
 
     Args:
         task_name: what is trained.
-        start: an export, or what else `backbone.from_pretrained` names.
+        start: an export, or what else `backbone.from_pretrained` names; a run or a checkpoint is exported first.
         folder: of labelled images.
         protocol: a run file with a task, or the name of a built-in one.
         overrides: `section.key=value`, which come last.
@@ -66,11 +75,11 @@ def prepare(
         UserError: what does not hold together.
     """
     _refuse_ranks(protocol)
-    _refuse_run_folder(start)
     _refuse_computed(overrides)
-    first = ["backbone.preset=null", f"backbone.from_pretrained={json.dumps(start)}"]
-    # The length is not known yet: whatever is measured in steps fits into so many.
-    run, _ = load_run_and_recipe(protocol, [*first, *overrides, "optim.steps=1000000000", "optim.warmup_steps=0"])
+    # The length is not known yet: whatever is measured in steps fits into so many. Nor are the shards.
+    unknown = ["optim.steps=1000000000", "optim.warmup_steps=0"]
+    source = f"data.sources.{TRAIN}.shards={json.dumps(str(folder))}"
+    run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
     task = run.task
     if task is None or task.kind != task_name:
         raise ConfigError(
@@ -78,15 +87,17 @@ def prepare(
             where=f"--protocol {protocol}",
             fix=f"one with task: {{kind: {task_name}}}",
         )
-    packed, masks = shards or run.output_dir / "shards", task_name == "segmentation"
-    index = run.output_dir / "index"
-    data = find_labelled(folder, packed, index, masks=masks, subset=subset, skip_bad=skip_bad)
+    packed, index = shards or run.output_dir / "shards", run.output_dir / "index"
+    data = find_labelled(folder, packed, index, OUTCOMES[task_name].names, subset=subset, skip_bad=skip_bad)
     for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
         if given and not data.train.is_relative_to(packed):
             raise ConfigError(
                 f"{option} has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
             )
-    computed = [*first, *_sources(data), *_length(run, load_run(protocol).optim, data, epochs, overrides)]
+    _check_boxes(task, data)
+    first = _start(_exported(start, run.output_dir))
+    sources = _sources(data, repeat_threshold(run))
+    computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _refuse_few(run, data)
     faults = Faults()
@@ -104,6 +115,8 @@ def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str])
     """
     if isinstance(task, Classification) and task.sweep is not None:
         return "features"
+    if name == "detection":
+        return "features"
     refusal = _refusal(run, task, name, classes)
     if refusal is None:
         return name
@@ -119,7 +132,7 @@ def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str])
     return "features"
 
 
-def _refusal(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportError | None:
+def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -> ExportError | None:
     """Return why no class computes what the task trains; None where one does."""
     source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
     try:
@@ -140,6 +153,22 @@ def _refuse_few(run: RunConfig, data: Labelled) -> None:
         )
 
 
+def _check_boxes(task: Task, data: Labelled) -> None:
+    """Refuse boxes that the head of a detector cannot learn from."""
+    if data.categories is None:
+        return
+    counts = [category.image_count for category in data.categories.categories]
+    check_image_counts(task, None if None in counts else [count or 0 for count in counts])
+    masks = isinstance(task, Detection) and isinstance(task.head, MaskRcnn) and task.head.masks
+    if masks and data.masked != "all":
+        without = "no object has" if data.masked == "none" else "some objects do not have"
+        raise ConfigError(
+            f"the head learns masks, and {without} one",
+            where="task.head.masks",
+            fix="task.head.masks=false",
+        )
+
+
 def _refuse_ranks(protocol: str) -> None:
     adopt_rank_variables(os.environ)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -151,21 +180,33 @@ def _refuse_ranks(protocol: str) -> None:
         )
 
 
-def _refuse_run_folder(start: str) -> None:
+def _start(start: str) -> list[str]:
+    return ["backbone.preset=null", f"backbone.from_pretrained={json.dumps(start)}"]
+
+
+def _exported(start: str, output_dir: Path) -> str:
+    """Return an export of the newest good checkpoint, made once, where `start` is a run; else `start`.
+
+    Raises:
+        CheckpointError, ExportError: there is none that verifies, or another run's export of its name lies there.
+    """
     folder = Path(start).expanduser()
-    if (folder / "checkpoints").is_dir() or (folder / "meta.json").is_file():
-        raise ConfigError(
-            "this is the folder of a run, and no export",
-            where=start,
-            fix=f"m3i-scale export {start} --to /data/export, and start from /data/export",
-        )
+    if not is_run_folder(folder):
+        return start
+    checkpoint = find_source(folder).checkpoint
+    exported = output_dir / "start" / checkpoint.name
+    file = exported / PROVENANCE
+    made_of = read_json(file).get("checkpoint_manifest_sha256") if file.is_file() else None
+    if made_of != sha256_of(checkpoint / MANIFEST):
+        export(checkpoint, exported)
+    return str(exported)
 
 
 def _refuse_computed(overrides: list[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0]
         taken = next((name for name in _COMPUTED if key == name or key.startswith(name + ".")), None)
-        if taken is not None:
+        if taken is not None and key != _REPEATED:
             raise ConfigError(
                 f"{key} has no effect: `finetune` takes it from {_COMPUTED[taken]}",
                 where=override,
@@ -173,11 +214,12 @@ def _refuse_computed(overrides: list[str]) -> None:
             )
 
 
-def _sources(data: Labelled) -> list[str]:
-    """Return overrides of the data, in place of all that the run file has."""
+def _sources(data: Labelled, repeats: float | None) -> list[str]:
+    """Return overrides of the data, in place of all that the run file has but for its `repeat_threshold`."""
     validation = {} if data.validation is None else {"val": {"shards": str(data.validation)}}
+    repeated = {} if repeats is None else {"repeat_threshold": repeats}
     return [
-        f"data.sources={json.dumps({TRAIN: {'shards': str(data.train)}})}",
+        f"data.sources={json.dumps({TRAIN: {'shards': str(data.train), **repeated}})}",
         f"data.validation={json.dumps(validation)}",
     ]
 
@@ -185,8 +227,8 @@ def _sources(data: Labelled) -> list[str]:
 def _length(
     run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
 ) -> list[str]:
-    """Return overrides of all that depends on the number of images: the warm-up keeps its share of the steps, and
-    every evaluation reads all images for evaluation once.
+    """Return overrides of all that depends on the number of images: warm-up and milestones keep their shares of the
+    steps, and every evaluation reads all images for evaluation once.
 
     Args:
         run: the run, whose steps are not known yet.
@@ -203,15 +245,17 @@ def _length(
         raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
     computed = []
     if "optim.steps" not in given:
-        stated = (None, None) if run.protocol is None else run.protocol.length
-        of_epochs, of_steps = (epochs, None) if epochs is not None else stated
-        if of_epochs is not None:
-            steps = max(1, round(of_epochs * data.read / optim.batch_size))
-        steps = of_steps or steps
+        if epochs is not None:
+            steps = steps_of(epochs, data.read, optim.batch_size)
+        elif run.protocol is not None:
+            steps = run.protocol.steps_for(data.read, optim.batch_size)
         computed.append(f"optim.steps={steps}")
     if "optim.warmup_steps" not in given:
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
+    schedule = published.schedule.fitted(published.steps, steps)
+    if schedule != published.schedule and not any(key.startswith("optim.schedule") for key in given):
+        computed.append(f"optim.schedule={json.dumps(schedule.model_dump(mode='json'))}")
     if data.validation is not None:
         every = min(max(STEPS_APART, round(max(data.read, data.evaluated) / optim.batch_size)), steps)
         batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))

@@ -28,7 +28,7 @@ _OPTIONS: Parts = {
         Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")],
         _REQUIRED,
     ),
-    "data": (Annotated[Path, typer.Option(help="Images with labels; see above.")], _REQUIRED),
+    "data": (Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")], _REQUIRED),
     "overrides": (Annotated[list[str] | None, typer.Argument(help="section.key=value …")], None),
     "protocol": (
         Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")],
@@ -45,7 +45,7 @@ _OPTIONS: Parts = {
     "share": (
         Annotated[
             float | None,
-            typer.Option(help="Train on so much of every class, at least an image; of segmentation, of all images."),
+            typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
         ],
         None,
     ),
@@ -216,3 +216,20 @@ def segmentation(asked: Asked) -> None:
     data.sources.train.shards=/data/shards/train
     """
     asked.run("segmentation", "segment")
+
+
+@finetune_app.command(
+    epilog="Example: m3i-scale finetune detection /data/export --data /data/coco output_dir=/data/runs/coco"
+)
+@_takes(_OPTIONS)
+def detection(asked: Asked) -> None:
+    """Train a detector on one device, export it to output_dir/detector, and measure it.
+
+    The same command goes on with a run that was stopped. DIR of --data holds shards with boxes in train and val, and
+    categories.json beside each; or COCO or LVIS as it is, with images in DIR and files in DIR/annotations. --data FILE
+    names the annotation file for training. Default protocol: detect.
+
+    Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    data.sources.train.shards=/data/shards/train
+    """
+    asked.run("detection", "detect")

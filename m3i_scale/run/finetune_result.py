@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.config import OptimConfig, RunConfig, load_run
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled
 from m3i_scale.downstream.subset import Subset
+from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.files import read_json, sha256_of, write_json
 from m3i_scale.hub.card import render_card
@@ -24,7 +26,7 @@ from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
 from m3i_scale.text import GIB, masked, told_differences
 
-TaskName = Literal["classification", "segmentation"]
+TaskName = Literal["classification", "segmentation", "detection"]
 RESULT, CARD = "finetune.json", "README.md"
 _FOLLOWED: dict[str, set[str] | None] = {
     "task": None,
@@ -41,15 +43,16 @@ class Outcome:
 
     model: str
     """The folder of the export, and the measure of `evaluate`."""
-    metric: str
-    """The figure, as `evaluate` and `protocol.published` name it."""
-    key: str
-    """What a result calls it, in percent."""
+    names: str
+    """The file beside shards that names the classes."""
+    figures: dict[str, str]
+    """What a result calls its figures, in percent, and `evaluate` calls them. Not all models have all but the first."""
 
 
 OUTCOMES: dict[TaskName, Outcome] = {
-    "classification": Outcome("classifier", "top-1", "top_1"),
-    "segmentation": Outcome("segmenter", "mIoU", "miou"),
+    "classification": Outcome("classifier", LABELS, {"top_1": "top-1"}),
+    "segmentation": Outcome("segmenter", MASK_LABELS, {"miou": "mIoU"}),
+    "detection": Outcome("detector", CATEGORIES, {"box_ap": "box_AP", "mask_ap": "mask_AP"}),
 }
 
 
@@ -104,6 +107,8 @@ class FineTuning:
     def _differences(self) -> list[str]:
         """Return where the run is not as the file of the protocol has it; its length counts in what that states."""
         followed = load_run(self.protocol)
+        fitted = followed.optim.schedule.fitted(followed.optim.steps, self.run.optim.steps)
+        followed = followed.model_copy(update={"optim": followed.optim.model_copy(update={"schedule": fitted})})
         differences = [] if self.subset is None else [f"trained on {self.subset.words}"]
         differences += [
             told
@@ -112,15 +117,20 @@ class FineTuning:
                 part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
             )
         ]
-        epochs, steps = (None, None) if followed.protocol is None else followed.protocol.length
-        # Steps are whole: they may be off by a half.
-        if epochs is not None and abs(self.epochs - epochs) * self.data.read > self.run.optim.batch_size:
-            differences.append(f"epochs was {epochs}, is {self.epochs:.4g}")
-        if steps is not None and self.run.optim.steps != steps:
-            differences.append(f"steps was {steps}, is {self.run.optim.steps}")
+        protocol, steps = followed.protocol, self.run.optim.steps
+        if protocol is not None and protocol.steps_for(self.data.read, self.run.optim.batch_size) != steps:
+            of_epochs, of_steps = f"{protocol.epochs}, is {self.epochs:.4g}", f"{protocol.steps}, is {steps}"
+            differences.append(f"epochs was {of_epochs}" if protocol.epochs else f"steps was {of_steps}")
+        thresholds = [repeat_threshold(run) for run in (followed, self.run)]
+        differences += told_differences(f"data.sources.{TRAIN}.repeat_threshold", *thresholds)
         if followed.deepspeed != self.run.deepspeed:
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
+
+
+def repeat_threshold(run: RunConfig) -> float | None:
+    """Return how the images for training are repeated; see `SourceConfig`."""
+    return run.data.sources[TRAIN].repeat_threshold if TRAIN in run.data.sources else None
 
 
 def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         "weights": weights,
         "export": str(folder),
         "export_task": prepared.export_task,
-        outcome.key: None,
+        **dict.fromkeys(outcome.figures),
     }
     if facts["heads"] is not None:
         result["heads"] = facts["heads"]
@@ -164,7 +174,8 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         write_json(run.output_dir / "evaluation.json", document)
         _write_card(run.output_dir / "checkpoints" / facts["checkpoint"], folder, document)
         figures = document["measures"][outcome.model]
-        result |= {outcome.key: 100 * figures[outcome.metric]["value"], "figures": figures}
+        values = {key: 100 * figures[name]["value"] for key, name in outcome.figures.items() if name in figures}
+        result |= {**values, "figures": figures}
     write_json(run.output_dir / RESULT, result)
     return result
 
@@ -184,17 +195,20 @@ def lines_of(document: dict[str, Any]) -> list[str]:
     lines, outcome = [], OUTCOMES[document["task"]]
     for key, value in document.items():
         if key == "published" and value is not None:
-            metric = value["metric"]
-            lines.append(f"published: {value['number']:g} % {metric} by {value['model']} ({value['source']})")
+            masks = "" if value["mask_ap"] is None else f", {value['mask_ap']:g} % of masks,"
+            figure = f"{value['number']:g} % {value['metric']}{masks}"
+            lines.append(f"published: {figure} by {value['model']} ({value['source']})")
         elif key == "published":
             lines.append("published: nothing by this protocol")
         elif key == "deviations":
             lines += [f"deviation: {text}" for text in value]
         elif key == "sources":
             lines += [f"{name}: {shards}" for name, shards in value.items()]
-        elif key == outcome.key:
-            estimate = None if value is None else document["figures"][outcome.metric]
-            lines.append(f"{key}: {'there are no images to evaluate' if estimate is None else _percent(estimate)}")
+        elif key in outcome.figures and "figures" in document:
+            estimate = document["figures"].get(outcome.figures[key])
+            lines += [] if estimate is None else [f"{key}: {_percent(estimate)}"]
+        elif key == next(iter(outcome.figures)):
+            lines.append(f"{key}: there are no images to evaluate")
         elif isinstance(value, str | int | float):
             lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
     return lines
@@ -202,6 +216,6 @@ def lines_of(document: dict[str, Any]) -> list[str]:
 
 def _percent(estimate: dict[str, Any]) -> str:
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    guess = "chance" if "chance" in estimate else "majority"
-    by = "by chance" if guess == "chance" else "by the commonest class"
-    return f"{value:.2f} % (95 % interval {low:.2f} to {high:.2f}; {by} {100 * estimate[guess]:.2f})"
+    guesses = {"chance": "by chance", "majority": "by the commonest class"}  # average precision has none
+    guess = "".join(f"; {by} {100 * estimate[name]:.2f}" for name, by in guesses.items() if name in estimate)
+    return f"{value:.2f} % (95 % interval {low:.2f} to {high:.2f}{guess})"

@@ -48,7 +48,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
             tokens=run.text.max_tokens if objective.text is not None else 1,
             classes=min((len(names) for names in label_sets.values()), default=1),
             vocabulary=vocab_size or 100,
-            masks=objective.recipe.reads_masks,
+            reads=objective.recipe.reads,
         )
         parts = _count_parts(objective, batch)
         recompute = 0.0

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.config import RunConfig
+from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.loader import PREFETCH_PARTS
@@ -40,8 +41,9 @@ from m3i_scale.text import GIB
 
 AVERAGE_BYTES = 4
 """A checkpoint takes so many for an element of the momentum target."""
-CLASSES, PIXEL_CLASSES, VOCABULARY = 1000, 150, 30522
-"""What a run without its shards is planned with: ImageNet's classes, ADE20k's, BERT's tokens."""
+_ASSUMED_CLASSES: dict[Reads, int] = {"labels": 1000, "masks": 150, "boxes": 80, "boxes_and_masks": 80}
+VOCABULARY = 30522
+"""What a run without its shards is planned with: classes of ImageNet, ADE20k and COCO, BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0
 """Beside tensors: the context, workspaces of libraries, NCCL's channels. An allowance, not measured."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,7 +159,7 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
         if classes is None and there:
             label_sets = read_label_sets(run.data.sources, file=recipe.labels_file)
         else:
-            assumed_classes = PIXEL_CLASSES if recipe.reads_masks else CLASSES
+            assumed_classes = _ASSUMED_CLASSES[recipe.reads]
             label_sets = {"classes": [str(number) for number in range(classes or assumed_classes)]}
             assumed += [f"{assumed_classes} classes"] if classes is None else []
     if recipe.reads_masks and classes is not None and classes > NO_CLASS:
@@ -256,7 +258,7 @@ class Model:
                 tokens=run.text.max_tokens,
                 classes=classes,
                 vocabulary=self.vocabulary.tokens,
-                masks=recipe.reads_masks,
+                reads=recipe.reads,
             )
             inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
             return record(objective, lambda: objective(batch)[0], inputs)

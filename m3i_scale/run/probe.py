@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from m3i_scale.data.batch import Batch, no_masks
+from m3i_scale.data.batch import Batch, no_masks, no_objects
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.scale.agree import gather_objects, together
@@ -75,7 +75,8 @@ def read_probe(folder: Path) -> Batch:
         with safe_open(folder / FILE, framework="pt") as opened:
             keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
             tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name in saved}
-            return Batch(**{"masks_BHW": no_masks(len(keys))} | tensors, keys=keys)  # earlier versions stored no masks
+            missing = {"masks_BHW": no_masks(len(keys))} | no_objects(len(keys))  # earlier versions stored none
+            return Batch(**(missing | tensors), keys=keys)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the stored samples cannot be read: {error}",

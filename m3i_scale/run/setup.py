@@ -46,6 +46,8 @@ class ResolvedRun:
     deepspeed: ResolvedConfig
     image_size: int
     accumulation: int
+    image_counts: list[int] | None = None
+    """In how many images for training a category is, where categories.json says so (LVIS)."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -162,7 +164,7 @@ def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: 
         cache_dir=output_dir / "index",
         augment=not validation,
         quarantine_path=output_dir / ("quarantine_validation.jsonl" if validation else "quarantine.jsonl"),
-        masks=resolved.recipe.reads_masks,
+        reads=resolved.recipe.reads,
     )
 
 
@@ -212,7 +214,9 @@ def start_engine(
 
 
 def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
-    objective = build_objective(resolved.run, resolved.label_sets, resolved.vocab_size, ranks)
+    objective = build_objective(
+        resolved.run, resolved.label_sets, resolved.vocab_size, ranks, image_counts=resolved.image_counts
+    )
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
         prepare(objective, resolved.run.task, len(names), resolved.run.data.augment.erasing)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.config import RunConfig, SourceConfig
+from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.shards import LABELS, MASK_LABELS, read_label_sets
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, read_label_sets, shard_folder
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.text import without_secrets
@@ -45,10 +46,10 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
                 where=f"{where}: {without_secrets(source.shards)}",
                 fix=f"leave it out, or put {file}, a list of class names, beside the shards",
             )
-    if recipe.reads_masks:
+    if recipe.reads != "labels" and file is not None:
         for kind, named in (("sources", sources), ("validation", run.data.validation)):
             for name, source in named.items():
-                _check_mask_classes(source, f"data.{kind}.{name}", access, there=there)
+                _check_class_names(source, f"data.{kind}.{name}", access, file, there=there)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
             "the recipe has a text target, and every source has `captions: none`",
@@ -65,26 +66,37 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
             )
 
 
-def _check_mask_classes(source: SourceConfig, where: str, access: Access | None, *, there: bool) -> None:
-    """Check that a file beside the shards of a source names the classes of its masks.
+_NAMED = {
+    MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, beside the shards"),
+    CATEGORIES: ("boxes", "make the shards by `m3i-scale shards make coco`, which writes it"),
+}
+"""What a file names the classes of, and where it comes from."""
+
+
+def _check_class_names(source: SourceConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
+    """Check that a file beside the shards of a source names the classes of its masks or boxes.
 
     Raises:
         ConfigError: why none does.
+        DataError: the file is broken.
     """
+    what, fix = _NAMED[file]
     if not source.labels:
-        raise ConfigError(f"`labels: false` leaves {MASK_LABELS} unread, and masks need it", where=where)
+        raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
     if source.shards.startswith("pipe:"):
         raise ConfigError(
-            f"masks need {MASK_LABELS} beside the shards, and nothing lies beside a pipe",
+            f"{what} need {file} beside the shards, and nothing lies beside a pipe",
             where=f"{where}.shards",
             fix="name the shards by a path or an address",
         )
-    if there and not read_label_sets({"source": source}, access, MASK_LABELS):
+    if there and not read_label_sets({"source": source}, access, file):
         raise ConfigError(
-            f"the source has no {MASK_LABELS}, which names the classes of its masks",
+            f"the source has no {file}, which names the classes of its {what}",
             where=f"{where}: {without_secrets(source.shards)}",
-            fix="put it, a list of class names in the order of the masks' numbers, beside the shards",
+            fix=fix,
         )
+    if there and file == CATEGORIES:
+        categories_beside(shard_folder(source.shards), f"{where}: ", access)
 
 
 def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:

@@ -48,7 +48,7 @@ def test_counts(folder):
     found = stats_of(str(folder), max_pixels=10**6)
     assert (found["samples"], found["shards"]) == (5, 2)
     assert found["bytes"] == sum(path.stat().st_size for path in folder.glob("*.tar"))
-    assert found["share_with"] == {"label": 0.8, "caption": 0.8, "mask": 0.2, "json": 0.2}
+    assert found["share_with"] == {"label": 0.8, "caption": 0.8, "mask": 0.2, "instances": 0.0, "json": 0.2}
     assert found["formats"] == {"JPEG": 3, "PNG": 1}
     assert (found["width"]["0%"], found["width"]["100%"], found["width"]["mean"]) == (20, 40, 30)
     assert (found["aspect_ratio"]["0%"], found["aspect_ratio"]["100%"]) == (1.25, 4)
@@ -81,7 +81,7 @@ def test_the_command(folder):
 
 def test_shards_of_img2dataset(tmp_path):
     found = stats_of(str(foreign.img2dataset_folder(tmp_path / "i")), max_pixels=10**6)
-    assert found["share_with"] == {"label": 0.0, "caption": 1.0, "mask": 0.0, "json": 1.0}
+    assert found["share_with"] == {"label": 0.0, "caption": 1.0, "mask": 0.0, "instances": 0.0, "json": 1.0}
     assert found["classes"]["present"] == 0
     assert not found["bad"]
 

@@ -24,6 +24,7 @@ from compile_cases import COMPILED, CompileCases
 from deepspeed.utils import safe_get_full_grad
 from guard_cases import NONFINITE, GuardCases
 from lasting_cases import ENGINES, REMEMBERED, LastingCases
+from objects_found import random_set
 from open_clip.loss import ClipLoss, SigLipLoss
 from precision_cases import PrecisionCases
 from rank_parts import GLOBAL_BATCH
@@ -35,7 +36,8 @@ from transformers import ViTModel
 from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.evaluate.average_precision import average_precision_of_ranks
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.run.planning import Model
@@ -107,6 +109,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
     def run_all(self) -> None:
         cases: dict[str, Callable[[], Any]] = {
             "collectives": self.collectives,
+            "average_precision": self.average_precision,
             "construction": self.construction,
             "first_weights_plain": self.plain_first_weights,
             "first_weights_zero1": lambda: self.first_weights("zero1_bf16"),
@@ -179,6 +182,18 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             "max": max_over_ranks({"b": 1.0 - self.rank, "a": float(self.rank)}),
             "nothing": (mean_over_ranks({}), max_over_ranks({})),
         }
+
+    def average_precision(self) -> dict[str, Any]:
+        """Of a set that ranks share, image by image; and of one that every rank has as a whole."""
+        truths, found, named = random_set(15, 4, 12, digits=2)
+        mine = truths[self.rank :: self.world]
+        ids = {one["image_id"] for one in mine}
+        figures = average_precision_of_ranks(mine, [one for one in found if one["image_id"] in ids], named)
+        try:
+            average_precision_of_ranks(truths, [], named)
+        except DataError as error:
+            return {"figures": figures, "refused": error.where}
+        return {"figures": figures, "refused": None}
 
     def sum_gradient(self) -> tuple[Tensor, Tensor]:
         """A sum over ranks, and what every rank's share gets of a loss that weighs it by 1, 2, …"""

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTModel, pipeline
 
 from m3i_scale.config import load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.run.finetune import FineTuning, prepare
 
@@ -355,10 +355,29 @@ def test_what_does_not_hold_together_is_refused_before_anything_is_packed(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_folder_of_a_run_is_no_export(trained: tuple[Path, Any], data: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        prepared(trained[0], data)
-    assert "export" in str(caught.value.fix)
+def test_of_a_run_the_newest_good_checkpoint_is_exported_first(
+    trained: tuple[Path, Any], data: Path, tmp_path: Path
+) -> None:
+    run, fields = trained[0], f"output_dir={tmp_path / 'out'}"
+    checkpoint = run / "checkpoints" / f"step-{STEPS:08d}"
+    folder = Path(str(prepared(run, data, fields).run.backbone.from_pretrained))
+    assert folder == tmp_path / "out" / "start" / checkpoint.name
+    stored = read_json(folder / "export.json")
+    assert stored["checkpoint_manifest_sha256"] == sha256_of(checkpoint / "manifest.json")
+    assert (stored["task"], stored["weights"]) == ("features", "student")
+    made = (folder / "export.json").stat().st_mtime_ns
+    assert prepared(checkpoint, data, fields).run.backbone.from_pretrained == str(folder)
+    assert (folder / "export.json").stat().st_mtime_ns == made  # it is exported once
+
+
+def test_a_run_without_a_good_checkpoint_is_no_start(trained: tuple[Path, Any], data: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    for folder in (run / "checkpoints").iterdir():
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        prepared(run, data, f"output_dir={tmp_path / 'out'}")
+    assert str(run) in str(caught.value.where)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pool_that_no_class_exports_is_refused_where_another_would_do(data: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def stream(folder: Path, *, masks: bool = True, augment: bool = True, **data: An
         cache_dir=folder / "index",
         augment=augment,
         quarantine_path=folder / "quarantine.jsonl",
-        masks=masks,
+        reads="masks" if masks else "labels",
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import (
     Classification,
+    Detection,
     RunConfig,
     Segmentation,
     known_protocols,
@@ -20,12 +21,13 @@ from m3i_scale.config import (
     parse_section,
 )
 from m3i_scale.downstream.fine_tuning import check_task
+from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError
 from m3i_scale.hub.write import portable_run
 from m3i_scale.run.check import faults_of
 
 IMAGENET = 1_281_167
-METRICS: dict[object, str] = {Classification: "top-1", Segmentation: "mIoU"}
+METRICS: dict[object, str] = {Classification: "top-1", Segmentation: "mIoU", Detection: "box AP"}
 NUMBER = re.compile(r"[:\[,]\s*-?\d")
 
 
@@ -46,13 +48,14 @@ def test_what_an_export_says_of_a_run_is_read_again(name: str) -> None:
 def test_a_protocol_holds_together_but_for_data(name: str) -> None:
     run = load_run(name)
     frozen = ["task.freeze"] if run.task is not None and run.task.freeze else []  # the export is given later, too
-    assert sorted(str(fault.where) for fault in faults_of(name, ranks=1)) == ["data.sources", *frozen]
+    (place, *others) = sorted(str(fault.where) for fault in faults_of(name, ranks=1))
+    assert (place.split(":")[0], others) == ("data.sources" + ".train.shards" * (TRAIN in run.data.sources), frozen)
     assert without_source(known_protocols()[name]) == []
     assert run.name == name
     assert run.protocol is not None
     assert run.protocol.deviations
     published = run.protocol.published
-    assert (published is None) == (name in ("finetune", "segment"))
+    assert (published is None) == (name in ("finetune", "segment", "detect"))
     assert published is None or published.metric == METRICS[type(run.task)]
     if run.protocol.epochs is None:
         assert run.optim.steps == run.protocol.steps
@@ -79,6 +82,9 @@ def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
         ("in1k_finetune_l", "internimage-h"),
         ("ade20k_upernet", "internimage-t"),
         ("ade20k_upernet_internimage", "vit-b/16"),
+        ("ade20k_eomt", "internimage-t"),
+        ("coco_vitdet_b", "internimage-t"),
+        ("coco_internimage_fpn", "vit-b/16"),
     ],
 )
 def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:
@@ -90,7 +96,7 @@ def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> Non
 
 
 @pytest.mark.parametrize("preset", ["vit-b/16", "dinov2-s/14", "clip-b/16", "internimage-t"])
-@pytest.mark.parametrize("name", ["finetune", "segment"])
+@pytest.mark.parametrize("name", ["finetune", "segment", "detect"])
 def test_a_default_protocol_is_for_any_family(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}", "task.freeze=false"])
     check_task(run, backbone_config(run.backbone))

@@ -224,7 +224,7 @@ def test_the_loss_falls_on_a_few_images(shards: Path, tmp_path: Path, head: dict
         label_sets={"scenes": SCENE_CLASSES},
         cache_dir=tmp_path / "index",
         augment=False,
-        masks=True,
+        reads="masks",
     )
     batches = iter(stream)
     batch = next(batches)

@@ -19,6 +19,7 @@ from shapes import COLOURS, SHAPES, draw
 from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.images import NO_CLASS
+from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError
@@ -153,7 +154,7 @@ def test_a_share_of_shards_with_masks_keeps_masks_and_their_names(tmp_path: Path
     scenes = [scene(number) | {"cls": b"7"} for number in range(20)]
     unmasked = {"png": scenes[0]["png"]}
     write_shards(tmp_path / "scenes" / "train", [*scenes, unmasked], SCENE_CLASSES)
-    few = pack(tmp_path / "scenes", tmp_path / "few", Subset(share=0.25), masks=True)
+    few = pack(tmp_path / "scenes", tmp_path / "few", Subset(share=0.25), file=MASK_LABELS)
     assert (few.samples, few.classes) == (5, SCENE_CLASSES)
     masks = members(few.train, "mask.png")
     assert len(masks) == len(members(few.train, "png")) == 5
@@ -191,7 +192,7 @@ def from_one_on(mask: bytes) -> bytes:
 
 @pytest.mark.parametrize("layout", ["ade20k", "by split"])
 def test_folders_of_images_and_masks_become_shards_with_masks(layout: str, tmp_path: Path) -> None:
-    found = pack(folders(tmp_path / "scenes", layout), tmp_path / "shards", masks=True)
+    found = pack(folders(tmp_path / "scenes", layout), tmp_path / "shards", file=MASK_LABELS)
     assert (found.samples, found.classes) == (8, SCENE_CLASSES)
     assert found.validation is not None
     assert len(members(found.validation, "mask.png")) == found.evaluated == 4
@@ -201,16 +202,16 @@ def test_folders_of_images_and_masks_become_shards_with_masks(layout: str, tmp_p
         masks = [np.asarray(Image.open(io.BytesIO(data))) for data in (packed[key], wanted[image])]
         assert (masks[0] == masks[1]).all()
         assert (masks[0] == NO_CLASS).any()
-    few = pack(tmp_path / "scenes", tmp_path / "few", Subset(share=0.5), masks=True)
+    few = pack(tmp_path / "scenes", tmp_path / "few", Subset(share=0.5), file=MASK_LABELS)
     assert len(members(few.train, "mask.png")) == few.samples == 4
 
 
 def test_shards_are_not_used_where_names_have_changed_places(tmp_path: Path) -> None:
     root = folders(tmp_path / "scenes", "by split")
-    pack(root, tmp_path / "shards", masks=True)
+    pack(root, tmp_path / "shards", file=MASK_LABELS)
     (root / "mask_labels.json").write_text(json.dumps(SCENE_CLASSES[::-1]))
     with pytest.raises(ConfigError) as caught:
-        find_labelled(root, tmp_path / "shards", tmp_path, masks=True)
+        find_labelled(root, tmp_path / "shards", tmp_path, MASK_LABELS)
     assert caught.value.where == str(tmp_path / "shards")
 
 
@@ -218,11 +219,11 @@ def test_masks_without_names_or_images_are_refused(tmp_path: Path) -> None:
     root = folders(tmp_path / "scenes", "by split")
     (root / "train" / "images" / "000.png").unlink()
     with pytest.raises(DataError):
-        find_labelled(root, tmp_path / "shards", tmp_path, masks=True)
-    assert pack(root, tmp_path / "shards", masks=True, skip_bad=True).samples == 7
+        find_labelled(root, tmp_path / "shards", tmp_path, MASK_LABELS)
+    assert pack(root, tmp_path / "shards", file=MASK_LABELS, skip_bad=True).samples == 7
     (root / "mask_labels.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        find_labelled(root, tmp_path / "none", tmp_path, masks=True)
+        find_labelled(root, tmp_path / "none", tmp_path, MASK_LABELS)
     assert "mask_labels.json" in str(caught.value.fix)
 
 

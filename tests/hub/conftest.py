@@ -111,10 +111,24 @@ def small_run(shards, output_dir, backbone=None, pool="mean_pool", regularizer="
 
 @pytest.fixture(scope="session")
 def make_run(shards):
-    """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one."""
+    """A run folder with committed checkpoints of the given steps; returns it and the objective of the last one.
 
-    def make(output_dir: Path, steps=(10,), vocab_size=None, label_sets=None, *, segments=None, **fields):
-        run = small_segmenter(shards, output_dir, segments) if segments else small_run(shards, output_dir, **fields)
+    It has first weights, and where it is trained those that come of it.
+    """
+
+    def make(
+        output_dir: Path,
+        steps=(10,),
+        vocab_size=None,
+        label_sets=None,
+        *,
+        segments=None,
+        run=None,
+        train=None,
+        **fields,
+    ):
+        if run is None:
+            run = small_segmenter(shards, output_dir, segments) if segments else small_run(shards, output_dir, **fields)
         label_sets = label_sets or {"things": LABELS}
         tokenizer = shards / "tokenizer"
         vocab_size = vocab_size or len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
@@ -122,6 +136,8 @@ def make_run(shards):
             torch.manual_seed(step)
             objective = build_objective(run, label_sets, vocab_size)
             first_weights(objective)
+            if train is not None:
+                train(objective)
             write_checkpoint(
                 output_dir / "checkpoints" / f"step-{step:08d}",
                 run,

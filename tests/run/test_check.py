@@ -137,7 +137,7 @@ def test_resolve_run_tells_all_it_finds(shards: Path, tmp_path: Path) -> None:
 def test_whatever_a_model_refuses_is_told_with_its_key(shards: Path, tmp_path: Path, monkeypatch) -> None:
     """Also what no rule here knows of, and where the model is one of a library that raises what it likes."""
 
-    def refuses(run, *others):
+    def refuses(run, *others, **more):
         if run.text.config.get("position_embedding_type") == "nosuch":
             raise KeyError("nosuch")
 

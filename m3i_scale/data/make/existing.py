@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.shards import LABELS, labels_beside, local_shards
+from m3i_scale.data.shards import CATEGORIES, LABELS, labels_beside, local_shards
 from m3i_scale.data.tar import Fault, RawSample, RawShard, printable, read_members, read_shard, shard_error
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -124,6 +125,19 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
     sets = [labels_beside(folder, file) for folder in folders]
     if any(labels != sets[0] for labels in sets):
         raise DataError(f"its folders have different {file}", where=source, fix="name them as several sources")
+    return sets[0]
+
+
+def common_categories(source: str) -> Categories | None:
+    """Read the categories beside the shards of a source; see `common_labels`.
+
+    Raises:
+        DataError: the folders have different ones.
+    """
+    folders = sorted({path.parent for path in local_shards(source)})
+    sets = [categories_beside(folder) for folder in folders]
+    if any(categories != sets[0] for categories in sets):
+        raise DataError(f"its folders have different {CATEGORIES}", where=source, fix="name them as several sources")
     return sets[0]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.data.make.arrow import Columns, Roles, find_roles, plain, read_rows, row_count, schema_of
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Record, reading
@@ -33,6 +34,8 @@ class TableInput:
     left_out: set[str] = field(default_factory=set)
     """Columns that no json member can hold."""
     mask_labels: list[str] | None = None
+    """There are none."""
+    categories: Categories | None = None
     """There are none."""
 
     def outlines(self) -> Iterator[Outline]:

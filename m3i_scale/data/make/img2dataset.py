@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.data.make.arrow import read_rows
 from m3i_scale.data.make.existing import Origin, field_of
@@ -67,6 +68,8 @@ class Downloaded:
     labels: list[str]
     """There are none."""
     mask_labels: list[str] | None = None
+    """There are none."""
+    categories: Categories | None = None
     """There are none."""
 
     def outlines(self) -> Iterator[Outline]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from m3i_scale.data.images import MASK, check_mask, encoded_image
+from PIL import Image
+
+from m3i_scale.data.categories import Categories
+from m3i_scale.data.images import MASK, READ_FORMATS, check_mask, encoded_image, orientation, upright_size
+from m3i_scale.data.instances import INSTANCES, check_turned, read_instances
+from m3i_scale.data.make.existing import annotations_of
 from m3i_scale.data.make.layout import Outline, hash_of
 from m3i_scale.errors import DataError
 
@@ -49,6 +55,10 @@ class Record:
     """Approximate bytes of the image, for planning the number of shards."""
     mask: Contents | None = None
     """An eight-bit PNG of the image's size: class by pixel, for dense probes."""
+    instances: bytes | None = None
+    """The member of boxes and masks."""
+    categories: int | None = None
+    """How many categories they may name."""
     where: str = ""
     """Names the sample in errors, where the image is no file."""
     fault: DataError | None = None
@@ -66,6 +76,11 @@ class Input(Protocol):
     @property
     def mask_labels(self) -> list[str] | None:
         """Return the class names of masks in order of their numbers; None where nothing names them."""
+        ...
+
+    @property
+    def categories(self) -> Categories | None:
+        """Return the categories of boxes and masks; None where nothing names them."""
         ...
 
     def outlines(self) -> Iterator[Outline]:
@@ -98,6 +113,7 @@ class ListedInput:
         records: in any order.
         labels: class names in order of their index.
         mask_labels: those of masks.
+        categories: those of boxes.
         info: for manifest.json: source, licence …
 
     Raises:
@@ -105,7 +121,13 @@ class ListedInput:
     """
 
     def __init__(
-        self, records: Sequence[Record], labels: Sequence[str], *, mask_labels: Sequence[str] | None = None, **info: Any
+        self,
+        records: Sequence[Record],
+        labels: Sequence[str],
+        *,
+        mask_labels: Sequence[str] | None = None,
+        categories: Categories | None = None,
+        **info: Any,
     ) -> None:
         for record in records:
             if record.label is not None and not 0 <= record.label < len(labels):
@@ -114,6 +136,7 @@ class ListedInput:
         self._records = sorted(records, key=lambda record: hash_of("order", record.key))
         self.labels, self._info = list(labels), info
         self.mask_labels = None if mask_labels is None else list(mask_labels)
+        self.categories = categories
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""
@@ -130,11 +153,12 @@ class ListedInput:
 
 
 Encoded = dict[str, bytes] | DataError
-"""Image and mask by extension, or why there are none: a fault is a value here, the caller decides whether it stops."""
+"""Image, mask and instances by extension, or why there are none: a fault is a value here, the caller decides whether it
+stops."""
 
 
 def encode_all(records: Sequence[Record]) -> list[Encoded]:
-    """Read and encode the images and masks of records, in a worker process; a fault stands where that fails."""
+    """Read, check and encode what records hold, in a worker process; a fault stands where that fails."""
     return [_encode(record) for record in records]
 
 
@@ -143,13 +167,28 @@ def _encode(record: Record) -> Encoded:
         return record.fault
     try:
         image, extension = encoded_image(_read(record.image), _place(record, record.image))
-        if record.mask is None:
-            return {extension: image}
-        mask = _read(record.mask)
-        check_mask(mask, image, _place(record, record.mask))
+        members = {extension: image}
+        if record.mask is not None:
+            members[MASK] = _read(record.mask)
+            check_mask(members[MASK], image, _place(record, record.mask))
+        if record.instances is not None:
+            members[INSTANCES] = record.instances
+            _check_instances(record.instances, record.categories, image, record.where or _place(record, record.image))
     except DataError as error:
         return error
-    return {extension: image, MASK: mask}
+    return members
+
+
+def _check_instances(data: bytes, categories: int | None, image: bytes, where: str) -> None:
+    with Image.open(io.BytesIO(image), formats=READ_FORMATS) as picture:
+        size, lies = picture.size, orientation(picture)
+    fix = None
+    if size != upright_size(size, lies):
+        fix = f"the EXIF orientation of the image, {lies}, turns it; boxes lie as its stored pixels do: save it upright"
+    with annotations_of(where, fix):
+        read_instances({INSTANCES: data}, categories, size)
+    with annotations_of(where, "save the image upright, and annotate it as it is then"):
+        check_turned(lies)
 
 
 def _read(contents: Contents) -> bytes:

@@ -13,7 +13,7 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
-from m3i_scale.data.shards import LABELS, MASK_LABELS
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
@@ -51,7 +51,8 @@ def make_shards(
         progress: called as samples are written.
 
     Returns:
-        A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer.
+        A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer; what was
+        counted in annotation files.
 
     Raises:
         DataError: the output exists, no samples, a key twice, or a sample that cannot be used.
@@ -63,9 +64,12 @@ def make_shards(
     with made_whole(output) as folder:
         maker = _Maker(layout, options, folder / SKIPPED, progress)
         samples = maker.samples(source.records())
-        names = {LABELS: source.labels, MASK_LABELS: source.mask_labels}
+        categories = None if source.categories is None else source.categories.to_json()
+        names = {LABELS: source.labels, MASK_LABELS: source.mask_labels, CATEGORIES: categories}
         splits = write_samples(folder, name, layout, samples, names, source.info)
         summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
+        if "annotations" in source.info():
+            summary["annotations"] = source.info()["annotations"]
         if maker.skipped:
             summary["skipped_list"] = str(output / SKIPPED)
         if len(maker.captions) and options.vocabulary:

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import FILE_EXTENSIONS, MASK
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import (
     Origin,
     annotations_of,
+    common_categories,
     common_labels,
     contents,
     field_of,
@@ -19,7 +22,7 @@ from m3i_scale.data.make.existing import (
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Record
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import MASK_LABELS, local_shards
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards
 from m3i_scale.errors import DataError
 
 
@@ -36,6 +39,8 @@ class ShardInput:
     """Processes that read headers."""
     mask_labels: list[str] | None = None
     """See `Input`."""
+    categories: Categories | None = None
+    """See `Input`; None: a sample with instances cannot be used."""
 
     @property
     def labels(self) -> list[str]:
@@ -49,7 +54,7 @@ class ShardInput:
     def records(self) -> Iterator[Record]:
         """See `Input`."""
         for origin, key, members in contents(self.origins):
-            yield record_of(key, members, origin.where(key), self.label_names, self.caption_field)
+            yield record_of(key, members, origin.where(key), self.label_names, self.caption_field, self.categories)
 
     def info(self) -> dict[str, Any]:
         """See `Input`."""
@@ -73,7 +78,8 @@ def webdataset_input(
     """
     names = labels if labels is not None else common_labels(source)
     origins = [Origin(path, group=group) for path in local_shards(source)]
-    return ShardInput(origins, names, caption_field, workers, common_labels(source, MASK_LABELS))
+    masks, categories = common_labels(source, MASK_LABELS), common_categories(source)
+    return ShardInput(origins, names, caption_field, workers, masks, categories)
 
 
 def record_of(
@@ -82,6 +88,7 @@ def record_of(
     where: str,
     labels: Sequence[str] | None = None,
     caption_field: str | None = None,
+    categories: Categories | None = None,
 ) -> Record:
     """Return the record of a sample; one whose members cannot be used holds the fault.
 
@@ -91,6 +98,7 @@ def record_of(
         where: names it in errors.
         labels: class names; None: a sample with a label cannot be used.
         caption_field: field of the json member that holds the caption; None: the txt member.
+        categories: of boxes and masks; None: a sample with instances cannot be used.
     """
     extension = next((extension for extension in FILE_EXTENSIONS if extension in members), None)
     size, mask, fault = sum(map(len, members.values())), members.get(MASK), None
@@ -102,9 +110,27 @@ def record_of(
         meta = json_object(members.get("json"), where)
         caption = _caption(members, where, caption_field)
         label = _label(members, where, labels)
+        if INSTANCES in members and categories is None:
+            raise DataError(
+                f"the sample has instances, and there is no {CATEGORIES}",
+                where=where,
+                fix=f"put the {CATEGORIES} that `shards make coco` wrote beside the shards",
+            )
     except DataError as error:
         fault = error
-    return Record(key, image, caption, label, meta, size=size, mask=mask, where=where, fault=fault)
+    return Record(
+        key,
+        image,
+        caption,
+        label,
+        meta,
+        size=size,
+        mask=mask,
+        instances=members.get(INSTANCES),
+        categories=None if categories is None else len(categories),
+        where=where,
+        fault=fault,
+    )
 
 
 def _caption(members: Mapping[str, bytes], where: str, caption_field: str | None) -> str | None:

@@ -14,15 +14,18 @@ from filelock import FileLock, Timeout
 
 from m3i_scale.data.images import MASK
 from m3i_scale.data.index import build_index
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.layout import WHOLE, Layout
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import sha256_of, whole_folder, write_json
 
 MANIFEST_FORMAT = 1
-ClassNames = Mapping[str, Sequence[str] | None]
-"""Names of classes by the file that they go to, LABELS or MASK_LABELS; None writes none."""
+ClassNames = Mapping[str, Sequence[str] | Mapping[str, Any] | None]
+"""Names of classes by the file that they go to, LABELS, MASK_LABELS or CATEGORIES; None writes none."""
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
 """Figures that the manifest has per shard."""
+WITH_INSTANCES = "with_instances"
+"""One that it has where there are some."""
 OPEN_SHARDS = 64
 _MODE = 0o444
 """The mode that webdataset's writer gives."""
@@ -199,7 +202,10 @@ def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
         members: how many members of each extension it has; under `samples`, how many samples.
     """
     counts = [members.get(name, 0) for name in ("samples", "cls", "txt", MASK)]
-    return {**dict(zip(FACTS, [*counts, path.stat().st_size], strict=True)), "sha256": sha256_of(path)}
+    facts: dict[str, Any] = dict(zip(FACTS, [*counts, path.stat().st_size], strict=True))
+    if members.get(INSTANCES):
+        facts[WITH_INSTANCES] = members[INSTANCES]
+    return {**facts, "sha256": sha256_of(path)}
 
 
 def finish_folder(
@@ -218,9 +224,10 @@ def finish_folder(
     """
     for file, of_file in names.items():
         if of_file is not None:
-            write_json(folder / file, list(of_file))
+            write_json(folder / file, of_file)
     write_json(folder / "sizes.json", {shard: facts_of["samples"] for shard, facts_of in shards.items()})
     write_json(folder / "manifest.json", {"format": MANIFEST_FORMAT, **facts, "shards": shards})
     build_index([folder / shard for shard in shards], folder / "index")
     sums = {fact: sum(int(counts[fact]) for counts in shards.values()) for fact in FACTS}
-    return {"shards": len(shards), **sums}
+    with_instances = sum(int(counts.get(WITH_INSTANCES, 0)) for counts in shards.values())
+    return {"shards": len(shards), **sums, **({WITH_INSTANCES: with_instances} if with_instances else {})}

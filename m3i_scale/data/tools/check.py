@@ -11,10 +11,12 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
+from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.digests import Digests, digest_of, rows_of
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.shards import CATEGORIES, labels_beside, local_shards
 from m3i_scale.data.tar import (
     CUT_OFF,
     SCATTERED,
@@ -144,6 +146,8 @@ def check_shards(
         for places in keys.repeated():
             for number, offset in places[1:]:
                 _repeated(report, number, offset, report.shards[places[0][0]].path.name, write)
+    if report.members[INSTANCES] and not all(task.rules.categories for task in tasks):
+        report.notes.append(f"without a {CATEGORIES} beside the shards, boxes and masks are not judged")
     others = sum(shard.others for shard in report.shards)
     if others:
         report.notes.append(f"{others} members belong to no sample (folders, names without an extension or with __)")
@@ -201,10 +205,11 @@ def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list
         report.notes += beside.notes
         for name, fault in beside.faults:
             _note(report, name, fault, write)
-        rules_here = rules
+        categories = categories_beside(folder)
+        rules_here = replace(rules, categories=None if categories is None else len(categories))
         if rules.classes is None:
             labels = labels_beside(folder)
-            rules_here = replace(rules, classes=None if labels is None else len(labels))
+            rules_here = replace(rules_here, classes=None if labels is None else len(labels))
             if labels is None:
                 report.notes.append(f"{folder} has no labels.json: labels are not judged (--classes)")
         tasks += [ShardTask(path, numbers[path], rules_here, beside.claims[path.name]) for path in inside]

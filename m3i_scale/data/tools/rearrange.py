@@ -8,16 +8,27 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from m3i_scale.data.images import MASK
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.existing import Advance, Origin, annotations_of, common_labels, contents, outlines
+from m3i_scale.data.make.existing import (
+    Advance,
+    Origin,
+    annotations_of,
+    common_categories,
+    common_labels,
+    contents,
+    outlines,
+)
 from m3i_scale.data.make.layout import WHOLE, plan_layout
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import LABELS, MASK_LABELS, local_shards
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.errors import ConfigError, DataError
+
+_Names = TypeVar("_Names")
 
 Keys = Literal["refuse", "prefix"]
 """Keys that stand for several samples: refuse them, or put number of source and name of shard before all keys."""
@@ -130,11 +141,14 @@ def _rewrite(
     advance: Advance | None,
 ) -> dict[str, Any]:
     check_output(output, name)
-    mask_labels, unnamed = _mask_labels(sources)
+    mask_labels, without_names = _same([common_labels(source, MASK_LABELS) for source in sources], sources, MASK_LABELS)
+    categories, without = _same([common_categories(source) for source in sources], sources, CATEGORIES)
+    unnamed = {MASK: (MASK_LABELS, without_names), INSTANCES: (CATEGORIES, without)}
     layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
     with made_whole(output) as folder:
         samples = _relabelled(origins, labels, unnamed, advance)
-        names = {LABELS: labels.names, MASK_LABELS: mask_labels}
+        named = None if categories is None else categories.to_json()
+        names = {LABELS: labels.names, MASK_LABELS: mask_labels, CATEGORIES: named}
         splits = write_samples(folder, name, layout, samples, names, lambda: info)
         tokenizer = _copy_tokenizer(sources, folder)
     counts = splits[WHOLE] if shares is None else {"splits": splits}
@@ -142,19 +156,20 @@ def _rewrite(
 
 
 def _relabelled(
-    origins: Sequence[Origin], labels: Labels, unnamed: set[int], advance: Advance | None
+    origins: Sequence[Origin], labels: Labels, unnamed: Mapping[str, tuple[str, set[int]]], advance: Advance | None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     for origin, key, members in contents(origins, advance):
         numbers = labels.numbers[origin.source]
         if numbers is not None and "cls" in members:
             members["cls"] = _new_label(members["cls"], numbers, origin.where(key))
-        if MASK in members and origin.source in unnamed:
-            raise DataError(
-                f"the sample has a mask, but its source has no {MASK_LABELS}",
-                where=origin.where(key),
-                why="its classes would get the names that another source has",
-                fix=f"put a {MASK_LABELS} beside its shards",
-            )
+        for member, (file, sources) in unnamed.items():
+            if member in members and origin.source in sources:
+                raise DataError(
+                    f"the sample has the member {member}, but its source has no {file}",
+                    where=origin.where(key),
+                    why="its classes would get the names that another source has",
+                    fix=f"put a {file} beside its shards",
+                )
         yield key, members
 
 
@@ -171,21 +186,25 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
     return data if label is None or numbers[label] == label else str(numbers[label]).encode("ascii")
 
 
-def _mask_labels(sources: Sequence[str]) -> tuple[list[str] | None, set[int]]:
-    """Return the names of masks' classes, the same in all sources that have some, and the numbers of the other sources.
+def _same(sets: Sequence[_Names | None], sources: Sequence[str], file: str) -> tuple[_Names | None, set[int]]:
+    """Return the classes of masks or boxes, the same in all sources that have some, and the numbers of the others.
+
+    Args:
+        sets: by source.
+        sources: where they lie.
+        file: that they stand in.
 
     Raises:
-        DataError: they are not, and masks stay as they are.
+        DataError: they are not, and samples keep the numbers that they have.
     """
-    sets = [common_labels(source, MASK_LABELS) for source in sources]
     first = next((names for names in sets if names is not None), None)
     for source, names in zip(sources, sets, strict=True):
         if names not in (None, first):
             raise DataError(
-                "the masks have other classes than those of a source before",
-                where=f"{source}: {MASK_LABELS}",
-                why="masks keep the numbers that they have",
-                fix="leave it out, or make the masks and their names anew",
+                "the source has other classes than one before",
+                where=f"{source}: {file}",
+                why="masks and boxes keep the numbers that they have",
+                fix="leave it out, or make its shards anew, with the same names",
             )
     return first, set() if first is None else {number for number, names in enumerate(sets) if names is None}
 

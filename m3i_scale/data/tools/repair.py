@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3i_scale.data.make.existing import common_labels
-from m3i_scale.data.make.write import close_tar, finish_folder, shard_facts
-from m3i_scale.data.shards import LABELS, MASK_LABELS
+from m3i_scale.data.make.existing import common_categories, common_labels
+from m3i_scale.data.make.write import ClassNames, close_tar, finish_folder, shard_facts
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.tools.check import CheckReport
 from m3i_scale.data.workers import map_in_processes
@@ -67,7 +67,11 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     }
     write_json(folder / "shards.json", result)
     if kept:
-        names = {file: common_labels(report.source, file) for file in (LABELS, MASK_LABELS)}
+        categories = common_categories(report.source)
+        names: ClassNames = {
+            **{file: common_labels(report.source, file) for file in (LABELS, MASK_LABELS)},
+            CATEGORIES: None if categories is None else categories.to_json(),
+        }
         finish_folder(folder, dict(sorted(kept.items())), names, {"source": "check --repair"})
     return result
 

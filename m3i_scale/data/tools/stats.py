@@ -13,6 +13,7 @@ import numpy as np
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.images import MASK, orientation, upright_size
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
@@ -65,7 +66,7 @@ class ShardStats:
     tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in TALLIES})
     formats: Counter[str] = field(default_factory=Counter)
     having: Counter[str] = field(default_factory=Counter)
-    """Samples with label, caption, mask, json."""
+    """Samples with label, caption, mask, instances, json."""
     labels: Counter[int] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     """What could not be counted, by reason."""
@@ -83,7 +84,8 @@ class ShardStats:
 
     def count(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
         """Count a sample, each of its parts separately."""
-        self.having.update(name for name, extension in (("mask", MASK), ("json", "json")) if extension in members)
+        parts = {"mask": MASK, "instances": INSTANCES, "json": "json"}
+        self.having.update(name for name, extension in parts.items() if extension in members)
         for part in (self._image, self._caption, self._label):
             try:
                 part(members, start, max_pixels)
@@ -174,7 +176,8 @@ def stats_of(source: str, *, max_pixels: int, workers: int = 1, advance: Advance
         "bytes": total.size,
         "formats": dict(total.formats.most_common()),
         "share_with": {
-            name: _share(total.having[name], total.samples) for name in ("label", "caption", "mask", "json")
+            name: _share(total.having[name], total.samples)
+            for name in ("label", "caption", "mask", "instances", "json")
         },
         **{name: tally.quantiles() for name, tally in total.tallies.items()},
         "classes": _balance(total.labels, names),

@@ -10,6 +10,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white
+from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.tar import RawSample, read_members
@@ -32,6 +33,8 @@ class Rules:
     """Larger captions are bad."""
     max_sample_bytes: int = MAX_SAMPLE_BYTES
     """Larger samples are bad, and not read."""
+    categories: int | None = None
+    """Those of instances must be below; None: nothing names them, and instances are not judged."""
 
 
 def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
@@ -50,7 +53,7 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
 def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str]]:
     """Return (reason, detail) of everything that is wrong with a sample."""
     faults = []
-    for check in (_image, _caption, _label, _json, _mask):
+    for check in (_image, _caption, _label, _json, _mask, _instances):
         try:
             check(members, rules)
         except BadSampleError as bad:
@@ -92,7 +95,7 @@ def _label(members: Mapping[str, bytes], rules: Rules) -> None:
 
 def _json(members: Mapping[str, bytes], rules: Rules) -> None:
     for extension, data in members.items():
-        if extension == "json" or extension.endswith(".json"):
+        if extension == "json" or (extension.endswith(".json") and extension != INSTANCES):
             try:
                 json.loads(data)
             except (ValueError, RecursionError) as error:
@@ -100,13 +103,9 @@ def _json(members: Mapping[str, bytes], rules: Rules) -> None:
 
 
 def _mask(members: Mapping[str, bytes], rules: Rules) -> None:
-    extensions = image_extensions(members)
-    if MASK not in members or not extensions:
+    size = _size(members, rules) if MASK in members else None
+    if size is None:
         return
-    try:
-        size = open_image({extensions[0]: members[extensions[0]]}, rules.max_pixels).size
-    except BadSampleError:
-        return  # the image is at fault, and reported as such
     mask = open_mask(members, rules.max_pixels, size)
     if mask is not None and rules.decode:
         try:
@@ -114,3 +113,20 @@ def _mask(members: Mapping[str, bytes], rules: Rules) -> None:
                 mask.load()
         except BadSampleError as bad:
             raise BadSampleError("mask does not decode", bad.detail) from None
+
+
+def _instances(members: Mapping[str, bytes], rules: Rules) -> None:
+    size = _size(members, rules) if INSTANCES in members and rules.categories is not None else None
+    if size is not None:
+        read_instances(members, rules.categories, size)
+
+
+def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:
+    """Return width and height of the image as it is stored; None where it is at fault, and reported as such."""
+    extensions = image_extensions(members)
+    if not extensions:
+        return None
+    try:
+        return open_image({extensions[0]: members[extensions[0]]}, rules.max_pixels).size
+    except BadSampleError:
+        return None

@@ -29,6 +29,8 @@ class Loss:
     """Tensors that tell whether the group is alive: see `target_health`."""
     top_1: Tensor | None = None
     """Of a target that names classes, outside of training: the share of samples whose class is the likeliest."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Of a loss that is a sum: what it is the sum of, by name."""
     overlaps_3K: Tensor | None = None
     """Of a target that counts pixels, outside of training: see `segmentation.overlaps`."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
+from m3i_scale.config.data import Reads
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import did_you_mean
@@ -128,6 +129,8 @@ class Sizes:
     """Classes of every label set."""
     backbone: Backbone
     ranks: Ranks
+    image_counts: list[int] | None = None
+    """In how many images for training a class is, where categories.json says so."""
 
 
 class Target(Kind):
@@ -171,6 +174,11 @@ class Target(Kind):
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return what follows the decoder, where that is no head of the recipe."""
         raise NotImplementedError
+
+    @property
+    def reads(self) -> Reads:
+        """Return what the loader has to read of a sample for the target."""
+        return "labels"
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have the target: bool (B)."""

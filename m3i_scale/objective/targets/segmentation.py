@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, cast
 from torch import Tensor, nn
 
 from m3i_scale.config import SegmentationHead, UperNetSegmentation
+from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.shards import MASK_LABELS
@@ -34,6 +35,11 @@ class Segmentation(Target):
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
     head: SegmentationHead
+
+    @property
+    def reads(self) -> Reads:
+        """Return that it is the classes of pixels."""
+        return "masks"
 
     @property
     def compares_samples(self) -> bool:

@@ -145,8 +145,13 @@ def _fused_attention(
 ) -> Tensor:
     """Do as the fused kernels of all devices do: keep q, k, v, the output and one number a row.
 
-    On `meta` torch would take the plain products, and keep their scores.
+    On `meta` torch would take the plain products, and keep their scores. One kernel alone gives a mask gradients.
     """
+    if attn_mask is not None and attn_mask.requires_grad:
+        learnt: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, 0.0, is_causal
+        )[0]
+        return learnt
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,0 +1,121 @@
+"""What the categories of boxes and masks are called stands in a file beside shards, in the order of their indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import Address
+from m3i_scale.data.shards import CATEGORIES, read_beside
+from m3i_scale.errors import DataError
+
+FORMATS = ("coco", "lvis")
+FREQUENCIES = ("r", "c", "f")
+"""Rare, common and frequent: of LVIS, by the number of images for training that have one."""
+
+
+@dataclass(frozen=True)
+class Category:
+    """Holds what an annotation file says of a category."""
+
+    id: int
+    """The file's own number, which may have gaps; samples have the index."""
+    name: str
+    frequency: str | None = None
+    """One of `FREQUENCIES`; None where the set is not of LVIS."""
+    image_count: int | None = None
+    """How many images for training have one; None where the set is not of LVIS."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it without what it lacks."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Holds the categories of an annotation set in the order of their indices."""
+
+    format: Literal["coco", "lvis"]
+    categories: tuple[Category, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Return what they are called; two may have one name."""
+        return [category.name for category in self.categories]
+
+    def __len__(self) -> int:
+        return len(self.categories)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what goes into the file."""
+        return {"format": self.format, "categories": [category.to_json() for category in self.categories]}
+
+
+def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
+    """Return the categories of an annotation file, or of `categories.json`, in the order of their ids.
+
+    Args:
+        rows: what was read.
+        where: names the file in errors.
+        lvis: whether every category has a frequency and a number of images.
+
+    Raises:
+        DataError: they are none, or an id stands twice.
+    """
+    if not isinstance(rows, list) or not rows:
+        raise DataError("there are no categories", where=where, fix="`categories` is a list of {id, name}")
+    found: dict[int, Category] = {}
+    for number, listed in enumerate(rows):
+        place = f"{where}: category {number} in the list"
+        row = listed if isinstance(listed, dict) else {}
+        category = Category(row.get("id", -1), row.get("name", ""))
+        if not is_index(category.id) or not isinstance(category.name, str) or not category.name:
+            raise DataError("the category has no id from 0 on, or no name", where=place)
+        if category.id in found:
+            raise DataError(f"the id {category.id} stands twice in the categories", where=place)
+        if lvis:
+            category = Category(category.id, category.name, row.get("frequency"), row.get("image_count"))
+            if category.frequency not in FREQUENCIES or not is_index(category.image_count):
+                raise DataError(
+                    "the category has no frequency (r, c, f) or no image_count, as LVIS has",
+                    where=place,
+                    fix="take the file of LVIS as it is",
+                )
+        found[category.id] = category
+    return Categories("lvis" if lvis else "coco", tuple(found[number] for number in sorted(found)))
+
+
+def is_index(value: Any) -> bool:
+    """Return whether a value out of JSON is a whole number that an id may be."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def categories_beside(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
+    """Return the categories beside shards; None where there is no such file.
+
+    Args:
+        folder: of the shards.
+        whose: names the source in errors.
+        access: how servers are asked.
+
+    Raises:
+        DataError: the file is broken.
+    """
+    path = folder / CATEGORIES
+    value = read_beside(path, whose, access)
+    if value is None:
+        return None
+    where = f"{whose}{path}"
+    if not isinstance(value, Mapping) or value.get("format") not in FORMATS:
+        raise DataError(f"{CATEGORIES} has no format, which is one of {', '.join(FORMATS)}", where=where)
+    found = parse_categories(value.get("categories"), where, lvis=value["format"] == "lvis")
+    if [row["id"] for row in value["categories"]] != [category.id for category in found.categories]:
+        raise DataError(
+            f"{CATEGORIES} is not in the order of its ids",
+            where=where,
+            why="samples hold indices into it, and names would be taken for each other",
+            fix="`shards make coco` writes it in order, and the samples with it",
+        )
+    return found

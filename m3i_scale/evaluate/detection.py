@@ -1,0 +1,161 @@
+"""Measure a detector on shards: every image is read once, shown whole, and counted by the rules of its set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.instances import Instances
+from m3i_scale.data.shards import CATEGORIES, shard_folder
+from m3i_scale.errors import DataError
+from m3i_scale.evaluate.average_precision import measure_detector
+from m3i_scale.evaluate.detection_overlays import DetectionOverlays
+from m3i_scale.evaluate.detections import Categories, Instance, Prediction, Truth, best_first
+from m3i_scale.evaluate.detector import DETECTOR, Detector
+from m3i_scale.evaluate.document import describe, document_of
+from m3i_scale.evaluate.intervals import clusters_of
+from m3i_scale.evaluate.precision_recall import draw_curves
+from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
+
+CURVES = "precision_recall.png"
+"""Beside the pictures of the worst images."""
+
+
+def evaluate_detector(
+    detector: Detector,
+    folder: Path,
+    data: str,
+    exclude_groups: tuple[str, ...],
+    overlays: tuple[Path, int] | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    """Return the document of `evaluate` for a model that finds objects.
+
+    Args:
+        detector: the model.
+        folder: where it comes from.
+        data: shards to measure on.
+        exclude_groups: leave out samples that have one of these as `group`.
+        overlays: a new folder for pictures of the worst images and curves of precision by recall, and how many.
+        progress: told about samples read.
+
+    Raises:
+        DataError: the shards cannot be read, have other categories, an image twice, or no object to find.
+        ConfigError: the folder of pictures cannot be made, or something is in it.
+    """
+    categories = check_categories(detector, data)
+    drawing = None if overlays is None else DetectionOverlays(*overlays, categories)
+    table = open_table(data, "--data")
+    tell = None if progress is None else partial(progress, "data")
+    truths, predictions = find_objects(detector, table, categories, exclude_groups, tell, drawing)
+    check_groups(exclude_groups, [table])
+    if not truths:
+        raise DataError("no usable sample in the test data", where=data, why=str(dict(table.left_out)))
+    clusters = clusters_of(table)
+    figures = measure_detector(truths, predictions, categories, clusters)
+    if drawing is not None and overlays is not None:
+        drawing.write()
+        draw_curves(figures, overlays[0] / CURVES)
+    warnings = [clusters.warning] if clusters.warning else []
+    if table.left_out:
+        warnings.append(
+            f"{table.left_out.total()} images of the test data are left out: the figures are not those of the whole set"
+        )
+    model = {"type": detector.model_type, "image_size": detector.size}
+    return document_of(folder, model, describe(table, data), clusters) | {
+        "measures": {DETECTOR: figures},
+        "not_measured": {},
+        "warnings": warnings,
+    }
+
+
+def check_categories(detector: Detector, shards: str) -> Categories:
+    """Return the categories of a set, which are those of a detector.
+
+    Raises:
+        DataError: they are others, or nobody says which.
+    """
+    found = categories_beside(shard_folder(shards), "--data: ")
+    if found is None or found.names != detector.classes:
+        raise DataError(
+            f"the shards have no {CATEGORIES}"
+            if found is None
+            else f"the categories of the shards are not the detector's {len(detector.classes)}, in their order",
+            where=shards,
+            fix="shards of the set that it was trained on (`shards make coco`), or of one with the same categories",
+        )
+    return cast(Categories, found.to_json())
+
+
+def find_objects(
+    detector: Detector,
+    table: Table,
+    categories: Categories,
+    exclude_groups: tuple[str, ...],
+    progress: Callable[[int], None] | None,
+    draw: Callable[[str, Any, Truth, Prediction], None] | None = None,
+) -> tuple[list[Truth], list[Prediction]]:
+    """Read all samples once; this fills the table.
+
+    Args:
+        detector: what is measured.
+        table: of the samples, still empty.
+        categories: of the set.
+        exclude_groups: leave out samples that have one of these as `group`.
+        progress: called with the number of samples read.
+        draw: called with every sample's key and pixels, its truth, and what is predicted.
+
+    Returns:
+        Truth and prediction of every sample in the table.
+    """
+    truths: list[Truth] = []
+    predictions: list[Prediction] = []
+    samples = read_samples(table, None, exclude_groups=exclude_groups, categories=len(detector.classes))
+    while batch := list(islice(_with_objects(samples), detector.batch_size)):
+        new = [truth_of(instances) for _, instances in batch]
+        found = detector([sample.pixels for sample, _ in batch], [truth["image_id"] for truth in new])
+        if draw is not None:
+            for (sample, _), truth, prediction in zip(batch, new, found, strict=True):
+                draw(sample.key, sample.pixels, truth, prediction)
+        truths += new
+        # Of LVIS most of what is predicted does not count; it need not be kept.
+        predictions += [best_first(one, truth, categories) for one, truth in zip(found, new, strict=True)]
+        if progress is not None:
+            progress(len(truths))
+    return truths, predictions
+
+
+def _with_objects(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Instances]]:
+    return ((sample, sample.instances) for sample in samples if sample.instances is not None)
+
+
+def truth_of(instances: Instances) -> Truth:
+    """Return the objects of an image as they are counted; masks are compressed, since polygons take more memory."""
+    annotations: list[Instance] = []
+    for number in range(len(instances)):
+        one: Instance = {
+            "id": int(instances.ids_N[number]),
+            "category": int(instances.labels_N[number]),
+            "bbox": instances.boxes_N4[number].tolist(),
+            "area": float(instances.areas_N[number]),
+            "iscrowd": int(instances.crowds_N[number]),
+        }
+        mask = instances.rle(number)
+        if mask is not None:
+            one["segmentation"] = {"size": mask["size"], "counts": mask["counts"]}
+        annotations.append(one)
+    truth: Truth = {
+        "image_id": instances.image_id,
+        "width": instances.width,
+        "height": instances.height,
+        "annotations": annotations,
+    }
+    if instances.negative is not None:
+        truth["neg_category_ids"] = list(instances.negative)
+    if instances.not_exhaustive is not None:
+        truth["not_exhaustive_category_ids"] = list(instances.not_exhaustive)
+    return truth

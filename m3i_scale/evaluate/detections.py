@@ -1,0 +1,252 @@
+"""Put what a detector predicts beside the truth, image by image, and check both."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import NotRequired
+
+from m3i_scale.errors import ConfigError, DataError
+
+Form = Literal["coco", "lvis"]
+"""Whose rules hold."""
+Kind = Literal["box", "mask"]
+"""What is held against each other."""
+PER_IMAGE = {"coco": 100, "lvis": 300}
+"""So many predictions of an image count, the best ones: in COCO of every class, in LVIS of all classes together."""
+
+
+class Rle(TypedDict):
+    """Holds a mask as COCO compresses it."""
+
+    size: list[int]
+    """Height and width of the image."""
+    counts: str | bytes
+
+
+class Instance(TypedDict):
+    """Holds one object of the truth."""
+
+    id: int
+    category: int
+    """Index into the categories."""
+    bbox: list[float]
+    """x, y, width and height in pixels."""
+    area: float
+    iscrowd: int
+    segmentation: NotRequired[list[list[float]] | Rle]
+
+
+class Truth(TypedDict):
+    """Holds the objects of one image: the instances.json of a sample."""
+
+    image_id: int
+    width: int
+    height: int
+    annotations: list[Instance]
+    neg_category_ids: NotRequired[list[int]]
+    """LVIS: categories that are known not to be there; of others without an object nobody has looked."""
+    not_exhaustive_category_ids: NotRequired[list[int]]
+    """LVIS: categories of which not every object is there."""
+
+
+class Prediction(TypedDict):
+    """Holds what a detector finds in one image, in any order."""
+
+    image_id: int
+    boxes: NDArray[np.floating]
+    """x1, y1, x2, y2 in pixels of the image: (n, 4)."""
+    scores: NDArray[np.floating]
+    labels: NDArray[np.integer]
+    """Indices into the categories."""
+    masks: list[Rle] | None
+
+
+class Category(TypedDict):
+    """Holds one category, at its index."""
+
+    id: int
+    name: str
+    frequency: NotRequired[Literal["r", "c", "f"]]
+    image_count: NotRequired[int]
+
+
+class Categories(TypedDict):
+    """Holds the categories.json of shards."""
+
+    format: Form
+    categories: list[Category]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Holds the images of a set in order of their ids, each once, with what is predicted of them."""
+
+    truths: list[Truth]
+    predictions: list[Prediction]
+    """Of the same images, each in order of the scores; of LVIS those that count."""
+    categories: Categories
+    order: NDArray[np.int64]
+    """Where the images were in the truth as it was given."""
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """Return what can be held against each other: masks where the truth and all predictions have them."""
+        masked = all("segmentation" in one for truth in self.truths for one in truth["annotations"])
+        both = masked and all(one["masks"] is not None for one in self.predictions)
+        return ["box", "mask"] if both else ["box"]
+
+    @cached_property
+    def objects(self) -> list[tuple[int, Instance]]:
+        """Return all objects that could be found, each with the number of its image; crowds are none."""
+        images = enumerate(self.truths)
+        return [(number, one) for number, truth in images for one in truth["annotations"] if not one["iscrowd"]]
+
+
+def check_library() -> None:
+    """Check that what measures detectors is there.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise ConfigError(
+            "average precision and masks of objects are faster-coco-eval's, which is not installed",
+            where="detection",
+            fix="pip install 'm3i-scale[detection]'",
+        )
+
+
+def put_together(truths: Iterable[Truth], predictions: Iterable[Prediction], categories: Categories) -> Detections:
+    """Return predictions beside the truth. Images of which nothing is predicted count all the same.
+
+    Args:
+        truths: of all images of the set, in any order.
+        predictions: of images of the set, in any order: those of several ranks one after another.
+        categories: of the set.
+
+    Raises:
+        ConfigError: the library is not installed.
+        DataError: an image stands twice or is none of the set's, nothing is to be found, or a prediction is broken.
+    """
+    check_library()
+    truth_of: dict[int, Truth] = {}
+    place_of: dict[int, int] = {}
+    for place, truth in enumerate(truths):
+        if truth["image_id"] in truth_of:
+            raise _counted_twice(truth["image_id"], "the truth")
+        truth_of[truth["image_id"]], place_of[truth["image_id"]] = truth, place
+    _check_truths(truth_of.values(), categories)
+    prediction_of: dict[int, Prediction] = {}
+    for prediction in predictions:
+        image = int(prediction["image_id"])
+        if image in prediction_of:
+            raise _counted_twice(image, "the predictions")
+        if image not in truth_of:
+            raise DataError("the image of a prediction is not one of the set", where=f"image {image}")
+        prediction_of[image] = best_first(prediction, truth_of[image], categories)
+    given = [one for one in prediction_of.values() if len(one["scores"])]
+    bare = [one["image_id"] for one in given or prediction_of.values() if one["masks"] is None]
+    if given and 0 < len(bare) < len(given):
+        raise DataError("masks are predicted of some images and not of others", where=f"image {bare[0]}")
+    if not bare:
+        _check_masks(truth_of.values())
+    nothing: Prediction = {
+        "image_id": -1,
+        "boxes": np.zeros((0, 4)),
+        "scores": np.zeros(0),
+        "labels": np.zeros(0, dtype=np.int64),
+        "masks": None if bare else [],
+    }
+    found = {one["image_id"]: one for one in given}
+    images = sorted(truth_of)
+    return Detections(
+        [truth_of[image] for image in images],
+        [found.get(image, nothing) for image in images],
+        categories,
+        np.asarray([place_of[image] for image in images], dtype=np.int64),
+    )
+
+
+def _counted_twice(image: int, what: str) -> DataError:
+    return DataError(
+        f"an image stands twice in {what}",
+        where=f"image {image}",
+        why="it would count twice, and every object that is found again would count as false",
+        fix="give every image to one rank",
+    )
+
+
+def _check_truths(truths: Iterable[Truth], categories: Categories) -> None:
+    count = len(categories["categories"])
+    unbinned = [one["name"] for one in categories["categories"] if one.get("frequency") not in ("r", "c", "f")]
+    if categories["format"] == "lvis" and unbinned:
+        raise DataError(
+            "a category has no frequency, by which LVIS counts", where=unbinned[0], fix="r, c or f in categories.json"
+        )
+    real = 0
+    for truth in truths:
+        for one in truth["annotations"]:
+            if not 0 <= one["category"] < count:
+                raise DataError(
+                    f"an object has category {one['category']}, of {count}", where=f"image {truth['image_id']}"
+                )
+            real += not one["iscrowd"]
+    if not real:
+        raise DataError(
+            "no image has an object that could be found", where="the truth", why="average precision is not defined then"
+        )
+
+
+def _check_masks(truths: Iterable[Truth]) -> None:
+    image_of: dict[bool, int] = {}
+    for truth in truths:
+        for one in truth["annotations"]:
+            image_of.setdefault("segmentation" in one, truth["image_id"])
+    if len(image_of) == 2:
+        raise DataError(
+            "some objects have a mask and others have none, and masks are predicted", where=f"image {image_of[False]}"
+        )
+
+
+def best_first(given: Prediction, truth: Truth, categories: Categories) -> Prediction:
+    """Return a prediction in order of its scores; of LVIS the best of all classes, and of these what was looked for.
+
+    Raises:
+        DataError: it is broken.
+    """
+    where = f"image {truth['image_id']}"
+    boxes_D4 = np.asarray(given["boxes"], dtype=np.float64).reshape(-1, 4)
+    scores_D = np.asarray(given["scores"], dtype=np.float64)
+    labels_D = np.asarray(given["labels"], dtype=np.int64)
+    masks = given["masks"]
+    counts = {len(boxes_D4), *scores_D.shape, *labels_D.shape} | (set() if masks is None else {len(masks)})
+    if len(counts) > 1:
+        raise DataError(f"boxes, scores, labels and masks are of different numbers: {sorted(counts)}", where=where)
+    if not (np.isfinite(boxes_D4).all() and np.isfinite(scores_D).all()):
+        raise DataError("a predicted box or score is not a finite number", where=where)
+    if len(labels_D) and not 0 <= labels_D.min() <= labels_D.max() < len(categories["categories"]):
+        raise DataError(f"a predicted label is none of the {len(categories['categories'])} categories", where=where)
+    size = [truth["height"], truth["width"]]
+    if any(list(mask["size"]) != size for mask in masks or []):
+        raise DataError(
+            f"a predicted mask has another size than the image, which is {size[0]} × {size[1]}", where=where
+        )
+    best_D = np.argsort(-scores_D, kind="stable")
+    if categories["format"] == "lvis":
+        best_D = best_D[: PER_IMAGE["lvis"]]
+        looked_for = [*(one["category"] for one in truth["annotations"]), *truth.get("neg_category_ids", [])]
+        best_D = best_D[np.isin(labels_D[best_D], np.asarray(looked_for, dtype=np.int64))]
+    return {
+        "image_id": truth["image_id"],
+        "boxes": boxes_D4[best_D],
+        "scores": scores_D[best_D],
+        "labels": labels_D[best_D],
+        "masks": None if masks is None else [masks[place] for place in best_D],
+    }

@@ -1,0 +1,61 @@
+"""Draw precision by recall, as `average_precision` gives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from m3i_scale.errors import ConfigError
+
+_SIDE, _EDGE, _GAP = 240, 30, 20
+"""Of one plot: its side, the room round it for numbers and names, and the room to the next."""
+_STEP = _SIDE + 2 * _EDGE + _GAP
+_GRID = (225, 225, 225)
+COLOURS = {"0.50": (31, 119, 180), "0.75": (230, 120, 20), "0.50:0.95": (44, 140, 60)}
+"""Of a curve, by the overlap that counts as found."""
+
+
+def draw_curves(figures: dict[str, Any], path: Path) -> None:
+    """Write a plot of boxes and, beside it, of masks where there are some: recall to the right, precision upwards.
+
+    Args:
+        figures: of `average_precision` or `measure_detector`.
+        path: of the PNG.
+
+    Raises:
+        ConfigError: the disk refuses.
+    """
+    kinds = [kind for kind in ("box", "mask") if kind in figures]
+    picture = Image.new("RGB", (len(kinds) * _STEP - _GAP, _SIDE + 2 * _EDGE), "white")
+    for number, kind in enumerate(kinds):
+        _plot(ImageDraw.Draw(picture), number, kind, figures[kind]["curves"])
+    try:
+        picture.save(path, format="PNG")
+    except OSError as error:
+        raise ConfigError(f"the curves cannot be written: {error.strerror or error}", where=str(path)) from None
+
+
+def point(recall: float, precision: float, number: int = 0) -> tuple[int, int]:
+    """Return where a recall and a precision lie in the picture, in its plot of some number."""
+    return round(number * _STEP + _EDGE + recall * _SIDE), round(_EDGE + (1 - precision) * _SIDE)
+
+
+def _plot(draw: ImageDraw.ImageDraw, number: int, kind: str, curves: dict[str, Any]) -> None:
+    font = ImageFont.load_default()
+    for tenths in range(0, 11, 2):
+        share = tenths / 10
+        (right, bottom), (left, up) = point(share, 0, number), point(0, share, number)
+        draw.line([(right, bottom), point(share, 1, number)], fill=_GRID)
+        draw.line([(left, up), point(1, share, number)], fill=_GRID)
+        draw.text((right, bottom + 10), f"{share:g}", fill="black", font=font, anchor="mm")
+        draw.text((left - 12, up), f"{share:g}", fill="black", font=font, anchor="mm")
+    left, top = point(0, 1, number)
+    draw.text(
+        (left, top - 20), f"precision of {'boxes' if kind == 'box' else 'masks'} by recall", fill="black", font=font
+    )
+    for row, (overlap, precision) in enumerate(curves["precision"].items()):
+        places = [point(recall, high, number) for recall, high in zip(curves["recall"], precision, strict=True)]
+        draw.line(places, fill=COLOURS[overlap], width=2)
+        draw.text((left + 150, top + 8 + 14 * row), f"IoU {overlap}", fill=COLOURS[overlap], font=font)

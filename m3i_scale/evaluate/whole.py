@@ -1,0 +1,70 @@
+"""Choose what measures a trained model that is asked for alone: a segmenter, or a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.detection import evaluate_detector
+from m3i_scale.evaluate.detector import DETECTED, DETECTOR, check_detector, load_detector
+from m3i_scale.evaluate.miou import evaluate_segmenter
+from m3i_scale.evaluate.overlays import Overlays
+from m3i_scale.evaluate.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of
+
+
+def trained_whole(
+    folder: Path, measures: tuple[str, ...] | None, idle: list[str]
+) -> Callable[..., dict[str, Any]] | None:
+    """Return what measures the model that is asked for alone, a segmenter or a detector; None where features are.
+
+    Args:
+        folder: of the model.
+        measures: that are asked for; None: all that there are.
+        idle: options that are given, and have an effect on features alone.
+
+    Raises:
+        ConfigError: the folder, the measures and the options do not fit together.
+    """
+    load = segmenter_of(folder, measures)
+    detects = measures is not None and DETECTOR in measures
+    if measures is not None and detects:
+        check_detector(folder, measures)
+    if idle and (load is not None or detects):
+        what = DETECTOR if detects else SEGMENTER
+        raise ConfigError(f"{', '.join(idle)} has no effect: a {what} is measured", where=str(folder))
+    if detects:
+        return _detector
+    return None if load is None else partial(_segmenter, load)
+
+
+def _segmenter(
+    load: Callable[[Path, torch.device, int], Segmenter],
+    folder: Path,
+    data: str,
+    where: torch.device,
+    batch_size: int | None,
+    exclude_groups: tuple[str, ...],
+    pictures: tuple[Path, int] | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    segmenter = load(folder, where, batch_size or WINDOWS)
+    drawing = None if pictures is None else Overlays(*pictures, segmenter.classes)
+    return evaluate_segmenter(segmenter, folder, data, exclude_groups, drawing, progress)
+
+
+def _detector(
+    folder: Path,
+    data: str,
+    where: torch.device,
+    batch_size: int | None,
+    exclude_groups: tuple[str, ...],
+    pictures: tuple[Path, int] | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    detector = load_detector(folder, where, batch_size or DETECTED)
+    return evaluate_detector(detector, folder, data, exclude_groups, pictures, progress)

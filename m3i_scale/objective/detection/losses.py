@@ -1,0 +1,174 @@
+"""Compare what a Mask R-CNN predicts with the objects of the images.
+
+detectron2 divides by what lies on one rank and averages over ranks; here it is what lies on all ranks. The two are the
+same on one rank, and where all ranks have as many regions and objects; but a batch is one here, however it is dealt. So
+is chance: it is that of the sample, by its seed, and not that of the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.ops import box_iou, roi_align
+
+from m3i_scale.config.detection import MaskRcnn, Regions
+from m3i_scale.objective.detection.boxes import has_area
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Holds what is to be found on the B square images of a micro-batch."""
+
+    boxes_BN4: Tensor
+    """float32: x1, y1, x2, y2 in pixels of the padded image."""
+    labels_BN: Tensor
+    """int64: classes; −1 is padding."""
+    masks_BNMM: Tensor | None
+    """uint8: the part of an object's mask in its box, resized to M × M; None where the set has boxes alone."""
+    sizes_B2: Tensor
+    """float32: height and width of an image before padding."""
+    seeds_B: Tensor
+    """int64: of the samples, on the host; regions and classes are drawn by them."""
+
+    def on(self, image: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return boxes (N, 4), classes and masks of the objects of an image. What has no area is none, as padding."""
+        boxes_N4 = self.boxes_BN4[image].float()
+        there_N = (self.labels_BN[image] >= 0) & has_area(boxes_N4)
+        masks_NMM = None if self.masks_BNMM is None else self.masks_BNMM[image][there_N]
+        return boxes_N4[there_N], self.labels_BN[image][there_N], masks_NMM
+
+    def generators(self) -> list[torch.Generator]:
+        """Return, by image, what draws for it."""
+        return [torch.Generator(self.boxes_BN4.device).manual_seed(seed) for seed in self.seeds_B.tolist()]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Holds the regions of an image that are trained on, objects first."""
+
+    boxes_R4: Tensor
+    labels_R: Tensor
+    """K for the ground."""
+    objects_P: Tensor
+    """Which objects of the image the first P regions are."""
+    truth_P4: Tensor
+    """The boxes of those objects."""
+    masks_PMM: Tensor | None = None
+    """Their masks."""
+    drawn_C: Tensor | None = None
+    """Of a federated loss: the classes that count."""
+
+
+def box_loss(deltas_N4: Tensor, boxes_N4: Tensor, truth_N4: Tensor, coder: BoxCoder, beta: float) -> Tensor:
+    """Return the sum of how far predicted moves are from those that are right."""
+    return F.smooth_l1_loss(deltas_N4, coder.encode_single(truth_N4, boxes_N4), reduction="sum", beta=beta)
+
+
+@torch.no_grad()
+def match_anchors(regions: Regions, anchors_N4: Tensor, boxes_M4: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what every anchor is, 1 an object, 0 ground and −1 neither, and the box that it is matched with (N, 4)."""
+    if not len(boxes_M4):
+        return anchors_N4.new_zeros(len(anchors_N4), dtype=torch.int64), anchors_N4
+    matcher = Matcher(regions.positive_iou, regions.negative_iou, allow_low_quality_matches=True)
+    found_N = matcher(box_iou(boxes_M4, anchors_N4))
+    state_N = (found_N >= 0).long()
+    state_N[found_N == Matcher.BETWEEN_THRESHOLDS] = -1
+    return state_N, boxes_M4[found_N.clamp(min=0)]
+
+
+def draw(
+    positive_N: Tensor, negative_N: Tensor, count: int, fraction: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return numbers of positive candidates, up to a fraction of the count, and of negative ones for the rest."""
+    (positive_P,), (negative_Q,) = positive_N.nonzero(as_tuple=True), negative_N.nonzero(as_tuple=True)
+    first_P, first_Q = (
+        torch.randperm(len(number), device=number.device, generator=generator) for number in (positive_P, negative_Q)
+    )
+    drawn_P = positive_P[first_P[: int(count * fraction)]]
+    return drawn_P, negative_Q[first_Q[: count - len(drawn_P)]]
+
+
+def region_losses(
+    spec: MaskRcnn,
+    logits_BN: Tensor,
+    deltas_BN4: Tensor,
+    anchors_N4: Tensor,
+    objects: Objects,
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor]:
+    """Return the RPN's losses, of what is an object and of boxes, over as many anchors as are asked for of an image."""
+    regions, coder = spec.regions, BoxCoder((1.0, 1.0, 1.0, 1.0))
+    objectness, moves = logits_BN.sum() * 0, deltas_BN4.sum() * 0
+    for image, generator in enumerate(generators):
+        state_N, truth_N4 = match_anchors(regions, anchors_N4, objects.on(image)[0])
+        drawn_P, drawn_Q = draw(state_N == 1, state_N == 0, regions.anchors_per_image, 0.5, generator)
+        logits_S = logits_BN[image, torch.cat([drawn_P, drawn_Q])]
+        target_S = torch.zeros_like(logits_S)
+        target_S[: len(drawn_P)] = 1
+        objectness = objectness + F.binary_cross_entropy_with_logits(logits_S, target_S, reduction="sum")
+        moves = moves + box_loss(
+            deltas_BN4[image, drawn_P], anchors_N4[drawn_P], truth_N4[drawn_P], coder, spec.smooth_l1_beta
+        )
+    count = regions.anchors_per_image * len(logits_BN)
+    return objectness / count, moves / count
+
+
+@torch.no_grad()
+def choose_regions(
+    regions: Regions,
+    proposals_R4: Tensor,
+    objects: tuple[Tensor, Tensor, Tensor | None],
+    classes: int,
+    generator: torch.Generator,
+) -> Chosen:
+    """Return the regions of an image that are trained on.
+
+    Args:
+        regions: how many, and what makes one an object.
+        proposals_R4: the objects' own boxes are joined to them.
+        objects: of `Objects.on`.
+        classes: K, the class of the ground.
+        generator: draws.
+    """
+    boxes_M4, labels_M, masks_MMM = objects
+    boxes_R4 = torch.cat([proposals_R4, boxes_M4])
+    found_R = torch.full((len(boxes_R4),), -1, device=boxes_R4.device)
+    if len(boxes_M4):
+        matcher = Matcher(regions.object_iou, regions.object_iou, allow_low_quality_matches=False)
+        found_R = matcher(box_iou(boxes_M4, boxes_R4))
+    drawn_P, drawn_Q = draw(found_R >= 0, found_R < 0, regions.per_image, regions.positive_fraction, generator)
+    objects_P = found_R[drawn_P]
+    labels_R = torch.cat([labels_M[objects_P], torch.full_like(drawn_Q, classes)])
+    masks_PMM = None if masks_MMM is None else masks_MMM[objects_P]
+    return Chosen(boxes_R4[torch.cat([drawn_P, drawn_Q])], labels_R, objects_P, boxes_M4[objects_P], masks_PMM)
+
+
+def counted_regions(regions: Regions, objects: Objects) -> Chosen:
+    """Return as many regions as are trained on at most, where there are no values."""
+    count, positives = regions.per_image, int(regions.per_image * regions.positive_fraction)
+    numbers, boxes = torch.zeros(count, dtype=torch.int64, device="meta"), torch.zeros(count, 4, device="meta")
+    masks_PMM = None if objects.masks_BNMM is None else objects.masks_BNMM[0][numbers[:positives]]
+    return Chosen(boxes, numbers, numbers[:positives], boxes[:positives], masks_PMM)
+
+
+@torch.no_grad()
+def masks_in(masks_RMM: Tensor, own_R4: Tensor, boxes_R4: Tensor, side: int) -> Tensor:
+    """Return what regions show of masks that are kept in the boxes of their objects: 0 or 1, fp32 (R, side, side).
+
+    Args:
+        masks_RMM: of the objects, in their boxes.
+        own_R4: those boxes.
+        boxes_R4: the regions.
+        side: of the result.
+    """
+    corner_R2, extent_R2 = own_R4[:, :2], (own_R4[:, 2:] - own_R4[:, :2]).clamp(min=1e-3)
+    in_mask_R22 = (boxes_R4.unflatten(1, (2, 2)) - corner_R2[:, None]) / extent_R2[:, None] * masks_RMM.shape[-1]
+    number_R1 = torch.arange(len(masks_RMM), device=masks_RMM.device)[:, None]
+    rois_R5 = torch.cat([number_R1, in_mask_R22.flatten(1)], dim=1)
+    soft_R1SS: Tensor = roi_align(masks_RMM[:, None].float(), rois_R5, side, aligned=True)
+    return (soft_R1SS[:, 0] >= 0.5).float()

@@ -1,0 +1,251 @@
+"""Put a Mask R-CNN together on a backbone: pyramid, regions, boxes and masks, in training and outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+
+from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.maps import MapBackbone
+from m3i_scale.backbones.tokens import TokenBackbone
+from m3i_scale.config.detection import MaskRcnn
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.detection.boxes import anchors, choose, cut_out, propose, scaled
+from m3i_scale.objective.detection.federated import class_weights, federated_classes, sigmoid_loss
+from m3i_scale.objective.detection.heads import BoxHead, MaskHead, RegionHead
+from m3i_scale.objective.detection.losses import (
+    Chosen,
+    Objects,
+    box_loss,
+    choose_regions,
+    counted_regions,
+    masks_in,
+    region_losses,
+)
+from m3i_scale.objective.detection.pyramid import STRIDES, SimplePyramid, StagePyramid
+from m3i_scale.objective.detection.windows import WindowedTransformer, default_windows
+from m3i_scale.objective.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Holds what was found on one image, the best first."""
+
+    boxes_N4: Tensor
+    """float32: x1, y1, x2, y2 at the image's own size."""
+    scores_N: Tensor
+    labels_N: Tensor
+    masks_NMM: Tensor | None
+    """float16: soft masks in the boxes, which `paste_masks` puts into the image; None of a Faster R-CNN."""
+
+
+class MaskRcnnDetector(nn.Module):
+    """Finds objects on square images, padded at the right and at the bottom.
+
+    Its modules compute in the engine's type, and in fp32: what is predicted, anchors, boxes, RoIAlign and losses.
+
+    Args:
+        spec: of the run file.
+        backbone: f_θ; a plain Transformer gets its attention from here.
+        classes: K.
+        ranks: losses are divided by what all of them have.
+        image_counts: of a federated loss: in how many images for training a class is, by class; only read where that
+            is computed.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        spec: MaskRcnn,
+        backbone: Backbone,
+        classes: int,
+        ranks: Ranks,
+        image_counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.classes, self.ranks = spec, classes, ranks
+        self.strides = [backbone.patch_size * stride for stride in STRIDES]
+        self.drawn_by = _drawn_by(spec, classes, image_counts)
+        normed, widths = spec.norm == "layer", backbone.stage_widths
+        self.windows: WindowedTransformer | None = None
+        self.pyramid: nn.Module
+        if widths and spec.windows is not None:
+            raise ConfigError(
+                "windows have no effect: this backbone has no attention", where="task.head.windows", fix="leave it out"
+            )
+        if widths:
+            self.pyramid = StagePyramid(widths, spec.channels, norm=normed)
+        else:
+            self.windows = WindowedTransformer(spec.windows or default_windows(backbone.grid[0]), backbone)
+            self.pyramid = SimplePyramid(backbone.width, spec.channels, norm=normed)
+        self.regions = RegionHead(spec.regions, spec.channels)
+        self.boxes = BoxHead(spec, classes)
+        self.masks = MaskHead(spec, classes) if spec.masks else None
+
+    def backbone_layers(self) -> dict[str, int]:
+        """Return the layer of the backbone, from 0, at whose rate parameters of this module learn."""
+        if self.windows is None:
+            return {}
+        return {
+            f"windows.layers.{number}.{name}": number
+            for number, layer in enumerate(self.windows.layers)
+            for name, _ in layer.named_parameters()
+        }
+
+    def encode(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the maps of five levels (B, C, H, W) of normalised images."""
+        if self.windows is not None:
+            maps = [self.windows(cast(TokenBackbone, backbone), images_BCHW)]
+        else:
+            maps = cast(MapBackbone, backbone).stage_maps(images_BCHW)
+        levels: list[Tensor] = self.pyramid(maps)
+        return levels
+
+    def losses(self, levels: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
+        """Return this rank's share of every loss, fp32; the mean over ranks is the loss of the global batch.
+
+        Every parameter has a gradient, zero where a batch has no object. The loss of the model is their sum.
+
+        Args:
+            levels: of `encode`.
+            objects: to be found.
+        """
+        spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
+        logits, deltas, places = self._look(levels)
+        if maps[0].is_meta:
+            objectness, moves = torch.cat(logits, dim=1).mean(), torch.cat(deltas, dim=1).mean()
+            chosen = [counted_regions(spec.regions, objects)] * len(maps[0])
+        else:
+            generators = objects.generators()
+            objectness, moves = region_losses(
+                spec, torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(places), objects, generators
+            )
+            sizes = _sizes(objects.sizes_B2)
+            proposals = propose(spec.regions, logits, deltas, places, sizes, training=self.training)
+            chosen = [
+                self._chosen(boxes_R4, objects, image, generators[image]) for image, boxes_R4 in enumerate(proposals)
+            ]
+        counts = [sum(len(one.labels_R) for one in chosen), sum(len(one.objects_P) for one in chosen)]
+        count_2 = self.ranks.sum(torch.tensor(counts, dtype=torch.float32, device=maps[0].device))
+        regions, positives = (count_2 / self.ranks.world_size).clamp(min=1 / self.ranks.world_size).unbind()
+        cut_RCSS = cut_out(spec, maps, self.strides, [one.boxes_R4 for one in chosen], spec.box_side)
+        logits_RK, deltas_RK4 = self.boxes(cut_RCSS)
+        found = {
+            "rpn_objectness": objectness,
+            "rpn_box": moves,
+            "class": self._class_loss(logits_RK, chosen) / regions,
+            "box": self._box_loss(deltas_RK4, chosen) / regions,
+        }
+        if self.masks is not None:
+            found["mask"] = self._mask_loss(self.masks, maps, chosen) / positives
+        return found
+
+    @torch.no_grad()
+    def detect(self, levels: Sequence[Tensor], sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
+        """Return what is found on every image.
+
+        Args:
+            levels: of `encode`.
+            sizes_B2: height and width of the images before padding.
+            own_B2: those of the images themselves, which boxes are scaled to.
+        """
+        sizes = _sizes(sizes_B2)
+        proposals = propose(self.spec.regions, *self._look(levels), sizes, training=False)
+        maps = [map_BCHW.float() for map_BCHW in levels[:4]]
+        logits_RK, deltas_RK4 = self.boxes(cut_out(self.spec, maps, self.strides, proposals, self.spec.box_side))
+        sigmoid = self.spec.classifier == "sigmoid"
+        scores_RK = (logits_RK.sigmoid() if sigmoid else logits_RK.softmax(dim=1))[:, :-1]
+        coder, counts = BoxCoder(self.spec.box_weights), [len(boxes_R4) for boxes_R4 in proposals]
+        boxes_RK4 = coder.decode_single(deltas_RK4.flatten(1), torch.cat(proposals)).view(deltas_RK4.shape)
+        found = [
+            choose(self.spec, *image)
+            for image in zip(scores_RK.split(counts), boxes_RK4.split(counts), sizes, strict=True)
+        ]
+        masks: Sequence[Tensor | None] = [None] * len(found)
+        if self.masks is not None:
+            cut = cut_out(self.spec, maps, self.strides, [boxes_N4 for boxes_N4, *_ in found], self.spec.mask_side)
+            soft_NMM = self.masks(cut, torch.cat([labels_N for *_, labels_N in found])).sigmoid().half()
+            masks = soft_NMM.split([len(boxes_N4) for boxes_N4, *_ in found])
+        detections = []
+        for one, masks_NMM, size, own in zip(found, masks, sizes, _sizes(own_B2), strict=True):
+            boxes_N4, there_N = scaled(one[0], size, own)
+            shown_NMM = None if masks_NMM is None else masks_NMM[there_N]
+            detections.append(Detections(boxes_N4[there_N], one[1][there_N], one[2][there_N], shown_NMM))
+        return detections
+
+    def _look(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return logits, deltas and anchors by level."""
+        sides = [(map_BCHW.shape[2], map_BCHW.shape[3]) for map_BCHW in levels]
+        return *self.regions(levels), anchors(self.spec.regions, sides, self.strides, levels[0])
+
+    def _chosen(self, proposals_R4: Tensor, objects: Objects, image: int, generator: torch.Generator) -> Chosen:
+        spec, count = self.spec, self.spec.federated_classes
+        chosen = choose_regions(spec.regions, proposals_R4, objects.on(image), self.classes, generator)
+        if count is None:
+            return chosen
+        if self.drawn_by is None:
+            raise ValueError("a federated loss draws classes by their numbers of images")
+        weights_K = self.drawn_by.to(proposals_R4.device)
+        return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, weights_K, generator))
+
+    def _class_loss(self, logits_RK: Tensor, chosen: Sequence[Chosen]) -> Tensor:
+        """Return the sum over regions. A federated loss draws its classes image by image, as published runs did with
+        one image on a GPU."""
+        if self.spec.classifier == "softmax":
+            return F.cross_entropy(logits_RK, torch.cat([one.labels_R for one in chosen]), reduction="sum")
+        by_image = logits_RK.split([len(one.labels_R) for one in chosen])
+        parts = [
+            sigmoid_loss(part_RK, one.labels_R, one.drawn_C) for part_RK, one in zip(by_image, chosen, strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+    def _box_loss(self, deltas_RK4: Tensor, chosen: Sequence[Chosen]) -> Tensor:
+        """Return the sum over the regions that are objects."""
+        parts = []
+        for deltas_SK4, one in zip(deltas_RK4.split([len(one.labels_R) for one in chosen]), chosen, strict=True):
+            place_P = torch.arange(len(one.objects_P), device=deltas_SK4.device)
+            label_P = one.labels_R[: len(place_P)] if deltas_SK4.shape[1] > 1 else torch.zeros_like(place_P)
+            coder, beta = BoxCoder(self.spec.box_weights), self.spec.smooth_l1_beta
+            boxes_P4 = one.boxes_R4[: len(place_P)]
+            parts.append(box_loss(deltas_SK4[place_P, label_P], boxes_P4, one.truth_P4, coder, beta))
+        return torch.stack(parts).sum()
+
+    def _mask_loss(self, head: MaskHead, maps: Sequence[Tensor], chosen: Sequence[Chosen]) -> Tensor:
+        """Return the sum over the regions that are objects of the mean over pixels."""
+        boxes = [one.boxes_R4[: len(one.objects_P)] for one in chosen]
+        labels_P = torch.cat([one.labels_R[: len(one.objects_P)] for one in chosen])
+        logits_PMM = head(cut_out(self.spec, maps, self.strides, boxes, self.spec.mask_side), labels_P)
+        side, truth = int(logits_PMM.shape[-1]), []
+        for one, boxes_P4 in zip(chosen, boxes, strict=True):
+            if one.masks_PMM is None:
+                raise ValueError("a mask head learns from masks")
+            truth.append(masks_in(one.masks_PMM, one.truth_P4, boxes_P4, side))
+        loss: Tensor = F.binary_cross_entropy_with_logits(logits_PMM, torch.cat(truth), reduction="sum")
+        return loss / side**2
+
+
+def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) -> Tensor | None:
+    """Return how often a federated loss draws a class."""
+    if spec.federated_classes is None or image_counts is None:
+        return None
+    there = sum(count > 0 for count in image_counts)
+    if len(image_counts) != classes or there < spec.federated_classes:
+        raise ConfigError(
+            f"{spec.federated_classes} classes cannot be drawn: {there} of {classes} are in images for training",
+            where="task.head.federated_classes",
+            why="categories.json beside the shards says in how many images a class is, as `image_count`",
+            fix="fewer, or task.head.federated_classes=null",
+        )
+    return class_weights(image_counts, spec.federated_power)
+
+
+def _sizes(sizes_B2: Tensor) -> list[tuple[float, float]]:
+    return [(float(height), float(width)) for height, width in sizes_B2.tolist()]

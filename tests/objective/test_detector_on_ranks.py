@@ -1,0 +1,44 @@
+"""Two ranks, one of which has no object, train the same detector under ZeRO-1 and ZeRO-2, and compute what one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detector_ranks import STAGES, STEPS, Detection, first_weights
+from detectors import FOUR_SCENES, batch_of
+from launch import TESTS, start_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from m3i_scale.objective.ranks import SingleProcess
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
+    out = tmp_path_factory.mktemp("detectors")
+    job = start_ranks([str(TESTS / "objective" / "detector_ranks.py"), str(out)], 2, out / "logs")
+    assert job.wait(300) == [0, 0], "\n".join(Path(job.log(rank)).read_text()[-3000:] for rank in (0, 1))
+    return {stage: [load_file(out / f"{stage}-rank{rank}.safetensors") for rank in (0, 1)] for stage in STAGES}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_ranks_take_every_step_to_the_same_weights(told: dict[str, list[dict[str, Tensor]]], stage: str) -> None:
+    first, second = told[stage]
+    assert first.keys() == second.keys()
+    assert len(first) == 5 * STEPS + 1
+    assert torch.equal(first["weights"], second["weights"])
+    assert all(value.isfinite().all() for value in first.values())
+    assert second["0/mask"] == 0 < first["0/mask"]
+    assert first["1/mask"] == 0 < second["1/mask"]
+
+
+def test_the_mean_over_ranks_is_the_loss_of_one(told: dict[str, list[dict[str, Tensor]]]) -> None:
+    module = Detection(SingleProcess()).train()
+    first_weights(module)
+    _, losses = module(*batch_of(FOUR_SCENES))
+    first, second = told["zero1_cpu_fp32"]
+    for name, loss in losses.items():
+        mean = (first[f"0/{name}"] + second[f"0/{name}"]) / 2
+        torch.testing.assert_close(mean, loss.detach(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,107 @@
+"""Makes sets of images with objects, and what a detector would find in them, for tests of average precision."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as rle
+
+SIDES = (160, 220)
+"""Height and width of every image."""
+
+
+def ellipse(box: Any, sides: tuple[int, int] = SIDES) -> np.ndarray:
+    """The pixels of an ellipse that fills a box (x, y, width, height)."""
+    y, x = np.mgrid[: sides[0], : sides[1]] + 0.5
+    inside = ((x - box[0] - box[2] / 2) / (box[2] / 2)) ** 2 + ((y - box[1] - box[3] / 2) / (box[3] / 2)) ** 2 <= 1
+    return np.asfortranarray(inside, dtype=np.uint8)
+
+
+def compressed(box: Any, sides: tuple[int, int] = SIDES) -> dict[str, Any]:
+    found = rle.encode(ellipse(box, sides))
+    counts = found["counts"]
+    return {"size": list(sides), "counts": counts if isinstance(counts, str) else counts.decode()}
+
+
+def polygon(box: Any) -> list[list[float]]:
+    angles = np.linspace(0, 2 * np.pi, 17)[:-1]
+    x, y = box[0] + box[2] / 2 * (1 + np.cos(angles)), box[1] + box[3] / 2 * (1 + np.sin(angles))
+    return [np.stack([x, y], axis=1).round(2).ravel().tolist()]
+
+
+def instance(box: Any, category: int, *, crowd: bool = False, number: int = 0, masks: bool = True) -> dict[str, Any]:
+    shape = {"segmentation": compressed(box) if crowd or number % 2 else polygon(box)} if masks else {}
+    area = float(np.pi / 4 * box[2] * box[3])
+    return {"id": number, "category": category, "bbox": list(box), "area": area, "iscrowd": int(crowd), **shape}
+
+
+def truth(image: int, objects: list[dict[str, Any]], **federated: list[int]) -> dict[str, Any]:
+    return {"image_id": image, "width": SIDES[1], "height": SIDES[0], "annotations": objects, **federated}
+
+
+def prediction(image: int, found: list[tuple[Any, float, int]], *, masks: bool = True) -> dict[str, Any]:
+    """Of boxes (x, y, width, height), each with its score and label."""
+    boxes = np.asarray([[x, y, x + w, y + h] for (x, y, w, h), _, _ in found], dtype=np.float64).reshape(-1, 4)
+    return {
+        "image_id": image,
+        "boxes": boxes,
+        "scores": np.asarray([score for _, score, _ in found], dtype=np.float64),
+        "labels": np.asarray([label for _, _, label in found], dtype=np.int64),
+        "masks": [compressed(box) for box, _, _ in found] if masks else None,
+    }
+
+
+def exact(one: dict[str, Any]) -> dict[str, Any]:
+    """What a detector without fault finds in an image: its objects, as they are."""
+    objects = [each for each in one["annotations"] if not each["iscrowd"]]
+    found = prediction(one["image_id"], [(each["bbox"], 0.9, each["category"]) for each in objects], masks=False)
+    sized = [rle.segmToRle(each["segmentation"], one["width"], one["height"]) for each in objects]
+    return found | {"masks": sized}
+
+
+def categories(count: int, form: str = "coco") -> dict[str, Any]:
+    """Their ids have gaps."""
+    binned = {"lvis": lambda number: {"frequency": "rcf"[number % 3], "image_count": 1}}.get(form, lambda number: {})
+    named = [{"id": 3 * number + 7, "name": f"kind {number}", **binned(number)} for number in range(count)]
+    return {"format": form, "categories": named}
+
+
+@cache
+def random_set(
+    images: int, kinds: int, per_image: int, *, seed: int = 0, form: str = "coco", digits: int = 12
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Truth, predictions and categories: objects of all sizes, some of them found and others missed, crowds, images
+    without an object, without a prediction, and without either. The last category is of no object. With few digits many
+    scores are equal."""
+    draw = np.random.default_rng(seed)
+    truths, predictions = [], []
+    for image in range(images):
+        objects, found = [], []
+        for number in range(0 if image % 7 == 3 else int(draw.integers(1, 7))):
+            size = draw.choice([14.0, 50.0, 120.0]) * draw.uniform(0.8, 1.2, 2)
+            box = np.round([*(draw.uniform(0, 1, 2) * ([SIDES[1], SIDES[0]] - size)), *size], 2)
+            category = int(draw.integers(kinds - 1))
+            objects.append(
+                instance(box.tolist(), category, crowd=form == "coco" and draw.random() < 0.15, number=number)
+            )
+            for _ in range(int(draw.integers(0, 3))):
+                near = box + draw.normal(0, 0.08, 4) * size[[0, 1, 0, 1]]
+                label = category if draw.random() < 0.8 else int(draw.integers(kinds))
+                found.append((near, round(float(draw.random()), digits), label))
+        while len(found) < per_image if image % 5 else image % 10 and len(found) < 3:
+            size = draw.uniform(4, 90, 2)
+            box = [*(draw.uniform(0, 1, 2) * ([SIDES[1], SIDES[0]] - size)), *size]
+            found.append((box, round(float(draw.random()), digits), int(draw.integers(kinds))))
+        federated = {}
+        if form == "lvis":
+            absent = [kind for kind in range(kinds) if kind not in {one["category"] for one in objects}]
+            present = sorted({one["category"] for one in objects})
+            federated["neg_category_ids"] = [kind for kind in absent if draw.random() < 0.4]
+            unsure = [kind for kind in present if draw.random() < 0.3]
+            federated["not_exhaustive_category_ids"] = unsure + federated["neg_category_ids"][:1]
+        truths.append(truth(3 * image + 5, objects, **federated))
+        if image % 10:
+            predictions.append(prediction(3 * image + 5, found))
+    return truths, predictions, categories(kinds, form)
