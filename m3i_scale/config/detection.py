@@ -81,8 +81,6 @@ class DetectionHead(Kind):
     """Finds objects on what the backbone gives."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    module: ClassVar[str]
-    """Import path of the module that is built of it."""
 
 
 class MaskRcnn(DetectionHead):
@@ -90,7 +88,6 @@ class MaskRcnn(DetectionHead):
     of an InternImage on a feature pyramid network of its four maps."""
 
     kind: ClassVar[str] = "mask_rcnn"
-    module: ClassVar[str] = "m3i_scale.objective.detection.mask_rcnn.MaskRcnnDetector"
 
     windows: Windows | None = None
     """Of a plain Transformer. Default: as ViTDet; where an image is less than two windows wide, neither windows nor

@@ -142,8 +142,8 @@ class Checks:
         if len(faults.found) > before:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
-        resolved = ResolvedRun(run, recipe, label_sets, tokenizer, deepspeed, model.image_size, accumulation)
-        resolved.image_counts = image_counts
+        of_model = (model.image_size, accumulation, image_counts)
+        resolved = ResolvedRun(run, recipe, label_sets, tokenizer, deepspeed, *of_model)
         vocab_size = resolved.vocab_size
         if faults.note(lambda: build_on_meta(run, label_sets, vocab_size, image_counts=image_counts)) is None:
             return None
@@ -165,11 +165,14 @@ class Checks:
         return label_sets
 
     def _image_counts(self, access: Access) -> list[int] | None:
-        counts = None
+        """Return in how many images of all sources every category is; None where no source says so. That sources have
+        other categories is told with their names."""
+        by_source = []
         for name, source in self.run.data.sources.items():
             categories = categories_beside(shard_folder(source.shards), f"source '{name}': ", access)
             if categories is not None and categories.format == "lvis":
-                counts = [category.image_count or 0 for category in categories.categories]
+                by_source.append([category.image_count or 0 for category in categories.categories])
+        counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
         check_image_counts(self.run.task, counts)
         return counts
 

@@ -22,7 +22,7 @@ from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.check import check_run
+from m3i_scale.run.check import check_run, resolve_run
 from m3i_scale.run.check import faults_of as find_faults
 from m3i_scale.run.flops import step_flop
 from m3i_scale.scale.checkpoint.weights import load_weights
@@ -159,6 +159,19 @@ def test_what_a_detector_cannot_be_trained_with_is_told_before_the_first_step(sh
     (tmp_path / "lvis" / "categories.json").unlink()
     (place,) = faults_of(run | {"data": run["data"] | {"sources": sources}}, tmp_path)
     assert place.startswith("data.sources.scenes")
+
+
+def test_a_federated_loss_knows_the_images_of_all_sources(shards: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_boxes(tmp_path / name, range(8), lvis=True)
+    run = values(tmp_path, shards, "zero1_cpu_fp32")
+    run["data"]["sources"] = {
+        name: {"shards": str(tmp_path / name), "label_set": "lvis"} for name in ("first", "second")
+    }
+    run["data"].pop("validation")
+    run["evaluation"] = {"every_steps": 0}
+    resolved = resolve_run(RunConfig.model_validate(run), 1)
+    assert resolved.image_counts == [40, 20]
 
 
 def test_the_library_of_masks_is_missed_before_the_first_step(

@@ -62,7 +62,8 @@ def test_losses_are_those_of_torchvision_at_its_beta() -> None:
     sides = [(level.shape[2], level.shape[3]) for level in levels]
     places = anchors(spec.regions, sides, detector.strides, images)
     generators = objects.generators()
-    region_losses(spec, torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(places), objects, generators)
+    boxes = [objects.on(image)[0] for image in range(3)]
+    region_losses(spec, torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(places), boxes, generators)
     proposals = propose(spec.regions, logits, deltas, places, [(64.0, 64.0)] * 3, training=True)
     chosen = [
         choose_regions(spec.regions, proposals[image], objects.on(image), 3, generators[image]) for image in range(3)
@@ -110,7 +111,7 @@ def test_the_rpn_loses_by_as_many_anchors_as_are_asked_for() -> None:
     logits, deltas = torch.randn(1, 40, generator=generator), torch.randn(1, 40, 4, generator=generator)
     _, objects = batch_of(FULL[:1])
     state, truth = match_anchors(spec.regions, places, objects.on(0)[0])
-    objectness, moves = region_losses(spec, logits, deltas, places, objects, objects.generators())
+    objectness, moves = region_losses(spec, logits, deltas, places, [objects.on(0)[0]], objects.generators())
     counted = state >= 0
     bce = F.binary_cross_entropy_with_logits(logits[0, counted], state[counted].float(), reduction="sum")
     torch.testing.assert_close(objectness, bce / 1000)

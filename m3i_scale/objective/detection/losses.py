@@ -98,14 +98,23 @@ def region_losses(
     logits_BN: Tensor,
     deltas_BN4: Tensor,
     anchors_N4: Tensor,
-    objects: Objects,
+    boxes: Sequence[Tensor],
     generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """Return the RPN's losses, of what is an object and of boxes, over as many anchors as are asked for of an image."""
+    """Return the RPN's losses, of what is an object and of boxes, over as many anchors as are asked for of an image.
+
+    Args:
+        spec: how many anchors, and how boxes are compared.
+        logits_BN: whether an anchor is an object.
+        deltas_BN4: how it is moved.
+        anchors_N4: of all levels.
+        boxes: of the objects, by image (M, 4).
+        generators: draw, by image.
+    """
     regions, coder = spec.regions, BoxCoder((1.0, 1.0, 1.0, 1.0))
     objectness, moves = logits_BN.sum() * 0, deltas_BN4.sum() * 0
     for image, generator in enumerate(generators):
-        state_N, truth_N4 = match_anchors(regions, anchors_N4, objects.on(image)[0])
+        state_N, truth_N4 = match_anchors(regions, anchors_N4, boxes[image])
         drawn_P, drawn_Q = draw(state_N == 1, state_N == 0, regions.anchors_per_image, 0.5, generator)
         logits_S = logits_BN[image, torch.cat([drawn_P, drawn_Q])]
         target_S = torch.zeros_like(logits_S)

@@ -124,14 +124,16 @@ class MaskRcnnDetector(nn.Module):
             objectness, moves = torch.cat(logits, dim=1).mean(), torch.cat(deltas, dim=1).mean()
             chosen = [counted_regions(spec.regions, objects)] * len(maps[0])
         else:
-            generators = objects.generators()
+            generators, there = objects.generators(), [objects.on(image) for image in range(len(maps[0]))]
+            boxes = [boxes_M4 for boxes_M4, *_ in there]
             objectness, moves = region_losses(
-                spec, torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(places), objects, generators
+                spec, torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(places), boxes, generators
             )
             sizes = _sizes(objects.sizes_B2)
             proposals = propose(spec.regions, logits, deltas, places, sizes, training=self.training)
             chosen = [
-                self._chosen(boxes_R4, objects, image, generators[image]) for image, boxes_R4 in enumerate(proposals)
+                self._chosen(boxes_R4, of_image, generator)
+                for boxes_R4, of_image, generator in zip(proposals, there, generators, strict=True)
             ]
         counts = [sum(len(one.labels_R) for one in chosen), sum(len(one.objects_P) for one in chosen)]
         count_2 = self.ranks.sum(torch.tensor(counts, dtype=torch.float32, device=maps[0].device))
@@ -186,9 +188,11 @@ class MaskRcnnDetector(nn.Module):
         sides = [(map_BCHW.shape[2], map_BCHW.shape[3]) for map_BCHW in levels]
         return *self.regions(levels), anchors(self.spec.regions, sides, self.strides, levels[0])
 
-    def _chosen(self, proposals_R4: Tensor, objects: Objects, image: int, generator: torch.Generator) -> Chosen:
+    def _chosen(
+        self, proposals_R4: Tensor, objects: tuple[Tensor, Tensor, Tensor | None], generator: torch.Generator
+    ) -> Chosen:
         spec, count = self.spec, self.spec.federated_classes
-        chosen = choose_regions(spec.regions, proposals_R4, objects.on(image), self.classes, generator)
+        chosen = choose_regions(spec.regions, proposals_R4, objects, self.classes, generator)
         if count is None:
             return chosen
         if self.drawn_by is None:
