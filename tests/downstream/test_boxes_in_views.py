@@ -28,10 +28,10 @@ SIDE = 64
 
 
 def ell() -> np.ndarray:
-    """A corner: its left part is high, the rest low."""
+    """A corner: its left part is high, the rest low. Its box is another one when it is mirrored."""
     mask = np.zeros(SIZE[::-1], dtype=bool)
-    mask[6:30, 8:14] = True
-    mask[24:30, 8:40] = True
+    mask[6:30, 4:10] = True
+    mask[24:30, 4:36] = True
     return mask
 
 
@@ -46,7 +46,7 @@ def crop(top: float, left: float, height: float, width: float, *, flip: bool = F
 def test_a_whole_image_shows_boxes_as_they_are() -> None:
     instances = instances_of(annotation(1, 2, ell()), annotation(2, 0, ell(), bbox=[30.5, 1.25, 10.25, 8.5]))
     shown = objects_in(instances, crop(0, 0, 48, 48), 96, masks=False)
-    np.testing.assert_allclose(shown.boxes_N4, [[16, 12, 80, 60], [61, 2.5, 81.5, 19.5]], atol=1e-5)
+    np.testing.assert_allclose(shown.boxes_N4, [[8, 12, 72, 60], [61, 2.5, 81.5, 19.5]], atol=1e-5)
     assert shown.labels_N.tolist() == [2, 0]
     assert shown.masks_NMM.shape == (2, 0, 0)
 
@@ -63,10 +63,10 @@ def test_a_mirrored_image_has_mirrored_boxes_and_masks() -> None:
 def test_a_cut_object_has_the_box_of_what_is_left_of_its_mask() -> None:
     instances = instances_of(annotation(1, 0, ell()))
     right = objects_in(instances, crop(0, 20, 36, 28), 28, masks=True)  # the low part of the corner alone
-    np.testing.assert_allclose(right.boxes_N4, [[0, 24 * 28 / 36, 20, 30 * 28 / 36]], atol=1e-4)
+    np.testing.assert_allclose(right.boxes_N4, [[0, 24 * 28 / 36, 16, 30 * 28 / 36]], atol=1e-4)
     assert right.masks_NMM.mean() > 0.95
     as_box = objects_in(instances, crop(0, 20, 36, 28), 28, masks=False)
-    np.testing.assert_allclose(as_box.boxes_N4, [[0, 6 * 28 / 36, 20, 30 * 28 / 36]], atol=1e-4)
+    np.testing.assert_allclose(as_box.boxes_N4, [[0, 6 * 28 / 36, 16, 30 * 28 / 36]], atol=1e-4)
     hole = objects_in(instances, crop(8, 18, 12, 12), 12, masks=True)  # inside of its box, and nothing of it
     assert (len(hole.boxes_N4), len(hole.labels_N), hole.masks_NMM.shape) == (0, 0, (0, MASK_SIDE, MASK_SIDE))
     beyond = objects_in(instances, crop(0, 44, 36, 4), 12, masks=False)
@@ -106,12 +106,13 @@ def test_boxes_lie_round_what_the_view_shows(side: str) -> None:
         views = maker(painted(ell()), seed, None, instances)
         (only,), pixels = views.crops, views.pixels_VCHW[0].astype(int)
         flips, scales = flips + only.flip, [*scales, SIDE / only.width]
-        coloured = (pixels[0] > 120) & (pixels[2] < 90)
+        # By half of a pixel, and by a fifth, since a cut may leave a sliver; what is filled up is bluer.
+        coloured, tinted = ((pixels[0] > red) & (pixels[2] < 90) for red in (120, 60))
         assert views.objects is not None
         if coloured.sum() < 4:  # too little to tell a box by
             continue
         found += 1
-        rows, columns = np.flatnonzero(coloured.any(axis=1)), np.flatnonzero(coloured.any(axis=0))
+        rows, columns = np.flatnonzero(tinted.any(axis=1)), np.flatnonzero(tinted.any(axis=0))
         wanted = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         (box,) = views.objects.boxes_N4
         assert abs(box - wanted).max() <= 0.5 * SIDE / only.width + 1
@@ -133,7 +134,7 @@ def test_an_evaluation_shows_the_whole_image() -> None:
     views = whole_view(painted(ell()), instances_of(annotation(1, 0, ell())))
     assert views.pixels_VCHW[0, :, -1, 0].tolist() == [51, 102, 153]  # filled up below
     assert views.objects is not None
-    np.testing.assert_allclose(views.objects.boxes_N4, [[8 * 4 / 3, 8, 40 * 4 / 3, 40]], atol=0.1)
+    np.testing.assert_allclose(views.objects.boxes_N4, [[4 * 4 / 3, 8, 36 * 4 / 3, 40]], atol=0.1)
     batch = Collator(None, 1)([Sample(views, None, -1, None, 0, "key")])
     assert shown_sizes(batch).tolist() == [[48, 64]]
 
