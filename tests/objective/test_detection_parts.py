@@ -156,6 +156,13 @@ def test_regions_are_cut_out_of_the_level_of_their_size() -> None:
     torch.testing.assert_close(cut_out(spec, levels, strides, boxes, 7), torch.cat(expected))
 
 
+def test_boxes_are_scaled_by_rows_and_by_columns_and_end_at_the_edge() -> None:
+    boxes = torch.tensor([[8.0, 6, 16, 12], [30, 10, 80, 24], [32, 0, 40, 12]])
+    found, there = scaled(boxes, (24.0, 32.0), (48, 96))  # twice as high, three times as wide
+    assert found.tolist() == [[24, 12, 48, 24], [90, 20, 96, 48], [96, 0, 96, 24]]
+    assert there.tolist() == [True, True, False]
+
+
 def test_levels_are_told_by_their_strides() -> None:
     """Of patches of 8 pixels the fourth level has the stride of what is as large as an image of 224 pixels."""
     levels, strides = [noise(1, 4, side, side, seed=side) for side in (128, 64, 32, 16)], [2.0, 4.0, 8.0, 16.0]
