@@ -125,8 +125,7 @@ def warm_up(run: RunConfig) -> None:
     Else a kill may tear the record of an extension's build, and the next ranks would build it for a minute.
     """
     keep_to_environment()
-    for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
-        get_accelerator().create_op_builder(name).load(verbose=False)
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed compiles it at the first engine
     plan = resolve_run(run.model_copy(update={"optim": run.optim.model_copy(update={"micro_batch_size": 8})}), 1)
     flop = trainer.step_flop(plan.run, plan.label_sets, plan.vocab_size)

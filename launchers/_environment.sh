@@ -41,13 +41,6 @@ check_compiler() {
   fi
 }
 
-# On GPUs the optimizer is built with the CUDA compiler.
-check_cuda() {
-  nvidia-smi -L >/dev/null 2>&1 && [ "${CUDA_VISIBLE_DEVICES-all}" != "" ] || return 0
-  command -v nvcc >/dev/null 2>&1 || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] ||
-    faults+=("nvcc is missing (DeepSpeed builds its GPU optimizer with it)"$'\n'"  mend: apt-get install nvidia-cuda-toolkit, or without GPUs: CUDA_VISIBLE_DEVICES= bash $0")
-}
-
 # check_disk GIGABYTES: free space where the checkout lies.
 check_disk() {
   local free_kb
@@ -78,9 +71,9 @@ install_into_venv() {
   printf '%s\n' "$now" >"$stamp"
 }
 
-# build_extensions [--optimizers]: once, here, instead of before the first step.
+# build_extensions: once, here, instead of before the first step.
 build_extensions() {
   [ -d "$TORCH_EXTENSIONS_DIR" ] && return 0
   echo "building DeepSpeed's extensions (once)" >&2
-  .venv/bin/python launchers/_build.py "$@" >&2
+  .venv/bin/python launchers/_build.py >&2
 }

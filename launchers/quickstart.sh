@@ -35,7 +35,6 @@ check_packages() {
 find_python
 check_venv
 check_compiler
-check_cuda
 check_packages
 if [ -x .venv/bin/deepspeed ]; then check_disk 2; else check_disk 6; fi
 report_faults

@@ -34,7 +34,7 @@ report_faults
 install_into_venv test -e '.[emoji,tensorboard,test]'
 
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
-build_extensions --optimizers
+build_extensions
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 

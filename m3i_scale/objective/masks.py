@@ -40,7 +40,8 @@ class RandomMask(Mask):
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
         """Return the patches in random order."""
-        return hash_uniform(seeds_B, grid[0] * grid[1], stream).argsort(dim=1)
+        # Stable: every device orders equal numbers alike.
+        return hash_uniform(seeds_B, grid[0] * grid[1], stream).argsort(dim=1, stable=True)
 
 
 class BlockMask(Mask):
@@ -70,7 +71,7 @@ class BlockMask(Mask):
         )
         number_K1 = torch.arange(_BLOCKS, device=seeds_B.device)[:, None]
         first_BN = torch.where(inside_BKN, number_K1, _BLOCKS).amin(dim=1)
-        return (noise_BN - first_BN).argsort(dim=1)
+        return (noise_BN - first_BN).argsort(dim=1, stable=True)
 
 
 def hash_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:

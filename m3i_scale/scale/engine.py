@@ -11,6 +11,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from m3i_scale.scale.deepspeed.rules import optimizer_class
 from m3i_scale.scale.extensions import awaited_build
 from m3i_scale.scale.partition import construct, full_shape
 
@@ -63,10 +64,10 @@ def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
     Returns:
         None where it is built, or where the optimizer is torch's.
     """
-    if ds_config["optimizer"]["params"].get("torch_adam"):
+    kind = optimizer_class(ds_config)
+    if kind == "AdamW":
         return None
-    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offload else "FusedAdamBuilder")
+    builder = get_accelerator().create_op_builder("FusedAdamBuilder" if kind == "FusedAdam" else "CPUAdamBuilder")
     return None if builder is None else awaited_build(builder.name)
 
 

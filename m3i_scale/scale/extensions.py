@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 FOREIGN_AGE_S = 1800.0
@@ -48,6 +48,18 @@ def find_ninja() -> None:
         os.environ["PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PATH", "")]))
 
 
+def is_usable(name: str) -> bool:
+    """Return whether an extension for CUDA devices can be loaded: it came compiled with DeepSpeed, or `nvcc` is there.
+
+    Args:
+        name: of the extension, e.g. "fused_adam".
+    """
+    from deepspeed.git_version_info import installed_ops
+
+    home = cpp_extension.CUDA_HOME  # some images have the folder without the compiler
+    return bool(installed_ops.get(name)) or (home is not None and (Path(home) / "bin" / "nvcc").is_file())
+
+
 def awaited_build(name: str) -> str | None:
     """Say what loading an extension of DeepSpeed's will wait for, silently and for up to some minutes.
 
@@ -69,7 +81,7 @@ def awaited_build(name: str) -> str | None:
 
 
 def _build_root() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
 
 
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:

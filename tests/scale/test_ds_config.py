@@ -12,7 +12,7 @@ from ds_files import GONE, RUN, changed, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3i_scale.config import RunConfig
+from m3i_scale.config import RunConfig, resource_folder
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.deepspeed.hints import FOREIGN, INSTEAD, REFUSED
 from m3i_scale.scale.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
@@ -25,7 +25,7 @@ Z = "zero_optimization."
 P = "optimizer.params."
 MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_cpu", {P + "fused": "yes"}, ["optimizer.params.fused", "boolean"]),
-    ("zero3_bf16", {P + "fused": True}, ["unknown key 'optimizer.params.fused'"]),
+    ("zero3_bf16", {P + "torch_adam": False}, ["unknown key 'optimizer.params.fused'"]),
     ("zero3_cpu", {P + "foreach": True}, ["either fused or foreach"]),
     # misspelt or misplaced
     ("zero3_bf16", {"gradient_cliping": 1.0}, ["unknown key 'gradient_cliping'", "'gradient_clipping'"]),
@@ -116,8 +116,8 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {P + "adam_w_mode": False}, ["always decouples"]),
     ("zero3_bf16", {P + "max_grad_norm": 1.0}, ["gradient_clipping"]),
     ("zero3_bf16", {P + "weight_dekay": 0.1}, ["weight_dekay", "weight_decay"]),
-    ("zero3_bf16", {P + "fp32_optimizer_states": True}, ["fp32_optimizer_states", "FusedAdam"]),
-    ("zero3_bf16", {P + "amsgrad": True}, ["amsgrad"]),
+    ("zero3_bf16", {P + "fp32_optimizer_states": True}, ["fp32_optimizer_states", "AdamW"]),
+    ("zero3_bf16", {P + "torch_adam": False, P + "fused": GONE, P + "amsgrad": True}, ["amsgrad"]),
     ("zero3_bf16", {P + "betas": [0.9]}, [P + "betas"]),
     # values that contradict the run file, or are of the wrong type
     ("zero3_bf16", {"gradient_clipping": GONE}, ["left out", "1.0"]),
@@ -393,4 +393,42 @@ def test_quantised_settings_need_kernels(monkeypatch, key):
             return True
 
     monkeypatch.setattr(get_accelerator(), "get_op_builder", lambda name: Builder)
+    check_accelerator(resolved)
+
+
+@pytest.fixture
+def cuda_without_nvcc(monkeypatch, tmp_path):
+    from deepspeed.accelerator import get_accelerator
+
+    (tmp_path / "lib64").mkdir()  # the runtime alone, as in most images
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    for name, value in {"device_name": "cuda", "is_fp16_supported": True, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(get_accelerator(), name, lambda *_, value=value: value)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in resource_folder("ds_configs").glob("*.json")))
+def test_no_built_in_file_needs_nvcc(cuda_without_nvcc, name):
+    check_accelerator(resolve(load_ds_config(name), **RUN, where=name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [({P + "torch_adam": False, P + "fused": GONE}, "optimizer"), ({Z + "zero_quantized_weights": True}, "own.json")],
+)
+def test_what_needs_nvcc_is_refused_without(cuda_without_nvcc, monkeypatch, changes, place):
+    from deepspeed.accelerator import get_accelerator
+
+    class Builder:
+        def is_compatible(self):
+            return True
+
+    monkeypatch.setattr(get_accelerator(), "get_op_builder", lambda name: Builder)
+    resolved = resolve(changed(load_ds_config("zero3_bf16"), changes), **RUN, where="own.json")
+    with pytest.raises(ConfigError) as caught:
+        check_accelerator(resolved)
+    assert place in str(caught.value.where)
+    assert "nvcc" in str(caught.value)
+    (cuda_without_nvcc / "bin").mkdir()
+    (cuda_without_nvcc / "bin" / "nvcc").touch()
     check_accelerator(resolved)

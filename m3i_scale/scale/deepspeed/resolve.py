@@ -22,8 +22,9 @@ from rich.table import Table
 from m3i_scale.config import resource_folder
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.scale.deepspeed.hints import check_auto, schema_error
-from m3i_scale.scale.deepspeed.rules import check_rules, precision, quantized
+from m3i_scale.scale.deepspeed.rules import check_rules, optimizer_class, precision, quantized
 from m3i_scale.scale.deepspeed.schema import AUTO, DeepSpeedFile
+from m3i_scale.scale.extensions import is_usable
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,8 @@ def check_accelerator(resolved: ResolvedConfig) -> None:
     """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised.
 
     Raises:
-        ConfigError: fp16 or bf16 is enabled and not supported, or something is quantised without kernels for it.
+        ConfigError: fp16 or bf16 is enabled and not supported, something is quantised without kernels for it, or
+            DeepSpeed's own Adam has to be compiled for a CUDA device without nvcc.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -293,12 +295,20 @@ def check_accelerator(resolved: ResolvedConfig) -> None:
             where=resolved.where,
             fix=f"take {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
         )
+    if name == "cuda" and optimizer_class(resolved.config) == "FusedAdam" and not is_usable("fused_adam"):
+        raise ConfigError(
+            "DeepSpeed's own Adam is compiled by nvcc, which is not on this machine",
+            where=f"{resolved.where}: optimizer.params",
+            fix='torch\'s takes its place with "torch_adam": true, "fused": true; or install the CUDA toolkit and set'
+            " CUDA_HOME",
+        )
     builder = accelerator.get_op_builder("QuantizerBuilder")
     kernels = builder is not None and builder.__name__ != "NotImplementedBuilder" and builder().is_compatible()
+    kernels = kernels and (name != "cuda" or is_usable("quantizer"))
     for key in [] if kernels else quantized(resolved.config):
         raise ConfigError(
             f"'zero_optimization.{key}' is set, but the accelerator '{name}' cannot quantise",
             where=resolved.where,
-            why="DeepSpeed has the kernels for CUDA devices, and this machine cannot build them",
-            fix=f"remove '{key}'",
+            why="DeepSpeed has the kernels for CUDA devices, and compiles them by nvcc",
+            fix=f"remove '{key}'; or with an NVIDIA GPU install the CUDA toolkit and set CUDA_HOME",
         )

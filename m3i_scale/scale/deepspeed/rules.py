@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.scale.deepspeed.schema import AdamW, Switched
@@ -63,6 +63,13 @@ def takes_bf16_optimizer(config: dict[str, Any]) -> bool:
 def quantized(config: dict[str, Any]) -> list[str]:
     """Return the settings of ZeRO++ that need the kernels that quantise."""
     return [name for name in _QUANTIZED if config["zero_optimization"].get(name)]
+
+
+def optimizer_class(config: dict[str, Any]) -> Literal["AdamW", "DeepSpeedCPUAdam", "FusedAdam"]:
+    """Return the class that DeepSpeed takes: torch's, or one of its own, which it compiles."""
+    if config["optimizer"]["params"].get("torch_adam"):
+        return "AdamW"
+    return "DeepSpeedCPUAdam" if offloads_optimizer(config) else "FusedAdam"
 
 
 def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -> None:
@@ -177,7 +184,7 @@ def _check_groups(size: int, world_size: int | None, where: str) -> None:
 
 def _check_optimizer(config: dict[str, Any], where: str) -> None:
     params = config["optimizer"]["params"]
-    kind = "AdamW" if params.get("torch_adam") else "DeepSpeedCPUAdam" if offloads_optimizer(config) else "FusedAdam"
+    kind = optimizer_class(config)
     if not params.get("adam_w_mode", True):
         why = "type AdamW always decouples the weight decay"
         raise no_effect("optimizer.params.adam_w_mode", why, where)
