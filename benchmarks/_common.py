@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ reserve_stdout()  # before DeepSpeed is imported, which already prints
 
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-EMOJI = Path(__file__).resolve().parent.parent / "examples" / "emoji.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCENES = 1800
+"""Of the built-in set, a sixth of them for validation."""
 
 
 def machine() -> dict[str, object]:
@@ -48,12 +51,32 @@ def emoji_shards() -> Path:
     """The emoji set of the examples: in M3I_EMOJI_FOLDER or data/emoji, made where it is missing."""
     folder = Path(os.environ.get("M3I_EMOJI_FOLDER", "data/emoji"))
     if not folder.exists():
-        say(f"making the emoji shards in {folder}")
         font = os.environ.get("M3I_NOTO_FONT")
-        command = [sys.executable, str(EMOJI), "--output", str(folder), *(["--noto-font", font] if font else [])]
-        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-            raise ConfigError("the emoji shards could not be made, see above", fix="or name other shards with --data")
+        options = ["--output", str(folder), *(["--noto-font", font] if font else [])]
+        _make(folder, [str(EXAMPLES / "emoji.py"), *options])
     return folder
+
+
+def scene_shards() -> Path:
+    """The scenes of the examples as shards with boxes and masks: beside the emoji set, made where they are missing."""
+    beside = Path(os.environ.get("M3I_EMOJI_FOLDER", "data/emoji")).parent
+    folder = beside / "scenes-shards"
+    if not folder.exists():
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside) as temporary:
+            scenes, cache = Path(temporary) / "scenes", beside / ".cache" / "emoji"
+            made = ["--images", str(SCENES), "--seed", "0", "--cache", str(cache)]
+            _make(folder, [str(EXAMPLES / "scenes.py"), str(scenes), *made])
+            files = [scenes / "annotations" / f"instances_{split}.json" for split in ("train", "val")]
+            inputs = [part for file in files for part in ("--input", str(file))]
+            _make(folder, ["-m", "m3i_scale", "shards", "make", "coco", *inputs, "--output", str(folder)])
+    return folder
+
+
+def _make(folder: Path, arguments: list[str]) -> None:
+    say(f"making {folder}")
+    if subprocess.run([sys.executable, *arguments], stdout=sys.stderr, check=False).returncode:
+        raise ConfigError(f"{folder} could not be made, see above", fix="or name other shards with --data")
 
 
 def in_turn(sides: dict[str, Callable[[], None]], *, repeats: int, warmup: int = 2) -> dict[str, float]:

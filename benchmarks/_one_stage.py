@@ -251,6 +251,14 @@ class Job:
             )
         return steps
 
+    @property
+    def folder(self) -> Path:
+        """Where its result lies, and the export that was measured last."""
+        return self._folder(self.key())
+
+    def _folder(self, key: str) -> Path:
+        return self.output / f"{self.entry.name.replace(' ', '-')}-{self.seed}-{key[:12]}"
+
     def values(self, folder: Path) -> dict[str, Any]:
         """The whole run file."""
         values = run_values(self.entry, self.data, self.seed, folder)
@@ -276,7 +284,7 @@ class Job:
         A training that was cut off goes on from its newest checkpoint.
         """
         key = self.key()
-        folder = self.output / f"{self.entry.name.replace(' ', '-')}-{self.seed}-{key[:12]}"
+        folder = self._folder(key)
         path = folder / "result.json"
         if path.is_file():
             known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ TITLES = {
     "retrieval": "image → text",
     "text_to_image": "text → image",
 }
-"""Columns, in order."""
+"""Columns, in order; what is fine-tuned follows under its own names."""
 NO_RECIPES = (
     *("ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images"),
     *("curves", "not_measured", "settings", "machine"),
@@ -28,35 +29,38 @@ def recipes_of(document: dict[str, Any]) -> list[str]:
 def markdown(document: dict[str, Any]) -> str:
     """The comparison and the ablations as tables."""
     steps, gflop = document["settings"]["steps"], document["settings"]["gflop_per_sample"]
-    head = ["recipe", "steps", "GFLOP / sample", *TITLES.values()]
+    titles = TITLES | {name: name for name in document["untrained"] if name not in TITLES}
+    head = ["recipe", "steps", "GFLOP / sample", *titles.values()]
     rows = [
-        [f"`{name}`", str(steps[name]), f"{gflop[name]:.2f}", *_cells(document[name])] for name in recipes_of(document)
+        [f"`{name}`", str(steps[name]), f"{gflop[name]:.2f}", *_cells(document[name], titles)]
+        for name in recipes_of(document)
     ]
-    rows.append(["untrained", "", "", *_cells(document["untrained"])])
-    rows.append(["raw pixels", "", "", *(_plain(document["pixels"].get(name)) for name in TITLES)])
-    rows.append(["guessing", "", "", *(_plain(document["guessing"].get(name)) for name in TITLES)])
-    widest = {name: max(row.get(name, 0.0) for row in document["other_images"].values()) for name in TITLES}
-    rows.append(["± other test images", "", "", *(_plain(widest[name] or None) for name in TITLES)])
+    rows.append(["untrained", "", "", *_cells(document["untrained"], titles)])
+    rows.append(["raw pixels", "", "", *(_plain(document["pixels"].get(name)) for name in titles)])
+    rows.append(["guessing", "", "", *(_plain(document["guessing"].get(name)) for name in titles)])
+    widest = {name: max(row.get(name, 0.0) for row in document["other_images"].values()) for name in titles}
+    rows.append(["± other test images", "", "", *(_plain(widest[name] or None) for name in titles)])
     text = _table(head, rows)
     if "m3i" in document:
         minus = document["m3i_minus"]
-        rows = [[f"`{name}`", *_signed(minus[name])] for name in recipes_of(document) if name != "m3i"]
-        text += "\n" + _table(["`m3i` minus", *TITLES.values()], rows)
+        rows = [[f"`{name}`", *_signed(minus[name], titles)] for name in recipes_of(document) if name != "m3i"]
+        text += "\n" + _table(["`m3i` minus", *titles.values()], rows)
     if document["ablations"]:
         others = [
-            [name, f"`{row['default']}`", *_cells(row["measures"])] for name, row in document["ablations"].items()
+            [name, f"`{row['default']}`", *_cells(row["measures"], titles)]
+            for name, row in document["ablations"].items()
         ]
-        control = [["nothing changed", "", *_cells(document["m3i"])]]
-        text += "\n" + _table(["`m3i` with", "default", *TITLES.values()], control + others)
-        rows = [[name, *_signed(minus[name])] for name in document["ablations"]]
-        text += "\n" + _table(["`m3i` minus `m3i` with", *TITLES.values()], rows)
+        control = [["nothing changed", "", *_cells(document["m3i"], titles)]]
+        text += "\n" + _table(["`m3i` with", "default", *titles.values()], control + others)
+        rows = [[name, *_signed(minus[name], titles)] for name in document["ablations"]]
+        text += "\n" + _table(["`m3i` minus `m3i` with", *titles.values()], rows)
     return text
 
 
-def _signed(measures: dict[str, Any]) -> list[str]:
+def _signed(measures: dict[str, Any], names: Iterable[str]) -> list[str]:
     """A difference with its interval, in bold where that does not hold 0."""
     cells = []
-    for name in TITLES:
+    for name in names:
         figure = measures.get(name)
         if figure is None:
             cells.append("–")
@@ -66,8 +70,8 @@ def _signed(measures: dict[str, Any]) -> list[str]:
     return cells
 
 
-def _cells(measures: dict[str, Any]) -> list[str]:
-    figures = [measures.get(name) for name in TITLES]
+def _cells(measures: dict[str, Any], names: Iterable[str]) -> list[str]:
+    figures = [measures.get(name) for name in names]
     return [
         "–" if figure is None else f"{figure['mean']:.3f} ± {figure['high'] - figure['mean']:.3f}" for figure in figures
     ]

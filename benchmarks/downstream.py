@@ -1,9 +1,9 @@
-"""Compare an export with random weights of its architecture: segmentation, classification, few-shot.
+"""Compare an export with random weights of its architecture: segmentation, classification, few-shot, detection.
 
 Every training is `m3i-scale finetune`, by a built-in protocol whose length fits two cores: a frozen backbone with a
-linear head classifies pixels; all weights are fine-tuned on all labels, and on a few of every class. Every seed has an
-order of images, first weights of the head, a few-shot subset and random weights of its own; figures are means with 95 %
-intervals over seeds.
+linear head classifies pixels; all weights are fine-tuned on all labels, on a few of every class, and with a small Mask
+R-CNN. Every seed has an order of images, first weights of the head, a few-shot subset and random weights of its own;
+figures are means with 95 % intervals over seeds.
 
     python benchmarks/downstream.py --json [--export FOLDER …] [--only segmentation …] [--data FOLDER]
 
@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 import typer
-from _common import emit, emoji_shards, machine, say
+from _common import emit, emoji_shards, machine, say, scene_shards
+from _intervals import difference_interval, mean_interval
 from _one_stage import stop_all, tool
-from one_stage import difference_interval, mean_interval
 from transformers import AutoConfig, AutoModel
 
-from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, UserError, did_you_mean
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
+from m3i_scale.run.finetune_result import OUTCOMES
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = Path("runs/quickstart/export")
@@ -46,19 +47,37 @@ class Measured:
 
     name: str
     command: tuple[str, ...]
-    figure: str
-    """Of the result, in percent."""
+    figures: tuple[str, ...]
+    """As `evaluate` calls them, the main one first."""
     overrides: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """The command of `finetune`."""
+        return self.command[0]
 
 
 TASKS = (
-    Measured("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "1"), "miou", ()),
-    Measured("classification", ("classification", "--epochs", "1"), "top_1", ("optim.lr=1.0e-3",)),
+    Measured("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "1"), ("mIoU",), ()),
+    Measured("classification", ("classification", "--epochs", "1"), ("top-1",), ("optim.lr=1.0e-3",)),
     Measured(
         "classification_5_per_class",
         ("classification", "--per-class", "5", "--epochs", "40"),
-        "top_1",
+        ("top-1",),
         ("optim.lr=1.0e-3",),
+    ),
+    Measured(
+        "detection",
+        ("detection", "--protocol", "detect", "--epochs", "2"),
+        ("box_AP", "mask_AP", "class_agnostic_box_AP"),
+        (
+            # An object of a scene is as wide as a few patches: seen at half the size it would be less than two, and
+            # there are four of them.
+            "data.augment.scale_jitter=[0.8,1.25]",
+            "task.head.mask_side=7",
+            "task.head.regions.per_image=32",
+            "task.head.score_above=0.01",  # so early nothing is sure
+        ),
     ),
 )
 
@@ -69,7 +88,9 @@ def main(
         [], "--export", help="An export; several: one a seed, in turn. Default: the quickstart's."
     ),
     only: list[str] = typer.Option([], help="Only these tasks; classification: both with it."),
-    data: Path = typer.Option(None, help="Folder of shards with train and val; default: the emoji set."),
+    data: Path = typer.Option(
+        None, help="Folder of shards with train and val; default: the emoji set, and scenes of it for detection."
+    ),
     seeds: int = typer.Option(3, min=2, help="Trainings of a task, of each side."),
     output: Path = typer.Option(Path("runs/downstream"), help="Keeps every training's result."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
@@ -77,13 +98,12 @@ def main(
     """Print {task: {export, random: {seeds, mean, low, high}, difference: {mean, low, high}, seconds}}, machine."""
     try:
         folders = [_checked(folder) for folder in exports] or [_quickstart()]
-        tasks = _chosen(only)
-        folder = (data or emoji_shards()).resolve()
-        document = {task.name: compare(task, folders, folder, seeds, output, workers) for task in tasks}
+        tasks = {task: data_of(task, data) for task in chosen(only)}
+        document = {task.name: compare(task, folders, shards, seeds, output, workers) for task, shards in tasks.items()}
     except UserError as fault:
         say(f"error: {fault}")
         sys.exit(EXIT_USER_ERROR)
-    emit(document | {"exports": [str(export) for export in folders], "data": str(folder), "machine": machine()})
+    emit(document | {"exports": [str(export) for export in folders], "machine": machine()})
 
 
 def _checked(folder: Path) -> Path:
@@ -106,13 +126,32 @@ def _quickstart() -> Path:
     return _checked(QUICKSTART)
 
 
-def _chosen(only: list[str]) -> list[Measured]:
-    groups = sorted({task.command[0] for task in TASKS})
+def chosen(only: list[str]) -> list[Measured]:
+    """Return the tasks of these names or kinds, all where none is named.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    groups = sorted({task.kind for task in TASKS})
     known = [*dict.fromkeys([*groups, *(task.name for task in TASKS)])]
     for name in only:
         if name not in known:
             raise ConfigError(f"no task '{name}' in this comparison", fix=did_you_mean(name, known))
-    return [task for task in TASKS if not only or task.name in only or task.command[0] in only]
+    return [task for task in TASKS if not only or task.name in only or task.kind in only]
+
+
+def data_of(task: Measured, given: Path | None) -> Path:
+    """Return the shards of a task: those that are given, or built-in ones.
+
+    Raises:
+        DataError: those have no such labels.
+    """
+    if given is None:
+        return (scene_shards() if task.kind == "detection" else emoji_shards()).resolve()
+    labels = given / "train" / OUTCOMES[task.kind].names
+    if not labels.is_file():
+        raise DataError(f"no data for {task.name}", where=str(labels), fix="other data, or other tasks")
+    return given.resolve()
 
 
 def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output: Path, workers: int) -> dict[str, Any]:
@@ -140,7 +179,7 @@ def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output:
             found = result(task, start, data, seed, output, environment | gpu)
         finally:
             places.put(place)
-        say(f"{task.name}, {side}, seed {seed}: {found[task.figure]:.2f} %")
+        say(f"{task.name}, {side}, seed {seed}: {percent(found, task.figures[0]):.2f} %")
         return found
 
     with ThreadPoolExecutor(workers) as pool:
@@ -151,15 +190,31 @@ def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
             raise
-    sides: dict[str, list[float]] = {"export": [], "random": []}
-    for (side, _, _), found in zip(jobs, results, strict=True):
-        sides[side].append(found[task.figure])
-    return {name: mean_interval(values) for name, values in sides.items()} | {
-        "difference": difference_interval(sides["export"], sides["random"]),
-        "figure": f"{task.figure}, percent",
+    figures = {}
+    for name in task.figures:
+        export, random = (
+            [percent(found, name) for (side, *_), found in zip(jobs, results, strict=True) if side == wanted]
+            for wanted in ("export", "random")
+        )
+        figures[name] = {
+            "export": mean_interval(export),
+            "random": mean_interval(random),
+            "difference": difference_interval(export, random),
+        }
+    main_figure, *others = task.figures
+    return figures[main_figure] | {
+        "figure": f"{main_figure}, percent",
+        "other_figures": {name: figures[name] for name in others},
         "command": ["m3i-scale", "finetune", *task.command, *task.overrides],
+        "data": str(data),
         "seconds": round(sum(found["seconds"] for found in results) / workers),  # also of what was done before
     }
+
+
+def percent(found: dict[str, Any], figure: str) -> float:
+    """Return a figure of the result of a training."""
+    value: float = found["figures"][figure]["value"]
+    return 100 * value
 
 
 def random_weights(export: Path, seed: int, output: Path) -> Path:
@@ -194,7 +249,7 @@ def result(
         folder.mkdir(parents=True, exist_ok=True)
         engine = [] if torch.cuda.is_available() else ["deepspeed=zero1_cpu_fp32"]
         few = ["--subset-seed", str(seed)] if "--per-class" in task.command else []
-        command = ["finetune", task.command[0], str(start), "--data", str(data), *task.command[1:], *few]
+        command = ["finetune", task.kind, str(start), "--data", str(data), *task.command[1:], *few]
         command += [*task.overrides, *engine, f"seed={seed}", f"output_dir={folder / 'run'}", *QUIET]
         started = time.monotonic()
         document = tool(command, folder / "finetune.log", environment)

@@ -2,10 +2,11 @@
 
 Every recipe trains the same small ViT on the same shards with the same crops, colours and optimizer, for as many steps
 as the same number of counted FLOPs pays for (student, decoders, heads and targets, forward and backward). Frozen
-features are then measured in what each part is good at. Several seeds; figures are means with 95 % intervals over
-seeds.
+features are then measured in what each part is good at, and with --downstream after a fine-tuning of
+`benchmarks/downstream.py`. Several seeds; figures are means with 95 % intervals over seeds.
 
     python benchmarks/one_stage.py --json [--data FOLDER] [--markdown tables.md] [--plot curves.svg]
+        [--downstream segmentation …]
 
 What is done is not done again: results lie in --output, a folder for every training.
 """
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 import os
 import queue
-import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import downstream
 import torch
 import typer
 from _common import emit, emoji_shards, machine, need, say
+from _intervals import LEVEL, difference_interval, mean_interval
 from _one_stage import (
     ABLATIONS,
     BATCH,
@@ -38,12 +41,8 @@ from _one_stage import (
 )
 from _one_stage_report import markdown, plot
 from filelock import FileLock, Timeout
-from scipy.stats import t, ttest_ind
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
-
-MEASURES = ("linear", "knn", "dense", "zero_shot", "retrieval", "text_to_image")
-LEVEL = 0.95
 
 
 def main(
@@ -58,6 +57,7 @@ def main(
     ablations: bool | None = typer.Option(
         None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
     ),
+    tasks: list[str] = typer.Option([], "--downstream", help="Also fine-tune every export by a task of downstream.py."),
     markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),
     plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),
 ) -> None:
@@ -68,7 +68,8 @@ def main(
         for file in (markdown_file, plot_file):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError("no such folder", where=str(file.absolute().parent), fix=f"mkdir -p {file.parent}")
-        document = compare(data, output, budget, seeds, points, workers, _chosen(only, ablations))
+        asked = downstream.chosen(tasks) if tasks else []
+        document = compare(data, output, budget, seeds, points, workers, _chosen(only, ablations), asked)
     except UserError as fault:
         say(f"error: {fault}")
         sys.exit(EXIT_USER_ERROR)
@@ -100,10 +101,13 @@ def compare(
     points: int,
     workers: int,
     chosen: tuple[list[Entry], list[Entry]],
+    tasks: Sequence[downstream.Measured] = (),
 ) -> dict[str, Any]:
     """All trainings, in parallel, and what they come to."""
     entries, others = chosen
     data = open_data(folder if folder is not None else emoji_shards())
+    # Boxes are of built-in scenes, whatever the data.
+    shards = {task: downstream.data_of(task, None if task.kind == "detection" else data.folder) for task in tasks}
     every = [UNTRAINED, *entries, *others]
     jobs = [
         job for entry in every for job in _jobs(entry, data, output, budget, seeds, points if entry in entries else 1)
@@ -112,7 +116,7 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
-            results = _run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1)
+            results = _run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1, shards)
     except Timeout:
         raise DataError(
             "another comparison writes here", where=str(output), fix="wait for it, or give another --output"
@@ -170,7 +174,7 @@ def _jobs(entry: Entry, data: DataSet, output: Path, budget: float, seeds: int, 
     return [Job(entry, seed, data, output, flop, budget * 1e12, points if seed == 0 else 1) for seed in range(seeds)]
 
 
-def _run(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
+def _run(jobs: list[Job], workers: int, shards: dict[downstream.Measured, Path]) -> list[dict[str, Any]]:
     """Each worker has its share of the cores, and a GPU of its own where there are some."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     count, inherited = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -184,7 +188,9 @@ def _run(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
         place = places.get()
         try:
             environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-            return job.result(environment | ({"CUDA_VISIBLE_DEVICES": place} if gpus else {}))
+            environment |= {"CUDA_VISIBLE_DEVICES": place} if gpus else {}
+            found = job.result(environment)
+            return found | {"measures": found["measures"] | _fine_tuned(job, shards, environment)}
         finally:
             places.put(place)
 
@@ -200,39 +206,33 @@ def _run(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
     return [future.result() for future in futures]
 
 
+def _fine_tuned(job: Job, shards: dict[downstream.Measured, Path], environment: dict[str, str]) -> dict[str, Any]:
+    """Figures of a job's export after the tasks of `downstream.py`."""
+    measures = {}
+    for task, folder in shards.items():
+        kept = job.output / "downstream"
+        found = downstream.result(task, job.folder / "export", folder, job.seed, kept, environment)
+        say(f"{job.entry.name}, seed {job.seed}, {task.name}: {downstream.percent(found, task.figures[0]):.2f} %")
+        for name in task.figures:
+            measures[f"{task.name} {name}"] = {part: found["figures"][name][part] for part in ("value", "low", "high")}
+    return measures
+
+
 def _means(results: list[dict[str, Any]]) -> dict[str, Any]:
-    found = {}
-    for name in MEASURES:
-        values = [result["measures"][name]["value"] for result in results if name in result["measures"]]
-        if values:
-            found[name] = mean_interval(values)
-    return found
-
-
-def mean_interval(values: list[float]) -> dict[str, Any]:
-    """Mean over seeds and its Student interval: what other seeds would change, not what other test images would."""
-    mean, count = statistics.fmean(values), len(values)
-    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * statistics.stdev(values) / count**0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": values}
+    return {name: mean_interval(_seeds(results, name)) for name in results[0]["measures"]}
 
 
 def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
     """m3i minus another row, with Welch's interval over the seeds of both."""
-    found = {}
-    for name in MEASURES:
-        sides = [[r["measures"][name]["value"] for r in side if name in r["measures"]] for side in (ours, theirs)]
-        if all(sides):
-            found[name] = difference_interval(*sides)
-    return found
+    return {
+        name: difference_interval(_seeds(ours, name), _seeds(theirs, name))
+        for name in ours[0]["measures"]
+        if name in theirs[0]["measures"]
+    }
 
 
-def difference_interval(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Difference of two means and its interval; seeds of two recipes are no pairs."""
-    mean = statistics.fmean(ours) - statistics.fmean(theirs)
-    if len(set(ours)) == len(set(theirs)) == 1:  # no spread at all: Welch has no degrees of freedom
-        return {"mean": mean, "low": mean, "high": mean}
-    interval = ttest_ind(ours, theirs, equal_var=False).confidence_interval(LEVEL)
-    return {"mean": mean, "low": float(interval.low), "high": float(interval.high)}
+def _seeds(results: list[dict[str, Any]], name: str) -> list[float]:
+    return [result["measures"][name]["value"] for result in results]
 
 
 def _curve(result: dict[str, Any], budget: float) -> list[dict[str, Any]]:

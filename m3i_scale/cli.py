@@ -377,7 +377,7 @@ def export(
     weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     task: Annotated[
-        str, typer.Option(help="features, classification, segmentation, zero_shot or backbone.")
+        str, typer.Option(help="features, classification, segmentation, detection, zero_shot or backbone.")
     ] = "features",
     file_format: Annotated[str, typer.Option("--format", help="transformers or timm.")] = "transformers",
     label_set: Annotated[str | None, typer.Option(help="Whose classes a classifier has.")] = None,

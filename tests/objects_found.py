@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from faster_coco_eval.core import mask as rle
+from tiny import random_batch
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 
 SIDES = (160, 220)
 """Height and width of every image."""
@@ -105,3 +111,24 @@ def random_set(
         if image % 10:
             predictions.append(prediction(3 * image + 5, found))
     return truths, predictions, categories(kinds, form)
+
+
+def shown(numbers: list[int], *, missed: int = -1) -> tuple[Batch, list[Detections]]:
+    """A batch of squares with a disc in each, and what a detector finds there: the disc; of one image what is none."""
+    count, side = len(numbers), 64
+    corner_B2 = torch.tensor([[3.0 + 2 * number, 5.0 + number] for number in numbers])
+    boxes_BN4 = torch.cat([corner_B2, corner_B2 + torch.tensor([24.0, 30.0])], dim=1)[:, None]
+    disc_MM = torch.from_numpy(ellipse((0, 0, 28, 28), (28, 28)))
+    batch = replace(
+        random_batch(count, image=side),
+        boxes_BN4=torch.cat([boxes_BN4, torch.zeros_like(boxes_BN4)], dim=1),
+        box_labels_BN=torch.tensor([[number % 2, -1] for number in numbers]),  # the second is padding
+        box_masks_BNMM=disc_MM.expand(count, 2, 28, 28),
+        keys=[f"val/0/{number}" for number in numbers],
+    )
+    found = []
+    for number, box_14, label_N in zip(numbers, boxes_BN4, batch.box_labels_BN, strict=True):
+        moved = 20.0 if number == missed else 0.0
+        score = torch.tensor([0.99 if number == missed else 0.9])
+        found.append(Detections(box_14 + moved, score, label_N[:1], disc_MM[None].half()))
+    return batch, found

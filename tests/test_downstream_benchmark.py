@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.bench
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -34,26 +34,32 @@ def exports(tmp_path):
     return folders
 
 
-def test_both_sides_train_alike_and_once(exports, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["segmentation", "detection"])
+def test_both_sides_train_alike_and_once(name, exports, tmp_path, monkeypatch):
     import downstream
 
     commands = []
+    (task,) = downstream.chosen([name])
 
     def tool(arguments, log, environment):
         commands.append(arguments)
         start, seed = Path(arguments[2]), int(next(a for a in arguments if a.startswith("seed=")).partition("=")[2])
         run = next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]
         Path(run).mkdir()
-        return {"miou": 10.0 + seed + (20.0 if start in exports else 0.0)}
+        value = 0.1 + 0.01 * seed + (0.2 if start in exports else 0.0)
+        return {"figures": {figure: {"value": value / 2**place} for place, figure in enumerate(task.figures)}}
 
     monkeypatch.setattr(downstream, "tool", tool)
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "manifest.json").write_text("{}")
-    (segmentation,) = downstream._chosen(["segmentation"])
-    found = downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
-    assert found["export"]["seeds"] == [30.0, 31.0, 32.0]
-    assert found["random"]["seeds"] == [10.0, 11.0, 12.0]
+    found = downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    assert found["export"]["seeds"] == pytest.approx([30.0, 31.0, 32.0])
+    assert found["random"]["seeds"] == pytest.approx([10.0, 11.0, 12.0])
+    assert [*found["other_figures"]] == [*task.figures[1:]]
+    for place, other in enumerate(found["other_figures"].values(), 1):
+        assert other["export"]["mean"] == pytest.approx(31.0 / 2**place)
+        assert other["difference"]["mean"] == pytest.approx(20.0 / 2**place)
     assert found["difference"]["mean"] == pytest.approx(20.0)
     assert found["difference"]["low"] < 20.0 < found["difference"]["high"]
     starts = [Path(command[2]) for command in commands]
@@ -72,23 +78,38 @@ def test_both_sides_train_alike_and_once(exports, tmp_path, monkeypatch):
     assert all(len(both) == 2 and both[0] == both[1] for both in of_seeds.values())
 
     commands.clear()
-    again = downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    again = downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
     assert (again["export"], commands) == (found["export"], [])
     (exports[0] / "model.safetensors").write_bytes((exports[1] / "model.safetensors").read_bytes())
-    downstream.compare(segmentation, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
     assert [Path(command[2]).name for command in commands] == ["export-0", "export-0"]
 
 
 def test_tasks_are_chosen_by_what_is_trained():
     import downstream
 
-    assert [task.name for task in downstream._chosen(["classification"])] == [
+    assert [task.name for task in downstream.chosen(["classification"])] == [
         "classification",
         "classification_5_per_class",
     ]
-    assert downstream._chosen([]) == list(downstream.TASKS)
+    assert downstream.chosen([]) == list(downstream.TASKS)
     with pytest.raises(ConfigError):
-        downstream._chosen(["detecting"])
+        downstream.chosen(["detecting"])
+
+
+def test_a_task_is_measured_on_data_that_have_its_labels(tmp_path, monkeypatch):
+    import downstream
+
+    monkeypatch.setattr(downstream, "emoji_shards", lambda: tmp_path / "emoji")
+    monkeypatch.setattr(downstream, "scene_shards", lambda: tmp_path / "scenes")
+    built_in = {task.kind: downstream.data_of(task, None).name for task in downstream.TASKS}
+    assert built_in == {"segmentation": "emoji", "classification": "emoji", "detection": "scenes"}
+    (detection,) = downstream.chosen(["detection"])
+    (tmp_path / "given" / "train").mkdir(parents=True)
+    with pytest.raises(DataError):
+        downstream.data_of(detection, tmp_path / "given")
+    (tmp_path / "given" / "train" / "categories.json").write_text("{}")
+    assert downstream.data_of(detection, tmp_path / "given") == tmp_path / "given"
 
 
 def test_every_training_is_a_command_that_exists():
@@ -100,10 +121,10 @@ def test_every_training_is_a_command_that_exists():
 
     commands = get_command(finetune_app).commands
     for task in downstream.TASKS:
-        known = {option for parameter in commands[task.command[0]].params for option in parameter.opts}
+        known = {option for parameter in commands[task.kind].params for option in parameter.opts}
         options = {part for part in task.command if part.startswith("--")} | {"--data", "--json"}
         assert options | ({"--subset-seed"} if "--per-class" in task.command else set()) <= known
         at = task.command.index("--protocol") + 1 if "--protocol" in task.command else None
         run = load_run("finetune" if at is None else task.command[at], [*task.overrides, "seed=1"])
         assert run.task is not None
-        assert run.task.kind == task.command[0]
+        assert run.task.kind == task.kind

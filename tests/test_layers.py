@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from m3i_scale.backbones.internimage import SOURCE_FILES
+from m3i_scale.backbones import internimage
+from m3i_scale.objective import detection
 
 PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 
@@ -32,6 +33,8 @@ LEVELS = {
     "cli": 9,
     "__main__": 10,
 }
+CARRIED = {*internimage.SOURCE_FILES, *detection.SOURCE_FILES}
+"""By exports, for a reader whose `transformers` has no such model."""
 PARTITION_INTERNALS = {"ds_tensor", "ds_status", "ds_persist", "ds_param_type", "ds_active_sub_modules"}
 PARTITION_INTERNALS |= {"ds_secondary_tensor"}
 
@@ -87,8 +90,7 @@ def test_every_room_has_a_level():
 
 def test_imports_run_downwards():
     faults = {
-        path: faults_of(room_of(path), path.read_text(encoding="utf-8"), standalone=path in SOURCE_FILES)
-        for path in FILES
+        path: faults_of(room_of(path), path.read_text(encoding="utf-8"), standalone=path in CARRIED) for path in FILES
     }
     assert {path: found for path, found in faults.items() if found} == {}
 
@@ -158,7 +160,8 @@ def test_one_file_touches_the_internals_of_the_partition():
 
 def test_files_stay_short():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-    assert {path: length for path, length in lines.items() if length > 500} == {}
+    # A model that an export carries is one flat file, as those of `transformers` are.
+    assert {path: length for path, length in lines.items() if length > (650 if path in CARRIED else 500)} == {}
 
 
 LOADS = ("from_pretrained", "from_config")

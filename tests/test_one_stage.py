@@ -157,7 +157,7 @@ def test_a_result_belongs_to_its_settings(folder):
 
 
 def test_the_interval_is_students():
-    from one_stage import difference_interval, mean_interval
+    from _intervals import difference_interval, mean_interval
     from scipy import stats
 
     values, others = [0.5, 0.56, 0.53], [0.4, 0.48, 0.41]
@@ -195,10 +195,11 @@ def test_data_that_cannot_be_compared_on_are_refused(folder, tmp_path, missing):
 def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     """With trainings and evaluations that only write down what they were asked for."""
     import _one_stage
+    import downstream
     import one_stage
-    from _one_stage_report import markdown, plot
+    from _one_stage_report import TITLES, markdown, plot
 
-    asked = []
+    asked, fine_tuned = [], []
 
     def tool(arguments, log, environment):
         asked.append(arguments)
@@ -208,7 +209,8 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
             for step in sorted({*range(every, steps, every), steps}):
                 (Path(run["output_dir"]) / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         if arguments[0] == "export":
-            Path(arguments[3]).mkdir()
+            Path(arguments[3]).mkdir(exist_ok=True)
+            (Path(arguments[3]) / "model.safetensors").write_text(log.parent.name)
         seed = float(log.parent.name.split("-")[-2])
         estimate = {"value": 0.5 + 0.01 * seed, "low": 0.4, "high": 0.7, "chance": 0.1}
         probes = {
@@ -226,22 +228,41 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
             "baseline": {"measures": probes},
         }
 
+    def fine_tune(arguments, log, environment):
+        fine_tuned.append(Path(arguments[2]))
+        (log.parent / "run").mkdir()
+        seed = int(Path(arguments[2]).parent.name.split("-")[-2])
+        return {"figures": {name: {"value": 0.1 + 0.1 * seed, "low": 0.0, "high": 0.3} for name in detection.figures}}
+
+    (detection,) = downstream.chosen(["detection"])
+    for split in ("train", "val"):
+        (tmp_path / "scenes" / split).mkdir(parents=True)
+        (tmp_path / "scenes" / split / "manifest.json").write_text("{}")
     monkeypatch.setattr(_one_stage, "tool", tool)
-    document = one_stage.compare(folder, tmp_path, 1.0, 2, 3, 2, one_stage._chosen([], None))
+    monkeypatch.setattr(downstream, "tool", fine_tune)
+    monkeypatch.setattr(downstream, "scene_shards", lambda: tmp_path / "scenes")
+    given = (folder, tmp_path, 1.0, 2, 3, 2, one_stage._chosen([], None), [detection])
+    document = one_stage.compare(*given)
     rows = [entry.name for entry in (*_one_stage.RECIPES, *_one_stage.ABLATIONS)]
     assert set(document["m3i_minus"]) == {*rows} - {"m3i"}
     assert document["m3i_minus"]["mae"]["linear"]["mean"] == 0
-    assert set(document["m3i"]) == set(one_stage.MEASURES)
-    assert set(document["mae"]) == {"linear", "knn", "dense"}
+    boxes = {f"detection {name}" for name in detection.figures}
+    assert set(document["m3i"]) == {*TITLES, *boxes}
+    assert set(document["mae"]) == set(document["untrained"]) == {"linear", "knn", "dense", *boxes}
+    assert document["mae"]["detection box_AP"]["seeds"] == pytest.approx([0.1, 0.2])
+    assert boxes <= set(document["m3i_minus"]["mae"])
+    assert len(set(fine_tuned)) == len(fine_tuned) == 2 * (len(rows) + 1)
     assert document["m3i"]["linear"]["seeds"] == [0.5, 0.51]
     assert [len(points) for points in document["curves"].values()] == [3] * len(_one_stage.RECIPES)
     trainings = [command for command in asked if command[0] == "train"]
     assert len(trainings) == 2 * (len(rows) + 1)
     table = markdown(document)
+    assert all(name in table for name in boxes)
     assert all(f"`{name}`" in table or f"| {name} |" in table for name in rows)
     plot(document, tmp_path / "curves.svg")
-    again = one_stage.compare(folder, tmp_path, 1.0, 2, 3, 2, one_stage._chosen([], None))
+    again = one_stage.compare(*given)
     assert again == document
+    assert len(fine_tuned) == 2 * (len(rows) + 1)
     assert len([command for command in asked if command[0] == "train"]) == len(trainings)
     with pytest.raises(ConfigError, match="those of m3i"):
         one_stage._chosen(["clip"], True)

@@ -139,6 +139,32 @@ class TokenBackbone(Backbone):
         last_BSD = self._normed(tokens_BSD)
         return (last_BSD[:, :1], last_BSD[:, 1:]), maps
 
+    def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
+        """Encode normalised images within windows, each with the class token, as RF-DETR does.
+
+        Args:
+            images_BCHW: normalised.
+            windows: along a side of the image, which they divide.
+            layers: by number from 1, that are read; the layer behind each sees all windows and their class tokens.
+
+        Returns:
+            The maps (B, D, H, W) of those layers, through the last norm.
+        """
+        cls_B1D, tokens_BND = self.embed(images_BCHW)
+        batch, (rows, columns) = len(tokens_BND), (side // windows for side in self.grid)
+        parted = tokens_BND.unflatten(1, (windows, rows, windows, columns)).transpose(2, 3)
+        tokens = torch.cat(
+            [cls_B1D.repeat_interleave(windows**2, dim=0), parted.reshape(-1, rows * columns, self.width)], 1
+        )
+        maps = []
+        for number, layer in enumerate(self.layers):
+            across = tokens.reshape(batch, -1, self.width) if number in layers else tokens
+            tokens = layer(across, None).reshape(tokens.shape)
+            if number + 1 in layers:
+                read = self._normed(tokens)[:, 1:].unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
+                maps.append(read.transpose(2, 3).reshape(batch, *self.grid, self.width).permute(0, 3, 1, 2))
+        return maps
+
     def encode_beside(
         self,
         images_BCHW: Tensor,

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
-from m3i_scale.config.detection import Detection, DetectionHead, MaskRcnn
+from m3i_scale.config.detection import Detection, DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.config.explain import origin, parse_section, validation_error
 from m3i_scale.config.files import (
     find_run_file,
@@ -61,6 +61,7 @@ __all__ = [
     "Protocol",
     "Published",
     "RetentionConfig",
+    "RfDetr",
     "RunConfig",
     "Section",
     "SectionT",
@@ -329,8 +330,22 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _augmentation_acts(self) -> Self:
+    def _augmentation_acts(self, info: ValidationInfo) -> Self:
         dense = self.task is not None and self.task.dense
+        queried = isinstance(self.task, Detection) and isinstance(self.task.head, RfDetr)
+        if self.data.augment.stretch and not queried and not is_stored(info):
+            raise FixableError(
+                "stretch is how RF-DETR is shown images; those of other models keep their shape",
+                "leave it out; it is for task: {kind: detection, head: {kind: rfdetr}}",
+            )
+        if self.data.augment.stretch and any(
+            kinds is not None and kinds.scale_jitter is not None
+            for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values()))
+        ):
+            raise FixableError(
+                "scale_jitter keeps the shape of images in training, and stretch would not in evaluation",
+                "data.augment.scale_jitter=null data.augment.scale_jitter_side=null, or data.augment.stretch=false",
+            )
         for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values())):
             reads_masks = isinstance(self.task, Segmentation)
             if kinds is not None and kinds.cat_max_ratio is not None and not reads_masks:

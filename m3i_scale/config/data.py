@@ -132,6 +132,9 @@ class AugmentConfig(DistortionConfig):
     erasing: Probability = 0.0
     """Probability that a rectangle of a labelled image is erased: after normalisation, by standard normal noise, as
     timm's random erasing does `pixel` by pixel."""
+    stretch: bool = False
+    """Of images with objects: what is shown whole, as in every evaluation, is resized to the square whatever its shape,
+    as RF-DETR does. Default: it keeps its shape, and the rest of the square is filled up with `mean`."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means that the model's input is normalised with, of pixels from 0 to 1; written into the export."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

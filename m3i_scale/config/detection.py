@@ -1,7 +1,8 @@
-"""Define the heads that find objects: what a Mask R-CNN is made of, and how its regions are chosen.
+"""Define the heads that find objects: what a Mask R-CNN is made of, and how its regions are chosen; and RF-DETR.
 
-Every default is detectron2's for ViTDet (`configs/common/models/mask_rcnn_fpn.py` and `mask_rcnn_vitdet.py`), so a run
-file states what differs.
+Every default of a Mask R-CNN is detectron2's for ViTDet (`configs/common/models/mask_rcnn_fpn.py` and
+`mask_rcnn_vitdet.py`), and every one of RF-DETR that of the rfdetr package 1.4 (`rfdetr/config.py`, `rfdetr/main.py`),
+so a run file states what differs.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Regions(Section):
     """Says how anchors propose regions (RPN), and which of them are looked at."""
 
     sizes: tuple[float, float, float, float, float] | None = None
-    """Sides of the anchors in pixels, by level (DefaultAnchorGenerator.sizes). Default: from a thirty-second of the
-    image's side to half of it, which are ViTDet's 32 to 512 of 1,024."""
+    """Sides of the anchors in pixels, by level (DefaultAnchorGenerator.sizes). Default: eight times the stride of the
+    level, which are ViTDet's 32 to 512 of strides 4 to 64."""
     ratios: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
     """Height over width of the anchors (aspect_ratios)."""
     convs: int = Field(default=2, ge=1)
@@ -82,6 +83,9 @@ class DetectionHead(Kind):
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
+    masks: bool = True
+    """Predict masks too. Without, sets that have boxes alone will do."""
+
 
 class MaskRcnn(DetectionHead):
     """Finds boxes, classes and masks of objects by Mask R-CNN: of a plain Transformer on the simple pyramid of ViTDet,
@@ -92,8 +96,6 @@ class MaskRcnn(DetectionHead):
     windows: Windows | None = None
     """Of a plain Transformer. Default: as ViTDet; where an image is less than two windows wide, neither windows nor
     relative positions. An InternImage has none."""
-    masks: bool = True
-    """Predict masks too. Without, it is a Faster R-CNN, for sets that have boxes alone."""
     channels: int = Field(default=256, ge=4)
     """Of the maps and of the heads' convolutions (out_channels)."""
     norm: Literal["layer", "none"] = "layer"
@@ -149,6 +151,68 @@ class MaskRcnn(DetectionHead):
         return self
 
 
+class RfDetr(DetectionHead):
+    """Finds boxes, classes and masks of objects by queries that a decoder matches with what the image shows, on a plain
+    Transformer, as RF-DETR. It is the stock model of `transformers` round the backbone of the run."""
+
+    kind: ClassVar[str] = "rfdetr"
+
+    windows: int = Field(default=2, ge=1)
+    """Windows along a side of the image, each with a class token of its own, that all layers attend within but for
+    those right behind a layer that is read (num_windows); 1: all layers see the whole image."""
+    out_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Layers of the backbone that are read, from 1; the last one is among them (out_feature_indexes). Default: the last
+    of every quarter, 3, 6, 9, 12 of 12."""
+    channels: int = Field(default=256, ge=4, multiple_of=4)
+    """Of map and queries (hidden_dim)."""
+    queries: int = Field(default=300, ge=1)
+    """So many objects of an image are found at most (num_queries)."""
+    groups: int = Field(default=13, ge=1)
+    """In training, queries are there so many times, and each group finds all objects by itself (group_detr)."""
+    decoder_layers: int = Field(default=3, ge=1)
+    """Of the decoder (dec_layers: 2 of Nano, 3 of Small and Base, 4 of Medium and Large)."""
+    self_attention_heads: int = Field(default=8, ge=1)
+    """Of queries among each other (sa_nheads)."""
+    cross_attention_heads: int = Field(default=16, ge=1)
+    """Of queries in the map (ca_nheads)."""
+    points: int = Field(default=2, ge=1)
+    """Places of the map that a head of a query reads (dec_n_points)."""
+    decoder_width: int = Field(default=2048, ge=1)
+    """Of the decoder's hidden layers (dim_feedforward)."""
+    mask_stride: int = Field(default=4, ge=1)
+    """Pixels along a side that share a value of a mask (mask_downsample_ratio)."""
+    class_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss of classes, which knows how well the box fits (cls_loss_coef; with masks the published one is
+    5)."""
+    box_weight: float = Field(default=5.0, ge=0)
+    """Weight of the L1 loss of boxes (bbox_loss_coef)."""
+    giou_weight: float = Field(default=2.0, ge=0)
+    """Weight of the loss of their generalised overlap (giou_loss_coef)."""
+    mask_weight: float = Field(default=5.0, ge=0)
+    """Weight of the cross-entropy of masks, in the loss and in the matching (mask_ce_loss_coef)."""
+    dice_weight: float = Field(default=5.0, ge=0)
+    """Weight of the Dice loss of masks, in the loss and in the matching (mask_dice_loss_coef)."""
+    score_above: float = Field(default=0.0, ge=0, lt=1)
+    """Lowest score of a detection. The package has none."""
+    detections: int = Field(default=300, ge=1)
+    """Of an image at most (num_select)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        layers = self.out_layers
+        if layers is not None and (list(layers) != sorted(set(layers)) or layers[0] < 1):
+            raise ValueError("out_layers are different layers in ascending order, from 1 on")
+        for name in ("self_attention_heads", "cross_attention_heads"):
+            if self.channels % getattr(self, name):
+                raise ValueError(f"channels {self.channels} is no multiple of {name} {getattr(self, name)}")
+        if not (self.class_weight or self.box_weight or self.giou_weight):
+            raise ValueError("class_weight, box_weight and giou_weight are all 0: nothing would be learnt of boxes")
+        for name in () if self.masks else ("mask_stride", "mask_weight", "dice_weight"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect without masks")
+        return self
+
+
 class Detection(Task):
     """Finds the objects of an image. Its categories are those of categories.json beside the shards."""
 
@@ -156,7 +220,7 @@ class Detection(Task):
     dense: ClassVar[bool] = True
 
     head: DetectionHead = MaskRcnn()
-    """mask_rcnn, or {kind: mask_rcnn, channels: 128}."""
+    """mask_rcnn | rfdetr, or {kind: mask_rcnn, channels: 128}."""
 
     def recipe(self) -> dict[str, Any]:
         """Return boxes, classes and masks predicted from the whole image."""

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,10 @@ class TrainStream:
         self.samples_at_most: int | None = None
         """Samples that all ranks together can take before it ends, were none bad; None: it never ends."""
 
+        shown = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
+
         def make_views(source: SourceConfig) -> ViewMaker:
-            kinds, mean = source.augment or data.augment, data.augment.mean
-            return ViewMaker(kinds, views=views, image_size=image_size, augment=augment, mean=mean, reads=reads)
+            return shown(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads)
         read = [source for plan in plans.values() for source in plan.values()]

@@ -60,6 +60,7 @@ class ViewMaker:
         reads: what is asked of a sample; where that is objects, the whole image is shown without augmentation, its long
             side as long as the view.
         mean: of the pixels, from 0 to 1: the colour beyond the edge of an image.
+        stretch: whether both sides of a whole image are as long as the view.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ViewMaker:
         augment: bool,
         reads: Reads = "labels",
         mean: tuple[float, float, float] = AugmentConfig().mean,
+        stretch: bool = False,
     ) -> None:
         self._config = config
         self._fill = tuple(round(255 * channel) for channel in mean)
@@ -83,6 +85,7 @@ class ViewMaker:
         self._size = image_size
         self._augment = augment
         self._reads = reads
+        self._stretch = stretch
 
     def __call__(
         self, image: Image.Image, seed: int, mask: Image.Image | None = None, instances: Instances | None = None
@@ -136,6 +139,8 @@ class ViewMaker:
     def _crop(self, height: int, width: int, rng: random.Random, mask: Image.Image | None = None) -> Crop:
         """Draw a crop; one of a mask anew, as long as a class has too much of it."""
         if not self._augment and self._reads in ("boxes", "boxes_and_masks"):
+            if self._stretch:
+                return Crop(0, 0, height, width, False)
             return Crop(*scaled_crop(height, width, self._size / max(height, width), self._size, rng), False)
         if not self._augment:
             side = min(height, width)

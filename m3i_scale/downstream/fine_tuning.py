@@ -50,7 +50,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
             where=f"task.dcn_lr: {task.dcn_lr:g}",
             fix="leave it out, or take an InternImage",
         )
-    if isinstance(task, Detection) and isinstance(task.head, MaskRcnn) and task.head.masks:
+    if isinstance(task, Detection) and task.head.masks:
         _check_mask_library()
     if isinstance(task, Classification):
         if task.sweep is not None:

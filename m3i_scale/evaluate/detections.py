@@ -109,8 +109,11 @@ class Detections:
         return [(number, one) for number, truth in images for one in truth["annotations"] if not one["iscrowd"]]
 
 
-def check_library() -> None:
+def check_library(where: str = "detection") -> None:
     """Check that what measures detectors is there.
+
+    Args:
+        where: names in the error who asks for it.
 
     Raises:
         ConfigError: it is not installed.
@@ -118,7 +121,7 @@ def check_library() -> None:
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ConfigError(
             "average precision and masks of objects are faster-coco-eval's, which is not installed",
-            where="detection",
+            where=where,
             fix="pip install 'm3i-scale[detection]'",
         )
 

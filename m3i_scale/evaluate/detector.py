@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import (
+    DeformableDetrImageProcessor,
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    SamImageProcessor,
+)
 
+from m3i_scale.config import AugmentConfig, RfDetr
 from m3i_scale.data.batch import Collator
 from m3i_scale.data.batch import Sample as Shown
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.evaluate.detections import Prediction, Rle, check_library
+from m3i_scale.evaluate.features import architectures
 from m3i_scale.evaluate.towers import has_head, load_objective
-from m3i_scale.objective.detection.boxes import paste_masks
-from m3i_scale.objective.information import Objective
+from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
+from m3i_scale.objective.detection.rfdetr import found_by_queries
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.targets.detection import shown_sizes
 
 DETECTOR = "detector"
-"""The measure of a detector, asked for alone: of features with one in `heads/`."""
+"""The measure of a detector, asked for alone: of a folder that holds one, or of features with one in `heads/`."""
 DETECTED = 4
 """Images in one forward pass, unless another number is asked for: layers that see whole images of 1,024 pixels take
 some 800 MB each."""
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "MaskRcnnForObjectDetection": (MaskRcnnForObjectDetection, SamImageProcessor),
+    "RfDetrForObjectDetection": (RfDetrForObjectDetection, DeformableDetrImageProcessor),
+    "RfDetrForInstanceSegmentation": (RfDetrForInstanceSegmentation, DeformableDetrImageProcessor),
+}
+"""Classes of detectors, and their image processors."""
 
 
 @dataclass
 class Detector:
     """Runs a model on images."""
 
-    objective: Objective
+    detect: Callable[[Tensor, Tensor, Tensor], list[Detections]]
+    """Normalised images, (B, 2) of heights and widths before padding, and of the images themselves → what is found."""
+    augment: AugmentConfig
+    """Mean and deviation of the images, and whether they are stretched to the square."""
     size: int
     """Side of the square that an image is shown in, in pixels."""
-    view: ViewMaker
     classes: list[str]
     model_type: str
     device: torch.device
@@ -51,34 +69,53 @@ class Detector:
             images: as many as fit into one forward pass.
             numbers: of the images, for the record.
         """
-        shown = []
+        augment, shown = self.augment, []
+        view = ViewMaker(
+            augment,
+            views=1,
+            image_size=self.size,
+            augment=False,
+            reads="boxes",
+            mean=augment.mean,
+            stretch=augment.stretch,
+        )
         for pixels_CHW, number in zip(images, numbers, strict=True):
-            views = self.view(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))), 0)
+            views = view(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))), 0)
             shown.append(Shown(views, None, -1, None, 0, str(number)))
         batch = Collator(None, 0)(shown).to(self.device)
-        pixels_BCHW = normalize(batch.images_VBCHW[0], self.objective.mean, self.objective.std)
-        found = self.objective.detect(pixels_BCHW, shown_sizes(batch), batch.sizes_B2)
+        pixels_BCHW = normalize(batch.images_VBCHW[0], augment.mean, augment.std)
+        found = self.detect(pixels_BCHW, shown_sizes(batch), batch.sizes_B2)
         return [
-            {
-                "image_id": number,
-                "boxes": one.boxes_N4.cpu().numpy(),
-                "scores": one.scores_N.cpu().numpy(),
-                "labels": one.labels_N.cpu().numpy(),
-                "masks": None
-                if one.masks_NMM is None
-                else compressed(one.masks_NMM.cpu(), one.boxes_N4.cpu(), (pixels_CHW.shape[1], pixels_CHW.shape[2])),
-            }
+            prediction_of(one, number, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
             for one, pixels_CHW, number in zip(found, images, numbers, strict=True)
         ]
 
 
+def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Prediction:
+    """Return what is found on an image as it is counted.
+
+    Args:
+        found: of the head.
+        number: of the image.
+        size: of the image: H and W.
+    """
+    boxes_N4 = found.boxes_N4.cpu()
+    return {
+        "image_id": number,
+        "boxes": boxes_N4.numpy(),
+        "scores": found.scores_N.cpu().numpy(),
+        "labels": found.labels_N.cpu().numpy(),
+        "masks": None if found.masks_NMM is None else compressed(found.masks_NMM.cpu(), boxes_N4, size),
+    }
+
+
 def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> list[Rle]:
-    """Return soft masks in their boxes as compressed masks of the whole image.
+    """Return masks in their boxes, soft ones or of 0 and 1, as compressed masks of the whole image.
 
     Each is pasted within its box alone, and a pixel round it: beyond that it is never one half.
 
     Args:
-        masks_NMM: of `Objective.detect`.
+        masks_NMM: of `Objective.detect`, or of a batch.
         boxes_N4: x1, y1, x2, y2 in the image.
         size: of the image: H and W.
     """
@@ -97,24 +134,68 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
     return found
 
 
-def check_detector(folder: Path, measures: tuple[str, ...]) -> None:
-    """Check that a detector is asked for alone, of a folder that has one.
+def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Path, torch.device, int], Detector] | None:
+    """Return what loads the detector that is measured; None where something else is.
+
+    Args:
+        folder: of the model.
+        measures: that are asked for; None: all that there are.
 
     Raises:
-        ConfigError: not so; or what measures it is not installed.
+        ConfigError: the folder and the measures do not fit together; or what measures detectors is not installed.
     """
-    if len(measures) > 1:
+    own = not _KINDS.keys().isdisjoint(architectures(folder))
+    if own and measures not in (None, (DETECTOR,)):
+        raise ConfigError("the folder holds a detector", where=str(folder), fix=f"--measure {DETECTOR}")
+    if not own and (measures is None or DETECTOR not in measures):
+        return None
+    if measures is not None and len(measures) > 1:
         raise ConfigError("a detector is measured alone", where="--measure", fix=f"--measure {DETECTOR}")
-    if not has_head(folder, "detection"):
+    if not own and not has_head(folder, "detection"):
         raise ConfigError(
             "the folder holds no detector",
             where=str(folder),
-            fix="m3i-scale export of a run with `task: detection`, as features",
+            fix="m3i-scale export of a run with `task: detection`",
         )
     check_library()
+    return load_detector if own else head_of_features
 
 
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
+    """Load a Mask R-CNN or RF-DETR in fp32; the former by the source files here and not by those of the folder.
+
+    Raises:
+        ExportError: it does not load, or weights do not fill it.
+    """
+    kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
+    try:
+        model, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
+        processor = of_images.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"the detector does not load: {first_line}", where=str(folder)) from None
+    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
+    if faulty:
+        raise ExportError(f"{len(faulty)} tensors do not fill the detector, e.g. {faulty[0]}", where=str(folder))
+    queried = kind is not MaskRcnnForObjectDetection
+    augment = AugmentConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std), stretch=queried)
+    shape, names = model.config.backbone_config, model.config.id2label
+    classes = [str(names[number]) for number in sorted(names)]
+    model = model.to(device).eval()
+    detect = partial(_by_queries, model) if queried else model.detect
+    return Detector(detect, augment, shape.image_size, classes, shape.model_type, device, batch_size)
+
+
+@torch.no_grad()
+def _by_queries(model: Any, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
+    """Return what the stock RF-DETR finds. What counts as found stands in its config.json where `export` wrote it."""
+    output, usual = model(pixel_values=pixels_BCHW), RfDetr()
+    prediction = {name: output[name] for name in ("logits", "pred_boxes", "pred_masks") if name in output}
+    lowest, most = (getattr(model.config, name, getattr(usual, name)) for name in ("score_above", "detections"))
+    return found_by_queries(prediction, sizes_B2, own_B2, pixels_BCHW.shape[-1], score_above=lowest, most=most)
+
+
+def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Detector:
     """Return the detector that an export of features has in `heads/`, in fp32.
 
     Raises:
@@ -122,6 +203,5 @@ def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detect
     """
     objective, run, label_sets = load_objective(folder, device)
     (classes,) = label_sets.values()
-    size, augment = objective.student.image_size, run.data.augment
-    view = ViewMaker(augment, views=1, image_size=size, augment=False, reads="boxes", mean=augment.mean)
-    return Detector(objective, size, view, classes, objective.student.model.config.model_type, device, batch_size)
+    size, model_type = objective.student.image_size, objective.student.model.config.model_type
+    return Detector(objective.detect, run.data.augment, size, classes, model_type, device, batch_size)

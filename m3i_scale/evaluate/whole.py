@@ -11,7 +11,7 @@ import torch
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.detection import evaluate_detector
-from m3i_scale.evaluate.detector import DETECTED, DETECTOR, check_detector, load_detector
+from m3i_scale.evaluate.detector import DETECTED, DETECTOR, Detector, detector_of
 from m3i_scale.evaluate.miou import evaluate_segmenter
 from m3i_scale.evaluate.overlays import Overlays
 from m3i_scale.evaluate.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of
@@ -30,16 +30,13 @@ def trained_whole(
     Raises:
         ConfigError: the folder, the measures and the options do not fit together.
     """
-    load = segmenter_of(folder, measures)
-    detects = measures is not None and DETECTOR in measures
-    if measures is not None and detects:
-        check_detector(folder, measures)
-    if idle and (load is not None or detects):
-        what = DETECTOR if detects else SEGMENTER
+    segmenter, detector = segmenter_of(folder, measures), detector_of(folder, measures)
+    if idle and (segmenter is not None or detector is not None):
+        what = SEGMENTER if detector is None else DETECTOR
         raise ConfigError(f"{', '.join(idle)} has no effect: a {what} is measured", where=str(folder))
-    if detects:
-        return _detector
-    return None if load is None else partial(_segmenter, load)
+    if detector is not None:
+        return partial(_detector, detector)
+    return None if segmenter is None else partial(_segmenter, segmenter)
 
 
 def _segmenter(
@@ -58,6 +55,7 @@ def _segmenter(
 
 
 def _detector(
+    load: Callable[[Path, torch.device, int], Detector],
     folder: Path,
     data: str,
     where: torch.device,
@@ -66,5 +64,5 @@ def _detector(
     pictures: tuple[Path, int] | None,
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, Any]:
-    detector = load_detector(folder, where, batch_size or DETECTED)
+    detector = load(folder, where, batch_size or DETECTED)
     return evaluate_detector(detector, folder, data, exclude_groups, pictures, progress)

@@ -49,6 +49,12 @@ def write_onnx(folder: Path, reference: Reference) -> float:
         ExportError: the model cannot be translated, or the file computes something else.
     """
     part = reference.parts[0]
+    if part.name == "detector":
+        raise ExportError(
+            "how many objects are found depends on the image, and an ONNX file has a fixed number",
+            where="--also onnx",
+            fix="leave it out",
+        )
     if part.inputs != ("pixel_values",):
         raise ExportError(
             f"a {part.name} model reads {', '.join(part.inputs)}, and ONNX files are made of models that read images",

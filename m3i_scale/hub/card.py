@@ -17,6 +17,7 @@ _TAKEN_OVER = ("data", "files", "weights", "step", "samples", "dtype", "paramete
 _PIPELINES = {
     "features": "image-feature-extraction",
     "segmentation": "image-segmentation",
+    "detection": "object-detection",
     "backbone": "image-feature-extraction",
     "classification": "image-classification",
     "zero_shot": "zero-shot-image-classification",
@@ -31,7 +32,10 @@ _KINDS = {
 }
 
 OLDEST_TRANSFORMERS = "4.57"
-"""That loads every kind of export: the proof of them runs in it, too (tests/hub/test_oldest_transformers.py)."""
+"""That loads every kind of export but a detector: the proof runs in it, too (tests/hub/test_oldest_transformers.py)."""
+OLDEST_OF_DETECTOR = "5.24"
+"""That has RF-DETR, and runs the source files of a Mask R-CNN: in 4, the layers of a ViT hand nothing on to their
+attention."""
 
 
 def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
@@ -57,7 +61,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
     return environment.get_template("card.md.j2").render(
         name=source.run.name,
         version=__version__,
-        oldest_transformers=OLDEST_TRANSFORMERS,
+        oldest_transformers=OLDEST_OF_DETECTOR if provenance["task"] == "detection" else OLDEST_TRANSFORMERS,
         license=provenance["license"],
         architecture=config["architectures"][0],
         model_type=config["model_type"],
@@ -78,7 +82,9 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         else {},
         segments=source.recipe.reads_masks,
         detects=source.recipe.reads in ("boxes", "boxes_and_masks"),
+        masks=source.recipe.reads == "boxes_and_masks",
         queries=config["model_type"] == "eomt",
+        queried=config["model_type"] == "rf_detr",
         text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,

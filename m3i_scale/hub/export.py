@@ -249,14 +249,6 @@ def check_wanted(wanted: Wanted) -> None:
     Raises:
         ExportError: there is not, or what it needs is not installed.
     """
-    if str(wanted.task) == "detection":
-        raise ExportError(
-            "no stock class holds the detector that was trained",
-            where="--task detection",
-            why="transformers has no Mask R-CNN",
-            fix="--task features: the backbone for AutoModel, and the detector in heads/, which `m3i-scale evaluate"
-            " --measure detector` measures",
-        )
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
     if str(wanted.format) == "open_clip":

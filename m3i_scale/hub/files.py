@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel, RfDetrPreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.errors import ExportError
@@ -115,7 +115,8 @@ def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ..
     """
     state = dict(model.state_dict())
     name_of = {id(tensor): name for name, tensor in state.items()}
-    reverted = revert_weight_conversion(model, state)
+    # RF-DETR loads by the model's own names as well; those of the published files pack what they do not stand beside.
+    reverted = state if isinstance(model, RfDetrPreTrainedModel) else revert_weight_conversion(model, state)
     alone = {name_of[id(tensor)] for tensor in reverted.values() if id(tensor) in name_of}
     stored: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
     for key, tensor in reverted.items():

@@ -106,20 +106,23 @@ def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple
     report["class"] = type(model).__name__
     report["loaded_dtype"] = str(model.dtype).removeprefix("torch.")
     report["loaded"] = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
-    outputs = {spec["name"]: run(model.float(), spec, inputs)}
+    outputs = run(model.float(), spec, inputs)
     del model
     if spec["native"] == "timm":
         outputs[f"{spec['name']}.timm"] = run_timm(folder, spec, inputs)
     return report, outputs
 
 
-def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """Return the output that is compared; of several feature maps the last one."""
+def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the outputs that are compared, the first by the part's name; of several feature maps the last one."""
     import torch
 
     with torch.no_grad():
-        output = getattr(model(**{key: inputs[key] for key in spec["inputs"]}), spec["output"])
-    return (output[-1] if isinstance(output, tuple) else output).contiguous()
+        output = model(**{key: inputs[key] for key in spec["inputs"]})
+    first = getattr(output, spec["output"])
+    outputs = {spec["name"]: first[-1] if isinstance(first, tuple) else first}
+    outputs |= {f"{spec['name']}.{name}": getattr(output, name) for name in spec["also"]}
+    return {name: tensor.contiguous() for name, tensor in outputs.items()}
 
 
 def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:

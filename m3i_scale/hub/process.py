@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from m3i_scale.errors import ExportError
 
 TIMEOUT_S = 3_600.0
@@ -27,6 +29,8 @@ def run_fresh(arguments: list[str], folder: Path, work: Path) -> None:
     """
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
     environment = inherited | _OFFLINE | {"HF_MODULES_CACHE": str(work / "modules")}
+    # As here: sums in another order may put objects of nearly the same score the other way round.
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
     try:
         done = subprocess.run(
             [sys.executable, "-I", *arguments],

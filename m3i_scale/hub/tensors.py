@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import fresh
 
-Shown = Literal["centre", "whole", "windows"]
+Shown = Literal["centre", "whole", "windows", "padded", "stretched"]
 VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,7 +35,7 @@ class Part:
     """Holds one model of an export, and how it is proven."""
 
     name: str
-    """vision, tokens (as timm gives them), text, classifier, segmenter, backbone, zero_shot."""
+    """vision, tokens (as timm gives them), text, classifier, segmenter, detector, backbone, zero_shot."""
     model: PreTrainedModel
     """Without values: names, shapes, configuration."""
     tensors: dict[str, TensorSource]
@@ -49,6 +49,8 @@ class Part:
     inputs: tuple[str, ...] = ("pixel_values",)
     output: str = "last_hidden_state"
     """What is compared with the training modules."""
+    also: tuple[str, ...] = ()
+    """What else of its outputs is."""
     native: str | None = None
     """timm or open_clip: the library whose format the folder has too, and which is compared as well."""
     strip: str = ""
@@ -62,8 +64,11 @@ class Part:
 
     @property
     def shown(self) -> Shown:
-        """Return what of an image the model is shown: its centre square, all of it resized to the square, or, of a
-        model that gives masks of queries, squares along its longer side."""
+        """Return what of an image the model is shown: its centre square; all of it resized to the square; of a model
+        that gives masks of queries squares along its longer side; of a detector all of it, in a square that is filled
+        up or resized to the square."""
+        if self.name == "detector":
+            return "stretched" if self.output == "logits" else "padded"
         if self.name != "segmenter":
             return "centre"
         return "whole" if self.output == "logits" else "windows"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,29 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import Part
+from m3i_scale.objective.detection.modeling_mask_rcnn import joined
+from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.mask_queries import MaskQueries
+
+
+def trained_outputs(
+    objective: Objective, part: Part, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield outputs of a part by name: that of the part, and after a dot what else is compared; arguments and errors as
+    of `trained_output`."""
+    if part.name != "detector":
+        yield part.name, trained_output(objective, part, pixels_BCHW, tokens)
+        return
+    detector, whole_B2 = objective.detector, torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))
+    if isinstance(detector, RfDetrDetector):
+        with torch.no_grad():
+            found = detector.predict(detector.encode(objective.student, pixels_BCHW))[0]
+    else:
+        found = joined(objective.detect(pixels_BCHW, whole_B2, whole_B2))
+    yield part.name, found[part.output]
+    for name in part.also:
+        yield f"{part.name}.{name}", found[name]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from m3i_scale.hub import fresh
 from m3i_scale.hub.process import run_fresh
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import Part, Shown
-from m3i_scale.hub.trained import trained_output
+from m3i_scale.hub.trained import trained_outputs
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
@@ -53,7 +53,7 @@ class Reference:
     captions: list[str]
     tokens: Tensor | None
     outputs: dict[str, Tensor]
-    """By part."""
+    """By part, and after a dot by what else of it is compared."""
     fingerprints: dict[str, dict[str, str]]
     """Of every tensor, by part and for the heads."""
     dtype: str
@@ -81,7 +81,7 @@ def make_reference(
     """
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment
-    pictures = real_pictures(side)
+    pictures = real_pictures(side, parts[0].shown)
     trained_on = {name: _as_trained(picture, side, augment, parts[0].shown) for name, picture in pictures.items()}
     noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels_BCHW = torch.cat([normalize(noise, augment.mean, augment.std), trained_on["square"], trained_on["wide"]])
@@ -98,7 +98,7 @@ def make_reference(
         trained_on,
         captions,
         None if tokens is None else tokens["input_ids"],
-        {part.name: trained_output(objective, part, pixels_BCHW, tokens) for part in parts},
+        dict(output for part in parts for output in trained_outputs(objective, part, pixels_BCHW, tokens)),
         fingerprints,
         str(dtype).removeprefix("torch."),
         augment.std,
@@ -135,9 +135,9 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
         "classes": {name: facts["class"] for name, facts in report["models"].items()} | {"image": report["processor"]},
         "tensors": {name: len(tensors) for name, tensors in reference.fingerprints.items()},
         "largest_output_difference": {
-            name.removeprefix("output."): difference(found, reference.outputs[name.split(".")[1]])
-            for name, found in outputs.items()
-            if name.startswith("output.")
+            key.removeprefix("output."): difference(found, _wanted(key, reference))
+            for key, found in outputs.items()
+            if key.startswith("output.")
         },
         "largest_pixel_difference": {
             backend: max(
@@ -149,7 +149,7 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
 
 
 def _job(reference: Reference) -> dict[str, Any]:
-    keys = ("name", "folder", "auto", "options", "inputs", "output", "native")
+    keys = ("name", "folder", "auto", "options", "inputs", "output", "also", "native")
     texts = [part.folder for part in reference.parts if "input_ids" in part.inputs]
     return {
         "models": [{key: getattr(part, key) for key in keys} for part in reference.parts],
@@ -165,20 +165,21 @@ def _run(folder: Path, work: Path) -> dict[str, Any]:
 
 def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Reference) -> Iterator[str]:
     yield from (f"it needs {name} to load" for name in report["needed"])
-    for name in sorted(reference.outputs.keys() - report["models"].keys()):
+    parts = {part.name for part in reference.parts}
+    for name in sorted(parts - report["models"].keys()):
         yield f"the {name} model is missing"
     if "tokens" in outputs and reference.tokens is not None and not torch.equal(outputs["tokens"], reference.tokens):
         yield "the tokenizer cuts captions into other tokens"
-    for name in sorted(reference.outputs.keys() & report["models"].keys()):
+    for name in sorted(parts & report["models"].keys()):
         # Another version of transformers may call its parameters otherwise; it has to load and compute the same.
         names = report.get("transformers") == transformers.__version__
         for fault in _model_faults(report["models"][name], reference, name, names=names):
             yield f"{name} model: {fault}"
-        wanted = reference.outputs[name]
         for key, found in outputs.items():
-            if key.split(".")[:2] == ["output", name] and not close(found, wanted):
-                by = "" if key == f"output.{name}" else f" (by {key.split('.')[2]})"
-                yield f"{name} model: outputs{by} differ by {difference(found, wanted):.3g} from the training modules'"
+            if key.split(".")[:2] == ["output", name] and not close(found, wanted := _wanted(key, reference)):
+                which = "" if key == f"output.{name}" else f" ({key.split('.')[2]})"
+                far = f"{difference(found, wanted):.3g}"
+                yield f"{name} model: outputs{which} differ by {far} from the training modules'"
     heads = report["heads"]
     yield from (f"heads: {fault}" for fault in heads["faults"])
     yield from (
@@ -188,6 +189,12 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
         levels = 255 * max(reference.std) * difference(outputs[f"{backend}.{name}"], wanted)
         if levels > tolerance:
             yield f"the image processor's '{name}' picture differs by {levels:.3g} grey levels from training's"
+
+
+def _wanted(key: str, reference: Reference) -> Tensor:
+    """Return what an output has to be; that of another library is the part's."""
+    name = key.removeprefix("output.")
+    return reference.outputs[name if name in reference.outputs else name.split(".")[0]]
 
 
 def _model_faults(facts: dict[str, Any], reference: Reference, name: str, *, names: bool) -> Iterator[str]:
@@ -224,12 +231,14 @@ def _differing(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
 
 def difference(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference; infinite between different shapes."""
-    return float("inf") if found.shape != wanted.shape else (found - wanted).abs().max().item()
+    if found.shape != wanted.shape:
+        return float("inf")
+    return (found - wanted).abs().max().item() if wanted.numel() else 0.0  # a detector may find nothing
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
     """Return whether two outputs agree but for the order of sums."""
-    scale = max(wanted.abs().max().item(), 1e-6)
+    scale = max(difference(wanted, torch.zeros_like(wanted)), 1e-6)
     return difference(found, wanted) <= RELATIVE_TOLERANCE * scale  # NaN is not
 
 
@@ -260,22 +269,30 @@ def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 
 
-def real_pictures(side: int) -> dict[str, Image.Image]:
+def real_pictures(side: int, shown: Shown = "centre") -> dict[str, Image.Image]:
     """Return photographs (those that come with scikit-learn) by name: as a square of the model's size, a larger one,
     and in two long shapes whose centre square falls on whole pixels after resizing.
     """
     # Sides are such that a processor, which resizes before it cuts, does not cut at half a pixel, and that training
-    # does not skip pixels of a much larger picture.
+    # does not skip pixels of a much larger picture: one that is four times as long as what is made of it.
+    short = side if shown == "padded" else 2 * side
     flower, temple = (Image.fromarray(pixels) for pixels in reversed(load_sample_images().images))
     return {
         "square": flower.crop((100, 0, 527, 427)).resize((side, side)),
         "large": temple.crop((100, 0, 527, 427)).resize((2 * side, 2 * side)),
-        "wide": temple.crop((0, 100, 639, 313)).resize((6 * side, 2 * side)),
-        "tall": flower.crop((250, 0, 392, 426)).resize((2 * side, 6 * side)),
+        "wide": temple.crop((0, 100, 639, 313)).resize((3 * short, short)),
+        "tall": flower.crop((250, 0, 392, 426)).resize((short, 3 * short)),
     }
 
 
 def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: Shown) -> Tensor:
+    if shown == "padded":
+        view = ViewMaker(augment, views=1, image_size=side, augment=False, reads="boxes", mean=augment.mean)
+        pixels_1CHW = normalize(torch.from_numpy(view(picture.copy(), 0).pixels_VCHW), augment.mean, augment.std)
+        width, height = (round(side * length / max(picture.size)) for length in picture.size)
+        # The mean colour: training rounds it to a grey level, and an image processor fills up what is normalised.
+        pixels_1CHW[:, :, height:] = pixels_1CHW[:, :, :, width:] = 0
+        return pixels_1CHW
     if shown != "centre":
         scale = side / min(picture.size)
         width, height = (round(length * scale) if shown == "windows" else side for length in picture.size)

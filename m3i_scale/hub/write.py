@@ -13,14 +13,18 @@ from transformers import (
     BeitImageProcessor,
     BertModel,
     BitImageProcessor,
+    DeformableDetrImageProcessor,
     EomtImageProcessor,
     PreTrainedTokenizerBase,
+    SamImageProcessor,
 )
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
-from m3i_scale.config import RunConfig
+from m3i_scale.config import RfDetr, RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json, write_json
+from m3i_scale.hub.as_mask_rcnn import mask_rcnn_part
+from m3i_scale.hub.as_rfdetr import rfdetr_part
 from m3i_scale.hub.as_timm import timm_part
 from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
@@ -29,11 +33,12 @@ from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, Part, Shown, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
+from m3i_scale.objective.targets.detection import Detection
 from m3i_scale.text import masked
 
-Task = Literal["features", "classification", "segmentation", "zero_shot", "backbone"]
+Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]
 Format = Literal["transformers", "timm"]
-TASKS = ("features", "classification", "segmentation", "zero_shot", "backbone")
+TASKS = ("features", "classification", "segmentation", "detection", "zero_shot", "backbone")
 FORMATS = ("transformers", "timm")
 
 
@@ -60,10 +65,9 @@ def plan_parts(source: Source, wanted: Wanted, tokenizer: PreTrainedTokenizerBas
         return [_in_timm(source, wanted)]
     if wanted.task == "classification":
         return [classifier_part(source, choose_label_set(source, wanted.label_set))]
-    if wanted.task == "segmentation":
-        return [segmenter_part(source)]
-    if wanted.task == "backbone":
-        return [backbone_part(source)]
+    whole = {"segmentation": segmenter_part, "detection": _detector_part, "backbone": backbone_part}
+    if wanted.task in whole:
+        return [whole[wanted.task](source)]
     if wanted.task == "zero_shot":
         return [zero_shot_part(source, 0 if tokenizer is None else len(tokenizer))]
     return [_vision_part(source), *([] if tokenizer is None else [_text_part(source.run, tokenizer)])]
@@ -131,6 +135,16 @@ def _vision_part(source: Source) -> Part:
     return Part("vision", model, copied(model.state_dict(), VISION), options=options, files=files)
 
 
+def _detector_part(source: Source) -> Part:
+    """Return backbone and head in the class that holds them.
+
+    Raises:
+        ExportError: there is none, or the run trains no detector.
+    """
+    queried = any(isinstance(target, Detection) and isinstance(target.head, RfDetr) for target in source.recipe.targets)
+    return rfdetr_part(source) if queried else mask_rcnn_part(source)
+
+
 def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
     config = text_config(run.text.config, len(tokenizer), run.text.max_tokens)
     options: dict[str, Any] = {"add_pooling_layer": False}
@@ -148,7 +162,9 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
 def write_processor(folder: Path, source: Source, shown: Shown) -> None:
     """Write preprocessor_config.json: cover the square, cut the centre, normalise as training did.
 
-    A segmenter is shown the whole image, and its processor makes masks of what it gives.
+    A segmenter is shown the whole image, and its processor makes masks of what it gives. That of a Mask R-CNN is SAM's,
+    which resizes the long side, fills up the square, and tells the model how large the image is in it and by itself. Of
+    the processors whose detections are sigmoids, that of RF-DETR itself resizes by another filter than training did.
 
     `BitImageProcessor` is the stock class (DINOv2 uses it too) that cuts the centre in every version of transformers;
     that of ViT squeezes the image into the square in older ones.
@@ -158,10 +174,12 @@ def write_processor(folder: Path, source: Source, shown: Shown) -> None:
     kind, options = {
         "centre": (BitImageProcessor, {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}),
         "whole": (BeitImageProcessor, {"size": square, "do_center_crop": False, "crop_size": square}),
+        "stretched": (DeformableDetrImageProcessor, {"size": square, "do_pad": False}),
         "windows": (
             EomtImageProcessor,
             {"size": {"shortest_edge": size, "longest_edge": None}, "do_split_image": True, "do_pad": False},
         ),
+        "padded": (SamImageProcessor, {"size": {"longest_edge": size}, "do_pad": True, "pad_size": square}),
     }[shown]
     kind(
         **options,
@@ -213,7 +231,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
         "recipe": _portable_recipe(run.recipe),
         "backbone": {"attention": run.backbone.attention, **portable_section(config)},
         "text": {"config": run.text.config, "max_tokens": run.text.max_tokens},
-        "data": {"augment": run.data.augment.model_dump(mode="json", include={"mean", "std"})},
+        "data": {"augment": run.data.augment.model_dump(mode="json", include={"mean", "std", "stretch"})},
     }
 
 

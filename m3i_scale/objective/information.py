@@ -18,7 +18,8 @@ from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
-from m3i_scale.objective.detection.mask_rcnn import Detections, MaskRcnnDetector
+from m3i_scale.objective.detection.base import ObjectDetector
+from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
 from m3i_scale.objective.health import feature_health, target_health
@@ -80,6 +81,8 @@ class Objective(nn.Module):
         """Visible patch tokens of the last forward pass."""
         self.overlaps_3K: dict[str, Tensor] = {}
         """Of the last forward pass outside of training: see `Loss.overlaps_3K`; by target."""
+        self.detections: dict[str, list[Detections]] = {}
+        """Of the last forward pass outside of training: see `Loss.detections`; by target."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {}
         """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -106,7 +109,7 @@ class Objective(nn.Module):
     def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
-        self.overlaps_3K = {}
+        self.overlaps_3K, self.detections = {}, {}
         figures: dict[str, Tensor] = {}
         watched: dict[str, dict[str, Tensor]] = {}
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once a view, for all inputs
@@ -124,6 +127,8 @@ class Objective(nn.Module):
                 figures |= {f"{target.name}/{name}": term.detach() for name, term in loss.terms.items()}
                 if loss.overlaps_3K is not None:
                     self.overlaps_3K[target.name] = loss.overlaps_3K
+                if loss.detections is not None:
+                    self.detections[target.name] = loss.detections
                 if isinstance(target, HeadTarget) and loss.remember is not None:
                     remember.setdefault(target.head, {})[target.encoder, target.view] = loss.remember.detach()
             losses.append(torch.stack([loss.value for loss in by_input]).mean())
@@ -164,9 +169,9 @@ class Objective(nn.Module):
         return next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
 
     @property
-    def detector(self) -> MaskRcnnDetector | None:
+    def detector(self) -> ObjectDetector | None:
         """Return the head that finds objects; None where the recipe has none."""
-        return next((head for head in self.heads.values() if isinstance(head, MaskRcnnDetector)), None)
+        return next((head for head in self.heads.values() if isinstance(head, ObjectDetector)), None)
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
@@ -218,8 +223,9 @@ class Objective(nn.Module):
             return {only.name: Encoded(only, *tokens, maps=maps)}
         if self.detector is not None:
             (only,) = where
-            levels = self.detector.encode(self.student, views[only.view + 1])
-            tokens_BND = levels[2].flatten(2).transpose(1, 2)  # at the stride of the patches
+            maps = self.detector.read(self.student, views[only.view + 1])
+            own_BDHW = maps[2] if self.student.stage_widths else maps[-1]  # at the stride of the patches
+            tokens_BND, levels = own_BDHW.flatten(2).transpose(1, 2), self.detector.levels(maps)
             return {only.name: Encoded(only, tokens_BND.mean(dim=1, keepdim=True), tokens_BND, maps=levels)}
         if (blocks := blocks_read(self.decoders)) > 1:
             (only,) = where

@@ -19,7 +19,7 @@ from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, check_batch, resolve_engine
-from m3i_scale.run.source_checks import check_sources
+from m3i_scale.run.source_checks import check_sources, measures_precision
 from m3i_scale.scale.activations import check_policy
 from m3i_scale.scale.compilation import check_compile
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
@@ -142,10 +142,12 @@ class Checks:
         if len(faults.found) > before:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
-        of_model = (model.image_size, accumulation, image_counts)
+        precision = faults.note(measures_precision, run, recipe, access)
+        of_model = (model.image_size, accumulation, image_counts, bool(precision))
         resolved = ResolvedRun(run, recipe, label_sets, tokenizer, deepspeed, *of_model)
         vocab_size = resolved.vocab_size
-        if faults.note(lambda: build_on_meta(run, label_sets, vocab_size, image_counts=image_counts)) is None:
+        built = faults.note(lambda: build_on_meta(run, label_sets, vocab_size, image_counts=image_counts))
+        if precision is None or built is None:
             return None
         return resolved
 

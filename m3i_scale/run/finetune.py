@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
-from m3i_scale.config import Classification, Detection, MaskRcnn, OptimConfig, RunConfig, Task, load_run
+from m3i_scale.config import Classification, Detection, OptimConfig, RunConfig, Task, load_run, read_yaml
 from m3i_scale.config.protocol import steps_of
+from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_image_counts
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.subset import Subset
@@ -115,8 +117,6 @@ def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str])
     """
     if isinstance(task, Classification) and task.sweep is not None:
         return "features"
-    if name == "detection":
-        return "features"
     refusal = _refusal(run, task, name, classes)
     if refusal is None:
         return name
@@ -124,10 +124,11 @@ def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str])
         return "features"
     for pool in ("class_token", "mean_pool"):
         if _refusal(run, task.model_copy(update={"pool": pool}), name, classes) is None:
+            install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
             raise ConfigError(
                 f"the result could not be exported as a {OUTCOMES[name].model}: {refusal.what}",
                 where=f"task.pool: {task.pool}",
-                fix=f"task.pool={pool}",
+                fix=f"{install}task.pool={pool}",
             )
     return "features"
 
@@ -143,6 +144,7 @@ def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -
 
 
 def _refuse_few(run: RunConfig, data: Labelled) -> None:
+    check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=1)
     streams, batch = run.data.streams, run.optim.micro_batch_size
     if data.read < streams:
         most = max(number for number in range(1, max(data.read, 1) + 1) if batch % number == 0)
@@ -159,7 +161,7 @@ def _check_boxes(task: Task, data: Labelled) -> None:
         return
     counts = [category.image_count for category in data.categories.categories]
     check_image_counts(task, None if None in counts else [count or 0 for count in counts])
-    masks = isinstance(task, Detection) and isinstance(task.head, MaskRcnn) and task.head.masks
+    masks = isinstance(task, Detection) and task.head.masks
     if masks and data.masked != "all":
         without = "no object has" if data.masked == "none" else "some objects do not have"
         raise ConfigError(
@@ -284,6 +286,14 @@ def check_trained(run: RunConfig, checkpoint: Path) -> None:
     Raises:
         UserError: what differs, or does not hold together.
     """
+    steps = read_yaml(checkpoint / "run.yaml")["optim"]["steps"]
+    if steps != run.optim.steps:
+        raise ConfigError(
+            f"the run there has {steps} steps, and by this command it would have {run.optim.steps}",
+            where=f"--evaluate-only, {checkpoint}",
+            why="the result would tell of a training that never was",
+            fix="the options and fields that it was trained with, such as --epochs",
+        )
     faults = Faults()
     resolved = Checks(run, 1, here=False).resolve(faults)
     faults.end()

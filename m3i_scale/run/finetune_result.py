@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig, load_run
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled
@@ -89,6 +91,7 @@ class FineTuning:
             "task": self.task,
             "protocol": self.protocol,
             "published": None if published is None else published.model_dump(mode="json"),
+            "model": _told_model(run),
             "deviations": [*stated, *self._differences()],
             "backbone": run.backbone.from_pretrained,
             "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
@@ -102,6 +105,7 @@ class FineTuning:
             "epochs": self.epochs,
             "steps": run.optim.steps,
             "batch_size": run.optim.batch_size,
+            "export_task": self.export_task,
         }
 
     def _differences(self) -> list[str]:
@@ -126,6 +130,15 @@ class FineTuning:
         if followed.deepspeed != self.run.deepspeed:
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
+
+
+def _told_model(run: RunConfig) -> str:
+    """Return how large the backbone is, to stand beside what was published."""
+    config = backbone_config(run.backbone)
+    if isinstance(config, InternImageConfig):
+        return f"{config.model_type}, {config.channels} channels, depths {config.depths}, images of {config.image_size}"
+    depth, width, patch = config.num_hidden_layers, config.hidden_size, config.patch_size
+    return f"{config.model_type}, {depth} layers of {width}, patches of {patch}, images of {config.image_size}"
 
 
 def repeat_threshold(run: RunConfig) -> float | None:
@@ -163,7 +176,6 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         "step": facts["step"],
         "weights": weights,
         "export": str(folder),
-        "export_task": prepared.export_task,
         **dict.fromkeys(outcome.figures),
     }
     if facts["heads"] is not None:

@@ -15,7 +15,7 @@ from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.callbacks.metrics import METRICS
 
 PREFIX = "evaluation/"
-_BETTER = {"loss": "min", "nats": "max", "miou": "max", "top_1": "max"}
+_BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"}
 """Whether a figure is better when it is small or large. Of others, those of one's own targets, nobody knows."""
 
 

@@ -48,6 +48,8 @@ class ResolvedRun:
     accumulation: int
     image_counts: list[int] | None = None
     """In how many images for training a category is, where categories.json says so (LVIS)."""
+    measures_precision: bool = False
+    """Whether evaluations write average precision; see `source_checks.measures_precision`."""
 
     @property
     def vocab_size(self) -> int | None:

@@ -11,6 +11,7 @@ from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, read_label_sets, shard_folder
 from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.evaluate.detections import check_library
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.text import without_secrets
 
@@ -64,6 +65,42 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
                 f"{idle[0]} has no effect: the same validation batches are read every time, without augmentation",
                 where=f"data.validation.{name}",
             )
+
+
+def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = None) -> bool:
+    """Return whether evaluations write average precision: of a detector, on images of which every object is known.
+
+    Of LVIS's it is not known which categories were looked for once an image is in a batch; counted as COCO's, a right
+    prediction of another category would be false.
+
+    Args:
+        run: the run file.
+        recipe: of the run.
+        access: how servers are asked.
+
+    Raises:
+        ConfigError: `checkpoint.keep_best` asks for it, and there is none; or what counts it is not installed.
+        DataError: a file of categories is broken.
+    """
+    if recipe.labels_file != CATEGORIES or not run.data.validation:
+        return False
+    for name, source in run.data.validation.items():
+        where, best = f"data.validation.{name}", run.checkpoint.keep_best
+        categories = categories_beside(shard_folder(source.shards), f"{where}: ", access)
+        if categories is None or categories.format == "coco":
+            continue
+        figures = [f"evaluation/{target.name}/{figure}" for target in recipe.targets for figure in target.evaluated]
+        if best is not None and best.metric in figures:
+            raise ConfigError(
+                f"no evaluation of this run writes '{best.metric}': {where} is of LVIS",
+                where="checkpoint.keep_best.metric",
+                why="of its images not all objects are known, and average precision is measured by `evaluate` alone",
+                fix="checkpoint.keep_best={metric: evaluation/loss, mode: min}",
+            )
+        return False
+    if recipe.reads == "boxes":  # of masks it is known by now
+        check_library("evaluation.every_steps")
+    return True
 
 
 _NAMED = {

@@ -24,7 +24,7 @@ from compile_cases import COMPILED, CompileCases
 from deepspeed.utils import safe_get_full_grad
 from guard_cases import NONFINITE, GuardCases
 from lasting_cases import ENGINES, REMEMBERED, LastingCases
-from objects_found import random_set
+from objects_found import random_set, shown
 from open_clip.loss import ClipLoss, SigLipLoss
 from precision_cases import PrecisionCases
 from rank_parts import GLOBAL_BATCH
@@ -38,6 +38,7 @@ from weights import timm_model
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.evaluate.average_precision import average_precision_of_ranks
+from m3i_scale.evaluate.shown_images import ShownImages
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.run.planning import Model
@@ -110,6 +111,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         cases: dict[str, Callable[[], Any]] = {
             "collectives": self.collectives,
             "average_precision": self.average_precision,
+            "shown_images": self.shown_images,
             "construction": self.construction,
             "first_weights_plain": self.plain_first_weights,
             "first_weights_zero1": lambda: self.first_weights("zero1_bf16"),
@@ -194,6 +196,21 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         except DataError as error:
             return {"figures": figures, "refused": error.where}
         return {"figures": figures, "refused": None}
+
+    def shown_images(self) -> dict[str, Any]:
+        """Of twelve images that ranks share, of which every rank shows the first too, and again in its next batch:
+        found as they are; with the first one missed; and where there is nothing to find."""
+        numbers = list(range(12))[self.rank :: self.world]
+        told = {}
+        for name, missed in (("exact", -1), ("missed", 0)):
+            images = ShownImages(["disc", "other disc"], masks=True)
+            for part in ([0, *numbers[:2]], [*numbers[2:], 0]):
+                images.add(*shown(part, missed=missed))
+            told[name] = images.average_precision(self.rank)
+        batch, found = shown(numbers)
+        images = ShownImages(["disc", "other disc"], masks=False)
+        images.add(replace(batch, box_labels_BN=torch.full_like(batch.box_labels_BN, -1)), found)
+        return told | {"nothing": images.average_precision(self.rank)}
 
     def sum_gradient(self) -> tuple[Tensor, Tensor]:
         """A sum over ranks, and what every rank's share gets of a loss that weighs it by 1, 2, …"""

@@ -120,6 +120,17 @@ def test_average_precision_is_that_of_one_rank_and_an_image_of_two_is_refused(wo
     assert one["figures"]["mask"]["AP"] > 0
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_images_that_batches_show_count_once_in_average_precision(worlds, world: int) -> None:
+    for rank in range(world):
+        told = worlds.result("shown_images", world, rank)
+        assert told["exact"] == {"box_ap": 1.0, "mask_ap": 1.0}
+        # Of class 0 the best prediction is wrong, and five of six objects are found: up to a recall of 0.83.
+        worth = (5 / 6 * 84 / 101 + 1) / 2
+        assert told["missed"] == pytest.approx({"box_ap": worth, "mask_ap": worth})
+        assert told["nothing"] == {"box_ap": 0.0}
+
+
 # ---------------------------------------------------------------- what lasts from batch to batch
 
 

@@ -171,3 +171,20 @@ def test_a_batch_of_sizes_has_objects_where_they_are_read() -> None:
 def test_the_side_of_no_scale_jitter_has_no_effect() -> None:
     with pytest.raises(ValidationError, match="scale_jitter_side"):
         AugmentConfig(scale_jitter_side="long")
+
+
+def test_a_whole_image_is_stretched_where_that_is_asked_for() -> None:
+    """Boxes are scaled by columns and by rows, and nothing is filled up."""
+    instances = instances_of(annotation(1, 2, ell()), annotation(2, 0, ell(), bbox=[12.0, 9.0, 24.0, 18.0]))
+    picture = Image.fromarray(np.full((*SIZE[::-1], 3), 200, dtype=np.uint8))
+    for stretch, bottom in ((True, 200), (False, 124)):
+        maker = ViewMaker(
+            AugmentConfig(), views=1, image_size=96, augment=False, reads="boxes", mean=(0.485,) * 3, stretch=stretch
+        )
+        views = maker(picture, 0, instances=instances)
+        assert views.objects is not None
+        rows = 96 / 36 if stretch else 2
+        np.testing.assert_allclose(views.objects.boxes_N4[1], [24, 9 * rows, 72, 27 * rows], atol=1e-4)
+        assert views.pixels_VCHW[0, 0, -1, -1] == bottom
+        batch = Collator(None, 0)([Sample(views, None, -1, None, 0, "one")])
+        assert shown_sizes(batch).tolist() == [[96, 96] if stretch else [72, 96]]

@@ -14,6 +14,7 @@ from launch import environment
 from safetensors.torch import load_file
 from shapes import COLOURS, SHAPES, draw
 from transformers import ViTConfig, ViTModel, pipeline
+from transformers.utils import import_utils
 
 from m3i_scale.config import load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
@@ -67,6 +68,8 @@ def test_a_dry_run_tells_all_and_starts_nothing(start: Path, data: Path, forks: 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["protocol"], told["steps"], told["classes"]) == ("in1k_finetune_b", STEPS, len(SHAPES))
+    assert told["export_task"] == "classification"
+    assert "images of 32" in told["model"]
     assert told["published"]["number"] == 83.664
     stated = load_run("in1k_finetune_b").protocol
     assert stated is not None
@@ -141,6 +144,9 @@ def test_what_is_trained_is_measured_alone(
     refused = forks.run(*command(other, data, again, "--evaluate-only"), env=environment())
     assert refused.returncode == 2
     assert "from_pretrained" in refused.stderr
+    longer = ["3" if item == "2" else item for item in command(start, data, again, "--evaluate-only")]
+    refused = forks.run(*longer, env=environment())
+    assert (refused.returncode, result) == (2, read_json(again / "finetune.json"))
     refused = forks.run(*command(start, data, tmp_path / "new", "--evaluate-only"), env=environment())
     assert refused.returncode == 2
     assert not (tmp_path / "new" / "shards").exists()
@@ -388,6 +394,27 @@ def test_a_pool_that_no_class_exports_is_refused_where_another_would_do(data: Pa
     assert (
         prepared(start, data, f"output_dir={tmp_path / 'out'}", str(caught.value.fix)).export_task == "classification"
     )
+
+
+def test_without_timm_its_install_is_offered_beside_the_other_pool(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} needs timm"))
+    monkeypatch.setattr("m3i_scale.run.finetune.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        prepared(start, data, f"output_dir={tmp_path / 'out'}")
+    assert "m3i-scale[timm]" in str(caught.value.fix)
+    assert "task.pool=class_token" in str(caught.value.fix)
+
+
+def test_a_micro_batch_that_the_streams_do_not_share_is_refused_before_anything_is_packed(
+    start: Path, data: Path, tmp_path: Path
+) -> None:
+    fields = ["optim.batch_size=24", "optim.micro_batch_size=12", "data.streams=8"]
+    with pytest.raises(ConfigError) as caught:
+        prepared(start, data, f"output_dir={tmp_path / 'out'}", *fields)
+    assert caught.value.where == "optim.micro_batch_size"
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_ranks_are_told_to_launch(

@@ -14,6 +14,7 @@ from launch import environment
 from transformers import ViTConfig, ViTModel
 from typer.testing import CliRunner
 
+from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.cli import app
 from m3i_scale.config import MultiStep
 from m3i_scale.data.make.coco import coco_input
@@ -75,19 +76,25 @@ def test_a_detector_is_trained_exported_and_measured_by_one_command(
     told = json.loads(done.stdout)
     assert read_json(output / "finetune.json") == told
     assert (told["step"], told["epochs"], told["samples"]) == (2 * TRAIN // 8, 2, TRAIN)
-    assert (told["figures"]["images"], told["export_task"]) == (VAL, "features")
+    assert (told["figures"]["images"], told["export_task"]) == (VAL, "detection")
     for key, name in (("box_ap", "box_AP"), ("mask_ap", "mask_AP")):
         assert told[key] == pytest.approx(100 * told["figures"][name]["value"])
         assert any(line.startswith(f"{key}: {told[key]:.2f} %") for line in lines_of(told))
     assert "epochs was 8, is 2" in told["deviations"]
     assert not any("milestones" in line for line in told["deviations"])  # they follow the length
     assert Path(told["export"]) == output / "detector"
-    head = read_json(output / "detector" / "heads" / "objective.json")
-    assert [target["kind"] for target in head["run"]["recipe"]["targets"]] == ["detection"]
-    assert [*head["label_sets"].values()] == [CATEGORIES]
+    assert [*read_json(output / "detector" / "config.json")["id2label"].values()] == CATEGORIES
+    assert str(start) not in (output / "detector" / "config.json").read_text()
     again = forks.run(*given, "--evaluate-only", env=environment())
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["figures"] == told["figures"]
+
+
+def test_a_result_is_a_folder_of_a_detector_where_there_is_one(start: Path, root: Path, tmp_path: Path) -> None:
+    assert prepared(start, root, tmp_path, *SMALL).export_task == "detection"
+    shape = InternImageConfig(channels=16, depths=[1, 1, 1, 1], groups=[1, 2, 4, 8], fusion_width=32, image_size=32)
+    InternImageModel(shape).save_pretrained(tmp_path / "internimage")
+    assert prepared(tmp_path / "internimage", root, tmp_path, *SMALL).export_task == "features"
 
 
 def test_a_figure_is_told_with_its_interval_and_beside_what_was_published() -> None:

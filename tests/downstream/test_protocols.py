@@ -85,6 +85,7 @@ def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
         ("ade20k_eomt", "internimage-t"),
         ("coco_vitdet_b", "internimage-t"),
         ("coco_internimage_fpn", "vit-b/16"),
+        ("coco_rfdetr", "internimage-t"),
     ],
 )
 def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:

@@ -27,11 +27,12 @@ from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.detection import CURVES
 from m3i_scale.evaluate.detection_overlays import SUMMARY
-from m3i_scale.evaluate.detector import load_detector
+from m3i_scale.evaluate.detector import head_of_features
 from m3i_scale.evaluate.report import render
+from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import Wanted
-from m3i_scale.objective.detection.boxes import paste_masks
+from m3i_scale.objective.detection.modeling_mask_rcnn import paste_masks
 
 COUNT, STEPS, SIDE = 8, 80, 64
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.3, 0.2)
@@ -199,8 +200,9 @@ def test_a_set_of_lvis_is_measured_by_its_rules(trained, tmp_path):
 
 def test_rounded_weights_are_measured_in_fp32(scenes, trained, measured, tmp_path, same_process):
     export(trained[0], tmp_path / "export", dtype="bfloat16")
-    detector = load_detector(tmp_path / "export", torch.device("cpu"), 4)
-    assert {parameter.dtype for parameter in detector.objective.parameters()} == {torch.float32}
+    loaded, _, _ = load_objective(tmp_path / "export", torch.device("cpu"))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    detector = head_of_features(tmp_path / "export", torch.device("cpu"), 4)
     pixels = np.asarray(scene(0)[0]).transpose(2, 0, 1)
     (found,) = detector([pixels], [0])
     assert found["boxes"].dtype == np.float32
@@ -214,8 +216,8 @@ def test_every_backbone_comes_out_as_the_detector_that_it_was(kind, make_run, sc
     run = run_of(scenes[0], tmp_path / "run", *OTHERS[kind])
     folder, objective = make_run(tmp_path / "run", label_sets={"shapes": NAMES}, run=run)
     export(folder, tmp_path / "export")
-    detector = load_detector(tmp_path / "export", torch.device("cpu"), 4)
-    loaded, images = detector.objective, torch.randn(2, 3, SIDE, SIDE)
+    loaded, _, _ = load_objective(tmp_path / "export", torch.device("cpu"))
+    images = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
         own, theirs = (one.detector.encode(one.student, images) for one in (objective.eval(), loaded))
         for mine, other in zip(own, theirs, strict=True):
@@ -231,7 +233,7 @@ def test_averaged_weights_are_those_of_the_averaged_detector(make_run, scenes, t
     run = run_of(scenes[0], tmp_path / "run", VIT, WINDOWED, ema=0.99)
     folder, objective = make_run(tmp_path / "run", label_sets={"shapes": NAMES}, run=run)
     export(folder, tmp_path / "export", weights="momentum")
-    loaded = load_detector(tmp_path / "export", torch.device("cpu"), 4).objective
+    loaded, _, _ = load_objective(tmp_path / "export", torch.device("cpu"))
     averaged = objective.momentum.target_heads.state_dict()
     found = loaded.heads.state_dict()
     assert found.keys() == averaged.keys()
@@ -298,7 +300,7 @@ def test_a_detector_is_measured_alone_and_only_where_there_is_one(scenes, traine
     assert not (tmp_path / "pictures").exists()
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_tasks_without_a_stock_class_are_refused(trained, tmp_path, task):
     with pytest.raises(ExportError) as caught:
         export(trained[0], tmp_path / "export", wanted=Wanted(task))

@@ -14,10 +14,18 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import roi_align
 
 from m3i_scale.config.detection import MaskRcnn, Regions
-from m3i_scale.objective.detection.boxes import anchors, choose, cut_out, paste_masks, propose, scaled
 from m3i_scale.objective.detection.federated import class_weights, federated_classes, sigmoid_loss
 from m3i_scale.objective.detection.losses import choose_regions, draw, masks_in, match_anchors
-from m3i_scale.objective.detection.pyramid import SimplePyramid, StagePyramid
+from m3i_scale.objective.detection.modeling_mask_rcnn import (
+    SimplePyramid,
+    anchors,
+    choose,
+    cut_out,
+    paste_masks,
+    propose,
+    scaled,
+)
+from m3i_scale.objective.detection.pyramid import StagePyramid
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -93,8 +101,15 @@ def test_anchors_are_those_of_detectron2() -> None:
                     half = (width / 2, height / 2)
                     expected.append([centre_x - half[0], centre_y - half[1], centre_x + half[0], centre_y + half[1]])
         torch.testing.assert_close(found[level], torch.tensor(expected))
-    usual = anchors(Regions(ratios=(1.0,)), [(256, 256)] * 5, [4, 8, 16, 32, 64], torch.zeros(1))  # of 1,024 pixels
-    assert [(level[0, 2] - level[0, 0]).item() for level in usual] == [32, 64, 128, 256, 512]
+
+
+@pytest.mark.parametrize("stride", [4, 2])
+def test_anchors_are_eight_strides_wide_whatever_the_image(stride: int) -> None:
+    """By default, as detectron2's of 1,024 pixels are, so that two of a level overlap by seven eighths."""
+    strides = [stride * 2**level for level in range(5)]
+    for side in (1024, 64):
+        found = anchors(Regions(ratios=(1.0,)), [(side // stride,) * 2] * 5, strides, torch.zeros(1))
+        assert [(level[0, 2] - level[0, 0]).item() for level in found] == [8 * stride for stride in strides]
 
 
 def test_an_anchor_is_an_object_by_its_overlap_or_as_the_best_of_its_object() -> None:

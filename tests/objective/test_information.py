@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import RECIPES, part, random_batch, tiny_objective
+from detectors import BACKBONES, small_spec
+from tiny import RECIPES, first_weights, part, random_batch, tiny_objective
 
+from m3i_scale.config import RunConfig
+from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.targets.base import Context
@@ -239,6 +243,29 @@ def test_health_is_measured_on_request() -> None:
     assert float(figures["health/text_scale"]) == pytest.approx(1 / 0.07, rel=1e-4)
     assert all(0 < float(figures[f"health/{name}_spread"]) < 1 for name in ("intra", "inter", "text"))
     assert all(math.isfinite(float(figures[name])) for name in watched)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "internimage"])
+def test_the_health_of_a_detector_is_its_backbones(backbone: str) -> None:
+    task = {"kind": "detection", "head": {"kind": "mask_rcnn", **small_spec(backbone).model_dump(exclude={"kind"})}}
+    run = RunConfig.model_validate({"task": task, "backbone": BACKBONES[backbone]})
+    objective = build_objective(run, {"set": ["a", "b"]}, None)
+    first_weights(objective, 0)
+    objective.measure_health = True
+    batch = synthetic_batch(2, 1, image=64, tokens=1, classes=2, vocabulary=10, reads="boxes_and_masks")
+
+    def health() -> dict[str, float]:
+        return {name: float(value) for name, value in objective(batch)[1].items() if name.startswith("health/")}
+
+    before = health()
+    assert set(before) == {f"health/{what}_{figure}" for what in ("dense", "pooled") for figure in ("std", "rank")}
+    assert objective.token_count == 2 * objective.student.grid[0] ** 2
+    for parameter in objective.detector.pyramid.parameters():
+        parameter.data.mul_(3)
+    assert health() == before
+    for parameter in objective.student.parameters():
+        parameter.data.mul_(3)
+    assert health() != before
 
 
 # ---------------------------------------------------------------- inference

@@ -19,7 +19,6 @@ from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.detection.boxes import anchors, cut_out, propose
 from m3i_scale.objective.detection.losses import (
     Objects,
     choose_regions,
@@ -28,6 +27,7 @@ from m3i_scale.objective.detection.losses import (
     region_losses,
 )
 from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.objective.detection.modeling_mask_rcnn import anchors, cut_out, propose
 from m3i_scale.objective.ranks import SingleProcess
 
 FULL = [scene(seed) for seed in range(3)]

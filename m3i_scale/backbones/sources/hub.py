@@ -41,7 +41,8 @@ def hub_config(source: str, where: str) -> VisionConfig:
         raise ConfigError(
             f"cannot read a model from '{source}': {str(error).splitlines()[0]}",
             where=where,
-            fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network)",
+            fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network); of a detector the"
+            " export of its run by --task features",
         ) from None
     if isinstance(config, CLIPConfig):
         config = config.vision_config

@@ -49,7 +49,7 @@ def coco_input(
                 "the categories are not those of the other file",
                 where=f"{path}, {files[0]}",
                 why="the head of a detector is of one list",
-                fix="the same ids and names in both; or pack them one by one",
+                fix="the same ids, names and frequencies in both; or pack them one by one",
             )
         sets[split] = annotated.categories
         records += _records(path, annotated.images(), images, split, skip_bad=skip_bad)

@@ -51,13 +51,14 @@ class MaskFile:
                 f"a mask has the class {highest}, and the {self.classes} names are of 0 to {self.classes - 1}",
                 where=str(self.path),
                 why="where 0 is no class, as in ADE20k, all masks are off by one",
-                fix="--reduce-zero-label; or, where 0 is a class, a name for every one in --labels",
+                fix="a name for every class, in the order of their numbers; or, where 0 is none, `shards make masks"
+                " --reduce-zero-label`, or the layout of ADE20k with its objectInfo150.txt",
             )
         if highest >= self.classes + self.reduce_zero_label:
             raise DataError(
                 f"the mask has a class without a name: {highest}, of {self.classes} names",
                 where=str(self.path),
-                fix="name all classes in --labels; pixels without one are 255",
+                fix="a name for every class, in the order of their numbers; pixels without one are 255",
             )
         if not self.reduce_zero_label:
             return data

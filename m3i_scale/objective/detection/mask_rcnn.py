@@ -1,9 +1,9 @@
-"""Put a Mask R-CNN together on a backbone: pyramid, regions, boxes and masks, in training and outside of it."""
+"""Put a Mask R-CNN together on a backbone, and compute its losses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,9 +16,9 @@ from m3i_scale.backbones.maps import MapBackbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config.detection import MaskRcnn
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.detection.boxes import anchors, choose, cut_out, propose, scaled
+from m3i_scale.objective.detection.base import ObjectDetector
+from m3i_scale.objective.detection.configuration_mask_rcnn import HeadFields
 from m3i_scale.objective.detection.federated import class_weights, federated_classes, sigmoid_loss
-from m3i_scale.objective.detection.heads import BoxHead, MaskHead, RegionHead
 from m3i_scale.objective.detection.losses import (
     Chosen,
     Objects,
@@ -28,25 +28,22 @@ from m3i_scale.objective.detection.losses import (
     masks_in,
     region_losses,
 )
-from m3i_scale.objective.detection.pyramid import STRIDES, SimplePyramid, StagePyramid
-from m3i_scale.objective.detection.windows import WindowedTransformer, default_windows
+from m3i_scale.objective.detection.modeling_mask_rcnn import (
+    MaskHead,
+    MaskRcnnHead,
+    SimplePyramid,
+    WindowedLayers,
+    cut_out,
+    propose,
+    sizes_of,
+)
+from m3i_scale.objective.detection.pyramid import StagePyramid
+from m3i_scale.objective.detection.windows import default_windows, windowed_layers
 from m3i_scale.objective.ranks import Ranks
 
 
-@dataclass(frozen=True)
-class Detections:
-    """Holds what was found on one image, the best first."""
-
-    boxes_N4: Tensor
-    """float32: x1, y1, x2, y2 at the image's own size."""
-    scores_N: Tensor
-    labels_N: Tensor
-    masks_NMM: Tensor | None
-    """float16: soft masks in the boxes, which `paste_masks` puts into the image; None of a Faster R-CNN."""
-
-
-class MaskRcnnDetector(nn.Module):
-    """Finds objects on square images, padded at the right and at the bottom.
+class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
+    """Learns to find objects on square images, padded at the right and at the bottom.
 
     Its modules compute in the engine's type, and in fp32: what is predicted, anchors, boxes, RoIAlign and losses.
 
@@ -70,25 +67,21 @@ class MaskRcnnDetector(nn.Module):
         ranks: Ranks,
         image_counts: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.spec, self.classes, self.ranks = spec, classes, ranks
-        self.strides = [backbone.patch_size * stride for stride in STRIDES]
-        self.drawn_by = _drawn_by(spec, classes, image_counts)
         normed, widths = spec.norm == "layer", backbone.stage_widths
-        self.windows: WindowedTransformer | None = None
-        self.pyramid: nn.Module
         if widths and spec.windows is not None:
             raise ConfigError(
                 "windows have no effect: this backbone has no attention", where="task.head.windows", fix="leave it out"
             )
+        windows: WindowedLayers | None = None
+        pyramid: nn.Module
         if widths:
-            self.pyramid = StagePyramid(widths, spec.channels, norm=normed)
+            pyramid = StagePyramid(widths, spec.channels, norm=normed)
         else:
-            self.windows = WindowedTransformer(spec.windows or default_windows(backbone.grid[0]), backbone)
-            self.pyramid = SimplePyramid(backbone.width, spec.channels, norm=normed)
-        self.regions = RegionHead(spec.regions, spec.channels)
-        self.boxes = BoxHead(spec, classes)
-        self.masks = MaskHead(spec, classes) if spec.masks else None
+            windows = windowed_layers(spec.windows or default_windows(backbone.grid[0]), backbone)
+            pyramid = SimplePyramid(backbone.width, spec.channels, norm=normed)
+        super().__init__(HeadFields.of(spec.model_dump()), classes, backbone.patch_size, windows, pyramid)
+        self.spec, self.classes, self.ranks = spec, classes, ranks
+        self.drawn_by = _drawn_by(spec, classes, image_counts)
 
     def backbone_layers(self) -> dict[str, int]:
         """Return the layer of the backbone, from 0, at whose rate parameters of this module learn."""
@@ -100,12 +93,15 @@ class MaskRcnnDetector(nn.Module):
             for name, _ in layer.named_parameters()
         }
 
-    def encode(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the maps of five levels (B, C, H, W) of normalised images."""
+    def read(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the backbone's map of normalised images (B, D, H, W), or those of its four stages."""
         if self.windows is not None:
-            maps = [self.windows(cast(TokenBackbone, backbone), images_BCHW)]
-        else:
-            maps = cast(MapBackbone, backbone).stage_maps(images_BCHW)
+            plain = cast(TokenBackbone, backbone)
+            return [self.windows(plain.layers, plain.embed(images_BCHW)[1])]
+        return cast(MapBackbone, backbone).stage_maps(images_BCHW)
+
+    def levels(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return the maps of five levels (B, C, H, W)."""
         levels: list[Tensor] = self.pyramid(maps)
         return levels
 
@@ -119,7 +115,7 @@ class MaskRcnnDetector(nn.Module):
             objects: to be found.
         """
         spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
-        logits, deltas, places = self._look(levels)
+        logits, deltas, places = self.look(levels)
         if maps[0].is_meta:
             objectness, moves = torch.cat(logits, dim=1).mean(), torch.cat(deltas, dim=1).mean()
             chosen = [counted_regions(spec.regions, objects)] * len(maps[0])
@@ -129,8 +125,8 @@ class MaskRcnnDetector(nn.Module):
             objectness, moves = region_losses(
                 spec, torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(places), boxes, generators
             )
-            sizes = _sizes(objects.sizes_B2)
-            proposals = propose(spec.regions, logits, deltas, places, sizes, training=self.training)
+            sizes = sizes_of(objects.sizes_B2)
+            proposals = propose(self.head.regions, logits, deltas, places, sizes, training=self.training)
             chosen = [
                 self._chosen(boxes_R4, of_image, generator)
                 for boxes_R4, of_image, generator in zip(proposals, there, generators, strict=True)
@@ -138,7 +134,7 @@ class MaskRcnnDetector(nn.Module):
         counts = [sum(len(one.labels_R) for one in chosen), sum(len(one.objects_P) for one in chosen)]
         count_2 = self.ranks.sum(torch.tensor(counts, dtype=torch.float32, device=maps[0].device))
         regions, positives = (count_2 / self.ranks.world_size).clamp(min=1 / self.ranks.world_size).unbind()
-        cut_RCSS = cut_out(spec, maps, self.strides, [one.boxes_R4 for one in chosen], spec.box_side)
+        cut_RCSS = cut_out(self.head, maps, self.strides, [one.boxes_R4 for one in chosen], spec.box_side)
         logits_RK, deltas_RK4 = self.boxes(cut_RCSS)
         found = {
             "rpn_objectness": objectness,
@@ -149,44 +145,6 @@ class MaskRcnnDetector(nn.Module):
         if self.masks is not None:
             found["mask"] = self._mask_loss(self.masks, maps, chosen) / positives
         return found
-
-    @torch.no_grad()
-    def detect(self, levels: Sequence[Tensor], sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-        """Return what is found on every image.
-
-        Args:
-            levels: of `encode`.
-            sizes_B2: height and width of the images before padding.
-            own_B2: those of the images themselves, which boxes are scaled to.
-        """
-        sizes = _sizes(sizes_B2)
-        proposals = propose(self.spec.regions, *self._look(levels), sizes, training=False)
-        maps = [map_BCHW.float() for map_BCHW in levels[:4]]
-        logits_RK, deltas_RK4 = self.boxes(cut_out(self.spec, maps, self.strides, proposals, self.spec.box_side))
-        sigmoid = self.spec.classifier == "sigmoid"
-        scores_RK = (logits_RK.sigmoid() if sigmoid else logits_RK.softmax(dim=1))[:, :-1]
-        coder, counts = BoxCoder(self.spec.box_weights), [len(boxes_R4) for boxes_R4 in proposals]
-        boxes_RK4 = coder.decode_single(deltas_RK4.flatten(1), torch.cat(proposals)).view(deltas_RK4.shape)
-        found = [
-            choose(self.spec, *image)
-            for image in zip(scores_RK.split(counts), boxes_RK4.split(counts), sizes, strict=True)
-        ]
-        masks: Sequence[Tensor | None] = [None] * len(found)
-        if self.masks is not None:
-            cut = cut_out(self.spec, maps, self.strides, [boxes_N4 for boxes_N4, *_ in found], self.spec.mask_side)
-            soft_NMM = self.masks(cut, torch.cat([labels_N for *_, labels_N in found])).sigmoid().half()
-            masks = soft_NMM.split([len(boxes_N4) for boxes_N4, *_ in found])
-        detections = []
-        for one, masks_NMM, size, own in zip(found, masks, sizes, _sizes(own_B2), strict=True):
-            boxes_N4, there_N = scaled(one[0], size, own)
-            shown_NMM = None if masks_NMM is None else masks_NMM[there_N]
-            detections.append(Detections(boxes_N4[there_N], one[1][there_N], one[2][there_N], shown_NMM))
-        return detections
-
-    def _look(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return logits, deltas and anchors by level."""
-        sides = [(map_BCHW.shape[2], map_BCHW.shape[3]) for map_BCHW in levels]
-        return *self.regions(levels), anchors(self.spec.regions, sides, self.strides, levels[0])
 
     def _chosen(
         self, proposals_R4: Tensor, objects: tuple[Tensor, Tensor, Tensor | None], generator: torch.Generator
@@ -226,7 +184,7 @@ class MaskRcnnDetector(nn.Module):
         """Return the sum over the regions that are objects of the mean over pixels."""
         boxes = [one.boxes_R4[: len(one.objects_P)] for one in chosen]
         labels_P = torch.cat([one.labels_R[: len(one.objects_P)] for one in chosen])
-        logits_PMM = head(cut_out(self.spec, maps, self.strides, boxes, self.spec.mask_side), labels_P)
+        logits_PMM = head(cut_out(self.head, maps, self.strides, boxes, self.spec.mask_side), labels_P)
         side, truth = int(logits_PMM.shape[-1]), []
         for one, boxes_P4 in zip(chosen, boxes, strict=True):
             if one.masks_PMM is None:
@@ -249,7 +207,3 @@ def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) 
             fix="fewer, or task.head.federated_classes=null",
         )
     return class_weights(image_counts, spec.federated_power)
-
-
-def _sizes(sizes_B2: Tensor) -> list[tuple[float, float]]:
-    return [(float(height), float(width)) for height, width in sizes_B2.tolist()]

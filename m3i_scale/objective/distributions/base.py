@@ -7,13 +7,16 @@ global batch, and so is that of gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.ranks import Ranks
+
+if TYPE_CHECKING:
+    from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Loss:
     """Of a loss that is a sum: what it is the sum of, by name."""
     overlaps_3K: Tensor | None = None
     """Of a target that counts pixels, outside of training: see `segmentation.overlaps`."""
+    detections: list[Detections] | None = None
+    """Of a target that finds objects, outside of training: by sample."""
 
 
 class Distribution(Kind):

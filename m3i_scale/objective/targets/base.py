@@ -145,8 +145,6 @@ class Target(Kind):
     """Whether z_y is a map over patches."""
     labels_file: ClassVar[str | None] = None
     """File beside the shards that names the classes which are predicted."""
-    evaluated: ClassVar[tuple[str, ...]] = ()
-    """Further figures of an evaluation."""
 
     name: str
     inputs: list[str] = Field(min_length=1)
@@ -179,6 +177,11 @@ class Target(Kind):
     def reads(self) -> Reads:
         """Return what the loader has to read of a sample for the target."""
         return "labels"
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the names of further figures of an evaluation."""
+        return ()
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have the target: bool (B)."""

@@ -59,12 +59,16 @@ class Category(Target):
     modality: ClassVar[str] = "category"
     representation: ClassVar[str] = "category embedding"
     labels_file: ClassVar[str | None] = LABELS
-    evaluated: ClassVar[tuple[str, ...]] = ("top_1",)
     encoder: Literal["embedding"] = "embedding"
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
     batch_norm: bool = False
     """Whether a `FeatureNorm` stands before the classifier."""
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the name of the accuracy."""
+        return ("top_1",)
 
     @property
     def compares_samples(self) -> bool:

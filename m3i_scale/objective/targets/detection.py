@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.config.data import Reads
-from m3i_scale.config.detection import DetectionHead, MaskRcnn
+from m3i_scale.config.detection import DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.detection.losses import Objects
 from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
@@ -38,10 +39,15 @@ class Detection(Target):
     @property
     def reads(self) -> Reads:
         """Return that it is boxes, with masks where the head learns from them."""
-        return "boxes_and_masks" if isinstance(self.head, MaskRcnn) and self.head.masks else "boxes"
+        return "boxes_and_masks" if self.head.masks else "boxes"
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the names of the average precisions."""
+        return ("box_ap", "mask_ap") if self.reads == "boxes_and_masks" else ("box_ap",)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `MaskRcnnDetector`.
+        """Return an `ObjectDetector`.
 
         Raises:
             ConfigError: it and the backbone do not fit together; or there are several lists of categories.
@@ -50,6 +56,8 @@ class Detection(Target):
             raise ConfigError(
                 f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.sources"
             )
+        if isinstance(self.head, RfDetr):
+            return RfDetrDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
         if not isinstance(self.head, MaskRcnn):
             raise ConfigError(f"no module is built of the head '{self.head.kind}'", where="task.head")
         return MaskRcnnDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks, sizes.image_counts)
@@ -59,13 +67,15 @@ class Detection(Target):
         return (batch.box_labels_BN >= 0).any(dim=1)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum of the head's losses; images without objects count, as ground."""
+        """Return the sum of the head's losses; images without objects count, as ground. Outside of training also what
+        is found, in pixels of the view."""
         batch, head = context.batch, given.head
         masks_BNMM = batch.box_masks_BNMM if self.reads == "boxes_and_masks" else None
         sizes_B2 = shown_sizes(batch)
         objects = Objects(batch.boxes_BN4, batch.box_labels_BN, masks_BNMM, sizes_B2, batch.seeds_B)
         terms = head.losses(encoded.maps, objects)
-        return Loss(torch.stack(list(terms.values())).sum(), terms=terms)
+        found = None if head.training else head.detect(encoded.maps, sizes_B2, sizes_B2)
+        return Loss(torch.stack(list(terms.values())).sum(), terms=terms, detections=found)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)

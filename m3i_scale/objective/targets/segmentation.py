@@ -30,7 +30,6 @@ class Segmentation(Target):
     representation: ClassVar[str] = "class of every pixel"
     dense: ClassVar[bool] = True
     labels_file: ClassVar[str | None] = MASK_LABELS
-    evaluated: ClassVar[tuple[str, ...]] = ("miou",)
     encoder: Literal["embedding"] = "embedding"
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
@@ -40,6 +39,11 @@ class Segmentation(Target):
     def reads(self) -> Reads:
         """Return that it is the classes of pixels."""
         return "masks"
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the name of the mean intersection over union."""
+        return ("miou",)
 
     @property
     def compares_samples(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3i_scale.config import Classification
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.evaluate.shown_images import ShownImages
 from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState
@@ -57,10 +58,11 @@ class Evaluation(Hook):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return losses, nats, top-1 accuracies and mIoU of the same micro-batches without augmentation every time;
-        every rank calls it.
+        """Return losses, nats, top-1 accuracies, mIoU and average precision of the same micro-batches without
+        augmentation every time; every rank calls it.
 
-        mIoU is that of all their pixels together, not the mean over micro-batches.
+        mIoU is that of all their pixels together, and average precision that of all their images, each once: neither is
+        the mean over micro-batches.
 
         Raises:
             DataError: the data of some rank failed, or too much of them is bad; on all ranks.
@@ -69,6 +71,7 @@ class Evaluation(Hook):
         engine, count = self._state.engine, self._state.resolved.run.evaluation.batches
         totals: dict[str, float] = {}
         overlaps_3K: dict[str, Tensor] = {}
+        shown = self._shown_images()
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
@@ -79,8 +82,21 @@ class Evaluation(Hook):
                     totals[name] = totals.get(name, 0.0) + float(value) / count
                 for name, counts_3K in engine.module.overlaps_3K.items():
                     overlaps_3K[name] = overlaps_3K.get(name, 0) + counts_3K
+                for name, images in shown.items():
+                    images.add(batch, engine.module.detections[name])
         batches.raise_together()
         stop_if_bad(self._stream, account_of_all(self._stream))  # a rank by itself is sure of the worst only
         ranks = engine.module.ranks
         scores = {f"{name}/miou": mean_iou(ranks.sum(counts_3K)) for name, counts_3K in overlaps_3K.items()}
+        for name, images in shown.items():
+            precisions = images.average_precision(ranks.rank)
+            scores |= {f"{name}/{figure}": value for figure, value in precisions.items()}
         return mean_over_ranks(totals) | scores
+
+    def _shown_images(self) -> dict[str, ShownImages]:
+        """Return what is to be filled with the images of an evaluation, by target that finds objects."""
+        resolved = self._state.resolved
+        if not resolved.measures_precision:
+            return {}
+        (target,), (classes,) = resolved.recipe.targets, resolved.label_sets.values()
+        return {target.name: ShownImages(classes, masks=target.reads == "boxes_and_masks")}

@@ -1,0 +1,84 @@
+"""Measure a detector while it trains: average precision on the squares that batches show, of all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.order import seed_of
+from m3i_scale.evaluate.average_precision import average_precision_of_ranks
+from m3i_scale.evaluate.detections import Categories, Instance, Kind, Prediction, Truth
+from m3i_scale.evaluate.detector import compressed, prediction_of
+from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
+from m3i_scale.scale.agree import gather_objects
+
+
+class ShownImages:
+    """Holds images of this rank's batches, each once, with the objects that are there and those that are found.
+
+    Batches may show an image twice, and two ranks the same one: it is known by its key. Without augmentation it is
+    shown alike each time.
+
+    Args:
+        classes: of the set, which is annotated as COCO is: every object of an image is there.
+        masks: whether masks are there, and found.
+    """
+
+    def __init__(self, classes: Sequence[str], *, masks: bool) -> None:
+        self._categories: Categories = {
+            "format": "coco",
+            "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
+        }
+        self._kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
+        self._images: dict[int, tuple[Truth, Prediction]] = {}
+
+    def add(self, batch: Batch, found: Sequence[Detections]) -> None:
+        """Add the images of a batch that are not there yet.
+
+        Args:
+            batch: on the host.
+            found: by sample, in pixels of the square.
+        """
+        side = batch.images_VBCHW.shape[-1]
+        for row, (key, detections) in enumerate(zip(batch.keys, found, strict=True)):
+            image = seed_of(key)
+            if image not in self._images:
+                self._images[image] = self._truth(batch, row, image), prediction_of(detections, image, (side, side))
+
+    def average_precision(self, rank: int) -> dict[str, float]:
+        """Return `box_ap`, and `mask_ap` where there are masks, from 0 to 1, of the images of all ranks, each once; 0
+        where none has an object. Every rank calls it.
+
+        Args:
+            rank: this one.
+        """
+        by_rank = gather_objects((set(self._images), any(truth["annotations"] for truth, _ in self._images.values())))
+        if not any(has_objects for _, has_objects in by_rank):
+            return {f"{kind}_ap": 0.0 for kind in self._kinds}
+        counted: set[int] = set().union(*(images for images, _ in by_rank[:rank]))
+        mine = [pair for image, pair in self._images.items() if image not in counted]
+        truths, predictions = [truth for truth, _ in mine], [prediction for _, prediction in mine]
+        figures = average_precision_of_ranks(truths, predictions, self._categories)
+        return {f"{kind}_ap": figures[kind]["AP"] for kind in self._kinds}
+
+    def _truth(self, batch: Batch, row: int, image: int) -> Truth:
+        side, labels_N = batch.images_VBCHW.shape[-1], batch.box_labels_BN[row]
+        there_N = labels_N >= 0
+        boxes_N4 = batch.boxes_BN4[row][there_N]
+        objects: list[Instance] = [
+            {
+                "id": number,
+                "category": label,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1),
+                "iscrowd": 0,
+            }
+            for number, (label, (x1, y1, x2, y2)) in enumerate(
+                zip(labels_N[there_N].tolist(), boxes_N4.tolist(), strict=True)
+            )
+        ]
+        if "mask" in self._kinds:
+            masks = compressed(batch.box_masks_BNMM[row][there_N], boxes_N4, (side, side))
+            for one, mask in zip(objects, masks, strict=True):
+                one["segmentation"] = mask
+        return {"image_id": image, "width": side, "height": side, "annotations": objects}
