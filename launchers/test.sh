@@ -35,6 +35,7 @@ install_into_venv test -e '.[emoji,tensorboard,test]'
 
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
 build_extensions
+python tests/fake_cuda/fake_library.py >&2 # puts an idle GPU into torch, for tests/fake_cuda
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 

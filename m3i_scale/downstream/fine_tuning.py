@@ -92,12 +92,10 @@ def _check_frozen(run: RunConfig) -> None:
             why="a head on features that nothing was trained for measures nothing",
             fix="backbone.from_pretrained=/data/first-export, or task.freeze=false",
         )
-    recomputes = run.backbone.activation_checkpointing != "none"
-    if recomputes or run.backbone.compile:
-        name = "activation_checkpointing" if recomputes else "compile"
+    if run.backbone.activation_checkpointing != "none":
         raise ConfigError(
-            f"`{name}` has no effect: it is for layers that are trained, and the backbone is frozen",
-            where=f"backbone.{name}",
+            "`activation_checkpointing` has no effect: it is for layers that are trained, and the backbone is frozen",
+            where="backbone.activation_checkpointing",
             fix="leave it out",
         )
 
@@ -232,7 +230,7 @@ def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0
     if erasing:
         from m3i_scale.downstream.erasing import Erasing
 
-        changes.append(Erasing(erasing, objective.mean, objective.std))
+        changes.append(Erasing(erasing, objective.pixel_norm))
     if isinstance(task, Classification) and (task.mixup or task.cutmix):
         from m3i_scale.downstream.mixing import LabelMixing
 

@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.memory import Fp32State
+from m3i_scale.objective.state import Fp32State
 
 
-class GroupWeights(nn.Module):
+class GroupWeights(Fp32State):
     """Holds w_k as the recipe says; subclasses change them."""
 
-    needs_presence = needs_gradients = False
+    needs_gradients = False
+    given_K: Tensor
 
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
-        self.given = weights
+        self.register_constant("given_K", weights)
 
-    def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return the total of the groups' losses, and the factors they got (K).
 
         Args:
             losses_K: loss of every group.
-            present_K: bool, where `needs_presence`: whether any sample of any rank has the target.
+            present_K: bool, whether any sample of any rank has the target.
         """
-        factors_K = torch.tensor(self.given, device=losses_K.device)
-        return (factors_K * losses_K).sum(), factors_K
+        return (self.given_K * losses_K).sum(), self.given_K
 
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
         """Take in the squared gradient norm of every group at the encoder output, on this rank, after a backward pass
@@ -45,8 +45,6 @@ class LearnedWeights(GroupWeights):
     (Kendall, Gal and Cipolla, 2018). σ_k² settles at 2 L_k, and the factor of the group at w_k / 2 L_k.
     """
 
-    needs_presence = True
-
     def __init__(self, weights: list[float]) -> None:
         super().__init__(weights)
         self.log_sigma_K = nn.Parameter(torch.zeros(len(weights)))
@@ -55,17 +53,14 @@ class LearnedWeights(GroupWeights):
         """Start with σ = 1."""
         nn.init.zeros_(self.log_sigma_K)
 
-    def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `GroupWeights` returns. σ of a group without samples stays: its loss of 0 is no likelihood."""
         log_sigma_K = self.log_sigma_K.float()
-        given_K = torch.tensor(self.given, device=losses_K.device)
-        terms_K = given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
-        if present_K is not None:
-            terms_K = terms_K.where(present_K, 0.0)
-        return terms_K.sum(), (given_K * (-2 * log_sigma_K).exp()).detach()
+        terms_K = self.given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
+        return terms_K.masked_fill(~present_K, 0.0).sum(), (self.given_K * (-2 * log_sigma_K).exp()).detach()
 
 
-class GradientNormWeights(Fp32State, GroupWeights):
+class GradientNormWeights(GroupWeights):
     """Keeps factors under which the groups' gradients at the encoder output have the lengths that the weights ask for.
 
     Weight 1 stands for the geometric mean of the plain gradients.
@@ -83,9 +78,9 @@ class GradientNormWeights(Fp32State, GroupWeights):
         self.momentum = momentum
         self.register_buffer("log_norm_K", torch.zeros(len(weights)))
         self.register_buffer("seen_K", torch.zeros(len(weights)))
-        self.register_buffer("factors_K", torch.tensor(weights, dtype=torch.float32))
+        self.register_buffer("factors_K", self.given_K.clone())
 
-    def forward(self, losses_K: Tensor, present_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return total and factors as `GroupWeights` does."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
@@ -105,8 +100,8 @@ class GradientNormWeights(Fp32State, GroupWeights):
         self.seen_K += now_K
         known_K = self.seen_K > 0
         typical = (self.log_norm_K * known_K).sum() / known_K.sum().clamp(min=1)
-        given_K = torch.tensor(self.given, device=norm_K.device)
-        self.factors_K.copy_(torch.where(known_K, given_K * (typical - self.log_norm_K).exp(), given_K))
+        wanted_K = self.given_K * (typical - self.log_norm_K).exp()
+        self.factors_K.copy_(torch.where(known_K, wanted_K, self.given_K))
 
 
 class BalanceSpec(Kind):

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel
 from transformers.initialization import no_init_weights
-from transformers.masking_utils import create_bidirectional_mask
 from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
@@ -19,7 +18,7 @@ from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import set_field
 from m3i_scale.config import FixableError, Section
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.inputs import PixelNorm
 
 
 class MomentumSpec(Section):
@@ -91,15 +90,20 @@ class TextTower(nn.Module):
         with no_init_weights():
             self.model = BertModel(config, add_pooling_layer=False)
         self.model.encoder.layer[-1].called_in_parts = True  # has no use for a policy of recomputation
+        for layer in self.model.encoder.layer:
+            layer.varies_in_length = True
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
 
     def forward(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
         """Encode tokens (B, T) with their mask as unit vectors, fp32 (B, E)."""
         hidden_BTD = self.model.embeddings(input_ids=text_ids_BT)
-        mask = create_bidirectional_mask(self.model.config, hidden_BTD, text_mask_BT.long())
+        # That of `transformers` asks the device whether any token is padding, and waits for the answer.
+        lowest = torch.finfo(hidden_BTD.dtype).min
+        mask_B11T = torch.zeros_like(text_mask_BT, dtype=hidden_BTD.dtype).masked_fill(~text_mask_BT, lowest)
+        mask_B11T = mask_B11T[:, None, None]
         *layers, last = self.model.encoder.layer
         for layer in layers:
-            hidden_BTD = layer(hidden_BTD, mask)
+            hidden_BTD = layer(hidden_BTD, mask_B11T)
         return F.normalize(self.projection(_read_first(last, hidden_BTD, text_mask_BT)).float(), dim=-1)
 
 
@@ -182,7 +186,7 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
-        self.mean, self.std, self.grid = mean, std, grid
+        self.pixel_norm, self.grid = PixelNorm(mean, std), grid
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)
 
@@ -199,7 +203,7 @@ class FrozenTeacher(nn.Module):
         """
         self.model.eval()
         first = next(self.model.parameters())
-        pixels_BCHW = normalize(images_BCHW, self.mean, self.std).to(first.dtype)
+        pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)
         options = {"interpolate_pos_encoding": True} if self.interpolates else {}
         hidden_BSD = self.model(pixel_values=pixels_BCHW, **options).last_hidden_state
         tokens_BND = hidden_BSD[:, -self.grid[0] * self.grid[1] :]

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from m3i_scale.config import Section
 from m3i_scale.objective.ranks import Ranks, standardize
-from m3i_scale.objective.regularizers.memory import Fp32State
+from m3i_scale.objective.state import Fp32State
 
 Norm = Literal["none", "layer", "batch"]
 

@@ -3,62 +3,102 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_scale.objective.host_figures import HostFigures
 from m3i_scale.objective.ranks import Ranks
 
 
-@torch.no_grad()
-def feature_health(features_ND: Tensor, limit: int = 4096) -> dict[str, Tensor]:
-    """Return `std`, the mean over channels of the standard deviation over samples, and `rank`, the effective rank.
+def health_figures(
+    features: dict[str, Tensor], watched: dict[str, dict[str, Tensor]], ranks: Ranks, host_figures: HostFigures
+) -> dict[str, Tensor]:
+    """Return the figures `health/…` that are computed on the device, and ask the host for the others.
 
-    The effective rank is exp of the entropy of the normalised eigenvalues of the covariance: 1 when all features lie
-    on a line, D when all directions carry the same variance. At most `limit` rows are read. Both are NaN where the
-    covariance is not finite, the rank alone where its decomposition does not converge: an error would end one rank,
-    and the others would wait for it in their next collective.
+    Args:
+        features: by name (N, D).
+        watched: by target, what `target_health` takes.
+        ranks: other ranks.
+        host_figures: are asked for spreads and effective ranks.
     """
+    for name, features_ND in features.items():
+        if len(features_ND) > 1:  # one sample has no spread
+            host_figures.add(partial(feature_health, f"health/{name}"), feature_covariance(features_ND))
+    figures: dict[str, Tensor] = {}
+    for name, parts in watched.items():
+        figures |= target_health(f"health/{name}", parts, ranks, host_figures)
+    return figures
+
+
+@torch.no_grad()
+def feature_covariance(features_ND: Tensor, limit: int = 4096) -> Tensor:
+    """Return the covariance of features over at most `limit` rows, fp32 (D, D)."""
     x_ND = features_ND.detach().float()[:limit]
     centered_ND = x_ND - x_ND.mean(dim=0)
-    covariance_DD = centered_ND.T @ centered_ND / max(len(x_ND) - 1, 1)  # a single sample has no spread, not NaN
-    nan = covariance_DD.new_tensor(torch.nan)
-    if not covariance_DD.isfinite().all():
-        return {"std": nan, "rank": nan}
-    std = covariance_DD.diagonal().sqrt().mean()
-    try:
-        eigenvalues_D = torch.linalg.eigvalsh(covariance_DD).clamp(min=0)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return {"std": std, "rank": nan}
-    share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
-    entropy = -(share_D * share_D.clamp(min=1e-12).log()).sum()
-    return {"std": std, "rank": entropy.exp()}
+    return centered_ND.T @ centered_ND / max(len(x_ND) - 1, 1)  # a single sample has no spread, not NaN
+
+
+def feature_health(name: str, covariance_DD: Tensor) -> dict[str, float]:
+    """Return `<name>_std`, the mean over channels of the standard deviation over samples, and `<name>_rank`, the
+    effective rank.
+
+    The effective rank is exp of the entropy of the normalised eigenvalues of the covariance: 1 when all features lie
+    on a line, D when all directions carry the same variance. Both are NaN where the covariance is not finite, the rank
+    alone where its decomposition does not converge: an error would end one rank, and the others would wait for it in
+    their next collective.
+
+    Args:
+        name: of the features.
+        covariance_DD: of `feature_covariance`, on the host.
+    """
+    std, rank = math.nan, math.nan
+    if covariance_DD.isfinite().all():
+        std = float(covariance_DD.diagonal().sqrt().mean())
+        try:
+            eigenvalues_D = torch.linalg.eigvalsh(covariance_DD).clamp(min=0)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return {f"{name}_std": std, f"{name}_rank": rank}
+        share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
+        rank = math.exp(-float((share_D * share_D.clamp(min=1e-12).log()).sum()))
+    return {f"{name}_std": std, f"{name}_rank": rank}
 
 
 @torch.no_grad()
-def target_health(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figures: HostFigures) -> dict[str, Tensor]:
     """Measure whether a group's target is alive, over the samples of all ranks.
 
     Args:
-        parts: `z` (…, E): targets; `assignment` (B, K): distributions over prototypes; `scale` (1): 1/τ.
+        name: what figures begin with.
+        parts: `z` (…, E): targets; `valid` (B), where not all rows of `z` are targets; `assignment` (B, K):
+            distributions over prototypes; `scale` (1): 1/τ.
         ranks: other ranks.
+        host_figures: is asked for the spread, since a spread of fewer than two targets is left out.
 
     Returns:
-        `spread`: 1 − ‖mean unit target‖², 0 when all samples have the same target, near 1 when they point everywhere;
-        `evenness`: entropy of the mean assignment over log K; `scale`. A spread of fewer than two targets is left out.
+        `<name>_evenness`: entropy of the mean assignment over log K; `<name>_scale`. The spread, `<name>_spread`, is
+        1 − ‖mean unit target‖²: 0 when all samples have the same target, near 1 when they point everywhere.
     """
     figures: dict[str, Tensor] = {}
     if "z" in parts:
         z_NE = F.normalize(parts["z"].detach().float().flatten(0, -2), dim=-1)
-        count = ranks.sum(z_NE.new_tensor(float(len(z_NE))))
-        mean_E = ranks.sum(z_NE.sum(dim=0)) / count.clamp(min=1)
-        if float(count) > 1:  # the same on all ranks
-            figures["spread"] = (1 - mean_E.square().sum()).clamp(min=0)  # rounding may leave less than nothing
+        counted_N1 = parts["valid"][:, None].float() if "valid" in parts else torch.ones_like(z_NE[:, :1])
+        sums_F = ranks.sum(torch.cat([z_NE * counted_N1, counted_N1], dim=1).sum(dim=0))
+        host_figures.add(partial(_spread, f"{name}_spread"), sums_F)
     if "assignment" in parts:
         probabilities_BK = parts["assignment"].float()
         mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
-        figures["evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
+        figures[f"{name}_evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
     if "scale" in parts:
-        figures["scale"] = parts["scale"].detach().float().squeeze()
+        figures[f"{name}_scale"] = parts["scale"].detach().float().squeeze()
     return figures
+
+
+def _spread(name: str, sums_F: Tensor) -> dict[str, float]:
+    """Return the spread of targets whose sum and number are given."""
+    *_, count = sums_F.tolist()
+    if count <= 1:
+        return {}
+    return {name: max(1 - float((sums_F[:-1] / count).square().sum()), 0.0)}  # rounding may leave less than nothing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,8 +23,10 @@ from m3i_scale.objective.detection.base import ObjectDetector
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
-from m3i_scale.objective.health import feature_health, target_health
-from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
+from m3i_scale.objective.estimate import mean_information
+from m3i_scale.objective.health import health_figures
+from m3i_scale.objective.host_figures import HostFigures
+from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
@@ -68,11 +71,14 @@ class Objective(nn.Module):
         self.states = states or nn.ModuleDict()
         """Memories of those heads."""
         self.weights = weights
-        self.mean, self.std = mean, std
+        self.pixel_norm = PixelNorm(mean, std)
         self.mixed_attention = mixed_attention
         self.ranks = ranks
         self.measure_health = False
         """Set on steps that are logged: effective ranks and Gaussian information cost eigenvalue decompositions."""
+        self.host_figures = HostFigures()
+        """Of the last forward pass that measured health: `<group>/nats` of Gaussian groups, and `_std`, `_rank` and
+        `_spread` of `health/`."""
         self.progress = 0.0
         """Share of the training that is over; the trainer sets it before every step."""
         self.mix_labelled: Callable[[Batch], Batch] = lambda batch: batch
@@ -100,8 +106,10 @@ class Objective(nn.Module):
         """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
         The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
-        `health/target…` are means of what every rank sees of its own.
+        `health/target…` are means of what every rank sees of its own. Further ones are asked of `host_figures`.
         """
+        if self.measure_health:
+            self.host_figures.clear()
         context = self._encode(self.mix_labelled(batch) if self.training else batch)
         with self.span("decoder"):
             return self._predict(context)
@@ -114,8 +122,7 @@ class Objective(nn.Module):
         watched: dict[str, dict[str, Tensor]] = {}
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once a view, for all inputs
         losses = []
-        counts_K = torch.stack([target.present(context.batch).sum().float() for target in self.recipe.targets])
-        for target, count in zip(self.recipe.targets, counts_K, strict=True):
+        for target in self.recipe.targets:
             given = self.given(target)
             by_input = [
                 target.loss(given, context, context.inputs[name].tapped(given.squared_norms)) for name in target.inputs
@@ -133,11 +140,15 @@ class Objective(nn.Module):
                     remember.setdefault(target.head, {})[target.encoder, target.view] = loss.remember.detach()
             losses.append(torch.stack([loss.value for loss in by_input]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
-            figures[f"{target.name}/count"] = count * self.ranks.world_size
+            figures[f"{target.name}/count"] = context.counts[target.name]
             nats = [loss.nats for loss in by_input if loss.nats is not None]
             if nats:
                 figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
-        present_K = self.ranks.sum(counts_K) > 0 if self.weights.needs_presence else None
+            if moments := [loss.moments for loss in by_input if loss.moments is not None]:
+                information = partial(mean_information, f"{target.name}/nats", [one.components for one in moments])
+                matrices = [matrix_DD for one in moments for matrix_DD in (one.covariance_DD, one.error_DD)]
+                self.host_figures.add(information, *matrices)
+        present_K = torch.stack([context.counts[target.name] for target in self.recipe.targets]) > 0
         total, factors_K = self.weights(torch.stack(losses), present_K)
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
@@ -191,19 +202,26 @@ class Objective(nn.Module):
     def _encode(self, batch: Batch) -> Context:
         recipe = self.recipe
         used = sorted({spec.view for spec in recipe.inputs} | {target.view for target in recipe.image_targets})
-        views = {view: normalize(batch.images_VBCHW[view - 1], self.mean, self.std) for view in used}
+        views = {view: self.pixel_norm(batch.images_VBCHW[view - 1]) for view in used}
         seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
         where = build_inputs(recipe.inputs, recipe.mix, seeds_B, self.student.grid, self.student.cell)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
+        # Collectives run in order: this one ends after the gather of the averages, which runs beside the student.
+        counts = self._count(batch)
         with self.span("target"):
             whole = {view: inputs[name] for view in used if (name := recipe.shows(view)) is not None}
             encoded_views = self._encode_targets(batch, views)
-            context = Context(batch, views, inputs, whole, encoded_views, measures=self.measure_health)
+            context = Context(batch, views, inputs, whole, encoded_views, counts, measures=self.measure_health)
             if self.text is not None:
                 text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
                 context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
         return context
+
+    def _count(self, batch: Batch) -> dict[str, Tensor]:
+        """Return how many samples of all ranks have a target, by target: one collective for all of them."""
+        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
+        return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
 
     def _encode_targets(self, batch: Batch, views: dict[int, Tensor]) -> dict[tuple[str, int], Tokens]:
         """Encode every view that is a target, once by each frozen branch that is asked for it."""
@@ -247,16 +265,7 @@ class Objective(nn.Module):
         for (encoder, view), tokens_BND in context.dense.items():
             if encoder == "momentum":
                 features[f"target_view{view}"] = tokens_BND.flatten(0, 1)
-        figures = {
-            f"health/{name}_{figure}": value
-            for name, features_ND in features.items()
-            for figure, value in feature_health(features_ND).items()
-            if len(features_ND) > 1  # one sample has no spread
-        }
-        for name, parts in watched.items():
-            measured = target_health(parts, self.ranks)
-            figures |= {f"health/{name}_{figure}": value for figure, value in measured.items()}
-        return figures
+        return health_figures(features, watched, self.ranks, self.host_figures)
 
     # ---------------------------------------------------------------- inference
 
@@ -267,7 +276,7 @@ class Objective(nn.Module):
         A category target with several label sets gives the logits of all sets side by side.
         """
         spec = next(item for item in self.recipe.targets if item.name == target)
-        output = self.heads[target](self.pooled(spec.decoder, normalize(images_BCHW, self.mean, self.std)))
+        output = self.heads[target](self.pooled(spec.decoder, self.pixel_norm(images_BCHW)))
         return output[0] if spec.modality == "text" else torch.cat(output, dim=1)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3i_scale.config import Section
 from m3i_scale.objective.masks import Mask, RandomMask
+from m3i_scale.objective.state import Fp32State
 
 
 class MaskSpec(Section):
@@ -69,7 +70,7 @@ def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
     group_count = max(batch // images, 1)
     row_B = torch.arange(batch, device=device)
     start_B = (row_B // images).clamp(max=group_count - 1) * images
-    size_B = torch.where(start_B == (group_count - 1) * images, batch - (group_count - 1) * images, images)
+    size_B = images + (start_B == (group_count - 1) * images) * (batch - group_count * images)
     return [start_B + (row_B - start_B + place) % size_B for place in range(images)]
 
 
@@ -141,8 +142,24 @@ def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInpu
     return replace(spec, visible_BL=fine(spec.visible_BL), hidden_BM=fine(spec.hidden_BM))
 
 
+class PixelNorm(Fp32State):
+    """Normalises images by channel."""
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_constant("mean_C", mean)
+        self.register_constant("std_C", std)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return (x/255 − mean) / std by channel: uint8 (B, 3, H, W) → float32."""
+        mean_C11, std_C11 = (255.0 * values_C[:, None, None] for values_C in (self.mean_C, self.std_C))
+        return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
+
+
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return (x/255 − mean) / std by channel: uint8 (B, 3, H, W) → float32."""
-    mean_C11 = torch.tensor(mean, device=images_BCHW.device, dtype=torch.float32)[:, None, None] * 255.0
-    std_C11 = torch.tensor(std, device=images_BCHW.device, dtype=torch.float32)[:, None, None] * 255.0
-    return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
+    pixels_BCHW: Tensor = PixelNorm(mean, std).to(images_BCHW.device)(images_BCHW)
+    return pixels_BCHW

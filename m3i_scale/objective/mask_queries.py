@@ -85,8 +85,8 @@ class MaskQueries(PixelHead):
     ) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of the losses of matched queries, over all predictions; and log K − the
         cross-entropy of the scores, normalised."""
-        criterion = _GlobalLoss(self.config, ranks).to(truth_BHW.device)
         classes, masks = _targets(truth_BHW, valid_BHW, self.config.num_labels)
+        criterion = _GlobalLoss(self.config, ranks, classes)
         weights = {
             "loss_cross_entropy": self.spec.class_weight,
             "loss_mask": self.spec.mask_weight,
@@ -165,14 +165,19 @@ def query_config(spec: EomtSegmentation, config: Any, classes: int) -> EomtConfi
 
 def _targets(truth_BHW: Tensor, valid_BHW: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return, by image, the classes that occur and their masks (N, H, W)."""
-    classes, masks = [], []
-    for truth_HW, valid_HW in zip(truth_BHW, valid_BHW, strict=True):
-        if truth_HW.is_meta:
-            classes_N = torch.arange(min(count, _COUNTED_CLASSES), device="meta")
-        else:
-            classes_N = truth_HW[valid_HW].unique()
-        classes.append(classes_N)
-        masks.append(((truth_HW == classes_N[:, None, None]) & valid_HW).float())
+    if truth_BHW.is_meta:
+        classes = [torch.arange(min(count, _COUNTED_CLASSES), device="meta")] * len(truth_BHW)
+    else:
+        there_BK = torch.zeros(len(truth_BHW), count + 1, device=truth_BHW.device)
+        there_BK.scatter_(1, truth_BHW.masked_fill(~valid_BHW, count).flatten(1), 1.0)
+        # Once for all images: to find out how many there are is to wait for the device.
+        numbers = [row_K.nonzero()[:, 0] for row_K in there_BK[:, :count].cpu()]
+        sent = torch.cat(numbers).to(truth_BHW.device, non_blocking=True)
+        classes = list(sent.split([len(classes_N) for classes_N in numbers]))
+    masks = [
+        ((truth_HW == classes_N[:, None, None]) & valid_HW).float()
+        for truth_HW, valid_HW, classes_N in zip(truth_BHW, valid_BHW, classes, strict=True)
+    ]
     return classes, masks
 
 
@@ -182,32 +187,42 @@ class _Matcher(EomtHungarianMatcher):  # type: ignore[misc]
     def forward(
         self, masks_queries_logits: Tensor, class_queries_logits: Tensor, mask_labels: Any, class_labels: Any
     ) -> Any:
-        if not masks_queries_logits.is_meta:
-            return super().forward(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
-        count = masks_queries_logits.shape[1]
-        return [(torch.arange(min(count, len(one)), device="meta"),) * 2 for one in class_labels]
+        """Return the numbers of queries and masks by image."""
+        if masks_queries_logits.is_meta:
+            count = masks_queries_logits.shape[1]
+            return [(torch.arange(min(count, len(one)), device="meta"),) * 2 for one in class_labels]
+        pairs = super().forward(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
+        both_2N = torch.cat([torch.stack(pair) for pair in pairs], dim=1)  # on the host, where they are found
+        both_2N = both_2N.to(masks_queries_logits.device, non_blocking=True)
+        return [tuple(pair_2N) for pair_2N in both_2N.split([len(query_N) for query_N, _ in pairs], dim=1)]
 
 
 class _GlobalLoss(EomtLoss):  # type: ignore[misc]
     """Takes means over the queries and masks of all ranks; images without a class count for nothing."""
 
-    def __init__(self, config: EomtConfig, ranks: Ranks) -> None:
+    def __init__(self, config: EomtConfig, ranks: Ranks, classes: Sequence[Tensor]) -> None:
         super().__init__(config, {})
-        self.ranks = ranks
+        self.ranks, device = ranks, classes[0].device
         self.matcher = _Matcher(config.class_weight, config.mask_weight, config.dice_weight, config.train_num_points)
+        count = torch.full((), float(sum(map(len, classes))), device=device)
+        self.masks = (ranks.sum(count) / ranks.world_size).clamp(min=1)
+        """The mean number of a rank."""
+        labelled = torch.tensor([float(len(classes_N) > 0) for classes_N in classes])
+        self.labelled_B = labelled.to(device, non_blocking=True)
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         """Return the mean number of masks of a rank."""
-        count = torch.as_tensor(float(sum(len(classes) for classes in class_labels)), device=device)
-        return (self.ranks.sum(count) / self.ranks.world_size).clamp(min=1)
+        return self.masks
 
     def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
         """Return the cross-entropy of all queries; those without a mask are of no object, which has a weight."""
         wanted_BQ = torch.full(class_queries_logits.shape[:2], self.num_labels, device=class_queries_logits.device)
         place = self._get_predictions_permutation_indices(indices)
         wanted_BQ[place] = torch.cat([classes[j] for classes, (_, j) in zip(class_labels, indices, strict=True)])
-        labelled_B = torch.tensor([float(len(classes) > 0) for classes in class_labels], device=wanted_BQ.device)
-        weight_BQ = self.empty_weight.float()[wanted_BQ] * labelled_B[:, None]
+        weight_BQ = torch.ones_like(wanted_BQ, dtype=torch.float32).masked_fill(
+            wanted_BQ == self.num_labels, self.eos_coef
+        )
+        weight_BQ = weight_BQ * self.labelled_B[:, None]
         loss_BQ = F.cross_entropy(class_queries_logits.transpose(1, 2), wanted_BQ, reduction="none")
         total = (self.ranks.sum(weight_BQ.sum()) / self.ranks.world_size).clamp(min=1e-6)
         return {"loss_cross_entropy": (loss_BQ * weight_BQ).sum() / total}

@@ -70,7 +70,7 @@ class BlockMask(Mask):
             & (column_N < (left_BK + width_BK)[..., None])
         )
         number_K1 = torch.arange(_BLOCKS, device=seeds_B.device)[:, None]
-        first_BN = torch.where(inside_BKN, number_K1, _BLOCKS).amin(dim=1)
+        first_BN = number_K1.masked_fill(~inside_BKN, _BLOCKS).amin(dim=1)
         return (noise_BN - first_BN).argsort(dim=1, stable=True)
 
 

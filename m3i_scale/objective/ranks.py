@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -46,13 +47,25 @@ class SingleProcess:
         return x
 
 
-def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks) -> Tensor:
+def global_count(valid_B: Tensor, ranks: Ranks) -> Tensor:
+    """Return how many are valid on all ranks, fp32."""
+    return ranks.sum(valid_B.sum(dtype=torch.float32))
+
+
+def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks, count: Tensor | None = None) -> Tensor:
     """Return the mean of all ranks' valid values, scaled so that the average over ranks has its value and gradient.
 
     A global batch without a valid value gives 0 (with a zero gradient), because every rank still runs every module.
+    Where all values are valid, this is their mean on this rank: every rank holds as many.
+
+    Args:
+        values_B: of this rank.
+        valid_B: bool, which of them count.
+        ranks: other ranks.
+        count: what `global_count` gives, where it is known: for every collective all ranks wait for each other.
     """
-    count = ranks.sum(valid_B.sum().to(values_B.dtype)).clamp(min=1)
-    return (values_B * valid_B).sum() * ranks.world_size / count
+    count = global_count(valid_B, ranks) if count is None else count
+    return (values_B * valid_B).sum() * ranks.world_size / count.clamp(min=1)
 
 
 def standardize(x_ND: Tensor, ranks: Ranks, eps: float = 1e-5) -> Tensor:

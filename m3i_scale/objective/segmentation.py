@@ -19,7 +19,7 @@ from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import LinearSegmentation, UperNetSegmentation
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.heads import RunningStatistics
-from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.ranks import Ranks, global_count
 
 
 class MapBatchNorm(RunningStatistics):
@@ -131,7 +131,10 @@ class PixelHead(nn.Module):
             distribution: P̂ of a class.
             ranks: for means over all ranks.
         """
-        losses = [distribution.loss(logits_BKHW, truth_BHW, valid_BHW, ranks) for logits_BKHW in predictions]
+        count = global_count(valid_BHW, ranks)
+        losses = [
+            distribution.loss(logits_BKHW, truth_BHW, valid_BHW, ranks, count=count) for logits_BKHW in predictions
+        ]
         weighted = [weight * loss for weight, (loss, _) in zip(self.weights, losses, strict=True)]
         return torch.stack(weighted).sum(), losses[0][1]
 

@@ -14,17 +14,16 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_B: Tensor) -> Tensor:
-        ctx.rows = len(x_B)
-        parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x_B.contiguous())
-        return torch.cat(parts)
+        gathered_G = x_B.new_empty(dist.get_world_size() * len(x_B), *x_B.shape[1:])
+        dist.all_gather_into_tensor(gathered_G, x_B.contiguous())
+        return gathered_G
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient_G = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient_G)
-        start = dist.get_rank() * ctx.rows
-        return gradient_G[start : start + ctx.rows]
+        gradient_G = gradients[0].contiguous()
+        own_B = gradient_G.new_empty(len(gradient_G) // dist.get_world_size(), *gradient_G.shape[1:])
+        dist.reduce_scatter_tensor(own_B, gradient_G)
+        return own_B
 
 
 class _Sum(torch.autograd.Function):

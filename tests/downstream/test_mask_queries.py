@@ -32,7 +32,6 @@ from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.mask_queries import mask_share
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.flops import step_flop
@@ -86,7 +85,7 @@ def test_it_is_that_of_transformers_in_predictions_scores_and_loss(backbone: str
     run = run_of(BACKBONES[backbone])
     objective = objective_of(run)
     theirs, batch = stock(objective, run).eval(), batch_of(3)
-    pixels = normalize(batch.images_VBCHW[0], objective.mean, objective.std)
+    pixels = objective.pixel_norm(batch.images_VBCHW[0])
     objective.eval()
     with torch.no_grad():
         output = theirs(pixels)

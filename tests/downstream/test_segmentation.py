@@ -25,7 +25,6 @@ from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.segmentation import MapBatchNorm, PixelHead, mean_iou, overlaps
@@ -57,7 +56,7 @@ def objective_of(backbone: str, head: Any) -> Objective:
     first_weights(objective, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, tensor in [*objective.named_parameters(), *objective.named_buffers()]:
+        for name, tensor in objective.state_dict().items():
             if tensor.dim() == 1 and tensor.is_floating_point():
                 tensor.add_(0.2 * torch.rand(tensor.shape, generator=generator))
             elif "classifier" in name:
@@ -271,7 +270,7 @@ def test_upernet_is_that_of_transformers_in_logits_and_loss(
     objective = objective_of(backbone, head).train(training)
     theirs = stock(objective, backbone, head).train(training)
     batch = batch_of(3, 32)
-    pixels = normalize(batch.images_VBCHW[0], objective.mean, objective.std)
+    pixels = objective.pixel_norm(batch.images_VBCHW[0])
     output = theirs(pixels, labels=batch.masks_BHW.long())
     loss, figures = objective(batch)
     assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
@@ -342,7 +341,7 @@ def test_the_linear_head_is_batch_norm_and_a_classifier_of_patches() -> None:
     batch = batch_of(3, 32)
     loss, _ = objective(batch)
     head = objective.heads["segmentation"]
-    pixels = normalize(batch.images_VBCHW[0], objective.mean, objective.std)
+    pixels = objective.pixel_norm(batch.images_VBCHW[0])
     tokens = objective.student.model(pixels).last_hidden_state[:, 1:]
     norm, convolution = nn.BatchNorm2d(64), nn.Conv2d(64, len(CLASSES), 1)
     for own, other in ((head.norm, norm), (head.classifier, convolution)):

@@ -65,7 +65,6 @@ def test_a_task_that_holds_has_no_faults(task: dict[str, Any], shards: Path, tmp
         ({}, MAPS, "task.pool"),
         ({"freeze": True}, DINOV2, "task.freeze"),
         ({"freeze": True}, ["SOURCE", "backbone.activation_checkpointing=full"], "backbone.activation_checkpointing"),
-        ({"freeze": True}, ["SOURCE", "backbone.compile=true"], "backbone.compile"),
     ],
 )
 def test_a_setting_that_does_not_go_with_it_is_named(

@@ -33,7 +33,7 @@ from m3i_scale.downstream.erasing import Erasing
 from m3i_scale.downstream.fine_tuning import check_task, prepare
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
-from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.inputs import PixelNorm, normalize
 
 SIDE = 32
 RAND = "rand-m9-mstd0.5-inc1"
@@ -81,7 +81,7 @@ def published(size: int = SIDE) -> Any:
 
 def test_a_view_and_what_is_erased_of_it_are_those_of_timms_transform_for_a_seed() -> None:
     rand_augment, normalised, erasing = published()
-    erase = Erasing(0.25, MEAN, STD)
+    erase = Erasing(0.25, PixelNorm(MEAN, STD))
     changed = erased = 0
     for seed in range(40):
         rng = random.Random(seed)
@@ -113,7 +113,7 @@ def test_a_view_and_what_is_erased_of_it_are_those_of_timms_transform_for_a_seed
 
 def test_what_is_not_erased_keeps_its_values_and_masks_and_labels_stay() -> None:
     batch = random_batch(4, image=SIDE)
-    after = Erasing(1.0, MEAN, STD)(batch)
+    after = Erasing(1.0, PixelNorm(MEAN, STD))(batch)
     same = (after.images_VBCHW[0] - batch.images_VBCHW[0]).abs() < 1e-3
     assert 0.5 < float(same.float().mean()) < 0.98
     assert torch.equal(after.labels_B, batch.labels_B)
@@ -249,7 +249,7 @@ def test_images_are_erased_and_then_mixed() -> None:
     prepare(objective, run.task, 2)
     mixing = objective.mix_labelled
     prepare(objective, run.task, 2, erasing=1.0)
-    wanted = mixing(Erasing(1.0, objective.mean, objective.std)(batch))
+    wanted = mixing(Erasing(1.0, objective.pixel_norm)(batch))
     both = objective.mix_labelled(batch)
     assert torch.equal(both.images_VBCHW, wanted.images_VBCHW)
     assert torch.equal(both.soft_labels_BK, wanted.soft_labels_BK)

@@ -13,7 +13,7 @@ RANKS = SingleProcess()
 
 
 def test_fixed_weights_are_those_of_the_recipe() -> None:
-    total, factors = GroupWeights([2.0, 0.5])(torch.tensor([3.0, 4.0]))
+    total, factors = GroupWeights([2.0, 0.5])(torch.tensor([3.0, 4.0]), torch.ones(2, dtype=torch.bool))
     assert float(total) == 8.0
     assert factors.tolist() == [2.0, 0.5]
 
@@ -21,18 +21,18 @@ def test_fixed_weights_are_those_of_the_recipe() -> None:
 def test_learned_weights_find_the_variance_of_every_group() -> None:
     """At the optimum of w (L / σ² + log σ), σ² = 2 L: for a Gaussian, the variance that its errors have."""
     weights = LearnedWeights([1.0, 3.0])
-    losses = torch.tensor([0.02, 5.0])
-    total, factors = weights(losses)
+    losses, present = torch.tensor([0.02, 5.0]), torch.tensor([True, True])
+    total, factors = weights(losses, present)
     torch.testing.assert_close(total, (torch.tensor([1.0, 3.0]) * losses).sum())
     assert factors.tolist() == [1.0, 3.0]
     optimizer = torch.optim.Adam(weights.parameters(), lr=0.05)
     for _ in range(800):
         optimizer.zero_grad()
-        weights(losses)[0].backward()
+        weights(losses, present)[0].backward()
         optimizer.step()
     variance = (2 * weights.log_sigma_K).exp()
     torch.testing.assert_close(variance.detach(), 2 * losses, rtol=0.02, atol=1e-4)
-    torch.testing.assert_close(weights(losses)[1], torch.tensor([1.0, 3.0]) / variance.detach())
+    torch.testing.assert_close(weights(losses, present)[1], torch.tensor([1.0, 3.0]) / variance.detach())
 
 
 def test_followed_weights_give_the_gradients_the_lengths_that_the_weights_ask_for() -> None:

@@ -193,7 +193,7 @@ def test_opposite_and_equal_targets_in_a_queue_at_any_temperature(temperature: f
     query = F.normalize(torch.randn(4, 6), dim=1).requires_grad_()
     p = Boltzmann(temperature=temperature)
     for rows in (-query.detach(), query.detach(), torch.cat([query.detach(), -query.detach()])):
-        loss, _ = p.among_queue(query, query.detach().flip(0), rows, torch.tensor(len(rows)), ALONE)
+        loss, _ = p.among_queue(query, query.detach().flip(0), rows, torch.tensor(len(rows)))
         logits = query.double() @ torch.cat([query.detach().flip(0), rows]).double().T / temperature
         own = (query.double() * query.detach().flip(0).double()).sum(dim=1) / temperature
         wanted = (torch.cat([own[:, None], logits[:, 4:]], dim=1).logsumexp(dim=1) - own).mean()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from m3i_scale.objective.distributions.base import unit
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
-from m3i_scale.objective.estimate import gaussian_information
+from m3i_scale.objective.estimate import gaussian_information, gaussian_moments
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import BoltzmannClasses
 
@@ -21,6 +21,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean, and three standard errors."""
     x = torch.tensor(values, dtype=torch.float64)
     return float(x.mean()), 3 * float(x.std()) / math.sqrt(len(values))
+
+
+def information(prediction: Tensor, target: Tensor) -> float:
+    moments = gaussian_moments(prediction, target, RANKS)
+    assert moments is not None
+    return gaussian_information(moments)
 
 
 # ---------------------------------------------------------------- discrete channel
@@ -124,7 +130,7 @@ def test_the_estimate_of_a_gaussian_is_its_information() -> None:
     for _ in range(60):
         x, y = gaussians(2000, generator)
         for name, prediction in (("perfect", RHO * x), ("half", 0.5 * RHO * x), ("none", torch.zeros_like(x))):
-            found[name].append(float(gaussian_information(prediction @ turn, y @ turn, RANKS)))
+            found[name].append(information(prediction @ turn, y @ turn))
     value, error = mean_and_error(found["perfect"])
     assert value == pytest.approx(GAUSSIAN_TRUTH, abs=error + 0.005)
     # Errors of 1 − ρ² + ρ²/4 a dimension.
@@ -136,9 +142,17 @@ def test_the_estimate_of_a_gaussian_is_its_information() -> None:
 def test_the_estimate_counts_no_direction_without_variance_and_survives_few_rows_and_nan() -> None:
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(3))
     flat = torch.cat([x, torch.zeros(400, 2)], dim=1)
-    assert float(gaussian_information(torch.zeros_like(flat), flat, RANKS)) < 0.1
-    assert gaussian_information(x[:19], x[:19], RANKS) is None
-    assert math.isnan(float(gaussian_information(x * torch.nan, x, RANKS)))
+    assert information(torch.zeros_like(flat), flat) < 0.1
+    assert gaussian_moments(x[:19], x[:19], RANKS) is None
+    assert math.isnan(information(x * torch.nan, x))
+
+
+def test_a_decomposition_that_does_not_converge_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(matrix: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    assert math.isnan(information(torch.zeros(40, 4), torch.randn(40, 4)))
 
 
 def test_the_leading_components_count_and_prediction_and_target_are_not_alike() -> None:
@@ -147,9 +161,9 @@ def test_the_leading_components_count_and_prediction_and_target_are_not_alike() 
     target = torch.cat([10 * (x[:, :1] + 0.1 * noise[:, :1]), 0.01 * noise[:, 1:]], dim=1)
     prediction = torch.cat([10 * x[:, :1], torch.zeros(60, 39)], dim=1)
     # 60 rows are enough for three of 40 components: the first holds ½ ln(1.01 / 0.01).
-    found = float(gaussian_information(prediction, target, RANKS))
+    found = information(prediction, target)
     assert found == pytest.approx(0.5 * math.log(101), abs=0.5)
-    shifted = float(gaussian_information(prediction + 5.0, target, RANKS))  # an offset is an error
+    shifted = information(prediction + 5.0, target)  # an offset is an error
     assert shifted < found - 1.0
     wide = torch.cat([3 * prediction[:, :1], prediction[:, 1:]], dim=1)
-    assert float(gaussian_information(target, wide, RANKS)) != pytest.approx(found, abs=0.1)
+    assert information(target, wide) != pytest.approx(found, abs=0.1)

@@ -8,7 +8,8 @@ from torch import nn
 
 from m3i_scale.objective.heads import BatchNorm, HeadSpec, ImageHead, Prototypes
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.memory import Center, Fp32State
+from m3i_scale.objective.regularizers.memory import Center
+from m3i_scale.objective.state import Fp32State
 
 RANKS = SingleProcess()
 

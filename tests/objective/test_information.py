@@ -14,7 +14,6 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.targets.base import Context
 
 
@@ -154,7 +153,7 @@ def dense_by_hand(objective: Objective, batch, name: str) -> torch.Tensor:
     objective(batch)
     hook.remove()
     view = target.view - 1
-    pixels = normalize(batch.images_VBCHW[view], objective.mean, objective.std)
+    pixels = objective.pixel_norm(batch.images_VBCHW[view])
     hidden = objective.momentum.backbone.model(pixel_values=pixels).last_hidden_state[:, 1:]
     z = F.layer_norm(objective.momentum.projector(hidden), (64,), eps=1e-5)
     where = encode(objective, batch).inputs[target.inputs[0]].where
@@ -235,7 +234,9 @@ def test_health_is_measured_on_request() -> None:
     objective, batch = tiny_objective("m3i"), random_batch(4)
     assert not any(name.startswith("health/") for name in objective(batch)[1])
     objective.measure_health = True
-    figures = objective(batch)[1]
+    figures = objective(batch)[1] | objective.host_figures.take()
+    assert {"intra/nats", "inter/nats"} <= figures.keys()
+    assert objective.host_figures.take() == {}
     watched = {name for name in figures if name.startswith("health/")}
     features = {f"{what}_{figure}" for what in ("dense", "pooled", "target_view1") for figure in ("std", "rank")}
     targets = {"intra_spread", "inter_spread", "text_spread", "text_scale"}
@@ -255,7 +256,8 @@ def test_the_health_of_a_detector_is_its_backbones(backbone: str) -> None:
     batch = synthetic_batch(2, 1, image=64, tokens=1, classes=2, vocabulary=10, reads="boxes_and_masks")
 
     def health() -> dict[str, float]:
-        return {name: float(value) for name, value in objective(batch)[1].items() if name.startswith("health/")}
+        objective(batch)
+        return objective.host_figures.take()
 
     before = health()
     assert set(before) == {f"health/{what}_{figure}" for what in ("dense", "pooled") for figure in ("std", "rank")}

@@ -74,7 +74,7 @@ def test_a_queue_of_negatives() -> None:
     peer = NTXentLoss(temperature=0.2, memory_bank_size=(24, 8))
     bank, key = peer.memory_bank.bank.clone(), noise(6, 8, seed=1)
     same(
-        lambda query: P.among_queue(query, key, bank, torch.tensor(24), RANKS)[0],
+        lambda query: P.among_queue(query, key, bank, torch.tensor(24))[0],
         lambda query: peer(query, key),
         noise(6, 8),
     )
@@ -101,10 +101,10 @@ def test_the_queue_holds_what_the_memory_bank_holds() -> None:
 
 def test_an_empty_queue_costs_nothing_and_rows_that_are_not_filled_are_no_negatives() -> None:
     query, key, queue = noise(3, 4), noise(3, 4, seed=1), unit(noise(8, 4, seed=2))
-    loss, nats = P.among_queue(query, key, queue, torch.tensor(0), RANKS)
+    loss, nats = P.among_queue(query, key, queue, torch.tensor(0))
     assert float(loss) == float(nats) == 0.0
-    part = P.among_queue(query, key, queue, torch.tensor(5), RANKS)
-    whole = P.among_queue(query, key, queue[:5], torch.tensor(5), RANKS)
+    part = P.among_queue(query, key, queue, torch.tensor(5))
+    whole = P.among_queue(query, key, queue[:5], torch.tensor(5))
     torch.testing.assert_close(part, whole)
 
 
@@ -184,7 +184,7 @@ def test_densecl_matches_patches_by_their_features() -> None:
     peer = NTXentLoss(temperature=0.2, memory_bank_size=(16, 5))
     bank = peer.memory_bank.bank.clone()
     same(
-        lambda query: P.among_queue(query.flatten(0, 1), matched.flatten(0, 1), bank, torch.tensor(16), RANKS)[0],
+        lambda query: P.among_queue(query.flatten(0, 1), matched.flatten(0, 1), bank, torch.tensor(16))[0],
         lambda query: peer(query.flatten(0, 1), matched.flatten(0, 1)),
         noise(3, 9, 5, seed=3),
     )

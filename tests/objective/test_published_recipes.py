@@ -20,7 +20,7 @@ from m3i_scale.objective.inputs import build_inputs, normalize
 
 
 def pixels(objective: Objective, batch: Batch, view: int) -> Tensor:
-    return normalize(batch.images_VBCHW[view - 1], objective.mean, objective.std)
+    return objective.pixel_norm(batch.images_VBCHW[view - 1])
 
 
 def tokens(objective: Objective, batch: Batch, view: int, *, averaged: bool = False) -> Tensor:

@@ -9,7 +9,6 @@ from tiny import random_batch, tiny_objective
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.masks import hash_uniform
 
 # ---------------------------------------------------------------- CLIP
@@ -17,7 +16,7 @@ from m3i_scale.objective.masks import hash_uniform
 
 def clip_features(objective: Objective, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """By the stock models alone: mean patch token → LayerNorm → projection, and the text tower."""
-    pixels = normalize(batch.images_VBCHW[0], objective.mean, objective.std)
+    pixels = objective.pixel_norm(batch.images_VBCHW[0])
     hidden = objective.student.model(pixel_values=pixels).last_hidden_state
     norm = objective.decoders["pool"].norm
     pooled = torch.nn.functional.layer_norm(hidden[:, 1:].mean(dim=1), (64,), norm.weight, norm.bias, eps=1e-6)
@@ -119,7 +118,7 @@ def test_the_mae_recipe_is_vitmae(norm_pix_loss: bool) -> None:
     objective.heads["pixels"].register_forward_hook(lambda module, inputs, output: predictions.append(output))
     loss, figures = objective(batch)
 
-    pixels = normalize(batch.images_VBCHW[0], objective.mean, objective.std)
+    pixels = objective.pixel_norm(batch.images_VBCHW[0])
     wanted = mae(pixel_values=pixels, noise=hash_uniform(batch.seeds_B, 16, 0))
     torch.testing.assert_close(loss, wanted.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(figures["pixels/loss"], wanted.loss.detach(), rtol=1e-5, atol=1e-6)

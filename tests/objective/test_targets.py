@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,27 @@ def test_text_is_on_the_sphere_and_padding_does_not_count() -> None:
     torch.testing.assert_close(objective.embed_text(*padded), text, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="no text target"):
         tiny_objective("mae").embed_text(batch.text_ids_BT, batch.text_mask_BT)
+
+
+def test_longer_padding_changes_neither_losses_nor_gradients() -> None:
+    batch = random_batch(8)
+    missing = 16 - batch.text_ids_BT.shape[1]
+    padded = replace(
+        batch,
+        text_ids_BT=F.pad(batch.text_ids_BT, (0, missing)),
+        text_mask_BT=F.pad(batch.text_mask_BT, (0, missing)),
+    )
+    losses, gradients = [], []
+    for given in (batch, padded):
+        objective = tiny_objective("m3i")
+        loss, _ = objective(given)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: value.grad for name, value in objective.named_parameters() if value.grad is not None})
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert any(name.startswith("text.") for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_text_tower_is_the_stock_model_read_at_its_first_token() -> None:

@@ -38,9 +38,10 @@ class Objects:
     def on(self, image: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return boxes (N, 4), classes and masks of the objects of an image. What has no area is none, as padding."""
         boxes_N4 = self.boxes_BN4[image].float()
-        there_N = (self.labels_BN[image] >= 0) & has_area(boxes_N4)
-        masks_NMM = None if self.masks_BNMM is None else self.masks_BNMM[image][there_N]
-        return boxes_N4[there_N], self.labels_BN[image][there_N], masks_NMM
+        # Numbers once, and not a mask in every index: to find out how many there are is to wait for the device.
+        (place_O,) = ((self.labels_BN[image] >= 0) & has_area(boxes_N4)).nonzero(as_tuple=True)
+        masks_OMM = None if self.masks_BNMM is None else self.masks_BNMM[image][place_O]
+        return boxes_N4[place_O], self.labels_BN[image][place_O], masks_OMM
 
     def generators(self) -> list[torch.Generator]:
         """Return, by image, what draws for it."""
@@ -70,15 +71,15 @@ def box_loss(deltas_N4: Tensor, boxes_N4: Tensor, truth_N4: Tensor, coder: BoxCo
 
 
 @torch.no_grad()
-def match_anchors(regions: Regions, anchors_N4: Tensor, boxes_M4: Tensor) -> tuple[Tensor, Tensor]:
+def match_anchors(regions: Regions, anchors_N4: Tensor, boxes_O4: Tensor) -> tuple[Tensor, Tensor]:
     """Return what every anchor is, 1 an object, 0 ground and −1 neither, and the box that it is matched with (N, 4)."""
-    if not len(boxes_M4):
+    if not len(boxes_O4):
         return anchors_N4.new_zeros(len(anchors_N4), dtype=torch.int64), anchors_N4
     matcher = Matcher(regions.positive_iou, regions.negative_iou, allow_low_quality_matches=True)
-    found_N = matcher(box_iou(boxes_M4, anchors_N4))
+    found_N = matcher(box_iou(boxes_O4, anchors_N4))
     state_N = (found_N >= 0).long()
     state_N[found_N == Matcher.BETWEEN_THRESHOLDS] = -1
-    return state_N, boxes_M4[found_N.clamp(min=0)]
+    return state_N, boxes_O4[found_N.clamp(min=0)]
 
 
 def draw(
@@ -144,17 +145,17 @@ def choose_regions(
         classes: K, the class of the ground.
         generator: draws.
     """
-    boxes_M4, labels_M, masks_MMM = objects
-    boxes_R4 = torch.cat([proposals_R4, boxes_M4])
+    boxes_O4, labels_O, masks_OMM = objects
+    boxes_R4 = torch.cat([proposals_R4, boxes_O4])
     found_R = torch.full((len(boxes_R4),), -1, device=boxes_R4.device)
-    if len(boxes_M4):
+    if len(boxes_O4):
         matcher = Matcher(regions.object_iou, regions.object_iou, allow_low_quality_matches=False)
-        found_R = matcher(box_iou(boxes_M4, boxes_R4))
+        found_R = matcher(box_iou(boxes_O4, boxes_R4))
     drawn_P, drawn_Q = draw(found_R >= 0, found_R < 0, regions.per_image, regions.positive_fraction, generator)
     objects_P = found_R[drawn_P]
-    labels_R = torch.cat([labels_M[objects_P], torch.full_like(drawn_Q, classes)])
-    masks_PMM = None if masks_MMM is None else masks_MMM[objects_P]
-    return Chosen(boxes_R4[torch.cat([drawn_P, drawn_Q])], labels_R, objects_P, boxes_M4[objects_P], masks_PMM)
+    labels_R = torch.cat([labels_O[objects_P], torch.full_like(drawn_Q, classes)])
+    masks_PMM = None if masks_OMM is None else masks_OMM[objects_P]
+    return Chosen(boxes_R4[torch.cat([drawn_P, drawn_Q])], labels_R, objects_P, boxes_O4[objects_P], masks_PMM)
 
 
 def counted_regions(regions: Regions, objects: Objects) -> Chosen:

@@ -121,7 +121,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
             chosen = [counted_regions(spec.regions, objects)] * len(maps[0])
         else:
             generators, there = objects.generators(), [objects.on(image) for image in range(len(maps[0]))]
-            boxes = [boxes_M4 for boxes_M4, *_ in there]
+            boxes = [boxes_O4 for boxes_O4, *_ in there]
             objectness, moves = region_losses(
                 spec, torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(places), boxes, generators
             )
@@ -132,7 +132,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
                 for boxes_R4, of_image, generator in zip(proposals, there, generators, strict=True)
             ]
         counts = [sum(len(one.labels_R) for one in chosen), sum(len(one.objects_P) for one in chosen)]
-        count_2 = self.ranks.sum(torch.tensor(counts, dtype=torch.float32, device=maps[0].device))
+        count_2 = self.ranks.sum(torch.tensor(counts, dtype=torch.float32).to(maps[0].device, non_blocking=True))
         regions, positives = (count_2 / self.ranks.world_size).clamp(min=1 / self.ranks.world_size).unbind()
         cut_RCSS = cut_out(self.head, maps, self.strides, [one.boxes_R4 for one in chosen], spec.box_side)
         logits_RK, deltas_RK4 = self.boxes(cut_RCSS)

@@ -331,13 +331,14 @@ def anchors(
     found = []
     sizes = regions.sizes or [_ANCHOR_STRIDES * stride for stride in strides]
     for (rows, columns), stride, size in zip(sides, strides, sizes, strict=True):
-        ratio_A = torch.tensor(regions.ratios, device=like.device)
+        ratio_A = torch.tensor(regions.ratios, device="cpu")
         width_A = size / ratio_A.sqrt()
         height_A = ratio_A * width_A
         cells_A4 = torch.stack([-width_A, -height_A, width_A, height_A], dim=1) / 2
         y_H, x_W = (torch.arange(count, device=like.device) * stride for count in (rows, columns))
         y_HW, x_HW = torch.meshgrid(y_H, x_W, indexing="ij")
         places_HW4 = torch.stack([x_HW, y_HW, x_HW, y_HW], dim=-1)
+        cells_A4 = cells_A4.to(like.device, non_blocking=True)
         found.append((places_HW4[:, :, None] + cells_A4).reshape(-1, 4))
     return found
 
@@ -376,8 +377,9 @@ def propose(
     for box_T4, score_T, size in zip(torch.cat(boxes, dim=1), torch.cat(scores, dim=1), sizes, strict=True):
         clipped_T4 = clip_boxes_to_image(box_T4, size)
         there_T = box_T4.isfinite().all(dim=1) & score_T.isfinite() & has_area(clipped_T4)
-        clipped_R4 = clipped_T4[there_T]
-        best_R = batched_nms(clipped_R4, score_T[there_T], level_T[there_T], regions.nms_iou)
+        (place_R,) = there_T.nonzero(as_tuple=True)
+        clipped_R4 = clipped_T4[place_R]
+        best_R = batched_nms(clipped_R4, score_T[place_R], level_T[place_R], regions.nms_iou)
         kept.append(clipped_R4[best_R[: regions.after_nms[not training]]])
     return kept
 

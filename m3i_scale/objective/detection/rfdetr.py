@@ -83,7 +83,8 @@ class RfDetrDetector(ObjectDetector):
         predictions = self.predict(levels)
         groups = self.spec.groups if self.training else 1
         there = [objects.on(image) for image in range(len(levels[0]))]
-        count = torch.tensor(float(groups * sum(len(labels_N) for _, labels_N, _ in there)), device=levels[0].device)
+        own = float(groups * sum(len(labels_N) for _, labels_N, _ in there))
+        count = torch.full((), own, device=levels[0].device)
         count = (self.ranks.sum(count) / self.ranks.world_size).clamp(min=1 / self.ranks.world_size)
         # Every parameter has a part in it, whether there are objects or not.
         nothing = 0 * torch.stack([part.sum() for prediction in predictions for part in prediction.values()]).sum()
@@ -159,8 +160,9 @@ class RfDetrDetector(ObjectDetector):
         if self.spec.masks:
             of_masks = {"cost_mask_class_cost": self.spec.mask_weight, "cost_mask_dice_cost": self.spec.dice_weight}
             matcher = RfDetrHungarianMatcher(**_COSTS, **of_masks, mask_point_sample_ratio=_MASK_POINT_RATIO)
-        (pair,) = matcher(one, [target], groups)
-        return cast(tuple[Tensor, Tensor], pair)
+        (pair,) = matcher(one, [target], groups)  # on the host, where it is found
+        query_N, object_N = torch.stack(pair).to(one["logits"].device, non_blocking=True).unbind()
+        return query_N, object_N
 
 
 def found_by_queries(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.objective.estimate import Moments
 from m3i_scale.objective.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Loss:
     value: Tensor
     nats: Tensor | None = None
     """A lower bound of the information, where the distribution has one."""
+    moments: Moments | None = None
+    """On logged steps, where it has none: what the information is estimated of."""
     remember: Tensor | None = None
     """Values that the memory of the target's head takes over after the batch."""
     watched: dict[str, Tensor] = field(default_factory=dict)

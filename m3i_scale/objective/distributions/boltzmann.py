@@ -5,6 +5,7 @@ For K candidates, log K − loss is the InfoNCE lower bound on the mutual inform
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.objective.distributions.base import Distribution, unit
-from m3i_scale.objective.ranks import Ranks, global_mean
+from m3i_scale.objective.ranks import Ranks
 
 _BLOCK = 2**23
 """Logits of a queue that are held at a time: 32 MB."""
@@ -49,10 +50,10 @@ class Boltzmann(Distribution):
             itself_BG = query_BE @ ranks.gather(query_BE).T / self.temperature
             logits_BG = torch.cat([logits_BG, itself_BG.scatter(1, own_B[:, None], -torch.inf)], dim=1)
             candidates = 2 * candidates - 1
-        return _with_bound(F.cross_entropy(logits_BG, own_B, reduction="none"), candidates, ranks)
+        return _with_bound(F.cross_entropy(logits_BG, own_B, reduction="none"), math.log(candidates))
 
     def among_queue(
-        self, prediction_BE: Tensor, target_BE: Tensor, queue_QE: Tensor, filled: Tensor, ranks: Ranks
+        self, prediction_BE: Tensor, target_BE: Tensor, queue_QE: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Ask which of its own target and those of earlier batches belongs to the prediction (MoCo).
 
@@ -61,7 +62,6 @@ class Boltzmann(Distribution):
             target_BE: z of this rank's samples, in the same order.
             queue_QE: earlier targets, unit vectors.
             filled: how many rows of the queue count.
-            ranks: for the mean over all samples.
         """
         query_BE, key_BE = unit(prediction_BE) / self.temperature, unit(target_BE)
         own_B = (query_BE * key_BE).sum(dim=1)
@@ -70,7 +70,7 @@ class Boltzmann(Distribution):
         mask_Q = mask_Q.masked_fill(torch.arange(len(queue_QE), device=queue_QE.device) >= filled, -1e30)
         bound = 1 / self.temperature if 1 / self.temperature <= _SAFE_BOUND else None
         others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q, bound)  # type: ignore[no-untyped-call]
-        return _with_bound(torch.logaddexp(own_B, others_B) - own_B, filled + 1, ranks)
+        return _with_bound(torch.logaddexp(own_B, others_B) - own_B, (filled + 1).log())
 
     def over_prototypes(self, logits_BK: Tensor, probabilities_BK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Ask for the target's distribution over K prototypes.
@@ -81,19 +81,18 @@ class Boltzmann(Distribution):
         Args:
             logits_BK: cosines of the prediction over τ.
             probabilities_BK: of the target.
-            ranks: for the mean over all samples.
+            ranks: for the mean target of all samples.
         """
         loss_B = -(probabilities_BK * F.log_softmax(logits_BK.float(), dim=-1)).sum(dim=-1)
-        loss = global_mean(loss_B, torch.ones_like(loss_B), ranks)
+        loss = loss_B.mean()
         mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
         return loss, -torch.special.xlogy(mean_K, mean_K).sum() - loss.detach()
 
 
-def _with_bound(loss_B: Tensor, candidates: Tensor | int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _with_bound(loss_B: Tensor, log_candidates: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return the mean loss, and log K − loss."""
-    count = torch.as_tensor(candidates, device=loss_B.device, dtype=torch.float32)
-    every_B = torch.ones_like(loss_B)
-    return global_mean(loss_B, every_B, ranks), global_mean(count.log() - loss_B.detach(), every_B, ranks)
+    loss = loss_B.mean()
+    return loss, log_candidates - loss.detach()
 
 
 class _LogSumExp(torch.autograd.Function):

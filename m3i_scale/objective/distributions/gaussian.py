@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.objective.distributions.base import Density, unit
-from m3i_scale.objective.ranks import Ranks, global_mean
+from m3i_scale.objective.ranks import Ranks
 
 
 class Gaussian(Density):
@@ -22,9 +21,9 @@ class Gaussian(Density):
     def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
         """Return ‖z − ẑ‖² / (2σ²D), mean over tokens and samples."""
         error_B = (prediction_BND.float() - target_BND.float()).square().mean(dim=(1, 2)) / (2 * self.sigma2)
-        return global_mean(error_B, torch.ones_like(error_B), ranks)
+        return error_B.mean()
 
     def vectors(self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks) -> Tensor:
         """Return ‖z − ẑ‖² / 2σ² on the unit sphere, mean over samples: (2 − 2 cos) / 2σ² (BYOL, SimSiam)."""
         error_B = (unit(prediction_BE) - unit(target_BE)).square().sum(dim=-1) / (2 * self.sigma2)
-        return global_mean(error_B, torch.ones_like(error_B), ranks)
+        return error_B.mean()

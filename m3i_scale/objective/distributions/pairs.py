@@ -28,6 +28,8 @@ class PairTargets:
     """int64: where this rank's samples lie among all."""
     out_BG: Tensor
     """bool: what is no negative of a sample, nor its own target."""
+    count: Tensor
+    """fp32: how many samples of all ranks have a target."""
 
 
 def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ranks) -> PairTargets:
@@ -35,18 +37,20 @@ def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ra
 
     Args:
         target_BE: L2-normalised z of this rank's samples.
-        item_B: identity of the target; equal items of other samples are not negatives. Only read where valid.
+        item_B: int64, not negative: identity of the target; equal items of other samples are not negatives. Only read
+            where valid.
         valid_B: bool, whether the sample has a target.
         ranks: other ranks, whose samples are negatives too.
     """
-    all_items_G = ranks.gather(item_B)
-    all_valid_G = ranks.gather(valid_B)
+    all_items_G = ranks.gather(item_B.masked_fill(~valid_B, -1))
+    all_valid_G = all_items_G >= 0
     own_B = torch.arange(len(item_B), device=item_B.device) + ranks.rank * len(item_B)
     # Out of the softmax: samples without a target, and other samples with the same target. Own columns stay, so that
     # the row of a sample without target is finite before it is masked.
     out_BG = ~all_valid_G | (item_B[:, None] == all_items_G)
-    out_BG[torch.arange(len(own_B), device=own_B.device), own_B] = False
-    return PairTargets(target_BE, ranks.gather(target_BE), valid_B, own_B, out_BG)
+    out_BG.scatter_(1, own_B[:, None], False)
+    count = all_valid_G.sum(dtype=torch.float32)
+    return PairTargets(target_BE, ranks.gather(target_BE), valid_B, own_B, out_BG, count)
 
 
 class PairDistribution(Kind):
@@ -98,9 +102,9 @@ class BoltzmannPairs(PairDistribution):
             logits_BG = logits_BG.masked_fill(targets.out_BG, -torch.inf)
             losses.append(F.cross_entropy(logits_BG, targets.column_B, reduction="none"))
         loss_B = sum(losses[1:], losses[0]) / len(losses)
-        loss = global_mean(loss_B, targets.valid_B, ranks)
+        loss = global_mean(loss_B, targets.valid_B, ranks, targets.count)
         candidates_B = (~targets.out_BG).sum(dim=1)
-        return loss, global_mean(candidates_B.float().log() - loss_B.detach(), targets.valid_B, ranks)
+        return loss, global_mean(candidates_B.float().log() - loss_B.detach(), targets.valid_B, ranks, targets.count)
 
 
 class BernoulliPairs(PairDistribution):
@@ -124,8 +128,8 @@ class BernoulliPairs(PairDistribution):
         sign_BG = -torch.ones_like(logits_BG)
         sign_BG.scatter_(1, targets.column_B[:, None], 1.0)
         loss_B = -(F.logsigmoid(sign_BG * logits_BG).masked_fill(targets.out_BG, 0.0)).sum(dim=1)
-        loss = global_mean(loss_B, targets.valid_B, ranks)
+        loss = global_mean(loss_B, targets.valid_B, ranks, targets.count)
         kept_BG = logits_BG.detach().masked_fill(targets.out_BG, -torch.inf)
         plain_B = F.cross_entropy(kept_BG, targets.column_B, reduction="none")
         candidates_B = (~targets.out_BG).sum(dim=1)
-        return loss, global_mean(candidates_B.float().log() - plain_B, targets.valid_B, ranks)
+        return loss, global_mean(candidates_B.float().log() - plain_B, targets.valid_B, ranks, targets.count)

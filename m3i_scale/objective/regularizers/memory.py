@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3i_scale.objective.ranks import Ranks
-
-
-class Fp32State(nn.Module):
-    """Keeps its buffers in fp32 whatever type the engine gives the model: they average over thousands of batches."""
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Do as `nn.Module` does. Inside `zero.Init`, new tensors are already of the engine's type."""
-        if tensor is not None and tensor.is_floating_point():
-            tensor = tensor.float()
-        super().register_buffer(name, tensor, persistent)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
-        return self
+from m3i_scale.objective.state import Fp32State
 
 
 class Memory(Fp32State):
@@ -88,7 +67,7 @@ class Correlation(Memory):
         """Set F ← m F + (1 − m) mean of z zᵀ over all ranks; the first batch counts whole."""
         unit_BE = values_BE.float()
         mean_EE = ranks.sum(unit_BE.T @ unit_BE) / (len(unit_BE) * ranks.world_size)
-        weight = torch.where(self.updates == 0, 1.0, 1 - self.momentum)
+        weight = (self.updates == 0).float().clamp(min=1 - self.momentum)
         self.correlation_EE.copy_(torch.lerp(self.correlation_EE, mean_EE, weight))
         self.updates += 1
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.distributions.base import Density, Distribution, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
-from m3i_scale.objective.ranks import Ranks, global_mean, standardize
+from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.regularizers.base import Regularizer
 from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
 
@@ -88,7 +87,7 @@ class UniGrad(PooledRegularizer):
         value = p.vectors(prediction_BE, target_BE, ranks)
         unit_BE = unit(prediction_BE)
         quadratic_B = ((unit_BE @ memory.correlation_EE.clone()) * unit_BE).sum(dim=-1)
-        value = value + self.strength * global_mean(quadratic_B, torch.ones_like(quadratic_B), ranks)
+        value = value + self.strength * quadratic_B.mean()
         return Loss(value, remember=unit(target_BE))
 
 
@@ -182,7 +181,7 @@ class QueuedNegatives(PooledRegularizer):
     def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
         """Return −log P̂ among a clone of the queue, which changes before the backward pass of the next micro-batch."""
         queue_QE, filled = memory.queue_QE.clone(), memory.filled.clone()
-        return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled, ranks), remember=unit(target_BE))
+        return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled), remember=unit(target_BE))
 
 
 def _product(one_BE: Tensor, other_BE: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -70,8 +70,13 @@ class Encoded:
             return self
         cls_BND, tokens_BLD = (part.view_as(part) for part in (self.cls_BND, self.tokens_BLD))
         for part in (cls_BND, tokens_BLD):
-            part.register_hook(lambda gradient: squared_norms.append(gradient.detach().float().square().sum()))
+            part.register_hook(lambda gradient: squared_norms.append(_squared_norm(gradient)))
         return replace(self, cls_BND=cls_BND, tokens_BLD=tokens_BLD)
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+    return norm.square()
 
 
 @dataclass
@@ -86,6 +91,8 @@ class Context:
     """Inputs that show all of a view, by view."""
     encoded_views: dict[tuple[str, int], Tokens]
     """Views as momentum backbone or teacher see them, by (encoder, view)."""
+    counts: dict[str, Tensor]
+    """By target, how many samples of all ranks have it: fp32."""
     measures: bool = False
     """Whether this step is logged: an estimate of information costs an eigenvalue decomposition."""
     text: PairTargets | None = None

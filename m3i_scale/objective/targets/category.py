@@ -15,7 +15,7 @@ from m3i_scale.data.batch import Batch, MixedBatch
 from m3i_scale.data.shards import LABELS
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.heads import RunningStatistics
-from m3i_scale.objective.ranks import Ranks, global_mean
+from m3i_scale.objective.ranks import Ranks, global_count, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
@@ -28,7 +28,13 @@ class BoltzmannClasses(Kind):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     def loss(
-        self, logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor, ranks: Ranks, soft_BK: Tensor | None = None
+        self,
+        logits_BK: Tensor,
+        labels_B: Tensor,
+        valid_B: Tensor,
+        ranks: Ranks,
+        soft_BK: Tensor | None = None,
+        count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy, and log K − the plain one, also where labels are smoothed or mixed.
 
@@ -38,18 +44,20 @@ class BoltzmannClasses(Kind):
             valid_B: bool, whether there is one.
             ranks: for the mean over all samples with a label.
             soft_BK: shares of the classes in place of labels, smoothed already; None: there are none.
+            count: over all ranks, what sums are divided by; None: the number of valid samples.
         """
+        count = global_count(valid_B, ranks) if count is None else count
         logits_BK = logits_BK.float()
         safe_B = labels_B.clamp(min=0)
         if soft_BK is None:
             loss_B = F.cross_entropy(logits_BK, safe_B, reduction="none", label_smoothing=self.label_smoothing)
         else:
             loss_B = F.cross_entropy(logits_BK, soft_BK, reduction="none")
-        loss = global_mean(loss_B, valid_B, ranks)
+        loss = global_mean(loss_B, valid_B, ranks, count)
         plain_B = loss_B.detach()
         if self.label_smoothing or soft_BK is not None:
             plain_B = F.cross_entropy(logits_BK.detach(), safe_B, reduction="none")
-        return loss, global_mean(math.log(logits_BK.shape[1]) - plain_B, valid_B, ranks)
+        return loss, global_mean(math.log(logits_BK.shape[1]) - plain_B, valid_B, ranks, count)
 
 
 class Category(Target):
@@ -85,23 +93,23 @@ class Category(Target):
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum over label sets, weighted by their labelled samples: a mean over all labelled samples.
-        Outside of training also how often the likeliest class is right."""
+        """Return the sum over label sets, which is a mean over all labelled samples. Outside of training also how
+        often the likeliest class is right."""
         batch, ranks = context.batch, given.ranks
-        labelled_B = self.present(batch)
-        total = ranks.sum(labelled_B.sum().float()).clamp(min=1)
-        loss, nats, top_1 = (torch.zeros((), device=total.device) for _ in range(3))
+        labelled_B, count = self.present(batch), context.counts[self.name]
+        losses, nats, top_1 = [], [], []
         for number, logits_BK in enumerate(given.head(encoded.pooled(given.decoder))):
             valid_B = labelled_B & (batch.label_sets_B == number)
-            share = ranks.sum(valid_B.sum().float()) / total
-            labels_B = batch.labels_B.where(valid_B, 0)  # another set's label may be out of this set's range
-            soft = {"soft_BK": batch.soft_labels_BK} if isinstance(batch, MixedBatch) else {}
-            set_loss, set_nats = self.distribution.loss(logits_BK, labels_B, valid_B, ranks, **soft)
-            loss, nats = loss + share * set_loss, nats + share * set_nats
+            labels_B = batch.labels_B.masked_fill(~valid_B, 0)  # another set's label may be out of this set's range
+            soft_BK = batch.soft_labels_BK if isinstance(batch, MixedBatch) else None
+            set_loss, set_nats = self.distribution.loss(logits_BK, labels_B, valid_B, ranks, soft_BK, count)
+            losses.append(set_loss)
+            nats.append(set_nats)
             if not given.head.training:
-                right_B = (logits_BK.argmax(dim=1) == labels_B).float()
-                top_1 = top_1 + share * global_mean(right_B, valid_B, ranks)
-        return Loss(loss, nats, top_1=None if given.head.training else top_1)
+                top_1.append(global_mean((logits_BK.argmax(dim=1) == labels_B).float(), valid_B, ranks, count))
+        return Loss(
+            torch.stack(losses).sum(), torch.stack(nats).sum(), top_1=torch.stack(top_1).sum() if top_1 else None
+        )
 
 
 class Classifier(nn.Linear):

@@ -17,7 +17,7 @@ from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDe
 from m3i_scale.objective.distributions.base import Density, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.gaussian import Gaussian
-from m3i_scale.objective.estimate import gaussian_information
+from m3i_scale.objective.estimate import gaussian_moments
 from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
@@ -60,7 +60,7 @@ class Dense(ImageTarget):
         encoded_by_model = (self.encoder, self.view) in context.encoded_views
         loss = Loss(value, watched={"z": target_BND} if encoded_by_model else {})  # pixels cannot collapse
         if context.measures:
-            loss.nats = gaussian_information(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
+            loss.moments = gaussian_moments(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
         return loss
 
     @cached_property

@@ -12,7 +12,7 @@ from m3i_scale.objective.decoders import ClassToken, pool
 from m3i_scale.objective.distributions.base import Distribution, Loss
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.gaussian import Gaussian
-from m3i_scale.objective.estimate import gaussian_information
+from m3i_scale.objective.estimate import gaussian_moments
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.regularizers.pooled import PooledRegularizer
@@ -37,7 +37,7 @@ class Pooled(HeadTarget):
             with torch.no_grad():
                 predicted_BE = self.regularizer.compared(prediction_BE, given.ranks)
                 z_BE = self.regularizer.compared(target_BE, given.ranks)
-            loss.nats = gaussian_information(predicted_BE, z_BE, given.ranks)
+            loss.moments = gaussian_moments(predicted_BE, z_BE, given.ranks)
         loss.watched = loss.watched or {"z": target_BE}
         return loss
 

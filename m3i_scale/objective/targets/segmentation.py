@@ -84,7 +84,7 @@ class Segmentation(Target):
         """Return the mean over all pixels with a class; outside of training also how truth and prediction overlap."""
         truth_BHW = context.batch.masks_BHW.long()
         valid_BHW = truth_BHW != NO_CLASS
-        truth_BHW = truth_BHW.where(valid_BHW, 0)
+        truth_BHW = truth_BHW.masked_fill(~valid_BHW, 0)
         head: PixelHead = given.head
         size = truth_BHW.shape[1], truth_BHW.shape[2]
         predictions = list(head.predict(given.decoder(encoded.tokens_BLD), encoded.maps, given.grid, size))

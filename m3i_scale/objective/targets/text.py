@@ -42,7 +42,7 @@ class Text(Target):
         texts = cast(PairTargets, context.text)
         prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))
         value, nats = self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks)
-        return Loss(value, nats, watched={"z": texts.own_BE[context.batch.has_text_B], "scale": scale})
+        return Loss(value, nats, watched={"z": texts.own_BE, "valid": texts.valid_B, "scale": scale})
 
 
 class TextHead(nn.Module):

@@ -1,0 +1,187 @@
+"""Walk through one micro-batch of every model on a GPU that does nothing, and print what it asks of it, as JSON.
+
+Run with the library of `fake_library.py` preloaded: `python walk.py [NAME …]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, VOCABULARY, random_batch, tiny_run, tiny_teacher
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tracer import Tracer, assign
+from transformers import masking_utils
+from transformers.loss import loss_lw_detr, loss_rf_detr
+from transformers.models.eomt import modeling_eomt
+
+from m3i_scale.backbones.internimage import modeling_internimage
+from m3i_scale.config import RunConfig
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.build import build_objective
+
+_VIT = {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+_BACKBONES: dict[str, dict[str, Any]] = {
+    "vit": {"preset": "vit-ti/16", "config": _VIT | {"intermediate_size": 128}},
+    "dinov2": {"preset": "dinov2-s/14", "config": _VIT | {"mlp_ratio": 2}},
+    "internimage": {
+        "preset": "internimage-t",
+        "config": {"image_size": 64, "channels": 16, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8]},
+    },
+}
+_REGIONS = {"anchors_per_image": 64, "before_nms": [100, 100], "after_nms": [50, 50], "per_image": 32}
+_MASK_RCNN = {
+    "kind": "mask_rcnn",
+    "channels": 16,
+    "box_width": 32,
+    "box_convs": 1,
+    "mask_convs": 1,
+    "regions": _REGIONS | {"sizes": [8, 16, 32, 48, 64]},
+}
+_RFDETR = {
+    "kind": "rfdetr",
+    "channels": 32,
+    "queries": 8,
+    "groups": 3,
+    "decoder_layers": 2,
+    "self_attention_heads": 2,
+    "cross_attention_heads": 4,
+    "decoder_width": 64,
+}
+_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "classifier": ("vit", {"kind": "classification"}),
+    "linear segmenter": ("vit", {"kind": "segmentation", "head": "linear"}),
+    "UPerNet": ("vit", {"kind": "segmentation", "head": {"kind": "upernet", "channels": 32}}),
+    "UPerNet on maps": ("internimage", {"kind": "segmentation", "head": {"kind": "upernet", "channels": 32}}),
+    "EoMT": ("vit", {"kind": "segmentation", "head": {"kind": "eomt", "queries": 7, "blocks": 2, "points": 200}}),
+    "Mask R-CNN": ("vit", {"kind": "detection", "head": _MASK_RCNN | {"windows": {"size": 3}}}),
+    "Mask R-CNN on maps": ("internimage", {"kind": "detection", "head": _MASK_RCNN}),
+    "RF-DETR": ("dinov2", {"kind": "detection", "head": _RFDETR | {"masks": False}}),
+}
+_RUNS: dict[str, tuple[str, ...]] = {name: (name,) for name in RECIPES} | {
+    "m3i, mixed attention": ("m3i", "backbone.attention=mixed"),
+    "m3i on CLIP": ("m3i", "backbone.preset=clip-b/16"),
+    "m3i on maps": ("m3i", *MAPS, "backbone.attention=mixed"),
+    "m3i, learned balance": ("m3i", "recipe.balance={kind: learned}"),
+    "m3i, gradient norms": ("m3i", "recipe.balance={kind: gradient_norm}"),
+    "sim on DINOv2": ("sim", *DINOV2),
+}
+
+_LOGGED = ("m3i", "byol", "sim_global")
+
+
+def run_of(name: str) -> RunConfig:
+    """Return the run of a recipe or task."""
+    if name in _RUNS:
+        return tiny_run(*_RUNS[name])
+    backbone, task = _TASKS[name]
+    return RunConfig.model_validate({"task": task, "backbone": _BACKBONES[backbone]})
+
+
+def batch_of(run: RunConfig, image: int) -> Batch:
+    """Return four samples with what the run reads, among it two objects an image."""
+    batch = random_batch(4, image=image)
+    if run.task is None or run.task.kind == "classification":
+        return batch
+    if run.task.kind == "segmentation":
+        return replace(batch, masks_BHW=torch.zeros(4, image, image, dtype=torch.uint8))
+    return replace(
+        batch,
+        boxes_BN4=torch.tensor([4.0, 4.0, 30.0, 30.0]).expand(4, 2, 4),
+        box_labels_BN=torch.zeros(4, 2, dtype=torch.int64),
+        box_masks_BNMM=torch.ones(4, 2, 28, 28, dtype=torch.uint8),
+    )
+
+
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """Match by position, draw by generators of the host, and leave out what looks at values to draw them again."""
+    with contextlib.ExitStack() as stack:
+        for module in (loss_lw_detr, loss_rf_detr, modeling_eomt):
+            if hasattr(module, "linear_sum_assignment"):
+                stack.enter_context(mock.patch.object(module, "linear_sum_assignment", assign))
+        # It looks at no mask on a walk with fake tensors, and at every one in training.
+        stack.enter_context(mock.patch.object(masking_utils, "is_tracing", return_value=False))
+        stack.enter_context(mock.patch.object(torch, "Generator", return_value=torch.Generator()))
+        no_drop = mock.patch.object(modeling_internimage, "_drop_paths", lambda config: [0.0] * sum(config.depths))
+        stack.enter_context(no_drop)
+        stack.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, *a, **k: tensor))
+        stack.enter_context(mock.patch.object(torch.random, "fork_rng", return_value=contextlib.nullcontext()))
+        yield
+
+
+def counted(name: str, *, logged: bool) -> dict[str, Any]:
+    """Return kernels and waits of a micro-batch; of a logged one with its figures."""
+    run = run_of(name)
+    labels = {"shapes": LABEL_SETS["shapes"]} if run.task is not None else LABEL_SETS
+    vocabulary = VOCABULARY if "text" in run.model_fields_set else None
+    batch = batch_of(run, run.backbone.config["image_size"])
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_values():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                objective = build_objective(run, labels, vocabulary).train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        objective.measure_health = logged
+        there = batch.to("cuda")
+        with Tracer() as tracer:
+            loss, figures = objective(there)
+            loss.backward()
+            objective.after_backward()
+            objective.host_figures.take()
+        elsewhere = [name for name, value in {"loss": loss, **figures}.items() if not value.is_cuda]
+    return {"kernels": tracer.kernels, "waits": dict(tracer.waits), "elsewhere": elsewhere}
+
+
+def planted() -> dict[str, dict[str, Any]]:
+    """Return what is counted of operations that are known to wait, and of some that are not."""
+    with FakeTensorMode():
+        x, mask, index = torch.ones(4, device="cuda"), torch.ones(4, device="cuda") > 0, torch.arange(2)
+        places = {
+            "reads a value": lambda: float(x.sum()),
+            "counts a mask": lambda: x[mask],
+            "asks for places": x.nonzero,
+            "sends values": lambda: torch.tensor([1.0, 2.0], device="cuda"),
+            "fetches values": x.cpu,
+            "sends an index": lambda: x[index],
+            "sends a number": lambda: x.where(mask, torch.tensor(0.0)),
+            "decomposes": lambda: torch.linalg.eigh(x.diag()),
+            "fills by a mask": lambda: x.masked_fill(mask, 0.0),
+            "fills by an index": lambda: x.clone().__setitem__(mask, 0.0),
+            "sends beside the step": lambda: index.to("cuda", non_blocking=True),
+            "chooses a number": lambda: x.where(mask, 0.0),
+            "adds a number": lambda: x + 1.0,
+        }
+        found: dict[str, dict[str, Any]] = {}
+        for name, operation in places.items():
+            with Tracer() as tracer:
+                operation()
+            found[name] = {"waits": tracer.waits.total(), "kernels": tracer.kernels}
+        try:
+            x + torch.ones(4)
+        except RuntimeError as error:
+            found["mixes devices"] = {"refused": "cuda" in str(error)}
+    return found
+
+
+def main() -> None:
+    tiny_teacher()
+    names = sys.argv[1:] or [*_RUNS, *_TASKS]
+    models = {name: counted(name, logged=False) for name in names}
+    models |= {f"{name}, logged": counted(name, logged=True) for name in names if name in _LOGGED}
+    print(json.dumps({"models": models, "planted": planted()}))
+
+
+if __name__ == "__main__":
+    main()
