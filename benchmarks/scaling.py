@@ -21,6 +21,7 @@ from _failures import best_interval, lost_share
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.plan_search import EQUAL, choose
 from m3i_scale.run.planning import (
     GIB,
     Choice,
@@ -36,7 +37,7 @@ from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.communication import Traffic, step_traffic
 from m3i_scale.scale.plan.hardware import hardware
 
-RUN, POLICY = "m3i_vit_g14", "full"
+RUN, POLICY = "m3i_vit_g14", "none"
 RANKS_PER_NODE, MICRO_BATCH = 8, 32
 BATCH, SAMPLES = 32_768, 12_800_000_000
 """Of the runs: CLIP's batch size, and the samples of the paper's largest run."""
@@ -64,12 +65,15 @@ FABRICS = {
     "100 Gb/s a node": Fabric(450.0, 12.5 / RANKS_PER_NODE, 30.0),
 }
 """NVLink within the node. The last is Ethernet, with a latency of TCP."""
+HPZ = "zero3_bf16_hpz"
+"""A DeepSpeed file that is not built in: `zero3_bf16` with second copies of the parameters in every node."""
 ENGINES = {
     "ZeRO-1": "zero1_bf16",
     "ZeRO-2": "zero2_bf16",
     "ZeRO-3": "zero3_bf16",
-    "ZeRO-3, hpZ 8": "hpz",
-    "ZeRO++": "hpz",
+    "ZeRO-3, all-reduces": "zero3_bf16_all_reduce",
+    "ZeRO-3, hpZ 8": HPZ,
+    "ZeRO++": HPZ,
 }
 Rows = list[list[str]]
 
@@ -114,6 +118,7 @@ def make_tables(folder: Path, wanted: set[int]) -> dict[str, Rows]:
     """By name; the first row is the heading."""
     planned = Planned(folder)
     tables = {name: efficiencies(planned, fabric, wanted) for name, fabric in FABRICS.items()}
+    tables["host"] = host(planned, wanted)
     tables["bytes"] = sent(planned, wanted)
     tables["calls"] = calls(planned, wanted)
     tables["memory"] = memory(planned, wanted)
@@ -127,13 +132,13 @@ class Planned:
     """Estimates, each made once.
 
     Args:
-        folder: for DeepSpeed files that are not built in.
+        folder: for the DeepSpeed file that is not built in.
     """
 
     def __init__(self, folder: Path) -> None:
         raw = load_ds_config("zero3_bf16")
         raw["zero_optimization"]["zero_hpz_partition_size"] = RANKS_PER_NODE
-        self._hpz = folder / "hpz.json"
+        self._hpz = folder / f"{HPZ}.json"
         self._hpz.write_text(json.dumps(raw))
         self.model = cache(self._model)
         self.step = cache(self._step)
@@ -145,7 +150,7 @@ class Planned:
 
     def _step(self, engine: str, gpus: int, batch: int) -> Estimate:
         model = self.model(gpus, batch)
-        file = str(self._hpz) if ENGINES[engine] == "hpz" else ENGINES[engine]
+        file = str(self._hpz) if ENGINES[engine] == HPZ else ENGINES[engine]
         say(f"{gpus} GPUs, {engine}")
         choice = Choice(file, POLICY, model.run.optim.micro_batch_size)
         found = estimate(model, machine(gpus, FABRICS["400 Gb/s a GPU"]), choice)
@@ -162,7 +167,7 @@ def compressed(collectives: tuple[Traffic, Traffic]) -> tuple[Traffic, Traffic]:
     factors = {"gather forward": 2, "reduce-scatter": 4}
     found = []
     for traffic in collectives:
-        less = Traffic()
+        less = Traffic(pieces=traffic.pieces)
         for kind, sizes in traffic.sizes.items():
             for size, calls in sizes.items():
                 less.add(kind, size * calls / factors.get(kind, 1), calls)
@@ -184,14 +189,23 @@ def machine(gpus: int, fabric: Fabric) -> Machine:
 
 
 def efficiencies(planned: Planned, fabric: Fabric, wanted: set[int]) -> Rows:
-    """The share of a step that is arithmetic, with 32 images a GPU."""
+    """The share of a step that is arithmetic, with 32 images a GPU; bold where the step is equal to the fastest."""
     rows = [["GPUs", *ENGINES]]
     for gpus in (count for count in GPUS if count in wanted):
         steps = {engine: planned.over(engine, gpus, fabric) for engine in ENGINES}
         shares = {engine: found.compute_s / found.step_s for engine, found in steps.items()}
-        best = max(shares.values())
-        cells = [f"**{share:.0%}**" if share > best - 0.005 else f"{share:.0%}" for share in shares.values()]
+        least = max(shares.values()) / EQUAL
+        cells = [f"**{share:.0%}**" if share >= least else f"{share:.0%}" for share in shares.values()]
         rows.append([f"{gpus:,}", *cells])
+    return rows
+
+
+def host(planned: Planned, wanted: set[int]) -> Rows:
+    """What the host takes to ask for such a step, seconds; and the arithmetic."""
+    rows = [["GPUs", *ENGINES, "arithmetic"]]
+    for gpus in (count for count in GPUS if count in wanted):
+        found = [planned.step(engine, gpus, MICRO_BATCH * gpus) for engine in ENGINES]
+        rows.append([f"{gpus:,}", *(f"{each.host_s:.2f}" for each in found), f"{found[0].compute_s:.2f}"])
     return rows
 
 
@@ -235,9 +249,8 @@ def runs(planned: Planned, wanted: set[int]) -> tuple[Rows, Rows]:
     for gpus in (count for count in RUNS if count in wanted):
         for name, fabric in FABRICS.items():
             steps = {engine: planned.over(engine, gpus, fabric, BATCH) for engine in ENGINES if engine != "ZeRO++"}
-            # Of equals the one that is listed first: the simplest.
-            take = min(steps, key=lambda engine: round(steps[engine].step_s, 3))
-            step = steps[take]
+            best = choose(list(steps.values()))
+            take, step = next((engine, found) for engine, found in steps.items() if found is best)
             seconds = SAMPLES / BATCH * step.step_s
             hours = seconds / 3600 * gpus
             cells = [f"{step.step_s:.3f}", f"{step.compute_s / step.step_s:.0%}", f"{seconds / 86400:.1f}"]

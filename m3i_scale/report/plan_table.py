@@ -87,7 +87,8 @@ def _figures(document: dict[str, Any]) -> Table:
     for kind, size in document["comm_gib_per_step_by_kind"].items():
         table.add_row("", f"{kind}: {size:.3g} GiB")
     seconds = f"{document['step_time_s']:.3g} s ({document['compute_s']:.3g} s arithmetic, "
-    table.add_row("step", seconds + f"{document['communication_s']:.3g} s communication)")
+    seconds += f"{document['communication_s']:.3g} s communication, {document['host_s']:.3g} s of the host)"
+    table.add_row("step", seconds)
     table.add_row("samples a day", f"{document['samples_per_day']:,.0f}")
     table.add_row(
         f"{document['samples']:,} samples",
@@ -100,12 +101,24 @@ def _figures(document: dict[str, Any]) -> Table:
     return table
 
 
+def _taken(choice: dict[str, Any]) -> str:
+    """Return what a choice takes, in words."""
+    times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
+    return f"{choice['peak_gib_per_rank']:.2f} GiB, {times}"
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    return " ".join(choice["overrides"])
+
+
 def _suggestion(document: dict[str, Any]) -> list[Text]:
     found = document["suggestion"]
     if found is None:
         return [Text("nothing that was tried fits", style="red")]
-    figures = f"{found['peak_gib_per_rank']:.2f} GiB, {found['step_time_s']:.3g} s a step"
-    told = [Text(f"suggested ({figures}): {' '.join(found['overrides'])}")]
+    told = [
+        Text(f"fastest with {each['deepspeed']} ({_taken(each)}): {_choice(each)}") for each in document["compared"]
+    ]
+    told.append(Text(f"suggested ({_taken(found)}): {_choice(found)}"))
     if found["larger"]:
         sizes = ", ".join(f"{key.removeprefix('zero_optimization.')} {size:,}" for key, size in found["larger"].items())
         told.append(Text(f"with larger buckets, which --write puts into the DeepSpeed file: {sizes}"))

@@ -21,6 +21,7 @@ from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, check_batch, resolve_engine
 from m3i_scale.run.source_checks import check_sources, measures_precision
 from m3i_scale.scale.activations import check_policy
+from m3i_scale.scale.arithmetic import check_deterministic
 from m3i_scale.scale.compilation import check_compile
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
@@ -112,7 +113,7 @@ class Checks:
         model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compile:
-            faults.note(check_compile, run.backbone.activation_checkpointing)
+            faults.note(check_compile)
         label_sets: dict[str, list[str]] = {}
         image_counts: list[int] | None = None
         tokenizer = None
@@ -200,6 +201,8 @@ class Checks:
             return
         if self.here:
             faults.note(check_accelerator, deepspeed)
+            if self.run.hardware.deterministic:
+                faults.note(check_deterministic)
         if self.sound("guard", "checkpoint"):
             faults.note(check_guard, self.run, deepspeed.config)
         if peak is not None:

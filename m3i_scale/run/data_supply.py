@@ -180,18 +180,17 @@ class Shares:
     def __init__(self, stream: TrainStream) -> None:
         self._stream = stream
         self._before: dict[str, float] = {}
+        """Means over the ranks at the last record."""
 
     def start(self) -> None:
-        """Begin to count what comes after the last record."""
-        self._before = self._counts()
+        """Begin to count what comes after the last record; every rank calls it."""
+        self._before = self._mean_counts()
 
     def record(self) -> dict[str, SourceFigures]:
         """Return the figures of every source by name; every rank calls it."""
-        now, names = self._counts(), list(self._stream.source_counts())
-        # The difference is taken before the ranks are: they exchange 32 bits, too few for it among billions.
-        recent = mean_over_ranks({key: value - self._before[key] for key, value in now.items()})
-        self._before = now
-        total = mean_over_ranks(now)
+        total, names = self._mean_counts(), list(self._stream.source_counts())
+        recent = {key: value - self._before[key] for key, value in total.items()}
+        self._before = total
         return {
             name: SourceFigures(
                 share=_share(total, name, names, "served"),
@@ -203,12 +202,14 @@ class Shares:
             for name in names
         }
 
-    def _counts(self) -> dict[str, float]:
-        return {
-            f"{name}/{key}": value
-            for name, counts in self._stream.source_counts().items()
-            for key, value in counts.items()
-        }
+    def _mean_counts(self) -> dict[str, float]:
+        return mean_over_ranks(
+            {
+                f"{name}/{key}": value
+                for name, counts in self._stream.source_counts().items()
+                for key, value in counts.items()
+            }
+        )
 
 
 def _share(counts: dict[str, float], name: str, names: list[str], key: str) -> float:

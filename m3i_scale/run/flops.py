@@ -16,7 +16,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.scale.activations import apply_activation_checkpointing, read_policy
+from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches, read_policy
 
 
 def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:
@@ -34,8 +34,8 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
     Returns:
         `forward` (student), `target` (momentum, teacher and text tower), `decoder` (decoders, heads, losses),
         `backward`, `model` (the sum of these four, what MFU is made of), `text` (of `model`, what the text tower
-        takes), and `recompute` (what activation checkpointing computes a second time; not part of `model`; of a budget
-        what it computes where every layer must recompute).
+        takes), and `recompute` (what activation checkpointing computes a second time; not part of `model`; of a budget,
+        and of `selective` where layers are compiled, what `full` computes, which is more).
     """
     micro = run.optim.micro_batch_size
     scale = run.optim.batch_size / micro
@@ -61,7 +61,8 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
 def _counted_policy(run: RunConfig) -> str:
     """Return a policy that recomputes the same and needs no device: where inputs wait says nothing about products."""
     text = run.backbone.activation_checkpointing
-    return "full" if read_policy(text).kind in ("offload", "budget") else text
+    compilers = policy_of_switches(text, run.backbone.compile) != text
+    return "full" if compilers or read_policy(text).kind in ("offload", "budget") else text
 
 
 def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:

@@ -71,7 +71,10 @@ class _Sums:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        return {name: float(total) / self._counts[name] for name, total in self._totals.items()}
+        if not self._totals:
+            return {}
+        totals = torch.stack(list(self._totals.values())).tolist()  # one wait for the device
+        return {name: total / self._counts[name] for name, total in zip(self._totals, totals, strict=True)}
 
 
 class Meter:
@@ -120,6 +123,8 @@ class Meter:
         """Add an optimizer step. The gradients of one that was skipped say nothing; nor do its losses, where they are
         not finite on some rank, unless there are no others until the next record."""
         (self._good if finite else self._left_out).add(self._figures)
+        if not finite:
+            self.objective.host_figures.clear()
         if applied:
             self._good.add(self.gradients)
         self._figures, self.gradients = [], []
@@ -142,19 +147,16 @@ class Meter:
         sources: dict[str, SourceFigures] | None = None,
     ) -> StepRecord:
         """Return the means since the last record, over all ranks; every rank calls it."""
-        means = mean_over_ranks(self._good.means() or self._left_out.means())
+        own = (self._good.means() or self._left_out.means()) | self.objective.host_figures.take()
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
-        phases = mean_over_ranks(self.phases.shares())
-        captions = self._caption_tokens / max(self._micro_batches, 1)
-        sums = mean_over_ranks(
-            {
-                "tokens": self._tokens / steps,
-                "quarantined": float(quarantined),
-                "quarantined_samples": float(quarantined_samples),
-                "captions": captions,
-            }
-        )
+        counts = {
+            "tokens": self._tokens / steps,
+            "quarantined": float(quarantined),
+            "quarantined_samples": float(quarantined_samples),
+            "captions": self._caption_tokens / max(self._micro_batches, 1),
+        }
+        means, phases, sums = _means_over_ranks(own, self.phases.shares(), counts)
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         groups: dict[str, dict[str, float]] = {}
         for target in self.objective.recipe.targets:
@@ -194,6 +196,13 @@ class Meter:
         )
         self.reset()
         return record
+
+
+def _means_over_ranks(*parts: dict[str, float]) -> list[dict[str, float]]:
+    """Return the means of several dicts over the ranks, in one collective."""
+    joined = {f"{number}/{name}": value for number, part in enumerate(parts) for name, value in part.items()}
+    means = mean_over_ranks(joined)
+    return [{name: means[f"{number}/{name}"] for name in part} for number, part in enumerate(parts)]
 
 
 def _memory_gib() -> float:

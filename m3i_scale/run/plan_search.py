@@ -45,9 +45,14 @@ class RunPlan:
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     @cached_property
+    def compared(self) -> list[Estimate]:
+        """Return the fastest choice of every DeepSpeed file that fits."""
+        return compare(self.model, self.machine, self.planned.choice)
+
+    @cached_property
     def suggestion(self) -> Estimate | None:
-        """Return what would be better; None where nothing fits."""
-        return suggest(self.model, self.machine, self.planned.choice)
+        """Return what would be best; None where nothing fits."""
+        return choose(self.compared)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of `m3i-scale plan`."""
@@ -79,6 +84,7 @@ class RunPlan:
             "mfu": self.machine.mfu,
             "tflops_per_rank": self.machine.tflops[planned.settings.precision],
             "compute_s": planned.compute_s,
+            "host_s": planned.host_s,
             "communication_s": planned.traffic.time_s,
             "step_time_s": planned.step_s,
             "samples_per_day": batch / planned.step_s * 86400,
@@ -87,6 +93,7 @@ class RunPlan:
             "gpu_hours": seconds / 3600 * world,
             "checkpoint_gib": self.model.checkpoint_bytes(planned.settings) / GIB,
             "assumed": list(self.model.vocabulary.assumed),
+            "compared": [described(each) for each in self.compared],
             "suggestion": None if self.suggestion is None else described(self.suggestion),
         }
 
@@ -109,6 +116,7 @@ def described(estimated: Estimate) -> dict[str, Any]:
         "activation_checkpointing": choice.policy,
         "peak_gib_per_rank": estimated.peak_bytes / GIB,
         "step_time_s": estimated.step_s,
+        "host_s": estimated.host_s,
         "knobs": {key: value for key, value, _ in estimated.resolved.filled_in if key.startswith("zero_optimization.")}
         | larger,
         "larger": larger,
@@ -153,7 +161,7 @@ def plan_run(
 POLICIES = ("none", "every_2", "full")
 """Of recomputation, that are tried beside the run's own."""
 ENGINE_FILES = {
-    ("bf16", False): ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_cpu_offload"),
+    ("bf16", False): ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_all_reduce", "zero3_bf16_cpu_offload"),
     ("bf16", True): ("zero3_cpu",),
     ("fp32", True): ("zero1_cpu_fp32", "zero3_cpu_fp32"),
     ("fp16", False): ("zero3_fp16",),
@@ -168,9 +176,9 @@ _ON_DEVICES = {
 """Built-in files that are meant for hosts, and the one of the same kind that is meant for accelerators."""
 
 
-def suggest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
-    """Find the fastest choice that fits: for every file and policy the largest micro-batch is looked for, then for
-    every file larger buckets. None where none fits.
+def compare(model: Model, machine: Machine, choice: Choice) -> list[Estimate]:
+    """Find the fastest choice that fits of every DeepSpeed file: for every policy the largest micro-batch is looked
+    for, then larger buckets. What fits in no way is left out.
 
     What offloads is taken where nothing else fits: its copies and the host's arithmetic are not in the time. A file
     that is meant for hosts is not suggested for accelerators, but the one of the same kind that is meant for them.
@@ -181,10 +189,20 @@ def suggest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
     files = list(dict.fromkeys([choice.deepspeed, *ENGINE_FILES.get((model.precision, machine.on_host), ())]))
     offloading = [file for file in files if offloads_optimizer(load_ds_config(file))]
     for some in ([file for file in files if file not in offloading], offloading):
-        best = _fastest(model, machine, choice, some)
-        if best is not None:
-            return best
-    return None
+        compared = [fastest for file in some if (fastest := _fastest(model, machine, choice, file)) is not None]
+        if compared:
+            return compared
+    return []
+
+
+EQUAL = 1.01
+"""Steps that take no longer than so many times the fastest one are equal: the plan errs by more."""
+
+
+def choose(compared: list[Estimate]) -> Estimate | None:
+    """Return the fastest; of equals the one that takes least of the host, which has other things to do too."""
+    limit = EQUAL * min((each.step_s for each in compared), default=0.0)
+    return min((each for each in compared if each.step_s <= limit), key=lambda each: each.host_s, default=None)
 
 
 BUCKETS: dict[int, tuple[tuple[str, int], ...]] = {
@@ -220,21 +238,15 @@ def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) ->
     return next(other for other in fitting if other.step_s <= 1.01 * fastest)
 
 
-def _fastest(model: Model, machine: Machine, choice: Choice, files: list[str]) -> Estimate | None:
-    best: Estimate | None = None
-    for file in files:
-        fastest: Estimate | None = None
-        for policy in dict.fromkeys([choice.policy, *POLICIES]):
-            largest = _largest(model, machine, Choice(file, policy, choice.micro_batch))
-            if largest is not None and (fastest is None or largest.step_s < fastest.step_s * 0.999):
-                fastest = largest
-        if fastest is not None:
-            fastest = _with_larger_buckets(model, machine, fastest)
-            if best is None or fastest.step_s < best.step_s * 0.999:
-                best = fastest
-    if best is None:
+def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estimate | None:
+    fastest: Estimate | None = None
+    for policy in dict.fromkeys([choice.policy, *POLICIES]):
+        largest = _largest(model, machine, Choice(file, policy, choice.micro_batch))
+        if largest is not None and (fastest is None or largest.step_s < fastest.step_s * 0.999):
+            fastest = largest
+    if fastest is None:
         return None
-    exact = estimate(model, machine, best.choice)
+    exact = estimate(model, machine, _with_larger_buckets(model, machine, fastest).choice)
     return exact if exact.fits(machine) else _smaller(model, machine, exact)
 
 
@@ -360,9 +372,7 @@ _COUNTED = {
     "zero_quantized_weights": False,
     "zero_quantized_nontrainable_weights": False,
     "zero_quantized_gradients": False,
-    "reduce_scatter": True,
     "contiguous_gradients": True,
-    "stage3_use_all_reduce_for_fetch_params": False,
     "stage3_module_granularity_threshold": 0,
 }
 """Settings of DeepSpeed that change memory or traffic, with the value that the plan counts with."""
@@ -373,6 +383,8 @@ def _check_counted(resolved: ResolvedConfig) -> None:
     uncounted = [key for key, counted in _COUNTED.items() if zero.get(key, counted) != counted]
     if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
         uncounted.append("offload_optimizer.ratio")
+    if zero["stage"] < 3 and not zero.get("reduce_scatter", True):
+        uncounted.append("reduce_scatter")
     if uncounted:
         raise ConfigError(
             f"the plan does not count 'zero_optimization.{uncounted[0]}'",

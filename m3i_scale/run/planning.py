@@ -16,11 +16,12 @@ from m3i_scale.config import RunConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.data.images import NO_CLASS
-from m3i_scale.data.loader import PREFETCH_PARTS
+from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
+from m3i_scale.objective.build import momentum_pairs
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -28,11 +29,12 @@ from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
-from m3i_scale.scale.engine import is_matrix
+from m3i_scale.scale.engine import is_matrix, set_leaves
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import hardware, step_time
+from m3i_scale.scale.plan.host import host_time
 from m3i_scale.scale.plan.ledger import HOLES, Ledger
 from m3i_scale.scale.plan.replay import ACTIVATIONS, REPLAYED
 from m3i_scale.scale.plan.settings import Parameter, Settings, numel_of, settings_of
@@ -86,7 +88,7 @@ class _PlannedRanks:
         self.world_size = world_size
 
     def gather(self, x_B: Tensor) -> Tensor:
-        return x_B if self.world_size == 1 else torch.cat([x_B] * self.world_size)
+        return x_B if self.world_size == 1 else x_B.repeat(self.world_size, *[1] * (x_B.dim() - 1))
 
     def sum(self, x: Tensor) -> Tensor:
         return x.detach().clone()
@@ -195,17 +197,22 @@ class Model:
         tokens = self.vocabulary.tokens if self.recipe.uses_text else None
         ranks = _PlannedRanks(self.world)
         objective = build_on_meta(self.run, self.vocabulary.label_sets, tokens, ranks)
+        set_leaves(objective)
         return objective.to(_DTYPES[self.precision]).train()
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the parameters of the whole model."""
         parameters, scales = [], scales_of(self.objective, self.run.task)
-        for name, parameter in self.objective.named_parameters():
+        named = dict(self.objective.named_parameters())
+        places = {name: place for place, name in enumerate(named) if named[name].requires_grad}
+        follows = {target: places.get(online) for online, target in momentum_pairs(self.objective)}
+        for name, parameter in named.items():
             role = name.partition(".")[0]
             others = "trained" if parameter.requires_grad else "frozen"
             kind: Any = role if role in ("momentum", "teacher") else others
-            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter), scales.get(name, 1.0)))
+            scale = scales.get(name, 1.0)
+            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter), scale, follows.get(name)))
         return tuple(parameters)
 
     @property
@@ -294,8 +301,14 @@ class Estimate:
     """Of one step, on one rank."""
     collectives: tuple[Traffic, Traffic]
     """Of a step with few micro-batches, and of the last one of these."""
+    operations: int
+    """Of one micro-batch, that make a tensor."""
+    parameter_count: int
+    """Of the whole model."""
     traffic: StepTraffic
     compute_s: float
+    host_s: float
+    """What the host takes to queue a step."""
     step_s: float
 
     @property
@@ -344,8 +357,11 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
         {} if machine.on_host else host_parts(model, choice, host),
         flop,
         (engine.traffic, engine.last_micro_batch),
-        StepTraffic({}, 0.0, 0.0, 0.0, 0.0),
+        trace.operations,
+        len(model.parameters),
+        StepTraffic({}, 0.0, 0.0, 0.0, 0.0, 0.0),
         compute_s,
+        0.0,
         compute_s,
     )
     return over(estimated, machine.links)
@@ -356,10 +372,21 @@ def over(estimated: Estimate, links: Links) -> Estimate:
     settings, (traffic, last_micro_batch) = estimated.settings, estimated.collectives
     further = settings.accumulation_steps - min(settings.accumulation_steps, REPLAYED)
     sent = step_traffic(traffic, last_micro_batch, links, further=further, group=settings.hpz)
-    seconds = step_time(
-        compute_s=estimated.compute_s, communication_s=sent.time_s, once_s=sent.once_s, overlap=settings.overlap
+    host_s = host_time(
+        stage=settings.stage,
+        operations=estimated.operations * settings.accumulation_steps,
+        parameters=estimated.parameter_count,
+        pieces=traffic.pieces + further * last_micro_batch.pieces,
     )
-    return replace(estimated, traffic=sent, step_s=seconds)
+    seconds = step_time(
+        compute_s=estimated.compute_s,
+        communication_s=sent.time_s,
+        once_s=sent.once_s,
+        averaged_s=sent.averaged_s,
+        host_s=host_s,
+        overlap=settings.overlap,
+    )
+    return replace(estimated, traffic=sent, host_s=host_s, step_s=seconds)
 
 
 def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:

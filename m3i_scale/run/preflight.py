@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ import torch.distributed as dist
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import CheckpointConfig, RunConfig
-from m3i_scale.data.loader import PREFETCH_PARTS
+from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.reader import OPEN_SHARDS
 from m3i_scale.launch.doctor import checks, facts
 from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
 from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.accelerator import check_card, check_memory
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.scale.agree import gather_objects, together
@@ -59,6 +61,7 @@ def needs_of(
     far = checkpoint * of_this_host if settings.optimizer_on_host else 0
     pixels = 3 * model.image_size**2 * recipe.views * run.optim.micro_batch_size
     count = kept_checkpoints(run.checkpoint, run.optim.steps)
+    loaders = 1 + bool(run.data.validation)  # workers of both stand, and hold parts, for the whole run
     return Needs(
         ranks=ranks_here,
         world_size=world_size,
@@ -67,8 +70,11 @@ def needs_of(
         kept_bytes=_kept_bytes(run.checkpoint, checkpoint, count),
         memory_bytes=int(copies + far),
         state_bytes=0 if settings.optimizer_on_host else int(checkpoint * of_this_host),
-        shm_bytes=ranks_here * PREFETCH_PARTS * pixels if run.data.workers else 0,
-        open_files=_FILES_OF_A_RANK + OPEN_SHARDS + _FILES_OF_A_WORKER * run.data.workers + _GROUPS * world_size,
+        shm_bytes=loaders * ranks_here * PREFETCH_PARTS * pixels if run.data.workers else 0,
+        open_files=_FILES_OF_A_RANK
+        + OPEN_SHARDS
+        + _FILES_OF_A_WORKER * loaders * run.data.workers
+        + _GROUPS * world_size,
     )
 
 
@@ -112,22 +118,31 @@ def check_software(run: RunConfig) -> None:
     raise not_ready(faults_of(compared)).raised_everywhere()
 
 
-def check_machines(resolved: ResolvedRun) -> None:
+def check_machines(resolved: ResolvedRun, tell: Callable[[str], None]) -> None:
     """Do the cheap checks of the doctor on every host of a run that is about to start: memory, /dev/shm, file limits,
-    room for a checkpoint. Every rank calls it.
+    room for a checkpoint; and look at every rank's GPU. Every rank calls it.
+
+    Args:
+        resolved: the run.
+        tell: told on a rank whose GPU others use too, and leave room on.
 
     Raises:
         HostsNotReadyError: all that was found, on all ranks.
+        UserError: a GPU that is too old, too small, or on which others leave too little room.
     """
+    together(lambda: check_card(resolved.deepspeed.config), names_rank=True)
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
-    findings_here: list[Finding] = together(lambda: _findings_here(resolved) if looks else [])
-    faults = faults_of(dict.fromkeys(finding for findings in gather_objects(findings_here) for finding in findings))
+    nothing: tuple[list[Finding], int] = [], 0
+    hosts = gather_objects(together(lambda: _findings_here(resolved) if looks else nothing))
+    faults = faults_of(dict.fromkeys(finding for findings, _ in hosts for finding in findings))
     if faults:
         raise not_ready(faults)
+    needed = max(of_a_rank for _, of_a_rank in hosts)
+    together(lambda: check_memory(needed, tell), names_rank=True)
 
 
-def _findings_here(resolved: ResolvedRun) -> list[Finding]:
-    """Return the findings of this host; one of its ranks calls it."""
+def _findings_here(resolved: ResolvedRun) -> tuple[list[Finding], int]:
+    """Return the findings of this host, and the bytes of a rank's states; one of its ranks calls it."""
     host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
     config = resolved.deepspeed.config
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
@@ -137,4 +152,4 @@ def _findings_here(resolved: ResolvedRun) -> list[Finding]:
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save
         one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention keeps is for the doctor
         findings.append(disk_finding(host, run.output_dir, one_checkpoint))
-    return findings
+    return findings, needs.state_bytes // ranks_here

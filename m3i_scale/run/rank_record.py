@@ -13,13 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from m3i_scale.launch.failures import RANK_RECORDS, Failure, Kind, record_file, write_record
+from m3i_scale.launch.failures import (
+    RANK_RECORDS,
+    Failure,
+    Kind,
+    begin_rank,
+    end_rank,
+    record_file,
+    write_record,
+)
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.scale.store import MissingRanksError
 
 _TRACE = 30
-_SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
 
 
 @contextlib.contextmanager
@@ -27,7 +34,7 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     """Write a record of whatever ends the work inside. Under an agent it lies where the agent looks, under other
     launchers in OUTPUT/failure; a rank without a launcher prints its error itself.
 
-    An agent sees what a signal ends. Nobody else does: there a rank leaves its record at its start, and takes it back.
+    An agent sees what a signal ends. Nobody else does: there a rank notes that it has begun, and that it has ended.
 
     Args:
         output_dir: of the run.
@@ -50,10 +57,10 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
         if folder is not None and not _as_it_should(error):
             _leave(folder, _failure(error, rank, heartbeat))
         elif folder is not None:
-            _take_back(folder, rank)
+            _end(folder, rank)
         raise
     if folder is not None:
-        _take_back(folder, rank)
+        _end(folder, rank)
 
 
 def _as_it_should(error: BaseException) -> bool:
@@ -61,17 +68,15 @@ def _as_it_should(error: BaseException) -> bool:
 
 
 def _begin(folder: Path, rank: int) -> None:
-    if os.environ.get(RECORDS):
-        record_file(folder, rank).unlink(missing_ok=True)
-    else:
-        write_record(folder, Failure(time.time(), socket.gethostname(), rank, None, None, "silent", _SILENT))
+    record_file(folder, rank).unlink(missing_ok=True)  # of an earlier attempt
+    if not os.environ.get(RECORDS):
+        begin_rank(folder, rank)
 
 
-def _take_back(folder: Path, rank: int) -> None:
-    with contextlib.suppress(OSError):  # a folder that was lost meanwhile is told by who writes into it
-        record_file(folder, rank).unlink(missing_ok=True)
-        if not os.environ.get(RECORDS):
-            folder.rmdir()  # where this was the last one
+def _end(folder: Path, rank: int) -> None:
+    if not os.environ.get(RECORDS):
+        with contextlib.suppress(OSError):  # a folder that was lost meanwhile is told by who writes into it
+            end_rank(folder, rank)
 
 
 def _folder(output_dir: Path) -> Path | None:
@@ -99,10 +104,6 @@ def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
 
 def _leave(folder: Path, failure: Failure) -> None:
     try:
-        try:
-            write_record(folder, failure)
-        except OSError:  # a full disk may have room for this one instead of the one from the start, which is wrong now
-            record_file(folder, failure.rank or 0).unlink(missing_ok=True)
-            write_record(folder, failure)
+        write_record(folder, failure)
     except OSError as fault:  # it must not hide why the rank ends
         print(f"no record of this failure ({fault}): {failure.where()}: {failure.message}", file=sys.stderr)

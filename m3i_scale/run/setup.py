@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.downstream.fine_tuning import prepare, scales_of
 from m3i_scale.errors import ConfigError
@@ -24,15 +25,19 @@ from m3i_scale.objective.build import build_objective, initialize_module, moment
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
-from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.run.device_copies import pinning
+from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.scale.agree import from_rank_0, open_together
+from m3i_scale.scale.arithmetic import allow_tf32
+from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
 from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.loading import stream_into
-from m3i_scale.scale.partition import ShardedMomentum, initialize_sharded, kept_frozen, refuse_unwritable
+from m3i_scale.scale.partition import initialize_sharded, kept_frozen, order_gathers, refuse_unwritable
+from m3i_scale.scale.peak import compute_dtype
 
 
 @dataclass
@@ -147,7 +152,9 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
     return resolved
 
 
-def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: bool = False) -> TrainStream:
+def open_stream(
+    resolved: ResolvedRun, ranks: ProcessGroupRanks, workers: PartWorkers | None = None, *, validation: bool = False
+) -> TrainStream:
     """Return this rank's stream of micro-batches; for validation without augmentation, and always from the start."""
     run = resolved.run
     output_dir = run.output_dir
@@ -167,19 +174,29 @@ def open_stream(resolved: ResolvedRun, ranks: ProcessGroupRanks, *, validation: 
         augment=not validation,
         quarantine_path=output_dir / ("quarantine_validation.jsonl" if validation else "quarantine.jsonl"),
         reads=resolved.recipe.reads,
+        workers=workers,
+        pin=pinning(),
     )
 
 
-def open_data(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> tuple[TrainStream, TrainStream | None]:
+def open_data(
+    resolved: ResolvedRun, ranks: ProcessGroupRanks, workers: Sequence[PartWorkers] = ()
+) -> tuple[TrainStream, TrainStream | None]:
     """Return this rank's streams for training and for validation; every rank calls it.
+
+    Args:
+        resolved: of the run.
+        ranks: of the run.
+        workers: of `started_workers`; without them, each iterator starts some.
 
     Raises:
         UserError: what any rank cannot open, of both, so that validation data are looked at before the first step.
     """
-    stream = open_together(lambda: open_stream(resolved, ranks))
+    of_training, of_validation = (*workers, None, None)[:2]
+    stream = open_together(lambda: open_stream(resolved, ranks, of_training))
     if not resolved.run.data.validation:
         return stream, None
-    return stream, open_together(lambda: open_stream(resolved, ranks, validation=True))
+    return stream, open_together(lambda: open_stream(resolved, ranks, of_validation, validation=True))
 
 
 ReportStart = Callable[[dict[str, Any]], None]
@@ -201,6 +218,7 @@ def start_engine(
         reads_source: False where a checkpoint is loaded right after, over whatever the backbone starts from.
     """
     run = resolved.run
+    allow_tf32(compute_dtype(resolved.deepspeed.config))
     engine = build_engine(
         lambda: _build(resolved, ranks),
         lambda module: _prepare(module, run, report_start, reads_source),
@@ -209,10 +227,13 @@ def start_engine(
         lr_scales=lambda module: scales_of(module, run.task),
     )
     check_effective(engine, resolved.deepspeed)
+    order_gathers(engine)
     refuse_unwritable(engine, kept_frozen(engine.module), "a frozen backbone")
-    apply_activation_checkpointing(engine.module, run.backbone.activation_checkpointing)  # a budget: all, until counted
+    policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compile)
+    apply_activation_checkpointing(engine.module, policy)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
-    return engine, ShardedMomentum(engine, pairs) if pairs else None
+    computes = resolved.recipe.momentum is not None  # that of a task is exported, and no target
+    return engine, ShardedMomentum(engine, pairs, computes=computes) if pairs else None
 
 
 def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
@@ -229,7 +250,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
 def _prepare(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
     _first_weights(module, run, report_start, reads_source)
     if run.backbone.compile:
-        compile_layers(module)
+        compile_layers(module, run.backbone.activation_checkpointing)
 
 
 def _first_weights(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:

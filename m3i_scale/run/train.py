@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig
+from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.files import write_json, write_whole
+from m3i_scale.launch.failures import RANK_RECORDS
+from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
 from m3i_scale.output import wide_console
+from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.check import resolve_run
@@ -26,6 +31,7 @@ from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
 from m3i_scale.scale.agree import from_rank_0, together
+from m3i_scale.scale.arithmetic import compute_deterministically, nondeterminism_explained
 from m3i_scale.scale.checkpoint.commit import explain, sweep
 from m3i_scale.scale.checkpoint.layout import step_of, stopped_words
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -60,19 +66,26 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
 def start(run: RunConfig) -> Status:
     """Join the other ranks and train."""
     torch.manual_seed(run.seed)
-    with recorded(run.output_dir) as heartbeat:
+    with contextlib.ExitStack() as stack:
+        heartbeat = stack.enter_context(recorded(run.output_dir))
+        if "RANK" in os.environ and get_accelerator().device_name() != "cpu":
+            stack.enter_context(record_collectives(run.output_dir / RANK_RECORDS, os.environ))
         callbacks = make_callbacks(run)
         heartbeat.at("check")
-        resolve = check_first(run)
-        heartbeat.at("join")
-        ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
-        clean = False
-        try:
-            with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
-                status = train(run, ranks, callbacks, heartbeat, resolve)
-            clean = True
-        finally:
-            stop_ranks(wait=clean)
+        with started_workers(run.data) as workers:
+            resolve = check_first(run)
+            if run.hardware.deterministic:
+                compute_deterministically()
+            check_before_joining()
+            heartbeat.at("join")
+            ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
+            clean = False
+            try:
+                with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
+                    status = train(run, ranks, callbacks, heartbeat, resolve, workers)
+                clean = True
+            finally:
+                stop_ranks(wait=clean)
     if status == "preempted" and ranks.rank == 0 and launch_of(run.output_dir) is None:  # else the launch says it
         tell(stopped_words(run.output_dir / "checkpoints"))
     return status
@@ -131,6 +144,7 @@ def train(
     callbacks: list[Callback],
     heartbeat: Heartbeat | None = None,
     resolve: Callable[[], ResolvedRun] | None = None,
+    workers: Sequence[PartWorkers] = (),
 ) -> Status:
     """Check, lock, resume, train. Every rank calls it.
 
@@ -140,9 +154,11 @@ def train(
         callbacks: of rank 0; those of other ranks are not called.
         heartbeat: says where this rank is.
         resolve: gives the resolved run where that was made before the ranks met, or raises its fault.
+        workers: of `started_workers`.
     """
     heartbeat = heartbeat or Heartbeat(None)
     heartbeat.at("open")
+    check_distinct_cards()
     check_software(run)
     resolved = together(resolve or (lambda: resolve_run(run, ranks.world_size)), names_rank=True)
     with contextlib.ExitStack() as stack:
@@ -157,10 +173,10 @@ def train(
                 where="data.changed_sources",
                 fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
             )
-        check_machines(resolved)
+        check_machines(resolved, tell)
         from_rank_0(lambda: _write_settings(resolved))
         # Before the tables about the engine: what is wrong with the data should not stand below them.
-        stream, validation = open_data(resolved, ranks)
+        stream, validation = open_data(resolved, ranks, workers)
         if ranks.rank == 0:
             announce(resolved, resume_from, notes)
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
@@ -170,7 +186,8 @@ def train(
             tell(trainer.activations)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
                 tell(note)
-        return trainer.fit()
+        with nondeterminism_explained():
+            return trainer.fit()
 
 
 def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:

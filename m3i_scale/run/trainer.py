@@ -21,10 +21,12 @@ from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo
 from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
+from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.flops import step_flop
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.evaluation import Evaluation
+from m3i_scale.run.hooks.garbage import Garbage, give_back_collector
 from m3i_scale.run.hooks.guard import Guard, check_guard_room
 from m3i_scale.run.hooks.metrics import Metrics, gradient_scale
 from m3i_scale.run.hooks.preemption import Preemption
@@ -38,7 +40,7 @@ from m3i_scale.scale.agree import agree_and_average
 from m3i_scale.scale.checkpoint.saver import bytes_wanted
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
-from m3i_scale.scale.peak import compute_dtype, measured_peak, named_peak
+from m3i_scale.scale.peak import compute_dtype, device_name, measured_peak, named_peak
 
 Status = Literal["finished", "preempted"]
 
@@ -84,12 +86,14 @@ class Trainer:
         timeouts = Timeouts(self.run.timeouts, self.phases, self.heartbeat)
         self.state = TrainState(resolved, ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
         self.fetcher = Fetcher(iter(()))
+        self.copy = DeviceCopies()
         rewinds = Rewinds(self.run.output_dir, anew=resume_from is None)
         guard = Guard(self.state, lambda: self.meter.gradients)
         self.preemption = Preemption(self.state, self.run.output_dir if ranks.rank == 0 else None)
         self.checkpointing = Checkpointing(self.state, resume_from, guard, rewinds)
         # After a step the guard judges it before its record is written, and a step that is undone is not evaluated.
         self.hooks: list[Hook] = [
+            Garbage(),
             self.preemption,
             guard,
             Metrics(self.state, self.meter, guard),
@@ -112,7 +116,7 @@ class Trainer:
         self.phases.on_phase = self.heartbeat.at
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
-        # Closing ends loader workers here, while everything still stands, and not at the exit of the interpreter.
+        # Closing ends what reads ahead here, while everything still stands, and not at the exit of the interpreter.
         with contextlib.closing(iter(state.stream)) as batches_of_rank:
             try:
                 self._loop(StepBatches(state.stream, batches_of_rank, state.resolved.accumulation))
@@ -123,6 +127,7 @@ class Trainer:
                         hook.on_error()
                 raise
             finally:
+                give_back_collector()
                 state.callbacks.on_end(status)
         return status
 
@@ -138,7 +143,8 @@ class Trainer:
             flop_per_step=self.work.flop["model"],
             peak_tflops=self.work.peak.tflops,
             peak_source=self.work.peak.source,
-            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            data_sheet_tflops=self.work.peak.data_sheet_tflops,
+            device=device_name(),
         )
 
     def _loop(self, batches: StepBatches) -> None:
@@ -185,8 +191,10 @@ class Trainer:
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
             for number in range(state.resolved.accumulation):
+                last = number + 1 == state.resolved.accumulation
+                state.engine.module.measure_health = state.logged and last
                 self._micro_batch()
-                if number + 1 == state.resolved.accumulation:  # one vote a step, however many micro-batches
+                if last:  # one vote a step, however many micro-batches
                     self._vote()
                 with self.phases.span("step"):
                     take_step(state.engine)
@@ -215,7 +223,7 @@ class Trainer:
             started = time.perf_counter()
             batch = next(self.fetcher)
             self.meter.add_wait(time.perf_counter() - started)
-            return batch.to(self.device)
+            return self.copy(batch)
 
     def _vote(self) -> None:
         """Exchange the votes of all ranks on the step, before the optimizer takes it, in one collective.

@@ -75,13 +75,19 @@ def check_policy(text: str) -> Policy:
     return policy
 
 
+def policy_of_switches(text: str, compiled: bool) -> str:
+    """Return the policy of the layers' own switches: where layers are compiled, the compiler takes care of
+    `selective`."""
+    return "none" if compiled and read_policy(text).kind == "selective" else text
+
+
 def in_host_memory() -> bool:
     """Return whether the accelerator's memory is the host's."""
     return bool(get_accelerator().on_accelerator(torch.empty(0)))
 
 
-def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Yield every stack of layers that is trained and called as a whole, as (name, layer).
+def stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Yield every stack of layers that is called as a whole, as (name, layer).
 
     A layer of which only a part of the output is computed (`called_in_parts`) is not called through its switch.
     """
@@ -93,6 +99,13 @@ def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
             for name, layer in stack.named_children()
             if isinstance(layer, GradientCheckpointingLayer) and not getattr(layer, "called_in_parts", False)
         ]
+        if layers:
+            yield layers
+
+
+def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Yield those of `stacks` that are trained."""
+    for layers in stacks(module):
         if any(parameter.requires_grad for _, layer in layers for parameter in layer.parameters()):
             yield layers
 

@@ -1,9 +1,14 @@
-"""Exchange values between ranks beside training: votes, means, and that something has failed on one of them."""
+"""Exchange values between ranks beside training: votes, means, objects, and that something has failed on one of them.
+
+Objects and figures of the host travel through a group of gloo's: NCCL would take device memory for them, of all ranks
+together on every rank.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +21,24 @@ from m3i_scale.errors import UserError
 
 VOTE_EVERY_S = 1.0
 Result = TypeVar("Result")
+
+_HOST_GROUP: list[dist.ProcessGroup] = []
+"""At most one; none where the group of all ranks is gloo's."""
+
+
+def join_host_group(timeout: timedelta) -> None:
+    """Make the group through which host memory travels; every rank calls it once it has joined the others.
+
+    Args:
+        timeout: of its collectives.
+    """
+    _HOST_GROUP.clear()
+    if dist.get_backend() != "gloo":
+        _HOST_GROUP.append(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    return _HOST_GROUP[0] if _HOST_GROUP else None
 
 
 def _world_size() -> int:
@@ -52,11 +75,17 @@ def agree_and_average(
 
 
 def _sums(*values: bool | int | Tensor) -> list[float]:
-    device = get_accelerator().current_device_name()
-    sums = torch.stack([torch.as_tensor(value, device=device).to(torch.float32) for value in values])
+    """Return the sums over the ranks, in fp32. The host waits once, for the result."""
+    of_host = torch.tensor([0.0 if isinstance(value, Tensor) else float(value) for value in values])
+    pinned: Tensor = get_accelerator().pin_memory(of_host)  # a copy of it is queued, and not waited for
+    sums = pinned.to(get_accelerator().current_device_name(), non_blocking=True)
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            sums[place] = value
     if _world_size() > 1:
         dist.all_reduce(sums)
-    return sums.tolist()
+    read: list[float] = sums.tolist()
+    return read
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -64,8 +93,17 @@ def gather_objects(value: Any) -> list[Any]:
     values = [value]
     if _world_size() > 1:
         values *= _world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_host_group())
     return values
+
+
+def gather_on_rank_0(value: Any) -> list[Any]:
+    """Return the values of all ranks, by rank, on rank 0; [] on the others. Every rank calls it."""
+    if _world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_host_group())
+    return values or []
 
 
 def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
@@ -73,24 +111,28 @@ def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sum((Counter(one) for one in gather_objects(dict(counts))), Counter[str]()))
 
 
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Return the sum of every value over the ranks, in fp64; all ranks give as many."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Return the mean of every value over the ranks; all ranks give the same keys."""
-    if not values or _world_size() == 1:
-        return dict(values)
-    vector = torch.tensor([values[key] for key in sorted(values)], dtype=torch.float64)
-    if get_accelerator().device_name() != "cpu":
-        vector = vector.to(torch.float32).to(get_accelerator().current_device_name())
-    dist.all_reduce(vector)
-    return dict(zip(sorted(values), (vector / dist.get_world_size()).tolist(), strict=True))
+    sums = sum_over_ranks([values[key] for key in sorted(values)])
+    return {key: total / _world_size() for key, total in zip(sorted(values), sums, strict=True)}
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Return the maximum of every value over the ranks; all ranks give the same keys."""
-    if not values or _world_size() == 1:
-        return dict(values)
-    vector = torch.tensor([values[key] for key in sorted(values)], device=get_accelerator().current_device_name())
-    dist.all_reduce(vector, op=dist.ReduceOp.MAX)
-    return dict(zip(sorted(values), vector.tolist(), strict=True))
+    largest = _reduced([values[key] for key in sorted(values)], dist.ReduceOp.MAX)
+    return dict(zip(sorted(values), largest, strict=True))
+
+
+def _reduced(values: Sequence[float], operation: Any) -> list[float]:
+    vector = torch.tensor(values, dtype=torch.float64)
+    if values and _world_size() > 1:
+        dist.all_reduce(vector, op=operation, group=_host_group())
+    return vector.tolist()
 
 
 def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
@@ -105,6 +147,8 @@ def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
         Exception: this rank's own that is no message to users; the others are told of it, and do not count on all
             ranks being told (`everywhere`).
     """
+    if not _reduced([fault is not None], dist.ReduceOp.MAX)[0]:
+        return  # one number: at a thousand ranks the objects of all would be a thousand messages
     crashed = fault is not None and not isinstance(fault, UserError)
     shared = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
     faults = gather_objects((shared, crashed))
@@ -129,8 +173,13 @@ def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
 
 def from_rank_0(work: Callable[[], Any]) -> Any:
     """Return the result of `work`, done on rank 0 alone; what it raises is raised on all ranks."""
-    box = [together(lambda: work() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(box, src=0)
+    return from_rank(0, work)
+
+
+def from_rank(rank: int, work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, done on one rank alone; what it raises is raised on all ranks."""
+    box = [together(lambda: work() if dist.get_rank() == rank else None)]
+    dist.broadcast_object_list(box, src=rank, group=_host_group())
     return box[0]
 
 

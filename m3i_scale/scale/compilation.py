@@ -1,7 +1,8 @@
 """Use `torch.compile` layer by layer: layers of one class share their kernels, and code between them stays as it is.
 
-What is compiled is the arithmetic of a layer alone. Recomputation is decided outside it, and under ZeRO-3 gathers and
-releases are too: there a compiled layer is a leaf, whose parameters come and go together.
+What is compiled is the arithmetic of a layer alone. Whether a whole layer recomputes is decided outside it; what it
+keeps under `selective`, the compiler chooses. Under ZeRO-3 gathers and releases are outside too: there a compiled layer
+is a leaf, whose parameters come and go together.
 """
 
 from __future__ import annotations
@@ -13,35 +14,26 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_module
-from torch import nn
+from torch import Tensor, nn
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.activations import read_policy, trained_stacks
+from m3i_scale.scale.activations import read_policy, stacks
 
 _WHERE = "backbone.compile"
 _VARIANTS = 64
-"""Of one class: widths, lengths of captions and of what is visible, training and validation. torch's own limit is 8,
-and beyond it a layer that must be one graph ends the run."""
+"""Of one class: widths, numbers of visible tokens, with and without gradient, training and validation. torch's own
+limit is 8, and beyond it a layer that must be one graph ends the run."""
+_KEPT_SHARE = 0.5
 
 
-def check_compile(policy: str) -> None:
-    """Refuse to compile where it cannot be done, or would undo what the run file asks for. Call it before any start.
-
-    Args:
-        policy: `backbone.activation_checkpointing`.
+def check_compile() -> None:
+    """Refuse to compile where it cannot be done. Call it before any start.
 
     Raises:
-        ConfigError: no compiler, or `selective`, which has to see the single operations of a layer.
+        ConfigError: there is no compiler.
     """
-    if read_policy(policy).kind == "selective":
-        raise ConfigError(
-            "`compile` and activation checkpointing 'selective' exclude each other",
-            where=_WHERE,
-            why="selective keeps the outputs of single operations, which a compiled layer has not",
-            fix="backbone.activation_checkpointing=full or none, or backbone.compile=false",
-        )
     device = get_accelerator().device_name()
     if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ConfigError(
@@ -51,26 +43,32 @@ def check_compile(policy: str) -> None:
         )
 
 
-def compile_layers(module: nn.Module) -> list[str]:
-    """Compile every trained layer that is called as a whole; return their names. Call it before the engine is started.
+def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
+    """Compile every layer that is called as a whole, trained or not; return their names. Call it before the engine is
+    started.
+
+    Args:
+        module: holds the layers.
+        policy: `backbone.activation_checkpointing`. Under `selective` the compiler chooses what a layer keeps: half of
+            what it would keep otherwise, so that as little as possible is computed again.
 
     Raises:
         ConfigError: there is no such layer.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    torch._functorch.config.activation_memory_budget = _KEPT_SHARE if read_policy(policy).kind == "selective" else 1.0
     compiled: dict[type, Callable[..., Any]] = {}
     names = []
-    for layers in trained_stacks(module):
+    for layers in stacks(module):
         for name, layer in layers:
             kind = type(layer)
             if kind not in compiled:
                 compiled[kind] = torch.compile(_arithmetic(kind), fullgraph=True)
-            set_z3_leaf_module(layer, True)
             layer.forward = partial(_run, layer, compiled[kind])
             names.append(name)
     if not names:
         raise ConfigError(
-            "`compile` has no effect: this model has no trained layers of `transformers`' kind",
+            "`compile` has no effect: this model has no layers of `transformers`' kind",
             where=_WHERE,
             fix="backbone.compile=false",
         )
@@ -85,7 +83,20 @@ def _arithmetic(kind: type) -> Callable[..., Any]:
 
 def _run(layer: Any, compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     """Do what the wrapped `forward` does, with the compiled arithmetic."""
+    if getattr(layer, "varies_in_length", False):
+        _mark_lengths([*inputs, *named.values()])
     run = partial(compiled, layer, **named)
     if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
         return layer._gradient_checkpointing_func(run, *inputs)
     return run(*inputs)
+
+
+def _mark_lengths(inputs: list[Any]) -> None:
+    """Have one graph serve all lengths of states (B, L, D) and their mask (B, 1, L or 1, L). Captions are of another
+    length on every rank, and a rank that compiles for its own in the middle of a run has all others wait.
+    """
+    for value in inputs:
+        if isinstance(value, Tensor):
+            for dim in (1,) if value.dim() == 3 else (2, 3):
+                if value.shape[dim] > 1:
+                    torch._dynamo.mark_dynamic(value, dim)

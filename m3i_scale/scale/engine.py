@@ -9,11 +9,13 @@ from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
+from m3i_scale.scale.activations import stacks
 from m3i_scale.scale.deepspeed.rules import optimizer_class
 from m3i_scale.scale.extensions import awaited_build
-from m3i_scale.scale.partition import construct, full_shape
+from m3i_scale.scale.partition import construct, full_shape, gradients_by_parameter
 
 
 def quiet_deepspeed() -> None:
@@ -55,6 +57,19 @@ def parameter_groups(
     ]
 
 
+def set_leaves(module: nn.Module) -> None:
+    """Have ZeRO-3 gather and release the parameters of a layer together, and not module by module. Call it before the
+    engine is started.
+
+    A layer of a ViT has eight modules with parameters; hooks, fetches and releases of each, forwards and backwards, are
+    most of what a step takes of the host (docs/gpu.md). A layer whose parts are called one by one stays as it is: a
+    leaf's parts have no hooks.
+    """
+    for layers in stacks(module):
+        for _, layer in layers:
+            set_z3_leaf_module(layer, True)
+
+
 def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
     """Say what starting the engine will wait for, where the extension of its optimizer has to be built.
 
@@ -91,7 +106,8 @@ def build_engine(
     quiet_deepspeed()
     module = construct(build, ds_config)
     initialize(module)
-    engine, _, _, _ = deepspeed.initialize(
-        model=module, model_parameters=parameter_groups(module, weight_decay, lr_scales(module)), config=ds_config
-    )
+    set_leaves(module)
+    groups = parameter_groups(module, weight_decay, lr_scales(module))
+    with gradients_by_parameter():
+        engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     return engine

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_scale.scale.partition import full_shape, is_partitioned
+from m3i_scale.scale.partition import full_shape, is_partitioned, order_gathers
 
 MASTER, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -30,8 +31,6 @@ class Piece:
     start: int
     """First element of the range."""
     numel: int
-    shape: tuple[int, ...]
-    """Of the whole parameter."""
     tensors: dict[str, Tensor]
     """Live flat views by kind: the master weights, and the moments where the optimizer has taken a step."""
 
@@ -56,7 +55,7 @@ def pieces(engine: Any) -> Iterator[Piece]:
         moments = states.get(place.flat, {})
         held = {MASTER: place.flat.data, **{kind: moments[kind].data for kind in MOMENTS if kind in moments}}
         views = {kind: tensor.view(-1).narrow(0, place.offset, place.numel) for kind, tensor in held.items()}
-        yield Piece(name, place.start, place.numel, tuple(full_shape(parameter)), views)
+        yield Piece(name, place.start, place.numel, views)
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -64,6 +63,51 @@ def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
+
+
+def moment_kinds(engine: Any) -> list[str]:
+    """Return the moments that the optimizer has; none before its first step. All ranks have the same."""
+    states = engine.optimizer.optimizer.state
+    flats = _flat_tensors(engine.optimizer)
+    return [kind for kind in MOMENTS if any(kind in states.get(flat, {}) for flat in flats)]
+
+
+@dataclass(frozen=True)
+class MasterGroup:
+    """Describes a flat group of parameters that lie end to end, and the master weights that this rank has of it."""
+
+    master: Tensor
+    """Flat: of the whole group, or of this rank's part."""
+    first: int
+    """First element of the part in the group."""
+    numel: int
+    """Elements of the group, padding included."""
+    offsets: dict[str, int]
+    """Where parameters begin in the group, by name; under ZeRO-3 it holds this rank's shards of them."""
+
+
+def master_groups(engine: Any) -> list[MasterGroup]:
+    """Return the flat groups of the optimizer. Parameters in fp32 are their own master weights under stages 1 and 2,
+    and every rank has all of them."""
+    optimizer, named = engine.optimizer, dict(trained(engine.module))
+    groups: list[MasterGroup] = []
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        places = {name: optimizer.grad_position[optimizer.get_param_id(p)] for name, p in named.items()}
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            offsets = {name: offset for name, (group, offset, _) in places.items() if group == number}
+            groups.append(MasterGroup(flat.detach(), 0, flat.numel(), offsets))
+        return groups
+    wholes = getattr(optimizer, "bf16_groups_flat", None) or getattr(optimizer, "bit16_groups_flat", [])
+    for number, whole in enumerate(wholes):
+        offsets = {
+            name: parameter.storage_offset() - whole.storage_offset()
+            for name, parameter in named.items()
+            if parameter.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        }
+        master = whole if whole.dtype == torch.float32 else _flat_tensors(optimizer)[number]
+        first = 0 if master is whole else dist.get_rank() * master.numel()
+        groups.append(MasterGroup(master.detach(), first, whole.numel(), offsets))
+    return groups
 
 
 def optimizer_steps(engine: Any) -> int:
@@ -111,6 +155,7 @@ def publish(engine: Any) -> None:
         optimizer.fp16_partitioned_groups_flat[number].data.copy_(master.data)
         optimizer._unflatten_partitioned_parameters(number)
     optimizer.checkpoint_event_epilogue()
+    order_gathers(engine)
 
 
 def counters(engine: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.errors import UserError
+from m3i_scale.scale.partition import order_gathers
 
 _AT_MINIMUM = "loss scale already at minimum"
 
@@ -20,7 +21,8 @@ def loss_scale(engine: Any) -> float | None:
 
 
 def take_step(engine: Any) -> None:
-    """Call `engine.step()`. An overflow in fp16 skips the optimizer, and halves the scale.
+    """Call `engine.step()`; what gathers weights next waits for it. An overflow in fp16 skips the optimizer, and halves
+    the scale.
 
     Raises:
         UserError: gradients overflow even at the smallest scale.
@@ -36,6 +38,7 @@ def take_step(engine: Any) -> None:
             why="the run diverges, or its activations are too large for fp16",
             fix="start again from an earlier checkpoint with a lower optim.lr, or take a GPU with bf16",
         ) from None
+    order_gathers(engine)
 
 
 @contextmanager
@@ -58,4 +61,4 @@ def spread_nonfinite(loss: Tensor) -> Tensor:
     A loss may be NaN with gradients that are not. With this the engine skips every such step by itself, on all ranks:
     each ZeRO stage leaves out a step whose global gradient norm is not finite. Nobody waits for the device here.
     """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
+    return loss * (1 + 0 * loss.detach())  # 0 times what is not finite is NaN

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.split_float import join, split
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -100,23 +101,6 @@ def _drawn_in_fp32(parameters: list[nn.Parameter]) -> Iterator[None]:
         parameter.data = values.copy_(parameter.data)
 
 
-def master_shard(parameter: nn.Parameter) -> Tensor:
-    """Return this rank's part of the fp32 master weights: the shard under ZeRO-3, the whole parameter otherwise.
-
-    Raises:
-        RuntimeError: DeepSpeed holds no master copy of a low-precision parameter.
-    """
-    if is_partitioned(parameter):
-        shard: Tensor = safe_get_local_fp32_param(parameter)
-        return shard.float()
-    if parameter.dtype == torch.float32:
-        return parameter.detach()  # every rank has it whole already: no collective
-    full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") else None
-    if full is not None:
-        return torch.as_tensor(full).float()
-    raise RuntimeError(f"no fp32 master weights behind a {parameter.dtype} parameter of shape {parameter.shape}")
-
-
 _KEPT = "kept_in_checkpoints"
 
 
@@ -165,13 +149,13 @@ def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) ->
         parameter: to be filled.
         read: `(first element, out)` fills a flat tensor with that range of the values.
     """
-    _forget_copy(parameter)
+    forget_copy(parameter)
     values = own_values(parameter).view(-1)
     start, numel = own_range(parameter) if is_partitioned(parameter) else (0, values.numel())
     read(start, values[:numel])
 
 
-def _forget_copy(parameter: Any) -> None:
+def forget_copy(parameter: Any) -> None:
     """Forget the copy within the group of zero_hpz_partition_size ranks, which the next gather makes anew."""
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         parameter.ds_secondary_tensor = None
@@ -201,117 +185,73 @@ def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: st
             )
 
 
-class ShardedMomentum:
-    """Keeps the exponential moving average (EMA) of the online weights, shard by shard, without a gather.
+def lay_values(parameter: Any, flat: Tensor) -> None:
+    """Have the live values that this rank holds of a parameter lie in `flat` from now on, which is as long as they are.
 
-    The average is fp32, which is more than the target computes in: averaging a bf16 copy would lose the update, since
-    1 − m is below half a unit in the last place. It is stored beside the target's compute copy: nothing in fp32 (the
-    copy is the average), the lower 16 bits in bf16 (the copy has the upper ones), a whole fp32 shard in fp16.
+    What they were is not copied.
+    """
+    if is_partitioned(parameter):
+        parameter.ds_tensor.data = flat
+    else:
+        parameter.data = flat.view(parameter.shape)
 
-    Args:
-        engine: the DeepSpeed engine that holds online and target parameters.
-        pairs: (online, target) parameter names.
+
+def keep_partitioned(engine: Any, parameters: Iterable[Any]) -> None:
+    """Take parameters out of persistence: DeepSpeed keeps small ones gathered, so that a write to the shard would leave
+    the gathered copy stale, silently."""
+    partitioned = {id(parameter): parameter for parameter in parameters if is_partitioned(parameter)}
+    if not partitioned:
+        return
+    persistent = engine.optimizer.persistent_parameters
+    persistent[:] = [parameter for parameter in persistent if id(parameter) not in partitioned]
+    for parameter in partitioned.values():
+        parameter.ds_persist = False
+    first, *_ = partitioned.values()
+    first.partition(list(partitioned.values()))
+
+
+@contextlib.contextmanager
+def gradients_by_parameter() -> Iterator[None]:
+    """Have an engine that is started inside reduce every gradient when it is complete, that of a leaf too.
+
+    By itself DeepSpeed reduces those of a leaf at the end of a call's backward pass (`stage3.py`,
+    `reduce_leaf_module_grads`). They are not complete then where the layer is called twice, as a decoder is by two
+    targets, and would come into a bucket twice.
+    """
+    with mock.patch.object(stage3, "z3_leaf_parameter", return_value=False):
+        yield
+
+
+_GATHER_STREAM = "_PartitionedParameterCoordinator__allgather_stream"
+
+
+def gather_stream(engine: Any) -> Any:
+    """Return the stream that ZeRO-3 gathers shards on; None under other stages, and where a device has no streams.
 
     Raises:
-        ConfigError: an engine configuration under which the target's shards cannot be written in place.
+        ConfigError: this version of DeepSpeed has no such stream.
     """
+    if engine.zero_optimization_stage() != 3:
+        return None
+    coordinator = engine.optimizer.parameter_offload.param_coordinator
+    if not hasattr(coordinator, _GATHER_STREAM):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} gathers partitioned parameters on a stream that is not known here",
+            why="they could be gathered before they are written",
+            fix="install the version of requirements.txt, or take stage 1 or 2",
+        )
+    return getattr(coordinator, _GATHER_STREAM)
 
-    def __init__(self, engine: Any, pairs: list[tuple[str, str]]) -> None:
-        named = dict(engine.module.named_parameters())
-        self._follows = {target: online for online, target in pairs}
-        self._online = {target: named[online] for online, target in pairs}
-        self._target = {target: named[target] for _, target in pairs}
-        refuse_unwritable(engine, self._target, "a momentum target")
-        self._keep_partitioned(engine)
-        self._beside: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, online in self._online.items():
-                self._store(name, master_shard(online))
 
-    def _keep_partitioned(self, engine: Any) -> None:
-        """Take the targets out of persistence: DeepSpeed keeps small parameters gathered, so that a write to the shard
-        would leave the gathered copy stale, silently."""
-        targets = [parameter for parameter in self._target.values() if is_partitioned(parameter)]
-        if not targets:
-            return
-        identities = {id(parameter) for parameter in targets}
-        persistent = engine.optimizer.persistent_parameters
-        persistent[:] = [parameter for parameter in persistent if id(parameter) not in identities]
-        for parameter in targets:
-            parameter.ds_persist = False
-        targets[0].partition(targets)
+def order_gathers(engine: Any) -> None:
+    """Have ZeRO-3 gather shards only after what was queued on the current stream so far, which may have written them.
 
-    @property
-    def sharded(self) -> bool:
-        """Return whether a rank has its part of the averages only, as under ZeRO-3, and not the whole of them."""
-        return any(is_partitioned(target) for target in self._target.values())
+    DeepSpeed copies shards on a stream of its own that waits for no other: not for a write of ours, nor for its own
+    optimizer. Other stages gather on the current stream, and need nothing. No host waits here.
 
-    def names(self) -> list[str]:
-        """Return the names of the averaged parameters."""
-        return list(self._target)
-
-    @torch.no_grad()
-    def shard(self, name: str) -> Tensor:
-        """Return this rank's part of an average in fp32: a copy where the target is bf16, else a live view."""
-        copy = own_values(self._target[name])
-        if copy.dtype == torch.float32:
-            return copy
-        return join(copy, self._beside[name]) if copy.dtype == torch.bfloat16 else self._beside[name]
-
-    @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """Update average ← m · average + (1 − m) · online, and the compute copy with it."""
-        for name, online in self._online.items():
-            average = self.shard(name)
-            self._store(name, average.lerp_(master_shard(online).view_as(average), 1.0 - momentum))
-
-    def _store(self, name: str, average: Tensor) -> None:
-        copy = own_values(self._target[name])
-        _forget_copy(self._target[name])
-        if copy.dtype == torch.float32:
-            copy.copy_(average.view_as(copy))  # nothing to do where it is the copy itself
-            return
-        kept = torch.int16 if copy.dtype == torch.bfloat16 else torch.float32
-        if name not in self._beside:
-            self._beside[name] = torch.empty_like(copy, dtype=kept)
-        if kept == torch.int16:
-            split(average, copy, self._beside[name])
-        else:
-            self._beside[name].copy_(average.view_as(copy))
-            copy.copy_(self._beside[name])
-
-    def online_names(self) -> dict[str, str]:
-        """Return, by averaged parameter, the name of the online parameter that it follows."""
-        return dict(self._follows)
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Return the full shape of every averaged parameter, for consolidation."""
-        return {name: list(full_shape(parameter)) for name, parameter in self._target.items()}
-
-    def pieces(self) -> list[tuple[str, int, int]]:
-        """Return (name, first element, elements) of what this rank has to save of every average."""
-        return [(name, *own_range(target)) for name, target in self._target.items()]
-
-    def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
-        """Return the live tensors that a piece is made of, flat: the fp32 values, or two halves for
-        `split_float.join`."""
-        copy, beside = own_values(self._target[name]), self._beside.get(name)
-        held = (copy, beside) if copy.dtype == torch.bfloat16 else (copy if beside is None else beside,)
-        begin = 0 if is_partitioned(self._target[name]) else start
-        return tuple(part.view(-1)[begin : begin + numel] for part in held if part is not None)
-
-    @torch.no_grad()
-    def load(self, read: Callable[[str, int, Tensor], None]) -> None:
-        """Take over saved averages.
-
-        Args:
-            read: `(name, first element, out)` fills a flat fp32 tensor with that range of the average.
-        """
-        for name, start, numel in self.pieces():
-            copy = own_values(self._target[name])
-            values = torch.zeros(copy.numel())
-            if is_partitioned(self._target[name]):
-                read(name, start, values[:numel])  # the rest is padding
-            else:
-                read(name, 0, values)
-            self._store(name, values.to(copy.device))
+    Raises:
+        ConfigError: see `gather_stream`.
+    """
+    stream = gather_stream(engine)
+    if stream is not None:
+        stream.wait_stream(get_accelerator().current_stream())

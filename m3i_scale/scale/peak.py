@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.scale.agree import mean_over_ranks
@@ -22,7 +23,12 @@ PEAK_TFLOPS = {
     "v100-fp16": 125.0,
 }
 """Dense matrix products, of the vendor's data sheets (SXM modules)."""
+_MODULES = {"A100-SXM": "a100", "H100 80GB HBM3": "h100", "H200": "h200", "V100-SXM": "v100"}
+"""Preset by what is in the driver's name of a device."""
+_OTHER_MODULES = ("NVL", "PCIe")
+"""Whose data sheets have lower rates under the same names."""
 
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MOST_TFLOPS = 1e6
 """Hundreds of times the fastest device: what is above was meant in FLOP/s."""
 _LONG_ENOUGH_S, _MEASURED_S, _LARGEST = 5e-3, 0.2, 8192
@@ -36,6 +42,14 @@ class Peak:
     """10¹² FLOPs a second."""
     source: str
     """`given`, the name of a preset, or `measured`."""
+    data_sheet_tflops: float | None = None
+    """Where it is measured: that of a known device."""
+
+
+def device_name() -> str:
+    """Return what this rank computes on: the name of its GPU, or the kind of accelerator."""
+    kind: str = get_accelerator().device_name()
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
@@ -58,7 +72,7 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
             raise ConfigError(
                 f"no accelerator '{given}'", where=where, fix=f"a number, or {did_you_mean(given, PEAK_TFLOPS)}"
             )
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
+        short = _SHORT[dtype]
         if not given.endswith(short):
             raise ConfigError(
                 f"'{given}' is not the peak of {short}, in which this run computes",
@@ -75,23 +89,41 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
     return Peak(float(given), "given")
 
 
+def data_sheet_tflops(device: str, dtype: torch.dtype) -> float | None:
+    """Return the rate of `PEAK_TFLOPS` for a device by the name that its driver gives; None where it is not known."""
+    if any(other in device for other in _OTHER_MODULES):
+        return None
+    presets = [preset for words, preset in _MODULES.items() if words in device]
+    return PEAK_TFLOPS.get(f"{presets[0]}-{_SHORT[dtype]}") if presets else None
+
+
 def measured_peak(dtype: torch.dtype) -> Peak:
     """Measure the rate of a square matrix product in `dtype`: the best within 0.2 s, as a mean over the ranks.
 
     All ranks measure at once, because ranks on one processor share it. Every rank calls it.
     """
     size = 256
-    while (best_s := _product_s(size, dtype)) < _LONG_ENOUGH_S and size < _LARGEST:
+    square = _random_square(size, dtype)
+    while (best_s := _product_s(square)) < _LONG_ENOUGH_S and size < _LARGEST:
         size *= 2
+        square = _random_square(size, dtype)
     ends = time.perf_counter() + _MEASURED_S
     while time.perf_counter() < ends:
-        best_s = min(best_s, _product_s(size, dtype))
-    return Peak(mean_over_ranks({"tflops": 2 * size**3 / best_s / 1e12})["tflops"], "measured")
+        best_s = min(best_s, _product_s(square))
+    tflops = mean_over_ranks({"tflops": 2 * size**3 / best_s / 1e12})["tflops"]
+    return Peak(tflops, "measured", data_sheet_tflops(device_name(), dtype))
 
 
-def _product_s(size: int, dtype: torch.dtype) -> float:
+def _random_square(size: int, dtype: torch.dtype) -> Tensor:
+    """Return a matrix as those of training are: of equal numbers a GPU multiplies faster, for less power. No random
+    state of the run moves."""
+    device = get_accelerator().current_device_name()
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(size, size, dtype=dtype, device=device, generator=generator)
+
+
+def _product_s(square: Tensor) -> float:
     accelerator = get_accelerator()
-    square = torch.ones(size, size, dtype=dtype, device=accelerator.current_device_name())
     torch.mm(square, square)  # warm
     accelerator.synchronize()
     started = time.perf_counter()

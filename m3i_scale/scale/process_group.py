@@ -18,12 +18,15 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.errors import UserError
 from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.scale.agree import join_host_group
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
 from m3i_scale.scale.store import await_ranks, listen_at_master_address
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FORK_SAFE = ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE")
+"""Without them, network cards that write into memory may write into that of a loader process (verbs, EFA)."""
 
 
 def start_ranks(
@@ -64,6 +67,8 @@ def start_ranks(
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        for name in _FORK_SAFE:
+            os.environ.setdefault(name, "1")
     # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes
     # them, crashes where there is less (64 MB in a container), and reduces in another order than under other launchers.
     local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
@@ -76,6 +81,7 @@ def start_ranks(
         if awaited is not None and os.environ["LOCAL_RANK"] == "0":
             tell(awaited)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    join_host_group(timeout)
     if local is not None:
         os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket
     return ProcessGroupRanks()

@@ -24,7 +24,8 @@ _PREFIX, _POLL_S, _NAMED_RANKS = ".shared-", 0.2, 8
 def check_shared(output_dir: Path) -> None:
     """Refuse an output directory that is not the same on all hosts. Every rank calls it; rank 0 holds the lock.
 
-    Rank 0 makes a folder of a name that nobody has seen, and every rank leaves a file in it.
+    Rank 0 makes a folder of a name that nobody has seen. Every rank looks for it, and one of every host leaves a file
+    in it.
 
     Raises:
         CheckpointError: on all ranks; it names the hosts that do not see the folder or cannot write to it.
@@ -34,7 +35,7 @@ def check_shared(output_dir: Path) -> None:
     mark: Path = from_rank_0(lambda: _make_mark(output_dir))
     try:
         # Each rank looks in its own directory: they may have been given different ones.
-        results = gather_objects((socket.gethostname(), _leave_a_file(output_dir / mark.name)))
+        results = gather_objects((socket.gethostname(), _fault_here(output_dir / mark.name)))
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(mark, ignore_errors=True)
@@ -63,7 +64,7 @@ def _make_mark(output_dir: Path) -> Path:
     return mark
 
 
-def _leave_a_file(mark: Path) -> str | None:
+def _fault_here(mark: Path) -> str | None:
     """Return what keeps this rank from writing where rank 0 has; None: nothing does."""
     deadline = time.monotonic() + VISIBLE_S
     while True:
@@ -71,7 +72,10 @@ def _leave_a_file(mark: Path) -> str | None:
             for folder in (mark.parent.parent, mark.parent):  # a client of NFS asks its server again
                 with contextlib.suppress(PermissionError):  # to write, one need not be allowed to list
                     os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-            (mark / f"rank-{dist.get_rank()}").touch(exist_ok=False)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                (mark / f"rank-{dist.get_rank()}").touch(exist_ok=False)
+            else:
+                mark.stat()
         except FileNotFoundError:
             if time.monotonic() > deadline:
                 return f"does not see what rank 0 wrote {VISIBLE_S:.0f} s ago"

@@ -14,13 +14,13 @@ _HALF = 1 << 15
 
 def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
     """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16)."""
-    bits = values.contiguous().view(torch.int32)
-    rounded = (bits + _HALF) >> 16
-    lower.copy_((bits - (rounded << 16)).view_as(lower))
-    upper.view(torch.int16).copy_(rounded.view_as(upper))
+    bits = values.contiguous().view(torch.int32).view_as(upper)
+    lower.copy_(bits)  # the lower half, with a sign: it is negative where `upper` is rounded up
+    upper.view(torch.int16).copy_((bits + _HALF) >> 16)
 
 
 def join(upper: Tensor, lower: Tensor) -> Tensor:
     """Return the fp32 numbers that were split, in a new tensor of `upper`'s shape."""
-    bits = (upper.view(torch.int16).to(torch.int32) << 16) + lower.view_as(upper)
-    return bits.view(torch.float32)
+    values = upper.to(torch.float32)
+    values.view(torch.int32).add_(lower.view_as(upper))
+    return values

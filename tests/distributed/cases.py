@@ -31,7 +31,7 @@ from rank_parts import GLOBAL_BATCH
 from safetensors.torch import save_file
 from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch import Tensor, nn
-from traffic_cases import COUNTED, TrafficCases
+from traffic_cases import BY_ALL_REDUCE, COMPARED, COUNTED, TrafficCases
 from transformers import ViTModel
 from weights import timm_model
 
@@ -130,6 +130,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             for policy in policies:
                 given = (*arguments, f"backbone.activation_checkpointing={policy}")
                 cases[f"recomputed_{name}_{policy}"] = lambda given=given: self.engine_gradients(*given)
+        cases["called_twice"] = self.called_twice
         cases["recomputed_queue_budget"] = lambda: self.budget("densecl")
         cases["recomputed_m3i_budget"] = lambda: self.budget("m3i")
         for name in ("clip", "siglip"):
@@ -149,6 +150,8 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             cases[f"held_{name}"] = lambda name=name: self.held(name)
         for name in COUNTED if self.world > 1 else ():
             cases[f"traffic_{name}"] = lambda name=name: self.traffic(name)
+        for name in COMPARED:
+            cases[f"compared_{name}"] = lambda name=name: self.compared(name)
         for name, arguments in COMPILED.items():
             cases[f"compiled_{name}"] = lambda arguments=arguments: self.compiled(*arguments)
         for name, case in cases.items():
@@ -279,7 +282,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         named = dict(engine.module.named_parameters())
         values = {name: self._master(p) for name, p in named.items() if p.requires_grad}
         for online, target in momentum_pairs(engine.module):
-            values[target] = self._gather_shard(momentum.shard(target), values[online])
+            values[target] = self._average(momentum, target, values[online])
         engine.destroy()
         return values
 
@@ -288,12 +291,10 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         plan = self.plan(ds_config, "m3i")
         engine, momentum = start_engine(plan, self.ranks)
         assert momentum is not None
-        optimizer, named = engine.optimizer, dict(engine.module.named_parameters())
-        averaged = [p for name, p in named.items() if name.startswith("momentum.")]
-        held = {
-            "momentum target": sum(p.ds_tensor.nbytes if is_partitioned(p) else p.nbytes for p in averaged)
-            + sum(shard.nbytes for shard in momentum._beside.values())
-        }
+        optimizer = engine.optimizer
+        averages = [part for flat in momentum._flats for part in (flat.copy, flat.beside)]
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in averages}
+        held = {"momentum target": sum(storages.values())}
         if ds_config.startswith("zero3"):
             masters = {m.data_ptr(): m.nbytes for m in optimizer.fp32_partitioned_groups_flat}
             shards = {flat.data_ptr() for flat in optimizer.fp16_partitioned_groups_flat}
@@ -463,6 +464,18 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
     def engine_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe, *overrides), self.ranks)
         return self._gradients_of(engine)
+
+    def called_twice(self) -> dict[str, Any]:
+        """Gradients of an engine whose decoder has layers that two targets call, all in one bucket; by both ways of
+        fetching; and of plain modules."""
+        arguments = ("m3i", "recipe.decoders.dense.depth=3")
+        told = {"plain": self.plain_gradients(*arguments)}
+        for name, settings in (("engine", {}), ("by_all_reduce", BY_ALL_REDUCE)):
+            plan = self.plan("zero3_cpu_fp32", *arguments)
+            plan.deepspeed.config["zero_optimization"] |= {"reduce_bucket_size": 4_000_000, **settings}
+            engine, _ = start_engine(plan, self.ranks)
+            told[name] = self._gradients_of(engine)
+        return told
 
     def _gradients_of(self, engine: Any) -> dict[str, Any]:
         for group in engine.optimizer.param_groups:

@@ -56,7 +56,7 @@ class GuardCases(RankParts):
 
         def kept() -> dict[str, Tensor]:
             values = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}
-            values |= {f"momentum {name}": momentum.shard(name).clone() for name in momentum.names()}
+            values |= {f"momentum {name}": value for name, value in self._averages(momentum).items()}
             values |= {f"buffer {name}": buffer.clone() for name, buffer in engine.module.named_buffers()}
             for number, state in enumerate(engine.basic_optimizer.state.values()):
                 values |= {f"{number} {k}": v.clone() for k, v in state.items() if torch.is_tensor(v)}

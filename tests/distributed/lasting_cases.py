@@ -90,7 +90,7 @@ class LastingCases(RankParts):
                 reference[target].lerp_(self._master(named[online]), 1.0 - (0.99 + 0.0003 * step))
         with torch.no_grad():
             engine(self.batch(99))
-        averages = {name: self._gather_shard(momentum.shard(name), reference[name]) for name in reference}
+        averages = {name: self._average(momentum, name, reference[name]) for name in reference}
         moved = max(float((averages[t] - self._master(named[o])).abs().max()) for o, t in pairs)
         result = {
             "different": [name for name, value in averages.items() if not torch.equal(value, reference[name])],
@@ -143,7 +143,7 @@ class LastingCases(RankParts):
                 self._train_step(engine, step)
                 momentum.update(0.99)
             masters = {k: self._master(p).clone() for k, p in named.items() if p.requires_grad}
-            return masters | {name: momentum.shard(name).clone() for name in momentum.names()}
+            return masters | self._averages(momentum)
 
         straight = go_on()
         state = load_checkpoint(folder, engine, momentum)
@@ -175,6 +175,8 @@ class LastingCases(RankParts):
             masters = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}
             return masters | kept()
 
+        lasting = engine.module.state_dict().keys()
+        constants = {name: buffer for name, buffer in engine.module.named_buffers() if name not in lasting}
         first = kept()
         train(0, 1, 2)
         saved = kept()
@@ -190,7 +192,7 @@ class LastingCases(RankParts):
         ]
         wrong += [name for name in trained if name not in parameters]
         for online, target in momentum_pairs(engine.module):
-            average = self._gather_shard(momentum.shard(target), trained[online])
+            average = self._average(momentum, target, trained[online])
             wrong += [] if torch.equal(averaged[online], average) else [online]
         straight = train(3, 4)
         engine.destroy()
@@ -200,6 +202,7 @@ class LastingCases(RankParts):
         again = train(3, 4)
         engine.destroy()
         return {
+            "constants": constants,
             "dtypes": sorted({str(buffer.dtype) for buffer in saved.values()}),
             "moved": [name for name, buffer in saved.items() if not torch.equal(buffer, first[name])],
             "loaded_different": [name for name, buffer in saved.items() if not torch.equal(buffer, loaded[name])],

@@ -52,7 +52,7 @@ class PrecisionCases(RankParts):
 
         def kept() -> dict[str, Tensor]:
             values = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}
-            values |= {f"momentum {name}": momentum.shard(name).clone() for name in momentum.names()}
+            values |= {f"momentum {name}": value for name, value in self._averages(momentum).items()}
             values |= {f"buffer {k}": b.clone() for k, b in engine.module.named_buffers() if k.startswith("weights.")}
             steps = [s["step"] for s in engine.basic_optimizer.state.values() if "step" in s]
             return values | {"adam": torch.tensor([float(step) for step in steps])}

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.deepspeed.resolve import resolve
 from m3i_scale.scale.partition import whole
 from m3i_scale.scale.process_group import start_ranks
+from m3i_scale.scale.split_float import join
 
 GLOBAL_BATCH = 8
 
@@ -86,9 +88,16 @@ class RankParts:
         errors = [(value.double() - exact.double()).abs() for value in (used, exact.to(used.dtype))]
         return torch.equal(*errors)
 
-    def _gather_shard(self, shard: Tensor, like: Tensor) -> Tensor:
-        if shard.numel() == like.numel() and self.world > 1 and shard.shape == like.shape:
-            return shard
-        parts = [torch.empty_like(shard) for _ in range(self.world)]
-        dist.all_gather(parts, shard)
-        return torch.cat(parts)[: like.numel()].view_as(like)
+    @staticmethod
+    def _averages(momentum: ShardedMomentum) -> dict[str, Tensor]:
+        """What this rank saves of every average, flat."""
+        pieces = {name: momentum.parts(name, start, numel) for name, start, numel in momentum.pieces()}
+        return {name: join(*parts) if len(parts) == 2 else parts[0].clone() for name, parts in pieces.items()}
+
+    def _average(self, momentum: ShardedMomentum, name: str, like: Tensor) -> Tensor:
+        """What all ranks would save of an average, together."""
+        whole, values = torch.zeros(like.numel()), self._averages(momentum)[name]
+        (start,) = (start for of, start, _ in momentum.pieces() if of == name)
+        whole[start : start + values.numel()] = values
+        dist.all_reduce(whole)
+        return whole.view_as(like)

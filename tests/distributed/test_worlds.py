@@ -10,9 +10,10 @@ import torch
 from cases import ENGINES, PARTITIONED, PLANNED, RECIPES, RECOMPUTED, REMEMBERED
 from compile_cases import COMPILED
 from guard_cases import NONFINITE
+from lasting_cases import STEPS
 from precision_cases import FIRST_POWER
 from tiny import tiny_run
-from traffic_cases import COUNTED
+from traffic_cases import COMPARED, COUNTED
 
 from m3i_scale.objective.recipe import parse_recipe
 
@@ -69,6 +70,15 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one(worlds, engine: str, r
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_engine_has_the_gradients_of_plain_modules(worlds, world: int, recipe: str) -> None:
     same(worlds.result(f"plain_{recipe}", world), worlds.result(f"zero3_{recipe}", world))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("way", ["engine", "by_all_reduce"])
+def test_layers_as_units_have_the_gradients_of_plain_modules_to_the_last_bit(worlds, world: int, way: str) -> None:
+    told = worlds.result("called_twice", world)
+    plain, gradients = told["plain"]["gradients"], told[way]["gradients"]
+    assert [name for name, gradient in plain.items() if not torch.equal(gradient, gradients[name])] == []
+    assert any("decoders.dense.layers.0" in name for name in gradients)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -149,6 +159,20 @@ def test_what_heads_and_weights_remember_survives_in_fp32_and_is_the_same_on_all
         assert told["loaded_wrong"] == []
         for name, buffer in worlds.result(f"remembered_{case}", world, 0)["kept"].items():
             assert torch.equal(told["kept"][name], buffer), name
+
+
+@pytest.mark.parametrize("case", REMEMBERED)
+@pytest.mark.parametrize("world", [1, 2])
+def test_constants_are_exact_in_an_engine_of_bf16_and_in_no_checkpoint(worlds, world: int, case: str) -> None:
+    told = worlds.result(f"remembered_{case}", world)["constants"]
+    run = tiny_run(*REMEMBERED[case])
+    assert {name for name in told if not name.startswith("text.")} == {
+        "pixel_norm.mean_C",
+        "pixel_norm.std_C",
+        "weights.given_K",
+    }
+    assert torch.equal(told["pixel_norm.mean_C"], torch.tensor(run.data.augment.mean))
+    assert torch.equal(told["pixel_norm.std_C"], torch.tensor(run.data.augment.std))
 
 
 @pytest.mark.parametrize("case", REMEMBERED)
@@ -394,6 +418,30 @@ def test_a_step_makes_the_calls_that_the_plan_says_and_moves_its_bytes(worlds, e
         assert told["seen"] == told["planned"]
 
 
+LOSSES = {
+    "m3i": ((0, 6, 3), (0, 14, 3)),
+    "clip": ((0, 4, 2), (0, 6, 2)),
+    "supervised": ((0, 1, 0), (0, 2, 0)),
+    "mae": ((0, 1, 0), (0, 4, 0)),
+    "moco": ((0, 2, 0), (0, 4, 0)),
+}
+"""Collectives beside those of DeepSpeed, of a step and of one that is logged: until the student is through, which the
+gather of the averages runs beside; of the forward pass; of the backward pass."""
+
+
+@pytest.mark.parametrize("recipe", COMPARED)
+def test_losses_make_few_collectives_and_as_many_on_all_ranks(worlds, recipe: str) -> None:
+    told = worlds.result(f"compared_{recipe}", 2)
+    assert told == worlds.result(f"compared_{recipe}", 2, 1)
+    assert (told["plain"], told["logged"]) == LOSSES[recipe]
+    alone = worlds.result(f"compared_{recipe}", 1)
+    assert (alone["plain"], alone["logged"]) == ((0, 0, 0), (0, 0, 0))
+    assert told["figures"] == pytest.approx(alone["figures"], rel=1e-3)
+    assert {name for name in told["figures"] if name.endswith("nats")} == (
+        {"intra/nats", "inter/nats"} if recipe == "m3i" else {"pixels/nats"} if recipe == "mae" else set()
+    )
+
+
 # ---------------------------------------------------------------- momentum target
 
 
@@ -412,14 +460,15 @@ def test_the_sharded_average_is_the_whole_one_to_the_last_bit(worlds, engine: st
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_average_moves_without_a_collective_where_parameters_are_partitioned(
+def test_the_average_moves_with_one_gather_a_group_where_it_is_shared_out_and_parameters_are_not(
     worlds, engine: str, world: int
 ) -> None:
     for rank in range(world):
         told = worlds.result(f"momentum_{engine}", world, rank)
-        # Under ZeRO-1 and 2 in bf16 every rank averages whole weights, whose fp32 masters lie on one rank each.
-        whole = ENGINES[engine] < 3 and not engine.endswith("fp32")
-        assert set(told["collectives"]) <= ({"allreduce_"} if whole else set())
+        # Under ZeRO-3 the averages are shards; under ZeRO-1 in fp32 every rank has all master weights.
+        shared = world > 1 and ENGINES[engine] < 3 and not engine.endswith("fp32")
+        groups = 2  # matrices and vectors
+        assert told["collectives"] == ["_allgather_base_"] * (groups * STEPS if shared else 0)
         assert told["collectives_of_others"] == ["allreduce_", "allreduce_", "barrier"]
 
 

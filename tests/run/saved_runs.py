@@ -17,7 +17,7 @@ from shapes import write_run
 
 from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
 from m3i_scale.scale.checkpoint.manifest import digest_files, list_files, read_manifest, verify, write_manifest
-from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, write_index, write_ranges
+from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, make_index, write_ranges
 
 STEPS = 6
 
@@ -80,9 +80,9 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None],
     tensors = {key: saved.whole(key) for key in keys}
     change(tensors)
     shutil.rmtree(checkpoint / TENSORS)
-    ranges = [Range(key, tuple(tensor.shape), 0, (tensor.flatten(),)) for key, tensor in tensors.items()]
-    write_index(checkpoint, [write_ranges(checkpoint, ranges, 0)])
-    if not norms_too:
-        index = json.loads((checkpoint / TENSORS / INDEX).read_text())
-        (checkpoint / TENSORS / INDEX).write_text(json.dumps(index | {"norms": saved.norms}))
+    ranges = [Range(key, 0, (tensor.flatten(),)) for key, tensor in tensors.items()]
+    written = write_ranges(checkpoint, ranges, 0)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    squares = [(written.squares[key] if norms_too else saved.norms[key] ** 2) for key in shapes]
+    make_index(shapes, squares, 1, [], []).write(checkpoint / TENSORS / INDEX)
     vouch_for(checkpoint)

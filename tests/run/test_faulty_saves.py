@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -273,7 +274,8 @@ def test_an_index_that_leads_elsewhere_is_refused(foreground: Done, tmp_path: Pa
     checkpoint = tmp_path / step_name(6)
     shutil.copytree(foreground.root / step_name(6), checkpoint)
     index = json.loads((checkpoint / TENSORS / INDEX).read_text())
-    next(iter(index["pieces"].values()))[0][2] = elsewhere
+    key, shape = next(iter(index["shapes"].items()))
+    index["pieces"][key] = [[0, math.prod(shape), elsewhere]]
     (checkpoint / TENSORS / INDEX).write_text(json.dumps(index))
     vouch_for(checkpoint)
     with pytest.raises(CheckpointError, match="lies outside the folder"):

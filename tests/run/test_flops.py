@@ -66,6 +66,9 @@ def test_recomputed_layers_are_told_apart_from_the_model():
     )
     assert 0 <= kept["recompute"] < full["recompute"]
     assert moved["recompute"] == fitted["recompute"] == full["recompute"]
+    # What the compiler computes again is known to it alone.
+    compiled = counted("supervised", "backbone.activation_checkpointing=selective", "backbone.compile=true")
+    assert compiled["recompute"] == full["recompute"]
 
 
 @pytest.fixture(autouse=True)

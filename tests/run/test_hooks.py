@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from m3i_scale.config import LogConfig, OptimConfig
 from m3i_scale.data.stream import Account
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.data_supply import Fetcher
@@ -77,3 +79,28 @@ def test_every_hook_hears_of_its_own_vote() -> None:
     Trainer._vote(trainer)
     assert [hook.voted for hook in voting] == [False, True, False]
     assert (state.loss, state.finite) == (1.5, True)
+
+
+def test_health_is_measured_in_the_last_micro_batch_of_a_step_that_is_logged() -> None:
+    module, measured = SimpleNamespace(buffers=list), []
+    engine = SimpleNamespace(
+        module=module,
+        optimizer=SimpleNamespace(param_groups=[]),
+        step=lambda: None,
+        was_step_applied=lambda: True,
+        zero_optimization_stage=lambda: 1,
+    )
+    resolved, timeouts = SimpleNamespace(accumulation=3), SimpleNamespace(end_step=lambda: None)
+    trainer: Any = SimpleNamespace(
+        run=SimpleNamespace(optim=OptimConfig(steps=3, warmup_steps=0), log=LogConfig(every_steps=2)),
+        state=SimpleNamespace(step=0, engine=engine, resolved=resolved, timeouts=timeouts),
+        hooks=[],
+        phases=SimpleNamespace(span=lambda name: nullcontext()),
+        heartbeat=SimpleNamespace(at=lambda phase, step: None),
+        _micro_batch=lambda: measured.append(module.measure_health),
+        _vote=lambda: None,
+        _update_average=lambda: None,
+    )
+    for _ in range(3):
+        Trainer._optimizer_step(trainer)
+    assert measured == [*[False] * 3, *[False, False, True], *[False, False, True]]  # and the last step of all

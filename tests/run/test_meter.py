@@ -7,11 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from m3i_scale.objective.host_figures import HostFigures
 from m3i_scale.run.meter import Meter
 
 
+def objective_of(*targets: str) -> SimpleNamespace:
+    """What a meter reads of an objective."""
+    recipe = SimpleNamespace(targets=[SimpleNamespace(name=name) for name in targets])
+    return SimpleNamespace(recipe=recipe, host_figures=HostFigures())
+
+
 def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> None:
-    objective = SimpleNamespace(recipe=SimpleNamespace(targets=[SimpleNamespace(name="text")]))
+    objective = objective_of("text")
     meter = Meter(objective, 10, 4)
     for norm, applied in ((8.0, True), (float("inf"), False), (16.0, True)):
         meter.add_micro_batch(torch.tensor(2.0 if applied else 5.0), {}, 3)
@@ -31,7 +38,7 @@ def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> No
 
 
 def test_runs_without_fp16_say_nothing_of_a_loss_scale() -> None:
-    objective = SimpleNamespace(recipe=SimpleNamespace(targets=[]))
+    objective = objective_of()
     meter = Meter(objective, 10, 4)
     meter.add_micro_batch(torch.tensor(2.0), {}, 3)
     meter.end_step()
@@ -40,7 +47,7 @@ def test_runs_without_fp16_say_nothing_of_a_loss_scale() -> None:
 
 
 def test_losses_that_are_not_finite_are_left_out_unless_there_are_no_others() -> None:
-    objective = SimpleNamespace(recipe=SimpleNamespace(targets=[SimpleNamespace(name="text")]))
+    objective = objective_of("text")
     meter = Meter(objective, 10, 4)
 
     def step(loss: float, *, finite: bool) -> None:

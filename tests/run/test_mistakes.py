@@ -258,6 +258,9 @@ MISTAKES = {
     "peak of another type": Mistake(
         r"'h100-fp16' is not the peak of bf16, in which this run computes", ["hardware.peak_tflops=h100-fp16"]
     ),
+    "variables against a deterministic run": Mistake(
+        r"a deterministic run needs NCCL_ALGO=Ring", ["hardware.deterministic=true"], environment={"NCCL_ALGO": "Tree"}
+    ),
     "before the ranks meet": Mistake(
         r"/nowhere/shards",
         ["data.sources.shapes.shards=/nowhere/shards"],

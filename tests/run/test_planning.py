@@ -60,6 +60,10 @@ def test_a_document_has_its_keys_and_adds_up():
     assert document["assumed"] == ["1000 classes"]
     assert document["days"] * 86400 == pytest.approx(10 * document["step_time_s"])
     assert document["suggestion"]["peak_gib_per_rank"] <= 4.0
+    assert [each["stage"] for each in document["compared"]] == [3, 1, 2, 3]  # the run's own first
+    assert document["suggestion"] in document["compared"]
+    shown = text_of(plan_table(document))
+    assert all(f"fastest with {each['deepspeed']} (" in shown for each in document["compared"])
     json.dumps(document)
 
 
@@ -117,7 +121,8 @@ def test_the_share_that_is_reached_is_what_the_page_cites(name):
 
 @pytest.mark.parametrize(("engine", "proposed"), [("zero1_bf16", False), ("zero2_bf16", True), ("zero3_bf16", True)])
 def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engine, proposed):
-    """With buckets of a hundred elements a step waits for its collectives; stage 1 in bf16 has one all the same."""
+    """With buckets of a hundred elements a step waits for its collectives, and not for the host, over links as slow as
+    these; stage 1 in bf16 has one all the same."""
     raw = load_ds_config(engine)
     if proposed:
         raw["zero_optimization"]["reduce_bucket_size"] = 100
@@ -125,6 +130,7 @@ def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engin
     path.write_text(json.dumps(raw))
     monkeypatch.setattr(plan_search, "ENGINE_FILES", {})
     where, batch = machine(nodes=8, ranks=8), "optim.batch_size=256"
+    where = replace(where, links=replace(where.links, latency_us=100.0))
     run = tiny_run("supervised", batch, "optim.micro_batch_size=4", f"deepspeed={path}")
     found = plan_run(run, where, samples=None)
     larger = found.document()["suggestion"]["larger"]
@@ -159,7 +165,7 @@ def test_a_suggestion_is_never_slower_than_a_run_that_fits():
     found = plan_run(run, machine(), samples=None)
     assert found.fits
     assert found.suggestion.choice.micro_batch == 12
-    assert found.suggestion.step_s <= found.planned.step_s * 1.001
+    assert found.suggestion.step_s <= found.planned.step_s * plan_search.EQUAL
 
 
 @pytest.mark.parametrize("file", ["zero1_cpu_fp32", "zero3_cpu", "zero3_cpu_fp32", "zero3_cpu_lean"])
@@ -274,13 +280,13 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
 
 
 def test_more_nodes_are_named_with_sizes_that_divide():
-    run = tiny_run("m3i", *SMALL, "deepspeed=zero3_bf16")
+    run = tiny_run("m3i", *SMALL, "deepspeed=zero3_cpu")
     needed = plan_run(run, machine(memory_gib=1e-3), samples=None)
     found = nodes_that_fit(
         needed.model, machine(memory_gib=needed.planned.peak_bytes / 2**30 * 0.6), needed.planned.choice
     )
     nodes, batch, micro_batch = found
-    sizes = (f"optim.batch_size={batch}", f"optim.micro_batch_size={micro_batch}", "deepspeed=zero3_bf16")
+    sizes = (f"optim.batch_size={batch}", f"optim.micro_batch_size={micro_batch}", "deepspeed=zero3_cpu")
     room = machine(memory_gib=needed.planned.peak_bytes / 2**30 * 0.6, nodes=nodes)
     assert plan_run(tiny_run("m3i", *sizes), room, samples=None).fits
 

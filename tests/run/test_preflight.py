@@ -11,7 +11,7 @@ from launch import ROOT, start_ranks
 from shapes import write_run
 from tiny import tiny_overrides
 
-from m3i_scale.config import CheckpointConfig, KeepBestConfig, load_run
+from m3i_scale.config import CheckpointConfig, KeepBestConfig, SourceConfig, load_run
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.planning import Vocabulary, _PlannedRanks
 from m3i_scale.run.preflight import kept_checkpoints, needs_of
@@ -57,6 +57,13 @@ def test_loader_processes_and_ranks_ask_for_shared_memory_and_files():
     pixels = 3 * 32 * 32 * 4
     assert many.shm_bytes == 4 * 2 * pixels
     assert many.open_files > few.open_files > 100
+    validation = {"photos": SourceConfig(shards="/data/validation")}
+    validates = with_workers.model_copy(
+        update={"data": with_workers.data.model_copy(update={"validation": validation})}
+    )
+    both = needs_of(validates, world_size=4, ranks_here=4)  # two sets of workers stand at the same time
+    assert both.shm_bytes == 2 * many.shm_bytes
+    assert both.open_files > many.open_files
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import re
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from shapes import metrics, train, write_run
@@ -166,3 +167,17 @@ def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -
     check_resume(one, tmp_path, 1)
     with pytest.raises(CheckpointError, match="another order than those of the checkpoint: train, val"):
         check_resume(other, tmp_path, 1)
+
+
+def test_recent_shares_are_those_since_the_last_record() -> None:
+    def counts(photos: float, drawings: float) -> dict[str, dict[str, float]]:
+        served = {"photos": photos, "drawings": drawings}
+        return {name: {"served": of, "asked": of, "read": of, "pass": 10.0} for name, of in served.items()}
+
+    answers = {"now": counts(3e10, 3e10)}
+    shares = data_supply.Shares(SimpleNamespace(source_counts=lambda: answers["now"]))
+    shares.start()
+    for photos, drawings, share in ((1, 3, 0.25), (3, 5, 0.5)):
+        answers["now"] = counts(3e10 + photos, 3e10 + drawings)
+        recent = shares.record()["photos"]
+        assert (recent.recent_share, recent.recent_asked) == (share, share)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import DINOV2, MAPS, random_batch, tiny_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m3i_scale.backbones.internimage import modeling_internimage
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale import activations
 from m3i_scale.scale.activations import (
@@ -106,6 +107,12 @@ def test_gradients_are_those_of_no_recomputation(backbone: str, policy: str) -> 
         found.append(gradients_of(objective, side))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_an_operator_that_recomputes_by_itself_may_lie_in_a_layer_that_recomputes(policy: str, monkeypatch) -> None:
+    monkeypatch.setitem(modeling_internimage.FORMULATIONS, "cpu", modeling_internimage.sum_by_grid)
+    test_gradients_are_those_of_no_recomputation("internimage", policy)
 
 
 def test_layers_really_run_twice() -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from tiny import LABEL_SETS, MAPS, VOCABULARY, random_batch, tiny_objective, tiny_run
 from torch import nn
+from torch._dynamo.utils import counters
 
+from m3i_scale.data.batch import Batch
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.planning import Model, Vocabulary
 from m3i_scale.scale import compilation
-from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.scale.activation_budget import count_saved
+from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.scale.compilation import check_compile, compile_layers
 
 
@@ -34,14 +41,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def test_trained_layers_that_are_called_as_a_whole(seen: list[Any]) -> None:
+def test_layers_that_are_called_as_a_whole(seen: list[Any]) -> None:
     objective = tiny_objective("m3i", "recipe.decoders.dense.depth=3")
-    wanted = [f"student.model.layers.{number}" for number in range(2)] + ["text.model.encoder.layer.0"]
-    wanted += [f"decoders.dense.layers.{number}" for number in range(2)]
+    wanted = [f"{branch}.model.layers.{number}" for branch in ("student", "momentum.backbone") for number in range(2)]
+    wanted += ["text.model.encoder.layer.0"] + [f"decoders.dense.layers.{number}" for number in range(2)]
     assert compile_layers(objective) == wanted
-    assert all(hasattr(objective.get_submodule(name), "_z3_leaf") for name in wanted)
-    assert not any(hasattr(layer, "_z3_leaf") for layer in objective.momentum.backbone.layers)
-    assert not hasattr(objective.decoders["dense"].layers[-1], "_z3_leaf")
 
 
 @pytest.mark.parametrize("backbone", [(), MAPS], ids=["vit", "maps"])
@@ -64,16 +68,67 @@ def test_a_model_without_layers_is_refused(seen: list[Any]) -> None:
         compile_layers(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_selective_is_refused() -> None:
-    check_compile("full")
-    with pytest.raises(ConfigError, match="'selective' exclude each other"):
-        check_compile("selective")
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has layers traced and partitioned as by the compiler, and no kernels made."""
+    monkeypatch.setattr(compilation.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._functorch.config.activation_memory_budget = 1.0
+
+
+def captions(length: int) -> Batch:
+    """A batch whose longest caption has so many tokens."""
+    drawn = torch.Generator().manual_seed(length)
+    mask_BT = torch.ones(8, length, dtype=torch.bool)
+    mask_BT[::2, length // 2 :] = False
+    ids_BT = torch.randint(5, VOCABULARY, (8, length), generator=drawn) * mask_BT
+    return replace(random_batch(8), text_ids_BT=ids_BT, text_mask_BT=mask_BT)
+
+
+TOWER = ("text.config={hidden_size: 64, num_hidden_layers: 3, num_attention_heads: 2, intermediate_size: 128}",)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("policy", ["none", "full", "selective"])
+def test_other_lengths_of_captions_make_no_other_graphs(policy: str) -> None:
+    objective, plain = (tiny_objective("m3i", "text.max_tokens=64", *TOWER).train() for _ in range(2))
+    compile_layers(objective, policy)
+    apply_activation_checkpointing(objective, policy_of_switches(policy, compiled=True))
+    made = []
+    for length in (16, 48, 32, 64, 16):
+        losses = []
+        for module in (objective, plain):
+            loss, _ = module(captions(length))
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+        made.append(int(counters["stats"]["unique_graphs"]))
+    # Of students, of targets, which have no gradient, and of texts.
+    assert made == [3] * 5
+    for (name, ours), its in zip(objective.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, its.grad, msg=name)
+
+
+@pytest.mark.usefixtures("traced")
+def test_the_compiler_keeps_less_under_selective() -> None:
+    saved = {}
+    for policy in ("none", "selective"):
+        torch._dynamo.reset()  # graphs belong to code, which is the same
+        objective = tiny_objective("m3i", *TOWER).train()
+        compile_layers(objective, policy)
+        layers, _ = count_saved(objective, partial(objective, captions(16)))
+        saved[policy] = {layer.name: layer.saved for layer in layers}
+    assert set(saved["none"]) == set(saved["selective"])
+    assert all(saved["selective"][name] < 0.7 * kept for name, kept in saved["none"].items())
 
 
 def test_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
-        check_compile("none")
+        check_compile()
 
 
 def test_the_plan_counts_the_same() -> None:

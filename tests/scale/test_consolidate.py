@@ -14,6 +14,7 @@ import torch
 from launch import TESTS, environment, start_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_tensors import write_as_ranks
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
@@ -21,7 +22,7 @@ from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.checkpoint import weights as saved_weights
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.consolidate import consolidate
-from m3i_scale.scale.checkpoint.tensors import Range, write_index, write_ranges
+from m3i_scale.scale.checkpoint.tensors import Range
 
 MIB = 1 << 20
 NAMES = {"momentum.a": "student.a"}
@@ -30,7 +31,7 @@ NAMES = {"momentum.a": "student.a"}
 def ranges(key: str, tensor: torch.Tensor, cut: int) -> list[Range]:
     flat = tensor.flatten()
     return [
-        Range(key, tuple(tensor.shape), start, (flat[start:end],))
+        Range(key, start, (flat[start:end],))
         for start, end in ((0, cut), (cut, flat.numel()))
         if end > start or not flat.numel()
     ]
@@ -46,8 +47,7 @@ def checkpoint(
     final = root / "checkpoints" / "step-00000007"
     temporary = begin(final)
     pieces = [piece for key, tensor in tensors.items() for piece in ranges(key, tensor, tensor.numel() // 3)]
-    parts = [write_ranges(temporary, pieces[rank::2], rank) for rank in range(2)]
-    write_index(temporary, parts)
+    write_as_ranks(temporary, tensors, [pieces[rank::2] for rank in range(2)])
     counters = {"global_steps": 7, "global_samples": 28, "skipped_steps": 0, "optimizer_steps": 7}
     meta = {"step": 7, "world_size": 2, "engine": counters, "averages": averages or {}}
     (temporary / "meta.json").write_text(json.dumps(meta))

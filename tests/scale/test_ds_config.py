@@ -227,7 +227,7 @@ def test_effective_settings_are_let_through(base, changes):
 
 
 def test_auto_becomes_the_documented_formulas():
-    resolved = resolve(load_ds_config("zero3_bf16"), **{**RUN, "hidden_size": 1408}, where="zero3_bf16")
+    resolved = resolve(load_ds_config("zero3_cpu"), **{**RUN, "hidden_size": 1408}, where="zero3_cpu")
     zero = resolved.config["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 4 * 2**20  # hidden² is less
     assert zero["stage3_param_persistence_threshold"] == 14080
@@ -244,7 +244,7 @@ def test_auto_becomes_the_documented_formulas():
 
 def test_buckets_grow_with_the_model_and_do_not_shrink_with_it():
     wide, narrow = (
-        resolve(load_ds_config("zero3_bf16"), **{**RUN, "hidden_size": width}, where="x").config["zero_optimization"]
+        resolve(load_ds_config("zero3_cpu"), **{**RUN, "hidden_size": width}, where="x").config["zero_optimization"]
         for width in (4096, 64)
     )
     assert wide["reduce_bucket_size"] == 4096**2
@@ -254,6 +254,22 @@ def test_buckets_grow_with_the_model_and_do_not_shrink_with_it():
     assert narrow["sub_group_size"] == 2**24
 
 
+def test_files_for_gpus_have_buckets_for_networks():
+    """Two layers of ViT-g fill one, and what is gathered ahead may be held."""
+    for name in ("zero3_bf16", "zero3_bf16_all_reduce", "zero3_bf16_lean", "zero3_bf16_cpu_offload", "zero3_fp16"):
+        zero = resolve(load_ds_config(name), **{**RUN, "hidden_size": 1408}, where=name).config["zero_optimization"]
+        assert 12 * 1408**2 < 2 * zero["reduce_bucket_size"] <= 2 * zero["stage3_prefetch_bucket_size"]
+        assert zero["stage3_prefetch_bucket_size"] < zero["stage3_max_live_parameters"]
+        assert not zero["memory_efficient_linear"]
+
+
+def test_zero_3_by_all_reduces_is_zero_3_but_for_three_settings():
+    plain, reduced = (load_ds_config(name) for name in ("zero3_bf16", "zero3_bf16_all_reduce"))
+    changes = {"stage3_use_all_reduce_for_fetch_params": True, "reduce_scatter": False}
+    plain["zero_optimization"] |= changes | {"stage3_param_persistence_threshold": 0}
+    assert reduced == plain
+
+
 def test_batch_keys_that_are_left_out_are_filled_in_and_said():
     raw = changed(load_ds_config("zero3_bf16"), {"train_batch_size": GONE, "gradient_accumulation_steps": GONE})
     resolved = resolve(raw, **RUN, where="mine.json")
@@ -261,6 +277,15 @@ def test_batch_keys_that_are_left_out_are_filled_in_and_said():
     said = {key: why for key, _, why in resolved.filled_in}
     assert "left out" in said["train_batch_size"]
     assert "left out" in said["gradient_accumulation_steps"]
+
+
+def test_deepspeed_does_not_wait_for_the_device_for_a_line_of_its_log_unless_the_file_says_so():
+    raw = load_ds_config("zero3_bf16")
+    resolved = resolve(raw, **RUN, where="mine.json")
+    assert resolved.config["timers"] == {"throughput": {"enabled": False}}
+    assert "timers.throughput.enabled" in {key for key, _, _ in resolved.filled_in}
+    given = {"throughput": {"enabled": True, "synchronized": False}}
+    assert resolve({**raw, "timers": given}, **RUN, where="mine.json").config["timers"] == given
 
 
 @given(world=st.integers(1, 64), micro=st.integers(1, 64), accumulation=st.integers(1, 64), rest=st.integers(0, 10_000))

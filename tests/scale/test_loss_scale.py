@@ -24,6 +24,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, *, fp16: bool = True, applied: bool 
         fp16_enabled=lambda: fp16,
         was_step_applied=lambda: applied,
         step=lambda: scaler.update_scale(True),
+        zero_optimization_stage=lambda: 2,
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.peak import PEAK_TFLOPS, Peak, compute_dtype, measured_peak, named_peak
+from m3i_scale.scale.peak import PEAK_TFLOPS, Peak, compute_dtype, data_sheet_tflops, measured_peak, named_peak
 
 
 def test_named_and_given():
@@ -29,9 +29,30 @@ def test_what_is_no_peak_of_this_run_is_refused(given, dtype, words):
 
 
 def test_measured():
+    before = torch.get_rng_state()
     peak = measured_peak(torch.float32)
     assert peak.source == "measured"
+    assert peak.data_sheet_tflops is None
     assert 1e-4 < peak.tflops < 1e4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.0),
+        ("NVIDIA H200", torch.float16, 989.0),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312.0),
+        ("Tesla V100-SXM2-32GB", torch.float16, 125.0),
+        ("Tesla V100-SXM2-32GB", torch.bfloat16, None),
+        ("NVIDIA H100 80GB HBM3", torch.float32, None),
+        ("NVIDIA H100 PCIe", torch.bfloat16, None),
+        ("NVIDIA H200 NVL", torch.bfloat16, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_data_sheets_are_found_by_the_name_of_a_device(device, dtype, tflops):
+    assert data_sheet_tflops(device, dtype) == tflops
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from saved_tensors import write_as_ranks
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of
@@ -24,7 +25,7 @@ from m3i_scale.scale.checkpoint.contents import compare_tensors, tensors_of
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.checkpoint.load import _restore_random_states
 from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, Written, write_index, write_ranges
+from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, Written, write_ranges
 from m3i_scale.scale.split_float import split
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,7 +35,7 @@ DTYPES_OF_BUFFERS = [torch.int8, torch.int16, torch.int32, torch.uint16, torch.u
 def pieces_of(key: str, tensor: torch.Tensor, cuts: list[int]) -> list[Range]:
     """One piece per rank, as cut; empty ones are left out by the caller."""
     flat, edges = tensor.flatten(), [0, *sorted(cuts), tensor.numel()]
-    return [Range(key, tuple(tensor.shape), a, (flat[a:b],)) for a, b in itertools.pairwise(edges)]
+    return [Range(key, a, (flat[a:b],)) for a, b in itertools.pairwise(edges)]
 
 
 def write(folder: Path, values: dict[str, torch.Tensor], cuts: dict[str, list[int]], ranks: int) -> list[Written]:
@@ -43,9 +44,7 @@ def write(folder: Path, values: dict[str, torch.Tensor], cuts: dict[str, list[in
         for rank, piece in enumerate(pieces_of(key, tensor, cuts[key])):
             if piece.numel:
                 by_rank[rank].append(piece)
-    written = [write_ranges(folder, ranges, rank) for rank, ranges in enumerate(by_rank)]
-    write_index(folder, written)
-    return written
+    return write_as_ranks(folder, values, by_rank)
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,11 +89,14 @@ def test_the_library_reads_the_files(tmp_path: Path) -> None:
 
 
 def test_a_piece_that_a_rank_forgot_is_noticed(tmp_path: Path) -> None:
-    half = pieces_of("weight/a", torch.ones(4), [2])[0]
+    whole = {"weight/a": torch.ones(4)}
+    half = pieces_of("weight/a", whole["weight/a"], [2])[0]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="'weight/a' make up 2 elements of 4"):
-        write_index(tmp_path, [write_ranges(tmp_path, [half], 0)])
+        write_as_ranks(tmp_path / "one", whole, [[half]])
     with pytest.raises(ValueError, match="do not join at element 2"):
-        write_index(tmp_path, [write_ranges(tmp_path, [half], rank) for rank in (1, 2)])
+        write_as_ranks(tmp_path / "two", whole, [[half], [half]])
 
 
 def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -106,7 +108,9 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda index: index["pieces"]["weight/a"].pop(), "make up 2 elements of 4"),
+        (lambda index: index["pieces"]["weight/a"].pop(), "make up 1 elements of 4"),
+        (lambda index: index["pieces"].clear() or index.pop("ranks"), "'weight/a' has no shape"),
+        (lambda index: index.update(ranks="many"), "the index of the tensors cannot be read"),
         (lambda index: index["pieces"].update({"weight/x": []}), "'weight/x' has no shape"),
         (
             lambda index: index["shapes"].update({"weight/x": [1]}),
@@ -125,7 +129,7 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ],
 )
 def test_an_index_that_was_edited_is_refused(tmp_path: Path, change: Any, words: str) -> None:
-    write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": [2]}, 2)
+    write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": [1]}, 2)
     spoil(tmp_path / "tensors" / "index.json", change)
     with pytest.raises(CheckpointError, match=words):
         SavedTensors(tmp_path)
@@ -144,7 +148,6 @@ def test_a_piece_is_not_read_on_into_its_neighbour(tmp_path: Path) -> None:
 
     def stretch(index: dict[str, Any]) -> None:
         index["shapes"]["weight/a"] = [8]
-        index["pieces"]["weight/a"][0][1] = 8
 
     spoil(tmp_path / "tensors" / "index.json", stretch)
     with pytest.raises(CheckpointError, match="the piece of 'weight/a' is not as long as the index says"):
@@ -228,17 +231,19 @@ def test_an_index_without_norms_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """Those have sums as well, which nobody compares any more."""
-    write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": []}, 1)
-    spoil(tmp_path / "tensors" / "index.json", lambda index: index.update(weighted_sums={"weight/a": 0.5}))
-    assert torch.equal(SavedTensors(tmp_path).whole("weight/a"), torch.ones(4))
+    """Those list all pieces, and have sums as well, which nobody compares any more."""
+    write(tmp_path, {"weight/a": torch.arange(4)}, {"weight/a": [2]}, 2)
+    pieces = {"weight/a": [[0, 2, "rank-00000-00000.safetensors"], [2, 2, "rank-00001-00000.safetensors"]]}
+    older = {"pieces": pieces, "weighted_sums": {"weight/a": 0.5}}
+    spoil(tmp_path / "tensors" / "index.json", lambda index: index.pop("ranks") and index.update(older))
+    assert torch.equal(SavedTensors(tmp_path).whole("weight/a"), torch.arange(4))
 
 
 def test_a_piece_in_two_halves_is_written_whole(tmp_path: Path) -> None:
     values = torch.randn(9)
     upper, lower = torch.empty(9, dtype=torch.bfloat16), torch.empty(9, dtype=torch.int16)
     split(values, upper, lower)
-    write_index(tmp_path, [write_ranges(tmp_path, [Range("average/a", (3, 3), 0, (upper, lower))], 0)])
+    write_as_ranks(tmp_path, {"average/a": values.view(3, 3)}, [[Range("average/a", 0, (upper, lower))]])
     assert torch.equal(SavedTensors(tmp_path).whole("average/a"), values.view(3, 3))
 
 

@@ -31,6 +31,8 @@ class RunInfo:
     """Of one rank's device, in 10¹² FLOPs a second; what MFU is a share of."""
     peak_source: str | None = None
     """`measured`, `given`, or the preset."""
+    data_sheet_tflops: float | None = None
+    """Where it was measured: that of the vendor's data sheet, for devices that are known."""
     device: str | None = None
     """What a rank computes on: `cpu`, or the name of rank 0's GPU."""
 

@@ -53,8 +53,10 @@ class MetricsWriter(Callback):
             "flop_per_step": run_info.flop_per_step,
             "peak_tflops": run_info.peak_tflops,
             "peak_source": run_info.peak_source,
+            "data_sheet_tflops": run_info.data_sheet_tflops,
             "device": run_info.device,
             "micro_batch_size": run_info.config.get("optim", {}).get("micro_batch_size"),
+            "deterministic": run_info.config.get("hardware", {}).get("deterministic"),
         }
         facts |= {key: value for key, value in computed.items() if value is not None}
         self._write("run", run_info.start_step, facts)

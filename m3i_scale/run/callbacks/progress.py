@@ -65,7 +65,9 @@ class ProgressDisplay(Callback):
         ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
         self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
         if run_info.flop_per_step is not None and run_info.peak_tflops is not None:
-            peak = f"{run_info.peak_tflops:,.4g} TFLOP/s a rank ({run_info.peak_source})"
+            sheet = run_info.data_sheet_tflops
+            source = f"{run_info.peak_source}, data sheet {sheet:,.4g}" if sheet else run_info.peak_source
+            peak = f"{run_info.peak_tflops:,.4g} TFLOP/s a rank ({source})"
             self._print(f"{run_info.flop_per_step / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
         if not self.console.is_terminal:
             return

@@ -12,8 +12,8 @@ from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
 from m3i_scale.run.phases import Timeouts
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.partition import ShardedMomentum
 
 
 @dataclass

@@ -38,10 +38,6 @@ class Metrics(Hook):
         self._shares.start()
         self._diagnosis = Diagnosis()
 
-    def pre_step(self) -> None:
-        """Have the module measure health in steps that are logged."""
-        self._state.engine.module.measure_health = self._state.logged
-
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Add the figures of a micro-batch, which stay on the device."""
         module = self._state.engine.module

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from m3i_scale.scale.checkpoint.index import Piece
 from m3i_scale.scale.checkpoint.layout import TENSORS, unreadable
 from m3i_scale.scale.checkpoint.manifest import list_files
 from m3i_scale.scale.checkpoint.stream import DTYPES, NAMES
@@ -34,8 +35,8 @@ class Stored:
     """The folder, with the first part of the name where that has several; the file, where that lies in none."""
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: list[tuple[int, int, str]]
-    """Start of every piece in the flattened tensor, its number of elements, and its file."""
+    pieces: Callable[[], list[Piece]]
+    """Returns its pieces; not kept: ranks × tensors of them may be millions."""
     read: Callable[[], Tensor]
     """Returns the whole tensor; raises CheckpointError where it cannot."""
 
@@ -57,7 +58,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     tensors = {}
     for kind in saved.kinds():
         for key in (f"{kind}/{name}" for name in saved.names(kind)):
-            of_key = (saved.shape(key), saved.dtype(key), saved.pieces(key), partial(saved.whole, key))
+            of_key = (saved.shape(key), saved.dtype(key), partial(saved.pieces, key), partial(saved.whole, key))
             tensors[f"{TENSORS}/{key}"] = Stored(f"{TENSORS}, {kind}", *of_key)
     with _reading(folder, "."):
         files = [file for file in list_files(folder) if file.endswith(".safetensors")]
@@ -67,7 +68,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
             for key in opened.keys():  # noqa: SIM118 (no mapping)
                 part = opened.get_slice(key)
                 shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-                pieces = [(0, math.prod(shape), file)]
+                pieces = partial(_one_piece, shape, file)
                 read = partial(_read, folder, file, key)
                 tensors[f"{name}/{key}"] = Stored(name.partition("/")[0], shape, dtype, pieces, read)
     return tensors
@@ -85,9 +86,9 @@ def kinds_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         kind: {
             "tensors": len(of_kind),
-            "fragments": sum(len(stored.pieces) for stored in of_kind),
+            "fragments": sum(len(stored.pieces()) for stored in of_kind),
             "bytes": sum(stored.bytes for stored in of_kind),
-            "files": len({file for stored in of_kind for _, _, file in stored.pieces}),
+            "files": len({file for stored in of_kind for _, _, file in stored.pieces()}),
             "dtypes": sorted({NAMES[stored.dtype] for stored in of_kind}),
         }
         for kind, of_kind in sorted(by_kind.items())
@@ -115,7 +116,7 @@ def compare_tensors(
     """
 
     def cuts(stored: Stored) -> list[tuple[int, int]]:
-        return [(start, numel) for start, numel, _ in stored.pieces]
+        return [(start, numel) for start, numel, _ in stored.pieces()]
 
     before, now = tensors_of(one), tensors_of(other)
     both = {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys())}
@@ -133,6 +134,10 @@ def compare_tensors(
             result["values"][name] = _difference(a, b)
             advance(a.bytes)
     return result
+
+
+def _one_piece(shape: tuple[int, ...], file: str) -> list[Piece]:
+    return [(0, math.prod(shape), file)]
 
 
 def _read(folder: Path, file: str, key: str) -> Tensor:

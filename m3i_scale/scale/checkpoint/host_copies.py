@@ -13,7 +13,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-Pin = Callable[[Tensor], Tensor]
+Pin = Callable[[int], Tensor]
+"""Returns so many bytes of pinned memory."""
 _ALIGNED = 64
 """Pieces begin at multiples of so many bytes in a pool."""
 
@@ -35,7 +36,7 @@ class HostCopies:
         if [(place.numel(), place.dtype) for place in self.places] != wanted:
             self.clear()  # before there are new ones beside them
             pins = get_accelerator().device_name() != "cpu"
-            self.places = make_places(wanted, get_accelerator().pin_memory if pins else None)
+            self.places = make_places(wanted, _pinned if pins else None)
         return [place.copy_(tensor, non_blocking=True) for place, tensor in zip(self.places, tensors, strict=True)]
 
     def clear(self) -> None:
@@ -49,11 +50,16 @@ def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Pin | None) -> l
         return [torch.empty(numel, dtype=dtype) for numel, dtype in wanted]
     sizes = [numel * dtype.itemsize for numel, dtype in wanted]
     pools, places = plan_pools(sizes)
-    memory = [pin(torch.empty(size, dtype=torch.uint8)) for size in pools]
+    memory = [pin(size) for size in pools]
     return [
         memory[pool][start : start + size].view(dtype)
         for (pool, start), size, (_, dtype) in zip(places, sizes, wanted, strict=True)
     ]
+
+
+def _pinned(size: int) -> Tensor:
+    # Pinned at once. To pin memory that is there would take it twice, and copy what is in it.
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:

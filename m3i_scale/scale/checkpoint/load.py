@@ -15,15 +15,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.agree import together
+from m3i_scale.scale.agree import from_rank_0, together
+from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta, read_object, unreadable
-from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of
+from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
-from m3i_scale.scale.engine_state import MASTER, make_moments, pieces, publish, restore_counters, trained
-from m3i_scale.scale.partition import ShardedMomentum, full_shape, kept_frozen, load_frozen
+from m3i_scale.scale.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
+from m3i_scale.scale.partition import kept_frozen, load_frozen
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
 """Relative: terms are added up in another order; master weights in 16 bits are rounded."""
+_OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
 
 
 def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> list[dict[str, Any]]:
@@ -33,11 +35,15 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
     Raises:
         CheckpointError: it is of another model, or what was loaded is not what was saved.
     """
-    # What one rank cannot read ends all: the others would wait for it in `publish`.
-    saved: SavedTensors
-    states: list[dict[str, Any]]
-    saved, states = together(lambda: _read_own_part(folder, engine, momentum))
+    # What one rank cannot read ends all: the others would wait for it where weights are published.
+    saved: SavedTensors = together(lambda: _read_own_part(folder, engine, momentum))
+    # Files of all ranks, which every rank wants: one of them reads them.
+    states: list[dict[str, Any]] = from_rank_0(
+        lambda: [read_object(folder, file) for file in _files_of_ranks(folder, "data/rank-*.json")]
+    )
     publish(engine)
+    if momentum is not None:
+        momentum.publish()
     check_norms(saved, engine, momentum)
     return states
 
@@ -69,35 +75,28 @@ def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | No
             )
 
 
-def _read_own_part(
-    folder: Path, engine: Any, momentum: ShardedMomentum | None
-) -> tuple[SavedTensors, list[dict[str, Any]]]:
-    """Read this rank's part; return the index, and the data states of all ranks. No collective."""
+def _read_own_part(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> SavedTensors:
+    """Read this rank's part; return what it was read from. No collective."""
     try:
         saved, meta = SavedTensors(folder), read_meta(folder)
-        _check_names(saved, engine.module, momentum, folder)
+        _check_names(saved, engine, momentum, folder)
         _read_pieces(saved, meta, engine)
         if momentum is not None:
             momentum.load(lambda name, start, out: saved.read_into(f"{AVERAGE}/{name}", start, out))
         _load_buffers(folder, engine.module)
         restore_counters(engine, meta["engine"])
         _restore_random_states(folder)
-        states = [read_object(folder, file) for file in _files_of_ranks(folder, "data/rank-*.json")]
     except (OSError, SafetensorError) as error:
         name = Path(getattr(error, "filename", None) or folder)
         raise unreadable(folder, str(name.relative_to(folder) if name.is_relative_to(folder) else ""), error) from None
-    return saved, states
+    return saved
 
 
-def _check_names(saved: SavedTensors, module: nn.Module, momentum: ShardedMomentum | None, folder: Path) -> None:
+def _check_names(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None, folder: Path) -> None:
     """Check that the checkpoint has what the model trains, keeps and averages, in the same shapes, and nothing else."""
-    stored = dict(trained(module)) | kept_frozen(module)
-    shapes = {f"{MASTER}/{name}": tuple(full_shape(parameter)) for name, parameter in stored.items()}
-    if momentum is not None:
-        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in momentum.shapes().items()}
+    shapes = {key: shape for key, shape in shapes_of(engine, momentum).items() if not key.startswith(_OF_MOMENTS)}
     keys = [f"{kind}/{name}" for kind in (MASTER, AVERAGE) for name in saved.names(kind)]
-    saved_shapes = {key: saved.shape(key) for key in keys}
-    _compare_shapes(shapes, saved_shapes, folder)
+    _compare_shapes(shapes, {key: saved.shape(key) for key in keys}, folder)
 
 
 def _read_pieces(saved: SavedTensors, meta: dict[str, Any], engine: Any) -> None:

@@ -22,15 +22,17 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from m3i_scale.files import write_json
-from m3i_scale.scale.agree import from_rank_0, gather_objects, together
+from m3i_scale.scale.agree import from_rank_0, gather_on_rank_0, sum_over_ranks, together
+from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
-from m3i_scale.scale.checkpoint.layout import BUFFERS
-from m3i_scale.scale.checkpoint.manifest import digest_files
+from m3i_scale.scale.checkpoint.index import Index
+from m3i_scale.scale.checkpoint.layout import BUFFERS, INDEX, TENSORS
+from m3i_scale.scale.checkpoint.manifest import Digest, digest_files
 from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, write_index, write_ranges
-from m3i_scale.scale.engine_state import MASTER, bytes_per_parameter, counters, pieces
-from m3i_scale.scale.partition import ShardedMomentum, full_numel, full_shape, kept_frozen, own_piece, own_range
+from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, make_index, write_ranges
+from m3i_scale.scale.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
+from m3i_scale.scale.partition import full_numel, full_shape, kept_frozen, own_piece, own_range
 
 Result = TypeVar("Result")
 
@@ -41,13 +43,13 @@ class BackgroundCall(threading.Thread, Generic[Result]):
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
         super().__init__(name=name, daemon=True)
         self._work = work
-        self._result: Result | None = None
+        self._results: list[Result] = []
         self._error: BaseException | None = None
 
     def run(self) -> None:
         """Do the work."""
         try:
-            self._result = self._work()
+            self._results = [self._work()]
         except BaseException as error:  # whatever it is, it is raised where the result is taken
             self._error = error
 
@@ -56,12 +58,12 @@ class BackgroundCall(threading.Thread, Generic[Result]):
         if self.ident is not None:
             self.join()
 
-    def take(self) -> Result | None:
+    def take(self) -> Result:
         """Return the result, or raise what the work has raised."""
         self.wait()
         if self._error is not None:
             raise self._error
-        return self._result
+        return self._results[0]
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Save:
     temporary: Path
     meta: dict[str, Any]
     run_yaml: str
+    shapes: dict[str, tuple[int, ...]]
     call: BackgroundCall[Written]
 
 
@@ -132,7 +135,7 @@ class Saver:
         meta = {**meta, "engine": counters(self.engine), "averages": averages}
         # A rank that has no memory for its copy ends all: the others would go on, and wait for it in the next step.
         call = together(lambda: BackgroundCall("checkpoint", self._work(temporary, json.dumps(data_state), more)))
-        self._current = _Save(final, temporary, meta, run_yaml, call)
+        self._current = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.momentum), call)
         if self.background:
             call.start()
         else:
@@ -150,8 +153,8 @@ class Saver:
         current, self._current = self._current, None
         current.call.wait()
         try:
-            all_ranks = gather_objects(together(current.call.take))
-            from_rank_0(lambda: _commit(current, all_ranks))
+            digests, index = _gathered(together(current.call.take), current.shapes)
+            from_rank_0(lambda: _commit(current, digests, index))
         except Exception:
             # Only now, when no rank is writing any more: a folder that vanishes early would hide the first cause.
             from_rank_0(lambda: shutil.rmtree(current.temporary, ignore_errors=True))
@@ -215,23 +218,33 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
     """Return the pieces that this rank has to write, as live views: master weights and moments, frozen weights,
     averages."""
     ranges = [
-        Range(f"{kind}/{piece.name}", piece.shape, piece.start, (view,))
+        Range(f"{kind}/{piece.name}", piece.start, (view,))
         for piece in pieces(engine)
         for kind, view in piece.tensors.items()
     ]
     ranges += [
-        Range(f"{MASTER}/{name}", tuple(full_shape(parameter)), own_range(parameter)[0], (piece,))
+        Range(f"{MASTER}/{name}", own_range(parameter)[0], (piece,))
         for name, parameter in kept_frozen(engine.module).items()
         if (piece := own_piece(parameter)).numel()
     ]
     if momentum is not None:
-        shapes = momentum.shapes()
         ranges += [
-            Range(f"{AVERAGE}/{name}", tuple(shapes[name]), start, momentum.parts(name, start, numel))
+            Range(f"{AVERAGE}/{name}", start, momentum.parts(name, start, numel))
             for name, start, numel in momentum.pieces()
             if numel
         ]
     return ranges
+
+
+def shapes_of(engine: Any, momentum: ShardedMomentum | None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that the ranks write together, by key; the same on all ranks."""
+    learnt = {name: tuple(full_shape(parameter)) for name, parameter in trained(engine.module)}
+    shapes = {f"{kind}/{name}": shape for kind in (MASTER, *moment_kinds(engine)) for name, shape in learnt.items()}
+    for name, parameter in kept_frozen(engine.module).items():
+        shapes[f"{MASTER}/{name}"] = tuple(full_shape(parameter))
+    if momentum is not None:
+        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in momentum.shapes().items()}
+    return shapes
 
 
 def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
@@ -258,10 +271,23 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def _commit(save: _Save, all_ranks: list[Written]) -> None:
+def _gathered(written: Written, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Digest], Index]:
+    """Return the digests of all files, and their index; on rank 0, which is sent no piece that follows from the shapes.
+    Collective."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    uneven = [not written.is_even(key, shape, rank, ranks) for key, shape in shapes.items()]
+    sums = sum_over_ranks([*(written.squares.get(key, 0.0) for key in shapes), *uneven])
+    squares, ranks_with_uneven = sums[: len(shapes)], sums[len(shapes) :]
+    listed = [key for key, count in zip(shapes, ranks_with_uneven, strict=True) if count]
+    pieces = {key: written.pieces[key] for key in listed if key in written.pieces}
+    all_ranks = gather_on_rank_0((written.digests, pieces))
+    digests = {name: digest for of_rank, _ in all_ranks for name, digest in of_rank.items()}
+    return digests, make_index(shapes, squares, ranks, listed, [of_rank for _, of_rank in all_ranks])
+
+
+def _commit(save: _Save, digests: dict[str, Digest], index: Index) -> None:
     with write_guard(save.final.parent, save.temporary):
-        write_index(save.temporary, all_ranks)
+        index.write(save.temporary / TENSORS / INDEX)
         write_json(save.temporary / "meta.json", save.meta)
         (save.temporary / "run.yaml").write_text(save.run_yaml, encoding="utf-8")
-    digests = {name: digest for written in all_ranks for name, digest in written.digests.items()}
     commit(save.final, save.temporary, save.meta, digests=digests)

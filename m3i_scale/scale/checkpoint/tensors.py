@@ -2,7 +2,7 @@
 
 tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
-  index.json                       shapes, norms, and for every key where its pieces lie
+  index.json                       shapes, norms, and where the pieces lie (index.py)
 
 A key is `weight/…` (fp32 or bf16 master weights, and frozen weights in the type that is computed in), `exp_avg/…`,
 `exp_avg_sq/…` (moments) or `average/…` (momentum target), each with the parameter's name. A piece is a range of the
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.files import read_json
+from m3i_scale.scale.checkpoint.index import Index, Piece, even_piece, file_name
 from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, unreadable
 from m3i_scale.scale.checkpoint.manifest import Digest
 from m3i_scale.scale.checkpoint.stream import DTYPES, Streamed, write_safetensors
@@ -37,6 +37,7 @@ FILE_BYTES = 2 * 2**30
 _SUMMED_ELEMENTS = 1 << 18
 """Converted to fp64 at a time: 2 MiB, which stay in the cache of a core."""
 _MAX_HEADER_BYTES = 100_000_000
+_DTYPES = list(DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,6 @@ class Range:
 
     key: str
     """`kind/name`."""
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
     start: int
     """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
@@ -73,12 +72,15 @@ class Written:
 
     digests: dict[str, Digest] = field(default_factory=dict)
     """By path below the checkpoint's folder."""
-    pieces: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
-    """By key: start, numel and file of every piece."""
-    shapes: dict[str, list[int]] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
     """By key."""
     squares: dict[str, float] = field(default_factory=dict)
     """Sums of squares over this rank's pieces, by key."""
+
+    def is_even(self, key: str, shape: Sequence[int], rank: int, ranks: int) -> bool:
+        """Return whether `rank`, which has written this, has written its even share of a tensor and nothing else."""
+        even = even_piece(math.prod(shape), rank, ranks)
+        return self.pieces.get(key, []) == ([even] if even[1] else [])
 
 
 @torch.no_grad()
@@ -100,7 +102,7 @@ def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> Written:
     (folder / TENSORS).mkdir(exist_ok=True)
     written = Written()
     for number, part in enumerate(_files_of(ranges)):
-        path = folder / TENSORS / f"rank-{rank:05d}-{number:05d}.safetensors"
+        path = folder / TENSORS / file_name(rank, number)
         # A rank of an earlier job that nobody has ended yet may write under this name: one of the two has to fail.
         path.touch(exist_ok=False)
         streamed = [Streamed(piece.key, piece.dtype, (piece.numel,), _counted(piece, written)) for piece in part]
@@ -108,31 +110,28 @@ def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> Written:
         written.digests[f"{TENSORS}/{path.name}"] = write_safetensors(path, streamed, {"starts": starts})
         for piece in part:
             written.pieces.setdefault(piece.key, []).append((piece.start, piece.numel, path.name))
-            written.shapes[piece.key] = list(piece.shape)
     return written
 
 
-def write_index(folder: Path, all_ranks: Sequence[Written]) -> None:
-    """Write index.json of what all ranks have written; rank 0 calls it.
+def make_index(
+    shapes: Mapping[str, tuple[int, ...]],
+    squares: Sequence[float],
+    ranks: int,
+    uneven: Sequence[str],
+    pieces: Sequence[Mapping[str, Sequence[Piece]]],
+) -> Index:
+    """Return the index of what all ranks have written.
 
-    Raises:
-        ValueError: pieces overlap, or do not make up a tensor.
+    Args:
+        shapes: of whole tensors, by key.
+        squares: sums of squares over all ranks, in the order of `shapes`.
+        ranks: their number.
+        uneven: keys of the tensors of which some rank has not its even share.
+        pieces: every rank's pieces of these, by key.
     """
-    pieces: dict[str, list[tuple[int, int, str]]] = {}
-    shapes: dict[str, list[int]] = {}
-    squares: dict[str, float] = {}
-    for written in all_ranks:
-        shapes |= written.shapes
-        for key, value in written.squares.items():
-            squares[key] = squares.get(key, 0.0) + value
-        for key, of_rank in written.pieces.items():
-            pieces.setdefault(key, []).extend(of_rank)
-    for key, of_key in pieces.items():
-        of_key.sort()
-        if fault := _gap(of_key, math.prod(shapes[key])):
-            raise ValueError(f"the pieces of '{key}' {fault}")
-    index = {"shapes": shapes, "norms": {key: math.sqrt(value) for key, value in squares.items()}, "pieces": pieces}
-    (folder / TENSORS / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    norms = {key: math.sqrt(total) for key, total in zip(shapes, squares, strict=True)}
+    listed = {key: sorted(piece for of_rank in pieces for piece in of_rank.get(key, ())) for key in uneven}
+    return Index(shapes, norms, ranks, listed)
 
 
 def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
@@ -173,30 +172,18 @@ class SavedTensors:
     def __init__(self, checkpoint: Path) -> None:
         self.folder = checkpoint / TENSORS
         try:
-            index = read_json(self.folder / INDEX)
-            self._shapes = {str(key): tuple(int(size) for size in shape) for key, shape in index["shapes"].items()}
-            self.norms = {str(key): float(norm) for key, norm in index["norms"].items()}
-            self._pieces = {
-                str(key): [(int(start), int(numel), str(file)) for start, numel, file in pieces]
-                for key, pieces in index["pieces"].items()
-            }
+            self._index = Index.read(self.folder / INDEX)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and checkpoint.exists():
                 raise self._fault("the checkpoint has no tensors that this version reads", INDEX) from None
             raise self._unreadable(error, INDEX) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._fault(f"the index of the tensors cannot be read: {error}", INDEX) from None
-        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
-        keys = self._shapes.keys()
-        if wrong := (keys ^ self._pieces.keys()) | (keys ^ self.norms.keys()):
-            raise self._fault(f"'{min(wrong)}' has no shape, no norm, or no pieces", INDEX)
-        for key, pieces in self._pieces.items():
-            if min(self._shapes[key], default=0) < 0 or any(count < 0 for _, count, _ in pieces):
-                raise self._fault(f"'{key}' has a size below zero", INDEX)
-            if fault := _gap(pieces, math.prod(self._shapes[key])):
-                raise self._fault(f"the pieces of '{key}' {fault}", INDEX)
-            if any(Path(file).name != file for _, _, file in pieces):
-                raise self._fault(f"a piece of '{key}' lies outside the folder", INDEX)
+        if fault := self._index.fault():
+            raise self._fault(fault, INDEX)
+        self._shapes, self.norms = self._index.shapes, self._index.norms
+        self._numbers = {key: number for number, key in enumerate(self._shapes)}
+        self._headers: dict[str, tuple[int, array[int]]] = {}
 
     def names(self, kind: str) -> list[str]:
         """Return the names of the tensors of a kind."""
@@ -216,10 +203,10 @@ class SavedTensors:
             raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
 
-    def pieces(self, key: str) -> list[tuple[int, int, str]]:
+    def pieces(self, key: str) -> list[Piece]:
         """Return where every piece of a tensor begins, its number of elements, and its file."""
         self.shape(key)
-        return self._pieces[key]
+        return list(self._index.pieces(key))
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the type in which a tensor is stored.
@@ -248,9 +235,7 @@ class SavedTensors:
         end, at = start + out.numel(), start
         if end > math.prod(self.shape(key)) or start < 0:
             raise self._fault(f"'{key}' has no elements {start} to {end}", INDEX)
-        for first, numel, file in self._pieces[key]:
-            if first + numel <= at or at >= end:
-                continue
+        for first, numel, file in self._index.pieces(key, start, end):
             stop = min(first + numel, end)
             dtype, position = self._locate(key, file, numel)
             self._read_file(file, position + (at - first) * dtype.itemsize, dtype, out[at - start : stop - start])
@@ -260,12 +245,12 @@ class SavedTensors:
         """Return the type of a piece, and where its bytes begin in the file."""
         if file not in self._headers:
             self._headers[file] = self._read_header(file)
-        begin, header = self._headers[file]
-        try:
-            dtype = DTYPES[header[key]["dtype"]]
-            first, last = map(int, header[key]["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise self._fault(f"the file has no piece of '{key}'", file) from None
+        begin, places = self._headers[file]
+        at = 3 * self._numbers[key]
+        number, first, last = places[at : at + 3]
+        if number < 0:
+            raise self._fault(f"the file has no piece of '{key}'", file)
+        dtype = _DTYPES[number]
         if first < 0 or last - first != numel * dtype.itemsize:  # a reader would go on into its neighbour
             raise self._fault(f"the piece of '{key}' is not as long as the index says", file)
         return dtype, begin + first
@@ -287,30 +272,35 @@ class SavedTensors:
         if not straight:
             out.copy_(into)
 
-    def _read_header(self, file: str) -> tuple[int, dict[str, Any]]:
+    def _read_header(self, file: str) -> tuple[int, array[int]]:
+        """Return where the bytes of a file's first piece begin, and three numbers for every key of the index: its type,
+        and the first and the last byte of its piece; -1 where the file has none. A reader of everything holds those of
+        all files: as parsed JSON they would take forty times the memory."""
         try:
             with (self.folder / file).open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")
                 if size > _MAX_HEADER_BYTES:
                     raise ValueError(f"a header of {size:,} bytes")
-                return 8 + size, json.loads(opened.read(size))
+                header = json.loads(opened.read(size))
+                if not isinstance(header, dict):
+                    raise ValueError("no JSON object")
         except OSError as error:
             raise self._unreadable(error, file) from None
         except ValueError as error:
             raise self._fault(f"not a safetensors file: {error}", file) from None
+        places = array("q", [-1]) * (3 * len(self._numbers))
+        for key in header.keys() & self._numbers.keys():
+            try:
+                first, last = map(int, header[key]["data_offsets"])
+                place = array("q", (_DTYPES.index(DTYPES[header[key]["dtype"]]), first, last))
+            except (KeyError, TypeError, ValueError, OverflowError):
+                continue
+            at = 3 * self._numbers[key]
+            places[at : at + 3] = place
+        return 8 + size, places
 
     def _unreadable(self, error: OSError, file: str) -> CheckpointError:
         return unreadable(self.folder.parent, f"{TENSORS}/{file}", error)
 
     def _fault(self, what: str, file: str) -> CheckpointError:
         return CheckpointError(what, where=str(self.folder / file), fix="take another checkpoint of the run")
-
-
-def _gap(pieces: Sequence[tuple[int, int, str]], numel: int) -> str | None:
-    """Return what is wrong with sorted pieces of a tensor of `numel` elements."""
-    at = 0
-    for start, count, _ in pieces:
-        if start != at:
-            return f"do not join at element {at}"
-        at = start + count
-    return None if at == numel else f"make up {at} elements of {numel}"

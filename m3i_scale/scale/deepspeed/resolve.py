@@ -132,6 +132,10 @@ def resolve(
     wanted["optimizer.params.weight_decay"] = _Wanted(weight_decay, "optim.weight_decay; vectors have none")
     config = copy.deepcopy(raw)
     filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
+    if "timers" not in config:
+        config["timers"] = {"throughput": {"enabled": False}}
+        why = "left out in the file: for a line of DeepSpeed's log, it waits for the device twice a micro-batch"
+        filled.append(("timers.throughput.enabled", False, why))
     _check(config, world_size, where)
     return ResolvedConfig(config, filled + _complete(config, wanted, where), where)
 

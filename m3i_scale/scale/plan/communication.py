@@ -6,13 +6,17 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-AVERAGED = "all-reduce for the momentum target"
-"""Under stages 1 and 2, of each averaged parameter by itself."""
-ONCE_A_STEP = ("update", "all-reduce of the step", AVERAGED)
+AVERAGED = "gather for the momentum target"
+"""Under stages 1 and 2, of a group of averages, in the type that is computed in."""
+AFTER_BACKWARD = ("update", "all-reduce of the step")
+"""Traffic that waits for the end of the backward pass."""
+ONCE_A_STEP = (*AFTER_BACKWARD, AVERAGED)
 """Traffic that does not grow with the number of micro-batches."""
 IN_GROUP = "gather in the group"
 """Gathers from second copies of the shards (`zero_hpz_partition_size`)."""
-_PASSES = {"all-reduce": 2, "all-reduce of the step": 2, AVERAGED: 2}
+FETCH = "fetch by all-reduce"
+"""In place of a gather, under `stage3_use_all_reduce_for_fetch_params`."""
+_PASSES = {"all-reduce": 2, "all-reduce of the step": 2, FETCH: 2}
 """How often a ring carries its data: an all-reduce is a reduce-scatter and an all-gather."""
 
 
@@ -50,6 +54,8 @@ class Traffic:
     """Counts collectives by kind: how many of which size, the bytes of their whole tensors."""
 
     sizes: defaultdict[str, Counter[float]] = field(default_factory=lambda: defaultdict(Counter))
+    pieces: int = 0
+    """Shards that DeepSpeed cuts whole tensors into, or joins them from, one by one: a rank's of every parameter."""
 
     def add(self, kind: str, size: float, calls: int = 1) -> None:
         """Count collectives over `size` bytes together."""
@@ -61,6 +67,7 @@ class Traffic:
         for traffic in (self, other):
             for kind, sizes in traffic.sizes.items():
                 total.sizes[kind] += sizes
+            total.pieces += traffic.pieces
         return total
 
     @property
@@ -110,6 +117,8 @@ class StepTraffic:
     """One collective after the other."""
     once_s: float
     """Of these seconds, those of traffic that comes when forward and backward passes are over."""
+    averaged_s: float
+    """Of these seconds, those of gathers for the momentum target, which run beside the student's forward pass."""
 
 
 def step_traffic(
@@ -130,7 +139,7 @@ def step_traffic(
         group: consecutive ranks that hold a second copy of the shards between them.
     """
     rank_bytes: dict[str, float] = {}
-    intra = inter = time_s = once_s = 0.0
+    intra = inter = time_s = once_s = averaged_s = 0.0
     for kind in traffic.sizes:
         repeats = 0 if kind in ONCE_A_STEP else further
         last = last_micro_batch.sizes.get(kind, Counter())
@@ -146,8 +155,9 @@ def step_traffic(
         nodes = 1 if within else max(2, math.ceil(ranks / links.ranks_per_node))
         seconds = sum(n * _call_s(links, size, ranks, nodes, passes) for size, n in calls.items())
         time_s += seconds
-        once_s += seconds if kind in ONCE_A_STEP else 0.0
-    return StepTraffic(rank_bytes, intra, inter, time_s, once_s)
+        once_s += seconds if kind in AFTER_BACKWARD else 0.0
+        averaged_s += seconds if kind == AVERAGED else 0.0
+    return StepTraffic(rank_bytes, intra, inter, time_s, once_s, averaged_s)
 
 
 def _call_s(links: Links, size: float, ranks: int, nodes: int, passes: int) -> float:

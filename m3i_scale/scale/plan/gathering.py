@@ -14,10 +14,13 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import Parameter, Settings, share
+from m3i_scale.scale.plan.trace import Module
 
+Way = Literal["all ranks", "group", "all-reduce"]
 GATHERED, KEPT = "gathered parameters", "gathered parameters kept for the backward pass"
 SECOND = "second copies of parameters"
 
@@ -28,7 +31,7 @@ class _Storage:
 
     handle: int
     uses: int = 1
-    """The parameter itself, and views that the backward pass holds."""
+    """The parameter itself, or all that lie in it, and views that the backward pass holds."""
 
 
 @dataclass(eq=False)
@@ -38,7 +41,30 @@ class _Gather:
     flat: int
     waiting: set[int]
     params: list[int]
+    shared: _Storage | None = None
+    """What the parameters lie in that an all-reduce fetches: the flat buffer itself."""
     complete: bool = False
+
+
+class _Ahead:
+    """Holds what `__params_to_release` looks through: the modules that follow, with the parameters of their children
+    where a leaf is released, and their own where another module is, whatever they are themselves."""
+
+    def __init__(self, parameters: tuple[Parameter, ...], in_order: list[tuple[int, ...]]) -> None:
+        self.passed = [0]
+        """Elements of the parameters of all modules before a step."""
+        self.uses: defaultdict[int, list[int]] = defaultdict(list)
+        """Steps that use a parameter."""
+        for step, places in enumerate(in_order):
+            self.passed.append(self.passed[-1] + sum(parameters[param].numel for param in places))
+            for param in places:
+                self.uses[param].append(step)
+
+    def comes_again(self, param: int, step: int, distance: int) -> bool:
+        """Return whether a parameter is used within so many elements from `step` on."""
+        uses = self.uses[param]
+        index = bisect_left(uses, step)
+        return index < len(uses) and self.passed[uses[index]] - self.passed[step] < distance
 
 
 @dataclass
@@ -46,13 +72,13 @@ class Coordinator:
     """Gathers and releases parameters, for one rank."""
 
     parameters: tuple[Parameter, ...]
-    modules: tuple[tuple[int, ...], ...]
+    modules: tuple[Module, ...]
     settings: Settings
     ledger: Ledger
     shards: Ledger
     """Where shards of parameters lie: the same, or that of host memory."""
-    told: Callable[[bool, int, int], None] = lambda in_group, size, calls: None
-    """Called at gathers: whether they are from second copies, their bytes, and how many they are."""
+    told: Callable[[Way, int, int, int], None] = lambda way, size, calls, parameters: None
+    """Called at gathers: from where they are, their bytes, how many they are, of how many parameters."""
     order: list[int] = field(default_factory=list)
     """Modules in the order of their use in one iteration; empty while DeepSpeed still records it."""
     _full: dict[int, _Storage] = field(default_factory=dict)
@@ -65,10 +91,8 @@ class Coordinator:
     _queue: deque[tuple[int, int]] = field(default_factory=deque)
     """What is left of these in an iteration."""
     _latest: dict[int, int] = field(default_factory=dict)
-    _uses: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Steps of `order` that use a parameter."""
-    _passed: list[int] = field(default_factory=lambda: [0])
-    """Elements of the parameters of all modules before a step of `order`."""
+    _ahead: dict[bool, _Ahead] = field(default_factory=dict)
+    """What the release of a leaf sees ahead, and that of another module."""
     _step: int = 0
     _available: int = 0
 
@@ -76,14 +100,12 @@ class Coordinator:
         """Gather ahead from now on, in the order of an iteration that has been recorded."""
         if order == self.order:
             return
-        self.order, self._expected, self._passed = order, [], [0]
-        self._uses.clear()
-        for step, module in enumerate(order):
-            own = self._own(module)
-            self._expected.extend((param, step) for param in own)
-            self._passed.append(self._passed[-1] + sum(self.parameters[param].numel for param in own))
-            for param in own:
-                self._uses[param].append(step)
+        self.order, in_order = order, [self.modules[number] for number in order]
+        self._expected = [(param, step) for step, module in enumerate(in_order) for param in module.fetched]
+        self._ahead = {
+            True: _Ahead(self.parameters, [module.all for module in in_order]),
+            False: _Ahead(self.parameters, [module.own for module in in_order]),
+        }
 
     def start(self) -> None:
         """Begin a new iteration."""
@@ -93,7 +115,7 @@ class Coordinator:
 
     def fetch(self, module: int) -> None:
         """Gather what `module` needs, which is about to run, forwards or backwards."""
-        own = self._own(module)
+        own = self.modules[module].fetched
         missing = [param for param in own if param not in self._full and param not in self._inflight]
         if missing:
             self._gather(missing)
@@ -107,8 +129,8 @@ class Coordinator:
 
     def release(self, module: int) -> None:
         """Release what `module` needed, which has run."""
-        own = self._own(module)
-        soon = self._soon(own)
+        own = self.modules[module].fetched
+        soon = self._soon(self.modules[module])
         for param in own:
             self._active[param].discard(module)
             if param in self._full and not self._active[param] and not self._persists(param) and param not in soon:
@@ -127,7 +149,7 @@ class Coordinator:
         small = [param for param in range(len(self.parameters)) if self._persists(param)]
         if small:
             # `_allgather_params_coalesced` is one call for each of them, at a time.
-            self._gather_from(small, in_group=False, calls=len(small))
+            self._gather_from(small, "all ranks", calls=len(small))
             for param in [param for param in small if param in self._inflight]:
                 self._wait(param)
 
@@ -149,9 +171,6 @@ class Coordinator:
         if storage is not None:
             self._unuse(storage)
 
-    def _own(self, module: int) -> tuple[int, ...]:
-        return self.modules[module]
-
     def _persists(self, param: int) -> bool:
         parameter = self.parameters[param]
         return parameter.numel <= self.settings.persistence and parameter.role != "momentum"
@@ -161,22 +180,28 @@ class Coordinator:
         return (share(numel, world) * world if padded else numel) * self.settings.parameter_bytes
 
     def _gather(self, params: list[int]) -> None:
-        """Follow `__all_gather_params_`: those with a second copy by themselves."""
-        for in_group in (True, False):
-            some = [param for param in params if (param in self._second) == in_group]
-            if some:
-                self._gather_from(some, in_group=in_group)
+        """Follow `__all_gather_params_`: those with a second copy by themselves. One alone is always gathered."""
+        second = [param for param in params if param in self._second]
+        rest = [param for param in params if param not in self._second]
+        if second:
+            self._gather_from(second, "group")
+        if rest:
+            self._gather_from(
+                rest, "all-reduce" if self.settings.fetch_by_all_reduce and len(rest) > 1 else "all ranks"
+            )
 
-    def _gather_from(self, params: list[int], *, in_group: bool, calls: int = 1) -> None:
+    def _gather_from(self, params: list[int], way: Way, *, calls: int = 1) -> None:
         self._available += sum(self.parameters[param].numel for param in params)
         if self.settings.world == 1:  # the shard is the parameter
             for param in params:
                 self._full[param] = _Storage(self.ledger.allocate(GATHERED, 0))
             return
         size = sum(self._bytes(param, padded=True) for param in params)
-        self.told(in_group, size, calls)
+        self.told(way, size, calls, len(params))
         gather = _Gather(self.ledger.allocate(GATHERED, size), set(params), params)
-        if self.settings.on_host:  # gloo collects into a buffer of its own
+        if way == "all-reduce":
+            gather.shared = _Storage(gather.flat, len(params))
+        elif self.settings.on_host:  # gloo collects into a buffer of its own
             self.ledger.allocate_and_free("collectives", size)
         for param in params:
             self._inflight[param] = gather
@@ -185,10 +210,10 @@ class Coordinator:
         gather = self._inflight.pop(param)
         if not gather.complete:
             for other in gather.params:
-                self._full[other] = _Storage(self.ledger.allocate(GATHERED, self._bytes(other)))
+                self._full[other] = gather.shared or _Storage(self.ledger.allocate(GATHERED, self._bytes(other)))
             gather.complete = True
         gather.waiting.discard(param)
-        if not gather.waiting:
+        if not gather.waiting and gather.shared is None:
             self.ledger.free(gather.flat)
 
     def _advance(self, own: tuple[int, ...]) -> None:
@@ -210,14 +235,16 @@ class Coordinator:
         if ahead:
             self._gather(ahead)
 
-    def _soon(self, own: tuple[int, ...]) -> set[int]:
-        """Return those of `own` that come again within the reuse distance, or were passed over ahead of time."""
-        return {param for param in own if self._latest.get(param, -1) > self._step or self._comes_again(param)}
-
-    def _comes_again(self, param: int) -> bool:
-        uses = self._uses[param]
-        index = bisect_left(uses, self._step)
-        return index < len(uses) and self._passed[uses[index]] - self._passed[self._step] < self.settings.max_reuse
+    def _soon(self, module: Module) -> set[int]:
+        """Return what of it comes again within the reuse distance, or was passed over ahead of time."""
+        if not self.order:
+            return set()
+        ahead, distance = self._ahead[module.leaf], self.settings.max_reuse
+        return {
+            param
+            for param in module.fetched
+            if self._latest.get(param, -1) > self._step or ahead.comes_again(param, self._step, distance)
+        }
 
     def copy(self, param: int) -> None:
         """Follow `_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""

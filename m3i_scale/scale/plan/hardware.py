@@ -66,14 +66,19 @@ def hardware(name: str) -> Hardware:
     return PRESETS[name]
 
 
-def step_time(*, compute_s: float, communication_s: float, once_s: float, overlap: bool) -> float:
-    """Return the seconds of a step: what is longer where the two overlap, else both.
+def step_time(
+    *, compute_s: float, communication_s: float, once_s: float, averaged_s: float, host_s: float, overlap: bool
+) -> float:
+    """Return the seconds of a step: of arithmetic and communication what is longer where the two overlap, else both;
+    and no less than the host takes to ask for them.
 
     Args:
         compute_s: of the arithmetic.
         communication_s: of all collectives.
         once_s: of those among them that wait for the end of the backward pass, which nothing hides.
+        averaged_s: of those among them that run beside the forward pass, whether `overlap` is set or not.
+        host_s: of the host.
         overlap: whether the others run beside the arithmetic.
     """
-    beside_s = communication_s - once_s
-    return once_s + (max(compute_s, beside_s) if overlap else compute_s + beside_s)
+    hidden_s = communication_s - once_s if overlap else averaged_s
+    return max(host_s, max(compute_s, hidden_s) + communication_s - hidden_s)

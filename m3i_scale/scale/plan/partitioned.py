@@ -4,8 +4,8 @@ the start of the engine to the end of a step. The methods follow those of `stage
 
 from __future__ import annotations
 
-from m3i_scale.scale.plan.communication import IN_GROUP
-from m3i_scale.scale.plan.gathering import Coordinator
+from m3i_scale.scale.plan.communication import FETCH, IN_GROUP
+from m3i_scale.scale.plan.gathering import Coordinator, Way
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.replay import (
     BUCKETS,
@@ -30,8 +30,8 @@ class PartitionedEngine(Engine):
         places = self.device if not settings.parameters_on_host else self.host
         shards = {}
         for module in self.trace.modules:
-            whole = [self.device.allocate(WORKSPACE, self._bytes(place)) for place in module]
-            for place, handle in zip(module, whole, strict=True):
+            whole = [self.device.allocate(WORKSPACE, self._bytes(place)) for place in module.fetched]
+            for place, handle in zip(module.fetched, whole, strict=True):
                 part = OF_ROLE[self.parameters[place].role]
                 size = share(self.parameters[place].numel, world) * settings.parameter_bytes
                 shards[place] = places.allocate(part, size)
@@ -122,9 +122,17 @@ class PartitionedEngine(Engine):
         else:
             self.coordinator.release(module)
 
-    def _count_gather(self, in_group: bool, size: int, calls: int) -> None:
+    def _count_gather(self, way: Way, size: int, calls: int, parameters: int) -> None:
         kind = self.phase if self.phase == "update" else f"gather {self.phase}"
-        self.traffic.add(IN_GROUP if in_group else kind, size, calls)
+        ways: dict[Way, tuple[str, int]] = {
+            "all ranks": (kind, self.settings.world),
+            "group": (IN_GROUP, self.settings.hpz),
+            "all-reduce": (FETCH, 0),  # has no pieces
+        }
+        kind, pieces = ways[way]
+        self.traffic.add(kind, size, calls)
+        if parameters > calls:  # one that is gathered alone is gathered into its place
+            self.traffic.pieces += parameters * pieces
 
     def on_view(self, param: int, number: int, kind: str) -> None:
         """Let saved views hold gathered weights, unless DeepSpeed's linear function is on."""
@@ -148,11 +156,19 @@ class PartitionedEngine(Engine):
             self.filled.append((numel, handle))
 
     def _reduce(self) -> None:
-        """Follow `reduce_scatter_coalesced`: a flat copy, unless there is one gradient that needs no padding."""
+        """Follow `__avg_scatter_contiguous_grads`, which reduces the bucket itself, or `reduce_scatter_coalesced`: a
+        flat copy, unless there is one gradient that needs no padding."""
         settings, world = self.settings, self.settings.world
         sizes = [numel for numel, _ in self.filled]
+        if not settings.reduce_scatter and sum(sizes) <= settings.reduce_bucket:
+            self.traffic.add("all-reduce", sum(sizes) * settings.communication_bytes)
+            if settings.accumulation_bytes != settings.communication_bytes:
+                self.device.allocate_and_free(BUCKETS, sum(sizes) * settings.accumulation_bytes)
+            self.filled.clear()
+            return
         padded = sum(share(numel, world) * world for numel in sizes)
         self.traffic.add("reduce-scatter", padded * settings.communication_bytes)
+        self.traffic.pieces += world * len(sizes)
         alone = len(sizes) == 1 and padded == sizes[0]
         flat = None if alone else self.device.allocate(BUCKETS, padded * settings.communication_bytes)
         if settings.on_host and world > 1:  # gloo reduces a clone

@@ -25,6 +25,9 @@ class Parameter:
     """Whether it has weight decay."""
     lr_scale: float = 1.0
     """What its learning rate is multiplied by."""
+    follows: int | None = None
+    """The place of the trained parameter that it is the average of; None where it is no average, or that of what is
+    not trained."""
 
 
 def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[list[int]]:
@@ -91,6 +94,10 @@ class Settings:
     """DeepSpeed's own linear function keeps the parameter and not a view of its gathered storage."""
     hpz: int
     """Ranks that hold a second copy of the shards between them; 1 for none."""
+    fetch_by_all_reduce: bool
+    """A gather is an all-reduce of a buffer that is zero but for the rank's own shards."""
+    reduce_scatter: bool
+    """Under stage 3 a bucket is reduced shard by shard, and not as a whole by an all-reduce."""
     optimizer_on_host: bool
     """Optimizer states and master weights in host memory."""
     parameters_on_host: bool
@@ -137,6 +144,8 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
         max_reuse=int(parsed.max_reuse_distance),
         efficient_linear=bool(parsed.memory_efficient_linear),
         hpz=max(int(parsed.zero_hpz_partition_size), 1),
+        fetch_by_all_reduce=bool(parsed.use_all_reduce_for_fetch_params),
+        reduce_scatter=bool(parsed.reduce_scatter),
         optimizer_on_host=host,
         parameters_on_host=(zero.get("offload_param") or {}).get("device") == "cpu",
         accumulation_steps=int(config["gradient_accumulation_steps"]),

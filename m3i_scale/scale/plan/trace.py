@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.fx.experimental._config as fx_config
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -43,16 +44,37 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Module:
+    """Describes one module. Parameters are indices into `module.parameters()` of the whole model."""
+
+    own: tuple[int, ...]
+    """Parameters that are not a child's."""
+    all: tuple[int, ...]
+    """Its own, and its children's."""
+    leaf: bool
+    """Whether it is one unit under ZeRO-3 (`set_leaves`): then its children are no modules of the trace."""
+
+    @property
+    def fetched(self) -> tuple[int, ...]:
+        """Return the parameters that are gathered when it runs."""
+        return self.all if self.leaf else self.own
+
+
+@dataclass(frozen=True)
 class Trace:
     """Holds a recorded micro-batch."""
 
     events: tuple[Event, ...]
-    modules: tuple[tuple[int, ...], ...]
-    """By module: its own parameters, as indices into `module.parameters()`."""
+    modules: tuple[Module, ...]
     flop: int
     """Of forward and backward pass, recomputation included."""
     saved_bytes: int
     """What the forward pass leaves behind for the backward pass."""
+
+    @property
+    def operations(self) -> int:
+        """Count what makes a tensor: kernels of an accelerator, but for those that write in place."""
+        return sum(event.kind == "allocate" for event in self.events)
 
 
 def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
@@ -179,11 +201,18 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
     storages = {parameter.untyped_storage()._cdata: place for place, parameter in enumerate(parameters)}
     held = [*parameters, *module.buffers(), *inputs]
     recorder = _Recorder({tensor.untyped_storage()._cdata for tensor in held})
-    owners = list(module.modules())
-    own = tuple(tuple(index[id(p)] for p in child.parameters(recurse=False)) for child in owners)
+    owners = list(_units(module))
+    modules = tuple(
+        Module(
+            tuple(index[id(p)] for p in child.parameters(recurse=False)),
+            tuple(index[id(p)] for p in child.parameters()),
+            z3_leaf_module(child),
+        )
+        for child in owners
+    )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_module_hooks(owners, own, recorder))
-        stack.enter_context(_gradient_hooks(parameters, own, recorder))
+        stack.enter_context(_module_hooks(owners, recorder))
+        stack.enter_context(_gradient_hooks(parameters, modules, recorder))
         stack.enter_context(_kept_views(storages, recorder))
         # Every sample has every target.
         stack.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
@@ -196,11 +225,18 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
         recorder.events.append(Event("backward"))
         loss.backward()
         del loss
-    return Trace(tuple(recorder.events), own, int(flops.get_total_flops()), saved)
+    return Trace(tuple(recorder.events), modules, int(flops.get_total_flops()), saved)
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that ZeRO-3 has hooks on: all of them, but those inside of a leaf."""
+    yield module
+    for child in () if z3_leaf_module(module) else module.children():
+        yield from _units(child)
 
 
 @contextlib.contextmanager
-def _module_hooks(owners: list[nn.Module], own: tuple[tuple[int, ...], ...], recorder: _Recorder) -> Iterator[None]:
+def _module_hooks(owners: list[nn.Module], recorder: _Recorder) -> Iterator[None]:
     """Record when a module uses its parameters, forwards and (by the gradient of its output) backwards."""
     handles = []
 
@@ -227,13 +263,11 @@ def _module_hooks(owners: list[nn.Module], own: tuple[tuple[int, ...], ...], rec
 
 
 @contextlib.contextmanager
-def _gradient_hooks(
-    parameters: list[nn.Parameter], own: tuple[tuple[int, ...], ...], recorder: _Recorder
-) -> Iterator[None]:
+def _gradient_hooks(parameters: list[nn.Parameter], modules: tuple[Module, ...], recorder: _Recorder) -> Iterator[None]:
     """Take a complete gradient from the module at once: the engine decides what becomes of it."""
     handles = []
-    module_of = {place: number for number, places in enumerate(own) for place in places}
-    waiting = {number: {p for p in places if parameters[p].requires_grad} for number, places in enumerate(own)}
+    module_of = {place: number for number, module in enumerate(modules) for place in module.fetched}
+    waiting = {n: {p for p in module.fetched if parameters[p].requires_grad} for n, module in enumerate(modules)}
 
     def taken(place: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:

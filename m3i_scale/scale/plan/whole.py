@@ -27,7 +27,9 @@ class WholeEngine(Engine):
 
     def build(self) -> None:
         """Follow `DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
-        kept = {}
+        kept: dict[int, int] = {}
+        self.gathered_averages: list[int] = []
+        """Elements of the groups whose averages are gathered."""
         for place, parameter in enumerate(self.parameters):
             kept[place] = self.device.allocate(OF_ROLE[parameter.role], parameter.numel * 4)  # built in fp32
         if self.settings.parameter_bytes != 4:
@@ -44,11 +46,34 @@ class WholeEngine(Engine):
                 self.device.free(kept[place])
             self._master(numel // self.settings.world)
         self._after_groups()
-        for place in self.averaged:
-            numel = self.parameters[place].numel
-            whole = self.device.allocate(WORKSPACE, numel * 4)
-            self.device.allocate(MOMENTUM, numel * momentum_state_bytes(self.settings.precision))
-            self.device.free(whole)
+        self._averages(kept)
+
+    def _averages(self, kept: dict[int, int]) -> None:
+        """Follow `ShardedMomentum._lay_out`: every rank averages its part of a group of master weights, and all gather
+        the copies of targets that are computed with."""
+        settings, trace = self.settings, self.trace
+        computed = {
+            place for event in trace.events if event.kind == "fetch" for place in trace.modules[event.owner].fetched
+        }
+        for group, numel in zip(self.groups, self.flat, strict=True):
+            targets = [place for place in self.averaged if self.parameters[place].follows in group]
+            if not targets:
+                continue
+            own = total = sum(self.parameters[place].numel for place in targets)
+            if self.divides_averages:
+                own, total = numel // settings.world, numel
+                if computed.intersection(targets):
+                    self.gathered_averages.append(numel)
+            self.device.allocate(MOMENTUM, total * settings.parameter_bytes)
+            for place in targets:
+                self.device.free(kept[place])
+            self.device.allocate(MOMENTUM, own * momentum_state_bytes(settings.precision))
+
+    @property
+    def divides_averages(self) -> bool:
+        """Return whether a rank has a part of the averages only: it has as much of the master weights, which are the
+        parameters themselves in fp32."""
+        return self.settings.world > 1 and self.settings.precision != "fp32"
 
     def held_of(self, param: int, rank: int) -> int:
         """Return the elements of the rank's part of the flat group that all ranks share out."""
@@ -61,7 +86,10 @@ class WholeEngine(Engine):
         return 0
 
     def averaged_of(self, param: int, rank: int) -> int:
-        """Return an even share of what all ranks hold alike."""
+        """Return what the rank has of the master weights; an even share of what all ranks hold alike."""
+        follows = self.parameters[param].follows
+        if self.divides_averages and follows is not None:
+            return self.held_of(follows, rank)
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
     def _padded(self, numel: int) -> int:
@@ -76,12 +104,10 @@ class WholeEngine(Engine):
     def _after_groups(self) -> None:
         """Take nothing more, by default."""
 
-    def average(self) -> None:
-        """Replay `safe_get_full_fp32_param` for the momentum target: master weights, parameter by parameter, whole, in
-        fp32. Where parameters are fp32 every rank has them already."""
-        if self.settings.precision != "fp32":
-            for place in self.averaged:
-                self.traffic.add(AVERAGED, self.parameters[place].numel * 4)
+    def gather_averages(self) -> None:
+        """Follow `ShardedMomentum.publish`."""
+        for numel in self.gathered_averages:
+            self.traffic.add(AVERAGED, numel * self.settings.parameter_bytes)
 
     def gather_groups(self) -> None:
         """Gather updated shards on all ranks, in place; gloo collects into a buffer of its own."""
@@ -235,7 +261,7 @@ class ZeroEngine(WholeEngine):
         self._release(self.owned)
         self.owned = []
         self.gather_groups()
-        self.average()
+        self.gather_averages()
 
 
 class Bf16Engine(WholeEngine):
@@ -276,4 +302,4 @@ class Bf16Engine(WholeEngine):
         for numel in self.flat:
             self.take_states(numel // self.settings.world)
         self.gather_groups()
-        self.average()
+        self.gather_averages()

@@ -14,7 +14,7 @@ from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import step_time
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import Parameter, Settings, momentum_state_bytes, settings_of, share
-from m3i_scale.scale.plan.trace import Event, Trace
+from m3i_scale.scale.plan.trace import Event, Module, Trace
 
 GPU = Settings(
     world=8,
@@ -35,6 +35,8 @@ GPU = Settings(
     max_reuse=2_000,
     efficient_linear=True,
     hpz=1,
+    fetch_by_all_reduce=False,
+    reduce_scatter=True,
     optimizer_on_host=False,
     parameters_on_host=False,
     accumulation_steps=1,
@@ -56,7 +58,7 @@ def trace_of(parameters: tuple[Parameter, ...], activation: int) -> Trace:
             events.append(Event("allocate", number, parameters[place].numel * 2))
             events.append(Event("gradient", number, parameters[place].numel * 2, place))
         events += [Event("free", place + 1), Event("release", owner=place)]
-    return Trace(tuple(events), tuple((place,) for place in range(len(parameters))), 0, 0)
+    return Trace(tuple(events), tuple(Module((place,), (place,), False) for place in range(len(parameters))), 0, 0)
 
 
 def peak(parameters: tuple[Parameter, ...], engine: Settings, activation: int = 500) -> int:
@@ -119,16 +121,20 @@ def test_sixteen_bits_throughout_take_less_than_fp32_masters(parameters):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_stays_is_what_the_formulas_say(stage):
     """16 bytes a parameter under fp32 accumulation, of which a stage divides its own."""
-    parameters = (Parameter(4_096, "trained"), Parameter(1_024, "trained", False), Parameter(2_048, "momentum"))
+    parameters = (
+        Parameter(4_096, "trained"),
+        Parameter(1_024, "trained", False),
+        Parameter(4_096, "momentum", follows=0),
+    )
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, persistence=0, world=4)
     ledger = Ledger()
     engine_for(parameters, trace_of(parameters, 0), engine, ledger, ledger).run()
     trained, divided = 5_120, 4
     whole = trained if stage < 3 else trained // divided
-    momentum = 2_048 if stage < 3 else 2_048 // divided
+    copies = 4_096 if stage < 3 else 4_096 // divided
     assert ledger.parts["parameters"] == 2 * whole
     assert ledger.parts["optimizer"] == 12 * trained // divided
-    assert ledger.parts["momentum target"] == (2 + momentum_state_bytes("bf16")) * momentum
+    assert ledger.parts["momentum target"] == 2 * copies + momentum_state_bytes("bf16") * 4_096 // divided
     gradients = {1: 4 * trained + 2 * trained, 2: 0, 3: 4 * trained // divided}
     assert ledger.parts["gradients"] == gradients[stage]
 
@@ -168,7 +174,7 @@ def test_what_comes_again_within_the_reuse_distance_is_not_gathered_again(reuse:
     """The first module runs once more behind one of 1,000 elements: it is gathered twice or once in an iteration."""
     parameters = (Parameter(640, "trained"), Parameter(1_000, "trained"))
     uses = [Event(kind, owner=owner) for owner in (0, 1, 0) for kind in ("fetch", "release")]
-    trace = Trace((*uses, Event("backward")), ((0,), (1,)), 0, 0)
+    trace = Trace((*uses, Event("backward")), (Module((0,), (0,), False), Module((1,), (1,), False)), 0, 0)
     engine = replace(GPU, persistence=0, prefetch_bucket=0, max_reuse=reuse, accumulation_steps=2)
     ledger = Ledger()
     played = engine_for(parameters, trace, engine, ledger, ledger)
@@ -257,30 +263,55 @@ def test_many_small_collectives_take_longer_than_one_large_one():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_momentum_target_reduces_each_parameter_where_masters_are_divided_and_parameters_are_not(stage, precision):
-    parameters = (Parameter(4_096, "trained"), Parameter(2_048, "momentum"), Parameter(1_024, "momentum", False))
+def test_averages_are_gathered_group_by_group_where_masters_are_divided_and_parameters_are_not(stage, precision):
+    parameters = (
+        Parameter(4_096, "trained"),
+        Parameter(1_024, "trained", False),
+        Parameter(4_096, "momentum", follows=0),
+        Parameter(1_024, "momentum", False, follows=1),
+    )
     engine = replace(GPU, stage=stage, precision=precision, bf16_optimizer=stage == 1 and precision == "bf16")
     engine = replace(engine, accumulation_steps=2)
     ledger = Ledger()
     played = engine_for(parameters, trace_of(parameters, 0), engine, ledger, ledger)
     played.run()
     counted = (played.traffic.calls.get(AVERAGED, 0), played.traffic.bytes.get(AVERAGED, 0))
-    assert counted == ((2, 4 * 3_072) if stage < 3 and precision == "bf16" else (0, 0))
+    assert counted == ((2, 2 * 5_120) if stage < 3 and precision == "bf16" else (0, 0))
     one, more = (step_traffic(played.traffic, played.last_micro_batch, NODES, further=n).rank_bytes for n in (0, 6))
     assert more.get(AVERAGED) == one.get(AVERAGED)  # once a step
+    trace = trace_of(parameters, 0)
+    saved_alone = tuple(event for event in trace.events if event.kind != "fetch" or event.owner < 2)
+    played = engine_for(parameters, replace(trace, events=saved_alone), engine, ledger, ledger)
+    played.run()
+    assert AVERAGED not in played.traffic.calls
+
+
+def test_of_the_time_of_collectives_the_gather_of_averages_is_told_apart():
+    traffic = Traffic()
+    traffic.add("update", 1e9)
+    sent = step_traffic(traffic, Traffic(), NODES, further=0)
+    traffic.add(AVERAGED, 1e9)
+    both = step_traffic(traffic, Traffic(), NODES, further=0)
+    assert (sent.averaged_s, sent.once_s) == (0.0, sent.time_s)
+    assert both.averaged_s == both.once_s == sent.once_s
+    assert both.time_s == pytest.approx(2 * sent.time_s)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 3, 8])
 def test_copies_of_a_save_are_all_of_the_states_without_padding(stage, world):
     """12 bytes a trained parameter and 4 an averaged one, over all ranks, of which the first has most."""
-    parameters = (Parameter(4_099, "trained"), Parameter(1_021, "trained", False), Parameter(2_047, "momentum"))
+    parameters = (
+        Parameter(4_099, "trained"),
+        Parameter(1_021, "trained", False),
+        Parameter(4_099, "momentum", follows=0),
+    )
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, world=world, snapshot=10)
     device, host = Ledger(), Ledger()
     planned = engine_for(parameters, trace_of(parameters, 0), engine, device, host)
     planned.run()
     copies = [planned.snapshot(rank) for rank in range(world)]
-    assert sum(map(sum, copies)) == 12 * (4_099 + 1_021) + 4 * 2_047
+    assert sum(map(sum, copies)) == 12 * (4_099 + 1_021) + 4 * 4_099
     assert max(map(sum, copies)) == sum(copies[0])
     # Pinned memory comes in powers of two; the buffers stay on the device.
     assert host.parts["snapshot"] == sum(plan_pools(copies[0])[0])
@@ -299,9 +330,16 @@ def test_copies_of_a_save_lie_beside_the_next_step_on_a_host():
 
 
 def test_nothing_hides_what_waits_for_the_end_of_the_backward_pass():
-    seconds = {"compute_s": 3.0, "communication_s": 2.0, "once_s": 0.5}
+    seconds = {"compute_s": 3.0, "communication_s": 2.0, "once_s": 0.5, "averaged_s": 0.0, "host_s": 0.1}
     assert step_time(**seconds, overlap=True) == 3.5
     assert step_time(**seconds, overlap=False) == 5.0
+
+
+def test_the_gather_of_averages_runs_beside_the_arithmetic_with_and_without_overlap():
+    seconds = {"communication_s": 2.0, "once_s": 0.5, "averaged_s": 1.0, "host_s": 0.1}
+    assert step_time(**seconds, compute_s=3.0, overlap=True) == 3.5
+    assert step_time(**seconds, compute_s=3.0, overlap=False) == 4.0
+    assert step_time(**seconds, compute_s=0.5, overlap=False) == 2.0  # and takes no less than itself
 
 
 def test_second_copies_take_memory_and_keep_gathers_in_their_group():

@@ -1,0 +1,185 @@
+"""Refuse a GPU that a run cannot use, before anything waits for it or fails on it in words of CUDA or NCCL."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.launch.doctor.facts import interfaces
+from m3i_scale.scale.agree import gather_objects
+from m3i_scale.scale.deepspeed.rules import precision
+from m3i_scale.text import size_text
+
+_TAKEN = 0.2
+"""Share of a card's memory. A display, or what watches the card, takes less."""
+_BF16_CAPABILITY = 8
+"""Of Ampere. Torch computes bf16 on earlier cards too, by way of fp32."""
+RELEASED_S = 10.0
+"""A process that was killed may have its GPU for so long."""
+_LOOK_S = 0.2
+
+
+def check_before_joining(devices: Path = Path("/dev")) -> None:
+    """Check what would keep this rank from joining the others, or make it join them on the CPU; have gloo take the
+    network that NCCL is given, where it is not given one.
+
+    Args:
+        devices: where the kernel shows GPUs.
+
+    Raises:
+        UserError: a driver that torch cannot use, a rank too many for the GPUs of this host, or a network interface
+            that is not there.
+    """
+    name = get_accelerator().device_name()
+    if name == "cpu":
+        _check_driver(devices)
+    if name != "cuda":
+        return
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), get_accelerator().device_count()
+    if local >= count:
+        raise UserError(
+            f"rank {local} of this host has no GPU: {count} can be seen",
+            where=f"LOCAL_RANK={local}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
+            fix="as many ranks a host as it has GPUs, and every GPU visible to every rank",
+        )
+    interface = _interface_of_nccl(interfaces())
+    if interface is not None:  # else gloo takes the address of the host's name, which may be the loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def check_distinct_cards() -> None:
+    """Check that no two ranks are on one GPU, which NCCL refuses in words of its own. Every rank calls it, once they
+    have met and before their first collective on a GPU.
+
+    Raises:
+        UserError: two are; the same on every rank.
+    """
+    if get_accelerator().device_name() != "cuda":
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # A slice may have the UUID of its card; a process sees one slice, by name.
+    card = visible if visible.startswith("MIG-") else str(torch.cuda.get_device_properties().uuid)
+    cards = gather_objects(card)
+    twice, count = Counter(cards).most_common(1)[0]
+    if count > 1:
+        ranks = [rank for rank, other in enumerate(cards) if other == twice]
+        raise UserError(
+            f"ranks {ranks[0]} and {ranks[1]} have the same GPU",
+            where=f"GPU {twice}",
+            why="two ranks on one GPU cannot join one group",
+            fix="start ranks with LOCAL_RANK counted per host, and every GPU of it visible to every rank",
+        ).raised_everywhere()
+
+
+def check_card(config: dict[str, Any]) -> None:
+    """Check that this rank's GPU computes in the run's precision.
+
+    Args:
+        config: the resolved DeepSpeed configuration.
+
+    Raises:
+        ConfigError: the GPU is too old for bf16.
+    """
+    if get_accelerator().device_name() != "cuda":
+        return
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if precision(config) == "bf16" and major < _BF16_CAPABILITY and torch.version.hip is None:
+        raise ConfigError(
+            f"{name} (compute capability {major}.{minor}) has no bf16",
+            where="deepspeed: bf16.enabled",
+            why="torch would compute it by way of fp32, many times slower",
+            fix="deepspeed=zero3_fp16, or a GPU of capability 8.0 or newer",
+        )
+
+
+def check_memory(needed: int, tell: Callable[[str], None]) -> None:
+    """Check that this rank's device has room for what is known to lie on it.
+
+    Args:
+        needed: bytes of weights, moments and averages of a rank.
+        tell: told where other processes have much of it, and leave enough.
+
+    Raises:
+        UserError: it is too small, or other processes leave too little.
+    """
+    if get_accelerator().device_name() == "cpu":
+        return
+    total = get_accelerator().total_memory()
+    if needed > total:
+        raise UserError(
+            f"a rank holds {size_text(needed)} of weights, moments and averages, and its device has {size_text(total)}",
+            why="activations, gathered weights and buffers come on top",
+            fix="m3i-scale plan says what fits: more ranks, ZeRO-3, an optimizer on the host (zero3_bf16_cpu_offload), "
+            "a smaller model",
+        )
+    if get_accelerator().device_name() != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info()
+    deadline = time.monotonic() + RELEASED_S
+    while free < needed and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        free, total = torch.cuda.mem_get_info()
+    taken = (
+        f"other processes have {size_text(total - free)} of the {size_text(total)} of {torch.cuda.get_device_name()}"
+    )
+    if free < needed:
+        raise UserError(
+            taken,
+            why=f"a rank holds {size_text(needed)} of weights, moments and averages",
+            fix="nvidia-smi names them: end them, or take another GPU (CUDA_VISIBLE_DEVICES)",
+        )
+    if free < (1 - _TAKEN) * total:
+        tell(f"rank {os.environ.get('RANK', '0')}: {taken}; nvidia-smi names them")
+
+
+def _check_driver(devices: Path) -> None:
+    """Refuse GPUs that torch was made for and cannot use: the run would go on without them, on the CPU."""
+    # Schedulers hide cards by values that name none, as NoDevFiles, or by taking the right to open them.
+    hidden = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")) is None
+    there = any(os.access(device, os.R_OK | os.W_OK) for device in devices.glob("nvidia[0-9]*"))
+    if torch.version.cuda is None or "DS_ACCELERATOR" in os.environ or hidden or not there:
+        return
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        raise UserError(
+            f"torch cannot use the GPUs of this host: {str(error).splitlines()[0]}",
+            why="the run would go on without them, on the CPU",
+            fix=f"a driver for CUDA {torch.version.cuda}, or a torch for this driver; to train on the CPU: "
+            "CUDA_VISIBLE_DEVICES=",
+        ) from None
+
+
+def _interface_of_nccl(there: Mapping[str, list[str]]) -> str | None:
+    """Return the first interface that is chosen for NCCL; None where none is, or some are only ruled out.
+
+    It takes prefixes, `=` for whole names, `^` for all others.
+
+    Args:
+        there: addresses by interface.
+
+    Raises:
+        UserError: the choice names none that has an address.
+    """
+    choice = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    names = [name for name in choice.removeprefix("^").removeprefix("=").split(",") if name]
+    if not names or choice.startswith("^"):
+        return None
+    usable = [name for name, addresses in there.items() if addresses]
+    chosen = [have for have in usable if (have in names if choice.startswith("=") else have.startswith(tuple(names)))]
+    if not chosen:
+        raise UserError(
+            "NCCL would have no network: no interface with an address has the name that is chosen",
+            where=f"NCCL_SOCKET_IFNAME={choice}",
+            fix=f"one of {', '.join(sorted(usable))}; or unset it",
+        )
+    return chosen[0]

@@ -1,0 +1,74 @@
+"""Set how the device of this process computes: what products may round to, and whether sums have one order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch._inductor.config
+import torch.utils.deterministic
+
+from m3i_scale.errors import ConfigError
+
+_WHERE = "hardware.deterministic"
+_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_NVLS_ENABLE": "0"}
+"""What torch asks for (`torch.use_deterministic_algorithms`), and sums over ranks that no switch adds up. The list is
+that of torchtitan (`distributed/utils.py`)."""
+
+
+def allow_tf32(dtype: torch.dtype) -> None:
+    """Have GPUs round the factors of fp32 products to TF32 where a run computes in bf16 or fp16: those factors have
+    fewer digits anyway. Products on CPUs, and runs in fp32, stay as they are.
+
+    Args:
+        dtype: that the run computes in.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
+
+
+def check_deterministic() -> None:
+    """Refuse an environment that undoes `compute_deterministically`.
+
+    Raises:
+        ConfigError: a variable of cuBLAS or NCCL says otherwise.
+    """
+    for name, value in _VARIABLES.items():
+        if os.environ.get(name, value) != value:
+            raise ConfigError(
+                f"a deterministic run needs {name}={value}, and it is {os.environ[name]}",
+                where=_WHERE,
+                fix=f"unset {name}, or hardware.deterministic=false",
+            )
+
+
+def compute_deterministically() -> None:
+    """Have every operation give the same bits whenever it gets the same, also on GPUs, or raise. Call it before the
+    ranks meet: cuBLAS and NCCL read their variables once.
+    """
+    os.environ.update(_VARIABLES)
+    torch.use_deterministic_algorithms(True)
+    # For finding faults; it costs a kernel a tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch._inductor.config.deterministic = True  # kernels are not chosen by how long they take
+
+
+@contextlib.contextmanager
+def nondeterminism_explained() -> Iterator[None]:
+    """Say of an operation that has no deterministic form which setting it contradicts.
+
+    Raises:
+        ConfigError: in place of torch's error, which comes with the first batch.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise ConfigError(
+            str(error).partition(",")[0],
+            where=_WHERE,
+            why="this model, or its loss, adds up in an order that differs from run to run on this device",
+            fix="hardware.deterministic=false",
+        ) from error

@@ -1,0 +1,119 @@
+"""Say where the pieces of a checkpoint's tensors lie.
+
+Where every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of
+ranks, and are not listed: there would be tensors × ranks of them, hundreds of megabytes at a thousand ranks. Stages 1
+and 2 cut the tensors laid end to end, which makes only a few pieces a rank; those are listed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3i_scale.files import read_json
+
+Piece = tuple[int, int, str]
+"""Start in the flattened tensor, number of elements, and file."""
+
+
+def file_name(rank: int, number: int) -> str:
+    """Return the name of a rank's file of that number."""
+    return f"rank-{rank:05d}-{number:05d}.safetensors"
+
+
+def even_piece(numel: int, rank: int, ranks: int) -> Piece:
+    """Return a rank's share of a tensor of `numel` elements that is cut evenly; it may have no elements."""
+    share = math.ceil(numel / ranks)
+    start = min(share * rank, numel)
+    return start, min(share, numel - start), file_name(rank, 0)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Holds the contents of `index.json`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of whole tensors, by key."""
+    norms: Mapping[str, float]
+    """By key."""
+    ranks: int
+    """That wrote the checkpoint; 0: not said, as in an index that lists every piece."""
+    listed: Mapping[str, Sequence[Piece]]
+    """Sorted pieces of the tensors that are not cut evenly, by key."""
+
+    def pieces(self, key: str, start: int = 0, end: int | None = None) -> Iterator[Piece]:
+        """Yield the pieces of a tensor that have elements of the range from `start` to `end`, in order."""
+        numel = math.prod(self.shapes[key])
+        end = numel if end is None else end
+        if key in self.listed:
+            pieces = self.listed[key]
+            for piece in pieces[max(bisect_right(pieces, start, key=lambda piece: piece[0]) - 1, 0) :]:
+                if piece[0] >= end:
+                    return
+                if start < piece[0] + piece[1]:
+                    yield piece
+        elif start < end:
+            share = math.ceil(numel / self.ranks)
+            for rank in range(start // share, math.ceil(end / share)):
+                yield even_piece(numel, rank, self.ranks)
+
+    def fault(self) -> str | None:
+        """Return what does not hold together; None: nothing."""
+        keys = self.shapes.keys()
+        unplaced = set() if self.ranks > 0 else keys - self.listed.keys()
+        if wrong := (keys ^ self.norms.keys()) | (self.listed.keys() - keys) | unplaced:
+            return f"'{min(wrong)}' has no shape, no norm, or no pieces"
+        for key, shape in self.shapes.items():
+            pieces = self.listed.get(key, ())
+            if min(shape, default=0) < 0 or any(numel < 0 for _, numel, _ in pieces):
+                return f"'{key}' has a size below zero"
+            if key in self.listed and (gap := _gap(pieces, math.prod(shape))):
+                return f"the pieces of '{key}' {gap}"
+            if any(Path(file).name != file for _, _, file in pieces):
+                return f"a piece of '{key}' lies outside the folder"
+        return None
+
+    def write(self, path: Path) -> None:
+        """Write the index.
+
+        Raises:
+            ValueError: pieces overlap, or do not make up a tensor.
+            OSError: the disk refused.
+        """
+        if fault := self.fault():
+            raise ValueError(fault)
+        values = {"ranks": self.ranks, "shapes": self.shapes, "norms": self.norms, "pieces": self.listed}
+        path.write_text(json.dumps(values), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Index:
+        """Return an index that was written, by this version or by one that listed every piece.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError, KeyError, TypeError, AttributeError: it is not as it was written.
+        """
+        values = read_json(path)
+        return cls(
+            {str(key): tuple(int(size) for size in shape) for key, shape in values["shapes"].items()},
+            {str(key): float(norm) for key, norm in values["norms"].items()},
+            int(values.get("ranks", 0)),
+            {
+                str(key): [(int(start), int(numel), str(file)) for start, numel, file in pieces]
+                for key, pieces in values["pieces"].items()
+            },
+        )
+
+
+def _gap(pieces: Sequence[Piece], numel: int) -> str | None:
+    """Return what is wrong with sorted pieces of a tensor of `numel` elements."""
+    at = 0
+    for start, count, _ in pieces:
+        if start != at:
+            return f"do not join at element {at}"
+        at = start + count
+    return None if at == numel else f"make up {at} elements of {numel}"
