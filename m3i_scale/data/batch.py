@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,8 @@ _COUNTED_OBJECTS = 20
 """Of an image without values; one of COCO has 7."""
 _OF_OBJECTS = {"boxes_BN4": 0, "box_labels_BN": -1, "box_masks_BNMM": 0}
 """Fields with an axis of objects, and what they are padded with."""
+CAPTION_MULTIPLE = 16
+"""Captions of a batch are padded to a multiple of so many tokens, `max_tokens` at most."""
 _BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
 
 
@@ -81,14 +83,19 @@ class Batch:
         }
         vars(self).update(arrived)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return by name what is copied to a device: every tensor but the seeds."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "seeds_B"}
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`, but for the seeds."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if field.name != "seeds_B" and isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return Batch(**moved, seeds_B=self.seeds_B, keys=self.keys)
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every one of `tensors` changed."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, **changed)
 
     @staticmethod
     def cat(parts: list[Batch]) -> Batch:
@@ -131,7 +138,8 @@ class Sample:
 
 
 class Collator:
-    """Turns samples into a batch. Captions are cut to `max_tokens` and padded to the longest of the part.
+    """Turns samples into a batch. Captions are cut to `max_tokens`, and padded to the longest of the part and on to a
+    multiple of `CAPTION_MULTIPLE`, so that compiled layers meet few lengths.
 
     Args:
         tokenizer: None leaves captions out.
@@ -181,6 +189,8 @@ class Collator:
             for number, ids in zip(present, encoded, strict=True):
                 rows[number] = ids or [padding]
         width = max(map(len, rows))
+        if self._tokenizer is not None:
+            width = min(-(-width // CAPTION_MULTIPLE) * CAPTION_MULTIPLE, self._max_tokens)
         ids_BT = np.full((len(rows), width), padding, dtype=np.int64)
         mask_BT = np.zeros((len(rows), width), dtype=np.bool_)
         for number, row in enumerate(rows):
@@ -272,7 +282,7 @@ def synthetic_batch(
         has_text_B=torch.ones(count, dtype=torch.bool),
         captions_B=torch.arange(1, count + 1),
         seeds_B=torch.randint(0, 2**62, (count,)),
-        masks_BHW=torch.randint(0, classes, (count, pixels, pixels), dtype=torch.uint8),
+        masks_BHW=torch.randint(0, min(classes, 255), (count, pixels, pixels), dtype=torch.uint8),
         boxes_BN4=torch.cat([corners, corners + image / 4], dim=-1),
         box_labels_BN=torch.randint(0, classes, (count, objects)),
         box_masks_BNMM=torch.ones(count, objects, side, side, dtype=torch.uint8),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import DataConfig, SourceConfig
@@ -23,9 +20,9 @@ from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import Mix, check_shares, check_weights, samples_at_most, share_of, whole_passes
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
+from m3i_scale.data.parts import Part, PartRecipe, PartWorkers
 from m3i_scale.data.quarantine import Quarantine
-from m3i_scale.data.reader import ShardReader
-from m3i_scale.data.remote.access import Access, check_access
+from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.repeats import repeats_of
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import (
@@ -40,8 +37,6 @@ from m3i_scale.data.state import (
 from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
     Account,
-    ExhaustedError,
-    Stream,
     StreamSource,
     counts_of_source,
     lost_of_pass,
@@ -50,25 +45,11 @@ from m3i_scale.data.stream import (
     too_many_lost,
 )
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item, stalled
-from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
-from m3i_scale.errors import DataError, UserError, named
+from m3i_scale.data.watchdog import POLL_S, InThread, NotYetError
+from m3i_scale.errors import DataError, named
 
-PREFETCH_PARTS = 2
-"""Parts that every worker prepares ahead."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Holds what one worker gives to a micro-batch: samples of its streams, and where the streams stand after them."""
-
-    batch: Batch | None
-    """None: there is no further whole one."""
-    states: dict[int, dict[str, Any]]
-    quarantine: list[dict[str, Any]]
-    fault: UserError | None = None
-    """Why there is none, where the sources have not ended. As a value: an exception would lose its parts on the way out
-    of a worker."""
+READY_BATCHES = 1
+"""Micro-batches that are joined ahead of the one that is asked for."""
 
 
 class TrainStream:
@@ -118,11 +99,14 @@ class TrainStream:
         augment: bool = True,
         quarantine_path: Path | None = None,
         reads: Reads = "labels",
+        workers: PartWorkers | None = None,
+        pin: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         check_shares(data, micro_batch_size=micro_batch_size, world_size=world_size)
         check_weights(sources)
         self._data = data
         self._rank = rank
+        self._workers, self._pin = workers, pin
         self._access = check_access(data, sources)
         self._world_size = world_size
         self._streams = share_of(range(data.streams), rank, world_size)
@@ -130,7 +114,6 @@ class TrainStream:
         self._fingerprints: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[Shard]] = {}
         self._changes: list[dict[str, Any]] = []
-        self._watch = DeathWatch()
         self.can_end = whole_passes(sources)
         """Whether the stream may end; the same on all ranks."""
         self.samples_at_most: int | None = None
@@ -162,9 +145,11 @@ class TrainStream:
             seed=seed,
             quarantine=quarantine_path,
         )
+        if workers is not None:
+            workers.bring(self._recipe)
 
     def __iter__(self) -> Generator[Batch]:
-        """Yield batches from the present position on; `close()` ends the workers.
+        """Yield batches from the present position on; `close()` ends workers that were not given.
 
         What workers prepared for an earlier iterator is dropped. Ends before the first batch that cannot be whole;
         other ranks may have one more.
@@ -174,28 +159,42 @@ class TrainStream:
                 a worker that was killed.
         """
         self._reached = {}
-        activities = [Activity() for _ in range(max(1, self._data.workers))]
-        parts = self._parts(activities)
-        try:
+        states = {stream: state.to_json() for stream, state in self._states.items()}
+        with contextlib.ExitStack() as stack:
+            workers = self._workers
+            if workers is None:
+                workers = stack.enter_context(contextlib.closing(PartWorkers(self._data)))
+                workers.bring(self._recipe)
+            ready = InThread(self._joined(workers.turns(states, self._rank)), ahead=READY_BATCHES)
+            stack.callback(ready.close)
             while True:
-                states: dict[int, StreamState] = {}
-                batches: list[Batch] = []
-                for number, activity in enumerate(activities):  # workers hand out their parts in turn
-                    with self._watch.waiting():
-                        part = self._await(parts, activity, number)
+                with workers.watch.waiting():
+                    parts, batch = _await(ready)
+                for part in parts:
                     self._quarantine.add(part.quarantine)
                     if part.fault is not None:
                         raise part.fault
-                    states.update({stream: StreamState.from_json(state) for stream, state in part.states.items()})
-                    batches += [] if part.batch is None else [part.batch]
-                if len(batches) < len(activities):
-                    self._reached = states
+                after = {
+                    stream: StreamState.from_json(state) for part in parts for stream, state in part.states.items()
+                }
+                if batch is None:
+                    self._reached = after
                     return
-                self._states.update(states)
+                self._states.update(after)
                 self._stop_if_surely_bad()
-                yield Batch.cat(batches)
-        finally:
-            parts.close()
+                yield batch
+
+    def _joined(self, turns: Generator[list[Part]]) -> Generator[tuple[list[Part], Batch | None]]:
+        """Yield the micro-batches with the parts that they are of, in a thread beside the training process; the last
+        one is None."""
+        with contextlib.closing(turns):
+            for parts in turns:
+                batches = [part.batch for part in parts if part.batch is not None]
+                if len(batches) < len(parts):
+                    yield parts, None
+                    return
+                batch = Batch.cat(batches)
+                yield parts, batch if self._pin is None else batch.changed(self._pin)
 
     def peek(self) -> Batch:
         """Return the next batch without moving on; its bad samples are written down when it is handed out.
@@ -214,15 +213,6 @@ class TrainStream:
         if batch is None:
             raise DataError("the sources end before the first batch", fix="raise epochs or leave it out")
         return batch
-
-    def _await(self, parts: Parts, activity: Activity, number: int) -> Part:
-        limit_s = self._data.stall_timeout_s
-        try:
-            part: Part = await_item(parts, activity, limit_s)
-            return part
-        except NotYetError:
-            worker = number if self._data.workers else None
-            raise stalled(activity, rank=self._rank, worker=worker, timeout_s=limit_s) from None
 
     @property
     def quarantined(self) -> dict[str, int]:
@@ -394,107 +384,13 @@ class TrainStream:
         self.samples_at_most = samples_at_most(ends)
         return plans
 
-    def _parts(self, activities: Sequence[Activity]) -> Parts:
-        states = {stream: state.to_json() for stream, state in self._states.items()}
-        dataset = PartDataset(self._recipe, states, activities)
-        if not self._data.workers:
-            return InThread(iter(dataset))
-        # With one endless part stream a worker and no batching, DataLoader hands out workers' parts in turn, in order.
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=self._data.workers,
-            multiprocessing_context=START_METHOD,
-            prefetch_factor=PREFETCH_PARTS,
-            timeout=min(POLL_S, self._data.stall_timeout_s),
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # its own, or it would draw from the generator that training draws from
-        )
-        with signals_held(), self._watch.starting():
-            return FromWorkers(iter(loader))
-
     def _stop_if_surely_bad(self) -> None:
         """Stop if this rank's bad samples alone are too many for all ranks, which give equally many good ones."""
         account = self.account
         self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
-@dataclass(frozen=True)
-class PartRecipe:
-    """Holds all that a worker needs to make parts, except the state."""
-
-    plans: dict[int, dict[str, StreamSource]]
-    mix: Mix
-    per_stream: int
-    collator: Collator
-    data: DataConfig
-    access: Access
-    seed: int
-    quarantine: Path | None
-
-
-Parts = InThread[Part] | FromWorkers[Part]
-
-
-class PartDataset(IterableDataset[Part]):
-    """Iterates over parts of micro-batches; each worker makes those of its share of the rank's streams.
-
-    The end comes out as a part too: a worker that simply ended would be left out of the turn, and its part be taken
-    from the next.
-    """
-
-    def __init__(self, recipe: PartRecipe, states: dict[int, dict[str, Any]], activities: Sequence[Activity]) -> None:
-        self._recipe = recipe
-        self._states = states
-        self._activities = activities
-
-    def __iter__(self) -> Generator[Part]:
-        """Yield parts; the last one has no batch."""
-        recipe = self._recipe
-        worker = get_worker_info()
-        reader = ShardReader(recipe.access, self._activities[0 if worker is None else worker.id])
-        streams = {
-            number: Stream(
-                recipe.plans[number],
-                recipe.mix,
-                StreamState.from_json(self._states[number]),
-                reader,
-                recipe.data,
-                seed=recipe.seed,
-                quarantine=recipe.quarantine,
-            )
-            for number in _share_of_worker(list(recipe.plans))
-        }
-        try:
-            while True:
-                part = self._part(streams)
-                yield part
-                if part.batch is None:
-                    return
-        finally:
-            reader.close()
-
-    def _part(self, streams: dict[int, Stream]) -> Part:
-        quarantine: list[dict[str, Any]] = []
-        batch: Batch | None = None
-        fault: UserError | None = None
-        try:
-            samples = [stream.take(quarantine) for stream in streams.values() for _ in range(self._recipe.per_stream)]
-            batch = self._recipe.collator(samples)
-        except ExhaustedError:
-            pass
-        except UserError as error:
-            fault = error
-        states = {number: stream.state.to_json() for number, stream in streams.items()}
-        return Part(batch, states, quarantine, fault)
-
-
-def _share_of_worker(streams: Sequence[int]) -> Sequence[int]:
-    worker = get_worker_info()
-    return streams if worker is None else share_of(streams, worker.id, worker.num_workers)
-
-
-def _start_worker(_: int) -> None:
-    # Otherwise the tokenizer warns of the fork, and every worker starts as many threads as there are cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    leave_signals_to_parent()
+def _await(ready: InThread[tuple[list[Part], Batch | None]]) -> tuple[list[Part], Batch | None]:
+    while True:
+        with contextlib.suppress(NotYetError):  # who waits too long for a sample is the thread
+            return ready.next(POLL_S)

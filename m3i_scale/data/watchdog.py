@@ -67,13 +67,21 @@ def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: flo
 
 
 class InThread(Generic[Item]):
-    """Makes the items of an iterator in a thread, one when it is asked for, so that waiting for it can end."""
+    """Makes the items of an iterator in a thread, so that waiting for one can end.
 
-    def __init__(self, items: Generator[Item]) -> None:
+    Args:
+        items: to be made.
+        ahead: how many are made before they are asked for.
+    """
+
+    def __init__(self, items: Generator[Item], ahead: int = 0) -> None:
         self._items = items
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Item | Exception] = queue.SimpleQueue()
         self._waiting = False
+        self._closed = False
+        for _ in range(ahead):
+            self._asked.put(True)
         threading.Thread(target=self._make, daemon=True, name="load").start()
 
     def next(self, timeout_s: float) -> Item:
@@ -96,10 +104,11 @@ class InThread(Generic[Item]):
 
     def close(self) -> None:
         """End the thread once it has made what it is making."""
+        self._closed = True  # before what was asked for and is not begun
         self._asked.put(False)
 
     def _make(self) -> None:
-        while self._asked.get():
+        while self._asked.get() and not self._closed:
             try:
                 self._made.put(next(self._items))
             except Exception as error:  # whatever it is, it is raised again where the item is awaited

@@ -32,7 +32,6 @@ from typing import Any, TypeVar
 
 from m3i_scale.errors import DataError, LostWorkerError
 
-Handler = Callable[[int, FrameType | None], Any]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -59,12 +58,13 @@ def signals_held() -> Iterator[None]:
 class DeathWatch:
     """Tells the parent of worker processes when one of them was killed.
 
-    torch raises from its SIGCHLD handler, wherever the parent happens to be. Under this watch it does so only while the
-    parent waits for workers, which such a death could otherwise block for ever; one that died before is seen then.
+    torch raises from its SIGCHLD handler, wherever the parent happens to be. Under this watch an error is raised only
+    while the parent waits for the worker, whose death could otherwise block it for ever; one that died before is seen
+    then.
     """
 
     def __init__(self) -> None:
-        self._workers: list[BaseProcess] = []
+        self.workers: list[BaseProcess] = []
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
@@ -72,10 +72,9 @@ class DeathWatch:
         _sweep_temporary_folders()
         earlier, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         yield
-        self._workers = [child for child in multiprocessing.active_children() if child not in earlier]
-        torchs = signal.getsignal(signal.SIGCHLD)
-        if torchs is not handler and callable(torchs):  # torch sets it once in a process
-            signal.signal(signal.SIGCHLD, functools.partial(_relay, torchs, handler))
+        self.workers = [child for child in multiprocessing.active_children() if child not in earlier]
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # torch sets its own, once in a process
+            signal.signal(signal.SIGCHLD, functools.partial(_relay, handler))
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -95,13 +94,13 @@ class DeathWatch:
             _WAITING.remove(self)
 
     def _look(self, torchs: str | None) -> None:
-        dead = [worker.exitcode for worker in self._workers if worker.exitcode]
+        dead = [worker.exitcode for worker in self.workers if worker.exitcode]
         if not dead:
             return
         end = signal.Signals(-dead[0]).name if dead[0] < 0 else f"exit code {dead[0]}"
         raise LostWorkerError(
             f"a loader process has died ({end})",
-            where=f"data.workers: {len(self._workers)}",
+            where=f"data.workers: {len(self.workers)}",
             why="most often the machine had no memory left for it"
             + (f"; torch says: {torchs.strip()}" if torchs else ""),
             fix="lower data.workers, or give the job more memory; the run goes on from its last checkpoint",
@@ -111,10 +110,10 @@ class DeathWatch:
 _WAITING: list[DeathWatch] = []
 
 
-def _relay(torchs: Handler, earlier: Any, number: int, frame: FrameType | None) -> None:
-    if _WAITING:
-        torchs(number, frame)
-    elif callable(earlier):
+def _relay(earlier: Any, number: int, frame: FrameType | None) -> None:
+    for watch in _WAITING:
+        watch._look(None)
+    if callable(earlier):
         earlier(number, frame)
 
 

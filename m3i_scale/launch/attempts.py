@@ -196,7 +196,7 @@ class Launch:
         for host, pids in last.left.items():
             self.tell(f"host {host}: processes that could not be ended: {', '.join(map(str, pids))}")
         if code in (EXIT_FAILED, EXIT_USER_ERROR) and last.cause is not None:
-            self.tell(failure_text(last.cause, last.others))
+            self.tell(failure_text(last.cause, last.others, self.work.run.output_dir))
         elif code == EXIT_PREEMPTED:
             self.tell(stopped_words(self.work.run.output_dir / "checkpoints"))
         elif code == EXIT_INTERRUPTED:

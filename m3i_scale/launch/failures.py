@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import EXIT_USER_ERROR, UserError
-from m3i_scale.files import read_json, write_json
+from m3i_scale.files import json_line, read_json, read_json_lines, write_json
+from m3i_scale.launch.flight_recorder import FILES, recorded_text
 from m3i_scale.text import masked
 
 FAILURE = "failure.json"
@@ -20,6 +24,9 @@ Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "sil
 """`silent`: it left no word, so something ended it from outside, and nobody saw what; `ended`: by its launch, after
 another one had failed; `missing`: it waited for ranks that did not come."""
 LAST_LINES = 20
+RECORD_FILES = ("rank-*.json", "host-*.jsonl", FILES)
+"""In that folder: of ranks that have failed, of which ranks of a host have begun and ended, and of collectives."""
+_SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
 
 # Words of a rank that only noticed that another one was gone. Of gloo, of NCCL's watchdog and communicator, of the
 # store, and of sockets below them.
@@ -95,14 +102,22 @@ def first_cause(failures: Iterable[Failure]) -> Failure | None:
     return ordered[0] if ordered else None
 
 
-def failure_text(cause: Failure, others: Sequence[Failure]) -> str:
-    """Return the text that a person reads at the end: once, whatever the number of ranks."""
+def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) -> str:
+    """Return the text that a person reads at the end: once, whatever the number of ranks.
+
+    Args:
+        cause: the first one.
+        others: what followed.
+        output_dir: of the run.
+    """
     lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
         lines.append("  its last lines:")
         lines += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
     if others:
         lines.append(f"  after it: {_counted(others)}")
+    if (collectives := recorded_text(output_dir / RANK_RECORDS)) is not None:
+        lines.append(f"  {collectives}")
     return "\n".join(lines)
 
 
@@ -150,6 +165,49 @@ def write_record(folder: Path, failure: Failure) -> None:
     write_json(record_file(folder, failure.rank or 0), asdict(failure))
 
 
+def begin_rank(folder: Path, rank: int) -> None:
+    """Note that a rank of this host has begun: in one file a host, since a thousand files would be made at every start.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _note(folder, {"rank": rank, "began": time.time()})
+
+
+def end_rank(folder: Path, rank: int) -> None:
+    """Note that a rank of this host has ended as it should; the last one removes what is left of all of them.
+
+    Raises:
+        OSError: the disk refused, or other hosts have ranks that run.
+    """
+    _note(folder, {"rank": rank, "ended": time.time()})
+    if not _unended(_notes_of(folder, socket.gethostname())):
+        _notes_of(folder, socket.gethostname()).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _note(folder: Path, value: dict[str, Any]) -> None:
+    with _notes_of(folder, socket.gethostname()).open("a", encoding="utf-8") as file:
+        file.write(json_line(value))  # one write, at the end of the file: ranks do not tear each other's lines
+
+
+def _notes_of(folder: Path, host: str) -> Path:
+    return folder / f"host-{host}.jsonl"
+
+
+def _unended(notes: Path) -> dict[int, float]:
+    """Return, by rank, when those began that have not ended as they should."""
+    began: dict[int, float] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for note in read_json_lines(notes):
+            if "began" in note:
+                began[int(note["rank"])] = float(note["began"])
+            else:
+                began.pop(int(note["rank"]), None)
+    return began
+
+
 def read_record(path: Path) -> Failure | None:
     """Return the record that a rank has left; None where there is none that can be read."""
     try:
@@ -159,9 +217,19 @@ def read_record(path: Path) -> Failure | None:
 
 
 def read_records(output_dir: Path) -> list[Failure]:
-    """Return the records that ranks without an agent have left in OUTPUT/failure."""
-    records = [read_record(path) for path in _records(output_dir)]
-    return [record for record in records if record is not None]
+    """Return the records that ranks without an agent have left in OUTPUT/failure; where one has begun and left none, it
+    is one of a silent end."""
+    folder = output_dir / RANK_RECORDS
+    records = [record for path in sorted(folder.glob("rank-*.json")) if (record := read_record(path)) is not None]
+    heard = {record.rank for record in records}
+    for notes in sorted(folder.glob("host-*.jsonl")):
+        host = notes.stem.removeprefix("host-")
+        records += [
+            Failure(began, host, rank, None, None, "silent", _SILENT)
+            for rank, began in _unended(notes).items()
+            if rank not in heard
+        ]
+    return records
 
 
 def forget_records(output_dir: Path) -> None:
@@ -171,18 +239,15 @@ def forget_records(output_dir: Path) -> None:
         UserError: they cannot be removed.
     """
     try:
-        for path in _records(output_dir):
-            path.unlink(missing_ok=True)
+        for pattern in RECORD_FILES:
+            for path in (output_dir / RANK_RECORDS).glob(pattern):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"what ranks of an earlier launch have left cannot be removed: {error.strerror}",
             where=str(error.filename),
             fix="remove it, or take another output_dir",
         ) from None
-
-
-def _records(output_dir: Path) -> list[Path]:
-    return sorted((output_dir / RANK_RECORDS).glob("rank-*.json"))
 
 
 def on_clock(failure: Failure, offset_s: float) -> Failure:

@@ -8,7 +8,7 @@ import shlex
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import SLURM_EXPORTS
-from m3i_scale.launch.failures import RANK_RECORDS
+from m3i_scale.launch.failures import RANK_RECORDS, RECORD_FILES
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
@@ -140,7 +140,8 @@ def _body(job: Job) -> list[str]:
     lines += [f"export MASTER_PORT={cluster.master_port}"]
     lines += export_lines(job.plain)
     records, folder = shlex.quote(str(job.output_dir / RANK_RECORDS)), shlex.quote(str(job.output_dir))
-    lines += ["", f"rm -f {records}/rank-*.json  # of ranks of an earlier attempt"]
+    files = " ".join(f"{records}/{pattern}" for pattern in RECORD_FILES)
+    lines += ["", f"rm -f {files}  # of ranks of an earlier attempt"]
     lines += ["", *_SIGNALS, _srun(job), "code=$?"]
     if cluster.container_image is None:
         words = f'{shlex.quote(job.python)} -m {VERDICT} {folder} "$code" "$SLURM_NTASKS"'

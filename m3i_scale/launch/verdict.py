@@ -78,7 +78,7 @@ def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world
     if cause.step is None and steps:
         cause = replace(cause, step=max(steps))
     others = [record for record in records if (record.rank, record.kind) != (cause.rank, cause.kind)]
-    text = failure_text(cause, others)
+    text = failure_text(cause, others, output_dir)
     try:
         path = write_failure(output_dir, cause, others, exit_code=code)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,14 @@ from torchvision.ops import deform_conv2d
 from transformers import AutoConfig, AutoModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
-from m3i_scale.backbones.internimage.modeling_internimage import DCNv3, InternImageLayer, dcnv3
+from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel, modeling_internimage
+from m3i_scale.backbones.internimage.modeling_internimage import (
+    DCNv3,
+    InternImageLayer,
+    dcnv3,
+    sum_by_bag,
+    sum_by_grid,
+)
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -54,6 +61,69 @@ def random_inputs(height: int, width: int, groups: int, per: int, reach: float, 
     return x, offset, weight
 
 
+@pytest.fixture(params=[sum_by_bag, sum_by_grid])
+def formulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has CPUs take each of both."""
+    monkeypatch.setitem(modeling_internimage.FORMULATIONS, "cpu", request.param)
+
+
+def test_a_deterministic_run_takes_the_formulation_that_adds_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert modeling_internimage.FORMULATIONS["cuda"] is sum_by_grid
+    calls: list[str] = []
+    monkeypatch.setitem(
+        modeling_internimage.FORMULATIONS, "cpu", lambda *inputs: calls.append("grid") or sum_by_grid(*inputs)
+    )
+    inputs = random_inputs(3, 3, 1, 2, 1.0, 0)
+    try:
+        torch.use_deterministic_algorithms(True)
+        dcnv3(*inputs, 1, 1.0)
+        assert calls == []
+    finally:
+        torch.use_deterministic_algorithms(False)
+    dcnv3(*inputs, 1, 1.0)
+    assert calls == ["grid"]
+
+
+def saved_bytes(inputs: list[Tensor], groups: int) -> int:
+    """What autograd keeps of an operator, inputs left out."""
+    held = {tensor.untyped_storage().data_ptr(): 0 for tensor in inputs}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = dcnv3(*inputs, groups, 1.0)
+    del output
+    return sum(held.values())
+
+
+def test_nine_samples_of_every_place_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(modeling_internimage.FORMULATIONS, "cpu", sum_by_grid)
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(8, 8, 2, 64, 1.0, 0)]
+    assert saved_bytes(inputs, 2) < 5 * inputs[0].nbytes
+
+
+@pytest.mark.parametrize(
+    ("reach", "scale", "dtype", "tolerance"),
+    [(0.0, 1.0, torch.float64, 1e-10), (1.5, 0.7, torch.float64, 1e-10), (0.0, 2.0, torch.float32, 1e-4)],
+)
+def test_both_formulations_have_the_same_values_and_gradients(
+    reach: float, scale: float, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where offsets are zero too, as they are at the start: there the gradient jumps."""
+    found = []
+    for chosen in (sum_by_bag, sum_by_grid):
+        monkeypatch.setitem(modeling_internimage.FORMULATIONS, "cpu", chosen)
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in random_inputs(7, 14, 2, 3, reach, 5)]
+        output = dcnv3(*inputs, 2, scale)
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found.append([output.detach(), *torch.autograd.grad(output, inputs, direction)])
+    for bag, grid in zip(*found, strict=True):
+        torch.testing.assert_close(grid, bag, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("formulation")
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_operator_is_its_formula(scale: float) -> None:
     x, offset, weight = random_inputs(4, 3, 2, 3, 1.5, 0)
@@ -100,14 +170,21 @@ def as_torchvision(x: Tensor, offset: Tensor, weight: Tensor, groups: int, scale
     ).permute(0, 2, 3, 1)
 
 
+@pytest.mark.usefixtures("formulation")
 def test_offsets_that_ran_away_give_zero_and_no_fault() -> None:
     x, offset, weight = random_inputs(4, 4, 1, 2, 1.0, 1)
     for far in (1e30, -1e30, 1e9):
         assert torch.equal(dcnv3(x, torch.full_like(offset, far), weight, 1, 1.0), torch.zeros_like(x))
 
 
+@pytest.mark.usefixtures("formulation")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_offset_that_is_no_number_shows_in_the_output(value: float) -> None:
+def test_an_offset_that_is_no_number_shows_in_the_output(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_a_gpu(maps: Tensor, grid: Tensor, **options: Any) -> Tensor:
+        return grid_sample(maps, grid.nan_to_num(-100, -100, -100), **options)
+
+    grid_sample = torch.nn.functional.grid_sample
+    monkeypatch.setattr(torch.nn.functional, "grid_sample", as_on_a_gpu)
     x, offset, weight = random_inputs(4, 4, 1, 2, 1.0, 1)
     offset[0, 1, 2, 3] = value
     found = dcnv3(x, offset, weight, 1, 1.0)
@@ -115,6 +192,7 @@ def test_an_offset_that_is_no_number_shows_in_the_output(value: float) -> None:
     assert found.isnan().sum() == 2
 
 
+@pytest.mark.usefixtures("formulation")
 def test_a_low_type_outside_is_fp32_inside() -> None:
     x, offset, weight = random_inputs(6, 6, 2, 4, 1.0, 2)
     low = [tensor.bfloat16() for tensor in (x, offset, weight)]

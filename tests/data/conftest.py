@@ -41,6 +41,7 @@ def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, qua
         )
         for name, folder in folders.items()
     }
+    workers, pin = data.pop("given", None), data.pop("pin", None)
     settings = DataConfig(sources=sources, **data)
     return TrainStream(
         settings,
@@ -57,6 +58,8 @@ def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, qua
         cache_dir=Path(cache),
         augment=augment,
         quarantine_path=quarantine,
+        workers=workers,
+        pin=pin,
     )
 
 

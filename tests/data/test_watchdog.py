@@ -1,6 +1,7 @@
 """A run that waits in vain ends, and says for whom."""
 
 import itertools
+import threading
 import time
 
 import pytest
@@ -73,6 +74,28 @@ def test_errors_of_a_thread_and_of_workers_come_through():
 
     with pytest.raises(RuntimeError, match="is killed"):
         await_item(FromWorkers(dies()), Activity(), 1.0)
+
+
+def test_a_thread_that_is_closed_makes_nothing_further():
+    begun, goes_on, over = threading.Event(), threading.Event(), threading.Event()
+    made = []
+
+    def numbers():
+        try:
+            for number in range(9):
+                begun.set()
+                goes_on.wait(60)
+                made.append(number)
+                yield number
+        finally:
+            over.set()
+
+    items = InThread(numbers(), ahead=3)
+    assert begun.wait(60)
+    items.close()
+    goes_on.set()
+    assert over.wait(60)
+    assert made == [0]
 
 
 def test_what_a_reader_does_is_told():

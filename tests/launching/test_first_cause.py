@@ -3,11 +3,13 @@
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from m3i_scale.errors import UserError
 from m3i_scale.launch.failures import (
+    RANK_RECORDS,
     Failure,
     failure_text,
     first_cause,
@@ -19,6 +21,7 @@ from m3i_scale.launch.failures import (
     write_failure,
 )
 from m3i_scale.launch.failures import write_record as leave
+from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
 from m3i_scale.launch.lock import launch_lock
 from m3i_scale.run.rank_record import recorded
@@ -87,7 +90,7 @@ def test_clocks_of_hosts_are_those_of_the_launch():
 
 def test_the_text_names_the_place_once_and_counts_the_rest(tmp_path):
     cause, others = failure(1.0, "ValueError: x", lines=["a", "b"]), [failure(2.0 + n, PEERS[0]) for n in range(5)]
-    text = failure_text(cause, others)
+    text = failure_text(cause, others, tmp_path)
     assert "first cause: ValueError: x\n  where: host node1, rank 3, after step 7, in backward" in text
     assert "5 × RuntimeError" in text
     path = write_failure(tmp_path, cause, others, attempt=2)
@@ -124,6 +127,38 @@ def test_under_other_launchers_records_lie_in_the_output_folder(tmp_path, monkey
     assert (record.kind, record.rank, record.user_error) == ("user_error", 1, True)
     forget_records(tmp_path)
     assert read_records(tmp_path) == []
+
+
+def test_ranks_of_a_host_note_in_one_file_that_they_run(tmp_path, monkeypatch):
+    """At thousands of ranks, a file of each at every start would be thousands on a shared disk."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv(RECORDS, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with recorded(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with recorded(tmp_path):
+            assert len(list((tmp_path / RANK_RECORDS).iterdir())) == 1
+            assert [(record.rank, record.kind) for record in read_records(tmp_path)] == [(0, "silent"), (1, "silent")]
+        assert [(record.rank, record.host) for record in read_records(tmp_path)] == [(0, os.uname().nodename)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_collectives_are_recorded_in_the_folder_and_what_the_user_has_set_stays(tmp_path):
+    folder, environment = tmp_path / "failure", {"RANK": "3"}
+    with record_collectives(folder, environment):
+        prefix = Path(environment["TORCH_FR_DUMP_TEMP_FILE"])
+        assert "torchfrtrace" not in failure_text(failure(1.0, "x"), [], tmp_path)
+        prefix.with_name(f"{prefix.name}3").write_bytes(b"as PyTorch does at a time-out")
+    text = failure_text(failure(1.0, "x"), [], tmp_path)
+    assert f"1 rank wrote down its last collectives: torchfrtrace {folder}" in text
+    with record_collectives(folder, environment):  # the next attempt
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        set_already = {"RANK": "3", name: "/data/collectives-"}
+        given = dict(set_already)
+        with record_collectives(folder, given):
+            assert given == set_already
 
 
 def test_a_folder_that_takes_no_records_does_not_hide_what_the_run_says(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
@@ -24,8 +25,7 @@ _CORNERS = 4
 def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, offset_scale: float) -> Tensor:
     """Compute y(p₀) = Σ_k w_gk(p₀) · x_g(p₀ + s·(p_k + Δp_gk(p₀))): deformable convolution, version 3.
 
-    Every output is a weighted sum of 9 points × 4 neighbours, which `embedding_bag` computes without ever holding the
-    sampled values. Points are enumerated x outer, y inner; what lies outside the map is zero.
+    Points are enumerated x outer, y inner; what lies outside the map is zero.
 
     Args:
         value_BHWC: x, in `groups` groups of channels.
@@ -35,33 +35,40 @@ def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: 
         offset_scale: s.
 
     Returns:
-        (B, H, W, C), in the type of `value_BHWC`; computed in fp32, because bf16 cannot tell neighbouring coordinates
-        of a large map apart.
+        (B, H, W, C), in the type of `value_BHWC`; computed in fp32 or what is wider, because bf16 cannot tell
+        neighbouring coordinates of a large map apart.
+    """
+    batch, height, width, _ = value_BHWC.shape
+    wide = torch.promote_types(value_BHWC.dtype, torch.float32)
+    offset_BNGK2 = offset_BHWO.reshape(batch, height * width, groups, _POINTS, 2).to(wide)
+    weight_BNGK = weight_BHWP.reshape(batch, height * width, groups, _POINTS).to(wide)
+    near = torch.arange(-1, 2, device=value_BHWC.device, dtype=wide)
+    x_N = torch.arange(width, device=near.device, dtype=wide).repeat(height)[:, None, None]
+    y_N = torch.arange(height, device=near.device, dtype=wide).repeat_interleave(width)[:, None, None]
+    x_BNGK = x_N + offset_scale * (near.repeat_interleave(3) + offset_BNGK2[..., 0])
+    y_BNGK = y_N + offset_scale * (near.repeat(3) + offset_BNGK2[..., 1])
+    # `grid_sample` adds up its gradients in any order; torch has no other backward pass of it on GPUs.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    formulation = sum_by_bag if deterministic else FORMULATIONS.get(value_BHWC.device.type, sum_by_bag)
+    return formulation(value_BHWC.to(wide), x_BNGK, y_BNGK, weight_BNGK).to(value_BHWC.dtype)
+
+
+def sum_by_bag(value_BHWC: Tensor, x_BNGK: Tensor, y_BNGK: Tensor, weight_BNGK: Tensor) -> Tensor:
+    """Return the weighted sums (B, H, W, C) of 9 points × 4 neighbours by `embedding_bag`, which never holds what it
+    has sampled. Its backward pass sorts all neighbours on a GPU.
+
+    Args:
+        value_BHWC: the map.
+        x_BNGK: column of every point, of N = H · W places and G groups.
+        y_BNGK: its row.
+        weight_BNGK: its weight.
     """
     batch, height, width, channels = value_BHWC.shape
-    pixels, per_group = height * width, channels // groups
-    index_N, share_N = _neighbours(offset_BHWO, weight_BHWP, groups, offset_scale)
-    rows_RE = value_BHWC.reshape(batch, pixels, groups, per_group).transpose(1, 2).reshape(-1, per_group).float()
-    bag = _POINTS * _CORNERS
-    sampled_ME = F.embedding_bag(index_N.view(-1, bag), rows_RE, per_sample_weights=share_N.view(-1, bag), mode="sum")
-    return sampled_ME.view(batch, height, width, channels).to(value_BHWC.dtype)
-
-
-def _neighbours(offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return for every place and group the rows of 9 × 4 neighbours, and the share of each in the sum."""
-    batch, height, width, _ = offset_BHWO.shape
-    device = offset_BHWO.device
-    offset_BNGK2 = offset_BHWO.reshape(batch, height * width, groups, _POINTS, 2).float()
-    weight_BNGK = weight_BHWP.reshape(batch, height * width, groups, _POINTS).float()
-    near = torch.arange(-1.0, 2.0, device=device)
-    point_x, point_y = near.repeat_interleave(3), near.repeat(3)
-    x_N = torch.arange(width, device=device, dtype=torch.float32).repeat(height)[:, None, None]
-    y_N = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)[:, None, None]
-    x_BNGK = x_N + scale * (point_x + offset_BNGK2[..., 0])
-    y_BNGK = y_N + scale * (point_y + offset_BNGK2[..., 1])
+    groups = x_BNGK.shape[2]
+    rows_RE = value_BHWC.reshape(batch, height * width, groups, -1).transpose(1, 2).reshape(-1, channels // groups)
     left_BNGK, top_BNGK = x_BNGK.floor(), y_BNGK.floor()
     right_share, lower_share = x_BNGK - left_BNGK, y_BNGK - top_BNGK
-    first_row_BG = torch.arange(batch * groups, device=device).view(batch, 1, groups, 1) * (height * width)
+    first_row_BG = torch.arange(batch * groups, device=rows_RE.device).view(batch, 1, groups, 1) * (height * width)
     index, share = [], []
     for down in (0, 1):
         for along in (0, 1):
@@ -73,7 +80,40 @@ def _neighbours(offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, scale: fl
             # makes its share, and so the output, NaN; an index has to be one all the same.
             row = y.nan_to_num(0.0).clamp(0, height - 1).long() * width + x.nan_to_num(0.0).clamp(0, width - 1).long()
             index.append(row + first_row_BG)
-    return torch.stack(index, dim=-1).flatten(), torch.stack(share, dim=-1).flatten()
+    bag = _POINTS * _CORNERS
+    index_NP = torch.stack(index, dim=-1).view(-1, bag)
+    share_NP = torch.stack(share, dim=-1).view(-1, bag)
+    return F.embedding_bag(index_NP, rows_RE, per_sample_weights=share_NP, mode="sum").view_as(value_BHWC)
+
+
+def sum_by_grid(value_BHWC: Tensor, x_BNGK: Tensor, y_BNGK: Tensor, weight_BNGK: Tensor) -> Tensor:
+    """Return the same as `sum_by_bag` by `grid_sample`. The nine samples of a place are computed again in the backward
+    pass: they would be nine maps.
+    """
+    batch, height, width, channels = value_BHWC.shape
+    groups, places = x_BNGK.shape[2], height * width
+    maps_MEHW = value_BHWC.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    # `grid_sample` takes coordinates from -1 to 1. With sides of a power of two, whole numbers stay whole on the way
+    # there and back: between two cells the gradient jumps, and first offsets are zero.
+    high, wide = (1 << (side - 1).bit_length() for side in (height, width))
+    maps_MEHW = F.pad(maps_MEHW, (0, wide - width, 0, high - height))
+    grid_BNGK2 = torch.stack([(2 * x_BNGK + 1) / wide, (2 * y_BNGK + 1) / high], dim=-1) - 1
+    # GPUs sample zero at a coordinate that is no number: it must show in the output.
+    weight_BNGK = weight_BNGK + 0 * (x_BNGK + y_BNGK)
+    grid_MNK2 = grid_BNGK2.transpose(1, 2).reshape(-1, places, _POINTS, 2)
+    weight_MNK = weight_BNGK.transpose(1, 2).reshape(-1, places, _POINTS)
+    inputs = (maps_MEHW, grid_MNK2, weight_MNK)
+    summed_MEN = cast(Tensor, checkpoint(_sample, *inputs, use_reentrant=False, preserve_rng_state=False))
+    return summed_MEN.view(batch, channels, places).transpose(1, 2).reshape(value_BHWC.shape)
+
+
+def _sample(maps_MEHW: Tensor, grid_MNK2: Tensor, weight_MNK: Tensor) -> Tensor:
+    sampled_MENK = F.grid_sample(maps_MEHW, grid_MNK2, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (sampled_MENK * weight_MNK[:, None]).sum(dim=-1)
+
+
+FORMULATIONS = {"cuda": sum_by_grid}
+"""By type of device; others take `sum_by_bag`, which is the faster one on CPUs."""
 
 
 class ToChannelsFirst(nn.Module):
