@@ -1,7 +1,8 @@
-"""The operator of InternImage against two others that compute the same, forward and backward, in turn.
+"""The two formulations of InternImage's operator and torchvision's, forward and backward, in turn.
 
-`torchvision` is `deform_conv2d` with all-ones depthwise weights; `grid_sample` samples all points, then sums
-them. Sizes are the four stages of InternImage-H at 224 pixels. Values are compared before anything is timed.
+`embedding_bag` is what the package takes on CPUs, `grid_sample` what it takes on GPUs; `torchvision` is `deform_conv2d`
+with all-ones depthwise weights. Sizes are the four stages of InternImage-H at 224 pixels. Values are compared before
+anything is timed.
 
     python benchmarks/dcnv3.py --json
 """
@@ -10,24 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
 import typer
 from _common import emit, in_turn, machine
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from m3i_scale.backbones.internimage.modeling_internimage import dcnv3
+from m3i_scale.backbones.internimage import modeling_internimage
 
 STAGES = {"stage1": (56, 320, 10), "stage2": (28, 640, 20), "stage3": (14, 1280, 40), "stage4": (7, 2560, 80)}
 POINTS = 9
 Operator = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def ours(value: Tensor, offset: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """The package's."""
-    return dcnv3(value, offset, weight, groups, 1.0)
+def formulated(formulation: Callable[..., Tensor]) -> Operator:
+    """The package's operator with one of its formulations."""
+
+    def operator(value: Tensor, offset: Tensor, weight: Tensor, groups: int) -> Tensor:
+        chosen = dict.fromkeys(("cpu", "cuda"), formulation)
+        with mock.patch.dict(modeling_internimage.FORMULATIONS, chosen):
+            return modeling_internimage.dcnv3(value, offset, weight, groups, 1.0)
+
+    return operator
 
 
 def torchvision(value: Tensor, offset: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -42,25 +49,11 @@ def torchvision(value: Tensor, offset: Tensor, weight: Tensor, groups: int) -> T
     return deform_conv2d(value.permute(0, 3, 1, 2), moved, ones, padding=1, mask=mask).permute(0, 2, 3, 1)
 
 
-def grid_sample(value: Tensor, offset: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """All 9 sampled values of every place, then their weighted sum."""
-    batch, height, width, channels = value.shape
-    near = torch.arange(-1.0, 2.0, device=value.device)
-    points = torch.stack([near.repeat_interleave(3), near.repeat(3)], dim=-1)
-    x = torch.arange(width, device=value.device, dtype=torch.float32).repeat(height)
-    y = torch.arange(height, device=value.device, dtype=torch.float32).repeat_interleave(width)
-    places = torch.stack([x, y], dim=-1)[:, None, None]
-    moved = places + points + offset.view(batch, height * width, groups, POINTS, 2)
-    grid = (2 * moved + 1) / torch.tensor([width, height], device=value.device) - 1
-    grid = grid.transpose(1, 2).reshape(batch * groups, height * width, POINTS, 2)
-    rows = value.view(batch, height * width, groups, -1).permute(0, 2, 3, 1)
-    sampled = F.grid_sample(rows.reshape(batch * groups, -1, height, width), grid, align_corners=False)
-    mask = weight.view(batch, height * width, groups, POINTS).transpose(1, 2)
-    summed = (sampled * mask.reshape(batch * groups, 1, height * width, POINTS)).sum(dim=-1)
-    return summed.view(batch, channels, height * width).transpose(1, 2).reshape(batch, height, width, channels)
-
-
-OPERATORS: dict[str, Operator] = {"ours": ours, "torchvision": torchvision, "grid_sample": grid_sample}
+OPERATORS: dict[str, Operator] = {
+    "embedding_bag": formulated(modeling_internimage.sum_by_bag),
+    "grid_sample": formulated(modeling_internimage.sum_by_grid),
+    "torchvision": torchvision,
+}
 
 
 def main(
@@ -69,10 +62,12 @@ def main(
     repeats: int = 7,
     threads: int = 0,
 ) -> None:
-    """Print {stage: {operator: seconds, torchvision_ratio, grid_sample_ratio}}, ratios above 1 where ours is faster."""
+    """Print {stage: {operator: seconds, torchvision_ratio, other_ratio}, taken: operator}; ratios are above 1 where the
+    one that the package takes on this device is faster than torchvision's, and than its other formulation."""
     if threads:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    taken, other = ("grid_sample", "embedding_bag") if device == "cuda" else ("embedding_bag", "grid_sample")
     document: dict[str, object] = {}
     for name, (side, channels, groups) in STAGES.items():
         value = torch.randn(batch, side, side, channels, device=device, requires_grad=True)
@@ -81,14 +76,14 @@ def main(
         weight = weight.flatten(3).requires_grad_()
         inputs = (value, offset, weight)
         direction = torch.randn_like(value)
-        wanted = ours(*inputs, groups)
+        wanted = OPERATORS[taken](*inputs, groups)
         for operator in OPERATORS.values():
             torch.testing.assert_close(operator(*inputs, groups), wanted, atol=1e-4, rtol=1e-4)
         sides = {label: partial(_step, operator, inputs, groups, direction) for label, operator in OPERATORS.items()}
         seconds = in_turn(sides, repeats=repeats)
-        ratios = {f"{peer}_ratio": seconds[peer] / seconds["ours"] for peer in ("torchvision", "grid_sample")}
-        document[name] = {**seconds, **ratios}
-    emit(document | {"batch": batch, "threads": torch.get_num_threads(), "machine": machine()})
+        ratios = {"torchvision_ratio": seconds["torchvision"], "other_ratio": seconds[other]}
+        document[name] = seconds | {ratio: value / seconds[taken] for ratio, value in ratios.items()}
+    emit(document | {"taken": taken, "batch": batch, "threads": torch.get_num_threads(), "machine": machine()})
 
 
 def _step(operator: Operator, inputs: tuple[Tensor, Tensor, Tensor], groups: int, direction: Tensor) -> None:

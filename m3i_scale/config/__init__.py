@@ -109,7 +109,7 @@ class BackboneConfig(Section):
     selective (matrix products and attention are kept) | offload (as full, layer inputs wait in host memory) |
     budget_GIB (as few layers as fit)."""
     compile: bool = False
-    """Whether the layers that are trained go through `torch.compile`, one by one (docs/performance.md)."""
+    """Whether layers go through `torch.compile`, one by one, those without gradient too (docs/performance.md)."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -249,11 +249,14 @@ class LogConfig(Section):
 
 
 class HardwareConfig(Section):
-    """Describes the machine, as far as a run must know it."""
+    """Describes the machine, as far as a run must know it, and what is asked of its arithmetic."""
 
     peak_tflops: float | str | None = None
     """What one rank's device computes at most, which MFU is a share of: 10¹² FLOPs a second, or a name such as
     h100-bf16. Default: a short matrix product measures it at the start."""
+    deterministic: bool = False
+    """Whether sums have one order on GPUs too, so that a run that was killed and resumed is that of one that was not,
+    to the bit (docs/gpu.md). Slower; on CPUs it is so anyway. A resume may change it."""
 
 
 class TimeoutsConfig(Section):

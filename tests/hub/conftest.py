@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from saved_tensors import write_as_ranks
 
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
 from m3i_scale.data.make.cut import ShardOptions
@@ -18,7 +19,8 @@ from m3i_scale.hub import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.tensors import Range, write_index, write_ranges
+from m3i_scale.scale.checkpoint.saver import buffers_of
+from m3i_scale.scale.checkpoint.tensors import Range
 
 LABELS = ["warm-things", "cold-things", "green-things"]
 _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]
@@ -170,24 +172,27 @@ def write_checkpoint(final, run, objective, step, vocab_size, tokenizer, label_s
         "tokenizer": str(tokenizer),
     }
     folder = begin(final)
-    parts = [write_ranges(folder, halves_of(objective, rank), rank) for rank in (0, 1)]
-    write_index(folder, parts)
-    save_file(dict(objective.named_buffers()), folder / "buffers.safetensors")
+    tensors = {key_of(name): tensor for name, tensor in objective.named_parameters()}
+    write_as_ranks(folder, tensors, [halves_of(objective, rank) for rank in (0, 1)])
+    save_file(buffers_of(objective), folder / "buffers.safetensors")
     meta["averages"] = {target: name for name, target in momentum_pairs(objective)}
     (folder / "run.yaml").write_text(run_yaml(run))
     (folder / "meta.json").write_text(json.dumps(meta))
     commit(final, folder, meta)
 
 
+def key_of(name):
+    return f"{'average' if name.startswith('momentum.') else 'weight'}/{name}"
+
+
 def halves_of(objective, rank):
     """What a rank of two writes: the first or the second half of every tensor."""
     found = []
     for name, tensor in objective.named_parameters():
-        kind = "average" if name.startswith("momentum.") else "weight"
         flat = tensor.detach().float().flatten()
         half = flat.chunk(2)[rank] if len(flat) > 1 else flat[: 1 - rank]
         start = rank * len(flat.chunk(2)[0])
-        found.append(Range(f"{kind}/{name}", tuple(tensor.shape), start, (half,)))
+        found.append(Range(key_of(name), start, (half,)))
     return [piece for piece in found if piece.numel]
 
 

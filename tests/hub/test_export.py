@@ -23,7 +23,6 @@ from m3i_scale.hub.card import cell, evaluation_rows, render_card
 from m3i_scale.hub.export import export
 from m3i_scale.hub.history import curve_of, supervision_of
 from m3i_scale.hub.source import find_source, hash_folder
-from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import leave_out_accelerator_warning
 
@@ -43,7 +42,7 @@ def test_stock_classes_give_the_trained_outputs(exported, run_dir):
     )
     text = AutoModel.from_pretrained(folder / "text", add_pooling_layer=False).eval()
     with torch.no_grad():
-        pixels = normalize(images, objective.mean, objective.std)
+        pixels = objective.pixel_norm(images)
         wanted = objective.student.encode(torch.cat(objective.student.embed(pixels), dim=1))
         found = model(**processor(list(images), return_tensors="pt")).last_hidden_state
         torch.testing.assert_close(found, wanted)

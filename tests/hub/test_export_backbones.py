@@ -13,7 +13,6 @@ from m3i_scale.backbones.internimage import SOURCE_FILES
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.hub.export import export
-from m3i_scale.objective.inputs import normalize
 
 BACKBONES = {
     "internimage": {
@@ -81,7 +80,7 @@ def test_a_fresh_process_loads_it(made, kind):
     root, _, objective, result = made
     assert result["verified"]["classes"]["vision"] == CLASSES[kind]
     images = torch.randint(0, 256, (2, 3, objective.student.image_size, objective.student.image_size)).byte()
-    pixels = normalize(images, objective.mean, objective.std)
+    pixels = objective.pixel_norm(images)
     torch.save(pixels, root / "pixels.pt")
     environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOADS, root / "export", str(kind == "internimage"), root / "pixels.pt"]

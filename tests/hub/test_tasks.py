@@ -26,7 +26,6 @@ from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.hub.export import export
 from m3i_scale.hub.verify import real_pictures
 from m3i_scale.hub.write import Wanted
-from m3i_scale.objective.inputs import normalize
 
 RUNS = {"vit": None, **BACKBONES}
 POOLED = ("vit", "dinov2")
@@ -50,7 +49,7 @@ def runs(make_run, tmp_path_factory):
 def pixels_of(objective):
     side = objective.student.image_size
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
-    return images, normalize(images, objective.mean, objective.std)
+    return images, objective.pixel_norm(images)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_timm_features(runs, tmp_path, same_process, kind):
     with torch.no_grad():
         wanted = torch.cat(objective.student.encode_whole(pixels), dim=1)
         torch.testing.assert_close(model.forward_features(pixels), wanted, atol=1e-5, rtol=1e-4)
-    assert model.pretrained_cfg["mean"] == pytest.approx(objective.mean)
+    assert model.pretrained_cfg["mean"] == pytest.approx(objective.pixel_norm.mean_C.tolist())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_a_classifier_is_evaluated_and_trained_further(runs, shards, tmp_path, s
     images = torch.from_numpy(np.stack([sample.pixels for sample in read]))
     right = objective.embed_images(images, "category").argmax(dim=1) == torch.tensor(table.labels)
     assert found["measures"]["classifier"]["top-1"]["value"] == pytest.approx(right.float().mean().item())
-    pixels = normalize(images, objective.mean, objective.std)
+    pixels = objective.pixel_norm(images)
     with torch.no_grad():
         patches = objective.student.encode_whole(pixels)[1]
         if kind != "internimage":  # its features are another map than its dense tokens

@@ -1,0 +1,72 @@
+"""Every built-in DeepSpeed file starts on a machine without nvcc, and what needs it is refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from _rows import Rows
+from deepspeed.accelerator import get_accelerator
+from rank_parts import RankParts
+
+from m3i_scale.config import resource_folder
+from m3i_scale.errors import ConfigError
+from m3i_scale.run.setup import start_engine
+from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator
+from m3i_scale.scale.process_group import stop_ranks
+
+
+def measure(mode: str, rows: Rows) -> None:
+    """Rows: a step under every file for this device; under `fake`, what is checked before a start."""
+    files = sorted(path.stem for path in resource_folder("ds_configs").glob("*.json"))
+    on_cpus = [name for name in files if name.split("_")[1] == "cpu"]
+    wanted = on_cpus if mode == "cpu" else [name for name in files if name not in on_cpus]
+    with tempfile.TemporaryDirectory() as folder, _presented(mode):
+        parts = RankParts(Path(folder))
+        resolved = {name: parts.plan(name, "m3i") for name in wanted}
+        for name, plan in resolved.items():
+            check_accelerator(plan.deepspeed)
+            if mode != "fake":
+                engine, momentum = start_engine(plan, parts.ranks)
+                parts._train_step(engine, 0)
+                momentum.update(0.9)
+                engine.destroy()
+            rows.must(name, "starts", "starts", ok=True)
+        if mode != "cpu":
+            for key, change in _NEED_NVCC.items():
+                refused = _refused(resolved["zero3_bf16"].deepspeed, change)
+                rows.must(key, "refused", "refused" if refused else "accepted", ok=refused)
+        stop_ranks(wait=True)
+
+
+_NEED_NVCC: dict[str, Callable[[dict[str, Any]], None]] = {
+    "zero_quantized_weights": lambda config: config["zero_optimization"].update(zero_quantized_weights=True),
+    "DeepSpeed's own Adam": lambda config: config["optimizer"]["params"].update(torch_adam=False),
+}
+
+
+def _refused(resolved: ResolvedConfig, change: Callable[[dict[str, Any]], None]) -> bool:
+    change(resolved.config)
+    try:
+        check_accelerator(resolved)
+    except ConfigError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _presented(mode: str) -> Iterator[None]:
+    """Under `fake`, have the checks see a CUDA device without nvcc."""
+    if mode != "fake":
+        yield
+        return
+    seen = {"device_name": "cuda", "is_bf16_supported": True, "is_fp16_supported": True}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("torch.utils.cpp_extension.CUDA_HOME", None))
+        for name, value in seen.items():
+            stack.enter_context(mock.patch.object(get_accelerator(), name, lambda *_, value=value: value))
+        yield
