@@ -112,6 +112,9 @@ class _EveryRow(TorchDispatchMode):
     ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
+        if function is torch.ops.aten.nonzero.default and args[0].is_meta:
+            rows = _all_rows(args[0])
+            return rows if rows is None else rows[:, None]
         if function is torch.ops.aten.index.Tensor:
             tensor, indices = args[0], args[1]
             args = (tensor, [_all_rows(index) for index in indices])
