@@ -1,4 +1,4 @@
-"""Runs of m3i-scale on one device for gpu.py, each a process of its own."""
+"""Run m3i-scale on one device for gpu.py, each run in a process of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(json.dumps(features.float().mean(dim=1).tolist()))
 
 
 class Runs:
-    """Runs of one folder, each a process of its own."""
+    """Starts the runs of one folder."""
 
     def __init__(self, folder: Path, shards: Path, run_file: str) -> None:
         self.folder = folder
@@ -56,17 +56,17 @@ class Runs:
         return max(self.losses(name))
 
     def losses(self, name: str) -> dict[int, float]:
-        """By step; a step that was taken twice has the later one's."""
+        """Return them by step; a step that was taken twice has the later one's."""
         return {step: float(record["loss"]) for step, record in self.records(name).items()}
 
     def records(self, name: str) -> dict[int, dict[str, Any]]:
-        """What was logged, by step."""
+        """Return what was logged, by step."""
         path = self.folder / name / "metrics.jsonl"
         records = read_json_lines(path) if path.exists() else iter(())
         return {int(record["step"]): record for record in records if record["kind"] == "train"}
 
     def features(self, device: str) -> list[list[float]]:
-        """Of four images, by stock classes in a fresh process."""
+        """Return those of four images, by stock classes in a fresh process."""
         command = [sys.executable, "-c", LOOK_AT, str(self.folder / "export"), device]
         found: list[list[float]] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         return found

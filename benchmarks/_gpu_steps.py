@@ -40,26 +40,19 @@ WARM_UP, REPEATS = 3, 7
 Result = TypeVar("Result")
 
 
-class Vocabulary:
-    """Stands for a tokenizer, of which only the size is asked for here."""
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
 @dataclass
 class Step:
-    """Something that trains, and what it computes."""
+    """Holds something that trains, and what it computes."""
 
     call: Callable[[], Any]
     images: int
     tflop: float
-    """Of the model: what is recomputed does not count."""
+    """What the model computes; what is recomputed does not count."""
     close: Callable[[], None] = lambda: None
 
 
 def our_step(recipe: str, deepspeed: str, micro_batch: int, *overrides: str) -> Step:
-    """The engine's step of a built-in run on one rank, one micro-batch."""
+    """Return the engine's step of a built-in run on one rank, one micro-batch."""
     sizes = [f"optim.batch_size={micro_batch}", f"optim.micro_batch_size={micro_batch}", f"deepspeed={deepspeed}"]
     if parse_recipe(load_run(recipe).recipe).uses_text:
         sizes.append(f"text.max_tokens={TOKENS}")
@@ -69,7 +62,7 @@ def our_step(recipe: str, deepspeed: str, micro_batch: int, *overrides: str) -> 
         run,
         parsed,
         LABEL_SETS,
-        Vocabulary() if parsed.uses_text else None,  # type: ignore[arg-type]
+        range(VOCABULARY) if parsed.uses_text else None,  # type: ignore[arg-type]
         resolve_engine(run, 1, config.hidden_size),
         config.image_size,
         1,
@@ -90,7 +83,7 @@ def our_step(recipe: str, deepspeed: str, micro_batch: int, *overrides: str) -> 
 
 
 def batch_of(run: RunConfig, size: int, image: int, tokens: int = TOKENS) -> Batch:
-    """A batch with a category and a caption for every image, on the device."""
+    """Return a batch with a category and a caption for every image, on the device."""
     recipe = parse_recipe(run.recipe)
     made = synthetic_batch(
         size,
@@ -106,7 +99,7 @@ def batch_of(run: RunConfig, size: int, image: int, tokens: int = TOKENS) -> Bat
 
 @dataclass(frozen=True)
 class Tower:
-    """The shape of a ViT that all sides have."""
+    """Holds the shape of a ViT that all sides have."""
 
     image: int
     patch: int
@@ -117,7 +110,7 @@ class Tower:
 
 
 def open_clip_step(tower: Tower, images: int, *, compiled: bool) -> Step:
-    """open_clip's model and loss of that tower, with a text tower of BERT-Base's size."""
+    """Return a step of open_clip's model and loss of that tower, with a text tower of BERT-Base's size."""
     import open_clip
 
     device = get_accelerator().current_device_name()
@@ -141,7 +134,7 @@ def open_clip_step(tower: Tower, images: int, *, compiled: bool) -> Step:
 
 
 def dino_like_step(tower: Tower, images: int, *, compiled: bool) -> Step:
-    """A timm student on one view, and a frozen average of it as target on another: blocks compiled, lists averaged."""
+    """Return a step of a timm student on one view, with a frozen average of it as target on another."""
     import timm
 
     device = get_accelerator().current_device_name()
@@ -187,10 +180,10 @@ def _autocast() -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(get_accelerator().device_name(), torch.bfloat16)
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
-    """Median of one call, after some that warm up; the device is awaited round each."""
+def seconds_of(call: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Return the median of one call, after some that warm up; the device is awaited round each."""
     found = []
-    for repeat in range(WARM_UP + REPEATS):
+    for repeat in range(WARM_UP + repeats):
         get_accelerator().synchronize()
         started = time.perf_counter()
         call()

@@ -19,12 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.setup import ResolvedRun, start_engine
+from m3i_scale.run.setup import ResolvedRun, resolve_engine, start_engine
 from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 WIDTH, REAL_WIDTH = 64, 1408
-"""Of the backbone that is measured, and of ViT-g/14, which it stands for."""
+"""These are the widths of the backbone that is measured, and of ViT-g/14, which it stands for."""
 MICRO_BATCH, RANKS_PER_NODE = 4, 8
 WARM_UP = 3
 """Steps before those that are measured: DeepSpeed records the order of modules in the second."""
@@ -33,7 +33,7 @@ _SIZES = f"hidden_size: {WIDTH}, num_attention_heads: 2, intermediate_size: {2 *
 
 
 def overrides(ranks: int) -> list[str]:
-    """Settings of `m3i` with as many layers as at a billion parameters, and next to no arithmetic."""
+    """Return settings of `m3i` with as many layers as at a billion parameters, and next to no arithmetic."""
     return [
         f"backbone.config={{{_SIZES}, num_hidden_layers: 40, image_size: 32, patch_size: 8}}",
         f"text.config={{{_SIZES}, num_hidden_layers: 12}}",
@@ -46,7 +46,7 @@ def overrides(ranks: int) -> list[str]:
 
 
 def scaled(zero: dict[str, Any]) -> dict[str, Any]:
-    """Sizes that make as many collectives of this model as they make of ViT-g/14."""
+    """Return sizes that make as many collectives of this model as they make of ViT-g/14."""
     by_layer = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
     by_layer += ("stage3_max_reuse_distance", "sub_group_size", "allgather_bucket_size")
     small = {key: zero[key] * WIDTH**2 // REAL_WIDTH**2 // 2 * 2 for key in by_layer if key in zero}
@@ -66,26 +66,11 @@ def start(ranks: int) -> None:
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
 
 
-def measure(file: str, ranks: int, steps: int, settings: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of processor time by phase, medians over `steps`."""
+def measure(file: Path, ranks: int, steps: int) -> dict[str, float]:
+    """Return milliseconds of processor time by phase, medians over `steps`."""
     start(ranks)
-    run = load_run("m3i", overrides(ranks))
-    raw = load_ds_config(file)
-    raw["zero_optimization"] |= settings
-    optim = run.optim
-    resolved = resolve(
-        raw,
-        world_size=ranks,
-        batch_size=optim.batch_size,
-        micro_batch_size=MICRO_BATCH,
-        clip_grad_norm=optim.clip_grad_norm,
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        hidden_size=REAL_WIDTH,
-        where=file,
-    )
+    run = load_run("m3i", [*overrides(ranks), f"deepspeed={file}"])
+    resolved = resolve_engine(run, ranks, REAL_WIDTH)
     resolved.config["zero_optimization"] = scaled(resolved.config["zero_optimization"])
     recipe = parse_recipe(run.recipe)
     image_size = 32
@@ -122,5 +107,9 @@ def measure(file: str, ranks: int, steps: int, settings: dict[str, Any]) -> dict
 if __name__ == "__main__":
     torch.set_num_threads(1)
     case = json.loads(sys.argv[1])
-    found = measure(case["deepspeed"], case["ranks"], case["steps"], case["settings"])
-    Path(sys.argv[2]).write_text(json.dumps(found))
+    written = Path(sys.argv[2])
+    raw = load_ds_config(case["deepspeed"])
+    raw["zero_optimization"] |= case["settings"]
+    file = written.with_name("deepspeed.json")
+    file.write_text(json.dumps(raw))
+    written.write_text(json.dumps(measure(file, case["ranks"], case["steps"])))

@@ -1,4 +1,4 @@
-"""Rows of a section of gpu.py: what must hold, and figures. Each is on the disk as soon as it is known."""
+"""Keep the rows of a section of gpu.py on the disk, each as soon as it is known: what must hold, and figures."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Rows:
         self._figures: dict[str, Any] = {}
 
     def must(self, row: str, wanted: Any, found: Any, *, ok: bool) -> None:
-        """What has to hold: said as a reader would compare it."""
+        """Tell what has to hold, as a reader would compare it."""
         self._must[row] = [wanted, found, bool(ok)]
         self._write()
 
     def at_most(self, row: str, bound: float, found: float) -> None:
-        """A figure that has a bound; NaN is beyond any."""
+        """Tell a figure that has a bound; NaN is beyond any."""
         self.must(row, f"<= {bound:g}", found, ok=found <= bound)
 
     def figure(self, row: str, value: Any) -> None:
-        """What is only told."""
+        """Tell a figure that has no bound."""
         self._figures[row] = value
         self._write()
 

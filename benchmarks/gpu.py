@@ -32,11 +32,11 @@ MODES = ("cuda", "cpu", "fake")
 
 @dataclass(frozen=True)
 class Section:
-    """One process: `gpu_sections/NAME.py`."""
+    """Describes a process, `gpu_sections/NAME.py`."""
 
     name: str
     expected_s: float
-    """On an H100, an estimate; it is ended after twice the time. Without a GPU all times are ten times as long."""
+    """An H100 takes about so long; it is ended after twice the time. Without a GPU all times are ten times as long."""
     modes: tuple[str, ...]
     without_nvcc: bool = False
 
@@ -55,7 +55,7 @@ SECTIONS = (
     Section("recipes", 35, ("cuda", "cpu")),
     Section("save", 30, ("cuda", "cpu")),
 )
-"""What has to hold comes first."""
+"""They run in this order: what has to hold comes first."""
 
 
 def main(

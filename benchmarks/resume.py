@@ -21,7 +21,7 @@ from pathlib import Path
 
 import typer
 from _common import emit, machine, say
-from _shards import make_shards
+from _shards import TINY, make_shards
 
 from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.checkpoint.manifest import newest_good
@@ -32,17 +32,7 @@ STEPS = 24
 RUN = f"""
 extends: m3i
 name: resume
-recipe:
-  decoders:
-    dense: {{kind: transformer, width: 64, heads: 1, depth: 1, position: relative}}
-    pool: {{kind: attention_pool, width: 64}}
-backbone:
-  config: {{image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           intermediate_size: 128}}
-text:
-  config: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}}
-  max_tokens: 16
-data: {{streams: 4}}
+{TINY}data: {{streams: 4}}
 optim: {{batch_size: 16, micro_batch_size: 8, steps: {STEPS}, warmup_steps: 2, lr: 1.0e-3}}
 deepspeed: zero3_cpu
 checkpoint: {{every_steps: 4}}

@@ -1,4 +1,4 @@
-"""What the loader gives on this host, and how long ViT-B/16 waits for it, on JPEGs of ImageNet's size."""
+"""Measure what the loader gives on this host, and how long ViT-B/16 waits for it, on JPEGs of ImageNet's size."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def measure(mode: str, rows: Rows) -> None:
 
 
 def _make_shards(folder: Path, count: int) -> Path:
-    """Gradients under noise, which compress about as photographs do."""
+    """Draw gradients under noise, which compress about as photographs do."""
     draw = np.random.default_rng(0)
     across = np.linspace(0, 255, SIZE[0])[None, :, None]
     for number in range(count):
@@ -66,7 +66,7 @@ def _make_shards(folder: Path, count: int) -> Path:
 
 
 def _rates(folder: Path, shards: Path, mode: str, counts: list[int]) -> dict[str, float]:
-    """Of this project's stream alone, as `loaders.py` measures it."""
+    """Return those of this project's stream alone, as `loaders.py` measures it."""
     command = [sys.executable, str(LOADERS), "--json", "--data", str(shards), "--folder", str(folder / "layouts")]
     command += ["--images", "jpeg", "--samples", str(SAMPLES[mode]), "--draw", str(SAMPLES[mode] // 2)]
     command += ["--crop", str(CROP[mode]), "--batch", str(BATCH[mode]), "--repeats", "1", "--only", "m3i_scale"]

@@ -24,7 +24,7 @@ def measure(mode: str, rows: Rows) -> None:
         engine, momentum = start_engine(parts.plan("zero3_bf16", "m3i"), parts.ranks)
         parts._train_step(engine, 0)
         named = dict(engine.module.named_parameters())
-        targets = {name: own_values(named[name]) for name in momentum.names()}
+        targets = {name: own_values(named[name]) for name in momentum.online_names()}
         torch.cuda.synchronize()
         before = {name: values.clone() for name, values in targets.items()}
         torch.cuda._sleep(SPIN_CYCLES)

@@ -12,7 +12,7 @@ import psutil
 import torch
 from _gpu_runs import Runs
 from _rows import Rows
-from _shards import make_shards
+from _shards import TINY, make_shards
 
 from m3i_scale.scale.checkpoint.layout import step_name
 
@@ -20,17 +20,7 @@ STEPS, KILLED_AT, MORE_STEPS = 40, 25, 5
 RUN = f"""
 extends: m3i
 name: gpu
-recipe:
-  decoders:
-    dense: {{kind: transformer, width: 64, heads: 1, depth: 1, position: relative}}
-    pool: {{kind: attention_pool, width: 64}}
-backbone:
-  config: {{image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           intermediate_size: 128}}
-text:
-  config: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}}
-  max_tokens: 16
-data: {{streams: 4}}
+{TINY}data: {{streams: 4}}
 optim: {{batch_size: 16, micro_batch_size: 16, steps: {STEPS}, warmup_steps: 2, lr: 1.0e-3}}
 checkpoint: {{every_steps: 8}}
 log: {{every_steps: 1, progress: false}}

@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,14 +75,10 @@ def _train(rows: Rows) -> None:
     from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
     class Watch(Hook):
-        """Has torch warn of every wait, from the fifth step on."""
-
-        def pre_step(self) -> None:
-            if 4 <= trainer.state.step < 7:
-                torch.cuda.set_sync_debug_mode("warn")
+        """Has torch warn of every wait, after the fourth step and until the seventh is over."""
 
         def post_step(self) -> bool:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("warn" if 4 <= trainer.state.step < 7 else "default")
             return False
 
     with tempfile.TemporaryDirectory() as name:
@@ -100,9 +95,5 @@ def _train(rows: Rows) -> None:
         stop_ranks(wait=True)
     steps = 3  # the fifth to the seventh; the eighth and last one is logged
     waits = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
-    rows.figure("waits by place", _by_place(waits))
+    rows.figure("waits by place", dict(Counter(waits).most_common()))
     rows.at_most("m3i: host waits of a step that is not logged", BOUND, len(waits) / steps)
-
-
-def _by_place(waits: list[str]) -> dict[str, Any]:
-    return dict(Counter(waits).most_common())

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 
 from m3i_scale.data.batch import Batch
-
-
-def pinning() -> Callable[[Tensor], Tensor] | None:
-    """Return what puts a tensor into pinned memory; None where the accelerator computes in host memory.
-
-    It is torch's, which keeps pinned memory for later batches and gives none of it away before the copies out of it are
-    over. So the batches that are ready, in use and being made share a ring, whatever their sizes.
-    """
-    return None if get_accelerator().Stream is None else Tensor.pin_memory
 
 
 class DeviceCopies:

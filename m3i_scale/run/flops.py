@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +77,8 @@ def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
         parts[name] += counter.get_total_flops() - before
 
     every_row = _EveryRow()  # type: ignore[no-untyped-call]
-    with every_row, sdpa_kernel(SDPBackend.MATH), counter:
+    every_object = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    with every_row, every_object, sdpa_kernel(SDPBackend.MATH), counter:
         objective.span = span
         hooks = _around(objective.text, lambda: span("text")) if objective.text is not None else []
         loss, _ = objective(batch)
@@ -112,9 +114,6 @@ class _EveryRow(TorchDispatchMode):
     ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
-        if function is torch.ops.aten.nonzero.default and args[0].is_meta:
-            rows = _all_rows(args[0])
-            return rows if rows is None else rows[:, None]
         if function is torch.ops.aten.index.Tensor:
             tensor, indices = args[0], args[1]
             args = (tensor, [_all_rows(index) for index in indices])

@@ -25,7 +25,6 @@ from m3i_scale.objective.build import build_objective, initialize_module, moment
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
-from m3i_scale.run.device_copies import pinning
 from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.scale.agree import from_rank_0, open_together
 from m3i_scale.scale.arithmetic import allow_tf32
@@ -35,6 +34,7 @@ from m3i_scale.scale.compilation import compile_layers
 from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
+from m3i_scale.scale.host_memory import pinning
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import initialize_sharded, kept_frozen, order_gathers, refuse_unwritable
 from m3i_scale.scale.peak import compute_dtype

@@ -186,8 +186,6 @@ class Trainer:
         state.engine.module.progress = state.step / run.optim.steps
         for group in state.engine.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
-        for hook in self.hooks:
-            hook.pre_step()
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
             for number in range(state.resolved.accumulation):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m3i_scale.data.watchdog import InThread, NotYetError
 from m3i_scale.errors import UserError
+from m3i_scale.scale.host_memory import pinning
 
 VOTE_EVERY_S = 1.0
 Result = TypeVar("Result")
@@ -77,8 +78,9 @@ def agree_and_average(
 def _sums(*values: bool | int | Tensor) -> list[float]:
     """Return the sums over the ranks, in fp32. The host waits once, for the result."""
     of_host = torch.tensor([0.0 if isinstance(value, Tensor) else float(value) for value in values])
-    pinned: Tensor = get_accelerator().pin_memory(of_host)  # a copy of it is queued, and not waited for
-    sums = pinned.to(get_accelerator().current_device_name(), non_blocking=True)
+    if (pin := pinning()) is not None:
+        of_host = pin(of_host)  # a copy of it is queued, and not waited for
+    sums = of_host.to(get_accelerator().current_device_name(), non_blocking=True)
     for place, value in enumerate(values):
         if isinstance(value, Tensor):
             sums[place] = value

@@ -134,10 +134,6 @@ class ShardedMomentum:
             self._places[name] = _Place(flat, first - begin, *held)
         return flat
 
-    def names(self) -> list[str]:
-        """Return the names of the averaged parameters."""
-        return list(self._target)
-
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """Update average ← m · average + (1 − m) · online, and the compute copy with it."""

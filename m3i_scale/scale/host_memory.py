@@ -1,11 +1,13 @@
-"""Keep freed host memory in the process, where the host is what computes."""
+"""Keep freed host memory in the process, where the host is what computes; pin what an accelerator is to copy."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 # Parameters of glibc's mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -30,3 +32,13 @@ def keep_host_memory() -> None:
     if keeps_host_memory() and mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_ABOVE_BYTES)
+
+
+def pinning() -> Callable[[Tensor], Tensor] | None:
+    """Return what puts a tensor into pinned memory; None where the accelerator computes in host memory.
+
+    It is torch's, which keeps pinned memory for later tensors and gives none of it away before the copies out of it are
+    over. So batches that are ready, in use and being made share a ring, whatever their sizes. DeepSpeed's would add
+    every call up, as if nothing were given back.
+    """
+    return None if get_accelerator().Stream is None else Tensor.pin_memory

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.run import device_copies
-from m3i_scale.run.device_copies import DeviceCopies, pinning
+from m3i_scale.run.device_copies import DeviceCopies
+from m3i_scale.scale import host_memory
+from m3i_scale.scale.host_memory import pinning
 
 
 class Accelerator:
@@ -59,7 +61,8 @@ class Copies(TorchDispatchMode):
 
 def test_a_copy_is_made_beside_the_work_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator()
-    monkeypatch.setattr(device_copies, "get_accelerator", lambda: accelerator)
+    for module in (device_copies, host_memory):
+        monkeypatch.setattr(module, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: accelerator.done.append(("keep", stream)))
     batch = random_batch(2)
     copies = DeviceCopies()

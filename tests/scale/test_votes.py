@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +16,7 @@ def test_what_the_host_knows_goes_to_the_device_in_one_copy(monkeypatch: pytest.
         copied.append(values)
         return values
 
-    accelerator = SimpleNamespace(current_device_name=lambda: "cpu", pin_memory=pin_memory)
-    monkeypatch.setattr("m3i_scale.scale.agree.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr("m3i_scale.scale.agree.pinning", lambda: pin_memory)
     flags, mean, counts = agree_and_average(
         torch.tensor(True), False, True, value=torch.tensor(2.5, dtype=torch.bfloat16), counts=(7, 0, 9)
     )

@@ -61,9 +61,6 @@ class Hook:
     def on_start(self) -> None:
         """Begin, once the checkpoint is loaded that the run goes on from."""
 
-    def pre_step(self) -> None:
-        """Act before a step."""
-
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Act after a forward and backward pass."""
 
