@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from _common import emit, in_turn, machine, need, say
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.data.batch import Batch, no_masks
+from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
@@ -100,23 +101,12 @@ def _tokens(count: int, *, full: bool) -> torch.Tensor:
 
 def _batch(sizes: dict[str, int], tokens: torch.Tensor | None) -> Batch:
     """Random images; captions without the columns that are padding in all rows."""
-    count, side = sizes["batch"], sizes["image"]
-    tokens = torch.zeros(count, 1, dtype=torch.long) if tokens is None else tokens[:, (tokens != 0).any(dim=0)]
-    return Batch(
-        images_VBCHW=torch.randint(0, 256, (1, count, 3, side, side), dtype=torch.uint8),
-        crops_VB4=torch.tensor([0.0, 0.0, side, side]).expand(1, count, 4),
-        flips_VB=torch.zeros(1, count, dtype=torch.bool),
-        sizes_B2=torch.full((count, 2), float(side)),
-        labels_B=torch.full((count,), -1),
-        label_sets_B=torch.full((count,), -1),
-        text_ids_BT=tokens,
-        text_mask_BT=tokens != 0,
-        has_text_B=torch.ones(count, dtype=torch.bool),
-        captions_B=torch.arange(1, count + 1),
-        seeds_B=torch.randint(0, 2**62, (count,)),
-        masks_BHW=no_masks(count),
-        keys=[str(index) for index in range(count)],
-    )
+    count = sizes["batch"]
+    batch = synthetic_batch(count, 1, image=sizes["image"], tokens=1, classes=1, vocabulary=VOCABULARY)
+    if tokens is None:
+        return batch
+    shown = tokens[:, (tokens != 0).any(dim=0)]
+    return replace(batch, text_ids_BT=shown, text_mask_BT=shown != 0)
 
 
 def _our_step(run: RunConfig, deepspeed: str, batch: Batch, vocabulary: int | None) -> Callable[[], None]:
