@@ -1,3 +1,69 @@
-"""M3I pre-training at any size: one formula, one engine, one command."""
+"""M3I pre-training at any size: one formula, one engine, one command.
+
+`__all__` is the public interface for programs (docs/python.md); each name is imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m3i_scale.api import build_objective, load_backbone, load_recipe, load_run, open_stream, update_momentum
+    from m3i_scale.config import RunConfig
+    from m3i_scale.data.batch import Batch
+    from m3i_scale.data.loader import TrainStream
+    from m3i_scale.data.state import merge_states
+    from m3i_scale.errors import ConfigError, DataError, ExportError, UserError
+    from m3i_scale.evaluate.loaded import LoadedBackbone
+    from m3i_scale.objective.information import Objective
+    from m3i_scale.objective.recipe import Recipe
+    from m3i_scale.run.schedule import learning_rate
+    from m3i_scale.scale.parameter_groups import parameter_groups
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "LoadedBackbone",
+    "Objective",
+    "Recipe",
+    "RunConfig",
+    "TrainStream",
+    "UserError",
+    "build_objective",
+    "learning_rate",
+    "load_backbone",
+    "load_recipe",
+    "load_run",
+    "merge_states",
+    "open_stream",
+    "parameter_groups",
+    "update_momentum",
+]
+
+_ELSEWHERE = {
+    "Batch": "data.batch",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "ExportError": "errors",
+    "LoadedBackbone": "evaluate.loaded",
+    "Objective": "objective.information",
+    "Recipe": "objective.recipe",
+    "RunConfig": "config",
+    "TrainStream": "data.loader",
+    "UserError": "errors",
+    "learning_rate": "run.schedule",
+    "merge_states": "data.state",
+    "parameter_groups": "scale.parameter_groups",
+}
+"""Modules of what does not lie in `api`."""
+
+
+if not TYPE_CHECKING:  # or a type checker would take every name for a public one
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'api')}"), name)

@@ -16,7 +16,7 @@ from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
-from m3i_scale.scale.partition import keep_in_checkpoints
+from m3i_scale.scale.kept import keep_in_checkpoints
 
 STUDENT = "student.model."
 _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP)", "internimage": "InternImage"}

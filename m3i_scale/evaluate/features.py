@@ -46,17 +46,26 @@ class VisionModel:
     size: int
     """Side of the input in pixels."""
     pool: Pool
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model is."""
+        first: nn.Parameter = next(self.model.parameters())
+        return first.device
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Return pooled features, fp32 (B, D), of uint8 (B, 3, H, W) at `size`."""
-        return pool_tokens(self._hidden(images_BCHW), self._patches(), self.pool)
+        return pool_tokens(self.hidden(images_BCHW), self.patch_count(), self.pool)
 
     @torch.no_grad()
     def with_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `encode` returns, without gradient."""
+        return self.encode(images_BCHW)
+
+    def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled features (B, D) and those of the patches (B, L, D), fp32, of uint8 (B, 3, H, W) at `size`."""
-        hidden, patches = self._hidden(images_BCHW), self._patches()
+        hidden, patches = self.hidden(images_BCHW), self.patch_count()
         return pool_tokens(hidden, patches, self.pool), patch_tokens(hidden, patches)
 
     def pixels(self, images_BCHW: Tensor) -> Tensor:
@@ -68,11 +77,13 @@ class VisionModel:
         pixels_BCHW: Tensor = inputs["pixel_values"].to(self.device)
         return pixels_BCHW
 
-    def _hidden(self, images_BCHW: Tensor) -> Tensor:
+    def hidden(self, images_BCHW: Tensor) -> Tensor:
+        """Return the last hidden state, see `pool_tokens`, of uint8 (B, 3, H, W) at `size`."""
         hidden: Tensor = self.model(pixel_values=self.pixels(images_BCHW)).last_hidden_state
         return last_norm(self.model, hidden)
 
-    def _patches(self) -> int | None:
+    def patch_count(self) -> int | None:
+        """Return the number of patch tokens; None where the model has no plain grid."""
         if isinstance(self.model, TimmWrapperModel):
             patches: int | None = getattr(getattr(self.model.timm_model, "patch_embed", None), "num_patches", None)
             return patches
@@ -150,7 +161,7 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             fix="export it with --task features",
         )
-    return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool, device)
+    return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool)
 
 
 def architectures(folder: Path) -> list[str]:

@@ -14,8 +14,9 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import json_text
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.data_checks import check_batch
 from m3i_scale.run.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
-from m3i_scale.run.setup import check_batch, resolve_engine
+from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import read_policy
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.scale.deepspeed.rules import offloads_optimizer

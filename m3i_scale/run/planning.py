@@ -29,8 +29,9 @@ from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
-from m3i_scale.scale.engine import is_matrix, set_leaves
+from m3i_scale.scale.engine import set_leaves
 from m3i_scale.scale.host_memory import keeps_host_memory
+from m3i_scale.scale.parameter_groups import is_matrix
 from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import hardware, step_time
@@ -212,7 +213,7 @@ class Model:
             others = "trained" if parameter.requires_grad else "frozen"
             kind: Any = role if role in ("momentum", "teacher") else others
             scale = scales.get(name, 1.0)
-            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter), scale, follows.get(name)))
+            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter.shape), scale, follows.get(name)))
         return tuple(parameters)
 
     @property

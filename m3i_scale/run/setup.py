@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
@@ -23,8 +22,9 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
+from m3i_scale.run.with_data import RunWithData, open_stream
 from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.scale.agree import from_rank_0, open_together
 from m3i_scale.scale.arithmetic import allow_tf32
@@ -35,31 +35,22 @@ from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.host_memory import pinning
+from m3i_scale.scale.kept import kept_frozen
 from m3i_scale.scale.loading import stream_into
-from m3i_scale.scale.partition import initialize_sharded, kept_frozen, order_gathers, refuse_unwritable
+from m3i_scale.scale.partition import initialize_sharded, order_gathers, refuse_unwritable
 from m3i_scale.scale.peak import compute_dtype
 
 
 @dataclass
-class ResolvedRun:
+class ResolvedRun(RunWithData):
     """Holds a run that holds together: recipe, data, engine configuration."""
 
-    run: RunConfig
-    recipe: Recipe
-    label_sets: dict[str, list[str]]
-    tokenizer: PreTrainedTokenizerBase | None
     deepspeed: ResolvedConfig
-    image_size: int
     accumulation: int
     image_counts: list[int] | None = None
     """In how many images for training a category is, where categories.json says so (LVIS)."""
     measures_precision: bool = False
     """Whether evaluations write average precision; see `source_checks.measures_precision`."""
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Return the size of the tokenizer; None without a text target."""
-        return len(self.tokenizer) if self.tokenizer is not None else None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -105,22 +96,6 @@ class ResolvedRun:
         return sha256_of_json(sorted(self.tokenizer.get_vocab().items()))
 
 
-def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
-    """Refuse a micro-batch whose losses would say nothing.
-
-    Raises:
-        ConfigError: the recipe compares samples, and there is one.
-    """
-    # A mix asks for as many samples on every rank, when the modules are built.
-    if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
-        raise ConfigError(
-            f"{recipe.compares_samples}, which needs at least two samples at a time",
-            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",
-            why="one sample differs from nothing: its loss says nothing",
-            fix="optim.micro_batch_size=2 or more, or more ranks",
-        )
-
-
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
     """Return the run's DeepSpeed file, filled in.
 
@@ -152,33 +127,6 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
     return resolved
 
 
-def open_stream(
-    resolved: ResolvedRun, ranks: ProcessGroupRanks, workers: PartWorkers | None = None, *, validation: bool = False
-) -> TrainStream:
-    """Return this rank's stream of micro-batches; for validation without augmentation, and always from the start."""
-    run = resolved.run
-    output_dir = run.output_dir
-    return TrainStream(
-        run.data,
-        run.data.validation if validation else run.data.sources,
-        views=resolved.recipe.views,
-        image_size=resolved.image_size,
-        micro_batch_size=run.optim.micro_batch_size,
-        world_size=ranks.world_size,
-        rank=ranks.rank,
-        seed=run.seed,
-        tokenizer=resolved.tokenizer,
-        max_tokens=run.text.max_tokens,
-        label_sets=resolved.label_sets,
-        cache_dir=output_dir / "index",
-        augment=not validation,
-        quarantine_path=output_dir / ("quarantine_validation.jsonl" if validation else "quarantine.jsonl"),
-        reads=resolved.recipe.reads,
-        workers=workers,
-        pin=pinning(),
-    )
-
-
 def open_data(
     resolved: ResolvedRun, ranks: ProcessGroupRanks, workers: Sequence[PartWorkers] = ()
 ) -> tuple[TrainStream, TrainStream | None]:
@@ -193,10 +141,10 @@ def open_data(
         UserError: what any rank cannot open, of both, so that validation data are looked at before the first step.
     """
     of_training, of_validation = (*workers, None, None)[:2]
-    stream = open_together(lambda: open_stream(resolved, ranks, of_training))
+    stream = open_together(lambda: open_stream(resolved, ranks, of_training, pin=pinning()))
     if not resolved.run.data.validation:
         return stream, None
-    return stream, open_together(lambda: open_stream(resolved, ranks, of_validation, validation=True))
+    return stream, open_together(lambda: open_stream(resolved, ranks, of_validation, validation=True, pin=pinning()))
 
 
 ReportStart = Callable[[dict[str, Any]], None]
@@ -258,11 +206,11 @@ def _first_weights(module: nn.Module, run: RunConfig, report_start: ReportStart,
     if run.backbone.from_pretrained is not None and reads_source:
         plans: list[LoadPlan] = []
 
-        def open_stream() -> LoadPlan:
+        def open_plan() -> LoadPlan:
             plans.append(plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
             return plans[0]
 
-        stream_into(module, "student.model.", open_stream)
+        stream_into(module, "student.model.", open_plan)
         from_rank_0(lambda: report_start(plans[0].report))
     recipe = parse_recipe(run.recipe)
     if recipe.teacher is not None:

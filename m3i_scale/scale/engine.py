@@ -15,6 +15,7 @@ from torch import nn
 from m3i_scale.scale.activations import stacks
 from m3i_scale.scale.deepspeed.rules import optimizer_class
 from m3i_scale.scale.extensions import awaited_build
+from m3i_scale.scale.parameter_groups import parameter_groups
 from m3i_scale.scale.partition import construct, full_shape, gradients_by_parameter
 
 
@@ -23,38 +24,6 @@ def quiet_deepspeed() -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter has weight decay, by its full shape.
-
-    A (1, 1, D) token or a (1, N, D) position table is a matrix by rank and a set of vectors by use.
-    """
-    shape = full_shape(parameter)
-    return len(shape) > 1 and shape[0] > 1
-
-
-def parameter_groups(
-    module: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """Return matrices with weight decay; biases, norms and other vectors (by their full shape) without.
-
-    Args:
-        module: the whole module.
-        weight_decay: of matrices.
-        lr_scales: what the learning rate is multiplied by, by name of a parameter, where that is not 1.
-    """
-    by_scale: dict[float, dict[bool, list[nn.Parameter]]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            of_scale = by_scale.setdefault((lr_scales or {}).get(name, 1.0), {True: [], False: []})
-            of_scale[is_matrix(parameter)].append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
-        for scale, of_scale in sorted(by_scale.items(), reverse=True)
-        for decays, parameters in of_scale.items()
-        if parameters
-    ]
 
 
 def set_leaves(module: nn.Module) -> None:
@@ -107,7 +76,7 @@ def build_engine(
     module = construct(build, ds_config)
     initialize(module)
     set_leaves(module)
-    groups = parameter_groups(module, weight_decay, lr_scales(module))
+    groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
     with gradients_by_parameter():
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     return engine

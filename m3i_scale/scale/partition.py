@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,8 +19,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from m3i_scale.backbones.first_values import Initialize, draw_first_values
 from m3i_scale.errors import ConfigError
 
 
@@ -59,60 +59,18 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
         return build()
 
 
-def initialize_sharded(
-    module: nn.Module, initialize: Callable[[nn.Module, nn.Module], None], *, seed: int, skip: tuple[str, ...] = ()
-) -> None:
+def initialize_sharded(module: nn.Module, initialize: Initialize, *, seed: int, skip: tuple[str, ...] = ()) -> None:
     """Give all parameters their first values, one module's parameters at a time: no rank ever holds the whole model.
 
-    The values are a function of (seed, name of the module), so they do not depend on ranks or ZeRO stage, nor on the
-    type of the parameters but for its rounding.
+    The values are those of `draw_first_values`, so they do not depend on ranks or ZeRO stage.
 
     Args:
         module: the model, partitioned or not.
-        initialize: `(owner, submodule)`; the owner is the nearest `transformers` model above, else the submodule.
+        initialize: fills the parameters of one module.
         seed: of the run.
         skip: prefixes of submodules that get their values elsewhere.
     """
-    owners = [(name, child) for name, child in module.named_modules() if isinstance(child, PreTrainedModel)]
-    for name, child in module.named_modules():
-        parameters = list(child.parameters(recurse=False))
-        if not parameters or name.startswith(skip):
-            continue
-        above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
-        with whole(parameters, write=True), torch.random.fork_rng(), torch.no_grad():
-            # One number of 32 bits: torch's generator on the host drops the upper half of a seed.
-            torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            with _drawn_in_fp32(parameters):
-                initialize(above[-1] if above else child, child)
-
-
-@contextlib.contextmanager
-def _drawn_in_fp32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Have the parameters in fp32 inside, and round them to their own type at the end.
-
-    A uniform number that rounds to the upper bound becomes the lower one in torch: in bf16 one weight of a thousand
-    would have the wrong sign, at its largest.
-    """
-    originals = [parameter.data for parameter in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    yield
-    for parameter, values in zip(parameters, originals, strict=True):
-        parameter.data = values.copy_(parameter.data)
-
-
-_KEPT = "kept_in_checkpoints"
-
-
-def keep_in_checkpoints(module: nn.Module) -> None:
-    """Have checkpoints hold the parameters of a module that does not learn, in the type that is computed in."""
-    for parameter in module.parameters():
-        setattr(parameter, _KEPT, True)
-
-
-def kept_frozen(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what does not learn and is in checkpoints all the same, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if getattr(parameter, _KEPT, False)}
+    draw_first_values(module, initialize, seed=seed, skip=skip, whole=partial(whole, write=True))
 
 
 def own_range(parameter: nn.Parameter) -> tuple[int, int]:
@@ -255,3 +213,10 @@ def order_gathers(engine: Any) -> None:
     stream = gather_stream(engine)
     if stream is not None:
         stream.wait_stream(get_accelerator().current_stream())
+
+
+def end_recorded_step(engine: Any) -> None:
+    """Have ZeRO-3 take modules that are called from here on for no part of the last step, whose order it records to
+    gather ahead. By itself it does so when the whole module is called."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.parameter_offload.get_param_coordinator().reset_step()

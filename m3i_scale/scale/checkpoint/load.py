@@ -21,7 +21,8 @@ from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta, read_object, u
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.scale.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
-from m3i_scale.scale.partition import kept_frozen, load_frozen
+from m3i_scale.scale.kept import kept_frozen
+from m3i_scale.scale.partition import load_frozen
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
 """Relative: terms are added up in another order; master weights in 16 bits are rounded."""

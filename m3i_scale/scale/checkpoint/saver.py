@@ -32,7 +32,8 @@ from m3i_scale.scale.checkpoint.manifest import Digest, digest_files
 from m3i_scale.scale.checkpoint.stream import write_tensors
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, make_index, write_ranges
 from m3i_scale.scale.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
-from m3i_scale.scale.partition import full_numel, full_shape, kept_frozen, own_piece, own_range
+from m3i_scale.scale.kept import kept_frozen
+from m3i_scale.scale.partition import full_numel, full_shape, own_piece, own_range
 
 Result = TypeVar("Result")
 

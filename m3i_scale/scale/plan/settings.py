@@ -31,7 +31,7 @@ class Parameter:
 
 
 def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[list[int]]:
-    """Return the groups of the optimizer, as `engine.parameter_groups` makes them: places of parameters.
+    """Return the groups of the optimizer, as `parameter_groups` makes them: places of parameters.
 
     Args:
         parameters: of the whole model.

@@ -1,0 +1,49 @@
+"""Start the modules of a recipe, and move its momentum target, where one process has them whole.
+
+Under ZeRO, `scale` does both on the partition, with the same values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from m3i_scale.backbones.build import backbone_config, backbone_source
+from m3i_scale.backbones.first_values import draw_first_values
+from m3i_scale.backbones.load_plan import LoadPlan, plan_load
+from m3i_scale.config import RunConfig
+from m3i_scale.objective.build import initialize_module, momentum_pairs
+from m3i_scale.objective.information import Objective
+from m3i_scale.objective.teacher import teacher_plan
+
+
+def start_weights(objective: Objective, run: RunConfig) -> None:
+    """Give an objective the weights that a run starts from: drawn from `run.seed`, read from
+    `backbone.from_pretrained` and of the teacher; the momentum target begins as a copy of what it follows.
+
+    Raises:
+        ConfigError: files that do not fill the backbone or the teacher.
+    """
+    draw_first_values(objective, initialize_module, seed=run.seed, skip=("momentum.", "teacher."))
+    if run.backbone.from_pretrained is not None:
+        _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
+    if objective.teacher is not None:
+        _read(objective, "teacher.model.", teacher_plan(objective.recipe))
+    named = dict(objective.named_parameters())
+    with torch.no_grad():
+        for online, average in momentum_pairs(objective):
+            named[average].copy_(named[online])
+
+
+@torch.no_grad()
+def move_averages(objective: Objective, momentum: float) -> None:
+    """Update every parameter of the momentum target: average ← m · average + (1 − m) · online."""
+    named = dict(objective.named_parameters())
+    for online, average in momentum_pairs(objective):
+        named[average].lerp_(named[online], 1.0 - momentum)
+
+
+@torch.no_grad()
+def _read(objective: Objective, prefix: str, plan: LoadPlan) -> None:
+    named = dict(objective.named_parameters())
+    for name, value in zip(plan.names, plan.tensors(), strict=True):
+        named[prefix + name].copy_(value)

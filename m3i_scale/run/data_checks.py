@@ -1,0 +1,185 @@
+"""Check a run file against its data, and read what they say: classes and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from m3i_scale.config import RunConfig, TextConfig
+from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.mixing import check_shares, check_weights
+from m3i_scale.data.remote.access import Access, check_access
+from m3i_scale.data.shards import CATEGORIES, LABELS, captions_beside, read_label_sets, require_shards, shard_folder
+from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
+from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.objective.recipe import Recipe
+from m3i_scale.run.source_checks import check_sources
+from m3i_scale.text import shown
+
+
+def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
+    """Refuse a micro-batch whose losses would say nothing.
+
+    Raises:
+        ConfigError: the recipe compares samples, and there is one.
+    """
+    # A mix asks for as many samples on every rank, when the modules are built.
+    if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
+        raise ConfigError(
+            f"{recipe.compares_samples}, which needs at least two samples at a time",
+            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",
+            why="one sample differs from nothing: its loss says nothing",
+            fix="optim.micro_batch_size=2 or more, or more ranks",
+        )
+
+
+def check_text(run: RunConfig, recipe: Recipe) -> None:
+    """Refuse a `text` section that nothing reads.
+
+    Raises:
+        ConfigError: the recipe has no text target.
+    """
+    if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
+        raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
+
+
+@dataclass
+class DataFacts:
+    """Holds what the data of a run say of it."""
+
+    run: RunConfig
+    """With validation sources under the training label sets."""
+    label_sets: dict[str, list[str]] = field(default_factory=dict)
+    image_counts: list[int] | None = None
+    """In how many images a category is, where a source says so."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class DataChecks:
+    """Runs the checks of a run that concern its data, but for those that need a section which is at fault already.
+
+    Args:
+        run: the run file.
+        ranks: of the run; None: not known.
+        at_fault: names of sections that hold defaults, because what was written there has faults.
+    """
+
+    def __init__(self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset()) -> None:
+        self.run, self.ranks, self.at_fault = run, ranks, at_fault
+
+    def sound(self, *sections: str) -> bool:
+        """Return whether nothing in these sections is known to be at fault."""
+        return not self.at_fault.intersection(sections)
+
+    def read(self, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool) -> DataFacts:
+        """Check the sources against the recipe, and read what they say.
+
+        Args:
+            recipe: of the run.
+            access: how servers are asked; None: `data` is at fault.
+            faults: what is found is added.
+            there: whether the shards are.
+        """
+        facts = DataFacts(self.run)
+        if self.sound("data"):
+            faults.note(check_sources, self.run, recipe, access, there=there)
+        if access is not None and there:
+            facts.label_sets, facts.image_counts = self._read_classes(recipe, access, faults)
+            if recipe.uses_text and self.sound("text"):
+                facts.tokenizer = faults.note(_tokenizer, self.run, access)
+            file = recipe.labels_file or LABELS
+            facts.run = faults.note(_with_validation_labels, self.run, facts.label_sets, file) or self.run
+        return facts
+
+    def access(self, faults: Faults) -> tuple[Access | None, bool]:
+        """Return the access to servers, and whether the shards are there."""
+        data = self.run.data
+        if self.ranks is not None and self.sound("optim"):
+            size = self.run.optim.micro_batch_size
+            faults.note(check_shares, data, micro_batch_size=size, world_size=self.ranks)
+        before = len(faults.found)
+        faults.note(check_weights, data.sources)
+        access = faults.note(lambda: check_access(data, data.sources).at_start())
+        if access is not None:
+            for kind, sources in (("sources", data.sources), ("validation", data.validation)):
+                for name, source in sources.items():
+                    faults.note(require_shards, source.shards, f"data.{kind}.{name}.shards", access)
+        return access, len(faults.found) == before
+
+    def _read_classes(
+        self, recipe: Recipe, access: Access, faults: Faults
+    ) -> tuple[dict[str, list[str]], list[int] | None]:
+        """Return class names by label set, and in how many images the classes are, where a source says so."""
+        if recipe.labels_file is None:
+            return {}, None
+        label_sets = faults.note(self._read_labels, access, recipe.labels_file) or {}
+        counts = faults.note(self._image_counts, access) if recipe.labels_file == CATEGORIES else None
+        return label_sets, counts
+
+    def _read_labels(self, access: Access, file: str) -> dict[str, list[str]]:
+        label_sets = read_label_sets(self.run.data.sources, access, file)
+        check_labels(self.run.task, label_sets)
+        return label_sets
+
+    def _image_counts(self, access: Access) -> list[int] | None:
+        """Return in how many images of all sources every category is; None where no source says so. That sources have
+        other categories is told with their names."""
+        by_source = []
+        for name, source in self.run.data.sources.items():
+            categories = categories_beside(shard_folder(source.shards), f"source '{name}': ", access)
+            if categories is not None and categories.format == "lvis":
+                by_source.append([category.image_count or 0 for category in categories.categories])
+        counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
+        check_image_counts(self.run.task, counts)
+        return counts
+
+
+def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a run, of which padding is token 0.
+
+    Raises:
+        ConfigError: no source has captions; see `find_tokenizer`; or it pads with another token.
+    """
+    read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
+    if read and all(captions_beside(source.shards, access) == 0 for source in read.values()):
+        raise ConfigError(
+            "the recipe has a text target, and no source has captions",
+            where=", ".join(f"data.sources.{name}.shards: {shown(source.shards)}" for name, source in read.items()),
+            why="manifest.json beside the shards counts none",
+            fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text: m3i_no_text, supervised",
+        )
+    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access)
+    if tokenizer.pad_token_id != 0:
+        raise ConfigError(
+            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
+            where="text.tokenizer",
+            fix="take a BERT-type tokenizer, or the one that `shards make` trains",
+        )
+    return tokenizer
+
+
+def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], file: str) -> RunConfig:
+    """Return the run with validation sources under the training label set that they share: they never add one to the
+    model.
+
+    Raises:
+        ConfigError: validation labels that no training source has.
+    """
+    if not label_sets or not run.data.validation:
+        return run
+    sources = {}
+    for name, source in run.data.validation.items():
+        (label_set, names), *_ = [*read_label_sets({name: source}, file=file).items(), (None, None)]
+        same = [key for key in label_sets if label_sets[key] == names]
+        if label_set is not None and not same:
+            raise ConfigError(
+                f"the labels of validation source '{name}' are those of no training source",
+                where=f"data.validation.{name}: {source.shards}",
+                fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
+            )
+        # The same names under another set name: the model has one head for them.
+        chosen = label_set if label_set in same else (same[0] if same else source.label_set)
+        sources[name] = source.model_copy(update={"label_set": chosen})
+    return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})

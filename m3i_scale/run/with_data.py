@@ -1,0 +1,91 @@
+"""Put a run file and its data together, and open its stream: what every loop needs, whatever engine trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import RunConfig
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.parts import PartWorkers
+from m3i_scale.errors import Faults
+from m3i_scale.objective.meta import build_on_meta
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
+from m3i_scale.scale.output_dir import QUARANTINE, QUARANTINE_VALIDATION
+
+
+@dataclass
+class RunWithData:
+    """Holds a run whose recipe, backbone and data hold together."""
+
+    run: RunConfig
+    recipe: Recipe
+    label_sets: dict[str, list[str]]
+    tokenizer: PreTrainedTokenizerBase | None
+    image_size: int
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Return the size of the tokenizer; None without a text target."""
+        return len(self.tokenizer) if self.tokenizer is not None else None
+
+
+def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
+    """Check a run file against its data and the number of ranks, whatever engine trains it.
+
+    Raises:
+        ConfigError, DataError: what does not hold together; a FaultsError where that are several things.
+    """
+    faults, checks = Faults(), DataChecks(run, world_size)
+    recipe = faults.note(parse_recipe, run.recipe)
+    access, there = checks.access(faults)
+    model = faults.note(backbone_config, run.backbone)
+    facts = DataFacts(run)
+    if recipe is not None:
+        faults.note(check_text, run, recipe)
+        faults.note(check_batch, run, recipe, world_size)
+        facts = checks.read(recipe, access, faults, there=there)
+    faults.end()
+    if recipe is None or model is None:
+        raise RuntimeError("nothing is at fault, and nothing is there")
+    checked = RunWithData(facts.run, recipe, facts.label_sets, facts.tokenizer, model.image_size)
+    build_on_meta(checked.run, checked.label_sets, checked.vocab_size)
+    return checked
+
+
+def open_stream(
+    given: RunWithData,
+    ranks: Ranks,
+    workers: PartWorkers | None = None,
+    *,
+    validation: bool = False,
+    pin: Callable[[Tensor], Tensor] | None = None,
+) -> TrainStream:
+    """Return this rank's stream of micro-batches; for validation without augmentation, and always from the start."""
+    run = given.run
+    output_dir = run.output_dir
+    return TrainStream(
+        run.data,
+        run.data.validation if validation else run.data.sources,
+        views=given.recipe.views,
+        image_size=given.image_size,
+        micro_batch_size=run.optim.micro_batch_size,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        seed=run.seed,
+        tokenizer=given.tokenizer,
+        max_tokens=run.text.max_tokens,
+        label_sets=given.label_sets,
+        cache_dir=output_dir / "index",
+        augment=not validation,
+        quarantine_path=output_dir / (QUARANTINE_VALIDATION if validation else QUARANTINE),
+        reads=given.recipe.reads,
+        workers=workers,
+        pin=pin,
+    )

@@ -1,0 +1,89 @@
+"""What is public: it is listed, light to import, and refuses bad input as the command line does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import environment
+from shapes import make_shapes, run_overrides
+
+import m3i_scale
+from m3i_scale.run.check import resolve_run
+
+ROOT = Path(__file__).resolve().parent.parent
+LIGHT = """
+import sys
+import m3i_scale
+assert "torch" not in sys.modules
+for name in m3i_scale.__all__:
+    assert getattr(m3i_scale, name).__doc__, name
+assert "deepspeed" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("public")
+    return [*run_overrides("m3i", make_shapes(root), root / "out"), "optim.micro_batch_size=8"]
+
+
+def test_names_are_imported_when_they_are_asked_for_and_deepspeed_never() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_lists_what_is_public() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    listed = [name for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)", cell)]
+    assert sorted(listed) == sorted(m3i_scale.__all__)
+
+
+def test_no_other_name_is_there() -> None:
+    with pytest.raises(AttributeError):
+        m3i_scale.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize("load", [m3i_scale.load_run, m3i_scale.load_recipe])
+def test_an_unknown_recipe(load) -> None:
+    with pytest.raises(m3i_scale.ConfigError, match="m3j") as error:
+        load("m3j")
+    assert "m3i" in error.value.fix
+
+
+@pytest.mark.parametrize("act", [m3i_scale.open_stream, m3i_scale.build_objective])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ["data.sources.shapes.shards=/nowhere/train"],
+        ["data.streams=3"],
+        ["text.tokenizer=/nowhere/tokenizer"],
+        ["backbone.config.hidden_size=63"],
+        ["data.sources.shapes.captions=none"],
+        ["optim.micro_batch_size=1", "data.streams=1", "recipe.targets.0.weight=1"],
+    ],
+)
+def test_bad_input_is_refused_as_by_the_command_line(overrides: list[str], act, fault: list[str]) -> None:
+    run = m3i_scale.load_run("m3i", [*overrides, *fault])
+    with pytest.raises(m3i_scale.UserError) as of_command:
+        resolve_run(run, 1)
+    with pytest.raises(m3i_scale.UserError) as ours:
+        act(run)
+    assert (type(ours.value), str(ours.value)) == (type(of_command.value), str(of_command.value))
+
+
+def test_a_task_is_no_recipe(overrides: list[str]) -> None:
+    sources = [given for given in overrides if given.startswith("data.")]
+    run = m3i_scale.load_run("in1k_finetune_b", sources)
+    with pytest.raises(m3i_scale.ConfigError) as error:
+        m3i_scale.build_objective(run)
+    assert error.value.where == "task"
+
+
+def test_validation_data_that_are_not_there(overrides: list[str]) -> None:
+    with pytest.raises(m3i_scale.ConfigError) as error:
+        m3i_scale.open_stream(m3i_scale.load_run("m3i", overrides), validation=True)
+    assert error.value.where == "data.validation"
