@@ -21,7 +21,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.probe import probe_loss, probe_of
+from m3i_scale.run.probe import first_samples, probe_loss
 from m3i_scale.run.setup import ResolvedRun, start_engine
 from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.checkpoint.load import load_checkpoint
@@ -70,7 +70,7 @@ def plan_of(settings: dict[str, Any], world: int) -> ResolvedRun:
         where=settings["deepspeed"],
     )
     config = backbone_config(run.backbone)
-    return ResolvedRun(run, parse_recipe(run.recipe), {}, None, resolved, config.image_size, 1)
+    return ResolvedRun(run, parse_recipe(run.recipe), {}, None, config.image_size, resolved, 1)
 
 
 class Bench:
@@ -163,7 +163,7 @@ def save(settings: dict[str, Any]) -> dict[str, Any]:
     """Saves in turn; the last checkpoints of both kinds are left, of the same weights."""
     bench = Bench(settings)
     steps = [bench.step() for _ in range(5)][2:]
-    probe = probe_of(bench.batch)
+    probe = first_samples(bench.batch)
     found: dict[str, Any] = {"step_s": steps, "probe": bench.timed(lambda: probe_loss(bench.engine, probe))}
     saver = Saver(bench.engine, bench.momentum, background=True)
     ways: dict[str, Callable[[], dict[str, Any]]] = {"blocking": bench.blocking, "deepspeed": bench.deepspeed}

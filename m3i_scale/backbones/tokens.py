@@ -17,7 +17,10 @@ from transformers import (
     ViTModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
+from transformers.models.vit.modeling_vit import ViTLayer
 
+from m3i_scale.backbones.attention import split_heads
 from m3i_scale.backbones.base import Backbone, Tokens, gather_tokens
 
 TokenConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig
@@ -128,6 +131,21 @@ class TokenBackbone(Backbone):
         last_BSD = self._normed(tokens_BSD)
         return torch.cat([*cls, last_BSD[:, :1]], dim=1), last_BSD[:, 1:]
 
+    def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
+        """Encode as `encode_whole` does, and return how the class token attends to the patches in the last layer, by
+        head: fp32 (B, H, N); the rest of 1 is what it gives itself."""
+        attention: list[Tensor] = []
+        # Inside the layer's call, before any other hook: under ZeRO-3 its parameters are there, and a compiled layer
+        # need not know of it.
+        hook = self.layers[-1].register_forward_hook(
+            lambda layer, inputs, output: attention.append(_class_attention(layer, inputs[0])), prepend=True
+        )
+        try:
+            tokens = self.encode_whole(images_BCHW)
+        finally:
+            hook.remove()
+        return tokens, attention[0]
+
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
         tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
@@ -197,3 +215,19 @@ class TokenBackbone(Backbone):
         """Return [class token | patch tokens]: (B, 1 + N, D)."""
         tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
         return self._through_layers(tokens_BSD) if isinstance(self.model, CLIPVisionModel) else self.encode(tokens_BSD)
+
+
+def _class_attention(layer: Any, tokens_BSD: Tensor) -> Tensor:
+    """Return softmax(QKᵀ/√D) of the first token of a layer's input, for all others: fp32 (B, H, S − 1)."""
+    if isinstance(layer, ViTLayer):
+        norm, attention, heads = layer.layernorm_before, layer.attention, layer.attention.num_attention_heads
+    elif isinstance(layer, Dinov2Layer):
+        norm, attention, heads = layer.norm1, layer.attention, layer.attention.num_attention_heads
+    else:
+        norm, attention, heads = layer.layer_norm1, layer.self_attn, layer.self_attn.num_heads
+    normed_BSD = norm(tokens_BSD)
+    query_BH1D = split_heads(attention.q_proj(normed_BSD[:, :1]), heads).float()
+    key_BHSD = split_heads(attention.k_proj(normed_BSD), heads).float()
+    scores_BH1S = query_BH1D @ key_BHSD.transpose(2, 3) * query_BH1D.shape[-1] ** -0.5
+    attention_BHS: Tensor = scores_BH1S.softmax(dim=-1)[:, :, 0]
+    return attention_BHS[:, :, 1:]

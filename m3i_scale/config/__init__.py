@@ -246,6 +246,19 @@ class LogConfig(Section):
     """Event files in output_dir/tensorboard (needs the `tensorboard` package)."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases (needs the `wandb` package)."""
+    pictures_every_steps: int = Field(default=0, ge=0)
+    """Pictures of what is learnt, of the same samples every so many steps, at the first and at the last step
+    (docs/pictures.md). 0 switches them off."""
+    picture_samples: int = Field(default=8, ge=4, le=64)
+    """How many samples the pictures are of; of more than eight, those after are candidates of neighbours and texts."""
+
+    @model_validator(mode="after")
+    def _pictures_are_made(self) -> Self:
+        if not self.pictures_every_steps and self.picture_samples != LogConfig.model_fields["picture_samples"].default:
+            raise FixableError(
+                "picture_samples has no effect: no pictures are made", "log.pictures_every_steps=1000, or leave it out"
+            )
+        return self
 
 
 class HardwareConfig(Section):
@@ -267,7 +280,7 @@ class TimeoutsConfig(Section):
     join_s: float = Field(default=300.0, gt=0)
     """Until all ranks have started and reached rank 0; torchrun waits by itself."""
     start_s: float = Field(default=1800.0, gt=0)
-    """Until the second step is done, and while the run saves, evaluates or goes back."""
+    """Until the second step is done, and while the run saves, evaluates, makes pictures or goes back."""
     step_s: float = Field(default=960.0, gt=0)
     """Inside of a step."""
 

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -196,23 +197,24 @@ class TrainStream:
                 batch = Batch.cat(batches)
                 yield parts, batch if self._pin is None else batch.changed(self._pin)
 
-    def peek(self) -> Batch:
-        """Return the next batch without moving on; its bad samples are written down when it is handed out.
+    def peek(self, count: int = 1) -> Batch:
+        """Return the next batches as one, without moving on; bad samples are written down when they are handed out.
 
         Raises:
-            DataError: as when it is handed out; or the sources end before it.
+            DataError: as when they are handed out; or the sources end before them.
         """
         before, quarantine = self.state_dict(), self._quarantine
         self._quarantine = Quarantine(None, {})
         try:
             with contextlib.closing(iter(self)) as batches:
-                batch = next(batches, None)
+                peeked = list(islice(batches, count))
         finally:
             self._quarantine = quarantine
             self.load_state_dict(before)
-        if batch is None:
-            raise DataError("the sources end before the first batch", fix="raise epochs or leave it out")
-        return batch
+        if len(peeked) < count:
+            which = "the first batch" if count == 1 else f"the first {count} batches"
+            raise DataError(f"the sources end before {which}", fix="raise epochs or leave it out")
+        return Batch.cat(peeked)
 
     @property
     def quarantined(self) -> dict[str, int]:

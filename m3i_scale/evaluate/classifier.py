@@ -109,7 +109,7 @@ def measure_classifier(
     asked = test.labelled()
     if not len(asked):
         raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
-    truth_M = _numbers_in_head(test.table.classes, test.table.label_array[asked], classifier.classes)
+    truth_M = numbers_in_head(test.table.classes, test.table.label_array[asked], classifier.classes)
     right_MK = ranked_NK[asked].astype(np.int64) == truth_M[:, None]
     commonest = np.sort(np.bincount(truth_M))[::-1] / len(truth_M)
     figures: dict[str, Any] = {}
@@ -121,7 +121,17 @@ def measure_classifier(
     return {**figures, "classes": len(classifier.classes), **known}
 
 
-def _numbers_in_head(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
+def numbers_in_head(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
+    """Return the numbers of labels in the head: (M).
+
+    Args:
+        classes: class names of the data.
+        labels_M: numbers in `classes`.
+        head: class names of the head.
+
+    Raises:
+        NotMeasuredError: the head does not know them by name.
+    """
     if classes == head:
         return labels_M
     number_of = {name: number for number, name in enumerate(head)}

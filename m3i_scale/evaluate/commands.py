@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,11 @@ from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
 from m3i_scale.evaluate.detector import DETECTOR
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
-from m3i_scale.evaluate.intervals import Clusters, clusters_of
+from m3i_scale.evaluate.intervals import clusters_of
+from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
-from m3i_scale.evaluate.overlays import OVERLAY_COUNT
+from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
+from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import Table, check_apart, check_groups, open_table
 from m3i_scale.evaluate.segmenter import SEGMENTER
 from m3i_scale.evaluate.towers import Towers, why_no_towers
@@ -35,20 +37,6 @@ Progress = Callable[[str, int], None]
 """Called with what is read ("data", "train data") and the number of samples so far."""
 
 
-@dataclass
-class _Job:
-    """Holds both sides, and what encoded them."""
-
-    train: Side | None
-    test: Side
-    clusters: Clusters
-    towers: Towers | None
-    no_towers: str | None
-    classifier: Classifier | None
-    no_classifier: str | None
-    templates: tuple[str, ...]
-
-
 def evaluate(
     model_dir: Path | str,
     data: str,
@@ -63,11 +51,13 @@ def evaluate(
     device: str = "auto",
     overlays: Path | None = None,
     overlay_count: int | None = None,
+    pictures: Path | None = None,
+    picture_samples: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure what the frozen features of a model are worth, and how often its trained head is right.
 
-    Changes nothing on disk but for overlays; the same call, the same figures.
+    Changes nothing on disk but for overlays and pictures; the same call, the same figures.
 
     Args:
         model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
@@ -83,28 +73,36 @@ def evaluate(
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
         overlays: a new folder for pictures of what a segmenter predicts, or a detector of the worst images.
         overlay_count: so many of them; default: `OVERLAY_COUNT`.
+        pictures: a new folder for pictures of what the features show.
+        picture_samples: keys (`shard.tar/key`) of the samples that they show; at most and by default `SAMPLES`.
         progress: told about samples read.
 
     Returns:
-        One JSON-able document: model, data, measures, not_measured (with the reason), warnings.
+        One JSON-able document: model, data, measures, not_measured (with the reason), pictures where they are asked
+        for, warnings.
 
     Raises:
         ExportError: the model folder does not load.
-        DataError: the shards cannot be read, training and test data are the same, or nothing can be measured.
-        ConfigError: an unknown measure, pool, baseline or device, a broken template, or an option without effect.
+        DataError: the shards cannot be read, training and test data are the same, nothing can be measured, or a sample
+            that is to be shown is not there.
+        ConfigError: an unknown measure, pool, baseline or device, a broken template, a folder that takes no pictures,
+            more samples than a picture shows, or an option without effect.
     """
     _check(measures, pool, baseline, batch_size, overlays, overlay_count)
+    if picture_samples is not None and pictures is None:
+        raise ConfigError("samples of pictures have no effect without a folder", fix="--pictures /data/pictures")
     where, folder = _device(device), Path(model_dir)
     given = {
         "--train-data": train_data is not None,
         "--baseline": baseline != "none",
         "--pool": pool != "mean",
         "--template": templates != TEMPLATES,
+        "--pictures": pictures is not None,
     }
     idle = [name for name, is_given in given.items() if is_given]
-    pictures = None if overlays is None else (overlays, overlay_count or OVERLAY_COUNT)
+    drawing = None if overlays is None else (overlays, overlay_count or OVERLAY_COUNT)
     if (measured := trained_whole(folder, measures, idle)) is not None:
-        return measured(folder, data, where, batch_size, exclude_groups, pictures, progress)
+        return measured(folder, data, where, batch_size, exclude_groups, drawing, progress)
     if overlays is not None:
         raise ConfigError(
             "overlays have no effect: they show what a segmenter or a detector predicts, and none is measured",
@@ -116,11 +114,18 @@ def evaluate(
     train_table = open_table(train_data, "--train-data") if train_data is not None else None
     if train_table is not None:
         check_apart(test_table, train_table)
+    if pictures is not None:
+        make_folder(pictures, "--pictures")
+        if picture_samples is not None:
+            check_samples(test_table, picture_samples)
     vision = load_vision(folder, pool, where)
     no_towers = why_no_towers(folder)
-    wants_text = no_towers is None and bool({"zero_shot", "retrieval"} & set(measures))
     classifier, no_classifier, towers = trained_heads(
-        folder, vision, test_table.classes, wants_text=wants_text, wants_classifier="classifier" in measures
+        folder,
+        vision,
+        test_table.classes,
+        wants_text=no_towers is None and (pictures is not None or bool({"zero_shot", "retrieval"} & set(measures))),
+        wants_classifier=pictures is not None or "classifier" in measures,
     )
     encoders = _encoders(vision, classifier, towers, baseline)
     dense = vision.with_patches if "dense" in measures and train_table is not None else None
@@ -133,9 +138,9 @@ def evaluate(
         fitted = {name: encode for name, encode in encoders.items() if name in ("model", "pixels")}
         train = read(train_table, fitted, "train data")
     check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
-    job = _Job(train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
+    job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
     figures, absent, right = _measure(measures, "model", job)
-    if not figures:
+    if not figures and pictures is None:
         raise DataError(
             "nothing can be measured",
             where=data,
@@ -151,6 +156,8 @@ def evaluate(
     fitted_on = None if train is None or train_data is None else describe(train.table, train_data)
     result = document_of(folder, model, describe(test.table, data), job.clusters, fitted_on)
     result |= {"measures": figures, "not_measured": absent}
+    if pictures is not None:
+        result["pictures"] = draw_pictures(job, pictures, picture_samples)
     if baseline == "pixels":
         probes, why_not, theirs = _measure(tuple(name for name in measures if name in PROBES), "pixels", job)
         advantage = {name: measure.measure_advantage(right[name], theirs[name]) for name in right if name in theirs}
@@ -203,7 +210,7 @@ def _encoders(
 
 
 def _measure(
-    names: tuple[str, ...], encoder: str, job: _Job
+    names: tuple[str, ...], encoder: str, job: Job
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, measure.Right]]:
     """Return figures by measure, reasons for those that are absent, and what each probe got right."""
     figures: dict[str, Any] = {}
@@ -222,13 +229,13 @@ def _measure(
     return figures, absent, right
 
 
-def _of_head(job: _Job) -> dict[str, Any]:
+def _of_head(job: Job) -> dict[str, Any]:
     if job.classifier is None:
         raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
     return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
 
 
-def _with_text(name: str, job: _Job) -> dict[str, Any]:
+def _with_text(name: str, job: Job) -> dict[str, Any]:
     if job.towers is None:
         raise NotMeasuredError(job.no_towers or "no text tower")
     images_NE = job.test.features["joint"]

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from m3i_scale.evaluate.detection_matches import mask_of, match, overlaps
 from m3i_scale.evaluate.detections import Categories, Prediction, Rle, Truth, best_first
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, make_folder, plain, refused, side_by_side
+from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 
 DRAWN_SCORE = 0.5
@@ -146,10 +147,7 @@ class DetectionOverlays:
 
     def _name(self, label: int) -> str:
         """Return the name of a class in one line of letters that the built-in font has."""
-        name = " ".join(self._categories["categories"][label]["name"].split())
-        name = name if len(name) <= _LETTERS else name[: _LETTERS - 2] + ".."
-        letters = name.encode("latin-1", "replace").decode("latin-1")
-        return "".join(letter if letter.isprintable() else "?" for letter in letters)
+        return drawable(self._categories["categories"][label]["name"], _LETTERS)
 
 
 def _badness(score: ImageScore) -> tuple[float, int]:

@@ -36,8 +36,12 @@ PALETTE = np.array(
 """The colour of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, option: str = "--overlays") -> None:
     """Make the folder of pictures, or take an empty one.
+
+    Args:
+        folder: of any depth.
+        option: that named it.
 
     Raises:
         ConfigError: it cannot be made, or something is in it.
@@ -46,14 +50,14 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(folder.iterdir())
     except OSError as error:
-        raise refused(folder, error) from None
+        raise refused(folder, error, option) from None
     if taken:
-        raise ConfigError("the folder is not empty", where=f"--overlays {folder}", fix="name a new one")
+        raise ConfigError("the folder is not empty", where=f"{option} {folder}", fix="name a new one")
 
 
-def refused(folder: Path, error: OSError) -> ConfigError:
+def refused(folder: Path, error: OSError, option: str = "--overlays") -> ConfigError:
     """Return the error for a disk that takes no pictures."""
-    return ConfigError(f"overlays cannot be written: {error.strerror or error}", where=f"--overlays {folder}")
+    return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"{option} {folder}")
 
 
 def plain(key: str) -> str:

@@ -98,6 +98,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"lowest AP of {_OBJECTS[kind]}: " + ", ".join(f"{one['name']} {one['AP']:.3f}" for one in worst)
     for name, reason in result["not_measured"].items():
         yield f"not measured: {_NAMES[name]}: {reason}"
+    if (pictures := result.get("pictures")) is not None:
+        yield f"pictures in {pictures['folder']}: {', '.join(map(_words, pictures['shown']))}"
+        for name, reason in pictures["not_shown"].items():
+            yield f"not shown: {_words(name)}: {reason}"
     for side in ("data", "train_data"):
         for reason, count in (result.get(side) or {}).get("left_out", {}).items():
             yield f"left out of {side.replace('_', ' ')}: {count} × {reason}"

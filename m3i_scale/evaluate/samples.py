@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Table:
     classes: list[str]
     """Class names from labels.json, empty without one."""
     keys: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    """Numbers of the shard, and of the sample in it."""
     captions: list[str | None] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     meta: list[dict[str, Any]] = field(default_factory=list)
@@ -74,8 +76,9 @@ class Table:
         """Return the class index of every sample, −1 without one: (N)."""
         return np.asarray(self.labels, dtype=np.int64)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, place: tuple[int, int]) -> None:
         """Note a sample."""
+        self.places.append(place)
         self.keys.append(sample.key)
         self.captions.append(sample.caption)
         self.labels.append(sample.label)
@@ -105,6 +108,7 @@ def read_samples(
     exclude_groups: tuple[str, ...] = (),
     masks: bool = False,
     categories: int | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Sample]:
     """Yield samples of the table's shards in order, noted in the table as they pass.
 
@@ -116,12 +120,13 @@ def read_samples(
         exclude_groups: leave out samples that have one of these as `group`.
         masks: also read masks.
         categories: also read objects, of so many categories; a sample without that member is left out.
+        places: read the samples at these, in this order; None: all.
 
     Raises:
         DataError: a damaged or malicious shard.
     """
     view = None if image_size is None else ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
-    for place, members in _members(table):
+    for place, key, members in _members(table, places):
         meta = _meta(members)
         group = str(meta.get("group", ""))
         table.groups[group] += 1
@@ -140,8 +145,8 @@ def read_samples(
             table.left_out[bad.reason] += 1
             continue
         label = -1 if annotations.label is None else annotations.label
-        sample = Sample(place, pixels, annotations.caption, label, meta, mask, instances)
-        table.add(sample)
+        sample = Sample(key, pixels, annotations.caption, label, meta, mask, instances)
+        table.add(sample, place)
         yield sample
 
 
@@ -190,16 +195,36 @@ def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> ND
     return np.asarray(classes.resize((size, size), Image.Resampling.NEAREST, box=box), dtype=np.uint8)
 
 
-def _members(table: Table) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _members(
+    table: Table, places: Sequence[tuple[int, int]] | None = None
+) -> Iterator[tuple[tuple[int, int], str, dict[str, bytes]]]:
+    """Yield place, key and members of samples."""
     with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader()) as reader:
-        for index in load_index(table.shards, Path(cache)):
-            for number in range(len(index)):
-                try:
-                    members = reader.members(index, number)
-                except BadSampleError as bad:
-                    table.left_out[bad.reason] += 1
-                    continue
-                yield f"{index.path.name}/{members['__key__']!s}", members
+        indices = load_index(table.shards, Path(cache))
+        every = ((shard, number) for shard, index in enumerate(indices) for number in range(len(index)))
+        for shard, number in every if places is None else places:
+            try:
+                members = reader.members(indices[shard], number)
+            except BadSampleError as bad:
+                table.left_out[bad.reason] += 1
+                continue
+            yield (shard, number), f"{indices[shard].path.name}/{members['__key__']!s}", members
+
+
+def check_known(table: Table, keys: Sequence[str], where: str) -> None:
+    """Check that all samples of these keys are there. This reads no further than to the last of them.
+
+    Raises:
+        DataError: one is not.
+    """
+    missing, known = set(keys), []
+    for _, key, _ in _members(Table(table.shards, table.classes)):
+        missing.discard(key)
+        known.append(key)
+        if not missing:
+            return
+    name = min(missing)
+    raise DataError(f"no sample '{name}' in the data", where=where, fix=did_you_mean(name, known))
 
 
 def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.segmentation import PixelHead
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
+from m3i_scale.objective.targets.dense import Pixels
 
 
 class Objective(nn.Module):
@@ -89,7 +90,7 @@ class Objective(nn.Module):
         """Of the last forward pass outside of training: see `Loss.overlaps_3K`; by target."""
         self.detections: dict[str, list[Detections]] = {}
         """Of the last forward pass outside of training: see `Loss.detections`; by target."""
-        self.squared_grad_norms: dict[str, list[Tensor]] = {}
+        self.squared_grad_norms: dict[str, list[Tensor]] = {target.name: [] for target in recipe.targets}
         """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
         """Called round each part of a forward pass: `forward` (the inputs), `target` (f_φ of images and texts),
@@ -199,18 +200,25 @@ class Objective(nn.Module):
 
     # ---------------------------------------------------------------- inputs
 
-    def _encode(self, batch: Batch) -> Context:
-        recipe = self.recipe
-        used = sorted({spec.view for spec in recipe.inputs} | {target.view for target in recipe.image_targets})
-        views = {view: self.pixel_norm(batch.images_VBCHW[view - 1]) for view in used}
+    def inputs_of(self, batch: Batch) -> list[EncodedInput]:
+        """Return which patches of which views the student sees of a batch."""
         seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
-        where = build_inputs(recipe.inputs, recipe.mix, seeds_B, self.student.grid, self.student.cell)
+        return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, self.student.grid, self.student.cell)
+
+    def _views(self, batch: Batch) -> dict[int, Tensor]:
+        """Return the views that inputs and targets lie in, normalised, by view from 1."""
+        used = {spec.view for spec in self.recipe.inputs} | {target.view for target in self.recipe.image_targets}
+        return {view: self.pixel_norm(batch.images_VBCHW[view - 1]) for view in sorted(used)}
+
+    def _encode(self, batch: Batch) -> Context:
+        recipe, views = self.recipe, self._views(batch)
+        where = self.inputs_of(batch)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         # Collectives run in order: this one ends after the gather of the averages, which runs beside the student.
         counts = self._count(batch)
         with self.span("target"):
-            whole = {view: inputs[name] for view in used if (name := recipe.shows(view)) is not None}
+            whole = {view: inputs[name] for view in views if (name := recipe.shows(view)) is not None}
             encoded_views = self._encode_targets(batch, views)
             context = Context(batch, views, inputs, whole, encoded_views, counts, measures=self.measure_health)
             if self.text is not None:
@@ -283,6 +291,23 @@ class Objective(nn.Module):
     def pooled(self, decoder: str, pixels_BCHW: Tensor) -> Tensor:
         """Return what a decoder of the recipe makes of whole, normalised images: (B, F)."""
         return pool(self.decoders[decoder], *self.student.encode_whole(pixels_BCHW, blocks_read(self.decoders)))
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch) -> dict[tuple[str, str], Tensor]:
+        """Return what targets of pixels predict of a batch, as images: by target and input, uint8 (B, 3, H, W); see
+        `Pixels.reconstruct`. No sample of another rank is asked for."""
+        targets = [target for target in self.recipe.targets if isinstance(target, Pixels)]
+        if not targets:
+            return {}
+        views = self._views(batch)
+        context = Context(batch, views, self._encode_inputs(self.inputs_of(batch), views), {}, {}, {})
+        return {
+            (target.name, name): self.pixel_norm.undo(
+                target.reconstruct(self.given(target), context, context.inputs[name])
+            )
+            for target in targets
+            for name in target.inputs
+        }
 
     @torch.no_grad()
     def segment(self, pixels_BCHW: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
 OTHER_PRECISION_TOLERANCE = 2e-2
 
 
-def probe_of(batch: Batch) -> Batch:
-    """Return the first samples of the global micro-batch, the same on all ranks. Collective."""
-    givers = range(min(SAMPLES, dist.get_world_size()))  # the samples of all ranks would be thousands
-    return _first(Batch.cat([from_rank(rank, lambda: _first(batch, SAMPLES).to("cpu")) for rank in givers]), SAMPLES)
+def first_samples(batch: Batch, count: int = SAMPLES) -> Batch:
+    """Return the first samples of the global micro-batch, on the host, the same on all ranks. Collective."""
+    givers = range(min(count, dist.get_world_size()))  # the samples of all ranks would be thousands
+    return _first(Batch.cat([from_rank(rank, lambda: _first(batch, count).to("cpu")) for rank in givers]), count)
 
 
 @torch.no_grad()

@@ -99,8 +99,16 @@ class Trainer:
             Metrics(self.state, self.meter, guard),
             Rewinding(self.state, guard, self.checkpointing, rewinds),
             *([Evaluation(self.state, validation, self.device)] if validation is not None else []),
+            *self._pictures(validation),
             self.checkpointing,
         ]
+
+    def _pictures(self, validation: TrainStream | None) -> list[Hook]:
+        if not self.run.log.pictures_every_steps:
+            return []
+        from m3i_scale.run.hooks.pictures import Pictures  # what draws takes seconds to import
+
+        return [Pictures(self.state, validation, self.device)]
 
     def long_run_note(self, first_step: int) -> str | None:
         """Return `m3i_scale.run.meter.long_run_note` for the steps from `first_step` on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import random_batch, tiny_objective
+from tiny import DINOV2, MAPS, random_batch, tiny_objective
 
 from m3i_scale.backbones.attention import attend, split_heads
 
@@ -43,3 +43,23 @@ def test_a_whole_recipe_is_the_same_under_both_kernels() -> None:
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("overrides", [(), DINOV2, ("backbone.preset=clip-b/16",)])
+def test_attention_of_the_class_token_is_that_of_the_stock_model(overrides: tuple[str, ...]) -> None:
+    student = tiny_objective("supervised", *overrides).student.eval()
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tokens, attention = student.encode_attending(images)
+        for one, other in zip(tokens, student.encode_whole(images), strict=True):
+            assert torch.equal(one, other)
+        student.model.set_attn_implementation("eager")
+        *_, last = student.model(pixel_values=images, output_attentions=True).attentions
+    torch.testing.assert_close(attention, last[:, :, 0, 1:])
+    assert attention.shape == (3, 2, 16)
+
+
+def test_a_backbone_without_class_token_has_no_attention_of_one() -> None:
+    student = tiny_objective("supervised", *MAPS).student.eval()
+    with torch.no_grad():
+        assert student.encode_attending(torch.randn(1, 3, 64, 64))[1] is None

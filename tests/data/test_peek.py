@@ -41,3 +41,12 @@ def test_sources_without_a_whole_batch_say_so(tools: Any, tmp_path: Path) -> Non
     loader = tools.make_loader({"few": folder}, tmp_path / "cache", streams=4, epochs={"few": 1})
     with pytest.raises(DataError, match="end before the first batch"):
         loader.peek()
+
+
+def test_several_batches_come_as_one_and_come_again(tools: Any, tmp_path: Path) -> None:
+    folder = tools.write_folder(tmp_path / "shards", [10] * 4)
+    loader = tools.make_loader({"some": folder}, tmp_path / "cache", streams=4)
+    peeked = loader.peek(3)
+    batches = iter(loader)
+    assert peeked.keys == [key for _ in range(3) for key in next(batches).keys]
+    batches.close()

@@ -12,7 +12,7 @@ from tiny import random_batch, tiny_objective
 
 from m3i_scale.objective.encoders import Projector
 from m3i_scale.objective.targets.category import CategoryHead
-from m3i_scale.objective.targets.dense import DenseHead, patchify
+from m3i_scale.objective.targets.dense import DenseHead, patchify, unpatchify
 from m3i_scale.objective.targets.text import TextHead
 
 
@@ -31,6 +31,39 @@ def test_standardised_patches_have_mean_zero_and_unbiased_variance_one() -> None
     torch.testing.assert_close(patches.mean(dim=-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(patches.var(dim=-1), torch.ones(2, 4), atol=1e-4, rtol=0)
     assert torch.isfinite(patchify(torch.ones(1, 3, 8, 8), 8, standardize=True)).all()
+
+
+def test_patches_make_the_image_again() -> None:
+    images = torch.randn(2, 3, 8, 12)
+    assert torch.equal(unpatchify(patchify(images, 4, standardize=False), (2, 3), 4), images)
+
+
+@pytest.mark.parametrize(("recipe", "standardized"), [("mae", True), ("mae", False), ("sim_pixels", True)])
+def test_what_predicts_the_true_pixels_reconstructs_the_view(recipe: str, standardized: bool) -> None:
+    """And what predicts nothing leaves the patches that are not asked for, and of the others their mean colour."""
+    objective = tiny_objective(recipe, f"recipe.targets.0.normalize_pixels={standardized}").eval()
+    batch, (target,) = random_batch(4), objective.recipe.targets
+    views = {view: objective.pixel_norm(batch.images_VBCHW[view - 1]) for view in (1, 2)}
+    (seen,) = objective.inputs_of(batch)
+    asked_BQ = seen.hidden_BM if target.tokens == "masked" else torch.arange(16).expand(4, -1)
+    head = objective.heads[target.name]
+    true_BNP = patchify(views[target.view], 8, standardize=standardized)
+    answers = {
+        "true": true_BNP.gather(1, asked_BQ[..., None].expand(-1, -1, true_BNP.shape[2])),
+        "nothing": torch.zeros(4, asked_BQ.shape[1], true_BNP.shape[2]),
+    }
+    images = {}
+    for name, answer in answers.items():
+        head.forward = lambda tokens, answer=answer: answer
+        ((key, images[name]),) = objective.reconstruct(batch).items()
+        assert key == (target.name, seen.name)
+    original_BNP = patchify(batch.images_VBCHW[target.view - 1].float(), 8, standardize=False)
+    shown = {name: patchify(found.float(), 8, standardize=False) for name, found in images.items()}
+    torch.testing.assert_close(shown["true"], original_BNP, atol=1, rtol=0)
+    differs_BN = (shown["nothing"] - original_BNP).abs().amax(dim=-1) > 1
+    assert torch.equal(differs_BN, torch.zeros(4, 16, dtype=torch.bool).scatter(1, asked_BQ, True))
+    if standardized:  # a patch of its mean; of normalised pixels, whose channels have deviations of their own
+        torch.testing.assert_close(shown["nothing"].mean(dim=-1), original_BNP.mean(dim=-1), atol=12, rtol=0)
 
 
 def test_text_is_on_the_sphere_and_padding_does_not_count() -> None:

@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.run.callbacks.base import Rewind, RunInfo, StepRecord
 
 CONFIG = {"name": "demo", "data": {"sources": {"a": {"shards": "https://me:hunter2@host/x.tar?signature=abc"}}}}
@@ -39,6 +42,10 @@ def record(step: int, **changes: Any) -> StepRecord:
         mfu=0.25,
     )
     return replace(made, **changes)
+
+
+def picture() -> Picture:
+    return Picture("dense_pca", "Dense features", "A green field.", Image.new("RGB", (12, 8), "green"))
 
 
 REWIND = Rewind(

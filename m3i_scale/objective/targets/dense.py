@@ -99,6 +99,19 @@ class Pixels(Dense):
         """Return a `DenseHead`."""
         return DenseHead(sizes.decoded, sizes.pixels)
 
+    def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:
+        """Return the target view as predicted from one input: normalised (B, 3, H, W), fp32. Patches that are not asked
+        for are the true ones; one that is standardised gets the mean and deviation of the true one."""
+        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        view_BCHW = context.views[self.view]
+        true_BNP = patchify(view_BCHW, given.patch_size, standardize=False)
+        predicted_BQP = given.head(decoded_BQD).float()
+        if self.normalize_pixels:
+            mean_BQ1, std_BQ1 = _moments(gather_tokens(true_BNP, query_BQ))
+            predicted_BQP = predicted_BQP * std_BQ1 + mean_BQ1
+        shown_BNP = true_BNP.scatter(1, query_BQ[..., None].expand_as(predicted_BQP), predicted_BQP)
+        return unpatchify(shown_BNP, given.grid, given.patch_size)
+
     def _target(self, given: TargetModules, context: Context) -> Tensor:
         return patchify(context.views[self.view], given.patch_size, standardize=self.normalize_pixels)
 
@@ -237,6 +250,18 @@ def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
     blocks = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
     pixels_BNP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
     if standardize:
-        mean_BN1 = pixels_BNP.mean(dim=-1, keepdim=True)
-        pixels_BNP = (pixels_BNP - mean_BN1) / (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        mean_BN1, std_BN1 = _moments(pixels_BNP)
+        pixels_BNP = (pixels_BNP - mean_BN1) / std_BN1
     return pixels_BNP
+
+
+def unpatchify(pixels_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Return the images (B, 3, H, W) of which `patchify` gives these patches."""
+    blocks = pixels_BNP.unflatten(2, (patch, patch, 3)).unflatten(1, grid)
+    images_BCHW: Tensor = blocks.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return images_BCHW
+
+
+def _moments(pixels_BNP: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the (unbiased) standard deviation of every patch: (B, N, 1) each."""
+    return pixels_BNP.mean(dim=-1, keepdim=True), (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()

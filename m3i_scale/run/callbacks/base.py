@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.pictures.write import Picture
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ class Callback:
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Receive the result of an evaluation; `values` are numbers by name, and may be nested."""
 
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Receive the pictures of what is learnt; step 0 is before the first."""
+
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
         """Receive a warning that the run goes wrong without crashing: `group`, `what`, `why`, `fix`
         (docs/metrics.md)."""
@@ -226,6 +230,11 @@ class CallbackList(Callback):
         """Call every callback."""
         for callback in self.callbacks:
             callback.on_evaluation(step, values)
+
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_pictures(step, pictures)
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
         """Call every callback."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
+from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten, require
 from m3i_scale.text import masked
 
@@ -43,6 +46,15 @@ class TensorBoardWriter(Callback):
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write one point per figure, under `evaluation/`."""
         self._add(step, flatten(values, "evaluation"))
+
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Write one image per picture, under `pictures/`."""
+        if self._writer is None:
+            raise RuntimeError("on_start has not been called")
+        for picture in pictures:
+            pixels_HWC = np.asarray(picture.image.convert("RGB"))
+            self._writer.add_image(f"pictures/{picture.name}", pixels_HWC, step, dataformats="HWC")
+        self._writer.flush()
 
     def on_rewind(self, rewind: Rewind) -> None:
         """Hide the points of the undone steps."""

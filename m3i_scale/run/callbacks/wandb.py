@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.files import write_whole
 from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
 from m3i_scale.text import masked
@@ -18,7 +20,8 @@ _RUN_ID = "wandb-run-id"
 
 
 class WandbWriter(Callback):
-    """Sends figures and the run file; nothing else: no console output, source code, command line or environment.
+    """Sends figures, pictures where they are made, and the run file; nothing else: no console output, source code,
+    command line or environment.
 
     A resumed run goes on under the same run id, kept in `output_dir/wandb-run-id`. Entity, project and server come
     from the package's own variables (`WANDB_ENTITY`, `WANDB_PROJECT`, `WANDB_BASE_URL`), the key from `wandb login`.
@@ -74,6 +77,13 @@ class WandbWriter(Callback):
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Log one point per figure, under `evaluation/`."""
         self._run.log({"step": step, **flatten(values, "evaluation")})
+
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Log one image per picture, under `pictures/`, with its title."""
+        images = {
+            f"pictures/{picture.name}": self._wandb.Image(picture.image, caption=picture.title) for picture in pictures
+        }
+        self._run.log({"step": step, **images})
 
     def on_end(self, status: str) -> None:
         """Close the run; mark it as failed where it has not finished."""

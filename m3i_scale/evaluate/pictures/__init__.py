@@ -1,0 +1,1 @@
+"""Draw what a model has learnt, from arrays: features, attention, ranks, predictions."""

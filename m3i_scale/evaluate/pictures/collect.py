@@ -1,0 +1,250 @@
+"""Draw all pictures of an evaluation that its model and data allow, on a handful of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate.features import patch_tokens, unit_rows
+from m3i_scale.evaluate.job import Job
+from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.evaluate.overlays import refused
+from m3i_scale.evaluate.pictures.attention import attention, attention_of
+from m3i_scale.evaluate.pictures.confusion import confusion
+from m3i_scale.evaluate.pictures.dense import dense_pca, side_of, similarity
+from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell
+from m3i_scale.evaluate.pictures.predictions import predictions_of
+from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
+from m3i_scale.evaluate.pictures.write import Picture, write_pictures
+from m3i_scale.evaluate.retrieval import distinct_captions
+from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
+from m3i_scale.evaluate.towers import Towers
+
+SAMPLES = 8
+"""So many are shown, unless fewer are named: more would make a picture of a size that no page takes."""
+_SEED = 20_230
+_START, _SHARE = 0.1, 0.7
+"""The other view begins at this share of both sides, is as long as that one, and mirrored."""
+
+
+def check_samples(table: Table, keys: Sequence[str]) -> None:
+    """Check that all named samples can be shown, as far as that is known before they are read.
+
+    Raises:
+        ConfigError: they are too many.
+        DataError: one is not in the data.
+    """
+    if len(keys) > SAMPLES:
+        raise ConfigError(
+            f"{len(keys)} samples are too many for a picture",
+            where="--picture-samples",
+            fix=f"name {SAMPLES} or fewer",
+        )
+    check_known(table, keys, "--picture-samples")
+
+
+def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
+    """Return the numbers of the samples that are shown: those named, else a draw that depends on the data alone.
+
+    Raises:
+        DataError: a named sample was left out.
+    """
+    if keys is None:
+        chosen = np.random.default_rng(_SEED).permutation(len(table))[:SAMPLES]
+        return [int(number) for number in chosen]
+    number_of = {key: number for number, key in enumerate(table.keys)}
+    for key in keys:
+        if key not in number_of:
+            raise DataError(
+                f"the sample '{key}' cannot be shown: it was left out of the data",
+                where="--picture-samples",
+                why="; ".join(table.left_out),
+            )
+    return [number_of[key] for key in dict.fromkeys(keys)]
+
+
+def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sample]:
+    """Return a few of the samples of a table, by number."""
+    asked = sorted(set(numbers))
+    places = [table.places[number] for number in asked]
+    return dict(zip(asked, read_samples(Table(table.shards, table.classes), size, places=places), strict=True))
+
+
+def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
+    """Return another view of an image, mirrored and cut, the patch in the middle of the image, and that of the other
+    view which shows the same place.
+
+    Args:
+        image: a square.
+        side: patches along a side.
+    """
+    start, end = _START * image.width, (_START + _SHARE) * image.width
+    view = image.resize(image.size, Image.Resampling.BICUBIC, box=(start, start, end, end))
+    middle = side // 2
+    share = ((middle + 0.5) / side - _START) / _SHARE
+    row, column = int(share * side), int((1 - share) * side)
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT), middle * side + middle, row * side + column
+
+
+def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[str, Any]:
+    """Write the pictures of an evaluation, and return what its document says of them.
+
+    Args:
+        job: what was read and encoded.
+        folder: exists.
+        keys: of the samples that are shown; None: a fixed choice.
+
+    Raises:
+        DataError: see `choose`.
+        ConfigError: the disk refuses.
+    """
+    drawing = EvaluationPictures(job, keys)
+    pictures, absent = drawing()
+    try:
+        entries = write_pictures(folder, pictures)
+    except OSError as error:
+        raise refused(folder, error, "--pictures") from None
+    shown = [entry["name"] for entry in entries]
+    return {"folder": str(folder), "samples": drawing.keys, "shown": shown, "not_shown": absent}
+
+
+class EvaluationPictures:
+    """Draws the pictures of an evaluation.
+
+    Args:
+        job: what was read and encoded.
+        keys: of the samples that are shown; None: a fixed choice.
+
+    Raises:
+        DataError: see `choose`.
+    """
+
+    def __init__(self, job: Job, keys: Sequence[str] | None) -> None:
+        self._job, self._table = job, job.test.table
+        self._numbers = choose(self._table, keys)
+        self.keys = [self._table.keys[number] for number in self._numbers]
+        """Of the samples that are shown."""
+        samples = read_again(self._table, self._numbers, job.vision.size)
+        self._images = [image_of(samples[number].pixels) for number in self._numbers]
+        self._names = [self._name(number) for number in self._numbers]
+
+    def __call__(self) -> tuple[list[Picture], dict[str, str]]:
+        """Return the pictures, and by name the reason of each that the model or the data do not allow."""
+        pictures, absent = [], {}
+        for name, draw in {
+            "dense_pca": self._dense_pca,
+            "attention": self._attention,
+            "similarity": self._similarity,
+            "neighbours": self._neighbours,
+            "text_to_image": self._text_to_image,
+            "image_to_text": self._image_to_text,
+            "confusion": self._confusion,
+        }.items():
+            try:
+                pictures.append(draw())
+            except NotMeasuredError as reason:
+                absent[name] = str(reason)
+        return pictures, absent
+
+    def _name(self, number: int) -> str:
+        table = self._table
+        label = table.labels[number]
+        return table.captions[number] or (table.classes[label] if label >= 0 and table.classes else table.keys[number])
+
+    @torch.no_grad()
+    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return what the model makes of images, one at a time: there may be many, and they may be large."""
+        return torch.cat([self._job.vision.hidden(pixels_BCHW) for pixels_BCHW in _stacked(images).split(1)])
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        """Return what the model makes of the samples that are shown."""
+        return self._encode(self._images)
+
+    def _tokens(self, hidden: Tensor) -> NDArray[np.float64]:
+        tokens_NLD: NDArray[np.float64] = patch_tokens(hidden, self._job.vision.patch_count()).double().cpu().numpy()
+        return tokens_NLD
+
+    def _dense_pca(self) -> Picture:
+        return dense_pca(self._images, self._names, self._tokens(self._hidden))
+
+    def _attention(self) -> Picture:
+        vision = self._job.vision
+        pixels_BCHW = vision.pixels(_stacked(self._images))
+        shown = attention_of(vision.model, pixels_BCHW, self._hidden, vision.patch_count())
+        return attention(self._images, self._names, shown)
+
+    def _similarity(self) -> Picture:
+        tokens_NLD = self._tokens(self._hidden)
+        side = side_of(tokens_NLD.shape[1])
+        others, patches, same = zip(*(other_view(image, side) for image in self._images), strict=True)
+        other_tokens_NLD = self._tokens(self._encode(others))
+        return similarity(self._images, self._names, tokens_NLD, others, other_tokens_NLD, patches, same)
+
+    def _neighbours(self) -> Picture:
+        if len(self._table) < 2:
+            raise NotMeasuredError("the test data have a single sample")
+        features_ND, labels_N = unit_rows(self._job.test.features["model"]), self._table.label_array
+        scores_QN = features_ND[self._numbers] @ features_ND.T
+        scores_QN[np.arange(len(self._numbers)), self._numbers] = -np.inf
+        right = [None if labels_N[number] < 0 else labels_N == labels_N[number] for number in self._numbers]
+        candidates = best_of(scores_QN, right)
+        return ranked(NEIGHBOURS, self._queries(), self._names, candidates, self._cells(candidates).__getitem__)
+
+    def _queries(self) -> list[Cell]:
+        return [Cell(image, name) for image, name in zip(self._images, self._names, strict=True)]
+
+    def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
+        """Read the images of candidates, and return their cells by number."""
+        samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
+        return {number: Cell(image_of(sample.pixels), self._name(number)) for number, sample in samples.items()}
+
+    def _captioned(self) -> tuple[Towers, list[int]]:
+        """Return the towers, and the places of the shown samples that have a caption."""
+        if self._job.towers is None:
+            raise NotMeasuredError(self._job.no_towers or "no text tower")
+        asked = [place for place, number in enumerate(self._numbers) if self._table.captions[number]]
+        if not asked:
+            raise NotMeasuredError("none of the samples has a caption (.txt members)")
+        return self._job.towers, asked
+
+    def _text_to_image(self) -> Picture:
+        towers, asked = self._captioned()
+        captions, _ = distinct_captions([self._table.captions[self._numbers[place]] or "" for place in asked])
+        scores_QN = towers.texts(captions) @ unit_rows(self._job.test.features["joint"]).T
+        all_captions = np.asarray(self._table.captions, dtype=object)
+        candidates = best_of(scores_QN, [all_captions == caption for caption in captions])
+        queries = [Cell(text_cell(caption)) for caption in captions]
+        return ranked(TEXT_TO_IMAGE, queries, captions, candidates, self._cells(candidates).__getitem__)
+
+    def _image_to_text(self) -> Picture:
+        towers, asked = self._captioned()
+        captions, _ = distinct_captions([caption for caption in self._table.captions if caption])
+        numbers = [self._numbers[place] for place in asked]
+        scores_QU = unit_rows(self._job.test.features["joint"][numbers]) @ towers.texts(captions).T
+        right = [np.asarray([caption == self._table.captions[number] for caption in captions]) for number in numbers]
+        queries = self._queries()
+        return ranked(
+            IMAGE_TO_TEXT,
+            [queries[place] for place in asked],
+            [self._names[place] for place in asked],
+            best_of(scores_QU, right),
+            lambda number: Cell(text_cell(captions[number])),
+        )
+
+    def _confusion(self) -> Picture:
+        predictions = predictions_of(self._job)
+        return confusion(predictions.truth, predictions.predicted, predictions.by)
+
+
+def _stacked(images: Sequence[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))

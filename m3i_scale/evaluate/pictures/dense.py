@@ -1,0 +1,174 @@
+"""Draw dense features: principal components as colours, and the similarity of one patch to all others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.evaluate.pictures.draw import Cell, framed, grid, heat_over
+from m3i_scale.evaluate.pictures.write import Picture
+
+_COLUMNS = 8
+_SHARP = 8
+"""A patch is drawn as at least so many pixels before the picture is brought to its size."""
+_LARGE = 288
+"""Pixels along a side of an image in which a patch is framed."""
+_TAILS = (1.0, 99.0)
+"""Percentiles of a component that are its darkest and brightest: single outliers would leave no contrast."""
+
+
+def side_of(patches: int) -> int:
+    """Return how many patches lie along a side.
+
+    Raises:
+        NotMeasuredError: they are no square grid.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise NotMeasuredError(f"the model has {patches} patches, which are no square grid")
+    return side
+
+
+def check_finite(values: NDArray[np.float64]) -> None:
+    """Check that there is something to draw.
+
+    Raises:
+        NotMeasuredError: NaN or an infinity among the values.
+    """
+    if not np.isfinite(values).all():
+        raise NotMeasuredError("the features hold NaN or infinities")
+
+
+def pca_colours(tokens_NLD: NDArray[np.float64], brightness_NL: NDArray[np.float64]) -> tuple[NDArray[np.uint8], float]:
+    """Return the first three principal components of all patches as red, green and blue, and the share of the variance
+    that they hold.
+
+    All images share one basis and one range of each component, so that a colour means the same feature in all of them.
+    The sign of a component is the one by which brighter patches get larger values: it depends on the images and not
+    on the channels of the model, so that the same images compare over steps and models.
+
+    Args:
+        tokens_NLD: features of the patches, of at least three channels.
+        brightness_NL: of the same patches.
+
+    Returns:
+        (N, L, 3), and a share from 0 to 1; of equal features black, and 0.
+    """
+    tokens_PD = tokens_NLD.reshape(-1, tokens_NLD.shape[-1]).astype(np.float64)
+    centred_PD = tokens_PD - tokens_PD.mean(axis=0)
+    variances_D, basis_DD = np.linalg.eigh(centred_PD.T @ centred_PD)  # ascending
+    components_P3 = centred_PD @ basis_DD[:, :-4:-1]
+    bright_P = (brightness_NL - brightness_NL.mean()).ravel()
+    components_P3 = np.where(bright_P @ components_P3 < 0, -components_P3, components_P3)
+    low_3, high_3 = np.percentile(components_P3, _TAILS, axis=0)
+    shares_P3 = np.clip((components_P3 - low_3) / np.maximum(high_3 - low_3, np.finfo(np.float32).tiny), 0, 1)
+    total, held = float(variances_D.sum()), float(variances_D[-3:].sum())
+    colours_NL3 = (255 * shares_P3).round().astype(np.uint8).reshape(*tokens_NLD.shape[:2], 3)
+    return colours_NL3, held / total if total > 0 else 0.0
+
+
+def brightness(images: Sequence[Image.Image], side: int) -> NDArray[np.float64]:
+    """Return the mean grey of every patch: (N, side²), row by row."""
+    small = [image.convert("L").resize((side, side), Image.Resampling.BOX) for image in images]
+    return np.stack([np.asarray(one, dtype=np.float64).ravel() for one in small])
+
+
+def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: NDArray[np.float64]) -> Picture:
+    """Return the picture `dense_pca`: images, and below them the components of their patches as colours.
+
+    Raises:
+        NotMeasuredError: the patches are no square grid, or their features hold NaN.
+    """
+    check_finite(tokens_NLD)
+    side = side_of(tokens_NLD.shape[1])
+    colours_NL3, share = pca_colours(tokens_NLD, brightness(images, side))
+    rows: list[list[Cell | None]] = []
+    for start in range(0, len(images), _COLUMNS):
+        shown = range(start, min(start + _COLUMNS, len(images)))
+        rows.append([Cell(images[n], names[n]) for n in shown])
+        patches = [Image.fromarray(colours_NL3[n].reshape(side, side, 3)) for n in shown]
+        sharp = (side * _SHARP, side * _SHARP)
+        rows.append([Cell(image.resize(sharp, Image.Resampling.NEAREST)) for image in patches])
+    return Picture(
+        "dense_pca",
+        f"Dense features: their first three principal components as red, green and blue ({share:.0%} of the variance)",
+        f"{len(images)} images, each above its patches in the colours of the first three principal components of their"
+        f" features; one basis for all of them. Images: {'; '.join(names)}.",
+        grid(rows),
+    )
+
+
+def cosines(token_ND: NDArray[np.float64], tokens_NLD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the cosine of one vector an image to all of its patches: (N, L)."""
+    norms_NL = np.linalg.norm(tokens_NLD, axis=-1) * np.linalg.norm(token_ND, axis=-1)[:, None]
+    products_NL = np.einsum("nd,nld->nl", token_ND, tokens_NLD)
+    cosines_NL: NDArray[np.float64] = products_NL / np.maximum(norms_NL, np.finfo(np.float32).tiny)
+    return cosines_NL
+
+
+def similarity(
+    images: Sequence[Image.Image],
+    names: Sequence[str],
+    tokens_NLD: NDArray[np.float64],
+    others: Sequence[Image.Image],
+    other_tokens_NLD: NDArray[np.float64],
+    patches_N: Sequence[int],
+    same_N: Sequence[int],
+) -> Picture:
+    """Return the picture `similarity`: a marked patch, and its cosine to all patches of the image and of another view.
+
+    Args:
+        images: of any size.
+        names: of the images.
+        tokens_NLD: features of their patches.
+        others: another view of each image.
+        other_tokens_NLD: features of their patches.
+        patches_N: number of the marked patch in each image.
+        same_N: number of the patch in the other view that shows the same place.
+
+    Raises:
+        NotMeasuredError: the patches are no square grid, or their features hold NaN.
+    """
+    check_finite(np.stack([tokens_NLD, other_tokens_NLD]))
+    side = side_of(tokens_NLD.shape[1])
+    marked_ND = tokens_NLD[np.arange(len(images)), np.asarray(patches_N)]
+    here_NL, there_NL = cosines(marked_ND, tokens_NLD), cosines(marked_ND, other_tokens_NLD)
+    rows = []
+    for n, (image, other) in enumerate(zip(map(_large, images), map(_large, others), strict=True)):
+        low, high = min(here_NL[n].min(), there_NL[n].min()), max(here_NL[n].max(), there_NL[n].max())
+        nearest = int(there_NL[n].argmax())
+        heat = heat_over(other, there_NL[n].reshape(side, side), low, high)
+        rows.append(
+            [
+                Cell(framed(image, box_of(patches_N[n], side)), "marked patch"),
+                Cell(heat_over(image, here_NL[n].reshape(side, side), low, high), f"{low:.2f} to {high:.2f}"),
+                Cell(framed(other, box_of(same_N[n], side)), "same place"),
+                Cell(framed(heat, box_of(nearest, side)), f"nearest: {there_NL[n][nearest]:.2f}"),
+            ]
+        )
+    agreeing = int((there_NL.argmax(axis=1) == np.asarray(same_N)).sum())
+    return Picture(
+        "similarity",
+        f"Similarity (cosine) of the marked patch to all patches of its image and of another view of it;"
+        f" in {agreeing} of {len(images)} the nearest one there is the same place",
+        f"{len(images)} images with a marked patch, how similar the features of all patches are to it, and the same in"
+        f" another view of the image, its most similar patch framed. Images: {'; '.join(names)}.",
+        grid(rows, ("image", "cosine to the patch", "other view", "cosine to the patch"), names),
+    )
+
+
+def _large(image: Image.Image) -> Image.Image:
+    """Return an image with room for thin lines."""
+    times = max(_LARGE // image.width, 1)
+    return image.resize((times * image.width, times * image.height), Image.Resampling.LANCZOS)
+
+
+def box_of(patch: int, side: int) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of a patch of a square grid, as shares of width and height."""
+    row, column = divmod(patch, side)
+    return column / side, row / side, (column + 1) / side, (row + 1) / side

@@ -1,0 +1,156 @@
+"""Draw grids of images with captions, values as colours over an image, and frames round images."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+Colour = tuple[int, int, int]
+"""Red, green, blue from 0 to 255."""
+RIGHT: Colour = (22, 150, 84)
+INK: Colour = (40, 44, 52)
+_PAPER: Colour = (255, 255, 255)
+_SOFT: Colour = (236, 239, 243)
+_HEAT = np.array([(6, 3, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float64)
+"""Colours of values, evenly apart: those of the colour map `inferno`, whose brightness rises with the value."""
+_WIDEST = 1_280
+"""Pixels of a grid; with many columns the cells are smaller."""
+_MOST, _LEAST = 144, 40
+"""Side of a cell in pixels."""
+_GAP, _MARGIN, _CAPTION_WIDTH = 6, 12, 132
+_LETTER_SIZE, _LINE = 13, 16
+_LETTER_WIDTH = 7
+"""In pixels, on average, and rather too much: a line of so many letters fits."""
+_LINES_BELOW = 2
+_TYPED = str.maketrans("‘’“”–—", "''\"\"--")
+"""What type-setting makes of quotes and hyphens, and back."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Holds one image of a grid."""
+
+    image: Image.Image
+    caption: str = ""
+    """Stands below, in at most two lines."""
+    frame: Colour | None = None
+
+
+def image_of(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
+    """Return an image of pixels (3, H, W)."""
+    return Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0)))
+
+
+def grid(
+    rows: Sequence[Sequence[Cell | None]], columns: Sequence[str] = (), captions: Sequence[str] = ()
+) -> Image.Image:
+    """Return one picture of rows of cells of one size.
+
+    Args:
+        rows: of cells; None leaves a place empty, and a row may be shorter than others.
+        columns: what stands above the columns.
+        captions: what stands left of the rows.
+    """
+    count = max([len(columns), *(len(row) for row in rows)])
+    left = _MARGIN + (_CAPTION_WIDTH if any(captions) else 0)
+    side = min(max((_WIDEST - left - _MARGIN) // count - _GAP, _LEAST), _MOST)
+    below = _LINE * max(
+        (len(_wrapped(cell.caption, side, _LINES_BELOW)) for row in rows for cell in row if cell is not None), default=0
+    )
+    above = _MARGIN + _LINE * max((len(_wrapped(text, side, _LINES_BELOW)) for text in columns), default=0)
+    step_x, step_y = side + _GAP, side + below + _GAP
+    size = (left + count * step_x - _GAP + _MARGIN, above + len(rows) * step_y - _GAP + _MARGIN)
+    picture = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(picture)
+    for place, text in enumerate(columns):
+        _write(draw, text, (left + place * step_x, _MARGIN - 4), side, _LINES_BELOW)
+    for number, text in enumerate(captions):
+        _write(draw, text, (_MARGIN, above + number * step_y + 2), _CAPTION_WIDTH - _GAP, side // _LINE)
+    for number, row in enumerate(rows):
+        for place, cell in enumerate(row):
+            if cell is not None:
+                x, y = left + place * step_x, above + number * step_y
+                picture.paste(_fitted(cell, side), (x, y))
+                _write(draw, cell.caption, (x, y + side + 1), side, _LINES_BELOW)
+    return picture
+
+
+def heat_over(image: Image.Image, values_HW: NDArray[np.float64], low: float, high: float) -> Image.Image:
+    """Return the image in grey under values as colours, from black (`low`) over violet, red and orange to yellow.
+
+    Args:
+        image: of any size.
+        values_HW: of a grid that covers it.
+        low: value of black.
+        high: value of yellow; where it equals `low`, all is black.
+    """
+    share_HW = np.clip((values_HW - low) / max(high - low, np.finfo(np.float64).tiny), 0, 1)
+    small = Image.fromarray((255 * share_HW).round().astype(np.uint8))
+    shade_HW = np.asarray(small.resize(image.size, Image.Resampling.BILINEAR))
+    places = np.linspace(0, 255, len(_HEAT))
+    colours_HWC = np.stack([np.interp(shade_HW, places, channel) for channel in _HEAT.T], axis=-1)
+    colours = Image.fromarray(colours_HWC.round().astype(np.uint8))
+    return Image.blend(image.convert("L").convert("RGB"), colours, 0.7)
+
+
+def framed(image: Image.Image, box: tuple[float, float, float, float], colour: Colour = (255, 255, 255)) -> Image.Image:
+    """Return a copy with a frame round a part of it, lined with black so that it is seen on every ground.
+
+    Args:
+        image: of any size.
+        box: left, top, right and bottom, as shares of width and height.
+        colour: of the frame.
+    """
+    copy, width = image.copy(), max(round(image.width / 96), 1)
+    left, top, right, bottom = (
+        round(share * side) for share, side in zip(box, (image.width, image.height) * 2, strict=True)
+    )
+    draw = ImageDraw.Draw(copy)
+    for grown, ink in ((2 * width, (0, 0, 0)), (width, colour)):
+        outer = (left - grown, top - grown, max(right - 1, left) + grown, max(bottom - 1, top) + grown)
+        draw.rectangle(outer, outline=ink, width=width)
+    return copy
+
+
+def text_cell(text: str) -> Image.Image:
+    """Return a text as the image of a cell."""
+    image = Image.new("RGB", (_MOST, _MOST), _SOFT)
+    _write(ImageDraw.Draw(image), text, (8, 8), _MOST - 16, _MOST // _LINE - 1)
+    return image
+
+
+def drawable(text: str, letters: int | None = None) -> str:
+    """Return a text in one line of the letters that the built-in font has: accents are left out, other scripts are `?`.
+
+    Args:
+        text: of any kind.
+        letters: cut to so many.
+    """
+    typed = text.translate(_TYPED)
+    plain = "".join(one for one in unicodedata.normalize("NFKD", typed) if not unicodedata.combining(one))
+    line = "".join(one if " " <= one <= "~" or one == "·" else "?" for one in " ".join(plain.split()))
+    return line if letters is None or len(line) <= letters else line[: max(letters - 1, 0)] + "…"
+
+
+def _fitted(cell: Cell, side: int) -> Image.Image:
+    """Return the image of a cell in its size."""
+    image = ImageOps.pad(cell.image.convert("RGB"), (side, side), method=Image.Resampling.LANCZOS, color=_SOFT)
+    if cell.frame is not None:
+        ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=cell.frame, width=max(side // 28, 2))
+    return image
+
+
+def _wrapped(text: str, width: int, lines: int) -> list[str]:
+    return textwrap.wrap(drawable(text), max(width // _LETTER_WIDTH, 1), max_lines=max(lines, 1), placeholder="…")
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], width: int, lines: int) -> None:
+    font = ImageFont.load_default(_LETTER_SIZE)
+    for number, line in enumerate(_wrapped(text, width, lines)):
+        draw.text((place[0], place[1] + number * _LINE), line, fill=INK, font=font)

@@ -1,0 +1,119 @@
+"""This hook writes pictures of what is learnt, of the same samples every so many steps."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.errors import UserError
+from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.evaluate.pictures.write import write_pictures
+from m3i_scale.files import whole_folder
+from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.pictures import EncodedSamples, LearntPictures
+from m3i_scale.run.probe import evaluating, first_samples
+from m3i_scale.scale.agree import from_rank_0, together
+from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of
+from m3i_scale.scale.output_dir import PICTURES
+from m3i_scale.scale.partition import end_recorded_step
+
+
+class Pictures(Hook):
+    """Writes to `output_dir/pictures`, one folder a step. Nothing of the run depends on it.
+
+    Made before the run goes on from a checkpoint: the streams still stand at their start, so that the samples are the
+    same after every resume.
+
+    Args:
+        state: of the loop.
+        validation: stream of the validation sources, whose first samples are drawn; None: those of training are.
+        device: of this rank.
+
+    Raises:
+        DataError: some rank has no first samples; on all ranks.
+    """
+
+    def __init__(self, state: TrainState, validation: TrainStream | None, device: torch.device) -> None:
+        self._state, self._device = state, device
+        self._folder = state.resolved.run.output_dir / PICTURES
+        seen = self._first_of(state.stream)
+        samples = seen if validation is None else self._first_of(validation)
+        self._pictures = LearntPictures(state.resolved, state.engine.module, samples, seen)
+
+    def _first_of(self, stream: TrainStream) -> Batch:
+        """Return the first samples of a stream, the same on every rank; the stream gives them again."""
+        run = self._state.resolved.run
+        count = run.log.picture_samples
+        batches = math.ceil(count / (run.optim.micro_batch_size * self._state.ranks.world_size))
+        return first_samples(together(lambda: stream.peek(batches), names_rank=True), count)
+
+    def on_start(self) -> None:
+        """Remove the pictures of steps that are done over; write those of what a run starts from."""
+        self.on_rewind()
+        if self._state.step == 0:
+            self._write()
+
+    def post_step(self) -> bool:
+        """Write pictures where they are due, and after the last step."""
+        step, run = self._state.step, self._state.resolved.run
+        if step % run.log.pictures_every_steps == 0 or step == run.optim.steps:
+            self._write()
+        return False
+
+    def on_finish(self) -> None:
+        """Write pictures of the step that turns out to be the last where the data have ended."""
+        step, run = self._state.step, self._state.resolved.run
+        if not self._state.stopping and step < run.optim.steps and step % run.log.pictures_every_steps:
+            self._write()
+
+    def on_rewind(self) -> None:
+        """Remove the pictures of steps that were undone."""
+        from_rank_0(lambda: _remove_after(self._folder, self._state.step))
+
+    def _write(self) -> None:
+        module = self._state.engine.module
+        with self._state.timeouts.outside_of_steps("pictures"):
+            end_recorded_step(self._state.engine)
+            with evaluating(module):
+                encoded = self._pictures.encode(self._device)
+            from_rank_0(lambda: self._draw(encoded))
+
+    def _draw(self, encoded: EncodedSamples) -> None:
+        step = self._state.step
+        try:
+            pictures = self._pictures.draw(encoded)
+        except NotMeasuredError as reason:
+            self._state.tell(f"no pictures of step {step:,}: {reason}")
+            return
+        folder = self._folder / step_name(step)
+        try:
+            with whole_folder(folder, replace=True, durable=False) as begun:
+                write_pictures(begun, pictures, step)
+        except OSError as error:
+            raise _refused(folder, error) from None
+        self._state.callbacks.on_pictures(step, pictures)
+
+
+def _remove_after(folder: Path, step: int) -> None:
+    """Remove the pictures of later steps."""
+    try:
+        for path in checkpoints(folder):
+            if (step_of(path) or 0) > step:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise _refused(folder, error) from None
+
+
+def _refused(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the pictures: {error.strerror}",
+        where=str(folder),
+        why="the run would go on without them",
+        fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint. "
+        "Or log.pictures_every_steps=0",
+    )

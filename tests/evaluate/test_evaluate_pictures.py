@@ -1,0 +1,125 @@
+"""`evaluate --pictures`: the folder, the document, the samples."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate import commands
+from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.evaluate.pictures import collect
+from m3i_scale.evaluate.report import render
+
+GROUPS = ["warm", "cold", "green"]
+
+
+@pytest.fixture(scope="module")
+def drawn(vit_folder, shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures") / "of" / "vit"
+    return evaluate(vit_folder, str(shards / "val"), train_data=str(shards / "train"), pictures=folder), folder
+
+
+def test_what_can_be_shown_is_and_the_rest_has_reasons(drawn):
+    result, folder = drawn
+    listed = json.loads((folder / "pictures.json").read_text())
+    shown = ["dense_pca", "attention", "similarity", "neighbours", "confusion"]
+    assert [one["name"] for one in listed["pictures"]] == result["pictures"]["shown"] == shown
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["pictures.json", *(one["file"] for one in listed["pictures"])]
+    )
+    assert set(result["pictures"]["not_shown"]) == {"text_to_image", "image_to_text"}
+    assert "text/model.safetensors" in result["pictures"]["not_shown"]["text_to_image"]
+    console = Console(width=160, file=io.StringIO())
+    console.print(render(result), soft_wrap=True)
+    assert "not shown: text to image: the model folder has no" in console.file.getvalue()
+    by_name = {one["name"]: one for one in listed["pictures"]}
+    assert "kNN" in by_name["confusion"]["title"]
+    assert "right at rank 1" in by_name["neighbours"]["alt"]  # the classes differ in colour
+    assert "5, 6" not in by_name["neighbours"]["alt"]  # of six of a class, one is the query
+
+
+def test_a_trained_head_predicts_classes_whatever_is_measured(shards, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    names = dict(enumerate(GROUPS))
+    config = ViTConfig(**sizes, image_size=32, patch_size=8, id2label=names)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    given = {"train_data": str(shards / "train"), "measures": ("knn",), "pictures": tmp_path / "new"}
+    assert evaluate(tmp_path / "model", str(shards / "val"), **given)["measures"].keys() == {"knn"}
+    (shown,) = (
+        one
+        for one in json.loads((tmp_path / "new" / "pictures.json").read_text())["pictures"]
+        if one["name"] == "confusion"
+    )
+    assert "the trained head" in shown["title"]
+
+
+def test_the_samples_depend_on_the_data_alone(drawn, vit_folder, shards, tmp_path):
+    first = drawn[0]["pictures"]["samples"]
+    again = evaluate(vit_folder, str(shards / "val"), pool="cls", pictures=tmp_path / "new", batch_size=5)
+    assert again["pictures"]["samples"] == first
+    assert len(set(first)) == 8
+    assert again["measures"] == {}
+    assert "no training data" in again["pictures"]["not_shown"]["confusion"]
+
+
+def test_named_samples_are_shown_in_their_order(vit_folder, shards, tmp_path, drawn):
+    asked = list(reversed(drawn[0]["pictures"]["samples"][:3]))
+    found = evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=[*asked, asked[0]])
+    assert found["pictures"]["samples"] == asked
+
+
+def test_an_unknown_sample_is_refused_before_the_model_is_loaded(vit_folder, shards, tmp_path, drawn, monkeypatch):
+    monkeypatch.delattr(commands, "load_vision")
+    wrong = drawn[0]["pictures"]["samples"][0][:-1] + "x"
+    with pytest.raises(DataError, match="no sample") as caught:
+        evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=[wrong])
+    assert caught.value.where == "--picture-samples"
+    assert ".tar/" in caught.value.fix
+
+
+def test_a_sample_that_is_left_out_cannot_be_shown(vit_folder, shards, tmp_path, drawn):
+    key = drawn[0]["pictures"]["samples"][0]  # of a concept `c3`, whose class is 3 % 3
+    group = GROUPS[int(key.rpartition("-c")[2]) % 3]
+    with pytest.raises(DataError, match="left out"):
+        evaluate(
+            vit_folder,
+            str(shards / "val"),
+            pictures=tmp_path / "new",
+            picture_samples=[key],
+            exclude_groups=(group,),
+        )
+
+
+def test_folders_that_take_no_pictures(vit_folder, shards, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "old.jpg").write_bytes(b"")
+    (tmp_path / "file").write_bytes(b"")
+    for folder in (tmp_path / "taken", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError) as caught:
+            evaluate(vit_folder, str(shards / "val"), pictures=folder)
+        assert caught.value.where == f"--pictures {folder}"
+
+
+def test_a_disk_that_refuses_is_told(vit_folder, shards, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(collect, "write_pictures", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new")
+
+
+def test_more_samples_than_a_picture_shows(vit_folder, shards, tmp_path):
+    keys = [f"x.tar/{number}" for number in range(9)]
+    with pytest.raises(ConfigError) as caught:
+        evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=keys)
+    assert caught.value.where == "--picture-samples"
+
+
+def test_samples_without_a_folder_have_no_effect(vit_folder, shards):
+    with pytest.raises(ConfigError, match="no effect"):
+        evaluate(vit_folder, str(shards / "val"), picture_samples=["x.tar/a"])
