@@ -63,8 +63,8 @@ def our_step(recipe: str, deepspeed: str, micro_batch: int, *overrides: str) -> 
         parsed,
         LABEL_SETS,
         range(VOCABULARY) if parsed.uses_text else None,  # type: ignore[arg-type]
-        resolve_engine(run, 1, config.hidden_size),
         config.image_size,
+        resolve_engine(run, 1, config.hidden_size),
         1,
     )
     engine, momentum = start_engine(resolved, ProcessGroupRanks())

@@ -75,7 +75,7 @@ def measure(file: Path, ranks: int, steps: int) -> dict[str, float]:
     recipe = parse_recipe(run.recipe)
     image_size = 32
     engine, momentum = start_engine(
-        ResolvedRun(run, recipe, LABEL_SETS, range(VOCABULARY), resolved, image_size, 1),  # type: ignore[arg-type]
+        ResolvedRun(run, recipe, LABEL_SETS, range(VOCABULARY), image_size, resolved, 1),  # type: ignore[arg-type]
         ProcessGroupRanks(),
     )
     batch = synthetic_batch(

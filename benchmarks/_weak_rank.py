@@ -40,7 +40,7 @@ class Steps:
         recipe, image = parse_recipe(run.recipe), int(run.backbone.config["image_size"])
         resolved = resolve_engine(run, ranks.world_size, int(run.backbone.config["hidden_size"]))
         labels = {"classes": [str(number) for number in range(CLASSES)]}
-        self.engine, _ = start_engine(ResolvedRun(run, recipe, labels, None, resolved, image, 1), ranks)
+        self.engine, _ = start_engine(ResolvedRun(run, recipe, labels, None, image, resolved, 1), ranks)
         torch.manual_seed(ranks.rank)
         sizes = {"image": image, "tokens": 8, "classes": CLASSES, "vocabulary": 50}
         self.batch = synthetic_batch(run.optim.micro_batch_size, recipe.views, **sizes)

@@ -75,6 +75,8 @@ def main(
         _refuse("--fake is a CUDA device that is not there: leave --device out")
     mode = "fake" if fake else device
     sections = _chosen(mode, only, skip)
+    if output is not None and not output.parent.is_dir():
+        _refuse(f"no folder {output.parent}: --output")
     document: dict[str, Any] = {"mode": mode, "machine": machine(), "commit": _commit(), "sections": {}}
     slower = 1 if mode == "cuda" else 10
     deadline = time.monotonic() + budget_s * slower

@@ -52,8 +52,8 @@ from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
-from m3i_scale.scale.engine import parameter_groups
-from m3i_scale.scale.partition import construct, initialize_sharded
+from m3i_scale.scale.parameter_groups import parameter_groups
+from m3i_scale.scale.partition import construct, full_shape, initialize_sharded
 from m3i_scale.scale.peak import compute_dtype
 from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
@@ -170,7 +170,7 @@ def _plan(recipe: str, ds_file: str, sizes: dict[str, int], ranks: ProcessGroupR
     )
     parsed = parse_recipe(run.recipe)
     tokenizer: Any = Vocabulary() if parsed.uses_text else None
-    return ResolvedRun(run, parsed, LABEL_SETS, tokenizer, resolved, backbone_config(run.backbone).image_size, 1)
+    return ResolvedRun(run, parsed, LABEL_SETS, tokenizer, backbone_config(run.backbone).image_size, resolved, 1)
 
 
 def _batches(plan: ResolvedRun, rank: int) -> list[Batch]:
@@ -243,7 +243,7 @@ def _bare_deepspeed(plan: ResolvedRun, ranks: ProcessGroupRanks) -> Step:
     config, run = plan.deepspeed.config, plan.run
     module = construct(lambda: build_objective(run, LABEL_SETS, None, ranks), config)
     initialize_sharded(module, initialize_module, seed=run.seed)
-    groups = parameter_groups(module, run.optim.weight_decay)
+    groups = parameter_groups(module, run.optim.weight_decay, shape_of=full_shape)
     engine, *_ = initialize(model=module, model_parameters=groups, config=config)
     batches, device = cycle(_batches(plan, ranks.rank)), get_accelerator().current_device_name()
 

@@ -1,4 +1,4 @@
-"""The quickstart after installation: shards, a killed and resumed training, export, evaluation, reload, one table.
+"""The quickstart after installation: shards, a killed and resumed training, export, evaluation, reload, report, table.
 
 Started by quickstart.sh in the checkout. A stage whose inputs have not changed since it was done is not done again; its
 inputs are the settings, the code it runs and the stage before it.
@@ -37,6 +37,7 @@ COMMAND = [sys.executable, "-m", "m3i_scale"]
 TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config", "data", "backbones", "objective", "scale", "run"))
 EXPORT_CODE = ("m3i_scale/hub", "launchers/_quickstart.py")
 EVALUATION_CODE = ("m3i_scale/evaluate", "launchers/_quickstart.py")
+REPORT_CODE = ("m3i_scale/report", "launchers/_quickstart.py")
 LIBRARIES = ("torch", "deepspeed", "transformers", "scikit-learn")
 
 
@@ -197,6 +198,12 @@ def reload(model: Path, folder: Path) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
+def report(run: RunConfig, to: Path) -> list[str]:
+    """Write a page that shows the run, for a browser."""
+    made = tool("report", str(run.output_dir), "--to", str(to))
+    return [f"{len(made['charts'])} charts, {made['bytes'] / 1e6:.1f} MB; open it in a browser"]
+
+
 def set_aside(run: RunConfig) -> None:
     """A run with other settings or other code keeps its results under another name."""
     if run.output_dir.exists():
@@ -222,7 +229,7 @@ def main(overrides: list[str]) -> None:
     folder = Path(os.environ["M3I_EMOJI_FOLDER"])
     plan, run = plan_training(folder, overrides)
     state = run.output_dir / "quickstart"
-    done, model = Stages(state), run.output_dir / "export"
+    done, model, page = Stages(state), run.output_dir / "export", run.output_dir / "report.html"
     shards = Stages(folder / ".quickstart")  # outlives the run
     ran = EMOJI
     shards.run("shards", ran, folder, lambda: make_shards(folder), shards.key({}, ()))
@@ -266,6 +273,7 @@ def main(overrides: list[str]) -> None:
             EXPORT_CODE,
         ),
         ("reload", "stock transformers, alone", model, lambda: reload(model, folder), ("launchers/_reload.py",)),
+        ("report", "m3i-scale report", page, lambda: report(run, page), REPORT_CODE),
     ]
     for name, ran, where, work, needs in steps:
         done.run(name, ran, where, work, done.key({}, needs), present=where.exists())

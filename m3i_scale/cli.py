@@ -19,6 +19,7 @@ from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.report.commands import report, watch
 from m3i_scale.run.checkpoints.commands import checkpoint_app
 from m3i_scale.run.finetune_command import finetune_app
 
@@ -340,6 +341,12 @@ def evaluate(
         typer.Option(help="New folder for pictures of a segmenter or detector: image, truth, prediction."),
     ] = None,
     overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="New folder for pictures of features: components, attention, neighbours …")
+    ] = None,
+    picture_samples: Annotated[
+        str | None, typer.Option(help="Keys of what they show, at most eight: shard.tar/key,shard.tar/key …")
+    ] = None,
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
@@ -363,6 +370,8 @@ def evaluate(
         device=device,
         overlays=overlays,
         overlay_count=overlay_count,
+        pictures=pictures,
+        picture_samples=picture_samples.split(",") if picture_samples is not None else None,
     )
     if as_json:
         print_json(result)
@@ -426,6 +435,8 @@ def export(
     wide_console().print(table)
 
 
+app.command(epilog="Example: m3i-scale report /data/runs/first /data/runs/second --to report.html")(report)
+app.command(epilog="Example: m3i-scale watch /data/runs/first")(watch)
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 _LOGIN = re.compile(r"://(?:[^\s/]*|[^\s/:]+:(?!\d+/)[^\s@]*)@")
@@ -78,6 +78,17 @@ def listed(items: Sequence[object], most: int, between: str = ", ") -> str:
     return between.join([*map(str, items[:most]), *more])
 
 
+def filled(parts: Iterable[str], width: int) -> list[str]:
+    """Fill lines with whole parts, no longer than `width` where no part is."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
 GIB = 2**30
 
 
@@ -149,3 +160,24 @@ def known_part(before: Any, now: Any) -> Any:
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         return [known_part(one, other) for one, other in zip(before, now, strict=True)]
     return now
+
+
+def estimates(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield name, estimate (`value`, `low`, `high`) and guesses (`chance`, `majority`, as far as they are known) of
+    every estimate in an evaluation's `measures`, however deep it lies.
+    """
+    for key, value in measures.items() if isinstance(measures, dict) else ():
+        if not isinstance(value, dict):
+            continue
+        here = (*path, str(key))
+        if {"value", "low", "high"} <= value.keys():
+            has_majority = "majority" in value  # then the chance of the other figures is not this one's
+            chance = value.get("chance", None if has_majority else measures.get("chance"))
+            guesses = {"chance": chance, "majority": value.get("majority", measures.get("majority"))}
+            yield (
+                " ".join(here).replace("_", " "),
+                value,
+                {name: guess for name, guess in guesses.items() if guess is not None},
+            )
+        else:
+            yield from estimates(value, here)

@@ -36,6 +36,8 @@ TWICE = "key stands twice in the shard"
 _BLOCK = tarfile.BLOCKSIZE
 _TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of it is a TarError."""
+_MOST_MEMBERS = 64
+"""Of one sample that is read by its offset."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HOSTILE = "take the shard from a source you trust, or make it anew"
@@ -187,14 +189,40 @@ def key_at(path: Path, offset: int) -> str:
     """Return the key of the member whose header begins at `offset`; `?` where none does."""
     try:
         with path.open("rb") as stream:
-            stream.seek(offset)
-            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-        with tarfile.open(fileobj=head, mode="r:") as tar:
-            member = tar.next()
-    except (OSError, tarfile.TarError):  # the shard has changed since it was read
+            member = _member_at(stream, offset)
+    except OSError:
         member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
+
+
+def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
+    """Return the sample whose first header begins at `offset`, of which the rest of the shard is not read; None where
+    none does.
+
+    Raises:
+        OSError: the stream cannot be read.
+    """
+    sample = None
+    while sample is None or len(sample.members) < _MOST_MEMBERS:
+        member = _member_at(stream, offset)
+        key, extension = (None, None) if member is None or _hostile(member) else _split(member)
+        if member is None or key is None or extension is None or (sample is not None and key != sample.key):
+            break
+        sample = sample or RawSample(key)
+        sample.members.append(Member(extension.lower(), offset, offset + member.offset_data, member.size))
+        offset = sample.members[-1].stop
+    return sample
+
+
+def _member_at(stream: BinaryIO, offset: int) -> tarfile.TarInfo | None:
+    try:
+        stream.seek(offset)
+        head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            return tar.next()
+    except _TAR_FAULTS:  # the shard has changed since it was read
+        return None
 
 
 def printable(text: str) -> str:

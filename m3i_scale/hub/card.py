@@ -12,6 +12,7 @@ from m3i_scale import __version__
 from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.hub.source import Source
 from m3i_scale.objective.describe import describe
+from m3i_scale.text import estimates
 
 _TAKEN_OVER = ("data", "files", "weights", "step", "samples", "dtype", "parameters", "compute", "versions", "label_set")
 _PIPELINES = {
@@ -120,26 +121,12 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else cell(value)
 
 
-def evaluation_rows(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str, str]]:
+def evaluation_rows(measures: Any) -> Iterator[tuple[str, str, str, str]]:
     """Yield measure, value, interval and what guessing reaches, for every estimate in an evaluation's `measures`."""
-    for key, value in measures.items() if isinstance(measures, dict) else ():
-        if not isinstance(value, dict):
-            continue
-        here = (*path, str(key))
-        if {"value", "low", "high"} <= value.keys():
-            has_majority = "majority" in value  # then the chance of the other figures is not this one's
-            chance = value.get("chance", None if has_majority else measures.get("chance"))
-            majority = value.get("majority", measures.get("majority"))
-            known = (("{:.3g}", chance), ("majority {:.3g}", majority))
-            guess = ", ".join(form.format(figure) for form, figure in known if figure is not None)
-            yield (
-                " ".join(here).replace("_", " "),
-                f"{value['value']:.3f}",
-                f"{value['low']:.3f} … {value['high']:.3f}",
-                guess,
-            )
-        else:
-            yield from evaluation_rows(value, here)
+    forms = {"chance": "{:.3g}", "majority": "majority {:.3g}"}
+    for name, estimate, guesses in estimates(measures):
+        guess = ", ".join(forms[key].format(figure) for key, figure in guesses.items())
+        yield name, f"{estimate['value']:.3f}", f"{estimate['low']:.3f} … {estimate['high']:.3f}", guess
 
 
 def cell(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from m3i_scale.files import write_json
-from m3i_scale.launch.failures import FAILURE, failure_text, write_failure
+from m3i_scale.launch.failures import failure_text, write_failure
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link, connect
 from m3i_scale.launch.logs import Logs
@@ -24,10 +24,10 @@ from m3i_scale.launch.supervise import Attempt, AttemptResult, Request, Tell
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.worlds import World, largest_world
 from m3i_scale.scale.checkpoint.layout import stopped_words
+from m3i_scale.scale.output_dir import ATTEMPTS, FAILURE
 
 EXIT_INTERRUPTED = 130
 """Interrupted twice, or before the first step: nothing was saved."""
-ATTEMPTS = "attempts.json"
 _LONGEST_PAUSE_S = 300.0
 
 

@@ -14,11 +14,8 @@ from typing import Any, Literal
 from m3i_scale.errors import EXIT_USER_ERROR, UserError
 from m3i_scale.files import json_line, read_json, read_json_lines, write_json
 from m3i_scale.launch.flight_recorder import FILES, recorded_text
+from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
 from m3i_scale.text import masked
-
-FAILURE = "failure.json"
-RANK_RECORDS = "failure"
-"""Folder of the output folder where ranks leave their records when no agent has given them another one."""
 
 Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended", "missing"]
 """`silent`: it left no word, so something ended it from outside, and nobody saw what; `ended`: by its launch, after

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch.execute import Ending
-from m3i_scale.launch.failures import FAILURE, Failure, failure_text, first_cause, read_records, write_failure
+from m3i_scale.launch.failures import Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
+from m3i_scale.scale.output_dir import FAILURE
 from m3i_scale.text import listed
 
 _SHOWN = 200

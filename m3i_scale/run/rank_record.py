@@ -14,7 +14,6 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from m3i_scale.launch.failures import (
-    RANK_RECORDS,
     Failure,
     Kind,
     begin_rank,
@@ -24,6 +23,7 @@ from m3i_scale.launch.failures import (
 )
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
 from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.scale.output_dir import RANK_RECORDS
 from m3i_scale.scale.store import MissingRanksError
 
 _TRACE = 30

@@ -6,37 +6,15 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from m3i_scale.config import CheckpointConfig, KeepBestConfig, RetentionConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.config import KeepBestConfig, RunConfig
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
 from m3i_scale.files import read_json_lines
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.run.callbacks.metrics import METRICS
+from m3i_scale.scale.output_dir import METRICS
 
 PREFIX = "evaluation/"
 _BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"}
 """Whether a figure is better when it is small or large. Of others, those of one's own targets, nobody knows."""
-
-
-def rules_of_run(root: Path) -> RetentionConfig | None:
-    """Return the rules of the run file that a run has written beside its checkpoints; None where there is none.
-
-    Args:
-        root: of the checkpoints.
-
-    Raises:
-        CheckpointError: it is there and does not hold together.
-    """
-    path = root.absolute().parent / "run.yaml"
-    if not path.is_file():
-        return None
-    try:
-        values = read_yaml(path).get("checkpoint", {})
-        section = parse_section(CheckpointConfig, values, where=str(path), below="checkpoint")
-        return RetentionConfig(**section.model_dump(include=set(RetentionConfig.model_fields)))
-    except (ConfigError, ValidationError) as error:
-        raise CheckpointError(f"the rules of the run cannot be read: {error}", where=str(path)) from None
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:

@@ -15,7 +15,6 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.files import write_json, write_whole
-from m3i_scale.launch.failures import RANK_RECORDS
 from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
@@ -38,7 +37,7 @@ from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import awaited_optimizer
-from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.scale.output_dir import RANK_RECORDS, lock_directory
 from m3i_scale.scale.process_group import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.shared_dir import check_shared
 

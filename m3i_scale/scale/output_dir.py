@@ -1,4 +1,5 @@
-"""Lock the output directory of a run, so that one job at a time uses it; say which one, and ask it to stop.
+"""Name the files of a run's output directory, lock it, so that one job at a time uses it, say which one, and ask it to
+stop.
 
 The kernel holds a lock for its process and lets go of it however the process ends, kill -9 included. Across hosts it is
 as good as the `flock` of the shared file system (NFS v4, Lustre with `-o flock`, BeeGFS, GPFS: yes).
@@ -21,6 +22,15 @@ from filelock import FileLock, Timeout
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import has_ended, read_json, write_json
 
+METRICS = "metrics.jsonl"
+RUN_FILE = "run.yaml"
+QUARANTINE, QUARANTINE_VALIDATION = "quarantine.jsonl", "quarantine_validation.jsonl"
+FAILURE = "failure.json"
+RANK_RECORDS = "failure"
+"""Folder where ranks leave their records when no agent has given them another one."""
+ATTEMPTS = "attempts.json"
+PICTURES, PICTURE_LIST = "pictures", "pictures.json"
+"""Folder of a folder a step, and what lists the pictures in each."""
 _STOP = ".stop-request.json"
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 ACQUIRE_S, POLL_S = 1.0, 0.05
@@ -112,7 +122,7 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
 
 def is_run_folder(folder: Path) -> bool:
     """Return whether a run has begun in a folder."""
-    return any((folder / name).exists() for name in (RUN.name, "run.yaml", "checkpoints"))
+    return any((folder / name).exists() for name in (RUN.name, RUN_FILE, "checkpoints"))
 
 
 def request_stop(output_dir: Path, holder: Holder) -> None:

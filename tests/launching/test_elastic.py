@@ -18,7 +18,7 @@ from m3i_scale import __version__
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch import link, transport
-from m3i_scale.launch.attempts import ATTEMPTS, Launch, new_launch
+from m3i_scale.launch.attempts import Launch, new_launch
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.hosts import Host
@@ -27,6 +27,7 @@ from m3i_scale.launch.processes import MARK
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Work
 from m3i_scale.launch.transport import Site
 from m3i_scale.launch.worlds import World
+from m3i_scale.scale.output_dir import ATTEMPTS
 
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
 SICK = f"""

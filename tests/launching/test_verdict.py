@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from m3i_scale.launch.execute import Ending, execute
-from m3i_scale.launch.failures import FAILURE, RANK_RECORDS, Failure, read_records, write_failure, write_record
+from m3i_scale.launch.failures import Failure, read_records, write_failure, write_record
 from m3i_scale.launch.plan import Command, LaunchPlan
 from m3i_scale.launch.verdict import conclude, main, write_verdict
+from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYS = str(ROOT / "tests" / "cluster" / "playing_rank.py")

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from callback_records import REWIND, info, record
+from callback_records import REWIND, info, picture, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+import m3i_scale
 from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StepRecord, flatten
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
@@ -123,11 +129,15 @@ def test_callbacks_hear_of_everything_in_order(tmp_path: Path) -> None:
         def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
             heard.append((self.name, step, values))
 
+        def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+            heard.append((self.name, step, pictures))
+
     both = CallbackList([Listener("a"), Listener("b")])
     both.on_start(info(tmp_path))
     both.on_step(record(1))
     both.on_evaluation(1, {"loss": 2.0})
-    events = [(info(tmp_path),), (record(1),), (1, {"loss": 2.0})]
+    both.on_pictures(1, [])
+    events = [(info(tmp_path),), (record(1),), (1, {"loss": 2.0}), (1, [])]
     assert heard == [(name, *event) for event in events for name in "ab"]
 
 
@@ -149,6 +159,12 @@ def test_metrics_are_one_line_a_record(tmp_path: Path) -> None:
     writer.on_end("finished")
     start, step, evaluation, end = lines(tmp_path / "metrics.jsonl")
     assert (start["kind"], start["step"], start["name"], start["world_size"]) == ("run", 0, "demo", 2)
+    assert start["versions"]["torch"] == version("torch")
+    assert start["versions"]["python"] == platform.python_version()
+    checkout = Path(m3i_scale.__file__).parent.parent
+    if (checkout / ".git").exists():
+        head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert head.stdout.startswith(start["commit"])
     assert (step["kind"], step["step"]) == ("train", 10)
     assert {name: step[name] for name in record(10).scalars()} == record(10).scalars()
     assert (evaluation["kind"], evaluation["step"], evaluation["evaluation/text/loss"]) == ("evaluation", 10, 1.25)
@@ -273,10 +289,13 @@ def test_tensorboard_is_read_back_and_a_resume_hides_what_is_written_again(tmp_p
         for step in range(start + 1, stop + 1):
             writer.on_step(record(step, loss=loss))
         writer.on_evaluation(stop, {"text": {"loss": 0.5}})
+        writer.on_pictures(stop, [picture()])
         writer.on_end("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {*record(1).scalars(), "evaluation/text/loss"}
+    shown = [(event.step, event.width, event.height) for event in events.Images("pictures/dense_pca")]
+    assert shown == [(6, 12, 8)]
     points = [(event.step, event.value) for event in events.Scalars("loss")]
     assert points == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     writer = TensorBoardWriter()
@@ -324,12 +343,16 @@ def test_wandb_offline_writes_a_run_without_secrets(tmp_path: Path) -> None:
         for step in range(start + 1, start + 4):
             writer.on_step(record(step))
         writer.on_evaluation(start + 3, {"text": {"loss": 0.5}})
+        writer.on_pictures(start + 3, [picture()])
         writer.on_end("finished")
     run_id = (tmp_path / "wandb-run-id").read_text().strip()
     runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert runs
     everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
     assert b"group/text/nats" in everything
+    assert b"pictures/dense_pca" in everything
+    (image, *_) = (tmp_path / "wandb").rglob("dense_pca*.png")
+    assert Image.open(image).size == (12, 8)
     assert b"@host/x.tar" in everything
     assert b"hunter2" not in everything
     assert b"signature=abc" not in everything

@@ -23,6 +23,7 @@ from m3i_scale.config import load_run
 from m3i_scale.errors import UserError
 from m3i_scale.run.checkpoints import documents
 from m3i_scale.run.setup import run_yaml
+from m3i_scale.scale.checkpoint import listing
 from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, step_name
 from m3i_scale.scale.checkpoint.retention import folder_bytes
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
@@ -393,7 +394,7 @@ def test_consolidate_writes_what_ranks_hold_together(run_dir: Path, tmp_path: Pa
 
 def test_what_a_job_removes_meanwhile_does_not_end_the_list(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = run_dir / "checkpoints" / ".tmp-step-00000010"
-    assert list(documents._sizes([gone])) == []
+    assert list(listing._sizes([gone])) == []
     folder, walk = at(run_dir, 6), os.walk
     size = folder_bytes(folder)
     monkeypatch.setattr(os, "walk", lambda top: [(here, [], [*files, "gone"]) for here, _, files in walk(top)])

@@ -41,7 +41,7 @@ def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     reads: list[Any] = []
     monkeypatch.setattr(setup, "teacher_sha256", lambda recipe: reads.append(recipe) or "0" * 64)
     run = tiny_run("dense_distillation")
-    plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, ResolvedConfig(CONFIG, [], "test"), 32, 1)
+    plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, 32, ResolvedConfig(CONFIG, [], "test"), 1)
     metas = [checkpoint_meta(plan, step=step, world_size=1) for step in (1, 2, 3)]
     (tmp_path / "meta.json").write_text(json.dumps(metas[0]))
     (tmp_path / "run.yaml").write_text(run_yaml(run))

@@ -21,12 +21,15 @@ EARLY, SPIKE, NAN, AGAIN = [5, 6, 1e3], [9, 10, 1e3], [12, 12, "nan"], [14, 15, 
 KILL = [12, 12, "kill"]
 """Global batches and factors. Before the first checkpoint, of step 4; confirmed at step 10, which goes back to 4, since
 that of step 8 gave the first loss of the spike; in step 6 of the second time; in steps 8 and 9 of the second time."""
+FOLDERS = ("checkpoints", "pictures")
 OVERRIDES = (
     f"optim.steps={STEPS}",
     "checkpoint.every_steps=4",
     "checkpoint.keep_latest=2",
     "guard.spike={z: 100, window: 8, min_history: 4, patience: 2, max_rewinds: 1}",
     "deepspeed=zero3_cpu_fp32",
+    "log.pictures_every_steps=8",
+    "log.picture_samples=4",
 )
 
 
@@ -61,7 +64,8 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     jobs = [start(whole, EARLY, SPIKE, NAN), start(killed, EARLY, SPIKE, KILL)]
     assert -signal.SIGKILL in jobs[1].wait(WAIT_S), jobs[1].text()[-4000:]
     assert [line["step"] for line in lines(killed) if line["kind"] == "rewind"] == [4]
-    assert [path.name for path in sorted((killed.parent / "out" / "checkpoints").glob("step-*"))] == ["step-00000004"]
+    left = {name: sorted(path.name for path in (killed.parent / "out" / name).glob("step-*")) for name in FOLDERS}
+    assert left == {"checkpoints": ["step-00000004"], "pictures": ["step-00000000"]}  # those of step 8 are undone
     found = {"whole": whole}
     codes = {}
     for name, faults in (("resumed", [EARLY, SPIKE, NAN]), ("ended", [EARLY, SPIKE, AGAIN])):

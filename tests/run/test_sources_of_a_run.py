@@ -31,7 +31,9 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
         "val": {"shards": str(shards / "val"), "epochs": 1},
     }
     sources = json.dumps(both)
-    run_file = write_run(tmp_path, shards, "mae", f"data.sources={sources}", "optim.steps=30")
+    run_file = write_run(
+        tmp_path, shards, "mae", f"data.sources={sources}", "optim.steps=30", "log.pictures_every_steps=100"
+    )
     job = train(run_file, world=2)
     assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
     told = re.search(r"the sources are exhausted after step (\d+) of 30", job.text())
@@ -47,6 +49,8 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
     for line in lines.values():
         assert line["source/shapes/share"] == pytest.approx(line["source/shapes/asked"], abs=0.5)
     assert lines[end]["source/val/epoch"] == pytest.approx(1, abs=0.2)
+    drawn = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
+    assert drawn == ["step-00000000", f"step-{end:08d}"]
     newest = tmp_path / "out" / "checkpoints" / f"step-{end:08d}"
     states = [json.loads(file.read_text()) for file in sorted((newest / "data").glob("rank-*.json"))]
     assert {stream["taken"] for stream in merge_states(states)["streams"].values()} == {2 * end}

@@ -8,7 +8,7 @@ from tiny import tiny_objective
 from torch import nn
 
 from m3i_scale.objective.build import initialize_module, momentum_pairs
-from m3i_scale.scale.engine import parameter_groups
+from m3i_scale.scale.parameter_groups import parameter_groups
 from m3i_scale.scale.partition import (
     construct,
     full_numel,

@@ -86,10 +86,11 @@ def code() -> dict[str, Any]:
             if path.suffix in (".py", ".yaml", ".json") and not again:
                 name = f"{folder.name.removeprefix('_')}/{path.relative_to(folder).as_posix()}"
                 files[name] = sha256_of(path)[:16]
-    return {"sha256": sha256_of_json(files), "commit": _commit(), "path": str(_PACKAGE), "files": files}
+    return {"sha256": sha256_of_json(files), "commit": commit(), "path": str(_PACKAGE), "files": files}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Return the commit of the checkout that this package lies in; None where it lies in none."""
     if not (_PACKAGE.parent / ".git").exists():
         return None
     command = ["git", "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD"]
@@ -128,7 +129,7 @@ def devices() -> dict[str, Any]:
     accelerator = get_accelerator()
     kind = accelerator.device_name()
     if kind == "cpu":
-        return {"kind": "cpu", "count": os.cpu_count(), "names": [_processor()], "driver": None, "memory": None}
+        return {"kind": "cpu", "count": os.cpu_count(), "names": [processor()], "driver": None, "memory": None}
     count = accelerator.device_count()
     names: list[str] = []
     if kind == "cuda":
@@ -139,7 +140,8 @@ def devices() -> dict[str, Any]:
     return {"kind": kind, "count": count, "names": names, "driver": _driver(), "memory": memory}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this host's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

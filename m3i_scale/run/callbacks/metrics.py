@@ -11,9 +11,10 @@ from typing import Any, TextIO
 
 from m3i_scale.errors import UserError
 from m3i_scale.files import json_line, write_whole
+from m3i_scale.launch.doctor.facts import commit, processor, software_versions
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.scale.output_dir import METRICS
 
-METRICS = "metrics.jsonl"
 REPLACED = "metrics.replaced.jsonl"
 """Lines of a killed run that a resumed one has done over: kept here, out of the way of plots."""
 
@@ -49,6 +50,7 @@ class MetricsWriter(Callback):
             "total_steps": run_info.total_steps,
             "world_size": run_info.world_size,
         }
+        software = software_versions()
         computed = {
             "flop_per_step": run_info.flop_per_step,
             "peak_tflops": run_info.peak_tflops,
@@ -57,6 +59,9 @@ class MetricsWriter(Callback):
             "device": run_info.device,
             "micro_batch_size": run_info.config.get("optim", {}).get("micro_batch_size"),
             "deterministic": run_info.config.get("hardware", {}).get("deterministic"),
+            "processor": processor(),
+            "versions": {"python": software["version"], **software["packages"]},
+            "commit": commit(),
         }
         facts |= {key: value for key, value in computed.items() if value is not None}
         self._write("run", run_info.start_step, facts)

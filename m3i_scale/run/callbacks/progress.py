@@ -14,6 +14,7 @@ from rich.text import Text
 
 from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.text import filled
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
 _MOST_GROUPS = 12  # whose losses are shown one by one
@@ -165,14 +166,3 @@ def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
     if record.mfu is not None:
         parts.append(f"MFU {record.mfu:.1%}" + (" (the peak must be wrong)" if record.mfu > 1 else ""))
     return (*parts, f"{record.tokens_per_s:,.0f} tokens/s")
-
-
-def filled(parts: Iterable[str], width: int) -> list[str]:
-    """Fill lines with whole parts, no longer than `width` where no part is."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and len(lines[-1]) + 2 + len(part) <= width:
-            lines[-1] += f"  {part}"
-        else:
-            lines.append(part)
-    return lines

@@ -28,9 +28,12 @@ def list_(
 ) -> None:
     """List all checkpoints of a run: step, age, size, whether good, figures, and why each stays."""
     from m3i_scale.report.checkpoint_tables import listing
-    from m3i_scale.run.checkpoints.documents import list_checkpoints, root_of
+    from m3i_scale.run.checkpoints.documents import root_of
+    from m3i_scale.run.retention import evaluations
+    from m3i_scale.scale.checkpoint.listing import list_checkpoints
 
-    _show(list_checkpoints(root_of(run), contents=verify), as_json, listing)
+    root = root_of(run)
+    _show(list_checkpoints(root, evaluations(root.absolute().parent), contents=verify), as_json, listing)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")

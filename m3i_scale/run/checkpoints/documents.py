@@ -1,30 +1,26 @@
-"""`m3i-scale checkpoint list, verify, inspect, diff` print these JSON documents."""
+"""`m3i-scale checkpoint verify, inspect, diff` print these JSON documents."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.config import read_yaml
 from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
-from m3i_scale.run.retention import evaluations, rules_of_run
 from m3i_scale.scale.checkpoint.contents import compare_tensors, kinds_of
 from m3i_scale.scale.checkpoint.layout import (
     LATEST,
     MANIFEST,
-    TEMPORARY_PREFIX,
     checkpoints,
-    named_latest,
     read_meta,
     read_object,
     step_of,
 )
 from m3i_scale.scale.checkpoint.manifest import find_faults, latest_fault, verify
-from m3i_scale.scale.checkpoint.retention import Entry, entries_of, folder_bytes, which_to_keep
+from m3i_scale.scale.checkpoint.retention import folder_bytes
 from m3i_scale.text import differences
 
 SETTLE_S = 2.0
@@ -81,61 +77,6 @@ def named_checkpoints(path: Path) -> list[Path]:
     if not folders:
         raise CheckpointError("no checkpoints here", where=str(path))
     return folders
-
-
-# ------------------------------------------------------------------ list
-
-
-def list_checkpoints(root: Path, *, contents: bool = False) -> dict[str, Any]:
-    """Return the document of `checkpoint list`.
-
-    Args:
-        root: of the checkpoints.
-        contents: read every byte; otherwise names and sizes decide what is good.
-
-    Raises:
-        CheckpointError: the run file is there and does not hold together.
-    """
-    entries = entries_of(root, evaluations(root.absolute().parent), contents=contents)
-    rules = rules_of_run(root)
-    kept = {} if rules is None else which_to_keep(entries, rules)
-    latest = named_latest(root)
-    return {
-        "root": str(root),
-        "checked": "contents" if contents else "sizes",
-        "latest": latest,
-        "rules": None if rules is None else rules.model_dump(),
-        "bytes": sum(entry.size for entry in entries),
-        "checkpoints": [_row(entry, latest, kept.get(entry.path, [])) for entry in entries],
-        "temporary": list(_sizes(sorted(root.glob(f"{TEMPORARY_PREFIX}*")))),
-    }
-
-
-def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]:
-    samples = age_s = None
-    with contextlib.suppress(CheckpointError):  # listed as not good
-        samples = read_meta(entry.path).get("samples")
-    with contextlib.suppress(OSError):  # never committed
-        age_s = max(0.0, time.time() - (entry.path / MANIFEST).stat().st_mtime)
-    return {
-        "name": entry.path.name,
-        "step": entry.step,
-        "samples": samples if isinstance(samples, int) else None,
-        "age_s": age_s,
-        "bytes": entry.size,
-        "good": entry.good,
-        "latest": entry.path.name == latest,
-        "metrics": dict(entry.metrics),
-        "kept_by": reasons,
-    }
-
-
-def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yield what is half written or half removed, but for what a job commits or removes while this looks at it."""
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size
-            yield {"name": path.name, "bytes": size}
 
 
 # ------------------------------------------------------------------ verify

@@ -9,7 +9,8 @@ from typing import Any, Literal, cast
 
 from m3i_scale.config import KeepBestConfig, RetentionConfig
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
-from m3i_scale.run.retention import evaluations, rules_of_run
+from m3i_scale.run.retention import evaluations
+from m3i_scale.scale.checkpoint.listing import rules_of_run
 from m3i_scale.scale.checkpoint.retention import Metrics, entries_of, plan_prune, prune, ranked
 from m3i_scale.scale.output_dir import lock_directory
 

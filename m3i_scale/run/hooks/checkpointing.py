@@ -11,7 +11,7 @@ from m3i_scale.data.state import merge_states
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.probe import check_probe, probe_loss, probe_of, write_probe
+from m3i_scale.run.probe import check_probe, first_samples, probe_loss, write_probe
 from m3i_scale.run.resume import checkpoint_meta
 from m3i_scale.run.retention import evaluations
 from m3i_scale.run.rewind import Rewinds
@@ -81,7 +81,7 @@ class Checkpointing(Hook):
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Take the samples that are stored with checkpoints from the first batch, where the run file asks for them."""
         if self._probe is None and self._config.probe:
-            self._probe = probe_of(batch)
+            self._probe = first_samples(batch)
 
     def vote(self) -> bool:
         """Return whether this rank's thread is still writing."""

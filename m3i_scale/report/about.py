@@ -1,0 +1,161 @@
+"""Say in words what a run trains, on what, by which code and machine, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.report.marks import utc
+from m3i_scale.report.metrics_file import unix_s
+from m3i_scale.report.run_files import RunFiles
+from m3i_scale.scale.output_dir import UnknownHolderError, holder_of
+from m3i_scale.text import differences, duration_text, listed, masked, short, shown
+
+
+def progress_of(run: RunFiles) -> dict[str, Any]:
+    """Return how far a run has come: `percent`, `left` (a duration in words, or None), `status` and all of it in
+    `words`."""
+    total, status = run.total_steps, run.status or _unended_status(run)
+    left = None if run.left_s is None else duration_text(run.left_s)
+    words = f"step {run.step:,}" + ("" if total is None else f" of {total:,}") + f", {status}"
+    if left is not None:
+        words += f", {left} left at the speed of the last records"
+    percent = 0 if not total else max(0, min(100, round(100 * run.step / total)))
+    return {"percent": percent, "left": left, "status": status, "words": words}
+
+
+def _unended_status(run: RunFiles) -> str:
+    """Return what a run is doing that has not said how it ended."""
+    try:
+        holder = holder_of(run.folder)
+    except UnknownHolderError:
+        return "starting"
+    except CheckpointError:
+        holder = None
+    if holder is not None and holder.trains:
+        return f"training on host {holder.host}"
+    return "stopped without saying how, or training where its lock is not seen from here"
+
+
+def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures that are looked at first, each with what it is called."""
+    cards = [("done", f"{progress['percent']}%")]
+    if progress["left"] is not None:
+        cards.append(("time left", progress["left"]))
+    if run.starts and run.times_s.size:
+        cards.append(("from start to last record", duration_text(float(run.times_s[-1]) - unix_s(run.starts[0]))))
+    for name, words, form in (
+        ("loss", "loss, nats", "{:.4g}"),
+        ("information", "information, nats", "{:.4g}"),
+        ("samples", "samples", "{:,.0f}"),
+        ("speed/samples_per_s", "samples/s", "{:,.1f}"),
+        ("speed/mfu", "MFU", "{:.1%}"),
+        ("memory_gib", "GiB of the fullest rank", "{:.3g}"),
+    ):
+        values = run.figures.get(name, np.empty(0))
+        values = values[np.isfinite(values)]
+        if values.size:
+            cards.append((words, form.format(values[-1])))
+    return cards
+
+
+def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -> dict[str, str]:
+    """Return what a run is, by the name of each fact; what is not known is left out, secrets are hidden.
+
+    Args:
+        run: as its files tell it.
+        progress: see `progress_of`.
+        hosts: of its ranks, as far as they are known.
+    """
+    last = run.starts[-1] if run.starts else {}
+    sources = _at(run.settings, "data", "sources")
+    targets = _at(run.settings, "recipe", "targets")
+    facts: dict[str, Any] = {
+        "Status": progress["status"],
+        "Recipe": _at(run.settings, "recipe", "name"),
+        "Targets": ", ".join(_named(target) for target in targets) if isinstance(targets, list) else None,
+        "Task": _at(run.settings, "task", "kind"),
+        "Backbone": _backbone(run.settings),
+        "Data": _sources(sources) if isinstance(sources, dict) else None,
+        "Batch": _at(run.settings, "optim", "batch_size"),
+        "Steps": run.total_steps,
+        "Seed": short(_at(run.settings, "seed")),
+        "Ranks": _ranks(run),
+        "Hosts": listed(hosts, 8) or None,
+        "Device": last.get("device"),
+        "Processor": last.get("processor"),
+        "Peak of a rank": _peak(last),
+        "DeepSpeed file": _at(run.settings, "deepspeed"),
+        "Started": f"{utc(unix_s(run.starts[0]))} UTC" if run.starts else None,
+        "Last record": f"{utc(float(run.times_s[-1]))} UTC" if run.times_s.size else None,
+        "Versions": _versions(last.get("versions")),
+        "Commit": last.get("commit"),
+        "Folder": str(run.folder.absolute()),
+    }
+    return {name: shown(_text(value)) for name, value in facts.items() if value is not None}
+
+
+def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
+    """Return `name` and `cells` (a text a run) of the settings in which runs differ from the first; secrets hidden."""
+    first = runs[0].settings
+    found = [{name: (one, other) for name, one, other in differences("", first, run.settings)} for run in runs]
+    names = sorted({name for of_run in found for name in of_run})
+    rows = []
+    for name in names:
+        base = next(of_run[name][0] for of_run in found if name in of_run)
+        values = [of_run[name][1] if name in of_run else base for of_run in found]
+        last_name = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")  # no place in a list
+        cells = [short(*masked({last_name: value}, names=True).values()) for value in values]
+        rows.append({"name": shown(name), "cells": cells})
+    return rows
+
+
+def _at(settings: Any, *keys: str) -> Any:
+    for key in keys:
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
+
+
+def _named(target: Any) -> str:
+    return f"{_at(target, 'name')} ({_at(target, 'kind')})"
+
+
+def _backbone(settings: dict[str, Any]) -> str | None:
+    preset, weights, config = (_at(settings, "backbone", key) for key in ("preset", "from_pretrained", "config"))
+    parts = [str(preset)] if preset else []
+    parts += [f"from {weights}"] if weights else []
+    if isinstance(config, dict):
+        parts += [f"{key} {short(value)}" for key, value in config.items()]
+    return ", ".join(parts) or None
+
+
+def _sources(sources: dict[Any, Any]) -> str:
+    return "; ".join(
+        f"{name}: {shown(str(_at(source, 'shards')))}, weight {short(_at(source, 'weight'))}"
+        for name, source in sources.items()
+    )
+
+
+def _ranks(run: RunFiles) -> str | None:
+    counts = [str(line["world_size"]) for line in run.starts]
+    changes = [count for place, count in enumerate(counts) if place == 0 or counts[place - 1] != count]
+    return ", then ".join(changes) or None
+
+
+def _peak(start: dict[str, Any]) -> str | None:
+    peak, sheet = start.get("peak_tflops"), start.get("data_sheet_tflops")
+    if not isinstance(peak, int | float):
+        return None
+    beside = f", data sheet {sheet:,.4g}" if isinstance(sheet, int | float) else ""
+    return f"{peak:,.4g} TFLOP/s ({start.get('peak_source')}{beside})"
+
+
+def _versions(versions: Any) -> str | None:
+    return ", ".join(f"{name} {value}" for name, value in versions.items()) if isinstance(versions, dict) else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else short(value)

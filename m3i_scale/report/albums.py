@@ -1,0 +1,180 @@
+"""Read pictures that a run or an evaluation has written, with the steps at which they were made."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from m3i_scale.data.images import DECODE_FAULTS
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
+from m3i_scale.errors import ConfigError
+from m3i_scale.files import read_json
+from m3i_scale.report.run_files import RunFiles
+from m3i_scale.scale.output_dir import PICTURE_LIST, PICTURES
+
+_MOST_BYTES = 50_000_000
+"""Of one picture on the disk."""
+_SMALL_SIDE = 800
+"""Of a picture that is made smaller, in pixels, the longer side."""
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_FIRST_BYTES = {"image/jpeg": b"\xff\xd8\xff", "image/png": b"\x89PNG\r\n\x1a\n"}
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Holds the pictures that were made at one time."""
+
+    label: str
+    pictures: list[dict[str, str]]
+    """`name, title, alt, address` of each."""
+    size: int
+    """Bytes of the files."""
+    is_whole: bool
+    """Whether there was room for all of them."""
+
+
+def albums_of(runs: list[RunFiles], folders: list[Path], room: int) -> list[dict[str, Any]]:
+    """Return `title, steps, pictures, notes` for every given folder and every run with pictures.
+
+    The newest pictures of a run are as they were written, all others and overlays smaller. Where all would be too many,
+    the newest and the first stay, and of those between as many as there is room for.
+
+    Args:
+        runs: whose folders are looked into.
+        folders: of pictures, beside those.
+        room: bytes that all pictures may have, as they are on the disk; in a page they take a third more.
+
+    Raises:
+        ConfigError: a given folder has no pictures.
+    """
+    wanted = [(folder.name, [folder], True) for folder in folders]
+    wanted += [(run.name, places, False) for run in runs if (places := _places(run.folder / PICTURES))]
+    albums = []
+    for place, (title, places, is_given) in enumerate(wanted):
+        album, size = _album(title, places, room // (len(wanted) - place), is_given=is_given)
+        room -= size
+        albums.append(album)
+    return albums
+
+
+def _places(root: Path) -> list[Path]:
+    """Return the folders of pictures below a run's, in the order of their steps."""
+    try:
+        return sorted(
+            path for path in root.iterdir() if path.name.startswith("step-") and (path / PICTURE_LIST).is_file()
+        )
+    except OSError:
+        return []
+
+
+def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tuple[dict[str, Any], int]:
+    """Return what is shown of some folders, and its bytes."""
+    kept: dict[int, _Set] = {}
+    notes: list[str] = []
+    for number in _by_weight(len(places)):
+        found = _read(places[number], room, notes, smaller=bool(kept))
+        if found.pictures and (found.is_whole or not kept):
+            kept[number] = found
+            room -= found.size
+        if not found.is_whole:
+            notes.append(f"of {len(places)} sets of pictures {len(kept)} fit into this page")
+            break
+    if is_given and not kept:
+        raise ConfigError(
+            "there are no pictures to show", where=str(places[0]), why="; ".join(notes) or None,
+            fix="name a folder that `m3i-scale evaluate --pictures` or `--overlays` has made",
+        )  # fmt: skip
+    sets = [kept[number] for number in sorted(kept)]
+    names = dict.fromkeys(picture["name"] for one in sets for picture in one.pictures)
+    album = {
+        "title": title,
+        "steps": [one.label for one in sets],
+        "pictures": [_through_steps(name, sets) for name in names],
+        "notes": list(dict.fromkeys(notes)),
+    }
+    return album, sum(one.size for one in sets)
+
+
+def _by_weight(count: int) -> Iterator[int]:
+    """Yield all numbers below `count`: the last, the first, then those half-way between, and so on."""
+    seen: set[int] = set()
+    parts = 1
+    while len(seen) < count:
+        for number in (round((count - 1) * (1 - part / parts)) for part in range(parts + 1)):
+            if number not in seen:
+                seen.add(number)
+                yield number
+        parts *= 2
+
+
+def _through_steps(name: str, sets: list[_Set]) -> dict[str, Any]:
+    images = [
+        {**picture, "place": place}
+        for place, one in enumerate(sets)
+        for picture in one.pictures
+        if picture["name"] == name
+    ]
+    return {"title": images[-1]["title"], "images": images}
+
+
+def _read(folder: Path, room: int, notes: list[str], *, smaller: bool) -> _Set:
+    pictures, size, is_whole, step = [], 0, True, None
+    try:
+        is_listed = (folder / PICTURE_LIST).is_file()
+        listed: Any = read_json(folder / PICTURE_LIST) if is_listed else {"step": None, "pictures": _overlays(folder)}
+        entries, step = listed["pictures"], listed["step"]
+        for entry in entries:
+            name, file, title, alt = (str(entry[key]) for key in ("name", "file", "title", "alt"))
+            path = folder / file
+            if Path(file).name != file or path.is_symlink() or not path.is_file():
+                notes.append(f"{folder.name}: {file[:100]} is no file of this folder")
+                continue
+            content = _bytes(path, smaller=smaller or not is_listed)
+            media_type = next((name for name, first in _FIRST_BYTES.items() if content.startswith(first)), None)
+            if media_type is None:
+                notes.append(f"{folder.name}: {file[:100]} is no picture")
+            elif len(content) > room - size:
+                is_whole = False
+            else:
+                size += len(content)
+                address = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+                pictures.append({"name": name, "title": title, "alt": alt, "address": address})
+    except (*DECODE_FAULTS, KeyError, TypeError, RecursionError) as error:
+        notes.append(f"{folder.name}: the pictures cannot be read ({type(error).__name__})")
+    return _Set(f"{step:,}" if isinstance(step, int) else folder.name, pictures, size, is_whole)
+
+
+def _overlays(folder: Path) -> list[dict[str, str]]:
+    """Return entries for the pictures of `evaluate --overlays`, which have no list."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    return [
+        {"name": path.name, "file": path.name, "title": path.stem, "alt": f"Truth and prediction: {path.stem}"}
+        for path in files
+    ]
+
+
+def _bytes(path: Path, *, smaller: bool) -> bytes:
+    """Return a picture as it is, or as a smaller JPEG.
+
+    Raises:
+        OSError: it cannot be read, or has more bytes than any picture that this package writes.
+        ValueError: it has too many pixels. Others of `DECODE_FAULTS`: it does not decode.
+    """
+    if path.stat().st_size > _MOST_BYTES:
+        raise OSError("too large")
+    if not smaller:
+        return path.read_bytes()
+    buffer = io.BytesIO()
+    with Image.open(path, formats=("JPEG", "PNG")) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ValueError("too many pixels")
+        picture = image.convert("RGB")
+        picture.thumbnail((_SMALL_SIDE, _SMALL_SIDE))
+        picture.save(buffer, "JPEG", quality=65)
+    return buffer.getvalue()

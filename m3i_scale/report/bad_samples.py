@@ -1,0 +1,83 @@
+"""Show samples of the quarantine as far as they decode: small pictures, encoded here."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import ImageFile
+
+from m3i_scale.data.images import on_white, orientation, upright
+from m3i_scale.data.quarantine import WHOLE_SHARD
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.remote.address import SCHEMES
+from m3i_scale.data.samples import decoding, open_image
+from m3i_scale.data.tar import printable, sample_at
+from m3i_scale.data.tools.verify import readable_members
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
+from m3i_scale.text import shown
+
+SIDE = 112
+"""Of a picture, in pixels."""
+_SAMPLE_BYTES = 1 << 26
+"""Larger samples are not read for their picture."""
+
+
+def shown_samples(entries: Iterable[dict[str, Any]]) -> list[dict[str, str | None]]:
+    """Return `key, shard, reason, picture, fault` of samples in the quarantine. A picture is the address of a JPEG that
+    was encoded here; where there is none, `fault` says why. Only files of this host are read.
+
+    Args:
+        entries: lines of the quarantine, of which nothing is believed: `url`, `key`, `offset`, `reason`.
+    """
+    return [_shown(str(entry["url"]), str(entry["key"]), int(entry["offset"]), entry) for entry in entries]
+
+
+def _shown(url: str, key: str, offset: int, entry: dict[str, Any]) -> dict[str, str | None]:
+    picture = fault = None
+    try:
+        picture = f"data:image/jpeg;base64,{base64.b64encode(_picture(url, key, offset)).decode()}"
+    except BadSampleError as bad:
+        fault = printable(shown(f"{bad.reason} {bad.detail}".strip()))[:150]
+    return {
+        "key": printable(key)[:100],
+        "shard": printable(shown(url)).rpartition("/")[2][:100],
+        "reason": printable(str(entry["reason"]))[:200],
+        "picture": picture,
+        "fault": fault,
+    }
+
+
+def _picture(url: str, key: str, offset: int) -> bytes:
+    if key == WHOLE_SHARD:
+        raise BadSampleError("the whole shard was given up")
+    if url.partition(":")[0] in SCHEMES:
+        raise BadSampleError("not on this host")
+    path = Path(url)
+    try:
+        if not path.is_file():
+            raise BadSampleError("the shard is not here")
+        with path.open("rb") as stream:
+            sample = sample_at(stream, offset)
+            if sample is None or printable(sample.key) != key:
+                raise BadSampleError("the shard has changed since")
+            members = readable_members(stream, sample, _SAMPLE_BYTES)
+    except (OSError, ValueError) as error:
+        raise BadSampleError("cannot be read", str(error)) from None
+    image = open_image(members, MAX_IMAGE_PIXELS)
+    lies = orientation(image)
+    strict = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image that is cut off says more than nothing
+    try:
+        with image, decoding():
+            image.draft("RGB", (SIDE, SIDE))
+            picture = upright(on_white(image), lies)
+            picture.thumbnail((SIDE, SIDE))
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

@@ -1,0 +1,127 @@
+"""Name the charts of a report: which figures of a run each shows, in which unit, and what they say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m3i_scale.report.run_files import RunFiles
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Describes one chart: which figures of metrics.jsonl it shows, and what they say."""
+
+    id: str
+    tab: str
+    title: str
+    unit: str
+    """Of its axis; empty for a pure number, "0 to 1" for a share."""
+    about: str
+    pattern: str
+    """Of the names of its figures, as a whole. A group of it, if there is one, is what the legend calls the curve."""
+    stacked: bool = False
+
+
+CHARTS = (
+    Chart("loss", "overview", "Loss", "nats", "Weighted sum of the groups' losses.", "loss"),
+    Chart(
+        "group_loss", "objective", "Loss by group", "nats",
+        "−log P̂ of each group of targets, without its weight, with its regulariser.", "group/(.+)/loss",
+    ),
+    Chart(
+        "nats", "objective", "Information by group", "nats",
+        'What the representation tells about each target: a bound or an estimate. "information" is their sum.',
+        "group/(.+)/nats|(information)",
+    ),
+    Chart(
+        "group_weight", "objective", "Weight by group", "",
+        "Factor of each group's loss in the sum; moves where the balance does.", "group/(.+)/weight",
+    ),
+    Chart(
+        "group_grad_norm", "objective", "Gradient norm by group", "",
+        "Norm of the gradient that each group sends into the visible tokens of the encoder's output.",
+        "group/(.+)/grad_norm",
+    ),
+    Chart("grad_norm", "objective", "Gradient norm", "", "Norm of the whole gradient before clipping.", "grad_norm"),
+    Chart("lr", "objective", "Learning rate", "", "Of the step.", "lr"),
+    Chart("momentum", "objective", "Momentum", "", "Of the target network: 1 would leave it as it is.", "momentum"),
+    Chart(
+        "skipped", "objective", "Skipped steps", "steps",
+        "Left out so far because a loss or gradient was not finite, or overflowed in fp16.",
+        "(skipped_steps|skipped_nonfinite)",
+    ),
+    Chart("loss_scale", "objective", "Loss scale", "", "Factor of the loss in the backward pass, fp16.", "loss_scale"),
+    Chart(
+        "samples_per_s", "speed", "Throughput", "samples/s", "Samples through all ranks in a second.",
+        "speed/samples_per_s",
+    ),
+    Chart(
+        "mfu", "speed", "MFU", "0 to 1", "Counted FLOPs of the model as a share of what the devices could compute.",
+        "speed/mfu",
+    ),
+    Chart(
+        "phases", "speed", "Phases of a step", "0 to 1",
+        "Share of the time since the last record, mean over the ranks.", "phases/(.+)", stacked=True,
+    ),
+    Chart(
+        "step_s", "speed", "Time of a step", "s",
+        "Wall-clock time of a step, and how much of it the slowest rank waited for data.",
+        "speed/(step_s|data_wait_s)",
+    ),
+    Chart(
+        "data_wait_share", "speed", "Data wait", "0 to 1", "Share of a step spent waiting for data; near 0 when the "
+        "loader keeps up.", "speed/data_wait_share",
+    ),
+    Chart(
+        "tokens_per_s", "speed", "Tokens", "tokens/s", "Visible patch tokens through the backbone, all ranks.",
+        "speed/tokens_per_s",
+    ),
+    Chart("memory", "speed", "Memory", "GiB", "Peak memory of the rank that used most.", "memory_gib"),
+    Chart(
+        "health_std", "health", "Spread of features", "",
+        "Standard deviation over samples, mean over channels. Near 0: the features are constant.", "health/(.+)_std",
+    ),
+    Chart(
+        "health_rank", "health", "Effective rank of features", "dimensions",
+        "How many directions are used alike: 1 is a line, the width of the model all of them.", "health/(.+)_rank",
+    ),
+    Chart(
+        "health_spread", "health", "Spread of targets", "0 to 1",
+        "0: all samples have the same target, it has collapsed.", "health/(.+)_spread",
+    ),
+    Chart(
+        "health_evenness", "health", "Use of prototypes", "0 to 1", "0: one prototype takes all samples.",
+        "health/(.+)_evenness",
+    ),
+    Chart(
+        "health_scale", "health", "Scale of text targets", "", "1/τ, the inverse temperature, at most 100.",
+        "health/(.+)_scale",
+    ),
+    Chart("count", "health", "Samples with a target", "samples", "Of a micro-batch, all ranks.", "group/(.+)/count"),
+    Chart(
+        "mixture", "data", "Mixture of sources", "0 to 1",
+        "Share of each source among the samples since the last record; dashed what was asked for by weights, schedules "
+        "and exhausted sources.", "source/(.+/recent_(?:share|asked))",
+    ),
+    Chart("epoch", "data", "Passes over sources", "passes", "So far, bad samples included.", "source/(.+)/epoch"),
+    Chart(
+        "quarantined", "data", "Quarantined samples", "samples",
+        "Put aside as unreadable so far: how often, and how many different ones.", "(quarantined|quarantined_samples)",
+    ),
+)  # fmt: skip
+
+
+def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
+    """Return a chart for every kind of figure that evaluations while training have: `loss` of all groups is one."""
+    names = {key for run in runs for line in run.evaluations for key in line if key.startswith("evaluation/")}
+    kinds = sorted({name.rpartition("/")[2] for name in names})
+    return [
+        Chart(
+            f"evaluation_{kind}", "results", f"While training: {kind.replace('_', ' ')}", "",
+            "Measured while training, on the sources for validation.",
+            rf"evaluation/(?:(.+)/)?{re.escape(kind)}",
+        )
+        for kind in kinds
+    ]  # fmt: skip

@@ -1,0 +1,62 @@
+"""Show runs: `m3i-scale report` and `m3i-scale watch`. What takes long to import is imported when they are called."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m3i_scale.data.options import AsJson
+from m3i_scale.errors import ConfigError
+from m3i_scale.output import print_json, wide_console
+
+_PACKAGES = ("plotext", "plotly", "tsdownsample")
+"""Of the extra `report`."""
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs; several are shown over each other.")],
+    to: Annotated[Path, typer.Option(help="The page to write; an earlier one is replaced.")] = Path("report.html"),
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="What `evaluate --json` printed, beside what lies in the runs' folders.")
+    ] = None,
+    pictures: Annotated[
+        list[Path] | None, typer.Option(help="A folder of `evaluate --pictures` or `--overlays`, beside the runs' own.")
+    ] = None,
+    show_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file that shows runs, while they train or after: curves, events, data, checkpoints, results.
+
+    It needs no network and no other file. Nothing is written but this file.
+    """
+    _check_installed()
+    from m3i_scale.report.page import open_in_browser, write_report
+
+    result = write_report(runs, to, evaluations=evaluation or (), pictures=pictures or ())
+    if as_json:
+        print_json(result)
+    else:
+        text = f"{result['report']}: {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s"
+        wide_console().print(text, markup=False, highlight=False)
+    if show_it:
+        open_in_browser(to)
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="The output folder of a run.")],
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at its files.")] = 2.0,
+) -> None:
+    """Show a run in the terminal while it trains: progress, curves, phases, hosts, warnings. Ends with q."""
+    _check_installed()
+    from m3i_scale.report.watch import watch as watch_run
+
+    watch_run(run, every)
+
+
+def _check_installed() -> None:
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"not installed: {', '.join(missing)}", fix="pip install 'm3i-scale[report]'")

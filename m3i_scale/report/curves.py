@@ -1,0 +1,111 @@
+"""Fill the charts of a report with the curves of one or several runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.report.charts import Chart
+from m3i_scale.report.downsample import thin
+from m3i_scale.report.run_files import RunFiles
+
+MOST_POINTS = 2_000
+"""Of one curve."""
+ALL_POINTS = 150_000
+"""Of all curves together: about 2.5 MB of the page."""
+_SUMMARISED = 6
+"""Of so many curves the text below a chart says the newest values."""
+Points = tuple[NDArray[np.int64], NDArray[np.float64]]
+_ASKED = "/recent_asked"
+_IN_WORDS = {"": "", "0 to 1": " From 0 to 1."}
+
+
+def filled_charts(runs: Sequence[RunFiles], charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    """Return the charts that any run has figures for, as plain JSON values; curves of one `group` share their colour.
+
+    A curve has at most `MOST_POINTS` points, fewer where `ALL_POINTS` would not do: those that keep its shape (`thin`).
+    """
+    curves = [{**_evaluations_of(run), **_steps_of(run)} for run in runs]
+    wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
+    total = sum(len(found) for _, found in wanted)
+    count = max(3, min(MOST_POINTS, ALL_POINTS // max(1, total)))
+    return [_filled(chart, found, count, several=len(runs) > 1) for chart, found in wanted if found]
+
+
+def _steps_of(run: RunFiles) -> dict[str, Points]:
+    return {name: (run.steps, values) for name, values in run.figures.items()}
+
+
+def _evaluations_of(run: RunFiles) -> dict[str, Points]:
+    by_name: dict[str, list[tuple[int, float]]] = {}
+    for line in run.evaluations:
+        for name, value in line.items():
+            if name.startswith("evaluation/"):
+                by_name.setdefault(name, []).append((line["step"], value))
+    return {
+        name: (np.array([step for step, _ in points], np.int64), np.array([value for _, value in points]))
+        for name, points in by_name.items()
+    }
+
+
+def _series_of(chart: Chart, curves: Sequence[Mapping[str, Points]]) -> Iterator[tuple[int, str, Points]]:
+    """Yield run, name in the legend and points of the curves of a chart that have any finite point.
+
+    Groups come before their sums, so that a group has the same colour in every chart.
+    """
+    pattern = re.compile(chart.pattern)
+    for run, by_name in enumerate(curves):
+        matches = [(match, by_name[name]) for name in by_name if (match := pattern.fullmatch(name))]
+        for match, (steps, values) in sorted(matches, key=lambda found: found[0].lastindex or math.inf):
+            if np.isfinite(values).any():
+                part = next((part for part in match.groups() if part), None)
+                yield run, part or ("all" if pattern.groups else chart.title), (steps, values)
+
+
+def _every_so_many(steps: NDArray[np.int64], values: NDArray[np.float64], count: int) -> Points:
+    """Return at most `count` points, the same steps of every curve: those of a stack have to add up."""
+    chosen = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
+    return steps[chosen], values[chosen]
+
+
+def _rounded(value: float) -> float | None:
+    """Return five digits of a number; None for what JSON does not have, which the largest floats become."""
+    rounded = float(f"{value:.5g}")
+    return rounded if math.isfinite(rounded) else None
+
+
+def _filled(chart: Chart, series: Sequence[tuple[int, str, Points]], count: int, *, several: bool) -> dict[str, Any]:
+    lines, newest = [], []
+    for run, name, (steps, values) in series:
+        is_asked = name.endswith(_ASKED)
+        group = name.removesuffix(_ASKED).removesuffix("/recent_share")
+        shown_name = f"{group} (asked)" if is_asked else group
+        x, y = _every_so_many(steps, values, count) if chart.stacked else thin(steps, values, count)
+        lines.append({
+            "run": run,
+            "group": group,
+            "name": shown_name,
+            "x": [int(step) for step in x],
+            "y": [_rounded(value) for value in y],
+            "dashed": is_asked,
+        })  # fmt: skip
+        finite = values[np.isfinite(values)]
+        last = f"{finite[-1]:,.0f}" if abs(finite[-1]) >= 1000 else f"{finite[-1]:.4g}"
+        of_run = f" (run {run + 1})" if several else ""
+        newest.append((last if shown_name == chart.title else f"{shown_name} {last}") + of_run)
+    summary = "Newest: " + ", ".join(newest) + "." if len(newest) <= _SUMMARISED else ""
+    return {
+        "id": chart.id,
+        "tab": chart.tab,
+        "title": chart.title,
+        "unit": "" if chart.unit == "0 to 1" else chart.unit,
+        "about": chart.about + _IN_WORDS.get(chart.unit, f" In {chart.unit}."),
+        "summary": summary,
+        "stacked": chart.stacked,
+        "series": lines,
+    }

@@ -1,0 +1,86 @@
+"""Collect what happened to a run beside its steps: starts, rewinds, warnings, lost hosts, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from m3i_scale.report.metrics_file import unix_s
+from m3i_scale.report.run_files import RunFiles
+from m3i_scale.report.run_folder import AttemptNote, FailureNote
+from m3i_scale.text import short, without_secrets
+
+_TIME = "%Y-%m-%d %H:%M:%S"
+MOST_MARKS = 100
+"""Of one kind: the newest are shown."""
+KINDS = {"resumed": "resumed", "rewound": "rewound", "warning": "warned", "lost": "host lost", "failed": "failed"}
+"""Of marks, and what the page calls them."""
+
+
+def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNote | None) -> list[dict[str, Any]]:
+    """Return `kind, step, time, text` of what happened to a run, by time.
+
+    Args:
+        run: as its files tell it.
+        attempts: of the package's own launcher.
+        failure: the first cause of the last one.
+    """
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for mark in (*_resumed(run), *_rewound(run), *_warned(run), *_lost(attempts), *_failed(run, failure)):
+        by_kind.setdefault(mark["kind"], []).append(mark)
+    marks = [mark for found in by_kind.values() for mark in found[-MOST_MARKS:]]
+    return sorted(marks, key=lambda mark: (mark["time"], mark["step"]))
+
+
+def _resumed(run: RunFiles) -> Iterator[dict[str, Any]]:
+    before: Any = None
+    for line in run.starts:
+        ranks = line["world_size"]
+        if line["step"]:
+            change = f", on {ranks} ranks instead of {before}" if before not in (None, ranks) else ""
+            yield _mark("resumed", line["step"], utc(unix_s(line)), f"went on from step {line['step']:,}{change}")
+        before = ranks
+
+
+def _rewound(run: RunFiles) -> Iterator[dict[str, Any]]:
+    for line in run.rewinds:
+        since, skipped = short(line.get("spike_since")), short(line.get("skipped_samples"))
+        text = f"back from step {short(line.get('rewound_from'))}: the loss spiked from step {since} on"
+        yield _mark("rewound", line["step"], utc(unix_s(line)), f"{text}; {skipped} samples left out")
+
+
+def _warned(run: RunFiles) -> Iterator[dict[str, Any]]:
+    for line in run.warnings:
+        text = f"{line['group']}: {line['what']} ({line['why']}). To try: {line['fix']}"
+        yield _mark("warning", line["step"], utc(unix_s(line)), text)
+
+
+def _lost(attempts: Sequence[AttemptNote]) -> Iterator[dict[str, Any]]:
+    for attempt in attempts:
+        if attempt.lost:
+            hosts = ", ".join(attempt.lost)
+            text = f"attempt {attempt.attempt} lost {hosts}" + (
+                "" if attempt.cause is None else f": {attempt.cause.message}"
+            )
+            yield _mark("lost", attempt.last_step or attempt.first_step or 0, utc(attempt.ended), text)
+
+
+def _failed(run: RunFiles, failure: FailureNote | None) -> Iterator[dict[str, Any]]:
+    if failure is not None:
+        rank = "" if failure.rank is None else f", rank {failure.rank}"
+        phase = f", in {failure.phase}" if failure.phase else ""
+        step = run.step if failure.step is None else failure.step
+        yield _mark("failed", step, utc(failure.time), f"host {failure.host}{rank}{phase}: {failure.message}")
+
+
+def utc(time_s: float) -> str:
+    """Return a moment, given in Unix seconds, as text."""
+    try:
+        return datetime.fromtimestamp(time_s, timezone.utc).strftime(_TIME)
+    except (OverflowError, ValueError, OSError):  # of another age
+        return "?"
+
+
+def _mark(kind: str, step: int, time: str, text: str) -> dict[str, Any]:
+    return {"kind": kind, "step": step, "time": time, "text": without_secrets(text)[:600]}

@@ -1,0 +1,235 @@
+"""Read metrics.jsonl: whole files of a million lines in seconds, and later only what has been added."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.json
+from numpy.typing import NDArray
+
+BLOCK_BYTES = 1 << 24
+"""That are read at a time. A longer line is none that a run has written."""
+_STEP_LINE = b'{"kind": "train", '
+"""How lines of logged steps begin, which are nearly all."""
+MOST_FIGURES = 5_000
+"""That a file can have; a run has some dozens."""
+_FACTS = ("kind", "step", "time")
+_NOT_FINITE = ("nan", "inf", "-inf")
+_FIELDS: dict[str, dict[str, type]] = {
+    "run": {"name": str, "total_steps": int, "world_size": int},
+    "warning": {"group": str, "what": str, "why": str, "fix": str},
+    "rewind": {"rewound_from": int, "rewound_to": int},
+    "end": {"status": str},
+}
+"""Fields that lines of a kind have beside `kind`, `step` and `time`, and their types; whole numbers are counts."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Holds logged steps, in their order."""
+
+    steps: NDArray[np.int64]
+    """Of shape N."""
+    times_s: NDArray[np.float64]
+    """Of shape N: when they were logged, in Unix seconds."""
+    figures: dict[str, NDArray[np.float64]]
+    """By name, each of shape N; NaN where a step has none."""
+
+
+class MetricsFile:
+    """Reads a file of metrics, and later what has been added to it. Whoever writes it is not disturbed.
+
+    Args:
+        path: of the file; need not exist yet.
+        wanted: says by its name whether a figure is kept.
+    """
+
+    def __init__(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        self._path, self._wanted = path, wanted
+        self._begin(None)
+
+    def _begin(self, identity: tuple[int, int] | None) -> None:
+        self._identity = identity
+        self._read_bytes = 0
+        self._last_step = -1
+        self._names: dict[str, None] = {}
+        """Of all figures so far, in their order."""
+        self._parts: list[Steps] = []
+        self.records: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        """Lines that are of no logged step, by kind."""
+        self.unreadable = 0
+        """Lines that are torn, no JSON, too long, of other types, or of a step that is not later than those before."""
+
+    def read_on(self) -> None:
+        """Read what has been added. A file that was cut back, as a resumed run does, is read from its beginning.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        try:
+            with self._path.open("rb") as file:
+                status = self._path.stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity != self._identity or status.st_size < self._read_bytes:
+                    self._begin(identity)
+                for lines in _ahead(self._new_lines(file)):
+                    self._take(lines)
+        except FileNotFoundError:
+            self._begin(None)
+
+    def steps(self) -> Steps:
+        """Return all logged steps that have been read."""
+        if len(self._parts) != 1:
+            self._parts = [_joined(self._parts)]
+        return self._parts[0]
+
+    def _new_lines(self, file: BinaryIO) -> Iterator[list[bytes]]:
+        """Yield whole lines, some megabytes at a time. The last line may be half written: it is read the next time."""
+        file.seek(self._read_bytes)
+        while block := file.read(BLOCK_BYTES):
+            *lines, rest = block.split(b"\n")
+            if lines:
+                yield lines
+            elif len(block) < BLOCK_BYTES:
+                return
+            else:
+                rest = b""  # a line that is too long is passed over; its end is a line that cannot be read
+            self._read_bytes += len(block) - len(rest)
+            file.seek(self._read_bytes)
+
+    def _take(self, lines: list[bytes]) -> None:
+        logged = [line for line in lines if line.startswith(_STEP_LINE)]
+        records = [_parsed(line) for line in lines if not line.startswith(_STEP_LINE)]
+        unusual = any(record is not None and record["kind"] == "train" for record in records)
+        steps = None if unusual else self._by_columns(logged)
+        if steps is None:
+            records = [_parsed(line) for line in lines]
+            steps = self._by_rows([record for record in records if record is not None and record["kind"] == "train"])
+        for record in records:
+            if record is None:
+                self.unreadable += 1
+            elif record["kind"] == "evaluation":
+                facts = {name: record[name] for name in _FACTS}
+                self.records["evaluation"].append(facts | numbers_of(record))
+            elif record["kind"] != "train":
+                self.records[record["kind"]].append(record)
+        self._add(steps)
+
+    def _add(self, new: Steps) -> None:
+        """Keep those steps that are later than all before them: a run writes no others."""
+        highest = np.maximum.accumulate(np.concatenate([[self._last_step], new.steps]))
+        later = new.steps > highest[:-1]
+        self._last_step = int(highest[-1])
+        if not later.all():
+            self.unreadable += int((~later).sum())
+            figures = {name: values[later] for name, values in new.figures.items()}
+            new = Steps(new.steps[later], new.times_s[later], figures)
+        if len(new.steps):
+            self._parts.append(new)
+
+    def _by_columns(self, lines: Sequence[bytes]) -> Steps | None:
+        """Return the steps of lines, fast; None where anything is unusual, such as a figure that has not been seen."""
+        text = b"\n".join(lines)
+        table = self._table(text)
+        if table is None and (without := text.replace(b': "nan"', b": null")) != text:
+            table = self._table(without)  # a step without a figure has NaN for it, too
+        if table is None or len(table) != len(lines):
+            return None
+        steps, times = table["step"], table["time"]
+        if steps.null_count or times.null_count:
+            return None
+        figures = {name: table[name].to_numpy() for name in self._names if self._wanted(name)}
+        return Steps(steps.to_numpy(), times.cast(pa.int64()).to_numpy() / 1e6, figures)
+
+    def _table(self, text: bytes) -> pa.Table | None:
+        """Return the columns of lines; None where any of them has another type or another name."""
+        facts = [("kind", pa.string()), ("step", pa.int64()), ("time", pa.timestamp("us", "UTC"))]
+        schema = pa.schema([*facts, *((name, pa.float64()) for name in self._names)])
+        options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+        try:
+            return pa.json.read_json(pa.BufferReader(text), parse_options=options)
+        except pa.ArrowException:
+            return None
+
+    def _by_rows(self, records: Sequence[dict[str, Any]]) -> Steps:
+        """Return the steps of parsed lines, and learn the names of their figures."""
+        count = len(records)
+        figures: dict[str, NDArray[np.float64]] = {}
+        for row, record in enumerate(records):
+            for name, value in numbers_of(record).items():
+                if name not in self._names and len(self._names) < MOST_FIGURES:
+                    self._names[name] = None
+                if name in self._names and self._wanted(name):
+                    if name not in figures:
+                        figures[name] = np.full(count, np.nan)
+                    figures[name][row] = value
+        steps = np.fromiter((record["step"] for record in records), np.int64, count)
+        return Steps(steps, np.fromiter((unix_s(record) for record in records), np.float64, count), figures)
+
+
+def numbers_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return the figures of a line, those that are "nan", "inf" and "-inf" included."""
+    return {
+        name: float(value if type(value) is float else str(value))  # of a whole number beyond all floats: infinity
+        for name, value in record.items()
+        if name not in _FACTS and (type(value) in (int, float) or value in _NOT_FINITE)
+    }
+
+
+def unix_s(record: dict[str, Any]) -> float:
+    """Return when a line was written, in Unix seconds; without a zone it is UTC."""
+    moment = datetime.fromisoformat(record["time"])
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a line; None where it is none that a run writes."""
+    try:
+        record = json.loads(line)
+        unix_s(record)
+        numbers_of(record)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        return None
+    fields = {"step": int, **_FIELDS.get(kind, {})}
+    return record if all(_is_of(of_field, record.get(name)) for name, of_field in fields.items()) else None
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Return whether a value has a type; of whole numbers, whether it counts something, in 63 bits."""
+    if kind is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    return isinstance(value, kind)
+
+
+def _ahead(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+    """Yield blocks, of which the next is read in a thread while one is parsed."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
+
+
+def _joined(parts: list[Steps]) -> Steps:
+    """Return all steps of several parts, which are emptied on the way: there is no room for everything twice."""
+    steps = np.concatenate([np.empty(0, np.int64), *(part.steps for part in parts)])
+    times_s = np.concatenate([np.empty(0), *(part.times_s for part in parts)])
+    figures = {}
+    for name in dict.fromkeys(name for part in parts for name in part.figures):
+        values = (
+            part.figures.pop(name) if name in part.figures else np.full(len(part.steps), np.nan) for part in parts
+        )
+        figures[name] = np.concatenate([*values])
+    return Steps(steps, times_s, figures)

@@ -1,0 +1,188 @@
+"""Make one HTML file of one or several runs, that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import time
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from m3i_scale import __version__
+from m3i_scale.errors import ConfigError
+from m3i_scale.files import replacing
+from m3i_scale.report.about import differing_settings
+from m3i_scale.report.albums import albums_of
+from m3i_scale.report.charts import CHARTS, evaluation_charts
+from m3i_scale.report.curves import MOST_POINTS, filled_charts
+from m3i_scale.report.marks import KINDS
+from m3i_scale.report.results import documents_of_files, documents_of_run
+from m3i_scale.report.run_files import RunFiles, read_run
+from m3i_scale.report.sections import sections_of
+
+TEMPLATES = Path(__file__).parent / "templates"
+HEADINGS = {
+    "overview": "Overview",
+    "objective": "Loss and its parts",
+    "speed": "Speed and memory",
+    "health": "Health of features and targets",
+    "data": "Data",
+    "results": "Evaluations",
+    "pictures": "Pictures",
+    "checkpoints": "Checkpoints",
+    "settings": "Settings",
+}
+"""Of the parts of a page, each under its tab."""
+_MARK_LETTERS = 80
+"""Of what a mark says where the pointer is; the table of events has all of it."""
+_MOST_BYTES = 9_300_000
+"""Of plotly.js, curves and pictures; with all the rest a page has less than 10 MB."""
+
+
+def write_report(
+    folders: Sequence[Path], to: Path, *, evaluations: Sequence[Path] = (), pictures: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Write the report of one or several runs, while they train or after; only reads their files.
+
+    Args:
+        folders: output_dirs of runs, the first of which the others are compared with.
+        to: the page; one that is there is replaced once the new one is whole.
+        evaluations: documents of `evaluate` or `finetune`, beside those in the folders of the runs.
+        pictures: folders of pictures, beside those of the runs.
+
+    Returns:
+        `report`, `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
+
+    Raises:
+        ConfigError: a folder is no run, a document is no evaluation, a folder has no pictures, or the page cannot be
+            written.
+    """
+    began = time.monotonic()
+    if not to.parent.is_dir():
+        raise ConfigError("the folder of the report is missing", where=str(to.parent), fix=f"mkdir -p {to.parent}")
+    if to.suffix != ".html" or to.is_dir():  # a slip must not replace a file of a run
+        raise ConfigError("a report is a file that ends in .html", where=str(to), fix="--to FILE.html")
+    runs = [read_run(folder) for folder in folders]
+    charts = filled_charts(runs, [*CHARTS, *evaluation_charts(runs)])
+    page = _page(runs, charts, evaluations, pictures)
+    try:
+        with replacing(to) as file:
+            file.write(page.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise ConfigError(
+            f"the report cannot be written: {error.strerror}", where=str(to), fix="free some space, or --to elsewhere"
+        ) from None
+    return {
+        "report": str(to),
+        "bytes": to.stat().st_size,
+        "seconds": round(time.monotonic() - began, 2),
+        "runs": [run.name for run in runs],
+        "charts": [chart["id"] for chart in charts],
+    }
+
+
+def open_in_browser(page: Path) -> None:
+    """Show a page in the browser of whoever runs this.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not webbrowser.open(page.absolute().as_uri()):
+        raise ConfigError(
+            "there is no browser here to open the report with",
+            where=f"--open {page}",
+            fix="copy the file to a machine with one, or set BROWSER; the report is written",
+        )
+
+
+def _page(
+    runs: list[RunFiles], charts: list[dict[str, Any]], evaluations: Sequence[Path], pictures: Sequence[Path]
+) -> str:
+    names = _distinct(runs)
+    sections = [sections_of(run, name) for run, name in zip(runs, names, strict=True)]
+    documents = [*(document for run in runs for document in documents_of_run(run)), *documents_of_files([*evaluations])]
+    tabs_with_charts = {chart["tab"] for chart in charts}
+    marks = [
+        {"run": number, "kind": mark["kind"], "step": mark["step"], "short": mark["text"][:_MARK_LETTERS]}
+        for number, run in enumerate(sections)
+        for mark in run["marks"]
+    ]
+    kinds = {kind: words for kind, words in KINDS.items() if any(mark["kind"] == kind for mark in marks)}
+    series = [{key: chart[key] for key in ("id", "tab", "title", "unit", "stacked", "series")} for chart in charts]
+    data = script_safe({"runs": names, "charts": series, "marks": marks, "kinds": kinds})
+    scripts = [Markup(get_plotlyjs()), Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
+    albums = albums_of(runs, [*pictures], (_MOST_BYTES - len(data) - len(scripts[0])) * 3 // 4)
+    filled = {
+        "overview": True,
+        "data": any(run["quarantine"] for run in sections),
+        "results": bool(documents),
+        "pictures": bool(albums),
+        "checkpoints": any(run["checkpoints"] for run in sections),
+        "settings": True,
+    }
+    return _environment().get_template("report.html.j2").render(
+        title=names[0] if len(names) == 1 else f"{len(names)} runs",
+        runs=sections,
+        charts=charts,
+        kinds=kinds,
+        tabs=[tab for tab in HEADINGS if tab in tabs_with_charts or filled.get(tab)],
+        headings=HEADINGS,
+        tabs_with_charts=tabs_with_charts,
+        facts=_by_name([run["facts"] for run in sections]),
+        differing=differing_settings(runs) if len(runs) > 1 else [],
+        documents=documents,
+        albums=albums,
+        points=MOST_POINTS,
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        data=data,
+        plotly=scripts[0],
+        script=scripts[1],
+        allowed_scripts=Markup(" ".join(map(_allowed, scripts))),
+    )  # fmt: skip
+
+
+def _by_name(facts: list[dict[str, str]]) -> list[dict[str, Any]]:
+    names = dict.fromkeys(name for of_run in facts for name in of_run)
+    return [{"name": name, "cells": [of_run.get(name, "–") for of_run in facts]} for name in names]
+
+
+def _distinct(runs: list[RunFiles]) -> list[str]:
+    """Return what runs are called: by their names, where several have the same by the part of their folders' paths in
+    which these differ."""
+    names = [run.name for run in runs]
+    paths = [run.folder.absolute().parts for run in runs]
+    shared = set.intersection(*map(set, paths))
+    differing = ["/".join(part for part in parts if part not in shared) for parts in paths]
+    return [name if names.count(name) == 1 else part or name for name, part in zip(names, differing, strict=True)]
+
+
+def script_safe(value: Any) -> Markup:
+    """Return JSON that may stand within a <script>: no text of it can end the element or begin a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _allowed(script: str) -> str:
+    """Return what the page's policy calls a script that may run: all others may not."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,126 @@
+"""Show what evaluations have measured, each estimate with its interval: documents of `evaluate` and `finetune`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.files import read_json
+from m3i_scale.report.run_files import RunFiles
+from m3i_scale.text import estimates, short, without_secrets
+
+EVALUATION, FINE_TUNED = "evaluation.json", "finetune.json"
+"""That `finetune` and the quickstart write into a run's folder."""
+_LEFT, _WIDTH = 6.0, 208.0
+"""Of the axis from 0 to 1 in a drawn interval, pixels."""
+_BYTES = 50_000_000
+_LETTERS = 600
+_SHOWN_KEYS = (
+    "task",
+    "protocol",
+    "published",
+    "deviations",
+    "model",
+    "data",
+    "step",
+    "weights",
+    "not_measured",
+    "warnings",
+)
+
+
+def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
+    """Return the documents that lie in a run's folder, drawn; one that cannot be read says so in its place."""
+    drawn = []
+    for name in (FINE_TUNED, EVALUATION):
+        path = run.folder / name
+        if path.is_file():
+            try:
+                drawn.append(_document(f"{run.name}: {name}", path))
+            except ConfigError as error:
+                drawn.append({"title": f"{run.name}: {name}", "lines": [error.what], "rows": []})
+    return drawn
+
+
+def documents_of_files(paths: list[Path]) -> list[dict[str, Any]]:
+    """Return documents that were asked for, drawn.
+
+    Raises:
+        ConfigError: one cannot be read, or is no document of `evaluate` or `finetune`.
+    """
+    return [_document(path.name, path) for path in paths]
+
+
+def _document(title: str, path: Path) -> dict[str, Any]:
+    fix = "name what `m3i-scale evaluate … --json` printed, or finetune.json of a fine-tuning"
+    try:
+        if path.stat().st_size > _BYTES:
+            raise ConfigError("too large to be an evaluation", where=str(path), fix=fix)
+        document = read_json(path)
+        if not isinstance(document, dict) or not isinstance(document.get("measures", document.get("figures")), dict):
+            raise ConfigError("no evaluation", where=str(path), fix=fix)
+        return _drawn(title, document)
+    except OSError as error:
+        raise ConfigError(f"the evaluation cannot be read: {error.strerror}", where=str(path), fix=fix) from None
+    except ValueError:
+        raise ConfigError("the evaluation is no JSON", where=str(path), fix=fix) from None
+    except RecursionError:
+        raise ConfigError("the evaluation is nested too deeply", where=str(path), fix=fix) from None
+
+
+def _drawn(title: str, document: dict[str, Any]) -> dict[str, Any]:
+    measures = document.get("measures", document.get("figures"))
+    baseline = document.get("baseline")
+    rows = [*_rows(measures)]
+    if isinstance(baseline, dict):
+        rows += _rows(baseline.get("measures"), "raw pixels ")
+    lines = [
+        without_secrets(f"{key.replace('_', ' ')}: {_words(document[key])[:_LETTERS]}")
+        for key in _SHOWN_KEYS
+        if document.get(key)
+    ]
+    return {"title": title, "lines": lines, "rows": rows}
+
+
+def _rows(measures: Any, before: str = "") -> Iterator[dict[str, Any]]:
+    for name, estimate, guesses in estimates(measures):
+        value, low, high = (_number(estimate[key]) for key in ("value", "low", "high"))
+        if value is None or low is None or high is None:
+            continue
+        by_guessing = {key: number for key, guess in guesses.items() if (number := _number(guess)) is not None}
+        chance = by_guessing.get("chance")
+        yield {
+            "name": before + name,
+            "value": f"{value:.3f}",
+            "interval": f"{low:.3f} … {high:.3f}",
+            "guess": ", ".join(f"{key} {number:.3g}" for key, number in by_guessing.items()),
+            "value_x": _x(value),
+            "low_x": _x(low),
+            "high_x": _x(high),
+            "chance_x": None if chance is None else _x(chance),
+        }
+
+
+def _number(value: Any) -> float | None:
+    """Return the number that a JSON value stands for, "nan" and "inf" included; None for anything else."""
+    try:
+        return None if isinstance(value, bool | dict | list) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _words(value: Any) -> str:
+    """Return a value as a person would write it."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key.replace('_', ' ')} {_words(item)}" for key, item in value.items() if item not in (None, {})
+        )
+    if isinstance(value, list):
+        return "; ".join(map(_words, value))
+    return value if isinstance(value, str) else short(value)
+
+
+def _x(value: float) -> float:
+    return round(_LEFT + _WIDTH * min(1.0, max(0.0, value)), 1)

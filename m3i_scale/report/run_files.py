@@ -1,0 +1,141 @@
+"""Read what a run has written about itself, while it trains or after: its settings, figures and events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.config import read_yaml
+from m3i_scale.errors import ConfigError
+from m3i_scale.report.metrics_file import MetricsFile, unix_s
+from m3i_scale.scale.output_dir import METRICS, RUN_FILE, is_run_folder
+
+Record = dict[str, Any]
+"""A line of metrics.jsonl."""
+_RECENT = 20
+"""Records whose mean time of a step the time left is reckoned with."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Holds what a run's folder tells of it. Figures are aligned with `steps`; docs/metrics.md says what they are."""
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]
+    """The run file, as it was resolved at the last start; {} where there is none."""
+    starts: list[Record]
+    """The `run` lines: the first start and every resume, in their order."""
+    warnings: list[Record]
+    rewinds: list[Record]
+    evaluations: list[Record]
+    """Their figures are numbers, NaN and the infinities included."""
+    ends: list[Record]
+    steps: NDArray[np.int64]
+    """Logged steps, of shape N, increasing."""
+    times_s: NDArray[np.float64]
+    """When they were logged, of shape N, in Unix seconds."""
+    figures: dict[str, NDArray[np.float64]]
+    """By the names of metrics.jsonl, each of shape N; NaN where a step has none."""
+    unreadable: int
+    """Lines that are torn, no JSON, too long, of other types, or of a step that is not later than those before."""
+
+    @property
+    def total_steps(self) -> int | None:
+        """Return the steps that the run is to have; None where it has not said so."""
+        return self.starts[-1]["total_steps"] if self.starts else None
+
+    @property
+    def step(self) -> int:
+        """Return the last step that is known to be done: logged, or gone on from, or ended at."""
+        marks = [line["step"] for line in (*self.starts[-1:], *self.ends[-1:], *self.rewinds[-1:])]
+        return max([*marks, *map(int, self.steps[-1:])], default=0)
+
+    @property
+    def left_s(self) -> float | None:
+        """Return the seconds that the steps to come will take, by the mean of the last records; None where no record
+        says how long a step takes, or nothing is left to do."""
+        recent_s = self.figures.get("speed/step_s", np.empty(0))[-_RECENT:]
+        recent_s = recent_s[np.isfinite(recent_s)]
+        if self.total_steps is None or not recent_s.size or self.step >= self.total_steps:
+            return None
+        return float(recent_s.mean()) * (self.total_steps - self.step)
+
+    @property
+    def status(self) -> str | None:
+        """Return how the last start has ended (`finished`, `preempted`, `failed`); None where it has not said so."""
+        begun_s, ended_s = (max(map(unix_s, lines), default=0.0) for lines in (self.starts, self.ends))
+        return str(self.ends[-1]["status"]) if self.ends and ended_s >= begun_s else None
+
+
+class RunReader:
+    """Reads a run's folder, and later what has been added to it. Nothing is written.
+
+    Args:
+        folder: the output_dir of a run.
+        wanted: says by its name whether a figure is kept.
+
+    Raises:
+        ConfigError: no run has begun there, or it cannot be looked into.
+    """
+
+    def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        try:
+            has_begun = is_run_folder(folder) or (folder / METRICS).is_file()
+        except OSError as error:
+            raise ConfigError(f"the folder cannot be read: {error.strerror}", where=str(folder.absolute())) from None
+        if not has_begun:
+            raise ConfigError(
+                "no run has begun in this folder", where=str(folder.absolute()), fix="give the output_dir of a run"
+            )
+        self._folder = folder
+        self._metrics = MetricsFile(folder / METRICS, wanted)
+
+    def read(self) -> RunFiles:
+        """Return what the folder tells now.
+
+        Raises:
+            ConfigError: a file of it cannot be read, or the run file is no YAML.
+        """
+        try:
+            self._metrics.read_on()
+        except OSError as error:
+            raise ConfigError(
+                f"the metrics cannot be read: {error.strerror}", where=str(self._folder / METRICS)
+            ) from None
+        run_file = self._folder / RUN_FILE
+        settings = read_yaml(run_file) if run_file.is_file() else {}
+        lines, logged = self._metrics.records, self._metrics.steps()
+        started = [start["name"] for start in lines["run"][-1:]]
+        names = [settings.get("name"), *started, self._folder.absolute().name]
+        return RunFiles(
+            folder=self._folder,
+            name=next(name for name in names if isinstance(name, str)),
+            settings=settings,
+            starts=[*lines["run"]],
+            warnings=[*lines["warning"]],
+            rewinds=[*lines["rewind"]],
+            evaluations=[*lines["evaluation"]],
+            ends=[*lines["end"]],
+            steps=logged.steps,
+            times_s=logged.times_s,
+            figures=logged.figures,
+            unreadable=self._metrics.unreadable,
+        )
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Return what a run's folder tells of it. While the run writes, the last line may be half written: it is left out.
+
+    Args:
+        folder: the output_dir of a run.
+
+    Raises:
+        ConfigError: no run has begun there, or a file of it cannot be read.
+    """
+    return RunReader(folder).read()

@@ -1,0 +1,83 @@
+"""Gather what a report shows of one run beside its curves, as texts for the templates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+
+from m3i_scale.errors import Faults
+from m3i_scale.report.about import facts_of, figures_of, progress_of
+from m3i_scale.report.marks import marks_of
+from m3i_scale.report.run_files import RunFiles
+from m3i_scale.report.run_folder import Quarantined, attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
+from m3i_scale.text import masked, shown, size_text
+
+_MOST_SAMPLES = 24
+"""Of the quarantine, as pictures."""
+
+
+def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
+    """Return all that the templates show of one run beside its curves. A file of the run that cannot be read is named
+    there, and the rest is shown."""
+    faults = Faults()
+    checkpoints = faults.note(checkpoints_of, run) or {"checkpoints": []}
+    quarantine = faults.note(quarantine_of, run.folder) or {}
+    attempts = faults.note(attempts_of, run.folder) or []
+    failure = faults.note(failure_of, run.folder)
+    progress = progress_of(run)
+    fault_texts = [f"{error.what} ({error.where})" for error in faults.found]
+    if run.unreadable:
+        fault_texts.append(f"{run.unreadable:,} lines of metrics.jsonl could not be read")
+    return {
+        "name": name,
+        "progress": progress,
+        "figures": figures_of(run, progress),
+        "facts": facts_of(run, progress, sorted({sign.host for sign in ranks_of(run.folder)})),
+        "marks": marks_of(run, attempts, failure),
+        "faults": [shown(text) for text in fault_texts],
+        "sources": _sources(run),
+        "quarantine": {shown(reason): of_reason.count for reason, of_reason in quarantine.items()},
+        "samples": _samples(quarantine),
+        "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],
+        "settings": yaml.safe_dump(masked(run.settings, names=True), sort_keys=False, allow_unicode=True)
+        if run.settings
+        else "",
+    }
+
+
+def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
+    kept_by = "; ".join(row["kept_by"]) or "nothing: goes at the next save"
+    return {
+        "name": row["name"] + (" (latest)" if row["latest"] else ""),
+        "samples": "?" if row["samples"] is None else f"{row['samples']:,}",
+        "size": size_text(row["bytes"]),
+        "whole": "yes" if row["good"] else "no",
+        "kept_by": kept_by,
+    }
+
+
+def _samples(quarantine: dict[str, Quarantined]) -> list[dict[str, str | None]]:
+    """Return some samples of every reason, as pictures where they decode."""
+    if not quarantine:
+        return []
+    # It imports torch, which takes seconds.
+    from m3i_scale.report.bad_samples import shown_samples
+
+    each = max(1, min(4, _MOST_SAMPLES // len(quarantine)))
+    entries = [entry for of_reason in quarantine.values() for entry in of_reason.examples[:each]]
+    return shown_samples(entries[:_MOST_SAMPLES])
+
+
+def _sources(run: RunFiles) -> list[dict[str, str]]:
+    """Return the newest share, the one asked for and the passes of every source, as texts."""
+    forms = {"share": "{:.1%}", "asked": "{:.1%}", "epoch": "{:.3g}"}
+    sources = []
+    for figure in run.figures:
+        if figure.startswith("source/") and figure.endswith("/share"):
+            source = figure.removesuffix("/share")
+            values = {key: run.figures.get(f"{source}/{key}", [math.nan])[-1] for key in forms}
+            texts = {key: form.format(values[key]) for key, form in forms.items()}
+            sources.append({"name": source.removeprefix("source/"), **texts})
+    return sources

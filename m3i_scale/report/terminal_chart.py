@@ -1,0 +1,37 @@
+"""Draw one curve as lines of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotext
+from numpy.typing import NDArray
+
+from m3i_scale.report.downsample import thin
+
+_LARGEST = 1e300
+"""Beyond it plotext's differences of values would be infinite."""
+
+
+def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int) -> list[str]:
+    """Return the lines of a chart, all of them `width` letters.
+
+    Args:
+        x: steps, of shape N, increasing.
+        y: of shape N. Values that are not finite are left out.
+        width: of the chart, in letters.
+        height: in lines.
+    """
+    x, y = thin(x, y, 4 * width)  # a letter of braille is two dots wide; a spike takes its highest and lowest point
+    y = y.clip(-_LARGEST, _LARGEST)
+    figure = plotext.figure
+    plotext.terminal.limit(False, False)
+    figure.clear()
+    figure.plot_size(width, height)
+    figure.axes(False, axis="x", side="upper")
+    figure.axes(False, axis="y", side="right")
+    if len(x):
+        ends = sorted({int(x[0]), int(x[-1])})
+        figure.ruler("x", "lower").ticks(ends, [f"{step:,}" for step in ends])
+        figure.draw(figure.signal(x.tolist(), y.tolist(), marker="braille").lines(True))
+    return [line.ljust(width)[:width] for line in figure.build().string(colorless=True).split("\n")[:height]]

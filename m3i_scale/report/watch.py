@@ -1,0 +1,121 @@
+"""`m3i-scale watch` shows a run in a terminal while it trains, from what it writes; nothing of it is changed."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, ConsoleDimensions, Group
+from rich.text import Text
+
+from m3i_scale.errors import CheckpointError
+from m3i_scale.report.run_files import RunReader
+from m3i_scale.report.run_folder import Quarantined, attempts_of, failure_of, quarantine_of, ranks_of
+from m3i_scale.report.watch_view import Watched, is_shown, lines_of
+from m3i_scale.scale.output_dir import QUARANTINE, holder_of
+
+_LOOK_S = 0.2
+"""How soon a changed size of the terminal is seen."""
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_PLAIN_COLUMNS = 80
+
+
+def watch(folder: Path, every_s: float) -> None:
+    """Show a run until `q` or Ctrl-C. Elsewhere than on a terminal it is shown once, as plain text.
+
+    Args:
+        folder: the output_dir of a run.
+        every_s: how often its files are looked at.
+
+    Raises:
+        ConfigError: no run has begun there, or a file of it cannot be read.
+    """
+    files = _Files(folder)
+    console = Console()
+    if not (sys.stdin.isatty() and console.is_terminal) or console.is_dumb_terminal:
+        width = console.width if "COLUMNS" in os.environ else _PLAIN_COLUMNS
+        for line in lines_of(files.look(), width, None):
+            print(line.plain.rstrip())
+        return
+    with _keys() as keyboard, console.screen() as screen:
+        while True:
+            watched, until_s = files.look(), time.monotonic() + every_s
+            drawn: ConsoleDimensions | None = None
+            while time.monotonic() < until_s:
+                if console.size != drawn:
+                    drawn = console.size
+                    lines = lines_of(watched, drawn.width, drawn.height - 1)
+                    screen.update(Group(*lines, Text("q: end", "dim")))
+                if _is_ended(keyboard):
+                    return
+
+
+class _Files:
+    """Looks at the files of a run again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = RunReader(folder, is_shown)
+        self._quarantine: dict[str, Quarantined] = {}
+        self._quarantine_bytes = 0
+
+    def look(self) -> Watched:
+        """Return what they tell now."""
+        folder, file = self._folder, self._folder / QUARANTINE
+        size = file.stat().st_size if file.is_file() else 0
+        if size != self._quarantine_bytes:
+            self._quarantine, self._quarantine_bytes = quarantine_of(folder), size
+        return Watched(
+            run=self._reader.read(),
+            holder=_holder(folder),
+            ranks=ranks_of(folder),
+            attempts=attempts_of(folder),
+            quarantine=self._quarantine,
+            failure=failure_of(folder),
+        )
+
+
+def _holder(folder: Path) -> str | None:
+    try:
+        holder = holder_of(folder)
+    except CheckpointError as error:  # it is just starting, or the lock cannot be looked at
+        return error.what
+    return None if holder is None else str(holder)
+
+
+@contextmanager
+def _keys() -> Iterator[int]:
+    """Give standard input with every key as it is typed, and its state back however this ends."""
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    handlers = {number: signal.signal(number, _end) for number in _ENDING}
+    try:
+        tty.setcbreak(keyboard)
+        yield keyboard
+    except KeyboardInterrupt:
+        return  # ends as `q` does
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _is_ended(keyboard: int) -> bool:
+    """Wait a moment for keys; return whether one of them is `q`, or no more can come."""
+    ready, _, _ = select.select([keyboard], [], [], _LOOK_S)
+    if not ready:
+        return False
+    keys = os.read(keyboard, 1024)
+    return b"q" in keys or not keys

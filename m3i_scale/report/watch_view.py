@@ -1,0 +1,213 @@
+"""Draw a run for a terminal of any size: how far it is, curves, phases, hosts, what went wrong."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from rich.cells import set_cell_size
+from rich.text import Text
+
+from m3i_scale.report.metrics_file import unix_s
+from m3i_scale.report.run_files import RunFiles
+from m3i_scale.report.run_folder import AttemptNote, FailureNote, Quarantined, RankSign
+from m3i_scale.report.terminal_chart import curve
+from m3i_scale.text import duration_text, filled, listed
+
+_LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12
+"""Of a chart, with its title."""
+_EVENTS = 4
+_FIGURES = {
+    "loss": ("loss", "{:.4g}"),
+    "speed/samples_per_s": ("samples/s", "{:,.1f}"),
+    "speed/mfu": ("MFU", "{:.1%}"),
+    "speed/data_wait_share": ("data wait", "{:.0%}"),
+    "lr": ("lr", "{:.2e}"),
+    "memory_gib": ("memory", "{:.2f} GiB"),
+}
+_WITHOUT_CURVE = ("lr", "memory_gib")
+
+
+def is_shown(figure: str) -> bool:
+    """Return whether a figure of metrics.jsonl is drawn or written here."""
+    of_group = figure.startswith("group/") and figure.endswith(("/nats", "/loss"))
+    return of_group or figure in (*_FIGURES, "speed/step_s") or figure.startswith("phases/")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Holds what is shown of a run at one moment."""
+
+    run: RunFiles
+    holder: str | None
+    """Who writes into the folder, in words; None: nobody."""
+    ranks: Sequence[RankSign]
+    attempts: Sequence[AttemptNote]
+    quarantine: dict[str, Quarantined]
+    failure: FailureNote | None
+
+
+def lines_of(watched: Watched, width: int, height: int | None) -> list[Text]:
+    """Return the lines of a picture of the run, none longer than `width`.
+
+    Args:
+        watched: the run.
+        width: of the terminal, in letters.
+        height: in lines; charts have what the rest leaves. None: as many as there are.
+    """
+    head, foot = [*_head(watched, width)], [*_foot(watched, width)]
+    room = None if height is None else height - len(head) - len(foot)
+    lines = [*head, *_charts(watched.run, width, room), *foot][:height]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _head(watched: Watched, width: int) -> Iterator[Text]:
+    run = watched.run
+    yield Text(_clean(f"{run.name}  {run.folder}"), "bold")
+    share = 0.0
+    words = f"step {run.step:,}"
+    if run.total_steps:
+        share = run.step / run.total_steps
+        words = f"step {run.step:,}/{run.total_steps:,}  {share:.1%}"
+    if run.left_s is not None:
+        words += f"  {duration_text(run.left_s)} left"
+    yield Text(words)
+    yield Text(_bar(share, width), "green")
+    yield from _wrapped(_state(watched), width, "")
+    figures = [f"{words} {value}" for _, words, value in _latest(run)]
+    yield from (Text(line) for line in filled(figures, width))
+
+
+def _state(watched: Watched) -> str:
+    run = watched.run
+    heard = [*run.times_s[-1:], *(unix_s(line) for line in (*run.starts[-1:], *run.ends[-1:]))]
+    ago = f", last line {duration_text(max(0.0, time.time() - max(heard)))} ago" if heard else ""
+    failure = f": {watched.failure.message.splitlines()[0]}" if watched.failure and watched.failure.message else ""
+    if run.status is not None:
+        return f"{run.status}{failure if run.status == 'failed' else ''}"
+    if watched.holder is not None:
+        return f"running, {watched.holder}{ago}"
+    if not run.starts:
+        return "nothing runs here, and no step has been made"
+    return f"nothing runs here any more{failure or ', and it has not said how it ended'}{ago}"
+
+
+def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, words, value) of the last figures."""
+    for name, (words, form) in _FIGURES.items():
+        if name in run.figures:
+            yield name, words, form.format(run.figures[name][-1])
+        if name == "loss":
+            yield from _groups(run)
+
+
+def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
+    """Yield the nats of every group, or its loss where nats are not measured."""
+    for group in dict.fromkeys(name.split("/")[1] for name in run.figures if name.startswith("group/")):
+        for name, unit in ((f"group/{group}/nats", "nats"), (f"group/{group}/loss", "loss")):
+            known = run.figures.get(name, np.empty(0))
+            known = known[np.isfinite(known)]
+            if len(known):
+                yield name, _clean(f"{group} {unit}"), f"{known[-1]:.4g}"
+                break
+
+
+def _charts(run: RunFiles, width: int, room: int | None) -> list[Text]:
+    """Return rows of charts, as many as there is room for: the most important first."""
+    columns = max(1, width // _LEAST_COLUMNS)
+    chart_width = max(1, width // columns - 1)
+    shown = [chart for chart in _latest(run) if chart[0] not in _WITHOUT_CURVE]
+    count = len(shown) + 1  # that of phases
+    rows = math.ceil(count / columns)
+    height = _MOST_LINES
+    if room is not None:
+        rows = min(rows, max(0, room) // _LEAST_LINES)
+        height = min(_MOST_LINES, room // rows) if rows else 0
+    if not len(run.steps) or not rows:
+        return []
+    charts = [_chart(run, *chart, chart_width, height) for chart in shown[: rows * columns]]
+    charts.insert(1, _phases(run, chart_width, height))
+    lines = []
+    for begin in range(0, rows * columns, columns):
+        row = charts[begin : begin + columns]
+        lines += [Text(" ").join(parts) for parts in zip(*row, strict=True)]
+    return lines
+
+
+def _chart(run: RunFiles, name: str, words: str, value: str, width: int, height: int) -> list[Text]:
+    drawn = curve(run.steps, run.figures[name], width, height - 1)
+    return [_title(f"{words} {value}", width), *(Text(line, "cyan") for line in drawn)]
+
+
+def _phases(run: RunFiles, width: int, height: int) -> list[Text]:
+    shares = {name: values[-1] for name, values in run.figures.items() if name.startswith("phases/")}
+    largest = sorted(shares, key=lambda name: -shares[name])[: height - 1]
+    lines = [_title("phases of a step", width)]
+    for phase, share in ((name.removeprefix("phases/"), shares[name]) for name in shares if name in largest):
+        bar = _bar(share, max(0, width - 16))
+        lines.append(Text(set_cell_size(f"{_clean(phase)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
+    return [*lines, *(Text(" " * width) for _ in range(height - len(lines)))]
+
+
+def _foot(watched: Watched, width: int) -> Iterator[Text]:
+    for host, of_host in groupby(watched.ranks, key=lambda sign: sign.host):
+        signs = [*of_host]
+        ago = duration_text(max(0.0, time.time() - max(sign.heard_s for sign in signs)))
+        ranks = _ranges([sign.rank for sign in signs])
+        yield from _wrapped(f"host {host}: ranks {ranks}, last heard of {ago} ago", width, "")
+    if watched.quarantine:
+        reasons = [f"{reason} {of_reason.count:,}" for reason, of_reason in watched.quarantine.items()]
+        yield from _wrapped(f"quarantined: {listed(reasons, 5)}", width, "yellow")
+    if watched.run.unreadable:
+        yield from _wrapped(f"{watched.run.unreadable:,} lines of metrics.jsonl cannot be read", width, "yellow")
+    for _, text in sorted(_events(watched))[-_EVENTS:]:
+        yield from _wrapped(text, width, "yellow")
+
+
+def _events(watched: Watched) -> Iterator[tuple[float, str]]:
+    """Yield (Unix seconds, sentence) of what went wrong."""
+    for line in watched.run.warnings:
+        yield unix_s(line), f"step {line['step']:,}: {line['group']}: {line['what']} ({line['why']})"
+    for line in watched.run.rewinds:
+        steps = f"step {line['rewound_from']:,}: went back to step {line['rewound_to']:,}"
+        yield unix_s(line), f"{steps} for a spike of the loss"
+    for attempt in watched.attempts:
+        if attempt.lost:
+            yield attempt.ended, f"attempt {attempt.attempt}: lost {listed(attempt.lost, 5)}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return `0–3, 6` for 0, 1, 2, 3, 6."""
+    runs = [
+        [number for _, number in pairs]
+        for _, pairs in groupby(enumerate(sorted(set(numbers))), key=lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _wrapped(text: str, width: int, style: str) -> Iterator[Text]:
+    """Yield the lines of a sentence, three at most."""
+    lines = textwrap.wrap(_clean(text), max(width, 10), max_lines=3, placeholder=" …")
+    yield from (Text(line, style) for line in lines)
+
+
+def _title(text: str, width: int) -> Text:
+    return Text(set_cell_size(text, width), "bold")
+
+
+def _bar(share: float, width: int) -> str:
+    """Return a bar over its whole width: `━━━───`."""
+    done = round(min(1.0, max(0.0, share)) * width) if math.isfinite(share) else 0
+    return "━" * done + "─" * (width - done)
+
+
+def _clean(text: str) -> str:
+    """Return text of a file without what would move the cursor, ring or change colours."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
