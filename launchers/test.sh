@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Install what the tests need, then lint, check types and run the tests. Arguments go to pytest.
+# Install what the tests need, then lint, build the pages, check types and run the tests. Arguments go to pytest.
 #
 #   bash launchers/test.sh [--all] [pytest argument …]
 #
 # --all: the tests of benchmarks/ too, which are left out otherwise. Where no file is named, two files run at a time: first
 # those that compute, then those that measure silence and time-outs. test-report*.xml (JUnit) stay.
-# Exit code: pytest's; 1 where all tests pass but lint or types do not. PYTHON: the Python to make .venv with.
+# Exit code: pytest's; 1 where all tests pass but lint, pages or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launchers/_environment.sh
@@ -19,6 +19,7 @@ install_system_packages() {
   for pair in tc:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh mpirun:openmpi-bin pkill:procps; do # hosts in tests/cluster, and a ready file
     PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair#*:}")
   done
+  command -v chromium >/dev/null 2>&1 || missing+=(chromium) # opens the report of a run
   PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null 2>&1 || missing+=(slurm-wlm munge) # a cluster of two nodes
   [ ${#missing[@]} -eq 0 ] && return 0
   apt-get update -qq >&2
@@ -31,7 +32,7 @@ check_venv
 check_compiler
 if [ -x .venv/bin/pytest ]; then check_disk 1; else check_disk 6; fi
 report_faults
-install_into_venv test -e '.[emoji,tensorboard,test]'
+install_into_venv test -e '.[emoji,report,tensorboard,test]'
 
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
 build_extensions
@@ -55,6 +56,9 @@ check() {
 }
 check lint ruff check .
 check format ruff format --check .
+site=$(mktemp -d)
+check docs env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site" # dead links and anchors fail
+rm -rf "$site"
 types=$(mktemp)
 mypy >"$types" 2>&1 & # it takes a minute of one core
 types_pid=$!

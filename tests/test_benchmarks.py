@@ -300,3 +300,13 @@ def test_a_run_that_is_killed_twenty_times_loses_nothing():
     assert told["non_identical_on_other_ranks"] == 0
     assert told["torn_points_hit"] >= 5
     assert told["resumes"] >= 3
+
+
+def test_the_report_of_a_long_run_is_measured(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "report.py"), "--json", "--steps", "3000", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout)
+    assert measured["steps"] == 3000
+    assert measured["bytes"] == (tmp_path / "report.html").stat().st_size
+    assert measured["run_bytes"] == (tmp_path / "run" / "metrics.jsonl").stat().st_size
+    assert min(measured["seconds"], measured["peak_mib"]) > 0

@@ -48,6 +48,7 @@ def test_a_fault_of_the_file_is_blamed_on_the_file(tmp_path):
         ("optim.lr=fast", "e.g. the default, optim.lr=0.001"),
         ("log.wandb=on", "e.g. the default, log.wandb=off"),
         ("data.augment.flip=2", "e.g. the default, data.augment.flip=0.5"),
+        ("log.picture_samples=6", "log.pictures_every_steps=1000"),
         ("optim.lrr=1", "did you mean 'lr'"),
         ("steps=5", "did you mean 'optim.steps'?"),
         ("flip=0.5", "did you mean 'data.augment.flip'?"),

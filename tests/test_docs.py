@@ -232,6 +232,15 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=name_of)
+def test_a_page_begins_with_what_it_answers_and_a_command(page):
+    head = page.read_text(encoding="utf-8").split("\n## ")[0]
+    title, answers, *_ = head.split("\n\n")
+    assert re.fullmatch(r"# .+", title)
+    assert answers[0] not in "`#|-"
+    assert re.search(r"^```(bash|console)$", head, re.MULTILINE)
+
+
 def test_every_page_is_listed():
     listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} == listed

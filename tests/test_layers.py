@@ -1,4 +1,4 @@
-"""Imports run down: cli > run > {evaluate, hub, launch, report} > scale > objective > backbones > data > ground."""
+"""Imports run down: api, cli > run > {evaluate, hub, launch, report} > scale > objective > backbones > data > …."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -30,6 +30,7 @@ LEVELS = {
     "launch": 7,
     "report": 7,
     "run": 8,
+    "api": 9,
     "cli": 9,
     "__main__": 10,
 }

@@ -47,8 +47,8 @@ from m3i_scale.run.setup import start_engine
 from m3i_scale.scale.activation_budget import count_saved, fit_activations, peak_bytes
 from m3i_scale.scale.agree import agree, max_over_ranks, mean_over_ranks
 from m3i_scale.scale.checkpoint.saver import Saver, buffers_of
-from m3i_scale.scale.engine import parameter_groups
 from m3i_scale.scale.loading import stream_into
+from m3i_scale.scale.parameter_groups import parameter_groups
 from m3i_scale.scale.partition import (
     construct,
     full_numel,
@@ -266,7 +266,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
                 parameter.ds_tensor.numel() == -(-full_shape(parameter).numel() // self.world)
                 for parameter in parameters
             ),
-            "decayed": [len(group["params"]) for group in parameter_groups(module, 0.1)],
+            "decayed": [len(group["params"]) for group in parameter_groups(module, 0.1, shape_of=full_shape)],
         }
 
     def plain_first_weights(self) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ class RankParts:
             where=ds_config,
         )
         parsed, self.image = parse_recipe(run.recipe), backbone_config(run.backbone).image_size
-        return ResolvedRun(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, resolved, self.image, 1)
+        return ResolvedRun(run, parsed, LABEL_SETS, Vocabulary() if parsed.uses_text else None, self.image, resolved, 1)
 
     def batch(self, seed: int = 0) -> Any:
         size = GLOBAL_BATCH // self.world

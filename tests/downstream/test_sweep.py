@@ -33,7 +33,7 @@ from m3i_scale.objective.targets.category import FeatureNorm
 from m3i_scale.run.hooks.evaluation import Evaluation
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.scale.checkpoint.weights import load_weights
-from m3i_scale.scale.engine import parameter_groups
+from m3i_scale.scale.parameter_groups import parameter_groups
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SHAPE = SIZES | {"image_size": 32, "patch_size": 8}
