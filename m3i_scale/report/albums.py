@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from m3i_scale.data.images import DECODE_FAULTS
-from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.report.run_files import RunFiles
@@ -164,7 +163,7 @@ def _bytes(path: Path, *, smaller: bool) -> bytes:
 
     Raises:
         OSError: it cannot be read, or has more bytes than any picture that this package writes.
-        ValueError: it has too many pixels. Others of `DECODE_FAULTS`: it does not decode.
+        Others of `DECODE_FAULTS`: it does not decode, or Pillow takes it for a decompression bomb.
     """
     if path.stat().st_size > _MOST_BYTES:
         raise OSError("too large")
@@ -172,8 +171,6 @@ def _bytes(path: Path, *, smaller: bool) -> bytes:
         return path.read_bytes()
     buffer = io.BytesIO()
     with Image.open(path, formats=("JPEG", "PNG")) as image:
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError("too many pixels")
         picture = image.convert("RGB")
         picture.thumbnail((_SMALL_SIDE, _SMALL_SIDE))
         picture.save(buffer, "JPEG", quality=65)
