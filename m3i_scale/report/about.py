@@ -14,12 +14,14 @@ from m3i_scale.report.run_files import RunFiles
 from m3i_scale.scale.output_dir import UnknownHolderError, holder_of
 from m3i_scale.text import differences, duration_text, listed, masked, short, shown
 
+_STOPPED = "stopped without saying how, or training where its lock is not seen from here"
+
 
 def progress_of(run: RunFiles) -> dict[str, Any]:
     """Return how far a run has come: `percent`, `left` (a duration in words, or None), `status` and all of it in
     `words`."""
     total, status = run.total_steps, run.status or _unended_status(run)
-    left = None if run.left_s is None else duration_text(run.left_s)
+    left = None if run.left_s is None or status == _STOPPED else duration_text(run.left_s)
     words = f"step {run.step:,}" + ("" if total is None else f" of {total:,}") + f", {status}"
     if left is not None:
         words += f", {left} left at the speed of the last records"
@@ -37,7 +39,7 @@ def _unended_status(run: RunFiles) -> str:
         holder = None
     if holder is not None and holder.trains:
         return f"training on host {holder.host}"
-    return "stopped without saying how, or training where its lock is not seen from here"
+    return _STOPPED
 
 
 def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, str]]:

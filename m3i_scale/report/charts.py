@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from m3i_scale.report.run_files import RunFiles
 
+PERCENT = "%"
+"""Unit of figures from 0 to 1 that are shown in percent."""
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -17,7 +20,7 @@ class Chart:
     tab: str
     title: str
     unit: str
-    """Of its axis; empty for a pure number, "0 to 1" for a share."""
+    """Of its axis; empty for a pure number, `PERCENT` or "0 to 1" for what cannot be more than 1."""
     about: str
     pattern: str
     """Of the names of its figures, as a whole. A group of it, if there is one, is what the legend calls the curve."""
@@ -58,11 +61,11 @@ CHARTS = (
         "speed/samples_per_s",
     ),
     Chart(
-        "mfu", "speed", "MFU", "0 to 1", "Counted FLOPs of the model as a share of what the devices could compute.",
+        "mfu", "speed", "MFU", PERCENT, "Counted FLOPs of the model as a share of what the devices could compute.",
         "speed/mfu",
     ),
     Chart(
-        "phases", "speed", "Phases of a step", "0 to 1",
+        "phases", "speed", "Phases of a step", PERCENT,
         "Share of the time since the last record, mean over the ranks.", "phases/(.+)", stacked=True,
     ),
     Chart(
@@ -71,7 +74,7 @@ CHARTS = (
         "speed/(step_s|data_wait_s)",
     ),
     Chart(
-        "data_wait_share", "speed", "Data wait", "0 to 1", "Share of a step spent waiting for data; near 0 when the "
+        "data_wait_share", "speed", "Data wait", PERCENT, "Share of a step spent waiting for data; near 0 when the "
         "loader keeps up.", "speed/data_wait_share",
     ),
     Chart(
@@ -101,7 +104,7 @@ CHARTS = (
     ),
     Chart("count", "health", "Samples with a target", "samples", "Of a micro-batch, all ranks.", "group/(.+)/count"),
     Chart(
-        "mixture", "data", "Mixture of sources", "0 to 1",
+        "mixture", "data", "Mixture of sources", PERCENT,
         "Share of each source among the samples since the last record; dashed what was asked for by weights, schedules "
         "and exhausted sources.", "source/(.+/recent_(?:share|asked))",
     ),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.report.charts import Chart
+from m3i_scale.report.charts import PERCENT, Chart
 from m3i_scale.report.downsample import thin
 from m3i_scale.report.run_files import RunFiles
 
@@ -22,10 +22,10 @@ _SUMMARISED = 6
 """Of so many curves the text below a chart says the newest values."""
 Points = tuple[NDArray[np.int64], NDArray[np.float64]]
 _ASKED = "/recent_asked"
-_IN_WORDS = {"": "", "0 to 1": " From 0 to 1."}
+_IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 
 
-def filled_charts(runs: Sequence[RunFiles], charts: Sequence[Chart]) -> list[dict[str, Any]]:
+def filled_charts(runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart]) -> list[dict[str, Any]]:
     """Return the charts that any run has figures for, as plain JSON values; curves of one `group` share their colour.
 
     A curve has at most `MOST_POINTS` points, fewer where `ALL_POINTS` would not do: those that keep its shape (`thin`).
@@ -34,7 +34,7 @@ def filled_charts(runs: Sequence[RunFiles], charts: Sequence[Chart]) -> list[dic
     wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
     total = sum(len(found) for _, found in wanted)
     count = max(3, min(MOST_POINTS, ALL_POINTS // max(1, total)))
-    return [_filled(chart, found, count, several=len(runs) > 1) for chart, found in wanted if found]
+    return [_filled(chart, found, count, names) for chart, found in wanted if found]
 
 
 def _steps_of(run: RunFiles) -> dict[str, Points]:
@@ -79,7 +79,15 @@ def _rounded(value: float) -> float | None:
     return rounded if math.isfinite(rounded) else None
 
 
-def _filled(chart: Chart, series: Sequence[tuple[int, str, Points]], count: int, *, several: bool) -> dict[str, Any]:
+def _in_words(value: float, *, percent: bool) -> str:
+    if percent:
+        return f"{100 * value:.3g} %"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _filled(
+    chart: Chart, series: Sequence[tuple[int, str, Points]], count: int, names: Sequence[str]
+) -> dict[str, Any]:
     lines, newest = [], []
     for run, name, (steps, values) in series:
         is_asked = name.endswith(_ASKED)
@@ -95,15 +103,16 @@ def _filled(chart: Chart, series: Sequence[tuple[int, str, Points]], count: int,
             "dashed": is_asked,
         })  # fmt: skip
         finite = values[np.isfinite(values)]
-        last = f"{finite[-1]:,.0f}" if abs(finite[-1]) >= 1000 else f"{finite[-1]:.4g}"
-        of_run = f" (run {run + 1})" if several else ""
+        last = _in_words(float(finite[-1]), percent=chart.unit == PERCENT)
+        of_run = f" ({names[run]})" if len(names) > 1 else ""
         newest.append((last if shown_name == chart.title else f"{shown_name} {last}") + of_run)
     summary = "Newest: " + ", ".join(newest) + "." if len(newest) <= _SUMMARISED else ""
     return {
         "id": chart.id,
         "tab": chart.tab,
         "title": chart.title,
-        "unit": "" if chart.unit == "0 to 1" else chart.unit,
+        "unit": "" if chart.unit in _IN_WORDS else chart.unit,
+        "percent": chart.unit == PERCENT,
         "about": chart.about + _IN_WORDS.get(chart.unit, f" In {chart.unit}."),
         "summary": summary,
         "stacked": chart.stacked,

@@ -71,8 +71,9 @@ def write_report(
     if to.suffix != ".html" or to.is_dir():  # a slip must not replace a file of a run
         raise ConfigError("a report is a file that ends in .html", where=str(to), fix="--to FILE.html")
     runs = [read_run(folder) for folder in folders]
-    charts = filled_charts(runs, [*CHARTS, *evaluation_charts(runs)])
-    page = _page(runs, charts, evaluations, pictures)
+    names = _distinct(runs)
+    charts = filled_charts(runs, names, [*CHARTS, *evaluation_charts(runs)])
+    page = _page(runs, names, charts, evaluations, pictures)
     try:
         with replacing(to) as file:
             file.write(page.encode("utf-8", "backslashreplace"))
@@ -104,9 +105,12 @@ def open_in_browser(page: Path) -> None:
 
 
 def _page(
-    runs: list[RunFiles], charts: list[dict[str, Any]], evaluations: Sequence[Path], pictures: Sequence[Path]
+    runs: list[RunFiles],
+    names: list[str],
+    charts: list[dict[str, Any]],
+    evaluations: Sequence[Path],
+    pictures: Sequence[Path],
 ) -> str:
-    names = _distinct(runs)
     sections = [sections_of(run, name) for run, name in zip(runs, names, strict=True)]
     documents = [*(document for run in runs for document in documents_of_run(run)), *documents_of_files([*evaluations])]
     tabs_with_charts = {chart["tab"] for chart in charts}
@@ -116,7 +120,9 @@ def _page(
         for mark in run["marks"]
     ]
     kinds = {kind: words for kind, words in KINDS.items() if any(mark["kind"] == kind for mark in marks)}
-    series = [{key: chart[key] for key in ("id", "tab", "title", "unit", "stacked", "series")} for chart in charts]
+    series = [
+        {key: chart[key] for key in ("id", "tab", "title", "unit", "percent", "stacked", "series")} for chart in charts
+    ]
     data = script_safe({"runs": names, "charts": series, "marks": marks, "kinds": kinds})
     scripts = [Markup(get_plotlyjs()), Markup((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     albums = albums_of(runs, [*pictures], (_MOST_BYTES - len(data) - len(scripts[0])) * 3 // 4)

@@ -16,7 +16,7 @@ EVALUATION, FINE_TUNED = "evaluation.json", "finetune.json"
 _LEFT, _WIDTH = 6.0, 208.0
 """Of the axis from 0 to 1 in a drawn interval, pixels."""
 _BYTES = 50_000_000
-_LETTERS = 600
+_LETTERS = 3_000
 _SHOWN_KEYS = (
     "task",
     "protocol",
@@ -77,11 +77,16 @@ def _drawn(title: str, document: dict[str, Any]) -> dict[str, Any]:
     if isinstance(baseline, dict):
         rows += _rows(baseline.get("measures"), "raw pixels ")
     lines = [
-        without_secrets(f"{key.replace('_', ' ')}: {_words(document[key])[:_LETTERS]}")
+        without_secrets(f"{key.replace('_', ' ')}: {_cut(_words(value))}")
         for key in _SHOWN_KEYS
         if document.get(key)
+        for value in (document[key] if key == "warnings" and isinstance(document[key], list) else [document[key]])
     ]
     return {"title": title, "lines": lines, "rows": rows}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]} …"
 
 
 def _rows(measures: Any, before: str = "") -> Iterator[dict[str, Any]]:
@@ -115,7 +120,7 @@ def _words(value: Any) -> str:
     """Return a value as a person would write it."""
     if isinstance(value, dict):
         return ", ".join(
-            f"{key.replace('_', ' ')} {_words(item)}" for key, item in value.items() if item not in (None, {})
+            f"{key.replace('_', ' ')}: {_words(item)}" for key, item in value.items() if item not in (None, {})
         )
     if isinstance(value, list):
         return "; ".join(map(_words, value))

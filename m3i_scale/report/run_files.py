@@ -28,7 +28,9 @@ class RunFiles:
     folder: Path
     name: str
     settings: dict[str, Any]
-    """The run file, as it was resolved at the last start; {} where there is none."""
+    """The run file, as it was resolved at the last start; {} where there is none that can be read."""
+    settings_fault: str | None
+    """Why the run file cannot be read."""
     starts: list[Record]
     """The `run` lines: the first start and every resume, in their order."""
     warnings: list[Record]
@@ -48,7 +50,11 @@ class RunFiles:
     @property
     def total_steps(self) -> int | None:
         """Return the steps that the run is to have; None where it has not said so."""
-        return self.starts[-1]["total_steps"] if self.starts else None
+        if self.starts:
+            return int(self.starts[-1]["total_steps"])
+        optim = self.settings.get("optim")
+        steps = optim.get("steps") if isinstance(optim, dict) else None
+        return steps if isinstance(steps, int) else None
 
     @property
     def step(self) -> int:
@@ -59,10 +65,10 @@ class RunFiles:
     @property
     def left_s(self) -> float | None:
         """Return the seconds that the steps to come will take, by the mean of the last records; None where no record
-        says how long a step takes, or nothing is left to do."""
+        says how long a step takes, the run has ended, or nothing is left to do."""
         recent_s = self.figures.get("speed/step_s", np.empty(0))[-_RECENT:]
         recent_s = recent_s[np.isfinite(recent_s)]
-        if self.total_steps is None or not recent_s.size or self.step >= self.total_steps:
+        if self.status is not None or self.total_steps is None or not recent_s.size or self.step >= self.total_steps:
             return None
         return float(recent_s.mean()) * (self.total_steps - self.step)
 
@@ -90,9 +96,8 @@ class RunReader:
         except OSError as error:
             raise ConfigError(f"the folder cannot be read: {error.strerror}", where=str(folder.absolute())) from None
         if not has_begun:
-            raise ConfigError(
-                "no run has begun in this folder", where=str(folder.absolute()), fix="give the output_dir of a run"
-            )
+            what = "no run has begun in this folder" if folder.is_dir() else "there is no such folder"
+            raise ConfigError(what, where=str(folder.absolute()), fix="give the output_dir of a run")
         self._folder = folder
         self._metrics = MetricsFile(folder / METRICS, wanted)
 
@@ -100,7 +105,7 @@ class RunReader:
         """Return what the folder tells now.
 
         Raises:
-            ConfigError: a file of it cannot be read, or the run file is no YAML.
+            ConfigError: the metrics cannot be read.
         """
         try:
             self._metrics.read_on()
@@ -109,7 +114,12 @@ class RunReader:
                 f"the metrics cannot be read: {error.strerror}", where=str(self._folder / METRICS)
             ) from None
         run_file = self._folder / RUN_FILE
-        settings = read_yaml(run_file) if run_file.is_file() else {}
+        settings: dict[str, Any] = {}
+        settings_fault = None
+        try:
+            settings = read_yaml(run_file) if run_file.is_file() else {}
+        except ConfigError as error:
+            settings_fault = error.what
         lines, logged = self._metrics.records, self._metrics.steps()
         started = [start["name"] for start in lines["run"][-1:]]
         names = [settings.get("name"), *started, self._folder.absolute().name]
@@ -117,6 +127,7 @@ class RunReader:
             folder=self._folder,
             name=next(name for name in names if isinstance(name, str)),
             settings=settings,
+            settings_fault=settings_fault,
             starts=[*lines["run"]],
             warnings=[*lines["warning"]],
             rewinds=[*lines["rewind"]],

@@ -28,6 +28,8 @@ def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
     failure = faults.note(failure_of, run.folder)
     progress = progress_of(run)
     fault_texts = [f"{error.what} ({error.where})" for error in faults.found]
+    if run.settings_fault is not None:
+        fault_texts.append(f"run.yaml: {run.settings_fault}")
     if run.unreadable:
         fault_texts.append(f"{run.unreadable:,} lines of metrics.jsonl could not be read")
     return {

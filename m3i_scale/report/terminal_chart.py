@@ -13,7 +13,7 @@ _LARGEST = 1e300
 """Beyond it plotext's differences of values would be infinite."""
 
 
-def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int) -> list[str]:
+def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int, form: str = "{:.4g}") -> list[str]:
     """Return the lines of a chart, all of them `width` letters.
 
     Args:
@@ -21,6 +21,7 @@ def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int) -> list[str
         y: of shape N. Values that are not finite are left out.
         width: of the chart, in letters.
         height: in lines.
+        form: of the lowest and the highest value, which stand beside the chart.
     """
     x, y = thin(x, y, 4 * width)  # a letter of braille is two dots wide; a spike takes its highest and lowest point
     y = y.clip(-_LARGEST, _LARGEST)
@@ -33,5 +34,7 @@ def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int) -> list[str
     if len(x):
         ends = sorted({int(x[0]), int(x[-1])})
         figure.ruler("x", "lower").ticks(ends, [f"{step:,}" for step in ends])
+        extremes = sorted({float(y.min()), float(y.max())})
+        figure.ruler("y", "left").ticks(extremes, [form.format(value) for value in extremes])
         figure.draw(figure.signal(x.tolist(), y.tolist(), marker="braille").lines(True))
     return [line.ljust(width)[:width] for line in figure.build().string(colorless=True).split("\n")[:height]]

@@ -7,9 +7,10 @@ import select
 import signal
 import sys
 import termios
+import threading
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def watch(folder: Path, every_s: float) -> None:
         for line in lines_of(files.look(), width, None):
             print(line.plain.rstrip())
         return
-    with _keys() as keyboard, console.screen() as screen:
+    with _keys() as is_ended, console.screen() as screen:
         while True:
             watched, until_s = files.look(), time.monotonic() + every_s
             drawn: ConsoleDimensions | None = None
@@ -54,7 +55,7 @@ def watch(folder: Path, every_s: float) -> None:
                     drawn = console.size
                     lines = lines_of(watched, drawn.width, drawn.height - 1)
                     screen.update(Group(*lines, Text("q: end", "dim")))
-                if _is_ended(keyboard):
+                if is_ended():
                     return
 
 
@@ -92,16 +93,18 @@ def _holder(folder: Path) -> str | None:
 
 
 @contextmanager
-def _keys() -> Iterator[int]:
-    """Give standard input with every key as it is typed, and its state back however this ends."""
+def _keys() -> Iterator[Callable[[], bool]]:
+    """Give what waits a moment for keys, as they are typed, and returns whether to end: for `q`, for Ctrl-C, and where
+    no more can come. Standard input gets its state back however this ends."""
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
+    # Noted, not raised: an exception that comes while a finalizer or a callback runs is lost.
+    interrupted = threading.Event()
     handlers = {number: signal.signal(number, _end) for number in _ENDING}
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
     try:
         tty.setcbreak(keyboard)
-        yield keyboard
-    except KeyboardInterrupt:
-        return  # ends as `q` does
+        yield lambda: _is_ended(keyboard) or interrupted.is_set()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -142,7 +142,7 @@ def _charts(run: RunFiles, width: int, room: int | None) -> list[Text]:
 
 
 def _chart(run: RunFiles, name: str, words: str, value: str, width: int, height: int) -> list[Text]:
-    drawn = curve(run.steps, run.figures[name], width, height - 1)
+    drawn = curve(run.steps, run.figures[name], width, height - 1, _FIGURES.get(name, ("", "{:.4g}"))[1])
     return [_title(f"{words} {value}", width), *(Text(line, "cyan") for line in drawn)]
 
 
@@ -165,6 +165,8 @@ def _foot(watched: Watched, width: int) -> Iterator[Text]:
     if watched.quarantine:
         reasons = [f"{reason} {of_reason.count:,}" for reason, of_reason in watched.quarantine.items()]
         yield from _wrapped(f"quarantined: {listed(reasons, 5)}", width, "yellow")
+    if watched.run.settings_fault is not None:
+        yield from _wrapped(f"run.yaml: {watched.run.settings_fault}", width, "yellow")
     if watched.run.unreadable:
         yield from _wrapped(f"{watched.run.unreadable:,} lines of metrics.jsonl cannot be read", width, "yellow")
     for _, text in sorted(_events(watched))[-_EVENTS:]:

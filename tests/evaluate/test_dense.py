@@ -237,7 +237,9 @@ def test_masks_that_do_not_fit_are_counted_and_their_samples_stay(vit_folder, ma
     data = {"data": str(masked / "val"), "train_data": str(masked / "train")}
     sound = evaluate(vit_folder, **data, measures=("knn",))
     monkeypatch.setattr(
-        samples, "_members", lambda table: ((key, members | {"mask.png": mask}) for key, members in original(table))
+        samples,
+        "_members",
+        lambda *asked: ((place, key, members | {"mask.png": mask}) for place, key, members in original(*asked)),
     )
     found = evaluate(vit_folder, **data, measures=("knn", "dense"))
     assert found["measures"]["knn"] == sound["measures"]["knn"]

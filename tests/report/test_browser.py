@@ -167,6 +167,29 @@ def test_log_scale_and_smoothing_change_what_is_drawn(report: Opened) -> None:
     assert curves(report, "loss") == linear
 
 
+def test_a_constant_stays_one_when_smoothed(report: Opened) -> None:
+    show(report, "Data")
+    report.page.get_by_label("Smoothing").fill("0.97")
+    report.drawn()
+    curves_of_shares = report.page.evaluate("document.getElementById('plot-mixture').data")
+    report.page.get_by_label("Smoothing").fill("0")
+    report.drawn()
+    asked = [
+        curve["y"] for curve in curves_of_shares if curve["line"]["dash"] == "dot" and curve["name"].endswith("(asked)")
+    ]
+    assert {value for values in asked for value in values} == {0.25, 0.75}
+
+
+def test_no_button_sends_anything(report: Opened) -> None:
+    show(report, "Overview")
+    titles = report.page.locator("figure[data-chart=loss] [data-title]").evaluate_all(
+        "(buttons) => buttons.map((button) => button.dataset.title)"
+    )
+    allowed = {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
+    assert set(titles) <= allowed
+    assert bool(titles) == (report.size == "desktop")
+
+
 def test_a_pointer_over_a_curve_shows_its_value_and_step(report: Opened) -> None:
     show(report, "Overview")
     report.page.locator("figure[data-chart=loss] .nsewdrag").first.hover()
@@ -211,3 +234,20 @@ def test_pictures_follow_their_slider(report: Opened) -> None:
     assert not set(shown()) & set(newest)
     slider.press("ArrowRight")
     assert shown() == newest
+
+
+def test_a_picture_grows_and_shrinks(report: Opened) -> None:
+    show(report, "Pictures")
+    figure = report.page.locator("[role=tabpanel]:not([hidden]) figure").first
+    image = figure.locator("img:visible")
+
+    def width() -> float:
+        box = image.bounding_box()
+        assert box is not None
+        return box["width"]
+
+    before = width()
+    figure.get_by_role("button", name="Size of").press("Enter")
+    assert width() > 1.5 * before
+    figure.get_by_role("button", name="Size of").click()
+    assert width() == before

@@ -28,6 +28,7 @@ from m3i_scale.report.charts import CHARTS
 from m3i_scale.report.curves import filled_charts
 from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
+from m3i_scale.scale.output_dir import lock_directory
 
 
 class Page(HTMLParser):
@@ -108,6 +109,13 @@ def test_every_chart_has_its_figure_and_its_words(report):
     tabs = {found["aria-controls"] for found in report.all("button", role="tab")}
     assert tabs == {found["id"] for found in report.all("section", role="tabpanel")}
     assert all(found.get("alt") for found in report.all("img"))
+
+
+def test_shares_are_in_percent(report):
+    shares = {"mfu", "phases", "data_wait_share", "mixture"}
+    assert {chart["id"] for chart in report.values["charts"] if chart["percent"]} == shares
+    newest = report.chart("mfu")["series"][0]["y"][-1]
+    assert f"Newest: {100 * newest:.3g} %" in report.text
 
 
 def test_events_are_marks_with_words(report):
@@ -227,7 +235,7 @@ def test_long_curves_keep_their_spikes_and_stacks_add_up(tmp_path):
                     }
                 )
             )
-    charts = {chart["id"]: chart for chart in filled_charts([read_run(run)], CHARTS)}
+    charts = {chart["id"]: chart for chart in filled_charts([read_run(run)], ["a"], CHARTS)}
     loss = charts["loss"]["series"][0]
     assert len(loss["x"]) <= 2000
     assert (3333, 99.0) in zip(loss["x"], loss["y"], strict=True)
@@ -240,7 +248,7 @@ def test_very_many_curves_of_any_size_are_drawn(run, monkeypatch):
     monkeypatch.setattr(curves, "ALL_POINTS", 1)
     whole = read_run(run)
     whole.figures["loss"][-1] = np.finfo(np.float64).max
-    charts = {chart["id"]: chart["series"] for chart in filled_charts([whole], CHARTS)}
+    charts = {chart["id"]: chart["series"] for chart in filled_charts([whole], ["a"], CHARTS)}
     assert {len(one["x"]) for series in charts.values() for one in series} == {3}
     assert charts["loss"][0]["y"][-1] is None
     script_safe(charts)
@@ -251,7 +259,11 @@ def test_a_run_that_trains_has_time_left_and_one_that_has_just_begun_is_shown(tm
     kept = [line for line in lines_of(run) if line["step"] <= 400 and line["kind"] != "end"]
     (run / "metrics.jsonl").write_text("".join(map(json_line, kept)))
     write_report([run], tmp_path / "report.html")
-    assert "step 400 of 1,000" in Page(tmp_path / "report.html").text
+    stopped = Page(tmp_path / "report.html").text
+    assert "step 400 of 1,000" in stopped
+    assert "minutes left" not in stopped
+    with lock_directory(run, trains=True):
+        write_report([run], tmp_path / "report.html")
     assert re.search(r"1[89](\.\d)? minutes left", Page(tmp_path / "report.html").text)  # 600 steps of about 1.9 s
     (run / "metrics.jsonl").write_text(json_line(kept[0]))
     write_report([run], tmp_path / "report.html")
@@ -261,6 +273,7 @@ def test_a_run_that_trains_has_time_left_and_one_that_has_just_begun_is_shown(tm
 def test_a_garbage_file_of_a_run_is_told_and_the_rest_is_shown(tmp_path):
     run = write_run(tmp_path / "run", steps=200)
     (run / "attempts.json").write_text("{")
+    (run / "run.yaml").write_text("- torn")
     (run / "evaluation.json").write_text("[]")
     (run / "pictures" / "step-00000200" / "pictures.json").write_text("null")
     (run / "pictures" / "step-00000100" / "pictures.json").write_text("{")
@@ -268,7 +281,13 @@ def test_a_garbage_file_of_a_run_is_told_and_the_rest_is_shown(tmp_path):
         file.write("garbage\n")
     write_report([run], tmp_path / "report.html")
     garbage = Page(tmp_path / "report.html")
-    for words in (str(run / "attempts.json"), "1 lines of metrics.jsonl", "no evaluation", "step-00000200: "):
+    for words in (
+        "run.yaml: ",
+        str(run / "attempts.json"),
+        "1 lines of metrics.jsonl",
+        "no evaluation",
+        "step-00000200: ",
+    ):
         assert words in garbage.text, words
     assert garbage.chart("loss")["series"]
 

@@ -49,6 +49,8 @@ def test_a_run_that_has_begun_and_logged_nothing(tmp_path: Path) -> None:
         run = read_run(tmp_path)
     assert (run.name, run.step, run.total_steps, run.status) == (tmp_path.name, 0, None, None)
     assert (len(run.steps), run.figures, run.settings) == (0, {}, {})
+    (tmp_path / "run.yaml").write_text("optim: {steps: 9}")
+    assert read_run(tmp_path).total_steps == 9
 
 
 def test_an_end_that_was_gone_on_from_is_none(tmp_path: Path) -> None:
@@ -80,16 +82,20 @@ def _a_folder_for_metrics(folder: Path) -> None:
     (folder / "checkpoints").mkdir()
 
 
-def _garbage_for_settings(folder: Path) -> None:
-    (folder / "run.yaml").write_text("a: [")
-
-
-@pytest.mark.parametrize("spoil", [_nothing, _a_folder_for_metrics, _garbage_for_settings])
+@pytest.mark.parametrize("spoil", [_nothing, _a_folder_for_metrics])
 def test_what_is_no_run_is_refused(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     spoil(tmp_path)
     with pytest.raises(ConfigError) as refused:
         read_run(tmp_path)
     assert str(tmp_path) in str(refused.value.where)
+
+
+def test_a_run_file_that_is_torn_is_a_fault_beside_the_rest(tmp_path: Path) -> None:
+    write_lines(tmp_path, END)
+    (tmp_path / "run.yaml").write_text("a: [")
+    run = read_run(tmp_path)
+    assert run.settings_fault is not None
+    assert (run.settings, run.status) == ({}, "preempted")
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
@@ -126,6 +132,9 @@ def test_the_time_left_is_that_of_the_last_records(folder: Path, tmp_path: Path)
         for step, step_s in enumerate([*[90.0] * 80, *[2.0] * 19, "nan"], 1)
     ]
     assert read_run(write_lines(tmp_path, start)).left_s is None
+    assert (
+        read_run(write_lines(tmp_path, start, *steps, END | {"time": "2030-01-01T15:00:00.000+00:00"})).left_s is None
+    )
     assert read_run(write_lines(tmp_path, start, *steps)).left_s == pytest.approx(2.0 * 100)
 
 

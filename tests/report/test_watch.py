@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_folder import write_run
 
 from m3i_scale.report.run_files import read_run
+from m3i_scale.report.terminal_chart import curve
 from m3i_scale.report.watch_view import Watched, lines_of
 
 COMMAND = [sys.executable, "-m", "m3i_scale", "watch"]
@@ -167,12 +169,13 @@ def test_another_size_of_the_terminal_does_not_wait_for_the_next_look(growing: P
         assert terminal.end() == 0
 
 
-def test_a_run_file_that_breaks_meanwhile_ends_it_with_a_message(growing: Path) -> None:
+def test_a_run_file_that_breaks_meanwhile_is_named(growing: Path) -> None:
     with watched(growing) as terminal:
         terminal.shows("390/2,000")
         (growing / "run.yaml").write_text("a: [")
-        assert terminal.end() == 2
-        assert "run.yaml" in terminal.shown[terminal.shown.index(LEFT) :]
+        terminal.shows("run.yaml: ")
+        terminal.key(b"q")
+        assert terminal.end() == 0
 
 
 def test_elsewhere_than_on_a_terminal_it_is_plain_text(full: Path, tmp_path: Path) -> None:
@@ -215,3 +218,9 @@ def test_what_files_say_cannot_command_the_terminal(growing: Path) -> None:
 
 def _moment(folder: Path) -> Watched:
     return Watched(read_run(folder), None, [], [], {}, None)
+
+
+def test_a_low_chart_names_its_lowest_and_highest_value() -> None:
+    drawn = curve(np.arange(1, 101), np.linspace(0.002, 0.01, 100), 40, 5, "{:.1%}")
+    labels = [line.split("┤")[0].strip() for line in drawn if "┤" in line]
+    assert labels == ["1.0%", "0.2%"]

@@ -34,7 +34,7 @@
       before = x[place];
       mean = mean * kept + value * (1 - kept);
       weight = weight * kept + 1 - kept;
-      return mean / weight;
+      return Number((mean / weight).toPrecision(6)); // a constant stays one
     });
   }
 
@@ -52,7 +52,7 @@
         width: 1.8,
         dash: one.dashed ? "dot" : several ? dashes[(byRun ? place : one.run) % dashes.length] : "solid",
       };
-      const trace = { x: one.x, y: one.y, name, mode: points, line, type: "scatter", hovertemplate: "%{y:.5~g}" };
+      const trace = { x: one.x, y: one.y, name, mode: points, line, type: "scatter", hovertemplate: chart.percent ? "%{y:.4~p}" : "%{y:.5~g}" };
       if (stacked) {
         Object.assign(trace, { stackgroup: "all", mode: "none", fillcolor: line.color, hovertemplate: "%{y:.1%}" });
       } else if (state.smoothing > 0) {
@@ -91,13 +91,15 @@
       yaxis: {
         ...axis, title: { text: chart.unit, font: { color: text } },
         type: state.log && !chart.stacked ? "log" : "linear", exponentformat: "power", minexponent: 5, separatethousands: true,
-        ...(chart.stacked && !several ? { range: [0, 1], tickformat: ".0%" } : {}),
+        ...(chart.percent ? { tickformat: ".3~p" } : {}), ...(chart.stacked && !several ? { range: [0, 1] } : {}),
       },
       yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
     };
   }
 
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], showTips: false };
+  // Named one by one: of all that there are, some send the chart to a server.
+  const modeBarButtons = [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]];
+  const config = { responsive: true, displaylogo: false, modeBarButtons, showTips: false };
   if (matchMedia("(max-width: 600px), (pointer: coarse)").matches) config.displayModeBar = false; // it would lie over curves
   const visibleCharts = () => {
     const panel = document.querySelector("[role=tabpanel]:not([hidden])");
@@ -198,6 +200,14 @@
       const words = slider.dataset.steps.split("|")[Number(slider.value)];
       slider.setAttribute("aria-valuetext", words);
       slider.nextElementSibling.textContent = words;
+    });
+  }
+
+  for (const button of document.querySelectorAll(".enlarge")) {
+    button.addEventListener("click", () => {
+      const large = button.closest("figure").classList.toggle("large");
+      button.setAttribute("aria-expanded", String(large));
+      button.textContent = large ? "Smaller" : "Larger";
     });
   }
 
