@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from _shards import TINY
+
 from m3i_scale.config import load_run, resource_folder
 from m3i_scale.run.callbacks.base import Callback, StepRecord
 from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta
@@ -21,23 +23,14 @@ from m3i_scale.scale.process_group import free_port, start_ranks, stop_ranks
 GLOBAL = 24
 """Samples of a batch, compared all at once: the ranks share them out, and 4, 3, 2 and 1 divide them."""
 PREEMPTED = 75
-RUN = """
+RUN = f"""
 extends: m3i
 name: reshard
-recipe:
-  decoders:
-    dense: {kind: transformer, width: 64, heads: 1, depth: 1, position: relative}
-    pool: {kind: attention_pool, width: 64}
-backbone:
-  config: {image_size: 32, patch_size: 8, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           intermediate_size: 128}
-text:
-  config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}
-  max_tokens: 16
-data: {streams: 12}
-optim: {batch_size: 24, steps: 1000, warmup_steps: 2, lr: 1.0e-3}
-checkpoint: {every_steps: 1000, keep_latest: 2}
-log: {every_steps: 1, progress: false}
+{TINY}
+data: {{streams: 12}}
+optim: {{batch_size: 24, steps: 1000, warmup_steps: 2, lr: 1.0e-3}}
+checkpoint: {{every_steps: 1000, keep_latest: 2}}
+log: {{every_steps: 1, progress: false}}
 """
 
 

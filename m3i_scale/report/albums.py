@@ -68,8 +68,10 @@ def _places(root: Path) -> list[Path]:
         return sorted(
             path for path in root.iterdir() if path.name.startswith("step-") and (path / PICTURE_LIST).is_file()
         )
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError:
+        return [root]  # reading it says what is wrong
 
 
 def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tuple[dict[str, Any], int]:

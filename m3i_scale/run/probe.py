@@ -36,7 +36,8 @@ OTHER_PRECISION_TOLERANCE = 2e-2
 
 def first_samples(batch: Batch, count: int = SAMPLES) -> Batch:
     """Return the first samples of the global micro-batch, on the host, the same on all ranks. Collective."""
-    givers = range(min(count, dist.get_world_size()))  # the samples of all ranks would be thousands
+    # All ranks have as many: the first few give enough, and the samples of all would be thousands.
+    givers = range(min(math.ceil(count / len(batch)), dist.get_world_size()))
     return _first(Batch.cat([from_rank(rank, lambda: _first(batch, count).to("cpu")) for rank in givers]), count)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import zlib
 from html.parser import HTMLParser
@@ -334,6 +335,14 @@ def test_pictures_are_files_of_their_folder_and_within_limits(tmp_path):
     (album,) = albums.albums_of([], [folder], room=10**6)
     assert [picture["title"] for picture in album["pictures"]] == ["good.png"]
     assert len(album["notes"]) == len(names) - 1
+
+
+def test_pictures_that_cannot_be_looked_for_are_named(tmp_path):
+    run = write_run(tmp_path / "run", steps=200)
+    shutil.rmtree(run / "pictures")
+    (run / "pictures").write_text("no folder")
+    write_report([run], tmp_path / "report.html")
+    assert "the pictures cannot be read" in Page(tmp_path / "report.html").text
 
 
 def test_overlays_that_are_huge_are_not_decoded(tmp_path):
