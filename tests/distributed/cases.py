@@ -112,6 +112,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             "collectives": self.collectives,
             "average_precision": self.average_precision,
             "shown_images": self.shown_images,
+            "first_samples": self.first_samples,
             "construction": self.construction,
             "first_weights_plain": self.plain_first_weights,
             "first_weights_zero1": lambda: self.first_weights("zero1_bf16"),

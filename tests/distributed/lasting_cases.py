@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.objective.build import build_objective, momentum_pairs
+from m3i_scale.run.probe import first_samples
 from m3i_scale.run.setup import start_engine
 from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.saver import Saver
@@ -47,6 +48,10 @@ class Collectives(TorchDispatchMode):
 
 class LastingCases(RankParts):
     """One method per case."""
+
+    def first_samples(self) -> dict[int, list[str]]:
+        """Keys of the first samples of a global batch, by how many are asked for."""
+        return {count: first_samples(self.batch(), count).keys for count in (1, GLOBAL_BATCH // 2 + 1, GLOBAL_BATCH)}
 
     def accumulated(self, recipe: str, *overrides: str) -> dict[str, Any]:
         """Gradients of two micro-batches that make one step: of the engine, and of plain modules."""

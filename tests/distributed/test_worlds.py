@@ -23,6 +23,12 @@ def test_all_ranks_end_well_and_leave_no_shared_memory(worlds) -> None:
     assert worlds.codes == {1: [0], 2: [0, 0]}
 
 
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_the_first_samples_are_those_of_the_global_batch_on_every_rank(worlds, world: int, rank: int) -> None:
+    for count, keys in worlds.result("first_samples", world, rank).items():
+        assert keys == [f"k{number}" for number in range(count)]
+
+
 # ---------------------------------------------------------------- losses and gradients
 
 
