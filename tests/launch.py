@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 
 
+PORTS = range(11_000, 19_000)
+"""Below those that the system gives to connections and to who asks for any port, which would take a chosen one away
+before a job listens there."""
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that no other test of this machine gets until all have been given."""
+    with (Path(tempfile.gettempdir()) / f"m3i-scale-tests-port-{os.getuid()}").open("a+") as last:
+        fcntl.flock(last, fcntl.LOCK_EX)
+        last.seek(0)
+        number = int(last.read() or 0)
+        while True:
+            number = (number + 1) % len(PORTS)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", PORTS[number]))
+                break
+        last.truncate(0)
+        last.write(str(number))
+    return PORTS[number]
 
 
 def environment(**more: str) -> dict[str, str]:

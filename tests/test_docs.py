@@ -26,11 +26,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from launch import free_port
 from PIL import Image, ImageDraw
 
 from m3i_scale.config import load_run
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.scale.process_group import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

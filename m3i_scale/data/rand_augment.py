@@ -1,23 +1,35 @@
-"""Augment views by timm's RandAugment, which draws from the generators of the process.
+"""Augment views by timm's RandAugment, which draws from generators of its own here, seeded by a seed of the sample.
 
-They are seeded by a seed of the sample, and then left as they were: the result depends on nothing else, and nothing
-else on it.
+With `data.workers: 0` views are made in a thread beside the one that trains: if they were drawn from the generators of
+the process, as timm does it, each of the two would move those of the other.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.auto_augment import posterize, rand_augment_transform
 
 _TRANSLATED = 0.45
 """RandAugment moves an image by so much of its side at most, as timm's `create_transform` has it."""
+
+
+class _Random(threading.local):
+    """Stands in for the module `random`: draws from the thread's own generator, where it has one."""
+
+    generator: random.Random | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(random if self.generator is None else self.generator, name)
+
+
+_random = _Random()
+setattr(auto_augment, "random", _random)  # noqa: B010 - what its operations draw from
 
 
 class RandAugment:
@@ -42,10 +54,18 @@ class RandAugment:
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         """Return an augmented RGB image; the same for the same seed."""
-        with generators_kept():
-            seed_generators(seed)
-            augmented: Image.Image = self._transform(image)
-        return augmented
+        transform = self._transform
+        # As the transform itself does, but for the generator, which it does not take.
+        operations = np.random.RandomState(seed % 2**32).choice(
+            transform.ops, transform.num_layers, replace=transform.choice_weights is None, p=transform.choice_weights
+        )
+        _random.generator = random.Random(seed)
+        try:
+            for operation in operations:
+                image = operation(image)
+        finally:
+            _random.generator = None
+        return image
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
@@ -55,22 +75,3 @@ def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.
         return Image.new("RGB", image.size)
     kept: Image.Image = posterize(image, bits_to_keep, **settings)
     return kept
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the generators of the process: Python's, numpy's, and torch's of the CPU."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of GPUs too
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Leave the generators of the process as they were before the code inside."""
-    python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)

@@ -18,6 +18,8 @@ from pathlib import Path
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
+from launch import free_port
+
 WAIT_S = 30
 STALL_S = 120
 ENDLESS_BLOCKS = 1_000
@@ -171,9 +173,7 @@ http {{
 @contextlib.contextmanager
 def nginx(root: Path, work: Path):
     """Address of an nginx that serves `root`; below /refused, /broken, /cut and /slow it does so badly for shards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     user = "user root;" if os.getuid() == 0 else ""
     (work / "nginx.conf").write_text(NGINX.format(work=work, root=root, port=port, user=user))
     process = subprocess.Popen([nginx_program(), "-c", str(work / "nginx.conf"), "-p", str(work)])
@@ -223,9 +223,7 @@ def gs(monkeypatch):
     """Address of a server of Google's storage, which the environment names, with one bucket."""
     from gcp_storage_emulator.server import create_server
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # credentials are looked for, but not at the address of a cloud host

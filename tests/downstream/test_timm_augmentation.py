@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,14 +49,18 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))
+
+
 @contextmanager
 def nothing_drawn() -> Iterator[None]:
     """The generators of the process are after this as before."""
     seed_all(5)
     yield
-    drawn = random.random(), float(np.random.random()), float(torch.rand(()))
+    after = drawn()
     seed_all(5)
-    assert drawn == (random.random(), float(np.random.random()), float(torch.rand(())))
+    assert after == drawn()
 
 
 def published(size: int = SIDE) -> Any:
@@ -142,6 +147,23 @@ def test_another_strength_and_another_size_are_timms_too() -> None:
         seed_all(seed)
         wanted = theirs(COLOURS)
         assert np.array_equal(np.asarray(ours(COLOURS, seed)), np.asarray(wanted))
+
+
+def test_what_another_thread_draws_meanwhile_is_its_own_and_changes_nothing() -> None:
+    """Without workers the loader makes views in a thread, beside the thread that trains and saves random states."""
+    augment = RandAugment(RAND, SIDE, (1, 2, 3))
+    alone = [np.asarray(augment(COLOURS, seed)) for seed in range(10)]
+    seed_all(5)
+    wanted = [drawn() for _ in range(200)]
+    seed_all(5)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(lambda: [np.asarray(augment(COLOURS, seed)) for seed in [*range(10)] * 40])
+        found = []
+        while not made.done():
+            found.append(drawn())
+    assert len(found) > 10
+    assert found[:200] == wanted[: len(found)]
+    assert all(np.array_equal(image, alone[number % 10]) for number, image in enumerate(made.result()))
 
 
 @pytest.mark.parametrize("config", ["rand-m10-p1.0-inc1", "rand-m15-mmax20-p1.0-inc1", "rand-m0-p1.0"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launch import free_port
 from launch_case import a_job, a_script, path_with
 from typer.testing import CliRunner
 
@@ -142,15 +143,13 @@ def until_ready(process, count):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path, number):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = launched(tmp_path, "--with", "local", "--ranks-per-node", "2", "--master-port", str(port))
     until_ready(process, 2)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     assert process.wait(60) == 75
-    assert not [rank for rank in ranks if rank.is_running()]
+    assert not psutil.wait_procs(ranks, timeout=10)[1]  # who has lost its parent is reaped a moment later
 
 
 def test_ranks_below_another_launcher_are_asked_themselves(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import preload
+from launch import free_port
 
 from m3i_scale.__main__ import run
 from m3i_scale.data.loader import TrainStream
@@ -155,10 +155,7 @@ def be_rank(call: dict[str, Any], rank: int, port: int, log: Path) -> None:
 
 def start(call: dict[str, Any], number: int, results: Path) -> dict[int, Path]:
     """Process ids, and where the result of each goes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {}
+    ranks, port = {}, free_port()
     for rank in range(WORLD):
         result = results / f"{number}-{rank}.json"
         pid = os.fork()

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 from ds_files import RUN, changed
+from launch import environment, free_port
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.deepspeed.effective import check_effective
@@ -26,12 +25,8 @@ from m3i_scale.scale.deepspeed.rules import accumulation, precision
 def engines(tmp_path_factory):
     """Reports of the worker by file name."""
     report = tmp_path_factory.mktemp("engines") / "report.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # ninja, to build DeepSpeed's Adam
-    env = {**os.environ, **ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env = environment(MASTER_PORT=str(free_port()), **place)
     done = subprocess.run(
         [sys.executable, __file__, str(report)], env=env, capture_output=True, text=True, timeout=600, check=False
     )
