@@ -84,7 +84,7 @@ class Bench:
         assert self.momentum is not None
         torch.manual_seed(self.group.rank)
         sizes = {"image": plan.image_size, "tokens": 8, "classes": 10, "vocabulary": 100}
-        self.batch = synthetic_batch(MICRO_BATCH, plan.recipe.views, **sizes)
+        self.batch = synthetic_batch(MICRO_BATCH, plan.recipe.drawn_views, **sizes)
         self.number = 0
 
     def timed(self, work: Callable[[], object]) -> dict[str, float]:

@@ -87,7 +87,7 @@ def batch_of(run: RunConfig, size: int, image: int, tokens: int = TOKENS) -> Bat
     recipe = parse_recipe(run.recipe)
     made = synthetic_batch(
         size,
-        recipe.views,
+        recipe.drawn_views,
         image=image,
         tokens=tokens if recipe.uses_text else 1,
         classes=1000,

@@ -80,7 +80,7 @@ def measure(file: Path, ranks: int, steps: int) -> dict[str, float]:
     )
     batch = synthetic_batch(
         MICRO_BATCH,
-        recipe.views,
+        recipe.drawn_views,
         image=image_size,
         tokens=TEXT_TOKENS,
         classes=len(LABEL_SETS["classes"]),

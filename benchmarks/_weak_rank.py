@@ -43,7 +43,7 @@ class Steps:
         self.engine, _ = start_engine(ResolvedRun(run, recipe, labels, None, image, resolved, 1), ranks)
         torch.manual_seed(ranks.rank)
         sizes = {"image": image, "tokens": 8, "classes": CLASSES, "vocabulary": 50}
-        self.batch = synthetic_batch(run.optim.micro_batch_size, recipe.views, **sizes)
+        self.batch = synthetic_batch(run.optim.micro_batch_size, recipe.drawn_views, **sizes)
         for _ in range(3):  # ZeRO-3 records its order of parameters, the optimizer makes its moments
             self.step()
 

@@ -31,6 +31,8 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.partition import initialize_sharded
 
 WIDTH, DEPTH, HEADS, IMAGE, PATCH, VOCABULARY, TOKENS = 384, 12, 6, 112, 16, 30522, 32
+SMALL_VIEW = 48
+"""Side in pixels: as multi-crop recipes have 96 or 98 beside 224."""
 LABEL_SETS = {"classes": [str(number) for number in range(1000)]}
 
 
@@ -83,8 +85,11 @@ def _sizes(batch: int, patch: int = PATCH) -> list[str]:
 def _run(name: str, batch: int, teacher: str) -> RunConfig:
     """The built-in recipe on a ViT-S; heads and decoders at their full sizes, a text tower as wide as the backbone."""
     raw, overrides = load_run(name).recipe, _sizes(batch)
-    if "teacher" in raw:
-        overrides.append(f"recipe.teacher.from_pretrained={teacher}")
+    small = [number for number, view in enumerate(raw.get("views", [])) if "size" in view]
+    overrides += [f"recipe.views.{number}.size={SMALL_VIEW}" for number in small]
+    overrides += [f"recipe.teachers.{known}.from_pretrained={teacher}" for known in raw.get("teachers", {})]
+    heads = {target["head"] for target in raw["targets"] if target.get("encoder") == "teacher" and "head" in target}
+    overrides += [f"recipe.heads.{head}.width={WIDTH}" for head in sorted(heads)]
     if any(target["kind"] == "text" for target in raw["targets"]):
         shape = f"hidden_size: {WIDTH}, num_hidden_layers: 6, num_attention_heads: 6, intermediate_size: {4 * WIDTH}"
         overrides += [f"text.config={{{shape}}}", f"text.max_tokens={TOKENS}"]
@@ -114,7 +119,7 @@ def _backbone_step(run: RunConfig, batch: int) -> Callable[[], None]:
 
 
 def _batch(run: RunConfig, count: int) -> Batch:
-    views = parse_recipe(run.recipe).views
+    views = parse_recipe(run.recipe).drawn_views
     return synthetic_batch(count, views, image=IMAGE, tokens=TOKENS, classes=1000, vocabulary=VOCABULARY)
 
 

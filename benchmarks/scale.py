@@ -177,7 +177,7 @@ def _batches(plan: ResolvedRun, rank: int) -> list[Batch]:
     """Four batches, others on every rank."""
     torch.manual_seed(rank)
     sizes = {"image": plan.image_size, "tokens": CAPTION, "classes": 1000, "vocabulary": VOCABULARY}
-    return [synthetic_batch(plan.run.optim.micro_batch_size, plan.recipe.views, **sizes) for _ in range(4)]
+    return [synthetic_batch(plan.run.optim.micro_batch_size, plan.recipe.drawn_views, **sizes) for _ in range(4)]
 
 
 # ---------------------------------------------------------------- engines

@@ -15,6 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
+from m3i_scale.config import known_recipes
+from m3i_scale.objective.build import build_objective
+
 pytestmark = pytest.mark.bench
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("_"))
@@ -310,3 +313,14 @@ def test_the_report_of_a_long_run_is_measured(tmp_path):
     assert measured["bytes"] == (tmp_path / "report.html").stat().st_size
     assert measured["run_bytes"] == (tmp_path / "run" / "metrics.jsonl").stat().st_size
     assert min(measured["seconds"], measured["peak_mib"]) > 0
+
+
+def test_every_recipe_fits_the_sizes_that_recipes_are_measured_at(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import recipes
+
+    teacher = recipes._teacher(tmp_path)
+    for name in known_recipes():
+        run = recipes._run(name, 2, teacher)
+        with torch.device("meta"):
+            build_objective(run, recipes.LABEL_SETS, recipes.VOCABULARY)

@@ -218,6 +218,13 @@ def test_run_files_are_valid(page, tmp_path):
         parse_recipe(load_run(str(run_file)).recipe)
 
 
+def test_the_method_line_by_line_is_the_one_that_is_built_in():
+    page = ROOT / "CONTRIBUTING.md"
+    (run_file,), (code,) = blocks(page, "yaml"), blocks(page, "python")
+    assert yaml.safe_load(run_file) == yaml.safe_load((ROOT / "recipes" / "ijepa.yaml").read_text(encoding="utf-8"))
+    assert code in (ROOT / "m3i_scale" / "objective" / "distributions" / "smooth_l1.py").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")

@@ -10,7 +10,15 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch, no_masks, no_objects
@@ -30,8 +38,9 @@ SMALL_BUCKETS = {
 """So small that even these models are gathered, released, reduced and updated in parts."""
 LABEL_SETS = {"shapes": ["disc", "square", "cross"], "colours": ["red", "blue"]}
 VOCABULARY = 50
-TEACHER = "M3I_TEST_TEACHER"
+TEACHERS = "M3I_TEST_TEACHERS"
 GRID = (4, 4)
+SMALL_VIEWS = 10
 
 _BACKBONE = (
     "backbone.preset=vit-ti/16",
@@ -54,6 +63,13 @@ DINOV2 = (
     "patch_size: 8}",
 )
 RECIPES = tuple(known_recipes())
+MULTI_CROP = (
+    "recipe.views=[{count: 2}, {count: 2, size: 16}]",
+    "recipe.inputs=[{name: small, view: 3, views: 2}, "
+    "{name: large, view: 1, views: 2, mask: {form: block, ratio: [0.2, 0.6], hidden: token, share: 0.5}}]",
+    *(f"recipe.targets.{number}.{field}" for number in (0, 1) for field in ("inputs=[large, small]", "pairs=other")),
+)
+"""Of `global_distillation`: two views, in part mask tokens, and two small ones predict the two."""
 
 
 def in_parts(ds_config: str) -> dict[str, Any]:
@@ -63,19 +79,35 @@ def in_parts(ds_config: str) -> dict[str, Any]:
     return raw | {"zero_optimization": zero | {key: value for key, value in SMALL_BUCKETS.items() if key in zero}}
 
 
+TEACHER_WIDTHS = {"teacher": 48, "dinov2": 48, "clip": 40, "siglip": 32}
+
+
 @functools.cache
-def tiny_teacher() -> str:
-    """A folder with a stock vision model of 48 channels that sees the same patches; ranks take that of their parent."""
-    if TEACHER in os.environ:
-        return os.environ[TEACHER]
-    folder = tempfile.mkdtemp(prefix="m3i-teacher-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96}
+def tiny_teacher(name: str = "teacher") -> str:
+    """A folder with a stock vision model: DINOv2, which sees the student's patches, CLIP with its texts and half their
+    side, SigLIP without class token and twice their side; ranks take those of their parent."""
+    if TEACHERS not in os.environ:
+        root = tempfile.mkdtemp(prefix="m3i-teachers-")
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        for teacher in TEACHER_WIDTHS:
+            _make_teacher(teacher, f"{root}/{teacher}")
+        os.environ[TEACHERS] = root
+    return f"{os.environ[TEACHERS]}/{name}"
+
+
+def _make_teacher(name: str, folder: str) -> None:
+    width = TEACHER_WIDTHS[name]
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * width}
     torch.manual_seed(11)
-    Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8, mlp_ratio=2)).save_pretrained(folder)
+    if name == "clip":
+        texts = {**sizes, "vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+        images = {**sizes, "image_size": 16, "patch_size": 4, "hidden_act": "gelu"}
+        CLIPModel(CLIPConfig(text_config=texts, vision_config=images)).save_pretrained(folder)
+    elif name == "siglip":
+        SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=16)).save_pretrained(folder)
+    else:
+        Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8, mlp_ratio=2)).save_pretrained(folder)
     BitImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]).save_pretrained(folder)
-    os.environ[TEACHER] = folder
-    return folder
 
 
 @functools.cache
@@ -83,7 +115,7 @@ def tiny_overrides(recipe: str) -> list[str]:
     """The built-in recipe of that name with narrow decoders, heads and towers."""
     raw, found = load_run(recipe).recipe, [*_BACKBONE]
     for name, decoder in raw["decoders"].items():
-        if decoder["kind"] == "transformer":
+        if decoder["kind"] in ("transformer", "cross_attention", "causal_transformer"):
             found += [f"recipe.decoders.{name}.{field}" for field in ("width=32", "heads=2", "depth=1")]
         elif decoder["kind"] == "attention_pool":
             found.append(f"recipe.decoders.{name}.width=64")
@@ -93,10 +125,16 @@ def tiny_overrides(recipe: str) -> list[str]:
     for number, target in enumerate(raw["targets"]):
         if target["kind"] == "text":
             found += [*_TEXT, f"recipe.targets.{number}.width=32"]
-        if "size" in target["regularizer"]:
+        if "layers" in target:
+            found.append(f"recipe.targets.{number}.layers=2")
+        if "clusters" in target:
+            found.append(f"recipe.targets.{number}.clusters=12")
+        if "size" in target.get("regularizer", ()):
             found.append(f"recipe.targets.{number}.regularizer.size=20")
-    if "teacher" in raw:
-        found.append(f"recipe.teacher.from_pretrained={tiny_teacher()}")
+        if target.get("encoder") == "teacher" and "head" in target:
+            found.append(f"recipe.heads.{target['head']}.width={TEACHER_WIDTHS[target['teacher']]}")
+    found += [f"recipe.views.{number}.size=16" for number, view in enumerate(raw.get("views", [])) if "size" in view]
+    found += [f"recipe.teachers.{name}.from_pretrained={tiny_teacher(name)}" for name in raw.get("teachers", {})]
     return found
 
 
@@ -114,10 +152,10 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
 
 def first_weights(objective: Objective, seed: int) -> None:
     """Those that a run would start from."""
-    initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teacher."))
-    if objective.teacher is not None:
-        plan = teacher_plan(objective.recipe)
-        objective.teacher.model.load_state_dict(dict(zip(plan.names, plan.tensors(), strict=True)), strict=False)
+    initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teachers."))
+    for teacher in objective.teachers.values():
+        plan = teacher_plan(teacher)
+        teacher.model.load_state_dict(dict(zip(plan.names, plan.tensors(), strict=True)), strict=False)
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, target in momentum_pairs(objective):
@@ -134,8 +172,9 @@ def random_batch(
     repeated_caption: bool = True,
     image: int = 32,
 ) -> Batch:
-    """Noise images with geometry; every third sample lacks a caption, every fourth a category. Sample 6 repeats the
-    caption of sample 1, so that among eight samples on two ranks the repetition lies on the other rank."""
+    """Noise images with geometry, and small views behind them, which most recipes have no use for; every third sample
+    lacks a caption, every fourth a category. Sample 6 repeats the caption of sample 1, so that among eight samples on
+    two ranks the repetition lies on the other rank."""
     generator = torch.Generator().manual_seed(seed)
     number = torch.arange(size)
 
@@ -153,10 +192,17 @@ def random_batch(
     if size > 6 and repeated_caption:
         for column in (captions, ids, mask):
             column[6] = column[1]
+    images = torch.randint(0, 256, (views, size, 3, image, image), generator=generator, dtype=torch.uint8)
+    corners = torch.cat([uniform(0, 20, views, size, 2), uniform(20, 40, views, size, 2)], dim=-1)
+    flips = torch.rand(views, size, generator=generator) < 0.5
+    of_small = torch.Generator().manual_seed(seed)
     return Batch(
-        images_VBCHW=torch.randint(0, 256, (views, size, 3, image, image), generator=generator, dtype=torch.uint8),
-        crops_VB4=torch.cat([uniform(0, 20, views, size, 2), uniform(20, 40, views, size, 2)], dim=-1),
-        flips_VB=torch.rand(views, size, generator=generator) < 0.5,
+        images_VBCHW=images,
+        small_VBCHW=torch.randint(
+            0, 256, (SMALL_VIEWS, size, 3, image // 2, image // 2), generator=of_small, dtype=torch.uint8
+        ),
+        crops_VB4=torch.cat([corners, torch.rand(SMALL_VIEWS, size, 4, generator=of_small) * 20 + 1]),
+        flips_VB=torch.cat([flips, torch.zeros(SMALL_VIEWS, size, dtype=torch.bool)]),
         sizes_B2=torch.full((size, 2), 64.0),
         labels_B=torch.where(has_label, number % 2, -1),
         label_sets_B=sets,

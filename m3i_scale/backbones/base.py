@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,31 @@ from torch import Tensor, nn
 
 Tokens = tuple[Tensor, Tensor]
 """Class token (B, 1, D), or the mean token where the backbone has none, and patch tokens (B, L, D)."""
+
+
+class MaskToken(nn.Module):
+    """Takes the place of hidden tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, width))
+
+    def reset_parameters(self) -> None:
+        """Draw the first value."""
+        nn.init.normal_(self.token, std=0.02)
+
+    def forward(self, map_BHWC: Tensor, shown_BHW: Tensor) -> Tensor:
+        """Return the map, with the token wherever `shown_BHW` is False."""
+        return torch.where(shown_BHW[..., None], map_BHWC, self.token.to(map_BHWC.dtype))
+
+
+@dataclass
+class Covered:
+    """Says which patches of inputs are mask tokens."""
+
+    token: MaskToken
+    shown: list[Tensor | None]
+    """By input, which patches are shown as they are: bool (B, N); None: all."""
 
 
 class Backbone(nn.Module, ABC):
@@ -67,13 +93,20 @@ class Backbone(nn.Module, ABC):
         return first.dtype
 
     @abstractmethod
-    def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
+    def encode_own(
+        self,
+        views: dict[int, Tensor],
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        covered: Covered | None = None,
+    ) -> list[Tokens]:
         """Encode inputs that see nothing of each other.
 
         Args:
             views: normalised images (B, 3, H, W) by view.
             view_of: by input, the view that it shows a part of.
             visible: by input, the visible patches: int64 (B, L), ascending.
+            covered: the patches that are mask tokens, where there are any.
 
         Returns:
             By input, the tokens of its visible patches, in the order of `visible`.

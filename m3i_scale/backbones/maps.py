@@ -8,26 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, Covered, MaskToken, Tokens, gather_tokens
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 
 _STEM_STRIDE, _LAST_STRIDE = 4, 32
-
-
-class MaskToken(nn.Module):
-    """Takes the place of hidden parts of the stem's map."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(1, width))
-
-    def reset_parameters(self) -> None:
-        """Draw the first value."""
-        nn.init.normal_(self.token, std=0.02)
-
-    def forward(self, map_BHWC: Tensor, shown_BHW: Tensor) -> Tensor:
-        """Return the map, with the token wherever `shown_BHW` is False."""
-        return torch.where(shown_BHW[..., None], map_BHWC, self.token.to(map_BHWC.dtype))
 
 
 class MapBackbone(Backbone):
@@ -62,8 +46,15 @@ class MapBackbone(Backbone):
         """Return the channels of the four stages."""
         return list(self.model.config.stage_channels)
 
-    def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
-        """Encode every input as an image of its own; all go through the network together."""
+    def encode_own(
+        self,
+        views: dict[int, Tensor],
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        covered: Covered | None = None,
+    ) -> list[Tokens]:
+        """Encode every input as an image of its own; all go through the network together. Nothing is `covered`:
+        the stem has a mask token of its own."""
         shown_BN = torch.cat([self._shown(visible_BL) for visible_BL in visible])
         images_BCHW = torch.cat([views[view] for view in view_of])
         map_BND = self._encode(images_BCHW * self._over(shown_BN, self.patch_size)[:, None], shown_BN)

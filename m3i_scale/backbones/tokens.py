@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from m3i_scale.backbones.attention import split_heads
-from m3i_scale.backbones.base import Backbone, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, Covered, Tokens, gather_tokens
 
 TokenConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig
 
@@ -69,8 +70,12 @@ class TokenBackbone(Backbone):
         return list(model.encoder.layers if isinstance(model, CLIPVisionModel) else model.encoder.layer)
 
     def embed(self, images_BCHW: Tensor) -> Tokens:
-        """Embed normalised images as class token (B, 1, D) and patch tokens (B, N, D), positions added."""
-        tokens_BND = self.model.embeddings(images_BCHW.to(self.dtype))
+        """Embed normalised images as class token (B, 1, D) and patch tokens (B, N, D), positions added: interpolated as
+        the stock model does it, where the images have another size."""
+        options = {}
+        if images_BCHW.shape[-1] != self.image_size and not isinstance(self.model, Dinov2Model):
+            options["interpolate_pos_encoding"] = True  # that of Dinov2 does so by itself
+        tokens_BND = self.model.embeddings(images_BCHW.to(self.dtype), **options)
         if isinstance(self.model, CLIPVisionModel):  # a norm of each token, so it may come before tokens are hidden
             tokens_BND = self.model.pre_layrnorm(tokens_BND)
         return tokens_BND[:, :1], tokens_BND[:, 1:]
@@ -90,20 +95,73 @@ class TokenBackbone(Backbone):
             tokens_BLD = layer(tokens_BLD, None)
         return tokens_BLD
 
-    def _visible(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
-        """Embed class token and visible patch tokens of every input, in one call of the embedding."""
-        names = sorted(set(view_of))
-        cls_VB1D, tokens_VBND = self.embed(torch.cat([views[view] for view in names]))
-        batch = len(visible[0])
-        cls = dict(zip(names, cls_VB1D.split(batch), strict=True))
-        tokens = dict(zip(names, tokens_VBND.split(batch), strict=True))
+    def _visible(
+        self,
+        views: dict[int, Tensor],
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        covered: Covered | None = None,
+    ) -> list[Tokens]:
+        """Embed class token and visible patch tokens of every input, in one call of the embedding for every size."""
+        shown: Sequence[Tensor | None] = covered.shown if covered is not None else [None] * len(visible)
+        # A view is embedded once, and once more for each input that has mask tokens in it.
+        keys = [(view, number if shown[number] is not None else -1) for number, view in enumerate(view_of)]
+        embedded: dict[tuple[int, int], Tokens] = {}
+        for side in sorted({views[view].shape[-1] for view in view_of}, reverse=True):
+            members = sorted({key for key in keys if views[key[0]].shape[-1] == side})
+            masks = [shown[number] if number >= 0 else None for _, number in members]
+            images_SCHW = torch.cat([views[view] for view, _ in members])
+            with self._covering(covered, masks, len(visible[0]), side):
+                cls_S1D, tokens_SND = self.embed(images_SCHW)
+            parts = (part.split(len(visible[0])) for part in (cls_S1D, tokens_SND))
+            embedded |= {key: (cls, tokens) for key, cls, tokens in zip(members, *parts, strict=True)}
         return [
-            (cls[view], gather_tokens(tokens[view], shown_BL)) for view, shown_BL in zip(view_of, visible, strict=True)
+            (embedded[key][0], gather_tokens(embedded[key][1], shown_BL))
+            for key, shown_BL in zip(keys, visible, strict=True)
         ]
 
-    def encode_own(self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor]) -> list[Tokens]:
+    @contextmanager
+    def _covering(
+        self, covered: Covered | None, masks: Sequence[Tensor | None], batch: int, side: int
+    ) -> Iterator[None]:
+        """Put mask tokens into what the patch embedding gives, before positions are added.
+
+        Args:
+            covered: what has the token.
+            masks: by `batch` images, which of their patches are shown: bool (batch, N); None: all.
+            batch: images that have one mask each.
+            side: of the images in pixels.
+        """
+        if covered is None or all(mask is None for mask in masks):
+            yield
+            return
+        token, patches = covered.token, side // self.patch_size
+        device = next(mask.device for mask in masks if mask is not None)
+        every_BN = torch.ones(batch, patches**2, dtype=torch.bool, device=device)
+        shown_SHW = torch.cat([every_BN if mask is None else mask for mask in masks]).unflatten(1, (patches, patches))
+
+        def cover(convolution: nn.Module, inputs: Any, map_SDHW: Tensor) -> Tensor:
+            covered_SHWD: Tensor = token(map_SDHW.permute(0, 2, 3, 1), shown_SHW)
+            return covered_SHWD.permute(0, 3, 1, 2)
+
+        embeddings = self.model.embeddings
+        clip = isinstance(self.model, CLIPVisionModel)
+        convolution = embeddings.patch_embedding if clip else embeddings.patch_embeddings.projection
+        hook = convolution.register_forward_hook(cover)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def encode_own(
+        self,
+        views: dict[int, Tensor],
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        covered: Covered | None = None,
+    ) -> list[Tokens]:
         """Encode every input as a sequence of its own; those of one length go through the layers together."""
-        sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible)]
+        sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible, covered)]
         outputs: dict[int, Tensor] = {}
         for length in sorted({sequence.shape[1] for sequence in sequences}):
             members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]

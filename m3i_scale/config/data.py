@@ -31,12 +31,57 @@ def _is_probability(value: float, info: ValidationInfo) -> float:
 Probability = Annotated[float, AfterValidator(_is_probability)]
 
 
+def _lies_inside(scale: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+    smallest, largest = scale
+    if not 0 < smallest <= largest <= 1 and not is_stored(info):
+        raise ValueError(
+            f"[{smallest:g}, {largest:g}] is no range of shares of an image's area: above 0, the smallest first, "
+            "at most 1, as in [0.08, 1.0]"
+        )
+    return scale
+
+
+CropScale = Annotated[tuple[float, float], AfterValidator(_lies_inside)]
+"""Smallest and largest area of a crop, as a share of the image."""
+
+
+def _has_a_shape(ratio: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+    narrowest, widest = ratio
+    if not 1 / _EXTREME_RATIO <= narrowest <= widest <= _EXTREME_RATIO and not is_stored(info):
+        raise ValueError(
+            f"[{narrowest:g}, {widest:g}] is no range of width : height: the smallest first, from "
+            f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.75, 1.3333]"
+        )
+    return ratio
+
+
+CropRatio = Annotated[tuple[float, float], AfterValidator(_has_a_shape)]
+"""Smallest and largest width : height of a crop."""
+
+
+def _leaves_an_image(
+    strengths: tuple[float, float, float, float], info: ValidationInfo
+) -> tuple[float, float, float, float]:
+    if not is_stored(info) and not all(
+        0 <= strength <= most for strength, most in zip(strengths, _STRONGEST_JITTER, strict=True)
+    ):
+        raise ValueError(
+            f"{[*strengths]} are no strengths of brightness, contrast, saturation (0 to 2) and hue (0 to 0.5), as "
+            "in [0.4, 0.4, 0.2, 0.1]"
+        )
+    return strengths
+
+
+JitterStrengths = Annotated[tuple[float, float, float, float], AfterValidator(_leaves_an_image)]
+"""Of brightness, contrast, saturation and hue."""
+
+
 class DistortionConfig(Section):
     """Says how views are drawn from an image. A list holds one value per view; the last serves all further views."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image: above 0, at most 1."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    crop_ratio: CropRatio = (0.75, 1.3333333333333333)
     """Smallest and largest width : height of a random crop, from 1/20 to 20."""
     scale_jitter: tuple[float, float] | None = None
     """Scale jitter, in place of crop_scale and crop_ratio: the short side of the image becomes the side of a view times
@@ -50,7 +95,7 @@ class DistortionConfig(Section):
     Default: any crop will do."""
     flip: Probability = 0.5
     """Probability of a horizontal flip (before the crop)."""
-    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    color_jitter: JitterStrengths = (0.4, 0.4, 0.2, 0.1)
     """Strength of brightness, contrast, saturation (0 to 2: factors between 1 − strength and 1 + strength) and hue
     (0 to 0.5, in turns of the colour circle)."""
     color_jitter_p: Probability = 0.8
@@ -64,28 +109,6 @@ class DistortionConfig(Section):
     """Probability of solarisation, per view; stated by recipes as `blur` is."""
     rand_augment: str | None = Field(default=None, pattern=_RAND_AUGMENT)
     """RandAugment as timm has it and calls it, e.g. rand-m9-mstd0.5-inc1, of labelled images. Default: none."""
-
-    @field_validator("crop_scale")
-    @classmethod
-    def _crops_lie_inside(cls, scale: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        smallest, largest = scale
-        if not 0 < smallest <= largest <= 1 and not is_stored(info):
-            raise ValueError(
-                f"[{smallest:g}, {largest:g}] is no range of shares of an image's area: above 0, the smallest first, "
-                "at most 1, as in [0.08, 1.0]"
-            )
-        return scale
-
-    @field_validator("crop_ratio")
-    @classmethod
-    def _crops_have_a_shape(cls, ratio: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        narrowest, widest = ratio
-        if not 1 / _EXTREME_RATIO <= narrowest <= widest <= _EXTREME_RATIO and not is_stored(info):
-            raise ValueError(
-                f"[{narrowest:g}, {widest:g}] is no range of width : height: the smallest first, from "
-                f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.75, 1.3333]"
-            )
-        return ratio
 
     @field_validator("scale_jitter")
     @classmethod
@@ -110,20 +133,6 @@ class DistortionConfig(Section):
                 usual if isinstance(self, AugmentConfig) else "leave one of them out",
             )
         return self
-
-    @field_validator("color_jitter")
-    @classmethod
-    def _jitter_leaves_an_image(
-        cls, strengths: tuple[float, float, float, float], info: ValidationInfo
-    ) -> tuple[float, float, float, float]:
-        if not is_stored(info) and not all(
-            0 <= strength <= most for strength, most in zip(strengths, _STRONGEST_JITTER, strict=True)
-        ):
-            raise ValueError(
-                f"{[*strengths]} are no strengths of brightness, contrast, saturation (0 to 2) and hue (0 to 0.5), as "
-                "in [0.4, 0.4, 0.2, 0.1]"
-            )
-        return strengths
 
 
 class AugmentConfig(DistortionConfig):

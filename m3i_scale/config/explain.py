@@ -18,7 +18,7 @@ from m3i_scale.text import shown
 
 KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
-_BRANCHES = ("float", "int", "str")
+_BRANCHES = ("float", "int", "str", "constrained-float")
 """How pydantic names the alternatives of a union, as if they were keys."""
 
 MEANT = {

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m3i_scale.config.data import Reads
+from m3i_scale.config.views import ViewSpecs, view_sizes
 from m3i_scale.defaults import MASK_SIDE
 
 if TYPE_CHECKING:  # the objective takes batches, and no images
@@ -33,14 +34,16 @@ _BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
 
 @dataclass
 class Batch:
-    """Holds a micro-batch of B samples with V views each. What a sample lacks is marked, never left out."""
+    """Holds a micro-batch of B samples with V + V' views each. What a sample lacks is marked, never left out."""
 
     images_VBCHW: Tensor
-    """uint8 (V, B, 3, H, W): augmented views, not yet normalised."""
+    """uint8 (V, B, 3, H, W): augmented views of the backbone's size, not yet normalised."""
+    small_VBCHW: Tensor
+    """uint8 (V', B, 3, h, w): the views that follow them, of a smaller size; V' is 0 where the recipe has none."""
     crops_VB4: Tensor
-    """float32 (V, B, 4): top, left, height, width of the crop in pixels of the (already flipped) source image."""
+    """float32 (V + V', B, 4): top, left, height, width of the crop in pixels of the (already flipped) source image."""
     flips_VB: Tensor
-    """bool (V, B): whether the source image was flipped, which happens before the crop."""
+    """bool (V + V', B): whether the source image was flipped, which happens before the crop."""
     sizes_B2: Tensor
     """float32 (B, 2): height, width of the source image in pixels."""
     labels_B: Tensor
@@ -82,6 +85,11 @@ class Batch:
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
         }
         vars(self).update(arrived)
+
+    def view(self, number: int) -> Tensor:
+        """Return the images of a view, from 1, of either size: uint8 (B, 3, H, W)."""
+        own = len(self.images_VBCHW)
+        return self.images_VBCHW[number - 1] if number <= own else self.small_VBCHW[number - 1 - own]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -164,6 +172,7 @@ class Collator:
         sets = [-1 if sample.label is None else sample.label_set for sample in samples]
         return Batch(
             images_VBCHW=torch.from_numpy(np.stack([sample.views.pixels_VCHW for sample in samples], axis=1)),
+            small_VBCHW=torch.from_numpy(np.stack([sample.views.small_VCHW for sample in samples], axis=1)),
             crops_VB4=torch.tensor(crops, dtype=torch.float32),
             flips_VB=torch.tensor(flips, dtype=torch.bool),
             sizes_B2=torch.tensor([sample.views.size for sample in samples], dtype=torch.float32),
@@ -197,6 +206,11 @@ class Collator:
             ids_BT[number, : len(row)] = row
             mask_BT[number, : len(row)] = True
         return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
+
+
+def no_small_views(count: int) -> Tensor:
+    """Return the small views of samples of a recipe that has none."""
+    return torch.empty(0, count, 3, 0, 0, dtype=torch.uint8)
 
 
 def no_masks(count: int) -> Tensor:
@@ -250,7 +264,7 @@ def caption_hash(caption: str | None) -> int:
 
 
 def synthetic_batch(
-    count: int, views: int, *, image: int, tokens: int, classes: int, vocabulary: int, reads: Reads = "labels"
+    count: int, views: ViewSpecs, *, image: int, tokens: int, classes: int, vocabulary: int, reads: Reads = "labels"
 ) -> Batch:
     """Return noise images, each with a category and a caption of its own.
 
@@ -258,8 +272,8 @@ def synthetic_batch(
 
     Args:
         count: samples.
-        views: of every sample.
-        image: side in pixels.
+        views: of every sample, as the recipe has them.
+        image: side in pixels, of views that have no other.
         tokens: of every caption.
         classes: labels are below this number.
         vocabulary: token numbers are below this number.
@@ -268,12 +282,17 @@ def synthetic_batch(
     objects = _COUNTED_OBJECTS if reads in ("boxes", "boxes_and_masks") else 0
     side = MASK_SIDE if reads == "boxes_and_masks" else 0
     pixels = image if reads == "masks" else 0
-    crops = torch.tensor([0.0, 0.0, image, image]).expand(views, count, 4)
+    sizes = view_sizes(views, image)
+    own = sizes.count(image)
+    crops = torch.tensor([0.0, 0.0, image, image]).expand(len(sizes), count, 4)
     corners = torch.rand(count, objects, 2) * image / 2
     return Batch(
-        images_VBCHW=torch.randint(0, 256, (views, count, 3, image, image), dtype=torch.uint8),
+        images_VBCHW=torch.randint(0, 256, (own, count, 3, image, image), dtype=torch.uint8),
+        small_VBCHW=torch.randint(0, 256, (len(sizes) - own, count, 3, sizes[-1], sizes[-1]), dtype=torch.uint8)
+        if own < len(sizes)
+        else no_small_views(count),
         crops_VB4=crops,
-        flips_VB=torch.zeros(views, count, dtype=torch.bool),
+        flips_VB=torch.zeros(len(sizes), count, dtype=torch.bool),
         sizes_B2=torch.full((count, 2), float(image)),
         labels_B=torch.randint(0, classes, (count,)),
         label_sets_B=torch.zeros(count, dtype=torch.int64),

@@ -13,6 +13,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from m3i_scale.config import AugmentConfig, DistortionConfig, SourceConfig
+from m3i_scale.config.views import ViewSpecs
 from m3i_scale.text import listed, told_differences
 
 Shard = tuple[str, int, int, str]
@@ -27,7 +28,11 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 
 def fingerprint(
-    shards: Iterable[Shard], source: SourceConfig, augment: AugmentConfig, repeats: str | None = None
+    shards: Iterable[Shard],
+    source: SourceConfig,
+    augment: AugmentConfig,
+    repeats: str | None = None,
+    views: ViewSpecs = 1,
 ) -> dict[str, Any]:
     """Return what every rank's state holds of a source: shards and their order as one hash, settings one by one.
 
@@ -36,6 +41,7 @@ def fingerprint(
         source: its settings.
         augment: distortions where the source has none of its own.
         repeats: digest of what says how often each sample is read; None: each is once.
+        views: of the recipe. How many there are says nothing where all are alike: each is drawn after those before it.
     """
     digest = hashlib.sha256()
     count = samples = 0
@@ -49,6 +55,8 @@ def fingerprint(
     )
     exclude = {"shards", "augment"} | ({"repeat_threshold"} if source.repeat_threshold is None else set())
     settings = source.model_dump(mode="json", exclude=exclude) | {"augment": distortions}
+    if not isinstance(views, int):
+        settings["views"] = [spec.model_dump(mode="json", exclude_none=True) for spec in views]
     found = {"shards": count, "samples": samples, "sha256": digest.hexdigest(), "deal": _DEAL, "settings": settings}
     return found if repeats is None else found | {"repeats": repeats}
 

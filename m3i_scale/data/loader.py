@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.config.data import Reads
+from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
@@ -62,8 +63,8 @@ class TrainStream:
     Args:
         data: streams, workers, limits, augmentation.
         sources: what to read (data.sources, or data.validation).
-        views: V, number of views per sample.
-        image_size: side of a view in pixels.
+        views: how many views of a sample, or what each is.
+        image_size: the backbone's side of a view in pixels.
         micro_batch_size: samples per batch of this rank.
         world_size: number of ranks.
         rank: this rank.
@@ -87,7 +88,7 @@ class TrainStream:
         data: DataConfig,
         sources: dict[str, SourceConfig],
         *,
-        views: int,
+        views: ViewSpecs,
         image_size: int,
         micro_batch_size: int,
         world_size: int,
@@ -125,7 +126,7 @@ class TrainStream:
         def make_views(source: SourceConfig) -> ViewMaker:
             return shown(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
-        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads)
+        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
         read = [source for plan in plans.values() for source in plan.values()]
         self._quarantine = Quarantine(
             quarantine_path,
@@ -340,6 +341,7 @@ class TrainStream:
         make_views: Callable[[SourceConfig], ViewMaker],
         *,
         reads: Reads,
+        views: ViewSpecs,
     ) -> dict[int, dict[str, StreamSource]]:
         plans: dict[int, dict[str, StreamSource]] = {stream: {} for stream in self._streams}
         ends: list[list[int | None]] = [[] for _ in range(self._data.streams)]
@@ -355,7 +357,7 @@ class TrainStream:
             repeat_seed, limits = seed_of("repeats", seed, name), self._access.at_start()
             repeats = repeats_of(indices, source.repeat_threshold, repeat_seed, where, limits)
             digest = None if repeats is None else repeats.digest
-            self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment, digest)
+            self._fingerprints[name] = fingerprint(self._shards[name], source, self._data.augment, digest, views)
             sizes = [len(index) for index in indices] if repeats is None else np.diff(repeats.ends(0), prepend=0)
             shard_ends = ends_of(sizes, self._data.streams, where)
             samples = int(shard_ends[-1])

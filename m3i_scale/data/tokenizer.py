@@ -110,6 +110,22 @@ def find_tokenizer(
     )
 
 
+def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that special tokens say where a text begins and ends: what is predicted token by token needs both.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
+    ends, text = (tokenizer(given)["input_ids"] for given in ("", "a"))
+    if len(ends) < 2 or (ends[0], ends[-1]) != (text[0], text[-1]):
+        raise ConfigError(
+            f"the tokenizer '{tokenizer.name_or_path}' does not put a special token before a text and one behind it",
+            where="text.tokenizer",
+            why="captions are predicted token by token, from their first token to their end",
+            fix="take one that does, such as that of BERT or the one that `shards make` trains",
+        )
+
+
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what makes tokens of a caption, beside the vocabulary, as JSON types; large parts are hashed.
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from m3i_scale.config import AugmentConfig, DistortionConfig
 from m3i_scale.config.data import Reads
+from m3i_scale.config.views import ViewSpecs, each_view, view_sizes
 from m3i_scale.data.crops import CROP_ATTEMPTS, Crop, box_of, largest_share, random_crop, scaled_crop, uniform
 from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
 from m3i_scale.data.instances import Instances, check_turned
@@ -37,10 +38,14 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Views:
-    """Holds V views of one image, and where each was cut."""
+    """Holds the views of one image, and where each was cut."""
 
     pixels_VCHW: NDArray[np.uint8]
+    """Views of the backbone's size."""
+    small_VCHW: NDArray[np.uint8]
+    """Views of a smaller size, which come last: (0, 3, 0, 0) where there are none."""
     crops: list[Crop]
+    """Of all views."""
     size: tuple[int, int]
     """Height and width of the source image in pixels."""
     mask_HW: NDArray[np.uint8] | None = None
@@ -54,9 +59,9 @@ class ViewMaker:
 
     Args:
         config: kinds and strengths of augmentation.
-        views: V, number of views per image.
-        image_size: side of a view in pixels.
-        augment: False gives the largest centre square, V times, with nothing random.
+        views: how many views of an image, or what each is.
+        image_size: the backbone's side of a view in pixels.
+        augment: False gives the largest centre square as every view, with nothing random.
         reads: what is asked of a sample; where that is objects, the whole image is shown without augmentation, its long
             side as long as the view.
         mean: of the pixels, from 0 to 1: the colour beyond the edge of an image.
@@ -67,21 +72,21 @@ class ViewMaker:
         self,
         config: DistortionConfig,
         *,
-        views: int,
+        views: ViewSpecs,
         image_size: int,
         augment: bool,
         reads: Reads = "labels",
         mean: tuple[float, float, float] = AugmentConfig().mean,
         stretch: bool = False,
     ) -> None:
-        self._config = config
         self._fill = tuple(round(255 * channel) for channel in mean)
         self._rand_augment: RandAugment | None = None
         if augment and config.rand_augment is not None:
             from m3i_scale.data.rand_augment import RandAugment  # an extra, of which tasks say so where it is missing
 
             self._rand_augment = RandAugment(config.rand_augment, image_size, self._fill)
-        self._views = views
+        self._configs = [spec.distortions(config) for spec in each_view(views)]
+        self._sizes = view_sizes(views, image_size)
         self._size = image_size
         self._augment = augment
         self._reads = reads
@@ -107,94 +112,71 @@ class ViewMaker:
         width, height = upright_size(image.size, lies)
         rng = random.Random(seed)
         mask = None if mask is None else upright(mask, lies)
-        crops = [self._crop(height, width, rng, None if view else mask) for view in range(self._views)]
-        smallest = min(min(crop.height, crop.width) for crop in crops)
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what the smallest crop needs.
-        shrink = max((factor for factor in (1, 2, 4, 8) if smallest >= factor * self._size), default=1)
+        crops = [
+            self._crop(config, size, height, width, rng, None if view else mask)
+            for view, (config, size) in enumerate(zip(self._configs, self._sizes, strict=True))
+        ]
+        sides = [(min(crop.height, crop.width), size) for crop, size in zip(crops, self._sizes, strict=True)]
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what any crop needs.
+        shrink = max((by for by in (1, 2, 4, 8) if all(side >= by * size for side, size in sides)), default=1)
         quick = quick_pixels(image) if shrink == 1 else None
         if quick is not None and lies != 1:
             quick = np.asarray(upright(Image.fromarray(quick), lies))
         rgb: Image.Image | None = None
-        pixels = np.empty((self._views, 3, self._size, self._size), dtype=np.uint8)
-        for view, crop in enumerate(crops):
+        small = [size for size in self._sizes if size != self._size]
+        side = small[0] if small else 0
+        pixels_VCHW = np.empty((len(self._sizes) - len(small), 3, self._size, self._size), dtype=np.uint8)
+        small_VCHW = np.empty((len(small), 3, side, side), dtype=np.uint8)
+        pixels = [*pixels_VCHW, *small_VCHW]
+        for view, (crop, size) in enumerate(zip(crops, self._sizes, strict=True)):
             cut: Pixels | Image.Image
-            if quick is not None and self._needs_no_resize(crop, (height, width)):
+            if quick is not None and _needs_no_resize(crop, size, (height, width)):
                 cut = _cut_out(quick, crop)
             else:
                 if rgb is None:
                     rgb = upright(_decoded(image, shrink), lies) if quick is None else Image.fromarray(quick)
-                cut = self._cut(rgb, crop, (height, width))
+                cut = cut_and_resize(rgb, crop, size, (height, width))
             cut = self._recolour(cut, view, rng) if self._augment else cut
             shown = np.asarray(cut)
             rows, columns = shown.shape[:2]
-            if min(rows, columns) < self._size:
-                pixels[view] = np.array(self._fill)[:, None, None]
-            pixels[view, :, :rows, :columns] = shown.transpose(2, 0, 1)
-        mask_HW = None if mask is None else self._cut_mask(mask, crops[0])
+            if min(rows, columns) < size:
+                pixels[view][:] = np.array(self._fill)[:, None, None]
+            pixels[view][:, :rows, :columns] = shown.transpose(2, 0, 1)
+        mask_HW = None if mask is None else _cut_mask(mask, crops[0], self._size)
         objects = None
         if instances is not None:
             objects = objects_in(instances, crops[0], self._size, masks=self._reads == "boxes_and_masks")
-        return Views(pixels, crops, (height, width), mask_HW, objects)
+        return Views(pixels_VCHW, small_VCHW, crops, (height, width), mask_HW, objects)
 
-    def _crop(self, height: int, width: int, rng: random.Random, mask: Image.Image | None = None) -> Crop:
+    def _crop(
+        self,
+        config: DistortionConfig,
+        size: int,
+        height: int,
+        width: int,
+        rng: random.Random,
+        mask: Image.Image | None = None,
+    ) -> Crop:
         """Draw a crop; one of a mask anew, as long as a class has too much of it."""
         if not self._augment and self._reads in ("boxes", "boxes_and_masks"):
             if self._stretch:
                 return Crop(0, 0, height, width, False)
-            return Crop(*scaled_crop(height, width, self._size / max(height, width), self._size, rng), False)
+            return Crop(*scaled_crop(height, width, size / max(height, width), size, rng), False)
         if not self._augment:
             side = min(height, width)
             return Crop((height - side) / 2, (width - side) / 2, side, side, False)
-        flip = rng.random() < self._config.flip
-        draw = self._draw(height, width, rng)
+        flip = rng.random() < config.flip
+        draw = _draw(config, size, height, width, rng)
         crop = Crop(*draw(), flip)
-        if mask is not None and self._config.cat_max_ratio is not None:
+        if mask is not None and config.cat_max_ratio is not None:
             for _ in range(CROP_ATTEMPTS - 1):
-                if largest_share(self._cut_mask(mask, crop)) <= self._config.cat_max_ratio:
+                if largest_share(_cut_mask(mask, crop, size)) <= config.cat_max_ratio:
                     break
                 crop = Crop(*draw(), flip)
         return crop
 
-    def _draw(self, height: int, width: int, rng: random.Random) -> Callable[[], tuple[float, float, float, float]]:
-        """Return what draws top, left, height and width of a crop; of scale jitter, at a scale that is drawn here."""
-        config = self._config
-        if config.scale_jitter is None:
-            return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
-        side = (max if config.scale_jitter_side == "long" else min)(height, width)
-        scale = uniform(*config.scale_jitter, rng) * self._size / side
-        return lambda: scaled_crop(height, width, scale, self._size, rng)
-
-    def _needs_no_resize(self, crop: Crop, source: tuple[int, int]) -> bool:
-        whole = crop.top == int(crop.top) and crop.left == int(crop.left)
-        inside = crop.top + crop.height <= source[0] and crop.left + crop.width <= source[1]
-        return whole and inside and (crop.height, crop.width) == (self._size, self._size)
-
-    def _cut(self, image: Image.Image, crop: Crop, source: tuple[int, int]) -> Image.Image:
-        """Crop and resize in one step. Flipping the small view instead of the large image gives the same pixels."""
-        inside, size = self._inside(crop, source)
-        box = box_of(inside, source, image)
-        if (box[2] - box[0], box[3] - box[1]) == size and box[0].is_integer() and box[1].is_integer():
-            view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
-        else:
-            view = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-        return ImageOps.mirror(view) if crop.flip else view
-
-    def _cut_mask(self, mask: Image.Image, crop: Crop) -> NDArray[np.uint8]:
-        """Crop and resize as `_cut` does, without mixing classes."""
-        inside, size = self._inside(crop, (mask.height, mask.width))
-        view = mask.resize(size, Image.Resampling.NEAREST, box=box_of(inside, (mask.height, mask.width), mask))
-        mask_HW = np.full((self._size, self._size), NO_CLASS, dtype=np.uint8)
-        mask_HW[: size[1], : size[0]] = np.asarray(ImageOps.mirror(view) if crop.flip else view)
-        return mask_HW
-
-    def _inside(self, crop: Crop, source: tuple[int, int]) -> tuple[Crop, tuple[int, int]]:
-        """Return what of a crop lies inside of the source, and how many columns and rows of the view show it."""
-        height, width = min(crop.height, source[0] - crop.top), min(crop.width, source[1] - crop.left)
-        columns, rows = round(self._size * width / crop.width), round(self._size * height / crop.height)
-        return Crop(crop.top, crop.left, height, width, crop.flip), (columns, rows)
-
     def _recolour(self, cut: Pixels | Image.Image, view: int, rng: random.Random) -> Pixels | Image.Image:
-        config = self._config
+        config = self._configs[view]
         if self._rand_augment is not None:
             cut = self._rand_augment(_as_image(cut), rng.getrandbits(64))
         if rng.random() < config.color_jitter_p:
@@ -202,11 +184,57 @@ class ViewMaker:
         if rng.random() < config.grayscale:
             cut = _as_image(cut).convert("L").convert("RGB")
         if rng.random() < per_view(config.blur, view):
+            # By the backbone's size for small views too, as multi-crop methods blur them.
             sigma = uniform(*BLUR_SIGMA, rng) * self._size / BLUR_REFERENCE_SIZE
             cut = _as_image(cut).filter(ImageFilter.GaussianBlur(sigma))
         if rng.random() < per_view(config.solarize, view):
             cut = ImageOps.solarize(_as_image(cut), 128)
         return cut
+
+
+def _draw(
+    config: DistortionConfig, size: int, height: int, width: int, rng: random.Random
+) -> Callable[[], tuple[float, float, float, float]]:
+    """Return what draws top, left, height and width of a crop; of scale jitter, at a scale that is drawn here."""
+    if config.scale_jitter is None:
+        return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
+    side = (max if config.scale_jitter_side == "long" else min)(height, width)
+    scale = uniform(*config.scale_jitter, rng) * size / side
+    return lambda: scaled_crop(height, width, scale, size, rng)
+
+
+def _needs_no_resize(crop: Crop, size: int, source: tuple[int, int]) -> bool:
+    whole = crop.top == int(crop.top) and crop.left == int(crop.left)
+    inside = crop.top + crop.height <= source[0] and crop.left + crop.width <= source[1]
+    return whole and inside and (crop.height, crop.width) == (size, size)
+
+
+def cut_and_resize(image: Image.Image, crop: Crop, size: int, source: tuple[int, int]) -> Image.Image:
+    """Return the view that a crop is, cropped and resized in one step. Flipping the small view instead of the large
+    image gives the same pixels."""
+    inside, shown = _inside(crop, size, source)
+    box = box_of(inside, source, image)
+    if (box[2] - box[0], box[3] - box[1]) == shown and box[0].is_integer() and box[1].is_integer():
+        view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
+    else:
+        view = image.resize(shown, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    return ImageOps.mirror(view) if crop.flip else view
+
+
+def _cut_mask(mask: Image.Image, crop: Crop, size: int) -> NDArray[np.uint8]:
+    """Crop and resize as `cut_and_resize` does, without mixing classes."""
+    inside, shown = _inside(crop, size, (mask.height, mask.width))
+    view = mask.resize(shown, Image.Resampling.NEAREST, box=box_of(inside, (mask.height, mask.width), mask))
+    mask_HW = np.full((size, size), NO_CLASS, dtype=np.uint8)
+    mask_HW[: shown[1], : shown[0]] = np.asarray(ImageOps.mirror(view) if crop.flip else view)
+    return mask_HW
+
+
+def _inside(crop: Crop, size: int, source: tuple[int, int]) -> tuple[Crop, tuple[int, int]]:
+    """Return what of a crop lies inside of the source, and how many columns and rows of the view show it."""
+    height, width = min(crop.height, source[0] - crop.top), min(crop.width, source[1] - crop.left)
+    columns, rows = round(size * width / crop.width), round(size * height / crop.height)
+    return Crop(crop.top, crop.left, height, width, crop.flip), (columns, rows)
 
 
 def _decoded(image: Image.Image, shrink: int) -> Image.Image:

@@ -27,6 +27,7 @@ _KINDS = {
     "category": "class labels",
     "mask": "masks",
     "text": "captions",
+    "caption": "captions, token by token",
     "boxes": "boxes and masks of objects",
     "pixels": "the image itself",
     "image": "the image itself",
@@ -86,7 +87,9 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         masks=source.recipe.reads == "boxes_and_masks",
         queries=config["model_type"] == "eomt",
         queried=config["model_type"] == "rf_detr",
-        text=source.recipe.uses_text and provenance["task"] == "features" and provenance["format"] == "transformers",
+        text=source.recipe.uses_text_tower
+        and provenance["task"] == "features"
+        and provenance["format"] == "transformers",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=describe(source.recipe),

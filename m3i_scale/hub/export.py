@@ -81,7 +81,7 @@ def export(
     check_also(also)
     source, heads = with_best_head(find_source(Path(run_dir_or_checkpoint)))
     reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
-    tokenizer = source_tokenizer(source) if source.recipe.uses_text and reads_text else None
+    tokenizer = source_tokenizer(source) if source.recipe.uses_text_tower and reads_text else None
     parts = plan_parts(source, wanted, tokenizer)
     _check_rounding(source, wanted, dtype)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)

@@ -46,7 +46,7 @@ class Source:
 
     @property
     def vocab_size(self) -> int | None:
-        """Return the size of the text tower's vocabulary; None without a text target."""
+        """Return the size of the vocabulary of captions; None where no target asks for them."""
         return self.meta.get("vocab_size") if self.recipe.uses_text else None
 
 

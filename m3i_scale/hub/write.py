@@ -34,6 +34,7 @@ from m3i_scale.hub.tensors import TEXT, VISION, Part, Shown, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.detection import Detection
+from m3i_scale.objective.upgrade import upgraded
 from m3i_scale.text import masked
 
 Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]
@@ -236,7 +237,8 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
 
 
 def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe with its teacher's name alone: the folder lies on the training machine and is not read again."""
-    if not recipe.get("teacher"):
-        return recipe
-    return recipe | {"teacher": {"from_pretrained": Path(recipe["teacher"]["from_pretrained"]).name}}
+    """Return a recipe with its teachers' names alone: folders lie on the training machine and are not read again."""
+    recipe = upgraded(recipe)
+    for teacher in recipe.get("teachers", {}).values():
+        teacher["from_pretrained"] = Path(teacher["from_pretrained"]).name
+    return recipe

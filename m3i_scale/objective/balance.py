@@ -10,18 +10,33 @@ from torch import Tensor, nn
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.schedule import value_at
 from m3i_scale.objective.state import Fp32State
 
 
 class GroupWeights(Fp32State):
-    """Holds w_k as the recipe says; subclasses change them."""
+    """Holds w_k as the recipe says; subclasses change them.
+
+    Args:
+        weights: numbers, or schedules: see `schedule.Scheduled`.
+    """
 
     needs_gradients = False
     given_K: Tensor
 
-    def __init__(self, weights: list[float]) -> None:
+    def __init__(self, weights: list[float | list[tuple[float, float]]]) -> None:
         super().__init__()
-        self.register_constant("given_K", weights)
+        self.schedules = {group: weight for group, weight in enumerate(weights) if isinstance(weight, list)}
+        self.register_constant("given_K", [value_at(weight, 0.0) for weight in weights])
+
+    def set_progress(self, progress: float) -> None:
+        """Give the weights that are schedules the values of when a share of the training is over."""
+        if not self.schedules:
+            return
+        given_K = self.given_K.clone()  # the backward pass of the batch before may still need the old values
+        for group, schedule in self.schedules.items():
+            given_K[group].fill_(value_at(schedule, progress))  # an assignment would copy it from the host
+        self.given_K = given_K
 
     def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return the total of the groups' losses, and the factors they got (K).
@@ -45,7 +60,7 @@ class LearnedWeights(GroupWeights):
     (Kendall, Gal and Cipolla, 2018). σ_k² settles at 2 L_k, and the factor of the group at w_k / 2 L_k.
     """
 
-    def __init__(self, weights: list[float]) -> None:
+    def __init__(self, weights: list[float | list[tuple[float, float]]]) -> None:
         super().__init__(weights)
         self.log_sigma_K = nn.Parameter(torch.zeros(len(weights)))
 
@@ -73,7 +88,7 @@ class GradientNormWeights(GroupWeights):
     """How often each group was seen."""
     factors_K: Tensor
 
-    def __init__(self, weights: list[float], momentum: float) -> None:
+    def __init__(self, weights: list[float | list[tuple[float, float]]], momentum: float) -> None:
         super().__init__(weights)
         self.momentum = momentum
         self.register_buffer("log_norm_K", torch.zeros(len(weights)))
@@ -91,7 +106,8 @@ class GradientNormWeights(GroupWeights):
         without a gradient, keeps what it had; so do all when a gradient has overflowed in fp16. The trainer undoes
         the others of a step that is skipped.
         """
-        norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K
+        # A group whose weight is 0 has no gradient: it counts as one without samples.
+        norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K.clamp(min=torch.finfo(torch.float32).tiny)
         now_K = (norm_K > 0) & norm_K.isfinite().all()
         # A plain mean until there are as many values as the momentum averages over: first gradients say little.
         kept_K = (self.seen_K / (self.seen_K + 1)).clamp(max=self.momentum)

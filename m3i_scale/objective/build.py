@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel
 
-from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.base import Backbone, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
-from m3i_scale.objective.decoders import ClassTokenSpec, width_of
-from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower, text_config
+from m3i_scale.objective.decoders import width_of
+from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower, text_config
+from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.objective.targets.base import HeadTarget, Sizes
-from m3i_scale.objective.targets.text import Text
-from m3i_scale.objective.teacher import build_teacher, teacher_config
+from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Sizes
+from m3i_scale.objective.teacher import build_teacher
 
 
 def build_objective(
@@ -41,10 +41,10 @@ def build_objective(
     Args:
         run: the run file.
         label_sets: class names by label set, in the order of `Batch.label_sets_B`.
-        vocab_size: of the tokenizer; only read when the recipe has a text target.
+        vocab_size: of the tokenizer; only read when the recipe has a target of text.
         ranks: other ranks for losses over the global batch; default: none.
-        target_encoders: build the momentum copy, the teacher and what predicts it, memories and balanced weights, which
-            only training needs.
+        target_encoders: build the momentum copy, teachers and what predicts them, the mask token, memories and
+            balanced weights, which only training needs.
         image_counts: in how many images for training a category is; which only a federated loss needs.
 
     Raises:
@@ -55,27 +55,29 @@ def build_objective(
     student = build_backbone(config)
     if run.task is not None and run.task.freeze:
         student.requires_grad_(False)
-    _check_fit(run, recipe, student, label_sets, vocab_size)
+    check_fit(run, recipe, student, label_sets, vocab_size)
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     classes = [len(names) for names in label_sets.values()]
     ranks = ranks or SingleProcess()
-    heads = _target_heads(recipe, decoders, student, classes, ranks, target_encoders, image_counts)
+    tokens = vocab_size or 0
+    taught_by = recipe.teachers if target_encoders else ()
+    teachers = nn.ModuleDict({name: build_teacher(recipe, name, config) for name in taught_by})
+    heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers, image_counts)
     weights = [target.weight for target in recipe.targets]
-    momentum = teacher = text = None
+    momentum = text = None
     depth = recipe.momentum.projector_depth if recipe.momentum is not None and recipe.projects_dense_targets else 0
     if recipe.momentum is not None and target_encoders:
-        momentum = MomentumTarget(build_backbone(config), depth, *_averaged(recipe, decoders, config, ranks))
+        copies = _averaged(recipe, decoders, config, ranks)
+        momentum = MomentumTarget(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
-        averaged = _target_heads(recipe, decoders, student, classes, ranks, target_encoders)
+        averaged = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers)
         momentum = MomentumTarget(build_backbone(config), 0, pools, nn.ModuleDict(), averaged)
     projector = Projector(config.hidden_size, depth) if depth else None
-    if recipe.teacher is not None and target_encoders:
-        teacher = build_teacher(recipe, config)
-    if recipe.uses_text and vocab_size is not None:
+    if recipe.uses_text_tower and vocab_size is not None:
         kernel = run.backbone.attention_kernel
         tower = text_config(run.text.config, vocab_size, run.text.max_tokens, kernel)
-        text = TextTower(tower, next(iter(_text_widths(recipe))))
+        text = TextTower(tower, next(iter(text_widths(recipe))))
     return Objective(
         recipe,
         student,
@@ -90,8 +92,9 @@ def build_objective(
         states=_memories(recipe) if target_encoders else None,
         projector=projector,
         momentum=momentum,
-        teacher=teacher,
+        teachers=teachers,
         text=text,
+        mask_token=MaskToken(config.hidden_size) if recipe.covers_patches and target_encoders else None,
     )
 
 
@@ -99,69 +102,6 @@ def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size
     """Return the names of the tensors of an objective without target encoders; arguments as of `build_objective`."""
     with torch.device("meta"):
         return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
-
-
-def _check_fit(
-    run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
-) -> None:
-    if run.backbone.attention == "mixed" and recipe.mix is None:
-        raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
-    if recipe.labels_file is not None and not label_sets:
-        raise ConfigError(
-            f"the recipe predicts classes, and no source has {recipe.labels_file}",
-            fix="put it, a list of class names, beside the shards of masks"
-            if recipe.reads_masks
-            else "give labels to `shards make`, or take a recipe without a category target",
-        )
-    if recipe.uses_text and vocab_size is None:
-        raise ConfigError(
-            "the recipe has a text target, and there is no tokenizer", fix="text.tokenizer=/path/to/folder"
-        )
-    if recipe.mix is not None and run.optim.micro_batch_size < len(recipe.mix.inputs):
-        raise ConfigError(
-            f"a mix of {len(recipe.mix.inputs)} images needs a micro-batch of at least as many",
-            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
-        )
-    widths = _text_widths(recipe)
-    if len(widths) > 1:
-        raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
-    first_is_cls = [
-        target.name for target in recipe.targets if isinstance(recipe.decoders[target.decoder], ClassTokenSpec)
-    ]
-    if first_is_cls and not student.has_class_token:
-        raise ConfigError(
-            f"this backbone has no class token, and '{first_is_cls[0]}' reads it",
-            where="recipe.decoders",
-            fix="decode with attention_pool or mean_pool",
-        )
-    if recipe.mix is not None and run.backbone.attention == "own" and not student.own_attention:
-        raise ConfigError(
-            "a convolutional backbone cannot keep the images of a mix apart",
-            where="backbone.attention: own",
-            fix="backbone.attention=mixed",
-        )
-    if run.backbone.attention == "mixed" and first_is_cls:
-        raise ConfigError(
-            f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
-            fix="decode with attention_pool or mean_pool",
-        )
-    cells = (student.grid[0] // student.cell) ** 2
-    masked = [spec.name for spec in recipe.inputs if spec.mask is not None]
-    if masked and cells < 2:
-        raise ConfigError(
-            f"input '{masked[0]}' hides a part of {cells} patch of {student.cell * student.patch_size} pixels",
-            where="backbone.config",
-            why="what is hidden in part needs at least two patches",
-            fix="a larger image_size",
-        )
-    if recipe.mix is not None and cells < len(recipe.mix.inputs):
-        raise ConfigError(
-            f"{cells} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
-        )
-
-
-def _text_widths(recipe: Recipe) -> set[int]:
-    return {target.width for target in recipe.targets if isinstance(target, Text)}
 
 
 def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
@@ -176,24 +116,24 @@ def _target_heads(
     decoders: nn.ModuleDict,
     student: Backbone,
     classes: list[int],
+    tokens: int,
     ranks: Ranks,
-    target_encoders: bool,
+    teachers: nn.ModuleDict,
     image_counts: list[int] | None = None,
 ) -> nn.ModuleDict:
-    """Return the targets' own heads, by target."""
+    """Return the targets' own heads, by target; none for that of a teacher which is not built."""
     heads = nn.ModuleDict()
     config = student.model.config
-    encoded = {}
-    if recipe.teacher is not None and target_encoders:
-        encoded["teacher"] = int(teacher_config(recipe.teacher.from_pretrained).hidden_size)
     for target in recipe.targets:
-        if isinstance(target, HeadTarget) or (target.encoder == "teacher" and not target_encoders):
+        teacher = target.teacher if isinstance(target, ImageTarget) and target.encoder == "teacher" else None
+        if isinstance(target, HeadTarget) or (teacher is not None and teacher not in teachers):
             continue
         sizes = Sizes(
             decoded=width_of(decoders[target.decoder]),
-            encoded=encoded.get(target.encoder, config.hidden_size),
+            encoded=config.hidden_size if teacher is None else cast(FrozenTeacher, teachers[teacher]).width,
             pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
+            vocabulary=tokens,
             backbone=student,
             ranks=ranks,
             image_counts=image_counts,
@@ -216,8 +156,8 @@ def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> nn.Mo
 
 def _memories(recipe: Recipe) -> nn.ModuleDict:
     """Return what heads remember: targets that share one remember alike."""
-    first = {name: next(target for target in recipe.head_targets if target.head == name) for name in recipe.heads}
-    return nn.ModuleDict({name: first[name].build_memory(spec) for name, spec in recipe.heads.items()})
+    by_name = {target.memory_name: target for target in recipe.head_targets}
+    return nn.ModuleDict({name: by_name[name].build_memory(recipe.heads[by_name[name].head]) for name in by_name})
 
 
 def _averaged(
@@ -225,13 +165,13 @@ def _averaged(
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Return copies of the pools and heads of momentum targets."""
     pools, heads = nn.ModuleDict(), nn.ModuleDict()
-    for target in recipe.head_targets:
-        if target.encoder != "momentum":
-            continue
+    targets = [target for target in recipe.head_targets if target.encoder == "momentum"]
+    for target in targets:
         if not target.dense:
             pools[target.decoder] = _decoder(recipe, target.decoder, config)
         width, spec = width_of(decoders[target.decoder]), recipe.heads[target.head]
-        heads[target.head] = ImageHead(width, spec, ranks, online=False, prototypes=target.averages_prototypes)
+        prototypes = any(user.averages_prototypes for user in targets if user.head == target.head)
+        heads[target.head] = ImageHead(width, spec, ranks, online=False, prototypes=prototypes)
     return pools, heads
 
 

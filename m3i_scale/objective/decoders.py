@@ -87,13 +87,38 @@ class TransformerDecoder(nn.Module):
         masks_BQD = self.mask_token.to(x_BLD.dtype).expand(len(x_BLD), query_BQ.shape[1], -1)
         body_BSD = torch.cat([x_BLD[:, 1:], masks_BQD], dim=1) + position_BSD
         sequence_BSD = torch.cat([x_BLD[:, :1], body_BSD], dim=1)
-        count = query_BQ.shape[1]
+        output_BQD: Tensor = self.norm(self._run(sequence_BSD, query_BQ.shape[1]))
+        return output_BQD
+
+    def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
+        """Return the last `count` tokens, the mask tokens, after all layers."""
         for layer in self.layers[:-1]:
             sequence_BSD = layer(sequence_BSD)
         for layer in self.layers[-1:]:
             sequence_BSD = _read_last(layer, sequence_BSD, count)
-        output_BQD: Tensor = self.norm(sequence_BSD[:, -count:])
-        return output_BQD
+        return sequence_BSD[:, -count:]
+
+
+class CrossAttentionDecoder(TransformerDecoder):
+    """Lets mask tokens attend to the class token and the visible tokens, and not to each other, in every layer (CAPI).
+
+    What one patch is predicted to be does not depend on which others are asked for.
+    """
+
+    def __init__(
+        self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
+    ) -> None:
+        super().__init__(input_width, width, depth, heads, position, kernel)
+        layer: Any
+        for layer in self.layers:
+            layer.called_in_parts = True  # has no use for a policy of recomputation
+
+    def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
+        context_BLD, tokens_BQD = sequence_BSD[:, :-count], sequence_BSD[:, -count:]
+        layer: Any
+        for layer in self.layers:
+            tokens_BQD = _attend_to(layer, tokens_BQD, layer.layernorm_before(tokens_BQD), context_BLD)
+        return tokens_BQD
 
 
 def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
@@ -102,16 +127,21 @@ def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
     Nobody reads the other tokens of the last layer, so their queries and MLP are not computed. The layer's parts are
     called one by one, which also leaves out its switch for recomputation: it is the cheapest layer to keep.
     """
-    attention: Any = layer.attention
     normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)
+    return _attend_to(layer, sequence_BSD[:, -count:], normed_BSD[:, -count:], normed_BSD)
+
+
+def _attend_to(layer: Any, tokens_BQD: Tensor, normed_BQD: Tensor, context_BSD: Tensor) -> Tensor:
+    """Return tokens after a ViT layer in which they, normalised, attend to a context: (B, Q, width)."""
+    attention: Any = layer.attention
     heads = attention.num_attention_heads
     mixed_BHQD = attend(
-        split_heads(attention.q_proj(normed_BSD[:, -count:]), heads),
-        split_heads(attention.k_proj(normed_BSD), heads),
-        split_heads(attention.v_proj(normed_BSD), heads),
+        split_heads(attention.q_proj(normed_BQD), heads),
+        split_heads(attention.k_proj(context_BSD), heads),
+        split_heads(attention.v_proj(context_BSD), heads),
         attention.config._attn_implementation,
     )
-    tokens_BQD = sequence_BSD[:, -count:] + attention.o_proj(mixed_BHQD.transpose(1, 2).flatten(2))
+    tokens_BQD = tokens_BQD + attention.o_proj(mixed_BHQD.transpose(1, 2).flatten(2))
     output_BQD: Tensor = tokens_BQD + layer.mlp(layer.layernorm_after(tokens_BQD))
     return output_BQD
 
@@ -186,6 +216,8 @@ class DecoderSpec(Kind):
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     dense: ClassVar[bool] = False
     """Whether it gives one vector a patch, not one for the image."""
+    by_token: ClassVar[bool] = False
+    """Whether it gives one vector a token of the caption."""
     module: ClassVar[type[nn.Module]]
 
     def build(self, config: VisionConfig) -> nn.Module:
@@ -197,19 +229,15 @@ class DecoderSpec(Kind):
         return self.module(config.hidden_size)
 
 
-class TransformerSpec(DecoderSpec):
-    """Asks for any patch of any view by mask tokens."""
+class LayeredSpec(DecoderSpec):
+    """Holds the shape of decoders that are Transformers of their own."""
 
-    kind: ClassVar[str] = "transformer"
-    dense: ClassVar[bool] = True
     width: int | None = Field(default=None, ge=8)
     """Hidden size; default: the backbone's."""
     heads: int | None = Field(default=None, ge=1)
     """Attention heads; default: one per 64 channels."""
     depth: int = Field(default=4, ge=1)
     """Layers."""
-    position: Literal["relative", "absolute"] = "relative"
-    """Positions of queries: relative to the input view (the paper), or on a fixed grid (MAE)."""
 
     @model_validator(mode="after")
     def _splits(self) -> Self:
@@ -217,15 +245,41 @@ class TransformerSpec(DecoderSpec):
             _check_heads(self.width, self.heads)
         return self
 
-    def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `TransformerDecoder`."""
+    def shape(self, config: VisionConfig) -> tuple[int, int]:
+        """Return width and heads.
+
+        Raises:
+            ValueError: the one is no multiple of the other, or of 4.
+        """
         width = self.width or config.hidden_size
         heads = self.heads or max(width // 64, 1)
         _check_heads(width, heads)
         if width % 4:
             raise ValueError(f"width {width} is no multiple of 4, as codes of positions need it")
+        return width, heads
+
+
+class TransformerSpec(LayeredSpec):
+    """Asks for any patch of any view by mask tokens."""
+
+    kind: ClassVar[str] = "transformer"
+    dense: ClassVar[bool] = True
+    module: ClassVar[type[nn.Module]] = TransformerDecoder
+    position: Literal["relative", "absolute"] = "relative"
+    """Positions of queries: relative to the input view (the paper), or on a fixed grid (MAE)."""
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        """Return a `TransformerDecoder`, or what the kind has in its place."""
+        width, heads = self.shape(config)
         kernel = str(config._attn_implementation or "sdpa")
-        return TransformerDecoder(config.hidden_size, width, self.depth, heads, self.position, kernel)
+        return self.module(config.hidden_size, width, self.depth, heads, self.position, kernel)
+
+
+class CrossAttentionSpec(TransformerSpec):
+    """Asks for any patch of any view by mask tokens that do not see each other."""
+
+    kind: ClassVar[str] = "cross_attention"
+    module: ClassVar[type[nn.Module]] = CrossAttentionDecoder
 
 
 class PointwiseSpec(DecoderSpec):

@@ -22,7 +22,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _input(recipe: Recipe, spec: InputSpec) -> dict[str, Any]:
-    mask = f"{spec.mask.form.kind} {spec.mask.ratio:g}" if spec.mask else None
+    mask = f"{spec.mask.form.kind} {spec.mask.amount}" if spec.mask else None
     if recipe.mix is not None:
         mask = f"{recipe.mix.form.kind}, complementary"
-    return {"name": spec.name, "view": spec.view, "mask": mask, "mixed": recipe.mix is not None}
+    told = {"name": spec.name, "view": spec.view, "mask": mask, "mixed": recipe.mix is not None}
+    return told | ({"views": spec.views} if spec.views > 1 else {})

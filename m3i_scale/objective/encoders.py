@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.build import set_field
 from m3i_scale.config import FixableError, Section
 from m3i_scale.errors import ConfigError, did_you_mean
@@ -161,9 +161,12 @@ class MomentumTarget(nn.Module):
         pools: nn.ModuleDict,
         heads: nn.ModuleDict,
         target_heads: nn.ModuleDict | None = None,
+        layers: int = 1,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.kept = range(len(backbone.layers) - layers + 1, len(backbone.layers) + 1) if layers > 1 else range(0)
+        """Numbers of the last layers that targets average, from 1."""
         self.projector = Projector(self.backbone.width, projector_depth)
         self.pools = pools
         """By the name of the decoder that they follow."""
@@ -174,16 +177,29 @@ class MomentumTarget(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D) of the whole view."""
-        return self.backbone.encode_whole(images_BCHW)
+    def forward(self, images_BCHW: Tensor) -> tuple[Tokens, list[Tensor]]:
+        """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D) of the whole view, and keep
+        what the last layers gave, where targets average it: (B, D, H, W) each."""
+        if self.kept:
+            return self.backbone.encode_maps(images_BCHW, self.kept)
+        return self.backbone.encode_whole(images_BCHW), []
 
 
 class FrozenTeacher(nn.Module):
-    """Runs any `transformers` vision model with patch tokens, as it was trained elsewhere."""
+    """Runs any `transformers` vision model with patch tokens, as it was trained elsewhere, on the student's grid."""
 
-    def __init__(self, config: Any, mean: tuple[float, ...], std: tuple[float, ...], grid: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        source: str,
+        where: str,
+        config: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        grid: tuple[int, int],
+    ) -> None:
         super().__init__()
+        self.source, self.where = source, where
+        """Its folder or Hub id, and the key of the run file that names it."""
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
         self.pixel_norm, self.grid = PixelNorm(mean, std), grid
@@ -195,14 +211,23 @@ class FrozenTeacher(nn.Module):
         """Return D, the channels of a token."""
         return int(self.model.config.hidden_size)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Return the height and width of the images whose patches are the student's grid."""
+        patch = int(self.model.config.patch_size)
+        return self.grid[0] * patch, self.grid[1] * patch
+
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D).
 
-        The model normalises as it was trained to, and stays in evaluation mode.
+        A model of another patch size than the student's sees the images resized. It normalises as it was trained to,
+        and stays in evaluation mode.
         """
         self.model.eval()
         first = next(self.model.parameters())
+        if images_BCHW.shape[-2:] != self.image_size:
+            images_BCHW = F.interpolate(images_BCHW.float(), self.image_size, mode="bilinear", antialias=True)
         pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)
         options = {"interpolate_pos_encoding": True} if self.interpolates else {}
         hidden_BSD = self.model(pixel_values=pixels_BCHW, **options).last_hidden_state

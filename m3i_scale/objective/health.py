@@ -89,7 +89,8 @@ def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figure
         host_figures.add(partial(_spread, f"{name}_spread"), sums_F)
     if "assignment" in parts:
         probabilities_BK = parts["assignment"].float()
-        mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
+        sums_K = ranks.sum(probabilities_BK.sum(dim=0))
+        mean_K = sums_K / sums_K.sum().clamp(min=1e-12)  # rows of patches that are not hidden may be 0
         figures[f"{name}_evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
     if "scale" in parts:
         figures[f"{name}_scale"] = parts["scale"].detach().float().squeeze()

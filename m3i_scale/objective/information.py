@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.backbones.base import Backbone, Covered, MaskToken, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
 from m3i_scale.objective.detection.base import ObjectDetector
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 from m3i_scale.objective.distributions.pairs import gather_targets
-from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower
+from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower
 from m3i_scale.objective.estimate import mean_information
 from m3i_scale.objective.health import health_figures
 from m3i_scale.objective.host_figures import HostFigures
@@ -54,23 +54,27 @@ class Objective(nn.Module):
         states: nn.ModuleDict | None = None,
         projector: Projector | None = None,
         momentum: MomentumTarget | None = None,
-        teacher: FrozenTeacher | None = None,
+        teachers: nn.ModuleDict | None = None,
         text: TextTower | None = None,
+        mask_token: MaskToken | None = None,
     ) -> None:
         super().__init__()
         self.recipe = recipe
         self.student = student
         self.projector = projector
         self.momentum = momentum
-        self.teacher = teacher
+        self.teachers = teachers or nn.ModuleDict()
+        """Frozen, by name."""
         self.text = text
+        self.mask_token = mask_token
+        """Stands at the hidden patches of inputs that show them as one."""
         self.decoders = decoders
         self.heads = heads
         """By target."""
         self.image_heads = image_heads or nn.ModuleDict()
         """By head of the recipe."""
         self.states = states or nn.ModuleDict()
-        """Memories of those heads."""
+        """What those heads remember, by `HeadTarget.memory_name`."""
         self.weights = weights
         self.pixel_norm = PixelNorm(mean, std)
         self.mixed_attention = mixed_attention
@@ -116,7 +120,7 @@ class Objective(nn.Module):
             return self._predict(context)
 
     def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        self.token_count = sum(encoded.tokens_BLD.shape[:2].numel() for encoded in context.inputs.values())
+        self.token_count = sum(part.tokens_BLD.shape[:2].numel() for parts in context.inputs.values() for part in parts)
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
         self.overlaps_3K, self.detections = {}, {}
         figures: dict[str, Tensor] = {}
@@ -126,7 +130,7 @@ class Objective(nn.Module):
         for target in self.recipe.targets:
             given = self.given(target)
             by_input = [
-                target.loss(given, context, context.inputs[name].tapped(given.squared_norms)) for name in target.inputs
+                target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
             ]
             for loss in by_input:
                 watched[target.name] = loss.watched
@@ -138,7 +142,8 @@ class Objective(nn.Module):
                 if loss.detections is not None:
                     self.detections[target.name] = loss.detections
                 if isinstance(target, HeadTarget) and loss.remember is not None:
-                    remember.setdefault(target.head, {})[target.encoder, target.view] = loss.remember.detach()
+                    by_view = remember.setdefault(target.memory_name, {})
+                    by_view[target.encoder_key, target.view] = loss.remember.detach()
             losses.append(torch.stack([loss.value for loss in by_input]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
             figures[f"{target.name}/count"] = context.counts[target.name]
@@ -150,6 +155,7 @@ class Objective(nn.Module):
                 matrices = [matrix_DD for one in moments for matrix_DD in (one.covariance_DD, one.error_DD)]
                 self.host_figures.add(information, *matrices)
         present_K = torch.stack([context.counts[target.name] for target in self.recipe.targets]) > 0
+        self.weights.set_progress(context.progress)
         total, factors_K = self.weights(torch.stack(losses), present_K)
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
@@ -169,7 +175,7 @@ class Objective(nn.Module):
             self.student.patch_size,
             decoder=self.decoders[target.decoder],
             head=self.image_heads[shared] if shared else self.heads[target.name],
-            memory=self.states[shared] if shared else None,
+            memory=self.states[target.memory_name] if isinstance(target, HeadTarget) else None,
             projector=self.projector,
             momentum=self.momentum,
             squared_norms=self.squared_grad_norms[target.name],
@@ -179,6 +185,14 @@ class Objective(nn.Module):
     def pixel_head(self) -> PixelHead | None:
         """Return the head that gives the class of every pixel; None where the recipe has none."""
         return next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
+
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        """Return the modules whose work grows with the tokens of captions."""
+        by_token = [target for target in self.recipe.targets if target.by_token]
+        decoders = [self.decoders[name] for name in dict.fromkeys(target.decoder for target in by_token)]
+        heads = [self.heads[target.name] for target in by_token]
+        return [*([] if self.text is None else [self.text]), *decoders, *heads]
 
     @property
     def detector(self) -> ObjectDetector | None:
@@ -203,12 +217,17 @@ class Objective(nn.Module):
     def inputs_of(self, batch: Batch) -> list[EncodedInput]:
         """Return which patches of which views the student sees of a batch."""
         seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
-        return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, self.student.grid, self.student.cell)
+        sides = [side // self.student.patch_size for side in batch.small_VBCHW.shape[-2:]]
+        own, every = len(batch.images_VBCHW), len(batch.crops_VB4)
+        small = dict.fromkeys(range(own + 1, every + 1), (sides[0], sides[1]))
+        student = self.student
+        return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, student.grid, student.cell, small)
 
     def _views(self, batch: Batch) -> dict[int, Tensor]:
         """Return the views that inputs and targets lie in, normalised, by view from 1."""
-        used = {spec.view for spec in self.recipe.inputs} | {target.view for target in self.recipe.image_targets}
-        return {view: self.pixel_norm(batch.images_VBCHW[view - 1]) for view in sorted(used)}
+        used = {view for spec in self.recipe.inputs for view in spec.seen}
+        used |= {target.view for target in self.recipe.image_targets}
+        return {view: self.pixel_norm(batch.view(view)) for view in sorted(used)}
 
     def _encode(self, batch: Batch) -> Context:
         recipe, views = self.recipe, self._views(batch)
@@ -218,9 +237,23 @@ class Objective(nn.Module):
         # Collectives run in order: this one ends after the gather of the averages, which runs beside the student.
         counts = self._count(batch)
         with self.span("target"):
-            whole = {view: inputs[name] for view in views if (name := recipe.shows(view)) is not None}
-            encoded_views = self._encode_targets(batch, views)
-            context = Context(batch, views, inputs, whole, encoded_views, counts, measures=self.measure_health)
+            whole = {
+                view: next(part for part in inputs[name] if part.where.view == view - 1)
+                for view in views
+                if (name := recipe.shows(view)) is not None
+            }
+            encoded_views, layers = self._encode_targets(batch, views)
+            context = Context(
+                batch,
+                views,
+                inputs,
+                whole,
+                encoded_views,
+                counts,
+                progress=self.progress,
+                measures=self.measure_health,
+                layers=layers,
+            )
             if self.text is not None:
                 text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
                 context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
@@ -231,48 +264,56 @@ class Objective(nn.Module):
         here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
         return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
 
-    def _encode_targets(self, batch: Batch, views: dict[int, Tensor]) -> dict[tuple[str, int], Tokens]:
-        """Encode every view that is a target, once by each frozen branch that is asked for it."""
+    def _encode_targets(
+        self, batch: Batch, views: dict[int, Tensor]
+    ) -> tuple[dict[tuple[str, int], Tokens], dict[tuple[str, int], list[Tensor]]]:
+        """Encode every view that is a target, once by each frozen branch that is asked for it; return tokens and what
+        the last layers gave."""
         encoded: dict[tuple[str, int], Tokens] = {}
-        wanted = {(target.encoder, target.view) for target in self.recipe.image_targets}
-        for encoder, view in sorted(wanted):
-            if encoder == "momentum" and self.momentum is not None:
-                encoded[encoder, view] = self.momentum(views[view])
-            elif encoder == "teacher" and self.teacher is not None:
-                encoded[encoder, view] = self.teacher(batch.images_VBCHW[view - 1])
-        return encoded
+        layers: dict[tuple[str, int], list[Tensor]] = {}
+        wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}
+        for (key, view), target in wanted.items():
+            if target.encoder == "momentum" and self.momentum is not None:
+                encoded[key, view], layers[key, view] = self.momentum(views[view])
+            elif target.encoder == "teacher":
+                encoded[key, view] = self.teachers[target.teacher](batch.view(view))
+        return encoded, layers
 
-    def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, Encoded]:
+    def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, list[Encoded]]:
         if self.pixel_head is not None:
             (only,) = where
             tokens, maps = self.pixel_head.encode(self.student, views[only.view + 1], self.progress)
-            return {only.name: Encoded(only, *tokens, maps=maps)}
+            return {only.name: [Encoded(only, *tokens, maps=maps)]}
         if self.detector is not None:
             (only,) = where
             maps = self.detector.read(self.student, views[only.view + 1])
             own_BDHW = maps[2] if self.student.stage_widths else maps[-1]  # at the stride of the patches
             tokens_BND, levels = own_BDHW.flatten(2).transpose(1, 2), self.detector.levels(maps)
-            return {only.name: Encoded(only, tokens_BND.mean(dim=1, keepdim=True), tokens_BND, maps=levels)}
+            return {only.name: [Encoded(only, tokens_BND.mean(dim=1, keepdim=True), tokens_BND, maps=levels)]}
         if (blocks := blocks_read(self.decoders)) > 1:
             (only,) = where
-            return {only.name: Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))}
+            return {only.name: [Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))]}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
-            encoded = self.student.encode_own(views, view_of, visible)
+            covered = Covered(self.mask_token, [spec.shown_BN for spec in where]) if self.mask_token else None
+            encoded = self.student.encode_own(views, view_of, visible, covered)
         else:
             by_row = self.student.encode_mixed(views, view_of, visible, [spec.image_of_row_B for spec in where])
             encoded = [
                 (cls_B1D[spec.row_of_image_B], tokens_BLD[spec.row_of_image_B])
                 for spec, (cls_B1D, tokens_BLD) in zip(where, by_row, strict=True)
             ]
-        return {spec.name: Encoded(spec, *tokens) for spec, tokens in zip(where, encoded, strict=True)}
+        parts: dict[str, list[Encoded]] = {}
+        for spec, tokens in zip(where, encoded, strict=True):
+            parts.setdefault(spec.name, []).append(Encoded(spec, *tokens))
+        return parts
 
     def _health(self, context: Context, watched: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        first = context.inputs[self.recipe.inputs[0].name].tokens_BLD
+        first = context.inputs[self.recipe.inputs[0].name][0].tokens_BLD
         features = {"dense": first.flatten(0, 1), "pooled": self.ranks.gather(first.detach().mean(dim=1))}
-        for (encoder, view), tokens_BND in context.dense.items():
+        for (encoder, view, _), tokens_BND in context.dense.items():
             if encoder == "momentum":
-                features[f"target_view{view}"] = tokens_BND.flatten(0, 1)
+                features.setdefault(f"target_view{view}", tokens_BND.flatten(0, 1))
         return health_figures(features, watched, self.ranks, self.host_figures)
 
     # ---------------------------------------------------------------- inference
@@ -294,20 +335,19 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> dict[tuple[str, str], Tensor]:
-        """Return what targets of pixels predict of a batch, as images: by target and input, uint8 (B, 3, H, W); see
-        `Pixels.reconstruct`. No sample of another rank is asked for."""
+        """Return what targets of pixels predict of a batch, as images: by target and input, of several parts from the
+        first, uint8 (B, 3, H, W); see `Pixels.reconstruct`. No sample of another rank is asked for."""
         targets = [target for target in self.recipe.targets if isinstance(target, Pixels)]
         if not targets:
             return {}
         views = self._views(batch)
         context = Context(batch, views, self._encode_inputs(self.inputs_of(batch), views), {}, {}, {})
-        return {
-            (target.name, name): self.pixel_norm.undo(
-                target.reconstruct(self.given(target), context, context.inputs[name])
-            )
-            for target in targets
-            for name in target.inputs
-        }
+        images: dict[tuple[str, str], Tensor] = {}
+        for target in targets:
+            for part in reversed(target.sources(context)):
+                pixels_BCHW = target.reconstruct(self.given(target), context, part)
+                images[target.name, part.where.name] = self.pixel_norm.undo(pixels_BCHW)
+        return images
 
     @torch.no_grad()
     def segment(self, pixels_BCHW: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ They are a pure function of the sample's seed, so they are the same on any devic
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
@@ -20,6 +22,20 @@ class Mask(Kind):
     """Orders the patches of an image by when they are hidden; subclasses say how."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
+
+    @property
+    def least_ratio(self) -> float:
+        """Return the share of the patches that has to be hidden at least."""
+        return 0.0
+
+    def target_blocks(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor | None:
+        """Return K blocks of T hidden patches, each to be predicted by itself: int64 (B, K, T), each ascending; None
+        where the mask has none. Arguments as of `order`.
+
+        Raises:
+            ValueError: the grid is too small for them.
+        """
+        return None
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
         """Return a permutation of the patches per sample, int64 (B, N). A mask of any ratio hides a tail of it.
@@ -72,6 +88,93 @@ class BlockMask(Mask):
         number_K1 = torch.arange(_BLOCKS, device=seeds_B.device)[:, None]
         first_BN = number_K1.masked_fill(~inside_BKN, _BLOCKS).amin(dim=1)
         return (noise_BN - first_BN).argsort(dim=1, stable=True)
+
+
+class InverseBlockMask(Mask):
+    """Shows one rectangle, which may leave the image at one side and come in at the opposite one, and hides the rest
+    (CAPI)."""
+
+    kind: ClassVar[str] = "inverse_block"
+
+    def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
+        """Return the patches by the size of the first rectangle, round one centre and of one aspect, that has them."""
+        rows, columns = grid
+        u_B3 = hash_uniform(seeds_B, 3, stream)
+        stretch_B1 = torch.exp((u_B3[:, :1] - 0.5) * math.log(2))  # √aspect, which is 0.5 to 2
+        row_N = torch.arange(rows, device=seeds_B.device).repeat_interleave(columns)
+        column_N = torch.arange(columns, device=seeds_B.device).repeat(rows)
+        down_BN = (row_N - u_B3[:, 1:2] * rows).remainder(rows) - rows / 2
+        right_BN = (column_N - u_B3[:, 2:] * columns).remainder(columns) - columns / 2
+        size_BN = torch.maximum(down_BN.abs() / stretch_B1, right_BN.abs() * stretch_B1)
+        return size_BN.argsort(dim=1, stable=True)
+
+
+class TargetBlocks(Mask):
+    """Hides rectangles that are predicted one by one, and shows some of the patches that lie in none (I-JEPA).
+
+    Every rectangle has the same number of patches: where its sides make more, its first row begins late or its last one
+    ends early.
+    """
+
+    kind: ClassVar[str] = "target_blocks"
+    blocks: int = Field(default=4, ge=1)
+    """Rectangles of an image, which may overlap."""
+    scale: float = Field(default=0.175, gt=0, lt=1)
+    """Share of the patches in a rectangle."""
+    aspect: tuple[float, float] = (0.75, 1.5)
+    """Least and largest height of a rectangle by its width."""
+    context: float = Field(default=0.85, gt=0, le=1)
+    """Share of the patches in the square that the visible ones are drawn from; where the targets leave too few of it,
+    others fill up."""
+
+    @field_validator("aspect")
+    @classmethod
+    def _is_a_range(cls, aspect: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < aspect[0] <= aspect[1]:
+            raise ValueError(f"[least, largest] height by width, above 0; got {list(aspect)}")
+        return aspect
+
+    @property
+    def least_ratio(self) -> float:
+        """Return the share of the patches in all rectangles, where none overlap."""
+        return self.blocks * self.scale
+
+    def target_blocks(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
+        """Return the rectangles: int64 (B, blocks, T), row by row."""
+        rows, columns = grid
+        patches = int(self.scale * rows * columns)
+        if patches == 0:
+            raise ValueError(f"{self.scale:g} of {rows * columns} patches is less than one")
+        aspect_BK, top_BK, left_BK, end_BK = (
+            hash_uniform(seeds_B, 4 * self.blocks, stream + 1).view(-1, 4, self.blocks).unbind(1)
+        )
+        aspect_BK = self.aspect[0] + (self.aspect[1] - self.aspect[0]) * aspect_BK
+        width_BK = (patches / aspect_BK).sqrt().round().clamp(math.ceil(patches / rows), columns).to(torch.int64)
+        height_BK = (patches + width_BK - 1) // width_BK
+        first_BK = (end_BK < 0.5) * (width_BK * height_BK - patches)
+        number_BKT = first_BK[..., None] + torch.arange(patches, device=seeds_B.device)
+        down_BKT = _start(top_BK, height_BK, rows)[..., None] + number_BKT // width_BK[..., None]
+        across_BKT = _start(left_BK, width_BK, columns)[..., None] + number_BKT % width_BK[..., None]
+        return down_BKT * columns + across_BKT
+
+    def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
+        """Return the patches in random order, first those in the square alone, and those in rectangles last."""
+        (rows, columns), device = grid, seeds_B.device
+        height, width = (max(round(side * self.context**0.5), 1) for side in grid)
+        u_B2 = hash_uniform(seeds_B, 2, stream + 2)
+        top_B1, left_B1 = _start(u_B2[:, :1], height, rows), _start(u_B2[:, 1:], width, columns)
+        row_N = torch.arange(rows, device=device).repeat_interleave(columns)
+        column_N = torch.arange(columns, device=device).repeat(rows)
+        inside_BN = (row_N >= top_B1) & (row_N < top_B1 + height) & (column_N >= left_B1) & (column_N < left_B1 + width)
+        place_BN = hash_uniform(seeds_B, rows * columns, stream) + (~inside_BN).float()  # 2 at most
+        predicted_BT = self.target_blocks(seeds_B, grid, stream).flatten(1)
+        order_BN: Tensor = place_BN.scatter(1, predicted_BT, 3.0).argsort(dim=1, stable=True)
+        return order_BN
+
+
+def _start(u: Tensor, length: Tensor | int, side: int) -> Tensor:
+    """Return where something of that length begins on a side, int64, from uniform numbers."""
+    return (u * (side - length + 1)).floor().to(torch.int64)
 
 
 def hash_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:

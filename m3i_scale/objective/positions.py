@@ -1,4 +1,4 @@
-"""Compute where target patches lie relative to the input view (method of SIM), and on a fixed grid (MAE)."""
+"""Compute positions: of target patches relative to the input view (method of SIM), on a fixed grid (MAE), in a text."""
 
 from __future__ import annotations
 
@@ -65,3 +65,9 @@ def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Te
     row_N = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
     column_N = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
     return torch.cat(_waves(column_N, omega_F) + _waves(row_N, omega_F), dim=-1)
+
+
+def token_position(count: int, width: int, device: torch.device) -> Tensor:
+    """Return the fixed table of a text's tokens: fp32 (T, width), [sin t, cos t] at width/2 frequencies."""
+    place_T = torch.arange(count, device=device, dtype=torch.float32)
+    return torch.cat(_waves(place_T, frequencies(width // 2, device)), dim=-1)

@@ -1,7 +1,8 @@
-"""Give the losses what they need of other ranks: a sum and a gather. The default is a world of one."""
+"""Give the losses what they need of other ranks: sums, maxima and a gather. The default is a world of one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,6 +25,9 @@ class Ranks(Protocol):
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, without gradient."""
 
+    def max(self, x: Tensor) -> Tensor:
+        """Return the largest of every element over ranks, without gradient."""
+
     def sum_with_gradient(self, x: Tensor) -> Tensor:
         """Return the sum over ranks; every rank's share gets the gradient of all ranks' losses."""
 
@@ -39,6 +43,10 @@ class SingleProcess:
         return x_B
 
     def sum(self, x: Tensor) -> Tensor:
+        """Return the input, detached."""
+        return x.detach()
+
+    def max(self, x: Tensor) -> Tensor:
         """Return the input, detached."""
         return x.detach()
 
@@ -66,6 +74,26 @@ def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks, count: Tensor |
     """
     count = global_count(valid_B, ranks) if count is None else count
     return (values_B * valid_B).sum() * ranks.world_size / count.clamp(min=1)
+
+
+def mean_row(
+    values_NK: Tensor, share_N: Tensor | None, ranks: Ranks, total: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the mean of the rows of all ranks (K), and what the shares of a rank sum up to, in the mean over ranks;
+    None where they are not given.
+
+    Args:
+        values_NK: of this rank.
+        share_N: what every row counts; None: all alike, 1/N. Where no row of any rank counts, the mean is 0.
+        ranks: other ranks.
+        total: `ranks.sum`, or `ranks.sum_with_gradient`.
+    """
+    total = total or ranks.sum
+    if share_N is None:
+        return total(values_NK.sum(dim=0)) / (len(values_NK) * ranks.world_size), None
+    sums_F = total(torch.cat([share_N @ values_NK, share_N.sum()[None]])) / ranks.world_size
+    counted = sums_F[-1].clamp(min=1e-6)
+    return sums_F[:-1] / counted, counted
 
 
 def standardize(x_ND: Tensor, ranks: Ranks, eps: float = 1e-5) -> Tensor:

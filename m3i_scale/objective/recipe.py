@@ -9,6 +9,7 @@ that hold their own fields, rules and losses. A class of one's own may lie outsi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import dropwhile
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -17,10 +18,11 @@ from typing_extensions import Self
 from m3i_scale.config import RunConfig, find_run_file, load_run, parse_section, run_values
 from m3i_scale.config.data import Reads
 from m3i_scale.config.explain import WhereOf, origin
+from m3i_scale.config.views import ViewSpec, ViewSpecs, each_view
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.decoders import ClassTokenSpec
-from m3i_scale.objective.encoders import MomentumSpec, TeacherSpec
+from m3i_scale.objective.encoders import MomentumSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
 from m3i_scale.objective.targets.dense import Dense
 from m3i_scale.objective.upgrade import upgraded
@@ -33,8 +35,9 @@ class Recipe(Parts):
     family: str
     """Row of the paper's table."""
     momentum: MomentumSpec | None = None
-    teacher: TeacherSpec | None = None
     balance: BalanceSpec = FixedSpec()
+    views: list[ViewSpec] | None = Field(default=None, min_length=1)
+    """The views of an image by role, numbered from 1; default: as many as inputs and targets ask for, all alike."""
     targets: list[Target] = Field(min_length=1)
 
     @property
@@ -48,14 +51,39 @@ class Recipe(Parts):
         return [target for target in self.targets if isinstance(target, HeadTarget)]
 
     @property
-    def views(self) -> int:
-        """Return how many views of an image the loader has to make."""
-        return max([spec.view for spec in self.inputs] + [target.view for target in self.image_targets])
+    def view_count(self) -> int:
+        """Return how many views of an image inputs and targets ask for."""
+        return max([spec.seen[-1] for spec in self.inputs] + [target.view for target in self.image_targets])
+
+    @property
+    def drawn_views(self) -> ViewSpecs:
+        """Return which views of an image the loader has to make."""
+        return self.view_count if self.views is None else self.views
+
+    def is_small(self, view: int) -> bool:
+        """Return whether a view, from 1, has another size than the backbone's."""
+        each = each_view(self.drawn_views)
+        return view <= len(each) and each[view - 1].size is not None
+
+    @property
+    def covers_patches(self) -> bool:
+        """Return whether hidden patches of an input are mask tokens."""
+        return any(spec.mask is not None and spec.mask.hidden == "token" for spec in self.inputs)
 
     @property
     def uses_text(self) -> bool:
-        """Return whether a text tower and captions are needed."""
+        """Return whether captions and their tokenizer are needed."""
+        return self.uses_text_tower or self.predicts_captions
+
+    @property
+    def uses_text_tower(self) -> bool:
+        """Return whether captions are encoded as a whole."""
         return any(target.modality == "text" for target in self.targets)
+
+    @property
+    def predicts_captions(self) -> bool:
+        """Return whether captions are predicted token by token."""
+        return any(target.by_token for target in self.targets)
 
     @property
     def uses_categories(self) -> bool:
@@ -80,7 +108,12 @@ class Recipe(Parts):
     @property
     def projects_dense_targets(self) -> bool:
         """Return whether a dense momentum target without a head goes through the residual projector."""
-        return any(isinstance(target, Dense) and target.encoder == "momentum" for target in self.targets)
+        return any(isinstance(target, Dense) and target.projected for target in self.targets)
+
+    @property
+    def averaged_layers(self) -> int:
+        """Return the largest number of last layers that a target is the mean of."""
+        return max((target.layers for target in self.targets if isinstance(target, Dense)), default=1)
 
     @property
     def compares_samples(self) -> str | None:
@@ -124,7 +157,8 @@ class Recipe(Parts):
 
     @property
     def _asks_one_whole_image(self) -> bool:
-        return len(self.inputs) == 1 and self.shows(1) is not None and not self.image_targets
+        only = self.inputs[0].views == 1 and self.shows(1) is not None
+        return len(self.inputs) == 1 and only and not self.image_targets
 
     def _mix_faults(self, names: list[str]) -> Iterator[str]:
         if self.mix is None:
@@ -133,14 +167,30 @@ class Recipe(Parts):
             yield f"`mix.inputs` {self.mix.inputs} must name every input once; the inputs are {names}"
         if any(spec.mask for spec in self.inputs):
             yield "inputs of a mix have no mask of their own: the mix deals the patches"
+        if any(spec.views > 1 or self.is_small(spec.view) for spec in self.inputs):
+            yield "inputs of a mix are of one view each, of the backbone's size"
 
     def _view_faults(self) -> Iterator[str]:
-        has = {f"target '{target.name}'": target.view for target in self.image_targets}
-        has |= {f"input '{spec.name}'": spec.view for spec in self.inputs}
-        gap = next((view for view in range(1, self.views) if view not in has.values()), None)
+        has = {f"target '{target.name}'": [target.view] for target in self.image_targets}
+        has |= {f"input '{spec.name}'": [*spec.seen] for spec in self.inputs}
+        used = {view for views in has.values() for view in views}
+        there = len(each_view(self.drawn_views))
+        gap = next((view for view in range(1, there) if view not in used), None)
+        beyond = ", ".join(
+            f"{name} has view {max(views)}" for name, views in has.items() if max(views) > (gap or there)
+        )
         if gap is not None:
-            beyond = ", ".join(f"{name} has view {view}" for name, view in has.items() if view > gap)
+            beyond = beyond or f"there are {there}"
             yield f"views are numbered from 1 without gaps, but nothing has view {gap}: {beyond}"
+        elif self.view_count != there:
+            yield f"`views` are {there}: {beyond or f'nothing has view {there}'}"
+        sizes = [spec.size for spec in self.views or []]
+        small = list(dropwhile(lambda size: size is None, sizes))
+        if len(small) == len(sizes) > 0 or len(set(small)) > 1:
+            yield "`views` have the backbone's size, and the last of them may have one other `size`"
+        for spec in self.inputs:
+            if spec.mask is not None and any(map(self.is_small, spec.seen)):
+                yield f"input '{spec.name}': a small view is shown whole, without a mask"
 
     def _unused(self, names: list[str]) -> Iterator[str]:
         shown = {self.shows(target.view) for target in self.image_targets if target.encoder == "online"}
@@ -154,24 +204,27 @@ class Recipe(Parts):
         for name in self.heads:
             if name not in {target.head for target in self.head_targets}:
                 yield f"no target uses head '{name}'"
+        for name in self.teachers:
+            if name not in {target.teacher for target in self.image_targets if target.encoder == "teacher"}:
+                yield f"teacher '{name}' has no effect: no target has `encoder: teacher, teacher: {name}`"
 
     def _head_faults(self) -> Iterator[str]:
-        for name in self.heads:
-            users = [target for target in self.head_targets if target.head == name]
+        for name in dict.fromkeys(target.memory_name for target in self.head_targets):
+            users = [target for target in self.head_targets if target.memory_name == name]
             if any(user.remembers != users[0].remembers for user in users):
+                sharing = ", ".join(user.name for user in users)
                 yield (
-                    f"head '{name}': targets that share it need one kind, and one regularizer that remembers alike: "
-                    "the head has one memory"
+                    f"head '{users[0].head}': the targets that share it ({sharing}) need one kind, and "
+                    "one regularizer that remembers alike, since the head has one memory: change all of them, or give "
+                    "each a head of its own"
                 )
 
     def _section_faults(self) -> Iterator[str]:
-        for section, encoder in ((self.momentum, "momentum"), (self.teacher, "teacher")):
-            wanted = any(target.encoder == encoder for target in self.targets)
-            if section is not None and not wanted:
-                yield f"`{encoder}` has no effect: no target has `encoder: {encoder}`"
-            if section is None and wanted:
-                fix = ", e.g. recipe.teacher.from_pretrained=/data/models/dinov2-base" if encoder == "teacher" else ""
-                yield f"a target has `encoder: {encoder}`, so the recipe needs a `{encoder}` section{fix}"
+        averages = any(target.encoder == "momentum" for target in self.targets)
+        if self.momentum is not None and not averages:
+            yield "`momentum` has no effect: no target has `encoder: momentum`"
+        if self.momentum is None and averages:
+            yield "a target has `encoder: momentum`, so the recipe needs a `momentum` section"
         if self.momentum and self.momentum.end == 0:
             yield "`momentum.end: 0`: the average would be the model itself"
         projects = self.momentum is not None and "projector_depth" in self.momentum.model_fields_set
@@ -189,14 +242,14 @@ def _repeated(what: str, names: list[str]) -> Iterator[str]:
 def meaning(values: Any) -> Any:
     """Return what two ways of writing a recipe have in common: all of its fields, defaults included, as JSON values.
 
-    A teacher's folder is no part of it. A recipe that does not hold together is given back as it is.
+    Folders of teachers are no part of it. A recipe that does not hold together is given back as it is.
     """
     if not isinstance(values, dict):
         return values
-    stand_in = {"teacher": {"from_pretrained": ""}}
-    for teacher in ({}, stand_in):
+    stand_in = {"teachers": {"teacher": {"from_pretrained": ""}}}  # that of checkpoints which do not name it
+    for teachers in ({}, stand_in):
         try:
-            return parse_recipe({**values, **teacher}).model_dump(mode="json", exclude={"teacher"})
+            return parse_recipe({**values, **teachers}).model_dump(mode="json", exclude={"teachers"})
         except ConfigError:
             continue
     return values

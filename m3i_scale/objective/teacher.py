@@ -1,4 +1,4 @@
-"""Build a frozen teacher from any `transformers` vision model whose patches lie on the student's grid."""
+"""Build a frozen teacher from any `transformers` vision model whose tokens are one a patch."""
 
 from __future__ import annotations
 
@@ -20,62 +20,56 @@ from m3i_scale.files import read_json, sha256_of
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.recipe import Recipe
 
-_WHERE = "recipe.teacher.from_pretrained"
+_MOST_TEACHERS = 16
+"""Whose configurations and hashes are kept."""
 
 
-@lru_cache(maxsize=4)
-def teacher_config(source: str) -> Any:
-    """Return the `transformers` configuration of a teacher.
+@lru_cache(maxsize=_MOST_TEACHERS)
+def _read_config(source: str, where: str) -> Any:
+    """Return the `transformers` configuration of a teacher; that of the images where it encodes texts too.
 
     Raises:
         ConfigError: there is none, or it is no vision model with patches.
     """
     if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
-        raise ConfigError(f"no such folder '{source}'", where=_WHERE, fix="give a folder with config.json, or a Hub id")
+        raise ConfigError(f"no such folder '{source}'", where=where, fix="give a folder with config.json, or a Hub id")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read a teacher from '{source}': {str(error).splitlines()[0]}",
-            where=_WHERE,
+            where=where,
             fix="give a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id",
         ) from None
+    config = getattr(config, "vision_config", config)
+    for field in ("vision_use_head", "use_head"):  # SigLIP, AIMv2: their pooling is not read
+        if hasattr(config, field):
+            setattr(config, field, False)
     for field in ("hidden_size", "patch_size"):
         if not isinstance(getattr(config, field, None), int):
-            raise ConfigError(f"a {config.model_type} has no plain `{field}`", where=f"{_WHERE}: {source}")
+            raise ConfigError(f"a {config.model_type} has no plain `{field}`", where=f"{where}: {source}")
     return config
 
 
-def build_teacher(recipe: Recipe, student: VisionConfig) -> FrozenTeacher:
-    """Return the teacher's module, without its weights (see `teacher_plan`).
+def build_teacher(recipe: Recipe, name: str, student: VisionConfig) -> FrozenTeacher:
+    """Return the module of a recipe's teacher, without its weights (see `teacher_plan`).
 
     Raises:
-        ConfigError: another grid than the student's, no image processor, or a head of another width.
+        ConfigError: no vision model, no image processor, or a head of another width.
     """
-    source = _source(recipe)
-    config = teacher_config(source)
-    side = student.image_size // student.patch_size
-    theirs = student.image_size // config.patch_size
-    if theirs != side:
-        raise ConfigError(
-            f"the teacher sees {theirs} × {theirs} patches of an image of {student.image_size}, the student"
-            f" {side} × {side}",
-            where=f"{_WHERE}: {source}",
-            fix=f"backbone.config.patch_size={config.patch_size}",
-        )
-    for name in {target.head for target in recipe.head_targets if target.encoder == "teacher"}:
-        if recipe.heads[name].width != config.hidden_size:
+    source, where = recipe.teachers[name].from_pretrained, f"recipe.teachers.{name}.from_pretrained"
+    config = _read_config(source, where)
+    taught = [target for target in recipe.head_targets if target.encoder == "teacher" and target.teacher == name]
+    for head in {target.head for target in taught}:
+        if recipe.heads[head].width != config.hidden_size:
             raise ConfigError(
-                f"head '{name}' predicts {recipe.heads[name].width} numbers, the teacher has {config.hidden_size}",
-                where=f"recipe.heads.{name}.width",
-                fix=f"recipe.heads.{name}.width={config.hidden_size}",
+                f"head '{head}' predicts {recipe.heads[head].width} numbers, teacher '{name}' has {config.hidden_size}",
+                where=f"recipe.heads.{head}.width",
+                fix=f"recipe.heads.{head}.width={config.hidden_size}",
             )
     config._attn_implementation = "sdpa"
-    return FrozenTeacher(config, *_normalisation(source), (side, side))
-
-
-def _source(recipe: Recipe) -> str:
-    return recipe.teacher.from_pretrained if recipe.teacher else ""
+    side = student.image_size // student.patch_size
+    return FrozenTeacher(source, where, config, *_normalisation(source), (side, side))
 
 
 def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -91,33 +85,34 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ) from None
 
 
-def teacher_plan(recipe: Recipe) -> LoadPlan:
-    """Return which tensors of the teacher's files fill its module (see `build_teacher`); reads no weight.
+def teacher_plan(teacher: FrozenTeacher) -> LoadPlan:
+    """Return which tensors of a teacher's files fill its module; reads no weight.
 
     Raises:
-        ConfigError: they do not fill the model, or its outputs are not one token a patch.
+        ConfigError: they do not fill the model, or its outputs are not one token a patch of the student's grid.
     """
-    source = _source(recipe)
-    config = teacher_config(source)
-    _check_outputs(config, source)
+    config = teacher.model.config
+    _check_outputs(teacher)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     # A pooling layer is no part of the tokens that are read, and a head no part of the model.
     pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
-    files = Source(source, "transformers", pretrained_folder(source, _WHERE), config, hub_places)
-    return plan_model(files, model, _WHERE, fresh=pooler, all_placed=False)
+    folder = pretrained_folder(teacher.source, teacher.where)
+    files = Source(teacher.source, "transformers", folder, config, hub_places)
+    return plan_model(files, model, teacher.where, fresh=pooler, all_placed=False)
 
 
 @torch.no_grad()
-def _check_outputs(config: Any, source: str) -> None:
-    """Check that tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone.
+def _check_outputs(teacher: FrozenTeacher) -> None:
+    """Check that tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone;
+    and that the model takes images of the size that it will be given.
 
     All of that is a matter of the architecture: one layer with random numbers shows it.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not, or it does not.
     """
-    where = f"{_WHERE}: {source}"
+    config, where = teacher.model.config, f"{teacher.where}: {teacher.source}"
     shallow = copy.deepcopy(config)
     if isinstance(getattr(config, "num_hidden_layers", None), int):
         shallow.num_hidden_layers = 1
@@ -126,10 +121,20 @@ def _check_outputs(config: Any, source: str) -> None:
         kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
         if kept:
             raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
-        side = int(getattr(config, "image_size", 224))
-        pixels_BCHW = torch.randn(1, 3, side, side)
-        one, two = (model(pixel_values=pixels_BCHW).last_hidden_state for _ in range(2))
-    patches = (side // config.patch_size) ** 2
+        options = {"interpolate_pos_encoding": True} if teacher.interpolates else {}
+        pixels_BCHW = torch.randn(1, 3, *teacher.image_size)
+        try:
+            one, two = (model(pixel_values=pixels_BCHW, **options).last_hidden_state for _ in range(2))
+        except (RuntimeError, ValueError) as error:
+            own = int(getattr(config, "image_size", 224)) // config.patch_size
+            grid = " × ".join(map(str, teacher.grid))
+            raise ConfigError(
+                f"the teacher takes no images of {grid} patches, the student's grid: {str(error).splitlines()[0]}",
+                where=where,
+                why=f"its positions are made for {own} × {own} patches",
+                fix=f"a backbone.config.image_size of {own} × the backbone's patch size",
+            ) from None
+    patches = teacher.grid[0] * teacher.grid[1]
     before = (one.shape[1] if one.ndim == 3 else 0) - patches
     if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
         raise ConfigError(
@@ -141,11 +146,14 @@ def _check_outputs(config: Any, source: str) -> None:
         raise ConfigError("the teacher gives other tokens at every call: it hides patches at random", where=where)
 
 
-def teacher_sha256(recipe: Recipe) -> str | None:
-    """Return a hash over the teacher's weight files; None without a teacher."""
-    return _hash_weights(_source(recipe)) if recipe.teacher else None
+def teachers_sha256(recipe: Recipe) -> dict[str, str]:
+    """Return a hash over the weight files of each teacher, by name."""
+    return {
+        name: _hash_weights(spec.from_pretrained, f"recipe.teachers.{name}.from_pretrained")
+        for name, spec in recipe.teachers.items()
+    }
 
 
-@lru_cache(maxsize=4)  # asked at every checkpoint
-def _hash_weights(source: str) -> str:
-    return sha256_of(*weight_files(pretrained_folder(source, _WHERE), "transformers", _WHERE))
+@lru_cache(maxsize=_MOST_TEACHERS)
+def _hash_weights(source: str, where: str) -> str:
+    return sha256_of(*weight_files(pretrained_folder(source, where), "transformers", where))

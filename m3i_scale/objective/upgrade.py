@@ -1,7 +1,7 @@
 """Read recipes of the time before targets, distributions and regularisers had kinds, as what they mean today.
 
 Then all fields stood side by side in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
-`state_momentum` in its head.
+`state_momentum` in its head. And of the time before a recipe could have several teachers: then `teacher` was the one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
     override in the old words changes a recipe in the new ones.
     """
     recipe = copy.deepcopy(recipe)
+    if "teacher" in recipe:
+        _name_teacher(recipe, recipe.pop("teacher"))
     targets, heads = recipe.get("targets"), recipe.get("heads")
     moved: list[tuple[dict[str, Any], str]] = []
     for target in targets if isinstance(targets, list) else []:
@@ -44,6 +46,18 @@ def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
     for head, field in moved:
         head.pop(field, None)
     return recipe
+
+
+def _name_teacher(recipe: dict[str, Any], teacher: Any) -> None:
+    """Put the teacher of a recipe among its teachers, under the name that targets have for one by default; `null` takes
+    that of an extended recipe away."""
+    teachers = recipe.get("teachers")
+    named = dict(teachers) if isinstance(teachers, dict) else {}
+    below = named.pop("teacher", None)
+    if teacher is not None:
+        both = isinstance(below, dict) and isinstance(teacher, dict)
+        named["teacher"] = {**below, **teacher} if both else teacher
+    recipe["teachers"] = named
 
 
 def _upgrade(target: dict[str, Any]) -> None:

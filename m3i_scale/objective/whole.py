@@ -5,6 +5,8 @@ Under ZeRO, `scale` does both on the partition, with the same values.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
@@ -12,22 +14,23 @@ from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.objective.build import initialize_module, momentum_pairs
+from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
 
 
 def start_weights(objective: Objective, run: RunConfig) -> None:
     """Give an objective the weights that a run starts from: drawn from `run.seed`, read from
-    `backbone.from_pretrained` and of the teacher; the momentum target begins as a copy of what it follows.
+    `backbone.from_pretrained` and of teachers; the momentum target begins as a copy of what it follows.
 
     Raises:
-        ConfigError: files that do not fill the backbone or the teacher.
+        ConfigError: files that do not fill the backbone or a teacher.
     """
-    draw_first_values(objective, initialize_module, seed=run.seed, skip=("momentum.", "teacher."))
+    draw_first_values(objective, initialize_module, seed=run.seed, skip=("momentum.", "teachers."))
     if run.backbone.from_pretrained is not None:
         _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
-    if objective.teacher is not None:
-        _read(objective, "teacher.model.", teacher_plan(objective.recipe))
+    for name, teacher in objective.teachers.items():
+        _read(objective, f"teachers.{name}.model.", teacher_plan(cast(FrozenTeacher, teacher)))
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, average in momentum_pairs(objective):

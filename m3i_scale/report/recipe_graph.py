@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m3i_scale.objective.decoders import DecoderSpec, TransformerSpec
+from m3i_scale.objective.convolution import ConvolutionSpec
+from m3i_scale.objective.decoders import DecoderSpec, LayeredSpec, TransformerSpec
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs
 from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
-from m3i_scale.report.recipe_table import printable, word
+from m3i_scale.report.recipe_table import printable, weight_words, word
 
 _ALONE = {"none": "no regulariser"}
 """Words that say nothing without a heading."""
-_TOKENS = {"masked": "hidden patches", "all": "all patches", "pooled": "whole view"}
+_TOKENS = {"masked": "hidden patches", "blocks": "hidden blocks", "all": "all patches", "pooled": "whole view"}
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,24 @@ def graph_of(recipe: Recipe) -> Graph:
 
 
 def _input(spec: InputSpec) -> Node:
-    mask = (f"{spec.mask.form.kind} mask", f"hides {spec.mask.ratio:.3g}") if spec.mask else ()
-    return Node(printable(spec.name), (f"view {spec.view}", *mask))
+    mask = (f"{spec.mask.form.kind} mask", f"hides {spec.mask.amount}") if spec.mask else ()
+    tokens = ("by mask tokens",) if spec.mask and spec.mask.hidden == "token" else ()
+    views = f"view {spec.view}" if spec.views == 1 else f"views {spec.view} to {spec.seen[-1]}"
+    return Node(printable(spec.name), (views, *mask, *tokens))
 
 
 def _decoder(name: str, spec: DecoderSpec) -> Node:
-    if not isinstance(spec, TransformerSpec):
+    if isinstance(spec, ConvolutionSpec):
+        return Node(printable(name), (f"{word(spec.kind)} × {spec.depth}",))
+    if not isinstance(spec, LayeredSpec):
         return Node(printable(name), (word(spec.kind),))
-    return Node(printable(name), (f"{word(spec.kind)} × {spec.depth}", f"{spec.position} positions"))
+    positions = (f"{spec.position} positions",) if isinstance(spec, TransformerSpec) else ()
+    return Node(printable(name), (f"{word(spec.kind)} × {spec.depth}", *positions))
 
 
 def _encoder_key(target: Target) -> str:
-    return f"{target.encoder}, stopped" if target.stopped else target.encoder
+    key = target.encoder_key if isinstance(target, ImageTarget) else target.encoder
+    return f"{key}, stopped" if target.stopped else key
 
 
 def _encoder(recipe: Recipe, target: Target) -> Node:
@@ -97,8 +104,8 @@ def _encoder(recipe: Recipe, target: Target) -> Node:
     if target.encoder == "momentum" and recipe.momentum:
         ends = dict.fromkeys(f"{m:.4g}" for m in (recipe.momentum.start, recipe.momentum.end))
         details = ("of f_θ", f"m {' → '.join(ends)}")
-    elif target.encoder == "teacher" and recipe.teacher:
-        details = (printable(recipe.teacher.from_pretrained),)
+    elif isinstance(target, ImageTarget) and target.encoder == "teacher":
+        details = (printable(recipe.teachers[target.teacher].from_pretrained),)
     elif target.encoder == "online":
         details = ("f_θ itself", *(("stop gradient",) if target.stopped else ()))
     return Node(word(target.encoder), details)
@@ -122,7 +129,8 @@ def _link(recipe: Recipe, target: Target) -> Link:
         decoder=target.decoder,
         encoder=_encoder_key(target),
         likelihood=Node(
-            word(distribution.kind), (regularizer, *direction, f"w {target.weight:.4g}", *_head(recipe, target))
+            word(distribution.kind),
+            (regularizer, *direction, f"w {weight_words(target.weight)}", *_head(recipe, target)),
         ),
         target=Node(printable(target.name), (*modality, *view, *shown_by, *tokens, representation)),
         stopped=target.stopped,

@@ -24,9 +24,10 @@ FAMILIES = (
     "weakly supervised",
     "self-supervised, intra-view",
     "self-supervised, inter-view",
+    "weakly + self-supervised",
     "all-in-one",
 )
-"""The paper's order."""
+"""The paper's order; then what is several of them."""
 _REPRESENTATIONS = ("category embedding", "text embedding", "dense pixels", "dense feature", "global feature")
 """The paper's order within a family."""
 _Columns = dict[tuple[str, ...], int]
@@ -57,9 +58,13 @@ _SPELLINGS = {
     "gaussian": "Gaussian",
     "boltzmann": "Boltzmann",
     "bernoulli": "Bernoulli",
+    "smooth_l1": "smooth L1",
     "unigrad": "UniGrad",
+    "sinkhorn": "Sinkhorn",
+    "koleo": "KoLeo",
     "variance_covariance": "variance, covariance",
     "transformer": "Transformer",
+    "causal_transformer": "causal Transformer",
     "momentum": "momentum copy",
     "teacher": "frozen teacher",
 }
@@ -73,6 +78,13 @@ def word(value: str) -> str:
 def printable(text: str) -> str:
     """Return text of others with a replacement character for whatever steers a terminal or is not allowed in XML."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def weight_words(weight: float | list[tuple[float, float]]) -> str:
+    """Return a target's weight; of a schedule, the first and the last value."""
+    if isinstance(weight, list):
+        return f"{weight[0][1]:g}→{weight[-1][1]:g}"
+    return f"{weight:.4g}"
 
 
 def built_in_rows() -> list[dict[str, Any]]:
@@ -155,7 +167,7 @@ def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[
         "P̂": word(target["distribution"]),
         "f_φ": word(target["encoder"]),
         "f_ψ": word(target["decoder"]),
-        "w": f"{target['weight']:g}",
+        "w": weight_words(target["weight"]),
     }
     return {"recipe": name, **{field: Text(text) for field, text in others.items()}}
 
@@ -166,7 +178,9 @@ def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
     for entry in row["inputs"]:
         if entry["name"] in target["inputs"]:
             how = "mixed" if entry["mixed"] else entry["mask"] or ""
-            views.setdefault(how, []).append(str(entry["view"]))
+            last = entry["view"] + entry.get("views", 1) - 1
+            number = str(entry["view"]) if last == entry["view"] else f"{entry['view']} to {last}"
+            views.setdefault(how, []).append(number)
     told = [f"view {' + '.join(dict.fromkeys(numbers))} {how}".strip() for how, numbers in views.items()]
     return ", ".join(told)
 
@@ -174,7 +188,9 @@ def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
 def _target(target: dict[str, Any]) -> str:
     if not target["view"]:
         return str(target["modality"])
-    return f"view {target['view']}" + {"masked": ", hidden", "pooled": ", whole"}.get(target["tokens"], "")
+    return f"view {target['view']}" + {"masked": ", hidden", "blocks": ", hidden", "pooled": ", whole"}.get(
+        target["tokens"], ""
+    )
 
 
 if __name__ == "__main__":  # python -m m3i_scale.report.recipe_table > m3i_scale/report/recipes.json

@@ -11,7 +11,7 @@ from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import CATEGORIES, LABELS, captions_beside, read_label_sets, require_shards, shard_folder
-from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.data.tokenizer import check_ends, find_tokenizer
 from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.recipe import Recipe
@@ -43,6 +43,12 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
     """
     if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
+    if run.text.config and not recipe.uses_text_tower:
+        raise ConfigError(
+            "`text.config` has no effect: the recipe predicts captions token by token, and encodes none",
+            where="text.config",
+            fix="leave it out; the decoder's size stands in recipe.decoders",
+        )
 
 
 @dataclass
@@ -89,6 +95,8 @@ class DataChecks:
             facts.label_sets, facts.image_counts = self._read_classes(recipe, access, faults)
             if recipe.uses_text and self.sound("text"):
                 facts.tokenizer = faults.note(_tokenizer, self.run, access)
+                if facts.tokenizer is not None and recipe.predicts_captions:
+                    faults.note(check_ends, facts.tokenizer)
             file = recipe.labels_file or LABELS
             facts.run = faults.note(_with_validation_labels, self.run, facts.label_sets, file) or self.run
         return facts

@@ -34,9 +34,9 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
 
     Returns:
         `forward` (student), `target` (momentum, teacher and text tower), `decoder` (decoders, heads, losses),
-        `backward`, `model` (the sum of these four, what MFU is made of), `text` (of `model`, what the text tower
-        takes), and `recompute` (what activation checkpointing computes a second time; not part of `model`; of a budget,
-        and of `selective` where layers are compiled, what `full` computes, which is more).
+        `backward`, `model` (the sum of these four, what MFU is made of), `text` (of `model`, what goes by the tokens of
+        captions), and `recompute` (what activation checkpointing computes a second time; not part of `model`; of a
+        budget, and of `selective` where layers are compiled, what `full` computes, which is more).
     """
     micro = run.optim.micro_batch_size
     scale = run.optim.batch_size / micro
@@ -44,9 +44,9 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
         objective = build_objective(run, label_sets, vocab_size)
         batch = synthetic_batch(
             micro,
-            objective.recipe.views,
+            objective.recipe.drawn_views,
             image=objective.student.image_size,
-            tokens=run.text.max_tokens if objective.text is not None else 1,
+            tokens=run.text.max_tokens if objective.recipe.uses_text else 1,
             classes=min((len(names) for names in label_sets.values()), default=1),
             vocabulary=vocab_size or 100,
             reads=objective.recipe.reads,
@@ -80,7 +80,7 @@ def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
     every_object = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     with every_row, every_object, sdpa_kernel(SDPBackend.MATH), counter:
         objective.span = span
-        hooks = _around(objective.text, lambda: span("text")) if objective.text is not None else []
+        hooks = [hook for module in objective.text_modules for hook in _around(module, lambda: span("text"))]
         loss, _ = objective(batch)
         with span("backward"):
             loss.backward()

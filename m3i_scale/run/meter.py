@@ -31,8 +31,8 @@ class Work:
     peak: Peak
 
     def step_flop(self, caption_tokens: float) -> float:
-        """Return the FLOPs of a step with so many tokens a caption on average; a text tower's are nearly all by
-        token."""
+        """Return the FLOPs of a step with so many tokens a caption on average; those of a text tower or a
+        decoder of captions are nearly all by token."""
         return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 

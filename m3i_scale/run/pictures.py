@@ -119,11 +119,12 @@ class LearntPictures:
         if not encoded.reconstructed:
             return []
         targets = {target.name: target for target in self._objective.recipe.targets if isinstance(target, Pixels)}
-        inputs = {one.name: one for one in self._objective.inputs_of(self._samples)}
-        predicted = [
-            Reconstruction(targets[target].view - 1, inputs[name], images_BCHW)
-            for (target, name), images_BCHW in encoded.reconstructed.items()
-        ]
+        inputs = self._objective.inputs_of(self._samples)
+        predicted = []
+        for (name, of_input), images_BCHW in encoded.reconstructed.items():
+            target = targets[name]
+            seen = next(one for one in inputs if one.name == of_input and target.takes(one.view + 1))
+            predicted.append(Reconstruction(target.view - 1, seen, images_BCHW))
         put_back = any(target.normalize_pixels for target in targets.values())
         patches = self._objective.student.grid
         return [

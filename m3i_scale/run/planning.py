@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from m3i_scale.config import RunConfig
 from m3i_scale.config.data import Reads
+from m3i_scale.config.views import view_sizes
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.parts import PREFETCH_PARTS
@@ -38,7 +38,7 @@ from m3i_scale.scale.plan.hardware import hardware, step_time
 from m3i_scale.scale.plan.host import host_time
 from m3i_scale.scale.plan.ledger import HOLES, Ledger
 from m3i_scale.scale.plan.replay import ACTIVATIONS, REPLAYED
-from m3i_scale.scale.plan.settings import Parameter, Settings, numel_of, settings_of
+from m3i_scale.scale.plan.settings import Parameter, Role, Settings, numel_of, settings_of
 from m3i_scale.scale.plan.trace import Trace, record, scaled
 from m3i_scale.text import GIB
 
@@ -49,6 +49,8 @@ VOCABULARY = 30522
 """What a run without its shards is planned with: classes of ImageNet, ADE20k and COCO, BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0
 """Beside tensors: the context, workspaces of libraries, NCCL's channels. An allowance, not measured."""
+_ROLES: dict[str, Role] = {"momentum": "momentum", "teachers": "teacher"}
+"""Of parts of the objective that are never trained."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,6 +94,9 @@ class _PlannedRanks:
         return x_B if self.world_size == 1 else x_B.repeat(self.world_size, *[1] * (x_B.dim() - 1))
 
     def sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def max(self, x: Tensor) -> Tensor:
         return x.detach().clone()
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
@@ -210,8 +215,8 @@ class Model:
         follows = {target: places.get(online) for online, target in momentum_pairs(self.objective)}
         for name, parameter in named.items():
             role = name.partition(".")[0]
-            others = "trained" if parameter.requires_grad else "frozen"
-            kind: Any = role if role in ("momentum", "teacher") else others
+            others: Role = "trained" if parameter.requires_grad else "frozen"
+            kind = _ROLES.get(role, others)
             scale = scales.get(name, 1.0)
             parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter.shape), scale, follows.get(name)))
         return tuple(parameters)
@@ -261,7 +266,7 @@ class Model:
         with torch.device("meta"):
             batch = synthetic_batch(
                 micro_batch,
-                recipe.views,
+                recipe.drawn_views,
                 image=objective.student.image_size,
                 tokens=run.text.max_tokens,
                 classes=classes,
@@ -395,8 +400,8 @@ def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
     have ready, and its process."""
     parts = dict(host.at_peak)
     if model.run.data.workers:
-        side, views = model.objective.student.image_size, model.recipe.views
-        parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * views * 3 * side**2
+        sides = view_sizes(model.recipe.drawn_views, model.objective.student.image_size)
+        parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)
     parts["process"] = round(beside_tensors_gib(hosts=True) * GIB)
     return parts
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import CheckpointConfig, RunConfig
+from m3i_scale.config.views import view_sizes
 from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.reader import OPEN_SHARDS
 from m3i_scale.launch.doctor import checks, facts
@@ -59,7 +60,8 @@ def needs_of(
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0
     far = checkpoint * of_this_host if settings.optimizer_on_host else 0
-    pixels = 3 * model.image_size**2 * recipe.views * run.optim.micro_batch_size
+    sizes = view_sizes(recipe.drawn_views, model.image_size)
+    pixels = 3 * sum(side**2 for side in sizes) * run.optim.micro_batch_size
     count = kept_checkpoints(run.checkpoint, run.optim.steps)
     loaders = 1 + bool(run.data.validation)  # workers of both stand, and hold parts, for the whole run
     return Needs(

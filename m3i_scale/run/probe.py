@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from m3i_scale.data.batch import Batch, no_masks, no_objects
+from m3i_scale.data.batch import Batch, no_masks, no_objects, no_small_views
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.scale.agree import from_rank, together
@@ -78,7 +78,9 @@ def read_probe(folder: Path) -> Batch:
         with safe_open(folder / FILE, framework="pt") as opened:
             keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
             tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name in saved}
-            missing = {"masks_BHW": no_masks(len(keys))} | no_objects(len(keys))  # earlier versions stored none
+            # Earlier versions stored none of these.
+            missing = {"masks_BHW": no_masks(len(keys)), "small_VBCHW": no_small_views(len(keys))}
+            missing |= no_objects(len(keys))
             return Batch(**(missing | tensors), keys=keys)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -67,7 +67,7 @@ def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
 
 def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> list[str]:
     """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Return notes about a run
-    that goes on in another shape. Call it on one rank: it may read a whole teacher.
+    that goes on in another shape. Call it on one rank: it may read whole teachers.
 
     Raises:
         CheckpointError: names what differs.
@@ -133,6 +133,9 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
     for identity in (saved, now):  # a recipe may be written in several ways
         identity["recipe"] = meaning(identity.get("recipe"))
+    if "teacher_sha256" in saved:  # of before a recipe could have several
+        only = saved.pop("teacher_sha256")
+        saved["teachers_sha256"] = {} if only is None else {"teacher": only}
     check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in _NEWER_IDENTITY:
         if key in saved and key in now:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 import yaml
-from torch import nn
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
@@ -21,9 +20,9 @@ from m3i_scale.downstream.fine_tuning import prepare, scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
+from m3i_scale.objective.teacher import teacher_plan, teachers_sha256
 from m3i_scale.run.with_data import RunWithData, open_stream
 from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.scale.agree import from_rank_0, open_together
@@ -57,21 +56,21 @@ class ResolvedRun(RunWithData):
         """Return what a checkpoint must share with a run that goes on from it: the shape of the model and what it
         learns.
 
-        Reads every byte of a teacher, once: ask for it on one rank.
+        Reads every byte of the teachers, once: ask for it on one rank.
         """
         run = self.run
         model = backbone_config(run.backbone).to_diff_dict()
         for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
             model.pop(key, None)
         return {
-            "recipe": {key: value for key, value in run.recipe.items() if key != "teacher"},  # its hash stands below
+            "recipe": run.recipe,
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
-            "text": run.text.config if self.recipe.uses_text else None,
+            "text": run.text.config if self.recipe.uses_text_tower else None,
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
-            "teacher_sha256": teacher_sha256(self.recipe),
+            "teachers_sha256": teachers_sha256(self.recipe),
             "vocabulary_sha256": self._vocabulary_sha256(),
             "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
             "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
@@ -169,7 +168,7 @@ def start_engine(
     allow_tf32(compute_dtype(resolved.deepspeed.config))
     engine = build_engine(
         lambda: _build(resolved, ranks),
-        lambda module: _prepare(module, run, report_start, reads_source),
+        lambda module: _prepare(cast(Objective, module), run, report_start, reads_source),
         resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
         lr_scales=lambda module: scales_of(module, run.task),
@@ -195,14 +194,14 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     return objective
 
 
-def _prepare(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
+def _prepare(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
     _first_weights(module, run, report_start, reads_source)
     if run.backbone.compile:
         compile_layers(module, run.backbone.activation_checkpointing)
 
 
-def _first_weights(module: nn.Module, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
-    initialize_sharded(module, initialize_module, seed=run.seed, skip=("momentum.", "teacher."))
+def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
+    initialize_sharded(module, initialize_module, seed=run.seed, skip=("momentum.", "teachers."))
     if run.backbone.from_pretrained is not None and reads_source:
         plans: list[LoadPlan] = []
 
@@ -212,9 +211,8 @@ def _first_weights(module: nn.Module, run: RunConfig, report_start: ReportStart,
 
         stream_into(module, "student.model.", open_plan)
         from_rank_0(lambda: report_start(plans[0].report))
-    recipe = parse_recipe(run.recipe)
-    if recipe.teacher is not None:
-        stream_into(module, "teacher.model.", lambda: teacher_plan(recipe))
+    for name, teacher in module.teachers.items():
+        stream_into(module, f"teachers.{name}.model.", partial(teacher_plan, cast(FrozenTeacher, teacher)))
 
 
 def run_yaml(run: RunConfig) -> str:

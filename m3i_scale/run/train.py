@@ -199,7 +199,7 @@ def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
 def _write_settings(resolved: ResolvedRun) -> None:
     """Write the run file and the tokenizer that an export needs. Called only once nothing is left to refuse."""
     folder = resolved.run.output_dir
-    _ = resolved.identity  # that of the teacher's files as they are now, not as they are at the first save
+    _ = resolved.identity  # that of the teachers' files as they are now, not as they are at the first save
     try:
         write_whole(folder / "run.yaml", run_yaml(resolved.run))
         write_json(folder / "deepspeed.json", resolved.deepspeed.config)

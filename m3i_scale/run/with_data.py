@@ -73,7 +73,7 @@ def open_stream(
     return TrainStream(
         run.data,
         run.data.validation if validation else run.data.sources,
-        views=given.recipe.views,
+        views=given.recipe.drawn_views,
         image_size=given.image_size,
         micro_batch_size=run.optim.micro_batch_size,
         world_size=ranks.world_size,

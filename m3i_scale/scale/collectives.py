@@ -1,4 +1,4 @@
-"""Losses over the global batch reach other ranks by these collectives: a gather with gradient, and sums."""
+"""Losses over the global batch reach other ranks by these collectives: a gather with gradient, sums and maxima."""
 
 from __future__ import annotations
 
@@ -64,6 +64,13 @@ class ProcessGroupRanks:
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the largest of every element over ranks, without gradient."""
+        largest = x.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
         """Return the sum over ranks; every rank's share gets the gradient of all ranks' losses."""

@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, CLIPVisionModel, Dinov2Model, ViTConfig, ViTModel
 from weights import shaken
 
+from m3i_scale.backbones.base import Covered, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone, vision_class
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.backbones.sources import pretrained_folder
@@ -61,6 +62,59 @@ def test_the_adapter_is_the_stock_model(section: BackboneConfig) -> None:
     torch.testing.assert_close(backbone.encode(torch.cat([cls, tokens], dim=1)), wanted)
     torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted)
     assert len(backbone.layers) == 2
+
+
+@pytest.mark.parametrize("section", [small(), DINOV2, CLIP], ids=["vit", "dinov2", "clip"])
+@torch.no_grad()
+def test_images_of_another_size_have_the_positions_of_the_stock_model(section: BackboneConfig) -> None:
+    backbone = build_backbone(backbone_config(section)).eval()
+    shaken(backbone)
+    images = torch.randn(2, 3, 16, 16)
+    options = {} if isinstance(backbone.model, Dinov2Model) else {"interpolate_pos_encoding": True}
+    wanted = last_norm(backbone.model, backbone.model(pixel_values=images, **options).last_hidden_state)
+    ((cls, tokens),) = backbone.encode_own({3: images}, [3], [torch.arange(4).expand(2, -1)])
+    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted)
+
+
+@pytest.mark.parametrize("section", [small(), DINOV2], ids=["vit", "dinov2"])
+@torch.no_grad()
+def test_mask_tokens_are_those_of_the_stock_model(section: BackboneConfig) -> None:
+    config = backbone_config(section)
+    backbone = build_backbone(config).eval()
+    shaken(backbone)
+    if section is DINOV2:
+        config.use_mask_token = True
+        stock = Dinov2Model(config)
+    else:
+        stock = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+    stock.load_state_dict(backbone.model.state_dict(), strict=False)
+    token = MaskToken(64)
+    token.token.normal_()
+    stock.embeddings.mask_token.data = token.token.view(stock.embeddings.mask_token.shape).clone()
+    images, hidden = torch.randn(3, 3, 32, 32), torch.rand(3, 16) < 0.4
+    wanted = stock.eval()(pixel_values=images, bool_masked_pos=hidden).last_hidden_state
+    every = torch.arange(16).expand(3, -1)
+    ((cls, tokens),) = backbone.encode_own({1: images}, [1], [every], Covered(token, [~hidden]))
+    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted)
+
+
+@pytest.mark.parametrize("section", [small(), DINOV2, CLIP], ids=["vit", "dinov2", "clip"])
+@torch.no_grad()
+def test_inputs_of_all_kinds_together_are_what_each_is_alone(section: BackboneConfig) -> None:
+    backbone, token = build_backbone(backbone_config(section)).eval(), MaskToken(64)
+    shaken(backbone)
+    token.token.normal_()
+    views = {1: torch.randn(2, 3, 32, 32), 2: torch.randn(2, 3, 32, 32), 3: torch.randn(2, 3, 16, 16)}
+    every, few = torch.arange(16).expand(2, -1), torch.arange(4).expand(2, -1)
+    view_of, visible = [1, 1, 1, 2, 3], [every, every, every[:, ::2], every, few]
+    shown = [None, torch.rand(2, 16) < 0.5, None, torch.rand(2, 16) < 0.5, None]
+    together = backbone.encode_own(views, view_of, visible, Covered(token, shown))
+    for number, tokens in enumerate(together):
+        covered = Covered(token, [shown[number]])
+        (alone,) = backbone.encode_own(views, [view_of[number]], [visible[number]], covered)
+        for ours, wanted in zip(tokens, alone, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0][0], together[1][0], atol=1e-3)
 
 
 def test_eva_g_has_the_parameters_of_timms_and_a_bias_of_keys() -> None:

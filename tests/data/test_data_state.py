@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3i_scale.config import AugmentConfig, SourceConfig
+from m3i_scale.config.views import ViewSpec
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.fingerprint import _names, _patterns, changes, fingerprint, listing
 from m3i_scale.data.state import merge_states
@@ -163,6 +164,18 @@ def of_source(batches, name):
         for stream in range(STREAMS):
             streams[stream] += [key for key in keys[stream * each : (stream + 1) * each] if key.startswith(f"{name}/")]
     return streams
+
+
+def test_other_views_by_role_are_a_change_of_the_data(tools, folders, cache):
+    views = [ViewSpec(count=2), ViewSpec(count=2, size=4, crop_scale=(0.05, 0.4))]
+    loader = tools.make_loader(folders, cache, streams=STREAMS, views=views)
+    keys_of(loader, 1)
+    state = saved(loader)
+    tools.make_loader(folders, cache, streams=STREAMS, views=views).load_state_dict(state)
+    for other in (2, [views[0], ViewSpec(count=3, size=4, crop_scale=(0.05, 0.4))]):
+        with pytest.raises(DataError) as caught:
+            tools.make_loader(folders, cache, streams=STREAMS, views=other).load_state_dict(state)
+        assert "data.changed_sources=[a, b]" in caught.value.fix
 
 
 def test_unchanged_sources_go_on_exactly_where_others_come_go_and_change(tools, folders, cache, tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3i_scale.config import SourceConfig
+from m3i_scale.config.views import ViewSpec
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.reader import NOT_A_MEMBER
 from m3i_scale.data.state import merge_states
@@ -153,6 +154,17 @@ def test_shapes_and_types(tools, folder, cache):
     assert batch.labels_B.dtype == batch.seeds_B.dtype == batch.captions_B.dtype == torch.int64
     assert batch.text_ids_BT.shape == (8, 1)
     assert not batch.has_text_B.any()
+
+
+def test_small_views_come_last_whatever_the_ranks_and_workers(tools, folder, cache):
+    views = [ViewSpec(count=2), ViewSpec(count=3, size=4, crop_scale=(0.1, 0.4))]
+    (one,), _ = global_batches(tools, {"s": folder}, cache, 1, views=views)
+    assert (one.images_VBCHW.shape, one.small_VBCHW.shape) == ((2, GLOBAL, 3, 8, 8), (3, GLOBAL, 3, 4, 4))
+    assert one.crops_VB4.shape == (5, GLOBAL, 4)
+    assert torch.equal(one.view(2), one.images_VBCHW[1])
+    assert torch.equal(one.view(3), one.small_VBCHW[0])
+    (two,), _ = global_batches(tools, {"s": folder}, cache, 1, views=views, world=2, workers=1)
+    same(one, two)
 
 
 def test_bad_samples_are_replaced_counted_and_written_down(tools, mixed, cache, tmp_path):

@@ -124,7 +124,8 @@ def test_batches_are_joined_ahead_and_counted_when_they_are_handed_out(tools, fo
 def test_captions_have_few_lengths(tmp_path, words, length):
     """Of 16 tokens or a multiple, special ones included, and never more than are allowed."""
     train_tokenizer(["word"], tmp_path, 60)
-    views = Views(np.zeros((2, 3, 8, 8), dtype=np.uint8), [Crop(0, 0, 8, 8, False)] * 2, (8, 8))
+    own, small = np.zeros((2, 3, 8, 8), dtype=np.uint8), np.empty((0, 3, 0, 0), dtype=np.uint8)
+    views = Views(own, small, [Crop(0, 0, 8, 8, False)] * 2, (8, 8))
     samples = [Sample(views, None, -1, " ".join(["word"] * count), 1, "k") for count in words]
     batch = Collator(find_tokenizer({}, str(tmp_path)), 40)(samples)
     assert batch.text_ids_BT.shape == batch.text_mask_BT.shape == (2, length)

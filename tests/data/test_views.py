@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from m3i_scale.config import AugmentConfig, known_runs, load_run
+from m3i_scale.config.views import ViewSpec
 from m3i_scale.data.crops import Crop, random_crop
 from m3i_scale.data.images import encoded_image, on_white, orientation
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image
-from m3i_scale.data.views import ViewMaker, per_view, shift_hue
+from m3i_scale.data.views import ViewMaker, cut_and_resize, per_view, shift_hue
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.regularizers.dense import DenseUniGrad
 
@@ -67,6 +68,78 @@ def test_without_augmentation_the_centre_square():
     assert (crop.top, crop.left, crop.height, crop.width, crop.flip) == (0, 15, 60, 60, False)
     assert np.array_equal(views.pixels_VCHW[0].transpose(1, 2, 0), np.asarray(gradient())[:, 15:75])
     assert np.array_equal(views.pixels_VCHW[0], views.pixels_VCHW[1])
+
+
+ROLES = [
+    ViewSpec(crop_scale=(0.4, 1.0), blur=1.0, flip=0.0),
+    ViewSpec(crop_scale=(0.4, 1.0), solarize=0.2),
+    ViewSpec(count=3, size=10, crop_scale=(0.05, 0.4), flip=1.0),
+]
+"""Two views and three small ones, as multi-crop methods draw them."""
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_views_that_a_list_leaves_as_they_are_have_the_same_pixels(augment):
+    config = AugmentConfig(blur=[0.5, 0.1], solarize=[0.0, 0.5])
+    for seed in range(5):
+        plain, listed = (
+            ViewMaker(config, views=views, image_size=24, augment=augment)(gradient(), seed)
+            for views in (3, [ViewSpec(count=2), ViewSpec()])
+        )
+        assert np.array_equal(plain.pixels_VCHW, listed.pixels_VCHW)
+        assert plain.crops == listed.crops
+        assert len(listed.small_VCHW) == 0
+
+
+def test_views_by_role_have_sizes_and_crops_of_their_own():
+    maker = ViewMaker(AugmentConfig(), views=ROLES, image_size=24, augment=True)
+    fewer = ViewMaker(AugmentConfig(), views=ROLES[:2], image_size=24, augment=True)
+    flips = []
+    for seed in range(30):
+        views = maker(gradient(), seed)
+        assert (views.pixels_VCHW.shape, views.small_VCHW.shape) == ((2, 3, 24, 24), (3, 3, 10, 10))
+        shares = [crop.height * crop.width / (60 * 90) for crop in views.crops]
+        assert min(shares[:2]) > 0.38
+        assert max(shares[2:]) < 0.42
+        assert views.crops[:2] == fewer(gradient(), seed).crops  # those that follow are drawn after them
+        flips.append([crop.flip for crop in views.crops])
+    first, second, *small = zip(*flips, strict=True)
+    assert (any(first), len(set(second)), all(map(all, small))) == (False, 2, True)
+
+
+def test_colours_are_those_of_the_role():
+    views = [ViewSpec(), ViewSpec(solarize=1.0), ViewSpec(size=12, grayscale=1.0)]
+    orange = Image.new("RGB", (90, 60), (200, 100, 40))
+    made = ViewMaker(PLAIN, views=views, image_size=24, augment=True)(orange, 1)
+    plain, solarized = (pixels.max() > 128 for pixels in made.pixels_VCHW)
+    assert (plain, solarized) == (True, False)
+    grey = made.small_VCHW[0]
+    assert np.array_equal(grey[0], grey[2])
+    assert not np.array_equal(made.pixels_VCHW[0, 0], made.pixels_VCHW[0, 2])
+
+
+def test_small_views_show_what_their_crops_say():
+    plain = ViewSpec(count=4, size=12, crop_scale=(0.1, 0.4))
+    views = ViewMaker(PLAIN, views=[ViewSpec(), plain], image_size=24, augment=True)(gradient(), 3)
+    for pixels, crop in zip(views.small_VCHW.astype(float) / 2, views.crops[1:], strict=True):
+        row = crop.top + (6 + 0.5) * crop.height / 12 - 0.5
+        assert pixels[0, 6, 4] == pytest.approx(row, abs=1.5)
+
+
+def test_without_augmentation_small_views_are_the_centre_square_too():
+    views = ViewMaker(AugmentConfig(), views=ROLES, image_size=60, augment=False)(gradient(), 5)
+    assert len({(crop.top, crop.left, crop.height, crop.width, crop.flip) for crop in views.crops}) == 1
+    wanted = gradient().crop((15, 0, 75, 60)).resize((10, 10), Image.Resampling.BICUBIC)
+    assert np.array_equal(views.small_VCHW[0].transpose(1, 2, 0), np.asarray(wanted))
+
+
+def test_a_crop_by_role_stands_in_the_place_of_scale_jitter():
+    jittered = AugmentConfig(scale_jitter=(0.5, 2.0))
+    views = [
+        ViewMaker(config, views=[ViewSpec(crop_scale=(0.2, 0.3))], image_size=24, augment=True)(gradient(), 1)
+        for config in (jittered, AugmentConfig())
+    ]
+    assert views[0].crops == views[1].crops
 
 
 def test_a_large_jpeg_decoded_small_keeps_its_geometry():
@@ -122,15 +195,13 @@ def test_what_is_transparent_becomes_white():
 def test_a_crop_of_the_views_own_size_is_cut_out_and_has_the_pixels_of_a_resize(flip):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    config = AugmentConfig(crop_scale=(0.3, 0.3), crop_ratio=(1, 1), flip=flip)
-    maker = ViewMaker(config, views=1, image_size=24, augment=True)
     crop = Crop(5, 7, 24, 24, bool(flip))
-    cut = maker._cut(image, crop, (40, 48))
+    cut = cut_and_resize(image, crop, 24, (40, 48))
     left = 48 - 7 - 24 if flip else 7
     resized = image.resize((24, 24), Image.Resampling.BICUBIC, box=(left, 5, left + 24, 29), reducing_gap=2.0)
     expected = np.asarray(resized)[:, ::-1] if flip else np.asarray(resized)
     assert np.array_equal(np.asarray(cut), expected)
-    other = maker._cut(image, Crop(5, 7, 23, 24, bool(flip)), (40, 48))
+    other = cut_and_resize(image, Crop(5, 7, 23, 24, bool(flip)), 24, (40, 48))
     assert other.size == (24, 24)
 
 
@@ -252,7 +323,7 @@ def test_built_in_recipes_blur_a_view_by_what_it_is_for(name, monkeypatch):
     monkeypatch.setattr("m3i_scale.data.views.BLUR_REFERENCE_SIZE", 32)  # small views, and no blur too faint to see
     run = load_run(name)
     recipe = parse_recipe(run.recipe)
-    blurred, solarized = (share_changed_by(kind, run.data.augment, recipe.views) for kind in ("blur", "solarize"))
+    blurred, solarized = (share_changed_by(kind, run.data.augment, recipe.view_count) for kind in ("blur", "solarize"))
     seen = [(recipe.input(one).view, target) for target in recipe.image_targets for one in target.inputs]
     pairs = [(view, target) for view, target in seen if view != target.view]
     if not pairs:

@@ -72,6 +72,8 @@ RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
     "mae_maps": ("mae", *tiny.MAPS),
     "m3i_forward": ("m3i", "recipe.targets.2.distribution.direction=forward"),
+    "multi_crop": ("global_distillation", *tiny.MULTI_CROP),
+    "multi_crop_clip": ("global_distillation", *tiny.MULTI_CROP, "backbone.preset=clip-b/16"),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
@@ -86,13 +88,23 @@ PARTITIONED = (
     "densecl",
     "unigrad",
     "barlow",
+    "capi",
     "vicreg",
     "simsiam",
     "sim_global",
     "siglip",
+    "coca",
+    "siglip2",
     "global_distillation",
+    "multi_crop",
+    "multi_crop_clip",
     "dense_distillation",
+    "dinov2",
+    "ibot",
+    "multi_teacher",
     "mae",
+    "ijepa",
+    "data2vec2",
 )
 """Kinds of module, head and memory: the engine cannot know which recipe they make."""
 RECOMPUTED = {
@@ -131,6 +143,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             for policy in policies:
                 given = (*arguments, f"backbone.activation_checkpointing={policy}")
                 cases[f"recomputed_{name}_{policy}"] = lambda given=given: self.engine_gradients(*given)
+        cases["captions_of_one_rank"] = lambda: self.plain_gradients("coca", change=self.captions_of_the_first_half)
         cases["called_twice"] = self.called_twice
         cases["recomputed_queue_budget"] = lambda: self.budget("densecl")
         cases["recomputed_m3i_budget"] = lambda: self.budget("m3i")
@@ -180,6 +193,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             "flags": self.ranks.gather(torch.tensor([self.rank == 0, True])),
             "integers": self.ranks.gather(torch.tensor([2**62 + self.rank])),
             "sum": self.ranks.sum(torch.tensor([1.0 + self.rank], requires_grad=True)),
+            "largest": self.ranks.max(torch.tensor([1.0 - self.rank, self.rank], requires_grad=True)),
             "sum_gradient": self.sum_gradient(),
             "agree": agree(self.rank == self.world - 1, False, self.rank == 0),
             "agree_tensors": agree(torch.tensor(self.rank == self.world - 1), False, torch.tensor(False)),
@@ -437,14 +451,21 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
                 told[case] = (type(error).__name__, str(error))
         return told
 
-    def plain_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
+    def captions_of_the_first_half(self, batch: Any) -> Any:
+        keeps = torch.arange(len(batch)) + self.rank * len(batch) < GLOBAL_BATCH / 2
+        mask = batch.text_mask_BT & (keeps[:, None] | (torch.arange(batch.text_mask_BT.shape[1]) == 0))
+        return replace(batch, has_text_B=batch.has_text_B & keeps, text_mask_BT=mask)
+
+    def plain_gradients(
+        self, recipe: str, *overrides: str, change: Callable[[Any], Any] = lambda batch: batch
+    ) -> dict[str, Any]:
         plan = self.plan("zero3_cpu_fp32", recipe, *overrides)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
         first_weights(objective, plan.run.seed)
         objective(self.batch(1))[0].backward()  # queues, centers and balanced weights are not empty any more
         objective.after_backward()
         objective.zero_grad()
-        loss, figures = objective(self.batch())
+        loss, figures = objective(change(self.batch()))
         loss.backward()
         gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
         for gradient in gradients.values():

@@ -23,7 +23,7 @@ from m3i_scale.scale.checkpoint.weights import load_weights
 STEPS = 8
 REMEMBERED = {
     "queue": ("densecl",),
-    "center": ("global_distillation",),
+    "center": ("ibot",),
     "correlation": ("unigrad",),
     "balance": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }

@@ -72,6 +72,12 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one(worlds, engine: str, r
     assert sum(float(gradient.abs().sum()) for gradient in one["gradients"].values()) > 0
 
 
+def test_captions_of_one_rank_alone_count_as_in_the_whole_batch(worlds) -> None:
+    one, two = worlds.result("captions_of_one_rank", 1), worlds.result("captions_of_one_rank", 2)
+    same(one, two)
+    assert one["figures"]["caption/loss"] > 0
+
+
 @pytest.mark.parametrize("recipe", PARTITIONED)
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_engine_has_the_gradients_of_plain_modules(worlds, world: int, recipe: str) -> None:
@@ -250,7 +256,9 @@ def test_gather_is_by_rank_and_its_gradient_is_that_of_all_users(worlds, world: 
         assert told["flags"].tolist() == [True, True, False, True][: 2 * world]
         assert told["integers"].tolist() == [2**62 + other for other in range(world)]
         assert told["sum"].tolist() == [float(sum(range(1, world + 1)))]
+        assert told["largest"].tolist() == [1.0, float(world - 1)]
         assert not told["sum"].requires_grad
+        assert not told["largest"].requires_grad
         assert [value.tolist() for value in told["sum_gradient"]] == [[float(sum(range(1, world + 1)))]] * 2
 
 

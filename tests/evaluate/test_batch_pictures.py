@@ -50,6 +50,14 @@ def test_hidden_patches_are_grey() -> None:
     assert np.flatnonzero(red).tolist() == [0, 5, 15]
 
 
+def test_mask_tokens_are_grey_too() -> None:
+    masked = InputSpec(name="x", view=1, mask={"ratio": (0.2, 0.6), "hidden": "token"})
+    (seen,) = build_inputs([masked], None, torch.arange(3), (4, 4))
+    assert seen.masked_BM is not None
+    for sample, hidden in enumerate(seen.masked_BM.sum(dim=1).tolist()):
+        assert len(seen.shown_patches(sample)) == 16 - hidden
+
+
 def test_patches_of_a_mix_have_the_tint_of_their_image() -> None:
     inputs = build_inputs(*MIX, torch.tensor([3, 4, 5]), (4, 4))
     white = [[Image.new("RGB", (32, 32), "white")] * 3] * 2
@@ -75,6 +83,10 @@ def test_pictures_say_what_their_columns_are() -> None:
     (seen,) = build_inputs([masked], None, batch.seeds_B, (4, 4))
     plain = draw_views(batch, [seen], (4, 4), mixed=False, names=names)
     assert "mix" not in plain.title + plain.alt
+    assert "view 2, view 3" in plain.alt  # small ones too
+    parts = build_inputs([masked.model_copy(update={"views": 2})], None, batch.seeds_B, (4, 4))
+    several = draw_views(batch, parts, (4, 4), mixed=False, names=names)
+    assert "seen as input x of view 1, seen as input x of view 2" in several.alt
     found = [Reconstruction(0, seen, batch.images_VBCHW[0].numpy())]
     picture = draw_reconstruction(batch, found, (4, 4), standardized=True, names=names)
     assert "mean and contrast" in picture.title

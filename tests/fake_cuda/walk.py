@@ -17,7 +17,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, VOCABULARY, random_batch, tiny_run, tiny_teacher
+from tiny import DINOV2, LABEL_SETS, MAPS, MULTI_CROP, RECIPES, VOCABULARY, random_batch, tiny_run, tiny_teacher
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tracer import Tracer, assign
@@ -75,6 +75,7 @@ _RUNS: dict[str, tuple[str, ...]] = {name: (name,) for name in RECIPES} | {
     "m3i, learned balance": ("m3i", "recipe.balance={kind: learned}"),
     "m3i, gradient norms": ("m3i", "recipe.balance={kind: gradient_norm}"),
     "sim on DINOv2": ("sim", *DINOV2),
+    "multi-crop on CLIP": ("global_distillation", *MULTI_CROP, "backbone.preset=clip-b/16"),
 }
 
 _LOGGED = ("m3i", "byol", "sim_global")

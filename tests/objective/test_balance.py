@@ -18,6 +18,37 @@ def test_fixed_weights_are_those_of_the_recipe() -> None:
     assert factors.tolist() == [2.0, 0.5]
 
 
+@pytest.mark.parametrize("kind", [GroupWeights, LearnedWeights, lambda given: GradientNormWeights(given, momentum=0.0)])
+def test_weights_follow_their_schedules(kind) -> None:
+    weights = kind([1.0, [(0.0, 0.0), (0.5, 4.0)]])
+    losses, present = torch.tensor([3.0, 5.0], requires_grad=True), torch.ones(2, dtype=torch.bool)
+    waiting = []
+    for progress, wanted in ((0.0, 0.0), (0.25, 2.0), (0.9, 4.0)):
+        weights.set_progress(progress)
+        weights.observe(torch.tensor([1.0, float(wanted > 0)]), RANKS)  # as long as its weight is 0, no gradient
+        if kind not in (GroupWeights, LearnedWeights):
+            weights.seen_K.zero_()
+            weights.observe(torch.zeros(2), RANKS)  # nothing is known of the lengths: plain weights
+        total, factors = weights(losses, present)
+        assert factors.tolist() == [1.0, wanted]
+        assert float(total.detach()) == 3.0 + 5.0 * wanted
+        waiting.append((total, wanted))
+    for total, wanted in waiting:  # backward passes after the weights have moved on
+        (gradient,) = torch.autograd.grad(total, losses)
+        assert gradient.tolist() == [1.0, wanted]
+
+
+def test_a_group_that_is_weighed_0_for_a_while_disturbs_no_other() -> None:
+    weights = GradientNormWeights([1.0, [(0.0, 0.0), (0.5, 1.0)], 1.0], momentum=0.0)
+    plain = torch.tensor([0.1, 5.0, 30.0])
+    for progress in (0.0, 0.0, 0.5, 0.5, 0.5):
+        weights.set_progress(progress)
+        weights.observe((weights.factors_K * plain).square(), RANKS)
+        lengths = weights.factors_K * plain
+        torch.testing.assert_close(lengths[2], lengths[0])
+    torch.testing.assert_close(lengths[1], lengths[0])
+
+
 def test_learned_weights_find_the_variance_of_every_group() -> None:
     """At the optimum of w (L / σ² + log σ), σ² = 2 L: for a Gaussian, the variance that its errors have."""
     weights = LearnedWeights([1.0, 3.0])

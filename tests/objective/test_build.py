@@ -24,7 +24,7 @@ def build(recipe: str, *overrides: str, labels: bool = True, vocabulary: int | N
 def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None:
     objective = build(recipe)
     spec = objective.recipe
-    assert (objective.text is not None) == spec.uses_text
+    assert (objective.text is not None) == spec.uses_text_tower
     assert (objective.momentum is not None) == (spec.momentum is not None)
     residual = spec.projects_dense_targets and spec.momentum.projector_depth > 0
     assert (
@@ -32,9 +32,10 @@ def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None
         == residual
         == bool(spec.momentum and len(objective.momentum.projector.blocks))
     )
-    assert (objective.teacher is not None) == (spec.teacher is not None)
+    assert set(objective.teachers) == set(spec.teachers)
     assert set(objective.heads) == {target.name for target in spec.targets if target not in spec.head_targets}
-    assert set(objective.image_heads) == set(objective.states) == set(spec.heads)
+    assert set(objective.image_heads) == set(spec.heads)
+    assert set(objective.states) == {target.memory_name for target in spec.head_targets}
     assert set(spec.heads) == {target.head for target in spec.head_targets}
     assert set(objective.decoders) == set(spec.decoders)
 
@@ -45,7 +46,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(recipe: str) -> No
     loss, _ = objective(random_batch(6))
     loss.backward()
     for name, parameter in objective.named_parameters():
-        if name.startswith(("momentum.", "teacher.")):
+        if name.startswith(("momentum.", "teachers.")):
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
@@ -149,3 +150,16 @@ def test_no_parameter_is_left_without_a_first_value() -> None:
         weights.append({n: p for n, p in objective.named_parameters() if not n.startswith("momentum.")})
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "reason"),
+    [
+        ("ijepa", "recipe.inputs.0.mask.form.scale=0.05", "has no patch: 0.05 of 16 patches"),
+        ("data2vec2", "recipe.targets.0.layers=3", "averages 3 layers, and the backbone has 2"),
+        ("data2vec2", "recipe.decoders.dense.groups=24", "no multiple of its 24 groups"),
+    ],
+)
+def test_what_the_backbone_is_too_small_for(recipe: str, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        build(recipe, override)

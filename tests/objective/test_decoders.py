@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from m3i_scale.objective.build import initialize_module
-from m3i_scale.objective.decoders import AttentionPool, MeanPool, TransformerDecoder, _read_last
+from m3i_scale.objective.convolution import ConvolutionDecoder
+from m3i_scale.objective.decoders import AttentionPool, CrossAttentionDecoder, MeanPool, TransformerDecoder, _read_last
 from m3i_scale.objective.positions import grid_position
 
 GRID = (4, 4)
 
 
-def transformer(position: str) -> TransformerDecoder:
-    decoder = TransformerDecoder(16, 32, 2, 2, position)
+def transformer(position: str, kind: type[TransformerDecoder] = TransformerDecoder) -> TransformerDecoder:
+    decoder = kind(16, 32, 2, 2, position)
     for module in decoder.modules():
         initialize_module(module, module)
     return decoder.eval()
@@ -51,6 +52,25 @@ def test_a_query_depends_on_where_it_asks_and_on_every_token(position: str) -> N
     for place in (0, 1):  # class token, visible tokens
         changed = list(given)
         changed[place] = given[place] + 1.0
+        assert not torch.allclose(decoder(*changed), out, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "alone"), [(CrossAttentionDecoder, True), (TransformerDecoder, False)])
+def test_queries_that_attend_to_visible_tokens_alone_know_nothing_of_each_other(
+    kind: type[TransformerDecoder], alone: bool
+) -> None:
+    decoder, given = transformer("relative", kind), inputs("relative")
+    both = decoder(*given)
+    given[3] = given[3][:, :1]
+    assert torch.allclose(decoder(*given), both[:, :1], atol=1e-5) == alone
+
+
+def test_a_query_that_attends_to_visible_tokens_alone_reads_all_of_them_and_its_place() -> None:
+    decoder, given = transformer("absolute", CrossAttentionDecoder), inputs("absolute")
+    out = decoder(*given)
+    for place in (0, 1, 2, 3):  # class token, visible tokens, where they lie, where it asks
+        changed = list(given)
+        changed[place] = given[place] + 1 if place < 2 else torch.tensor([[6, 3, 5], [8, 2, 12]])[:, : 5 - place]
         assert not torch.allclose(decoder(*changed), out, atol=1e-4)
 
 
@@ -107,3 +127,22 @@ def test_the_last_layer_is_the_stock_layer_read_at_the_queries() -> None:
     decoder = transformer("absolute")
     layer, sequence = decoder.layers[-1], torch.randn(3, 11, 32)
     torch.testing.assert_close(_read_last(layer, sequence, 4), layer(sequence)[:, -4:])
+
+
+# ---------------------------------------------------------------- convolutions
+
+
+def test_a_convolution_answers_at_its_places_and_sees_as_far_as_it_is_deep() -> None:
+    decoder = ConvolutionDecoder(16, 1, 3, 4).eval()
+    decoder.reset_parameters()
+    tokens, visible = torch.randn(2, 3, 16), torch.tensor([[0, 3, 5], [1, 2, 15]])
+    query = torch.tensor([[4, 15], [0, 10]])
+    out = decoder(torch.zeros(2, 1, 16), tokens, visible, query, GRID, None, None)
+    assert out.shape == (2, 2, 16)
+    turned = decoder(torch.ones(2, 1, 16), tokens.flip(1), visible.flip(1), query.flip(1), GRID, None, None)
+    torch.testing.assert_close(turned, out.flip(1), atol=1e-6, rtol=1e-6)
+    changed = tokens.clone()
+    changed[0, 0] += 1.0  # patch 0: beside 4, far from 15
+    other = decoder(torch.zeros(2, 1, 16), changed, visible, query, GRID, None, None)
+    assert not torch.allclose(other[0, 0], out[0, 0], atol=1e-4)
+    assert torch.equal(other[0, 1], out[0, 1])

@@ -15,6 +15,7 @@ from m3i_scale.objective.distributions import boltzmann
 from m3i_scale.objective.distributions.boltzmann import Boltzmann, _LogSumExp
 from m3i_scale.objective.distributions.gaussian import Gaussian
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs, gather_targets
+from m3i_scale.objective.distributions.smooth_l1 import SmoothL1
 from m3i_scale.objective.ranks import SingleProcess, global_mean
 from m3i_scale.objective.targets.category import BoltzmannClasses
 
@@ -51,6 +52,25 @@ def test_forward_is_the_cross_entropy_over_the_texts_alone() -> None:
 
 
 # ---------------------------------------------------------------- Gaussian
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_smooth_l1_is_a_square_near_the_target_and_straight_beyond(beta: float) -> None:
+    target = torch.zeros(1, 1, 4)
+    prediction = torch.tensor([0.0, 0.4 * beta, -beta, 3.0]).view(1, 1, 4).requires_grad_()
+    loss = SmoothL1(beta=beta).maps(prediction, target, ALONE)
+    loss.backward()
+    wanted = torch.tensor([0.0, 0.08 * beta, 0.5 * beta, 3.0 - 0.5 * beta])
+    torch.testing.assert_close(loss.detach(), wanted.mean())
+    torch.testing.assert_close(prediction.grad.flatten(), torch.tensor([0.0, 0.4, -1.0, 1.0]) / 4)
+    with pytest.raises(ValueError, match="beta"):
+        SmoothL1(beta=0)
+
+
+def test_smooth_l1_of_vectors_compares_directions() -> None:
+    prediction, target = torch.randn(6, 8), unit(3)
+    wanted = ((F.normalize(prediction, dim=-1) - target).square() / 2 / 5.0).sum(dim=1).mean()
+    torch.testing.assert_close(SmoothL1(beta=5.0).vectors(prediction * 3, target * 2, ALONE), wanted)
 
 
 def test_half_a_variance_is_the_mean_squared_error() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectors import BACKBONES, small_spec
-from tiny import RECIPES, first_weights, part, random_batch, tiny_objective
+from tiny import MAPS, MULTI_CROP, RECIPES, first_weights, part, random_batch, tiny_objective
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.schedule import value_at
 from m3i_scale.objective.targets.base import Context
 
 
@@ -25,7 +27,7 @@ def encode(objective: Objective, batch) -> Context:
 def test_the_loss_is_the_weighted_sum_of_its_groups(recipe: str) -> None:
     objective = tiny_objective(recipe, "recipe.targets.0.weight=0.25")
     loss, figures = objective(random_batch(6))
-    wanted = sum(target.weight * figures[f"{target.name}/loss"] for target in objective.recipe.targets)
+    wanted = sum(value_at(target.weight, 0.0) * figures[f"{target.name}/loss"] for target in objective.recipe.targets)
     torch.testing.assert_close(loss.detach(), wanted)
     assert not any(value.requires_grad for value in figures.values())
 
@@ -45,10 +47,10 @@ def test_own_attention_does_not_leak_the_other_image() -> None:
     batch.images_VBCHW[:, 1] = 255 - batch.images_VBCHW[:, 1]
     after = encode(objective, batch).inputs
     for name in ("a", "b"):
-        assert not torch.allclose(after[name].tokens_BLD[1], before[name].tokens_BLD[1], atol=1e-3)
+        assert not torch.allclose(after[name][0].tokens_BLD[1], before[name][0].tokens_BLD[1], atol=1e-3)
         for image in (0, 2, 3):
-            torch.testing.assert_close(after[name].tokens_BLD[image], before[name].tokens_BLD[image])
-            torch.testing.assert_close(after[name].cls_BND[image], before[name].cls_BND[image])
+            torch.testing.assert_close(after[name][0].tokens_BLD[image], before[name][0].tokens_BLD[image])
+            torch.testing.assert_close(after[name][0].cls_BND[image], before[name][0].cls_BND[image])
 
 
 def test_mixed_attention_sees_the_partner_and_only_the_partner() -> None:
@@ -56,21 +58,22 @@ def test_mixed_attention_sees_the_partner_and_only_the_partner() -> None:
     own = tiny_objective("m3i")
     before = encode(objective, batch).inputs
     for name in ("a", "b"):
-        assert before[name].tokens_BLD.shape == encode(own, batch).inputs[name].tokens_BLD.shape
-        assert not torch.allclose(before[name].tokens_BLD, encode(own, batch).inputs[name].tokens_BLD, atol=1e-3)
+        assert before[name][0].tokens_BLD.shape == encode(own, batch).inputs[name][0].tokens_BLD.shape
+        assert not torch.allclose(before[name][0].tokens_BLD, encode(own, batch).inputs[name][0].tokens_BLD, atol=1e-3)
     batch.images_VBCHW[:, 1] = 255 - batch.images_VBCHW[:, 1]
     after = encode(objective, batch).inputs
     for name in ("a", "b"):
-        assert not torch.allclose(after[name].tokens_BLD[0], before[name].tokens_BLD[0], atol=1e-5)  # 1 mixes with 0
+        # 1 mixes with 0.
+        assert not torch.allclose(after[name][0].tokens_BLD[0], before[name][0].tokens_BLD[0], atol=1e-5)
         for image in (2, 3):
-            torch.testing.assert_close(after[name].tokens_BLD[image], before[name].tokens_BLD[image])
+            torch.testing.assert_close(after[name][0].tokens_BLD[image], before[name][0].tokens_BLD[image])
 
 
 def test_a_mixed_row_is_one_sequence_through_the_backbone() -> None:
     """Row i of the mix, put together by hand, and read back by image."""
     objective, batch = tiny_objective("m3i", "backbone.attention=mixed"), random_batch(2)
     context = encode(objective, batch)
-    a, b = context.inputs["a"], context.inputs["b"]
+    (a,), (b,) = context.inputs["a"], context.inputs["b"]
     cls1, tokens1 = objective.student.embed(context.views[1])
     _, tokens2 = objective.student.embed(context.views[2])
     for row in range(2):
@@ -89,7 +92,7 @@ def test_own_attention_is_the_backbone_on_the_visible_tokens_of_each_image() -> 
     context = encode(objective, batch)
     for name, view in (("a", 1), ("b", 2)):
         cls, tokens = objective.student.embed(context.views[view])
-        found = context.inputs[name]
+        (found,) = context.inputs[name]
         for image in range(3):
             shown = tokens[image, found.where.visible_BL[image]]
             encoded = objective.student.encode(torch.cat([cls[image], shown])[None])[0]
@@ -156,7 +159,7 @@ def dense_by_hand(objective: Objective, batch, name: str) -> torch.Tensor:
     pixels = objective.pixel_norm(batch.images_VBCHW[view])
     hidden = objective.momentum.backbone.model(pixel_values=pixels).last_hidden_state[:, 1:]
     z = F.layer_norm(objective.momentum.projector(hidden), (64,), eps=1e-5)
-    where = encode(objective, batch).inputs[target.inputs[0]].where
+    where = encode(objective, batch).inputs[target.inputs[0]][0].where
     asked = z if target.tokens == "all" else torch.stack([z[i, where.hidden_BM[i]] for i in range(len(batch))])
     error = (predictions[0] - asked).square().mean()
     flat = z.flatten(0, 1)
@@ -199,9 +202,10 @@ SEVERAL_LAYERS = "recipe.decoders.pool={kind: class_token, blocks: 2, mean: true
 
 @pytest.mark.parametrize(("recipe", "overrides"), [*((name, ()) for name in RECIPES), ("clip", (SEVERAL_LAYERS,))])
 def test_group_gradient_norms_are_those_of_autograd(recipe: str, overrides: tuple[str, ...]) -> None:
-    objective, batch = tiny_objective(recipe, "recipe.targets.0.weight=2.5", *overrides), random_batch(6)
+    objective, batch = tiny_objective(recipe, "recipe.targets.0.weight=2.5", *overrides), random_batch(8)
     objective(random_batch(6, seed=1))  # fills what heads remember
     objective.eval()
+    objective.progress = 0.9  # all groups of a schedule count
     kept = []
     real = objective._encode
     objective._encode = lambda given: kept.append(real(given)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
@@ -213,13 +217,82 @@ def test_group_gradient_norms_are_those_of_autograd(recipe: str, overrides: tupl
     context = real(batch)
     for target in objective.recipe.targets:
         given = objective.given(target)
-        by_input = [target.loss(given, context, context.inputs[name]).value for name in target.inputs]
-        loss = target.weight * torch.stack(by_input).mean()
-        parts = [part for encoded in context.inputs.values() for part in (encoded.cls_BND, encoded.tokens_BLD)]
+        by_input = [target.loss(given, context, part).value for part in target.sources(context)]
+        loss = value_at(target.weight, 0.9) * torch.stack(by_input).mean()
+        encoded = [one for parts in context.inputs.values() for one in parts]
+        parts = [part for one in encoded for part in (one.cls_BND, one.tokens_BLD)]
         gradients = torch.autograd.grad(loss, parts, retain_graph=True, allow_unused=True)
         wanted = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
         torch.testing.assert_close(found[target.name], wanted, rtol=1e-4, atol=1e-7)
         assert float(wanted) > 0
+
+
+def test_pairs_of_one_input_are_those_of_an_input_a_view() -> None:
+    batch, fields = random_batch(5), ("inputs=[g]", "pairs=other")
+    one_input = (
+        "recipe.inputs=[{name: g, view: 1, views: 2}]",
+        *(f"recipe.targets.{number}.{field}" for number in (0, 1) for field in fields),
+    )
+    wanted, found = (tiny_objective("global_distillation", *given)(batch) for given in ((), one_input))
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+def test_a_group_is_the_mean_over_its_pairs_and_small_views_are_among_them() -> None:
+    objective, batch = tiny_objective("global_distillation", *MULTI_CROP).eval(), random_batch(6)
+    context = encode(objective, batch)
+    assert [len(context.inputs[name]) for name in ("large", "small")] == [2, 2]
+    _, figures = objective(batch)
+    for target in objective.recipe.targets:
+        given = objective.given(target)
+        losses = [
+            target.loss(given, context, part).value
+            for parts in context.inputs.values()
+            for part in parts
+            if part.where.view != target.view - 1
+        ]
+        assert len(losses) == 3
+        torch.testing.assert_close(figures[f"{target.name}/loss"], torch.stack(losses).mean())
+    before = figures["view1/loss"]
+    batch.small_VBCHW[:2] = 255 - batch.small_VBCHW[:2]
+    assert not torch.allclose(objective(batch)[1]["view1/loss"], before)
+
+
+def test_what_a_mask_token_stands_for_reaches_nothing() -> None:
+    objective, batch = tiny_objective("global_distillation", *MULTI_CROP).eval(), random_batch(6)
+    before, hidden = encode(objective, batch).inputs["large"], 0
+    for one in before:
+        assert one.where.shown_BN is not None
+        pixels = (~one.where.shown_BN).view(6, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+        hidden += int(pixels.sum())
+        images = batch.images_VBCHW[one.where.view]
+        images.copy_(torch.where(pixels, 255 - images, images))
+    assert hidden > 0
+    for after, one in zip(encode(objective, batch).inputs["large"], before, strict=True):
+        torch.testing.assert_close(after.tokens_BLD, one.tokens_BLD)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "views", "where"),
+    [
+        ((), "[{count: 2}, {count: 2, size: 32}]", "recipe.views.1.size"),
+        ((), "[{count: 2}, {count: 2, size: 12}]", "recipe.views.1.size"),
+        ((*MAPS, "recipe.decoders.pool={kind: mean_pool}"), "[{count: 2}, {count: 2, size: 32}]", "recipe.views"),
+    ],
+    ids=["not smaller", "no multiple of the patch", "maps"],
+)
+def test_views_that_the_backbone_cannot_take_are_refused(backbone: tuple[str, ...], views: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_objective("global_distillation", *MULTI_CROP, *backbone, f"recipe.views={views}")
+    assert caught.value.where == where
+
+
+def test_a_convolutional_backbone_refuses_mask_tokens() -> None:
+    mask = "recipe.inputs=[{name: x, view: 1, mask: {ratio: 0.5, hidden: token}}]"
+    with pytest.raises(ConfigError) as caught:
+        tiny_objective("mae", *MAPS, mask)
+    assert caught.value.where == "recipe.inputs"
 
 
 def test_boltzmann_groups_report_log_k_minus_loss() -> None:

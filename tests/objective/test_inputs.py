@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy import stats
 from tiny import tiny_run
 
@@ -14,7 +15,7 @@ from m3i_scale.objective.inputs import EncodedInput, InputSpec, MaskSpec, MixSpe
 from m3i_scale.objective.masks import Mask, hash_uniform
 
 SEEDS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=8, unique=True).map(torch.tensor)
-FORMS = st.sampled_from(["random", "block"])
+FORMS = st.sampled_from(["random", "block", "inverse_block"])
 
 
 def mixed(count: int, seeds: torch.Tensor, grid: tuple[int, int], cell: int = 1, form: str = "random"):
@@ -27,6 +28,14 @@ def mixed(count: int, seeds: torch.Tensor, grid: tuple[int, int], cell: int = 1,
 def one_masked(ratio: float, form: str, seeds: torch.Tensor, grid: tuple[int, int], cell: int = 1) -> EncodedInput:
     """One input with a mask."""
     spec = InputSpec(name="x", view=1, mask=MaskSpec(form=form, ratio=ratio))
+    return build_inputs([spec], None, seeds, grid, cell)[0]
+
+
+def blocked(
+    form: dict[str, float], ratio: float, seeds: torch.Tensor, grid: tuple[int, int], cell: int = 1
+) -> EncodedInput:
+    """One input with target blocks."""
+    spec = InputSpec(name="x", view=1, mask={"form": {"kind": "target_blocks", **form}, "ratio": ratio})
     return build_inputs([spec], None, seeds, grid, cell)[0]
 
 
@@ -112,10 +121,188 @@ def test_block_masks_cluster_and_random_masks_do_not() -> None:
     assert clustering("block") > 0.75
 
 
+def test_an_inverse_block_mask_shows_one_rectangle_of_any_place_and_aspect() -> None:
+    spec = one_masked(0.65, "inverse_block", torch.arange(400), (14, 14))
+    shown = torch.zeros(400, 196).scatter_(1, spec.visible_BL, 1.0).view(400, 14, 14)
+    heights, widths = (shown.amax(dim=dim).sum(dim=1) for dim in (2, 1))
+    count = spec.visible_BL.shape[1]
+    filled = count / (heights * widths)
+    assert float(filled.min()) > 0.7  # the last row or column of patches may lack some
+    assert float(filled.mean()) > 0.85
+    aspect = heights / widths
+    assert 0.4 < float(aspect.min()) < 0.6
+    assert 1.7 < float(aspect.max()) < 2.4
+    torch.testing.assert_close(shown.mean(dim=0), torch.full((14, 14), count / 196), atol=0.1, rtol=0)
+
+
+# ---------------------------------------------------------------- target blocks
+
+
+@settings(max_examples=40)
+@given(
+    SEEDS,
+    st.integers(1, 5),
+    st.floats(0.05, 0.19),
+    st.tuples(st.floats(0.2, 1.0), st.floats(1.0, 4.0)),
+    st.floats(0.1, 1.0),
+    st.sampled_from([(6, 6), (14, 14), (5, 9)]),
+)
+def test_target_blocks_are_rectangles_of_one_size_that_the_context_does_not_see(
+    seeds: torch.Tensor, count: int, scale: float, aspect: tuple[float, float], context: float, grid: tuple[int, int]
+) -> None:
+    form = {"blocks": count, "scale": scale, "aspect": aspect, "context": context}
+    seen = blocked(form, count * scale, seeds, grid)
+    rows, columns = grid
+    patches = int(scale * rows * columns)
+    assert seen.blocks_BKT.shape == (len(seeds), count, patches)
+    for sample, blocks in enumerate(seen.blocks_BKT.tolist()):
+        hidden = set(seen.hidden_BM[sample].tolist())
+        for block in blocks:
+            assert set(block) <= hidden
+            assert block == sorted(set(block))
+            assert 0 <= block[0] <= block[-1] < rows * columns
+            down = [patch // columns for patch in block]
+            across = [patch % columns for patch in block]
+            height, width = down[-1] - down[0] + 1, max(across) - min(across) + 1
+            # All of the rectangle but the beginning of its first row, or the end of its last one.
+            assert (height - 1) * width < patches <= height * width
+            places = [(down[0] + number // width, min(across) + number % width) for number in range(height * width)]
+            found = list(zip(down, across, strict=True))
+            assert found in (places[:patches], places[-patches:])
+            wide = (patches / aspect[0]) ** 0.5 + 0.5, (patches / aspect[1]) ** 0.5 - 0.5
+            assert min(wide[1], columns) - 1e-4 <= width <= max(wide[0], -(-patches // rows)) + 1e-4
+
+
+def test_target_blocks_lie_everywhere_with_every_shape_and_depend_on_the_seed_alone() -> None:
+    seeds = torch.arange(400) * 7919
+    seen = blocked({}, 0.7, seeds, (14, 14))
+    assert seen.visible_BL.shape[1] == 59
+    assert seen.blocks_BKT.shape == (400, 4, 34)
+    often = torch.zeros(196).scatter_add_(0, seen.blocks_BKT.flatten(), torch.ones(400 * 4 * 34)).view(14, 14)
+    assert often.min() > 0
+    for corner in (often[:2, :2], often[-2:, -2:]):
+        assert corner.sum() < often[6:8, 6:8].sum()
+    assert {4, 5, 6} <= set((seen.blocks_BKT % 14).diff(dim=2).eq(1).int().argmin(dim=2).flatten().tolist())
+    alone = blocked({}, 0.7, seeds[7:8], (14, 14))
+    assert torch.equal(alone.blocks_BKT, seen.blocks_BKT[7:8])
+    assert torch.equal(alone.visible_BL, seen.visible_BL[7:8])
+    assert not torch.equal(seen.blocks_BKT[0], seen.blocks_BKT[1])
+    assert not torch.equal(seen.blocks_BKT[:, 0], seen.blocks_BKT[:, 1])
+
+
+def test_the_context_is_drawn_from_its_square_while_that_has_enough() -> None:
+    seeds = torch.arange(50)
+    seen = blocked({"blocks": 1, "scale": 0.1, "context": 0.25}, 0.9, seeds, (10, 10))
+    assert seen.visible_BL.shape == (50, 10)
+    for visible in seen.visible_BL:
+        assert visible.div(10, rounding_mode="floor").aminmax().max - visible.div(10, rounding_mode="floor").min() < 5
+        assert (visible % 10).max() - (visible % 10).min() < 5
+    more = blocked({"blocks": 1, "scale": 0.1, "context": 0.25}, 0.2, seeds, (10, 10))
+    assert more.visible_BL.shape == (50, 80)
+
+
+def test_target_blocks_of_cells_are_made_of_whole_squares() -> None:
+    form, seeds = {"blocks": 2, "scale": 0.2}, torch.arange(6)
+    coarse, fine = blocked(form, 0.5, seeds, (5, 5)), blocked(form, 0.5, seeds, (10, 10), 2)
+    for few, many in zip(coarse.blocks_BKT.flatten(0, 1), fine.blocks_BKT.flatten(0, 1), strict=True):
+        squares = {(int(patch) // 10 // 2) * 5 + int(patch) % 10 // 2 for patch in many}
+        assert squares == set(few.tolist())
+        assert many.tolist() == sorted(set(many.tolist()))
+        assert len(many) == 4 * len(few)
+
+
 def test_without_a_mask_every_patch_is_visible() -> None:
     (spec,) = build_inputs([InputSpec(name="x", view=1)], None, torch.arange(3), (4, 4))
     assert torch.equal(spec.visible_BL, torch.arange(16).expand(3, -1))
     assert spec.hidden_BM.shape == (3, 0)
+
+
+def test_an_input_of_several_views_and_masks_has_a_part_for_each() -> None:
+    seeds, mask = torch.arange(4), {"ratio": 0.5}
+    several = InputSpec(name="x", view=2, views=2, mask=MaskSpec(**mask, count=2))
+    parts = build_inputs([several, InputSpec(name="y", view=1)], None, seeds, (6, 6))
+    assert [(part.name, part.view) for part in parts] == [("x", 1), ("x", 1), ("x", 2), ("x", 2), ("y", 0)]
+    alone = [InputSpec(name=name, view=2, mask=MaskSpec(**mask)) for name in "abcd"]
+    for part, wanted in zip(parts, build_inputs(alone, None, seeds, (6, 6)), strict=False):
+        assert torch.equal(part.hidden_BM, wanted.hidden_BM)
+
+
+def test_a_view_of_another_size_has_a_grid_of_its_own() -> None:
+    specs = [InputSpec(name="large", view=1), InputSpec(name="small", view=2, views=2)]
+    parts = build_inputs(specs, None, torch.arange(3), (4, 4), small={2: (2, 2), 3: (2, 2)})
+    assert [part.visible_BL.shape for part in parts] == [(3, 16), (3, 4), (3, 4)]
+
+
+# ---------------------------------------------------------------- mask tokens
+
+
+def covered(seeds: torch.Tensor, grid: tuple[int, int] = (8, 8), form: str = "random", **mask: object) -> EncodedInput:
+    """One input with mask tokens."""
+    spec = InputSpec(name="x", view=1, mask=MaskSpec(form=form, hidden="token", **mask))
+    return build_inputs([spec], None, seeds, grid)[0]
+
+
+@given(SEEDS, FORMS, st.floats(0.1, 0.9))
+def test_mask_tokens_hide_the_patches_that_would_be_dropped(seeds: torch.Tensor, form: str, ratio: float) -> None:
+    part, dropped = covered(seeds, form=form, ratio=ratio), one_masked(ratio, form, seeds, (8, 8))
+    assert torch.equal(part.hidden_BM, dropped.hidden_BM)
+    assert torch.equal(part.visible_BL, torch.arange(64).expand(len(seeds), -1))
+    assert part.masked_BM is None
+    assert part.shown_BN is not None
+    assert torch.equal(part.shown_BN.nonzero()[:, 1].view(len(seeds), -1), dropped.visible_BL)
+
+
+@given(SEEDS, FORMS)
+def test_samples_hide_shares_of_their_own_and_what_is_hidden_first(seeds: torch.Tensor, form: str) -> None:
+    part = covered(seeds, form=form, ratio=(0.25, 0.75))
+    assert part.masked_BM is not None
+    assert part.shown_BN is not None
+    assert part.hidden_BM.shape == (len(seeds), 48)
+    for row, count in enumerate(part.masked_BM.sum(dim=1).tolist()):
+        assert 16 <= count <= 48
+        hidden = part.hidden_BM[row][part.masked_BM[row]]
+        assert torch.equal((~part.shown_BN[row]).nonzero()[:, 0], hidden)
+        assert torch.equal(hidden, one_masked(count / 64, form, seeds, (8, 8)).hidden_BM[row])
+    alone = covered(seeds[-1:], form=form, ratio=(0.25, 0.75))
+    assert alone.masked_BM is not None
+    assert torch.equal(alone.masked_BM[0], part.masked_BM[-1])  # whatever the batch
+
+
+def test_a_share_of_the_samples_hides_anything() -> None:
+    part = covered(torch.arange(2000), ratio=(0.1, 0.5), share=0.3)
+    assert part.masked_BM is not None
+    share = part.masked_BM.float().mean(dim=1) * part.hidden_BM.shape[1] / 64
+    assert abs(float((share > 0).float().mean()) - 0.3) < 0.03
+    assert stats.kstest(share[share > 0].numpy(), stats.uniform(0.1, 0.4).cdf).statistic < 0.06  # whole patches
+    one, other = (
+        build_inputs(
+            [InputSpec(name="x", view=1, mask=MaskSpec(ratio=0.5, hidden="token", share=0.5, count=2))],
+            None,
+            torch.arange(2000),
+            (4, 4),
+        )[number].masked_BM
+        for number in (0, 1)
+    )
+    assert one is not None
+    assert other is not None
+    both = (one.any(dim=1) & other.any(dim=1)).float().mean()
+    assert abs(float(both) - 0.25) < 0.04  # each part draws for itself
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"ratio": (0.1, 0.5)},
+        {"ratio": 0.5, "share": 0.5},
+        {"ratio": (0.5, 0.1), "hidden": "token"},
+        {"ratio": (0.5, 1.0), "hidden": "token"},
+        {"ratio": 0.0},
+        {"ratio": 1.0},
+    ],
+)
+def test_masks_that_no_batch_can_have_are_refused(mask: dict) -> None:
+    with pytest.raises(ValidationError):
+        MaskSpec(**mask)
 
 
 # ---------------------------------------------------------------- mixes

@@ -15,6 +15,7 @@ from lightly.loss import (
     NTXentLoss,
     VICRegLoss,
 )
+from lightly.loss.swav_loss import sinkhorn as swav_sinkhorn
 from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import select_most_similar
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -29,7 +30,7 @@ from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPai
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
 from m3i_scale.objective.regularizers.pooled import CrossCorrelation, UniGrad, VarianceCovariance
-from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy
+from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, sinkhorn
 from m3i_scale.objective.targets.category import BoltzmannClasses
 from m3i_scale.objective.targets.dense import most_similar
 
@@ -147,7 +148,7 @@ def test_dino_with_its_center_over_steps() -> None:
 
         def ours(a: Tensor, b: Tensor, teacher: list[Tensor] = teacher) -> Tensor:
             parts = [
-                dino.loss(p, student / 0.1, target, state, RANKS).value
+                dino.loss(p, student / 0.1, dino.assign(p, target, state, RANKS), RANKS).value
                 for student, target in ((a, teacher[1]), (b, teacher[0]))
             ]
             return (parts[0] + parts[1]) / 2
@@ -169,11 +170,18 @@ def test_msn() -> None:
 
     def ours(anchors: Tensor, prototypes: Tensor) -> Tensor:
         logits = unit(anchors) @ unit(prototypes).T / 0.1
-        target = unit(targets) @ unit(prototypes.detach()).T
-        msn = MeanEntropy(target_temperature=0.25, weight=0.7)
-        return msn.loss(Boltzmann(temperature=0.1), logits, target, NOTHING, RANKS).value
+        p, msn = Boltzmann(temperature=0.1), MeanEntropy(target_temperature=0.25, weight=0.7)
+        target = msn.assign(p, unit(targets) @ unit(prototypes.detach()).T, NOTHING, RANKS)
+        return msn.loss(p, logits, target, RANKS).value
 
     same(ours, lambda a, p: peer(a, targets, p, 0.25), noise(8, 6), noise(5, 6, seed=2))
+
+
+def test_sinkhorn_of_several_positions_is_lightlys_of_each() -> None:
+    logits = noise(3, 8, 5) / 0.05
+    found = sinkhorn(logits.exp(), 3, RANKS)
+    for position in range(3):
+        torch.testing.assert_close(found[position], swav_sinkhorn(logits[position], 3, 1.0), rtol=1e-5, atol=1e-6)
 
 
 def test_densecl_matches_patches_by_their_features() -> None:

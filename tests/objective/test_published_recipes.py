@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import BarlowTwinsLoss, DINOLoss, MSNLoss, NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models.utils import select_most_similar
-from open_clip.loss import SigLipLoss
+from open_clip.loss import CoCaLoss, SigLipLoss
 from tiny import random_batch, tiny_objective
 from torch import Tensor
-from transformers import AutoModel
+from torchvision.transforms.functional import resize
+from transformers import AutoModel, BertConfig, BertModel, CLIPVisionModel
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.inputs import build_inputs, normalize
+from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
+from m3i_scale.objective.positions import grid_position
 
 
 def pixels(objective: Objective, batch: Batch, view: int) -> Tensor:
@@ -84,9 +86,13 @@ def global_distillation(objective: Objective, batch: Batch) -> Tensor:
     return peer([logits(view, True).detach() for view in (1, 2)], [logits(view, False) for view in (1, 2)])
 
 
-def masked_tokens(objective: Objective, batch: Batch, view: int) -> Tensor:
+def seen_parts(objective: Objective, batch: Batch) -> list[EncodedInput]:
+    return build_inputs(objective.recipe.inputs, objective.recipe.mix, batch.seeds_B, objective.student.grid)
+
+
+def masked_tokens(objective: Objective, batch: Batch, view: int, part: int = 0) -> Tensor:
     """The student on the visible patches: stock embeddings, a selection of rows, stock layers."""
-    (where,) = build_inputs(objective.recipe.inputs, objective.recipe.mix, batch.seeds_B, objective.student.grid)
+    where = seen_parts(objective, batch)[part]
     embedded = objective.student.model.embeddings(pixels(objective, batch, view))
     kept = torch.cat([torch.zeros(len(embedded), 1, dtype=torch.int64), where.visible_BL + 1], dim=1)
     hidden = embedded.gather(1, kept[..., None].expand(-1, -1, embedded.shape[-1]))
@@ -121,13 +127,60 @@ def siglip(objective: Objective, batch: Batch) -> Tensor:
     return SigLipLoss()(image, text, head.log_scale.exp(), head.bias - 10.0)
 
 
+def coca(objective: Objective, batch: Batch) -> Tensor:
+    """open_clip's loss on what BERT as a decoder says, given embeddings and padding of its own making."""
+    head, captioner = objective.heads["caption"], objective.decoders["caption"]
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    decoder = {"is_decoder": True, "add_cross_attention": True, "attn_implementation": "sdpa"}
+    stock = BertModel(BertConfig(vocab_size=50, **shape, **decoder), add_pooling_layer=False).eval()
+    stock.embeddings.LayerNorm, stock.encoder.layer = captioner.norm, captioner.layers
+    with torch.no_grad():
+        stock.embeddings.token_type_embeddings.weight.zero_()
+        angle = torch.arange(8.0)[:, None] * 10000.0 ** (-torch.arange(16) / 16)
+        stock.embeddings.position_embeddings.weight[:8] = torch.cat([angle.sin(), angle.cos()], dim=1)
+    patches = tokens(objective, batch, 1)[:, 1:]
+    hidden = stock(
+        inputs_embeds=F.embedding(batch.text_ids_BT, head.weight_VD) * 32**0.5,
+        attention_mask=batch.text_mask_BT.long(),
+        encoder_hidden_states=captioner.embed(patches),
+        use_cache=False,
+    ).last_hidden_state
+    logits, labels = F.linear(hidden[:, :-1], head.weight_VD), batch.text_ids_BT[:, 1:]
+    text = objective.heads["text"]
+    image = F.normalize(objective.decoders["pool"](patches) @ text.projection.weight.T, dim=-1)
+    caption = objective.text(batch.text_ids_BT, batch.text_mask_BT)
+    losses = CoCaLoss(2.0, 1.0)(image, caption, logits, labels, text.log_scale.exp())
+    return sum(losses)
+
+
 def dense_distillation(objective: Objective, batch: Batch) -> Tensor:
     """Feature distillation: the teacher's LayerNorm-ed tokens by a linear map, mean squared error."""
-    teacher = AutoModel.from_pretrained(objective.recipe.teacher.from_pretrained).eval()
+    teacher = AutoModel.from_pretrained(objective.recipe.teachers["teacher"].from_pretrained).eval()
     seen = normalize(batch.images_VBCHW[0], (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
     with torch.no_grad():
         wanted = F.layer_norm(teacher(pixel_values=seen).last_hidden_state[:, 1:], (48,))
     return F.mse_loss(objective.heads["features"].projection(tokens(objective, batch, 1)[:, 1:]), wanted)
+
+
+def multi_teacher(objective: Objective, batch: Batch) -> Tensor:
+    """RADIO: a mean squared error of standardised patches, and a cosine of summaries; all teachers count alike."""
+    student, losses = tokens(objective, batch, 1), []
+    for name, kind, side, before in (
+        ("clip", CLIPVisionModel, 16, 1),
+        ("dinov2", AutoModel, 32, 1),
+        ("siglip", AutoModel, 64, 0),
+    ):
+        stock = kind.from_pretrained(objective.recipe.teachers[name].from_pretrained).eval()
+        seen = resize(batch.images_VBCHW[0].float(), [side, side], antialias=True)
+        with torch.no_grad():
+            hidden = stock(pixel_values=normalize(seen, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))).last_hidden_state
+        patches = hidden[:, before:]
+        summary = hidden[:, 0] if before else patches.mean(dim=1)
+        wanted = F.layer_norm(patches, patches.shape[-1:])
+        losses.append(F.mse_loss(objective.heads[f"{name}_map"].projection(student[:, 1:]), wanted))
+        predicted = objective.image_heads[name].projector(student[:, 0])
+        losses.append(2 - 2 * F.cosine_similarity(predicted, summary).mean())
+    return torch.stack(losses).sum()
 
 
 def autoencoder(objective: Objective, batch: Batch) -> Tensor:
@@ -147,6 +200,86 @@ def unigrad(objective: Objective, batch: Batch) -> Tensor:
     return loss / 2
 
 
+def capi(objective: Objective, batch: Batch) -> Tensor:
+    """CAPI's algorithm, one position of the grid after the other, and a predictor that only attends to what is seen."""
+    head, decoder = objective.heads["clusters"], objective.decoders["dense"]
+    averaged = F.normalize(tokens(objective, batch, 1, averaged=True)[:, 1:], dim=-1)
+    logits = averaged @ head.clusters.weight.T + head.clusters.bias
+    assigned = torch.zeros_like(logits)
+    for position in range(logits.shape[1]):
+        shares = (logits[:, position].detach().double() / 0.06).exp()
+        for _ in range(3):
+            shares = shares / shares.sum(dim=0, keepdim=True)
+            shares = shares / shares.sum(dim=1, keepdim=True)
+        assigned[:, position] = shares
+    clustering = F.cross_entropy(logits.flatten(0, 1) / 0.12, assigned.flatten(0, 1))
+
+    (where,) = seen_parts(objective, batch)
+    place = grid_position(objective.student.grid, decoder.width, torch.device("cpu"))
+    seen = decoder.embed(masked_tokens(objective, batch, 1))
+    seen = torch.cat([seen[:, :1], seen[:, 1:] + place[where.visible_BL]], dim=1)
+    asked = decoder.mask_token + place[where.hidden_BM]
+    for layer in decoder.layers:
+        own = layer.attention
+        query, key, value = own.q_proj(layer.layernorm_before(asked)), own.k_proj(seen), own.v_proj(seen)
+        query, key, value = (x.unflatten(-1, (own.num_attention_heads, -1)) for x in (query, key, value))
+        attention = (torch.einsum("bqhd,blhd->bhql", query, key) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        asked = asked + own.o_proj(torch.einsum("bhql,blhd->bqhd", attention, value).flatten(2))
+        asked = asked + layer.mlp(layer.layernorm_after(asked))
+    predicted = F.normalize(decoder.norm(asked), dim=-1) @ F.normalize(head.prototypes.weight, dim=-1).T
+    wanted = assigned.gather(1, where.hidden_BM[..., None].expand(-1, -1, assigned.shape[-1]))
+    return F.cross_entropy(predicted.flatten(0, 1) / 0.12, wanted.flatten(0, 1)) + clustering
+
+
+def rows(tokens_BND: Tensor, index_BQ: Tensor) -> Tensor:
+    return torch.stack([tokens_BND[sample, index_BQ[sample]] for sample in range(len(index_BQ))])
+
+
+def ijepa(objective: Objective, batch: Batch) -> Tensor:
+    """Block by block, as the paper has it: [context | mask tokens with positions] → predictor → smooth L1."""
+    (where,), decoder = seen_parts(objective, batch), objective.decoders["predictor"]
+    table = grid_position((4, 4), 32, torch.device("cpu"))
+    context = decoder.embed(masked_tokens(objective, batch, 1))
+    context = context + F.pad(table[where.visible_BL], (0, 0, 1, 0))
+    wanted = F.layer_norm(tokens(objective, batch, 1, averaged=True)[:, 1:], (64,))
+    losses = []
+    for block in where.blocks_BKT.unbind(1):
+        sequence = torch.cat([context, decoder.mask_token + table[block]], dim=1)
+        for layer in decoder.layers:
+            sequence = layer(sequence)
+        predicted = objective.heads["features"].projection(decoder.norm(sequence)[:, -block.shape[1] :])
+        error = (predicted - rows(wanted, block)).abs()
+        losses.append(torch.where(error < 1, error.square() / 2, error - 0.5).mean())
+    assert len(losses) == 4
+    return torch.stack(losses).mean()
+
+
+def data2vec2(objective: Objective, batch: Batch) -> Tensor:
+    """Mask by mask: the grid with mask tokens → convolutions → the mean of two layers, each by image and channel with
+    mean 0 and variance 1, then LayerNorm."""
+    averaged, decoder = objective.momentum.backbone.model, objective.decoders["dense"]
+    with torch.no_grad():
+        hidden, layers = averaged.embeddings(pixels(objective, batch, 1)), []
+        for layer in averaged.layers:
+            hidden = layer(hidden)
+            patches = hidden[:, 1:] - hidden[:, 1:].mean(dim=1, keepdim=True)
+            layers.append(patches / (patches.square().mean(dim=1, keepdim=True) + 1e-5).sqrt())
+        wanted = F.layer_norm(sum(layers[-2:]) / 2, (64,))
+    losses = []
+    for part, where in enumerate(seen_parts(objective, batch)):
+        seen = masked_tokens(objective, batch, 1, part)[:, 1:]
+        grid = decoder.mask_token.expand(len(seen), 16, -1).clone()
+        for sample, visible in enumerate(where.visible_BL):
+            grid[sample, visible] = seen[sample]
+        x = grid.transpose(1, 2).reshape(-1, 64, 4, 4)
+        for layer in decoder.layers:
+            x = x + F.gelu(F.layer_norm(layer(x).permute(0, 2, 3, 1), (64,)).permute(0, 3, 1, 2))
+        predicted = objective.heads["features"].projection(x.flatten(2).transpose(1, 2))
+        losses.append(F.mse_loss(rows(predicted, where.hidden_BM), rows(wanted, where.hidden_BM)))
+    assert len(losses) == 8
+    return torch.stack(losses).mean()
+
+
 PUBLISHED: dict[str, Callable[[Objective, Batch], Tensor]] = {
     "simclr": simclr,
     "moco": moco,
@@ -159,8 +292,13 @@ PUBLISHED: dict[str, Callable[[Objective, Batch], Tensor]] = {
     "sim_global": sim_global,
     "densecl": densecl,
     "siglip": siglip,
+    "coca": coca,
     "dense_distillation": dense_distillation,
+    "multi_teacher": multi_teacher,
     "autoencoder": autoencoder,
+    "capi": capi,
+    "ijepa": ijepa,
+    "data2vec2": data2vec2,
 }
 
 

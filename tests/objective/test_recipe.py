@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import MULTI_CROP
 
 from m3i_scale.config import known_recipes, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.describe import describe
+from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.recipe import meaning, parse_recipe
 from m3i_scale.objective.regularizers.pooled import Negatives
 
@@ -33,7 +35,7 @@ def test_built_in_recipes_hold_together_and_describe_themselves(name: str) -> No
 
 def test_the_all_in_one_recipe_is_that_of_the_paper() -> None:
     recipe = parse_recipe(values())
-    assert (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.momentum is not None) == (
+    assert (recipe.view_count, recipe.uses_text, recipe.uses_categories, recipe.momentum is not None) == (
         2,
         True,
         True,
@@ -48,7 +50,7 @@ def test_the_all_in_one_recipe_is_that_of_the_paper() -> None:
 
 def test_what_the_other_recipes_need() -> None:
     needs = {
-        name: (recipe.views, recipe.uses_text, recipe.uses_categories, recipe.momentum is not None)
+        name: (recipe.view_count, recipe.uses_text, recipe.uses_categories, recipe.momentum is not None)
         for name in ("clip", "mae", "sim", "supervised")
         for recipe in [parse_recipe(values(name))]
     }
@@ -75,6 +77,13 @@ def drop(name: str) -> Callable[[dict[str, Any]], None]:
 def unread_input(recipe: dict[str, Any]) -> None:
     recipe["inputs"].append({"name": "c", "view": 1})
     recipe["mix"]["inputs"].append("c")
+
+
+def small_input(recipe: dict[str, Any], **fields: Any) -> None:
+    """Add an input of small views to a recipe of two views, and have the last target predicted from it."""
+    recipe.setdefault("views", [{"count": 2}, {"count": fields.get("views", 1), "size": 96}])
+    recipe["inputs"].append({"name": "small", "view": 3, **fields})
+    recipe["targets"][-1]["inputs"] = [*recipe["targets"][-1]["inputs"], "small"]
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
@@ -119,6 +128,17 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, distribution="boltzmann"),
         "no such kind: 'boltzmann'.*gaussian",
     ),
+    "clusters of what the input shows": (
+        "capi",
+        lambda r: (r["inputs"][0].pop("mask"), r["targets"][0].update(tokens="all")),
+        "need only copy its own average",
+    ),
+    "clusters of one kind": ("capi", target(0, clusters=1), "clusters"),
+    "clusters that nothing keeps apart": (
+        "capi",
+        target(0, regularizer="centering"),
+        r"recipe\.targets\.0\.regularizer.*no such kind: 'centering'.*sinkhorn",
+    ),
     "no kind": ("m3i", lambda r: r["targets"][0].pop("kind"), "there is no `kind`.*dense"),
     "misspelt kind": ("m3i", target(0, kind="dens"), "no such kind: 'dens'.*did you mean 'dense'"),
     "misspelt regularizer": ("m3i", target(0, regularizer="unigard"), "no such kind.*did you mean 'unigrad'"),
@@ -128,7 +148,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         r"unknown key 'recipe.targets.0.regularizer.strenght'.*did you mean 'strength'",
     ),
     "regularizer of another kind of target": ("m3i", target(0, regularizer="centering"), "no such kind: 'centering'"),
-    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or pointwise, not mean_pool"),
+    "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or .*pointwise.*, not mean_pool"),
     "dense decoder for text": (
         "m3i",
         target(2, decoder="dense"),
@@ -149,6 +169,50 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "dense without view": ("m3i", lambda r: r["targets"][0].pop("view"), "'recipe.targets.0.view' is missing"),
     "masked between views": ("m3i", target(1, tokens="masked"), "use `all` between views"),
     "masked without mask": ("mae", lambda r: r["inputs"][0].pop("mask"), "the input hides no patch"),
+    "blocks without blocks": (
+        "ijepa",
+        lambda r: r["inputs"][0].update(mask={"ratio": 0.7}),
+        "`tokens: blocks`, but the input has no target blocks",
+    ),
+    "blocks between views": (
+        "ijepa",
+        lambda r: (r["inputs"][0].update(view=2), r["decoders"]["predictor"].update(position="relative")),
+        "use `all` between views",
+    ),
+    "blocks at once": (
+        "ijepa",
+        lambda r: r.update(decoders={"predictor": {"kind": "convolution"}}),
+        "use a transformer, not convolution",
+    ),
+    "blocks larger than what is hidden": (
+        "ijepa",
+        lambda r: r["inputs"][0]["mask"].update(ratio=0.6),
+        "may cover 0.7 of the patches, and 0.6 are hidden",
+    ),
+    "blocks that are seen": (
+        "ijepa",
+        lambda r: r["inputs"][0]["mask"].update(hidden="token"),
+        "does not see the target blocks",
+    ),
+    "blocks in a mix": ("m3i", section("mix", form="target_blocks"), "a mix has no use for the target blocks"),
+    "no aspect": (
+        "ijepa",
+        lambda r: r["inputs"][0]["mask"]["form"].update(aspect=[1.5, 0.75]),
+        r"\[least, largest\] height by width",
+    ),
+    "convolution between views": (
+        "data2vec2",
+        lambda r: (r["inputs"][0].update(view=2), target(0, tokens="all")(r)),
+        "a convolution knows its own view alone",
+    ),
+    "kernel without centre": ("data2vec2", lambda r: r["decoders"]["dense"].update(kernel=4), "an odd number"),
+    "layers of a teacher": ("dense_distillation", target(0, layers=4), "not with `encoder: teacher`"),
+    "layers of pixels": ("mae", target(0, layers=4), "not with `encoder: patchify`"),
+    "projector beside layers": (
+        "data2vec2",
+        section("momentum", projector_depth=2),
+        "`momentum.projector_depth` has no effect",
+    ),
     "absolute between views": ("sim", lambda r: r["decoders"]["dense"].update(position="absolute"), "relative"),
     "idle field of a target": ("m3i", target(3, width=64), "unknown key 'recipe.targets.3.width'"),
     "idle field of a distribution": (
@@ -202,7 +266,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, regularizer="negatives"),
         "no such kind: 'negatives'.*queued_negatives",
     ),
-    "shared by two kinds": ("densecl", target(1, head="dense"), "share it need one kind"),
+    "shared by two kinds": ("densecl", target(1, head="dense"), "that share it .* need one kind"),
     "hidden view": (
         "simclr",
         lambda r: r["inputs"][0].update(mask={"ratio": 0.5}),
@@ -217,7 +281,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     ),
     "copying": (
         "dense_distillation",
-        lambda r: (r.pop("teacher"), r.update(momentum={}), r["targets"][0].update(encoder="momentum")),
+        lambda r: (r.pop("teachers"), r.update(momentum={}), r["targets"][0].update(encoder="momentum")),
         "need only copy its own average",
     ),
     "dense negatives by a transformer": (
@@ -233,6 +297,58 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, regularizer={"kind": "centering", "target_temperature": 0.2}),
         "must be below `temperature`",
     ),
+    "target that becomes blunt": (
+        "ibot",
+        target(2, regularizer={"kind": "centering", "target_temperature": [[0, 0.04], [0.5, 0.1]]}),
+        "must be below `temperature`",
+    ),
+    "prediction that becomes as sharp as its target": (
+        "dinov2",
+        target(0, distribution={"kind": "boltzmann", "temperature": [[0, 0.1], [0.5, 0.04]]}),
+        "must be below `temperature`",
+    ),
+    "assignment beyond fp32": (
+        "dinov2",
+        target(0, regularizer={"kind": "sinkhorn", "target_temperature": 0.01}),
+        "0.025 or more",
+    ),
+    "schedule that begins late": (
+        "ibot",
+        target(0, regularizer={"kind": "centering", "target_temperature": [[0.1, 0.04], [0.5, 0.07]]}),
+        r"'recipe.targets.0.regularizer.target_temperature': a schedule is two or more .* this is at \[0.1, 0.5\]",
+    ),
+    "temperature of a schedule that is 0": (
+        "ibot",
+        target(0, regularizer={"kind": "centering", "target_temperature": [[0, 0.0], [0.5, 0.07]]}),
+        "target_temperature.*greater than 0",
+    ),
+    "weight that is always 0": ("ibot", target(0, weight=[[0, 0], [1, 0]]), "weight.*leave the target out"),
+    "whole views without prototypes": (
+        "ibot",
+        lambda r: r["heads"]["prototypes"].pop("prototypes"),
+        "needs `prototypes` in head",
+    ),
+    "prototypes of patches by a transformer": (
+        "dinov2",
+        lambda r: r["decoders"].update(dense={"kind": "transformer"}),
+        "the decoder must be pointwise, not transformer",
+    ),
+    "prototypes of hidden patches that are dropped": (
+        "ibot",
+        lambda r: r["inputs"][0].update(mask={"form": "block", "ratio": 0.5}),
+        "or `hidden: token`",
+    ),
+    "negatives of prototypes": (
+        "dinov2",
+        target(2, regularizer="negatives"),
+        "no such kind: 'negatives'.*centering, mean_entropy, sinkhorn",
+    ),
+    "two memories of patches": (
+        "ibot",
+        target(2, regularizer={"kind": "sinkhorn"}),
+        "one regularizer that remembers alike",
+    ),
+    "head on a spread": ("dinov2", target(4, head="global"), "unknown key 'recipe.targets.4.head'"),
     "blunt assignment": (
         "sim_global",
         target(0, regularizer={"kind": "mean_entropy", "target_temperature": 1.5}),
@@ -244,11 +360,68 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["heads"]["prototypes"].update(prototypes=1),
         "all samples would have it",
     ),
-    "no teacher": ("dense_distillation", drop("teacher"), "needs a `teacher` section"),
-    "idle teacher": ("mae", lambda r: r.update(teacher={"from_pretrained": "x"}), "`teacher` has no effect"),
+    "no teacher": ("dense_distillation", drop("teachers"), "no teacher 'teacher'; give it one, e.g. recipe.teachers"),
+    "unknown teacher": ("multi_teacher", target(0, teacher="dino"), "no teacher 'dino'; did you mean 'dinov2'"),
+    "idle teacher": ("mae", lambda r: r.update(teacher={"from_pretrained": "x"}), "teacher 'teacher' has no effect"),
+    "one teacher too many": (
+        "dense_distillation",
+        lambda r: r["teachers"].update(clip={"from_pretrained": "x"}),
+        "teacher 'clip' has no effect",
+    ),
+    "name of a teacher without one": ("sim", target(0, teacher="clip"), "no effect beside `encoder: momentum`"),
     "gaussian on negatives": ("simclr", target(0, distribution="gaussian"), "does not go with a gaussian distribution"),
     "idle residual projector": ("byol", section("momentum", projector_depth=2), "no dense momentum target"),
     "idle balance": ("mae", lambda r: r.update(balance={"kind": "gradient_norm"}), "no effect on a single target"),
+    "no view of that number": (
+        "mae",
+        lambda r: r.update(views=[{"count": 2}]),
+        "`views` are 2: nothing has view 2",
+    ),
+    "too few views": ("sim", lambda r: r.update(views=[{}]), "`views` are 1: .*view 2"),
+    "small view first": (
+        "global_distillation",
+        lambda r: r.update(views=[{"size": 96}, {}]),
+        "the last of them may have one other `size`",
+    ),
+    "two small sizes": (
+        "global_distillation",
+        lambda r: (r.update(views=[{"count": 2}, {"size": 96}, {"size": 64}]), small_input(r, views=2)),
+        "the last of them may have one other `size`",
+    ),
+    "only small views": ("mae", lambda r: r.update(views=[{"size": 96}]), "the last of them may have one other `size`"),
+    "mask on a small view": (
+        "global_distillation",
+        lambda r: small_input(r, mask={"ratio": 0.5}),
+        "a small view is shown whole",
+    ),
+    "small target": (
+        "global_distillation",
+        lambda r: (small_input(r), r["targets"][0].update(view=3)),
+        "targets lie in views of the backbone's size",
+    ),
+    "patches from a small view": (
+        "sim",
+        small_input,
+        "small views predict targets of the whole view alone",
+    ),
+    "mix of several views": ("m3i", lambda r: r["inputs"][0].update(views=2), "inputs of a mix are of one view each"),
+    "idle pairs": ("global_distillation", target(0, pairs="other"), "`pairs: other` has no effect"),
+    "no pairs": ("global_distillation", target(0, pairs="own"), "`pairs: own` leaves nothing"),
+    "own view among several": (
+        "simsiam",
+        lambda r: (r["inputs"][1].update(view=1, views=2), r["inputs"].pop(0), target(1, inputs=["b"])(r)),
+        "an input that shows its own target predicts nothing",
+    ),
+    "hidden patches of other views": (
+        "masked_features",
+        lambda r: r["inputs"][0].update(views=2),
+        "`tokens: masked` counts the hidden patches of the input's own view",
+    ),
+    "uneven masks under a density": (
+        "mae",
+        lambda r: r["inputs"][0].update(mask={"ratio": [0.1, 0.5], "hidden": "token"}),
+        "counts as many hidden patches of every sample",
+    ),
     "idle balance momentum": (
         "m3i",
         lambda r: r.update(balance={"kind": "fixed", "momentum": 0.5}),
@@ -267,6 +440,18 @@ def test_faults_are_refused_with_their_reason(fault: str) -> None:
         parse_recipe(recipe)
     text = str(caught.value).replace("\n", " ")
     assert re.search(message, text), text
+
+
+def test_views_by_role_are_counted_and_some_are_small() -> None:
+    recipe = parse_recipe(
+        load_run("global_distillation", list(MULTI_CROP)).recipe | {"views": [{"count": 2}, {"count": 2, "size": 96}]}
+    )
+    assert recipe.view_count == 4
+    assert [recipe.is_small(view) for view in (1, 2, 3, 4)] == [False, False, True, True]
+    assert [recipe.shows(view) for view in (1, 3, 4)] == [None, "small", "small"]
+    assert recipe.covers_patches
+    seen = [view for _, view in recipe.image_targets[0].predicted_from(recipe)]
+    assert sorted(seen) == [2, 3, 4]
 
 
 def test_an_empty_recipe_points_at_the_built_in_ones() -> None:
@@ -371,6 +556,19 @@ def test_an_override_in_the_old_words_changes_a_recipe_in_the_new_ones() -> None
         assert getattr(getattr(target, section), field) == value
 
 
+def test_a_recipe_of_one_teacher_is_read_as_one_of_several(tmp_path: Path) -> None:
+    alone = values("dense_distillation")
+    alone["teacher"] = alone.pop("teachers")["teacher"]
+    assert parse_recipe(alone) == parse_recipe(values("dense_distillation"))
+    assert meaning(alone) == meaning(values("dense_distillation"))
+    changed = load_run("dense_distillation", ["recipe.teacher.from_pretrained=/data/models/mine"])
+    assert parse_recipe(changed.recipe).teachers == {"teacher": TeacherSpec(from_pretrained="/data/models/mine")}
+    run_file = tmp_path / "run.yaml"
+    target = "{name: pixels, kind: pixels, inputs: [x], view: 1, tokens: all, decoder: dense}"
+    run_file.write_text(f"extends: dense_distillation\nrecipe: {{teacher: null, targets: [{target}]}}\n")
+    assert not parse_recipe(load_run(str(run_file)).recipe).teachers
+
+
 def test_what_no_memory_depends_on_may_differ_between_targets_of_a_head() -> None:
     for name, override in (("unigrad", "regularizer.strength=0.5"), ("simclr", "candidates=target")):
         one, other = parse_recipe(load_run(name, [f"recipe.targets.0.{override}"]).recipe).targets
@@ -442,6 +640,11 @@ def test_a_field_of_before_without_effect_is_told_under_its_new_key() -> None:
 
 def test_the_meaning_of_a_recipe_leaves_out_where_a_teacher_lies() -> None:
     here, there = values("dense_distillation"), values("dense_distillation")
-    del there["teacher"]
+    here["teachers"]["teacher"]["from_pretrained"] = "/elsewhere"
     assert meaning(here) == meaning(there)
+    del there["teachers"]  # as checkpoints of before have it
+    assert meaning(here) == meaning(there)
+    several = values("multi_teacher")
+    several["targets"][0]["teacher"] = "dinov2"
+    assert meaning(several) != meaning(values("multi_teacher"))
     assert meaning(here) != meaning(values("sim"))

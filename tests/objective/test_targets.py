@@ -153,7 +153,7 @@ def test_the_momentum_target_sees_the_whole_view_and_is_never_trained() -> None:
     objective = tiny_objective("sim")
     assert not any(parameter.requires_grad for parameter in objective.momentum.parameters())
     images = torch.randn(2, 3, 32, 32)
-    _, tokens = objective.momentum(images)
+    (_, tokens), _ = objective.momentum(images)
     assert tokens.shape == (2, 16, 64)
     assert not tokens.requires_grad
     stock = objective.student.model(pixel_values=images).last_hidden_state

@@ -1,30 +1,58 @@
-"""A teacher's weights: matched by header, read one at a time, and only of models that give one token a patch."""
+"""Teachers: weights matched by header and read one at a time, images of the student's grid, one token a patch."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Dinov2Config, Dinov2ForImageClassification, ViTMAEConfig, ViTMAEModel
+from tiny import tiny_run, tiny_teacher
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    AutoModel,
+    BitImageProcessor,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 from weights import shaken
 
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.objective.teacher import teacher_plan, teacher_sha256
+from m3i_scale.objective.encoders import FrozenTeacher
+from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.teacher import build_teacher, teacher_plan, teachers_sha256
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
 
-def recipe_of(folder: Path) -> Recipe:
-    from m3i_scale.config import load_run
+def teacher_of(folder: Path | str, *overrides: str) -> FrozenTeacher:
+    """The module of a student of 4 × 4 patches of 8 pixels, filled where the folder can fill it."""
+    run = tiny_run("dense_distillation", f"recipe.teacher.from_pretrained={folder}", *overrides)
+    return build_teacher(parse_recipe(run.recipe), "teacher", backbone_config(run.backbone))
 
-    return parse_recipe(load_run("dense_distillation", [f"recipe.teacher.from_pretrained={folder}"]).recipe)
+
+def filled(teacher: FrozenTeacher) -> FrozenTeacher:
+    plan = teacher_plan(teacher)
+    teacher.model.load_state_dict(dict(zip(plan.names, plan.tensors(), strict=True)), strict=False)
+    return teacher
+
+
+def saved(model: PreTrainedModel, folder: Path, **options: str) -> Path:
+    shaken(model).save_pretrained(folder, **options)
+    BitImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
 
 
 def test_every_weight_comes_out_of_its_shard(tmp_path: Path) -> None:
-    shaken(Dinov2ForImageClassification(Dinov2Config(**SIZES))).save_pretrained(tmp_path, max_shard_size="40KB")
+    saved(Dinov2ForImageClassification(Dinov2Config(**SIZES)), tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    plan = teacher_plan(recipe_of(tmp_path))
+    plan = teacher_plan(teacher_of(tmp_path))
     found = dict(zip(plan.names, plan.tensors(), strict=True))
     wanted = dict(AutoModel.from_pretrained(tmp_path).named_parameters())
     assert found.keys() == wanted.keys()
@@ -33,17 +61,58 @@ def test_every_weight_comes_out_of_its_shard(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_missing(tmp_path: Path) -> None:
-    Dinov2ForImageClassification(Dinov2Config(**SIZES)).save_pretrained(tmp_path)
-    recipe, path = recipe_of(tmp_path), tmp_path / "model.safetensors"
-    before = teacher_sha256(recipe)
+    saved(Dinov2ForImageClassification(Dinov2Config(**SIZES)), tmp_path)
+    teacher, path = teacher_of(tmp_path), tmp_path / "model.safetensors"
     weights = load_file(path)
     save_file({name: value for name, value in weights.items() if "layernorm.bias" not in name}, path)
     with pytest.raises(ConfigError, match=r"1 weights of .* are missing, e.g. layernorm.bias"):
-        teacher_plan(recipe)
-    assert len(str(before)) == 64
+        teacher_plan(teacher)
+
+
+def test_each_teacher_has_a_hash_of_its_own() -> None:
+    hashes = teachers_sha256(parse_recipe(tiny_run("multi_teacher").recipe))
+    assert hashes.keys() == {"clip", "dinov2", "siglip"}
+    assert len(set(hashes.values())) == 3
+    assert {len(value) for value in hashes.values()} == {64}
+
+
+def test_a_teacher_on_the_students_patches_sees_the_very_images() -> None:
+    teacher, images = filled(teacher_of(tiny_teacher())), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    stock = AutoModel.from_pretrained(tiny_teacher()).eval()
+    with torch.no_grad():
+        wanted = stock(pixel_values=normalize(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))).last_hidden_state
+    cls_B1D, tokens_BND = teacher(images)
+    assert torch.equal(cls_B1D, wanted[:, :1])
+    assert torch.equal(tokens_BND, wanted[:, 1:])
+
+
+@pytest.mark.parametrize(("patch", "side"), [(8, 16), (4, 32)])  # a smaller view, and one whose positions are resized
+def test_a_teacher_of_another_patch_size_sees_the_images_resized(patch: int, side: int) -> None:
+    """CLIP's 4 pixels; its folder holds texts too."""
+    sizes = f"backbone.config.patch_size={patch}"
+    teacher = filled(teacher_of(tiny_teacher("clip"), sizes))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    smaller = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+    pixels = normalize(smaller, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    stock = CLIPVisionModel.from_pretrained(tiny_teacher("clip")).eval()
+    with torch.no_grad():
+        wanted = stock(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+    cls_B1D, tokens_BND = teacher(images)
+    assert tokens_BND.shape == (2, (32 // patch) ** 2, 40)
+    torch.testing.assert_close(torch.cat([cls_B1D, tokens_BND], dim=1), wanted)
 
 
 def test_a_model_that_hides_patches_is_refused(tmp_path: Path) -> None:
-    ViTMAEModel(ViTMAEConfig(**SIZES, intermediate_size=64)).save_pretrained(tmp_path)
+    saved(ViTMAEModel(ViTMAEConfig(**SIZES, intermediate_size=64)), tmp_path)
     with pytest.raises(ConfigError, match="not one token a patch"):
-        teacher_plan(recipe_of(tmp_path))
+        teacher_plan(teacher_of(tmp_path))
+
+
+def test_positions_that_fit_no_other_grid_are_refused_with_theirs(tmp_path: Path) -> None:
+    folder = saved(Aimv2VisionModel(Aimv2VisionConfig(**SIZES, intermediate_size=64)), tmp_path)
+    filled(teacher_of(folder))
+    filled(teacher_of(folder, "backbone.config.patch_size=16", "backbone.config.image_size=64"))
+    with pytest.raises(ConfigError, match="4 × 4") as caught:
+        teacher_plan(teacher_of(folder, "backbone.config.patch_size=16"))
+    assert "recipe.teachers.teacher.from_pretrained" in str(caught.value.where)
+    assert "backbone.config.image_size" in str(caught.value.fix)

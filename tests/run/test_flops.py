@@ -30,7 +30,7 @@ def test_counting_without_values_gives_what_a_real_step_computes(name):
     first_weights(objective, 0)
     image = objective.student.image_size
     batch = synthetic_batch(
-        4, objective.recipe.views, image=image, tokens=run.text.max_tokens, classes=2, vocabulary=VOCABULARY
+        4, objective.recipe.drawn_views, image=image, tokens=run.text.max_tokens, classes=2, vocabulary=VOCABULARY
     )
 
     def step() -> None:

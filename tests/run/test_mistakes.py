@@ -225,13 +225,8 @@ MISTAKES = {
         ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
     ),
     "no teacher": Mistake(
-        r"cannot read a teacher from '/nowhere/teacher'[\s\S]*recipe\.teacher\.from_pretrained",
+        r"cannot read a teacher from '/nowhere/teacher'[\s\S]*recipe\.teachers\.teacher\.from_pretrained",
         ["recipe.teacher.from_pretrained=/nowhere/teacher"],
-        recipe="dense_distillation",
-    ),
-    "teacher on another grid": Mistake(
-        r"the teacher sees 4 × 4 patches of an image of 32, the student 2 × 2",
-        ["backbone.config.patch_size=16"],
         recipe="dense_distillation",
     ),
     "one sample and batch norm": Mistake(

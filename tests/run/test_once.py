@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from tiny import LABEL_SETS, tiny_objective, tiny_run
 
+from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import setup
 from m3i_scale.run.activations import set_activations
@@ -39,7 +41,7 @@ def test_what_recomputes_is_set_when_the_engine_starts_and_then_only_told() -> N
 
 def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reads: list[Any] = []
-    monkeypatch.setattr(setup, "teacher_sha256", lambda recipe: reads.append(recipe) or "0" * 64)
+    monkeypatch.setattr(setup, "teachers_sha256", lambda recipe: reads.append(recipe) or {"teacher": "0" * 64})
     run = tiny_run("dense_distillation")
     plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, 32, ResolvedConfig(CONFIG, [], "test"), 1)
     metas = [checkpoint_meta(plan, step=step, world_size=1) for step in (1, 2, 3)]
@@ -47,6 +49,23 @@ def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "run.yaml").write_text(run_yaml(run))
     check_resume(plan, tmp_path, 1)
     assert len(reads) == 1
-    assert all(meta["identity"]["teacher_sha256"] == "0" * 64 for meta in metas)
+    assert all(meta["identity"]["teachers_sha256"] == {"teacher": "0" * 64} for meta in metas)
     check_resume(replace(plan), tmp_path, 1)  # another run has its own
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_checkpoint_of_before_several_teachers_goes_on_with_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fits: bool
+) -> None:
+    monkeypatch.setattr(setup, "teachers_sha256", lambda recipe: {"teacher": ("0" if fits else "1") * 64})
+    run = tiny_run("dense_distillation")
+    plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, 32, ResolvedConfig(CONFIG, [], "test"), 1)
+    meta = json.loads(json.dumps(checkpoint_meta(plan, step=1, world_size=1)))
+    del meta["identity"]["recipe"]["teachers"], meta["identity"]["teachers_sha256"]
+    meta["identity"]["teacher_sha256"] = "0" * 64
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "run.yaml").write_text(run_yaml(run))
+    with nullcontext() if fits else pytest.raises(CheckpointError) as caught:
+        check_resume(plan, tmp_path, 1)
+    assert fits or "teachers_sha256.teacher was" in str(caught.value.why)

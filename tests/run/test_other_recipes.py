@@ -82,7 +82,7 @@ def test_what_only_training_needs_is_not_exported(done: dict[str, Any]) -> None:
     for name in RUNS:
         with safe_open(done["root"] / name / "export" / "heads" / "heads.safetensors", "pt") as file:
             keys = list(file.keys())
-        assert not [key for key in keys if key.startswith(("momentum.", "teacher.", "states.", "weights."))]
+        assert not [key for key in keys if key.startswith(("momentum.", "teachers.", "states.", "weights."))]
     text = (done["root"] / "dense_distillation" / "export" / "heads" / "objective.json").read_text()
-    assert json.loads(text)["run"]["recipe"]["teacher"] == {"from_pretrained": "teacher"}
+    assert json.loads(text)["run"]["recipe"]["teachers"] == {"teacher": {"from_pretrained": "teacher"}}
     assert str(done["root"]) not in text

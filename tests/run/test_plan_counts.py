@@ -102,7 +102,7 @@ def test_the_most_live_bytes_are_those_of_a_real_pass(backbone, more, policy):
     """
     run = tiny_run("supervised", *SMALL, *backbone)
     objective = build_objective(run, LABEL_SETS, None).train()
-    batch = synthetic_batch(4, objective.recipe.views, image=64, tokens=8, classes=3, vocabulary=VOCABULARY)
+    batch = synthetic_batch(4, objective.recipe.drawn_views, image=64, tokens=8, classes=3, vocabulary=VOCABULARY)
     there = [*objective.parameters(), *objective.buffers()]
     there += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     initialize_sharded(objective, initialize_module, seed=0)

@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from callback_records import CONFIG, REWIND, info, record
@@ -86,19 +87,20 @@ def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("balance", "told"),
+    ("recipe", "told"),
     [
         ({}, "loss 9.75 (text 3.5) "),
-        ({"kind": "fixed"}, "loss 9.75 (text 3.5) "),
-        ({"kind": "learned"}, "loss text 3.5 × 2.5 "),
-        ({"kind": "gradient_norm"}, "loss text 3.5 × 2.5 "),
+        ({"balance": {"kind": "fixed"}, "targets": [{"weight": 2.5}, {}]}, "loss 9.75 (text 3.5) "),
+        ({"balance": {"kind": "learned"}}, "loss text 3.5 × 2.5 "),
+        ({"balance": {"kind": "gradient_norm"}}, "loss text 3.5 × 2.5 "),
+        ({"targets": [{"weight": [[0, 2.5], [1, 0]]}]}, "loss text 3.5 × 2.5 "),
     ],
 )
 def test_weights_that_move_stand_beside_their_losses_in_place_of_the_sum_from_the_first_record_on(
-    balance: dict[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     display = ProgressDisplay()
-    display.on_start(replace(info(tmp_path), config={**CONFIG, "recipe": {"balance": balance}}))
+    display.on_start(replace(info(tmp_path), config={**CONFIG, "recipe": recipe}))
     display.on_step(replace(record(1), loss=9.75, groups={"text": {"loss": 3.5, "weight": 2.5}}))
     assert told in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ def test_layers_of_every_branch_are_units_but_those_that_are_called_in_parts() -
 
 
 def test_a_teacher_and_convolutional_layers_are_units() -> None:
-    assert any(name.startswith("teacher.") for name in leaves_of("dense_distillation"))
+    assert any(name.startswith("teachers.") for name in leaves_of("dense_distillation"))
     objective = tiny_objective("supervised", *MAPS)
     set_leaves(objective)
     layers = [module for module in objective.modules() if isinstance(module, InternImageLayer)]

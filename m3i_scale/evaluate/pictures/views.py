@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ def draw_views(
         mixed: whether the inputs share a grid.
         names: of the samples that are drawn, the first ones.
     """
-    images_VB = [[image_of(pixels) for pixels in view.numpy()] for view in batch.images_VBCHW]
+    images_VB = [[image_of(pixels) for pixels in view.numpy()] for view in (*batch.images_VBCHW, *batch.small_VBCHW)]
     several = len(images_VB) > 1
     hiding = [(place, one) for place, one in enumerate(inputs) if one.hidden_BM.shape[1]]
     rows = []
@@ -47,13 +48,16 @@ def draw_views(
             Cell(images[sample], frame=_colour_of(view) if several else None) for view, images in enumerate(images_VB)
         ]
         for place, one in hiding:
-            seen = visible_part(images_VB[one.view][sample], one.visible_BL[sample], patches)
+            seen = visible_part(images_VB[one.view][sample], one.shown_patches(sample), patches)
             row.append(Cell(seen, frame=_colour_of(place) if mixed else None))
         if mixed:
             row.append(Cell(mix_of(images_VB, inputs, patches, sample)))
         rows.append(row)
     columns = ["views on their source", *(f"view {view + 1}" for view in range(len(images_VB)))]
-    columns += [f"seen as input {one.name}" for _, one in hiding]
+    parts = Counter(one.name for _, one in hiding)
+    columns += [
+        f"seen as input {one.name}" + (f" of view {one.view + 1}" if parts[one.name] > 1 else "") for _, one in hiding
+    ]
     columns += [f"mix of {' and '.join(one.name for one in inputs)}"] if mixed else []
     hidden = ", what is hidden of them" if hiding else ""
     mix = ", and the mixes, each patch in the tint of its image" if mixed else ""

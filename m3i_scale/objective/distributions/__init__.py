@@ -1,1 +1,7 @@
-"""P̂(z_y | ẑ_y) of equation (2): the likelihood of a target given its prediction."""
+"""Distributions are P̂, one class a kind. Recipes find those that are imported here."""
+
+from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.smooth_l1 import SmoothL1
+
+__all__ = ["Boltzmann", "Gaussian", "SmoothL1"]

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.objective.distributions.base import Distribution, unit
-from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.ranks import Ranks, mean_row
+from m3i_scale.objective.schedule import Positive, Scheduled, number
 
 _BLOCK = 2**23
 """Logits of a queue that are held at a time: 32 MB."""
@@ -28,8 +28,8 @@ class Boltzmann(Distribution):
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
-    temperature: float = Field(default=0.07, gt=0)
-    """τ, fixed."""
+    temperature: Scheduled[Positive] = 0.07
+    """τ, which is not learnt: a number, or a schedule."""
 
     def among_samples(
         self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks, *, both: bool = False
@@ -42,12 +42,12 @@ class Boltzmann(Distribution):
             ranks: other ranks, whose samples are negatives too.
             both: the other samples' predictions are negatives too (NT-Xent of SimCLR).
         """
-        query_BE, key_BE = unit(prediction_BE), unit(target_BE)
+        query_BE, key_BE, temperature = unit(prediction_BE), unit(target_BE), number(self.temperature)
         own_B = torch.arange(len(query_BE), device=query_BE.device) + ranks.rank * len(query_BE)
-        logits_BG = query_BE @ ranks.gather(key_BE).T / self.temperature
+        logits_BG = query_BE @ ranks.gather(key_BE).T / temperature
         candidates = logits_BG.shape[1]
         if both:
-            itself_BG = query_BE @ ranks.gather(query_BE).T / self.temperature
+            itself_BG = query_BE @ ranks.gather(query_BE).T / temperature
             logits_BG = torch.cat([logits_BG, itself_BG.scatter(1, own_B[:, None], -torch.inf)], dim=1)
             candidates = 2 * candidates - 1
         return _with_bound(F.cross_entropy(logits_BG, own_B, reduction="none"), math.log(candidates))
@@ -63,30 +63,35 @@ class Boltzmann(Distribution):
             queue_QE: earlier targets, unit vectors.
             filled: how many rows of the queue count.
         """
-        query_BE, key_BE = unit(prediction_BE) / self.temperature, unit(target_BE)
+        temperature = number(self.temperature)
+        query_BE, key_BE = unit(prediction_BE) / temperature, unit(target_BE)
         own_B = (query_BE * key_BE).sum(dim=1)
         # Finite, so that an empty queue leaves no inf − inf behind.
         mask_Q = torch.zeros(len(queue_QE), device=queue_QE.device)
         mask_Q = mask_Q.masked_fill(torch.arange(len(queue_QE), device=queue_QE.device) >= filled, -1e30)
-        bound = 1 / self.temperature if 1 / self.temperature <= _SAFE_BOUND else None
+        bound = 1 / temperature if 1 / temperature <= _SAFE_BOUND else None
         others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q, bound)  # type: ignore[no-untyped-call]
         return _with_bound(torch.logaddexp(own_B, others_B) - own_B, (filled + 1).log())
 
-    def over_prototypes(self, logits_BK: Tensor, probabilities_BK: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def over_prototypes(
+        self, logits_NK: Tensor, probabilities_NK: Tensor, ranks: Ranks, share_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Ask for the target's distribution over K prototypes.
 
         The information between the input and the target's prototype is at least H(mean target) − loss, which is log K −
         loss where the prototypes are used evenly.
 
         Args:
-            logits_BK: cosines of the prediction over τ.
-            probabilities_BK: of the target.
+            logits_NK: cosines of the prediction over τ.
+            probabilities_NK: of the target.
             ranks: for the mean target of all samples.
+            share_N: what every row counts in the loss; None: all alike, 1/N.
         """
-        loss_B = -(probabilities_BK * F.log_softmax(logits_BK.float(), dim=-1)).sum(dim=-1)
-        loss = loss_B.mean()
-        mean_K = ranks.sum(probabilities_BK.sum(dim=0)) / (len(probabilities_BK) * ranks.world_size)
-        return loss, -torch.special.xlogy(mean_K, mean_K).sum() - loss.detach()
+        loss_N = -(probabilities_NK * F.log_softmax(logits_NK.float(), dim=-1)).sum(dim=-1)
+        loss = loss_N.mean() if share_N is None else (loss_N * share_N).sum()
+        mean_K, counted = mean_row(probabilities_NK, share_N, ranks)
+        own = loss.detach() if counted is None else loss.detach() / counted
+        return loss, -torch.special.xlogy(mean_K, mean_K).sum() - own
 
 
 def _with_bound(loss_B: Tensor, log_candidates: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,12 @@ from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, pool
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.pairs import PairTargets
+from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.schedule import NotNegative, Scheduled, values_of
 
 
 class Parts(Section):
@@ -36,6 +38,7 @@ class Parts(Section):
     mix: MixSpec | None = None
     decoders: dict[str, DecoderSpec]
     heads: dict[str, HeadSpec] = Field(default_factory=dict)
+    teachers: dict[str, TeacherSpec] = Field(default_factory=dict)
 
     def input(self, name: str) -> InputSpec:
         """Return the input of that name."""
@@ -45,7 +48,11 @@ class Parts(Section):
         """Return the name of the input that shows all of a view; None where there is none."""
         if self.mix is not None:
             return None
-        return next((spec.name for spec in self.inputs if spec.view == view and spec.mask is None), None)
+        return next((spec.name for spec in self.inputs if view in spec.seen and spec.mask is None), None)
+
+    def is_small(self, view: int) -> bool:
+        """Return whether a view, from 1, has another size than the backbone's."""
+        return False
 
 
 @dataclass
@@ -86,20 +93,29 @@ class Context:
     batch: Batch
     views: dict[int, Tensor]
     """Normalised images by view, from 1."""
-    inputs: dict[str, Encoded]
+    inputs: dict[str, list[Encoded]]
+    """The parts of every input."""
     whole: dict[int, Encoded]
     """Inputs that show all of a view, by view."""
     encoded_views: dict[tuple[str, int], Tokens]
-    """Views as momentum backbone or teacher see them, by (encoder, view)."""
+    """Views as the momentum backbone or a teacher sees them, by (`encoder_key` of the target, view)."""
     counts: dict[str, Tensor]
     """By target, how many samples of all ranks have it: fp32."""
+    progress: float = 0.0
+    """Share of the training that is over: schedules depend on it."""
     measures: bool = False
     """Whether this step is logged: an estimate of information costs an eigenvalue decomposition."""
     text: PairTargets | None = None
-    dense: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Standardised dense targets, by (encoder, view)."""
-    statistics: dict[tuple[str, str, int], Tensor | None] = field(default_factory=dict)
-    """Statistics of dense targets, by (regulariser as JSON, encoder, view)."""
+    layers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    """By (`encoder_key`, view), what the last layers gave, where it is averaged: (B, D, H, W), the last last."""
+    dense: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    """Standardised dense targets, by (`encoder_key`, view, layers)."""
+    assigned: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """By target: the distributions of whole views over prototypes, and what their head remembers of them."""
+    statistics: dict[tuple[str, str, int, int], Tensor | None] = field(default_factory=dict)
+    """Statistics of dense targets, by (regulariser as JSON, `encoder_key`, view, layers)."""
+    clusters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Assignments of patches and the loss of the clusters, by target."""
 
 
 @dataclass
@@ -134,6 +150,8 @@ class Sizes:
     """Numbers in a patch."""
     classes: list[int]
     """Classes of every label set."""
+    vocabulary: int
+    """Tokens of the tokenizer; 0 where no target is about text."""
     backbone: Backbone
     ranks: Ranks
     image_counts: list[int] | None = None
@@ -145,17 +163,19 @@ class Target(Kind):
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     modality: ClassVar[str] = "image"
-    """category, text, pixels or image."""
+    """category, text, caption, pixels or image."""
     representation: ClassVar[str]
     """z_y in the words of the paper's table."""
     dense: ClassVar[bool] = False
     """Whether z_y is a map over patches."""
+    by_token: ClassVar[bool] = False
+    """Whether z_y is a token of the caption."""
     labels_file: ClassVar[str | None] = None
     """File beside the shards that names the classes which are predicted."""
 
     name: str
     inputs: list[str] = Field(min_length=1)
-    """Which inputs predict it; the group's loss is the mean over them."""
+    """Which inputs predict it; the group's loss is the mean over their parts."""
     encoder: str
     """f_φ."""
     decoder: str
@@ -163,8 +183,8 @@ class Target(Kind):
     distribution: Any
     """P̂."""
     regularizer: Any
-    weight: float = Field(default=1.0, gt=0)
-    """w_k of equation (6)."""
+    weight: Scheduled[NotNegative] = 1.0
+    """w_k of equation (6): a number, or a schedule, which may be 0 for a while."""
 
     @field_validator("distribution", "regularizer")
     @classmethod
@@ -173,6 +193,13 @@ class Target(Kind):
         if not isinstance(value, Kind):
             raise ValueError(f"{cls.kind} does not declare the family of its {info.field_name}")
         return value
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float | list[tuple[float, float]]) -> float | list[tuple[float, float]]:
+        if max(values_of(weight)) == 0:
+            raise ValueError("a weight of 0 all the time: leave the target out")
+        return weight
 
     # -------------------------------------------------------------------- what the modules are
 
@@ -189,6 +216,10 @@ class Target(Kind):
     def evaluated(self) -> tuple[str, ...]:
         """Return the names of further figures of an evaluation."""
         return ()
+
+    def sources(self, context: Context) -> list[Encoded]:
+        """Return the parts of inputs that predict it."""
+        return [part for name in self.inputs for part in context.inputs[name]]
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have the target: bool (B)."""
@@ -225,7 +256,7 @@ class Target(Kind):
             "encoder": self.encoder,
             "distribution": self.distribution.kind,
             "regularizer": self.regularizer.kind,
-            "weight": self.weight,
+            "weight": [list(pair) for pair in self.weight] if isinstance(self.weight, list) else self.weight,
         }
 
     def kinds_of(self, field: str) -> dict[str, Any]:
@@ -247,8 +278,10 @@ class Target(Kind):
     def _faults(self, parts: Parts) -> Iterator[str]:
         """Yield faults of a target whose inputs and decoder are there."""
         decoder = parts.decoders[self.decoder]
-        if decoder.dense != self.dense:
-            valid = [name for name, kind in DecoderSpec.kinds.items() if cast(Any, kind).dense == self.dense]
+        answers = self.dense, self.by_token
+        if (decoder.dense, decoder.by_token) != answers:
+            kinds = cast(dict[str, Any], DecoderSpec.kinds)
+            valid = [name for name, kind in kinds.items() if (kind.dense, kind.by_token) == answers]
             yield f"a {self.kind} target is decoded by {' or '.join(valid)}, not {decoder.kind}"
         if self.encoder not in self.regularizer.encoders:
             valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
@@ -264,6 +297,28 @@ class ImageTarget(Target):
     view: int = Field(ge=1)
     """Target view."""
     encoder: Literal["momentum", "online", "teacher"]
+    teacher: str = "teacher"
+    """Name of a teacher of the recipe, for `encoder: teacher`."""
+    pairs: Literal["all", "own", "other"] = "all"
+    """Which parts of the inputs predict it: all, those that lie in its own view, or those that lie in other ones."""
+
+    @property
+    def encoder_key(self) -> str:
+        """Return what stands for f_φ in a `Context`: the encoder, and of several teachers which one."""
+        return f"teachers.{self.teacher}" if self.encoder == "teacher" else self.encoder
+
+    def sources(self, context: Context) -> list[Encoded]:
+        """Return the parts of inputs that predict it."""
+        return [part for part in super().sources(context) if self.takes(part.where.view + 1)]
+
+    def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
+        """Return the inputs, each with every view of it that the target is predicted from."""
+        specs = [parts.input(name) for name in self.inputs]
+        return [(spec, view) for spec in specs for view in spec.seen if self.takes(view)]
+
+    def takes(self, view: int) -> bool:
+        """Return whether parts of inputs that lie in a view, from 1, predict it."""
+        return self.pairs == "all" or (view == self.view) == (self.pairs == "own")
 
     @property
     def averages_prototypes(self) -> bool:
@@ -272,13 +327,27 @@ class ImageTarget(Target):
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
-        specs = [parts.input(name) for name in self.inputs]
+        if self.encoder == "teacher" and self.teacher not in parts.teachers:
+            example = f"recipe.teachers.{self.teacher}.from_pretrained=/data/models/dinov2-base"
+            fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"give it one, e.g. {example}"
+            yield f"no teacher '{self.teacher}'; {fix}"
+        if self.encoder != "teacher" and "teacher" in self.model_fields_set:
+            yield f"`teacher` has no effect beside `encoder: {self.encoder}`"
+        pairs, seen = self.predicted_from(parts), sum(parts.input(name).views for name in self.inputs)
+        if not pairs:
+            yield f"`pairs: {self.pairs}` leaves nothing that predicts it"
+        elif self.pairs != "all" and len(pairs) == seen:
+            yield f"`pairs: {self.pairs}` has no effect: it leaves nothing out"
+        if parts.is_small(self.view):
+            yield f"view {self.view} is a small one: targets lie in views of the backbone's size"
+        if self.dense and any(parts.is_small(view) for _, view in pairs):
+            yield "small views predict targets of the whole view alone, no patches"
         if self.encoder == "online":
             if parts.shows(self.view) is None:
                 yield f"`encoder: online` needs an input that shows all of view {self.view}, without mask and mix"
-            if any(spec.view == self.view for spec in specs):
+            if any(view == self.view for _, view in pairs):
                 yield "an input that shows its own target predicts nothing"
-        shown = parts.mix is None and any(spec.view == self.view and spec.mask is None for spec in specs)
+        shown = parts.mix is None and any(view == self.view and spec.mask is None for spec, view in pairs)
         # The center of averaged prototypes moves the target away from its prediction.
         if self.encoder == "momentum" and shown and not self.averages_prototypes:
             yield (
@@ -291,6 +360,11 @@ class HeadTarget(ImageTarget):
 
     head: str
     """Name of a head of the recipe."""
+
+    @property
+    def memory_name(self) -> str:
+        """Return the name of what the head remembers for targets of this kind."""
+        return self.head
 
     def build_memory(self, spec: HeadSpec) -> Memory:
         """Return what the head remembers of earlier batches."""
@@ -315,4 +389,4 @@ class HeadTarget(ImageTarget):
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
         """Yield faults of a target whose head is there."""
         if head.prototypes:
-            yield f"`prototypes` of head '{self.head}' have no effect: they are for `kind: prototypes`"
+            yield f"`prototypes` of head '{self.head}' have no effect: they are for `prototypes` and `dense_prototypes`"

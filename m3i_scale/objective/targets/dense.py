@@ -9,21 +9,20 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.data.batch import Batch
-from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
+from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Density, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.gaussian import Gaussian
 from m3i_scale.objective.estimate import gaussian_moments
-from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
+from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Parts, Sizes, TargetModules
-
-Asked = Literal["masked", "all"]
+from m3i_scale.objective.targets.patches import Asked, count_faults, decode, place_faults
 
 
 class Dense(ImageTarget):
@@ -33,10 +32,17 @@ class Dense(ImageTarget):
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
     tokens: Asked
-    """Which patches are asked for: those that the input hides, or all."""
     encoder: Literal["momentum", "teacher"]
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
+    layers: int = Field(default=1, ge=1)
+    """z_y is the mean of so many last layers, each as it leaves the layer, with every channel standardised over the
+    patches of the image (data2vec 2.0); 1: the backbone's output."""
+
+    @property
+    def projected(self) -> bool:
+        """Return whether prediction and target go through the residual projector."""
+        return self.encoder == "momentum" and self.layers == 1
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `DenseHead`."""
@@ -44,7 +50,7 @@ class Dense(ImageTarget):
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return −log P̂ of the patches that the decoder answers for, this rank's share."""
-        if self.encoder == "momentum" and given.projector is not None:
+        if self.projected and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_BND, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_BND=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
@@ -57,23 +63,26 @@ class Dense(ImageTarget):
         value = self.regularizer.loss(
             self.distribution, prediction_BQD, wanted_BQD, context.statistics[key], given.ranks
         )
-        encoded_by_model = (self.encoder, self.view) in context.encoded_views
+        encoded_by_model = (self.encoder_key, self.view) in context.encoded_views
         loss = Loss(value, watched={"z": target_BND} if encoded_by_model else {})  # pixels cannot collapse
         if context.measures:
             loss.moments = gaussian_moments(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
         return loss
 
     @cached_property
-    def _statistics_key(self) -> tuple[str, str, int]:
+    def _statistics_key(self) -> tuple[str, str, int, int]:
         """Return what targets with the same statistics have in common; made once, not in every step."""
-        return self.regularizer.model_dump_json(), self.encoder, self.view
+        return self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers
 
     def _target(self, given: TargetModules, context: Context) -> Tensor:
         """Return z̄ of all patches of the view: (B, N, D)."""
-        key = (self.encoder, self.view)
+        key = (self.encoder_key, self.view, self.layers)
         if key not in context.dense:
-            tokens_BND = context.encoded_views[key][1]
-            if self.encoder == "momentum":
+            if self.layers > 1:
+                tokens_BND = average_layers(context.layers[self.encoder_key, self.view][-self.layers :])
+            else:
+                tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
+            if self.projected:
                 with torch.no_grad():
                     tokens_BND = given.momentum.projector(tokens_BND)
             context.dense[key] = standardize_target(tokens_BND)
@@ -82,6 +91,9 @@ class Dense(ImageTarget):
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
         yield from place_faults(self, parts)
+        if self.layers > 1 and self.encoder != "momentum":
+            yield f"`layers` are those of the averaged backbone: not with `encoder: {self.encoder}`"
+        yield from count_faults(self, parts)
 
 
 class Pixels(Dense):
@@ -123,7 +135,6 @@ class DenseNegatives(HeadTarget):
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
     tokens: Asked = "all"
-    """Which patches are asked for: those that the input hides, or all."""
     encoder: Literal["momentum"] = "momentum"
     distribution: Boltzmann = Boltzmann()
     regularizer: QueuedNegatives
@@ -135,14 +146,15 @@ class DenseNegatives(HeadTarget):
         """Return −log P̂ of the patches among the queue, this rank's share."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
-        tokens_BND = context.encoded_views[self.encoder, self.view][1]
+        tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
         with torch.no_grad():
             keys_BNE = given.momentum.heads[self.head](tokens_BND, predict=False)
             similar = self.match == "similarity"
             index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if similar else query_BQ
             matched_BQE = gather_tokens(keys_BNE, index_BQ)
         rows_NE, keys_NE = prediction_BQE.flatten(0, 1), matched_BQE.flatten(0, 1)
-        loss = self.regularizer.loss(self.distribution, rows_NE, keys_NE, given.memory, given.ranks)
+        p = settled(self.distribution, context.progress)
+        loss = self.regularizer.loss(p, rows_NE, keys_NE, given.memory, given.ranks)
         loss.remember, loss.watched = unit(keys_BNE.float().mean(dim=1)), {"z": keys_BNE}
         return loss
 
@@ -152,74 +164,19 @@ class DenseNegatives(HeadTarget):
         if not isinstance(decoder, PointwiseSpec):
             yield f"dense negatives compare backbone tokens: the decoder must be pointwise, not {decoder.kind}"
         yield from place_faults(self, parts, finds_places=self.match == "similarity")
-
-
-def place_faults(target: Dense | DenseNegatives, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
-    """Yield why inputs and decoder cannot say where the patches lie.
-
-    Args:
-        target: what is predicted.
-        parts: what it refers to.
-        finds_places: it looks for the places of its patches by itself.
-    """
-    specs, decoder = [parts.input(name) for name in target.inputs], parts.decoders[target.decoder]
-    other_view = any(spec.view != target.view for spec in specs)
-    if target.tokens == "masked":
-        if other_view:
-            yield "`tokens: masked` counts the hidden patches of the input's own view: use `all` between views"
-        if parts.mix is None and any(spec.mask is None for spec in specs):
-            yield "`tokens: masked`, but the input hides no patch"
-    if isinstance(decoder, TransformerSpec) and decoder.position == "absolute" and other_view:
-        yield "absolute positions do not say where another view lies: use `position: relative`"
-    if isinstance(decoder, PointwiseSpec):
-        if target.tokens == "masked" or parts.mix is not None or any(spec.mask for spec in specs):
-            yield "a pointwise decoder has no answer for patches that its input hides: use a transformer"
-        if other_view and not finds_places:
-            yield "a pointwise decoder knows its own view alone: use a transformer, or `match: similarity`"
-        if not other_view and finds_places:
-            yield "`match: similarity` has no effect within one view"
-
-
-def decode(
-    target: Dense | DenseNegatives, given: TargetModules, context: Context, encoded: Encoded
-) -> tuple[Tensor, Tensor]:
-    """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
-    cls_B1D, tokens_BLD, where = encoded.cls_BND, encoded.tokens_BLD, encoded.where
-    if target.tokens == "masked":
-        query_BQ = where.hidden_BM
-    else:
-        patches = given.grid[0] * given.grid[1]
-        query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
-    if isinstance(given.decoder, Pointwise):
-        return query_BQ, given.decoder(tokens_BLD)
-    of_input, of_target = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
-    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
-
-
-def _positions(
-    decoder: nn.Module, batch: Batch, view: int, target_view: int, grid: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    if not isinstance(decoder, TransformerDecoder) or decoder.position != "relative":
-        return None, None
-
-    def relative(to: int) -> Tensor:
-        return relative_position(
-            batch.crops_VB4[view],
-            batch.crops_VB4[to],
-            batch.flips_VB[view],
-            batch.flips_VB[to],
-            batch.sizes_B2[:, 1],
-            grid,
-            decoder.width,
-        )
-
-    own = relative(view)
-    return own, own if target_view == view else relative(target_view)
+        yield from count_faults(self, parts)
 
 
 def most_similar(one_BQD: Tensor, other_BND: Tensor) -> Tensor:
     """Return for every token of `one` the index of the token of `other` with the largest cosine: int64 (B, Q)."""
     return (unit(one_BQD.detach()) @ unit(other_BND.detach()).transpose(1, 2)).argmax(dim=-1)
+
+
+def average_layers(layers: list[Tensor]) -> Tensor:
+    """Return the mean of maps (B, D, H, W), each standardised by image and channel over its patches: fp32 (B, N, D), no
+    gradient. As data2vec 2.0 makes its targets (`instance_norm_target_layer`)."""
+    normed = [F.instance_norm(map_BDHW.detach().float()) for map_BDHW in layers]
+    return torch.stack(normed).mean(dim=0).flatten(2).transpose(1, 2)
 
 
 def standardize_target(tokens_BND: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Detection(Target):
         yield from super()._faults(parts)
         if parts.decoders[self.decoder].kind != "pointwise":
             yield f"a detection target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
-        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or parts.inputs[0].view != 1:
+        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
             yield "a detection target is predicted from one input, which shows all of view 1"
 
 

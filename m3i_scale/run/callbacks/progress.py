@@ -59,8 +59,10 @@ class ProgressDisplay(Callback):
 
     def on_start(self, run_info: RunInfo) -> None:
         """Show where the run starts."""
-        balance = run_info.config.get("recipe", {}).get("balance") or {}
-        self._moving = balance.get("kind", "fixed") != "fixed"
+        recipe = run_info.config.get("recipe", {})
+        balance = recipe.get("balance") or {}
+        scheduled = any(isinstance(target.get("weight"), list) for target in recipe.get("targets", []))
+        self._moving = scheduled or balance.get("kind", "fixed") != "fixed"
         self._total_steps = run_info.total_steps
         start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
         ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")

@@ -1,0 +1,29 @@
+"""Compute the P̂ of the smooth L1 loss: Gaussian near the prediction, with the tails of a Laplace distribution."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from m3i_scale.objective.distributions.base import Density, unit
+from m3i_scale.objective.ranks import Ranks
+
+
+class SmoothL1(Density):
+    """Computes −log P̂ by component of e = z − ẑ, without its constant: e² / 2β below β, |e| − β/2 above (I-JEPA)."""
+
+    kind: ClassVar[str] = "smooth_l1"
+    beta: float = Field(default=1.0, gt=0)
+    """β: where the square ends."""
+
+    def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
+        """Return −log P̂ per dimension, mean over tokens and samples."""
+        return F.smooth_l1_loss(prediction_BND.float(), target_BND.float(), beta=self.beta)
+
+    def vectors(self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks) -> Tensor:
+        """Return −log P̂ on the unit sphere: sum over dimensions, mean over samples."""
+        error_BE = F.smooth_l1_loss(unit(prediction_BE), unit(target_BE), reduction="none", beta=self.beta)
+        return error_BE.sum(dim=-1).mean()

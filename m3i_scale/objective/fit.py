@@ -1,0 +1,141 @@
+"""Check that a recipe, the backbone and the data of a run fit together, before modules are built."""
+
+from __future__ import annotations
+
+import torch
+
+from m3i_scale.backbones.base import Backbone
+from m3i_scale.config import RunConfig
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.decoders import ClassTokenSpec
+from m3i_scale.objective.recipe import Recipe
+from m3i_scale.objective.targets.text import Text
+
+
+def check_fit(
+    run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
+) -> None:
+    """Check that the recipe, the backbone and the data of a run fit together; arguments as of `build_objective`.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if run.backbone.attention == "mixed" and recipe.mix is None:
+        raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
+    if recipe.labels_file is not None and not label_sets:
+        raise ConfigError(
+            f"the recipe predicts classes, and no source has {recipe.labels_file}",
+            fix="put it, a list of class names, beside the shards of masks"
+            if recipe.reads_masks
+            else "give labels to `shards make`, or take a recipe without a category target",
+        )
+    if recipe.uses_text and vocab_size is None:
+        raise ConfigError(
+            "the recipe has a text target, and there is no tokenizer", fix="text.tokenizer=/path/to/folder"
+        )
+    if recipe.mix is not None and run.optim.micro_batch_size < len(recipe.mix.inputs):
+        raise ConfigError(
+            f"a mix of {len(recipe.mix.inputs)} images needs a micro-batch of at least as many",
+            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
+        )
+    widths = text_widths(recipe)
+    if len(widths) > 1:
+        raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
+    first_is_cls = [
+        target.name for target in recipe.targets if isinstance(recipe.decoders[target.decoder], ClassTokenSpec)
+    ]
+    if first_is_cls and not student.has_class_token:
+        raise ConfigError(
+            f"this backbone has no class token, and '{first_is_cls[0]}' reads it",
+            where="recipe.decoders",
+            fix="decode with attention_pool or mean_pool",
+        )
+    if recipe.mix is not None and run.backbone.attention == "own" and not student.own_attention:
+        raise ConfigError(
+            "a convolutional backbone cannot keep the images of a mix apart",
+            where="backbone.attention: own",
+            fix="backbone.attention=mixed",
+        )
+    if run.backbone.attention == "mixed" and first_is_cls:
+        raise ConfigError(
+            f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
+            fix="decode with attention_pool or mean_pool",
+        )
+    cells = (student.grid[0] // student.cell) ** 2
+    masked = [spec.name for spec in recipe.inputs if spec.mask is not None]
+    if masked and cells < 2:
+        raise ConfigError(
+            f"input '{masked[0]}' hides a part of {cells} patch of {student.cell * student.patch_size} pixels",
+            where="backbone.config",
+            why="what is hidden in part needs at least two patches",
+            fix="a larger image_size",
+        )
+    _check_blocks(recipe, student)
+    _check_layers(recipe, student)
+    _check_views(recipe, student)
+    if recipe.mix is not None and cells < len(recipe.mix.inputs):
+        raise ConfigError(
+            f"{cells} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
+        )
+
+
+def _check_blocks(recipe: Recipe, student: Backbone) -> None:
+    grid = student.grid[0] // student.cell, student.grid[1] // student.cell
+    for spec in recipe.inputs:
+        try:
+            if spec.mask is not None:
+                spec.mask.form.target_blocks(torch.zeros(1, dtype=torch.int64), grid, 0)
+        except ValueError as error:
+            raise ConfigError(
+                f"a target block of input '{spec.name}' has no patch: {error}",
+                where="recipe.inputs",
+                fix="a larger `scale` of its mask, or a larger image_size",
+            ) from None
+
+
+def _check_layers(recipe: Recipe, student: Backbone) -> None:
+    if recipe.averaged_layers == 1:
+        return
+    if student.stage_widths:
+        raise ConfigError(
+            "`layers` of a dense target: the stages of a convolutional backbone have grids of several sizes",
+            where="recipe.targets",
+            fix="layers: 1, the default, or a plain Transformer as backbone",
+        )
+    if recipe.averaged_layers > len(student.layers):
+        raise ConfigError(
+            f"a dense target averages {recipe.averaged_layers} layers, and the backbone has {len(student.layers)}",
+            where="recipe.targets",
+            fix=f"`layers: {len(student.layers)}` of that target, or fewer",
+        )
+
+
+def _check_views(recipe: Recipe, student: Backbone) -> None:
+    sizes = {number: spec.size for number, spec in enumerate(recipe.views or []) if spec.size is not None}
+    patch = student.patch_size
+    for number, size in sizes.items():
+        if size >= student.image_size or size % patch:
+            nearest = patch * min(max(round(size / patch), 1), student.image_size // patch - 1)
+            raise ConfigError(
+                f"views of {size} pixels do not go with a backbone of {student.image_size}: they are smaller, and a "
+                f"multiple of its patch of {patch}",
+                where=f"recipe.views.{number}.size",
+                fix=f"recipe.views.{number}.size={nearest}",
+            )
+    if sizes and student.stage_widths:
+        raise ConfigError(
+            "a convolutional backbone takes views of one size",
+            where="recipe.views",
+            fix="leave `size` out, or take a vision Transformer",
+        )
+    if recipe.covers_patches and student.stage_widths:
+        raise ConfigError(
+            "a convolutional backbone has a mask token of its own, in its stem, and no prediction at hidden places",
+            where="recipe.inputs",
+            fix="`hidden: dropped`, or take a vision Transformer",
+        )
+
+
+def text_widths(recipe: Recipe) -> set[int]:
+    """Return the widths that text targets ask of their tower."""
+    return {target.width for target in recipe.targets if isinstance(target, Text)}

@@ -1,0 +1,75 @@
+"""Define numbers of a recipe that may change while the training goes on: temperatures, weights."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, Field
+
+from m3i_scale.config import Section
+
+Number = TypeVar("Number", bound=float)
+AnySection = TypeVar("AnySection", bound=Section)
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _is_schedule(value: float | list[tuple[float, float]]) -> float | list[tuple[float, float]]:
+    if isinstance(value, list):
+        at = [progress for progress, _ in value]
+        if len(at) < 2 or at[0] != 0 or at[-1] > 1 or any(later <= earlier for earlier, later in pairwise(at)):
+            raise ValueError(
+                "a schedule is two or more [share of the training, value], from a share of 0 on, ascending, 1 at most; "
+                f"this is at {at}"
+            )
+    return value
+
+
+_SCHEDULED = AfterValidator(_is_schedule)
+
+Scheduled = Annotated[Number | list[tuple[float, Number]], _SCHEDULED]
+"""A number, or a list of [share of the training that is over, value]: linear between them, constant after the last."""
+
+
+def values_of(scheduled: float | list[tuple[float, float]]) -> list[float]:
+    """Return the numbers that a schedule runs through."""
+    return [value for _, value in scheduled] if isinstance(scheduled, list) else [scheduled]
+
+
+def value_at(scheduled: float | list[tuple[float, float]], progress: float) -> float:
+    """Return the number that holds when a share of the training, from 0 to 1, is over."""
+    if not isinstance(scheduled, list):
+        return scheduled
+    for (start, first), (end, last) in pairwise(scheduled):
+        if progress <= end:
+            return first + (last - first) * (progress - start) / (end - start)
+    return scheduled[-1][1]
+
+
+def always_below(lower: float | list[tuple[float, float]], upper: float | list[tuple[float, float]]) -> bool:
+    """Return whether one number is below another one all the time."""
+    bends = [at for one in (lower, upper) if isinstance(one, list) for at, _ in one]
+    return all(value_at(lower, at) < value_at(upper, at) for at in bends or [0.0])
+
+
+def settled(section: AnySection, progress: float) -> AnySection:
+    """Return a section as it is when a share of the training is over: numbers in place of its schedules."""
+    values = {
+        name: getattr(section, name)
+        for name, field in type(section).model_fields.items()
+        if _SCHEDULED in field.metadata
+    }
+    now = {name: value_at(value, progress) for name, value in values.items() if isinstance(value, list)}
+    return section.model_copy(update=now) if now else section
+
+
+def number(value: float | list[tuple[float, float]]) -> float:
+    """Return a number of a section that is settled.
+
+    Raises:
+        TypeError: it is a schedule still.
+    """
+    if isinstance(value, list):
+        raise TypeError("a schedule has no value of its own: compute with `settled(section, progress)`")
+    return value

@@ -1,0 +1,155 @@
+"""Predict the caption token by token."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertLayer
+
+from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.config.kinds import Kind
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.decoders import LayeredSpec
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.masks import hash_uniform
+from m3i_scale.objective.positions import token_position
+from m3i_scale.objective.ranks import Ranks, global_mean
+from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
+
+_STREAM = 1 << 20
+"""Of random numbers: no input draws its mask from it."""
+
+
+class BoltzmannTokens(Kind):
+    """Computes P̂ of a token: a softmax over the vocabulary."""
+
+    kind: ClassVar[str] = "boltzmann"
+    bounds_information: ClassVar[bool] = False
+    """The entropy of captions is not known."""
+
+    def loss(self, logits_BTV: Tensor, tokens_BT: Tensor, valid_BT: Tensor, ranks: Ranks) -> Tensor:
+        """Return the cross-entropy, the mean over the valid tokens of all ranks."""
+        loss_N = F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten(), reduction="none")
+        return global_mean(loss_N, valid_BT.flatten(), ranks)
+
+
+class Caption(Target):
+    """Asks for every token of the caption behind the first, given the image and the tokens before it (CoCa, CapPa)."""
+
+    kind: ClassVar[str] = "caption"
+    modality: ClassVar[str] = "caption"
+    representation: ClassVar[str] = "token embedding"
+    by_token: ClassVar[bool] = True
+    encoder: Literal["embedding"] = "embedding"
+    distribution: BoltzmannTokens = BoltzmannTokens()
+    regularizer: OtherCandidates = OtherCandidates()
+    parallel: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples, drawn by sample, whose decoder is told places alone and no tokens: all are predicted at
+    once, from the image (CapPa)."""
+
+    @property
+    def compares_samples(self) -> bool:
+        """Return that it does not: the other candidates are tokens of the vocabulary."""
+        return False
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a `TokenHead`."""
+        return TokenHead(sizes.vocabulary, sizes.decoded)
+
+    def present(self, batch: Batch) -> Tensor:
+        """Return which samples have a caption: bool (B)."""
+        return batch.has_text_B
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return −log P̂ of a token, the mean over the tokens of all ranks' captions, this rank's share."""
+        batch = context.batch
+        given_BT, wanted_BT = batch.text_ids_BT[:, :-1], batch.text_ids_BT[:, 1:]
+        valid_BT = batch.text_mask_BT[:, 1:]  # a sample without caption has one token, which nobody asks for
+        embedded_BTD = given.head(given_BT)
+        if self.parallel:
+            seeds_B = batch.seeds_B.to(embedded_BTD.device, non_blocking=True)
+            told_B1 = hash_uniform(seeds_B, 1, _STREAM) >= self.parallel
+            embedded_BTD = embedded_BTD * told_B1[..., None]
+        decoded_BTD = given.decoder(embedded_BTD, encoded.tokens_BLD)
+        logits_BTV = given.head(decoded_BTD, logits=True)
+        return Loss(self.distribution.loss(logits_BTV, wanted_BT, valid_BT, given.ranks))
+
+
+class TokenHead(nn.Module):
+    """Holds the embedding of every token of the vocabulary: z_y, and what the decoder reads of the tokens before it."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.weight_VD = nn.Parameter(torch.empty(vocabulary, width))
+
+    def reset_parameters(self) -> None:
+        """Draw first values such that embeddings times √D have a variance of 1."""
+        nn.init.normal_(self.weight_VD, std=self.weight_VD.shape[1] ** -0.5)
+
+    def forward(self, tokens: Tensor, *, logits: bool = False) -> Tensor:
+        """Return embeddings times √D of tokens, (B, T) → (B, T, D); with `logits`, those of ẑ_y over the vocabulary:
+        (B, T, D) → (B, T, V)."""
+        if logits:
+            return F.linear(tokens, self.weight_VD)
+        embedded_BTD: Tensor = F.embedding(tokens, self.weight_VD) * self.weight_VD.shape[1] ** 0.5
+        return embedded_BTD
+
+
+class CausalTransformer(nn.Module):
+    """Lets every token of a caption attend to those before it and to the visible tokens of the image."""
+
+    def __init__(self, input_width: int, width: int, depth: int, heads: int, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.width = width
+        self.embed = nn.Linear(input_width, width)
+        config = BertConfig(
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            is_decoder=True,
+            add_cross_attention=True,
+            attn_implementation=kernel,
+        )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList([BertLayer(config) for _ in range(depth)])
+        layer: Any
+        for layer in self.layers:
+            layer.varies_in_length = True
+
+    def forward(self, embedded_BTD: Tensor, tokens_BLD: Tensor) -> Tensor:
+        """Predict the token behind each of T: (B, T, width).
+
+        Args:
+            embedded_BTD: tokens of captions; padding lies behind them, where they do not attend to it.
+            tokens_BLD: visible tokens of the encoded input.
+        """
+        count = embedded_BTD.shape[1]
+        image_BLD = self.embed(tokens_BLD)
+        position_TD = token_position(count, self.width, embedded_BTD.device).to(embedded_BTD.dtype)
+        hidden_BTD: Tensor = self.norm(embedded_BTD + position_TD)
+        lowest = torch.finfo(hidden_BTD.dtype).min
+        mask_11TT = hidden_BTD.new_full((1, 1, count, count), lowest).triu(1)
+        for layer in self.layers:
+            hidden_BTD = layer(hidden_BTD, mask_11TT, image_BLD)
+        return hidden_BTD
+
+
+class CausalTransformerSpec(LayeredSpec):
+    """Predicts the next token of a caption from the tokens before it and the image."""
+
+    kind: ClassVar[str] = "causal_transformer"
+    by_token: ClassVar[bool] = True
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        """Return a `CausalTransformer`."""
+        width, heads = self.shape(config)
+        kernel = str(config._attn_implementation or "sdpa")
+        return CausalTransformer(config.hidden_size, width, self.depth, heads, kernel)

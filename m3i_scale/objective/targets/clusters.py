@@ -1,0 +1,113 @@
+"""Predict in which clusters the patches of a view lie; the clusters are learnt while the training goes on (CAPI)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.objective.distributions.base import Loss, unit
+from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.heads import Prototypes
+from m3i_scale.objective.regularizers.prototypes import Sinkhorn, sinkhorn
+from m3i_scale.objective.schedule import number, settled
+from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, Sizes, TargetModules
+from m3i_scale.objective.targets.patches import count_faults, decode, place_faults
+
+_LARGEST_EXPONENT = 50.0
+"""fp32 holds sums of exp(50), and what lies 137 below."""
+
+
+class Clusters(ImageTarget):
+    """Predicts the clusters of patches, to which Sinkhorn assigns the averaged model's tokens (CAPI).
+
+    Patches of one position are divided among the clusters by themselves, over all images of the global micro-batch:
+    else clusters would tell where a patch lies.
+    """
+
+    kind: ClassVar[str] = "clusters"
+    representation: ClassVar[str] = "dense clusters"
+    dense: ClassVar[bool] = True
+    tokens: Literal["masked", "all"]
+    """Which patches are asked for: those that the input hides, or all."""
+    clusters: int = Field(default=16384, ge=2)
+    """Number K of clusters."""
+    encoder: Literal["momentum"] = "momentum"
+    distribution: Boltzmann = Boltzmann(temperature=0.12)
+    regularizer: Sinkhorn = Sinkhorn(target_temperature=0.06)
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the names of the two losses whose sum it is."""
+        return ("prediction", "clustering")
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a `ClusterHead`."""
+        return ClusterHead(sizes.decoded, sizes.encoded, self.clusters)
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return −log P̂ of the assignments of the patches that the decoder answers for, and the loss of the clusters
+        themselves, this rank's share."""
+        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        if self.name not in context.clusters:
+            context.clusters[self.name] = self._assign(given, context)
+        assigned_BNK, clustering = context.clusters[self.name]
+        p = settled(self.distribution, context.progress)
+        logits_NK = given.head.prototypes(decoded_BQD).flatten(0, 1) / number(p.temperature)
+        wanted_NK = gather_tokens(assigned_BNK, query_BQ).flatten(0, 1)
+        value, nats = p.over_prototypes(logits_NK, wanted_NK, given.ranks)
+        terms = {"prediction": value, "clustering": clustering}
+        return Loss(value + clustering, nats, watched={"assignment": wanted_NK}, terms=terms)
+
+    def _assign(self, given: TargetModules, context: Context) -> tuple[Tensor, Tensor]:
+        """Return the assignments of all patches of the view, (B, N, K), and the loss that the clusters learn from: the
+        cross-entropy of their own assignments."""
+        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
+        logits_BNK = given.head.clusters(context.encoded_views[self.encoder_key, self.view][1])
+        with torch.no_grad():
+            scaled_NBK = logits_BNK.transpose(0, 1) / number(regularizer.target_temperature)
+            # Clusters are as long as they like, so that no exponential would hold them. A factor of a column cancels.
+            scaled_NBK = scaled_NBK - given.ranks.max(scaled_NBK.amax(dim=1, keepdim=True))
+            shares_NBK = (scaled_NBK + _LARGEST_EXPONENT).exp()
+            assigned_BNK = sinkhorn(shares_NBK, regularizer.iterations, given.ranks).transpose(0, 1)
+        log_softmax_BNK = F.log_softmax(logits_BNK / number(p.temperature), dim=-1)
+        return assigned_BNK, -(assigned_BNK * log_softmax_BNK).sum(dim=-1).mean()
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        yield from place_faults(self, parts)
+        yield from count_faults(self, parts)
+        if fault := self.regularizer.fault(self.distribution):
+            yield fault
+
+
+class ClusterHead(nn.Module):
+    """Holds the clusters of the averaged model's tokens, and the prototypes by which the decoder predicts them."""
+
+    def __init__(self, decoded: int, encoded: int, count: int) -> None:
+        super().__init__()
+        self.clusters = OnlineClusters(encoded, count)
+        self.prototypes = Prototypes(decoded, count)
+
+
+class OnlineClusters(nn.Module):
+    """Compares unit vectors with K learnt directions of any length, each with an offset."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+        self.bias = nn.Parameter(torch.empty(count))
+
+    def reset_parameters(self) -> None:
+        """Draw directions of variance 1 a channel, as CAPI does."""
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """Return logits in fp32: (B, N, D) → (B, N, K). No gradient reaches the tokens."""
+        return F.linear(unit(tokens_BND.detach()), self.weight.float(), self.bias.float())

@@ -1,0 +1,135 @@
+"""Ask for patches of a view: which inputs and decoders can answer, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.data.batch import Batch
+from m3i_scale.objective.convolution import ConvolutionSpec
+from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
+from m3i_scale.objective.inputs import InputSpec
+from m3i_scale.objective.masks import TargetBlocks
+from m3i_scale.objective.positions import relative_position
+from m3i_scale.objective.targets.base import Context, Encoded, Parts, TargetModules
+
+Asked = Literal["masked", "blocks", "all"]
+"""Which patches are asked for: those that the input hides; those of its target blocks, each block predicted by itself;
+or all."""
+
+
+class AsksPatches(Protocol):
+    """Is a target that asks for patches of a view, whatever it predicts of them."""
+
+    kind: ClassVar[str]
+
+    @property
+    def view(self) -> int:
+        """Return the target view."""
+
+    @property
+    def tokens(self) -> Asked:
+        """Return which patches are asked for."""
+
+    @property
+    def decoder(self) -> str:
+        """Return the name of the decoder."""
+
+    def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
+        """Return the inputs, each with every view of it that the target is predicted from."""
+
+
+def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
+    """Yield why inputs and decoder cannot say where the patches lie.
+
+    Args:
+        target: what is predicted.
+        parts: what it refers to.
+        finds_places: it looks for the places of its patches by itself.
+    """
+    pairs, decoder = target.predicted_from(parts), parts.decoders[target.decoder]
+    other_view = any(view != target.view for _, view in pairs)
+    if target.tokens != "all" and other_view:
+        yield f"`tokens: {target.tokens}` counts the hidden patches of the input's own view: use `all` between views"
+    if target.tokens == "masked" and parts.mix is None and any(spec.mask is None for spec, _ in pairs):
+        yield "`tokens: masked`, but the input hides no patch"
+    if target.tokens == "blocks":
+        if any(spec.mask is None or not isinstance(spec.mask.form, TargetBlocks) for spec, _ in pairs):
+            yield "`tokens: blocks`, but the input has no target blocks: `mask: {form: target_blocks, ratio: 0.7}`"
+        if not isinstance(decoder, TransformerSpec):
+            yield f"`tokens: blocks` asks for one block at a time: use a transformer, not {decoder.kind}"
+    if isinstance(decoder, TransformerSpec) and decoder.position == "absolute" and other_view:
+        yield "absolute positions do not say where another view lies: use `position: relative`"
+    if isinstance(decoder, ConvolutionSpec) and other_view:
+        yield "a convolution knows its own view alone: use a transformer"
+    if isinstance(decoder, PointwiseSpec):
+        if parts.mix is not None or any(spec.mask and spec.mask.hidden == "dropped" for spec, _ in pairs):
+            yield "a pointwise decoder has no answer for patches that its input hides: transformer, or `hidden: token`"
+        if other_view and not finds_places:
+            yield "a pointwise decoder knows its own view alone: use a transformer, or `match: similarity`"
+        if not other_view and finds_places:
+            yield "`match: similarity` has no effect within one view"
+
+
+def count_faults(target: AsksPatches, parts: Parts) -> Iterator[str]:
+    """Yield why a loss cannot count as many hidden patches of every sample, which it needs."""
+    if target.tokens == "masked" and any(spec.mask and spec.mask.varies for spec, _ in target.predicted_from(parts)):
+        yield f"a {target.kind} target counts as many hidden patches of every sample: give the mask one ratio, no share"
+
+
+def decode(target: AsksPatches, given: TargetModules, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
+    cls_B1D, tokens_BLD, where = encoded.cls_BND, encoded.tokens_BLD, encoded.where
+    if target.tokens == "all":
+        patches = given.grid[0] * given.grid[1]
+        query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
+    else:
+        query_BQ = where.hidden_BM
+    if isinstance(given.decoder, Pointwise):
+        return query_BQ, given.decoder(gather_tokens(tokens_BLD, query_BQ) if target.tokens == "masked" else tokens_BLD)
+    of_input, of_target = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
+    if target.tokens == "blocks" and where.blocks_BKT is not None:
+        return _decode_blocks(given, encoded, where.blocks_BKT, of_input)
+    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
+
+
+def _decode_blocks(
+    given: TargetModules, encoded: Encoded, blocks_BKT: Tensor, position_BNP: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the patches of all blocks (B, K·T), and the decoder's answers (B, K·T, D): it sees one block at a time, as
+    if the batch were K times as large."""
+    count = blocks_BKT.shape[1]
+    cls_B1D, tokens_BLD, visible_BL = (
+        part.repeat_interleave(count, dim=0) for part in (encoded.cls_BND, encoded.tokens_BLD, encoded.where.visible_BL)
+    )
+    if position_BNP is not None:
+        position_BNP = position_BNP.repeat_interleave(count, dim=0)
+    answers_BTD = given.decoder(
+        cls_B1D, tokens_BLD, visible_BL, blocks_BKT.flatten(0, 1), given.grid, position_BNP, position_BNP
+    )
+    return blocks_BKT.flatten(1), answers_BTD.unflatten(0, (-1, count)).flatten(1, 2)
+
+
+def _positions(
+    decoder: nn.Module, batch: Batch, view: int, target_view: int, grid: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    if not isinstance(decoder, TransformerDecoder) or decoder.position != "relative":
+        return None, None
+
+    def relative(to: int) -> Tensor:
+        return relative_position(
+            batch.crops_VB4[view],
+            batch.crops_VB4[to],
+            batch.flips_VB[view],
+            batch.flips_VB[to],
+            batch.sizes_B2[:, 1],
+            grid,
+            decoder.width,
+        )
+
+    own = relative(view)
+    return own, own if target_view == view else relative(target_view)

@@ -1,0 +1,128 @@
+"""Predict distributions over the prototypes of a head: of the whole view, or of every hidden patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.objective.decoders import PointwiseSpec
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.heads import HeadSpec
+from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer
+from m3i_scale.objective.schedule import number, settled
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, TargetModules
+from m3i_scale.objective.targets.patches import Asked, decode, place_faults
+from m3i_scale.objective.targets.pooled import pooled_target
+
+
+class Prototypes(HeadTarget):
+    """Predicts a distribution over the prototypes of the head."""
+
+    kind: ClassVar[str] = "prototypes"
+    representation: ClassVar[str] = "global feature"
+    encoder: Literal["momentum"] = "momentum"
+    distribution: Boltzmann = Boltzmann()
+    regularizer: PrototypeRegularizer
+
+    def build_memory(self, spec: HeadSpec) -> Memory:
+        """Return what the head remembers of earlier batches."""
+        return self.regularizer.memory(spec.width, spec.prototypes)
+
+    @property
+    def averages_prototypes(self) -> bool:
+        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
+        return self.regularizer.averages_prototypes
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return −log P̂ of the view's distribution over prototypes, this rank's share."""
+        if self.name not in context.assigned:
+            context.assigned[self.name] = self._assign(given, context, pooled_target(self, given, context))
+        prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
+        return self._loss(given, context, prediction_BE, *context.assigned[self.name])
+
+    def _assign(
+        self, given: TargetModules, context: Context, target_NE: Tensor, share_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the target's distributions (N, K), and what the head remembers of it."""
+        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
+        with torch.no_grad():
+            head = given.momentum.heads[self.head] if self.averages_prototypes else given.head
+            target_NK = head.prototypes(target_NE)
+            probabilities_NK = regularizer.assign(p, target_NK, given.memory, given.ranks, share_N)
+            return probabilities_NK, regularizer.remembered(target_NK, given.memory, given.ranks, share_N)
+
+    def _loss(
+        self,
+        given: TargetModules,
+        context: Context,
+        prediction_NE: Tensor,
+        probabilities_NK: Tensor,
+        remember: Tensor | None,
+        share_N: Tensor | None = None,
+    ) -> Loss:
+        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
+        logits_NK = given.head.prototypes(prediction_NE) / number(p.temperature)
+        loss = regularizer.loss(p, logits_NK, probabilities_NK, given.ranks, share_N)
+        loss.remember = remember
+        return loss
+
+    def _head_faults(self, head: HeadSpec) -> Iterator[str]:
+        if not head.prototypes:
+            yield f"a distribution over prototypes needs `prototypes` in head '{self.head}', e.g. 4096"
+        if head.prototypes == 1:
+            yield "`prototypes: 1`: all samples would have it"
+        fault = self.regularizer.fault(self.distribution)
+        if fault:
+            yield fault
+
+
+class DensePrototypes(Prototypes):
+    """Predicts a distribution over the prototypes of the head for every hidden patch (iBOT): that of the averaged
+    model's token at the same place of the same view.
+
+    What the head remembers of patches is apart from what it remembers of whole views.
+    """
+
+    kind: ClassVar[str] = "dense_prototypes"
+    representation: ClassVar[str] = "dense feature"
+    dense: ClassVar[bool] = True
+    tokens: Asked
+    """Which patches are asked for: those that the input hides, or all."""
+
+    @property
+    def memory_name(self) -> str:
+        """Return the name of what the head remembers for targets of this kind."""
+        return f"{self.head}/patches"
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return −log P̂ of the patches, this rank's share: mean over those of an image, then over images, of which
+        those that hide nothing add 0 (iBOT's code, DINOv2's)."""
+        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        share_N = None
+        if self.tokens == "masked" and encoded.where.masked_BM is not None:
+            share_N = share_of_hidden(encoded.where.masked_BM).flatten()
+        tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
+        with torch.no_grad():
+            wanted_BQE = given.momentum.heads[self.head](gather_tokens(tokens_BND, query_BQ), predict=False)
+        assigned = self._assign(given, context, wanted_BQE.flatten(0, 1), share_N)
+        prediction_BQE = given.head(decoded_BQD, predict=True)
+        return self._loss(given, context, prediction_BQE.flatten(0, 1), *assigned, share_N)
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        decoder = parts.decoders[self.decoder]
+        if not isinstance(decoder, PointwiseSpec):
+            yield f"dense prototypes compare backbone tokens: the decoder must be pointwise, not {decoder.kind}"
+        yield from place_faults(self, parts)
+
+
+def share_of_hidden(masked_BM: Tensor) -> Tensor:
+    """Return what every patch counts in a mean over the hidden ones of an image, then over images: fp32 (B, M)."""
+    hidden_B1 = masked_BM.sum(dim=1, keepdim=True, dtype=torch.float32)
+    return masked_BM / (hidden_B1.clamp(min=1) * len(masked_BM))
