@@ -155,11 +155,11 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
     recipe, augment = base.recipe, base.data.augment
     for decoder in recipe["decoders"].values():
         if decoder["kind"] == "transformer":
-            decoder |= {"width": 64, "heads": 1, "depth": 2}
+            decoder |= {"width": 64, "heads": 1, "depth": LAYERS // 3}
         elif decoder["kind"] == "attention_pool":
             decoder["width"] = WIDTH
     if "momentum" in recipe:
-        recipe["momentum"] = {"start": 0.99, "end": 1.0, "projector_depth": 1}
+        recipe["momentum"] = {"start": 0.99, "end": 1.0, "projector_depth": LAYERS // 3}
     text = {"config": _shape(2), "max_tokens": TOKENS}
     for target in recipe["targets"]:
         if target["kind"] == "text":
@@ -199,7 +199,7 @@ def _shape(layers: int) -> dict[str, Any]:
 def flop_per_sample(values: dict[str, Any], data: DataSet) -> float:
     """Counted FLOPs of student, decoders, heads and targets for one training sample."""
     run = parse_section(RunConfig, values | {"optim": _optim(1000)}, where="one_stage")
-    views, vocabulary = parse_recipe(run.recipe).views, 4096
+    views, vocabulary = parse_recipe(run.recipe).drawn_views, 4096
     batch = synthetic_batch(
         BATCH, views, image=IMAGE, tokens=data.tokens, classes=len(data.classes), vocabulary=vocabulary
     )
@@ -228,6 +228,9 @@ class Job:
     output: Path
     """Every result has a folder of its own in it, named by what it depends on."""
     flop: float
+    """Of one sample."""
+    price: float
+    """What a sample takes of the budget: its FLOPs, or those of `m3i` where all see as many samples."""
     budget: float
     points: int
     """How often it is measured along its training; 1: at the end."""
@@ -241,12 +244,12 @@ class Job:
         """
         if not self.entry.trained:
             return 2
-        steps = round(self.budget / (self.flop * BATCH))
+        steps = round(self.budget / (self.price * BATCH))
         if steps < FEWEST_STEPS:
-            least = math.ceil(FEWEST_STEPS * self.flop * BATCH / 1e10) / 100
+            least = math.ceil(FEWEST_STEPS * self.price * BATCH / 1e10) / 100
             raise ConfigError(
-                f"{self.budget / 1e12:g} TFLOP pay for {steps} steps of '{self.entry.name}'",
-                why=f"with fewer than {FEWEST_STEPS} neither is compute equal nor anything trained",
+                f"{self.budget / 1e12:g} TFLOP are {steps} steps of '{self.entry.name}'",
+                why=f"with fewer than {FEWEST_STEPS} nothing is equal and nothing trained",
                 fix=f"--budget {least:g} or more",
             )
         return steps

@@ -9,14 +9,17 @@ from typing import Any
 TITLES = {
     "linear": "linear probe",
     "knn": "kNN",
+    "classification_5_per_class top-1": "5 per class",
     "dense": "dense probe",
+    "segmentation mIoU": "segmentation",
+    "detection box_AP": "detection",
     "zero_shot": "zero-shot",
     "retrieval": "image → text",
     "text_to_image": "text → image",
 }
-"""Columns, in order; what is fine-tuned follows under its own names."""
+"""Columns, in order; other figures follow under their own names."""
 NO_RECIPES = (
-    *("ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images"),
+    *("mean_rank", "ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images", "ladder"),
     *("curves", "not_measured", "settings", "machine"),
 )
 
@@ -29,18 +32,23 @@ def recipes_of(document: dict[str, Any]) -> list[str]:
 def markdown(document: dict[str, Any]) -> str:
     """The comparison and the ablations as tables."""
     steps, gflop = document["settings"]["steps"], document["settings"]["gflop_per_sample"]
-    titles = TITLES | {name: name for name in document["untrained"] if name not in TITLES}
-    head = ["recipe", "steps", "GFLOP / sample", *titles.values()]
+    measured = {name for recipe in recipes_of(document) for name in document[recipe]}
+    titles = {name: title for name, title in TITLES.items() if name in measured}
+    titles |= {name: name for name in document["untrained"] if name not in TITLES}
+    head = ["recipe", "steps", "GFLOP / sample", "mean rank", *titles.values()]
     rows = [
-        [f"`{name}`", str(steps[name]), f"{gflop[name]:.2f}", *_cells(document[name], titles)]
+        [f"`{name}`", str(steps[name]), f"{gflop[name]:.2f}", _rank(document, name), *_cells(document[name], titles)]
         for name in recipes_of(document)
     ]
-    rows.append(["untrained", "", "", *_cells(document["untrained"], titles)])
-    rows.append(["raw pixels", "", "", *(_plain(document["pixels"].get(name)) for name in titles)])
-    rows.append(["guessing", "", "", *(_plain(document["guessing"].get(name)) for name in titles)])
+    rows.append(["untrained", "", "", "", *_cells(document["untrained"], titles)])
+    rows.append(["raw pixels", "", "", "", *(_plain(document["pixels"].get(name)) for name in titles)])
+    rows.append(["guessing", "", "", "", *(_plain(document["guessing"].get(name)) for name in titles)])
     widest = {name: max(row.get(name, 0.0) for row in document["other_images"].values()) for name in titles}
-    rows.append(["± other test images", "", "", *(_plain(widest[name] or None) for name in titles)])
+    rows.append(["± other test images", "", "", "", *(_plain(widest[name] or None) for name in titles)])
     text = _table(head, rows)
+    if ladder := document.get("ladder"):
+        rows = [[f"`{name}`", *(_rank(row, name) for row in ladder.values())] for name in recipes_of(document)]
+        text += "\n" + _table(["mean rank at", *(f"{budget} TFLOP" for budget in ladder)], rows)
     if "m3i" in document:
         minus = document["m3i_minus"]
         rows = [[f"`{name}`", *_signed(minus[name], titles)] for name in recipes_of(document) if name != "m3i"]
@@ -55,6 +63,11 @@ def markdown(document: dict[str, Any]) -> str:
         rows = [[name, *_signed(minus[name], titles)] for name in document["ablations"]]
         text += "\n" + _table(["`m3i` minus `m3i` with", *titles.values()], rows)
     return text
+
+
+def _rank(document: dict[str, Any], recipe: str) -> str:
+    rank = document["mean_rank"][recipe]
+    return f"{rank['mean']:.2f} ± {rank['high'] - rank['mean']:.2f}"
 
 
 def _signed(measures: dict[str, Any], names: Iterable[str]) -> list[str]:
@@ -87,7 +100,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Every measure of the first seed along its training, as SVG; a recipe has one colour in all of them."""
+    """Every measure by compute, or by samples where those are equal, as SVG; a recipe has one colour in all of them."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -96,15 +109,16 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
     measured = {name for points in document["curves"].values() for point in points for name in point}
     shown = [name for name in TITLES if name in measured]
+    along, label = ("samples", "samples") if document["settings"]["protocol"] == "samples" else ("tflop", "TFLOP")
     figure, axes = pyplot.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), squeeze=False)
     colours = {recipe: f"C{number}" for number, recipe in enumerate(document["curves"])}
     for axis, name in zip(axes[0], shown, strict=True):
         for recipe, points in document["curves"].items():
-            line = [(point["tflop"], point[name]) for point in points if name in point]
+            line = [(point[along], point[name]) for point in points if name in point]
             if line:
                 axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=recipe, color=colours[recipe])
         axis.set_title(TITLES[name])
-        axis.set_xlabel("TFLOP")
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)

@@ -1,12 +1,14 @@
-"""One stage with everything against its parts, at equal compute: the paper's second claim, at a small scale.
+"""One stage with everything against its parts: the paper's second claim, at a small scale.
 
-Every recipe trains the same small ViT on the same shards with the same crops, colours and optimizer, for as many steps
-as the same number of counted FLOPs pays for (student, decoders, heads and targets, forward and backward). Frozen
-features are then measured in what each part is good at, and with --downstream after a fine-tuning of
-`benchmarks/downstream.py`. Several seeds; figures are means with 95 % intervals over seeds.
+Every recipe trains the same small ViT on the same shards with the same crops, colours and optimizer, under one of two
+protocols. `compute`: for as many steps as the same number of counted FLOPs pays for (student, decoders, heads and
+targets, forward and backward). `samples`: for as many as it pays for in `m3i`, so that all see as many samples, as the
+paper compares. Frozen features are then measured in what each part is good at, and exports after trainings of
+`benchmarks/downstream.py`; over all measures recipes have a mean rank. Several seeds; figures are means with 95 %
+intervals over seeds, differences those between trainings of the same seed.
 
-    python benchmarks/one_stage.py --json [--data FOLDER] [--markdown tables.md] [--plot curves.svg]
-        [--downstream segmentation …]
+    python benchmarks/one_stage.py --json [--protocol samples] [--budget 2 --budget 6 …] [--data FOLDER]
+        [--markdown tables.md] [--plot curves.svg]
 
 What is done is not done again: results lie in --output, a folder for every training.
 """
@@ -16,16 +18,17 @@ from __future__ import annotations
 import os
 import queue
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import downstream
 import torch
 import typer
 from _common import emit, emoji_shards, machine, need, say
-from _intervals import LEVEL, difference_interval, mean_interval
+from _intervals import LEVEL, mean_interval
+from _mean_rank import mean_ranks
 from _one_stage import (
     ABLATIONS,
     BATCH,
@@ -43,33 +46,64 @@ from _one_stage_report import markdown, plot
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
+from m3i_scale.run.finetune_result import OUTCOMES
+
+TASKS = ("segmentation", "classification_5_per_class", "detection")
+"""Those of `downstream.py` that exports are measured by."""
+Protocol = Literal["compute", "samples"]
 
 
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     data: Path = typer.Option(None, help="Folder of shards with train and val; default: the emoji set."),
     output: Path = typer.Option(Path("runs/one_stage"), help="Keeps every training's result."),
-    budget: float = typer.Option(6.0, min=1e-6, help="TFLOP of one training."),
+    protocol: Protocol = typer.Option("compute", help="What is equal: counted compute, or samples seen."),
+    budgets: list[float] = typer.Option(
+        [6.0],
+        "--budget",
+        min=1e-6,
+        help="TFLOP of one training, of `m3i`'s where samples are equal; several: a ladder.",
+    ),
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
-    points: int = typer.Option(3, min=1, help="Measurements along the first seed's training; 1: at the end alone."),
+    points: int = typer.Option(
+        None, min=1, help="Measurements along the first seed's training; default: 3, and 1, at the end, of a ladder."
+    ),
     only: list[str] = typer.Option([], help="Only these recipes."),
     ablations: bool | None = typer.Option(
         None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
     ),
-    tasks: list[str] = typer.Option([], "--downstream", help="Also fine-tune every export by a task of downstream.py."),
+    tasks: list[str] = typer.Option(
+        [],
+        "--downstream",
+        help="Train every export by these tasks of downstream.py; none: by none. Default: segmentation, "
+        "classification_5_per_class and detection, where the data have labels for them.",
+    ),
     markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),
     plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),
 ) -> None:
-    """Print {recipe: {measure: {mean, low, high, seeds}}}, ablations, curves, controls, settings, machine."""
+    """Print {recipe: {measure: {mean, low, high, seeds}}, mean_rank: {recipe: …}}, m3i_minus, ablations, curves,
+    controls, settings, machine. Of a ladder: those of its largest budget, and the first four by budget.
+    """
     if plot_file is not None:
         need("matplotlib")
     try:
         for file in (markdown_file, plot_file):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError("no such folder", where=str(file.absolute().parent), fix=f"mkdir -p {file.parent}")
-        asked = downstream.chosen(tasks) if tasks else []
-        document = compare(data, output, budget, seeds, points, workers, _chosen(only, ablations), asked)
+        if len(set(budgets)) > 1 and points is not None:
+            raise ConfigError("the curves of a ladder are drawn over its budgets", fix="leave out --points")
+        comparison = Comparison(
+            open_data(data if data is not None else emoji_shards()),
+            output,
+            protocol,
+            sorted(set(budgets)),
+            seeds,
+            points or (1 if len(set(budgets)) > 1 else 3),
+            *_chosen(only, ablations),
+        )
+        asked = [] if tasks == ["none"] else downstream.chosen(tasks)
+        document = comparison.document(workers, asked if tasks else comparison.tasks())
     except UserError as fault:
         say(f"error: {fault}")
         sys.exit(EXIT_USER_ERROR)
@@ -93,52 +127,134 @@ def _chosen(only: list[str], ablations: bool | None) -> tuple[list[Entry], list[
     return entries, list(ABLATIONS) if wanted else []
 
 
-def compare(
-    folder: Path | None,
-    output: Path,
-    budget: float,
-    seeds: int,
-    points: int,
-    workers: int,
-    chosen: tuple[list[Entry], list[Entry]],
-    tasks: Sequence[downstream.Measured] = (),
-) -> dict[str, Any]:
-    """All trainings, in parallel, and what they come to."""
-    entries, others = chosen
-    data = open_data(folder if folder is not None else emoji_shards())
-    # Boxes are of built-in scenes, whatever the data.
-    shards = {task: downstream.data_of(task, None if task.kind == "detection" else data.folder) for task in tasks}
-    every = [UNTRAINED, *entries, *others]
-    jobs = [
-        job for entry in every for job in _jobs(entry, data, output, budget, seeds, points if entry in entries else 1)
-    ]
-    check_budget(jobs)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / ".lock", timeout=0):
-            results = _run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1, shards)
-    except Timeout:
-        raise DataError(
-            "another comparison writes here", where=str(output), fix="wait for it, or give another --output"
-        ) from None
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for job, result in zip(jobs, results, strict=True):
-        by_name.setdefault(job.entry.name, []).append(result)
-    return _document(by_name, entries, others) | {
-        "settings": {
-            "data": str(data.folder),
-            "samples": data.samples,
-            "caption_tokens": data.tokens,
-            "tflop": budget,
+@dataclass(frozen=True)
+class Comparison:
+    """What is trained, and how it is compared."""
+
+    data: DataSet
+    output: Path
+    protocol: Protocol
+    budgets: list[float]
+    """TFLOP, ascending."""
+    seeds: int
+    points: int
+    entries: list[Entry]
+    others: list[Entry]
+    """`m3i` with other choices."""
+
+    def tasks(self) -> list[downstream.Measured]:
+        """Return the tasks that exports are trained by where none is named: those that the data have labels for."""
+        train = self.data.folder / "train"
+        return [
+            task
+            for task in downstream.TASKS
+            if task.name in TASKS and (task.kind == "detection" or (train / OUTCOMES[task.kind].names).is_file())
+        ]
+
+    def document(self, workers: int, tasks: list[downstream.Measured]) -> dict[str, Any]:
+        """Run all trainings, in parallel, and return what they come to."""
+        # Boxes are of built-in scenes, whatever the data.
+        shards = {
+            task: downstream.data_of(task, None if task.kind == "detection" else self.data.folder) for task in tasks
+        }
+        controls = self._jobs(UNTRAINED, self.budgets[0])
+        trained = {
+            (budget, entry.name): self._jobs(entry, budget)
+            for budget in self.budgets
+            for entry in (*self.entries, *self.others)
+        }
+        jobs = [*controls, *(job for of_row in trained.values() for job in of_row)]
+        check_budget(jobs)
+        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.output / ".lock", timeout=0):
+                results = iter(_run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1, shards))
+        except Timeout:
+            raise DataError(
+                "another comparison writes here", where=str(self.output), fix="wait for it, or give another --output"
+            ) from None
+        untrained = [next(results) for _ in controls]
+        found = {row: [next(results) for _ in of_row] for row, of_row in trained.items()}
+        by_budget = {
+            budget: {entry.name: found[budget, entry.name] for entry in (*self.entries, *self.others)}
+            for budget in self.budgets
+        }
+        largest = by_budget[self.budgets[-1]]
+        document = self._rows(largest) | self._controls(largest, untrained)
+        if len(self.budgets) > 1:
+            document["ladder"] = {f"{budget:g}": self._rows(by_name) for budget, by_name in by_budget.items()}
+        settings = {
+            "data": str(self.data.folder),
+            "samples": self.data.samples,
+            "caption_tokens": self.data.tokens,
+            "protocol": self.protocol,
+            "tflop": self.budgets[-1],
             "batch": BATCH,
-            "seeds": seeds,
-            "steps": {name: found[0]["steps"] for name, found in by_name.items()},
-            "gflop_per_sample": {name: found[0]["gflop_per_sample"] for name, found in by_name.items()},
+            "seeds": self.seeds,
+            "steps": {name: results[0]["steps"] for name, results in largest.items()},
+            "gflop_per_sample": {name: results[0]["gflop_per_sample"] for name, results in largest.items()},
             "level": LEVEL,
-        },
-        "curves": {entry.name: _curve(by_name[entry.name][0], budget) for entry in entries},
-        "machine": machine(),
-    }
+        }
+        curves = {entry.name: self._curve([rows[entry.name] for rows in by_budget.values()]) for entry in self.entries}
+        return document | {"settings": settings, "curves": curves, "machine": machine()}
+
+    def _jobs(self, entry: Entry, budget: float) -> list[Job]:
+        flop = self._flop(entry)
+        (paid,) = (other for other in RECIPES if other.name == "m3i") if self.protocol == "samples" else (entry,)
+        price, points = self._flop(paid), self.points if entry in self.entries else 1
+        return [
+            Job(entry, seed, self.data, self.output, flop, price, budget * 1e12, points if seed == 0 else 1)
+            for seed in range(self.seeds)
+        ]
+
+    def _flop(self, entry: Entry) -> float:
+        return flop_per_sample(run_values(entry, self.data, 0, self.output), self.data)
+
+    def _rows(self, by_name: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Return the figures of every recipe at one budget, and how they rank."""
+        rows: dict[str, Any] = {entry.name: _means(by_name[entry.name]) for entry in self.entries}
+        rows["mean_rank"] = mean_ranks({entry.name: by_name[entry.name] for entry in self.entries})
+        rows["ablations"] = {
+            entry.name: {"default": entry.default, "measures": _means(by_name[entry.name])} for entry in self.others
+        }
+        if "m3i" in by_name:
+            rows["m3i_minus"] = {
+                name: _differences(by_name["m3i"], results) for name, results in by_name.items() if name != "m3i"
+            }
+        return rows
+
+    def _controls(self, by_name: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what figures are to be held against."""
+        guessing = {name: value for results in by_name.values() for name, value in results[0]["guessing"].items()}
+        firsts = {entry.name: by_name[entry.name][0] for entry in self.entries}
+        return {
+            "untrained": _means(untrained),
+            "pixels": {name: figure["value"] for name, figure in untrained[0]["pixels"].items()},
+            "guessing": guessing,
+            "other_images": {
+                name: {measure: (figure["high"] - figure["low"]) / 2 for measure, figure in first["measures"].items()}
+                for name, first in firsts.items()
+            },
+            "not_measured": {name: first["not_measured"] for name, first in firsts.items()},
+        }
+
+    def _curve(self, by_budget: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Return measures by samples and compute: means over budgets, or of the first seed along its training."""
+        if len(by_budget) > 1:
+            points = [
+                (results[0], results[0]["steps"], {name: figure["mean"] for name, figure in _means(results).items()})
+                for results in by_budget
+            ]
+        else:
+            first = by_budget[0][0]
+            points = [
+                (first, point["step"], {name: figure["value"] for name, figure in point["measures"].items()})
+                for point in first["curve"]
+            ]
+        return [
+            {"tflop": step * BATCH * result["gflop_per_sample"] / 1e3, "samples": step * BATCH, **measures}
+            for result, step, measures in points
+        ]
 
 
 def check_budget(jobs: list[Job]) -> None:
@@ -147,31 +263,7 @@ def check_budget(jobs: list[Job]) -> None:
     Raises:
         ConfigError: see `Job.steps`.
     """
-    _ = max((job for job in jobs if job.entry.trained), key=lambda job: job.flop).steps
-
-
-def _document(by_name: dict[str, list[dict[str, Any]]], entries: list[Entry], others: list[Entry]) -> dict[str, Any]:
-    document: dict[str, Any] = {entry.name: _means(by_name[entry.name]) for entry in entries}
-    document["ablations"] = {e.name: {"default": e.default, "measures": _means(by_name[e.name])} for e in others}
-    compared = {name: found for name, found in by_name.items() if name not in ("m3i", "untrained")}
-    if "m3i" in by_name:
-        document["m3i_minus"] = {name: _differences(by_name["m3i"], found) for name, found in compared.items()}
-    document["untrained"] = _means(by_name["untrained"])
-    document["pixels"] = {name: figure["value"] for name, figure in by_name["untrained"][0]["pixels"].items()}
-    document["guessing"] = {name: value for found in by_name.values() for name, value in found[0]["guessing"].items()}
-    document["other_images"] = {
-        entry.name: {
-            name: (figure["high"] - figure["low"]) / 2 for name, figure in by_name[entry.name][0]["measures"].items()
-        }
-        for entry in entries
-    }
-    document["not_measured"] = {entry.name: by_name[entry.name][0]["not_measured"] for entry in entries}
-    return document
-
-
-def _jobs(entry: Entry, data: DataSet, output: Path, budget: float, seeds: int, points: int) -> list[Job]:
-    flop = flop_per_sample(run_values(entry, data, 0, output), data)
-    return [Job(entry, seed, data, output, flop, budget * 1e12, points if seed == 0 else 1) for seed in range(seeds)]
+    _ = max((job for job in jobs if job.entry.trained), key=lambda job: job.price / job.budget).steps
 
 
 def _run(jobs: list[Job], workers: int, shards: dict[downstream.Measured, Path]) -> list[dict[str, Any]]:
@@ -223,9 +315,9 @@ def _means(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """m3i minus another row, with Welch's interval over the seeds of both."""
+    """m3i minus another row, seed by seed: both sides have its order of samples, augmentation and first weights."""
     return {
-        name: difference_interval(_seeds(ours, name), _seeds(theirs, name))
+        name: mean_interval([one - other for one, other in zip(_seeds(ours, name), _seeds(theirs, name), strict=True)])
         for name in ours[0]["measures"]
         if name in theirs[0]["measures"]
     }
@@ -233,17 +325,6 @@ def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> di
 
 def _seeds(results: list[dict[str, Any]], name: str) -> list[float]:
     return [result["measures"][name]["value"] for result in results]
-
-
-def _curve(result: dict[str, Any], budget: float) -> list[dict[str, Any]]:
-    """Measures of the first seed along its training, by compute."""
-    return [
-        {
-            "tflop": budget * point["step"] / result["steps"],
-            **{name: figure["value"] for name, figure in point["measures"].items()},
-        }
-        for point in result["curve"]
-    ]
 
 
 if __name__ == "__main__":

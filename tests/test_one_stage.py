@@ -68,7 +68,8 @@ def job(name, folder, budget=1e12, **fields):
 
     data, entry = open_data(folder), next(entry for entry in (*RECIPES, *ABLATIONS) if entry.name == name)
     flop = flop_per_sample(run_values(entry, data, 0, folder), data)
-    return Job(entry, fields.pop("seed", 0), data, folder.parent / "runs", flop, budget, **{"points": 1} | fields)
+    fields = {"price": flop, "points": 1} | fields
+    return Job(entry, fields.pop("seed", 0), data, folder.parent / "runs", flop, budget=budget, **fields)
 
 
 def by_hand(tokens):
@@ -115,8 +116,8 @@ def test_a_budget_is_judged_by_the_dearest_recipe(folder):
     from one_stage import check_budget
 
     one = job("mae", folder, budget=1e11)
-    jobs = [one, replace(job("m3i", folder, budget=1e11), flop=3 * one.flop)]
-    jobs.append(replace(one, entry=UNTRAINED, flop=9 * one.flop))
+    jobs = [one, replace(job("m3i", folder, budget=1e11), price=3 * one.price)]
+    jobs.append(replace(one, entry=UNTRAINED, price=9 * one.price))
     with pytest.raises(ConfigError, match="steps of 'm3i'") as caught:
         check_budget(jobs)
     least = float(caught.value.fix.split()[1])
@@ -126,11 +127,22 @@ def test_a_budget_is_judged_by_the_dearest_recipe(folder):
 
 def test_a_budget_that_keeps_nothing_equal_is_refused(folder):
     assert job("m3i", folder).steps > 40
-    with pytest.raises(ConfigError, match=r"0.1 TFLOP pay for \d steps") as caught:
+    with pytest.raises(ConfigError, match=r"0.1 TFLOP are \d steps") as caught:
         _ = job("m3i", folder, budget=1e11).steps
     assert "fewer than 20" in caught.value.why
     least = float(caught.value.fix.split()[1]) * 1e12
     assert job("m3i", folder, budget=least).steps >= 20
+
+
+def test_decoders_and_projectors_are_at_most_a_third_of_the_backbone(folder):
+    from _one_stage import ABLATIONS, LAYERS, RECIPES, open_data, run_values
+
+    data = open_data(folder)
+    for entry in (*RECIPES, *ABLATIONS):
+        recipe = run_values(entry, data, 0, folder)["recipe"]
+        depths = [decoder["depth"] for decoder in recipe["decoders"].values() if "depth" in decoder]
+        depths += [recipe["momentum"]["projector_depth"]] if "momentum" in recipe else []
+        assert all(1 <= depth <= LAYERS / 3 for depth in depths)
 
 
 def test_all_train_the_same_backbone_on_the_same_data(folder):
@@ -241,13 +253,20 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(_one_stage, "tool", tool)
     monkeypatch.setattr(downstream, "tool", fine_tune)
     monkeypatch.setattr(downstream, "scene_shards", lambda: tmp_path / "scenes")
-    given = (folder, tmp_path, 1.0, 2, 3, 2, one_stage._chosen([], None), [detection])
-    document = one_stage.compare(*given)
+    data = _one_stage.open_data(folder)
+    asked_for = one_stage.Comparison(data, tmp_path, "compute", [1.0], 2, 3, *one_stage._chosen([], None))
+    assert [task.name for task in asked_for.tasks()] == ["classification_5_per_class", "detection"]  # no names of masks
+    given = (2, [detection])
+    document = asked_for.document(*given)
     rows = [entry.name for entry in (*_one_stage.RECIPES, *_one_stage.ABLATIONS)]
     assert set(document["m3i_minus"]) == {*rows} - {"m3i"}
     assert document["m3i_minus"]["mae"]["linear"]["mean"] == 0
     boxes = {f"detection {name}" for name in detection.figures}
-    assert set(document["m3i"]) == {*TITLES, *boxes}
+    probes = {"linear", "knn", "dense", "zero_shot", "retrieval", "text_to_image"}
+    assert set(document["m3i"]) == {*probes, *boxes}
+    # All are equal in what they can do: the means of all seven ranks, of the first three, and of the last four.
+    assert document["mean_rank"]["m3i"]["mean"] == pytest.approx((4 * 4 + 2 * 2) / 6)
+    assert document["mean_rank"]["mae"]["seeds"] == pytest.approx([(4 * 4 + 2 * 5.5) / 6] * 2)
     assert set(document["mae"]) == set(document["untrained"]) == {"linear", "knn", "dense", *boxes}
     assert document["mae"]["detection box_AP"]["seeds"] == pytest.approx([0.1, 0.2])
     assert boxes <= set(document["m3i_minus"]["mae"])
@@ -257,15 +276,32 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     trainings = [command for command in asked if command[0] == "train"]
     assert len(trainings) == 2 * (len(rows) + 1)
     table = markdown(document)
-    assert all(name in table for name in boxes)
+    assert all(TITLES.get(name, name) in table for name in boxes)
     assert all(f"`{name}`" in table or f"| {name} |" in table for name in rows)
     plot(document, tmp_path / "curves.svg")
-    again = one_stage.compare(*given)
+    again = asked_for.document(*given)
     assert again == document
     assert len(fine_tuned) == 2 * (len(rows) + 1)
     assert len([command for command in asked if command[0] == "train"]) == len(trainings)
     with pytest.raises(ConfigError, match="those of m3i"):
         one_stage._chosen(["clip"], True)
+
+    few = one_stage._chosen(["mae", "m3i"], False)
+    ladder = replace(asked_for, protocol="samples", budgets=[1.0, 2.0], entries=few[0], others=few[1])
+    before = {path.name for path in tmp_path.glob("m3i-*")}
+    document = ladder.document(2, [])
+    assert list(document["ladder"]) == ["1", "2"]
+    assert document["ladder"]["2"]["m3i"] == document["m3i"]
+    assert document["settings"]["steps"]["mae"] == document["settings"]["steps"]["m3i"]
+    for points in document["curves"].values():
+        assert points[1]["samples"] == pytest.approx(2 * points[0]["samples"], rel=0.05)
+    own = document["curves"]["m3i"]
+    assert [point["tflop"] for point in own] == pytest.approx([1.0, 2.0], rel=0.05)
+    assert document["curves"]["mae"][1]["tflop"] < 1.9
+    made = {path.name for path in tmp_path.glob("m3i-*")} - before
+    assert len(made) == 2  # at 1 TFLOP they are those of equal compute
+    assert "mean rank at | 1 TFLOP | 2 TFLOP" in markdown(document)
+    plot(document, tmp_path / "ladder.svg")
 
 
 def test_a_recipe_has_one_colour_in_all_panels(tmp_path):
@@ -273,7 +309,7 @@ def test_a_recipe_has_one_colour_in_all_panels(tmp_path):
 
     points = [{"tflop": 1, "linear": 0.1, "retrieval": 0.2}, {"tflop": 2, "linear": 0.3, "retrieval": 0.4}]
     bare = [{"tflop": 1, "linear": 0.1}]
-    plot({"curves": {"mae": bare, "clip": points}}, tmp_path / "c.svg")
+    plot({"curves": {"mae": bare, "clip": points}, "settings": {"protocol": "compute"}}, tmp_path / "c.svg")
     text = (tmp_path / "c.svg").read_text()
     # the second colour: a line and markers in both panels, and in the legend; never the first one in the second panel
     assert text.count("#1f77b4") < text.count("#ff7f0e")
@@ -289,7 +325,7 @@ def test_a_failed_command_ends_the_comparison_with_its_words(folder, tmp_path):
 
 def test_a_small_comparison_end_to_end(folder, tmp_path):
     command = [sys.executable, str(BENCHMARKS / "one_stage.py"), "--json", "--data", str(folder), "--only", "clip"]
-    command += ["--budget", "0.2", "--seeds", "2", "--output", str(tmp_path / "runs")]
+    command += ["--budget", "0.2", "--seeds", "2", "--downstream", "none", "--output", str(tmp_path / "runs")]
     command += ["--markdown", str(tmp_path / "tables.md"), "--plot", str(tmp_path / "curves.svg")]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -303,7 +339,8 @@ def test_a_small_comparison_end_to_end(folder, tmp_path):
     assert set(document["pixels"]) == {"linear", "knn", "dense"}
     assert set(document["untrained"]) == {"linear", "knn", "dense"}
     assert len(document["curves"]["clip"]) == 3
-    assert document["curves"]["clip"][-1]["tflop"] == pytest.approx(0.2)
+    assert document["curves"]["clip"][-1]["tflop"] == pytest.approx(0.2, rel=0.05)
+    assert document["mean_rank"] == {"clip": {"mean": 1, "low": 1, "high": 1, "seeds": [1, 1]}}
     assert document["curves"]["clip"][-1]["linear"] == document["clip"]["linear"]["seeds"][0]
     assert "| `clip` |" in (tmp_path / "tables.md").read_text()
     assert "</svg>" in (tmp_path / "curves.svg").read_text()
