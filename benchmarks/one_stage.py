@@ -129,7 +129,7 @@ def _chosen(only: list[str], ablations: bool | None) -> tuple[list[Entry], list[
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is trained, and how it is compared."""
+    """Trains recipes, and compares them."""
 
     data: DataSet
     output: Path

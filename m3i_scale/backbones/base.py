@@ -31,7 +31,7 @@ class MaskToken(nn.Module):
 
 
 @dataclass
-class Covered:
+class MaskedPatches:
     """Says which patches of inputs are mask tokens."""
 
     token: MaskToken
@@ -98,7 +98,7 @@ class Backbone(nn.Module, ABC):
         views: dict[int, Tensor],
         view_of: Sequence[int],
         visible: Sequence[Tensor],
-        covered: Covered | None = None,
+        masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
         """Encode inputs that see nothing of each other.
 
@@ -106,7 +106,7 @@ class Backbone(nn.Module, ABC):
             views: normalised images (B, 3, H, W) by view.
             view_of: by input, the view that it shows a part of.
             visible: by input, the visible patches: int64 (B, L), ascending.
-            covered: the patches that are mask tokens, where there are any.
+            masked: the patches that are mask tokens, where there are any.
 
         Returns:
             By input, the tokens of its visible patches, in the order of `visible`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, Covered, MaskToken, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, gather_tokens
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 
 _STEM_STRIDE, _LAST_STRIDE = 4, 32
@@ -51,9 +51,9 @@ class MapBackbone(Backbone):
         views: dict[int, Tensor],
         view_of: Sequence[int],
         visible: Sequence[Tensor],
-        covered: Covered | None = None,
+        masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
-        """Encode every input as an image of its own; all go through the network together. Nothing is `covered`:
+        """Encode every input as an image of its own; all go through the network together. Nothing is `masked`:
         the stem has a mask token of its own."""
         shown_BN = torch.cat([self._shown(visible_BL) for visible_BL in visible])
         images_BCHW = torch.cat([views[view] for view in view_of])

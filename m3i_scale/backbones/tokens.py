@@ -22,7 +22,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from m3i_scale.backbones.attention import split_heads
-from m3i_scale.backbones.base import Backbone, Covered, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, gather_tokens
 
 TokenConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig
 
@@ -100,10 +100,10 @@ class TokenBackbone(Backbone):
         views: dict[int, Tensor],
         view_of: Sequence[int],
         visible: Sequence[Tensor],
-        covered: Covered | None = None,
+        masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
         """Embed class token and visible patch tokens of every input, in one call of the embedding for every size."""
-        shown: Sequence[Tensor | None] = covered.shown if covered is not None else [None] * len(visible)
+        shown: Sequence[Tensor | None] = masked.shown if masked is not None else [None] * len(visible)
         # A view is embedded once, and once more for each input that has mask tokens in it.
         keys = [(view, number if shown[number] is not None else -1) for number, view in enumerate(view_of)]
         embedded: dict[tuple[int, int], Tokens] = {}
@@ -111,7 +111,7 @@ class TokenBackbone(Backbone):
             members = sorted({key for key in keys if views[key[0]].shape[-1] == side})
             masks = [shown[number] if number >= 0 else None for _, number in members]
             images_SCHW = torch.cat([views[view] for view, _ in members])
-            with self._covering(covered, masks, len(visible[0]), side):
+            with self._with_mask_tokens(masked, masks, len(visible[0]), side):
                 cls_S1D, tokens_SND = self.embed(images_SCHW)
             parts = (part.split(len(visible[0])) for part in (cls_S1D, tokens_SND))
             embedded |= {key: (cls, tokens) for key, cls, tokens in zip(members, *parts, strict=True)}
@@ -121,33 +121,33 @@ class TokenBackbone(Backbone):
         ]
 
     @contextmanager
-    def _covering(
-        self, covered: Covered | None, masks: Sequence[Tensor | None], batch: int, side: int
+    def _with_mask_tokens(
+        self, masked: MaskedPatches | None, masks: Sequence[Tensor | None], batch: int, side: int
     ) -> Iterator[None]:
         """Put mask tokens into what the patch embedding gives, before positions are added.
 
         Args:
-            covered: what has the token.
+            masked: what has the token.
             masks: by `batch` images, which of their patches are shown: bool (batch, N); None: all.
             batch: images that have one mask each.
             side: of the images in pixels.
         """
-        if covered is None or all(mask is None for mask in masks):
+        if masked is None or all(mask is None for mask in masks):
             yield
             return
-        token, patches = covered.token, side // self.patch_size
+        token, patches = masked.token, side // self.patch_size
         device = next(mask.device for mask in masks if mask is not None)
         every_BN = torch.ones(batch, patches**2, dtype=torch.bool, device=device)
         shown_SHW = torch.cat([every_BN if mask is None else mask for mask in masks]).unflatten(1, (patches, patches))
 
-        def cover(convolution: nn.Module, inputs: Any, map_SDHW: Tensor) -> Tensor:
-            covered_SHWD: Tensor = token(map_SDHW.permute(0, 2, 3, 1), shown_SHW)
-            return covered_SHWD.permute(0, 3, 1, 2)
+        def put_tokens(convolution: nn.Module, inputs: Any, map_SDHW: Tensor) -> Tensor:
+            masked_SHWD: Tensor = token(map_SDHW.permute(0, 2, 3, 1), shown_SHW)
+            return masked_SHWD.permute(0, 3, 1, 2)
 
         embeddings = self.model.embeddings
         clip = isinstance(self.model, CLIPVisionModel)
         convolution = embeddings.patch_embedding if clip else embeddings.patch_embeddings.projection
-        hook = convolution.register_forward_hook(cover)
+        hook = convolution.register_forward_hook(put_tokens)
         try:
             yield
         finally:
@@ -158,10 +158,10 @@ class TokenBackbone(Backbone):
         views: dict[int, Tensor],
         view_of: Sequence[int],
         visible: Sequence[Tensor],
-        covered: Covered | None = None,
+        masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
         """Encode every input as a sequence of its own; those of one length go through the layers together."""
-        sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible, covered)]
+        sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible, masked)]
         outputs: dict[int, Tensor] = {}
         for length in sorted({sequence.shape[1] for sequence in sequences}):
             members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]

@@ -94,7 +94,7 @@ def build_objective(
         momentum=momentum,
         teachers=teachers,
         text=text,
-        mask_token=MaskToken(config.hidden_size) if recipe.covers_patches and target_encoders else None,
+        mask_token=MaskToken(config.hidden_size) if recipe.uses_mask_tokens and target_encoders else None,
     )
 
 

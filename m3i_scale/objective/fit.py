@@ -128,7 +128,7 @@ def _check_views(recipe: Recipe, student: Backbone) -> None:
             where="recipe.views",
             fix="leave `size` out, or take a vision Transformer",
         )
-    if recipe.covers_patches and student.stage_widths:
+    if recipe.uses_mask_tokens and student.stage_widths:
         raise ConfigError(
             "a convolutional backbone has a mask token of its own, in its stem, and no prediction at hidden places",
             where="recipe.inputs",

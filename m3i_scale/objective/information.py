@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from m3i_scale.backbones.base import Backbone, Covered, MaskToken, Tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
@@ -295,8 +295,10 @@ class Objective(nn.Module):
             return {only.name: [Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))]}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
-            covered = Covered(self.mask_token, [spec.shown_BN for spec in where]) if self.mask_token else None
-            encoded = self.student.encode_own(views, view_of, visible, covered)
+            masked = None
+            if self.recipe.uses_mask_tokens:  # without the module this fails: nothing hidden must be shown instead
+                masked = MaskedPatches(cast(MaskToken, self.mask_token), [spec.shown_BN for spec in where])
+            encoded = self.student.encode_own(views, view_of, visible, masked)
         else:
             by_row = self.student.encode_mixed(views, view_of, visible, [spec.image_of_row_B for spec in where])
             encoded = [

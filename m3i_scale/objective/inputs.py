@@ -218,8 +218,8 @@ def _single(spec: InputSpec, view: int, seeds_B: Tensor, grid: tuple[int, int], 
         share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)
         count_B = ((low + (high - low) * size_B) * patches).round() * (share_B < spec.mask.share)
         masked_BM = first_BM < count_B[:, None]
-    covered_BM = torch.ones_like(hidden_BM, dtype=torch.bool) if masked_BM is None else masked_BM
-    shown_BN = torch.ones_like(every_BN, dtype=torch.bool).scatter(1, hidden_BM, ~covered_BM)
+    hides_BM = torch.ones_like(hidden_BM, dtype=torch.bool) if masked_BM is None else masked_BM
+    shown_BN = torch.ones_like(every_BN, dtype=torch.bool).scatter(1, hidden_BM, ~hides_BM)
     return EncodedInput(spec.name, view, every_BN, hidden_BM, itself_B, itself_B, masked_BM, shown_BN)
 
 

@@ -66,7 +66,7 @@ class Recipe(Parts):
         return view <= len(each) and each[view - 1].size is not None
 
     @property
-    def covers_patches(self) -> bool:
+    def uses_mask_tokens(self) -> bool:
         """Return whether hidden patches of an input are mask tokens."""
         return any(spec.mask is not None and spec.mask.hidden == "token" for spec in self.inputs)
 
@@ -237,6 +237,14 @@ class Recipe(Parts):
 def _repeated(what: str, names: list[str]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"two {what}s are called '{name}'"
+
+
+def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe as it was read, but for where its teachers lie: another machine has them elsewhere."""
+    recipe = upgraded(recipe)
+    for teacher in recipe.get("teachers", {}).values():
+        teacher["from_pretrained"] = ""
+    return recipe
 
 
 def meaning(values: Any) -> Any:

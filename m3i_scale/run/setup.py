@@ -22,6 +22,7 @@ from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import teacher_plan, teachers_sha256
 from m3i_scale.run.with_data import RunWithData, open_stream
 from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
@@ -63,7 +64,7 @@ class ResolvedRun(RunWithData):
         for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
             model.pop(key, None)
         return {
-            "recipe": run.recipe,
+            "recipe": without_folders(run.recipe),
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,

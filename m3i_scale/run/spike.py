@@ -79,6 +79,11 @@ class SpikeWatch:
             self._remember(loss)
         return Spike(step, self._since, loss, *bounds) if self._above == self.config.patience else None
 
+    def forget(self) -> None:
+        """Begin anew: what comes has another level than the losses before it."""
+        self._losses.clear()
+        self._above = self._since = 0
+
     def _remember(self, loss: float) -> None:
         if math.isfinite(loss):
             self._losses.append(loss)

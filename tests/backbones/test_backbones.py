@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, CLIPVisionModel, Dinov2Model, ViTConfig, ViTModel
 from weights import shaken
 
-from m3i_scale.backbones.base import Covered, MaskToken
+from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone, vision_class
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.backbones.sources import pretrained_folder
@@ -94,7 +94,7 @@ def test_mask_tokens_are_those_of_the_stock_model(section: BackboneConfig) -> No
     images, hidden = torch.randn(3, 3, 32, 32), torch.rand(3, 16) < 0.4
     wanted = stock.eval()(pixel_values=images, bool_masked_pos=hidden).last_hidden_state
     every = torch.arange(16).expand(3, -1)
-    ((cls, tokens),) = backbone.encode_own({1: images}, [1], [every], Covered(token, [~hidden]))
+    ((cls, tokens),) = backbone.encode_own({1: images}, [1], [every], MaskedPatches(token, [~hidden]))
     torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted)
 
 
@@ -108,10 +108,10 @@ def test_inputs_of_all_kinds_together_are_what_each_is_alone(section: BackboneCo
     every, few = torch.arange(16).expand(2, -1), torch.arange(4).expand(2, -1)
     view_of, visible = [1, 1, 1, 2, 3], [every, every, every[:, ::2], every, few]
     shown = [None, torch.rand(2, 16) < 0.5, None, torch.rand(2, 16) < 0.5, None]
-    together = backbone.encode_own(views, view_of, visible, Covered(token, shown))
+    together = backbone.encode_own(views, view_of, visible, MaskedPatches(token, shown))
     for number, tokens in enumerate(together):
-        covered = Covered(token, [shown[number]])
-        (alone,) = backbone.encode_own(views, [view_of[number]], [visible[number]], covered)
+        masked = MaskedPatches(token, [shown[number]])
+        (alone,) = backbone.encode_own(views, [view_of[number]], [visible[number]], masked)
         for ours, wanted in zip(tokens, alone, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(together[0][0], together[1][0], atol=1e-3)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn
-from tiny import random_batch, tiny_objective
+from tiny import MULTI_CROP, random_batch, tiny_objective
 from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.memory import Memory
@@ -66,8 +66,8 @@ def test_sinkhorn_of_swav(iterations: int) -> None:
 
     def ours(one: Tensor) -> Tensor:
         pairs = ((one, views[1]), (views[1], one.detach()))
-        assigned = [(p, codes.assign(P, target.detach(), NOTHING, RANKS)) for p, target in pairs]
-        return sum(codes.loss(P, p / 0.1, q, RANKS).value for p, q in assigned) / 2
+        wanted = [(p, assigned(codes.assign(P, target.detach(), NOTHING, RANKS), RANKS)) for p, target in pairs]
+        return sum(codes.loss(P, p / 0.1, q, RANKS).value for p, q in wanted) / 2
 
     same(ours, lambda one: peer([one, views[1]], []), views[0])
 
@@ -93,15 +93,15 @@ def test_rows_without_a_share_take_no_part() -> None:
             all_rows = regularizer.assign(P, changed, memory, RANKS, share)
             some = regularizer.assign(P, target[counted], memory, RANKS, share[counted])
             torch.testing.assert_close(all_rows[counted], some)
-            loss = regularizer.loss(P, mixed, all_rows, RANKS, share)
-            wanted = regularizer.loss(P, logits[counted], some, RANKS, share[counted])
+            loss = regularizer.loss(P, mixed, assigned(all_rows, RANKS, share), RANKS)
+            wanted = regularizer.loss(P, logits[counted], assigned(some, RANKS, share[counted]), RANKS)
             torch.testing.assert_close(loss.value, wanted.value)
             torch.testing.assert_close(loss.nats, wanted.nats)
             kept = regularizer.remembered(changed, memory, RANKS, share)
             if kept is not None:
                 torch.testing.assert_close(kept[0], (share[:, None] * target).sum(dim=0) / share.sum())
         nothing = regularizer.assign(P, target, memory, RANKS, 0 * share)
-        loss = regularizer.loss(P, logits.requires_grad_(), nothing, RANKS, 0 * share)
+        loss = regularizer.loss(P, logits.requires_grad_(), assigned(nothing, RANKS, 0 * share), RANKS)
         assert bool(torch.stack([loss.value, loss.nats]).isfinite().all())
         logits = logits.detach()
     assert torch.equal(Centering().remembered(target, memory_of(7), RANKS, 0 * share)[0], memory_of(7).center_K)
@@ -126,9 +126,9 @@ def test_the_patch_loss_of_ibot_with_its_center() -> None:
     peer.center.value.copy_(memory.center_K)
     share = share_of_hidden(mask.flatten(1)).flatten()
     centering = Centering(target_temperature=0.05)
-    assigned = centering.assign(P, target, memory, RANKS, share)
+    wanted = assigned(centering.assign(P, target, memory, RANKS, share), RANKS, share)
     same(
-        lambda x: centering.loss(P, x / 0.1, assigned, RANKS, share).value,
+        lambda x: centering.loss(P, x / 0.1, wanted, RANKS).value,
         lambda x: peer_at(peer, memory)(target[rows], x[rows], mask),
         cosines(36, 6, seed=1),
     )
@@ -265,3 +265,25 @@ def test_targets_of_a_view_are_assigned_once(monkeypatch: pytest.MonkeyPatch) ->
     tiny_objective("dinov2")(random_batch(4))
     assert calls.count(4) == 2
     assert len(calls) == 4
+
+
+def test_small_views_cost_no_further_collectives() -> None:
+    """Assignments, and what all ranks know of them, are those of the target."""
+
+    class Counting(SingleProcess):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def sum(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().sum(x)
+
+    calls = []
+    for count in (1, 2):
+        fewer = [text.replace("{count: 2, size", f"{{count: {count}, size") for text in MULTI_CROP]
+        fewer = [text.replace("view: 3, views: 2", f"view: 3, views: {count}") for text in fewer]
+        objective = tiny_objective("global_distillation", *fewer)
+        objective.ranks = counting = Counting()
+        objective(random_batch(4))
+        calls.append(counting.calls)
+    assert calls[0] == calls[1] > 0

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.distributions.base import unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
 from m3i_scale.objective.distributions.gaussian import Gaussian
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.objective.ranks import SingleProcess
@@ -148,7 +148,7 @@ def test_dino_with_its_center_over_steps() -> None:
 
         def ours(a: Tensor, b: Tensor, teacher: list[Tensor] = teacher) -> Tensor:
             parts = [
-                dino.loss(p, student / 0.1, dino.assign(p, target, state, RANKS), RANKS).value
+                dino.loss(p, student / 0.1, assigned(dino.assign(p, target, state, RANKS), RANKS), RANKS).value
                 for student, target in ((a, teacher[1]), (b, teacher[0]))
             ]
             return (parts[0] + parts[1]) / 2
@@ -172,7 +172,7 @@ def test_msn() -> None:
         logits = unit(anchors) @ unit(prototypes).T / 0.1
         p, msn = Boltzmann(temperature=0.1), MeanEntropy(target_temperature=0.25, weight=0.7)
         target = msn.assign(p, unit(targets) @ unit(prototypes.detach()).T, NOTHING, RANKS)
-        return msn.loss(p, logits, target, RANKS).value
+        return msn.loss(p, logits, assigned(target, RANKS), RANKS).value
 
     same(ours, lambda a, p: peer(a, targets, p, 0.25), noise(8, 6), noise(5, 6, seed=2))
 
@@ -212,7 +212,7 @@ def test_label_smoothing_of_timm(smoothing: float) -> None:
 def test_soft_targets_of_timm() -> None:
     target = (noise(5, 4, seed=1) * 3).softmax(dim=-1)
     peer = SoftTargetCrossEntropy()
-    same(lambda x: P.over_prototypes(x, target, RANKS)[0], lambda x: peer(x, target), noise(5, 4))
+    same(lambda x: P.over_prototypes(x, assigned(target, RANKS))[0], lambda x: peer(x, target), noise(5, 4))
 
 
 def pairs_of(text: Tensor, items: Tensor | None = None, valid: Tensor | None = None):

@@ -449,7 +449,7 @@ def test_views_by_role_are_counted_and_some_are_small() -> None:
     assert recipe.view_count == 4
     assert [recipe.is_small(view) for view in (1, 2, 3, 4)] == [False, False, True, True]
     assert [recipe.shows(view) for view in (1, 3, 4)] == [None, "small", "small"]
-    assert recipe.covers_patches
+    assert recipe.uses_mask_tokens
     seen = [view for _, view in recipe.image_targets[0].predicted_from(recipe)]
     assert sorted(seen) == [2, 3, 4]
 

@@ -8,15 +8,16 @@ import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from tiny import tiny_run
 
-from m3i_scale.config import SpikeConfig, load_run
+from m3i_scale.config import GuardConfig, SpikeConfig, load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.run.hooks.guard import check_guard, check_guard_room
+from m3i_scale.run.hooks.guard import Guard, check_guard, check_guard_room
 from m3i_scale.run.spike import Spike, SpikeWatch
 
 CONFIG = SpikeConfig(z=8, window=16, min_history=8, patience=3)
@@ -55,6 +56,20 @@ def test_a_level_that_stays_becomes_the_normal_one_and_is_judged_again() -> None
     feed(watch, noise(20))
     assert len(feed(watch, noise(40, 9.0), 21)) == 1
     assert len(feed(watch, noise(3, 20.0), 61)) == 1
+
+
+def test_a_loss_that_jumps_with_the_weight_of_a_schedule_is_no_spike_and_a_later_jump_is() -> None:
+    """`Guard` knows the weights: a rewind would meet the same jump again."""
+    weights = [1.0, [(0.0, 0.0), (0.5, 0.0), (0.51, 1.0)]]
+    recipe = SimpleNamespace(targets=[SimpleNamespace(weight=weight) for weight in weights])
+    run = SimpleNamespace(guard=GuardConfig(spike=CONFIG), optim=SimpleNamespace(steps=100), output_dir=Path())
+    state: Any = SimpleNamespace(resolved=SimpleNamespace(run=run, recipe=recipe), finite=True, applied=True)
+    guard, spikes = Guard(state, list), []
+    for state.step, state.loss in enumerate(noise(50) + noise(30, 9.0) + noise(10, 20.0), 1):
+        guard.post_step()
+        spikes += [guard.spike] if guard.spike is not None else []
+    (spike,) = spikes
+    assert (spike.since, spike.step) == (81, 83)
 
 
 def test_a_falling_loss_is_no_spike_and_losses_that_do_not_move_make_none() -> None:

@@ -21,7 +21,7 @@ _LEFT_OUT = (
     (r"(.*\.)?pooler\.", "pooling layer"),
     (r"(.*\.)?(classifier|cls_classifier|head|fc)\.", "classifier"),
     (r"pool_norm\.", "norm before InternImage's classifier"),
-    (r"(.*\.)?embeddings\.mask_token$", "mask token: hidden patches are left out here"),
+    (r"(.*\.)?embeddings\.mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
     (r"decoder\.", "decoder of its pre-training"),
     (r"(.*\.)?position_ids$", "no weight"),
     (r"(text_model|text_projection)\.", "text tower"),
@@ -53,7 +53,7 @@ def hub_config(source: str, where: str) -> VisionConfig:
             fix="export the run of the segmenter by --task features" if config.model_type == "upernet" else None,
         )
     if isinstance(config, Dinov2Config):
-        config.use_mask_token = False  # hidden patches are left out here, so nothing would train that token
+        config.use_mask_token = False  # the recipe has a mask token of its own, so nothing would train that one
     return config
 
 

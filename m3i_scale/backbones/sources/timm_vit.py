@@ -32,7 +32,7 @@ _LEFT_OUT = (
     (r"fc_norm\.", "norm of the classifier"),
     (r"attn_pool\.", "pooling"),
     (r"decoder_|decoder\.", "decoder of its pre-training"),
-    (r"mask_token$", "mask token: hidden patches are left out here"),
+    (r"mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
     (r"lm_head\.", "head of its pre-training"),
 )
 _POST_NORM = {(1792, 64): "EVA-02-E"}

@@ -6,6 +6,7 @@ For K candidates, log K − loss is the InfoNCE lower bound on the mutual inform
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,25 @@ _BLOCK = 2**23
 
 _SAFE_BOUND = 40.0
 """Where cosines over the temperature stay within this, exp(logit − bound) neither overflows nor vanishes in fp32."""
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Holds the distributions of a target over K prototypes, and what those of all ranks have in common."""
+
+    probabilities_NK: Tensor
+    share_N: Tensor | None
+    """What every row counts in the loss; None: all alike, 1/N."""
+    entropy: Tensor
+    """H of the mean of all rows, in nats."""
+    counted: Tensor | None
+    """Sum of the shares of a rank, in the mean over ranks; None where they are not given."""
+
+
+def assigned(probabilities_NK: Tensor, ranks: Ranks, share_N: Tensor | None = None) -> Assigned:
+    """Return the distributions of a target: one collective, however many inputs predict it."""
+    mean_K, counted = mean_row(probabilities_NK, share_N, ranks)
+    return Assigned(probabilities_NK, share_N, -torch.special.xlogy(mean_K, mean_K).sum(), counted)
 
 
 class Boltzmann(Distribution):
@@ -73,9 +93,7 @@ class Boltzmann(Distribution):
         others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q, bound)  # type: ignore[no-untyped-call]
         return _with_bound(torch.logaddexp(own_B, others_B) - own_B, (filled + 1).log())
 
-    def over_prototypes(
-        self, logits_NK: Tensor, probabilities_NK: Tensor, ranks: Ranks, share_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def over_prototypes(self, logits_NK: Tensor, target: Assigned) -> tuple[Tensor, Tensor]:
         """Ask for the target's distribution over K prototypes.
 
         The information between the input and the target's prototype is at least H(mean target) − loss, which is log K −
@@ -83,15 +101,12 @@ class Boltzmann(Distribution):
 
         Args:
             logits_NK: cosines of the prediction over τ.
-            probabilities_NK: of the target.
-            ranks: for the mean target of all samples.
-            share_N: what every row counts in the loss; None: all alike, 1/N.
+            target: what is predicted.
         """
-        loss_N = -(probabilities_NK * F.log_softmax(logits_NK.float(), dim=-1)).sum(dim=-1)
-        loss = loss_N.mean() if share_N is None else (loss_N * share_N).sum()
-        mean_K, counted = mean_row(probabilities_NK, share_N, ranks)
-        own = loss.detach() if counted is None else loss.detach() / counted
-        return loss, -torch.special.xlogy(mean_K, mean_K).sum() - own
+        loss_N = -(target.probabilities_NK * F.log_softmax(logits_NK.float(), dim=-1)).sum(dim=-1)
+        loss = loss_N.mean() if target.share_N is None else (loss_N * target.share_N).sum()
+        own = loss.detach() if target.counted is None else loss.detach() / target.counted
+        return loss, target.entropy - own
 
 
 def _with_bound(loss_B: Tensor, log_candidates: Tensor | float) -> tuple[Tensor, Tensor]:

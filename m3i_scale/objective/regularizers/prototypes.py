@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann
 from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.regularizers.base import Regularizer
 from m3i_scale.objective.regularizers.memory import Center, Memory
@@ -62,25 +62,17 @@ class PrototypeRegularizer(Regularizer):
         """Return what the memory takes over of the targets after the batch."""
         return None
 
-    def loss(
-        self,
-        p: Boltzmann,
-        logits_NK: Tensor,
-        probabilities_NK: Tensor,
-        ranks: Ranks,
-        share_N: Tensor | None = None,
-    ) -> Loss:
+    def loss(self, p: Boltzmann, logits_NK: Tensor, target: Assigned, ranks: Ranks) -> Loss:
         """Return the cross-entropy −Σ_k p_k log p̂_k to the target's distribution, with the regularisation.
 
         Args:
             p: its temperature has divided `logits_NK`.
             logits_NK: of the prediction.
-            probabilities_NK: what `assign` gave.
+            target: what `assign` gave.
             ranks: other ranks.
-            share_N: what every row counts.
         """
-        value, nats = p.over_prototypes(logits_NK, probabilities_NK, ranks, share_N)
-        return Loss(value, nats, watched={"assignment": probabilities_NK})
+        value, nats = p.over_prototypes(logits_NK, target)
+        return Loss(value, nats, watched={"assignment": target.probabilities_NK})
 
 
 class Sharpened(PrototypeRegularizer):
@@ -192,17 +184,10 @@ class MeanEntropy(PrototypeRegularizer):
         """Return softmax(cosines / τ)^(1/T), normalised."""
         return ((target_NK / number(p.temperature)).float() / number(self.target_temperature)).softmax(dim=-1)
 
-    def loss(
-        self,
-        p: Boltzmann,
-        logits_NK: Tensor,
-        probabilities_NK: Tensor,
-        ranks: Ranks,
-        share_N: Tensor | None = None,
-    ) -> Loss:
+    def loss(self, p: Boltzmann, logits_NK: Tensor, target: Assigned, ranks: Ranks) -> Loss:
         """Return −Σ_k p_k log p̂_k + weight · (log K − H(mean p̂))."""
-        loss = super().loss(p, logits_NK, probabilities_NK, ranks, share_N)
-        mean_K, _ = mean_row(logits_NK.softmax(dim=-1), share_N, ranks, ranks.sum_with_gradient)
+        loss = super().loss(p, logits_NK, target, ranks)
+        mean_K, _ = mean_row(logits_NK.softmax(dim=-1), target.share_N, ranks, ranks.sum_with_gradient)
         negative_entropy = torch.special.xlogy(mean_K, mean_K).sum()  # log K − H is 0 where all are used alike
         loss.value = loss.value + self.weight * (negative_entropy + math.log(len(mean_K)))
         return loss

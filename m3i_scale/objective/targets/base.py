@@ -22,6 +22,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, pool
 from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions.boltzmann import Assigned
 from m3i_scale.objective.distributions.pairs import PairTargets
 from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
@@ -110,7 +111,7 @@ class Context:
     """By (`encoder_key`, view), what the last layers gave, where it is averaged: (B, D, H, W), the last last."""
     dense: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     """Standardised dense targets, by (`encoder_key`, view, layers)."""
-    assigned: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    assigned: dict[str, tuple[Assigned, Tensor | None]] = field(default_factory=dict)
     """By target: the distributions of whole views over prototypes, and what their head remembers of them."""
     statistics: dict[tuple[str, str, int, int], Tensor | None] = field(default_factory=dict)
     """Statistics of dense targets, by (regulariser as JSON, `encoder_key`, view, layers)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.distributions.base import Loss, unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
 from m3i_scale.objective.heads import Prototypes
 from m3i_scale.objective.regularizers.prototypes import Sinkhorn, sinkhorn
 from m3i_scale.objective.schedule import number, settled
@@ -60,7 +60,7 @@ class Clusters(ImageTarget):
         p = settled(self.distribution, context.progress)
         logits_NK = given.head.prototypes(decoded_BQD).flatten(0, 1) / number(p.temperature)
         wanted_NK = gather_tokens(assigned_BNK, query_BQ).flatten(0, 1)
-        value, nats = p.over_prototypes(logits_NK, wanted_NK, given.ranks)
+        value, nats = p.over_prototypes(logits_NK, assigned(wanted_NK, given.ranks))
         terms = {"prediction": value, "clustering": clustering}
         return Loss(value + clustering, nats, watched={"assignment": wanted_NK}, terms=terms)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann, assigned
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer
@@ -48,27 +48,27 @@ class Prototypes(HeadTarget):
 
     def _assign(
         self, given: TargetModules, context: Context, target_NE: Tensor, share_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Assigned, Tensor | None]:
         """Return the target's distributions (N, K), and what the head remembers of it."""
         p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         with torch.no_grad():
             head = given.momentum.heads[self.head] if self.averages_prototypes else given.head
             target_NK = head.prototypes(target_NE)
             probabilities_NK = regularizer.assign(p, target_NK, given.memory, given.ranks, share_N)
-            return probabilities_NK, regularizer.remembered(target_NK, given.memory, given.ranks, share_N)
+            remember = regularizer.remembered(target_NK, given.memory, given.ranks, share_N)
+            return assigned(probabilities_NK, given.ranks, share_N), remember
 
     def _loss(
         self,
         given: TargetModules,
         context: Context,
         prediction_NE: Tensor,
-        probabilities_NK: Tensor,
+        target: Assigned,
         remember: Tensor | None,
-        share_N: Tensor | None = None,
     ) -> Loss:
         p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         logits_NK = given.head.prototypes(prediction_NE) / number(p.temperature)
-        loss = regularizer.loss(p, logits_NK, probabilities_NK, given.ranks, share_N)
+        loss = regularizer.loss(p, logits_NK, target, given.ranks)
         loss.remember = remember
         return loss
 
@@ -110,9 +110,9 @@ class DensePrototypes(Prototypes):
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
         with torch.no_grad():
             wanted_BQE = given.momentum.heads[self.head](gather_tokens(tokens_BND, query_BQ), predict=False)
-        assigned = self._assign(given, context, wanted_BQE.flatten(0, 1), share_N)
+        target, remember = self._assign(given, context, wanted_BQE.flatten(0, 1), share_N)
         prediction_BQE = given.head(decoded_BQD, predict=True)
-        return self._loss(given, context, prediction_BQE.flatten(0, 1), *assigned, share_N)
+        return self._loss(given, context, prediction_BQE.flatten(0, 1), target, remember)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.objective.schedule import value_at
 from m3i_scale.run.bad_steps import BadStep, gather_reports, report_of, write_bad_steps
 from m3i_scale.run.callbacks.base import Rewind, StepRecord
 from m3i_scale.run.hooks.base import Hook, TrainState
@@ -60,6 +61,8 @@ class Guard(Hook):
         """
         state = self._state
         if self._spikes is not None:
+            if self._weights_change(state.step):
+                self._spikes.forget()
             self.spike = self._spikes.add(state.step, state.loss if state.finite else math.nan)
         what = None if state.finite else "loss"
         if what is None and not state.applied and not state.engine.fp16_enabled():
@@ -69,6 +72,14 @@ class Guard(Hook):
         else:
             self._leave_out(state.step, what)
         return False
+
+    def _weights_change(self, step: int) -> bool:
+        """Return whether a schedule of the recipe gave a target another weight in this step than in the one before: the
+        loss then jumps by itself, and would jump again after every rewind."""
+        resolved = self._state.resolved
+        now, before = ((step - back) / resolved.run.optim.steps for back in (1, 2))
+        weights = [target.weight for target in resolved.recipe.targets]
+        return any(value_at(weight, now) != value_at(weight, before) for weight in weights)
 
     def _leave_out(self, step: int, what: str) -> None:
         state = self._state  # what is asked of the engine now waits for the device
