@@ -282,7 +282,8 @@ def _run(jobs: list[Job], workers: int, shards: dict[downstream.Measured, Path])
             environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
             environment |= {"CUDA_VISIBLE_DEVICES": place} if gpus else {}
             found = job.result(environment)
-            return found | {"measures": found["measures"] | _fine_tuned(job, shards, environment)}
+            tasks = {} if job.entry.default else shards  # an ablation is judged by frozen features alone
+            return found | {"measures": found["measures"] | _fine_tuned(job, tasks, environment)}
         finally:
             places.put(place)
 
