@@ -188,7 +188,7 @@ def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
 def _target(target: dict[str, Any]) -> str:
     if not target["view"]:
         return str(target["modality"])
-    return f"view {target['view']}" + {"masked": ", hidden", "blocks": ", hidden", "pooled": ", whole"}.get(
+    return f"view {target['view']}" + {"masked": ", hidden", "blocks": ", hidden", "shown": ", shown", "pooled": ", whole"}.get(
         target["tokens"], ""
     )
 

@@ -238,6 +238,11 @@ class Target(Kind):
         return bool(self.regularizer.within_batch)
 
     @property
+    def collapses_alone(self) -> bool:
+        """Return whether a recipe that has nothing else to predict could collapse, whatever the regulariser."""
+        return False
+
+    @property
     def stopped(self) -> bool:
         """Return whether no gradient reaches f_φ."""
         return self.encoder in ("momentum", "teacher") or (
