@@ -25,6 +25,7 @@ from transformers import (
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch, no_masks, no_objects
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.encoders import FrozenStart
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
@@ -169,7 +170,10 @@ def first_weights(objective: Objective, seed: int) -> None:
     for teacher in objective.teachers.values():
         plan = teacher_plan(teacher)
         values = dict(zip(plan.names, plan.tensors(), strict=True))
-        teacher.get_submodule(teacher.prefix.rstrip(".")).load_state_dict(values, strict=False)
+        filled = [teacher.get_submodule(teacher.prefix.rstrip("."))]
+        filled += [objective.student.model] if isinstance(teacher, FrozenStart) else []
+        for model in filled:
+            model.load_state_dict(values, strict=False)
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, target in momentum_pairs(objective):
