@@ -130,7 +130,9 @@ def _target_heads(
             continue
         sizes = Sizes(
             decoded=width_of(decoders[target.decoder]),
-            encoded=config.hidden_size if teacher is None else cast(FrozenTeacher | FrozenStart, teachers[teacher]).width,
+            encoded=config.hidden_size
+            if teacher is None
+            else cast(FrozenTeacher | FrozenStart, teachers[teacher]).width,
             pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
             vocabulary=tokens,

@@ -49,16 +49,16 @@ class ShownPatches(ImageTarget):
         yield from super()._faults(parts)
         decoder = parts.decoders[self.decoder]
         if not isinstance(decoder, PointwiseSpec):
-            yield f"a {self.kind} target compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
+            yield f"{self.title} compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
         if any(view != self.view for _, view in self.predicted_from(parts)):
             yield (
-                f"a {self.kind} target compares patches of one view: inputs of view {self.view}, or `pairs: own` where "
-                "they have several"
+                f"{self.title} compares patches of one view: inputs of view {self.view}, or `pairs: own` where they "
+                "have several"
             )
 
 
 class Anchor(ShownPatches):
-    """Keeps the feature of every patch, standardised over its channels, where a frozen teacher of the same width has it.
+    """Keeps the feature of every patch, standardised over its channels, near that of a frozen teacher of the same width.
 
     The teacher is the backbone as it was at the start, where training goes on from published weights: value and
     gradient are 0 then for an input that shows the whole view.
