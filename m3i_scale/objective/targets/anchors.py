@@ -58,7 +58,7 @@ class ShownPatches(ImageTarget):
 
 
 class Anchor(ShownPatches):
-    """Keeps the feature of every patch, standardised over its channels, near that of a frozen teacher of the same width.
+    """Keeps the feature of every patch, standardised over its channels, near that of a frozen teacher of equal width.
 
     The teacher is the backbone as it was at the start, where training goes on from published weights: value and
     gradient are 0 then for an input that shows the whole view.
