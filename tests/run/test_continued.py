@@ -74,7 +74,7 @@ def test_what_is_planned_and_checked_holds_the_start(continued: Continued) -> No
     refused = continued.call("check", "continue_siglip", "backbone.from_pretrained=null")
     assert refused.returncode == 2
     assert "recipe.teachers.start.from_pretrained: student" in refused.stderr
-    planned = continued.call("plan", "continue_siglip", "--json")
+    planned = continued.call("plan", "continue_siglip", "--ranks-per-node", "1", "--json")
     assert planned.returncode == 0, planned.stderr
     parameters = json.loads(planned.stdout)["parameters"]
     assert parameters["teacher"] == sum(value.numel() for value in load_file(_weights(tiny_start())).values())
