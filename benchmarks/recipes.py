@@ -84,10 +84,14 @@ def _sizes(batch: int, patch: int = PATCH) -> list[str]:
 
 def _run(name: str, batch: int, teacher: str) -> RunConfig:
     """The built-in recipe on a ViT-S; heads and decoders at their full sizes, a text tower as wide as the backbone."""
-    raw, overrides = load_run(name).recipe, _sizes(batch)
+    built_in, overrides = load_run(name), _sizes(batch)
+    raw = built_in.recipe
+    if built_in.backbone.from_pretrained is not None:
+        overrides.append(f"backbone.from_pretrained={teacher}")
     small = [number for number, view in enumerate(raw.get("views", [])) if "size" in view]
     overrides += [f"recipe.views.{number}.size={SMALL_VIEW}" for number in small]
-    overrides += [f"recipe.teachers.{known}.from_pretrained={teacher}" for known in raw.get("teachers", {})]
+    others = [known for known, spec in raw.get("teachers", {}).items() if spec["from_pretrained"] != "student"]
+    overrides += [f"recipe.teachers.{known}.from_pretrained={teacher}" for known in others]
     heads = {target["head"] for target in raw["targets"] if target.get("encoder") == "teacher" and "head" in target}
     overrides += [f"recipe.heads.{head}.width={WIDTH}" for head in sorted(heads)]
     if any(target["kind"] == "text" for target in raw["targets"]):

@@ -159,7 +159,7 @@ class ExportError(UserError):
     """Reports an export that would not load, or would load as something else."""
 
 
-_LISTED = 60  # the built-in run files are fewer
+_LISTED = 80  # the built-in run files are fewer
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

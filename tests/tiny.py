@@ -18,11 +18,14 @@ from transformers import (
     Dinov2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch, no_masks, no_objects
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.encoders import FrozenStart
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
@@ -42,11 +45,11 @@ TEACHERS = "M3I_TEST_TEACHERS"
 GRID = (4, 4)
 SMALL_VIEWS = 10
 
-_BACKBONE = (
-    "backbone.preset=vit-ti/16",
-    "backbone.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128, "
-    "image_size: 32, patch_size: 8}",
-)
+_SIZES = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    **{"image_size": 32, "patch_size": 8},
+}
+_BACKBONE = ("backbone.preset=vit-ti/16", f"backbone.config={_SIZES}")
 _TEXT = (
     "text.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}",
     "text.max_tokens=16",
@@ -91,8 +94,15 @@ def tiny_teacher(name: str = "teacher") -> str:
         atexit.register(shutil.rmtree, root, ignore_errors=True)
         for teacher in TEACHER_WIDTHS:
             _make_teacher(teacher, f"{root}/{teacher}")
+        torch.manual_seed(12)
+        ViTModel(ViTConfig(**_SIZES), add_pooling_layer=False).save_pretrained(f"{root}/start")
         os.environ[TEACHERS] = root
     return f"{os.environ[TEACHERS]}/{name}"
+
+
+def tiny_start() -> str:
+    """A folder with weights of the tiny backbone, to start from."""
+    return tiny_teacher("start")
 
 
 def _make_teacher(name: str, folder: str) -> None:
@@ -113,7 +123,10 @@ def _make_teacher(name: str, folder: str) -> None:
 @functools.cache
 def tiny_overrides(recipe: str) -> list[str]:
     """The built-in recipe of that name with narrow decoders, heads and towers."""
-    raw, found = load_run(recipe).recipe, [*_BACKBONE]
+    run = load_run(recipe)
+    raw, found = run.recipe, [*_BACKBONE]
+    if run.backbone.from_pretrained is not None:
+        found += ["backbone.preset=null", f"backbone.from_pretrained={tiny_start()}"]
     for name, decoder in raw["decoders"].items():
         if decoder["kind"] in ("transformer", "cross_attention", "causal_transformer"):
             found += [f"recipe.decoders.{name}.{field}" for field in ("width=32", "heads=2", "depth=1")]
@@ -134,7 +147,8 @@ def tiny_overrides(recipe: str) -> list[str]:
         if target.get("encoder") == "teacher" and "head" in target:
             found.append(f"recipe.heads.{target['head']}.width={TEACHER_WIDTHS[target['teacher']]}")
     found += [f"recipe.views.{number}.size=16" for number, view in enumerate(raw.get("views", [])) if "size" in view]
-    found += [f"recipe.teachers.{name}.from_pretrained={tiny_teacher(name)}" for name in raw.get("teachers", {})]
+    others = [name for name, spec in raw.get("teachers", {}).items() if spec["from_pretrained"] != "student"]
+    found += [f"recipe.teachers.{name}.from_pretrained={tiny_teacher(name)}" for name in others]
     return found
 
 
@@ -155,7 +169,11 @@ def first_weights(objective: Objective, seed: int) -> None:
     initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teachers."))
     for teacher in objective.teachers.values():
         plan = teacher_plan(teacher)
-        teacher.model.load_state_dict(dict(zip(plan.names, plan.tensors(), strict=True)), strict=False)
+        values = dict(zip(plan.names, plan.tensors(), strict=True))
+        filled = [teacher.get_submodule(teacher.prefix.rstrip("."))]
+        filled += [objective.student.model] if isinstance(teacher, FrozenStart) else []
+        for model in filled:
+            model.load_state_dict(values, strict=False)
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, target in momentum_pairs(objective):

@@ -142,6 +142,9 @@ class OptimConfig(Section):
     """Peak learning rate, as is (no scaling rule is applied)."""
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate that the schedule falls to."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Every layer of the backbone learns at so much of the rate of the layer behind it; decoders, heads and the text
+    tower have the whole rate. For a recipe; a task has its own (`task.layer_decay`)."""
     schedule: Schedule = Field(default_factory=Cosine)
     """How the rate falls: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv's: over all steps) |
     {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
@@ -343,6 +346,15 @@ class RunConfig(Section):
     def _protocol_is_of_a_task(self) -> Self:
         if self.protocol is not None and self.task is None:
             raise ValueError("`protocol` has no effect without `task`")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_decay_once(self) -> Self:
+        if self.task is not None and self.optim.layer_decay != 1:
+            raise FixableError(
+                "optim.layer_decay is of a recipe, and this run has a task",
+                "leave it out; task.layer_decay is that of a task whose backbone is trained",
+            )
         return self
 
     @model_validator(mode="after")

@@ -257,8 +257,11 @@ def _check_timm(what: str, without: str) -> None:
         )
 
 
-def scales_of(module: Any, task: Task | None) -> dict[str, float]:
+def scales_of(module: Any, run: RunConfig) -> dict[str, float]:
     """Return what the learning rate is multiplied by, by name of a parameter; 1 where nothing is said."""
+    task = run.task
+    if task is None:
+        return _by_layer(module, run.optim.layer_decay) if run.optim.layer_decay != 1 else {}
     if isinstance(task, Classification) and task.sweep is not None:
         of_head = {name: scale for name, (_, scale) in task.sweep.heads().items()}
         return {
@@ -266,12 +269,16 @@ def scales_of(module: Any, task: Task | None) -> dict[str, float]:
             for head, scale in of_head.items()
             for name, _ in module.heads[head].named_parameters()
         }
-    if task is None or task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
+    if task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
         return {}
-    scales = lr_scales(module.student.model, task.layer_decay, dense=task.dense, dcn=task.dcn_lr)
-    named = {STUDENT + name: scale for name, scale in scales.items()}
+    named = _by_layer(module, task.layer_decay, dense=task.dense, dcn=task.dcn_lr)
     if module.detector is not None:  # its windows have parameters of the backbone's layers
         depth = len(module.student.layers)
         for name, layer in module.detector.backbone_layers().items():
             named[f"heads.detection.{name}"] = task.layer_decay ** (depth - layer)
     return named
+
+
+def _by_layer(module: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
+    scales = lr_scales(module.student.model, decay, dense=dense, dcn=dcn)
+    return {STUDENT + name: scale for name, scale in scales.items()}

@@ -16,7 +16,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import width_of
-from m3i_scale.objective.encoders import FrozenTeacher, MomentumTarget, Projector, TextTower, text_config
+from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher, MomentumTarget, Projector, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
@@ -61,7 +61,7 @@ def build_objective(
     ranks = ranks or SingleProcess()
     tokens = vocab_size or 0
     taught_by = recipe.teachers if target_encoders else ()
-    teachers = nn.ModuleDict({name: build_teacher(recipe, name, config) for name in taught_by})
+    teachers = nn.ModuleDict({name: build_teacher(run, recipe, name, config) for name in taught_by})
     heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers, image_counts)
     weights = [target.weight for target in recipe.targets]
     momentum = text = None
@@ -130,7 +130,9 @@ def _target_heads(
             continue
         sizes = Sizes(
             decoded=width_of(decoders[target.decoder]),
-            encoded=config.hidden_size if teacher is None else cast(FrozenTeacher, teachers[teacher]).width,
+            encoded=config.hidden_size
+            if teacher is None
+            else cast(FrozenTeacher | FrozenStart, teachers[teacher]).width,
             pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
             vocabulary=tokens,

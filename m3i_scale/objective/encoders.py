@@ -16,7 +16,7 @@ from typing_extensions import Self
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.build import set_field
-from m3i_scale.config import FixableError, Section
+from m3i_scale.config import BackboneConfig, FixableError, Section
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.inputs import PixelNorm
 
@@ -44,7 +44,12 @@ class TeacherSpec(Section):
     """Names a frozen vision model that image targets are encoded with."""
 
     from_pretrained: str
-    """A local `transformers` folder or a Hub id."""
+    """A local `transformers` folder or a Hub id; `student`: what `backbone.from_pretrained` says."""
+
+    @property
+    def is_start(self) -> bool:
+        """Return whether the teacher is the backbone as it starts."""
+        return self.from_pretrained == "student"
 
 
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
@@ -185,8 +190,36 @@ class MomentumTarget(nn.Module):
         return self.backbone.encode_whole(images_BCHW), []
 
 
+class FrozenStart(nn.Module):
+    """Holds the backbone as it was at the start, which is never trained, and sees what the student sees."""
+
+    prefix = "backbone.model."
+    """Of the parameters that the source fills."""
+
+    def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
+        super().__init__()
+        self.spec = spec
+        """Says where its weights lie."""
+        self.backbone, self.pixel_norm = backbone, pixel_norm
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Return D, the channels of a token."""
+        return self.backbone.width
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D)."""
+        self.backbone.eval()
+        return self.backbone.encode_whole(self.pixel_norm(images_BCHW))
+
+
 class FrozenTeacher(nn.Module):
     """Runs any `transformers` vision model with patch tokens, as it was trained elsewhere, on the student's grid."""
+
+    prefix = "model."
+    """Of the parameters that its files fill."""
 
     def __init__(
         self,

@@ -230,6 +230,11 @@ class Recipe(Parts):
         projects = self.momentum is not None and "projector_depth" in self.momentum.model_fields_set
         if projects and not self.projects_dense_targets:
             yield "`momentum.projector_depth` has no effect: no dense momentum target goes through it"
+        if all(target.collapses_alone for target in self.targets):
+            yield (
+                f"nothing keeps '{self.targets[0].name}' from collapsing: a {self.targets[0].kind} target with "
+                f"`encoder: {self.targets[0].encoder}` needs another target beside it, or `encoder: teacher`"
+            )
         if self.balance.module.needs_gradients and len(self.targets) == 1:
             yield f"`balance: {self.balance.kind}` has no effect on a single target"
 

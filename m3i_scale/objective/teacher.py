@@ -1,4 +1,4 @@
-"""Build a frozen teacher from any `transformers` vision model whose tokens are one a patch."""
+"""Build frozen teachers: any `transformers` vision model whose tokens are one a patch, or the backbone as it starts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
-from m3i_scale.backbones.load_plan import LoadPlan, plan_model
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
+from m3i_scale.backbones.load_plan import LoadPlan, plan_load, plan_model
 from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
 from m3i_scale.backbones.sources.hub import hub_places
+from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.objective.encoders import FrozenTeacher
+from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher
+from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.recipe import Recipe
 
 _MOST_TEACHERS = 16
@@ -51,25 +54,44 @@ def _read_config(source: str, where: str) -> Any:
     return config
 
 
-def build_teacher(recipe: Recipe, name: str, student: VisionConfig) -> FrozenTeacher:
+def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConfig) -> FrozenTeacher | FrozenStart:
     """Return the module of a recipe's teacher, without its weights (see `teacher_plan`).
 
     Raises:
-        ConfigError: no vision model, no image processor, or a head of another width.
+        ConfigError: no vision model, no image processor, or a head of another width; or the teacher is the start of a
+            student that starts from random weights.
     """
     source, where = recipe.teachers[name].from_pretrained, f"recipe.teachers.{name}.from_pretrained"
+    if recipe.teachers[name].is_start:
+        _check_widths(recipe, name, student.hidden_size)
+        return _start(run, student, where)
     config = _read_config(source, where)
-    taught = [target for target in recipe.head_targets if target.encoder == "teacher" and target.teacher == name]
-    for head in {target.head for target in taught}:
-        if recipe.heads[head].width != config.hidden_size:
-            raise ConfigError(
-                f"head '{head}' predicts {recipe.heads[head].width} numbers, teacher '{name}' has {config.hidden_size}",
-                where=f"recipe.heads.{head}.width",
-                fix=f"recipe.heads.{head}.width={config.hidden_size}",
-            )
+    _check_widths(recipe, name, config.hidden_size)
     config._attn_implementation = "sdpa"
     side = student.image_size // student.patch_size
     return FrozenTeacher(source, where, config, *_normalisation(source), (side, side))
+
+
+def _start(run: RunConfig, student: VisionConfig, where: str) -> FrozenStart:
+    if run.backbone.from_pretrained is None:
+        raise ConfigError(
+            "the teacher is what the student starts from, and the student starts from random weights",
+            where=f"{where}: student",
+            fix="backbone.from_pretrained=/data/models/dinov2-base; a folder called so is './student'",
+        )
+    augment = run.data.augment
+    return FrozenStart(run.backbone, build_backbone(student), PixelNorm(augment.mean, augment.std))
+
+
+def _check_widths(recipe: Recipe, name: str, width: int) -> None:
+    taught = [target for target in recipe.head_targets if target.encoder == "teacher" and target.teacher == name]
+    for head in {target.head for target in taught}:
+        if recipe.heads[head].width != width:
+            raise ConfigError(
+                f"head '{head}' predicts {recipe.heads[head].width} numbers, teacher '{name}' has {width}",
+                where=f"recipe.heads.{head}.width",
+                fix=f"recipe.heads.{head}.width={width}",
+            )
 
 
 def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -85,12 +107,14 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ) from None
 
 
-def teacher_plan(teacher: FrozenTeacher) -> LoadPlan:
-    """Return which tensors of a teacher's files fill its module; reads no weight.
+def teacher_plan(teacher: FrozenTeacher | FrozenStart) -> LoadPlan:
+    """Return which tensors of a teacher's files fill its module, by their names below its `prefix`; reads no weight.
 
     Raises:
         ConfigError: they do not fill the model, or its outputs are not one token a patch of the student's grid.
     """
+    if isinstance(teacher, FrozenStart):
+        return plan_load(backbone_source(teacher.spec), backbone_config(teacher.spec))
     config = teacher.model.config
     _check_outputs(teacher)
     with torch.device("meta"):
@@ -146,14 +170,23 @@ def _check_outputs(teacher: FrozenTeacher) -> None:
         raise ConfigError("the teacher gives other tokens at every call: it hides patches at random", where=where)
 
 
-def teachers_sha256(recipe: Recipe) -> dict[str, str]:
-    """Return a hash over the weight files of each teacher, by name."""
-    return {
-        name: _hash_weights(spec.from_pretrained, f"recipe.teachers.{name}.from_pretrained")
-        for name, spec in recipe.teachers.items()
-    }
+def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:
+    """Return a hash over the weight files of each teacher, by name.
+
+    Args:
+        recipe: of the run.
+        backbone: the section of the run file, which says what the student starts from.
+    """
+    hashes = {}
+    for name, spec in recipe.teachers.items():
+        source, kind, where = spec.from_pretrained, "transformers", f"recipe.teachers.{name}.from_pretrained"
+        if spec.is_start:
+            start, where = backbone_source(backbone), "backbone.from_pretrained"
+            source, kind = start.given, start.kind
+        hashes[name] = _hash_weights(source, kind, where)
+    return hashes
 
 
 @lru_cache(maxsize=_MOST_TEACHERS)
-def _hash_weights(source: str, where: str) -> str:
-    return sha256_of(*weight_files(pretrained_folder(source, where), "transformers", where))
+def _hash_weights(source: str, kind: str, where: str) -> str:
+    return sha256_of(*weight_files(pretrained_folder(source, where, kind), kind, where))

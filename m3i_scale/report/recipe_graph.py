@@ -14,7 +14,13 @@ from m3i_scale.report.recipe_table import printable, weight_words, word
 
 _ALONE = {"none": "no regulariser"}
 """Words that say nothing without a heading."""
-_TOKENS = {"masked": "hidden patches", "blocks": "hidden blocks", "all": "all patches", "pooled": "whole view"}
+_TOKENS = {
+    "masked": "hidden patches",
+    "blocks": "hidden blocks",
+    "shown": "patches of the input",
+    "all": "all patches",
+    "pooled": "whole view",
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ def _encoder(recipe: Recipe, target: Target) -> Node:
         ends = dict.fromkeys(f"{m:.4g}" for m in (recipe.momentum.start, recipe.momentum.end))
         details = ("of f_θ", f"m {' → '.join(ends)}")
     elif isinstance(target, ImageTarget) and target.encoder == "teacher":
-        details = (printable(recipe.teachers[target.teacher].from_pretrained),)
+        spec = recipe.teachers[target.teacher]
+        details = ("f_θ at the start",) if spec.is_start else (printable(spec.from_pretrained),)
     elif target.encoder == "online":
         details = ("f_θ itself", *(("stop gradient",) if target.stopped else ()))
     return Node(word(target.encoder), details)

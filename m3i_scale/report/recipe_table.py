@@ -188,9 +188,12 @@ def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
 def _target(target: dict[str, Any]) -> str:
     if not target["view"]:
         return str(target["modality"])
-    return f"view {target['view']}" + {"masked": ", hidden", "blocks": ", hidden", "pooled": ", whole"}.get(
-        target["tokens"], ""
-    )
+    return f"view {target['view']}" + {
+        "masked": ", hidden",
+        "blocks": ", hidden",
+        "shown": ", shown",
+        "pooled": ", whole",
+    }.get(target["tokens"], "")
 
 
 if __name__ == "__main__":  # python -m m3i_scale.report.recipe_table > m3i_scale/report/recipes.json

@@ -209,7 +209,7 @@ class Model:
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the parameters of the whole model."""
-        parameters, scales = [], scales_of(self.objective, self.run.task)
+        parameters, scales = [], scales_of(self.objective, self.run)
         named = dict(self.objective.named_parameters())
         places = {name: place for place, name in enumerate(named) if named[name].requires_grad}
         follows = {target: places.get(online) for online, target in momentum_pairs(self.objective)}

@@ -99,7 +99,7 @@ def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int)
     return notes
 
 
-_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "schedule", "momentum_correction")
+_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction")
 
 
 def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:

@@ -20,7 +20,7 @@ from m3i_scale.downstream.fine_tuning import prepare, scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
-from m3i_scale.objective.encoders import FrozenTeacher
+from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import teacher_plan, teachers_sha256
@@ -71,7 +71,7 @@ class ResolvedRun(RunWithData):
             "text": run.text.config if self.recipe.uses_text_tower else None,
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
-            "teachers_sha256": teachers_sha256(self.recipe),
+            "teachers_sha256": teachers_sha256(self.recipe, run.backbone),
             "vocabulary_sha256": self._vocabulary_sha256(),
             "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
             "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
@@ -172,7 +172,7 @@ def start_engine(
         lambda module: _prepare(cast(Objective, module), run, report_start, reads_source),
         resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
-        lr_scales=lambda module: scales_of(module, run.task),
+        lr_scales=lambda module: scales_of(module, run),
     )
     check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
@@ -213,7 +213,8 @@ def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart,
         stream_into(module, "student.model.", open_plan)
         from_rank_0(lambda: report_start(plans[0].report))
     for name, teacher in module.teachers.items():
-        stream_into(module, f"teachers.{name}.model.", partial(teacher_plan, cast(FrozenTeacher, teacher)))
+        frozen = cast(FrozenTeacher | FrozenStart, teacher)
+        stream_into(module, f"teachers.{name}.{frozen.prefix}", partial(teacher_plan, frozen))
 
 
 def run_yaml(run: RunConfig) -> str:

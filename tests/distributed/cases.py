@@ -94,6 +94,7 @@ PARTITIONED = (
     "sim_global",
     "siglip",
     "coca",
+    "continue_images",
     "siglip2",
     "global_distillation",
     "multi_crop",

@@ -245,7 +245,7 @@ def test_distances_in_windows_learn_at_the_rate_of_their_layer() -> None:
     run = RunConfig.model_validate(
         {"task": {"kind": "detection", "head": HEAD, "layer_decay": 0.5}, "backbone": BACKBONE}
     )
-    scales = scales_of(build_objective(run, {"set": ["a", "b"]}, None), run.task)
+    scales = scales_of(build_objective(run, {"set": ["a", "b"]}, None), run)
     for layer in range(4):
         of_layer = {
             name: scale for name, scale in scales.items() if f"layer.{layer}." in name.replace("layers.", "layer.")

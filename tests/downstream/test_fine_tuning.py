@@ -65,6 +65,7 @@ def yaml_of(run: RunConfig) -> Any:
         ({"task": {"kind": "classification", "freeze": True, "layer_decay": 0.7}}, "layer_decay has no effect"),
         ({"task": {"kind": "classification", "switch_prob": 0.3, "mixup": 0.8}}, "switch_prob has no effect"),
         ({"task": {"kind": "classification", "mix_prob": 0.3}}, "mix_prob has no effect"),
+        ({"task": {"kind": "classification"}, "optim": {"layer_decay": 0.7}}, "optim.layer_decay is of a recipe"),
         ({"task": {"kind": "classificaton"}}, "no such kind"),
     ],
 )

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import LABEL_SETS, VOCABULARY, tiny_run
 from weights import started, timm_folder, timm_model
 
 from m3i_scale.backbones.build import build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import preset_config
+from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.downstream.layer_decay import lr_scales
+from m3i_scale.objective.build import build_objective
+from m3i_scale.scale.parameter_groups import parameter_groups
 
 DECAY = 0.65
 
@@ -90,3 +94,19 @@ def test_internimage_has_the_scales_of_both_published_variants(preset: str) -> N
         assert late
         assert all(classification[name] == 1 for name in late)
         assert any(dense[name] < DECAY**10 for name in late)
+
+
+def test_a_recipe_decays_its_backbone_and_nothing_else() -> None:
+    run = tiny_run("m3i", "optim.layer_decay=0.5")
+    objective = build_objective(run, LABEL_SETS, VOCABULARY)
+    rate_of = {
+        id(parameter): group["lr_scale"]
+        for group in parameter_groups(objective, 0.05, scales_of(objective, run))
+        for parameter in group["params"]
+    }
+    rates = {name: rate_of[id(value)] for name, value in objective.named_parameters() if value.requires_grad}
+    inside = {name: rate for name, rate in rates.items() if name.startswith("student.")}
+    assert {rate for name, rate in rates.items() if name not in inside} == {1.0}
+    assert set(inside.values()) == {0.125, 0.25, 0.5, 1.0}  # embeddings, two layers, the last norm
+    assert {rate for name, rate in inside.items() if ".embeddings." in name} == {0.125}
+    assert scales_of(objective, tiny_run("m3i")) == {}

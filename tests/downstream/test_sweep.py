@@ -110,7 +110,7 @@ def test_the_protocol_trains_by_sgd_at_the_published_rates() -> None:
     objective, run = objective_of(task(lr_scales=[0.001, 0.02]))
     other, _ = objective_of(task(lr_scales=[0.001, 0.02]))
     batch = replace(random_batch(6, image=32), labels_B=torch.arange(6) % 3, label_sets_B=torch.zeros(6).long())
-    scales = scales_of(objective, run.task)
+    scales = scales_of(objective, run)
     groups = parameter_groups(objective, optim.weight_decay, scales)
     assert {group["lr_scale"] for group in groups} == {0.001, 0.02}
     ours = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)

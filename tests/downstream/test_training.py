@@ -95,7 +95,7 @@ def test_the_engine_has_a_rate_for_every_layer(shards: Path, tmp_path: Path, ds_
     trained = [place for place, parameter in enumerate(model.parameters) if parameter.role == "trained"]
     planned = [sum(model.parameters[place].numel for place in group) for group in groups_of(model.parameters, trained)]
     assert planned == pytest.approx(found["sizes"], abs=4)  # groups are padded; in the order of the engine
-    scales, wanted, has = scales_of(objective, load_run(str(path)).task), Counter[float](), Counter[float]()
+    scales, wanted, has = scales_of(objective, load_run(str(path))), Counter[float](), Counter[float]()
     for name, parameter in objective.named_parameters():
         wanted[round(scales.get(name, 1.0), 6)] += parameter.numel()
     for (_, scale, _), size in zip(found["groups"], found["sizes"], strict=True):

@@ -422,6 +422,62 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["inputs"][0].update(mask={"ratio": [0.1, 0.5], "hidden": "token"}),
         "counts as many hidden patches of every sample",
     ),
+    "anchor behind a transformer": (
+        "continue_images",
+        target(1, decoder="dense"),
+        "the decoder must be pointwise, not transformer",
+    ),
+    "anchor of a pooled image": (
+        "continue_siglip",
+        target(1, decoder="pool"),
+        "an anchor target is decoded by .*pointwise.*, not attention_pool",
+    ),
+    "anchor in another view": (
+        "continue_m3i",
+        target(4, inputs=["b"]),
+        "inputs of view 1, or `pairs: own`",
+    ),
+    "anchor on an average": ("continue_m3i", target(4, encoder="momentum"), "targets.4.encoder.*'teacher'"),
+    "anchor on the backbone itself": ("continue_images", target(2, encoder="online"), "'momentum' or 'teacher'"),
+    "anchor without a start": (
+        "continue_images",
+        lambda r: r["teachers"].update(other=r["teachers"].pop("start")),
+        "no teacher 'start'",
+    ),
+    "UniGrad on similarities": (
+        "continue_images",
+        target(2, regularizer="unigrad"),
+        "no such kind: 'unigrad'.*stop_gradient",
+    ),
+    "similarities with the tails of a Laplace distribution": (
+        "continue_images",
+        target(2, distribution="smooth_l1"),
+        "no such kind: 'smooth_l1'.*gaussian",
+    ),
+    "similarities of patches that are asked for": (
+        "continue_images",
+        target(2, tokens="masked"),
+        "unknown key 'recipe.targets.2.tokens'",
+    ),
+    "similarities of the average to all of the view": (
+        "continue_siglip",
+        lambda r: (
+            r.update(momentum={}),
+            r["targets"].append({**r["targets"][1], "name": "gram", "kind": "gram", "encoder": "momentum"}),
+            r["targets"][2].pop("teacher"),
+        ),
+        "need only copy its own average",
+    ),
+    "similarities of an average alone": (
+        "continue_images",
+        lambda r: (
+            r.pop("teachers"),
+            r["decoders"].pop("dense"),
+            r.update(targets=[{**r["targets"][2], "encoder": "momentum"}], momentum={}),
+            r["targets"][0].pop("teacher"),
+        ),
+        "nothing keeps 'gram' from collapsing",
+    ),
     "idle balance momentum": (
         "m3i",
         lambda r: r.update(balance={"kind": "fixed", "momentum": 0.5}),

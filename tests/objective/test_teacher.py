@@ -34,7 +34,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def teacher_of(folder: Path | str, *overrides: str) -> FrozenTeacher:
     """The module of a student of 4 × 4 patches of 8 pixels, filled where the folder can fill it."""
     run = tiny_run("dense_distillation", f"recipe.teacher.from_pretrained={folder}", *overrides)
-    return build_teacher(parse_recipe(run.recipe), "teacher", backbone_config(run.backbone))
+    return build_teacher(run, parse_recipe(run.recipe), "teacher", backbone_config(run.backbone))
 
 
 def filled(teacher: FrozenTeacher) -> FrozenTeacher:
@@ -70,7 +70,8 @@ def test_a_weight_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_each_teacher_has_a_hash_of_its_own() -> None:
-    hashes = teachers_sha256(parse_recipe(tiny_run("multi_teacher").recipe))
+    run = tiny_run("multi_teacher")
+    hashes = teachers_sha256(parse_recipe(run.recipe), run.backbone)
     assert hashes.keys() == {"clip", "dinov2", "siglip"}
     assert len(set(hashes.values())) == 3
     assert {len(value) for value in hashes.values()} == {64}

@@ -11,7 +11,7 @@ from m3i_scale.objective.whole import move_averages, start_weights
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
 
-@pytest.mark.parametrize("recipe", ["m3i", "dense_distillation", "multi_teacher"])
+@pytest.mark.parametrize("recipe", ["m3i", "dense_distillation", "multi_teacher", "continue_siglip"])
 def test_first_weights_are_drawn_from_the_seed_of_the_run_and_those_of_a_teacher_read(recipe: str) -> None:
     run = tiny_run(recipe, "seed=3")
     objective = build_objective(run, LABEL_SETS, VOCABULARY)

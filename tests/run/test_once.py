@@ -41,7 +41,9 @@ def test_what_recomputes_is_set_when_the_engine_starts_and_then_only_told() -> N
 
 def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reads: list[Any] = []
-    monkeypatch.setattr(setup, "teachers_sha256", lambda recipe: reads.append(recipe) or {"teacher": "0" * 64})
+    monkeypatch.setattr(
+        setup, "teachers_sha256", lambda recipe, backbone: reads.append(recipe) or {"teacher": "0" * 64}
+    )
     run = tiny_run("dense_distillation")
     plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, 32, ResolvedConfig(CONFIG, [], "test"), 1)
     metas = [checkpoint_meta(plan, step=step, world_size=1) for step in (1, 2, 3)]
@@ -58,7 +60,7 @@ def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_checkpoint_of_before_several_teachers_goes_on_with_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fits: bool
 ) -> None:
-    monkeypatch.setattr(setup, "teachers_sha256", lambda recipe: {"teacher": ("0" if fits else "1") * 64})
+    monkeypatch.setattr(setup, "teachers_sha256", lambda recipe, backbone: {"teacher": ("0" if fits else "1") * 64})
     run = tiny_run("dense_distillation")
     plan = ResolvedRun(run, parse_recipe(run.recipe), LABEL_SETS, None, 32, ResolvedConfig(CONFIG, [], "test"), 1)
     meta = json.loads(json.dumps(checkpoint_meta(plan, step=1, world_size=1)))

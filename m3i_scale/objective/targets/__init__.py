@@ -1,5 +1,6 @@
 """Targets are the groups k of equation (5), one class a kind. Recipes find those that are imported here."""
 
+from m3i_scale.objective.targets.anchors import Anchor, Gram
 from m3i_scale.objective.targets.caption import Caption
 from m3i_scale.objective.targets.category import Category
 from m3i_scale.objective.targets.clusters import Clusters
@@ -12,6 +13,7 @@ from m3i_scale.objective.targets.spread import Spread
 from m3i_scale.objective.targets.text import Text
 
 __all__ = [
+    "Anchor",
     "Caption",
     "Category",
     "Clusters",
@@ -19,6 +21,7 @@ __all__ = [
     "DenseNegatives",
     "DensePrototypes",
     "Detection",
+    "Gram",
     "Pixels",
     "Pooled",
     "Prototypes",

@@ -233,9 +233,19 @@ class Target(Kind):
     # -------------------------------------------------------------------- what the recipe is told
 
     @property
+    def title(self) -> str:
+        """Return its kind in words, for errors."""
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind} target"
+
+    @property
     def compares_samples(self) -> bool:
         """Return whether the loss needs at least two samples in the global micro-batch."""
         return bool(self.regularizer.within_batch)
+
+    @property
+    def collapses_alone(self) -> bool:
+        """Return whether a recipe that has nothing else to predict could collapse, whatever the regulariser."""
+        return False
 
     @property
     def stopped(self) -> bool:
@@ -283,11 +293,11 @@ class Target(Kind):
         if (decoder.dense, decoder.by_token) != answers:
             kinds = cast(dict[str, Any], DecoderSpec.kinds)
             valid = [name for name, kind in kinds.items() if (kind.dense, kind.by_token) == answers]
-            yield f"a {self.kind} target is decoded by {' or '.join(valid)}, not {decoder.kind}"
+            yield f"{self.title} is decoded by {' or '.join(valid)}, not {decoder.kind}"
         if self.encoder not in self.regularizer.encoders:
             valid = [name for name, kind in self.kinds_of("regularizer").items() if self.encoder in kind.encoders]
             yield (
-                f"'{self.regularizer.kind}' does not keep a {self.kind} target with encoder {self.encoder} from "
+                f"'{self.regularizer.kind}' does not keep {self.title} with encoder {self.encoder} from "
                 f"collapsing, or has no effect on it; valid: {', '.join(valid) or 'none'}"
             )
 

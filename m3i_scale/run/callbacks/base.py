@@ -91,6 +91,8 @@ class StepRecord:
     """Peak memory of the rank that used most."""
     quarantined_samples: int = 0
     """How many different samples these were, over all ranks."""
+    lr_lowest: float | None = None
+    """Learning rate of the parameters that learn slowest in this step; None where all have the same."""
     loss_scale: float | None = None
     """Factor of the loss in the backward pass of the next step; None unless the run computes in fp16."""
     skipped_steps: int | None = None
@@ -115,6 +117,7 @@ class StepRecord:
         """Return every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
         optional = {
             "grad_norm": self.grad_norm,
+            "lr_lowest": self.lr_lowest,
             "momentum": self.momentum,
             "loss_scale": self.loss_scale,
             "skipped_steps": self.skipped_steps,

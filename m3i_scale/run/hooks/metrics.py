@@ -59,9 +59,11 @@ class Metrics(Hook):
     def _record(self) -> None:
         state = self._state
         scale = loss_scale(state.engine)
+        lowest = min(group["lr"] for group in state.engine.optimizer.param_groups)
         record = self._meter.record(
             step=state.step,
             lr=state.lr,
+            lr_lowest=lowest if lowest < state.lr else None,
             grad_norm=state.engine.get_global_grad_norm() if state.applied else None,
             momentum=state.ema_decay,
             quarantined=sum(state.stream.quarantined.values()),
