@@ -14,6 +14,7 @@ from rich.text import Text
 
 from m3i_scale import __version__
 from m3i_scale.report.html_file import rendered, write_page
+from m3i_scale.text import without_secrets
 
 _COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
 
@@ -69,7 +70,7 @@ def _with_address(picture: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _title(name: str, of_set: dict[str, Any]) -> str:
-    return f"{name}: {of_set['data']['shards']}  ·  {of_set['data']['samples']} samples"
+    return without_secrets(f"{name}: {of_set['data']['shards']}  ·  {of_set['data']['samples']} samples")
 
 
 def _models(document: dict[str, Any]) -> Iterator[str]:
