@@ -17,10 +17,12 @@ from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
 from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
+from m3i_scale.options import Imports
 from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch
 from m3i_scale.run.checkpoints.commands import checkpoint_app
+from m3i_scale.run.compare_command import compare
 from m3i_scale.run.finetune_command import finetune_app
 
 app = typer.Typer(
@@ -40,9 +42,6 @@ def _print_version(asked: bool) -> None:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Imports = Annotated[
-    list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
-]
 RunFile = Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …")]
 
@@ -302,18 +301,6 @@ def doctor(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
-def _import(modules: list[str] | None) -> None:
-    from m3i_scale.config import FixableError
-    from m3i_scale.config.kinds import import_module
-    from m3i_scale.errors import ConfigError
-
-    for module in modules or []:
-        try:
-            import_module(module)
-        except FixableError as error:
-            raise ConfigError(str(error), where="--import", fix=error.fix) from error
-
-
 @app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="An exported folder, or any Hub folder of a vision model.")],
@@ -352,11 +339,12 @@ def evaluate(
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
     trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector), with intervals by concept."""
+    from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
     from m3i_scale.evaluate.zero_shot import TEMPLATES
 
-    _import(imports)
+    import_given(imports)
     result = run_evaluation(
         model_dir,
         data,
@@ -377,6 +365,11 @@ def evaluate(
         print_json(result)
     else:
         wide_console().print(render(result))
+
+
+app.command(epilog="Example: m3i-scale compare /data/before /data/after --data /data/domain --general /data/other")(
+    compare
+)
 
 
 @app.command(epilog="Example: m3i-scale export /data/runs/first --to /data/export --weights momentum")
@@ -407,10 +400,11 @@ def export(
 ) -> None:
     """Write a Hugging Face folder that stock classes load, proven in a fresh process."""
     leave_out_accelerator_warning()
+    from m3i_scale.config.kinds import import_given
     from m3i_scale.hub.export import export_and_push
     from m3i_scale.hub.write import Wanted
 
-    _import(imports)
+    import_given(imports)
     result = export_and_push(
         run,
         to,

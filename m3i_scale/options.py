@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Command = Callable[..., None]
+Imports = Annotated[
+    list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
+]
 Parts = Mapping[str, tuple[Any, Any]]
 """Type and default of every option, by the name of its parameter; no default: `inspect.Parameter.empty`."""
 

@@ -21,13 +21,14 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import ModelWrapValidatorHandler, SerializationInfo, ValidationInfo, model_serializer, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.sections import FixableError, Section, may_import
-from m3i_scale.errors import did_you_mean
+from m3i_scale.errors import ConfigError, did_you_mean
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -133,3 +134,16 @@ def import_module(module: str) -> None:
             f"cannot import '{module}': {type(error).__name__}: {error}",
             "install the package, or put its folder on PYTHONPATH, on every host",
         ) from error
+
+
+def import_given(modules: Sequence[str] | None) -> None:
+    """Import the modules that a user names, which runs their code.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for module in modules or ():
+        try:
+            import_module(module)
+        except FixableError as error:
+            raise ConfigError(str(error), where="--import", fix=error.fix) from error

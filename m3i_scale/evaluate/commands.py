@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
-from m3i_scale.evaluate import measures as measure
-from m3i_scale.evaluate.classifier import Classifier, measure_classifier, trained_heads
-from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
+from m3i_scale.evaluate.classifier import Classifier, trained_heads
 from m3i_scale.evaluate.detector import DETECTOR
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
-from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, extract, load_vision, pixel_features
+from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.job import Job
-from m3i_scale.evaluate.measures import NotMeasuredError, Side
+from m3i_scale.evaluate.job import IMAGES, MEASURES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
+from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
-from m3i_scale.evaluate.samples import Table, check_apart, check_groups, open_table
+from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
 from m3i_scale.evaluate.segmenter import SEGMENTER
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.whole import trained_whole
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
-PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
-"""What learns from training data."""
-MEASURES = (*PROBES, "classifier", "zero_shot", "retrieval")
-IMAGES = 64
-"""In one forward pass, unless another number is asked for."""
 Baseline = Literal["none", "pixels"]
-Progress = Callable[[str, int], None]
-"""Called with what is read ("data", "train data") and the number of samples so far."""
 
 
 def evaluate(
@@ -88,10 +78,11 @@ def evaluate(
         ConfigError: an unknown measure, pool, baseline or device, a broken template, a folder that takes no pictures,
             more samples than a picture shows, or an option without effect.
     """
-    _check(measures, pool, baseline, batch_size, overlays, overlay_count)
+    check_options(measures, (*MEASURES, SEGMENTER, DETECTOR), pool, batch_size)
+    _check(baseline, overlays, overlay_count)
     if picture_samples is not None and pictures is None:
         raise ConfigError("samples of pictures have no effect without a folder", fix="--pictures /data/pictures")
-    where, folder = _device(device), Path(model_dir)
+    where, folder = device_of(device), Path(model_dir)
     given = {
         "--train-data": train_data is not None,
         "--baseline": baseline != "none",
@@ -124,12 +115,12 @@ def evaluate(
         folder,
         vision,
         test_table.classes,
-        wants_text=no_towers is None and (pictures is not None or bool({"zero_shot", "retrieval"} & set(measures))),
+        wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
         wants_classifier=pictures is not None or "classifier" in measures,
     )
     encoders = _encoders(vision, classifier, towers, baseline)
     dense = vision.with_patches if "dense" in measures and train_table is not None else None
-    read = _Reader(vision.size, batch_size or IMAGES, dense, exclude_groups, progress)
+    read = Reader(vision.size, batch_size or IMAGES, dense, exclude_groups, progress)
     test = read(test_table, encoders, "data")
     if not len(test.table):
         raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
@@ -139,7 +130,7 @@ def evaluate(
         train = read(train_table, fitted, "train data")
     check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
     job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
-    figures, absent, right = _measure(measures, "model", job)
+    figures, absent, ours = measure_all(measures, "model", job)
     if not figures and pictures is None:
         raise DataError(
             "nothing can be measured",
@@ -159,8 +150,8 @@ def evaluate(
     if pictures is not None:
         result["pictures"] = draw_pictures(job, pictures, picture_samples)
     if baseline == "pixels":
-        probes, why_not, theirs = _measure(tuple(name for name in measures if name in PROBES), "pixels", job)
-        advantage = {name: measure.measure_advantage(right[name], theirs[name]) for name in right if name in theirs}
+        probes, why_not, theirs = measure_all(tuple(name for name in measures if name in PROBES), "pixels", job)
+        advantage = {name: measure_advantage(ours[name], theirs[name]) for name in ours if name in theirs}
         result["baseline"] = {
             "kind": "pixels",
             "measures": probes,
@@ -169,31 +160,6 @@ def evaluate(
         }
     result["warnings"] = warnings_of(result, job.clusters, job.test, job.train)
     return result
-
-
-@dataclass
-class _Reader:
-    size: int
-    batch_size: int
-    dense: PatchEncoder | None
-    exclude_groups: tuple[str, ...]
-    progress: Progress | None
-
-    def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
-        tell = self.progress
-        # the probe is fitted on a draw of the training patches and asked about all of the test patches
-        collector = PatchCollector(FIT_PATCHES if what == "train data" else None)
-        features = extract(
-            table,
-            encoders,
-            self.size,
-            batch_size=self.batch_size,
-            dense=self.dense,
-            collector=collector,
-            exclude_groups=self.exclude_groups,
-            progress=None if tell is None else lambda done: tell(what, done),
-        )
-        return Side(table, features, collector.patches(), collector.fault)
 
 
 def _encoders(
@@ -209,67 +175,46 @@ def _encoders(
     return encoders
 
 
-def _measure(
-    names: tuple[str, ...], encoder: str, job: Job
-) -> tuple[dict[str, Any], dict[str, str], dict[str, measure.Right]]:
-    """Return figures by measure, reasons for those that are absent, and what each probe got right."""
-    figures: dict[str, Any] = {}
-    absent: dict[str, str] = {}
-    right: dict[str, measure.Right] = {}
-    for name in names:
-        try:
-            if name in PROBES:
-                figures[name], right[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
-            elif name == "classifier":
-                figures[name] = _of_head(job)
-            else:
-                figures[name] = _with_text(name, job)
-        except NotMeasuredError as reason:
-            absent[name] = str(reason)
-    return figures, absent, right
+def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
+    """Check what is asked of a model's features.
 
+    Args:
+        measures: that are asked for; None: all that there are.
+        known: measures.
+        pool: what stands for an image.
+        batch_size: images in one forward pass; None: the default.
 
-def _of_head(job: Job) -> dict[str, Any]:
-    if job.classifier is None:
-        raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
-    return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
-
-
-def _with_text(name: str, job: Job) -> dict[str, Any]:
-    if job.towers is None:
-        raise NotMeasuredError(job.no_towers or "no text tower")
-    images_NE = job.test.features["joint"]
-    if name == "zero_shot":
-        return measure.measure_zero_shot(images_NE, job.towers.texts, job.templates, job.test, job.clusters)
-    return measure.measure_retrieval(images_NE, job.towers.texts, job.test, job.clusters)
-
-
-def _check(
-    measures: tuple[str, ...] | None,
-    pool: str,
-    baseline: str,
-    batch_size: int | None,
-    overlays: Path | None,
-    overlay_count: int | None,
-) -> None:
-    for value, known, what in (
-        *((name, (*MEASURES, SEGMENTER, DETECTOR), "measure") for name in measures or ()),
-        (pool, ("mean", "cls", "both"), "pool"),
-        (baseline, ("none", "pixels"), "baseline"),
-    ):
-        if value not in known:
-            raise ConfigError(f"no {what} '{value}'", fix=did_you_mean(value, known))
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    for name in measures or ():
+        _check_known(name, known, "measure")
+    _check_known(pool, get_args(Pool), "pool")
     if measures == ():
-        raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(MEASURES)}")
+        raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(known)}")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is below 1")
+
+
+def _check_known(value: str, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise ConfigError(f"no {what} '{value}'", fix=did_you_mean(value, known))
+
+
+def _check(baseline: str, overlays: Path | None, overlay_count: int | None) -> None:
+    _check_known(baseline, get_args(Baseline), "baseline")
     if overlay_count is not None and overlay_count < 1:
         raise ConfigError(f"{overlay_count} overlays are none", where="--overlay-count")
     if overlay_count is not None and overlays is None:
         raise ConfigError("a number of overlays has no effect without their folder", fix="--overlays /data/overlays")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of a name; `auto` is CUDA where there is one.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from m3i_scale.data.images import NO_CLASS
-from m3i_scale.evaluate.intervals import Clusters, Estimate, bootstrap
+from m3i_scale.evaluate.intervals import Clusters, Statistic
 
 PATCHES_PER_IMAGE = 16
 """So many patches of every image are looked at, drawn at random: neighbours say nearly the same, and all of them would
@@ -38,6 +38,12 @@ class Patches:
     """Number of the image in the table."""
     features: dict[str, NDArray[np.float32]]
     """By encoder, (P, E)."""
+
+    def of_images(self, images: NDArray[np.int64]) -> Patches:
+        """Return the patches of some of the images alone."""
+        kept_P = np.isin(self.image_P, images)
+        features = {name: rows[kept_P] for name, rows in self.features.items()}
+        return Patches(self.labels_P[kept_P], self.image_P[kept_P], features)
 
 
 class PatchCollector:
@@ -134,16 +140,13 @@ def pixel_patches(images_BCHW: Tensor, side: int) -> Tensor:
     return nn.functional.unfold(cut, kernel_size=size // side, stride=size // side).transpose(1, 2)
 
 
-def mean_iou(
-    predicted_P: NDArray[np.int64], truth_P: NDArray[np.int64], clusters: Clusters, **options: Any
-) -> Estimate:
-    """Return intersection over union, mean over the classes that occur in `truth_P`, with its interval over clusters.
+def mean_iou(predicted_P: NDArray[np.int64], truth_P: NDArray[np.int64], clusters: Clusters) -> Statistic:
+    """Return intersection over union, mean over the classes that occur in `truth_P`, for any draw of clusters.
 
     Args:
         predicted_P: class of every patch.
         truth_P: the right ones.
         clusters: of the same patches.
-        options: see `bootstrap`.
     """
     classes, truth = np.unique(truth_P, return_inverse=True)
     count, drawn = len(classes), np.unique(clusters.of, return_inverse=True)[1]
@@ -159,7 +162,7 @@ def mean_iou(
     everything = np.ones(len(truth), dtype=np.bool_)
     both_CK, truth_CK = table(truth, predicted == truth), table(truth, everything)
     either_CK = truth_CK + table(predicted, everything) - both_CK
-    return iou_of_clusters(both_CK, truth_CK, either_CK, clusters, len(truth_P), **options)
+    return iou_of_clusters(both_CK, truth_CK, either_CK, clusters, len(truth_P))
 
 
 def iou_of_clusters(
@@ -168,9 +171,8 @@ def iou_of_clusters(
     either_CK: NDArray[np.float64],
     clusters: Clusters,
     samples: int,
-    **options: Any,
-) -> Estimate:
-    """Return intersection over union, mean over the classes that count, with its interval over clusters.
+) -> Statistic:
+    """Return intersection over union, mean over the classes that count, for any draw of clusters.
 
     Args:
         both_CK: how much of every class truth and prediction share, by cluster in the order of `np.unique`.
@@ -178,11 +180,10 @@ def iou_of_clusters(
         either_CK: how much is of it in one of them.
         clusters: of what was counted.
         samples: how much was counted, for the record.
-        options: see `bootstrap`.
     """
 
-    def statistic(chosen: NDArray[np.int64]) -> float:
+    def mean(chosen: NDArray[np.int64]) -> float:
         present = counted_CK[chosen].sum(axis=0) > 0
         return float((both_CK[chosen].sum(axis=0)[present] / either_CK[chosen].sum(axis=0)[present]).mean())
 
-    return bootstrap(statistic, clusters, samples=samples, **options)
+    return Statistic(mean, clusters, samples)

@@ -1,14 +1,64 @@
-"""Hold what an evaluation has read and loaded, for its measures and pictures."""
+"""Read what an evaluation asks for in one pass over the samples, and compute its measures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from m3i_scale.evaluate.classifier import Classifier
-from m3i_scale.evaluate.features import VisionModel
+from m3i_scale.evaluate import measures as measure
+from m3i_scale.evaluate.classifier import Classifier, measure_classifier
+from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
+from m3i_scale.evaluate.features import Encoder, VisionModel, extract
 from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.measures import Side
+from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
+from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.towers import Towers
+
+PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
+"""What learns from training data."""
+WITH_TEXT = ("zero_shot", "retrieval")
+"""What asks for a text tower."""
+MEASURES = (*PROBES, "classifier", *WITH_TEXT)
+IMAGES = 64
+"""In one forward pass, unless another number is asked for."""
+Progress = Callable[[str, int], None]
+"""Called with what is read ("data", "train data") and the number of samples so far."""
+
+
+@dataclass
+class Reader:
+    """Encodes samples as it reads them, each once."""
+
+    size: int
+    """Side of the images in pixels."""
+    batch_size: int
+    dense: PatchEncoder | None
+    exclude_groups: tuple[str, ...]
+    progress: Progress | None
+
+    def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
+        """Return the features of all samples by encoder; this fills the table.
+
+        Args:
+            table: of the samples, still empty.
+            encoders: by name.
+            what: `train data` is what probes learn from.
+        """
+        tell = self.progress
+        # the probe is fitted on a draw of the training patches and asked about all of the test patches
+        collector = PatchCollector(FIT_PATCHES if what == "train data" else None)
+        features = extract(
+            table,
+            encoders,
+            self.size,
+            batch_size=self.batch_size,
+            dense=self.dense,
+            collector=collector,
+            exclude_groups=self.exclude_groups,
+            progress=None if tell is None else lambda done: tell(what, done),
+        )
+        return Side(table, features, collector.patches(), collector.fault)
 
 
 @dataclass
@@ -24,3 +74,44 @@ class Job:
     classifier: Classifier | None
     no_classifier: str | None
     templates: tuple[str, ...]
+
+
+def measure_all(
+    names: tuple[str, ...], encoder: str, job: Job
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Statistics]]:
+    """Return figures by measure, reasons for those that are absent, and what can be compared, by measure.
+
+    Args:
+        names: of measures.
+        encoder: whose features the probes learn from.
+        job: what was read and encoded.
+    """
+    figures: dict[str, Any] = {}
+    absent: dict[str, str] = {}
+    statistics: dict[str, Statistics] = {}
+    for name in names:
+        try:
+            if name in PROBES:
+                figures[name], statistics[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
+            elif name == "classifier":
+                figures[name] = _of_head(job)
+            else:
+                figures[name], statistics[name] = _with_text(name, job)
+        except NotMeasuredError as reason:
+            absent[name] = str(reason)
+    return figures, absent, statistics
+
+
+def _of_head(job: Job) -> dict[str, Any]:
+    if job.classifier is None:
+        raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
+    return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
+
+
+def _with_text(name: str, job: Job) -> tuple[dict[str, Any], Statistics]:
+    if job.towers is None:
+        raise NotMeasuredError(job.no_towers or "no text tower")
+    images_NE = job.test.features["joint"]
+    if name == "zero_shot":
+        return measure.measure_zero_shot(images_NE, job.towers.texts, job.templates, job.test, job.clusters)
+    return measure.measure_retrieval(images_NE, job.towers.texts, job.test, job.clusters)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from m3i_scale.data.images import MASK
 from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
-from m3i_scale.evaluate.intervals import Clusters, clusters_of, mean_interval
+from m3i_scale.evaluate.intervals import Clusters, Statistic, clusters_of, mean_of
 from m3i_scale.evaluate.knn import knn_predict
 from m3i_scale.evaluate.linear import LinearProbe, linear_probe
 from m3i_scale.evaluate.retrieval import DEPTHS, distinct_captions, rank
@@ -21,16 +21,8 @@ from m3i_scale.evaluate.zero_shot import TextEncoder, class_embeddings, zero_sho
 NEIGHBOURS = (10, 20)
 
 
-@dataclass
-class Scored:
-    """Says what a probe got right, sample by sample (or patch by patch), and what those samples belong to."""
-
-    right: NDArray[np.bool_]
-    clusters: Clusters
-
-
-Right = dict[str, Scored]
-"""By figure."""
+Statistics = dict[str, Statistic]
+"""By figure, for comparisons on the same samples."""
 
 
 class NotMeasuredError(Exception):
@@ -71,8 +63,8 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
     return fit, asked, train
 
 
-def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Measure k-nearest-neighbour accuracy for every k, and which samples were right.
+def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Statistics]:
+    """Measure k-nearest-neighbour accuracy for every k.
 
     Raises:
         NotMeasuredError: see `probe_sides`; fewer training samples than neighbours.
@@ -88,13 +80,15 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
         classes=len(test.table.classes),
     )
     truth = test.table.label_array[asked]
-    right = {f"k={k}": Scored(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
-    figures = {label: mean_interval(found.right, found.clusters).as_dict() for label, found in right.items()}
+    right = {f"k={k}": mean_of(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
+    figures = {label: found.estimate.as_dict() for label, found in right.items()}
     return {**figures, **guessing(side.table.label_array[fit], truth)}, right
 
 
-def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Measure linear-probe accuracy, with how C was chosen, and which samples were right.
+def measure_linear(
+    encoder: str, train: Side | None, test: Side, clusters: Clusters
+) -> tuple[dict[str, Any], Statistics]:
+    """Measure linear-probe accuracy, with how C was chosen.
 
     Raises:
         NotMeasuredError: see `probe_sides`; too few classes or families to choose C.
@@ -111,17 +105,19 @@ def measure_linear(encoder: str, train: Side | None, test: Side, clusters: Clust
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
     truth = test.table.label_array[asked]
-    scored = Scored(probe.predicted == truth, clusters.take(asked))
+    accuracy = mean_of(probe.predicted == truth, clusters.take(asked))
     document = {
-        "accuracy": mean_interval(scored.right, scored.clusters).as_dict(),
+        "accuracy": accuracy.estimate.as_dict(),
         **guessing(side.table.label_array[fit], truth),
         **_chosen(probe, families, "linear probe"),
     }
-    return document, {"accuracy": scored}
+    return document, {"accuracy": accuracy}
 
 
-def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Right]:
-    """Measure a linear probe of patches: accuracy and mean intersection over union, and which patches were right.
+def measure_dense(
+    encoder: str, train: Side | None, test: Side, clusters: Clusters
+) -> tuple[dict[str, Any], Statistics]:
+    """Measure a linear probe of patches: accuracy and mean intersection over union.
 
     Raises:
         NotMeasuredError: no training data, no masks, or too few classes or families to choose C.
@@ -136,19 +132,22 @@ def measure_dense(encoder: str, train: Side | None, test: Side, clusters: Cluste
         )
     except ValueError as error:
         raise NotMeasuredError(str(error)) from None
-    scored = Scored(probe.predicted == asked.labels_P, clusters.take(asked.image_P))
+    of_patches = clusters.take(asked.image_P)
     commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())
-    iou = mean_iou(probe.predicted, asked.labels_P, scored.clusters).as_dict()
-    guessed = mean_iou(commonest, asked.labels_P, scored.clusters, resamples=1).value
+    guessed = mean_iou(commonest, asked.labels_P, of_patches).value
+    found = {
+        "accuracy": mean_of(probe.predicted == asked.labels_P, of_patches),
+        "mean_iou": mean_iou(probe.predicted, asked.labels_P, of_patches),
+    }
     document = {
-        "accuracy": mean_interval(scored.right, scored.clusters).as_dict(),
-        "mean_iou": {**iou, "majority": guessed},
+        "accuracy": found["accuracy"].estimate.as_dict(),
+        "mean_iou": {**found["mean_iou"].estimate.as_dict(), "majority": guessed},
         **guessing(fitted.labels_P, asked.labels_P),
         "patches_fitted": len(fitted.labels_P),
         "images": len(np.unique(asked.image_P)),
         **_chosen(probe, families, "dense probe"),
     }
-    return document, {"accuracy": scored}
+    return document, found
 
 
 def _patches(side: Side, what: str) -> Patches:
@@ -171,21 +170,14 @@ def _chosen(probe: LinearProbe, families: Clusters, name: str) -> dict[str, Any]
     }
 
 
-def measure_advantage(model: Right, baseline: Right) -> dict[str, Any]:
-    """Return the accuracy of the model minus that of the baseline on the same samples.
-
-    The interval is that of the difference: a sample that both get right, or both wrong, says nothing about which is
-    better, so it is usually narrower than what two separate intervals suggest.
-    """
-    return {
-        label: mean_interval(found.right.astype(np.float64) - baseline[label].right, found.clusters).as_dict()
-        for label, found in model.items()
-    }
+def measure_advantage(model: Statistics, baseline: Statistics) -> dict[str, Any]:
+    """Return the figures of the model minus those of the baseline on the same samples, with paired intervals."""
+    return {label: found.minus(baseline[label]).estimate.as_dict() for label, found in model.items()}
 
 
 def measure_zero_shot(
     images_NE: NDArray[np.float32], encode: TextEncoder, templates: tuple[str, ...], test: Side, clusters: Clusters
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Statistics]:
     """Measure the accuracy of the nearest class name, among the classes that the test data have.
 
     Raises:
@@ -199,18 +191,20 @@ def measure_zero_shot(
         raise NotMeasuredError("the test data have a single class")
     names = [test.table.classes[number] for number in present]
     predicted = zero_shot_predict(images_NE[asked], class_embeddings(names, encode, templates))
-    return {
-        "accuracy": mean_interval(predicted == truth, clusters.take(asked)).as_dict(),
+    accuracy = mean_of(predicted == truth, clusters.take(asked))
+    document = {
+        "accuracy": accuracy.estimate.as_dict(),
         "chance": 1 / len(present),
         "majority": float(np.bincount(truth).max() / len(truth)),
         "classes": names,
         "templates": list(templates),
     }
+    return document, {"accuracy": accuracy}
 
 
 def measure_retrieval(
     images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Statistics]:
     """Measure recall at 1, 5, 10, below the number of candidates, in both directions.
 
     The intervals of text → image draw by the cluster of the caption.
@@ -227,15 +221,18 @@ def measure_retrieval(
     first_image_U = np.unique(caption_of_N, return_index=True)[1]
     of_captions = of_images.take(first_image_U)
     result: dict[str, Any] = {"images": len(asked), "distinct_captions": len(captions)}
+    recalls: Statistics = {}
     for direction, ranks, drawn, candidates in (
         ("image_to_text", retrieval.image_to_text, of_images, len(captions)),
         ("text_to_image", retrieval.text_to_image, of_captions, len(asked)),
     ):
         result[direction] = {}
         for depth in (depth for depth in DEPTHS if depth < candidates):  # who takes all finds the right one
-            estimate, chance = mean_interval(ranks < depth, drawn), retrieval.chance(direction, depth)
-            result[direction][f"R@{depth}"] = {**estimate.as_dict(), "chance": chance, "ratio": estimate.value / chance}
-    return result
+            recall, chance = mean_of(ranks < depth, drawn), retrieval.chance(direction, depth)
+            ratio = recall.estimate.value / chance
+            result[direction][f"R@{depth}"] = {**recall.estimate.as_dict(), "chance": chance, "ratio": ratio}
+            recalls[f"{direction} R@{depth}"] = recall
+    return result, recalls
 
 
 def guessing(train_labels_N: NDArray[np.int64], truth_M: NDArray[np.int64]) -> dict[str, float]:

@@ -159,7 +159,7 @@ def measure_segmenter(
     np.add.at(by_cluster, drawn, counts_M3K)
     both_CK, truth_CK, predicted_CK = by_cluster.transpose(1, 0, 2)
     either_CK = truth_CK + predicted_CK - both_CK
-    estimate = iou_of_clusters(both_CK, either_CK, either_CK, clusters, len(counts_M3K))
+    estimate = iou_of_clusters(both_CK, either_CK, either_CK, clusters, len(counts_M3K)).estimate
     both_K, truth_K, predicted_K = counts_M3K.sum(axis=0)
     either_K = truth_K + predicted_K - both_K
     iou_K = both_K / np.maximum(either_K, 1)

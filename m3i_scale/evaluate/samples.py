@@ -248,9 +248,12 @@ def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
             raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
 
 
-def _same(shard: Address) -> str:
-    """Return one text for all ways to name a shard."""
-    return str(shard.resolve() if isinstance(shard, Path) else shard)
+def shared_shards(one: Table, other: Table) -> set[str]:
+    """Return the shards that two tables share, whatever they are called."""
+    first, second = (
+        {str(shard.resolve() if isinstance(shard, Path) else shard) for shard in table.shards} for table in (one, other)
+    )
+    return first & second
 
 
 def check_apart(test: Table, train: Table) -> None:
@@ -259,8 +262,7 @@ def check_apart(test: Table, train: Table) -> None:
     Raises:
         DataError: they do.
     """
-    shared = {_same(shard) for shard in test.shards} & {_same(shard) for shard in train.shards}
-    if shared:
+    if shared := shared_shards(test, train):
         raise DataError(
             f"{len(shared)} shards are both training and test data",
             where=min(shared),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import time
@@ -12,23 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from m3i_scale import __version__
 from m3i_scale.errors import ConfigError
-from m3i_scale.files import replacing
 from m3i_scale.report.about import differing_settings
 from m3i_scale.report.albums import albums_of
 from m3i_scale.report.charts import CHARTS, evaluation_charts
 from m3i_scale.report.curves import MOST_POINTS, filled_charts
+from m3i_scale.report.html_file import TEMPLATES, check_page, rendered, write_page
 from m3i_scale.report.marks import KINDS
 from m3i_scale.report.results import documents_of_files, documents_of_run
 from m3i_scale.report.run_files import RunFiles, read_run
 from m3i_scale.report.sections import sections_of
 
-TEMPLATES = Path(__file__).parent / "templates"
 HEADINGS = {
     "overview": "Overview",
     "objective": "Loss and its parts",
@@ -66,21 +63,11 @@ def write_report(
             written.
     """
     began = time.monotonic()
-    if not to.parent.is_dir():
-        raise ConfigError("the folder of the report is missing", where=str(to.parent), fix=f"mkdir -p {to.parent}")
-    if to.suffix != ".html" or to.is_dir():  # a slip must not replace a file of a run
-        raise ConfigError("a report is a file that ends in .html", where=str(to), fix="--to FILE.html")
+    check_page(to, "--to")
     runs = [read_run(folder) for folder in folders]
     names = _distinct(runs)
     charts = filled_charts(runs, names, [*CHARTS, *evaluation_charts(runs)])
-    page = _page(runs, names, charts, evaluations, pictures)
-    try:
-        with replacing(to) as file:
-            file.write(page.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise ConfigError(
-            f"the report cannot be written: {error.strerror}", where=str(to), fix="free some space, or --to elsewhere"
-        ) from None
+    write_page(_page(runs, names, charts, evaluations, pictures), to, "--to")
     return {
         "report": str(to),
         "bytes": to.stat().st_size,
@@ -134,7 +121,8 @@ def _page(
         "checkpoints": any(run["checkpoints"] for run in sections),
         "settings": True,
     }
-    return _environment().get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         title=names[0] if len(names) == 1 else f"{len(names)} runs",
         runs=sections,
         charts=charts,
@@ -149,7 +137,6 @@ def _page(
         points=MOST_POINTS,
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         data=data,
         plotly=scripts[0],
         script=scripts[1],
@@ -181,14 +168,3 @@ def script_safe(value: Any) -> Markup:
 def _allowed(script: str) -> str:
     """Return what the page's policy calls a script that may run: all others may not."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-@functools.cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

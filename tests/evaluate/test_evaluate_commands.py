@@ -10,8 +10,8 @@ from m3i_scale.data.make.records import ListedInput
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.measures import Scored, measure_advantage
+from m3i_scale.evaluate.intervals import Clusters, mean_of
+from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.report import render
 
 
@@ -52,7 +52,7 @@ def test_the_advantage_over_pixels_is_that_on_the_same_samples(result):
 
 def test_equal_predictions_leave_no_doubt_and_opposite_ones_do():
     clusters = Clusters("sample", np.arange(20))
-    half, other = (Scored(np.arange(20) % 2 == rest, clusters) for rest in (0, 1))
+    half, other = (mean_of(np.arange(20) % 2 == rest, clusters) for rest in (0, 1))
     same = measure_advantage({"accuracy": half}, {"accuracy": half})["accuracy"]
     assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
     opposite = measure_advantage({"accuracy": half}, {"accuracy": other})["accuracy"]

@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.evaluate.compare import compare
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.evaluate.towers import load_objective, towers_of
 
@@ -43,6 +45,23 @@ def test_all_measures_of_an_export(exported, shards):
     zero_shot = found["measures"]["zero_shot"]
     assert zero_shot["classes"] == ["warm-things", "cold-things", "green-things"]
     assert zero_shot["majority"] == pytest.approx(1 / 3)
+
+
+def test_text_is_compared_where_both_models_have_a_tower(exported, shards, tmp_path):
+    other = shutil.copytree(exported[0], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, other / "model.safetensors")
+    found = compare(exported[0], other, str(shards), measures=("zero_shot", "retrieval"))[0]["sets"]["data"]
+    assert found["train_data"] is None  # no probe is asked for
+    recalls = [f"retrieval image_to_text R@{depth}" for depth in (1, 5)]
+    recalls += [f"retrieval text_to_image R@{depth}" for depth in (1, 5, 10)]
+    assert list(found["measures"]) == ["zero_shot accuracy", *recalls]
+    alone = evaluate(exported[0], str(shards / "val"), measures=("zero_shot", "retrieval"))["measures"]
+    before = {name: figures["before"] for name, figures in found["measures"].items()}
+    assert before["zero_shot accuracy"] == alone["zero_shot"]["accuracy"]
+    assert before["retrieval text_to_image R@5"].items() <= alone["retrieval"]["text_to_image"]["R@5"].items()
+    # ties count against the model: equal embeddings find nothing
+    assert found["measures"]["retrieval image_to_text R@1"]["after"]["value"] == 0
 
 
 def test_the_trained_head_of_an_export(exported, run_dir, shards):

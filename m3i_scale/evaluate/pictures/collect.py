@@ -134,8 +134,9 @@ class EvaluationPictures:
         self.keys = [self._table.keys[number] for number in self._numbers]
         """Of the samples that are shown."""
         samples = read_again(self._table, self._numbers, job.vision.size)
-        self._images = [image_of(samples[number].pixels) for number in self._numbers]
-        self._names = [self._name(number) for number in self._numbers]
+        self.images = [image_of(samples[number].pixels) for number in self._numbers]
+        """At the size of the model."""
+        self.names = [self._name(number) for number in self._numbers]
 
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
         """Return the pictures, and by name the reason of each that the model or the data do not allow."""
@@ -168,27 +169,32 @@ class EvaluationPictures:
     @cached_property
     def _hidden(self) -> Tensor:
         """Return what the model makes of the samples that are shown."""
-        return self._encode(self._images)
+        return self._encode(self.images)
+
+    @property
+    def patch_features(self) -> NDArray[np.float64]:
+        """Return the features of the patches of the samples that are shown: (N, L, D)."""
+        return self._tokens(self._hidden)
 
     def _tokens(self, hidden: Tensor) -> NDArray[np.float64]:
         tokens_NLD: NDArray[np.float64] = patch_tokens(hidden, self._job.vision.patch_count()).double().cpu().numpy()
         return tokens_NLD
 
     def _dense_pca(self) -> Picture:
-        return dense_pca(self._images, self._names, self._tokens(self._hidden))
+        return dense_pca(self.images, self.names, self.patch_features)
 
     def _attention(self) -> Picture:
         vision = self._job.vision
-        pixels_BCHW = vision.pixels(_stacked(self._images))
+        pixels_BCHW = vision.pixels(_stacked(self.images))
         shown = attention_of(vision.model, pixels_BCHW, self._hidden, vision.patch_count())
-        return attention(self._images, self._names, shown)
+        return attention(self.images, self.names, shown)
 
     def _similarity(self) -> Picture:
-        tokens_NLD = self._tokens(self._hidden)
+        tokens_NLD = self.patch_features
         side = side_of(tokens_NLD.shape[1])
-        others, patches, same = zip(*(other_view(image, side) for image in self._images), strict=True)
+        others, patches, same = zip(*(other_view(image, side) for image in self.images), strict=True)
         other_tokens_NLD = self._tokens(self._encode(others))
-        return similarity(self._images, self._names, tokens_NLD, others, other_tokens_NLD, patches, same)
+        return similarity(self.images, self.names, tokens_NLD, others, other_tokens_NLD, patches, same)
 
     def _neighbours(self) -> Picture:
         if len(self._table) < 2:
@@ -198,10 +204,10 @@ class EvaluationPictures:
         scores_QN[np.arange(len(self._numbers)), self._numbers] = -np.inf
         right = [None if labels_N[number] < 0 else labels_N == labels_N[number] for number in self._numbers]
         candidates = best_of(scores_QN, right)
-        return ranked(NEIGHBOURS, self._queries(), self._names, candidates, self._cells(candidates).__getitem__)
+        return ranked(NEIGHBOURS, self._queries(), self.names, candidates, self._cells(candidates).__getitem__)
 
     def _queries(self) -> list[Cell]:
-        return [Cell(image, name) for image, name in zip(self._images, self._names, strict=True)]
+        return [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
 
     def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
         """Read the images of candidates, and return their cells by number."""
@@ -236,7 +242,7 @@ class EvaluationPictures:
         return ranked(
             IMAGE_TO_TEXT,
             [queries[place] for place in asked],
-            [self._names[place] for place in asked],
+            [self.names[place] for place in asked],
             best_of(scores_QU, right),
             lambda number: Cell(text_cell(captions[number])),
         )

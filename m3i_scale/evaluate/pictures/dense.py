@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,16 +84,12 @@ def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: N
     Raises:
         NotMeasuredError: the patches are no square grid, or their features hold NaN.
     """
-    check_finite(tokens_NLD)
-    side = side_of(tokens_NLD.shape[1])
-    colours_NL3, share = pca_colours(tokens_NLD, brightness(images, side))
+    maps, share = _pca_maps(images, tokens_NLD)
     rows: list[list[Cell | None]] = []
     for start in range(0, len(images), _COLUMNS):
         shown = range(start, min(start + _COLUMNS, len(images)))
         rows.append([Cell(images[n], names[n]) for n in shown])
-        patches = [Image.fromarray(colours_NL3[n].reshape(side, side, 3)) for n in shown]
-        sharp = (side * _SHARP, side * _SHARP)
-        rows.append([Cell(image.resize(sharp, Image.Resampling.NEAREST)) for image in patches])
+        rows.append([Cell(maps[n]) for n in shown])
     return Picture(
         "dense_pca",
         f"Dense features: their first three principal components as red, green and blue ({share:.0%} of the variance)",
@@ -101,6 +97,44 @@ def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: N
         f" features; one basis for all of them. Images: {'; '.join(names)}.",
         grid(rows),
     )
+
+
+def dense_pca_side_by_side(
+    names: Sequence[str], shown: Mapping[str, tuple[Sequence[Image.Image], NDArray[np.float64]]]
+) -> Picture:
+    """Return the picture `dense_pca` of several models: images, and beside them the components of each model's patches.
+
+    Every model has a basis and a range of its own, see `pca_colours`.
+
+    Args:
+        names: of the images.
+        shown: by model, the images at its size and the features of their patches.
+
+    Raises:
+        NotMeasuredError: the patches of a model are no square grid, or their features hold NaN.
+    """
+    maps_by_model = {model: _pca_maps(*of_model) for model, of_model in shown.items()}
+    images = next(iter(shown.values()))[0]
+    rows = [[Cell(image), *(Cell(maps[n]) for maps, _ in maps_by_model.values())] for n, image in enumerate(images)]
+    shares = ", ".join(f"{model} {share:.0%}" for model, (_, share) in maps_by_model.items())
+    return Picture(
+        "dense_pca",
+        "Dense features: their first three principal components as red, green and blue, one basis for each model"
+        f" (share of the variance: {shares})",
+        f"{len(images)} images. By row: image, {', '.join(shown)}: its patches in the colours of the first three"
+        f" principal components of their features; one basis for all images of a model. Images: {'; '.join(names)}.",
+        grid(rows, ["image", *shown], names),
+    )
+
+
+def _pca_maps(images: Sequence[Image.Image], tokens_NLD: NDArray[np.float64]) -> tuple[list[Image.Image], float]:
+    """Return a picture of every image's patches in the colours of their components, and the share of the variance."""
+    check_finite(tokens_NLD)
+    side = side_of(tokens_NLD.shape[1])
+    colours_NL3, share = pca_colours(tokens_NLD, brightness(images, side))
+    sharp = (side * _SHARP, side * _SHARP)
+    patches = [Image.fromarray(colours_L3.reshape(side, side, 3)) for colours_L3 in colours_NL3]
+    return [image.resize(sharp, Image.Resampling.NEAREST) for image in patches], share
 
 
 def cosines(token_ND: NDArray[np.float64], tokens_NLD: NDArray[np.float64]) -> NDArray[np.float64]:

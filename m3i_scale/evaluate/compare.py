@@ -1,0 +1,273 @@
+"""Compare two models on the same samples: what a training has gained, and what it has forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from m3i_scale.backbones.sources import pretrained_folder
+from m3i_scale.errors import ConfigError, DataError, named
+from m3i_scale.evaluate.classifier import trained_heads
+from m3i_scale.evaluate.commands import check_options, device_of
+from m3i_scale.evaluate.document import describe, document_of, warnings_of
+from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
+from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
+from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Reader, measure_all
+from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
+from m3i_scale.evaluate.pictures.collect import EvaluationPictures
+from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
+from m3i_scale.evaluate.pictures.write import Picture, jpeg
+from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
+from m3i_scale.evaluate.towers import Towers, why_no_towers
+from m3i_scale.evaluate.whole import trained_whole
+from m3i_scale.evaluate.zero_shot import TEMPLATES
+
+COMPARED = (*PROBES, *WITH_TEXT)
+BEFORE, AFTER = "before", "after"
+
+
+@dataclass
+class _Model:
+    folder: Path
+    vision: VisionModel
+    towers: Towers | None
+
+
+@dataclass
+class _Set:
+    """Names a set of samples; its tables stay empty, as each model fills its own."""
+
+    name: str
+    folder: str
+    train: Table
+    test: Table
+
+
+def compare(
+    before: Path | str,
+    after: Path | str,
+    data: str,
+    *,
+    general: str | None = None,
+    measures: tuple[str, ...] | None = None,
+    pool: Pool = "mean",
+    batch_size: int | None = None,
+    device: str = "auto",
+    draw: bool = False,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Measure the frozen features of two models on the same samples, and their differences with paired intervals.
+
+    Every model sees images at its own size. Changes nothing on disk; the same call, the same figures.
+
+    Args:
+        before: a folder of `m3i-scale export`, a folder of a vision model of `transformers`, or a Hub id.
+        after: the other model, likewise.
+        data: a folder with shards in `train` and `val`, as `m3i-scale shards make` writes it.
+        general: another such folder, for what may have been forgotten.
+        measures: which of `COMPARED`; default: all.
+        pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
+        batch_size: images in one forward pass (default: `IMAGES`).
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
+        draw: also draw dense features side by side.
+
+    Returns:
+        One JSON-able document: before, after, sets → data, general → measures → before, after, difference, change; and
+        by set `title`, `alt` and `jpeg` of a picture, where one is asked for and can be drawn.
+
+    Raises:
+        ConfigError: no such model, measure, pool or device, the same samples as data and general, or a segmenter or
+            detector.
+        ExportError: a model does not load.
+        DataError: shards that cannot be read, or are those of training and of test; or nothing can be measured.
+    """
+    check_options(measures, COMPARED, pool, batch_size)
+    where, asked = device_of(device), measures or COMPARED
+    folders = {role: _folder(source, role) for role, source in ((BEFORE, before), (AFTER, after))}
+    sets = [_open(data, "data")] + ([] if general is None else [_open(general, "general")])
+    if general is not None:
+        _check_other(*sets)
+    # a text tower of one model alone has nothing to be compared with, so that it is not asked either
+    no_text = {role: reason for role, folder in folders.items() if (reason := why_no_towers(folder)) is not None}
+    wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
+    models = {role: _load(role, folder, pool, where, wants_text=wants_text) for role, folder in folders.items()}
+    document: dict[str, Any] = {}
+    pictures: dict[str, dict[str, Any]] = {}
+    for one in sets:
+        jobs = {role: _read(model, one, asked, batch_size or IMAGES) for role, model in models.items()}
+        _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
+        found = _measure(asked, no_text, jobs)
+        if not found["measures"] and not draw:
+            raise DataError(
+                "nothing can be compared",
+                where=f"--{one.name} {one.folder}",
+                why="; ".join(f"{name}: {reason}" for name, reason in found["not_measured"].items()),
+                fix="give shards with labels, masks or captions, in train and in val",
+            )
+        if draw:
+            try:
+                picture = _draw(jobs)
+                pictures[one.name] = {"title": picture.title, "alt": picture.alt, "jpeg": jpeg(picture.image)}
+            except NotMeasuredError as reason:
+                found["not_shown"] = str(reason)
+        facts = {role: _describe(model, jobs[role], one) for role, model in models.items()}
+        if not document:
+            document |= {role: of_model.pop("model") for role, of_model in facts.items()}
+            document |= {key: facts[BEFORE][key] for key in ("level", "bootstrap")} | {"sets": {}}
+        document["sets"][one.name] = {key: facts[BEFORE][key] for key in ("data", "train_data")} | found
+    return document, pictures
+
+
+def _folder(source: Path | str, role: str) -> Path:
+    folder = pretrained_folder(str(source), role.upper())
+    if trained_whole(folder, None, []) is not None:
+        raise ConfigError(
+            "the folder holds a segmenter or a detector",
+            where=f"{role.upper()} {folder}",
+            why="frozen features are compared",
+            fix="m3i-scale evaluate measures it; to compare, give the backbone",
+        )
+    return folder
+
+
+def _open(folder: str, name: str) -> _Set:
+    """Return the tables of a folder with `train` and `val`.
+
+    Raises:
+        DataError: there is no such folder, or it is one split.
+    """
+    option = f"--{name}"
+    if any(Path(folder).glob("*.tar")):
+        raise DataError("this is one split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}")
+    train, test = (open_table(f"{folder.rstrip('/')}/{split}", option) for split in ("train", "val"))
+    check_apart(test, train)
+    return _Set(name, folder, train, test)
+
+
+def _check_other(data: _Set, general: _Set) -> None:
+    """Check that what was learnt and what may have been forgotten are not the same samples.
+
+    Raises:
+        ConfigError: they share shards.
+    """
+    shared = shared_shards(data.train, general.train) | shared_shards(data.test, general.test)
+    if shared:
+        raise ConfigError(
+            f"--data and --general share {len(shared)} shards",
+            where=min(shared),
+            why="what is forgotten shows on other samples than those of the domain",
+            fix="give another folder, or leave --general out",
+        )
+
+
+def _load(role: str, folder: Path, pool: Pool, device: torch.device, *, wants_text: bool) -> _Model:
+    with named(role.upper()):
+        vision = load_vision(folder, pool, device)
+        _, _, towers = trained_heads(folder, vision, [], wants_text=wants_text, wants_classifier=False)
+    return _Model(folder, vision, towers)
+
+
+def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int) -> Job:
+    dense = model.vision.with_patches if "dense" in asked else None
+    read = Reader(model.vision.size, batch_size, dense, (), None)
+    encoders: dict[str, Encoder] = {"model": model.vision}
+    joint: dict[str, Encoder] = {} if model.towers is None else {"joint": model.towers.images}
+    train, test = (Table(table.shards, table.classes) for table in (one.train, one.test))
+    tested = read(test, encoders | joint, "data")
+    if not len(test):
+        why = str(dict(test.left_out))
+        raise DataError("no usable sample in the test data", where=f"--{one.name} {one.folder}", why=why)
+    fitted = read(train, encoders, "train data") if set(PROBES) & set(asked) else None
+    return Job(model.vision, fitted, tested, clusters_of(test), model.towers, None, None, None, TEMPLATES)
+
+
+def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
+    """Keep the patches of images that have some for both models: a patch of a coarse grid may have no class where those
+    of a finer one have.
+
+    Raises:
+        DataError: the models have not seen the same samples.
+    """
+    if before.table.keys != after.table.keys:
+        raise DataError("the shards changed while they were read", where=f"--{one.name} {one.folder}")
+    if before.patches is None or after.patches is None:
+        return
+    shared = np.intersect1d(before.patches.image_P, after.patches.image_P)
+    for side, patches in ((before, before.patches), (after, after.patches)):
+        side.patches = patches.of_images(shared) if len(shared) else None
+        side.no_patches = "no image with patches that have a class for both models"
+
+
+def _describe(model: _Model, job: Job, one: _Set) -> dict[str, Any]:
+    of_model = {
+        "type": model.vision.model.config.model_type,
+        "image_size": model.vision.size,
+        "pool": model.vision.pool,
+        "feature_width": int(job.test.features["model"].shape[1]),
+    }
+    fitted_on = None if job.train is None else describe(job.train.table, f"{one.folder}/train")
+    tested_on = describe(job.test.table, f"{one.folder}/val")
+    return document_of(model.folder, of_model, tested_on, job.clusters, fitted_on)
+
+
+def _measure(asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job]) -> dict[str, Any]:
+    """Return figures by measure, reasons for those that are absent, and warnings."""
+    names = tuple(name for name in asked if name in PROBES or not no_text)
+    reasons: dict[str, dict[str, str]] = {name: dict(no_text) for name in asked if name not in names}
+    statistics: dict[str, dict[str, Statistics]] = {}
+    warnings: dict[str, list[str]] = {}
+    for role, job in jobs.items():
+        figures, absent, statistics[role] = measure_all(names, "model", job)
+        warnings[role] = warnings_of({"measures": figures}, job.clusters, job.test, job.train)
+        for name, reason in absent.items():
+            reasons.setdefault(name, {})[role] = reason
+    measures = {}
+    for name in (name for name in names if name not in reasons):
+        for label, after in statistics[AFTER][name].items():
+            measures[f"{name} {label}"] = compared(statistics[BEFORE][name][label], after)
+    both = [warning for warning in warnings[BEFORE] if warning in warnings[AFTER]]
+    of_one = [f"{role}: {text}" for role, texts in warnings.items() for text in texts if text not in both]
+    not_measured = {name: _in_words(reasons[name]) for name in asked if name in reasons}
+    return {"measures": measures, "not_measured": not_measured, "warnings": both + of_one}
+
+
+def _in_words(reasons: dict[str, str]) -> str:
+    """Return why a measure is absent, by model where it is not the same for both: one without a reason could do it."""
+    if len(reasons) > 1 and len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{role}: {reason}" for role, reason in reasons.items())
+
+
+def compared(before: Statistic, after: Statistic) -> dict[str, Any]:
+    """Return two figures of the same clusters, their difference with its paired interval, and what that says.
+
+    Raises:
+        ValueError: they are of different clusters.
+    """
+    difference = after.minus(before).estimate
+    return {
+        "before": before.estimate.as_dict(),
+        "after": after.estimate.as_dict(),
+        "difference": difference.as_dict(),
+        "change": _change(difference),
+    }
+
+
+def _change(difference: Estimate) -> str:
+    if difference.low > 0:
+        return "gained"
+    return "lost" if difference.high < 0 else "no difference shown"
+
+
+def _draw(jobs: dict[str, Job]) -> Picture:
+    """Return the dense features of both models side by side.
+
+    Raises:
+        NotMeasuredError: a model has no square grid of patches, or its features hold NaN.
+    """
+    shown = {role: EvaluationPictures(job, None) for role, job in jobs.items()}
+    features = {role: (drawing.images, drawing.patch_features) for role, drawing in shown.items()}
+    return dense_pca_side_by_side(shown[BEFORE].names, features)

@@ -1,0 +1,70 @@
+"""Write pages of HTML that need nothing else: no network, no other file, and no script but the page's own."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from m3i_scale.errors import ConfigError
+from m3i_scale.files import replacing
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def check_page(page: Path, option: str) -> None:
+    """Check that a page can be written to a path.
+
+    Args:
+        page: where it is to be.
+        option: that named it.
+
+    Raises:
+        ConfigError: its folder is missing, or it is no file that ends in .html.
+    """
+    if not page.parent.is_dir():
+        raise ConfigError("the folder of the report is missing", where=str(page.parent), fix=f"mkdir -p {page.parent}")
+    if page.suffix != ".html" or page.is_dir():  # a slip must not replace a file of a run
+        raise ConfigError("a report is a file that ends in .html", where=str(page), fix=f"{option} FILE.html")
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Return a page of a template, with the style that all of them share; text in it is escaped."""
+    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return _environment().get_template(template).render(style=style, **values)
+
+
+def write_page(text: str, page: Path, option: str) -> None:
+    """Write a page; one that is there is replaced once the new one is whole.
+
+    Args:
+        text: of the page.
+        page: where it is to be, see `check_page`.
+        option: that named it.
+
+    Raises:
+        ConfigError: the disk refuses.
+    """
+    try:
+        with replacing(page) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise ConfigError(
+            f"the report cannot be written: {error.strerror}",
+            where=str(page),
+            fix=f"free some space, or {option} elsewhere",
+        ) from None
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
