@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
+from m3i_scale.backbones.presets import DEFAULT_PRESET
 from m3i_scale.config import Classification, Detection, MaskRcnn, RunConfig, Segmentation, Task
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, check_mask_classes

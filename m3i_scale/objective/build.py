@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 
 from m3i_scale.backbones.base import Backbone, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights

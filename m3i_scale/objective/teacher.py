@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.load_plan import LoadPlan, plan_model
-from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
 from m3i_scale.backbones.sources.hub import hub_places

@@ -221,7 +221,7 @@ def test_a_misspelt_field_gets_a_hint() -> None:
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a bert, and a backbone is a vit, dinov2, clip or internimage"):
+    with pytest.raises(ConfigError, match="is a bert, and a backbone is a clip, vit, clip_vision_model"):
         backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
 
 

@@ -10,12 +10,17 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, Dinov2Config, ViTConfig
 
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig
 from m3i_scale.backbones.presets import published_heads
 from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
-from m3i_scale.backbones.sources.names import OURS, NameMap, Placed
-from m3i_scale.backbones.tokens import TokenConfig
+from m3i_scale.backbones.sources.names import NameMap, Placed
 
-_ROLES = {part: f"{{}}.{part}" if "{}" in name else part for names in OURS.values() for part, name in names.items()}
+_ROLES = {
+    part: f"{{}}.{part}" if "{}" in name else part
+    for family in FAMILIES
+    if isinstance(family, TokenFamily)
+    for part, name in family.parts.items()
+}
 _NORMS = ("pre_norm", "0.norm1", "0.norm2", "norm")
 
 NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
@@ -40,7 +45,7 @@ def plain_config(
     facts: Facts,
     fields: Mapping[str, Any],
     refused: tuple[tuple[str, str], ...] = (),
-) -> tuple[TokenConfig, dict[str, str], tuple[tuple[str, str], ...]]:
+) -> tuple[VisionConfig, dict[str, str], tuple[tuple[str, str], ...]]:
     """Return the stock configuration that holds the tensors exactly.
 
     Args:
@@ -171,7 +176,7 @@ def _activation(given: str, pre_norm: bool, facts: Facts, fields: Mapping[str, A
     return str(fields.get("hidden_act", "gelu"))
 
 
-_Own = tuple[type[TokenConfig], dict[str, Any]]
+_Own = tuple[type[VisionConfig], dict[str, Any]]
 """A configuration, and the fields of it that the others have not."""
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from m3i_scale.backbones.families import token_family
 from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import OURS, NameMap
+from m3i_scale.backbones.sources.names import NameMap
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 
 _MARK = "patch_embed.proj.weight"
@@ -67,7 +68,7 @@ def timm_source(
     names = _names(prefix, shapes)
     _refuse_post_norm(given, prefix, shapes)
     config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
-    ours = OURS[type(config)]
+    ours = token_family(config).parts
     return Source(
         given,
         "timm",
@@ -142,7 +143,7 @@ def timm_trunk(
 ) -> Source:
     """Return the vision tower of an open_clip model that is one of timm's, below `visual.trunk.`."""
     source, shapes = _by_architecture(given, folder, architecture, arguments, fields)
-    prefix, ours = "visual.trunk.", OURS[type(source.config)]
+    prefix, ours = "visual.trunk.", token_family(source.config).parts
     names = _names(prefix, {prefix + name: shape for name, shape in shapes.items()})
     return replace(source, kind="open_clip", place=lambda _: lambda name: names.place(name, ours))
 
