@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, Dinov2Config, EomtForUniversalSegmentation
+from transformers import Dinov2Config, EomtForUniversalSegmentation, ViTConfig
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
-from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import EomtSegmentation
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, part_of, vision_names
@@ -64,7 +63,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> Part:
 
 
 def _mlp_ratio(config: VisionConfig) -> int:
-    if isinstance(config, InternImageConfig | CLIPVisionConfig):
+    if not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(f"a {config.model_type} is no EoMT")
     dinov2 = isinstance(config, Dinov2Config)
     ratio = float(config.mlp_ratio) if dinov2 else config.intermediate_size / config.hidden_size

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from transformers import BeitConfig, CLIPVisionConfig, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import BeitConfig, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
-from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import EomtSegmentation, UperNetSegmentation
 from m3i_scale.hub.as_eomt import eomt_part, no_class
 from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
@@ -71,7 +70,7 @@ def segmenter_part(source: Source) -> Part:
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
     """Return the BEiT that computes what a ViT or DINOv2 does."""
-    if isinstance(config, InternImageConfig | CLIPVisionConfig):
+    if not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(f"a {config.model_type} is no BEiT")
     gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn
     if gated or not config.qkv_bias:

@@ -12,7 +12,6 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     BertModel,
-    CLIPVisionConfig,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -150,7 +149,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
         norm = f"decoders.{target.decoder}.norm."
         part = timm_part(config, decoder.kind, norm, head, names, source.run.data.augment)
         return replace(part, label_set=number, native="timm" if timm else None)
-    if not isinstance(decoder, ClassTokenSpec) or isinstance(config, CLIPVisionConfig):
+    if not isinstance(decoder, ClassTokenSpec) or not isinstance(config, ViTConfig | Dinov2Config):
         raise _no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION)
     if decoder.mean and isinstance(config, ViTConfig):

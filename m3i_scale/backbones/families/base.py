@@ -128,3 +128,17 @@ def check_side(side: int, divisor: int, what: str, where: str) -> None:
             where=f"{where}.config",
             fix=f"image_size: {max(round(side / divisor), 1) * divisor}",
         )
+
+
+def check_registers(config: Any, where: str) -> None:
+    """Check that a family with registers has some.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if config.num_register_tokens < 1:
+        raise ConfigError(
+            f"a {config.model_type} has registers",
+            where=f"{where}.config.num_register_tokens: {config.num_register_tokens}",
+            fix="num_register_tokens: 4, as published",
+        )

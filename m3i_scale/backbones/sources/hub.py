@@ -10,7 +10,7 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
 
-from m3i_scale.backbones.families import FAMILIES, VisionConfig, find_family
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, find_family
 from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.sources.base import Placement, Source, normalisation
@@ -68,6 +68,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         ConfigError: as `hub_config`.
     """
     config, assumed = hub_config(str(folder), where), {}
+    family = find_family(config)
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
         config.fusion_width = fusion_width(config)
         assumed["fusion_width"] = "the source has no fusion head"
@@ -79,7 +80,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         config,
         hub_places,
         assumed=assumed,
-        antialias=False,  # as interpolate_pos_encoding of the stock models
+        antialias=isinstance(family, TokenFamily) and family.antialias,
         normalisation=normalisation(values.get("image_mean"), values.get("image_std")),
     )
 
