@@ -48,8 +48,8 @@ def test_plain_transformers_have_the_scales_of_mae(tmp_path: Path, arguments: di
     scales = lr_scales(model, DECAY, dense=False)
     assert len(set(scales.values())) == 5  # embeddings, three layers, the rest
     for name, parameter in model.named_parameters():
-        if parameter.any():  # what the published model lacks starts at zero
-            assert parameter.unique().tolist() == pytest.approx([scales[name]]), name
+        if parameter.any():  # what the published model lacks starts at zero, e.g. the class token's row of positions
+            assert parameter[parameter != 0].unique().tolist() == pytest.approx([scales[name]]), name
 
 
 def published_classification(name: str, depths: tuple[int, ...]) -> float:
