@@ -6,46 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, Dinov2Config, PretrainedConfig, PreTrainedModel, ViTConfig
+from transformers import PretrainedConfig, PreTrainedModel, ViTConfig
 from transformers.activations import ACT2FN
 
 from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of, token_family
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
 from m3i_scale.backbones.maps import MapBackbone
-from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, VisionConfig, preset_config
+from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, preset_config
 from m3i_scale.backbones.sources import Source, find_source
-from m3i_scale.backbones.tokens import TokenBackbone, TokenConfig, token_class
+from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError, did_you_mean
 
 _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "model_type")
-_COUNTS = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
-_SHAPE_FIELDS: dict[type, tuple[str, ...]] = {
-    ViTConfig: (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias"),
-    ),
-    Dinov2Config: (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
-        *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn", "use_mask_token"),
-    ),
-    CLIPVisionConfig: (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("layer_norm_eps", "image_size", "patch_size", "num_channels"),
-    ),
-    InternImageConfig: (
-        *("channels", "depths", "groups", "dw_kernel_size", "mlp_ratio", "layer_scale", "offset_scale", "post_norm"),
-        *("res_post_norm", "level2_post_norm", "level2_post_norm_block_ids", "center_feature_scale", "fusion_width"),
-        *("layer_norm_eps", "image_size"),
-    ),
-}
-_FIRST_PRESET = {
-    ViTConfig: DEFAULT_PRESET,
-    Dinov2Config: "dinov2-s/14",
-    CLIPVisionConfig: "clip-b/16",
-    InternImageConfig: "internimage-t",
-}
-_SPELT = {"vit": "ViT", "dinov2": "DINOv2", "clip_vision_model": "CLIP", "internimage": "InternImage"}
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
@@ -63,11 +37,14 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
             raise ConfigError(f"no backbone '{name}'", where=f"{where}.preset", fix=did_you_mean(name, PRESETS))
         config = preset_config(name)
     config = _override(config, backbone.config, where)
-    if isinstance(config, InternImageConfig):
-        _check_maps(config, backbone, where)
-    else:
-        _check_tokens(config, where)
+    family = family_of(config)
+    family.check(config, where)
+    if isinstance(family, TokenFamily):
         config._attn_implementation = backbone.attention_kernel
+    elif backbone.attention_kernel != "sdpa":
+        raise ConfigError(
+            "`attention_kernel` has no effect: this backbone has no attention", where=f"{where}.attention_kernel"
+        )
     return config
 
 
@@ -83,7 +60,7 @@ def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source
 def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
     """Return the configuration of the source. A run file may change its image size: positions are then resized."""
     source = backbone_source(backbone, where)
-    for key in _SHAPE_FIELDS[type(source.config)]:
+    for key in family_of(source.config).shape_fields:
         here, there = backbone.config.get(key), getattr(source.config, key)
         same = list(here) == list(there) if isinstance(here, list | tuple) else here == there
         if key in backbone.config and key not in ("image_size", *source.assumed) and not same:
@@ -98,14 +75,16 @@ def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
 
 def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> VisionConfig:
     known = [key for key in config.to_dict() if not key.startswith("_")]
-    name = _SPELT[config.model_type]
+    family = family_of(config)
     for key, value in fields.items():
         if key not in known:
-            raise ConfigError(f"{name} has no field '{key}'", where=f"{where}.config", fix=did_you_mean(key, known))
+            raise ConfigError(
+                f"{family.name} has no field '{key}'", where=f"{where}.config", fix=did_you_mean(key, known)
+            )
         set_field(config, key, value, f"{where}.config")
     if isinstance(config, ViTConfig) and "hidden_size" in fields and "pooler_output_size" not in fields:
         config.pooler_output_size = config.hidden_size
-    if isinstance(config, ViTConfig | CLIPVisionConfig):
+    if not family.derives:
         return config
     # What follows from other fields is made once, when a configuration is.
     kept = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
@@ -139,46 +118,6 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
         raise ConfigError(f"'{key}: {value!r}': {error}", where=where) from None
 
 
-def _check_tokens(config: TokenConfig, where: str) -> None:
-    for key in ("image_size", "patch_size"):
-        if not isinstance(getattr(config, key), int):
-            raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
-    last = "mlp_ratio" if isinstance(config, Dinov2Config) else "intermediate_size"
-    for key in (*_COUNTS, "num_attention_heads", last):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"'{key}' must be at least 1", where=f"{where}.config")
-    if config.num_channels != 3:
-        raise ConfigError("images have 3 channels", where=f"{where}.config.num_channels: {config.num_channels}")
-    _check_side(config.image_size, config.patch_size, f"patch size {config.patch_size}", where)
-    if config.hidden_size % config.num_attention_heads or config.hidden_size % 4:
-        raise ConfigError(
-            f"width {config.hidden_size} must be a multiple of 4 and of its {config.num_attention_heads} heads",
-            where=f"{where}.config",
-        )
-
-
-def _check_maps(config: InternImageConfig, backbone: BackboneConfig, where: str) -> None:
-    if config.fusion_width is None or config.fusion_width % 4:
-        raise ConfigError(
-            f"fusion_width {config.fusion_width}: dense targets need the map of stride 16, a multiple of 4 wide",
-            where=f"{where}.config.fusion_width",
-        )
-    _check_side(config.image_size, 32, "the stride of the last stage, 32,", where)
-    if backbone.attention_kernel != "sdpa":
-        raise ConfigError(
-            "`attention_kernel` has no effect: this backbone has no attention", where=f"{where}.attention_kernel"
-        )
-
-
-def _check_side(side: int, divisor: int, what: str, where: str) -> None:
-    if side % divisor:
-        raise ConfigError(
-            f"{what} does not divide image size {side}",
-            where=f"{where}.config",
-            fix=f"image_size: {max(round(side / divisor), 1) * divisor}",
-        )
-
-
 def build_backbone(config: VisionConfig) -> Backbone:
     """Build the backbone, not yet initialised."""
     return MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
@@ -188,7 +127,8 @@ def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str,
     """Return the class of the model that an export holds, and its constructor's arguments beside the configuration."""
     if isinstance(config, InternImageConfig):
         return InternImageModel, {}
-    return token_class(config)
+    family = token_family(config)
+    return family.model_class, family.options
 
 
 def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
@@ -199,8 +139,8 @@ def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]
 def portable_section(config: VisionConfig) -> dict[str, Any]:
     """Return a backbone section that needs no folder: preset and every field that shapes the modules."""
     return {
-        "preset": _FIRST_PRESET[type(config)],
-        "config": {key: getattr(config, key) for key in _SHAPE_FIELDS[type(config)]},
+        "preset": family_of(config).first_preset,
+        "config": {key: getattr(config, key) for key in family_of(config).shape_fields},
     }
 
 

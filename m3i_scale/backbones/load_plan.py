@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from m3i_scale.backbones.build import starts_fresh, vision_class
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
 from m3i_scale.backbones.sources import Source, source_files
 from m3i_scale.backbones.sources.base import Placement, square_side
 from m3i_scale.backbones.sources.files import open_weights, read_headers
-from m3i_scale.backbones.sources.names import OURS, LeftOut
+from m3i_scale.backbones.sources.names import LeftOut
 from m3i_scale.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -166,9 +166,10 @@ def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_
     kind, options = vision_class(config)
     with torch.device("meta"):
         model = kind(config, **options)
-    table = OURS.get(type(config), {})
+    family = family_of(config)
+    positions = family.parts.get("positions") if isinstance(family, TokenFamily) else None
     fresh = [name for name, _ in model.named_parameters() if starts_fresh(source, name)]
-    return plan_model(source, model, where, positions=table.get("positions"), fresh=fresh)
+    return plan_model(source, model, where, positions=positions, fresh=fresh)
 
 
 def plan_model(

@@ -1,57 +1,64 @@
-"""Adapt plain stock `transformers` models, ViT, DINOv2 and CLIP: tokens in, tokens out, any subset of patches."""
+"""Adapt plain stock `transformers` models: tokens in, tokens out, any subset of patches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedModel,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
-from transformers.models.vit.modeling_vit import ViTLayer
 
 from m3i_scale.backbones.attention import split_heads
 from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, gather_tokens
-
-TokenConfig: TypeAlias = ViTConfig | Dinov2Config | CLIPVisionConfig
-
-
-def token_class(config: TokenConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
-    """Return the stock class, and the arguments that leave out the pooling layer, which nothing here trains."""
-    if isinstance(config, ViTConfig):
-        return ViTModel, {"add_pooling_layer": False}
-    return (CLIPVisionModel if isinstance(config, CLIPVisionConfig) else Dinov2Model), {}
+from m3i_scale.backbones.families import TokenFamily, VisionConfig, find_family, token_family
+from m3i_scale.backbones.families.base import Angles
 
 
 def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
     """Return what the objective reads of a stock model's last hidden state: that of CLIP comes before its last norm."""
-    normed_BLD: Tensor = model.post_layernorm(hidden_BLD) if isinstance(model, CLIPVisionModel) else hidden_BLD
-    return normed_BLD
+    family = find_family(model.config)
+    if isinstance(family, TokenFamily) and not family.norm_is_last:
+        return family.normed(model, hidden_BLD)
+    return hidden_BLD
+
+
+class Sequences(NamedTuple):
+    """Holds embedded tokens of one length."""
+
+    prefix_BPD: Tensor
+    """Class token and registers."""
+    tokens_BLD: Tensor
+    """Of patches."""
+    angles: Angles | None
+    """By which attention rotates queries and keys of the patches, (B, 1, L, D / heads) each; None where positions are
+    added to tokens."""
+
+    @property
+    def sequence(self) -> Tensor:
+        """Return [prefix | patches]."""
+        return torch.cat([self.prefix_BPD, self.tokens_BLD], dim=1)
 
 
 class TokenBackbone(Backbone):
-    """Adapts a plain vision Transformer with a class token. `embed` and `encode` are separate, so that tokens can be
-    hidden or mixed between them.
+    """Adapts a plain vision Transformer, whose sequence is [class token, registers | patches]. `embed` and `encode` are
+    separate, so that tokens can be hidden or mixed between them. Registers pass all layers with the patches of their
+    image and are neither hidden nor returned.
 
     All parameters are used inside the forward of the stock module that owns them, which ZeRO-3 relies on.
     """
 
-    def __init__(self, config: TokenConfig) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.family = token_family(config)
         with no_init_weights():  # initialised once, later, where the parameters may already be partitioned
-            kind, options = token_class(config)
-            self.model = kind(config, **options)
+            self.model = self.family.model_class(config, **self.family.options)
+        self.prefix = self.family.prefix(config)
+        """Tokens before the patches."""
+        for name in self.family.untrained:
+            self.model.get_parameter(name).requires_grad_(False)
 
     has_class_token = True
     own_attention = True
@@ -64,36 +71,35 @@ class TokenBackbone(Backbone):
     @property
     def layers(self) -> list[nn.Module]:
         """Return the Transformer layers, in order."""
-        model = self.model
-        if isinstance(model, ViTModel):
-            return list(model.layers)
-        return list(model.encoder.layers if isinstance(model, CLIPVisionModel) else model.encoder.layer)
+        return list(self.family.layers(self.model))
 
-    def embed(self, images_BCHW: Tensor) -> Tokens:
-        """Embed normalised images as class token (B, 1, D) and patch tokens (B, N, D), positions added: interpolated as
-        the stock model does it, where the images have another size."""
-        options = {}
-        if images_BCHW.shape[-1] != self.image_size and not isinstance(self.model, Dinov2Model):
-            options["interpolate_pos_encoding"] = True  # that of Dinov2 does so by itself
-        tokens_BND = self.model.embeddings(images_BCHW.to(self.dtype), **options)
-        if isinstance(self.model, CLIPVisionModel):  # a norm of each token, so it may come before tokens are hidden
-            tokens_BND = self.model.pre_layrnorm(tokens_BND)
-        return tokens_BND[:, :1], tokens_BND[:, 1:]
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed normalised images as prefix (B, P, D), class token first, and patch tokens (B, N, D). Where positions
+        are added to tokens, they are: interpolated as the stock model does it, where the images have another size."""
+        tokens_BSD = self.family.embed(self.model, images_BCHW.to(self.dtype))
+        return tokens_BSD[:, : self.prefix], tokens_BSD[:, self.prefix :]
 
-    def encode(self, tokens_BLD: Tensor) -> Tensor:
-        """Encode embedded tokens as the last layer's normalised tokens, same shape."""
-        return self._normed(self._through_layers(tokens_BLD))
+    def angles(self, images_BCHW: Tensor) -> Angles | None:
+        """Return by which angles attention rotates queries and keys of the patches, (N, D / heads) each; None where
+        positions are added to tokens."""
+        return self.family.angles(self.model, images_BCHW)
+
+    def encode(self, tokens_BSD: Tensor, angles: Angles | None = None) -> Tensor:
+        """Encode embedded tokens [prefix | patches] as the last layer's normalised tokens, same shape.
+
+        Args:
+            tokens_BSD: of any subset of patches, or of several images.
+            angles: of the patches among them: (L, D / heads), or (B, 1, L, D / heads).
+        """
+        return self._normed(self._through_layers(tokens_BSD, angles))
 
     def _normed(self, tokens_BLD: Tensor) -> Tensor:
-        if isinstance(self.model, CLIPVisionModel):
-            return last_norm(self.model, tokens_BLD)
-        output_BLD: Tensor = self.model.layernorm(tokens_BLD)
-        return output_BLD
+        return self.family.normed(self.model, tokens_BLD)
 
-    def _through_layers(self, tokens_BLD: Tensor) -> Tensor:
+    def _through_layers(self, tokens_BSD: Tensor, angles: Angles | None) -> Tensor:
         for layer in self.layers:
-            tokens_BLD = layer(tokens_BLD, None)
-        return tokens_BLD
+            tokens_BSD = _call(layer, tokens_BSD, angles)
+        return tokens_BSD
 
     def _visible(
         self,
@@ -101,22 +107,24 @@ class TokenBackbone(Backbone):
         view_of: Sequence[int],
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
-    ) -> list[Tokens]:
-        """Embed class token and visible patch tokens of every input, in one call of the embedding for every size."""
+    ) -> list[Sequences]:
+        """Embed prefix and visible patch tokens of every input, in one call of the embedding for every size."""
         shown: Sequence[Tensor | None] = masked.shown if masked is not None else [None] * len(visible)
         # A view is embedded once, and once more for each input that has mask tokens in it.
         keys = [(view, number if shown[number] is not None else -1) for number, view in enumerate(view_of)]
-        embedded: dict[tuple[int, int], Tokens] = {}
+        embedded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for side in sorted({views[view].shape[-1] for view in view_of}, reverse=True):
             members = sorted({key for key in keys if views[key[0]].shape[-1] == side})
             masks = [shown[number] if number >= 0 else None for _, number in members]
             images_SCHW = torch.cat([views[view] for view, _ in members])
             with self._with_mask_tokens(masked, masks, len(visible[0]), side):
-                cls_S1D, tokens_SND = self.embed(images_SCHW)
-            parts = (part.split(len(visible[0])) for part in (cls_S1D, tokens_SND))
-            embedded |= {key: (cls, tokens) for key, cls, tokens in zip(members, *parts, strict=True)}
+                prefix_SPD, tokens_SND = self.embed(images_SCHW)
+            parts = (part.split(len(visible[0])) for part in (prefix_SPD, tokens_SND))
+            embedded |= {key: (prefix, tokens) for key, prefix, tokens in zip(members, *parts, strict=True)}
+        # Once for each view: in training a family may draw its coordinates, and all inputs of a view see the same.
+        angles = {view: self.angles(views[view]) for view in dict.fromkeys(view_of)}
         return [
-            (embedded[key][0], gather_tokens(embedded[key][1], shown_BL))
+            Sequences(embedded[key][0], gather_tokens(embedded[key][1], shown_BL), _chosen(angles[key[0]], shown_BL))
             for key, shown_BL in zip(keys, visible, strict=True)
         ]
 
@@ -144,10 +152,7 @@ class TokenBackbone(Backbone):
             masked_SHWD: Tensor = token(map_SDHW.permute(0, 2, 3, 1), shown_SHW)
             return masked_SHWD.permute(0, 3, 1, 2)
 
-        embeddings = self.model.embeddings
-        clip = isinstance(self.model, CLIPVisionModel)
-        convolution = embeddings.patch_embedding if clip else embeddings.patch_embeddings.projection
-        hook = convolution.register_forward_hook(put_tokens)
+        hook = self.family.patch_projection(self.model).register_forward_hook(put_tokens)
         try:
             yield
         finally:
@@ -161,42 +166,56 @@ class TokenBackbone(Backbone):
         masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
         """Encode every input as a sequence of its own; those of one length go through the layers together."""
-        sequences = [torch.cat(pair, dim=1) for pair in self._visible(views, view_of, visible, masked)]
+        parts = self._visible(views, view_of, visible, masked)
+        sequences = [part.sequence for part in parts]
         outputs: dict[int, Tensor] = {}
         for length in sorted({sequence.shape[1] for sequence in sequences}):
             members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]
-            output = self.encode(torch.cat([sequences[k] for k in members]))
+            angles = _joined([parts[k].angles for k in members], dim=0)
+            output = self.encode(torch.cat([sequences[k] for k in members]), angles)
             outputs |= dict(zip(members, output.split(len(sequences[0])), strict=True))
-        return [(outputs[k][:, :1], outputs[k][:, 1:]) for k in range(len(sequences))]
+        return [self._read(outputs[k]) for k in range(len(sequences))]
 
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Encode one sequence a row, with the class token of its first image."""
+        """Encode one sequence a row, with the prefix of its first image."""
         shown = self._visible(views, view_of, visible)
-        parts = [tokens[row_B] for row_B, (_, tokens) in zip(rows, shown, strict=True)]
-        output_BSD = self.encode(torch.cat([shown[0][0], *parts], dim=1))
-        outputs = output_BSD[:, 1:].split([part.shape[1] for part in parts], dim=1)
-        return [(output_BSD[:, :1], output) for output in outputs]
+        parts = [part.tokens_BLD[row_B] for row_B, part in zip(rows, shown, strict=True)]
+        turned = [
+            None if part.angles is None else (part.angles[0][row_B], part.angles[1][row_B])
+            for row_B, part in zip(rows, shown, strict=True)
+        ]
+        output_BSD = self.encode(torch.cat([shown[0].prefix_BPD, *parts], dim=1), _joined(turned, dim=2))
+        cls_B1D, tokens_BLD = self._read(output_BSD)
+        return [(cls_B1D, tokens) for tokens in tokens_BLD.split([part.shape[1] for part in parts], dim=1)]
+
+    def _read(self, tokens_BSD: Tensor) -> Tokens:
+        """Return class token and patch tokens of a sequence."""
+        return tokens_BSD[:, :1], tokens_BSD[:, self.prefix :]
+
+    def _whole(self, images_BCHW: Tensor) -> tuple[Tensor, Angles | None]:
+        """Return the embedded tokens of whole images, and their angles."""
+        return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
         """Encode normalised images, nothing hidden: class tokens of the last layers, and the patch tokens."""
-        tokens_BSD, cls = torch.cat(self.embed(images_BCHW), dim=1), []
+        (tokens_BSD, angles), cls = self._whole(images_BCHW), []
         for left, layer in zip(reversed(range(len(self.layers))), self.layers, strict=True):
-            tokens_BSD = layer(tokens_BSD, None)
+            tokens_BSD = _call(layer, tokens_BSD, angles)
             if 0 < left < blocks:
                 cls.append(self._normed(tokens_BSD[:, :1]))
-        last_BSD = self._normed(tokens_BSD)
-        return torch.cat([*cls, last_BSD[:, :1]], dim=1), last_BSD[:, 1:]
+        last_B1D, patches_BND = self._read(self._normed(tokens_BSD))
+        return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
     def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
         """Encode as `encode_whole` does, and return how the class token attends to the patches in the last layer, by
-        head: fp32 (B, H, N); the rest of 1 is what it gives itself."""
+        head: fp32 (B, H, N); the rest of 1 is what it gives itself and registers."""
         attention: list[Tensor] = []
         # Inside the layer's call, before any other hook: under ZeRO-3 its parameters are there, and a compiled layer
         # need not know of it.
         hook = self.layers[-1].register_forward_hook(
-            lambda layer, inputs, output: attention.append(_class_attention(layer, inputs[0])), prepend=True
+            lambda layer, inputs, output: attention.append(self._class_attention(layer, *inputs)), prepend=True
         )
         try:
             tokens = self.encode_whole(images_BCHW)
@@ -206,38 +225,38 @@ class TokenBackbone(Backbone):
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
         """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
-        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
-        maps = []
+        (tokens_BSD, angles), maps = self._whole(images_BCHW), []
         for number, layer in enumerate(self.layers, start=1):
-            tokens_BSD = layer(tokens_BSD, None)
+            tokens_BSD = _call(layer, tokens_BSD, angles)
             if number in layers:
-                maps.append(tokens_BSD[:, 1:].transpose(1, 2).unflatten(2, self.grid))
-        last_BSD = self._normed(tokens_BSD)
-        return (last_BSD[:, :1], last_BSD[:, 1:]), maps
+                maps.append(tokens_BSD[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid))
+        return self._read(self._normed(tokens_BSD)), maps
 
     def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
-        """Encode normalised images within windows, each with the class token, as RF-DETR does.
+        """Encode normalised images within windows, each with the prefix, as RF-DETR does; positions have to be added
+        to tokens.
 
         Args:
             images_BCHW: normalised.
             windows: along a side of the image, which they divide.
-            layers: by number from 1, that are read; the layer behind each sees all windows and their class tokens.
+            layers: by number from 1, that are read; the layer behind each sees all windows and their prefixes.
 
         Returns:
             The maps (B, D, H, W) of those layers, through the last norm.
         """
-        cls_B1D, tokens_BND = self.embed(images_BCHW)
+        prefix_BPD, tokens_BND = self.embed(images_BCHW)
         batch, (rows, columns) = len(tokens_BND), (side // windows for side in self.grid)
         parted = tokens_BND.unflatten(1, (windows, rows, windows, columns)).transpose(2, 3)
         tokens = torch.cat(
-            [cls_B1D.repeat_interleave(windows**2, dim=0), parted.reshape(-1, rows * columns, self.width)], 1
+            [prefix_BPD.repeat_interleave(windows**2, dim=0), parted.reshape(-1, rows * columns, self.width)], 1
         )
         maps = []
         for number, layer in enumerate(self.layers):
             across = tokens.reshape(batch, -1, self.width) if number in layers else tokens
             tokens = layer(across, None).reshape(tokens.shape)
             if number + 1 in layers:
-                read = self._normed(tokens)[:, 1:].unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
+                _, patches = self._read(self._normed(tokens))
+                read = patches.unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
                 maps.append(read.transpose(2, 3).reshape(batch, *self.grid, self.width).permute(0, 3, 1, 2))
         return maps
 
@@ -258,34 +277,52 @@ class TokenBackbone(Backbone):
                 is added to attention.
 
         Returns:
-            The last layer's normalised tokens [others | class token | patches].
+            The last layer's normalised tokens [others | class token, registers | patches].
         """
-        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
+        tokens_BSD, angles = self._whole(images_BCHW)
         first = len(self.layers) - blocks
         for number, layer in enumerate(self.layers):
             if number == first:
                 tokens_BSD = torch.cat([others_BQD.to(tokens_BSD.dtype), tokens_BSD], dim=1)
             mask = attend(self._normed(tokens_BSD), number - first) if attend is not None and number >= first else None
-            tokens_BSD = layer(tokens_BSD, mask)
+            tokens_BSD = _call(layer, tokens_BSD, angles, mask)
         return self._normed(tokens_BSD)
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
-        """Return [class token | patch tokens]: (B, 1 + N, D)."""
-        tokens_BSD = torch.cat(self.embed(images_BCHW), dim=1)
-        return self._through_layers(tokens_BSD) if isinstance(self.model, CLIPVisionModel) else self.encode(tokens_BSD)
+        """Return [class token, registers | patch tokens]: (B, P + N, D)."""
+        tokens_BSD = self._through_layers(*self._whole(images_BCHW))
+        return self._normed(tokens_BSD) if self.family.norm_is_last else tokens_BSD
+
+    def _class_attention(
+        self, layer: Any, tokens_BSD: Tensor, mask: Tensor | None = None, angles: Angles | None = None
+    ) -> Tensor:
+        """Return softmax(QKᵀ/√D) of the first token of a layer's input, for the patches: fp32 (B, H, N)."""
+        norm, attention, heads = self.family.attention(layer)
+        normed_BSD = norm(tokens_BSD)
+        query_BH1D = split_heads(attention.q_proj(normed_BSD[:, :1]), heads).float()  # the prefix is not rotated
+        key_BHSD = split_heads(attention.k_proj(normed_BSD), heads)
+        if angles is not None:
+            key_BHSD = self.family.rotated(key_BHSD, angles)
+        scores_BH1S = query_BH1D @ key_BHSD.float().transpose(2, 3) * query_BH1D.shape[-1] ** -0.5
+        attention_BHS: Tensor = scores_BH1S.softmax(dim=-1)[:, :, 0]
+        return attention_BHS[:, :, self.prefix :]
 
 
-def _class_attention(layer: Any, tokens_BSD: Tensor) -> Tensor:
-    """Return softmax(QKᵀ/√D) of the first token of a layer's input, for all others: fp32 (B, H, S − 1)."""
-    if isinstance(layer, ViTLayer):
-        norm, attention, heads = layer.layernorm_before, layer.attention, layer.attention.num_attention_heads
-    elif isinstance(layer, Dinov2Layer):
-        norm, attention, heads = layer.norm1, layer.attention, layer.attention.num_attention_heads
-    else:
-        norm, attention, heads = layer.layer_norm1, layer.self_attn, layer.self_attn.num_heads
-    normed_BSD = norm(tokens_BSD)
-    query_BH1D = split_heads(attention.q_proj(normed_BSD[:, :1]), heads).float()
-    key_BHSD = split_heads(attention.k_proj(normed_BSD), heads).float()
-    scores_BH1S = query_BH1D @ key_BHSD.transpose(2, 3) * query_BH1D.shape[-1] ** -0.5
-    attention_BHS: Tensor = scores_BH1S.softmax(dim=-1)[:, :, 0]
-    return attention_BHS[:, :, 1:]
+def _call(layer: Any, tokens_BSD: Tensor, angles: Angles | None, mask: Tensor | None = None) -> Tensor:
+    """Run a stock layer; angles are an input like tokens, so that a layer that recomputes gets the same again."""
+    output_BSD: Tensor = layer(tokens_BSD, mask) if angles is None else layer(tokens_BSD, mask, angles)
+    return output_BSD
+
+
+def _chosen(angles: Angles | None, index_BL: Tensor) -> Angles | None:
+    """Return the angles (N, D / heads) at some places: (B, 1, L, D / heads)."""
+    return None if angles is None else (angles[0][index_BL][:, None], angles[1][index_BL][:, None])
+
+
+def _joined(parts: Sequence[Angles | None], dim: int) -> Angles | None:
+    """Return angles (B, 1, L, D / heads) of several inputs, along images or along places."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    cos, sin = (torch.cat(side, dim=dim) for side in zip(*known, strict=True))
+    return cos, sin

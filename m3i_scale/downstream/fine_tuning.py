@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import DEFAULT_PRESET, VisionConfig
+from m3i_scale.backbones.presets import DEFAULT_PRESET
 from m3i_scale.config import Classification, Detection, MaskRcnn, RunConfig, Segmentation, Task
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, check_mask_classes
@@ -16,7 +17,6 @@ from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
-from m3i_scale.scale.kept import keep_in_checkpoints
 
 STUDENT = "student.model."
 _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP)", "internimage": "InternImage"}
@@ -224,7 +224,6 @@ def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0
     if task.drop_path:
         apply_drop_path(objective.student, task.drop_path)
     if task.freeze:
-        keep_in_checkpoints(objective.student)
         objective.train()  # all but the backbone
     changes: list[Callable[[Batch], Batch]] = []  # by timm, which is an extra; `check_task` has looked for it
     if erasing:

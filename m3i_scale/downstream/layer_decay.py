@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from m3i_scale.backbones.internimage import InternImageConfig
 
-_LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.")
+_LAYER = re.compile(r"(?:encoder\.|model\.)?layers?\.(\d+)\.")
 _BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.")
 _LEVEL = re.compile(r"levels\.(\d+)\.(\w+)(?:\.(\d+))?")
 _DCN = ("offset", "center_feature_scale_proj")

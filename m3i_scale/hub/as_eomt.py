@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, Dinov2Config, EomtForUniversalSegmentation
+from transformers import Dinov2Config, EomtForUniversalSegmentation, ViTConfig
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import VisionConfig
-from m3i_scale.backbones.sources.names import OURS
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import EomtSegmentation
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, part_of, vision_names
@@ -28,7 +26,7 @@ _EOMT = {
     "scale2": "layers.{}.layer_scale2.lambda1",
     "norm": "layernorm",
 }
-"""Names of EoMT's parts, by those of `OURS`."""
+"""Names of EoMT's parts, by those of `TokenFamily.parts`."""
 _HEAD = ("query.", "upscale_block.", "mask_head.", "class_predictor.")
 
 
@@ -65,7 +63,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> Part:
 
 
 def _mlp_ratio(config: VisionConfig) -> int:
-    if isinstance(config, InternImageConfig | CLIPVisionConfig):
+    if not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(f"a {config.model_type} is no EoMT")
     dinov2 = isinstance(config, Dinov2Config)
     ratio = float(config.mlp_ratio) if dinov2 else config.intermediate_size / config.hidden_size
@@ -76,7 +74,7 @@ def _mlp_ratio(config: VisionConfig) -> int:
 
 def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
     width, tensors = config.hidden_size, {}
-    own = OURS[type(config)]
+    own = token_family(config).parts
     for name in vision_names(config):
         part, number, suffix = part_of(name, own)
         if part in _EOMT:

@@ -18,9 +18,7 @@ from transformers import (
     ViTConfig,
 )
 
-from m3i_scale.backbones.presets import VisionConfig
-from m3i_scale.backbones.sources.names import OURS
-from m3i_scale.backbones.tokens import TokenConfig
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import AugmentConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import VISION, Part, TensorSource
@@ -106,7 +104,7 @@ def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict
     return _vit(config)
 
 
-def _common(config: TokenConfig, hidden: float) -> dict[str, Any]:
+def _common(config: VisionConfig, hidden: float) -> dict[str, Any]:
     arguments = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -122,14 +120,14 @@ def _common(config: TokenConfig, hidden: float) -> dict[str, Any]:
     return arguments
 
 
-def _hidden(config: TokenConfig) -> int:
+def _hidden(config: VisionConfig) -> int:
     if isinstance(config, Dinov2Config):
         hidden = int(config.hidden_size * config.mlp_ratio)
         return (int(hidden * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else hidden
     return int(config.intermediate_size)
 
 
-def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
+def _vit(config: VisionConfig) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     """Return timm's VisionTransformer, read at the class token."""
     clip, gated = isinstance(config, CLIPVisionConfig), bool(getattr(config, "use_swiglu_ffn", False))
     _check_eps(config, 1e-5 if clip else 1e-6)
@@ -153,7 +151,7 @@ def _vit(config: TokenConfig) -> tuple[str, dict[str, Any], dict[str, TensorSour
     return architecture, arguments, _tensors(config, inner, packed, gated=gated)
 
 
-def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
+def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     """Return timm's EVA: the one model with a norm before the mean and another one behind it. Its keys have no bias,
     which would shift all scores of a query alike.
     """
@@ -186,10 +184,10 @@ def _eva(config: TokenConfig, norm: str) -> tuple[str, dict[str, Any], dict[str,
 
 
 def _tensors(
-    config: TokenConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
+    config: VisionConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
 ) -> dict[str, TensorSource]:
     """Return tensors by timm's name. A key that ends with a point stands for weight and bias."""
-    ours, clip = OURS[type(config)], isinstance(config, CLIPVisionConfig)
+    ours, clip = token_family(config).parts, isinstance(config, CLIPVisionConfig)
     outer: dict[str, tuple[str, ...]] = {
         "patch_embed.proj.weight" if clip else "patch_embed.proj.": ("patch",),
         "norm.": ("norm",),
@@ -230,7 +228,7 @@ def _joined(*tensors: Tensor) -> Tensor:
     return torch.cat(tensors)
 
 
-def _check_eps(config: TokenConfig, only: float, where: str = "") -> None:
+def _check_eps(config: VisionConfig, only: float, where: str = "") -> None:
     if config.layer_norm_eps != only:
         raise _refused(
             f"the norms have ε = {config.layer_norm_eps:g}, and those of timm's model {only:g}{where}; its"

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from transformers import BeitConfig, CLIPVisionConfig, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import BeitConfig, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import VisionConfig
-from m3i_scale.backbones.sources.names import OURS
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import EomtSegmentation, UperNetSegmentation
 from m3i_scale.hub.as_eomt import eomt_part, no_class
 from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
@@ -30,7 +28,7 @@ _BEIT = {
     **{part: f"layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
     "scale2": "layers.{}.lambda_2",
 }
-"""Names of BEiT's parts, by those of `OURS`; without a last norm, which maps of layers do not go through."""
+"""Names of BEiT's parts, by those of `TokenFamily.parts`; no last norm, which maps of layers do not go through."""
 _COUNT = "num_batches_tracked"
 
 
@@ -72,7 +70,7 @@ def segmenter_part(source: Source) -> Part:
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
     """Return the BEiT that computes what a ViT or DINOv2 does."""
-    if isinstance(config, InternImageConfig | CLIPVisionConfig):
+    if not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(f"a {config.model_type} is no BEiT")
     gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn
     if gated or not config.qkv_bias:
@@ -99,7 +97,7 @@ def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
 def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
     width, tensors = config.hidden_size, {}
     for name in vision_names(config):
-        part, number, suffix = part_of(name, OURS[type(config)])
+        part, number, suffix = part_of(name, token_family(config).parts)
         # The bias of keys moves all logits of a query alike, which a softmax does not see; BEiT has none.
         if part in _BEIT and (part, suffix) != ("k", ".bias"):
             tensors["backbone.beit." + _BEIT[part].format(number) + suffix] = TensorSource((VISION + name,))

@@ -76,6 +76,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         pooling=provenance["task"] == "features" and config["model_type"] == "vit",
         remote_code=bool(model_files(shape)[0]),
         tokens=shape.model_type != "internimage",
+        registers=int(getattr(shape, "num_register_tokens", 0)),
         width=shape.hidden_size,
         patch=shape.patch_size,
         side=shape.image_size // shape.patch_size,

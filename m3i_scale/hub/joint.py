@@ -12,7 +12,6 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     BertModel,
-    CLIPVisionConfig,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -24,9 +23,8 @@ from transformers import (
 )
 
 from m3i_scale.backbones.build import backbone_config, model_files, vision_class
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import VisionConfig
-from m3i_scale.backbones.sources.names import OURS
 from m3i_scale.config import Classification
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
@@ -151,7 +149,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
         norm = f"decoders.{target.decoder}.norm."
         part = timm_part(config, decoder.kind, norm, head, names, source.run.data.augment)
         return replace(part, label_set=number, native="timm" if timm else None)
-    if not isinstance(decoder, ClassTokenSpec) or isinstance(config, CLIPVisionConfig):
+    if not isinstance(decoder, ClassTokenSpec) or not isinstance(config, ViTConfig | Dinov2Config):
         raise _no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION)
     if decoder.mean and isinstance(config, ViTConfig):
@@ -289,7 +287,7 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config
     def more_columns(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], idle))], dim=1)
 
-    ours, theirs = OURS[ViTConfig], OURS[Dinov2Config]
+    ours, theirs = token_family(config).parts, token_family(shape).parts
     tensors: dict[str, TensorSource] = {}
     for name in vision_names(config):
         part, number, suffix = part_of(name, ours)

@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 
 from m3i_scale.backbones.base import Backbone, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
@@ -219,11 +219,14 @@ _ONLINE = {
 
 
 def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
-    """Return the (online, averaged) names of all parameters that the momentum target follows."""
+    """Return the (online, averaged) names of all parameters that the momentum target follows: those that learn."""
     if objective.momentum is None:
         return []
+    learnt = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     pairs = []
     for name, _ in objective.momentum.named_parameters():
         part, _, rest = name.partition(".")
-        pairs.append((f"{_ONLINE[part]}.{rest}", f"momentum.{name}"))
+        online = f"{_ONLINE[part]}.{rest}"
+        if online in learnt:
+            pairs.append((online, f"momentum.{name}"))
     return pairs

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.objective.decoders import DecoderSpec
 
 

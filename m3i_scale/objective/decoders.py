@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.positions import grid_position
 

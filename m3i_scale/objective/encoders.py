@@ -181,6 +181,13 @@ class MomentumTarget(nn.Module):
         """By the name of the target whose own head they follow: a task averages all that it trains."""
         self.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; the backbone stays in evaluation mode: nothing is dropped of what is predicted, and rotary
+        positions are not drawn anew."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tokens, list[Tensor]]:
         """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D) of the whole view, and keep

@@ -66,7 +66,7 @@ class MaskQueries(PixelHead):
         tokens_BSD = vision.encode_beside(images_BCHW, queries_BQD, self.spec.blocks, masked)
         predictions.extend(self._predict(tokens_BSD, vision.grid))
         image_BSD = tokens_BSD[:, self.spec.queries :]
-        return (image_BSD[:, :1], image_BSD[:, 1:]), predictions
+        return (image_BSD[:, :1], image_BSD[:, vision.prefix :]), predictions
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return scores of the classes at every pixel (B, K, H, W), not negative: sums over queries of the probability
@@ -107,7 +107,7 @@ class MaskQueries(PixelHead):
 
     def _predict(self, tokens_BSD: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         queries_BQD = tokens_BSD[:, : self.spec.queries]
-        patches_BDHW = tokens_BSD[:, self.spec.queries + 1 :].transpose(1, 2).unflatten(2, grid)
+        patches_BDHW = tokens_BSD[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
         map_BDHW = self.upscale_block(patches_BDHW)
         masks_BQHW = torch.einsum("bqd,bdhw->bqhw", self.mask_head(queries_BQD), map_BDHW)
         return self.class_predictor(queries_BQD), masks_BQHW
@@ -123,7 +123,7 @@ class MaskQueries(PixelHead):
         if share < 1:
             shown_BQN |= torch.rand(batch, queries, 1, device=tokens_BSD.device) > share
         read_BSS = torch.ones(batch, length, length, dtype=torch.bool, device=tokens_BSD.device)
-        read_BSS[:, :queries, queries + 1 :] = shown_BQN
+        read_BSS[:, :queries, -shown_BQN.shape[2] :] = shown_BQN
         lowest = torch.finfo(tokens_BSD.dtype).min
         return torch.zeros_like(read_BSS, dtype=tokens_BSD.dtype).masked_fill(~read_BSS, lowest)[:, None]
 

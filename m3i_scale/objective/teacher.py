@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load, plan_model
-from m3i_scale.backbones.presets import VisionConfig
 from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
 from m3i_scale.backbones.sources.hub import hub_places

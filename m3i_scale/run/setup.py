@@ -35,7 +35,7 @@ from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.host_memory import pinning
-from m3i_scale.scale.kept import kept_frozen
+from m3i_scale.scale.kept import keep_in_checkpoints, kept_frozen
 from m3i_scale.scale.loading import stream_into
 from m3i_scale.scale.partition import initialize_sharded, order_gathers, refuse_unwritable
 from m3i_scale.scale.peak import compute_dtype
@@ -176,7 +176,7 @@ def start_engine(
     )
     check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
-    refuse_unwritable(engine, kept_frozen(engine.module), "a frozen backbone")
+    refuse_unwritable(engine, kept_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compile)
     apply_activation_checkpointing(engine.module, policy)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
@@ -188,6 +188,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     objective = build_objective(
         resolved.run, resolved.label_sets, resolved.vocab_size, ranks, image_counts=resolved.image_counts
     )
+    keep_in_checkpoints(objective.student)
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
         prepare(objective, resolved.run.task, len(names), resolved.run.data.augment.erasing)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from transformers import BertConfig, CLIPVisionModel, Dinov2Model, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    ViTConfig,
+    ViTModel,
+)
 from weights import shaken
 
 from m3i_scale.backbones.base import MaskedPatches, MaskToken
@@ -39,54 +47,70 @@ DINOV2 = BackboneConfig(
 
 
 CLIP = BackboneConfig(preset="clip-b/16", config=SMALL)
+REGISTERS = BackboneConfig(preset="dinov2-reg-g/14", config=DINOV2.config | {"num_register_tokens": 3})
+DINOV3 = BackboneConfig(preset="dinov3-s+/16", config=SMALL | {"num_register_tokens": 2})
+SECTIONS = {"vit": small(), "dinov2": DINOV2, "clip": CLIP, "registers": REGISTERS, "dinov3": DINOV3}
+CLASSES = {
+    "vit": ViTModel,
+    "dinov2": Dinov2Model,
+    "clip": CLIPVisionModel,
+    "registers": Dinov2WithRegistersModel,
+    "dinov3": DINOv3ViTModel,
+}
+each_family = pytest.mark.parametrize("name", SECTIONS)
 
 
-@pytest.mark.parametrize("section", [small(), DINOV2, CLIP], ids=["vit", "dinov2", "clip"])
-def test_the_adapter_is_the_stock_model(section: BackboneConfig) -> None:
+@each_family
+def test_the_adapter_is_the_stock_model(name: str) -> None:
+    section = SECTIONS[name]
     backbone = build_backbone(backbone_config(section)).eval()
     kind, options = vision_class(backbone_config(section))
     stock = kind(backbone_config(section), **options).eval()
-    kinds = {"vit": ViTModel, "dinov2": Dinov2Model, "clip_vision_model": CLIPVisionModel}
-    assert type(stock) is kinds[stock.config.model_type]
+    assert type(stock) is CLASSES[name]
     stock.load_state_dict(backbone.model.state_dict(), strict=True)
     with torch.no_grad():
         for parameter, other in zip(backbone.model.parameters(), stock.parameters(), strict=True):
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
             other.copy_(parameter)
     images = torch.randn(2, 3, 32, 32)
-    cls, tokens = backbone.embed(images)
-    assert (cls.shape, tokens.shape) == ((2, 1, 64), (2, 16, 64))
+    prefix, tokens = backbone.embed(images)
+    first = {"registers": 4, "dinov3": 3}.get(name, 1)
+    assert (prefix.shape, tokens.shape) == ((2, first, 64), (2, 16, 64))
     wanted = stock(pixel_values=images).last_hidden_state
-    torch.testing.assert_close(backbone.last_hidden_state(images), wanted)
+    torch.testing.assert_close(backbone.last_hidden_state(images), wanted, rtol=1e-6, atol=1e-6)
     wanted = last_norm(stock, wanted)
-    torch.testing.assert_close(backbone.encode(torch.cat([cls, tokens], dim=1)), wanted)
-    torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted)
+    torch.testing.assert_close(backbone.encode(torch.cat([prefix, tokens], dim=1), backbone.angles(images)), wanted)
+    shown = [0, *range(first, first + 16)]
+    torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted[:, shown])
+    every = torch.arange(16).expand(2, -1)
+    (own,) = backbone.encode_own({1: images}, [1], [every])
+    torch.testing.assert_close(torch.cat(own, dim=1), wanted[:, shown])
     assert len(backbone.layers) == 2
 
 
-@pytest.mark.parametrize("section", [small(), DINOV2, CLIP], ids=["vit", "dinov2", "clip"])
+@each_family
 @torch.no_grad()
-def test_images_of_another_size_have_the_positions_of_the_stock_model(section: BackboneConfig) -> None:
-    backbone = build_backbone(backbone_config(section)).eval()
+def test_images_of_another_size_have_the_positions_of_the_stock_model(name: str) -> None:
+    backbone = build_backbone(backbone_config(SECTIONS[name])).eval()
     shaken(backbone)
     images = torch.randn(2, 3, 16, 16)
-    options = {} if isinstance(backbone.model, Dinov2Model) else {"interpolate_pos_encoding": True}
+    options = {"interpolate_pos_encoding": True} if name in ("vit", "clip") else {}
     wanted = last_norm(backbone.model, backbone.model(pixel_values=images, **options).last_hidden_state)
     ((cls, tokens),) = backbone.encode_own({3: images}, [3], [torch.arange(4).expand(2, -1)])
-    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted)
+    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted[:, [0, *range(-4, 0)]], rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("section", [small(), DINOV2], ids=["vit", "dinov2"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "registers", "dinov3"])
 @torch.no_grad()
-def test_mask_tokens_are_those_of_the_stock_model(section: BackboneConfig) -> None:
-    config = backbone_config(section)
+def test_mask_tokens_are_those_of_the_stock_model(name: str) -> None:
+    config = backbone_config(SECTIONS[name])
     backbone = build_backbone(config).eval()
     shaken(backbone)
-    if section is DINOV2:
-        config.use_mask_token = True
-        stock = Dinov2Model(config)
-    else:
+    if name == "vit":
         stock = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+    else:
+        config.use_mask_token = True  # which only Dinov2Model asks
+        stock = CLASSES[name](config)
     stock.load_state_dict(backbone.model.state_dict(), strict=False)
     token = MaskToken(64)
     token.token.normal_()
@@ -95,13 +119,13 @@ def test_mask_tokens_are_those_of_the_stock_model(section: BackboneConfig) -> No
     wanted = stock.eval()(pixel_values=images, bool_masked_pos=hidden).last_hidden_state
     every = torch.arange(16).expand(3, -1)
     ((cls, tokens),) = backbone.encode_own({1: images}, [1], [every], MaskedPatches(token, [~hidden]))
-    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted)
+    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted[:, [0, *range(-16, 0)]])
 
 
-@pytest.mark.parametrize("section", [small(), DINOV2, CLIP], ids=["vit", "dinov2", "clip"])
+@each_family
 @torch.no_grad()
-def test_inputs_of_all_kinds_together_are_what_each_is_alone(section: BackboneConfig) -> None:
-    backbone, token = build_backbone(backbone_config(section)).eval(), MaskToken(64)
+def test_inputs_of_all_kinds_together_are_what_each_is_alone(name: str) -> None:
+    backbone, token = build_backbone(backbone_config(SECTIONS[name])).eval(), MaskToken(64)
     shaken(backbone)
     token.token.normal_()
     views = {1: torch.randn(2, 3, 32, 32), 2: torch.randn(2, 3, 32, 32), 3: torch.randn(2, 3, 16, 16)}
@@ -179,6 +203,14 @@ def test_what_it_tells_of_itself() -> None:
         ("vit-G/14", 1843),
         ("dinov2-g/14", 1135),
         ("dinov2-b/14", 85.7),
+        ("dinov2-reg-s/14", 21.6),  # the table of facebookresearch/dinov2
+        ("dinov2-reg-g/14", 1135),
+        ("dinov3-s/16", 21.6),  # Siméoni et al., and the table of facebookresearch/dinov3
+        ("dinov3-s+/16", 28.7),
+        ("dinov3-b/16", 85.7),
+        ("dinov3-l/16", 303),
+        ("dinov3-h+/16", 840.5),
+        ("dinov3-7b/16", 6716),
     ],
 )
 def test_presets_have_the_published_size(preset: str, millions: float) -> None:
@@ -191,7 +223,7 @@ def test_presets_have_the_published_size(preset: str, millions: float) -> None:
 def test_every_preset_is_a_valid_configuration() -> None:
     for preset in PRESETS:
         config = backbone_config(BackboneConfig(preset=preset))
-        assert config.layer_norm_eps == (1e-5 if preset.startswith("clip") else 1e-6)
+        assert config.layer_norm_eps == (1e-5 if preset.startswith(("clip", "dinov3")) else 1e-6)
         assert config.image_size % config.patch_size == 0
         if hasattr(config, "num_attention_heads"):
             assert config.hidden_size % config.num_attention_heads == 0
@@ -202,6 +234,26 @@ FAULTS = {
     "unknown field": (small(hiden_size=8), "ViT has no field 'hiden_size'"),
     "patch": (small(patch_size=7), "patch size 7 does not divide image size 32"),
     "heads": (small(num_attention_heads=3), "width 64 must be a multiple of 4 and of its 3 heads"),
+    "no registers": (
+        BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_register_tokens": 0}),
+        "a dinov3_vit has registers",
+    ),
+    "registers' patch": (
+        BackboneConfig(preset="dinov2-reg-s/14", config={"image_size": 200}),
+        "patch size 14 does not divide image size 200",
+    ),
+    "rotary patch": (
+        BackboneConfig(preset="dinov3-s/16", config={"image_size": 200}),
+        "patch size 16 does not divide image size 200",
+    ),
+    "rotary heads": (
+        BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_attention_heads": 32}),
+        "a head of 2 channels must be a multiple of 4",
+    ),
+    "rescaled coordinates": (
+        BackboneConfig(preset="dinov3-s/16", config={"pos_embed_rescale": 0.5}),
+        "'pos_embed_rescale' is at least 1, or null",
+    ),
     "sides": (small(image_size=[32, 16]), "'image_size' must be one number"),
     "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "from '/nowhere/at/all': there is no such file or"),
 }
@@ -221,7 +273,7 @@ def test_a_misspelt_field_gets_a_hint() -> None:
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a bert, and a backbone is a vit, dinov2, clip or internimage"):
+    with pytest.raises(ConfigError, match="is a bert, and a backbone is a clip, vit, clip_vision_model"):
         backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
 
 

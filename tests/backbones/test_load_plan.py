@@ -11,6 +11,7 @@ import psutil
 import pytest
 import timm.models.vision_transformer
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -18,12 +19,18 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
 from weights import VISION, open_clip_folder, open_clip_model, planned, shaken, started, timm_folder, timm_model
+
+from m3i_scale.errors import ConfigError
 
 IMAGES = {side: torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(side)) for side in (16, 32, 64)}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -90,6 +97,67 @@ def test_a_published_folder_with_its_heads_in_shards(tmp_path: Path, kind: str, 
         assert {*left_out} == {"classifier", "mask token: inputs with mask tokens have one of the recipe"}
     else:
         assert {*left_out} == {"text tower", "projection into the joint space"}
+
+
+FOLDERS = {
+    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3)),
+    "dinov3": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig(**SIZES, intermediate_size=96, num_register_tokens=3, use_gated_mlp=True, hidden_act="silu"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("side", [16, 32, 64])
+@torch.no_grad()
+def test_folders_with_registers(tmp_path: Path, name: str, side: int) -> None:
+    kind, config = FOLDERS[name]
+    model = shaken(kind(config))
+    model.save_pretrained(tmp_path)
+    ours = started(tmp_path, image_size=side)
+    wanted = model(pixel_values=IMAGES[side]).last_hidden_state
+    torch.testing.assert_close(ours.last_hidden_state(IMAGES[side]), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.model.embeddings.mask_token, model.embeddings.mask_token)
+    resized = planned(tmp_path, image_size=side).report["resized"]
+    assert [*resized] == (["embeddings.position_embeddings"] if name == "registers" and side != 32 else [])
+
+
+def test_published_names_of_dinov3(tmp_path: Path) -> None:
+    """Those of its files on the Hub lack a level."""
+    model = DINOv3ViTModel(FOLDERS["dinov3"][1])
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "layer.0.attention.q_proj.weight" in names
+    assert not any(name.startswith("model.") for name in names)
+
+
+FAULTS = {
+    "no registers": ("registers", lambda weights: weights.pop("embeddings.register_tokens"), "register_tokens"),
+    "no registers of dinov3": ("dinov3", lambda weights: weights.pop("embeddings.register_tokens"), "register_tokens"),
+    "more registers": (
+        "dinov3",
+        lambda weights: weights.update({"embeddings.register_tokens": torch.ones(1, 4, 64)}),
+        r"\(1, 4, 64\)",
+    ),
+    "positions of a table": (
+        "dinov3",
+        lambda weights: weights.update({"embeddings.position_embeddings": torch.ones(1, 17, 64)}),
+        "find no place, e.g. embeddings.position_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_of_another_family_than_the_configuration(tmp_path: Path, fault: str) -> None:
+    name, change, told = FAULTS[fault]
+    kind, config = FOLDERS[name]
+    kind(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=told):
+        planned(tmp_path)
 
 
 @torch.no_grad()

@@ -9,7 +9,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Model, ViTModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    ViTModel,
+)
 from weights import open_clip_folder, open_clip_model, planned, shaken, started, timm_folder, timm_model
 
 from m3i_scale.errors import ConfigError
@@ -25,6 +32,15 @@ TIMM = {
     "dinov2": ("vit_small_patch14_dinov2", {"init_values": 1.0}, Dinov2Model),
     "dinov2 with gates": ("vit_giant_patch14_dinov2", {"init_values": 1.0, "mlp_ratio": 5.5}, Dinov2Model),
     "eva": ("eva_giant_patch14_224", {"global_pool": "token", "mlp_ratio": 3.0}, ViTModel),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"init_values": 1.0}, Dinov2WithRegistersModel),
+    "registers with gates": (
+        "vit_giant_patch14_reg4_dinov2",
+        {"init_values": 1.0, "mlp_ratio": 5.5, "reg_tokens": 2},
+        Dinov2WithRegistersModel,
+    ),
+    "dinov3": ("vit_small_patch16_dinov3", {}, DINOv3ViTModel),
+    "dinov3 with biases": ("vit_small_patch16_dinov3_qkvb", {"num_reg_tokens": 2}, DINOv3ViTModel),
+    "dinov3 with gates": ("vit_small_plus_patch16_dinov3", {}, DINOv3ViTModel),
     "clip": ("vit_base_patch16_clip_224", {}, CLIPVisionModel),
     "clip with quick gelu": ("vit_base_patch16_clip_quickgelu_224", {}, CLIPVisionModel),
 }
@@ -39,8 +55,9 @@ def test_a_timm_folder(tmp_path: Path, name: str) -> None:
     assert type(backbone.model) is kind
     config = backbone.model.config
     assert (config.num_attention_heads, backbone.width, backbone.image_size, backbone.patch_size) == (4, 64, 32, 8)
+    wanted = model.forward_features(IMAGES)
     torch.testing.assert_close(
-        torch.cat(backbone.encode_whole(IMAGES), dim=1), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5
+        torch.cat(backbone.encode_whole(IMAGES), dim=1), wanted[:, [0, *range(-16, 0)]], rtol=1e-5, atol=1e-5
     )
     report = planned(tmp_path).report
     assert report["left_out"]["classifier"] == ["head.bias", "head.weight"]
@@ -166,6 +183,28 @@ def test_a_bare_open_clip_file_has_to_be_told_its_activation(tmp_path: Path) -> 
 
 
 @torch.no_grad()
+def test_a_bare_file_with_registers(tmp_path: Path) -> None:
+    """As DINOv2's own code writes them: with a place for the class token, and a mask token."""
+    model = timm_model("vit_small_patch14_reg4_dinov2", init_values=1.0)
+    weights = model.state_dict()
+    table = torch.cat([torch.zeros(1, 1, 64), weights["pos_embed"]], dim=1)
+    weights |= {"pos_embed": table, "register_tokens": weights.pop("reg_token"), "mask_token": torch.ones(1, 64)}
+    torch.save(weights, tmp_path / "reg4.pth")
+    backbone = started(tmp_path / "reg4.pth", num_attention_heads=4)
+    wanted = model.forward_features(IMAGES)
+    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), wanted, rtol=1e-5, atol=1e-5)
+    (absent,) = planned(tmp_path / "reg4.pth", num_attention_heads=4).report["zeros"].values()
+    assert absent == ["embeddings.mask_token"]
+
+
+def test_a_bare_file_does_not_say_how_positions_are_rotated(tmp_path: Path) -> None:
+    save_file(timm_model("vit_small_patch16_dinov3").state_dict(), tmp_path / "dinov3.safetensors")
+    with pytest.raises(ConfigError, match="how its positions are rotated") as caught:
+        planned(tmp_path / "dinov3.safetensors", num_attention_heads=4)
+    assert "config.json" in caught.value.fix
+
+
+@torch.no_grad()
 def test_an_open_clip_tower_of_timm(tmp_path: Path) -> None:
     trunk = timm_model("eva_giant_patch14_224", global_pool="token", num_classes=24)
     weights = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
@@ -194,7 +233,6 @@ REFUSED = {
     "norm behind the pooling": (refused_timm(global_pool="avg"), "its tokens pass no norm after the last layer"),
     "norms of queries": (refused_timm(qk_norm=True), "it normalises queries and keys"),
     "SigLIP": (refused_timm(architecture="vit_base_patch16_siglip_224"), "it has no class token"),
-    "registers of DINOv2": (refused_timm(architecture="vit_small_patch14_reg4_dinov2"), "it has registers"),
     "rotary": (refused_timm(architecture="eva02_tiny_patch14_224", img_size=32), "rotates queries and keys"),
     "no transformer": (lambda folder: timm_folder(folder, shaken(_resnet())), "is a ResNet"),
     "odd MLP with LayerScale": (

@@ -71,6 +71,8 @@ RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_clip_mixed": ("m3i", "backbone.preset=clip-b/16", "backbone.attention=mixed"),
     "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
     "mae_maps": ("mae", *tiny.MAPS),
+    "m3i_dinov3": ("m3i", *tiny.DINOV3, "backbone.attention=mixed"),
+    "dinov2_registers": ("dinov2", *tiny.REGISTERS),
     "m3i_forward": ("m3i", "recipe.targets.2.distribution.direction=forward"),
     "multi_crop": ("global_distillation", *tiny.MULTI_CROP),
     "multi_crop_clip": ("global_distillation", *tiny.MULTI_CROP, "backbone.preset=clip-b/16"),
@@ -82,6 +84,8 @@ PARTITIONED = (
     "m3i_maps",
     "m3i_clip",
     "m3i_mixed",
+    "m3i_dinov3",
+    "dinov2_registers",
     "m3i_learned",
     "m3i_followed",
     "byol",
@@ -113,6 +117,7 @@ RECOMPUTED = {
     "eager": (("m3i", "backbone.attention_kernel=eager"), ("none", "selective")),
     "maps": (RECIPES["m3i_maps"], ("full", "selective", "offload")),
     "dinov2": (("sim", *tiny.DINOV2), ("none", "full", "selective")),
+    "dinov3": (("sim", *tiny.DINOV3), ("none", "selective")),
 }
 """Arguments, and policies of activations."""
 

@@ -7,9 +7,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel
+from safetensors.torch import load_file
+from transformers import AutoModel, Dinov2WithRegistersModel, DINOv3ViTModel
 
+from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.internimage import SOURCE_FILES
+from m3i_scale.backbones.load_plan import plan_load
+from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.hub.export import export
@@ -37,6 +41,27 @@ BACKBONES = {
             "patch_size": 8,
         },
     },
+    "registers": {
+        "preset": "dinov2-reg-b/14",
+        "config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    },
+    "dinov3": {
+        "preset": "dinov3-s+/16",
+        "config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    },
     "clip": {
         "preset": "clip-b/16",
         "config": {
@@ -49,7 +74,13 @@ BACKBONES = {
         },
     },
 }
-CLASSES = {"internimage": "InternImageModel", "dinov2": "Dinov2Model", "clip": "CLIPVisionModel"}
+CLASSES = {
+    "internimage": "InternImageModel",
+    "dinov2": "Dinov2Model",
+    "registers": "Dinov2WithRegistersModel",
+    "dinov3": "DINOv3ViTModel",
+    "clip": "CLIPVisionModel",
+}
 LOADS = """
 import sys
 sys.modules["m3i_scale"] = None
@@ -97,7 +128,8 @@ def test_the_folder_says_how(made, kind):
     assert ("trust_remote_code=True" in card) is own
     assert "add_pooling_layer" not in card
     assert ("hidden.mean(dim=(2, 3))" in card) is own
-    assert ("class token, then 16 patch tokens" in card) is not own
+    assert ("class token, then 16 patch tokens" in card) is (kind in ("dinov2", "clip"))
+    assert ("class token, 4 registers, then 16 patch tokens" in card) is (kind in ("registers", "dinov3"))
     for path in SOURCE_FILES:
         assert (folder / path.name).is_file() is own
         assert not own or (folder / path.name).read_bytes() == path.read_bytes()
@@ -132,3 +164,27 @@ def test_a_class_token_where_there_is_none_is_refused(made, kind, shards):
     if kind == "internimage":
         with pytest.raises(ExportError, match="no class token"):
             evaluate(made[0] / "export", str(shards / "val"), train_data=str(shards / "train"), pool="cls")
+
+
+@pytest.mark.parametrize("name", ["registers", "dinov3"])
+def test_weights_that_were_not_trained_leave_as_they_came(make_run, tmp_path, name):
+    """The mask token too, which no input reads."""
+    kind = {"registers": Dinov2WithRegistersModel, "dinov3": DINOv3ViTModel}[name]
+    torch.manual_seed(5)
+    stock = kind(backbone_config(BackboneConfig(**BACKBONES[name])))
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.normal_(std=0.1)
+    stock.save_pretrained(tmp_path / "published")
+    section = BackboneConfig(from_pretrained=str(tmp_path / "published"))
+
+    def start(objective):
+        plan = plan_load(backbone_source(section), backbone_config(section))
+        objective.student.model.load_state_dict(dict(zip(plan.names, plan.tensors(), strict=True)), strict=True)
+
+    folder, _ = make_run(tmp_path / "run", backbone=section.model_dump(), train=start)
+    export(folder, tmp_path / "export")
+    came, left = (load_file(tmp_path / place / "model.safetensors") for place in ("published", "export"))
+    assert came.keys() == left.keys()
+    assert [key for key in came if not torch.equal(came[key], left[key])] == []
+    assert any("mask_token" in key for key in came)

@@ -8,14 +8,12 @@ from typing import Any
 
 from m3i_scale.backbones.sources.base import Source, refusal
 from m3i_scale.backbones.sources.files import NAMES, read_config, read_headers, weight_files
-from m3i_scale.backbones.sources.hub import hub_source
+from m3i_scale.backbones.sources.hub import MODEL_TYPES, hub_source
 from m3i_scale.backbones.sources.open_clip_vit import open_clip_folder, open_clip_prefix, open_clip_source
 from m3i_scale.backbones.sources.timm_vit import timm_folder, timm_prefix, timm_source
 from m3i_scale.errors import ConfigError
 
 __all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
-
-_STOCK = ("vit", "dinov2", "clip", "clip_vision_model", "internimage")
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
@@ -34,7 +32,7 @@ def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.fr
         return _bare(given, place, fields, where)
     folder = place if place.is_dir() else _download(given, ["*.json"], where)
     values, clip = read_config(folder / "config.json"), read_config(folder / "open_clip_config.json")
-    if clip and values.get("model_type") not in _STOCK:  # a folder may hold one model in both forms
+    if clip and values.get("model_type") not in MODEL_TYPES:  # a folder may hold one model in both forms
         return open_clip_folder(given, folder, clip, fields)
     if "architecture" in values and values.get("model_type") in (None, "timm_wrapper"):
         return timm_folder(given, folder, values, fields)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
 

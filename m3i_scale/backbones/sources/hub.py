@@ -6,17 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, Dinov2Config, PreTrainedModel, ViTConfig
+from transformers import AutoConfig, CLIPConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
 
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, find_family
+from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.presets import VisionConfig, fusion_width
 from m3i_scale.backbones.sources.base import Placement, Source, normalisation
 from m3i_scale.backbones.sources.files import read_config
 from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
 
+MODEL_TYPES = ("clip", *(family.config_class.model_type for family in FAMILIES))
+"""Of configurations that are one of a backbone, or hold one."""
 _LEFT_OUT = (
     (r"(.*\.)?pooler\.", "pooling layer"),
     (r"(.*\.)?(classifier|cls_classifier|head|fc)\.", "classifier"),
@@ -46,14 +49,15 @@ def hub_config(source: str, where: str) -> VisionConfig:
         ) from None
     if isinstance(config, CLIPConfig):
         config = config.vision_config
-    if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig | InternImageConfig):
+    family = find_family(config)
+    if family is None:
+        *others, last = MODEL_TYPES
         raise ConfigError(
-            f"'{source}' is a {config.model_type}, and a backbone is a vit, dinov2, clip or internimage",
+            f"'{source}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
             where=where,
             fix="export the run of the segmenter by --task features" if config.model_type == "upernet" else None,
         )
-    if isinstance(config, Dinov2Config):
-        config.use_mask_token = False  # the recipe has a mask token of its own, so nothing would train that one
+    family.adapt(config)
     return config
 
 
@@ -64,6 +68,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         ConfigError: as `hub_config`.
     """
     config, assumed = hub_config(str(folder), where), {}
+    family = find_family(config)
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
         config.fusion_width = fusion_width(config)
         assumed["fusion_width"] = "the source has no fusion head"
@@ -75,7 +80,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         config,
         hub_places,
         assumed=assumed,
-        antialias=False,  # as interpolate_pos_encoding of the stock models
+        antialias=isinstance(family, TokenFamily) and family.antialias,
         normalisation=normalisation(values.get("image_mean"), values.get("image_std")),
     )
 

@@ -6,46 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from transformers import CLIPVisionConfig, Dinov2Config, ViTConfig
-
-OURS: dict[type, dict[str, str]] = {
-    ViTConfig: {
-        "patch": "embeddings.patch_embeddings.projection",
-        "class": "embeddings.cls_token",
-        "positions": "embeddings.position_embeddings",
-        "norm1": "layers.{}.layernorm_before",
-        **{part: f"layers.{{}}.attention.{part}_proj" for part in "qkvo"},
-        "norm2": "layers.{}.layernorm_after",
-        **{part: f"layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
-        "norm": "layernorm",
-    },
-    Dinov2Config: {
-        "patch": "embeddings.patch_embeddings.projection",
-        "class": "embeddings.cls_token",
-        "positions": "embeddings.position_embeddings",
-        "norm1": "encoder.layer.{}.norm1",
-        **{part: f"encoder.layer.{{}}.attention.{part}_proj" for part in "qkvo"},
-        "scale1": "encoder.layer.{}.layer_scale1.lambda1",
-        "norm2": "encoder.layer.{}.norm2",
-        **{part: f"encoder.layer.{{}}.mlp.{part}" for part in ("fc1", "fc2", "gate_proj", "up_proj", "down_proj")},
-        "scale2": "encoder.layer.{}.layer_scale2.lambda1",
-        "norm": "layernorm",
-    },
-    CLIPVisionConfig: {
-        "patch": "embeddings.patch_embedding",
-        "class": "embeddings.class_embedding",
-        "positions": "embeddings.position_embedding.weight",
-        "pre_norm": "pre_layrnorm",
-        "norm1": "encoder.layers.{}.layer_norm1",
-        **{part: f"encoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
-        "o": "encoder.layers.{}.self_attn.out_proj",
-        "norm2": "encoder.layers.{}.layer_norm2",
-        **{part: f"encoder.layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
-        "norm": "post_layernorm",
-    },
-}
-"""By configuration, the stock name of every part; `{}` is the number of the layer."""
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -72,7 +32,7 @@ class NameMap:
     block: str
     """Before the number of a layer."""
     outer: Mapping[str, str]
-    """Part of `OURS` by name or stem (name without .weight or .bias), outside of layers."""
+    """Part (see `TokenFamily.parts`) by name or stem (name without .weight or .bias), outside of layers."""
     inner: Mapping[str, tuple[str, ...]]
     """The same within a layer; several parts share one tensor in equal shares."""
     left_out: tuple[tuple[str, str], ...]
@@ -83,7 +43,7 @@ class NameMap:
 
         Args:
             name: in the file.
-            ours: one of `OURS`.
+            ours: the parts of a family.
         """
         if not name.startswith(self.prefix):
             return LeftOut(self.outside)

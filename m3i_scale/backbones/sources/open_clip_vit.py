@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.backbones.families import token_family
 from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import OURS, NameMap
+from m3i_scale.backbones.sources.names import NameMap
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 from m3i_scale.backbones.sources.timm_vit import timm_trunk
 
@@ -66,7 +67,7 @@ def open_clip_source(
     names = NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
     facts = replace(facts or Facts(), class_row=True)
     config, assumed, zeros = plain_config(given, names, shapes, facts, fields, _REFUSED)
-    ours = OURS[type(config)]
+    ours = token_family(config).parts
     return Source(
         given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros
     )

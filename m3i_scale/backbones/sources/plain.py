@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import CLIPVisionConfig, Dinov2Config, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig, ViTConfig
 
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig
 from m3i_scale.backbones.presets import published_heads
 from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
-from m3i_scale.backbones.sources.names import OURS, NameMap, Placed
-from m3i_scale.backbones.tokens import TokenConfig
+from m3i_scale.backbones.sources.names import NameMap, Placed
 
-_ROLES = {part: f"{{}}.{part}" if "{}" in name else part for names in OURS.values() for part, name in names.items()}
+_ROLES = {
+    part: f"{{}}.{part}" if "{}" in name else part
+    for family in FAMILIES
+    if isinstance(family, TokenFamily)
+    for part, name in family.parts.items()
+}
 _NORMS = ("pre_norm", "0.norm1", "0.norm2", "norm")
 
 NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
+NO_MASK_TOKEN = (r"embeddings\.mask_token$", "no mask token: no input reads it")
 NO_PATCH_BIAS = (r".*patch_embeddings\.projection\.bias$", "no bias of the patch embedding")
 
 
@@ -31,6 +37,10 @@ class Facts:
     layer_norm_eps: float | None = None
     class_row: bool | None = None
     """Whether the class token has a row in the table of positions."""
+    rope_theta: float | None = None
+    """Of rotary positions as DINOv3 has them."""
+    side: int | None = None
+    """Patches along a side, where no table of positions says it."""
 
 
 def plain_config(
@@ -40,7 +50,7 @@ def plain_config(
     facts: Facts,
     fields: Mapping[str, Any],
     refused: tuple[tuple[str, str], ...] = (),
-) -> tuple[TokenConfig, dict[str, str], tuple[tuple[str, str], ...]]:
+) -> tuple[VisionConfig, dict[str, str], tuple[tuple[str, str], ...]]:
     """Return the stock configuration that holds the tensors exactly.
 
     Args:
@@ -58,25 +68,26 @@ def plain_config(
         ConfigError: no stock model here is that architecture.
     """
     parts = _parts(given, names, shapes, refused)
-    _require(given, parts)
+    rotary = "registers" in parts and "positions" not in parts
+    _require(given, parts, rotary, facts)
     width, depth = parts["class"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
     patch = _patch_side(given, parts["patch.weight"])
     assumed: dict[str, str] = {}
-    side = _grid_side(given, parts["positions"][-2], facts)
+    side = facts.side if rotary and facts.side else _grid_side(given, parts["positions"][-2], facts)
     common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": depth,
         "patch_size": patch,
         "image_size": patch * side,
     }
-    if facts.class_row is None:
+    if facts.class_row is None and not rotary:
         assumed["image_size"] = (
             f"a bare file does not say its grid: its {side * side} places beside the class token as {side} × {side}, "
             "which is another model where it was trained on images that are not square"
         )
     pre_norm = "pre_norm.weight" in parts
     # All that shapes say comes first: what is no stock model here need not be told its heads.
-    kind, specific = (_clip if pre_norm else _dinov2 if "0.scale1" in parts else _vit)(given, parts, width)
+    kind, specific = _shape_of(parts, rotary)(given, parts, width)
     common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(given, pre_norm, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
@@ -84,8 +95,11 @@ def plain_config(
         assumed["layer_norm_eps"] = "a bare file does not say it; the default of its code base"
     if pre_norm:
         return kind(**common, **specific), assumed, ()
+    if rotary:
+        return kind(**common, **specific, rope_theta=facts.rope_theta), assumed, (NO_MASK_TOKEN,)
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
+    zeros += [NO_MASK_TOKEN] if "registers" in parts else []
     return kind(**common, **specific), assumed, tuple(zeros)
 
 
@@ -106,7 +120,17 @@ def _parts(
     return shape_of
 
 
-def _require(given: str, parts: Mapping[str, tuple[int, ...]]) -> None:
+def _require(given: str, parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -> None:
+    if rotary and facts.rope_theta is None:
+        raise refusal(
+            given,
+            "it has registers and no table of positions, and a bare file does not say how its positions are rotated",
+            "no shape tells the frequencies",
+            fix="give a folder with this file as model.safetensors and a config.json that tells timm what it is:"
+            ' {"architecture": "vit_small_patch16_dinov3"}',
+        )
+    if "registers" in parts and ("0.scale1" not in parts or "pre_norm.weight" in parts):
+        raise refusal(given, "it has registers, and is no DINOv2 or DINOv3", "no other stock model here has them")
     for part, why in (
         ("patch.weight", "it has no patch embedding"),
         ("0.norm1.weight", "it has no layers"),
@@ -114,7 +138,7 @@ def _require(given: str, parts: Mapping[str, tuple[int, ...]]) -> None:
         ("positions", "it has no table of positions"),
         ("norm.weight", "its tokens pass no norm after the last layer: it stands behind the pooling, or is not there"),
     ):
-        if part not in parts:
+        if part not in parts and not (rotary and part == "positions"):
             raise refusal(given, why, "another model than the one that was trained would start")
     for part in _NORMS:
         if f"{part}.weight" in parts and f"{part}.bias" not in parts:
@@ -171,8 +195,16 @@ def _activation(given: str, pre_norm: bool, facts: Facts, fields: Mapping[str, A
     return str(fields.get("hidden_act", "gelu"))
 
 
-_Own = tuple[type[TokenConfig], dict[str, Any]]
+_Own = tuple[type[VisionConfig], dict[str, Any]]
 """A configuration, and the fields of it that the others have not."""
+
+
+def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..., _Own]:
+    if "pre_norm.weight" in parts:
+        return _clip
+    if rotary:
+        return _dinov3
+    return _dinov2 if "0.scale1" in parts else _vit
 
 
 def _clip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
@@ -204,5 +236,19 @@ def _dinov2(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Ow
         # Dinov2SwiGLUFFN: two thirds of the hidden width, rounded up to a multiple of 8.
         if hidden == ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio):
             specific = {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "qkv_bias": "0.q.bias" in parts}
+            if "registers" in parts:
+                return Dinov2WithRegistersConfig, {**specific, "num_register_tokens": parts["registers"][-2]}
             return Dinov2Config, {**specific, "use_mask_token": False}
     raise refusal(given, f"its MLP is {hidden} wide at width {width}", "that of Dinov2Model is a whole multiple")
+
+
+def _dinov3(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    if "patch.bias" not in parts:
+        raise refusal(given, "its patch embedding has no bias", "that of DINOv3ViTModel has one")
+    gated = "0.gate_proj.weight" in parts
+    return DINOv3ViTConfig, {
+        "intermediate_size": parts["0.gate_proj.weight" if gated else "0.fc1.weight"][0],
+        "use_gated_mlp": gated,
+        "num_register_tokens": parts["registers"][-2],
+        **{f"{part}_bias": f"0.{part[0]}.bias" in parts for part in ("query", "key", "value")},
+    }

@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 
+from m3i_scale.backbones.families import token_family
 from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import OURS, NameMap
+from m3i_scale.backbones.sources.names import NameMap
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 
 _MARK = "patch_embed.proj.weight"
 _PREFIXES = ("", "module.", "model.", "visual.trunk.", "module.visual.trunk.", "visual.", "module.visual.")
 _REFUSED = (
-    (r"reg_token|register_tokens", "it has registers, which patches and class token were trained beside"),
     (r"dist_token|head_dist", "it has a distillation token beside the class token"),
     (r".*(q_norm|k_norm)", "it normalises queries and keys"),
     (r".*(rel_pos|relative_position)", "its attention adds relative positions"),
     (r".*(attn|mlp)\.norm", "it has a norm inside attention or MLP"),
     (r"patch_embed\.", "its patches pass more than one convolution"),
     (r".*mlp\.(fc1_|w12|w3)", "its MLP is gated by layers of their own"),
+    (r"storage_tokens|rope_embed", "it has the names of DINOv3's own code; transformers and timm have its weights too"),
 )
 _LEFT_OUT = (
     (r"head(\.|_drop|s\.)", "classifier"),
@@ -67,7 +68,7 @@ def timm_source(
     names = _names(prefix, shapes)
     _refuse_post_norm(given, prefix, shapes)
     config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
-    ours = OURS[type(config)]
+    ours = token_family(config).parts
     return Source(
         given,
         "timm",
@@ -96,6 +97,8 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
     scaled = any(f"{prefix}blocks.0.{name}" in shapes for name in ("ls1.gamma", "gamma_1"))
     first, second = (shapes.get(f"{prefix}blocks.0.mlp.{name}.weight", (0, 0)) for name in ("fc1", "fc2"))
     gated = scaled and first[0] == 2 * second[1]
+    # DINOv3's gate has a layer of its own; that of EVA-02, which has a table of positions, is another model's.
+    own_gate = f"{prefix}reg_token" in shapes and f"{prefix}pos_embed" not in shapes
     return NameMap(
         prefix,
         outside="not of the vision tower" if prefix else "",
@@ -103,6 +106,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
         outer={
             "patch_embed.proj": "patch",
             "cls_token": "class",
+            **dict.fromkeys(("reg_token", "register_tokens"), "registers"),
             "pos_embed": "positions",
             "norm_pre": "pre_norm",
             "norm": "norm",
@@ -119,6 +123,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
             # GluMlp packs both halves into one layer, the gate first.
             "mlp.fc1": ("gate_proj", "up_proj") if gated else ("fc1",),
             "mlp.fc2": ("down_proj",) if gated else ("fc2",),
+            **({"mlp.fc1_g": ("gate_proj",), "mlp.fc1_x": ("up_proj",)} if own_gate else {}),
             **dict.fromkeys(("ls2.gamma", "gamma_2"), ("scale2",)),
         },
         left_out=_LEFT_OUT,
@@ -142,7 +147,7 @@ def timm_trunk(
 ) -> Source:
     """Return the vision tower of an open_clip model that is one of timm's, below `visual.trunk.`."""
     source, shapes = _by_architecture(given, folder, architecture, arguments, fields)
-    prefix, ours = "visual.trunk.", OURS[type(source.config)]
+    prefix, ours = "visual.trunk.", token_family(source.config).parts
     names = _names(prefix, {prefix + name: shape for name, shape in shapes.items()})
     return replace(source, kind="open_clip", place=lambda _: lambda name: names.place(name, ours))
 
@@ -177,8 +182,11 @@ def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes,
         raise refusal(given, f"'{architecture}' is a {type(model).__name__}", "a backbone is a plain ViT")
     if type(model.blocks[0]) not in (Block, EvaBlock):
         raise refusal(given, f"'{architecture}' has a {type(model.blocks[0]).__name__}", "a plain ViT has none")
-    if getattr(model, "rope", None) is not None:
-        raise refusal(given, f"'{architecture}' rotates queries and keys by position", "the stock models do not")
+    rope = getattr(model, "rope", None)
+    if rope is not None and not _turns_as_dinov3(model, rope):
+        raise refusal(
+            given, f"'{architecture}' rotates queries and keys by position", "and not as the stock DINOv3ViTModel does"
+        )
     rows, columns = model.patch_embed.grid_size
     if rows != columns:
         raise refusal(given, f"its images have {rows} × {columns} patches", "a backbone's grid is square")
@@ -198,4 +206,24 @@ def _facts(given: str, model: Any) -> Facts:
         raise refusal(
             given, f"its MLP is gated by {act}", "a gate of the stock models is SiLU whatever `hidden_act` says"
         )
-    return Facts(int(block.attn.num_heads), _ACTIVATIONS[act], float(block.norm1.eps), not model.no_embed_class)
+    return Facts(
+        heads=int(block.attn.num_heads),
+        hidden_act=_ACTIVATIONS[act],
+        layer_norm_eps=float(block.norm1.eps),
+        class_row=not model.no_embed_class,
+        rope_theta=model.rope.temperature if getattr(model, "rope", None) is not None else None,
+        side=model.patch_embed.grid_size[0],
+    )
+
+
+def _turns_as_dinov3(model: Any, rope: Any) -> bool:
+    """Return whether rotary positions are those of the stock DINOv3: of a grid's centres from −1 to 1."""
+    from timm.layers import RotaryEmbeddingDinoV3
+
+    return (
+        isinstance(rope, RotaryEmbeddingDinoV3)
+        and (rope.normalize_coords, rope.grid_offset, rope.grid_indexing) == ("separate", 0, "ij")
+        and (rope.min_period, rope.max_period) == (None, None)
+        and model.blocks[0].attn.rotate_half
+        and model.pos_embed is None
+    )

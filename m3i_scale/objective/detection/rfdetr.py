@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
-from transformers import CLIPVisionConfig
+from transformers import Dinov2Config, ViTConfig
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 from transformers.loss.loss_rf_detr import RfDetrHungarianMatcher, RfDetrImageLoss
 
@@ -252,8 +252,8 @@ def _check(spec: RfDetr, backbone: Backbone) -> None:
     refused = None
     if not isinstance(backbone, TokenBackbone):
         refused = "it reads layers of one grid, and this backbone has maps of several"
-    elif isinstance(backbone.model.config, CLIPVisionConfig):
-        refused = "its backbone is a DINOv2, which has no norm before the layers as a CLIP has"
+    elif not isinstance(backbone.model.config, ViTConfig | Dinov2Config):
+        refused = f"its backbone is a DINOv2, and a {backbone.model.config.model_type} has parts that it has not"
     if refused is not None:
         raise ConfigError(
             f"no RF-DETR holds the backbone: {refused}",

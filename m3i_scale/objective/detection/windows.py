@@ -24,6 +24,12 @@ def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")
+    if backbone.prefix != 1:
+        raise ConfigError(
+            f"no Mask R-CNN is published on a {backbone.model.config.model_type}: registers have no place in windows",
+            where="task.head.windows",
+            fix="a ViT, DINOv2 or CLIP as backbone",
+        )
     config, (side, _), depth = backbone.model.config, backbone.grid, len(backbone.layers)
     if config._attn_implementation not in ("sdpa", KERNEL):
         raise ConfigError(

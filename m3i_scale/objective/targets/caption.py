@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from m3i_scale.backbones.presets import VisionConfig
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.decoders import LayeredSpec

@@ -1,0 +1,144 @@
+"""Define what is known of a family of backbones: its configuration, its published sizes, and the parts of its model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from m3i_scale.errors import ConfigError
+
+VisionConfig: TypeAlias = PretrainedConfig
+"""The configuration of a family here."""
+Angles: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles by which attention rotates queries and keys of patches."""
+
+
+class Family:
+    """Describes backbones of one configuration class."""
+
+    config_class: ClassVar[Any]
+    name: ClassVar[str]
+    """As messages spell it."""
+    first_preset: ClassVar[str]
+    """What a section that needs no folder begins with."""
+    shape_fields: ClassVar[tuple[str, ...]]
+    """Fields of the configuration that shape the modules."""
+    derives: ClassVar[bool] = True
+    """Whether fields follow from others when a configuration is made."""
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Return the fields of published sizes by name, at 224 pixels."""
+        raise NotImplementedError
+
+    def adapt(self, config: Any) -> None:
+        """Change a published configuration to that of a backbone."""
+
+    def check(self, config: Any, where: str) -> None:
+        """Refuse a configuration of which no backbone can be made.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        raise NotImplementedError
+
+
+class TokenFamily(Family):
+    """Describes plain vision Transformers, whose sequence is [prefix | patches]."""
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    options: ClassVar[dict[str, Any]] = {}
+    """Arguments that leave out the pooling layer, which nothing here trains."""
+    parts: ClassVar[dict[str, str]]
+    """The stock name of every part; `{}` is the number of the layer."""
+    mlp_field: ClassVar[str] = "intermediate_size"
+    untrained: ClassVar[tuple[str, ...]] = ()
+    """Parameters that no input here reads, and that the stock class cannot leave out: they stay as they are."""
+    norm_is_last: ClassVar[bool] = True
+    """Whether the last hidden state of the stock model has passed the last norm."""
+    antialias: ClassVar[bool] = False
+    """Whether the stock model filters a table of positions that becomes smaller."""
+
+    def prefix(self, config: Any) -> int:
+        """Return the tokens before the patches: that of the class, and registers."""
+        return 1
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """Return the Transformer layers, in order."""
+        layers: nn.ModuleList = model.encoder.layer
+        return layers
+
+    def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
+        """Return tokens as the first layer reads them, (B, P + N, D); where images have another size than the
+        configuration's, positions are interpolated as the stock model does it."""
+        tokens_BSD: Tensor = model.embeddings(images_BCHW)
+        return tokens_BSD
+
+    def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
+        """Return the angles of all patches, (N, D / heads) each; None where positions are added to tokens."""
+        return None
+
+    def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
+        """Return keys with those of the patches rotated, as attention does it."""
+        raise NotImplementedError
+
+    def patch_projection(self, model: Any) -> nn.Module:
+        """Return the convolution that makes tokens of patches."""
+        projection: nn.Module = model.embeddings.patch_embeddings.projection
+        return projection
+
+    def normed(self, model: Any, tokens_BLD: Tensor) -> Tensor:
+        """Return the last layer's tokens through the last norm."""
+        output_BLD: Tensor = model.layernorm(tokens_BLD)
+        return output_BLD
+
+    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
+        """Return of a layer the norm before attention, attention (with `q_proj` and `k_proj`), and its heads."""
+        return layer.norm1, layer.attention, layer.attention.num_attention_heads
+
+    def check(self, config: Any, where: str) -> None:
+        """Refuse sizes that no backbone can have; see `Family`."""
+        for key in ("image_size", "patch_size"):
+            if not isinstance(getattr(config, key), int):
+                raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
+        counts = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", self.mlp_field)
+        for key in counts:
+            if getattr(config, key) < 1:
+                raise ConfigError(f"'{key}' must be at least 1", where=f"{where}.config")
+        if config.num_channels != 3:
+            raise ConfigError("images have 3 channels", where=f"{where}.config.num_channels: {config.num_channels}")
+        check_side(config.image_size, config.patch_size, f"patch size {config.patch_size}", where)
+        if config.hidden_size % config.num_attention_heads or config.hidden_size % 4:
+            raise ConfigError(
+                f"width {config.hidden_size} must be a multiple of 4 and of its {config.num_attention_heads} heads",
+                where=f"{where}.config",
+            )
+
+
+def check_side(side: int, divisor: int, what: str, where: str) -> None:
+    """Check that patches fill the image.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if side % divisor:
+        raise ConfigError(
+            f"{what} does not divide image size {side}",
+            where=f"{where}.config",
+            fix=f"image_size: {max(round(side / divisor), 1) * divisor}",
+        )
+
+
+def check_registers(config: Any, where: str) -> None:
+    """Check that a family with registers has some.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if config.num_register_tokens < 1:
+        raise ConfigError(
+            f"a {config.model_type} has registers",
+            where=f"{where}.config.num_register_tokens: {config.num_register_tokens}",
+            fix="num_register_tokens: 4, as published",
+        )

@@ -1,0 +1,64 @@
+"""Describe `Dinov2Model`: a ViT with LayerScale."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import Dinov2Config, Dinov2Model
+
+from m3i_scale.backbones.families.base import TokenFamily
+
+DINOV2_SIZES = {
+    "s": (384, 12, 6, False),
+    "b": (768, 12, 12, False),
+    "l": (1024, 24, 16, False),
+    "g": (1536, 40, 24, True),
+}
+"""Width, depth, heads, SwiGLU (Oquab et al.)."""
+
+DINOV2_SHAPE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
+)
+
+
+def sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
+    """Return the fields of a size of `DINOV2_SIZES`."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "patch_size": 14,
+        "use_swiglu_ffn": gated,
+    }
+
+
+class Dinov2(TokenFamily):
+    """Describes the Transformers of DINOv2 (Oquab et al.)."""
+
+    config_class, model_class = Dinov2Config, Dinov2Model
+    name, first_preset = "DINOv2", "dinov2-s/14"
+    shape_fields = (*DINOV2_SHAPE, "use_mask_token")
+    mlp_field = "mlp_ratio"
+    parts: ClassVar[dict[str, str]] = {
+        "patch": "embeddings.patch_embeddings.projection",
+        "class": "embeddings.cls_token",
+        "positions": "embeddings.position_embeddings",
+        "norm1": "encoder.layer.{}.norm1",
+        **{part: f"encoder.layer.{{}}.attention.{part}_proj" for part in "qkvo"},
+        "scale1": "encoder.layer.{}.layer_scale1.lambda1",
+        "norm2": "encoder.layer.{}.norm2",
+        **{part: f"encoder.layer.{{}}.mlp.{part}" for part in ("fc1", "fc2", "gate_proj", "up_proj", "down_proj")},
+        "scale2": "encoder.layer.{}.layer_scale2.lambda1",
+        "norm": "layernorm",
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Return the published sizes."""
+        return {
+            f"dinov2-{size}/14": sized(*numbers) | {"use_mask_token": False} for size, numbers in DINOV2_SIZES.items()
+        }
+
+    def adapt(self, config: Any) -> None:
+        """Leave out the mask token: the recipe has one of its own, so nothing would train that one."""
+        config.use_mask_token = False

@@ -1,0 +1,38 @@
+"""Describe `Dinov2WithRegistersModel`: DINOv2 with tokens of no place, registers, between class token and patches."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from m3i_scale.backbones.families.base import TokenFamily, check_registers
+from m3i_scale.backbones.families.dinov2 import DINOV2_SHAPE, DINOV2_SIZES, Dinov2, sized
+
+
+class Dinov2WithRegisters(TokenFamily):
+    """Describes the Transformers of DINOv2 with registers (Darcet et al.)."""
+
+    config_class, model_class = Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    name, first_preset = "DINOv2 with registers", "dinov2-reg-s/14"
+    shape_fields = (*DINOV2_SHAPE, "num_register_tokens")
+    mlp_field = "mlp_ratio"
+    untrained = ("embeddings.mask_token",)
+    antialias = True
+    parts: ClassVar[dict[str, str]] = Dinov2.parts | {"registers": "embeddings.register_tokens"}
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Return the published sizes."""
+        return {
+            f"dinov2-reg-{size}/14": sized(*numbers) | {"num_register_tokens": 4}
+            for size, numbers in DINOV2_SIZES.items()
+        }
+
+    def prefix(self, config: Any) -> int:
+        """Return the class token and the registers."""
+        return 1 + int(config.num_register_tokens)
+
+    def check(self, config: Any, where: str) -> None:
+        """Refuse sizes that no backbone can have; see `Family`."""
+        super().check(config, where)
+        check_registers(config, where)

@@ -1,0 +1,129 @@
+"""Describe `DINOv3ViTModel`: registers, and rotary positions in place of a table."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
+
+from m3i_scale.backbones.families.base import Angles, TokenFamily, check_registers
+from m3i_scale.errors import ConfigError
+
+_SIZES = {
+    "s": (384, 12, 6, 1536, False),
+    "s+": (384, 12, 6, 1536, True),
+    "b": (768, 12, 12, 3072, False),
+    "l": (1024, 24, 16, 4096, False),
+    "h+": (1280, 32, 20, 5120, True),
+    "7b": (4096, 40, 32, 8192, True),
+}
+"""Width, depth, heads, MLP, gated (Siméoni et al., and the Hub folders of facebook)."""
+_BIASES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
+_AUGMENTED = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+
+
+class Dinov3(TokenFamily):
+    """Describes the Transformers of DINOv3 (Siméoni et al.)."""
+
+    config_class, model_class = DINOv3ViTConfig, DINOv3ViTModel
+    name, first_preset = "DINOv3", "dinov3-s/16"
+    shape_fields = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("layer_norm_eps", "image_size", "patch_size", "num_channels", *_BIASES, "use_gated_mlp"),
+        *("num_register_tokens", "rope_theta"),
+    )
+    untrained = ("embeddings.mask_token",)
+    parts: ClassVar[dict[str, str]] = {
+        "patch": "embeddings.patch_embeddings",
+        "class": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "norm1": "model.layer.{}.norm1",
+        **{part: f"model.layer.{{}}.attention.{part}_proj" for part in "qkvo"},
+        "scale1": "model.layer.{}.layer_scale1.lambda1",
+        "norm2": "model.layer.{}.norm2",
+        **{part: f"model.layer.{{}}.mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
+        "fc1": "model.layer.{}.mlp.up_proj",  # of an MLP without gates
+        "fc2": "model.layer.{}.mlp.down_proj",
+        "scale2": "model.layer.{}.layer_scale2.lambda1",
+        "norm": "norm",
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Return the published sizes; the largest has no biases of queries and values."""
+        return {
+            f"dinov3-{size}/16": {
+                "hidden_size": width,
+                "num_hidden_layers": depth,
+                "num_attention_heads": heads,
+                "intermediate_size": mlp,
+                "use_gated_mlp": gated,
+                "hidden_act": "silu" if gated else "gelu",
+                "query_bias": size != "7b",
+                "value_bias": size != "7b",
+                "num_register_tokens": 4,
+            }
+            for size, (width, depth, heads, mlp, gated) in _SIZES.items()
+        }
+
+    def prefix(self, config: Any) -> int:
+        """Return the class token and the registers."""
+        return 1 + int(config.num_register_tokens)
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """Return the Transformer layers, in order."""
+        layers: nn.ModuleList = model.model.layer
+        return layers
+
+    def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
+        """Return the angles of all patches, (N, D / heads) each. In training the stock module draws a scale of the
+        coordinates at every call, unless `pos_embed_rescale` is null."""
+        rope = model.rope_embeddings
+        if rope.inv_freq.dtype != torch.float32:
+            # Engines cast buffers as they cast parameters, and a frequency in bf16 is off by up to 1 / 512.
+            exponents = torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float32, device=rope.inv_freq.device)
+            rope.inv_freq = 1 / rope.base**exponents
+        # The module reads shape, device and type alone.
+        dtype = model.embeddings.patch_embeddings.weight.dtype
+        cos, sin = rope(images_BCHW.new_empty((1, *images_BCHW.shape[1:]), dtype=dtype))
+        return cos, sin
+
+    def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
+        """Return keys with those of the patches rotated."""
+        rotated_BHSD: Tensor = apply_rotary_pos_emb(key_BHSD, key_BHSD, *angles)[1]
+        return rotated_BHSD
+
+    def patch_projection(self, model: Any) -> nn.Module:
+        """Return the convolution that makes tokens of patches."""
+        projection: nn.Module = model.embeddings.patch_embeddings
+        return projection
+
+    def normed(self, model: Any, tokens_BLD: Tensor) -> Tensor:
+        """Return the last layer's tokens through the last norm."""
+        output_BLD: Tensor = model.norm(tokens_BLD)
+        return output_BLD
+
+    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
+        """Return of a layer the norm before attention, attention, and its heads."""
+        return layer.norm1, layer.attention, layer.attention.num_heads
+
+    def check(self, config: Any, where: str) -> None:
+        """Refuse sizes that no backbone can have, and coordinates that cannot be drawn; see `Family`."""
+        super().check(config, where)
+        check_registers(config, where)
+        if config.hidden_size // config.num_attention_heads % 4:
+            raise ConfigError(
+                f"a head of {config.hidden_size // config.num_attention_heads} channels must be a multiple of 4",
+                where=f"{where}.config.num_attention_heads: {config.num_attention_heads}",
+                why="rotary positions turn pairs of channels, by row and by column",
+            )
+        if config.rope_theta <= 0:
+            raise ConfigError("'rope_theta' is above 0", where=f"{where}.config.rope_theta: {config.rope_theta}")
+        for key in _AUGMENTED:
+            value, least = getattr(config, key), 0 if key == "pos_embed_shift" else 1
+            if value is not None and value < least:
+                raise ConfigError(
+                    f"'{key}' is at least {least}, or null", where=f"{where}.config.{key}: {value}", fix=f"{key}: null"
+                )

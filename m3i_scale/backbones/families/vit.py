@@ -1,0 +1,82 @@
+"""Describe `ViTModel`, also of EVA's shape."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
+
+from m3i_scale.backbones.families.base import TokenFamily
+
+VIT_SIZES = {
+    "ti": (192, 12, 3, 768),
+    "s": (384, 12, 6, 1536),
+    "b": (768, 12, 12, 3072),
+    "l": (1024, 24, 16, 4096),
+    "h": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
+    "G": (1664, 48, 16, 8192),
+}
+"""Width, depth, heads, MLP (Zhai et al., Scaling Vision Transformers; H: Dosovitskiy et al.)."""
+
+_SIZES = {"mini": (192, 6, 3, 768), **VIT_SIZES}
+"""`mini` is half a Ti, ours, for a first run."""
+_EVA_STD = 0.015
+"""Of the first weights of EVA's billion parameters (Fang et al.)."""
+
+
+def sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
+    """Return the fields of a size of `VIT_SIZES`."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "patch_size": patch,
+    }
+
+
+class ViT(TokenFamily):
+    """Describes plain vision Transformers (Dosovitskiy et al.)."""
+
+    config_class, model_class = ViTConfig, ViTModel
+    options: ClassVar[dict[str, Any]] = {"add_pooling_layer": False}
+    name, first_preset, derives = "ViT", "vit-b/16", False
+    shape_fields = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias"),
+    )
+    parts: ClassVar[dict[str, str]] = {
+        "patch": "embeddings.patch_embeddings.projection",
+        "class": "embeddings.cls_token",
+        "positions": "embeddings.position_embeddings",
+        "norm1": "layers.{}.layernorm_before",
+        **{part: f"layers.{{}}.attention.{part}_proj" for part in "qkvo"},
+        "norm2": "layers.{}.layernorm_after",
+        **{part: f"layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
+        "norm": "layernorm",
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Return ViT at three patch sizes, and EVA."""
+        plain = {
+            f"vit-{size}/{patch}": sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
+        }
+        eva = {"eva-g/14": sized(*VIT_SIZES["g"], 14) | {"initializer_range": _EVA_STD}}
+        return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """Return the Transformer layers, in order."""
+        layers: nn.ModuleList = model.layers
+        return layers
+
+    def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
+        """Return tokens as the first layer reads them, (B, 1 + N, D)."""
+        other = images_BCHW.shape[-1] != model.config.image_size
+        tokens_BSD: Tensor = model.embeddings(images_BCHW, **({"interpolate_pos_encoding": True} if other else {}))
+        return tokens_BSD
+
+    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
+        """Return of a layer the norm before attention, attention, and its heads."""
+        return layer.layernorm_before, layer.attention, layer.attention.num_attention_heads
