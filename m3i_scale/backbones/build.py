@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTConfig
 from transformers.activations import ACT2FN
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of, token_family
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, token_family
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
 from m3i_scale.backbones.maps import MapBackbone
 from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, preset_config
@@ -142,6 +142,14 @@ def portable_section(config: VisionConfig) -> dict[str, Any]:
         "preset": family_of(config).first_preset,
         "config": {key: getattr(config, key) for key in family_of(config).shape_fields},
     }
+
+
+def stored_section(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a backbone section, for a configuration that a checkpoint has stored as a dictionary."""
+    family = next(family for family in FAMILIES if family.config_class.model_type == values["model_type"])
+    fields = {key: value for key, value in values.items() if key not in _DERIVED and not key.startswith("_")}
+    section = portable_section(family.config_class(**fields))
+    return {"preset": section["preset"], "config": fields | section["config"]}
 
 
 def starts_fresh(source: Source, name: str) -> bool:

@@ -29,7 +29,7 @@ MEANT = {
     "iterations": "optim.steps",
     "learning_rate": "optim.lr",
     "base_lr": "optim.lr",
-    "layerwise_decay": "optim.layer_decay, of a task task.layer_decay",
+    "layerwise_decay": "optim.layer_decay (of a task: task.layer_decay)",
     "max_lr": "optim.lr",
     "end_lr": "optim.min_lr",
     "final_lr": "optim.min_lr",

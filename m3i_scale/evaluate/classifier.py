@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from m3i_scale.errors import UserError
 from m3i_scale.evaluate.features import Encoder, VisionModel, architectures
-from m3i_scale.evaluate.intervals import Clusters, mean_interval
+from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
 from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
 from m3i_scale.objective.information import Objective
@@ -114,7 +114,7 @@ def measure_classifier(
     commonest = np.sort(np.bincount(truth_M))[::-1] / len(truth_M)
     figures: dict[str, Any] = {}
     for depth in (depth for depth in DEPTHS if depth == 1 or depth < len(classifier.classes)):
-        estimate = mean_interval(right_MK[:, :depth].any(axis=1), clusters.take(asked)).as_dict()
+        estimate = mean_of(right_MK[:, :depth].any(axis=1), clusters.take(asked)).estimate.as_dict()
         guess = {"chance": depth / len(classifier.classes), "majority": float(commonest[:depth].sum())}
         figures[f"top-{depth}"] = {**estimate, **guess}
     known = {} if classifier.label_set is None else {"label_set": classifier.label_set}

@@ -97,16 +97,12 @@ def compare(
     document: dict[str, Any] = {}
     pictures: dict[str, dict[str, Any]] = {}
     for one in sets:
-        jobs = {role: _read(model, one, asked, batch_size or IMAGES) for role, model in models.items()}
+        jobs = {}
+        for role, model in models.items():
+            with named(role.upper()):
+                jobs[role] = _read(model, one, asked, batch_size or IMAGES)
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
         found = _measure(asked, no_text, jobs)
-        if not found["measures"] and not draw:
-            raise DataError(
-                "nothing can be compared",
-                where=f"--{one.name} {one.folder}",
-                why="; ".join(f"{name}: {reason}" for name, reason in found["not_measured"].items()),
-                fix="give shards with labels, masks or captions, in train and in val",
-            )
         if draw:
             try:
                 picture = _draw(jobs)
@@ -118,6 +114,14 @@ def compare(
             document |= {role: of_model.pop("model") for role, of_model in facts.items()}
             document |= {key: facts[BEFORE][key] for key in ("level", "bootstrap")} | {"sets": {}}
         document["sets"][one.name] = {key: facts[BEFORE][key] for key in ("data", "train_data")} | found
+    results = document["sets"]
+    if not pictures and not any(found["measures"] for found in results.values()):
+        raise DataError(
+            "nothing can be compared",
+            where=", ".join(f"--{one.name} {one.folder}" for one in sets),
+            why="; ".join(f"{name}: {reason}" for name, reason in results[sets[0].name]["not_measured"].items()),
+            fix="give shards with labels, masks or captions, in train and in val",
+        )
     return document, pictures
 
 
@@ -153,7 +157,7 @@ def _check_other(data: _Set, general: _Set) -> None:
     Raises:
         ConfigError: they share shards.
     """
-    shared = shared_shards(data.train, general.train) | shared_shards(data.test, general.test)
+    shared = shared_shards([data.train, data.test], [general.train, general.test])
     if shared:
         raise ConfigError(
             f"--data and --general share {len(shared)} shards",
@@ -229,6 +233,9 @@ def _measure(asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Jo
         for label, after in statistics[AFTER][name].items():
             measures[f"{name} {label}"] = compared(statistics[BEFORE][name][label], after)
     both = [warning for warning in warnings[BEFORE] if warning in warnings[AFTER]]
+    grids = {role: job.vision.patch_count() for role, job in jobs.items()}
+    if grids[BEFORE] != grids[AFTER] and any(name.startswith("dense") for name in measures):
+        both.append(f"dense probe: {grids[BEFORE]} patches before and {grids[AFTER]} after: each is scored on its own")
     of_one = [f"{role}: {text}" for role, texts in warnings.items() for text in texts if text not in both]
     not_measured = {name: _in_words(reasons[name]) for name in asked if name in reasons}
     return {"measures": measures, "not_measured": not_measured, "warnings": both + of_one}

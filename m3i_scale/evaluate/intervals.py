@@ -120,30 +120,6 @@ def mean_of(values_N: NDArray[np.floating[Any]] | NDArray[np.bool_], clusters: C
     return Statistic(mean, clusters, len(values_N))
 
 
-def mean_interval(
-    values_N: NDArray[np.floating[Any]] | NDArray[np.bool_],
-    clusters: Clusters,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> Estimate:
-    """Return the mean of `values_N` and its percentile interval; whole clusters are drawn with replacement.
-
-    Args:
-        values_N: one figure a sample, e.g. whether it was right.
-        clusters: of the same samples.
-        level: share of intervals that should hold the true mean.
-        resamples: bootstrap draws.
-        seed: of the draws; the same call gives the same interval.
-
-    Raises:
-        ValueError: no values, or clusters of other samples.
-    """
-    mean = mean_of(values_N, clusters)
-    return bootstrap(mean.of, clusters, samples=mean.samples, level=level, resamples=resamples, seed=seed)
-
-
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float],
     clusters: Clusters,

@@ -248,10 +248,11 @@ def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
             raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
 
 
-def shared_shards(one: Table, other: Table) -> set[str]:
-    """Return the shards that two tables share, whatever they are called."""
+def shared_shards(some: list[Table], others: list[Table]) -> set[str]:
+    """Return the shards that tables share with others, whatever they are called."""
     first, second = (
-        {str(shard.resolve() if isinstance(shard, Path) else shard) for shard in table.shards} for table in (one, other)
+        {str(shard.resolve() if isinstance(shard, Path) else shard) for table in tables for shard in table.shards}
+        for tables in (some, others)
     )
     return first & second
 
@@ -262,7 +263,7 @@ def check_apart(test: Table, train: Table) -> None:
     Raises:
         DataError: they do.
     """
-    if shared := shared_shards(test, train):
+    if shared := shared_shards([test], [train]):
         raise DataError(
             f"{len(shared)} shards are both training and test data",
             where=min(shared),

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.config import RunConfig, parse_section, read_yaml
+from m3i_scale.backbones.build import stored_section
+from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
@@ -62,6 +63,7 @@ def find_source(path: Path) -> Source:
         run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
         meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
+        run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint's run file does not hold together: {error.what}", where=error.where
@@ -69,6 +71,15 @@ def find_source(path: Path) -> Source:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read the checkpoint's facts: {error}", where=str(checkpoint)) from None
     return Source(checkpoint, run, parse_recipe(run.recipe), step, meta, passed_over)
+
+
+def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneConfig:
+    """Return a backbone section that says all that its weights' source said: an export needs no source, which may have
+    moved since."""
+    values = meta.get("identity", {}).get("backbone")
+    if backbone.from_pretrained is None or values is None:
+        return backbone
+    return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
 
 
 def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:

@@ -240,5 +240,7 @@ def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe with its teachers' names alone: folders lie on the training machine and are not read again."""
     recipe = upgraded(recipe)
     for teacher in recipe.get("teachers", {}).values():
-        teacher["from_pretrained"] = Path(teacher["from_pretrained"]).name
+        if teacher["from_pretrained"] != "student":  # which is the backbone as it starts
+            name = Path(teacher["from_pretrained"]).name
+            teacher["from_pretrained"] = f"./{name}" if name == "student" else name
     return recipe

@@ -16,7 +16,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import width_of
-from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher, MomentumTarget, Projector, TextTower, text_config
+from m3i_scale.objective.encoders import MomentumTarget, Projector, Teacher, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
@@ -130,9 +130,7 @@ def _target_heads(
             continue
         sizes = Sizes(
             decoded=width_of(decoders[target.decoder]),
-            encoded=config.hidden_size
-            if teacher is None
-            else cast(FrozenTeacher | FrozenStart, teachers[teacher]).width,
+            encoded=config.hidden_size if teacher is None else cast(Teacher, teachers[teacher]).width,
             pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
             vocabulary=tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -197,11 +197,26 @@ class MomentumTarget(nn.Module):
         return self.backbone.encode_whole(images_BCHW), []
 
 
-class FrozenStart(nn.Module):
+class Teacher(nn.Module):
+    """Encodes whole images with weights that are never trained."""
+
+    prefix: ClassVar[str]
+    """Of the parameters that its files fill."""
+
+    @property
+    def width(self) -> int:
+        """Return D, the channels of a token."""
+        raise NotImplementedError
+
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D)."""
+        raise NotImplementedError
+
+
+class FrozenStart(Teacher):
     """Holds the backbone as it was at the start, which is never trained, and sees what the student sees."""
 
     prefix = "backbone.model."
-    """Of the parameters that the source fills."""
 
     def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
         super().__init__()
@@ -222,11 +237,10 @@ class FrozenStart(nn.Module):
         return self.backbone.encode_whole(self.pixel_norm(images_BCHW))
 
 
-class FrozenTeacher(nn.Module):
+class FrozenTeacher(Teacher):
     """Runs any `transformers` vision model with patch tokens, as it was trained elsewhere, on the student's grid."""
 
     prefix = "model."
-    """Of the parameters that its files fill."""
 
     def __init__(
         self,

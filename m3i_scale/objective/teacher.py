@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModel
@@ -19,7 +19,7 @@ from m3i_scale.backbones.sources.hub import hub_places
 from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher
+from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher, Teacher
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.recipe import Recipe
 
@@ -54,7 +54,7 @@ def _read_config(source: str, where: str) -> Any:
     return config
 
 
-def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConfig) -> FrozenTeacher | FrozenStart:
+def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConfig) -> Teacher:
     """Return the module of a recipe's teacher, without its weights (see `teacher_plan`).
 
     Raises:
@@ -75,9 +75,9 @@ def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConf
 def _start(run: RunConfig, student: VisionConfig, where: str) -> FrozenStart:
     if run.backbone.from_pretrained is None:
         raise ConfigError(
-            "the teacher is what the student starts from, and the student starts from random weights",
+            "the teacher is what the student starts from, and `backbone.from_pretrained` is not set",
             where=f"{where}: student",
-            fix="backbone.from_pretrained=/data/models/dinov2-base; a folder called so is './student'",
+            fix="backbone.from_pretrained=/data/models/dinov2-base; for a folder named student: ./student",
         )
     augment = run.data.augment
     return FrozenStart(run.backbone, build_backbone(student), PixelNorm(augment.mean, augment.std))
@@ -107,14 +107,15 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ) from None
 
 
-def teacher_plan(teacher: FrozenTeacher | FrozenStart) -> LoadPlan:
+def teacher_plan(teacher: Teacher) -> LoadPlan:
     """Return which tensors of a teacher's files fill its module, by their names below its `prefix`; reads no weight.
 
     Raises:
         ConfigError: they do not fill the model, or its outputs are not one token a patch of the student's grid.
     """
     if isinstance(teacher, FrozenStart):
-        return plan_load(backbone_source(teacher.spec), backbone_config(teacher.spec))
+        return _start_plan(teacher.spec)
+    teacher = cast(FrozenTeacher, teacher)
     config = teacher.model.config
     _check_outputs(teacher)
     with torch.device("meta"):
@@ -124,6 +125,18 @@ def teacher_plan(teacher: FrozenTeacher | FrozenStart) -> LoadPlan:
     folder = pretrained_folder(teacher.source, teacher.where)
     files = Source(teacher.source, "transformers", folder, config, hub_places)
     return plan_model(files, model, teacher.where, fresh=pooler, all_placed=False)
+
+
+def _start_plan(backbone: BackboneConfig) -> LoadPlan:
+    plan = plan_load(backbone_source(backbone), backbone_config(backbone))
+    if fresh := plan.report["fresh"]:
+        raise ConfigError(
+            f"{len(fresh)} weights of the backbone are new, e.g. {fresh[0]}: as it starts, it can teach nothing",
+            where=f"backbone.from_pretrained: {backbone.from_pretrained}",
+            why="the source has no such weights, so that the student's are drawn at random",
+            fix="start from an export of a run, which has all of them",
+        )
+    return plan
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.objective.build import initialize_module, momentum_pairs
-from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher
+from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
 
@@ -30,7 +30,7 @@ def start_weights(objective: Objective, run: RunConfig) -> None:
     if run.backbone.from_pretrained is not None:
         _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
     for name, teacher in objective.teachers.items():
-        frozen = cast(FrozenTeacher | FrozenStart, teacher)
+        frozen = cast(Teacher, teacher)
         _read(objective, f"teachers.{name}.{frozen.prefix}", teacher_plan(frozen))
     named = dict(objective.named_parameters())
     with torch.no_grad():

@@ -23,7 +23,7 @@ def comparison_table(document: dict[str, Any]) -> RenderableType:
     """Return the document of `compare` as a table for each set, followed by what to know of it."""
     parts: list[RenderableType] = [Text(line) for line in _models(document)]
     for name, of_set in document["sets"].items():
-        table = Table(title=_title(name, of_set), title_justify="left")
+        table = Table(title=Text(_title(name, of_set)), title_justify="left")
         for column in _COLUMNS:
             table.add_column(column, justify="left" if column in ("measure", "change") else "right")
         for row in _rows(of_set):

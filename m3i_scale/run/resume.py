@@ -114,8 +114,9 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     changes = told_differences("optim", *values)
     if not changes:
         return []
-    rates = " instead of ".join(f"{learning_rate(step, optim):.3g}" for optim in (run.optim, before))
-    return [f"the schedule changed: {', '.join(changes)}; the learning rate of step {step + 1} is {rates}"]
+    now, then = (learning_rate(step, optim) for optim in (run.optim, before))
+    rates = "" if now == then else f"; the learning rate of step {step + 1} is {now:.3g} instead of {then:.3g}"
+    return [f"the schedule changed: {', '.join(changes)}{rates}"]
 
 
 def computed_shape(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:

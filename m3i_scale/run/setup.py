@@ -20,7 +20,7 @@ from m3i_scale.downstream.fine_tuning import prepare, scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
-from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher
+from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import teacher_plan, teachers_sha256
@@ -214,7 +214,7 @@ def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart,
         stream_into(module, "student.model.", open_plan)
         from_rank_0(lambda: report_start(plans[0].report))
     for name, teacher in module.teachers.items():
-        frozen = cast(FrozenTeacher | FrozenStart, teacher)
+        frozen = cast(Teacher, teacher)
         stream_into(module, f"teachers.{name}.{frozen.prefix}", partial(teacher_plan, frozen))
 
 

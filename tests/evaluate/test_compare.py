@@ -1,6 +1,7 @@
 """`compare`: two models on the same samples, by paired intervals, and the page with dense features."""
 
 import base64
+import copy
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTConfig, ViTImageProcessor, ViTModel
 
 from m3i_scale.data.images import NO_CLASS
@@ -22,7 +24,7 @@ from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.compare import compare, compared
 from m3i_scale.evaluate.dense import mean_iou
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
-from m3i_scale.report.comparison import write_comparison
+from m3i_scale.report.comparison import comparison_table, write_comparison
 
 SIDE = 48
 COLOURS = np.array([(220, 60, 40), (40, 80, 220)])
@@ -299,13 +301,16 @@ def test_models_that_are_none(vit_folder, shards, tmp_path):
     assert caught.value.where.startswith("BEFORE")
 
 
-def test_folders_that_are_no_sets(vit_folder, shards, tmp_path):
+def test_folders_that_are_no_sets(vit_folder, shards, masked, tmp_path):
     for folder in (tmp_path / "none", shards / "val"):
         with pytest.raises(DataError) as caught:
             compare(vit_folder, vit_folder, str(shards), general=str(folder))
         assert caught.value.where.startswith("--general")
     (tmp_path / "linked").symlink_to(shards)
-    for same in (shards, tmp_path / "linked", f"{shards}/"):
+    (tmp_path / "crossed").mkdir()
+    (tmp_path / "crossed" / "train").symlink_to(masked / "train")
+    (tmp_path / "crossed" / "val").symlink_to(shards / "train")
+    for same in (shards, tmp_path / "linked", f"{shards}/", tmp_path / "crossed"):
         with pytest.raises(ConfigError):
             compare(vit_folder, vit_folder, str(shards), general=str(same))
     shutil.copytree(shards / "val", tmp_path / "twice" / "val")
@@ -319,6 +324,21 @@ def test_nothing_to_compare_is_an_error_with_reasons(vit_folder, shards):
         compare(vit_folder, vit_folder, str(shards), measures=("dense", "zero_shot"))
     assert "no masks" in caught.value.why
     assert "text" in caught.value.why
+
+
+def test_a_set_without_figures_leaves_those_of_the_other(vit_folder, shards, masked):
+    document, _ = compare(vit_folder, vit_folder, str(masked), general=str(shards), measures=("dense",))
+    assert document["sets"]["data"]["measures"]
+    assert document["sets"]["general"]["measures"] == {}
+    assert set(document["sets"]["general"]["not_measured"]) == {"dense"}
+
+
+def test_a_path_with_brackets_is_printed_as_it_is(forgotten):
+    document = copy.deepcopy(forgotten[0])
+    document["sets"]["data"]["data"]["shards"] = "/data/q[/x] [bold]y"
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(comparison_table(document))
+    assert "/data/q[/x] [bold]y" in console.export_text()
 
 
 def test_shards_that_change_between_the_models_are_refused(vit_folder, shards, tmp_path, monkeypatch):

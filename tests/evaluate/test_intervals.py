@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.evaluate.intervals import Clusters, clusters_of, mean_interval
+from m3i_scale.evaluate.intervals import Clusters, bootstrap, clusters_of, mean_of
 from m3i_scale.evaluate.samples import Table
 
 
@@ -20,6 +20,11 @@ def draw(generator, clusters=60, size=5):
     """Clusters whose samples are all alike: the worst case for an interval that takes samples as independent."""
     right = generator.random(clusters) < 0.6
     return np.repeat(right, size), np.repeat(np.arange(clusters), size)
+
+
+def mean_interval(values, clusters, **options):
+    mean = mean_of(values, clusters)
+    return bootstrap(mean.of, clusters, samples=mean.samples, **options)
 
 
 def coverage(cluster_them, trials=300):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import ViTModel
 from weights import timm_model
 
+from m3i_scale.backbones.internimage import InternImageModel
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, inference_names
@@ -163,6 +165,18 @@ def test_a_start_may_be_of_any_source_and_backbone(source: str, tmp_path: Path) 
     side = objective.student.image_size
     _, figures = objective(random_batch(2, image=side))
     assert max(float(figures[f"{name}/loss"]) for name in ("anchor", "gram")) < 1e-8
+
+
+def test_a_start_with_new_weights_is_no_teacher(tmp_path: Path) -> None:
+    """InternImage as it is published has no fusion head."""
+    config = copy.deepcopy(tiny_objective("mae", *MAPS).student.model.config)
+    config.fusion_width = None
+    InternImageModel(config).save_pretrained(tmp_path / "maps")
+    given = [f"backbone.from_pretrained={tmp_path / 'maps'}", "backbone.config={image_size: 64}"]
+    with pytest.raises(ConfigError) as caught:
+        started(kept(*given))
+    assert caught.value.where is not None
+    assert caught.value.where.startswith("backbone.from_pretrained")
 
 
 def test_hidden_patches_count_where_they_are_mask_tokens_and_not_where_they_are_dropped() -> None:
