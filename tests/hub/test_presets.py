@@ -6,6 +6,7 @@ import torch
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.config import RunConfig, parse_section
+from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import backbone_part, classifier_part, zero_shot_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import check_complete
@@ -14,7 +15,8 @@ from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.recipe import parse_recipe
 
 LABEL_SETS = {"things": ["a", "b", "c"]}
-STOCK = [name for name in PRESETS if name.startswith(("vit", "eva", "dinov2"))]
+REGISTERS = [name for name in PRESETS if name.startswith(("dinov2-reg-", "dinov3"))]
+STOCK = [name for name in PRESETS if name.startswith(("vit", "eva", "dinov2")) and name not in REGISTERS]
 
 
 def source_of(preset, pool, tmp_path):
@@ -41,6 +43,20 @@ def source_of(preset, pool, tmp_path):
     run = parse_section(RunConfig, values, where="test")
     meta = {"label_sets": LABEL_SETS, "vocab_size": 100}
     return Source(tmp_path, run, parse_recipe(run.recipe), 1, meta, [])
+
+
+@pytest.mark.parametrize("preset", REGISTERS)
+def test_forms_that_have_registers_and_those_that_have_not(preset, tmp_path):
+    source = source_of(preset, "class_token", tmp_path)
+    for part in (*plan_parts(source, Wanted(), None), zero_shot_part(source, 100)):
+        check_complete(part)
+    for form in (
+        lambda: plan_parts(source, Wanted(format="timm"), None),
+        lambda: classifier_part(source, "things"),
+        lambda: backbone_part(source),
+    ):
+        with pytest.raises(ExportError):
+            form()
 
 
 @pytest.mark.parametrize("pool", ["class_token", "mean_pool"])
