@@ -69,9 +69,8 @@ REGISTERS = ("backbone.preset=dinov2-reg-b/14", DINOV2[1])
 DINOV3 = (
     "backbone.preset=dinov3-s+/16",
     "backbone.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96, "
-    "image_size: 32, patch_size: 8, pos_embed_rescale: null}",
+    "image_size: 32, patch_size: 8}",
 )
-"""Its coordinates are not drawn, which every rank does for itself."""
 RECIPES = tuple(known_recipes())
 MULTI_CROP = (
     "recipe.views=[{count: 2}, {count: 2, size: 16}]",

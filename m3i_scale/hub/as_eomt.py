@@ -64,7 +64,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> Part:
 
 def _mlp_ratio(config: VisionConfig) -> int:
     if not isinstance(config, ViTConfig | Dinov2Config):
-        raise no_class(f"a {config.model_type} is no EoMT")
+        raise no_class(f"an EoMT of a {config.model_type} is not written here")
     dinov2 = isinstance(config, Dinov2Config)
     ratio = float(config.mlp_ratio) if dinov2 else config.intermediate_size / config.hidden_size
     if (dinov2 and config.use_swiglu_ffn) or not config.qkv_bias or not ratio.is_integer():

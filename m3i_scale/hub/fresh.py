@@ -25,7 +25,6 @@ ZERO_AT_FIRST = (
     ".dcn.center_feature_scale_proj_weight",
     ".rows",
     ".columns",
-    "embeddings.register_tokens",
 )
 """Matrices that a model starts at zero on purpose: they are so in first weights."""
 

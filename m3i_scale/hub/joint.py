@@ -190,7 +190,7 @@ def backbone_part(source: Source) -> Part:
         tensors, config = _as_dinov2(config)
     elif not isinstance(config, Dinov2Config):
         raise ExportError(
-            f"no stock class loads a {config.model_type} under AutoBackbone",
+            f"a {config.model_type} is not exported for AutoBackbone",
             why="it needs a map by stage; AutoModel gives its tokens or maps",
             fix="--task features",
         )

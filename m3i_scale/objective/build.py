@@ -184,6 +184,9 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
     """
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
+        if isinstance(registers := getattr(module, "register_tokens", None), nn.Parameter):
+            # That of DINOv2 leaves them at zero: without places they would have one gradient, and stay one register.
+            nn.init.trunc_normal_(registers, std=owner.config.initializer_range)
         if isinstance(getattr(module, "position_embeddings", None), nn.Parameter):
             _start_on_grid(cast(Tensor, module.position_embeddings))
         elif isinstance(owner, CLIPVisionModel) and module is owner.embeddings.position_embedding:

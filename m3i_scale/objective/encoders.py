@@ -16,6 +16,7 @@ from typing_extensions import Self
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.build import set_field
+from m3i_scale.backbones.families.dinov3 import keep_frequencies
 from m3i_scale.config import BackboneConfig, FixableError, Section
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.inputs import PixelNorm
@@ -181,13 +182,6 @@ class MomentumTarget(nn.Module):
         """By the name of the target whose own head they follow: a task averages all that it trains."""
         self.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; the backbone stays in evaluation mode: nothing is dropped of what is predicted, and rotary
-        positions are not drawn anew."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tokens, list[Tensor]]:
         """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D) of the whole view, and keep
@@ -279,6 +273,7 @@ class FrozenTeacher(Teacher):
         and stays in evaluation mode.
         """
         self.model.eval()
+        keep_frequencies(self.model)
         first = next(self.model.parameters())
         if images_BCHW.shape[-2:] != self.image_size:
             images_BCHW = F.interpolate(images_BCHW.float(), self.image_size, mode="bilinear", antialias=True)

@@ -250,9 +250,9 @@ FAULTS = {
         BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_attention_heads": 32}),
         "a head of 2 channels must be a multiple of 4",
     ),
-    "rescaled coordinates": (
-        BackboneConfig(preset="dinov3-s/16", config={"pos_embed_rescale": 0.5}),
-        "'pos_embed_rescale' is at least 1, or null",
+    "drawn coordinates": (
+        BackboneConfig(preset="dinov3-s/16", config={"pos_embed_rescale": 2.0}),
+        "coordinates of patches are not drawn",
     ),
     "sides": (small(image_size=[32, 16]), "'image_size' must be one number"),
     "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "from '/nowhere/at/all': there is no such file or"),

@@ -14,7 +14,6 @@ from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
 
 SECTIONS = {"registers": REGISTERS, "dinov3": DINOV3}
-STEADY = DINOV3.model_copy(update={"config": DINOV3.config | {"pos_embed_rescale": None}})
 IMAGES = {
     view: torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(view))
     for view, side in ((1, 32), (2, 32), (3, 16))
@@ -96,21 +95,6 @@ def test_attention_maps_and_further_tokens_leave_registers_out(name: str) -> Non
     torch.testing.assert_close(beside, last, rtol=1e-5, atol=2e-6)
 
 
-def test_in_training_all_inputs_of_a_view_have_coordinates_of_one_draw() -> None:
-    backbone, token = made(DINOV3).train(), MaskToken(64)
-    every = torch.arange(16).expand(2, -1)
-    shown = [None, None, torch.ones(2, 16, dtype=torch.bool)]
-    with torch.no_grad():
-        one, again, masked = backbone.encode_own(IMAGES, [1, 1, 1], [every] * 3, MaskedPatches(token, shown))
-        assert torch.equal(one[1], again[1])
-        torch.testing.assert_close(one[1], masked[1])
-        ((_, another),) = backbone.encode_own(IMAGES, [1], [every])
-        assert not torch.allclose(one[1], another, atol=1e-3)
-        backbone.eval()
-        first, second = (backbone.encode_whole(IMAGES[1])[1] for _ in range(2))
-        assert torch.equal(first, second)
-
-
 @torch.no_grad()
 def test_frequencies_stay_in_fp32_when_the_model_is_cast() -> None:
     exact, cast = made(DINOV3), made(DINOV3).bfloat16()
@@ -127,17 +111,13 @@ def test_every_parameter_learns_but_the_mask_token(name: str, recomputes: bool) 
     backbone = made(SECTIONS[name]).train()
     if recomputes:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if name == "dinov3":
-        torch.manual_seed(7)
     cls, tokens = backbone.encode_own(IMAGES, [1], [HALF])[0]
     (cls.square().sum() + tokens.square().sum()).backward()
     missing = [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
     assert missing == ["model.embeddings.mask_token"]
     assert not backbone.model.embeddings.mask_token.requires_grad
     if recomputes:
-        torch.manual_seed(7)
         plain = made(SECTIONS[name]).train()
-        torch.manual_seed(7)
         cls, tokens = plain.encode_own(IMAGES, [1], [HALF])[0]
         (cls.square().sum() + tokens.square().sum()).backward()
         for ours, theirs in zip(backbone.parameters(), plain.parameters(), strict=True):

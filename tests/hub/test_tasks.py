@@ -177,7 +177,7 @@ def test_timm_classifier(runs, tmp_path, same_process):
     ("kind", "wanted", "message"),
     [
         ("clip", Wanted("classification"), "norms have ε = 1e-05"),
-        ("clip", Wanted("backbone"), "no stock class loads a clip_vision_model under AutoBackbone"),
+        ("clip", Wanted("backbone"), "a clip_vision_model is not exported for AutoBackbone"),
         ("internimage", Wanted("zero_shot"), "no stock class for a dual encoder"),
         ("internimage", Wanted("features", "timm"), "timm has no internimage"),
         ("vit", Wanted("zero_shot", "timm"), "features or a classifier"),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
-from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
 
 from m3i_scale.backbones.families.base import Angles, TokenFamily, check_registers
 from m3i_scale.errors import ConfigError
@@ -64,9 +64,15 @@ class Dinov3(TokenFamily):
                 "query_bias": size != "7b",
                 "value_bias": size != "7b",
                 "num_register_tokens": 4,
+                **dict.fromkeys(_AUGMENTED),
             }
             for size, (width, depth, heads, mlp, gated) in _SIZES.items()
         }
+
+    def adapt(self, config: Any) -> None:
+        """Draw no coordinates: see `check`."""
+        for key in _AUGMENTED:
+            setattr(config, key, None)
 
     def prefix(self, config: Any) -> int:
         """Return the class token and the registers."""
@@ -78,16 +84,11 @@ class Dinov3(TokenFamily):
         return layers
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
-        """Return the angles of all patches, (N, D / heads) each. In training the stock module draws a scale of the
-        coordinates at every call, unless `pos_embed_rescale` is null."""
-        rope = model.rope_embeddings
-        if rope.inv_freq.dtype != torch.float32:
-            # Engines cast buffers as they cast parameters, and a frequency in bf16 is off by up to 1 / 512.
-            exponents = torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float32, device=rope.inv_freq.device)
-            rope.inv_freq = 1 / rope.base**exponents
+        """Return the angles of all patches, (N, D / heads) each."""
+        keep_frequencies(model)
         # The module reads shape, device and type alone.
         dtype = model.embeddings.patch_embeddings.weight.dtype
-        cos, sin = rope(images_BCHW.new_empty((1, *images_BCHW.shape[1:]), dtype=dtype))
+        cos, sin = model.rope_embeddings(images_BCHW.new_empty((1, *images_BCHW.shape[1:]), dtype=dtype))
         return cos, sin
 
     def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
@@ -110,20 +111,31 @@ class Dinov3(TokenFamily):
         return layer.norm1, layer.attention, layer.attention.num_heads
 
     def check(self, config: Any, where: str) -> None:
-        """Refuse sizes that no backbone can have, and coordinates that cannot be drawn; see `Family`."""
+        """Refuse sizes that no backbone can have, and coordinates that are drawn; see `Family`."""
         super().check(config, where)
         check_registers(config, where)
         if config.hidden_size // config.num_attention_heads % 4:
             raise ConfigError(
                 f"a head of {config.hidden_size // config.num_attention_heads} channels must be a multiple of 4",
                 where=f"{where}.config.num_attention_heads: {config.num_attention_heads}",
-                why="rotary positions turn pairs of channels, by row and by column",
+                why="rotary positions rotate pairs of channels, by row and by column",
             )
         if config.rope_theta <= 0:
             raise ConfigError("'rope_theta' is above 0", where=f"{where}.config.rope_theta: {config.rope_theta}")
         for key in _AUGMENTED:
-            value, least = getattr(config, key), 0 if key == "pos_embed_shift" else 1
-            if value is not None and value < least:
+            if (value := getattr(config, key)) is not None:
                 raise ConfigError(
-                    f"'{key}' is at least {least}, or null", where=f"{where}.config.{key}: {value}", fix=f"{key}: null"
+                    "coordinates of patches are not drawn here",
+                    where=f"{where}.config.{key}: {value}",
+                    why="one number for a whole micro-batch would make the loss depend on how many ranks share a batch",
+                    fix=f"{where}.config.{key}=null; crops of several sizes are `data.augment.crop_scale`",
                 )
+
+
+def keep_frequencies(model: nn.Module) -> None:
+    """Bring the frequencies of rotary positions back to fp32: engines cast buffers as they cast parameters, and a
+    frequency in bf16 is off by up to 1 / 512."""
+    for rope in model.modules():
+        if isinstance(rope, DINOv3ViTRopePositionEmbedding) and rope.inv_freq.dtype != torch.float32:
+            exponents = torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float32, device=rope.inv_freq.device)
+            rope.inv_freq = 1 / rope.base**exponents
