@@ -1,4 +1,4 @@
-"""Describe `Dinov2WithRegistersModel`: DINOv2 with tokens without a position, registers, between class token and patches."""
+"""Describe `Dinov2WithRegistersModel`: DINOv2, and registers, tokens without a position, between class and patches."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig, ViTConfig
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
 from m3i_scale.backbones.presets import published_heads
 from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
 from m3i_scale.backbones.sources.names import NameMap, Placed
@@ -96,7 +96,9 @@ def plain_config(
     if pre_norm:
         return kind(**common, **specific), assumed, ()
     if rotary:
-        return kind(**common, **specific, rope_theta=facts.rope_theta), assumed, (NO_MASK_TOKEN,)
+        config = kind(**common, **specific, rope_theta=facts.rope_theta)
+        family_of(config).adapt(config)
+        return config, assumed, (NO_MASK_TOKEN,)
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
