@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from m3i_scale.data.images import MASK, NO_CLASS
+from m3i_scale.data.images import NO_CLASS
 from m3i_scale.evaluate.intervals import Clusters, Statistic
 
 PATCHES_PER_IMAGE = 16
@@ -103,8 +103,7 @@ class PatchCollector:
     def patches(self) -> Patches | None:
         """Return what was drawn; None, and a `fault`, where nothing was."""
         if not self._held:
-            unnamed, absent = "no mask names the class of any patch", f"no masks ({MASK} members)"
-            self.fault = self.fault or (unnamed if self.masks else absent)
+            self.fault = self.fault or ("no mask names the class of any patch" if self.masks else "no masks")
             return None
         self._draw(self._limit)
         whole = self._parts[0]

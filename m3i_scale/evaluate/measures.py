@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_scale.data.images import MASK
 from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
 from m3i_scale.evaluate.intervals import Clusters, Statistic, clusters_of, mean_of
@@ -151,7 +152,7 @@ def measure_dense(
 
 def _patches(side: Side, what: str) -> Patches:
     if side.patches is None:
-        raise NotMeasuredError(f"{side.no_patches} in the {what} data")
+        raise NotMeasuredError(f"{side.no_patches} in the {what} data ({MASK} members)")
     return side.patches
 
 
