@@ -146,7 +146,7 @@ def portable_section(config: VisionConfig) -> dict[str, Any]:
 
 def stored_section(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a backbone section, for a configuration that a checkpoint has stored as a dictionary."""
-    family = next(family for family in FAMILIES if family.config_class.model_type == values["model_type"])
+    family = {family.config_class.model_type: family for family in FAMILIES}[values["model_type"]]
     fields = {key: value for key, value in values.items() if key not in _DERIVED and not key.startswith("_")}
     section = portable_section(family.config_class(**fields))
     return {"preset": section["preset"], "config": fields | section["config"]}

@@ -121,7 +121,6 @@ class TokenBackbone(Backbone):
                 prefix_SPD, tokens_SND = self.embed(images_SCHW)
             parts = (part.split(len(visible[0])) for part in (prefix_SPD, tokens_SND))
             embedded |= {key: (prefix, tokens) for key, prefix, tokens in zip(members, *parts, strict=True)}
-        # Once for each view: in training a family may draw its coordinates, and all inputs of a view see the same.
         angles = {view: self.angles(views[view]) for view in dict.fromkeys(view_of)}
         return [
             Sequences(embedded[key][0], gather_tokens(embedded[key][1], shown_BL), _chosen(angles[key[0]], shown_BL))
@@ -297,7 +296,8 @@ class TokenBackbone(Backbone):
         self, layer: Any, tokens_BSD: Tensor, mask: Tensor | None = None, angles: Angles | None = None
     ) -> Tensor:
         """Return softmax(QKᵀ/√D) of the first token of a layer's input, for the patches: fp32 (B, H, N)."""
-        norm, attention, heads = self.family.attention(layer)
+        norm, attention = self.family.attention(layer)
+        heads = int(self.model.config.num_attention_heads)
         normed_BSD = norm(tokens_BSD)
         query_BH1D = split_heads(attention.q_proj(normed_BSD[:, :1]), heads).float()  # the prefix is not rotated
         key_BHSD = split_heads(attention.k_proj(normed_BSD), heads)

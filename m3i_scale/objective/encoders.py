@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -191,20 +192,20 @@ class MomentumTarget(nn.Module):
         return self.backbone.encode_whole(images_BCHW), []
 
 
-class Teacher(nn.Module):
+class Teacher(nn.Module, ABC):
     """Encodes whole images with weights that are never trained."""
 
     prefix: ClassVar[str]
     """Of the parameters that its files fill."""
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Return D, the channels of a token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tokens:
         """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D)."""
-        raise NotImplementedError
 
 
 class FrozenStart(Teacher):
@@ -273,7 +274,7 @@ class FrozenTeacher(Teacher):
         and stays in evaluation mode.
         """
         self.model.eval()
-        keep_frequencies(self.model)
+        keep_frequencies(getattr(self.model, "rope_embeddings", None))
         first = next(self.model.parameters())
         if images_BCHW.shape[-2:] != self.image_size:
             images_BCHW = F.interpolate(images_BCHW.float(), self.image_size, mode="bilinear", antialias=True)

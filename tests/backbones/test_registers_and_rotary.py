@@ -6,12 +6,14 @@ import pytest
 import torch
 from test_backbones import DINOV3, REGISTERS
 from torch import nn
+from transformers import DINOv3ViTModel
 from weights import shaken
 
 from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
+from m3i_scale.objective.encoders import FrozenTeacher
 
 SECTIONS = {"registers": REGISTERS, "dinov3": DINOV3}
 IMAGES = {
@@ -103,6 +105,15 @@ def test_frequencies_stay_in_fp32_when_the_model_is_cast() -> None:
     assert found[0].dtype == torch.bfloat16
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.equal(ours, theirs.bfloat16())
+
+
+@torch.no_grad()
+def test_frequencies_of_a_frozen_teacher_stay_in_fp32() -> None:
+    config = backbone_config(DINOV3)
+    teacher = FrozenTeacher("folder", "test", config, (0.5,) * 3, (0.5,) * 3, (4, 4)).bfloat16()
+    wanted = DINOv3ViTModel(config).rope_embeddings.inv_freq
+    teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert torch.equal(teacher.model.rope_embeddings.inv_freq, wanted)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -183,6 +183,9 @@ def test_each_model_sees_its_own_size_and_images_with_patches_for_one_alone_do_n
     fine = vit(tmp_path / "fine", size=48, patch=6)
     document, _ = compare(vit_folder, fine, str(masked), measures=("dense",))
     assert [document[role]["image_size"] for role in ("before", "after")] == [32, 48]
+    same, _ = compare(vit_folder, vit_folder, str(masked), measures=("dense",))
+    told = set(document["sets"]["data"]["warnings"]) - set(same["sets"]["data"]["warnings"])
+    assert any("16" in warning and "64" in warning for warning in told)  # patches of one and of the other
     pictures = {
         name: evaluate(folder, str(masked / "val"), train_data=str(masked / "train"), measures=("dense",))["measures"]
         for name, folder in (("coarse", vit_folder), ("fine", fine))

@@ -20,6 +20,7 @@ from weights import timm_model
 from m3i_scale.backbones.internimage import InternImageModel
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
+from m3i_scale.hub.write import portable_run
 from m3i_scale.objective.build import build_objective, inference_names
 from m3i_scale.objective.decoders import Pointwise
 from m3i_scale.objective.information import Objective
@@ -222,3 +223,12 @@ def test_the_hash_of_a_start_is_that_of_its_files_wherever_they_lie(tmp_path: Pa
     save_file({name: value + 1 for name, value in load_file(path).items()}, path)
     assert hashes(tiny_start()).keys() == {"start"}
     assert hashes(tmp_path / "same") == hashes(tiny_start()) != hashes(tmp_path / "other")
+
+
+def test_a_folder_named_student_is_not_taken_for_the_start_when_an_export_is_read(tmp_path: Path) -> None:
+    shutil.copytree(tiny_teacher(), tmp_path / "student")
+    for given, start in ((str(tmp_path / "student"), False), ("student", True)):
+        run = tiny_run("continue_siglip", f"recipe.teachers.start.from_pretrained={given}")
+        written = parse_recipe(portable_run(run)["recipe"])
+        assert written.teachers["start"].is_start is start
+        assert str(tmp_path) not in str(written)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeAlias
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,7 +16,7 @@ Angles: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines of the angles by which attention rotates queries and keys of patches."""
 
 
-class Family:
+class Family(ABC):
     """Describes backbones of one configuration class."""
 
     config_class: ClassVar[Any]
@@ -28,20 +29,20 @@ class Family:
     derives: ClassVar[bool] = True
     """Whether fields follow from others when a configuration is made."""
 
+    @abstractmethod
     def presets(self) -> dict[str, dict[str, Any]]:
         """Return the fields of published sizes by name, at 224 pixels."""
-        raise NotImplementedError
 
-    def adapt(self, config: Any) -> None:
+    def adapt(self, config: Any) -> None:  # noqa: B027  most have nothing to change
         """Change a published configuration to that of a backbone."""
 
+    @abstractmethod
     def check(self, config: Any, where: str) -> None:
         """Refuse a configuration of which no backbone can be made.
 
         Raises:
             ConfigError: names the field.
         """
-        raise NotImplementedError
 
 
 class TokenFamily(Family):
@@ -57,22 +58,24 @@ class TokenFamily(Family):
     """Parameters that no input here reads, and that the stock class cannot leave out: they stay as they are."""
     norm_is_last: ClassVar[bool] = True
     """Whether the last hidden state of the stock model has passed the last norm."""
+    asks_to_interpolate: ClassVar[bool] = False
+    """Whether the stock model interpolates positions of images of another size only where it is told to."""
     antialias: ClassVar[bool] = False
     """Whether the stock model filters a table of positions that becomes smaller."""
 
     def prefix(self, config: Any) -> int:
         """Return the tokens before the patches: that of the class, and registers."""
-        return 1
+        return 1 + int(getattr(config, "num_register_tokens", 0))
 
-    def layers(self, model: Any) -> nn.ModuleList:
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the Transformer layers, in order."""
-        layers: nn.ModuleList = model.encoder.layer
-        return layers
+        return cast(nn.ModuleList, model.get_submodule(self.parts["norm1"].partition(".{}.")[0]))
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
         """Return tokens as the first layer reads them, (B, P + N, D); where images have another size than the
         configuration's, positions are interpolated as the stock model does it."""
-        tokens_BSD: Tensor = model.embeddings(images_BCHW)
+        other = self.asks_to_interpolate and images_BCHW.shape[-1] != model.config.image_size
+        tokens_BSD: Tensor = model.embeddings(images_BCHW, **({"interpolate_pos_encoding": True} if other else {}))
         return tokens_BSD
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
@@ -83,19 +86,20 @@ class TokenFamily(Family):
         """Return keys with those of the patches rotated, as attention does it."""
         raise NotImplementedError
 
-    def patch_projection(self, model: Any) -> nn.Module:
+    def patch_projection(self, model: PreTrainedModel) -> nn.Module:
         """Return the convolution that makes tokens of patches."""
-        projection: nn.Module = model.embeddings.patch_embeddings.projection
+        projection: nn.Module = model.get_submodule(self.parts["patch"])
         return projection
 
-    def normed(self, model: Any, tokens_BLD: Tensor) -> Tensor:
+    def normed(self, model: PreTrainedModel, tokens_BLD: Tensor) -> Tensor:
         """Return the last layer's tokens through the last norm."""
-        output_BLD: Tensor = model.layernorm(tokens_BLD)
+        output_BLD: Tensor = model.get_submodule(self.parts["norm"])(tokens_BLD)
         return output_BLD
 
-    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
-        """Return of a layer the norm before attention, attention (with `q_proj` and `k_proj`), and its heads."""
-        return layer.norm1, layer.attention, layer.attention.num_attention_heads
+    def attention(self, layer: nn.Module) -> tuple[nn.Module, Any]:
+        """Return of a layer the norm before attention, and attention (with `q_proj` and `k_proj`)."""
+        norm, query = (self.parts[part].partition(".{}.")[2] for part in ("norm1", "q"))
+        return layer.get_submodule(norm), layer.get_submodule(query.rpartition(".")[0])
 
     def check(self, config: Any, where: str) -> None:
         """Refuse sizes that no backbone can have; see `Family`."""
@@ -114,6 +118,12 @@ class TokenFamily(Family):
                 f"width {config.hidden_size} must be a multiple of 4 and of its {config.num_attention_heads} heads",
                 where=f"{where}.config",
             )
+        if "registers" in self.parts and config.num_register_tokens < 1:
+            raise ConfigError(
+                f"a {config.model_type} has registers",
+                where=f"{where}.config.num_register_tokens: {config.num_register_tokens}",
+                fix="num_register_tokens: 4, as published",
+            )
 
 
 def check_side(side: int, divisor: int, what: str, where: str) -> None:
@@ -127,18 +137,4 @@ def check_side(side: int, divisor: int, what: str, where: str) -> None:
             f"{what} does not divide image size {side}",
             where=f"{where}.config",
             fix=f"image_size: {max(round(side / divisor), 1) * divisor}",
-        )
-
-
-def check_registers(config: Any, where: str) -> None:
-    """Check that a family with registers has some.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if config.num_register_tokens < 1:
-        raise ConfigError(
-            f"a {config.model_type} has registers",
-            where=f"{where}.config.num_register_tokens: {config.num_register_tokens}",
-            fix="num_register_tokens: 4, as published",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from m3i_scale.backbones.families.base import TokenFamily
@@ -23,7 +23,7 @@ class Clip(TokenFamily):
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
         *("layer_norm_eps", "image_size", "patch_size", "num_channels"),
     )
-    norm_is_last = False
+    norm_is_last, asks_to_interpolate = False, True
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embedding",
         "class": "embeddings.class_embedding",
@@ -45,29 +45,8 @@ class Clip(TokenFamily):
             for patch in patches
         }
 
-    def layers(self, model: Any) -> nn.ModuleList:
-        """Return the Transformer layers, in order."""
-        layers: nn.ModuleList = model.encoder.layers
-        return layers
-
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
         """Return tokens as the first layer reads them, (B, 1 + N, D)."""
-        other = images_BCHW.shape[-1] != model.config.image_size
-        tokens_BSD = model.embeddings(images_BCHW, **({"interpolate_pos_encoding": True} if other else {}))
         # A norm of each token, so it may come before tokens are hidden.
-        normed_BSD: Tensor = model.pre_layrnorm(tokens_BSD)
+        normed_BSD: Tensor = model.pre_layrnorm(super().embed(model, images_BCHW))
         return normed_BSD
-
-    def patch_projection(self, model: Any) -> nn.Module:
-        """Return the convolution that makes tokens of patches."""
-        projection: nn.Module = model.embeddings.patch_embedding
-        return projection
-
-    def normed(self, model: Any, tokens_BLD: Tensor) -> Tensor:
-        """Return the last layer's tokens through the last norm."""
-        output_BLD: Tensor = model.post_layernorm(tokens_BLD)
-        return output_BLD
-
-    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
-        """Return of a layer the norm before attention, attention, and its heads."""
-        return layer.layer_norm1, layer.self_attn, layer.self_attn.num_heads

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from m3i_scale.backbones.families.base import TokenFamily, check_registers
+from m3i_scale.backbones.families.base import TokenFamily
 from m3i_scale.backbones.families.dinov2 import DINOV2_SHAPE, DINOV2_SIZES, Dinov2, sized
 
 
@@ -27,12 +27,3 @@ class Dinov2WithRegisters(TokenFamily):
             f"dinov2-reg-{size}/14": sized(*numbers) | {"num_register_tokens": 4}
             for size, numbers in DINOV2_SIZES.items()
         }
-
-    def prefix(self, config: Any) -> int:
-        """Return the class token and the registers."""
-        return 1 + int(config.num_register_tokens)
-
-    def check(self, config: Any, where: str) -> None:
-        """Refuse sizes that no backbone can have; see `Family`."""
-        super().check(config, where)
-        check_registers(config, where)

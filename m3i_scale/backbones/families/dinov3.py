@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
 
-from m3i_scale.backbones.families.base import Angles, TokenFamily, check_registers
+from m3i_scale.backbones.families.base import Angles, TokenFamily
 from m3i_scale.errors import ConfigError
 
 _SIZES = {
@@ -74,18 +74,9 @@ class Dinov3(TokenFamily):
         for key in _AUGMENTED:
             setattr(config, key, None)
 
-    def prefix(self, config: Any) -> int:
-        """Return the class token and the registers."""
-        return 1 + int(config.num_register_tokens)
-
-    def layers(self, model: Any) -> nn.ModuleList:
-        """Return the Transformer layers, in order."""
-        layers: nn.ModuleList = model.model.layer
-        return layers
-
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
         """Return the angles of all patches, (N, D / heads) each."""
-        keep_frequencies(model)
+        keep_frequencies(model.rope_embeddings)
         # The module reads shape, device and type alone.
         dtype = model.embeddings.patch_embeddings.weight.dtype
         cos, sin = model.rope_embeddings(images_BCHW.new_empty((1, *images_BCHW.shape[1:]), dtype=dtype))
@@ -96,24 +87,9 @@ class Dinov3(TokenFamily):
         rotated_BHSD: Tensor = apply_rotary_pos_emb(key_BHSD, key_BHSD, *angles)[1]
         return rotated_BHSD
 
-    def patch_projection(self, model: Any) -> nn.Module:
-        """Return the convolution that makes tokens of patches."""
-        projection: nn.Module = model.embeddings.patch_embeddings
-        return projection
-
-    def normed(self, model: Any, tokens_BLD: Tensor) -> Tensor:
-        """Return the last layer's tokens through the last norm."""
-        output_BLD: Tensor = model.norm(tokens_BLD)
-        return output_BLD
-
-    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
-        """Return of a layer the norm before attention, attention, and its heads."""
-        return layer.norm1, layer.attention, layer.attention.num_heads
-
     def check(self, config: Any, where: str) -> None:
         """Refuse sizes that no backbone can have, and coordinates that are drawn; see `Family`."""
         super().check(config, where)
-        check_registers(config, where)
         if config.hidden_size // config.num_attention_heads % 4:
             raise ConfigError(
                 f"a head of {config.hidden_size // config.num_attention_heads} channels must be a multiple of 4",
@@ -132,10 +108,9 @@ class Dinov3(TokenFamily):
                 )
 
 
-def keep_frequencies(model: nn.Module) -> None:
-    """Bring the frequencies of rotary positions back to fp32: engines cast buffers as they cast parameters, and a
-    frequency in bf16 is off by up to 1 / 512."""
-    for rope in model.modules():
-        if isinstance(rope, DINOv3ViTRopePositionEmbedding) and rope.inv_freq.dtype != torch.float32:
-            exponents = torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float32, device=rope.inv_freq.device)
-            rope.inv_freq = 1 / rope.base**exponents
+def keep_frequencies(rope: nn.Module | None) -> None:
+    """Bring the frequencies of DINOv3's rotary positions back to fp32: engines cast buffers as they cast parameters,
+    and a frequency in bf16 is off by up to 1 / 512. Nothing is done for another module."""
+    if isinstance(rope, DINOv3ViTRopePositionEmbedding) and rope.inv_freq.dtype != torch.float32:
+        exponents = torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float32, device=rope.inv_freq.device)
+        rope.inv_freq = 1 / rope.base**exponents

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from m3i_scale.backbones.families.base import TokenFamily
@@ -47,6 +46,7 @@ class ViT(TokenFamily):
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
         *("layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias"),
     )
+    asks_to_interpolate = True
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embeddings.projection",
         "class": "embeddings.cls_token",
@@ -65,18 +65,3 @@ class ViT(TokenFamily):
         }
         eva = {"eva-g/14": sized(*VIT_SIZES["g"], 14) | {"initializer_range": _EVA_STD}}
         return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
-
-    def layers(self, model: Any) -> nn.ModuleList:
-        """Return the Transformer layers, in order."""
-        layers: nn.ModuleList = model.layers
-        return layers
-
-    def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
-        """Return tokens as the first layer reads them, (B, 1 + N, D)."""
-        other = images_BCHW.shape[-1] != model.config.image_size
-        tokens_BSD: Tensor = model.embeddings(images_BCHW, **({"interpolate_pos_encoding": True} if other else {}))
-        return tokens_BSD
-
-    def attention(self, layer: Any) -> tuple[nn.Module, Any, int]:
-        """Return of a layer the norm before attention, attention, and its heads."""
-        return layer.layernorm_before, layer.attention, layer.attention.num_attention_heads
