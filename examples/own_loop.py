@@ -114,6 +114,9 @@ def train_under_accelerate(options: argparse.Namespace, shards: Path) -> list[fl
     streams = gather_object([stream.state_dict()])
     if options.checkpoint is not None and accelerator.is_main_process:
         save(options.checkpoint, first + len(losses), objective, optimizer, streams)
+    # DDP goes before its process group: as the group's last owner it would wait, holding the interpreter, for gloo's
+    # threads, which may wait for the interpreter.
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
     return losses
 
