@@ -88,19 +88,19 @@ def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bo
 
     Args:
         table: (…, G² or 1 + G², D), row by row.
-        shape: wanted, (…, 1 + N², D).
+        shape: wanted, (…, N² or 1 + N², D).
         antialias: whether a smaller grid is filtered.
-        class_row: whether the first row is that of the class token.
+        class_row: whether the first row of the table is that of the class token.
     """
     rows_LD = table.reshape(-1, shape[-1]).float()
-    class_1D = rows_LD[:1] if class_row else torch.zeros(1, shape[-1])
     grid_LD = rows_LD[1:] if class_row else rows_LD
-    old, new = math.isqrt(len(grid_LD)), math.isqrt(shape[-2] - 1)
+    old, new = math.isqrt(len(grid_LD)), math.isqrt(shape[-2])
+    class_CD = rows_LD[:1] if class_row else torch.zeros(shape[-2] - new * new, shape[-1])
     if old != new:
         map_1DHW = grid_LD.view(1, old, old, -1).permute(0, 3, 1, 2)
         map_1DHW = F.interpolate(map_1DHW, (new, new), mode="bicubic", antialias=antialias, align_corners=False)
         grid_LD = map_1DHW.permute(0, 2, 3, 1).reshape(new * new, -1)
-    return torch.cat([class_1D, grid_LD]).view(shape)
+    return torch.cat([class_CD, grid_LD]).view(shape)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m3i_scale.backbones.families import FAMILIES, VisionConfig
 from m3i_scale.backbones.families.dinov2 import DINOV2_SIZES
+from m3i_scale.backbones.families.siglip import SIGLIP_SIZES
 from m3i_scale.backbones.families.vit import VIT_SIZES
 
 _FAMILY_OF = {name: family for family in FAMILIES for name in family.presets()}
@@ -18,6 +19,6 @@ def preset_config(name: str) -> VisionConfig:
 
 
 def published_heads(width: int, depth: int) -> int | None:
-    """Return the heads of the published ViT or DINOv2 of that size; None where there is none."""
-    sizes = {size[:2]: size[2] for size in (*VIT_SIZES.values(), *DINOV2_SIZES.values())}
+    """Return the heads of the published ViT, SigLIP or DINOv2 of that size; None where there is none."""
+    sizes = {size[:2]: size[2] for size in (*VIT_SIZES.values(), *SIGLIP_SIZES.values(), *DINOV2_SIZES.values())}
     return sizes.get((width, depth))

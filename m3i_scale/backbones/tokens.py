@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
     """Holds embedded tokens of one length."""
 
     prefix_BPD: Tensor
-    """Class token and registers."""
+    """Class token and registers, as many as there are."""
     tokens_BLD: Tensor
     """Of patches."""
     angles: Angles | None
@@ -43,7 +43,7 @@ class Sequences(NamedTuple):
 
 
 class TokenBackbone(Backbone):
-    """Adapts a plain vision Transformer, whose sequence is [class token, registers | patches]. `embed` and `encode` are
+    """Adapts a plain vision Transformer, whose sequence is [class token?, registers? | patches]. `embed` and `encode` are
     separate, so that tokens can be hidden or mixed between them. Registers pass all layers with the patches of their
     image and are neither hidden nor returned.
 
@@ -60,8 +60,12 @@ class TokenBackbone(Backbone):
         for name in self.family.untrained:
             self.model.get_parameter(name).requires_grad_(False)
 
-    has_class_token = True
     own_attention = True
+
+    @property
+    def has_class_token(self) -> bool:
+        """Return whether the sequence begins with one."""
+        return self.family.has_class_token
 
     @property
     def stage_widths(self) -> list[int]:
@@ -74,8 +78,8 @@ class TokenBackbone(Backbone):
         return list(self.family.layers(self.model))
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed normalised images as prefix (B, P, D), class token first, and patch tokens (B, N, D). Where positions
-        are added to tokens, they are: interpolated as the stock model does it, where the images have another size."""
+        """Embed normalised images as prefix (B, P, D), class token first if there is one, and patch tokens (B, N, D).
+        Where positions are added to tokens, they are: interpolated as the stock model does it, where the images have another size."""
         tokens_BSD = self.family.embed(self.model, images_BCHW.to(self.dtype))
         return tokens_BSD[:, : self.prefix], tokens_BSD[:, self.prefix :]
 
@@ -173,7 +177,7 @@ class TokenBackbone(Backbone):
             angles = _joined([parts[k].angles for k in members], dim=0)
             output = self.encode(torch.cat([sequences[k] for k in members]), angles)
             outputs |= dict(zip(members, output.split(len(sequences[0])), strict=True))
-        return [self._read(outputs[k]) for k in range(len(sequences))]
+        return [self.read(outputs[k]) for k in range(len(sequences))]
 
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
@@ -186,30 +190,40 @@ class TokenBackbone(Backbone):
             for row_B, part in zip(rows, shown, strict=True)
         ]
         output_BSD = self.encode(torch.cat([shown[0].prefix_BPD, *parts], dim=1), _joined(turned, dim=2))
-        cls_B1D, tokens_BLD = self._read(output_BSD)
-        return [(cls_B1D, tokens) for tokens in tokens_BLD.split([part.shape[1] for part in parts], dim=1)]
+        shares = output_BSD[:, self.prefix :].split([part.shape[1] for part in parts], dim=1)
+        return [(self._first(output_BSD, share_BLD), share_BLD) for share_BLD in shares]
 
-    def _read(self, tokens_BSD: Tensor) -> Tokens:
-        """Return class token and patch tokens of a sequence."""
-        return tokens_BSD[:, :1], tokens_BSD[:, self.prefix :]
+    def read(self, tokens_BSD: Tensor) -> Tokens:
+        """Return class or mean token and patch tokens of a sequence."""
+        patches_BLD = tokens_BSD[:, self.prefix :]
+        return self._first(tokens_BSD, patches_BLD), patches_BLD
+
+    def _first(self, tokens_BSD: Tensor, patches_BLD: Tensor) -> Tensor:
+        """Return the class token of a sequence, or the mean of one image's patches in it where there is none."""
+        return tokens_BSD[:, :1] if self.has_class_token else patches_BLD.mean(dim=1, keepdim=True)
 
     def _whole(self, images_BCHW: Tensor) -> tuple[Tensor, Angles | None]:
         """Return the embedded tokens of whole images, and their angles."""
         return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
-        """Encode normalised images, nothing hidden: class tokens of the last layers, and the patch tokens."""
+        """Encode normalised images, nothing hidden: class tokens of the last layers, or the mean token, and the patch
+        tokens; arguments and errors as of `Backbone`."""
+        if blocks > 1 and not self.has_class_token:
+            raise ValueError("the backbone has no class token")
         (tokens_BSD, angles), cls = self._whole(images_BCHW), []
         for left, layer in zip(reversed(range(len(self.layers))), self.layers, strict=True):
             tokens_BSD = _call(layer, tokens_BSD, angles)
             if 0 < left < blocks:
                 cls.append(self._normed(tokens_BSD[:, :1]))
-        last_B1D, patches_BND = self._read(self._normed(tokens_BSD))
+        last_B1D, patches_BND = self.read(self._normed(tokens_BSD))
         return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
     def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
         """Encode as `encode_whole` does, and return how the class token attends to the patches in the last layer, by
-        head: fp32 (B, H, N); the rest of 1 is what it gives itself and registers."""
+        head: fp32 (B, H, N), the rest of 1 is what it gives itself and registers; None where there is none."""
+        if not self.has_class_token:
+            return self.encode_whole(images_BCHW), None
         attention: list[Tensor] = []
         # Inside the layer's call, before any other hook: under ZeRO-3 its parameters are there, and a compiled layer
         # need not know of it.
@@ -229,7 +243,7 @@ class TokenBackbone(Backbone):
             tokens_BSD = _call(layer, tokens_BSD, angles)
             if number in layers:
                 maps.append(tokens_BSD[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid))
-        return self._read(self._normed(tokens_BSD)), maps
+        return self.read(self._normed(tokens_BSD)), maps
 
     def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
         """Encode normalised images within windows, each with the prefix, as RF-DETR does; positions have to be added
@@ -254,7 +268,7 @@ class TokenBackbone(Backbone):
             across = tokens.reshape(batch, -1, self.width) if number in layers else tokens
             tokens = layer(across, None).reshape(tokens.shape)
             if number + 1 in layers:
-                _, patches = self._read(self._normed(tokens))
+                _, patches = self.read(self._normed(tokens))
                 read = patches.unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
                 maps.append(read.transpose(2, 3).reshape(batch, *self.grid, self.width).permute(0, 3, 1, 2))
         return maps
@@ -276,7 +290,7 @@ class TokenBackbone(Backbone):
                 is added to attention.
 
         Returns:
-            The last layer's normalised tokens [others | class token, registers | patches].
+            The last layer's normalised tokens [others | class token?, registers? | patches].
         """
         tokens_BSD, angles = self._whole(images_BCHW)
         first = len(self.layers) - blocks
@@ -288,7 +302,7 @@ class TokenBackbone(Backbone):
         return self._normed(tokens_BSD)
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
-        """Return [class token, registers | patch tokens]: (B, P + N, D)."""
+        """Return [class token?, registers? | patch tokens]: (B, P + N, D)."""
         tokens_BSD = self._through_layers(*self._whole(images_BCHW))
         return self._normed(tokens_BSD) if self.family.norm_is_last else tokens_BSD
 

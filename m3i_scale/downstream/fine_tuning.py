@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from m3i_scale.backbones.families import VisionConfig
+from m3i_scale.backbones.families import Family, VisionConfig, family_of
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET
 from m3i_scale.config import Classification, Detection, MaskRcnn, RunConfig, Segmentation, Task
@@ -19,7 +19,7 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
 
 STUDENT = "student.model."
-_FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP)", "internimage": "InternImage"}
+_FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "internimage": "InternImage"}
 
 
 def check_task(run: RunConfig, model: VisionConfig) -> None:
@@ -32,7 +32,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
     Raises:
         ConfigError: names the field.
     """
-    task, maps = run.task, isinstance(model, InternImageConfig)
+    task, family = run.task, family_of(model)
     if task is None:
         return
     _check_family(run, model)
@@ -44,7 +44,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
         _check_timm("RandAugment is", "data.augment.rand_augment=null")
     if augment.erasing:
         _check_timm("random erasing is", "data.augment.erasing=0")
-    if task.dcn_lr != 1 and not maps:
+    if task.dcn_lr != 1 and not isinstance(model, InternImageConfig):
         raise ConfigError(
             f"dcn_lr has no effect: a {model.model_type} has no deformable convolutions",
             where=f"task.dcn_lr: {task.dcn_lr:g}",
@@ -54,10 +54,10 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
         _check_mask_library()
     if isinstance(task, Classification):
         if task.sweep is not None:
-            _check_sweep(run, maps)
-        if maps and task.pool == "class_token":
+            _check_sweep(run, family)
+        if task.pool == "class_token" and not family.has_class_token:
             raise ConfigError(
-                "an InternImage has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
+                f"{family.name} has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
             )
         if task.mixup or task.cutmix:
             _check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
@@ -100,10 +100,10 @@ def _check_frozen(run: RunConfig) -> None:
         )
 
 
-def _check_sweep(run: RunConfig, maps: bool) -> None:
-    if maps:
+def _check_sweep(run: RunConfig, family: Family) -> None:
+    if not family.has_class_token:
         raise ConfigError(
-            "the heads of a sweep read class tokens, and an InternImage has none",
+            f"the heads of a sweep read class tokens, and {family.name} has none",
             where="task.sweep",
             fix="leave it out, with task.pool=mean_pool",
         )

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from m3i_scale import __version__
 from m3i_scale.backbones.build import backbone_config, model_files
+from m3i_scale.backbones.families import family_of
 from m3i_scale.hub.source import Source
 from m3i_scale.objective.describe import describe
 from m3i_scale.text import estimates
@@ -76,6 +77,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         pooling=provenance["task"] == "features" and config["model_type"] == "vit",
         remote_code=bool(model_files(shape)[0]),
         tokens=shape.model_type != "internimage",
+        class_token=family_of(shape).has_class_token,
         registers=int(getattr(shape, "num_register_tokens", 0)),
         width=shape.hidden_size,
         patch=shape.patch_size,

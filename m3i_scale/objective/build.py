@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from m3i_scale.backbones.base import Backbone, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
@@ -189,8 +189,10 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
             nn.init.trunc_normal_(registers, std=owner.config.initializer_range)
         if isinstance(getattr(module, "position_embeddings", None), nn.Parameter):
             _start_on_grid(cast(Tensor, module.position_embeddings))
-        elif isinstance(owner, CLIPVisionModel) and module is owner.embeddings.position_embedding:
+        elif isinstance(owner, CLIPVisionModel | SiglipVisionModel) and module is owner.embeddings.position_embedding:
             _start_on_grid(module.weight[None])
+        elif isinstance(owner, SiglipVisionModel) and type(module) is nn.Linear:
+            nn.init.xavier_uniform_(module.weight)  # as attention and MLP of SigLIP fill those below them
     elif type(module) is nn.Linear:
         # As MAE: by both widths. A fixed 0.02 is made for a ViT-B; a layer of 96 channels would pass on a fifth.
         nn.init.xavier_uniform_(module.weight)
@@ -202,11 +204,11 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _start_on_grid(table_1LD: Tensor) -> None:
-    """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (class token: zeros), not from noise: a
-    short training would be spent on finding out which patches are neighbours."""
-    side = math.isqrt(table_1LD.shape[1] - 1)
-    table_1LD[0, 0] = 0
-    table_1LD[0, 1:] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
+    """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (class token, if it has a row: zeros), not
+    from noise: a short training would be spent on finding out which patches are neighbours."""
+    side = math.isqrt(table_1LD.shape[1])
+    table_1LD.zero_()
+    table_1LD[0, -side * side :] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
 
 
 _ONLINE = {

@@ -65,8 +65,7 @@ class MaskQueries(PixelHead):
         masked = attend if self.training else None
         tokens_BSD = vision.encode_beside(images_BCHW, queries_BQD, self.spec.blocks, masked)
         predictions.extend(self._predict(tokens_BSD, vision.grid))
-        image_BSD = tokens_BSD[:, self.spec.queries :]
-        return (image_BSD[:, :1], image_BSD[:, vision.prefix :]), predictions
+        return vision.read(tokens_BSD[:, self.spec.queries :]), predictions
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return scores of the classes at every pixel (B, K, H, W), not negative: sums over queries of the probability

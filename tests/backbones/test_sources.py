@@ -15,6 +15,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
+    SiglipVisionModel,
     ViTModel,
 )
 from weights import open_clip_folder, open_clip_model, planned, shaken, started, timm_folder, timm_model
@@ -41,6 +42,8 @@ TIMM = {
     "dinov3": ("vit_small_patch16_dinov3", {}, DINOv3ViTModel),
     "dinov3 with biases": ("vit_small_patch16_dinov3_qkvb", {"num_reg_tokens": 2}, DINOv3ViTModel),
     "dinov3 with gates": ("vit_small_plus_patch16_dinov3", {}, DINOv3ViTModel),
+    "siglip": ("vit_base_patch16_siglip_224", {}, SiglipVisionModel),
+    "siglip that ends with a mean": ("vit_so400m_patch16_siglip_gap_256", {}, SiglipVisionModel),
     "clip": ("vit_base_patch16_clip_224", {}, CLIPVisionModel),
     "clip with quick gelu": ("vit_base_patch16_clip_quickgelu_224", {}, CLIPVisionModel),
 }
@@ -56,10 +59,12 @@ def test_a_timm_folder(tmp_path: Path, name: str) -> None:
     config = backbone.model.config
     assert (config.num_attention_heads, backbone.width, backbone.image_size, backbone.patch_size) == (4, 64, 32, 8)
     wanted = model.forward_features(IMAGES)
-    torch.testing.assert_close(
-        torch.cat(backbone.encode_whole(IMAGES), dim=1), wanted[:, [0, *range(-16, 0)]], rtol=1e-5, atol=1e-5
-    )
+    first = wanted[:, :1] if kind is not SiglipVisionModel else wanted.mean(dim=1, keepdim=True)
+    wanted = torch.cat([first, wanted[:, -16:]], dim=1)
+    torch.testing.assert_close(torch.cat(backbone.encode_whole(IMAGES), dim=1), wanted, rtol=1e-5, atol=1e-5)
     report = planned(tmp_path).report
+    pooling = [name for name in model.state_dict() if name.startswith("attn_pool.")]
+    assert sorted(pooling) in [sorted(names) for names in report["left_out"].values()] or not pooling
     assert report["left_out"]["classifier"] == ["head.bias", "head.weight"]
     assert report["normalisation"]["mean"] == list(model.pretrained_cfg["mean"])
     assert report["assumed"] == {}
@@ -217,6 +222,38 @@ def test_an_open_clip_tower_of_timm(tmp_path: Path) -> None:
     assert [*report["zeros"].values()] == [[f"layers.{n}.attention.k_proj.bias" for n in (0, 1)]]
 
 
+@torch.no_grad()
+def test_a_bare_file_of_siglip_has_to_be_told_its_activation(tmp_path: Path) -> None:
+    model = timm_model("vit_base_patch16_siglip_224", act_layer="gelu_tanh")
+    save_file(model.state_dict(), tmp_path / "siglip.safetensors")
+    with pytest.raises(ConfigError, match="which GELU it was trained with") as caught:
+        planned(tmp_path / "siglip.safetensors", num_attention_heads=4)
+    assert "gelu_pytorch_tanh" in caught.value.fix
+    backbone = started(tmp_path / "siglip.safetensors", num_attention_heads=4, hidden_act="gelu_pytorch_tanh")
+    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_open_clip_siglip(tmp_path: Path) -> None:
+    trunk = timm_model("vit_base_patch16_siglip_224", num_classes=0)
+    weights = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
+    weights |= {"logit_bias": torch.zeros(()), "text.cls_emb": torch.zeros(4)}
+    save_file(weights, tmp_path / "siglip.safetensors")
+    backbone = started(tmp_path / "siglip.safetensors", num_attention_heads=4, hidden_act="gelu")
+    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), trunk.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_eva02_is_refused_and_what_to_take_instead_is_named(tmp_path: Path, bare: bool) -> None:
+    model = timm_model("eva02_base_patch14_224")
+    if bare:
+        save_file(model.state_dict(), tmp_path / "eva02.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        planned(tmp_path / "eva02.safetensors" if bare else timm_folder(tmp_path, model), num_attention_heads=4)
+    assert "EVA-02" in caught.value.why
+    assert "EVA-01" in caught.value.fix
+
+
 def refused_timm(**arguments: object):
     return lambda folder: timm_folder(
         folder, timm_model(arguments.pop("architecture", "vit_tiny_patch16_224"), **arguments)
@@ -229,10 +266,20 @@ def refused_clip(**vision: object):
 
 REFUSED = {
     "registers": (refused_timm(reg_tokens=2), "it has registers"),
-    "no class token": (refused_timm(class_token=False, global_pool="avg", fc_norm=False), "it has no class token"),
+    "no class token, but scales": (
+        refused_timm(architecture="vit_base_patch16_siglip_224", init_values=1.0),
+        "no class token and also LayerScale",
+    ),
+    "no class token, but registers": (
+        refused_timm(architecture="vit_base_patch16_siglip_224", reg_tokens=2),
+        "it has registers",
+    ),
+    "no class token and no biases": (
+        refused_timm(architecture="vit_base_patch16_siglip_224", qkv_bias=False),
+        "no class token and no bias of queries",
+    ),
     "norm behind the pooling": (refused_timm(global_pool="avg"), "its tokens pass no norm after the last layer"),
     "norms of queries": (refused_timm(qk_norm=True), "it normalises queries and keys"),
-    "SigLIP": (refused_timm(architecture="vit_base_patch16_siglip_224"), "it has no class token"),
     "rotary": (refused_timm(architecture="eva02_tiny_patch14_224", img_size=32), "rotates queries and keys"),
     "no transformer": (lambda folder: timm_folder(folder, shaken(_resnet())), "is a ResNet"),
     "odd MLP with LayerScale": (

@@ -10,11 +10,12 @@ from m3i_scale.backbones.families.dinov2 import Dinov2
 from m3i_scale.backbones.families.dinov2_registers import Dinov2WithRegisters
 from m3i_scale.backbones.families.dinov3 import Dinov3
 from m3i_scale.backbones.families.internimage import InternImage
+from m3i_scale.backbones.families.siglip import Siglip
 from m3i_scale.backbones.families.vit import ViT
 
 __all__ = ["FAMILIES", "Family", "TokenFamily", "VisionConfig", "family_of", "find_family", "token_family"]
 
-FAMILIES: tuple[Family, ...] = (ViT(), Clip(), Dinov2(), Dinov2WithRegisters(), Dinov3(), InternImage())
+FAMILIES: tuple[Family, ...] = (ViT(), Clip(), Siglip(), Dinov2(), Dinov2WithRegisters(), Dinov3(), InternImage())
 
 
 def find_family(config: Any) -> Family | None:

@@ -28,6 +28,8 @@ class Family(ABC):
     """Fields of the configuration that shape the modules."""
     derives: ClassVar[bool] = True
     """Whether fields follow from others when a configuration is made."""
+    has_class_token: ClassVar[bool] = True
+    """Whether a token stands for the whole image; where not, the mean of its patches does."""
 
     @abstractmethod
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -64,8 +66,8 @@ class TokenFamily(Family):
     """Whether the stock model filters a table of positions that becomes smaller."""
 
     def prefix(self, config: Any) -> int:
-        """Return the tokens before the patches: that of the class, and registers."""
-        return 1 + int(getattr(config, "num_register_tokens", 0))
+        """Return the tokens before the patches: that of the class, if there is one, and registers."""
+        return self.has_class_token + int(getattr(config, "num_register_tokens", 0))
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the Transformer layers, in order."""

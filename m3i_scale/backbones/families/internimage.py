@@ -34,7 +34,7 @@ class InternImage(Family):
     """Describes InternImage (Wang et al.) with the fusion head of its largest sizes."""
 
     config_class = InternImageConfig
-    name, first_preset = "InternImage", "internimage-t"
+    name, first_preset, has_class_token = "InternImage", "internimage-t", False
     shape_fields = (
         *("channels", "depths", "groups", "dw_kernel_size", "mlp_ratio", "layer_scale", "offset_scale", "post_norm"),
         *("res_post_norm", "level2_post_norm", "level2_post_norm_block_ids", "center_feature_scale", "fusion_width"),

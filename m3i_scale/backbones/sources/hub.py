@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPConfig, PreTrainedModel
+from transformers import AutoConfig, CLIPConfig, PreTrainedModel, SiglipConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, find_family
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, find_family
 from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.sources.base import Placement, Source, normalisation
@@ -18,18 +18,30 @@ from m3i_scale.backbones.sources.files import read_config
 from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
 
-MODEL_TYPES = ("clip", *(family.config_class.model_type for family in FAMILIES))
+MODEL_TYPES = ("clip", "siglip", *(family.config_class.model_type for family in FAMILIES))
 """Of configurations that are one of a backbone, or hold one."""
 _LEFT_OUT = (
+    (r"(text_model|text_projection)\.", "text tower"),
+    (r"(vision_model\.)?head\.(probe$|(attention|layernorm|mlp)\.)", "attention pooling: recipes pool by decoders"),
     (r"(.*\.)?pooler\.", "pooling layer"),
     (r"(.*\.)?(classifier|cls_classifier|head|fc)\.", "classifier"),
     (r"pool_norm\.", "norm before InternImage's classifier"),
     (r"(.*\.)?embeddings\.mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
     (r"decoder\.", "decoder of its pre-training"),
     (r"(.*\.)?position_ids$", "no weight"),
-    (r"(text_model|text_projection)\.", "text tower"),
-    (r"visual_projection\.|logit_scale$", "projection into the joint space"),
+    (r"visual_projection\.|logit_(scale|bias)$", "projection into the joint space"),
 )
+
+
+_NAFLEX = (
+    "a SigLIP 2 of a fixed size, e.g. google/siglip2-base-patch16-256, which is a siglip; that of NaFlex reads packed"
+    " patches of images of any shape"
+)
+_FIXES = {
+    "upernet": "export the run of the segmenter by --task features",
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), _NAFLEX),
+}
+"""By model type, what to take in place of a model that is none of a backbone."""
 
 
 def hub_config(source: str, where: str) -> VisionConfig:
@@ -47,7 +59,7 @@ def hub_config(source: str, where: str) -> VisionConfig:
             fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network); of a detector the"
             " export of its run by --task features",
         ) from None
-    if isinstance(config, CLIPConfig):
+    if isinstance(config, CLIPConfig | SiglipConfig):
         config = config.vision_config
     family = find_family(config)
     if family is None:
@@ -55,7 +67,7 @@ def hub_config(source: str, where: str) -> VisionConfig:
         raise ConfigError(
             f"'{source}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
             where=where,
-            fix="export the run of the segmenter by --task features" if config.model_type == "upernet" else None,
+            fix=_FIXES.get(config.model_type),
         )
     family.adapt(config)
     return config
@@ -68,7 +80,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         ConfigError: as `hub_config`.
     """
     config, assumed = hub_config(str(folder), where), {}
-    family = find_family(config)
+    family = family_of(config)
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
         config.fusion_width = fusion_width(config)
         assumed["fusion_width"] = "the source has no fusion head"
@@ -80,6 +92,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         config,
         hub_places,
         assumed=assumed,
+        class_row=family.has_class_token,
         antialias=isinstance(family, TokenFamily) and family.antialias,
         normalisation=normalisation(values.get("image_mean"), values.get("image_std")),
     )

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import CLIPVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig, ViTConfig
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
 from m3i_scale.backbones.presets import published_heads
@@ -25,7 +32,7 @@ _NORMS = ("pre_norm", "0.norm1", "0.norm2", "norm")
 
 NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
 NO_MASK_TOKEN = (r"embeddings\.mask_token$", "no mask token: no input reads it")
-NO_PATCH_BIAS = (r".*patch_embeddings\.projection\.bias$", "no bias of the patch embedding")
+NO_PATCH_BIAS = (r".*patch_embedding(s\.projection)?\.bias$", "no bias of the patch embedding")
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,10 @@ def plain_config(
     parts = _parts(given, names, shapes, refused)
     rotary = "registers" in parts and "positions" not in parts
     _require(given, parts, rotary, facts)
-    width, depth = parts["class"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
+    width, depth = parts["norm.weight"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
     patch = _patch_side(given, parts["patch.weight"])
     assumed: dict[str, str] = {}
-    side = facts.side if rotary and facts.side else _grid_side(given, parts["positions"][-2], facts)
+    side = facts.side if rotary and facts.side else _grid_side(given, parts, facts)
     common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -81,15 +88,16 @@ def plain_config(
         "image_size": patch * side,
     }
     if facts.class_row is None and not rotary:
+        beside = " beside the class token" if "class" in parts else ""
         assumed["image_size"] = (
-            f"a bare file does not say its grid: its {side * side} places beside the class token as {side} × {side}, "
+            f"a bare file does not say its grid: its {side * side} places{beside} as {side} × {side}, "
             "which is another model where it was trained on images that are not square"
         )
     pre_norm = "pre_norm.weight" in parts
     # All that shapes say comes first: what is no stock model here need not be told its heads.
     kind, specific = _shape_of(parts, rotary)(given, parts, width)
     common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
-    common["hidden_act"] = _activation(given, pre_norm, facts, fields, assumed)
+    common["hidden_act"] = _activation(given, parts, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
     if facts.layer_norm_eps is None:
         assumed["layer_norm_eps"] = "a bare file does not say it; the default of its code base"
@@ -131,12 +139,11 @@ def _require(given: str, parts: Mapping[str, tuple[int, ...]], rotary: bool, fac
             fix="give a folder with this file as model.safetensors and a config.json that tells timm what it is:"
             ' {"architecture": "vit_small_patch16_dinov3"}',
         )
-    if "registers" in parts and ("0.scale1" not in parts or "pre_norm.weight" in parts):
+    if "registers" in parts and ("class" not in parts or "0.scale1" not in parts or "pre_norm.weight" in parts):
         raise refusal(given, "it has registers, and is no DINOv2 or DINOv3", "no other stock model here has them")
     for part, why in (
         ("patch.weight", "it has no patch embedding"),
         ("0.norm1.weight", "it has no layers"),
-        ("class", "it has no class token, and the model would have one"),
         ("positions", "it has no table of positions"),
         ("norm.weight", "its tokens pass no norm after the last layer: it stands behind the pooling, or is not there"),
     ):
@@ -155,8 +162,9 @@ def _patch_side(given: str, shape: tuple[int, ...]) -> int:
     return shape[3]
 
 
-def _grid_side(given: str, rows: int, facts: Facts) -> int:
-    if facts.class_row is None and math.isqrt(rows) ** 2 == rows:
+def _grid_side(given: str, parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
+    rows = parts["positions"][-2]
+    if "class" in parts and facts.class_row is None and math.isqrt(rows) ** 2 == rows:
         side = math.isqrt(rows)
         raise refusal(
             given,
@@ -165,7 +173,7 @@ def _grid_side(given: str, rows: int, facts: Facts) -> int:
             fix="give a folder with this file as model.safetensors or pytorch_model.bin, and a config.json that tells"
             ' timm what it is: {"architecture": "deit3_base_patch16_224"}',
         )
-    return square_side(rows - (facts.class_row is not False), given, "its table of positions")
+    return square_side(rows - ("class" in parts and facts.class_row is not False), given, "its table of positions")
 
 
 def _heads(given: str, width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> int:
@@ -183,15 +191,26 @@ def _heads(given: str, width: int, depth: int, facts: Facts, fields: Mapping[str
     return heads
 
 
-def _activation(given: str, pre_norm: bool, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> str:
+def _activation(
+    given: str,
+    parts: Mapping[str, tuple[int, ...]],
+    facts: Facts,
+    fields: Mapping[str, Any],
+    assumed: dict[str, str],
+) -> str:
     if facts.hidden_act is not None:
         return facts.hidden_act
-    if pre_norm and "hidden_act" not in fields:
+    name, choices = "", ""
+    if "class" not in parts:
+        name, choices = "SigLIP", "gelu_pytorch_tanh (as transformers has them) or =gelu (as timm has most of them)"
+    elif "pre_norm.weight" in parts:
+        name, choices = "CLIP", "quick_gelu (OpenAI, DFN, MetaCLIP 1) or =gelu (LAION, DataComp)"
+    if name and "hidden_act" not in fields:
         raise refusal(
             given,
-            "a bare file of a CLIP model does not say which GELU it was trained with",
+            f"a bare file of a {name} model does not say which GELU it was trained with",
             "with the other one it is another model, and no shape differs",
-            fix="backbone.config.hidden_act=quick_gelu (OpenAI, DFN, MetaCLIP 1) or =gelu (LAION, DataComp)",
+            fix=f"backbone.config.hidden_act={choices}",
         )
     assumed["hidden_act"] = "a bare file does not say it"
     return str(fields.get("hidden_act", "gelu"))
@@ -202,6 +221,8 @@ _Own = tuple[type[VisionConfig], dict[str, Any]]
 
 
 def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..., _Own]:
+    if "class" not in parts:
+        return _siglip
     if "pre_norm.weight" in parts:
         return _clip
     if rotary:
@@ -225,10 +246,30 @@ def _clip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
     return CLIPVisionConfig, {"intermediate_size": parts["0.fc1.weight"][0]}
 
 
+def _siglip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    for part, wanted, what in (
+        ("pre_norm.weight", False, "a norm before the first layer"),
+        ("0.scale1", False, "LayerScale"),
+        ("0.q.bias", True, "bias of queries"),
+    ):
+        if (part in parts) is not wanted:
+            raise refusal(
+                given,
+                f"it has no class token and {'no' if wanted else 'also'} {what}",
+                "the stock class without class token, SiglipVisionModel, differs there",
+            )
+    return SiglipVisionConfig, {"intermediate_size": _plain_mlp(given, parts), "vision_use_head": False}
+
+
 def _vit(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    return ViTConfig, {"intermediate_size": _plain_mlp(given, parts), "qkv_bias": "0.q.bias" in parts}
+
+
+def _plain_mlp(given: str, parts: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the width of an MLP without gates."""
     if parts["0.fc1.weight"][0] != parts["0.fc2.weight"][1]:
         raise refusal(given, "its MLP is gated", "a ViT's is not")
-    return ViTConfig, {"intermediate_size": parts["0.fc1.weight"][0], "qkv_bias": "0.q.bias" in parts}
+    return parts["0.fc1.weight"][0]
 
 
 def _dinov2(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:

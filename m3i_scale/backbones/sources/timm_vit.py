@@ -1,4 +1,4 @@
-"""Recognise vision Transformers of timm: ViT (also MAE's and DINOv2's own files) and EVA."""
+"""Recognise vision Transformers of timm: ViT (also MAE's and DINOv2's own files), SigLIP and EVA."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ _REFUSED = (
 _LEFT_OUT = (
     (r"head(\.|_drop|s\.)", "classifier"),
     (r"fc_norm\.", "norm of the classifier"),
-    (r"attn_pool\.", "pooling"),
+    (r"attn_pool\.", "attention pooling: recipes pool by decoders"),
     (r"decoder_|decoder\.", "decoder of its pre-training"),
     (r"mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
     (r"lm_head\.", "head of its pre-training"),
 )
 _POST_NORM = {(1792, 64): "EVA-02-E"}
 """Published sizes, (width, depth)."""
+_NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
+_INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 """What stock configurations call them."""
 
@@ -66,6 +68,8 @@ def timm_source(
     if prefix is None:
         raise refusal(given, "it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
     names = _names(prefix, shapes)
+    if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
+        raise refusal(given, "it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
     _refuse_post_norm(given, prefix, shapes)
     config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
     ours = token_family(config).parts
@@ -77,7 +81,7 @@ def timm_source(
         lambda _: lambda name: names.place(name, ours),
         assumed=assumed,
         zeros=zeros,
-        class_row=facts is None or facts.class_row is not False,
+        class_row=token_family(config).has_class_token and (facts is None or facts.class_row is not False),
     )
 
 
@@ -185,7 +189,10 @@ def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes,
     rope = getattr(model, "rope", None)
     if rope is not None and not _turns_as_dinov3(model, rope):
         raise refusal(
-            given, f"'{architecture}' rotates queries and keys by position", "and not as the stock DINOv3ViTModel does"
+            given,
+            f"'{architecture}' rotates queries and keys by position, and not as the stock DINOv3ViTModel does",
+            _NO_EVA02 if architecture.startswith("eva02") else "no other stock model here rotates them",
+            fix=_INSTEAD,
         )
     rows, columns = model.patch_embed.grid_size
     if rows != columns:

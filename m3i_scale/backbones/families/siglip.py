@@ -1,0 +1,61 @@
+"""Describe `SiglipVisionModel`, the vision tower of SigLIP and of SigLIP 2 at a fixed size: a ViT without class token."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from m3i_scale.backbones.families.base import TokenFamily
+from m3i_scale.backbones.families.vit import VIT_SIZES, sized
+from m3i_scale.errors import ConfigError
+
+SIGLIP_SIZES = {"b": VIT_SIZES["b"], "l": VIT_SIZES["l"], "so400m": (1152, 27, 16, 4304)}
+"""Width, depth, heads, MLP (Zhai et al.; so400m: Alabdulmohsin et al.)."""
+_PATCHES = {"b": (16,), "l": (16,), "so400m": (14, 16)}
+"""Patch sizes of published SigLIP towers (Zhai et al.; Tschannen et al.)."""
+
+
+class Siglip(TokenFamily):
+    """Describes the vision towers of SigLIP, without their attention pooling."""
+
+    config_class, model_class = SiglipVisionConfig, SiglipVisionModel
+    name, first_preset, derives = "SigLIP", "siglip-b/16", False
+    has_class_token, asks_to_interpolate = False, True
+    shape_fields = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("layer_norm_eps", "image_size", "patch_size", "num_channels", "vision_use_head"),
+    )
+    parts: ClassVar[dict[str, str]] = {
+        "patch": "embeddings.patch_embedding",
+        "positions": "embeddings.position_embedding.weight",
+        "norm1": "encoder.layers.{}.layer_norm1",
+        **{part: f"encoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
+        "o": "encoder.layers.{}.self_attn.out_proj",
+        "norm2": "encoder.layers.{}.layer_norm2",
+        **{part: f"encoder.layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
+        "norm": "post_layernorm",
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Return the published sizes."""
+        return {
+            f"siglip-{size}/{patch}": sized(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
+            for size, patches in _PATCHES.items()
+            for patch in patches
+        }
+
+    def adapt(self, config: Any) -> None:
+        """Leave out the attention pooling: see `check`."""
+        config.vision_use_head = False
+
+    def check(self, config: Any, where: str) -> None:
+        """Refuse sizes that no backbone can have, and the attention pooling; see `Family`."""
+        super().check(config, where)
+        if config.vision_use_head:
+            raise ConfigError(
+                "a backbone has no pooling head",
+                where=f"{where}.config.vision_use_head: {config.vision_use_head}",
+                why="recipes pool by their decoders: nothing would train that head",
+                fix=f"{where}.config.vision_use_head=false",
+            )
