@@ -71,6 +71,7 @@ DINOV3 = (
     "backbone.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96, "
     "image_size: 32, patch_size: 8}",
 )
+SIGLIP = ("backbone.preset=siglip-b/16",)
 RECIPES = tuple(known_recipes())
 MULTI_CROP = (
     "recipe.views=[{count: 2}, {count: 2, size: 16}]",

@@ -43,9 +43,10 @@ class Sequences(NamedTuple):
 
 
 class TokenBackbone(Backbone):
-    """Adapts a plain vision Transformer, whose sequence is [class token?, registers? | patches]. `embed` and `encode` are
-    separate, so that tokens can be hidden or mixed between them. Registers pass all layers with the patches of their
-    image and are neither hidden nor returned.
+    """Adapts a plain vision Transformer, whose sequence is [class token?, registers? | patches]. `embed` and `encode`
+    are separate, so that tokens can be hidden or mixed between them. Registers pass all layers with the patches of
+    their image and are neither hidden nor returned. Where there is no class token, the mean of an image's patches in a
+    sequence stands for it.
 
     All parameters are used inside the forward of the stock module that owns them, which ZeRO-3 relies on.
     """
@@ -79,7 +80,8 @@ class TokenBackbone(Backbone):
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Embed normalised images as prefix (B, P, D), class token first if there is one, and patch tokens (B, N, D).
-        Where positions are added to tokens, they are: interpolated as the stock model does it, where the images have another size."""
+        Where positions are added to tokens, they are: interpolated as the stock model does it, where the images have
+        another size."""
         tokens_BSD = self.family.embed(self.model, images_BCHW.to(self.dtype))
         return tokens_BSD[:, : self.prefix], tokens_BSD[:, self.prefix :]
 

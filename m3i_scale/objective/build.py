@@ -204,8 +204,8 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _start_on_grid(table_1LD: Tensor) -> None:
-    """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (class token, if it has a row: zeros), not
-    from noise: a short training would be spent on finding out which patches are neighbours."""
+    """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (a class token's row: zeros), not from
+    noise: a short training would be spent on finding out which patches are neighbours."""
     side = math.isqrt(table_1LD.shape[1])
     table_1LD.zero_()
     table_1LD[0, -side * side :] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)

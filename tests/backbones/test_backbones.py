@@ -13,6 +13,7 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersModel,
     DINOv3ViTModel,
+    SiglipVisionModel,
     ViTConfig,
     ViTModel,
 )
@@ -49,14 +50,27 @@ DINOV2 = BackboneConfig(
 CLIP = BackboneConfig(preset="clip-b/16", config=SMALL)
 REGISTERS = BackboneConfig(preset="dinov2-reg-g/14", config=DINOV2.config | {"num_register_tokens": 3})
 DINOV3 = BackboneConfig(preset="dinov3-s+/16", config=SMALL | {"num_register_tokens": 2})
-SECTIONS = {"vit": small(), "dinov2": DINOV2, "clip": CLIP, "registers": REGISTERS, "dinov3": DINOV3}
+SIGLIP = BackboneConfig(preset="siglip-b/16", config=SMALL)
+SECTIONS = {
+    **{"vit": small(), "dinov2": DINOV2, "clip": CLIP, "siglip": SIGLIP},
+    **{"registers": REGISTERS, "dinov3": DINOV3},
+}
 CLASSES = {
     "vit": ViTModel,
     "dinov2": Dinov2Model,
     "clip": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
     "registers": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
 }
+
+
+def tokens_of(name: str, hidden: torch.Tensor, patches: int) -> torch.Tensor:
+    """Class token, or the mean of the patches where there is none, and the patches of a last hidden state."""
+    first = hidden[:, -patches:].mean(dim=1, keepdim=True) if name == "siglip" else hidden[:, :1]
+    return torch.cat([first, hidden[:, -patches:]], dim=1)
+
+
 each_family = pytest.mark.parametrize("name", SECTIONS)
 
 
@@ -74,17 +88,17 @@ def test_the_adapter_is_the_stock_model(name: str) -> None:
             other.copy_(parameter)
     images = torch.randn(2, 3, 32, 32)
     prefix, tokens = backbone.embed(images)
-    first = {"registers": 4, "dinov3": 3}.get(name, 1)
+    first = {"registers": 4, "dinov3": 3, "siglip": 0}.get(name, 1)
     assert (prefix.shape, tokens.shape) == ((2, first, 64), (2, 16, 64))
     wanted = stock(pixel_values=images).last_hidden_state
     torch.testing.assert_close(backbone.last_hidden_state(images), wanted, rtol=1e-6, atol=1e-6)
     wanted = last_norm(stock, wanted)
     torch.testing.assert_close(backbone.encode(torch.cat([prefix, tokens], dim=1), backbone.angles(images)), wanted)
-    shown = [0, *range(first, first + 16)]
-    torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted[:, shown])
+    wanted = tokens_of(name, wanted, 16)
+    torch.testing.assert_close(torch.cat(backbone.encode_whole(images), dim=1), wanted)
     every = torch.arange(16).expand(2, -1)
     (own,) = backbone.encode_own({1: images}, [1], [every])
-    torch.testing.assert_close(torch.cat(own, dim=1), wanted[:, shown])
+    torch.testing.assert_close(torch.cat(own, dim=1), wanted)
     assert len(backbone.layers) == 2
 
 
@@ -94,10 +108,10 @@ def test_images_of_another_size_have_the_positions_of_the_stock_model(name: str)
     backbone = build_backbone(backbone_config(SECTIONS[name])).eval()
     shaken(backbone)
     images = torch.randn(2, 3, 16, 16)
-    options = {"interpolate_pos_encoding": True} if name in ("vit", "clip") else {}
+    options = {"interpolate_pos_encoding": True} if name in ("vit", "clip", "siglip") else {}
     wanted = last_norm(backbone.model, backbone.model(pixel_values=images, **options).last_hidden_state)
     ((cls, tokens),) = backbone.encode_own({3: images}, [3], [torch.arange(4).expand(2, -1)])
-    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), wanted[:, [0, *range(-4, 0)]], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(torch.cat([cls, tokens], dim=1), tokens_of(name, wanted, 4), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "registers", "dinov3"])
@@ -201,6 +215,10 @@ def test_what_it_tells_of_itself() -> None:
         ("clip-h/14", 630.8),
         ("clip-G/14", 1843),
         ("vit-G/14", 1843),
+        ("siglip-b/16", 85.80),  # the table of timm's vit_*_siglip_gap_*, which have no pooling either
+        ("siglip-l/16", 303.36),
+        ("siglip-so400m/14", 412.44),
+        ("siglip-so400m/16", 412.65),
         ("dinov2-g/14", 1135),
         ("dinov2-b/14", 85.7),
         ("dinov2-reg-s/14", 21.6),  # the table of facebookresearch/dinov2
@@ -254,6 +272,14 @@ FAULTS = {
         BackboneConfig(preset="dinov3-s/16", config={"pos_embed_rescale": 2.0}),
         "coordinates of patches are not drawn",
     ),
+    "siglip's head": (
+        BackboneConfig(preset="siglip-b/16", config={"vision_use_head": True}),
+        "a backbone has no pooling head",
+    ),
+    "siglip's patch": (
+        BackboneConfig(preset="siglip-so400m/14", config={"image_size": 384}),
+        "patch size 14 does not divide image size 384",
+    ),
     "sides": (small(image_size=[32, 16]), "'image_size' must be one number"),
     "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "from '/nowhere/at/all': there is no such file or"),
 }
@@ -273,7 +299,7 @@ def test_a_misspelt_field_gets_a_hint() -> None:
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a bert, and a backbone is a clip, vit, clip_vision_model"):
+    with pytest.raises(ConfigError, match="is a bert, and a backbone is a clip, siglip, vit, clip_vision_model"):
         backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
 
 

@@ -39,8 +39,9 @@ def published_plain(name: str, depth: int) -> float:
         {"pre_norm": True},
         {"architecture": "vit_small_patch14_reg4_dinov2", "init_values": 1.0},
         {"architecture": "vit_small_patch16_dinov3"},
+        {"architecture": "vit_base_patch16_siglip_224"},
     ],
-    ids=["ViT", "DINOv2", "CLIP", "registers", "DINOv3"],
+    ids=["ViT", "DINOv2", "CLIP", "registers", "DINOv3", "SigLIP"],
 )
 def test_plain_transformers_have_the_scales_of_mae(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """The published model's parameters have their scales as values, and a backbone is started from it."""

@@ -182,10 +182,11 @@ def test_heads_that_depend_on_others_or_cannot_be_chosen_are_refused(changes: di
     assert where in str(caught.value.where)
 
 
-def test_an_internimage_has_nothing_to_sweep() -> None:
+@pytest.mark.parametrize("preset", ["internimage-h", "siglip-b/16"])
+def test_without_a_class_token_there_is_nothing_to_sweep(preset: str) -> None:
     values = {"task": task(), "backbone": {"from_pretrained": "/data/export"}, "optim": {"clip_grad_norm": 0.0}}
     with pytest.raises(ConfigError) as caught:
-        check_task(RunConfig.model_validate(values), backbone_config(BackboneConfig(preset="internimage-h")))
+        check_task(RunConfig.model_validate(values), backbone_config(BackboneConfig(preset=preset)))
     assert caught.value.where == "task.sweep"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from shapes import make_shapes
-from tiny import DINOV2, MAPS
+from tiny import DINOV2, MAPS, SIGLIP
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
@@ -63,6 +63,7 @@ def test_a_task_that_holds_has_no_faults(task: dict[str, Any], shards: Path, tmp
         ({"cutmix": 1.0}, [*DINOV2, *ONES], "optim.micro_batch_size"),
         ({"dcn_lr": 0.1}, DINOV2, "task.dcn_lr"),
         ({}, MAPS, "task.pool"),
+        ({}, SIGLIP, "task.pool"),
         ({"freeze": True}, DINOV2, "task.freeze"),
         ({"freeze": True}, ["SOURCE", "backbone.activation_checkpointing=full"], "backbone.activation_checkpointing"),
     ],

@@ -62,6 +62,17 @@ BACKBONES = {
             "patch_size": 8,
         },
     },
+    "siglip": {
+        "preset": "siglip-b/16",
+        "config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    },
     "clip": {
         "preset": "clip-b/16",
         "config": {
@@ -79,6 +90,7 @@ CLASSES = {
     "dinov2": "Dinov2Model",
     "registers": "Dinov2WithRegistersModel",
     "dinov3": "DINOv3ViTModel",
+    "siglip": "SiglipVisionModel",
     "clip": "CLIPVisionModel",
 }
 LOADS = """
@@ -129,6 +141,9 @@ def test_the_folder_says_how(made, kind):
     assert "add_pooling_layer" not in card
     assert ("hidden.mean(dim=(2, 3))" in card) is own
     assert ("class token, then 16 patch tokens" in card) is (kind in ("dinov2", "clip"))
+    assert ("last hidden state: 16 patch tokens" in card) is (kind == "siglip")
+    assert ("feature = hidden.mean(dim=1)" in card) is (kind == "siglip")
+    assert config.get("vision_use_head", False) is False  # a head that nobody trained would be noise
     assert ("class token, 4 registers, then 16 patch tokens" in card) is (kind in ("registers", "dinov3"))
     for path in SOURCE_FILES:
         assert (folder / path.name).is_file() is own
@@ -148,7 +163,7 @@ def test_it_is_evaluated(made, kind, shards):
     shown = {one["name"]: one for one in json.loads((pictures / "pictures.json").read_text())["pictures"]}
     assert found["pictures"]["not_shown"] == {}
     assert {"dense_pca", "attention", "similarity", "neighbours"} < set(shown)
-    assert ("no class token" in shown["attention"]["title"]) is (kind == "internimage")
+    assert ("no class token" in shown["attention"]["title"]) is (kind in ("internimage", "siglip"))
     assert "the trained head" in shown["confusion"]["title"]
     for name in ("text_to_image", "image_to_text"):
         assert "right at rank" in shown[name]["alt"]
@@ -161,7 +176,7 @@ def test_it_is_evaluated(made, kind, shards):
 
 
 def test_a_class_token_where_there_is_none_is_refused(made, kind, shards):
-    if kind == "internimage":
+    if kind in ("internimage", "siglip"):
         with pytest.raises(ExportError, match="no class token"):
             evaluate(made[0] / "export", str(shards / "val"), train_data=str(shards / "train"), pool="cls")
 

@@ -16,6 +16,7 @@ from m3i_scale.objective.recipe import parse_recipe
 
 LABEL_SETS = {"things": ["a", "b", "c"]}
 REGISTERS = [name for name in PRESETS if name.startswith(("dinov2-reg-", "dinov3"))]
+SIGLIP = [name for name in PRESETS if name.startswith("siglip")]
 STOCK = [name for name in PRESETS if name.startswith(("vit", "eva", "dinov2")) and name not in REGISTERS]
 
 
@@ -54,6 +55,22 @@ def test_forms_that_have_registers_and_those_that_have_not(preset, tmp_path):
         lambda: plan_parts(source, Wanted(format="timm"), None),
         lambda: classifier_part(source, "things"),
         lambda: backbone_part(source),
+    ):
+        with pytest.raises(ExportError):
+            form()
+
+
+@pytest.mark.parametrize("preset", SIGLIP)
+def test_forms_without_a_class_token(preset, tmp_path):
+    """No other class pools by the mean of the patches and normalises it."""
+    source = source_of(preset, "mean_pool", tmp_path)
+    for part in plan_parts(source, Wanted(), None):
+        check_complete(part)
+    for form in (
+        lambda: plan_parts(source, Wanted(format="timm"), None),
+        lambda: classifier_part(source, "things"),
+        lambda: backbone_part(source),
+        lambda: zero_shot_part(source, 100),
     ):
         with pytest.raises(ExportError):
             form()

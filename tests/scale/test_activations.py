@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DINOV2, DINOV3, MAPS, random_batch, tiny_objective
+from tiny import DINOV2, DINOV3, MAPS, SIGLIP, random_batch, tiny_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.backbones.internimage import modeling_internimage
@@ -29,6 +29,7 @@ BACKBONES = {
     "vit_eager": ("backbone.attention_kernel=eager",),
     "dinov2": DINOV2,
     "dinov3": DINOV3,
+    "siglip": SIGLIP,
     "internimage": (*MAPS, "backbone.attention=mixed"),
 }
 

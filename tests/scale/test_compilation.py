@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config
-from tiny import DINOV3, LABEL_SETS, MAPS, VOCABULARY, random_batch, tiny_objective, tiny_run
+from tiny import DINOV3, LABEL_SETS, MAPS, SIGLIP, VOCABULARY, random_batch, tiny_objective, tiny_run
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -48,7 +48,7 @@ def test_layers_that_are_called_as_a_whole(seen: list[Any]) -> None:
     assert compile_layers(objective) == wanted
 
 
-@pytest.mark.parametrize("backbone", [(), DINOV3, MAPS], ids=["vit", "dinov3", "maps"])
+@pytest.mark.parametrize("backbone", [(), DINOV3, SIGLIP, MAPS], ids=["vit", "dinov3", "siglip", "maps"])
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("full", 2)])
 def test_recomputation_stays_outside(seen: list[Any], backbone: tuple[str, ...], policy: str, times: int) -> None:
     objective = tiny_objective("supervised", *backbone).train()

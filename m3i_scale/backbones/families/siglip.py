@@ -1,4 +1,4 @@
-"""Describe `SiglipVisionModel`, the vision tower of SigLIP and of SigLIP 2 at a fixed size: a ViT without class token."""
+"""Describe `SiglipVisionModel`, that of SigLIP and of SigLIP 2 at a fixed size: a ViT without class token."""
 
 from __future__ import annotations
 

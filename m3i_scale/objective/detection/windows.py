@@ -26,8 +26,8 @@ def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
         raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")
     if backbone.prefix != 1:
         raise ConfigError(
-            f"no Mask R-CNN is published on a {backbone.model.config.model_type}: its windows leave out one class token,"
-            f" and this backbone has {backbone.prefix} tokens before the patches",
+            f"no Mask R-CNN is published on a {backbone.model.config.model_type}: its windows leave out one class"
+            f" token, and this backbone has {backbone.prefix} tokens before the patches",
             where="task.head.windows",
             fix="a ViT, DINOv2 or CLIP as backbone",
         )
