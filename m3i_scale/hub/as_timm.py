@@ -94,7 +94,7 @@ def timm_vision(
 
 def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig):
-        raise _refused(f"a {config.model_type} is written for transformers alone")
+        raise _refused(f"{config.model_type} is not written in timm's form")
     if config.hidden_act not in _ACTIVATIONS:
         raise _refused(f"timm has no activation '{config.hidden_act}'")
     if kind == "attention_pool":

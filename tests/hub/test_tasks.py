@@ -179,7 +179,7 @@ def test_timm_classifier(runs, tmp_path, same_process):
         ("clip", Wanted("classification"), "norms have ε = 1e-05"),
         ("clip", Wanted("backbone"), "a clip_vision_model is not exported for AutoBackbone"),
         ("internimage", Wanted("zero_shot"), "no stock class for a dual encoder"),
-        ("internimage", Wanted("features", "timm"), "timm has no internimage"),
+        ("internimage", Wanted("features", "timm"), "internimage is not written in timm"),
         ("vit", Wanted("zero_shot", "timm"), "features or a classifier"),
         ("vit", Wanted("features", "timm", max_shard_size="1MB"), "reads one file"),
         ("vit", Wanted("features", label_set="things"), "has no effect"),
