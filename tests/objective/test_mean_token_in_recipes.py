@@ -9,9 +9,10 @@ import torch
 from tiny import SIGLIP, random_batch, tiny_objective
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from m3i_scale.config import RunConfig
 from m3i_scale.config.detection import MaskRcnn, RfDetr
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import momentum_pairs
+from m3i_scale.objective.build import build_objective, momentum_pairs
 from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
 from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.positions import grid_position
@@ -68,3 +69,19 @@ def test_detectors_that_leave_out_a_class_token_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         RfDetrDetector(RfDetr(queries=4), student, 3, SingleProcess())
     assert caught.value.where == "task.head.kind: rfdetr"
+
+
+@torch.no_grad()
+def test_queries_of_masks_are_no_patches() -> None:
+    head = {"kind": "eomt", "queries": 7, "blocks": 1, "points": 200}
+    shape = SHAPE | {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 64}
+    backbone = {"preset": "siglip-b/16", "config": shape}
+    run = RunConfig.model_validate({"task": {"kind": "segmentation", "head": head}, "backbone": backbone})
+    objective = build_objective(run, {"pixels": ["a", "b"]}, None)
+    for parameter in objective.parameters():
+        parameter.normal_(std=0.1)
+    images = torch.randn(2, 3, 64, 64)
+    (mean, tokens), _ = objective.pixel_head.encode(objective.student, images, 1.0)
+    assert tokens.shape == (2, 16, 64)
+    torch.testing.assert_close(mean, tokens.mean(dim=1, keepdim=True))
+    assert not torch.allclose(tokens, objective.student.encode_whole(images)[1], atol=1e-4)  # they read the queries
