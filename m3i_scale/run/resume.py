@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import OptimConfig, Phase, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
@@ -80,12 +81,49 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    return _changed_shape(resolved, meta, world_size) + _changed_schedule(resolved.run, checkpoint, int(meta["step"]))
+    step = int(meta["step"])
+    _check_sizes(resolved.run, checkpoint, step)
+    return _changed_shape(resolved, meta, world_size) + _changed_schedule(resolved.run, checkpoint, step)
+
+
+def _check_sizes(run: RunConfig, checkpoint: Path, step: int) -> None:
+    """Check that the steps so far were trained on images of the size that the run file says now. Phases that have not
+    begun may change, as the schedule may.
+
+    Raises:
+        CheckpointError: they were not.
+    """
+    before = run.model_copy(update={"phases": _saved_phases(checkpoint)})
+    then, now = (_sizes_until(phased, step) for phased in (before, run))
+    if then != now:
+        raise CheckpointError(
+            "the checkpoint is of another run: phases that have begun changed",
+            where=f"{checkpoint}; phases",
+            why=f"images were {then}, and are {now}",
+            fix="take the same `phases` up to this step, or another output_dir for the new run",
+        )
+
+
+def _saved_phases(checkpoint: Path) -> list[Phase]:
+    path = checkpoint / "run.yaml"
+    saved = read_yaml(path).get("phases") or []  # none in checkpoints of earlier versions
+    return [parse_section(Phase, values, where=f"phases of {path}", stored=True) for values in saved]
+
+
+def _sizes_until(run: RunConfig, step: int) -> str:
+    """Return the sizes of the images of the first `step` steps, in words."""
+    image_size = backbone_config(run.backbone).image_size
+    sizes: dict[int, int] = {}
+    for number, start in enumerate(run.phase_starts):
+        size = run.in_phase(number).image_size(image_size)
+        if (start < step or not start) and size not in [*sizes.values()][-1:]:
+            sizes[start] = size
+    return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
 
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
     """Return notes on another number of ranks, stage or precision."""
-    now = computed_shape(resolved, world_size)
+    now = computed_shape(resolved, int(meta["step"]), world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
         for key, value in now.items()
@@ -106,27 +144,32 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     """Return a note on another length or height of the schedule: the learning rate follows the new one from here on."""
     if step >= run.optim.steps:
         return []
+    phases = told_differences(
+        "phases", *([phase.model_dump() for phase in of] for of in (_saved_phases(checkpoint), run.phases))
+    )
+    notes = [f"phases that have not begun changed: {', '.join(phases)}"] if phases else []
     saved = read_yaml(checkpoint / "run.yaml").get("optim")
     if not isinstance(saved, dict):
-        return []
+        return notes
     before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
     values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
     changes = told_differences("optim", *values)
     if not changes:
-        return []
+        return notes
     now, then = (learning_rate(step, optim) for optim in (run.optim, before))
     rates = "" if now == then else f"; the learning rate of step {step + 1} is {now:.3g} instead of {then:.3g}"
-    return [f"the schedule changed: {', '.join(changes)}{rates}"]
+    return [f"the schedule changed: {', '.join(changes)}{rates}", *notes]
 
 
-def computed_shape(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
-    """Return the shape in which a run is computed; a resumed run may have another."""
-    config = resolved.deepspeed.config
+def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:
+    """Return the shape in which a run is computed when `step` steps are done; a resumed run may have another."""
+    config, run = resolved.deepspeed.config, resolved.run
+    phase = run.in_phase(run.phase_at(max(step - 1, 0)))
     return {
         "world_size": world_size,
         "zero_stage": int(config["zero_optimization"]["stage"]),
         "precision": precision(config),
-        "compared": world_size * resolved.run.optim.micro_batch_size,
+        "compared": world_size * phase.optim.micro_batch_size,
     }
 
 
@@ -171,7 +214,7 @@ def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dic
     return {
         "step": step,
         "samples": step * resolved.run.optim.batch_size,
-        **computed_shape(resolved, world_size),
+        **computed_shape(resolved, step, world_size),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "identity": resolved.identity,
         "label_sets": resolved.label_sets,

@@ -58,8 +58,12 @@ def test_the_scale_is_told_for_fp16_alone(monkeypatch) -> None:
 
 def resumed(own: object, **saved: float) -> object:
     """The scaler of an engine that goes on from saved counters."""
-    there = SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=own))
-    counts = dict.fromkeys(("global_steps", "global_samples", "skipped_steps", "micro_steps"), 0)
+    there = SimpleNamespace(
+        fp16_enabled=lambda: True,
+        gradient_accumulation_steps=lambda: 1,
+        optimizer=SimpleNamespace(loss_scaler=own),
+    )
+    counts = dict.fromkeys(("global_steps", "global_samples", "skipped_steps"), 0)
     restore_counters(there, {**counts, "loss_scaler": saved})
     return there.optimizer.loss_scaler
 

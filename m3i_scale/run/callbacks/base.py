@@ -100,7 +100,7 @@ class StepRecord:
     skipped_nonfinite: int = 0
     """Steps so far that were left out because a loss, or outside of fp16 a gradient, was not finite."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Share of a step by phase (m3i_scale.run.phases.PHASES), 0 to 1."""
+    """Share of a step by phase (m3i_scale.run.step_times.PHASES), 0 to 1."""
     flop_per_s: float | None = None
     """FLOPs of the model a second, all ranks, without what is recomputed."""
     mfu: float | None = None
@@ -191,6 +191,10 @@ class Callback:
     def on_progress(self, step: int) -> None:
         """Receive every step that is not logged; nothing is known of it but that it is done."""
 
+    def on_phase(self, step: int, image_size: int, micro_batch_size: int) -> None:
+        """Receive that a phase begins after this step, with images or micro-batches of another size; in a run that has
+        phases, the first begins after step 0."""
+
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Receive the result of an evaluation; `values` are numbers by name, and may be nested."""
 
@@ -228,6 +232,11 @@ class CallbackList(Callback):
         """Call every callback."""
         for callback in self.callbacks:
             callback.on_progress(step)
+
+    def on_phase(self, step: int, image_size: int, micro_batch_size: int) -> None:
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_phase(step, image_size, micro_batch_size)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Call every callback."""

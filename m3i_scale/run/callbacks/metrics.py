@@ -74,6 +74,14 @@ class MetricsWriter(Callback):
         """
         self._write("train", record.step, record.scalars())
 
+    def on_phase(self, step: int, image_size: int, micro_batch_size: int) -> None:
+        """Write a `phase` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._write("phase", step, {"image_size": image_size, "micro_batch_size": micro_batch_size})
+
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write an `evaluation` line.
 

@@ -10,7 +10,7 @@ import pytest
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.run import phases as module
-from m3i_scale.run.phases import PHASES, Phases, Timeouts
+from m3i_scale.run.step_times import PHASES, StepTimes, Timeouts
 
 
 class Device:
@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return found
 
 
-def one_step(phases: Phases, device: Device) -> None:
+def one_step(phases: StepTimes, device: Device) -> None:
     with phases.span("backward"):
         device.clock_ms += 50
         with phases.span("reduce"):
@@ -58,7 +58,7 @@ def one_step(phases: Phases, device: Device) -> None:
 
 
 def test_a_phase_inside_another_does_not_count_twice(device: Device) -> None:
-    phases = Phases()
+    phases = StepTimes()
     one_step(phases, device)
     shares = phases.shares()
     assert shares == dict.fromkeys(PHASES, 0.0) | {
@@ -69,7 +69,7 @@ def test_a_phase_inside_another_does_not_count_twice(device: Device) -> None:
 
 
 def test_no_step_waits_for_the_device(device: Device) -> None:
-    phases = Phases()
+    phases = StepTimes()
     device.reached = False
     one_step(phases, device)
     assert device.waited == 0
@@ -79,7 +79,7 @@ def test_no_step_waits_for_the_device(device: Device) -> None:
 
 
 def test_marks_do_not_pile_up(device: Device) -> None:
-    phases = Phases()
+    phases = StepTimes()
     for _ in range(100):
         one_step(phases, device)
     assert len(phases._marks) == 1
@@ -87,14 +87,14 @@ def test_marks_do_not_pile_up(device: Device) -> None:
 
 
 def test_a_reset_forgets(device: Device) -> None:
-    phases = Phases()
+    phases = StepTimes()
     one_step(phases, device)
     phases.reset()
     assert set(phases.shares().values()) == {0.0}
 
 
 def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
-    phases = Phases()
+    phases = StepTimes()
 
     def fail() -> None:
         device.clock_ms += 10
@@ -107,7 +107,7 @@ def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
 
 
 def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
-    phases, heartbeat = Phases(), Heartbeat(None)
+    phases, heartbeat = StepTimes(), Heartbeat(None)
     phases.on_phase = heartbeat.at
     timeouts = Timeouts(TimeoutsConfig(), phases, heartbeat)
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
 
 
 def test_on_the_host_time_is_that_of_the_host() -> None:
-    phases = Phases()
+    phases = StepTimes()
     with phases.span("fetch"):
         time.sleep(0.05)
     phases.end_step()
