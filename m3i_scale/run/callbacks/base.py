@@ -176,6 +176,20 @@ class Rewind:
         )
 
 
+@dataclass(frozen=True)
+class PhaseInfo:
+    """Says that images or micro-batches have another size from here on."""
+
+    step: int
+    """Steps done when the phase begins."""
+    image_size: int
+    """Side of the images in pixels."""
+    micro_batch_size: int
+    """Samples of a rank in a forward pass."""
+    flop_per_step: float
+    """Of one step, all ranks, without what is recomputed."""
+
+
 class Callback:
     """Looks on beside the training step, on rank 0. Every method may be left out.
 
@@ -191,8 +205,8 @@ class Callback:
     def on_progress(self, step: int) -> None:
         """Receive every step that is not logged; nothing is known of it but that it is done."""
 
-    def on_phase(self, step: int, image_size: int, micro_batch_size: int) -> None:
-        """Receive that a phase begins after this step, with images or micro-batches of another size; in a run that has
+    def on_phase(self, phase: PhaseInfo) -> None:
+        """Receive that a phase begins after a step, with images or micro-batches of another size; in a run that has
         phases, the first begins after step 0."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
@@ -233,10 +247,10 @@ class CallbackList(Callback):
         for callback in self.callbacks:
             callback.on_progress(step)
 
-    def on_phase(self, step: int, image_size: int, micro_batch_size: int) -> None:
+    def on_phase(self, phase: PhaseInfo) -> None:
         """Call every callback."""
         for callback in self.callbacks:
-            callback.on_phase(step, image_size, micro_batch_size)
+            callback.on_phase(phase)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Call every callback."""

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from m3i_scale.errors import UserError
 from m3i_scale.files import json_line, write_whole
 from m3i_scale.launch.doctor.facts import commit, processor, software_versions
-from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks.base import Callback, PhaseInfo, Rewind, RunInfo, StepRecord, flatten
 from m3i_scale.scale.output_dir import METRICS
 
 REPLACED = "metrics.replaced.jsonl"
@@ -74,13 +74,13 @@ class MetricsWriter(Callback):
         """
         self._write("train", record.step, record.scalars())
 
-    def on_phase(self, step: int, image_size: int, micro_batch_size: int) -> None:
+    def on_phase(self, phase: PhaseInfo) -> None:
         """Write a `phase` line.
 
         Raises:
             UserError: the file cannot be written.
         """
-        self._write("phase", step, {"image_size": image_size, "micro_batch_size": micro_batch_size})
+        self._write("phase", phase.step, asdict(phase))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write an `evaluation` line.
