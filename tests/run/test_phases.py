@@ -12,11 +12,6 @@ import torch
 from saved_runs import Done, make_calls
 from shapes import metrics, write_run
 
-from m3i_scale.config import RunConfig, load_run
-from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.run.check import faults_of
-from m3i_scale.run.hooks.checkpointing import Checkpointing
-from m3i_scale.run.resume import check_resume
 from m3i_scale.scale.checkpoint.weights import load_weights
 
 BORDER, STEPS, SIZE = 3, 6, 48
