@@ -13,7 +13,17 @@ from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 
 SIZE = 48
-RECIPES = ("m3i", "mae", "ijepa", "capi", "global_distillation", "densecl", "data2vec2", "multi_teacher", "continue_images")
+RECIPES = (
+    "m3i",
+    "mae",
+    "ijepa",
+    "capi",
+    "global_distillation",
+    "densecl",
+    "data2vec2",
+    "multi_teacher",
+    "continue_images",
+)
 CLIP = (
     "backbone.preset=clip-b/16",
     "backbone.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128, "
@@ -27,9 +37,9 @@ def made_for(size: int, objective: Objective, *given: str) -> Objective:
     family = family_of(other.student.model.config)
     table = family.parts.get("positions", "?") if isinstance(family, TokenFamily) else "?"
     wanted, values = other.state_dict(), dict(objective.state_dict())
-    for name in values:
-        if name.endswith(f"model.{table}") and (shape := tuple(wanted[name].shape)) != tuple(values[name].shape):
-            values[name] = fit_positions(values[name], shape, antialias=family.antialias, class_row=True)
+    for name, value in objective.state_dict().items():
+        if name.endswith(f"model.{table}") and (shape := tuple(wanted[name].shape)) != tuple(value.shape):
+            values[name] = fit_positions(value, shape, antialias=family.antialias, class_row=True)
     other.load_state_dict(values)
     return other
 

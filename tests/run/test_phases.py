@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forks
 from saved_runs import Done, make_calls
 from shapes import metrics, write_run
+from transformers import AutoImageProcessor, AutoModel
 
+from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.config import load_run
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.hub.export import export
+from m3i_scale.run.check import faults_of, resolve_run
+from m3i_scale.run.plan_search import plan_run
+from m3i_scale.run.planning import machine_of
+from m3i_scale.run.resume import check_resume
 from m3i_scale.scale.checkpoint.weights import load_weights
 
 BORDER, STEPS, SIZE = 3, 6, 48
@@ -75,3 +85,90 @@ def test_a_resume_round_the_border_is_the_same_run(runs: dict[str, Done], step: 
         there, again = weights(whole, which), weights(resumed, which)
         assert there.keys() == again.keys()
         assert all(torch.equal(there[name], again[name]) for name in there)
+
+
+def test_other_ranks_and_micro_batches_are_the_same_run(
+    runs: dict[str, Done], shards: Path, tmp_path: Path, forks: Forks
+) -> None:
+    """One rank for two, each micro-batch twice as large: as many samples are compared."""
+    named = f"checkpoint.resume={runs['whole'].root / 'step-00000002'}"
+    alone = write(tmp_path, shards, named, "optim.micro_batch_size=8", "phases.1.micro_batch_size=4")
+    ended = forks.run("train", str(alone))
+    assert ended.returncode == 0, ended.stderr
+    expected, records = metrics(runs["whole"].folder / "run.yaml"), metrics(alone)
+    for step in range(3, STEPS + 1):
+        assert records[step]["loss"] == pytest.approx(expected[step]["loss"], rel=2e-2)  # in bf16
+
+
+def test_an_export_has_the_size_of_its_phase(runs: dict[str, Done], tmp_path: Path) -> None:
+    whole = runs["whole"]
+    export(whole.folder / "out", tmp_path / "last")
+    model = AutoModel.from_pretrained(tmp_path / "last", add_pooling_layer=False).eval()
+    assert model.config.image_size == SIZE
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "last")
+    assert processor.crop_size["height"] == SIZE
+    trained = build_backbone(backbone_config(load_run(str(whole.folder / "run.yaml")).backbone)).eval()
+    assert trained.image_size == 32
+    prefix = "student.model."
+    values = weights(whole, "student").items()
+    trained.model.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in values if name.startswith(prefix)}
+    )
+    pixels_BCHW = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = trained.last_hidden_state(pixels_BCHW), model(pixel_values=pixels_BCHW).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5)
+    export(whole.root / f"step-{BORDER:08d}", tmp_path / "first")
+    assert AutoModel.from_pretrained(tmp_path / "first", add_pooling_layer=False).config.image_size == 32
+
+
+def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: Path, tmp_path: Path) -> None:
+    later = f"phases=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: 40, micro_batch_size: 2}}]"
+    resolved = resolve_run(load_run(str(write(tmp_path / "later", shards, later))), 2)
+    assert check_resume(resolved, runs["whole"].root / f"step-{BORDER:08d}", 2)  # a note
+    with pytest.raises(CheckpointError):
+        check_resume(resolved, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
+    without = resolve_run(load_run(str(write(tmp_path / "without", shards, "phases=[]"))), 2)
+    check_resume(without, runs["whole"].root / f"step-{BORDER:08d}", 2)
+    with pytest.raises(CheckpointError):
+        check_resume(without, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("phases.1.image_size=50", "phases.1"),
+        ("phases.1.micro_batch_size=3", "phases.1"),
+        ("phases.0.micro_batch_size=16", "phases.0"),
+        ("phases.1.steps=4", "phases.1.steps"),
+        (f"phases=[{{steps: {STEPS}}}]", "phases"),
+        ("phases.1={steps: 3, image_size: 32}", "phases"),
+    ],
+)
+def test_phases_that_do_not_hold_are_refused_before_anything_starts(
+    shards: Path, tmp_path: Path, override: str, place: str
+) -> None:
+    run_file = write(tmp_path, shards)
+    assert faults_of(str(run_file), ranks=2) == []
+    (fault,) = faults_of(str(run_file), [override], ranks=2)
+    assert place in str(fault.where)
+
+
+def test_a_task_has_no_phases() -> None:
+    with pytest.raises(ConfigError, match="phases"):
+        load_run(
+            "ade20k_linear",
+            ["optim.steps=2", "optim.warmup_steps=0", "phases=[{steps: 1}, {steps: 1, image_size: 448}]"],
+        )
+
+
+def test_every_phase_is_planned(shards: Path, tmp_path: Path) -> None:
+    run = load_run(str(write(tmp_path, shards)))
+    machine = machine_of("cpu", nodes=1, ranks_per_node=2, memory_gib=8.0)
+    document = plan_run(run, machine, samples=None).document()
+    small, large = document["phases"]
+    assert (small["image_size"], large["image_size"]) == (32, SIZE)
+    assert (small["micro_batch_size"], large["micro_batch_size"]) == (4, 2)
+    assert large["flop_per_sample"] > 2 * small["flop_per_sample"]
+    assert document["peak_gib_per_rank"] == max(small["peak_gib_per_rank"], large["peak_gib_per_rank"])
+    assert document["days"] == pytest.approx(small["days"] + large["days"])
