@@ -77,6 +77,13 @@ def test_a_checkpoint_brings_the_scale_and_the_run_file_its_settings() -> None:
     assert (scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis) == (512.0, 30, 21, 2)
 
 
+def test_a_resume_begins_a_step_whatever_number_of_micro_batches_it_has() -> None:
+    """The engine knows the last micro-batch of a step by their count since the run began."""
+    engine = SimpleNamespace(fp16_enabled=lambda: False, gradient_accumulation_steps=lambda: 2)
+    restore_counters(engine, {"global_steps": 3, "global_samples": 24, "skipped_steps": 0, "micro_steps": 3})
+    assert engine.micro_steps % 2 == 0
+
+
 def test_a_saved_scale_below_the_smallest_of_the_run_file_is_raised_to_it() -> None:
     assert resumed(DynamicLossScaler(2.0**8, 1000, 16.0, 1, False), cur_scale=1.0).cur_scale == 16.0
 
