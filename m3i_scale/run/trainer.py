@@ -125,8 +125,11 @@ class Trainer:
 
     def long_run_note(self, first_step: int) -> str | None:
         """Return `m3i_scale.run.meter.long_run_note` for the steps from `first_step` on."""
-        optim = self.run.optim
-        return long_run_note(self.work, optim.steps - first_step, optim.batch_size, self.state.ranks.world_size)
+        optim, work = self.run.optim, self.work
+        if self.run.phases:
+            flop = [phase.run.phases[0].steps * flop_of(phase)["model"] for phase in self.phases]
+            work = replace(work, flop=work.flop | {"model": sum(flop) / optim.steps})
+        return long_run_note(work, optim.steps - first_step, optim.batch_size, self.state.ranks.world_size)
 
     def fit(self) -> Status:
         """Train, and return how the run ended; raise a UserError where it must not go on."""
@@ -165,6 +168,7 @@ class Trainer:
             peak_source=self.work.peak.source,
             data_sheet_tflops=self.work.peak.data_sheet_tflops,
             device=device_name(),
+            micro_batch_size=state.phase.run.optim.micro_batch_size,
         )
 
     def _loop(self) -> None:

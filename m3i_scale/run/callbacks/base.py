@@ -36,6 +36,8 @@ class RunInfo:
     """Where it was measured: that of the vendor's data sheet, for devices that are known."""
     device: str | None = None
     """What a rank computes on: `cpu`, or the name of rank 0's GPU."""
+    micro_batch_size: int | None = None
+    """Samples of a rank in a forward pass, in the phase in hand."""
 
 
 @dataclass(frozen=True)

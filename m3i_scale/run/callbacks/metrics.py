@@ -57,7 +57,7 @@ class MetricsWriter(Callback):
             "peak_source": run_info.peak_source,
             "data_sheet_tflops": run_info.data_sheet_tflops,
             "device": run_info.device,
-            "micro_batch_size": run_info.config.get("optim", {}).get("micro_batch_size"),
+            "micro_batch_size": run_info.micro_batch_size,
             "deterministic": run_info.config.get("hardware", {}).get("deterministic"),
             "processor": processor(),
             "versions": {"python": software["version"], **software["packages"]},
