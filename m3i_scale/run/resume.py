@@ -82,18 +82,23 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             fix="raise optim.steps, or take another output_dir",
         )
     step = int(meta["step"])
-    _check_sizes(resolved.run, checkpoint, step)
-    return _changed_shape(resolved, meta, world_size) + _changed_schedule(resolved.run, checkpoint, step)
+    phases = _saved_phases(meta, checkpoint)
+    _check_sizes(resolved.run, phases, checkpoint, step)
+    return (
+        _changed_shape(resolved, meta, world_size)
+        + _changed_schedule(resolved.run, checkpoint, step)
+        + _changed_phases(resolved.run, phases)
+    )
 
 
-def _check_sizes(run: RunConfig, checkpoint: Path, step: int) -> None:
+def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int) -> None:
     """Check that the steps so far were trained on images of the size that the run file says now. Phases that have not
     begun may change, as the schedule may.
 
     Raises:
         CheckpointError: they were not.
     """
-    before = run.model_copy(update={"phases": _saved_phases(checkpoint)})
+    before = run.model_copy(update={"phases": saved})
     then, now = (_sizes_until(phased, step) for phased in (before, run))
     if then != now:
         raise CheckpointError(
@@ -104,10 +109,17 @@ def _check_sizes(run: RunConfig, checkpoint: Path, step: int) -> None:
         )
 
 
-def _saved_phases(checkpoint: Path) -> list[Phase]:
-    path = checkpoint / "run.yaml"
-    saved = read_yaml(path).get("phases") or []  # none in checkpoints of earlier versions
-    return [parse_section(Phase, values, where=f"phases of {path}", stored=True) for values in saved]
+def _saved_phases(meta: dict[str, Any], checkpoint: Path) -> list[Phase]:
+    saved = meta.get("phases", [])  # none in checkpoints of earlier versions
+    return [
+        parse_section(Phase, values, where=f"phases of {checkpoint / 'meta.json'}", stored=True) for values in saved
+    ]
+
+
+def _changed_phases(run: RunConfig, saved: list[Phase]) -> list[str]:
+    """Return a note on phases that are others than they were."""
+    changes = told_differences("phases", *([phase.model_dump() for phase in of] for of in (saved, run.phases)))
+    return [f"phases changed: {', '.join(changes)}"] if changes else []
 
 
 def _sizes_until(run: RunConfig, step: int) -> str:
@@ -144,21 +156,17 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     """Return a note on another length or height of the schedule: the learning rate follows the new one from here on."""
     if step >= run.optim.steps:
         return []
-    phases = told_differences(
-        "phases", *([phase.model_dump() for phase in of] for of in (_saved_phases(checkpoint), run.phases))
-    )
-    notes = [f"phases that have not begun changed: {', '.join(phases)}"] if phases else []
     saved = read_yaml(checkpoint / "run.yaml").get("optim")
     if not isinstance(saved, dict):
-        return notes
+        return []
     before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
     values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
     changes = told_differences("optim", *values)
     if not changes:
-        return notes
+        return []
     now, then = (learning_rate(step, optim) for optim in (run.optim, before))
     rates = "" if now == then else f"; the learning rate of step {step + 1} is {now:.3g} instead of {then:.3g}"
-    return [f"the schedule changed: {', '.join(changes)}{rates}", *notes]
+    return [f"the schedule changed: {', '.join(changes)}{rates}"]
 
 
 def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:
@@ -218,6 +226,7 @@ def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dic
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "identity": resolved.identity,
         "label_sets": resolved.label_sets,
+        "phases": [phase.model_dump() for phase in resolved.run.phases],
         "vocab_size": resolved.vocab_size,
         "tokenizer": getattr(resolved.tokenizer, "name_or_path", None),
         "versions": {name: version(name) for name in _TOLD_VERSIONS},
