@@ -98,6 +98,8 @@ def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int
     Raises:
         CheckpointError: they were not.
     """
+    if not (saved or run.phases):
+        return
     before = run.model_copy(update={"phases": saved})
     then, now = (_sizes_until(phased, step) for phased in (before, run))
     if then != now:
@@ -110,10 +112,8 @@ def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int
 
 
 def _saved_phases(meta: dict[str, Any], checkpoint: Path) -> list[Phase]:
-    saved = meta.get("phases", [])  # none in checkpoints of earlier versions
-    return [
-        parse_section(Phase, values, where=f"phases of {checkpoint / 'meta.json'}", stored=True) for values in saved
-    ]
+    where = f"phases of {checkpoint / 'meta.json'}"  # none in checkpoints of earlier versions
+    return [parse_section(Phase, values, where=where, stored=True) for values in meta.get("phases", [])]
 
 
 def _changed_phases(run: RunConfig, saved: list[Phase]) -> list[str]:
