@@ -46,8 +46,8 @@ from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_supply import Fetcher
-from m3i_scale.run.phases import PHASES
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.agree import max_over_ranks
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -300,9 +300,9 @@ def _phases(plans: dict[str, ResolvedRun], ranks: ProcessGroupRanks, rounds: int
     for name, plan in plans.items():
         step, trainer = _ours(plan, ranks)
         _round_s(step, 2)
-        trainer.phases.reset()
+        trainer.step_times.reset()
         _round_s(step, rounds)
-        found = trainer.phases.shares()
+        found = trainer.step_times.shares()
         shares[name] = {phase: found[phase] for phase in PHASES}
         trainer.state.engine.destroy()
         del step, trainer

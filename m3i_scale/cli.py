@@ -156,7 +156,8 @@ def check(
     `shards check` reads the samples.
     """
     leave_out_accelerator_warning()
-    from m3i_scale.run.check import check_run, faults_of
+    from m3i_scale.config import load_run
+    from m3i_scale.run.check import check_run, faults_of, told_phases
 
     if as_json:
         faults = faults_of(run, overrides, ranks)
@@ -165,7 +166,8 @@ def check(
             raise typer.Exit(EXIT_USER_ERROR)
     else:
         check_run(run, overrides, ranks)
-        wide_console().print("nothing to refuse", markup=False, highlight=False)
+        for line in (*told_phases(load_run(run, overrides)), "nothing to refuse"):
+            wide_console().print(line, markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale show m3i optim.steps=10")

@@ -62,7 +62,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def image_size(self) -> int:
-        """Return the side of the input in pixels."""
+        """Return the side of the images of the configuration in pixels; others may be encoded too."""
         return int(self.model.config.image_size)
 
     @property
@@ -72,9 +72,14 @@ class Backbone(nn.Module, ABC):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return the rows and columns of patch tokens."""
+        """Return the rows and columns of patch tokens of images of that size."""
         side = self.image_size // self.patch_size
         return side, side
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of patch tokens of these images, (…, H, W)."""
+        height, width = images.shape[-2:]
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def cell(self) -> int:

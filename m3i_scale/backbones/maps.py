@@ -55,9 +55,9 @@ class MapBackbone(Backbone):
     ) -> list[Tokens]:
         """Encode every input as an image of its own; all go through the network together. Nothing is `masked`:
         the stem has a mask token of its own."""
-        shown_BN = torch.cat([self._shown(visible_BL) for visible_BL in visible])
         images_BCHW = torch.cat([views[view] for view in view_of])
-        map_BND = self._encode(images_BCHW * self._over(shown_BN, self.patch_size)[:, None], shown_BN)
+        shown_BHW = torch.cat([self._shown(visible_BL, images_BCHW) for visible_BL in visible])
+        map_BND = self._encode(images_BCHW * _enlarged(shown_BHW, self.patch_size)[:, None], shown_BHW)
         parts = map_BND.split(len(visible[0]))
         return [_tokens(part, visible_BL) for part, visible_BL in zip(parts, visible, strict=True)]
 
@@ -68,8 +68,9 @@ class MapBackbone(Backbone):
         by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]
         mixed = torch.zeros_like(views[view_of[0]])
         for view, row_B, visible_BL in zip(view_of, rows, by_row, strict=True):
-            mixed = mixed + views[view][row_B] * self._over(self._shown(visible_BL), self.patch_size)[:, None]
-        map_BND = self._encode(mixed, self._shown(torch.cat(by_row, dim=1)))
+            shown_BHW = self._shown(visible_BL, mixed)
+            mixed = mixed + views[view][row_B] * _enlarged(shown_BHW, self.patch_size)[:, None]
+        map_BND = self._encode(mixed, self._shown(torch.cat(by_row, dim=1), mixed))
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
@@ -91,23 +92,24 @@ class MapBackbone(Backbone):
         model: InternImageModel = self.model
         return model.stages(model.patch_embed(images_BCHW.to(self.dtype)))
 
-    def _encode(self, shown_BCHW: Tensor, shown_BN: Tensor) -> Tensor:
+    def _encode(self, shown_BCHW: Tensor, shown_BHW: Tensor) -> Tensor:
         """Encode images, zero where nothing is shown, as tokens of the whole grid (B, N, D)."""
         model: InternImageModel = self.model
         stem_BHWC = model.patch_embed(shown_BCHW.to(self.dtype))
-        stem_BHWC = self.mask_token(stem_BHWC, self._over(shown_BN, self.patch_size // _STEM_STRIDE))
+        stem_BHWC = self.mask_token(stem_BHWC, _enlarged(shown_BHW, self.patch_size // _STEM_STRIDE))
         return model.fuse(model.stages(stem_BHWC)).flatten(2).transpose(1, 2)
 
-    def _shown(self, visible_BL: Tensor) -> Tensor:
-        """Return which tokens of the grid are visible: bool (B, N)."""
-        rows, columns = self.grid
+    def _shown(self, visible_BL: Tensor, images_BCHW: Tensor) -> Tensor:
+        """Return which tokens of the images' grid are visible: bool (B, H, W)."""
+        rows, columns = self.grid_of(images_BCHW)
         nothing = torch.zeros(len(visible_BL), rows * columns, dtype=torch.bool, device=visible_BL.device)
-        return torch.scatter(nothing, 1, visible_BL, True)
+        shown_BHW: Tensor = torch.scatter(nothing, 1, visible_BL, True).unflatten(1, (rows, columns))
+        return shown_BHW
 
-    def _over(self, shown_BN: Tensor, times: int) -> Tensor:
-        """Return the grid with every token as a square of `times` × `times`: bool (B, H, W)."""
-        shown_BHW: Tensor = shown_BN.unflatten(1, self.grid)
-        return shown_BHW.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+
+def _enlarged(shown_BHW: Tensor, times: int) -> Tensor:
+    """Return the grid with every token as a square of `times` × `times`."""
+    return shown_BHW.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
 
 def _tokens(map_BND: Tensor, visible_BL: Tensor) -> Tokens:

@@ -244,7 +244,7 @@ class TokenBackbone(Backbone):
         for number, layer in enumerate(self.layers, start=1):
             tokens_BSD = _call(layer, tokens_BSD, angles)
             if number in layers:
-                maps.append(tokens_BSD[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid))
+                maps.append(tokens_BSD[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid_of(images_BCHW)))
         return self.read(self._normed(tokens_BSD)), maps
 
     def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
@@ -260,7 +260,8 @@ class TokenBackbone(Backbone):
             The maps (B, D, H, W) of those layers, through the last norm.
         """
         prefix_BPD, tokens_BND = self.embed(images_BCHW)
-        batch, (rows, columns) = len(tokens_BND), (side // windows for side in self.grid)
+        grid = self.grid_of(images_BCHW)
+        batch, (rows, columns) = len(tokens_BND), (side // windows for side in grid)
         parted = tokens_BND.unflatten(1, (windows, rows, windows, columns)).transpose(2, 3)
         tokens = torch.cat(
             [prefix_BPD.repeat_interleave(windows**2, dim=0), parted.reshape(-1, rows * columns, self.width)], 1
@@ -272,7 +273,7 @@ class TokenBackbone(Backbone):
             if number + 1 in layers:
                 _, patches = self.read(self._normed(tokens))
                 read = patches.unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
-                maps.append(read.transpose(2, 3).reshape(batch, *self.grid, self.width).permute(0, 3, 1, 2))
+                maps.append(read.transpose(2, 3).reshape(batch, *grid, self.width).permute(0, 3, 1, 2))
         return maps
 
     def encode_beside(

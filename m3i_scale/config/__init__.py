@@ -25,6 +25,7 @@ from m3i_scale.config.files import (
     run_values,
 )
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.phases import Phase
 from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
@@ -58,6 +59,7 @@ __all__ = [
     "LogConfig",
     "MaskRcnn",
     "OptimConfig",
+    "Phase",
     "Protocol",
     "Published",
     "RetentionConfig",
@@ -316,6 +318,8 @@ class RunConfig(Section):
     text: TextConfig = Field(default_factory=TextConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    phases: list[Phase] = Field(default_factory=list)
+    """Parts of the steps, in order, in which images or micro-batches have another size (docs/training.md)."""
     deepspeed: Annotated[str, InHome] = "zero3_bf16"
     """A DeepSpeed JSON: a name from ds_configs/, or a path."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -356,6 +360,47 @@ class RunConfig(Section):
                 "leave it out; task.layer_decay is that of a task whose backbone is trained",
             )
         return self
+
+    @model_validator(mode="after")
+    def _phases_fill_the_run(self) -> Self:
+        if not self.phases:
+            return self
+        if self.task is not None:
+            raise FixableError("`phases` are of a recipe, and this run has a task", "leave them out")
+        total = sum(phase.steps for phase in self.phases)
+        if total != self.optim.steps:
+            raise FixableError(
+                f"the phases have {total:,} steps together, and optim.steps is {self.optim.steps:,}",
+                f"optim.steps={total}, or other `steps` of the phases",
+            )
+        return self
+
+    @property
+    def phase_starts(self) -> list[int]:
+        """Return how many steps are done when each phase begins; of a run without phases, [0]."""
+        return [sum(phase.steps for phase in self.phases[:number]) for number in range(max(len(self.phases), 1))]
+
+    def phase_at(self, step: int) -> int:
+        """Return the number, from 0, of the phase of the step that follows `step` steps; at the end, of the last."""
+        return max(number for number, start in enumerate(self.phase_starts) if number == 0 or start <= step)
+
+    def in_phase(self, number: int) -> RunConfig:
+        """Return the run as a phase has it: with its micro-batch, and with it alone in `phases`; steps and schedules
+        are those of the whole run. Without phases it is the run itself."""
+        if not self.phases:
+            return self
+        phase = self.phases[number]
+        size = phase.micro_batch_size or self.optim.micro_batch_size
+        optim = self.optim.model_copy(update={"micro_batch_size": size})
+        return self.model_copy(update={"optim": optim, "phases": [phase]})
+
+    def image_size(self, backbone: int) -> int:
+        """Return the side of the images of the first phase in pixels.
+
+        Args:
+            backbone: the side that the backbone's configuration says.
+        """
+        return (self.phases[0].image_size if self.phases else None) or backbone
 
     @model_validator(mode="after")
     def _augmentation_acts(self, info: ValidationInfo) -> Self:

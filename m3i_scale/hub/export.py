@@ -26,6 +26,7 @@ from m3i_scale.hub.source import (
     Source,
     describe_data,
     evaluation_of,
+    exported_weights,
     find_source,
     hash_folder,
     source_tokenizer,
@@ -35,7 +36,6 @@ from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
 from m3i_scale.objective.targets.category import Category
 from m3i_scale.scale.checkpoint.layout import MANIFEST
-from m3i_scale.scale.checkpoint.weights import saved_weights
 from m3i_scale.text import masked
 
 Weights = Literal["student", "momentum"]
@@ -85,7 +85,7 @@ def export(
     parts = plan_parts(source, wanted, tokenizer)
     _check_rounding(source, wanted, dtype)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
-    tensors = saved_weights(source.checkpoint, weights)
+    tensors = exported_weights(source, weights)
     origin = _origin(source)
     with _takes_name(target) as folder, _without_progress_bars():
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)

@@ -68,16 +68,19 @@ def compute_of(source: Source) -> dict[str, Any]:
     flop: float | None = None
     seconds: float | None = None
     per_step: Any = None
+    counted = 0
     devices: set[str] = set()
     for record, steps, world, _ in _counted(source):
         per_step = record.get("flop_per_step", per_step)
+        if isinstance(per_step, int | float):
+            flop, counted = (flop or 0.0) + per_step * steps, counted + steps
         if isinstance(record.get("device"), str):
             devices.add(record["device"])
         step_s = record.get("speed/step_s")
         if isinstance(step_s, int | float) and world is not None:
             seconds = (seconds or 0.0) + step_s * steps * world
-    if isinstance(per_step, int | float):
-        flop = per_step * source.step
+    if isinstance(per_step, int | float):  # steps without a record are taken for those of the last
+        flop = (flop or 0.0) + per_step * (source.step - counted)
     return {
         "steps": source.step,
         "samples": source.step * source.run.optim.batch_size,
@@ -133,6 +136,9 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
             # The file of a run that goes on from elsewhere begins at that step. Later, a stop between two records
             # leaves steps that none of them is of: they count with the next one.
             world, before = record.get("world_size", world), step if before is None else before
+            micro_batch = record.get("micro_batch_size", micro_batch)
+            yield record, 0, None, micro_batch
+        elif record.get("kind") == "phase" and step <= source.step:
             micro_batch = record.get("micro_batch_size", micro_batch)
             yield record, 0, None, micro_batch
         elif record.get("kind") == "train" and step <= source.step:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.backbones.build import stored_section
+from m3i_scale.backbones.build import backbone_config, stored_section
+from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.load_plan import fit_positions
 from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError
 from m3i_scale.files import read_json, sha256_of
+from m3i_scale.hub.tensors import VISION
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.scale.checkpoint.layout import MANIFEST, step_of
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.scale.checkpoint.weights import Which, saved_weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Source:
 
     checkpoint: Path
     run: RunConfig
+    """As the phase of the step has it; its backbone is for images of that size."""
     recipe: Recipe
     step: int
     meta: dict[str, Any]
@@ -64,6 +71,7 @@ def find_source(path: Path) -> Source:
         meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
         run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
+        run = _at_last_size(run.in_phase(run.phase_at(step - 1)))
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint's run file does not hold together: {error.what}", where=error.where
@@ -80,6 +88,58 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
     if backbone.from_pretrained is None or values is None:
         return backbone
     return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
+
+
+def _at_last_size(run: RunConfig) -> RunConfig:
+    """Return a run whose backbone is for images of the size that the run's phase has: that is what is exported."""
+    size, own = run.image_size(0), run.backbone
+    if not size:
+        return run
+    return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
+
+
+class ResizedWeights(Mapping[str, Tensor]):
+    """Gives the weights of a checkpoint with the table of positions resized to another grid, as the stock model
+    interpolates it in every forward pass.
+
+    Args:
+        weights: of the checkpoint by full name.
+        config: of the backbone, for images of the other size.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
+        family = family_of(config)
+        part = family.parts.get("positions") if isinstance(family, TokenFamily) else None
+        self._weights, self._name = weights, None if part is None else VISION + part
+        self._antialias = isinstance(family, TokenFamily) and family.antialias
+        self._class_row = family.has_class_token
+        self._places = self._class_row + (config.image_size // config.patch_size) ** 2
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._weights[name]
+        if name != self._name or value.shape[-2] == self._places:
+            return value
+        shape = (*value.shape[:-2], self._places, value.shape[-1])
+        return fit_positions(value, shape, antialias=self._antialias, class_row=self._class_row)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def exported_weights(source: Source, which: Which) -> ResizedWeights:
+    """Return the weights of a checkpoint for images of the size of its phase.
+
+    Args:
+        source: the checkpoint.
+        which: the trained weights, or their moving average.
+
+    Raises:
+        CheckpointError: momentum weights of a run without a momentum target.
+    """
+    return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
 
 
 def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:

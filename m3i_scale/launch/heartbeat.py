@@ -31,7 +31,7 @@ class RankState:
     began: int
     """At this step; −1 before the loop."""
     phase: str
-    """A phase of the step, or what the rank does outside of steps (start, open, resume, save, evaluate, pictures)."""
+    """A phase of the step, or what the rank does outside of steps (start, open, resume, save, evaluate …)."""
     changed: float
     """Unix time of the last change."""
     waited_s: float

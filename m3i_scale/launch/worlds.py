@@ -65,10 +65,12 @@ def micro_batch_for(run: RunConfig, ranks: int) -> int | None:
 
 
 def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
-    if run.optim.batch_size % (micro_batch_size * ranks):
+    sizes = [micro_batch_size, *(phase.micro_batch_size for phase in run.phases if phase.micro_batch_size is not None)]
+    if any(run.optim.batch_size % (size * ranks) for size in sizes):
         return False
     try:
-        check_shares(run.data, micro_batch_size=micro_batch_size, world_size=ranks)
+        for size in sizes:
+            check_shares(run.data, micro_batch_size=size, world_size=ranks)
     except ConfigError:
         return False
     return True

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.build import set_field
+from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.families.dinov3 import keep_frequencies
 from m3i_scale.config import BackboneConfig, FixableError, Section
 from m3i_scale.errors import ConfigError, did_you_mean
@@ -244,14 +245,14 @@ class FrozenTeacher(Teacher):
         config: Any,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        grid: tuple[int, int],
+        student: VisionConfig,
     ) -> None:
         super().__init__()
         self.source, self.where = source, where
         """Its folder or Hub id, and the key of the run file that names it."""
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
-        self.pixel_norm, self.grid = PixelNorm(mean, std), grid
+        self.pixel_norm, self.student = PixelNorm(mean, std), student
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)
 
@@ -260,11 +261,15 @@ class FrozenTeacher(Teacher):
         """Return D, the channels of a token."""
         return int(self.model.config.hidden_size)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Return the height and width of the images whose patches are the student's grid."""
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of the student's patches of these images, (…, H, W)."""
+        height, width = images.shape[-2:]
+        return height // self.student.patch_size, width // self.student.patch_size
+
+    def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the height and width of the images that have so many rows and columns of this model's patches."""
         patch = int(self.model.config.patch_size)
-        return self.grid[0] * patch, self.grid[1] * patch
+        return grid[0] * patch, grid[1] * patch
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,11 +281,12 @@ class FrozenTeacher(Teacher):
         self.model.eval()
         keep_frequencies(getattr(self.model, "rope_embeddings", None))
         first = next(self.model.parameters())
-        if images_BCHW.shape[-2:] != self.image_size:
-            images_BCHW = F.interpolate(images_BCHW.float(), self.image_size, mode="bilinear", antialias=True)
+        grid = self.grid_of(images_BCHW)
+        if images_BCHW.shape[-2:] != (size := self.size_for(grid)):
+            images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bilinear", antialias=True)
         pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)
         options = {"interpolate_pos_encoding": True} if self.interpolates else {}
         hidden_BSD = self.model(pixel_values=pixels_BCHW, **options).last_hidden_state
-        tokens_BND = hidden_BSD[:, -self.grid[0] * self.grid[1] :]
+        tokens_BND = hidden_BSD[:, -grid[0] * grid[1] :]
         has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
         return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND

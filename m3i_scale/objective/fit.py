@@ -15,7 +15,8 @@ from m3i_scale.objective.targets.text import Text
 def check_fit(
     run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
 ) -> None:
-    """Check that the recipe, the backbone and the data of a run fit together; arguments as of `build_objective`.
+    """Check that the recipe, the backbone and the data of a run fit together, with images as its first phase has them;
+    arguments as of `build_objective`.
 
     Raises:
         ConfigError: they do not.
@@ -61,7 +62,10 @@ def check_fit(
             f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
             fix="decode with attention_pool or mean_pool",
         )
-    cells = (student.grid[0] // student.cell) ** 2
+    image_size = run.image_size(student.image_size)
+    _check_image_size(image_size, student)
+    side = image_size // student.patch_size // student.cell
+    cells = side**2
     masked = [spec.name for spec in recipe.inputs if spec.mask is not None]
     if masked and cells < 2:
         raise ConfigError(
@@ -70,17 +74,26 @@ def check_fit(
             why="what is hidden in part needs at least two patches",
             fix="a larger image_size",
         )
-    _check_blocks(recipe, student)
+    _check_blocks(recipe, (side, side))
     _check_layers(recipe, student)
-    _check_views(recipe, student)
+    _check_views(recipe, student, image_size)
     if recipe.mix is not None and cells < len(recipe.mix.inputs):
         raise ConfigError(
             f"{cells} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
         )
 
 
-def _check_blocks(recipe: Recipe, student: Backbone) -> None:
-    grid = student.grid[0] // student.cell, student.grid[1] // student.cell
+def _check_image_size(image_size: int, student: Backbone) -> None:
+    cell = student.patch_size * student.cell
+    if image_size % cell:
+        raise ConfigError(
+            f"images of {image_size} pixels are no multiple of {cell}, the side of what is hidden or shown as a whole",
+            where=f"image_size: {image_size}",
+            fix=f"image_size: {max(round(image_size / cell), 1) * cell}",
+        )
+
+
+def _check_blocks(recipe: Recipe, grid: tuple[int, int]) -> None:
     for spec in recipe.inputs:
         try:
             if spec.mask is not None:
@@ -110,15 +123,15 @@ def _check_layers(recipe: Recipe, student: Backbone) -> None:
         )
 
 
-def _check_views(recipe: Recipe, student: Backbone) -> None:
+def _check_views(recipe: Recipe, student: Backbone, image_size: int) -> None:
     sizes = {number: spec.size for number, spec in enumerate(recipe.views or []) if spec.size is not None}
     patch = student.patch_size
     for number, size in sizes.items():
-        if size >= student.image_size or size % patch:
-            nearest = patch * min(max(round(size / patch), 1), student.image_size // patch - 1)
+        if size >= image_size or size % patch:
+            nearest = patch * min(max(round(size / patch), 1), image_size // patch - 1)
             raise ConfigError(
-                f"views of {size} pixels do not go with a backbone of {student.image_size}: they are smaller, and a "
-                f"multiple of its patch of {patch}",
+                f"views of {size} pixels do not go with images of {image_size}: they are smaller, and a "
+                f"multiple of the backbone's patch of {patch}",
                 where=f"recipe.views.{number}.size",
                 fix=f"recipe.views.{number}.size={nearest}",
             )

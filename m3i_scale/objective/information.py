@@ -127,8 +127,9 @@ class Objective(nn.Module):
         watched: dict[str, dict[str, Tensor]] = {}
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once a view, for all inputs
         losses = []
+        grid = self.student.grid_of(context.batch.images_VBCHW)
         for target in self.recipe.targets:
-            given = self.given(target)
+            given = self.given(target, grid)
             by_input = [
                 target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
             ]
@@ -166,12 +167,12 @@ class Objective(nn.Module):
             figures |= self._health(context, watched)
         return total, figures
 
-    def given(self, target: Target) -> TargetModules:
-        """Return the modules that a target computes with."""
+    def given(self, target: Target, grid: tuple[int, int]) -> TargetModules:
+        """Return the modules that a target computes with, on views of so many rows and columns of patches."""
         shared = target.head if isinstance(target, HeadTarget) else None
         return TargetModules(
             self.ranks,
-            self.student.grid,
+            grid,
             self.student.patch_size,
             decoder=self.decoders[target.decoder],
             head=self.image_heads[shared] if shared else self.heads[target.name],
@@ -220,8 +221,8 @@ class Objective(nn.Module):
         sides = [side // self.student.patch_size for side in batch.small_VBCHW.shape[-2:]]
         own, every = len(batch.images_VBCHW), len(batch.crops_VB4)
         small = dict.fromkeys(range(own + 1, every + 1), (sides[0], sides[1]))
-        student = self.student
-        return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, student.grid, student.cell, small)
+        grid = self.student.grid_of(batch.images_VBCHW)
+        return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, grid, self.student.cell, small)
 
     def _views(self, batch: Batch) -> dict[int, Tensor]:
         """Return the views that inputs and targets lie in, normalised, by view from 1."""
@@ -345,9 +346,10 @@ class Objective(nn.Module):
         views = self._views(batch)
         context = Context(batch, views, self._encode_inputs(self.inputs_of(batch), views), {}, {}, {})
         images: dict[tuple[str, str], Tensor] = {}
+        grid = self.student.grid_of(batch.images_VBCHW)
         for target in targets:
             for part in reversed(target.sources(context)):
-                pixels_BCHW = target.reconstruct(self.given(target), context, part)
+                pixels_BCHW = target.reconstruct(self.given(target, grid), context, part)
                 images[target.name, part.where.name] = self.pixel_norm.undo(pixels_BCHW)
         return images
 
@@ -363,7 +365,7 @@ class Objective(nn.Module):
             raise ValueError("the recipe has no segmentation target")
         (_, tokens_BND), maps = head.encode(self.student, pixels_BCHW, self.progress)
         size = pixels_BCHW.shape[2], pixels_BCHW.shape[3]
-        return next(head.predict(tokens_BND, maps, self.student.grid, size))
+        return next(head.predict(tokens_BND, maps, self.student.grid_of(pixels_BCHW), size))
 
     @torch.no_grad()
     def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:

@@ -68,8 +68,7 @@ def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConf
     config = _read_config(source, where)
     _check_widths(recipe, name, config.hidden_size)
     config._attn_implementation = "sdpa"
-    side = student.image_size // student.patch_size
-    return FrozenTeacher(source, where, config, *_normalisation(source), (side, side))
+    return FrozenTeacher(source, where, config, *_normalisation(source), student)
 
 
 def _start(run: RunConfig, student: VisionConfig, where: str) -> FrozenStart:
@@ -117,7 +116,7 @@ def teacher_plan(teacher: Teacher) -> LoadPlan:
         return _start_plan(teacher.spec)
     teacher = cast(FrozenTeacher, teacher)
     config = teacher.model.config
-    _check_outputs(teacher)
+    check_outputs(teacher, teacher.student.image_size)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     # A pooling layer is no part of the tokens that are read, and a head no part of the model.
@@ -140,11 +139,15 @@ def _start_plan(backbone: BackboneConfig) -> LoadPlan:
 
 
 @torch.no_grad()
-def _check_outputs(teacher: FrozenTeacher) -> None:
+def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
     """Check that tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone;
     and that the model takes images of the size that it will be given.
 
     All of that is a matter of the architecture: one layer with random numbers shows it.
+
+    Args:
+        teacher: without values, or with any.
+        image_size: the side of the student's images in pixels.
 
     Raises:
         ConfigError: they are not, or it does not.
@@ -159,19 +162,20 @@ def _check_outputs(teacher: FrozenTeacher) -> None:
         if kept:
             raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
         options = {"interpolate_pos_encoding": True} if teacher.interpolates else {}
-        pixels_BCHW = torch.randn(1, 3, *teacher.image_size)
+        grid = teacher.grid_of(torch.empty(image_size, image_size, device="meta"))
+        pixels_BCHW = torch.randn(1, 3, *teacher.size_for(grid))
         try:
             one, two = (model(pixel_values=pixels_BCHW, **options).last_hidden_state for _ in range(2))
         except (RuntimeError, ValueError) as error:
             own = int(getattr(config, "image_size", 224)) // config.patch_size
-            grid = " × ".join(map(str, teacher.grid))
             raise ConfigError(
-                f"the teacher takes no images of {grid} patches, the student's grid: {str(error).splitlines()[0]}",
+                f"the teacher takes no images of {grid[0]} × {grid[1]} patches, the student's grid: "
+                f"{str(error).splitlines()[0]}",
                 where=where,
                 why=f"its positions are made for {own} × {own} patches",
                 fix=f"a backbone.config.image_size of {own} × the backbone's patch size",
             ) from None
-    patches = teacher.grid[0] * teacher.grid[1]
+    patches = grid[0] * grid[1]
     before = (one.shape[1] if one.ndim == 3 else 0) - patches
     if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
         raise ConfigError(

@@ -14,7 +14,14 @@ from m3i_scale.text import short, without_secrets
 _TIME = "%Y-%m-%d %H:%M:%S"
 MOST_MARKS = 100
 """Of one kind: the newest are shown."""
-KINDS = {"resumed": "resumed", "rewound": "rewound", "warning": "warned", "lost": "host lost", "failed": "failed"}
+KINDS = {
+    "phase": "new phase",
+    "resumed": "resumed",
+    "rewound": "rewound",
+    "warning": "warned",
+    "lost": "host lost",
+    "failed": "failed",
+}
 """Of marks, and what the page calls them."""
 
 
@@ -27,10 +34,24 @@ def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNot
         failure: the first cause of the last one.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
-    for mark in (*_resumed(run), *_rewound(run), *_warned(run), *_lost(attempts), *_failed(run, failure)):
+    for mark in (
+        *_phases(run),
+        *_resumed(run),
+        *_rewound(run),
+        *_warned(run),
+        *_lost(attempts),
+        *_failed(run, failure),
+    ):
         by_kind.setdefault(mark["kind"], []).append(mark)
     marks = [mark for found in by_kind.values() for mark in found[-MOST_MARKS:]]
     return sorted(marks, key=lambda mark: (mark["time"], mark["step"]))
+
+
+def _phases(run: RunFiles) -> Iterator[dict[str, Any]]:
+    """Yield the borders between phases, each once: a resume that begins at one writes it again."""
+    for line in {line["step"]: line for line in run.phases if line["step"]}.values():
+        text = f"images of {line['image_size']} pixels from here on, micro-batches of {line['micro_batch_size']}"
+        yield _mark("phase", line["step"], utc(unix_s(line)), text)
 
 
 def _resumed(run: RunFiles) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "run": {"name": str, "total_steps": int, "world_size": int},
     "warning": {"group": str, "what": str, "why": str, "fix": str},
     "rewind": {"rewound_from": int, "rewound_to": int},
+    "phase": {"image_size": int, "micro_batch_size": int},
     "end": {"status": str},
 }
 """Fields that lines of a kind have beside `kind`, `step` and `time`, and their types; whole numbers are counts."""

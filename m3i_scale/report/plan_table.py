@@ -24,7 +24,22 @@ def plan_table(document: dict[str, Any]) -> Group:
     head.stylize(f"bold {style}")
     memory = _memory(document, max(peak, limit))
     return Group(
-        head, _planned(document["planned"], document["ranks"]), memory, _figures(document), *_suggestion(document)
+        head,
+        *(_phase(number, phase) for number, phase in enumerate(document["phases"])),
+        _planned(document["planned"], document["ranks"]),
+        memory,
+        _figures(document),
+        *_suggestion(document),
+    )
+
+
+def _phase(number: int, phase: dict[str, Any]) -> Text:
+    """Return what one phase of a run takes, in words; all below is of the one with the largest peak."""
+    return Text(
+        f"phase {number}: {phase['steps']:,} steps, images of {phase['image_size']} pixels, micro-batches of "
+        f"{phase['micro_batch_size']}: {phase['peak_gib_per_rank']:.2f} GiB a rank, {phase['step_time_s']:.3g} s "
+        f"a step, {duration_text(86_400 * phase['days'])}",
+        style="" if phase["fits"] else "red",
     )
 
 

@@ -35,6 +35,7 @@ class RunFiles:
     """The `run` lines: the first start and every resume, in their order."""
     warnings: list[Record]
     rewinds: list[Record]
+    phases: list[Record]
     evaluations: list[Record]
     """Their figures are numbers, NaN and the infinities included."""
     ends: list[Record]
@@ -131,6 +132,7 @@ class RunReader:
             starts=[*lines["run"]],
             warnings=[*lines["warning"]],
             rewinds=[*lines["rewind"]],
+            phases=[*lines["phase"]],
             evaluations=[*lines["evaluation"]],
             ends=[*lines["end"]],
             steps=logged.steps,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, find_run_file, run_values, sections_that_hold
+from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
-from m3i_scale.errors import ConfigError, Faults, UserError
+from m3i_scale.errors import ConfigError, Faults, UserError, named
+from m3i_scale.objective.encoders import FrozenTeacher
+from m3i_scale.objective.fit import check_fit
+from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
+from m3i_scale.objective.teacher import check_outputs
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
@@ -57,6 +64,19 @@ def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     faults = Faults()
     faults.found = faults_of(name_or_path, overrides, ranks)
     faults.end()
+
+
+def told_phases(run: RunConfig) -> list[str]:
+    """Return the phases of a run that holds together, a line each; none of a run without."""
+    image_size = backbone_config(run.backbone).image_size
+    lines = []
+    for number, (start, phase) in enumerate(zip(run.phase_starts, run.phases, strict=False)):
+        here = run.in_phase(number)
+        lines.append(
+            f"phase {number}: steps {start + 1:,} to {start + phase.steps:,}, images of {here.image_size(image_size)} "
+            f"pixels, micro-batches of {here.optim.micro_batch_size}"
+        )
+    return lines
 
 
 def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
@@ -133,17 +153,43 @@ class Checks(DataChecks):
             recipe,
             label_sets,
             facts.tokenizer,
-            model.image_size,
+            run.image_size(model.image_size),
             deepspeed,
             accumulation,
             image_counts,
             bool(precision),
         )
         vocab_size = resolved.vocab_size
-        built = faults.note(lambda: build_on_meta(run, label_sets, vocab_size, image_counts=image_counts))
-        if precision is None or built is None:
-            return None
-        return resolved
+        whole = run.model_copy(update={"phases": []})  # each phase is looked at by itself
+        built = faults.note(lambda: build_on_meta(whole, label_sets, vocab_size, image_counts=image_counts))
+        if built is not None and run.phases:
+            faults.note(_check_borders, run, model.image_size)
+            for number in range(len(run.phases)):
+                faults.note(self._check_phase, resolved, number, built)
+        return resolved if len(faults.found) == before else None
+
+    def _check_phase(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
+        """Check one phase as if all steps were of it.
+
+        Args:
+            resolved: the whole run.
+            number: of the phase, from 0.
+            built: modules of the run, on `meta`.
+
+        Raises:
+            ConfigError: names the phase.
+        """
+        run = resolved.run.in_phase(number)
+        size = run.image_size(built.student.image_size)
+        with named(f"phases.{number}"):
+            if self.ranks is not None:
+                check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=self.ranks)
+                check_batch(run, resolved.recipe, self.ranks)
+            resolve_engine(run, self.ranks, built.student.width)
+            check_fit(run, resolved.recipe, built.student, resolved.label_sets, resolved.vocab_size)
+            for teacher in built.teachers.values():
+                if isinstance(teacher, FrozenTeacher):
+                    check_outputs(teacher, size)
 
     def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
         run = self.run
@@ -170,6 +216,32 @@ class Checks(DataChecks):
             faults.note(check_guard, self.run, deepspeed.config)
         if peak is not None:
             faults.note(named_peak, peak, compute_dtype(deepspeed.config))
+
+
+def _check_borders(run: RunConfig, image_size: int) -> None:
+    """Check that something changes between phases, and that a single one changes something.
+
+    Args:
+        run: with phases.
+        image_size: of the backbone.
+
+    Raises:
+        ConfigError: nothing does.
+    """
+    sizes = [(phase.image_size or image_size, phase.micro_batch_size) for phase in run.phases]
+    if sizes == [(image_size, None)]:
+        raise ConfigError(
+            "a single phase that changes nothing has no effect",
+            where="phases",
+            fix="leave it out, or give the last steps an image_size",
+        )
+    for number, (one, other) in enumerate(pairwise(sizes)):
+        if one == other:
+            raise ConfigError(
+                f"nothing changes between phases {number} and {number + 1}, counted from 0",
+                where="phases",
+                fix=f"one phase of {run.phases[number].steps + run.phases[number + 1].steps} steps",
+            )
 
 
 def _check_evaluation(run: RunConfig) -> None:

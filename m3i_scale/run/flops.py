@@ -28,7 +28,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
     they are counted within a micro-batch.
 
     Args:
-        run: the run file.
+        run: the run file; of several phases (`RunConfig.in_phase`), the first counts.
         label_sets: class names by label set.
         vocab_size: of the tokenizer; None without a text target.
 
@@ -45,7 +45,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
         batch = synthetic_batch(
             micro,
             objective.recipe.drawn_views,
-            image=objective.student.image_size,
+            image=run.image_size(objective.student.image_size),
             tokens=run.text.max_tokens if objective.recipe.uses_text else 1,
             classes=min((len(names) for names in label_sets.values()), default=1),
             vocabulary=vocab_size or 100,

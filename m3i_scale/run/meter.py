@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
-from m3i_scale.run.phases import Phases
+from m3i_scale.run.step_times import StepTimes
 from m3i_scale.scale.agree import max_over_ranks, mean_over_ranks
 from m3i_scale.scale.peak import Peak
 from m3i_scale.scale.plan.hardware import PRESETS
@@ -85,7 +85,7 @@ class Meter:
         self.objective = objective
         self.work = work
         """None: no MFU."""
-        self.phases = Phases()
+        self.phases = StepTimes()
         self.total_steps, self.batch_size = total_steps, batch_size
         self.reset()
 

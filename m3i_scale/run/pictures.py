@@ -68,7 +68,8 @@ class LearntPictures:
         named = zip(self._captions, self._classes, _names(samples), strict=True)
         self._names = [caption or label or key for caption, label, key in named]
         self._images = [image_of(pixels.numpy()) for pixels in samples.images_VBCHW[0]]
-        side = objective.student.grid[0]
+        self._grid = objective.student.grid_of(samples.images_VBCHW)
+        side = self._grid[0]
         others = [other_view(image, side) for image in self._images[:DRAWN]]
         self._others, self._patches, self._same = zip(*others, strict=True)
 
@@ -113,7 +114,7 @@ class LearntPictures:
         objective, seen = self._objective, self._seen
         mixed = objective.recipe.mix is not None
         names = _names(seen)[:DRAWN]
-        return draw_views(seen, objective.inputs_of(seen), objective.student.grid, mixed=mixed, names=names)
+        return draw_views(seen, objective.inputs_of(seen), self._grid, mixed=mixed, names=names)
 
     def _reconstruction(self, encoded: EncodedSamples) -> list[Picture]:
         if not encoded.reconstructed:
@@ -126,9 +127,8 @@ class LearntPictures:
             seen = next(one for one in inputs if one.name == of_input and target.takes(one.view + 1))
             predicted.append(Reconstruction(target.view - 1, seen, images_BCHW))
         put_back = any(target.normalize_pixels for target in targets.values())
-        patches = self._objective.student.grid
         return [
-            draw_reconstruction(self._samples, predicted, patches, standardized=put_back, names=self._names[:DRAWN])
+            draw_reconstruction(self._samples, predicted, self._grid, standardized=put_back, names=self._names[:DRAWN])
         ]
 
     def _dense(self, encoded: EncodedSamples) -> list[Picture]:

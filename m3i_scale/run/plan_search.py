@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, named
 from m3i_scale.files import json_text
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_checks import check_batch
@@ -34,11 +34,21 @@ class RunPlan:
     machine: Machine
     planned: Estimate
     samples: int
+    phases: tuple[RunPlan, ...] = ()
+    """Of a run that has phases, the plan of each; the run's own figures are those of the phase with the largest
+    peak."""
 
     @property
     def fits(self) -> bool:
-        """Return whether it fits as it is written."""
-        return self.planned.fits(self.machine)
+        """Return whether it fits as it is written, in every phase."""
+        return all(each.planned.fits(self.machine) for each in self.phases or [self])
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the samples take."""
+        if self.phases:
+            return sum(each.seconds for each in self.phases)
+        return self.samples / self.run.optim.batch_size * self.planned.step_s
 
     @cached_property
     def hopeless(self) -> bool:
@@ -59,12 +69,12 @@ class RunPlan:
         """Return the JSON document of `m3i-scale plan`."""
         planned, batch = self.planned, self.run.optim.batch_size
         world = self.machine.links.world
-        seconds = self.samples / batch * planned.step_s
+        seconds = self.seconds
         return {
             "name": self.run.name,
             "ranks": world,
             "on_host": self.machine.on_host,
-            "planned": described(planned),
+            "planned": self.described(planned),
             "peak_gib_per_rank": planned.peak_bytes / GIB,
             "memory_gib": self.machine.memory_gib,
             "fits": self.fits,
@@ -93,35 +103,57 @@ class RunPlan:
             "days": seconds / 86400,
             "gpu_hours": seconds / 3600 * world,
             "checkpoint_gib": self.model.checkpoint_bytes(planned.settings) / GIB,
+            "phases": [each._described_phase() for each in self.phases],
             "assumed": list(self.model.vocabulary.assumed),
-            "compared": [described(each) for each in self.compared],
-            "suggestion": None if self.suggestion is None else described(self.suggestion),
+            "compared": [self.described(each) for each in self.compared],
+            "suggestion": None if self.suggestion is None else self.described(self.suggestion),
         }
 
+    def described(self, estimated: Estimate) -> dict[str, Any]:
+        """Return a choice in the words of a run file."""
+        choice = estimated.choice
+        larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
+        return {
+            "overrides": [
+                f"deepspeed={choice.deepspeed}",
+                f"backbone.activation_checkpointing={choice.policy}",
+                f"{self._micro_batch_key}={choice.micro_batch}",
+            ],
+            "deepspeed": choice.deepspeed,
+            "stage": estimated.settings.stage,
+            "precision": estimated.settings.precision,
+            "micro_batch_size": choice.micro_batch,
+            "accumulation": estimated.settings.accumulation_steps,
+            "activation_checkpointing": choice.policy,
+            "peak_gib_per_rank": estimated.peak_bytes / GIB,
+            "step_time_s": estimated.step_s,
+            "host_s": estimated.host_s,
+            "knobs": {
+                key: value for key, value, _ in estimated.resolved.filled_in if key.startswith("zero_optimization.")
+            }
+            | larger,
+            "larger": larger,
+        }
 
-def described(estimated: Estimate) -> dict[str, Any]:
-    """Return a choice in the words of a run file."""
-    choice = estimated.choice
-    larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
-    return {
-        "overrides": [
-            f"deepspeed={choice.deepspeed}",
-            f"backbone.activation_checkpointing={choice.policy}",
-            f"optim.micro_batch_size={choice.micro_batch}",
-        ],
-        "deepspeed": choice.deepspeed,
-        "stage": estimated.settings.stage,
-        "precision": estimated.settings.precision,
-        "micro_batch_size": choice.micro_batch,
-        "accumulation": estimated.settings.accumulation_steps,
-        "activation_checkpointing": choice.policy,
-        "peak_gib_per_rank": estimated.peak_bytes / GIB,
-        "step_time_s": estimated.step_s,
-        "host_s": estimated.host_s,
-        "knobs": {key: value for key, value, _ in estimated.resolved.filled_in if key.startswith("zero_optimization.")}
-        | larger,
-        "larger": larger,
-    }
+    @property
+    def _micro_batch_key(self) -> str:
+        numbers = [number for number, each in enumerate(self.phases) if each.planned is self.planned]
+        return f"phases.{numbers[0]}.micro_batch_size" if numbers else "optim.micro_batch_size"
+
+    def _described_phase(self) -> dict[str, Any]:
+        """Return what one phase takes."""
+        (phase,), planned, batch = self.run.phases, self.planned, self.run.optim.batch_size
+        return {
+            "steps": phase.steps,
+            "image_size": self.model.image_size,
+            "micro_batch_size": planned.choice.micro_batch,
+            "accumulation": planned.settings.accumulation_steps,
+            "peak_gib_per_rank": planned.peak_bytes / GIB,
+            "fits": self.fits,
+            "flop_per_sample": planned.flop * self.machine.links.world / batch,
+            "step_time_s": planned.step_s,
+            "days": self.seconds / 86400,
+        }
 
 
 def plan_run(
@@ -144,6 +176,20 @@ def plan_run(
     Raises:
         ConfigError, DataError: what does not hold together.
     """
+    total = samples if samples is not None else run.optim.steps * run.optim.batch_size
+    if not run.phases:
+        return _plan(run, machine, classes, tokens, total)
+    plans = []
+    for number, phase in enumerate(run.phases):
+        with named(f"phases.{number}"):
+            share = round(total * phase.steps / run.optim.steps)
+            plans.append(_plan(run.in_phase(number), machine, classes, tokens, share))
+    largest = max(plans, key=lambda plan: plan.planned.peak_bytes)
+    return replace(largest, samples=total, phases=tuple(plans))
+
+
+def _plan(run: RunConfig, machine: Machine, classes: int | None, tokens: int | None, samples: int) -> RunPlan:
+    """Plan a run of one phase."""
     recipe = parse_recipe(run.recipe)
     world = machine.links.world
     check_batch(run, recipe, world)
@@ -155,8 +201,7 @@ def plan_run(
     model = Model(run, read_vocabulary(run, recipe, classes, tokens), world, precision)
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)
     planned = estimate(model, machine, choice)
-    total = samples if samples is not None else run.optim.steps * run.optim.batch_size
-    return RunPlan(run, model, machine, planned, total)
+    return RunPlan(run, model, machine, planned, samples)
 
 
 POLICIES = ("none", "every_2", "full")
@@ -317,7 +362,7 @@ def refuse_hopeless(plan: RunPlan) -> None:
     if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)
     if plan.suggestion is not None:
-        fix = " ".join(described(plan.suggestion)["overrides"])
+        fix = " ".join(plan.described(plan.suggestion)["overrides"])
     elif wider := nodes_that_fit(plan.model, plan.machine, plan.planned.choice):
         nodes, batch, micro_batch = wider
         sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
@@ -366,7 +411,7 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
         path.write_text(json_text(config), encoding="utf-8")  # whatever it is: a link, /dev/stdout
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
-    return " ".join([f"deepspeed={path}", *described(written)["overrides"][1:]])
+    return " ".join([f"deepspeed={path}", *plan.described(written)["overrides"][1:]])
 
 
 _COUNTED = {

@@ -206,6 +206,11 @@ class Model:
         set_leaves(objective)
         return objective.to(_DTYPES[self.precision]).train()
 
+    @property
+    def image_size(self) -> int:
+        """Return the side of the images in pixels, as the first phase of the run has it."""
+        return self.run.image_size(self.objective.student.image_size)
+
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the parameters of the whole model."""
@@ -267,7 +272,7 @@ class Model:
             batch = synthetic_batch(
                 micro_batch,
                 recipe.drawn_views,
-                image=objective.student.image_size,
+                image=self.image_size,
                 tokens=run.text.max_tokens,
                 classes=classes,
                 vocabulary=self.vocabulary.tokens,
@@ -400,7 +405,7 @@ def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
     have ready, and its process."""
     parts = dict(host.at_peak)
     if model.run.data.workers:
-        sides = view_sizes(model.recipe.drawn_views, model.objective.student.image_size)
+        sides = view_sizes(model.recipe.drawn_views, model.image_size)
         parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)
     parts["process"] = round(beside_tensors_gib(hosts=True) * GIB)
     return parts

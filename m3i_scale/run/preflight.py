@@ -60,8 +60,12 @@ def needs_of(
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0
     far = checkpoint * of_this_host if settings.optimizer_on_host else 0
-    sizes = view_sizes(recipe.drawn_views, model.image_size)
-    pixels = 3 * sum(side**2 for side in sizes) * run.optim.micro_batch_size
+    pixels = max(
+        3
+        * sum(side**2 for side in view_sizes(recipe.drawn_views, phase.image_size(model.image_size)))
+        * phase.optim.micro_batch_size
+        for phase in (run.in_phase(number) for number in range(len(run.phase_starts)))
+    )
     count = kept_checkpoints(run.checkpoint, run.optim.steps)
     loaders = 1 + bool(run.data.validation)  # workers of both stand, and hold parts, for the whole run
     return Needs(

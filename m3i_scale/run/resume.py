@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import OptimConfig, Phase, RunConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
@@ -80,12 +81,61 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    return _changed_shape(resolved, meta, world_size) + _changed_schedule(resolved.run, checkpoint, int(meta["step"]))
+    step = int(meta["step"])
+    phases = _saved_phases(meta, checkpoint)
+    _check_sizes(resolved.run, phases, checkpoint, step)
+    return (
+        _changed_shape(resolved, meta, world_size)
+        + _changed_schedule(resolved.run, checkpoint, step)
+        + _changed_phases(resolved.run, phases)
+    )
+
+
+def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int) -> None:
+    """Check that the steps so far were trained on images of the size that the run file says now. Phases that have not
+    begun may change, as the schedule may.
+
+    Raises:
+        CheckpointError: they were not.
+    """
+    if not (saved or run.phases):
+        return
+    before = run.model_copy(update={"phases": saved})
+    then, now = (_sizes_until(phased, step) for phased in (before, run))
+    if then != now:
+        raise CheckpointError(
+            "the checkpoint is of another run: phases that have begun changed",
+            where=f"{checkpoint}; phases",
+            why=f"images were {then}, and are {now}",
+            fix="take the same `phases` up to this step, or another output_dir for the new run",
+        )
+
+
+def _saved_phases(meta: dict[str, Any], checkpoint: Path) -> list[Phase]:
+    where = f"phases of {checkpoint / 'meta.json'}"  # none in checkpoints of earlier versions
+    return [parse_section(Phase, values, where=where, stored=True) for values in meta.get("phases", [])]
+
+
+def _changed_phases(run: RunConfig, saved: list[Phase]) -> list[str]:
+    """Return a note on phases that are others than they were."""
+    changes = told_differences("phases", *([phase.model_dump() for phase in of] for of in (saved, run.phases)))
+    return [f"phases changed: {', '.join(changes)}"] if changes else []
+
+
+def _sizes_until(run: RunConfig, step: int) -> str:
+    """Return the sizes of the images of the first `step` steps, in words."""
+    image_size = backbone_config(run.backbone).image_size
+    sizes: dict[int, int] = {}
+    for number, start in enumerate(run.phase_starts):
+        size = run.in_phase(number).image_size(image_size)
+        if (start < step or not start) and size not in [*sizes.values()][-1:]:
+            sizes[start] = size
+    return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
 
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
     """Return notes on another number of ranks, stage or precision."""
-    now = computed_shape(resolved, world_size)
+    now = computed_shape(resolved, int(meta["step"]), world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
         for key, value in now.items()
@@ -119,14 +169,15 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     return [f"the schedule changed: {', '.join(changes)}{rates}"]
 
 
-def computed_shape(resolved: ResolvedRun, world_size: int) -> dict[str, Any]:
-    """Return the shape in which a run is computed; a resumed run may have another."""
-    config = resolved.deepspeed.config
+def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:
+    """Return the shape in which a run is computed when `step` steps are done; a resumed run may have another."""
+    config, run = resolved.deepspeed.config, resolved.run
+    phase = run.in_phase(run.phase_at(max(step - 1, 0)))
     return {
         "world_size": world_size,
         "zero_stage": int(config["zero_optimization"]["stage"]),
         "precision": precision(config),
-        "compared": world_size * resolved.run.optim.micro_batch_size,
+        "compared": world_size * phase.optim.micro_batch_size,
     }
 
 
@@ -171,10 +222,11 @@ def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dic
     return {
         "step": step,
         "samples": step * resolved.run.optim.batch_size,
-        **computed_shape(resolved, world_size),
+        **computed_shape(resolved, step, world_size),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "identity": resolved.identity,
         "label_sets": resolved.label_sets,
+        "phases": [phase.model_dump() for phase in resolved.run.phases],
         "vocab_size": resolved.vocab_size,
         "tokenizer": getattr(resolved.tokenizer, "name_or_path", None),
         "versions": {name: version(name) for name in _TOLD_VERSIONS},

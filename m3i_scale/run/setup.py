@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -51,6 +51,20 @@ class ResolvedRun(RunWithData):
     """In how many images for training a category is, where categories.json says so (LVIS)."""
     measures_precision: bool = False
     """Whether evaluations write average precision; see `source_checks.measures_precision`."""
+
+    def in_phase(self, number: int) -> ResolvedRun:
+        """Return the run as one of its phases has it: image size, micro-batch and accumulation; itself where it has no
+        phases. See `RunConfig.in_phase`."""
+        if not self.run.phases:
+            return self
+        run = self.run.in_phase(number)
+        samples_of_rank = self.run.optim.micro_batch_size * self.accumulation
+        return replace(
+            self,
+            run=run,
+            image_size=run.image_size(backbone_config(run.backbone).image_size),
+            accumulation=samples_of_rank // run.optim.micro_batch_size,
+        )
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from m3i_scale.output import wide_console
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.check import resolve_run
+from m3i_scale.run.check import resolve_run, told_phases
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_resume, find_resume
@@ -121,6 +121,8 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) 
     """Print what will run, before it runs."""
     run, config = resolved.run, resolved.deepspeed.config
     _CONSOLE.print(explain_table(resolved.deepspeed))
+    for line in told_phases(run):
+        _CONSOLE.print(line, markup=False, highlight=False)
     for note in notes:
         _CONSOLE.print(f"[yellow]{note}[/]")
     origin = f"from {resume_from}" if resume_from else "from step 0"
@@ -175,12 +177,12 @@ def train(
         check_machines(resolved, tell)
         from_rank_0(lambda: _write_settings(resolved))
         # Before the tables about the engine: what is wrong with the data should not stand below them.
-        stream, validation = open_data(resolved, ranks, workers)
+        stream, validation = open_data(resolved.in_phase(0), ranks, workers)
         if ranks.rank == 0:
             announce(resolved, resume_from, notes)
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 tell(awaited)
-        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat)
+        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat, workers)
         if ranks.rank == 0:
             tell(trainer.activations)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
-from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo
+from m3i_scale.run.callbacks.base import Callback, CallbackList, PhaseInfo, RunInfo
+from m3i_scale.run.check import told_phases
 from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.flops import step_flop
@@ -32,13 +35,14 @@ from m3i_scale.run.hooks.metrics import Metrics, gradient_scale
 from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.hooks.rewinding import Rewinding
 from m3i_scale.run.meter import Meter, Work, long_run_note
-from m3i_scale.run.phases import Timeouts
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.schedule import learning_rate, momentum_at
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
+from m3i_scale.run.step_times import Timeouts
 from m3i_scale.scale.agree import agree_and_average
 from m3i_scale.scale.checkpoint.saver import bytes_wanted
 from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.engine import set_micro_batch_size
 from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.scale.peak import compute_dtype, device_name, measured_peak, named_peak
 
@@ -58,13 +62,18 @@ class Trainer:
         validation: TrainStream | None = None,
         tell: Callable[[str], None] = lambda text: None,
         heartbeat: Heartbeat | None = None,
+        workers: Sequence[PartWorkers] = (),
     ) -> None:
-        """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank 0."""
+        """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank 0, and
+        further phases of a run open theirs with `workers`."""
         self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
         if ranks.rank != 0:
             callbacks, tell = [], lambda text: None
+        self.workers = workers
+        self.phases = [resolved.in_phase(number) for number in range(max(len(self.run.phases), 1))]
+        """The run as each of its phases has it; itself where it has none."""
         if stream is None:
-            stream, validation = open_data(resolved, ranks)
+            stream, validation = open_data(self.phases[0], ranks)
         if validation is None and self.run.evaluation.every_steps:
             raise ValueError("evaluation.every_steps is set, and no validation stream is given")
         note = check_sources_last(stream, self.run.optim.batch_size, self.run.optim.steps)
@@ -74,17 +83,21 @@ class Trainer:
             resolved, ranks, lambda report: tell_start(report, resolved.run), reads_source=resume_from is None
         )
         check_guard_room(resolved.run, bytes_wanted(engine, momentum))
+        set_phase_of_engine(engine, self.phases[0])
         self.activations = set_activations(resolved.run, engine, stream)
         """Which layers recompute, in words."""
         self.device = torch.device(get_accelerator().current_device_name())
-        self.work = count_work(resolved)
+        self.work = count_work(self.phases[0])
         self.meter = Meter(engine.module, self.run.optim.steps, self.run.optim.batch_size, self.work)
-        self.phases = self.meter.phases
-        engine.module.span = self.phases.span
+        self.step_times = self.meter.phases
+        engine.module.span = self.step_times.span
         # What is left of the reduction when the backward pass is over; the engine calls it by this name.
-        engine.allreduce_gradients = self.phases.timed("reduce", engine.allreduce_gradients)
-        timeouts = Timeouts(self.run.timeouts, self.phases, self.heartbeat)
-        self.state = TrainState(resolved, ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
+        engine.allreduce_gradients = self.step_times.timed("reduce", engine.allreduce_gradients)
+        timeouts = Timeouts(self.run.timeouts, self.step_times, self.heartbeat)
+        self.state = TrainState(
+            *(resolved, self.phases[0], ranks, engine, momentum, stream, validation),
+            *(CallbackList(callbacks), tell, timeouts),
+        )
         self.fetcher = Fetcher(iter(()))
         self.copy = DeviceCopies()
         rewinds = Rewinds(self.run.output_dir, anew=resume_from is None)
@@ -98,7 +111,7 @@ class Trainer:
             guard,
             Metrics(self.state, self.meter, guard),
             Rewinding(self.state, guard, self.checkpointing, rewinds),
-            *([Evaluation(self.state, validation, self.device)] if validation is not None else []),
+            *([Evaluation(self.state, validation.state_dict(), self.device)] if validation is not None else []),
             *self._pictures(validation),
             self.checkpointing,
         ]
@@ -112,8 +125,11 @@ class Trainer:
 
     def long_run_note(self, first_step: int) -> str | None:
         """Return `m3i_scale.run.meter.long_run_note` for the steps from `first_step` on."""
-        optim = self.run.optim
-        return long_run_note(self.work, optim.steps - first_step, optim.batch_size, self.state.ranks.world_size)
+        optim, work = self.run.optim, self.work
+        if self.run.phases:
+            flop = [phase.run.phases[0].steps * flop_of(phase)["model"] for phase in self.phases]
+            work = replace(work, flop=work.flop | {"model": sum(flop) / optim.steps})
+        return long_run_note(work, optim.steps - first_step, optim.batch_size, self.state.ranks.world_size)
 
     def fit(self) -> Status:
         """Train, and return how the run ended; raise a UserError where it must not go on."""
@@ -121,22 +137,21 @@ class Trainer:
         self.preemption.install()
         self.heartbeat.at("resume")
         self.checkpointing.resume()
-        self.phases.on_phase = self.heartbeat.at
+        self._enter_phase()
+        self.step_times.on_phase = self.heartbeat.at
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
-        # Closing ends what reads ahead here, while everything still stands, and not at the exit of the interpreter.
-        with contextlib.closing(iter(state.stream)) as batches_of_rank:
-            try:
-                self._loop(StepBatches(state.stream, batches_of_rank, state.resolved.accumulation))
-                status = "preempted" if state.stopping and state.step < self.run.optim.steps else "finished"
-            except UserError as error:
-                if error.everywhere:  # all ranks are here
-                    for hook in self.hooks:
-                        hook.on_error()
-                raise
-            finally:
-                give_back_collector()
-                state.callbacks.on_end(status)
+        try:
+            self._loop()
+            status = "preempted" if state.stopping and state.step < self.run.optim.steps else "finished"
+        except UserError as error:
+            if error.everywhere:  # all ranks are here
+                for hook in self.hooks:
+                    hook.on_error()
+            raise
+        finally:
+            give_back_collector()
+            state.callbacks.on_end(status)
         return status
 
     def _run_info(self) -> RunInfo:
@@ -153,22 +168,72 @@ class Trainer:
             peak_source=self.work.peak.source,
             data_sheet_tflops=self.work.peak.data_sheet_tflops,
             device=device_name(),
+            micro_batch_size=state.phase.run.optim.micro_batch_size,
         )
 
-    def _loop(self, batches: StepBatches) -> None:
+    def _loop(self) -> None:
         state = self.state
-        self.fetcher = Fetcher(batches)
         for hook in self.hooks:
             hook.on_start()
         self.heartbeat.at("other", state.step)
-        while state.step < self.run.optim.steps and not state.stopping and not self._data_ended(batches):
-            self.train_step()
+        ended = False
+        while state.step < self.run.optim.steps and not state.stopping and not ended:
+            ended = self._train_phase()
         for hook in self.hooks:
             hook.on_finish()
 
+    def _train_phase(self) -> bool:
+        """Train as long as the phase goes that the next step is of; return whether the data have ended."""
+        state = self.state
+        self._enter_phase()
+        self._tell_phase()
+        # Closing ends what reads ahead here, while everything still stands, and not at the exit of the interpreter.
+        with contextlib.closing(iter(state.stream)) as batches_of_rank:
+            batches = StepBatches(state.stream, batches_of_rank, state.phase.accumulation)
+            self.fetcher = Fetcher(batches)
+            while state.step < self.run.optim.steps and state.phase is self._phase_of(state.step):
+                if state.stopping:
+                    return False
+                if self._data_ended(batches):
+                    return True
+                self.train_step()
+        return False
+
+    def _phase_of(self, step: int) -> ResolvedRun:
+        return self.phases[self.run.phase_at(step)]
+
+    def _enter_phase(self) -> None:
+        """Go over to the phase of the next step, where that is another one than that in hand: its images and
+        micro-batches come from the next sample on; weights, optimizer and averages are untouched."""
+        state, phase = self.state, self._phase_of(self.state.step)
+        if phase is state.phase:
+            return
+        with state.timeouts.outside_of_steps("phase"):
+            position = state.stream.state_dict()
+            state.stream, state.validation = open_data(phase, state.ranks, self.workers)
+            state.stream.load_state_dict(position)
+            state.phase = phase
+            set_phase_of_engine(state.engine, phase)
+            self.activations = set_activations(phase.run, state.engine, state.stream)
+            self.meter.work = self.work = replace(self.work, flop=flop_of(phase))
+
+    def _tell_phase(self) -> None:
+        """Tell hooks and callbacks of a phase that begins with the next step; in the middle of one, of nothing."""
+        state = self.state
+        if not self.run.phases or state.step not in self.run.phase_starts:
+            return
+        if state.step:
+            for hook in self.hooks:
+                hook.on_phase()
+            state.tell(told_phases(self.run)[self.run.phase_at(state.step)])
+        micro_batch_size = state.phase.run.optim.micro_batch_size
+        state.callbacks.on_phase(
+            PhaseInfo(state.step, state.phase.image_size, micro_batch_size, self.work.flop["model"])
+        )
+
     def _data_ended(self, batches: StepBatches) -> bool:
         """Return whether the data have ended, and say so where they have."""
-        with self.phases.span("fetch"):
+        with self.step_times.span("fetch"):
             ended = batches.ended()
         self.meter.add_wait(batches.waited_s)
         if ended:
@@ -189,20 +254,22 @@ class Trainer:
     def _optimizer_step(self) -> None:
         """Take one optimizer step over the global batch: every forward and backward pass, the vote, the step."""
         state, run = self.state, self.run
-        state.logged = (state.step + 1) % run.log.every_steps == 0 or state.step + 1 == run.optim.steps
+        done = state.step + 1
+        # No record is of two phases: their steps take other times.
+        state.logged = done % run.log.every_steps == 0 or done in (run.optim.steps, *run.phase_starts)
         state.lr = learning_rate(state.step, run.optim)
         state.engine.module.progress = state.step / run.optim.steps
         for group in state.engine.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
-            for number in range(state.resolved.accumulation):
-                last = number + 1 == state.resolved.accumulation
+            for number in range(state.phase.accumulation):
+                last = number + 1 == state.phase.accumulation
                 state.engine.module.measure_health = state.logged and last
                 self._micro_batch()
                 if last:  # one vote a step, however many micro-batches
                     self._vote()
-                with self.phases.span("step"):
+                with self.step_times.span("step"):
                     take_step(state.engine)
         state.applied = state.engine.was_step_applied()  # else the average does not move either
         self._update_average()
@@ -214,9 +281,9 @@ class Trainer:
         """Run one forward and backward pass."""
         state = self.state
         batch = self._next_batch()
-        with self.phases.span("forward"):
+        with self.step_times.span("forward"):
             loss, figures = state.engine(batch)
-        with self.phases.span("backward"):
+        with self.step_times.span("backward"):
             state.engine.backward(spread_nonfinite(loss))
         state.engine.module.after_backward(gradient_scale(state))
         micro_batch = MicroBatchResult(loss.detach(), figures, batch.keys)
@@ -225,7 +292,7 @@ class Trainer:
             hook.post_micro_batch(batch, micro_batch)
 
     def _next_batch(self) -> Batch:
-        with self.phases.span("fetch"):
+        with self.step_times.span("fetch"):
             started = time.perf_counter()
             batch = next(self.fetcher)
             self.meter.add_wait(time.perf_counter() - started)
@@ -259,7 +326,7 @@ class Trainer:
             return
         state.ema_decay = ema_decay(state.step, state.resolved)
         if state.applied:
-            with self.phases.span("momentum"):
+            with self.step_times.span("momentum"):
                 state.momentum.update(state.ema_decay)
 
 
@@ -278,4 +345,15 @@ def count_work(resolved: ResolvedRun) -> Work:
     """Count the FLOPs of a step, on every rank alike, and take the peak that MFU is a share of."""
     given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
     peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
-    return Work(step_flop(resolved.run, resolved.label_sets, resolved.vocab_size), resolved.run.text.max_tokens, peak)
+    return Work(flop_of(resolved), resolved.run.text.max_tokens, peak)
+
+
+def flop_of(resolved: ResolvedRun) -> dict[str, float]:
+    """Return the FLOPs of a step of a phase, as `step_flop` has them."""
+    return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
+
+
+def set_phase_of_engine(engine: Any, phase: ResolvedRun) -> None:
+    """Have the engine accumulate the micro-batches of a phase."""
+    if engine.gradient_accumulation_steps() != phase.accumulation:
+        set_micro_batch_size(engine, phase.run.optim.micro_batch_size)

@@ -12,7 +12,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
-from m3i_scale.errors import Faults
+from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -29,6 +29,7 @@ class RunWithData:
     label_sets: dict[str, list[str]]
     tokenizer: PreTrainedTokenizerBase | None
     image_size: int
+    """Side of the images in pixels, as the first phase of the run has it."""
 
     @property
     def vocab_size(self) -> int | None:
@@ -40,8 +41,15 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     """Check a run file against its data and the number of ranks, whatever engine trains it.
 
     Raises:
-        ConfigError, DataError: what does not hold together; a FaultsError where that are several things.
+        ConfigError, DataError: what does not hold together; a FaultsError where that are several things. Or the run
+            has several phases.
     """
+    if len(run.phases) > 1:
+        raise ConfigError(
+            f"the run has {len(run.phases)} phases, and a loop of your own has one at a time",
+            where="phases",
+            fix="give `run.in_phase(0)`, then `run.in_phase(1)` …, and each stream the state of the one before",
+        )
     faults, checks = Faults(), DataChecks(run, world_size)
     recipe = faults.note(parse_recipe, run.recipe)
     access, there = checks.access(faults)
@@ -54,7 +62,8 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     faults.end()
     if recipe is None or model is None:
         raise RuntimeError("nothing is at fault, and nothing is there")
-    checked = RunWithData(facts.run, recipe, facts.label_sets, facts.tokenizer, model.image_size)
+    image_size = run.image_size(model.image_size)
+    checked = RunWithData(facts.run, recipe, facts.label_sets, facts.tokenizer, image_size)
     build_on_meta(checked.run, checked.label_sets, checked.vocab_size)
     return checked
 

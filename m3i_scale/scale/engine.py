@@ -14,6 +14,7 @@ from torch import nn
 
 from m3i_scale.scale.activations import stacks
 from m3i_scale.scale.deepspeed.rules import optimizer_class
+from m3i_scale.scale.engine_state import count_micro_batches
 from m3i_scale.scale.extensions import awaited_build
 from m3i_scale.scale.parameter_groups import parameter_groups
 from m3i_scale.scale.partition import construct, full_shape, gradients_by_parameter
@@ -53,6 +54,18 @@ def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
         return None
     builder = get_accelerator().create_op_builder("FusedAdamBuilder" if kind == "FusedAdam" else "CPUAdamBuilder")
     return None if builder is None else awaited_build(builder.name)
+
+
+def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
+    """Have a step of the engine accumulate micro-batches of another size from here on; call it between two steps. The
+    batch stays, and nothing of weights and optimizer is touched."""
+    batch_size = engine.train_batch_size()
+    engine.set_train_micro_batch_size(micro_batch_size)
+    engine.set_train_batch_size(batch_size)
+    count_micro_batches(engine)
+    accumulation = engine.gradient_accumulation_steps()
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
+        engine.optimizer.gradient_accumulation_steps = accumulation
 
 
 def build_engine(

@@ -19,7 +19,7 @@ from m3i_scale.scale.partition import full_shape, is_partitioned, order_gathers
 
 MASTER, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,18 @@ def counters(engine: Any) -> dict[str, Any]:
     return counts
 
 
+def count_micro_batches(engine: Any) -> None:
+    """Have the engine count micro-batches from the beginning of a step: as many as its steps so far would have, were
+    each made of as many as the next. By their number it knows which is the last of a step."""
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+
+
 def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
     """Take over what `counters` gave. How the loss scale moves is for the run file to say; where it stands, for the
     checkpoint. A run that goes on in fp16 from another precision begins with the scale of its own settings."""
     for name in _COUNTERS:
         setattr(engine, name, saved[name])
+    count_micro_batches(engine)
     if engine.fp16_enabled():
         scaler = engine.optimizer.loss_scaler
         for name, value in saved.get("loss_scaler", {}).items():

@@ -27,7 +27,7 @@ from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StepRe
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
 from m3i_scale.run.callbacks.wandb import WandbWriter
-from m3i_scale.run.phases import PHASES
+from m3i_scale.run.step_times import PHASES
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3i_scale.config import LogConfig, OptimConfig
+from m3i_scale.config import LogConfig, OptimConfig, RunConfig
 from m3i_scale.data.stream import Account
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.data_supply import Fetcher
@@ -90,12 +90,12 @@ def test_health_is_measured_in_the_last_micro_batch_of_a_step_that_is_logged() -
         was_step_applied=lambda: True,
         zero_optimization_stage=lambda: 1,
     )
-    resolved, timeouts = SimpleNamespace(accumulation=3), SimpleNamespace(end_step=lambda: None)
+    phase, timeouts = SimpleNamespace(accumulation=3), SimpleNamespace(end_step=lambda: None)
     trainer: Any = SimpleNamespace(
-        run=SimpleNamespace(optim=OptimConfig(steps=3, warmup_steps=0), log=LogConfig(every_steps=2)),
-        state=SimpleNamespace(step=0, engine=engine, resolved=resolved, timeouts=timeouts),
+        run=RunConfig(optim=OptimConfig(steps=3, warmup_steps=0), log=LogConfig(every_steps=2)),
+        state=SimpleNamespace(step=0, engine=engine, phase=phase, timeouts=timeouts),
         hooks=[],
-        phases=SimpleNamespace(span=lambda name: nullcontext()),
+        step_times=SimpleNamespace(span=lambda name: nullcontext()),
         heartbeat=SimpleNamespace(at=lambda phase, step: None),
         _micro_batch=lambda: measured.append(module.measure_health),
         _vote=lambda: None,

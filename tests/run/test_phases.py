@@ -1,135 +1,174 @@
-"""Shares of a step by phase, on a device that is in step with the host and on one that runs behind it."""
+"""Runs whose last steps have images and micro-batches of another size: on two ranks, resumed on both sides of the
+border, on one rank, and exported."""
 
 from __future__ import annotations
 
-import time
-from types import SimpleNamespace
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from forked import Forks
+from saved_runs import Done, make_calls
+from shapes import metrics, write_run
+from transformers import AutoImageProcessor, AutoModel
 
-from m3i_scale.config import TimeoutsConfig
-from m3i_scale.launch.heartbeat import Heartbeat
-from m3i_scale.run import phases as module
-from m3i_scale.run.phases import PHASES, Phases, Timeouts
+from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.config import load_run
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.hub.export import export
+from m3i_scale.run.check import faults_of, resolve_run
+from m3i_scale.run.plan_search import plan_run
+from m3i_scale.run.planning import machine_of
+from m3i_scale.run.resume import check_resume
+from m3i_scale.scale.checkpoint.weights import load_weights
 
-
-class Device:
-    """An accelerator whose clock stands still until it is told to move, and which gets to events when it is let."""
-
-    def __init__(self) -> None:
-        self.clock_ms, self.reached, self.waited = 0.0, True, 0
-
-    def is_synchronized_device(self) -> bool:
-        return False
-
-    def synchronize(self) -> None:
-        self.reached = True
-        self.waited += 1
-
-    def Event(self, enable_timing: bool) -> SimpleNamespace:  # noqa: N802
-        assert enable_timing
-        event = SimpleNamespace(at=None)
-
-        def elapsed_time(end: SimpleNamespace) -> float:
-            assert self.reached, "a time of an event that the device has not passed"
-            return end.at - event.at
-
-        event.record = lambda: setattr(event, "at", self.clock_ms)
-        event.query = lambda: self.reached
-        event.elapsed_time = elapsed_time
-        return event
+BORDER, STEPS, SIZE = 3, 6, 48
+PHASES = f"phases=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: {SIZE}, micro_batch_size: 2}}]"
+STOPPED = (2, 3, 4)
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    found = Device()
-    monkeypatch.setattr(module, "get_accelerator", lambda: found)
-    return found
+def write(folder: Path, shards: Path, *overrides: str) -> Path:
+    given = (f"optim.steps={STEPS}", PHASES, "checkpoint.every_steps=1", "checkpoint.keep_latest=8")
+    return write_run(folder, shards, "m3i", *given, "hardware.peak_tflops=1.0", *overrides)
 
 
-def one_step(phases: Phases, device: Device) -> None:
-    with phases.span("backward"):
-        device.clock_ms += 50
-        with phases.span("reduce"):
-            device.clock_ms += 20
-        device.clock_ms += 10
-    device.clock_ms += 20
-    phases.end_step()
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Done]:
+    """A run of two phases, and runs that go on from what it had saved before, at and after the border."""
+    root = tmp_path_factory.mktemp("phases")
+    whole = root / "whole"
+    validation = (f"data.validation.val.shards={shards / 'val'}", "evaluation.every_steps=2", "evaluation.batches=1")
+    write(whole, shards, *validation)
+    started = make_calls(
+        {"whole": {"arguments": ["train", str(whole / "run.yaml")], "faults": []}}, {"whole": whole}, root / "started"
+    )
+    calls, folders = {}, {}
+    for step in STOPPED:
+        folder = folders[f"from {step}"] = root / f"from-{step}"
+        write(folder, shards, *validation)
+        named = f"checkpoint.resume={whole / 'out' / 'checkpoints' / f'step-{step:08d}'}"
+        calls[f"from {step}"] = {"arguments": ["train", str(folder / "run.yaml"), named], "faults": []}
+    done = started | make_calls(calls, folders, root / "resumed")
+    for name, one in done.items():
+        assert one.codes == [0, 0], (name, one.texts)
+    return done
 
 
-def test_a_phase_inside_another_does_not_count_twice(device: Device) -> None:
-    phases = Phases()
-    one_step(phases, device)
-    shares = phases.shares()
-    assert shares == dict.fromkeys(PHASES, 0.0) | {
-        "backward": pytest.approx(0.6),
-        "reduce": pytest.approx(0.2),
-        "other": pytest.approx(0.2),
-    }
+def lines(done: Done, kind: str) -> list[dict[str, Any]]:
+    written = (done.folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, written) if line["kind"] == kind]
 
 
-def test_no_step_waits_for_the_device(device: Device) -> None:
-    phases = Phases()
-    device.reached = False
-    one_step(phases, device)
-    assert device.waited == 0
-    assert sum(phases.seconds.values()) == 0
-    assert phases.shares()["backward"] == pytest.approx(0.6)
-    assert device.waited == 1
+def weights(done: Done, which: str) -> dict[str, torch.Tensor]:
+    return load_weights(done.root / f"step-{STEPS:08d}", which)
 
 
-def test_marks_do_not_pile_up(device: Device) -> None:
-    phases = Phases()
-    for _ in range(100):
-        one_step(phases, device)
-    assert len(phases._marks) == 1
-    assert phases.seconds["backward"] == pytest.approx(6.0)
+def test_the_border_is_told_with_its_sizes(runs: dict[str, Done]) -> None:
+    told = [(line["step"], line["image_size"], line["micro_batch_size"]) for line in lines(runs["whole"], "phase")]
+    assert told == [(0, 32, 4), (BORDER, SIZE, 2)]
+    small, large = (line["flop_per_step"] for line in lines(runs["whole"], "phase"))
+    assert large > 2 * small
+    records = metrics(runs["whole"].folder / "run.yaml")
+    assert sorted(records) == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines(runs["whole"], "evaluation")] == [2, 4, 6]
 
 
-def test_a_reset_forgets(device: Device) -> None:
-    phases = Phases()
-    one_step(phases, device)
-    phases.reset()
-    assert set(phases.shares().values()) == {0.0}
+@pytest.mark.parametrize("step", STOPPED)
+def test_a_resume_round_the_border_is_the_same_run(runs: dict[str, Done], step: int) -> None:
+    whole, resumed = runs["whole"], runs[f"from {step}"]
+    expected = {number: record for number, record in metrics(whole.folder / "run.yaml").items() if number > step}
+    assert metrics(resumed.folder / "run.yaml") == expected
+    assert [line["step"] for line in lines(resumed, "phase")] == ([BORDER] if step <= BORDER else [])
+    for which in ("student", "momentum"):
+        there, again = weights(whole, which), weights(resumed, which)
+        assert there.keys() == again.keys()
+        assert all(torch.equal(there[name], again[name]) for name in there)
 
 
-def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
-    phases = Phases()
-
-    def fail() -> None:
-        device.clock_ms += 10
-        raise ValueError("of the engine")
-
-    with pytest.raises(ValueError, match="of the engine"):
-        phases.timed("step", fail)()
-    device.clock_ms += 10
-    assert phases.shares() == dict.fromkeys(PHASES, 0.0) | {"step": pytest.approx(0.5), "other": pytest.approx(0.5)}
-
-
-def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
-    phases, heartbeat = Phases(), Heartbeat(None)
-    phases.on_phase = heartbeat.at
-    timeouts = Timeouts(TimeoutsConfig(), phases, heartbeat)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="of the engine"), phases.span("backward"), phases.span("reduce"):
-            raise ValueError("of the engine")
-        assert heartbeat.phase == "reduce"
-        with timeouts.outside_of_steps("save"):
-            assert heartbeat.phase == "save"
-            with phases.span("forward"):  # that of stored samples is no part of a step
-                assert heartbeat.phase == "save"
-        assert heartbeat.phase == "reduce"  # as before: all ranks may save what is on its way before they end
-    with pytest.raises(ValueError, match="of the disk"), timeouts.outside_of_steps("save"):
-        raise ValueError("of the disk")
-    assert heartbeat.phase == "save"
-    with phases.span("fetch"):
-        assert heartbeat.phase == "fetch"
+def test_other_ranks_and_micro_batches_are_the_same_run(
+    runs: dict[str, Done], shards: Path, tmp_path: Path, forks: Forks
+) -> None:
+    """One rank for two, each micro-batch twice as large: as many samples are compared."""
+    named = f"checkpoint.resume={runs['whole'].root / 'step-00000002'}"
+    alone = write(tmp_path, shards, named, "optim.micro_batch_size=8", "phases.1.micro_batch_size=4")
+    ended = forks.run("train", str(alone))
+    assert ended.returncode == 0, ended.stderr
+    expected, records = metrics(runs["whole"].folder / "run.yaml"), metrics(alone)
+    for step in range(3, STEPS + 1):
+        assert records[step]["loss"] == pytest.approx(expected[step]["loss"], rel=2e-2)  # in bf16
 
 
-def test_on_the_host_time_is_that_of_the_host() -> None:
-    phases = Phases()
-    with phases.span("fetch"):
-        time.sleep(0.05)
-    phases.end_step()
-    assert phases.seconds["fetch"] >= 0.05
-    assert sum(phases.shares().values()) == pytest.approx(1.0)
+def test_an_export_has_the_size_of_its_phase(runs: dict[str, Done], tmp_path: Path) -> None:
+    whole = runs["whole"]
+    export(whole.folder / "out", tmp_path / "last")
+    model = AutoModel.from_pretrained(tmp_path / "last", add_pooling_layer=False).eval()
+    assert model.config.image_size == SIZE
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "last")
+    assert processor.crop_size["height"] == SIZE
+    trained = build_backbone(backbone_config(load_run(str(whole.folder / "run.yaml")).backbone)).eval()
+    assert trained.image_size == 32
+    prefix = "student.model."
+    values = weights(whole, "student").items()
+    trained.model.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in values if name.startswith(prefix)}
+    )
+    pixels_BCHW = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = trained.last_hidden_state(pixels_BCHW), model(pixel_values=pixels_BCHW).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5)
+    export(whole.root / f"step-{BORDER:08d}", tmp_path / "first")
+    assert AutoModel.from_pretrained(tmp_path / "first", add_pooling_layer=False).config.image_size == 32
+
+
+def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: Path, tmp_path: Path) -> None:
+    later = f"phases=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: 40, micro_batch_size: 2}}]"
+    resolved = resolve_run(load_run(str(write(tmp_path / "later", shards, later))), 2)
+    assert check_resume(resolved, runs["whole"].root / f"step-{BORDER:08d}", 2)  # a note
+    with pytest.raises(CheckpointError):
+        check_resume(resolved, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
+    without = resolve_run(load_run(str(write(tmp_path / "without", shards, "phases=[]"))), 2)
+    check_resume(without, runs["whole"].root / f"step-{BORDER:08d}", 2)
+    with pytest.raises(CheckpointError):
+        check_resume(without, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("phases.1.image_size=50", "phases.1"),
+        ("phases.1.micro_batch_size=3", "phases.1"),
+        ("phases.0.micro_batch_size=16", "phases.0"),
+        ("phases.1.steps=4", "phases.1.steps"),
+        (f"phases=[{{steps: {STEPS}}}]", "phases"),
+        ("phases.1={steps: 3, image_size: 32}", "phases"),
+    ],
+)
+def test_phases_that_do_not_hold_are_refused_before_anything_starts(
+    shards: Path, tmp_path: Path, override: str, place: str
+) -> None:
+    run_file = write(tmp_path, shards)
+    assert faults_of(str(run_file), ranks=2) == []
+    (fault,) = faults_of(str(run_file), [override], ranks=2)
+    assert place in str(fault.where)
+
+
+def test_a_task_has_no_phases() -> None:
+    with pytest.raises(ConfigError, match="phases"):
+        load_run(
+            "ade20k_linear",
+            ["optim.steps=2", "optim.warmup_steps=0", "phases=[{steps: 1}, {steps: 1, image_size: 448}]"],
+        )
+
+
+def test_every_phase_is_planned(shards: Path, tmp_path: Path) -> None:
+    run = load_run(str(write(tmp_path, shards)))
+    machine = machine_of("cpu", nodes=1, ranks_per_node=2, memory_gib=8.0)
+    document = plan_run(run, machine, samples=None).document()
+    small, large = document["phases"]
+    assert (small["image_size"], large["image_size"]) == (32, SIZE)
+    assert (small["micro_batch_size"], large["micro_batch_size"]) == (4, 2)
+    assert large["flop_per_sample"] > 2 * small["flop_per_sample"]
+    assert document["peak_gib_per_rank"] == max(small["peak_gib_per_rank"], large["peak_gib_per_rank"])
+    assert document["days"] == pytest.approx(small["days"] + large["days"])

@@ -41,9 +41,11 @@ def plan_of(compares):
     plan = SimpleNamespace(
         identity={"vocab_size": 7, "label_sets": {}},
         deepspeed=SimpleNamespace(config={"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}),
-        run=SimpleNamespace(
-            optim=SimpleNamespace(steps=10, micro_batch_size=4),
-            data=SimpleNamespace(sources={"pets": SimpleNamespace(shards="/data/pets")}),
+        run=RunConfig.model_validate(
+            {
+                "optim": {"steps": 10, "micro_batch_size": 4},
+                "data": {"sources": {"pets": {"shards": "/data/pets"}}},
+            }
         ),
         recipe=SimpleNamespace(compares_samples=compares),
     )

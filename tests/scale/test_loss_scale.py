@@ -58,8 +58,12 @@ def test_the_scale_is_told_for_fp16_alone(monkeypatch) -> None:
 
 def resumed(own: object, **saved: float) -> object:
     """The scaler of an engine that goes on from saved counters."""
-    there = SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=own))
-    counts = dict.fromkeys(("global_steps", "global_samples", "skipped_steps", "micro_steps"), 0)
+    there = SimpleNamespace(
+        fp16_enabled=lambda: True,
+        gradient_accumulation_steps=lambda: 1,
+        optimizer=SimpleNamespace(loss_scaler=own),
+    )
+    counts = dict.fromkeys(("global_steps", "global_samples", "skipped_steps"), 0)
     restore_counters(there, {**counts, "loss_scaler": saved})
     return there.optimizer.loss_scaler
 
@@ -71,6 +75,13 @@ def test_a_checkpoint_brings_the_scale_and_the_run_file_its_settings() -> None:
         *(50, 4.0, 2, True),
     )
     assert (scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis) == (512.0, 30, 21, 2)
+
+
+def test_a_resume_begins_a_step_whatever_number_of_micro_batches_it_has() -> None:
+    """The engine knows the last micro-batch of a step by their count since the run began."""
+    engine = SimpleNamespace(fp16_enabled=lambda: False, gradient_accumulation_steps=lambda: 2)
+    restore_counters(engine, {"global_steps": 3, "global_samples": 24, "skipped_steps": 0, "micro_steps": 3})
+    assert engine.micro_steps % 2 == 0
 
 
 def test_a_saved_scale_below_the_smallest_of_the_run_file_is_raised_to_it() -> None:

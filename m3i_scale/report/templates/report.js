@@ -10,7 +10,7 @@
     dark: ["#79aefc", "#ffb35c", "#62d3a8", "#f290c9", "#b5a2ff", "#e3c653", "#63cfe2", "#ff939b", "#a9b1bd", "#ceb08a"],
   };
   const dashes = ["solid", "dash", "dot", "longdash", "dashdot", "longdashdot"];
-  const markColours = { resumed: 2, rewound: 4, warning: 1, lost: 7, failed: 7 };
+  const markColours = { phase: 0, resumed: 2, rewound: 4, warning: 1, lost: 7, failed: 7 };
 
   const palette = () => (dark.matches ? colours.dark : colours.light);
   const colour = (place) => palette()[place % palette().length];

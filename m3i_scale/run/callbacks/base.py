@@ -36,6 +36,8 @@ class RunInfo:
     """Where it was measured: that of the vendor's data sheet, for devices that are known."""
     device: str | None = None
     """What a rank computes on: `cpu`, or the name of rank 0's GPU."""
+    micro_batch_size: int | None = None
+    """Samples of a rank in a forward pass, in the phase in hand."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class StepRecord:
     skipped_nonfinite: int = 0
     """Steps so far that were left out because a loss, or outside of fp16 a gradient, was not finite."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Share of a step by phase (m3i_scale.run.phases.PHASES), 0 to 1."""
+    """Share of a step by phase (m3i_scale.run.step_times.PHASES), 0 to 1."""
     flop_per_s: float | None = None
     """FLOPs of the model a second, all ranks, without what is recomputed."""
     mfu: float | None = None
@@ -176,6 +178,20 @@ class Rewind:
         )
 
 
+@dataclass(frozen=True)
+class PhaseInfo:
+    """Says that images or micro-batches have another size from here on."""
+
+    step: int
+    """Steps done when the phase begins."""
+    image_size: int
+    """Side of the images in pixels."""
+    micro_batch_size: int
+    """Samples of a rank in a forward pass."""
+    flop_per_step: float
+    """Of one step, all ranks, without what is recomputed."""
+
+
 class Callback:
     """Looks on beside the training step, on rank 0. Every method may be left out.
 
@@ -190,6 +206,10 @@ class Callback:
 
     def on_progress(self, step: int) -> None:
         """Receive every step that is not logged; nothing is known of it but that it is done."""
+
+    def on_phase(self, phase: PhaseInfo) -> None:
+        """Receive that a phase begins after a step, with images or micro-batches of another size; in a run that has
+        phases, the first begins after step 0."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Receive the result of an evaluation; `values` are numbers by name, and may be nested."""
@@ -228,6 +248,11 @@ class CallbackList(Callback):
         """Call every callback."""
         for callback in self.callbacks:
             callback.on_progress(step)
+
+    def on_phase(self, phase: PhaseInfo) -> None:
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_phase(phase)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Call every callback."""

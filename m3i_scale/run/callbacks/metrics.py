@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from m3i_scale.errors import UserError
 from m3i_scale.files import json_line, write_whole
 from m3i_scale.launch.doctor.facts import commit, processor, software_versions
-from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks.base import Callback, PhaseInfo, Rewind, RunInfo, StepRecord, flatten
 from m3i_scale.scale.output_dir import METRICS
 
 REPLACED = "metrics.replaced.jsonl"
@@ -57,7 +57,7 @@ class MetricsWriter(Callback):
             "peak_source": run_info.peak_source,
             "data_sheet_tflops": run_info.data_sheet_tflops,
             "device": run_info.device,
-            "micro_batch_size": run_info.config.get("optim", {}).get("micro_batch_size"),
+            "micro_batch_size": run_info.micro_batch_size,
             "deterministic": run_info.config.get("hardware", {}).get("deterministic"),
             "processor": processor(),
             "versions": {"python": software["version"], **software["packages"]},
@@ -73,6 +73,14 @@ class MetricsWriter(Callback):
             UserError: the file cannot be written.
         """
         self._write("train", record.step, record.scalars())
+
+    def on_phase(self, phase: PhaseInfo) -> None:
+        """Write a `phase` line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._write("phase", phase.step, asdict(phase))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write an `evaluation` line.

@@ -10,8 +10,8 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
-from m3i_scale.run.phases import Timeouts
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.run.step_times import Timeouts
 from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.collectives import ProcessGroupRanks
 
@@ -21,11 +21,15 @@ class TrainState:
     """Holds what the loop and its hooks share. Steps and votes are the same on every rank."""
 
     resolved: ResolvedRun
+    phase: ResolvedRun
+    """The same run as the phase in hand has it: image size, micro-batch, accumulation."""
     ranks: ProcessGroupRanks
     engine: Any
     """Of DeepSpeed."""
     momentum: ShardedMomentum | None
     stream: TrainStream
+    """Of the phase in hand, as is that of validation."""
+    validation: TrainStream | None
     callbacks: CallbackList
     """Of rank 0; of other ranks none."""
     tell: Callable[[str], None]
@@ -60,6 +64,9 @@ class Hook:
 
     def on_start(self) -> None:
         """Begin, once the checkpoint is loaded that the run goes on from."""
+
+    def on_phase(self) -> None:
+        """Act before the first step of a further phase: images or micro-batches have another size from here on."""
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Act after a forward and backward pass."""

@@ -78,6 +78,10 @@ class Checkpointing(Hook):
 
     # -------------------------------------------------------------------- saving
 
+    def on_phase(self) -> None:
+        """Take the stored samples anew: those of the phase before show images of its size."""
+        self._probe = None
+
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Take the samples that are stored with checkpoints from the first batch, where the run file asks for them."""
         if self._probe is None and self._config.probe:

@@ -53,6 +53,12 @@ class Guard(Hook):
         self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
+    def on_phase(self) -> None:
+        """Forget the losses so far: those of images of another size have another level, and would have it again after
+        every rewind."""
+        if self._spikes is not None:
+            self._spikes.forget()
+
     def post_step(self) -> bool:
         """Judge the step.
 

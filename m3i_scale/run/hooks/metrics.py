@@ -25,18 +25,22 @@ class Metrics(Hook):
 
     def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
         self._state, self._meter, self._guard = state, meter, guard
-        self._shares = Shares(state.stream)
+        self._shares = Shares()
         self._diagnosis = Diagnosis()
 
     def on_start(self) -> None:
         """Count shares of sources from where the data stand."""
-        self._shares.start()
+        self._shares.start(self._state.stream)
 
     def on_rewind(self) -> None:
         """Forget what was seen since the step that the run has gone back to."""
         self._meter.reset()
-        self._shares.start()
+        self._shares.start(self._state.stream)
         self._diagnosis = Diagnosis()
+
+    def on_phase(self) -> None:
+        """Measure anew: a step takes another time, and computes something else."""
+        self._meter.reset()
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Add the figures of a micro-batch, which stay on the device."""
@@ -72,7 +76,7 @@ class Metrics(Hook):
             loss_scale=scale,
             skipped_steps=None if scale is None else int(state.engine.skipped_steps),
             skipped_nonfinite=self._guard.skipped,
-            sources=self._shares.record(),
+            sources=self._shares.record(state.stream),
         )
         self._guard.remember(record)
         state.callbacks.on_step(record)
@@ -82,4 +86,4 @@ class Metrics(Hook):
 
 def gradient_scale(state: TrainState) -> float:
     """Return how much larger than the true gradient the backward pass computes it (fp16 loss scale, accumulation)."""
-    return (loss_scale(state.engine) or 1.0) / state.resolved.accumulation
+    return (loss_scale(state.engine) or 1.0) / state.phase.accumulation

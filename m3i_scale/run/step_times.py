@@ -16,13 +16,13 @@ from m3i_scale.config import TimeoutsConfig
 from m3i_scale.launch.heartbeat import PHASES, Heartbeat
 from m3i_scale.scale.process_group import set_timeout
 
-__all__ = ["PHASES", "Phases", "Timeouts"]
+__all__ = ["PHASES", "StepTimes", "Timeouts"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Phases:
+class StepTimes:
     """Measures time by phase since the last reset. A phase inside another one does not count in the outer one too.
 
     Every change of phase sets a mark. On an accelerator that runs beside the host, a mark is an event in its stream:
@@ -110,7 +110,7 @@ class Timeouts:
         heartbeat: of this rank.
     """
 
-    def __init__(self, timeouts: TimeoutsConfig, phases: Phases, heartbeat: Heartbeat) -> None:
+    def __init__(self, timeouts: TimeoutsConfig, phases: StepTimes, heartbeat: Heartbeat) -> None:
         self._timeouts, self._phases, self._heartbeat = timeouts, phases, heartbeat
         self._steps = 0
 
