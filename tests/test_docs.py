@@ -104,7 +104,7 @@ def script_of(block: str, data: Path, port: int) -> str:
 
 
 def a_data_folder(folder: Path) -> None:
-    """Pictures of three shapes: with captions, without, listed in a table, and with masks; and weights to start from."""
+    """Pictures of three shapes, with captions, without, listed in a table, with masks; and weights to start from."""
     draw_one = random.Random(0)
     shapes = {"disc": "ellipse", "box": "rectangle", "star": "polygon"}
     rows = []
