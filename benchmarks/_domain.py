@@ -30,12 +30,11 @@ NO_PICTURES = ("flags",)
 """Groups of neither set: what a flag shows says nothing about its group."""
 NOISE, BLUR = 24.0, 0.8
 """Of a scan: deviation of the noise, of 255, and of the blur, in pixels."""
-MEASURES = ("knn", "linear", "dense")
-"""Of frozen features. Texts are left out: the text tower starts anew, whatever becomes of the backbone."""
 FIGURES = {"knn": "knn k=20", "linear": "linear accuracy", "dense": "dense mean_iou"}
+"""Measures of frozen features, and the figure of each. Texts are left out: the text tower starts anew, whatever becomes
+of the backbone."""
 LR, LAYER_DECAY = 5e-4, 0.75
 """Of what goes on: half the rate of the start, and the decay by layer of `continue_m3i`."""
-
 SPLITS = {"train": ("train", "style"), "val": ("val", "style_val")}
 """Of the emoji set, for each split here: all four styles."""
 Sample = dict[str, bytes]
@@ -205,7 +204,7 @@ class GoneOn(Start):
         super().measured(folder, environment)
         compared = ["compare", str(self.start.export), str(folder / "export"), "--data", str(self.sets.domain.folder)]
         compared += ["--general", str(self.sets.general.folder)]
-        compared += [part for name in MEASURES for part in ("--measure", name)]
+        compared += [part for name in FIGURES for part in ("--measure", name)]
         sets = tool(compared, folder / "compare.log", environment)["sets"]
         found = {
             name: {
