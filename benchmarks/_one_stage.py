@@ -5,30 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from _common import say
 from _cost import count_flop, recipe_step, synthetic_batch
+from _training import Training, tool, write
 from transformers import AutoTokenizer
 
 from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.data.make.write import FACTS
-from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.objective.recipe import parse_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, IMAGE, PATCH, TOKENS, BATCH = 96, 4, 3, 48, 8, 24, 64
-CODE = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_one_stage.py", "benchmarks/_cost.py")
 FEWEST_STEPS = 20
 SAMPLED_CAPTIONS = 2048
 
@@ -205,7 +197,7 @@ def _shape(layers: int) -> dict[str, Any]:
 
 def flop_per_sample(values: dict[str, Any], data: DataSet) -> float:
     """Counted FLOPs of student, decoders, heads and targets for one training sample."""
-    run = parse_section(RunConfig, values | {"optim": _optim(1000)}, where="one_stage")
+    run = parse_section(RunConfig, values | {"optim": optim_values(1000)}, where="one_stage")
     views, vocabulary = parse_recipe(run.recipe).drawn_views, 4096
     batch = synthetic_batch(
         BATCH, views, image=IMAGE, tokens=data.tokens, classes=len(data.classes), vocabulary=vocabulary
@@ -213,7 +205,7 @@ def flop_per_sample(values: dict[str, Any], data: DataSet) -> float:
     return count_flop(recipe_step(run, {"main": data.classes}, vocabulary, batch)) / BATCH
 
 
-def _optim(steps: int) -> dict[str, Any]:
+def optim_values(steps: int) -> dict[str, Any]:
     return {
         "batch_size": BATCH,
         "micro_batch_size": BATCH,
@@ -226,14 +218,12 @@ def _optim(steps: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Training):
     """One training of one entry with one seed, and its evaluation."""
 
+    code = (*Training.code, "benchmarks/_one_stage.py", "benchmarks/_cost.py")
     entry: Entry
-    seed: int
     data: DataSet
-    output: Path
-    """Every result has a folder of its own in it, named by what it depends on."""
     flop: float
     """Of one sample."""
     price: float
@@ -261,79 +251,36 @@ class Job:
             )
         return steps
 
-    @property
-    def folder(self) -> Path:
-        """Where its result lies, and the export that was measured last."""
-        return self._folder(self.key())
-
-    def _folder(self, key: str) -> Path:
-        return self.output / f"{self.entry.name.replace(' ', '-')}-{self.seed}-{key[:12]}"
-
     def values(self, folder: Path) -> dict[str, Any]:
         """The whole run file."""
         values = run_values(self.entry, self.data, self.seed, folder)
         checkpoint = {"every_steps": math.ceil(self.steps / self.points), "keep_latest": self.points}
-        optim = _optim(self.steps) | ({} if self.entry.trained else {"lr": 1e-12})
+        optim = optim_values(self.steps) | ({} if self.entry.trained else {"lr": 1e-12})
         return values | {"optim": optim, "checkpoint": checkpoint}
 
-    def key(self) -> str:
-        """What the result depends on: settings, data, code, torch, and what it ran on."""
+    def depends(self) -> tuple[dict[str, Any], list[Any]]:
+        """See `Training`."""
         values = self.values(Path())
         values["data"]["sources"]["main"]["shards"] = self.data.sha256
-        machine = [torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"]
-        digest = hashlib.sha256(json.dumps([values, self.data.options, machine], sort_keys=True).encode())
-        for name in CODE:
-            path = ROOT / name
-            for file in sorted(path.rglob("*.[pjy][ysa]*")) if path.is_dir() else [path]:
-                digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return values, [self.data.options]
 
-    def result(self, environment: dict[str, str]) -> dict[str, Any]:
-        """Train, export and evaluate; or what an earlier call with the same settings, data and code found.
-
-        A training that was cut off goes on from its newest checkpoint.
-        """
-        key = self.key()
-        folder = self._folder(key)
-        path = folder / "result.json"
-        if path.is_file():
-            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return known
-        folder.mkdir(parents=True, exist_ok=True)
-        run_file, trained = folder / "run.yaml", folder / "trained"
-        run_file.write_text(yaml.safe_dump(self.values(folder), sort_keys=False), encoding="utf-8")
-        if not trained.exists():
-            self._say(f"{self.steps} steps")
-            tool(["train", str(run_file)], folder / "train.log", environment)
-            trained.touch()
+    def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+        """What its checkpoints are worth: at the end, and along the training."""
         checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
         points = [self._point(folder, checkpoint, environment) for checkpoint in checkpoints]
-        if self.key() != key:
-            raise UserError(
-                f"the code changed while '{self.entry.name}' was measured",
-                where=str(folder),
-                fix="give the same command again: it takes the code as it is now",
-            )
-        found = {"steps": self.steps, "gflop_per_sample": self.flop / 1e9, **points[-1], "curve": points}
-        _write(path, found)
-        for checkpoint in checkpoints:
-            shutil.rmtree(checkpoint)
-        self._say(_short(found["measures"]))
-        return found
-
-    def _say(self, text: str) -> None:
-        say(f"{self.entry.name}, seed {self.seed}: {text}")
+        self.say(_short(points[-1]["measures"]))
+        return {"steps": self.steps, "gflop_per_sample": self.flop / 1e9, **points[-1], "curve": points}
 
     def _point(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
         """What a checkpoint is worth; measured once. The export of the last one stays."""
         path = folder / f"{checkpoint.name}.json"
         if not path.is_file():
-            self._say(f"measuring {checkpoint.name}")
-            _write(path, self._measured(folder, checkpoint, environment))
+            self.say(f"measuring {checkpoint.name}")
+            write(path, self._worth(folder, checkpoint, environment))
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    def _measured(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
+    def _worth(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
         model, log, data = folder / "export", folder / f"{checkpoint.name}.log", self.data.folder
         tool(["export", str(checkpoint), "--to", str(model), "--overwrite"], log, environment)
         probes = tool(
@@ -357,13 +304,6 @@ class Job:
             "guessing": guessing(measures),
             "not_measured": absent,
         }
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    partial.rename(path)
 
 
 def headline(measures: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -400,42 +340,3 @@ def guessing(measures: dict[str, Any]) -> dict[str, float]:
 
 def _short(measures: dict[str, dict[str, float]]) -> str:
     return ", ".join(f"{name} {figure['value']:.3f}" for name, figure in measures.items())
-
-
-_running: set[subprocess.Popen[str]] = set()
-
-
-def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """One `m3i-scale` command in a process of its own; its document, where it prints one.
-
-    Raises:
-        UserError: it failed.
-    """
-    as_json = [] if arguments[0] == "train" else ["--json"]
-    with log.open("a", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "m3i_scale", *arguments, *as_json],
-            stdout=subprocess.PIPE if as_json else stream,
-            stderr=stream,
-            env=os.environ | environment,
-            text=True,
-        )
-        _running.add(process)
-        printed, _ = process.communicate()
-        _running.discard(process)
-    if process.returncode:
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise UserError(
-            f"`m3i-scale {arguments[0]}` ended with exit code {process.returncode}",
-            where=str(log),
-            why=tail,
-            fix="mend it and give the same command again: what is done is kept",
-        )
-    document: dict[str, Any] = json.loads(printed) if as_json else {}
-    return document
-
-
-def stop_all() -> None:
-    """End the commands that run now: their trainings save and can go on."""
-    for process in list(_running):
-        process.terminate()

@@ -15,16 +15,12 @@ What is done is not done again: results lie in --output, a folder for every trai
 
 from __future__ import annotations
 
-import os
-import queue
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import downstream
-import torch
 import typer
 from _common import emit, emoji_shards, machine, need, say
 from _intervals import LEVEL, mean_interval
@@ -40,9 +36,9 @@ from _one_stage import (
     flop_per_sample,
     open_data,
     run_values,
-    stop_all,
 )
 from _one_stage_report import markdown, plot
+from _training import train_all
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
@@ -165,10 +161,16 @@ class Comparison:
         }
         jobs = [*controls, *(job for of_row in trained.values() for job in of_row)]
         check_budget(jobs)
+
+        def work(job: Job, environment: dict[str, str]) -> dict[str, Any]:
+            found = job.result(environment)
+            tasks = {} if job.entry.default else shards  # an ablation is judged by frozen features alone
+            return found | {"measures": found["measures"] | _fine_tuned(job, tasks, environment)}
+
         self.output.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.output / ".lock", timeout=0):
-                results = iter(_run(jobs, workers or torch.cuda.device_count() or os.cpu_count() or 1, shards))
+                results = iter(train_all(jobs, workers, work))
         except Timeout:
             raise DataError(
                 "another comparison writes here", where=str(self.output), fix="wait for it, or give another --output"
@@ -203,7 +205,7 @@ class Comparison:
         (paid,) = (other for other in RECIPES if other.name == "m3i") if self.protocol == "samples" else (entry,)
         price, points = self._flop(paid), self.points if entry in self.entries else 1
         return [
-            Job(entry, seed, self.data, self.output, flop, price, budget * 1e12, points if seed == 0 else 1)
+            Job(entry.name, seed, self.output, entry, self.data, flop, price, budget * 1e12, points if seed == 0 else 1)
             for seed in range(self.seeds)
         ]
 
@@ -264,39 +266,6 @@ def check_budget(jobs: list[Job]) -> None:
         ConfigError: see `Job.steps`.
     """
     _ = max((job for job in jobs if job.entry.trained), key=lambda job: job.price / job.budget).steps
-
-
-def _run(jobs: list[Job], workers: int, shards: dict[downstream.Measured, Path]) -> list[dict[str, Any]]:
-    """Each worker has its share of the cores, and a GPU of its own where there are some."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    count, inherited = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = inherited.split(",")[:count] if inherited else [str(number) for number in range(count)]
-    places: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for number in range(workers):
-        places.put(gpus[number % len(gpus)] if gpus else "")
-    say(f"{len(jobs)} trainings, controls included, {workers} at a time; what is done is not done again")
-
-    def work(job: Job) -> dict[str, Any]:
-        place = places.get()
-        try:
-            environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-            environment |= {"CUDA_VISIBLE_DEVICES": place} if gpus else {}
-            found = job.result(environment)
-            tasks = {} if job.entry.default else shards  # an ablation is judged by frozen features alone
-            return found | {"measures": found["measures"] | _fine_tuned(job, tasks, environment)}
-        finally:
-            places.put(place)
-
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                future.result()  # the first failure ends all
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            stop_all()
-            raise
-    return [future.result() for future in futures]
 
 
 def _fine_tuned(job: Job, shards: dict[downstream.Measured, Path], environment: dict[str, str]) -> dict[str, Any]:

@@ -153,21 +153,26 @@ def check(
 ) -> None:
     """Tell all that `train` would refuse before it reads samples; start nothing. Exit code 2 where there is anything.
 
-    `shards check` reads the samples.
+    What would start and is often not meant is a warning: images of another size, mean or deviation than those of the
+    weights to start from. `shards check` reads the samples.
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
-    from m3i_scale.run.check import check_run, faults_of, told_phases
+    from m3i_scale.run.check import check_run, faults_of, told_phases, warnings_of
 
     if as_json:
         faults = faults_of(run, overrides, ranks)
-        print_json({"faults": [fault.to_json() for fault in faults]})
+        warnings = [] if faults else warnings_of(run, overrides)
+        print_json({"faults": [fault.to_json() for fault in faults], "warnings": warnings})
         if faults:
             raise typer.Exit(EXIT_USER_ERROR)
     else:
         check_run(run, overrides, ranks)
+        console = wide_console(soft_wrap=True)
+        for warning in warnings_of(run, overrides):
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
         for line in (*told_phases(load_run(run, overrides)), "nothing to refuse"):
-            wide_console().print(line, markup=False, highlight=False)
+            console.print(line, markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale show m3i optim.steps=10")

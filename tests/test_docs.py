@@ -28,6 +28,7 @@ import torch
 import yaml
 from launch import free_port
 from PIL import Image, ImageDraw
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from m3i_scale.config import load_run
 from m3i_scale.objective.recipe import parse_recipe
@@ -83,6 +84,8 @@ def at_test_size(line: str, port: int) -> str:
     elif verb == "launch":
         line = line.replace(" launch ", f" launch --master-port {port} ", 1)
     size = MAPS_AT_TEST_SIZE if "preset=internimage" in line else BACKBONE_AT_TEST_SIZE
+    if run.startswith("/data/"):  # the page's own run file, which starts from weights: the shape is theirs
+        size = "backbone.config.image_size=32"
     small = [size, *AT_TEST_SIZE, f"optim.micro_batch_size={8 if launches else 16}"]
     # A run file that the page itself has made trains a task, which reads no text.
     if not run.startswith("/data/") and parse_recipe(load_run(run).recipe).uses_text:
@@ -101,7 +104,7 @@ def script_of(block: str, data: Path, port: int) -> str:
 
 
 def a_data_folder(folder: Path) -> None:
-    """Pictures of three shapes: with captions, without, listed in a table, and with masks."""
+    """Pictures of three shapes, with captions, without, listed in a table, with masks; and weights to start from."""
     draw_one = random.Random(0)
     shapes = {"disc": "ellipse", "box": "rectangle", "star": "polygon"}
     rows = []
@@ -143,6 +146,11 @@ def a_data_folder(folder: Path) -> None:
         text = json.dumps(value | {"categories": [{"id": 7, "name": "box"}]})
         (folder / "scenes" / "annotations" / f"instances_{name}.json").write_text(text, encoding="utf-8")
     (folder / "scenes" / "mask_labels.json").write_text(json.dumps(["ground", "box"]), encoding="utf-8")
+    # In place of published weights, which no test downloads: a model of their class, read as they are.
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "models" / "dinov2-base")
+    processor = BitImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 36})
+    processor.save_pretrained(folder / "models" / "dinov2-base")
 
 
 def name_of(page: Path) -> str:
@@ -275,3 +283,4 @@ def test_only_training_is_made_small():
     assert "text.config" in small
     assert "8 --module" not in small
     assert "text.config" not in at_test_size("m3i-scale train mae", 1)
+    assert "hidden_size" not in at_test_size("m3i-scale train /data/run.yaml", 1)

@@ -69,7 +69,7 @@ def job(name, folder, budget=1e12, **fields):
     data, entry = open_data(folder), next(entry for entry in (*RECIPES, *ABLATIONS) if entry.name == name)
     flop = flop_per_sample(run_values(entry, data, 0, folder), data)
     fields = {"price": flop, "points": 1} | fields
-    return Job(entry, fields.pop("seed", 0), data, folder.parent / "runs", flop, budget=budget, **fields)
+    return Job(name, fields.pop("seed", 0), folder.parent / "runs", entry, data, flop, budget=budget, **fields)
 
 
 def by_hand(tokens):
@@ -207,6 +207,7 @@ def test_data_that_cannot_be_compared_on_are_refused(folder, tmp_path, missing):
 def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     """With trainings and evaluations that only write down what they were asked for."""
     import _one_stage
+    import _training
     import downstream
     import one_stage
     from _one_stage_report import TITLES, markdown, plot
@@ -250,7 +251,8 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     for split in ("train", "val"):
         (tmp_path / "scenes" / split).mkdir(parents=True)
         (tmp_path / "scenes" / split / "manifest.json").write_text("{}")
-    monkeypatch.setattr(_one_stage, "tool", tool)
+    for module in (_one_stage, _training):
+        monkeypatch.setattr(module, "tool", tool)
     monkeypatch.setattr(downstream, "tool", fine_tune)
     monkeypatch.setattr(downstream, "scene_shards", lambda: tmp_path / "scenes")
     data = _one_stage.open_data(folder)
@@ -317,7 +319,7 @@ def test_a_recipe_has_one_colour_in_all_panels(tmp_path):
 
 
 def test_a_failed_command_ends_the_comparison_with_its_words(folder, tmp_path):
-    from _one_stage import tool
+    from _training import tool
 
     with pytest.raises(UserError, match="exit code 2") as caught:
         tool(["evaluate", str(tmp_path / "none"), "--data", str(folder / "val")], tmp_path / "log", {})

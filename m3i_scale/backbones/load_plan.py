@@ -223,6 +223,7 @@ def plan_model(
         "fresh": kept,
         "assumed": {name: f"{getattr(model.config, name)}: {why}" for name, why in source.assumed.items()},
         "normalisation": dict(source.normalisation),
+        "image_size": source.config.image_size,
     }
     return LoadPlan(takes, report, where, source.antialias, source.class_row)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -25,17 +26,35 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
     """
     console = wide_console(stderr=True, soft_wrap=True)
     console.print(start_table(report))
-    seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
-    there = report["normalisation"]
-    if there and there != seen:
-        console.print(
-            f"[yellow]the weights were trained on images with mean {there['mean']} and std {there['std']}, and this run"
-            f" takes {seen['mean']} and {seen['std']}: data.augment.mean, data.augment.std[/]"
-        )
+    for text in other_images(report["normalisation"], report["image_size"], run):
+        console.print(f"[yellow]{text}[/]")
     try:
         write_json(run.output_dir / FILE, report)
     except OSError as error:
         raise explain(error, run.output_dir / "checkpoints") from None
+
+
+def other_images(normalisation: Mapping[str, list[float]], image_size: int, run: RunConfig) -> list[str]:
+    """Say in what the images of a run are others than those that its weights were trained with: often not meant.
+
+    Args:
+        normalisation: of the weights, as in `Source`; empty where they do not say it.
+        image_size: of the weights, in pixels.
+        run: the run file.
+    """
+    told = []
+    seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
+    if normalisation and normalisation != seen:
+        told.append(
+            f"the weights were trained on images with mean {normalisation['mean']} and std {normalisation['std']}, and "
+            f"this run takes {seen['mean']} and {seen['std']}: data.augment.mean, data.augment.std"
+        )
+    side = run.backbone.config.get("image_size", image_size)
+    if side != image_size:
+        told.append(
+            f"the weights are for images of {image_size} pixels, and this run takes {side}: backbone.config.image_size"
+        )
+    return told
 
 
 def start_table(report: dict[str, Any]) -> Table:

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
-from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import RunConfig, find_run_file, run_values, sections_that_hold
+from m3i_scale.backbones.build import backbone_config, backbone_source
+from m3i_scale.config import RunConfig, find_run_file, load_run, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError, named
@@ -17,6 +17,7 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
+from m3i_scale.report.start_table import other_images
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
@@ -77,6 +78,23 @@ def told_phases(run: RunConfig) -> list[str]:
             f"pixels, micro-batches of {here.optim.micro_batch_size}"
         )
     return lines
+
+
+def warnings_of(name_or_path: str, overrides: list[str] | None = None) -> list[str]:
+    """List what `train` would not refuse, of a run without faults, and what is often not meant.
+
+    Args:
+        name_or_path: a run file, or the name of a built-in one.
+        overrides: `section.key=value`.
+
+    Raises:
+        ConfigError: the run has faults.
+    """
+    run = load_run(name_or_path, overrides)
+    if run.backbone.from_pretrained is None:
+        return []
+    source = backbone_source(run.backbone)
+    return other_images(source.normalisation, source.config.image_size, run)
 
 
 def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:

@@ -156,7 +156,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
             "the recipe has a text target, and no source has captions",
             where=", ".join(f"data.sources.{name}.shards: {shown(source.shards)}" for name, source in read.items()),
             why="manifest.json beside the shards counts none",
-            fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text: m3i_no_text, supervised",
+            fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text, e.g. continue_images",
         )
     tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:

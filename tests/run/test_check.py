@@ -10,6 +10,8 @@ import pytest
 import yaml
 from forked import Forks
 from shapes import write_run
+from tiny import tiny_start
+from transformers import BitImageProcessor
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
@@ -17,7 +19,7 @@ from m3i_scale.config import load_run
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, FaultsError
 from m3i_scale.objective import meta
-from m3i_scale.run.check import faults_of, resolve_run
+from m3i_scale.run.check import faults_of, resolve_run, warnings_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 
@@ -155,11 +157,31 @@ def test_the_text_tower_is_built_before_anything_starts(shards: Path, tmp_path: 
     assert find_tokenizer(load_run(run_file).data.sources, None).pad_token_id == 0
 
 
+def test_images_that_are_not_those_of_the_weights_are_a_warning(shards: Path, tmp_path: Path) -> None:
+    """Size, mean and deviation: nothing is refused, and each is told where it differs, and only there."""
+    start = Path(shutil.copytree(tiny_start(), tmp_path / "start"))
+    seen = load_run("continue_images").data.augment
+    BitImageProcessor(image_mean=list(seen.mean), image_std=list(seen.std)).save_pretrained(start)
+    run_file = str(write_run(tmp_path, shards, "continue_images", f"backbone.from_pretrained={start}"))
+    assert warnings_of(run_file) == []
+    (mean,) = warnings_of(run_file, ["data.augment.mean=[0.1,0.5,0.5]"])
+    assert "0.1" in mean
+    (size,) = warnings_of(run_file, ["backbone.config.image_size=48"])
+    assert "32" in size
+    assert "48" in size
+    both = ["backbone.config.image_size=48", "data.augment.std=[0.1,0.1,0.1]"]
+    assert len(warnings_of(run_file, both)) == 2
+    assert places(run_file, *both) == []
+    assert warnings_of(str(write_run(tmp_path, shards, "mae"))) == []  # from random weights
+
+
 def test_the_commands(forks: Forks, tmp_path: Path) -> None:
     command = forks.run
     done = command("check", "m3i", "--json")
     assert done.returncode == 2
-    (fault,) = json.loads(done.stdout)["faults"]
+    told = json.loads(done.stdout)
+    assert told["warnings"] == []
+    (fault,) = told["faults"]
     assert set(fault) == {"where", "message", "fix"}
     assert fault["where"] == "data.sources"
 

@@ -212,6 +212,7 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         "resized": {"positions": {"from": [1, 17, 64], "to": [1, 65, 64]}},
         **{"zeros": {"no bias of keys": ["a", "b"]}, "left_out": {"classifier": ["head.bias"]}, "fresh": ["mask"]},
         **{"assumed": {"hidden_act": "gelu: a bare file"}, "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+        "image_size": 32,
     }
     tell_start(report, run)
     told = " ".join(capsys.readouterr().err.split())
