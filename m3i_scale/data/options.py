@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from m3i_scale.data.make.cut import ShardOptions, parse_splits
+from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded
@@ -60,6 +60,13 @@ _MAKE: Parts = {
     "skip_bad": (
         Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
         _DEFAULTS.skip_bad,
+    ),
+    "value_range": (
+        Annotated[
+            str | None,
+            typer.Option(help="LOW,HIGH: grey values that become black and white, of images of more than eight bits."),
+        ],
+        None,
     ),
     "as_json": (AsJson, False),
 }
@@ -114,8 +121,11 @@ def takes_sizes(command: Command) -> Command:
     return expanded(command, "options", _CUT, _cut)
 
 
-def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> MakeOptions:
-    return MakeOptions(output, name, split, ShardOptions(**options), as_json)
+def _making(
+    output: Path, name: str, split: str | None, value_range: str | None, as_json: bool, **options: Any
+) -> MakeOptions:
+    values = None if value_range is None else parse_range(value_range)
+    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), as_json)
 
 
 def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
