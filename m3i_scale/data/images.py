@@ -35,6 +35,8 @@ ValueRange = tuple[float, float]
 
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Pillow's modes of grey images of more than eight bits."""
+SIXTEEN_AS_I = ("PNG", "PPM")
+"""Formats whose sixteen bits of grey Pillow reads as mode I; it stretches a PPM of fewer bits to sixteen."""
 _SAMPLES_PER_PIXEL = 277
 """A tag of TIFF."""
 
@@ -86,10 +88,13 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
             as_it_is = kind in KEPT_FORMATS and value_range is None
             return (data, KEPT_FORMATS[kind]) if as_it_is else (to_png(image, value_range), "png")
     except DECODE_FAULTS as error:
+        large = isinstance(error, Image.DecompressionBombError)
         raise DataError(
             f"the image does not decode: {fault_text(error)}",
             where=where,
-            fix="mend or remove the file, or leave such files out with --skip-bad",
+            fix="--tile cuts images that large, up to --tile-max-pixels; or leave them out with --skip-bad"
+            if large
+            else "mend or remove the file, or leave such files out with --skip-bad",
         ) from None
 
 
@@ -230,6 +235,5 @@ def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image
 
 def _shift(image: Image.Image) -> int | None:
     """Return how many bits of a deep grey image lie below the upper eight; None where its range is not known."""
-    # Of these formats Pillow reads sixteen bits as mode I too; it stretches a PPM of fewer to sixteen.
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_AS_I)
     return 8 if sixteen else None

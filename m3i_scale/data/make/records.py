@@ -183,10 +183,10 @@ def _encode(record: Record, value_range: ValueRange | None) -> Encoded:
     if record.fault is not None:
         return record.fault
     try:
-        image, extension = encoded_image(_read(record.image), _place(record, record.image), value_range)
+        image, extension = encoded_image(contents_of(record.image), _place(record, record.image), value_range)
         members = {extension: image}
         if record.mask is not None:
-            members[MASK] = _read(record.mask)
+            members[MASK] = contents_of(record.mask)
             check_mask(members[MASK], image, _place(record, record.mask))
         if record.instances is not None:
             members[INSTANCES] = record.instances
@@ -208,7 +208,12 @@ def _check_instances(data: bytes, categories: int | None, image: bytes, where: s
         check_turned(lies)
 
 
-def _read(contents: Contents) -> bytes:
+def contents_of(contents: Contents) -> bytes:
+    """Return the encoded image or mask.
+
+    Raises:
+        DataError: it cannot be read or made.
+    """
     if isinstance(contents, bytes):
         return contents
     if not isinstance(contents, Path):
